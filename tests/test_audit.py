@@ -97,6 +97,8 @@ def test_an_honest_run_is_proved_and_not_touched(case: Path) -> None:
     assert [(part["start"], part["end"]) for part in proof["parts"]] == [(0, 4), (4, 6)]
     assert [part["records"] for part in proof["parts"]] == [6, 3]  # with the evaluations of steps 0, 3 and 6
     assert proof["equal"]
+    assert proof["every_training_row_was_read"]
+    assert "prove nothing" not in ended.output
     assert proof["proved_steps"] == proof["steps"] == 6
     weights = hashlib.sha256((case / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert proof["parts"][1]["weights"] == {"adapter/adapter_model.safetensors": weights}
@@ -112,11 +114,15 @@ def test_a_stopped_run_is_audited_to_its_checkpoint(case: Path) -> None:
     ended, proof = audited(case)
     assert ended.code == 0, ended.output
     assert [(part["end"], part["weights"]) for part in proof["parts"]] == [(4, {})]
+    assert "proved: 1 of 1 parts, 4 of 6 steps" in ended.output
+    assert "the steps after 4 have no checkpoint and are not proved" in ended.output
 
 
 def test_the_seed_draws_the_parts(case: Path) -> None:
     ended, proof = audited(case, 1, seed=1)
     assert ended.code == 0, ended.output
+    assert f"{audit.ROWS_UNREAD}" in ended.output
+    assert not proof["every_training_row_was_read"]
     drawn = random.Random(1).sample([4, 6], 1)
     assert [part["end"] for part in proof["parts"]] == drawn
     assert proof["proved_steps"] == {4: 4, 6: 2}[drawn[0]]
@@ -248,8 +254,23 @@ def test_a_result_of_a_run_that_has_not_finished_is_refused(case: Path) -> None:
     assert "has a result, but its status.json does not state that it finished" in ended.output
 
 
-def test_an_exchanged_chat_template_is_named(case: Path) -> None:
+def test_changed_files_next_to_the_weights_are_named(case: Path) -> None:
+    """tunekit.json states the labels and settings with which an adapter computes."""
     (case / "adapter" / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    edit(case / "adapter" / "tunekit.json", lambda value: value["settings"].update(alpha=64.0))
     ended, _ = audited(case)
     assert ended.code == 3
-    assert "step 6: adapter/chat_template.jinja is missing" in ended.output
+    assert "step 6: adapter/chat_template.jinja is not part of this result" in ended.output
+    assert "step 6: adapter/tunekit.json has other values: settings.alpha was 64.0, is " in ended.output
+
+
+@pytest.mark.drawn
+def test_scores_of_tasks_and_removed_evaluations_are_named(case: Path) -> None:
+    """Neither changes a step, so the audit passes. It must not seem to prove them."""
+    change_records(case, lambda lines: [line for line in lines if "eval" not in line or line["step"] != 3])
+    (case / "tasks.json").write_text(json.dumps({"scores": [{"task": "invented"}]}), encoding="utf-8")
+    ended, proof = audited(case)
+    assert ended.code == 0
+    assert "steps 1 to 4: the run has no record of the evaluations after steps 3, " in ended.output
+    assert audit.TASKS_UNPROVED in ended.output
+    assert proof["parts"][0]["not_recorded"] == [3]

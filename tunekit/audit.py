@@ -28,7 +28,7 @@ from tunekit.artifacts.equality import (
 )
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
-from tunekit.artifacts.run import RESULT_FILES, refuse_to_replace_part
+from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, refuse_to_replace_part
 from tunekit.console import Console
 from tunekit.console.text import time_text
 from tunekit.data.reading.replaced import refuse_to_replace
@@ -51,6 +51,12 @@ from tunekit.training.session import Session
 COPIED = ("plan.json", "environment.json", METRICS_NAME)  # files of the run that a resume reads
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 HOW = "audit on the machine of the run, or on an equal one"
+EVALUATIONS = {
+    "not_compared": "the evaluations after steps {} were not computed again and prove nothing",
+    "not_recorded": "the run has no record of the evaluations after steps {}, which its recipe makes",
+}
+ROWS_UNREAD = "these steps did not read every training row; a row that they did not read is not proved"
+TASKS_UNPROVED = f"{TASKS_NAME}: the scores of tasks were not computed again and prove nothing"
 
 
 @dataclass(frozen=True, order=True)
@@ -91,15 +97,26 @@ def audit_verb(run: str, count: int | None, seed: int, json_file: str | None) ->
             results.append(_repeat(part, path, facts.get(part.start), devices, signals))
             state = f"{len(results[-1]['differences'])} DIFFERENCES" if results[-1]["differences"] else "equal"
             console.info(f"{part}: {_compared(results[-1])}: {state} ({time_text(time.monotonic() - began)})")
-            if results[-1]["not_compared"]:
-                steps = ", ".join(map(str, results[-1]["not_compared"]))
-                console.warn(f"{part}: the evaluations after steps {steps} were not computed again and prove nothing")
+            for name, what in EVALUATIONS.items():
+                if steps := ", ".join(map(str, results[-1][name])):
+                    console.warn(f"{part}: {what.format(steps)}")
     differences = [Mismatch(**each) for result in results for each in result["differences"]]
-    write_result(_proof(values, loaded, parts, results, seed))
+    complete = drawn == parts and _reads_every_row(values, loaded, parts[-1].end)
+    write_result(_proof(values, loaded, parts, results, seed) | {"every_training_row_was_read": complete})
     if differences:
         raise NumericsError.of([Problem(f"step {each.step}: {each.what}") for each in differences])
-    complete = "the whole run" if len(drawn) == len(parts) else f"{len(drawn)} of {len(parts)} parts"
-    console.info(f"proved: {complete}, {sum(part.end - part.start for part in drawn)} of {parts[-1].end} steps")
+    _conclude(console, values, parts, drawn)
+    for what in [*([] if complete else [ROWS_UNREAD]), *([TASKS_UNPROVED] if values.tasks else [])]:
+        console.warn(what)
+
+
+def _conclude(console: Console, values: RunValues, parts: Sequence[RunPart], drawn: Sequence[RunPart]) -> None:
+    """Print how many steps were proved. A stopped run may have steps after its last checkpoint."""
+    last, end = values.steps[-1].count("step"), parts[-1].end
+    proved = "the whole run" if (drawn, last) == (parts, end) else f"{len(drawn)} of {len(parts)} parts"
+    console.info(f"proved: {proved}, {sum(part.end - part.start for part in drawn)} of {last} steps")
+    if last > end:
+        console.warn(f"the steps after {end} have no checkpoint and are not proved")
 
 
 def _compared(result: Mapping[str, Any]) -> str:
@@ -119,6 +136,13 @@ def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
     if len(ends) < 2:
         raise RunFolderError(f"{values.path} has no checkpoint and no result to compare with", "finish the run first")
     return [RunPart(start, end, finished and end == ends[-1]) for start, end in pairwise(ends)]
+
+
+def _reads_every_row(values: RunValues, loaded: LoadedRecipe, last: int) -> bool:
+    """Whether the steps up to `last` read all training rows. Streamed epochs may end before their last row."""
+    if any(source.weight < 1 or source.streaming for source in loaded.recipe.data.train):
+        return False
+    return any(record.count("step") == last and (record.number("epoch") or 0.0) >= 1 for record in values.steps)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -191,7 +215,7 @@ def _repeat(
             except Stopped as error:
                 if signals.requested:
                     raise Stopped("stopped during the audit; nothing was proved", signals.requested) from error
-        records, differences, not_repeated = compare_records(
+        records, differences, not_repeated, not_recorded = compare_records(
             run, repeat, part.start, None if part.exports else part.end
         )
         ours, theirs = (place / "checkpoints" / f"step-{part.end:06d}" for place in (run, repeat))
@@ -204,6 +228,7 @@ def _repeat(
             "end": part.end,
             "records": records,
             "not_compared": not_repeated,
+            "not_recorded": not_recorded,
             "checkpoint": sha256_of(ours / "tensors.safetensors", RUN_RECORD) if ours.exists() else None,
             "weights": result_hashes(run) if part.exports else {},
             "fingerprint": read_run(repeat).environment.part("fingerprint"),

@@ -244,6 +244,46 @@ def test_a_metric_that_leaves_out_all_documents_has_no_score() -> None:
     assert [(each.metric, each.value, each.documents) for each in scores_of(results)] == [("512", 0.5, (1.0, 0.0))]
 
 
+def bootstrap_error(metric: Callable[[Any], float], documents: Any) -> float:
+    """The standard error of a metric over drawn documents."""
+    draws = np.random.default_rng(1).integers(len(documents), size=(4000, len(documents)))
+    return float(np.std([metric(documents[draw]) for draw in draws]))
+
+
+@pytest.mark.parametrize(
+    ("metric", "of"),
+    [
+        ("word_perplexity", lambda pairs: np.exp(-pairs[:, 0].sum() / pairs[:, 1].sum())),
+        ("bits_per_byte", lambda pairs: -pairs[:, 0].sum() / pairs[:, 1].sum() / np.log(2)),
+        ("perplexity", lambda values: np.exp(-values.mean())),
+    ],
+)
+def test_perplexities_are_compared_document_by_document(metric: str, of: Callable[[Any], float]) -> None:
+    """The errors of one score and of a change are those of a bootstrap over documents."""
+    draw = np.random.default_rng(0)
+    counts = draw.integers(20, 200, 80).astype(float)
+    before = np.stack([-counts * draw.normal(2.0, 0.2, 80), counts], axis=1)  # (documents, 2)
+    after = before - np.stack([counts * draw.normal(0.05, 0.05, 80), 0 * counts], axis=1)
+    if metric == "perplexity":
+        before, after = before[:, 0] / counts, after[:, 0] / counts
+
+    def score_of(documents: Any) -> TaskScore:
+        samples = [{"filter": "none", metric: each} for each in documents.tolist()]
+        values = {f"{metric},none": float(of(documents)), f"{metric}_stderr,none": "N/A"}
+        results = {"samples": {"pages": samples}, "results": {"pages": values}}
+        return next(scores_of(results | {"higher_is_better": {"pages": {metric: False}}}))
+
+    scores = [score_of(documents) for documents in (before, after)]
+    assert scores[0].standard_error == pytest.approx(bootstrap_error(of, before), rel=0.05)
+    (change,) = task_differences(scores[:1], scores[1:])
+    assert (change.low + change.high) / 2 == pytest.approx(of(after) - of(before))
+    both = np.concatenate([before.reshape(80, -1), after.reshape(80, -1)], axis=1)
+    width = both.shape[1] // 2
+    error = bootstrap_error(lambda some: of(some[:, width:].squeeze()) - of(some[:, :width].squeeze()), both)
+    assert (change.high - change.low) / 2 / 1.959964 == pytest.approx(error, rel=0.05)
+    assert change.verdict == "worse"
+
+
 def test_the_base_has_a_value_also_where_no_change_is_known() -> None:
     scores = [{"task": "words", "metric": "bits_per_byte", "value": 1.5, "standard_error": 0.1, "count": 3}]
     before = [{**scores[0], "value": 2.0}]

@@ -17,9 +17,11 @@ MEASURED = ("seconds", "tokens_per_second", "peak_bytes")  # parts of a record t
 UNRELATED = (  # values of a checkpoint that change no result, or that were compared before the first step
     *("loop.seconds", "loop.reactions", "loop.calibration", "loop.evaluated_step", "fingerprint"),
 )
-BASE_PATH = "base_model_name_or_path"  # of adapter_config.json; the base may have been moved
-RESULT_TEXTS = ("adapter/chat_template.jinja", "model/chat_template.jinja", "model/config.json")
-MOST_TENSORS = 3  # tensors that one message names
+MOVED = {  # JSON files of the result, with their values that depend on the place of the base
+    "adapter/adapter_config.json": ("base_model_name_or_path",),
+    "adapter/tunekit.json": ("base.path", "files.adapter_config.json"),
+}
+MOST_TENSORS, MOST_VALUES = 3, 3  # that one message names
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,12 @@ class Mismatch:
 
 class RecordComparison(NamedTuple):
     """`compared`: how many records. `not_repeated`: the steps of evaluations that the re-execution did not compute,
-    because a resume may change eval_steps."""
+    because a resume may change eval_steps. `not_recorded`: the steps of evaluations that only it computed."""
 
     compared: int
     differences: list[Mismatch]
     not_repeated: list[int]
+    not_recorded: list[int]
 
 
 def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> RecordComparison:
@@ -51,9 +54,10 @@ def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> Rec
         if names:
             shown = [f"{name} was {_text(pairs[0], name)}, is {_text(pairs[1], name)}" for name in names if name]
             differences.append(Mismatch(key[0], "; ".join(shown)))
-    return RecordComparison(
-        len(compared), differences, sorted(step for step, is_evaluation in keys - {*repeated} if is_evaluation)
+    one_sided = (
+        sorted(step for step, evaluates in each if evaluates) for each in (keys - {*repeated}, {*repeated} - keys)
     )
+    return RecordComparison(len(compared), differences, *one_sided)
 
 
 def _records(run: Path, start: int, end: int | None) -> list[tuple[tuple[int, bool], Record]]:
@@ -98,19 +102,24 @@ def result_hashes(run: Path) -> dict[str, str]:
     return {file.relative_to(run).as_posix(): sha256_of(file, RUN_FILE) for file in files}
 
 
-def _text_hashes(run: Path) -> dict[str, str]:
-    """sha256 of the files that change what the result computes or answers, by their paths in the run folder."""
-    return {name: sha256_of(run / name, RUN_FILE) for name in RESULT_TEXTS if (run / name).exists()}
+def _file_hashes(run: Path) -> dict[str, str]:
+    """sha256 of each file of the result without values of MOVED, by its path in the run folder."""
+    files = (
+        file for name, names in RESULT_FILES.items() for file in (run / name).glob("*") if names.fullmatch(file.name)
+    )
+    paths = {file.relative_to(run).as_posix(): file for file in files}
+    return {path: sha256_of(file, RUN_FILE) for path, file in paths.items() if path not in MOVED}
 
 
 def compare_results(run: Path, repeat: Path, step: int) -> Iterator[Mismatch]:
-    """Compare the exported weights, a model's configuration and the chat template byte by byte, and the adapter's
-    configuration apart from the path of the base."""
-    ours, theirs = (result_hashes(folder) | _text_hashes(folder) for folder in (run, repeat))
+    """Compare each file of the exported result byte by byte, and files that name the base by their other values."""
+    ours, theirs = (_file_hashes(folder) for folder in (run, repeat))
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
-            yield Mismatch(step, f"{name} {'has other bytes' if name in ours and name in theirs else 'is missing'}")
-    configs = [read_json(folder / "adapter" / "adapter_config.json") or {} for folder in (run, repeat)]
-    before, after = ({name: value for name, value in config.items() if name != BASE_PATH} for config in configs)
-    if before != after:
-        yield Mismatch(step, "adapter/adapter_config.json has other values")
+            missing = "is missing" if name in theirs else "is not part of this result"
+            yield Mismatch(step, f"{name} {'has other bytes' if name in ours and name in theirs else missing}")
+    for name, places in MOVED.items():
+        before, after = (dict(flat_values(read_json(folder / name) or {}, free=places)) for folder in (run, repeat))
+        if keys := [key for key in {**before, **after} if _text(before, key) != _text(after, key)]:
+            shown = [f"{key} was {_text(before, key)}, is {_text(after, key)}" for key in keys if key]
+            yield Mismatch(step, f"{name} has other values: {'; '.join(shown[:MOST_VALUES])}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunekit.contracts import Objective, Progress, no_progress
 from tunekit.errors import InputError, ModelError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 KEY = "evaluation.tasks"
 TEMPLATE_KEY = "evaluation.task_chat_template"
 NO_TEMPLATE = "the tokenizer has no chat template", "name a file in data.chat_template, or write false"
+FloatArray = NDArray[np.float64]
 RESAMPLES = 1000  # for the standard errors of metrics that are no mean
 LEFT_OUT = -1.0  # lm-eval's value of a document that a metric leaves out
 NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
@@ -34,7 +36,8 @@ NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A metric of a task. `documents`: its value for each document, if it is their mean."""
+    """A metric of a task. `documents`: a number for each document, with `value` as their mean; empty for metrics that
+    are no function of means."""
 
     task: str
     metric: str
@@ -165,7 +168,10 @@ def scores_of(results: Mapping[str, Any]) -> Iterator[TaskScore]:
             documents = [sample[metric] for sample in samples if sample["filter"] == rule and metric in sample]
             if documents and all(value == LEFT_OUT for value in documents):
                 continue  # a length of RULER that was not asked for
+            numbers = _numbers(documents, float(value))
             error = results["results"][task].get(f"{metric}_stderr,{rule}")
+            if not isinstance(error, int | float) and len(numbers) > 1:  # lm-eval has none for perplexities by word
+                error = float(np.std(numbers, ddof=1)) / math.sqrt(len(numbers))
             yield TaskScore(
                 task,
                 metric if rule == "none" else f"{metric} ({rule})",
@@ -173,23 +179,45 @@ def scores_of(results: Mapping[str, Any]) -> Iterator[TaskScore]:
                 float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
                 bool(results["higher_is_better"][task].get(metric, True)),
                 len(documents),
-                _numbers(documents, float(value)),
+                numbers,
             )
 
 
-def _numbers(documents: Sequence[object], mean: float) -> tuple[float, ...]:
-    """The values of the documents, if the metric is their mean; otherwise nothing."""
-    values = [float(value) for value in documents if isinstance(value, bool | int | float)]
-    numbers = tuple(value for value in values if value != LEFT_OUT)
-    return (
-        numbers
-        if numbers and len(values) == len(documents) and math.isclose(float(np.mean(numbers)), mean, abs_tol=1e-9)
-        else ()
-    )
+def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:
+    """One number for each document, with `value` as their mean; nothing if the metric is of another kind.
+
+    A perplexity is a function of means over documents: of log-probabilities x, or of pairs of x and a number of words
+    or bytes n. Its numbers are the first-order change of the metric by each document (the delta method):
+    e^-mean(x) (1 - x + mean(x)), and with the rate r = sum(x) / sum(n): e^-r (1 - (x - r n) / mean(n)).
+    """
+    entries = [tuple(each) if isinstance(each, tuple | list) else (each,) for each in documents]
+    if len({len(each) for each in entries}) != 1 or not all(
+        isinstance(n, int | float) for each in entries for n in each
+    ):
+        return ()
+    array = np.array(entries, dtype=np.float64)  # (documents, 1 or 2)
+    kinds = _means(array[array != LEFT_OUT]) if array.shape[1] == 1 else _rates(array) if array.shape[1] == 2 else ()
+    with np.errstate(all="ignore"):  # pairs of other metrics may sum to 0
+        matching = (each for each in kinds if math.isclose(float(each.mean()), value, rel_tol=1e-9, abs_tol=1e-9))
+        return tuple(map(float, next(matching, ())))
+
+
+def _means(values: FloatArray) -> Iterator[FloatArray]:
+    """The numbers of a mean, and of the perplexity of a mean. Shapes: (documents,) -> (documents,)."""
+    yield values
+    yield np.exp(-values.mean()) * (1 - values + values.mean())
+
+
+def _rates(pairs: FloatArray) -> Iterator[FloatArray]:
+    """The numbers of a perplexity by word or byte, and of its bits. Shapes: (documents, 2) -> (documents,)."""
+    rate = pairs[:, 0].sum() / pairs[:, 1].sum()
+    changes = (pairs[:, 0] - rate * pairs[:, 1]) / pairs[:, 1].mean()
+    yield np.exp(-rate) * (1 - changes)
+    yield -(rate + changes) / math.log(2)
 
 
 def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> list[TaskDifference]:
-    """The change of each metric that is a mean over documents, with an interval of the paired differences."""
+    """The change of each metric with numbers of documents, with an interval of the paired differences."""
     earlier = {(score.task, score.metric): score for score in before}
     results = []
     for score in after:
