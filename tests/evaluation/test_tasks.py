@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from tunekit.artifacts.report.markdown import markdown_page
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.tasks import score_table
 from tunekit.artifacts.report.values import read_run
-from tunekit.errors import InputError
+from tunekit.errors import DataError, InputError
 from tunekit.evaluation.continuations import continuation_scores
 from tunekit.evaluation.tasks.run import TaskScore, scores_of, task_differences
 from tunekit.machine.devices import Devices
@@ -73,6 +74,7 @@ def test_continuations_have_the_log_probabilities_of_the_models_own_logits(tiny_
     contexts = [draw.integers(5, 60, size).tolist() for size in (1, 7, 20)]
     pairs = [(context, draw.integers(5, 60, size).tolist()) for context in contexts for size in (1, 4, 9)]
     pairs.append((contexts[1], pairs[3][1]))  # the same pair again: four continuations of one context
+    pairs.append((contexts[0], []))
     greedy = list(contexts[2])
     with torch.no_grad():
         for _ in range(3):
@@ -80,6 +82,9 @@ def test_continuations_have_the_log_probabilities_of_the_models_own_logits(tiny_
         pairs.append((contexts[2], greedy[len(contexts[2]) :]))
         expected = []
         for context, end in pairs:
+            if not end:
+                expected.append((0.0, True))
+                continue
             scores = base.net(torch.tensor([[*context, *end]])).logits[0].log_softmax(-1)[len(context) - 1 : -1]
             hits = scores.argmax(-1).tolist() == end
             expected.append((float(scores.gather(1, torch.tensor(end)[:, None]).sum()), hits))
@@ -87,6 +92,26 @@ def test_continuations_have_the_log_probabilities_of_the_models_own_logits(tiny_
     assert [hits for _, hits in found] == [hits for _, hits in expected]
     assert found[-1][1]  # the greedy one
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+
+
+def test_a_text_may_fill_all_positions_of_a_model(tiny_llama: Path, tmp_path: Path) -> None:
+    """The last token is only predicted, so a table of 8 positions is enough for 9 tokens. lm-eval's windows use it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "gpt2"))
+    GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=16, n_layer=1, n_head=2, n_positions=8)).save_pretrained(folder)
+    loaded = loaded_model(folder)
+    objective, net = measuring_objective(loaded.model.base, loaded.processor), loaded.model.base.net
+    ids = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    with torch.no_grad():
+        scores = net(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)  # (T, V)
+    devices = Devices(torch.device("cpu"))
+    pairs = [(ids[:1], ids[1:]), (ids[:8], ids[8:]), (ids[:8], [4])]
+    found = continuation_scores(loaded.model, objective, pairs, devices, batch_size=2)
+    expected = [scores[torch.arange(8), ids[1:]].sum(), scores[7, 13], scores[7, 4]]
+    assert [score for score, _ in found] == pytest.approx([float(score) for score in expected], abs=1e-4)
+    with pytest.raises(DataError, match="need 9 positions, but the model has 8"):
+        continuation_scores(loaded.model, objective, [(ids, [3])], devices, batch_size=2)
 
 
 def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], None], tmp_path: Path) -> None:

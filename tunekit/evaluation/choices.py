@@ -277,9 +277,7 @@ def _check_positions(model: TunedModel, questions: Sequence[Question]) -> None:
     for question in questions:
         apart = model.base.family.reads_source
         length = max(len(question.prompt), *(len(answer.ids) for answer in question.answers)) if apart else 0
-        length = model.virtual_tokens + (length or question.longest)
+        length = model.virtual_tokens + (length or question.longest - 1)  # the last token is only predicted
         if table is not None and length > table:
-            what = (
-                f"{question.origin}: the prompt and an answer have {length} tokens, but the model has {table} positions"
-            )
+            what = f"{question.origin}: the prompt and an answer need {length} positions, but the model has {table}"
             raise DataError(what, "shorten it")

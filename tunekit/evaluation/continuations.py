@@ -11,7 +11,7 @@ from tunekit.machine.devices import Devices
 from tunekit.objectives.rows.choices import Answer, Question
 from tunekit.tuned.model import TunedModel
 
-Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, ids of its continuation; neither is empty
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context, which is not empty, and ids of its continuation
 
 
 def continuation_scores(
@@ -29,12 +29,13 @@ def continuation_scores(
     A forward has at most as many positions as `batch_size` copies of the longest sequence.
     """
     contexts = defaultdict[tuple[int, ...], list[int]](list)
-    for number, (context, _) in enumerate(pairs):
-        contexts[tuple(context)].append(number)
+    for number, (context, end) in enumerate(pairs):
+        if end:
+            contexts[tuple(context)].append(number)
     by_count = defaultdict[int, list[tuple[tuple[int, ...], list[int]]]](list)
     for context, numbers in contexts.items():
         by_count[len(numbers)].append((context, numbers))
-    results = dict[int, tuple[float, bool]]()
+    results = {number: (0.0, True) for number, (_, end) in enumerate(pairs) if not end}
     most = batch_size * max((len(context) + len(end) for context, end in pairs), default=0)
     for group in by_count.values():
         group.sort(key=lambda each: -len(each[0]))

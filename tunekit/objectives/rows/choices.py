@@ -103,25 +103,25 @@ class SideBySideRows(RowKind):
     dtype: torch.dtype
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. The position ids of each answer continue from the prompt's. If a row has several answers, a mask
-        keeps them apart.
+        """The batch. The position ids of each answer continue from the prompt's; its last token is only predicted. If a
+        row has several answers, a mask keeps them apart.
 
         Shapes: input_ids, position_ids (B, T), attention_mask (B, 1, T, T); index, labels, cells (S,).
         """
         rows = [row for (row,) in sequences]
-        ids = lay_end_to_end([[row.parts["prompt"], row.parts["answers"]] for row in rows], self.tokenizer.pad_id)
+        read = [np.delete(row.parts["answers"], np.cumsum(row.parts["lengths"]) - 1) for row in rows]  # (A - n,) each
+        texts = [[row.parts["prompt"], answers] for row, answers in zip(rows, read, strict=True)]
+        ids = lay_end_to_end(texts, self.tokenizer.pad_id)
         width = ids.shape[1]
         branches, places = torch.full(ids.shape, -1), torch.zeros_like(ids)  # (B, T) each
         index, labels, cells = [], [], []
         for line, row in enumerate(rows):
             prompt, lengths, scored = len(row.parts["prompt"]), row.parts["lengths"], row.parts["scored"]
-            firsts = np.cumsum(lengths) - lengths  # (n,)
-            branch = np.repeat(np.arange(len(lengths)), lengths)  # (A,)
-            within = np.arange(len(branch)) - firsts[branch]  # (A,)
-            before = np.where(within == 0, prompt - 1, prompt + np.arange(len(branch)) - 1)  # (A,)
-            answered = slice(prompt, prompt + len(branch))
-            branches[line, :prompt], branches[line, answered] = 0, torch.from_numpy(branch + 1)
-            places[line, :prompt], places[line, answered] = torch.arange(prompt), torch.from_numpy(prompt + within)
+            (branch, within), (of_read, within_read) = _places(lengths), _places(lengths - 1)  # (A,), (A - n,)
+            before = np.where(within == 0, prompt - 1, prompt + np.arange(len(branch)) - branch - 1)  # (A,)
+            answered = slice(prompt, prompt + len(of_read))
+            branches[line, :prompt], branches[line, answered] = 0, torch.from_numpy(of_read + 1)
+            places[line, :prompt], places[line, answered] = torch.arange(prompt), torch.from_numpy(prompt + within_read)
             places[line, answered.stop :] = torch.arange(width - answered.stop)
             index.append(line * width + before[scored])
             labels.append(row.parts["answers"][scored])
@@ -164,6 +164,12 @@ class LineByLineRows(RowKind):
         numbers = np.concatenate([row.parts["cells"] for row in rows]).tolist()
         cells = [np.full(len(each), number) for each, number in zip(places, numbers, strict=True)]
         return Batch(inputs, _targets(index, labels, cells), tuple(map(tuple, sequences)))
+
+
+def _places(lengths: Array) -> tuple[Array, Array]:
+    """The answer of each token, and the token's index in it, for answers laid end to end. Shapes: (n,) -> (A,) each."""
+    branch = np.repeat(np.arange(len(lengths)), lengths)
+    return branch, np.arange(len(branch)) - (np.cumsum(lengths) - lengths)[branch]
 
 
 def _targets(*parts: Sequence[Array]) -> Tensors:
