@@ -6,8 +6,7 @@ Specification: kind (trl, dpo, grpo, loop), model, rows (JSON Lines: input_ids a
 dpo prompt_ids, chosen_ids and rejected_ids; of grpo prompt_ids, completion_ids and rewards, a step each), steps_log,
 losses.  For trl, dpo and grpo: config (fields of SFTConfig, DPOConfig or GRPOConfig).  For trl: adapters (default, or
 "bfloat16": in the base's dtype).  For dpo, grpo and loop: init (an adapter folder to begin from).
-For loop: dtype, rows_per_step, steps, learning_rate, alone (rows without padding, one by one), exact_loss (taken in
-float64) and save (where to leave the adapter).
+For loop: dtype, rows_per_step, steps, learning_rate, exact_loss (taken in float64) and save (the adapter's folder).
 For dpo with precompute_ref_log_probs: reference.json gets the CPU seconds of that.
 Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
 """
@@ -166,22 +165,13 @@ def run_loop() -> list[float]:
             length = len(row["input_ids"])
             ids[number, :length], mask[number, :length] = torch.tensor(row["input_ids"]), 1
             labels[number, :length] = torch.tensor(row["labels"])
-        if SPECIFICATION.get("alone"):  # every row by itself, weighted by its share of the step's labels
-            loss, count = torch.zeros(()), int((labels[:, 1:] != -100).sum())
-            for row in chosen:
-                given = {name: torch.tensor(row[name])[None] for name in ("input_ids", "labels")}
-                part = int((given["labels"][:, 1:] != -100).sum()) / count
-                of_row = model(**given, use_cache=False).loss * part
-                of_row.backward()
-                loss += of_row.detach()
+        given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if SPECIFICATION.get("exact_loss"):
+            logits = model(**given).logits[:, :-1].flatten(0, 1).double()  # (N, V)
+            loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
         else:
-            given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            if SPECIFICATION.get("exact_loss"):
-                logits = model(**given).logits[:, :-1].flatten(0, 1).double()  # (N, V)
-                loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
-            else:
-                loss = model(**given, labels=labels).loss
-            loss.backward()
+            loss = model(**given, labels=labels).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
