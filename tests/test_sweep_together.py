@@ -202,3 +202,15 @@ def test_joined_trials_agree_with_their_solo_runs(recipe: Path, tmp_path: Path) 
         assert alone.code == 0, alone.output
         losses = [[entry["loss"] for entry in records(each) if "loss" in entry] for each in (run, tmp_path / str(rank))]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.drawn
+def test_auto_joins_the_rows_where_steps_are_small(recipe: Path, tmp_path: Path) -> None:
+    """A product of few tokens takes as long as one of a hundred, so that joined rows are free; of many it is not."""
+    more = ("model.quantization=none", "memory.streaming=off", "adapter.dropout=0", "sweep.joined=auto")
+    more += ("~sweep.keys.adapter.method", "training.learning_rate=0.01,0.02,0.03,0.04", "training.max_steps=1")
+    for rows, joined in ((1, True), (16, False)):
+        ended = sweep(recipe, tmp_path / str(rows), *more, f"training.micro_batch_size={rows}")
+        assert ended.code == 0, ended.output
+        assert ("4 trials run together: their rows are joined" in ended.output) is joined
+        assert (tmp_path / str(rows) / "learning_rate=0.04" / "adapter").is_dir()

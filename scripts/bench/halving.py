@@ -1,9 +1,10 @@
 """Sweeps that choose: halving of 16 settings against the full grid, and `sweep --auto` against the recipe of `init`.
 
-    scripts/bench/run halving --model MODEL [--shows halving,auto] [--seeds 0-2] [--minutes N] [--auto-minutes 15]
-                              [--page] [--work FOLDER] [--output FOLDER]
+    scripts/bench/run halving --model MODEL [--text-model MODEL] [--shows halving,auto] [--seeds 0-2] [--minutes N]
+                              [--auto-minutes 15] [--data NAME,NAME] [--page] [--work FOLDER] [--output FOLDER]
 
-MODEL: all-MiniLM-L6-v2. The rows are those of TUNEKIT_SHARED/data, drawn by seed. Each unit is written to halving.json
+MODEL: all-MiniLM-L6-v2; --text-model: SmolLM2-135M-Instruct, for the orders of the quickstart. The other rows are those
+of TUNEKIT_SHARED/data, drawn by seed. Each unit is written to halving.json
 as soon as it is finished and never made again. --minutes: begin no unit after so many; --page: write only halving.md.
 """
 
@@ -36,6 +37,7 @@ KEYS = {
 }
 TRAIN, HELD, EPOCHS, COMPARISONS = 20, 13, 4, 16  # rows of each intent; evaluations of a run of halving
 FEW = {"banking": (5, 20), "sentiment": (100, 500)}  # rows of each label to learn from and to test on
+ORDERS = REPOSITORY / "recipes" / "data" / "orders"
 COLUMNS = (
     *("seed", "grid: best loss, accuracy", "choice: loss, accuracy", "worse by (nats)", "CPU s of the grid"),
     *("CPU s of halving", "share", "ended by comparison"),
@@ -59,8 +61,9 @@ AUTO_HEAD = """
 ## `sweep --auto` against the recipe of `init`
 
 `tunekit init` writes the recipe from the training rows alone. `train` runs it as it is, and `sweep --auto` starts from
-it. Accuracy and loss are of test rows that neither has seen. Interval: 95 % of the difference of two accuracies as if
-their rows were independent, which is too wide rather than too narrow.
+it. Accuracy and loss are of test rows that neither has seen; of orders, the rows of the quickstart, accuracy is the
+exact match of greedy answers. Interval: 95 % of the difference of two accuracies as if their rows were independent,
+which is too wide rather than too narrow.
 
 """
 
@@ -93,6 +96,12 @@ def sentiment(data: Path, draw: random.Random, train: int, held: int) -> tuple[l
             for row in draw.sample([row for row in rows if row["label"] == label], count)
         ])  # fmt: skip
     return parts[0], parts[1]
+
+
+def orders(data: Path, draw: random.Random, train: int, held: int) -> tuple[list[Row], list[Row]]:
+    """All rows of the quickstart."""
+    parts = [(ORDERS / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("train", "test")]
+    return [json.loads(line) for line in parts[0]], [json.loads(line) for line in parts[1]]
 
 
 def tunekit(place: Path, *words: str) -> tuple[float, float]:
@@ -165,8 +174,9 @@ def halving_unit(strategy: str, seed: int, data: Path, model: str, place: Path) 
 
 def auto_unit(name: str, seed: int, data: Path, model: str, place: Path, minutes: float) -> dict[str, Any]:
     """The recipe of init as it is, and after sweep --auto, on test rows that neither has seen."""
-    rows = {"banking": banking, "sentiment": sentiment}[name]
-    train, test = rows(data, random.Random(seed), *FEW[name])
+    rows = {"banking": banking, "sentiment": sentiment, "orders": orders}[name]
+    train, test = rows(data, random.Random(seed), *FEW.get(name, (0, 0)))
+    metric = "exact_match" if name == "orders" else "accuracy"
     write_rows(place, train, test)
     recipe = str(place / "recipe.yaml")
     tunekit(place, "init", str(place / "train.jsonl"), "--output", recipe, "--model", model)
@@ -186,8 +196,10 @@ def auto_unit(name: str, seed: int, data: Path, model: str, place: Path, minutes
     scores = {}
     for side, run in (("init", place / "once"), ("auto", place / "auto" / best)):
         file = place / f"{side}.json"
-        tunekit(place, "eval", str(run), "--data", str(place / "test.jsonl"), "--json", str(file))
-        scores[side] = {key: json.loads(file.read_text("utf-8"))[key] for key in ("accuracy", "loss")}
+        metrics = ("--metric", metric, "--metric", "loss")
+        tunekit(place, "eval", str(run), "--data", str(place / "test.jsonl"), *metrics, "--json", str(file))
+        found = json.loads(file.read_text("utf-8"))
+        scores[side] = {"accuracy": found[metric], "loss": found["loss"]}
     return {
         "rows": [len(train), len(test)],
         "minutes": minutes,
@@ -270,9 +282,10 @@ def page(units: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--text-model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--shows", default="halving,auto")
     parser.add_argument("--seeds", default="0-2")
-    parser.add_argument("--data", default=",".join(FEW))
+    parser.add_argument("--data", default=",".join((*FEW, "orders")))
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--auto-minutes", type=float, default=15)
     parser.add_argument("--page", action="store_true")
@@ -291,7 +304,8 @@ def main() -> None:
         if settings.page or key in results.units or time.monotonic() - started > settings.minutes * 60:
             continue
         place = Path(settings.work).resolve() / key.replace("|", "-")
-        rest = (name, int(seed_text), data, settings.model, place)
+        model = settings.text_model if name == "orders" else settings.model
+        rest = (name, int(seed_text), data, model, place)
         results.add(key, halving_unit(*rest) if show == "halving" else auto_unit(*rest, settings.auto_minutes))
     results.path.with_suffix(".md").write_text(page(results.units), "utf-8")
 
