@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tunekit.artifacts.report.next_step import after_data_check
 from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.similar import SimilarityIndex
@@ -53,8 +54,7 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         lines = ((kind, each.lines[kind]) for kind in KINDS if kind in each.lines)
         rows = [[KINDS[kind], len(found), _rows_text(found), each.first[kind]] for kind, found in lines]
         console.table(["finding", "rows", "at line", "the first"], rows)
-    if fix is None and any(each.lines for each in trained):
-        console.info("--fix FILE writes the training rows without findings")
+    fixes = fix is None and any(each.lines for each in trained)
     if fix is not None:
         passed = [row for each in trained for row in each.passed]
         write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
@@ -64,9 +64,11 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
                 console.info(
                     f"{each.name}: max_rows ({source.max_rows:,}) left some rows unread; these are not in {fix}"
                 )
-    findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in (*trained, *eval_findings)]
+    files = (*trained, *eval_findings)
+    console.next_steps(after_data_check([each.lines for each in files], loaded.path, fixes=fixes))
+    findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in files]
     write_result({"files": findings, "fixed": fix})
-    return 2 if any(each.lines for each in (*trained, *eval_findings)) else 0
+    return 2 if any(each.lines for each in files) else 0
 
 
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:

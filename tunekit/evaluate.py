@@ -10,6 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tunekit.artifacts.report.next_step import after_evaluation
 from tunekit.artifacts.report.tasks import change_table, score_table
 from tunekit.artifacts.run import TASKS_NAME, refuse_to_replace_part
 from tunekit.companions.base import load_companions
@@ -22,6 +26,7 @@ from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.evaluation.by_adapter import check_adapters, rows_by_adapter, with_adapter
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
+from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.tasks.measure import measure_tasks
 from tunekit.evaluation.tasks.run import require_harness
 from tunekit.files.durable import json_result, write_json
@@ -98,6 +103,7 @@ def evaluate_verb(
         write_result({"adapters": {adapter: _finite(values) for adapter, values in by_adapter.items()}})
     elif devices.is_main:
         write_result(_shown(console, target, _values(loaded.objective.name, evaluation), evaluation))
+        console.next_steps(after_evaluation(target, spec.kind, *_row_losses(rows, evaluation)))
 
 
 def _shown(console: Console, target: str, values: Mapping[str, float], evaluation: Evaluation) -> dict[str, Any]:
@@ -122,6 +128,16 @@ def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:
     sizes, units = (text.replace(" ", "_") for text in (shows.sizes, shows.units))
     defined = {name: value for name, value in evaluation.metrics.items() if name == "loss" or not math.isnan(value)}
     return {**defined, "rows": sums.rows, sizes: sums.tokens, units: int(sums.values["units"])}
+
+
+def _row_losses(rows: RowSet, evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(rows,) each: the loss of each row, a sum over its units, and the units. Empty if a row has no finite loss."""
+    measured, losses = evaluation.sums.row_losses, list[float]()
+    units = [] if rows.evaluation is None else unit_counts(rows.evaluation, rows.objective)
+    if len(measured) == len(units):
+        losses = [measured[number] for number in range(len(units))]
+    usable = losses and np.isfinite(losses).all()
+    return np.array(losses if usable else [], np.float64), np.array(units if usable else [], np.float64)
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 
+from tunekit.artifacts.report.next_step import after_plan
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
 from tunekit.console import Console
 from tunekit.data.reading.replaced import refuse_to_replace
@@ -29,6 +30,7 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
         console.table(["target", "layers", "shape", "rank", "parameters"], target_rows(plan))
         console.table(["memory", "at the peak"], memory_rows(plan, available_bytes(devices.device)))
         console.info(*plan.notes)
+        console.next_steps(after_plan(plan, loaded.path, overridden=bool(loaded.overridden)))
         if devices.is_main:
             write_result(asdict(plan))
     finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tunekit.artifacts.report.compare import Outcomes, comparison_report, differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.html import html_page
+from tunekit.artifacts.report.next_step import after_training
 from tunekit.artifacts.report.paired import differences, heading
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
@@ -57,6 +58,8 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     if page is not None:
         write_text(Path(page), html_page(run_report(runs[0]) if len(runs) == 1 else comparison_report(runs)))
         console.info(f"page: {page}")
+    if len(paths) == 1:
+        console.next_steps(after_training(runs[0]))
     if csv_file is not None:
         write_text(Path(csv_file), _csv(outcome))
         console.info(f"table: {csv_file}")

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from tunekit.artifacts.checkpoint import load_checkpoint
+from tunekit.artifacts.report.next_step import after_training
 from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
+from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.report.write import write_report
 from tunekit.artifacts.run import TASKS_NAME, RunFolder
 from tunekit.console import Console
@@ -87,6 +89,7 @@ def train_verb(
             else:
                 with run_files.locked_folder(session, path, resume, overwrite):
                     train_session(session, resume)
+                console.next_steps([] if session.folder is None else after_training(run_values(path)))
             if devices.is_main:
                 write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
     except TunekitError as error:

@@ -83,6 +83,10 @@ class Console:
         if is_verbose():
             self.info(*lines)
 
+    def next_steps(self, lines: Iterable[str]) -> None:
+        """Print what to do next."""
+        self.info(*(f"next: {line}" for line in lines))
+
     def json(self, value: object) -> None:
         """Print a value as one line of JSON. Characters that the stream cannot encode are escaped."""
         text = json_line(value)

@@ -30,11 +30,11 @@ class RowLosses:
     @cached_property
     def names(self) -> dict[str, list[Any]]:
         """For each row: its file and line, a hash of all its parts, and the number of its units."""
-        rows, loss = [self.rows[number] for number in range(len(self.rows))], self.objective.loss.evaluation_copy()
+        rows = [self.rows[number] for number in range(len(self.rows))]
         return {
             "rows": [row.origin for row in rows],
             "digests": [_digest(row) for row in rows],
-            "units": [float(loss.units(self.objective.rows.collate([[row]]))[0]) for row in rows],
+            "units": unit_counts(rows, self.objective),
         }
 
     def values(
@@ -73,6 +73,12 @@ class RowLosses:
             "number": number,
             "text": [[_cut(stretch, MOST_TRAINED if trained else MOST_OTHERS), trained] for stretch, trained in text],
         }
+
+
+def unit_counts(rows: Rows | list[Row], objective: Objective) -> list[float]:
+    """The number of units of each row, over which its loss is a sum."""
+    loss = objective.loss.evaluation_copy()
+    return [float(loss.units(objective.rows.collate([[rows[number]]]))[0]) for number in range(len(rows))]
 
 
 def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:

@@ -1,6 +1,7 @@
 """Differences of the runs' evaluation losses, or of another metric, from the first run's, on rows that both evaluated,
 with intervals."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from tunekit.artifacts.report.values import RunValues, Values
 
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
+NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
 AT_A_TIME = 64  # number of resamples at a time, which limits memory
 
 
@@ -116,3 +118,14 @@ def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, f
         ratios.append(sums[:, 0] / sums[:, 1])
     low, high = np.quantile(np.concatenate(ratios), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def ratio_error(sums: Losses, units: Losses) -> float:
+    """The standard error of sum(sums) / sum(units) over rows: sqrt(n / (n - 1) sum((s - r u)^2)) / sum(u).
+
+    Shapes: (rows,) each, with at least two rows.    Source: Cochran 1977, section 2.11; Miller 2024, Adding error bars
+    to evals, section 2.
+    """
+    rows, total = len(units), float(units.sum())
+    residuals = sums - sums.sum() / total * units  # (rows,)
+    return math.sqrt(rows / (rows - 1) * float((residuals**2).sum())) / total

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from tunekit.artifacts.report.curves import binned_text, charts_of
+from tunekit.artifacts.report.next_step import after_training
 from tunekit.artifacts.report.pictures import before_and_after
 from tunekit.artifacts.report.run_costs import memory, overview, rows, size, speed
 from tunekit.artifacts.report.sections import MarkedText, ReportPage, ReportSection, ReportTable
@@ -58,6 +59,12 @@ def _verdict(run: RunValues) -> str:
     return f"Evaluation loss {before:.4g} before training, {after:.4g} of the exported weights."
 
 
+def _next_steps(run: RunValues) -> Iterator[ReportSection]:
+    """What to do next, by what was measured."""
+    if steps := after_training(run):
+        yield ReportSection("Next step", [f"{step[0].upper()}{step[1:]}." for step in steps])
+
+
 def _curves(run: RunValues) -> Iterator[ReportSection]:
     """The change of the headline value over the run, and all curves."""
     headline, charts = run.shows.headline, charts_of([run])
@@ -78,8 +85,8 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
     why = "the last" if best is None else "the best evaluation"
     text = [] if exported is None else [f"The exported weights are those after step {exported:,}, {why}."]
     if not run.evaluations:
-        none = "The result was not compared with its base: there are no evaluation rows (data.eval)."
-        yield ReportSection("Result", [none if run.report else "Nothing has been evaluated yet.", *text])
+        none = "There are no evaluation rows." if run.report else "Nothing has been evaluated yet."
+        yield ReportSection("Result", [none, *text])
         return
     names = sorted(dict.fromkeys(name for each in run.evaluations for name in each.part("eval")), key="loss".__ne__)
     shown = _few(run.evaluations, best)
@@ -278,5 +285,5 @@ def _files(run: RunValues) -> Iterator[ReportSection]:
     yield ReportSection("Recipe and environment", files=[(name, text) for name, text in files if text])
 
 
-RESULTS = (overview, _curves, _result, _labels, _pictures, _answers, _panels, _worst_rows)
+RESULTS = (overview, _next_steps, _curves, _result, _labels, _pictures, _answers, _panels, _worst_rows)
 SECTIONS = (*RESULTS, _tasks, _exports, memory, speed, rows, size, _reactions, _use, _files)

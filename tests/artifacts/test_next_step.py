@@ -1,0 +1,174 @@
+"""Each rule speaks on facts that call for it, and is silent on facts that differ in one point."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.run_case import write_run
+from tunekit.artifacts.report.next_step import (
+    AFTER_TRAINING,
+    after_data_check,
+    after_evaluation,
+    after_training,
+    evaluation_falls,
+    evaluation_rises,
+    learned_at_once,
+    loss_is_flat,
+    memory_is_left,
+    nothing_measured,
+    rows_are_few,
+)
+from tunekit.artifacts.report.run_report import run_report
+from tunekit.artifacts.report.values import RunValues, Values
+from tunekit.console import Console
+from tunekit.console.loudness import LOUDNESS
+
+FALLING = [2.0 - 0.04 * step for step in range(30)]
+
+
+def make_run(
+    losses: list[float] = FALLING,
+    evaluations: dict[int, float] | None = None,
+    *,
+    norm: float = 0.5,
+    accuracy: dict[int, float] | None = None,
+    recipe: dict[str, Any] | None = None,
+    rows: dict[str, list[float]] | None = None,
+    **plan: Any,
+) -> RunValues:
+    """A finished run of these losses; `evaluations`: loss by step."""
+    steps = [Values(step=at + 1, loss=loss, grad_norm=norm) for at, loss in enumerate(losses)]
+    measured = {2: 2.0, 30: 1.0} if evaluations is None else evaluations
+    records = [
+        Values(step=step, eval={"loss": loss, **({"accuracy": accuracy[step]} if accuracy else {})})
+        for step, loss in measured.items()
+    ]
+    training = {"learning_rate": 3e-4, "epochs": 3, "max_grad_norm": 1.0}
+    facts = {"recipe": {"training": training, **(recipe or {})}, "rows": {"steps_per_epoch": 10}, "device": "cpu"}
+    report = Values(measured_bytes={"cuda": 4 << 30})
+    run = RunValues(Path("runs/first"), "", Values(facts | plan), report, Values(), Values(), steps, records)
+    run.__dict__["row_losses"] = Values(rows or {})
+    return run
+
+
+def test_the_evaluation_loss_rises() -> None:
+    up = {0: 3.0, 10: 2.0, 20: 1.5, 30: 1.9}
+    text = evaluation_rises(make_run(evaluations=up))
+    assert text is not None
+    assert "rises since step 20 (1.5 to 1.9)" in text
+    assert "evaluation.best: eval.loss exports step 20; training.epochs: 2" in text
+    chosen = evaluation_rises(make_run(evaluations=up, recipe={"evaluation": {"best": "eval.loss"}}))
+    assert chosen is not None
+    assert "exports" not in chosen
+    assert evaluation_rises(make_run(FALLING[::-1], evaluations=up)) is None  # the training loss rises too
+    assert evaluation_rises(make_run(evaluations=up | {30: 1.51})) is None  # by less than 1 %
+    assert evaluation_rises(make_run(evaluations={0: 1.0, 10: 2.0, 30: 3.0})) is None  # never below the start
+
+
+def test_the_evaluation_loss_still_falls() -> None:
+    down = {0: 3.0, 10: 2.0, 20: 1.5, 30: 1.4}
+    text = evaluation_falls(make_run(evaluations=down))
+    assert text == (
+        "the evaluation loss still falls (1.5 to 1.4 in the last 10 steps): train longer, for example with "
+        "training.epochs: 6"
+    )
+    by_steps = evaluation_falls(make_run(evaluations=down, recipe={"training": {"max_steps": 30}}))
+    assert by_steps is not None
+    assert by_steps.endswith("training.max_steps: 60")
+    assert evaluation_falls(make_run(evaluations=down | {30: 1.49})) is None  # by less than 1 %
+    assert evaluation_falls(make_run(evaluations={0: 0.03, 10: 0.02, 30: 0.001})) is None  # nothing is left to learn
+    assert evaluation_falls(make_run(evaluations={0: 3.0, 30: 1.0})) is None  # two points are no trend
+
+
+def test_the_training_loss_is_flat() -> None:
+    flat = [2.0 + 0.1 * math.sin(7.0 * step) for step in range(30)]
+    text = loss_is_flat(make_run(flat))
+    assert text is not None
+    assert text.endswith("training.learning_rate=0.0009,0.0001")
+    clipped = loss_is_flat(make_run(flat, norm=1.5))
+    assert clipped is not None
+    assert "clipped in 100% of the steps" in clipped
+    assert clipped.endswith("training.learning_rate=0.0001,0.0009")
+    assert loss_is_flat(make_run()) is None
+    assert loss_is_flat(make_run(flat[:8])) is None  # too few steps
+
+
+def test_nothing_was_left_to_learn() -> None:
+    text = learned_at_once(make_run([0.003, 0.002]))
+    assert text is not None
+    assert "0.003 already at step 1" in text
+    assert learned_at_once(make_run()) is None
+    evaluations = {2: 2.0, 30: 1.0}
+    leaked = learned_at_once(make_run(evaluations=evaluations, accuracy={2: 1.0, 30: 1.0}))
+    assert leaked is not None
+    assert "at step 2: check with tunekit data check" in leaked
+    assert learned_at_once(make_run(evaluations=evaluations, accuracy={2: 0.9, 30: 1.0})) is None
+
+
+def test_the_noise_of_few_rows_is_that_of_their_interval() -> None:
+    """Losses of 1 and 3, one token each: the standard error of 16 rows is sqrt(16 / 15) / 4."""
+    columns = {"losses": [1.0, 3.0] * 8, "units": [1.0] * 16, "before": [3.0] * 16}
+    text = rows_are_few(make_run(rows=columns))
+    assert text is not None
+    reach = 1.96 * math.sqrt(16 / 15) / 4
+    assert text.startswith(f"16 evaluation rows measure the loss to within {reach:.2g}: ")
+    same = {**columns, "losses": [2.0 * units for units in range(1, 17)], "units": [float(at) for at in range(1, 17)]}
+    assert rows_are_few(make_run(rows=same)) is None  # each row has the same mean loss
+    assert rows_are_few(make_run(rows=columns | {"before": [9.0] * 16})) is None  # training changed the loss much more
+
+
+def test_memory_for_twice_the_micro_batch() -> None:
+    facts: dict[str, Any] = {"choice": {"micro_batch_size": 2, "gradient_accumulation_steps": 8}, "device": "cuda"}
+    facts |= {"peak_bytes": {"activations": 2 << 30, "logits": 1 << 30}, "budget_bytes": 8 << 30}
+    text = memory_is_left(make_run(**facts))
+    assert text is not None
+    assert text.startswith("4.0 GiB of the budget was free: training.micro_batch_size: 4 with ")
+    assert "training.gradient_accumulation_steps: 4" in text
+    for change in ({"device": "cpu"}, {"budget_bytes": 6 << 30}, {"budget_bytes": None}):
+        assert memory_is_left(make_run(**facts | change)) is None
+
+
+def test_at_most_two_and_none_after_a_bad_verdict(tmp_path: Path) -> None:
+    run = make_run([0.003] * 30, {0: 0.02, 10: 0.03}, rows={"losses": [1.0, 9.0], "units": [1.0, 1.0]})
+    assert sum(rule(run) is not None for rule in AFTER_TRAINING) > 2
+    assert len(after_training(run)) == 2
+    blind = make_run(evaluations={})
+    assert after_training(blind) == [nothing_measured(blind)]
+    run.report["verdict"] = "worse than the base"
+    assert after_training(run) == []
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.001}) + "\n", encoding="utf-8")
+    from tunekit.artifacts.report.values import read_run
+
+    assert [section.title for section in run_report(read_run(folder)).sections][1] == "Next step"
+
+
+def test_after_a_data_check_and_an_evaluation() -> None:
+    recipe = Path("my recipe.yaml")
+    assert after_data_check([{}], recipe, fixes=False) == [
+        "tunekit preview 'my recipe.yaml' shows which tokens are trained on"
+    ]
+    steps = after_data_check([{"near": [3], "long": [4]}, {"leak": [7]}], recipe, fixes=True)
+    assert steps[0].startswith("remove these training rows")
+    assert steps[1].startswith("--fix FILE")
+    even, units = np.full(50, 2.0), np.ones(50)
+    assert after_evaluation("mine.yaml", "recipe", even, units) == [
+        "tunekit train mine.yaml, then evaluate its run on the same rows"
+    ]
+    assert after_evaluation("adapter", "adapter", even, units) == []
+    (noise,) = after_evaluation("adapter", "adapter", even + np.arange(50) % 2 * 4, units)
+    assert noise.startswith("50 evaluation rows measure the loss to within")
+
+
+def test_quiet_prints_no_next_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Console().next_steps(["tunekit train mine.yaml"])
+    assert capsys.readouterr().out == "next: tunekit train mine.yaml\n"
+    monkeypatch.setenv(LOUDNESS, "quiet")
+    Console().next_steps(["tunekit train mine.yaml"])
+    assert capsys.readouterr().out == ""

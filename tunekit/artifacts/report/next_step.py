@@ -1,0 +1,254 @@
+"""One or two sentences after a command that say what to do next. Each rule reads facts that a command recorded, and
+returns a sentence, or None if its facts do not call for it."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from tunekit.artifacts.report.paired import NORMAL, Losses, ratio_error
+from tunekit.artifacts.report.values import RunValues
+from tunekit.records import Headline, Plan, bytes_text
+
+MOST = 2  # maximum of sentences after a command
+CHANGE = 0.01  # share of a loss; a smaller change does not count
+LEARNED = 0.01  # a loss in nats per unit below which nothing is left to learn: the probability is above 0.99
+LEAST_STEPS = 12  # minimum of steps that show a trend
+TIMES = 3.0  # factor between learning rates to try
+WIDE = 0.1  # share of the change by training; a wider interval hides differences between recipes
+CLIPPED = 0.5  # share of the steps
+
+
+def after_training(run: RunValues) -> list[str]:
+    """The next steps of a finished run, most important first. A bad verdict has its own advice, so there are none."""
+    if not run.report or "verdict" in run.report:
+        return []
+    return [text for rule in AFTER_TRAINING if (text := rule(run)) is not None][:MOST]
+
+
+def learned_at_once(run: RunValues) -> str | None:
+    """The loss is almost 0 before the first update, or an accuracy is 1 before half an epoch: then the labels are in
+    the prompt, evaluation rows are training rows, or the base knows the answers already.
+
+    Source: the loss of a model that must guess among K equally likely answers is ln K; Karpathy 2019, A recipe for
+    training neural networks (check the loss at the start). Leaks: Lee et al. 2022, section 5.
+    """
+    if run.steps and _has_loss(run) and (loss := run.steps[0].number("loss")) is not None and 0 <= loss < LEARNED:
+        return (
+            f"the training loss was {loss:.2g} already at step 1: check with tunekit preview that the prompt does not "
+            "contain the answer"
+        )
+    half = run.plan.part("rows").count("steps_per_epoch") / 2
+    first = next((record for record in run.evaluations if record.part("eval").number("accuracy") == 1.0), None)
+    if first is None or first.count("step") > half:
+        return None
+    return (
+        f"the accuracy on evaluation rows was 1.0 already at step {first.count('step'):,}: check with tunekit data "
+        "check that no training row equals an evaluation row"
+    )
+
+
+def evaluation_rises(run: RunValues) -> str | None:
+    """The last evaluation loss is above the lowest by the share CHANGE, while the training loss went on falling.
+
+    Source: the generalisation loss GL(t) = E(t) / min E - 1; Prechelt 1998, Early stopping - but when?, section 2.
+    """
+    losses = _evaluation_losses(run)
+    if len(losses) < 3:
+        return None
+    (best, lowest), (last, loss) = min(losses, key=lambda pair: pair[1]), losses[-1]
+    if best in (0, last) or loss <= (1 + CHANGE) * lowest or not _training_fell(run, best):
+        return None
+    rise = f"the evaluation loss rises since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
+    per_epoch = run.plan.part("rows").count("steps_per_epoch")
+    shorter = f"training.epochs: {best / per_epoch:.2g}" if per_epoch else f"training.max_steps: {best}"
+    if run.recipe.part("evaluation").get("best") == "eval.loss":
+        return f"{rise}: evaluation.patience ends a run there, or {shorter}"
+    return f"{rise}: evaluation.best: eval.loss exports step {best:,}; {shorter} ends there"
+
+
+def evaluation_falls(run: RunValues) -> str | None:
+    """The evaluation loss fell by the share CHANGE to the last evaluation, which is the lowest, and fell before.
+
+    Source: Prechelt 1998, section 2: training goes on while the validation error falls.
+    """
+    losses = _evaluation_losses(run)
+    if len(losses) < 3 or losses[-1][1] < LEARNED:
+        return None
+    (_, earlier), (before, loss), (last, final) = losses[-3:]
+    if not earlier > loss > final or final > (1 - CHANGE) * loss:
+        return None
+    training = run.recipe.part("training")
+    key = "max_steps" if training.number("max_steps") is not None else "epochs"
+    length = training.number(key)
+    longer = "" if length is None else f", for example with training.{key}: {2 * length:g}"
+    return (
+        f"the evaluation loss still falls ({loss:.4g} to {final:.4g} in the last {last - before:,} steps): train "
+        f"longer{longer}"
+    )
+
+
+def loss_is_flat(run: RunValues) -> str | None:
+    """The training loss of the last third of the steps differs from that of the first third by less than the noise of
+    both, and by less than the share CHANGE. If most gradients are clipped, the lower learning rate is tried first.
+
+    Source: noise is estimated from successive differences, variance = mean((x[t+1] - x[t])^2) / 2; von Neumann 1941.
+    Rates at factors of about 3: Bengio 2012, section 3.1 (a rate 3 times smaller).
+    """
+    losses = [value for record in run.steps if (value := record.number("loss")) is not None]
+    rate, third = run.recipe.part("training").number("learning_rate"), len(losses) // 3
+    if not _has_loss(run) or len(losses) < LEAST_STEPS or not rate:
+        return None
+    first, last = fmean(losses[:third]), fmean(losses[-third:])
+    variance = fmean((after - before) ** 2 for before, after in pairwise(losses)) / 2
+    noise = NORMAL * math.sqrt(2 * variance / third)
+    if abs(last - first) > noise or first - last > CHANGE * abs(first):
+        return None
+    rates = [rate * TIMES, rate / TIMES]
+    limit, norms = run.recipe.part("training").number("max_grad_norm"), _norms(run)
+    clipped = sum(norm > limit for norm in norms) / len(norms) if limit and norms else 0.0
+    why = f"; gradients were clipped in {clipped:.0%} of the steps" if clipped > CLIPPED else ""
+    tried = ",".join(f"{each:.2g}" for each in (rates[::-1] if why else rates))
+    return (
+        f"the training loss is flat ({first:.4g} to {last:.4g}){why}: compare other rates with tunekit sweep and "
+        f"training.learning_rate={tried}"
+    )
+
+
+def rows_are_few(run: RunValues) -> str | None:
+    """The interval of the evaluation loss is wide compared with the change by training.
+
+    Source: Miller 2024, Adding error bars to evals, sections 2 and 4 (compare in pairs).
+    """
+    rows = run.row_losses
+    losses, units, before = (_array(rows.column(name)) for name in ("losses", "units", "before"))
+    if losses is None or units is None or len(losses) < 2 or not units.sum():
+        return None
+    change = None if before is None or len(before) != len(losses) else abs((before - losses).sum() / units.sum())
+    return few_rows(losses, units, change)
+
+
+def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str | None:
+    """A sentence about the noise of a loss, if its 95 % interval is wider than the share WIDE of `change`, or of the
+    loss.
+
+    Shapes: (rows,) each: losses, as sums over each row's units.    Source: as `ratio_error`.
+    """
+    loss, reach = abs(losses.sum() / units.sum()), NORMAL * ratio_error(losses, units)
+    if not reach > WIDE * (loss if change is None else change):
+        return None
+    return (
+        f"{len(losses):,} evaluation rows measure the loss to within {reach:.2g}: smaller differences between runs are "
+        "noise, unless tunekit report compares them row by row"
+    )
+
+
+def memory_is_left(run: RunValues) -> str | None:
+    """On an accelerator, twice the micro-batch fits into the budget with half the accumulation. The steps are the same,
+    with fewer launches of kernels.
+
+    Source: peak + activations + logits, because only these two grow with the micro-batch.
+    """
+    choice, parts, budget = run.plan.part("choice"), run.plan.numbers("peak_bytes"), run.plan.number("budget_bytes")
+    rows, windows = choice.count("micro_batch_size"), choice.count("gradient_accumulation_steps")
+    measured = max(run.report.numbers("measured_bytes").values(), default=0.0)
+    if budget is None or run.plan.get("device") == "cpu" or not rows or windows < 2 or not measured:
+        return None
+    needed = measured + parts.get("activations", 0.0) + parts.get("logits", 0.0)
+    if needed > budget:
+        return None
+    return (
+        f"{bytes_text(budget - measured)} of the budget was free: training.micro_batch_size: {2 * rows} with "
+        f"training.gradient_accumulation_steps: {windows // 2} makes the same steps faster"
+    )
+
+
+def nothing_measured(run: RunValues) -> str | None:
+    """There are no evaluation rows. Source: the loss of training rows does not show whether a model generalises;
+    Hastie et al. 2009, The elements of statistical learning, section 7.2."""
+    return None if run.evaluations else NO_ROWS
+
+
+NO_ROWS = "no evaluation rows measure the result: data.eval: 0.1 sets a tenth of the rows aside"
+AFTER_TRAINING = (
+    *(learned_at_once, evaluation_rises, evaluation_falls, loss_is_flat),
+    *(rows_are_few, nothing_measured, memory_is_left),
+)
+
+
+def after_plan(plan: Plan, recipe: Path, *, overridden: bool) -> list[str]:
+    """The next steps of a plan without refusals; a refusal states its own. `overridden`: whether the command line
+    changed the recipe."""
+    if plan.refusals:
+        return []
+    train = f"tunekit train {shlex.quote(str(recipe))}" + (" with the same overrides" if overridden else "")
+    return [*([] if plan.rows.evaluation is not None else [NO_ROWS]), train]
+
+
+CURES = {  # kind of finding -> what to do, most important first
+    "secret": "remove the secrets from these rows, and revoke them: a model can repeat what it was trained on",
+    "leak": "remove these training rows, or the evaluation loss is too low",
+    "broken": "correct the rows that cannot be read",
+    "contrary": "decide on one label for each repeated row",
+    "long": "raise data.max_length, or set data.excess_length: truncate or split",
+}
+
+
+def after_data_check(findings: Sequence[Mapping[str, Sequence[int]]], recipe: Path, *, fixes: bool) -> list[str]:
+    """The next steps of a data check. `findings`: the lines of rows by kind, of each file; `fixes`: whether training
+    rows have findings that --fix would leave out.
+
+    Source: secrets, Carlini et al. 2021, Extracting training data; leaks, Lee et al. 2022, section 5; labels, Northcutt
+    et al. 2021, Pervasive label errors.
+    """
+    kinds = {kind for each in findings for kind, lines in each.items() if lines}
+    if not kinds:
+        return [f"tunekit preview {shlex.quote(str(recipe))} shows which tokens are trained on"]
+    cures = [cure for kind, cure in CURES.items() if kind in kinds][:1]
+    return [*cures, *(["--fix FILE writes the training rows without findings"] if fixes else [])]
+
+
+def after_evaluation(target: str, kind: str, losses: Losses, units: Losses) -> list[str]:
+    """The next steps of an evaluation: about the noise of its loss, then the next command. `kind`: recipe, run, adapter
+    or model.    Shapes: `losses`, `units` (rows,) each, empty if they were not measured."""
+    noise = None if len(losses) < 2 or not units.sum() else few_rows(losses, units)
+    commands = {
+        "recipe": f"tunekit train {shlex.quote(target)}, then evaluate its run on the same rows",
+        "run": f"tunekit report {shlex.quote(target)} shows the rows with the highest loss",
+    }
+    return [*([] if noise is None else [noise]), *([commands[kind]] if kind in commands else [])]
+
+
+def _has_loss(run: RunValues) -> bool:
+    """Whether the training loss says how good the run is, and is a negative log-probability."""
+    return run.shows.headline == Headline() and not run.shows.draws
+
+
+def _evaluation_losses(run: RunValues) -> list[tuple[int, float]]:
+    """(step, loss) of each evaluation, if the loss is what the run is judged by."""
+    if run.shows.headline != Headline():
+        return []
+    pairs = ((record.count("step"), record.part("eval").number("loss")) for record in run.evaluations)
+    return [(step, loss) for step, loss in pairs if loss is not None]
+
+
+def _training_fell(run: RunValues, step: int) -> bool:
+    """Whether the mean training loss after a step is below that of equally many steps before."""
+    pairs = [(each.count("step"), loss) for each in run.steps if (loss := each.number("loss")) is not None]
+    after = [loss for at, loss in pairs if at > step]
+    before = [loss for at, loss in pairs if at <= step][-len(after) :]
+    return bool(after and before) and fmean(after) < fmean(before)
+
+
+def _norms(run: RunValues) -> list[float]:
+    return [norm for record in run.steps if (norm := record.number("grad_norm")) is not None]
+
+
+def _array(values: Sequence[float | None]) -> Losses | None:
+    """(rows,) the values; None if there are none or one is missing."""
+    present = [value for value in values if value is not None]
+    return np.array(present, np.float64) if present and len(present) == len(values) else None
