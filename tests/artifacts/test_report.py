@@ -290,7 +290,8 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
     rows = dataclasses.replace(make_plan().rows, steps_per_epoch=None)
     plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}, "objective": {"method": "dpo"}})
     page = written(run, facts, plan)
-    assert "not compared with its base: there are no evaluation rows" in page
+    assert "There are no evaluation rows." in page
+    assert "data.eval: 0.1 sets a tenth of the rows aside" in page
     assert " pairs." in page
     assert "None" not in page.replace("None: all checks", "")
     assert "nan" not in page.lower()

@@ -74,7 +74,7 @@ def evaluation_rises(run: RunValues) -> str | None:
 def evaluation_falls(run: RunValues) -> str | None:
     """The evaluation loss fell by the share CHANGE to the last evaluation, which is the lowest, and fell before.
 
-    Source: Prechelt 1998, section 2: training goes on while the validation error falls.
+    Source: Prechelt 1998, section 2: training continues while the validation error falls.
     """
     losses = _evaluation_losses(run)
     if len(losses) < 3 or losses[-1][1] < LEARNED:
