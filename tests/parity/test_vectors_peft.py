@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from peft.tuners.c3a.utils import get_circulant_fast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -162,3 +163,14 @@ def test_a_repeat_that_differs_from_what_it_repeats_is_refused(tmp_path: Path) -
     save_file(tensors, file)
     with pytest.raises(AdapterError, match="its original"):
         attach_adapter_folder(base.make(), tmp_path, head_name="lm_head")
+
+
+def test_random_matrices_that_are_in_no_file_are_those_of_peft(tmp_path: Path) -> None:
+    base, ids = BASES["llama"], torch.arange(3, 11)[None]
+    names = [*base.attention, *base.feedforward]
+    config = peft.RandLoraConfig(r=5, target_modules=names, save_projection=False, init_weights=False)
+    model = peft.get_peft_model(base.make(), config).eval()
+    model.save_pretrained(str(tmp_path))
+    net = base.make().eval()
+    attach_adapter_folder(net, tmp_path, head_name="lm_head")
+    torch.testing.assert_close(net(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)

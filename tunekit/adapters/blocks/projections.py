@@ -14,10 +14,12 @@ def projection_slot(saved: bool, suffix: str, shape: tuple[int, ...]) -> Slot:
     return Slot(suffix, shape, kind="saved" if saved else "resume")
 
 
-def kaiming_uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """Uniform within sqrt(6 / fan-in); the fan-in is the product of all dimensions but the first."""
-    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(math.prod(shape[1:])))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+def kaiming_uniform(
+    shape: tuple[int, ...], generator: Generator, gain: float = math.sqrt(2), dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Uniform within gain sqrt(3 / fan-in); the fan-in is the product of all dimensions but the first."""
+    bound = math.sqrt(3.0) * (gain / math.sqrt(math.prod(shape[1:])))
+    return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
 
 def ternary(shape: tuple[int, ...], generator: Generator, sparsity: float) -> Tensor:

@@ -41,8 +41,11 @@ class RandloraProjections(SharedPart[RandloraSettings]):
             sparsity = math.sqrt(a[2]) if self.settings.very_sparse else 3
             values = ternary(a, generator, sparsity), ternary(b, generator, sparsity)
         else:
-            first = kaiming_uniform(a, generator)
-            pieces = [kaiming_uniform((b[0], 1, b[2]), generator) for _ in range(b[1])]
+            # PEFT draws in bfloat16 on most devices: a file without the matrices means these numbers.
+            saved = self.settings.save_projection
+            form = (math.sqrt(2), torch.float32) if saved else (math.sqrt(2 / 6), torch.bfloat16)
+            first = kaiming_uniform(a, generator, *form)
+            pieces = [kaiming_uniform((b[0], 1, b[2]), generator, *form) for _ in range(b[1])]
             values = first, torch.cat(pieces, dim=1)
         for matrix, value in zip((self.A, self.B), values, strict=True):
             matrix.copy_(value / value.std())
