@@ -5,19 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tunekit.errors import ModelError
+from tunekit.model.text.gguf_tokenizer import QWEN2, SPACE
 
 Definition = Mapping[str, Any]  # of a tokenizer, or of one of its steps, as in tokenizer.json
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # the steps that split a text into words, each with its options -> llama.cpp's name
 PRE_TOKENIZERS: dict[tuple[tuple[str | None, Any], ...], str] = {
     (("ByteLevel", True),): "gpt-2",
     (("Digits", True), ("ByteLevel", True)): "smollm",
-    (("Split", QWEN2_WORDS), ("ByteLevel", False)): "qwen2",
+    (("Split", QWEN2), ("ByteLevel", False)): "qwen2",
 }
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens; no text has unused ones
-SPACE = "\u2581"  # which stands for a space in the tokens of a tokenizer of pieces
 NEVER_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 # llama.cpp refuses a byte-level tokenizer without merges. This one never applies: merges begin with single characters.
 UNUSED_MERGE = "<|left|> <|right|>"

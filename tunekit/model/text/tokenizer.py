@@ -16,6 +16,7 @@ from tunekit.errors import DataError, ModelError
 from tunekit.model.storage.gguf_facts import damage_named
 from tunekit.model.storage.inspection import check_gguf, read_answer_start
 from tunekit.model.storage.source import ModelSource, find_source
+from tunekit.model.text.gguf_tokenizer import TOKENIZER, split_as_llama_cpp, tokenizer_folder
 from tunekit.model.text.templates import render_template
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import ModelSection
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
@@ -186,10 +187,13 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     if source.gguf_file is not None:
         check_gguf(source)
         arguments["gguf_file"] = source.gguf_file
-    with damage_named(source), model_errors(section, "the tokenizer of "), quiet():
+    reads = tokenizer_folder(source, FILES)
+    with damage_named(source), model_errors(section, "the tokenizer of "), quiet(), reads as folder:
         native = AutoTokenizer.from_pretrained(
-            str(source.folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
+            str(folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
         )
+        if source.gguf_file is not None and not (folder / TOKENIZER).exists():
+            split_as_llama_cpp(native, source)
     if getattr(native, "backend_tokenizer", None) is None:
         how = "convert it once with transformers and save tokenizer.json in the model's folder"
         raise ModelError(f"{section.name_or_path} has only a slow tokenizer", how, key="model.name_or_path")
