@@ -274,3 +274,11 @@ def test_scores_of_tasks_and_removed_evaluations_are_named(case: Path) -> None:
     assert "steps 1 to 4: the run has no record of the evaluations after steps 3, " in ended.output
     assert audit.TASKS_UNPROVED in ended.output
     assert proof["parts"][0]["not_recorded"] == [3]
+
+
+def test_records_before_the_first_step_are_named(case: Path) -> None:
+    change_records(case, lambda lines: [{"step": -1, "eval": {"loss": 9.0}}, {"step": -1, "loss": 9.0}, *lines])
+    ended, proof = audited(case, 1, seed=1)
+    assert ended.code == 3
+    assert "step -1: step was -1, is (absent); loss was 9.0, is (absent)" in ended.output
+    assert proof["parts"][0]["not_compared"] == [-1]

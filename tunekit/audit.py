@@ -239,7 +239,7 @@ def _repeat(
 def _copy(run: Path, repeat: Path, start: int, facts: JsonObject | None) -> None:
     """Copy what a resume after step `start` reads. A finished run exports its best checkpoint, so it is copied too."""
     (repeat / "checkpoints").mkdir(parents=True)
-    for name in COPIED:
+    for name in COPIED if start else COPIED[:-1]:  # a record of step 0 would be compared with itself
         shutil.copyfile(run / name, repeat / name)
     best = None if facts is None else facts["loop"].get("best_step")
     for step in {start, best} - {0, None}:

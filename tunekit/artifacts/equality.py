@@ -1,6 +1,7 @@
 """Compares a re-executed part of a run with the files of the run: the records, the checkpoint and the result."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> Rec
 
 def _records(run: Path, start: int, end: int | None) -> list[tuple[tuple[int, bool], Record]]:
     """The records of these steps with (step, whether it is an evaluation), without measurements."""
-    first = start if start else -1  # the evaluation before training has step 0
+    first = start or -math.inf  # the evaluation before training has step 0
     return [
         ((record["step"], "eval" in record), {name: value for name, value in record.items() if name not in MEASURED})
         for record in read_metrics(run / METRICS_NAME)
