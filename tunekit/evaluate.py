@@ -83,7 +83,9 @@ def evaluate_verb(
         console.info(f"loading {spec.model.name_or_path} ...")
         loaded = load_target(spec, devices.device)
         load_reference(loaded)
-        rows = devices.main_first(lambda: load_evaluation_rows(section, loaded.objective, seed=spec.seed))
+        others = [] if adapter_column is None else [adapter_column]
+        read = partial(load_evaluation_rows, section, loaded.objective, seed=spec.seed, caller_columns=others)
+        rows = devices.main_first(read)
         console.info(*rows.notes, *calibration_notes(spec.evaluation))
         loaded.model.companions = load_companions(rows.objective, devices.device)
         console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")

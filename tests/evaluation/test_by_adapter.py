@@ -58,6 +58,13 @@ def test_each_adapter_is_as_in_an_evaluation_of_its_own(folder: Path, tiny_llama
         assert results[str(place) if name else "base"] == evaluated(place, alone)
 
 
+def test_the_column_counts_as_read(folder: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated(tiny_llama, write(folder, ["one"]), "adapter")
+    assert "does not read" not in capsys.readouterr().out
+    evaluated(tiny_llama, write(folder, ["one"]))
+    assert "does not read 'adapter'" in capsys.readouterr().out
+
+
 def test_wrong_rows_and_targets_are_refused(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError, match=r"(?s)rows\.jsonl:2.*none contains no adapter.*rows\.jsonl:3"):
         evaluated(tiny_llama, write(folder, ["one", "none", 5]), "adapter")

@@ -1,7 +1,7 @@
 """Loading the rows of an objective from the data section, with the token cache, the held-out split and the counts."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -131,13 +131,21 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
 
 
 def load_evaluation_rows(
-    data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None
+    data: DataSection,
+    objective: Objective,
+    *,
+    seed: int,
+    cache_dir: Path | None = None,
+    caller_columns: Container[str] = (),
 ) -> RowSet:
-    """Only the evaluation rows of a data section. `train` is empty, unless data.eval is a fraction of data.train."""
+    """Only the evaluation rows of a data section. `train` is empty, unless data.eval is a fraction of data.train.
+
+    `caller_columns`: columns that the caller reads; the notes do not call them unread.
+    """
     data = _with_tables(data)
     if isinstance(data.eval, tuple):
         objective = _with_options(objective, encode_options(data))
-        sources = load_sources(data.eval, objective.rows, cache_dir)
+        sources = load_sources(data.eval, objective.rows, cache_dir, caller_columns)
         parts = [_whole(source) for source in sources]
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")

@@ -3,7 +3,7 @@
 Notes that begin with "warning: " need attention.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,16 +17,18 @@ MANY_DROPPED = 0.05  # share of a source's rows
 NEARLY = 0.85  # minimum similarity of a column's name to a field that it may misspell
 
 
-def format_note(name: str, format_name: str, reason: str, columns: Sequence[str]) -> str:
+def format_note(
+    name: str, format_name: str, reason: str, columns: Sequence[str], caller_columns: Container[str] = ()
+) -> str:
     """A note with the source's format and its unread columns; a warning if one of these may have been meant as a field.
 
-    `reason`: why the source has this format.
+    `reason`: why the source has this format. `caller_columns`: columns that the caller reads.
     """
     facts = facts_of("formats", format_name)
     names = aliases_in(facts, dict.fromkeys(columns))
     aliases = [alias for alias, field in names.items() if field not in columns]
     known = columns if getattr(facts, "KEEPS_COLUMNS", False) else (*facts.FIELDS, *aliases)
-    others = [column for column in columns if column not in known]
+    others = [column for column in columns if column not in known and column not in caller_columns]
     unread = ", ".join(f"'{column}'" for column in others)
     note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")
     absent = [field for field in facts.FIELDS if field not in columns]

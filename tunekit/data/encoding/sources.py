@@ -59,14 +59,19 @@ def read_template(path: Path) -> str:
         raise RecipeError(what, "name a Jinja file", file=str(path), key="data.chat_template") from None
 
 
-def load_sources(sources: Sequence[Source], kind: RowKind, cache_dir: Path | None) -> list[EncodedSource]:
-    """All sources, encoded. Raises: DataError with the problems of all sources."""
+def load_sources(
+    sources: Sequence[Source], kind: RowKind, cache_dir: Path | None, caller_columns: Container[str] = ()
+) -> list[EncodedSource]:
+    """All sources, encoded. `caller_columns`: columns that the caller reads, which are no unread columns.
+
+    Raises: DataError with the problems of all sources.
+    """
     folder = cache_dir or default_cache_folder()
     loaded: list[EncodedSource] = []
     problems: list[Problem] = []
     for source in sources:
         try:
-            loaded.append(load_source(source, kind, cache_folder=folder))
+            loaded.append(load_source(source, kind, cache_folder=folder, caller_columns=caller_columns))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -75,7 +80,9 @@ def load_sources(sources: Sequence[Source], kind: RowKind, cache_dir: Path | Non
     return [source if names[source.name] == 1 else replace(source, name=source.source.path) for source in loaded]
 
 
-def load_source(source: Source, kind: RowKind, *, cache_folder: Path) -> EncodedSource:
+def load_source(
+    source: Source, kind: RowKind, *, cache_folder: Path, caller_columns: Container[str] = ()
+) -> EncodedSource:
     """The encoded rows of a source. Raises: DataError listing the wrong rows by file and line."""
     fingerprint = source_fingerprint(source, kind)
     name = Path(source.path).name
@@ -83,7 +90,7 @@ def load_source(source: Source, kind: RowKind, *, cache_folder: Path) -> Encoded
     encode = partial(_encode_into, source=source, kind=kind.counting())
     store, facts = cached_store(cache_folder, key, kind.layout, encode, FACTS)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
-    lead = format_note(name, facts["format"], facts["reason"], facts["columns"])
+    lead = format_note(name, facts["format"], facts["reason"], facts["columns"], caller_columns)
     others = passed_over(Path(source.path)) if is_folder(source.path) else None
     counted = (counted_note(name, number, what) for what, number in facts["notices"].items())
     drawn = drawn_notes(name, source) if counts.read >= (source.max_rows or 0) else ()
