@@ -127,7 +127,7 @@ def test_copies_of_factors_are_freed_when_their_adapters_leave() -> None:
         with several.using_rows(names):
             torch.testing.assert_close(logits(net, inputs), expected, rtol=0, atol=1e-4)
         several.keep_copies(staying)
-        sizes.append(several.copied_bytes)
+        sizes.append(several.copies.used_bytes)
     assert sizes[0] > sizes[1] >= sizes[2] > sizes[3] == 0
     with several.using_rows(names):
         torch.testing.assert_close(logits(net, inputs), expected, rtol=0, atol=1e-4)

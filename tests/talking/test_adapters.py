@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from tests.talking.test_conversation import QUESTION, adapter_of, ask, load, peft_folder
 from tunekit.errors import AdapterConflict, AdapterError, InputError
 from tunekit.formats.example import Message
+from tunekit.talking.adapters import PART_BYTES
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Answers, Speaker, make_speaker
 
@@ -40,12 +43,13 @@ def test_an_adapter_is_loaded_when_it_is_used_and_the_oldest_one_evicted(speaker
     assert loaded(speaker) == []
     first = {name: ask(speaker, name, QUESTION) for name in ("one", "two", "three")}
     assert len(set(first.values())) == 3
-    size = sum(tensor.nbytes for tensor in speaker.adapters.loaded("one").state().values())  # type: ignore[union-attr]
+    size = bytes_of(speaker, "one")
     speaker.adapters.limit_bytes = 2 * size
     for name, others in (("one", ["one", "three"]), ("two", ["one", "two"]), ("three", ["three", "two"])):
         assert ask(speaker, name, QUESTION) == first[name]
         assert sorted(loaded(speaker)) == sorted(others)
         assert {*speaker.states} <= {*others}  # an evicted adapter's conversation would keep it in memory
+    assert speaker.adapters.nbytes == 2 * size
     plain = [type(module).__name__ for module in speaker.target.model.base.net.modules()]
     speaker.adapters.limit_bytes = 0
     speaker.adapters.load("base")
@@ -93,6 +97,13 @@ def test_a_changed_configuration_alone_is_noticed(speaker: Speaker, folder: Path
     assert ask(speaker, "two", QUESTION) == before
 
 
+def bytes_of(speaker: Speaker, name: str) -> int:
+    """The memory of one adapter: its tensors, and Python's objects."""
+    attached = speaker.adapters.loaded(name)
+    assert attached is not None
+    return sum(tensor.nbytes for tensor in attached.state().values()) + PART_BYTES * len(attached.parts())
+
+
 def answer_together(speaker: Speaker, names: list[str], tokens: int = 6) -> list[int]:
     """Answer a request to each adapter at the same time; returns the memory of adapters after each token."""
     sizes = []
@@ -106,21 +117,52 @@ def answer_together(speaker: Speaker, names: list[str], tokens: int = 6) -> list
 
 
 def test_copies_of_factors_count_as_memory_of_adapters(speaker: Speaker) -> None:
-    """They are freed when no answer runs, and before another adapter is evicted."""
+    """They are freed when no answer runs, and idle adapters are evicted for them."""
     sizes = answer_together(speaker, ["one", "two", "three"])
-    states = [speaker.adapters.loaded(name).state().values() for name in ("one", "two", "three")]  # type: ignore[union-attr]
-    assert max(sizes) > sizes[-1] == sum(tensor.nbytes for tensors in states for tensor in tensors)
+    assert max(sizes) > sizes[-1] == 3 * bytes_of(speaker, "one")
     speaker.adapters.limit_bytes = speaker.adapters.nbytes
-    answer_together(speaker, ["one", "two"])
-    assert sorted(loaded(speaker)) == ["one", "three", "two"]
+    sizes = answer_together(speaker, ["one", "two"])
+    assert speaker.adapters.limit_bytes >= max(sizes) > sizes[-1]
+    assert sorted(loaded(speaker)) == ["one", "two"]
+
+
+@pytest.mark.parametrize("room", [0.0, 0.7, 1.5])
+def test_copies_of_factors_stay_within_the_limit(speaker: Speaker, room: float) -> None:
+    """`room`: the memory for copies, in sizes of an adapter. Without memory for them, the answers are the same."""
+    names, replies = ["one", "two", "three"], dict[str, Reply]()
+    alone = {name: ask(speaker, name, QUESTION, 6) for name in names}
+    size = bytes_of(speaker, "one")
+    speaker.adapters.limit_bytes = limit = int((3 + room) * size)
+    sizes = []
     with speaker.answering(3, 512) as answers:
-        for name in ("one", "two"):
-            answers.put(speaker.prepare(Request(QUESTION, 20)), name, lambda piece: True, lambda reply: None)
+        for name in names:
+            request = speaker.prepare(Request(QUESTION, 6))
+            answers.put(request, name, lambda piece: True, partial(replies.__setitem__, name))
             answers.step()
-        answers.step()
-        assert speaker.adapters.nbytes > speaker.adapters.limit_bytes
-        answers.put(speaker.prepare(Request(QUESTION, 20)), "base", lambda piece: True, lambda reply: None)
-        assert sorted(loaded(speaker)) == ["one", "two"]
+            sizes.append(speaker.adapters.nbytes)
+        while answers.is_busy:
+            answers.step()
+            sizes.append(speaker.adapters.nbytes)
+    assert max(sizes) <= limit
+    assert (max(sizes) > 3 * size) == (room > 0)
+    assert {name: reply.text for name, reply in replies.items()} == alone
+
+
+def test_an_evicted_adapter_is_freed_at_once(speaker: Speaker, tiny_llama: Path, tmp_path: Path) -> None:
+    """Its layers refer to each other: Python's collector alone would free them much later."""
+    place = adapter_of(tiny_llama, tmp_path / "wide", 3, target_modules="all-linear")
+    speaker.adapters.add("wide", place)
+    ask(speaker, "wide", QUESTION)
+    answer_together(speaker, ["wide", "one"])
+    alive = [weakref.ref(tensor) for tensor in speaker.adapters.loaded("wide").trained().values()]  # type: ignore[union-attr]
+    gc.collect()
+    gc.disable()
+    try:
+        speaker.adapters.limit_bytes = 0
+        speaker.adapters.load("base")
+        assert [ref() for ref in alive if ref() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_an_adapter_that_conflicts_with_an_idle_one_replaces_it(

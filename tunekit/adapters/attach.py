@@ -187,6 +187,12 @@ class AttachedAdapter:
         if self.model_adapter is not None:
             self.model_adapter.detach(self.net)
 
+    def free(self) -> None:
+        """Free the memory of a detached adapter, which cannot be used any more. Its parts refer to each other, so that
+        Python would free them much later."""
+        for part in self.parts():
+            part.__dict__.clear()
+
 
 def total_penalty(parts: Iterable[AdapterPart]) -> Tensor | None:
     """() float32: the sum of the parts' penalties, or None."""

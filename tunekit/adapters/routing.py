@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import LayerAdapter
 from tunekit.adapters.copies import TrainedCopy
-from tunekit.adapters.kernels.row_products import FactorBank, NamedLayers, RowSegments, add_updates
+from tunekit.adapters.kernels.row_products import CopyMemory, FactorBank, NamedLayers, RowSegments, add_updates
 from tunekit.adapters.tokens import TrainedTokens
 from tunekit.errors import AdapterError
 
@@ -94,8 +94,8 @@ def _joins(layer: LayerAdapter[Any]) -> bool:
 class Router:
     """Computes one module for rows of several adapters. The route and the copies of factors are cached."""
 
-    def __init__(self) -> None:
-        self.bank = FactorBank()
+    def __init__(self, copies: CopyMemory) -> None:
+        self.bank = FactorBank(copies)
         self._routes: dict[object, Route] = {}  # the last ones: of prompts and of new tokens
 
     def forget(self, name: str) -> None:

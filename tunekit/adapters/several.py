@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
-from tunekit.adapters.kernels.row_products import FactorBank
+from tunekit.adapters.kernels.row_products import CopyMemory
 from tunekit.adapters.routing import Router, RowNames, can_route, row_modules
 from tunekit.errors import AdapterConflict, AdapterError
 from tunekit.model.attention.self_attention import decoder
@@ -68,12 +68,12 @@ class ActiveAdapter:
 class Switch(Wrapper):
     """A module of the base with the wrappers of several adapters for it."""
 
-    def __init__(self, base: nn.Module, choice: ActiveAdapter) -> None:
+    def __init__(self, base: nn.Module, choice: ActiveAdapter, copies: CopyMemory) -> None:
         super().__init__(base)
         self.__dict__["choice"] = choice
         self.indices: dict[str, str] = {}  # adapter's name -> its key: names may contain dots, keys may not
         self.wrappers = nn.ModuleDict()
-        self._keys, self._router = count(), Router()
+        self._keys, self._router = count(), Router(copies)
 
     def add(self, name: str, wrapper: nn.Module) -> None:
         """Add one adapter's wrapper of this module."""
@@ -81,10 +81,9 @@ class Switch(Wrapper):
         self.wrappers[self.indices[name]] = wrapper
         self._router.forget(name)
 
-    @property
-    def bank(self) -> FactorBank:
-        """The copies of factors for forwards of several adapters."""
-        return self._router.bank
+    def keep_copies(self, names: Collection[str]) -> None:
+        """Free the copies of other adapters' factors."""
+        self._router.bank.keep(names)
 
     def find(self, name: str) -> nn.Module | None:
         """One adapter's wrapper, if it wraps this module."""
@@ -105,10 +104,13 @@ class Switch(Wrapper):
 
 
 class AdapterSet:
-    """The adapters of one net. The net starts and ends plain: `remove` and `detach` restore it."""
+    """The adapters of one net. The net starts and ends plain: `remove` and `detach` restore it.
+
+    `copies`: the memory for copies of factors, which forwards with rows of several adapters make.
+    """
 
     def __init__(self, net: nn.Module) -> None:
-        self.net, self.choice = net, ActiveAdapter()
+        self.net, self.choice, self.copies = net, ActiveAdapter(), CopyMemory()
         self.adapters: dict[str, AttachedAdapter] = {}
         self._switches: dict[tuple[int, str], tuple[nn.Module, Switch]] = {}  # by parent and attribute
         self._guards: list[Any] = []
@@ -146,6 +148,7 @@ class AdapterSet:
             if name in switch.indices:
                 switch.remove(name)
             if not switch.indices:
+                switch.keep_copies(())
                 del self._switches[place]
         del self.choice.names[name]
         self._install()
@@ -188,12 +191,7 @@ class AdapterSet:
     def keep_copies(self, names: Collection[str]) -> None:
         """Free the copies of factors that `using_rows` has made, except for those of these adapters."""
         for _, switch in self._switches.values():
-            switch.bank.keep(names)
-
-    @property
-    def copied_bytes(self) -> int:
-        """The memory of the copies of factors."""
-        return sum(switch.bank.nbytes for _, switch in self._switches.values())
+            switch.keep_copies(names)
 
     def shares_forwards(self, name: str) -> bool:
         """Whether rows of this adapter can be in one forward with rows of others: it has only wrappers of modules that
@@ -213,6 +211,7 @@ class AdapterSet:
         """Remove all adapters; the base has its own modules again."""
         self.switch(None)
         self._uninstall()
+        self.keep_copies(())
         self.adapters.clear()
         self._switches.clear()
         self.choice.names.clear()
@@ -251,7 +250,7 @@ class AdapterSet:
         place = id(parent), attribute
         if place not in self._switches:
             base = getattr(parent, attribute)
-            self._switches[place] = parent, Switch(base, self.choice).train(base.training)
+            self._switches[place] = parent, Switch(base, self.choice, self.copies).train(base.training)
         return self._switches[place][1]
 
     def _guard(self) -> None:

@@ -27,24 +27,27 @@ from tunekit.model.text.slots import shares_slots
 
 BASE = "base"  # the name of the base without an adapter
 LISTED_NAMES = 20  # the number of names in an error
+PART_BYTES = 10_000  # Python's objects for one adapted module, measured
 Stamp = tuple[int, ...]
 
 
 class Adapters:
     """Up to `limit_bytes` of adapters are in memory (None: no limit); the least recently used ones are evicted. Copies
-    of factors, for forwards of several adapters, count too.
+    of factors, for forwards of several adapters, count too. `keeps_idle`: whether adapters stay that are not in use.
 
     One thread may load and use adapters. Other threads may read the names.
     """
 
     def __init__(self, base: LoadedModel, limit_bytes: int | None = None) -> None:
         self.base, self.limit_bytes = base, limit_bytes
+        self.keeps_idle = True
         self._set = AdapterSet(base.net)
         self.forget: Callable[[str], None] = lambda name: None  # called before an adapter is evicted
         self._places: dict[str, Path] = {}  # of each adapter that was named by itself
         self._folders: list[Path] = []  # folders of adapters
         self._listed: dict[str, Path] = {}  # the adapters in these folders
         self._sizes: dict[str, int] = {}  # of loaded adapters that can be evicted, the least recently used first
+        self._fixed_sizes: dict[str, int] = {}  # of adapters that cannot be evicted
         self._stamps: dict[str, Stamp] = {}  # the times at which their files were written
 
     @property
@@ -76,9 +79,14 @@ class Adapters:
             f" and {len(names) - LISTED_NAMES} more" * (len(names) > LISTED_NAMES)
         )
 
+    def place(self, name: str) -> Path | None:
+        """The folder from which an adapter is loaded; None if it is not loaded from a folder."""
+        return self._places.get(name) or self._listed.get(name)
+
     def put(self, name: str, attached: AttachedAdapter) -> None:
         """Add an adapter that is attached to the net; it is never evicted."""
         self._set.add(name, lambda: attached)
+        self._fixed_sizes[name] = _size_of(attached)
 
     def register(self, name: str, place: Path) -> None:
         """Add the adapter of a folder, which is loaded when it is first used."""
@@ -122,7 +130,7 @@ class Adapters:
         Raises: InputError for an unknown name; AdapterConflict if it cannot be next to one in use; AdapterError if it
         does not fit the base.
         """
-        place = self._places.get(name) or self._listed.get(name)
+        place = self.place(name)
         stamp = self._stamps.get(name, ()) if place is None else _written(place)
         if name in self._sizes and stamp != self._stamps[name] and name not in in_use:
             self._evict(name)
@@ -130,42 +138,56 @@ class Adapters:
             self._sizes[name] = self._sizes.pop(name)
         elif name != BASE and name not in self._set.adapters:
             self.check(name)
+            self._fit(in_use, _file_bytes(self._places.get(name) or self._listed[name]))
             try:
                 self._attach(name)
             except AdapterConflict:
                 self._evict_others({name, *in_use}, 0)
                 self._attach(name)
-        self._set.keep_copies({name, *in_use})
-        if self.limit_bytes is not None:
-            self._evict_others({name, *in_use}, self.limit_bytes)
+        self._fit({name, *in_use})
 
-    def keep_copies(self, in_use: Collection[str]) -> None:
-        """Free the copies of factors of other adapters than these, which forwards of several adapters have made."""
+    def free_copies(self) -> None:
+        """Free the copies of factors, which forwards of several adapters have made."""
+        self._set.keep_copies(())
+
+    def _fit(self, in_use: Collection[str], more_bytes: int = 0) -> None:
+        """Evict adapters that are not in use, so that these, copies of their factors and `more_bytes` fit into the
+        limit."""
         self._set.keep_copies(in_use)
+        if not self.keeps_idle:
+            self._evict_others(in_use, 0)
+        elif self.limit_bytes is not None:
+            sizes = self._sizes | self._fixed_sizes
+            copied = sum(sizes.get(name, 0) for name in in_use) if len(in_use) > 1 else 0
+            self._evict_others(in_use, self.limit_bytes - copied - more_bytes)
+            room = max(self.limit_bytes - sum(self._sizes.values()) - more_bytes, 0)
+            if self._set.copies.used_bytes > room:
+                self._set.keep_copies(())
+            self._set.copies.limit_bytes = room
 
     @property
     def nbytes(self) -> int:
         """The memory of the adapters that can be evicted, and of copies for forwards of several adapters."""
-        return sum(self._sizes.values()) + self._set.copied_bytes
+        return sum(self._sizes.values()) + self._set.copies.used_bytes
 
     def _attach(self, name: str) -> None:
         base, place = self.base, self._places.get(name) or self._listed[name]
         stamp = _written(place)
         attach = partial(attach_adapter_folder, base.net, place, head_name=base.family.head_name(base.net))
         attached = self._set.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
-        self._sizes[name] = sum(tensor.nbytes for tensor in attached.state().values())
+        self._sizes[name] = _size_of(attached)
         self._stamps[name] = stamp
 
     def _evict_others(self, names: Collection[str], limit_bytes: int) -> None:
         """Evict adapters that are not among these names until the others fit into the limit."""
         for other in [name for name in self._sizes if name not in names]:
-            if self.nbytes <= limit_bytes:
+            if sum(self._sizes.values()) <= limit_bytes:
                 return
             self._evict(other)
 
     def _evict(self, name: str) -> None:
         self.forget(name)
-        self._set.remove(name)
+        self._set.remove(name).free()
         del self._sizes[name], self._stamps[name]
 
     def loaded(self, name: str) -> AttachedAdapter | None:
@@ -223,6 +245,17 @@ def _written(place: Path) -> Stamp:
     """The times at which an adapter's files were written; 0 for a missing file."""
     paths = [place / name for name in (CONFIG_NAME, FACTS_NAME, TENSORS_NAME)]
     return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
+
+
+def _size_of(attached: AttachedAdapter) -> int:
+    """The memory of an adapter."""
+    return sum(tensor.nbytes for tensor in attached.state().values()) + PART_BYTES * len(attached.parts())
+
+
+def _file_bytes(place: Path) -> int:
+    """The size of an adapter's file of tensors; 0 if it is missing."""
+    path = place / TENSORS_NAME
+    return path.stat().st_size if path.exists() else 0
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:

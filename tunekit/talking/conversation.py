@@ -284,7 +284,7 @@ class Answers:
     def _free_copies(self) -> None:
         """Free what forwards of several adapters have copied, as soon as no answer runs."""
         if not self._running:
-            self.speaker.adapters.keep_copies(())
+            self.speaker.adapters.free_copies()
 
 
 @dataclass

@@ -22,7 +22,7 @@ def answer_table(speaker: Speaker, requests: Sequence[Request], places: Sequence
     names = [speaker.default if place is None else str(place) for place in places]
     for name, place in {name: place for name, place in zip(names, places, strict=True) if place is not None}.items():
         speaker.adapters.register(name, place)
-    speaker.adapters.limit_bytes = 0
+    speaker.adapters.keeps_idle = False
     rows: dict[str, list[int]] = {name: [] for name in names}
     for row, name in enumerate(names):
         rows[name].append(row)

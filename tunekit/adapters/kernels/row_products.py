@@ -1,8 +1,10 @@
 """Updates B A x of several adapters in one input, each for its own rows: one batched product for all of them.
 
-It needs the factors of the adapters next to each other in memory, so they are copied when an adapter's rows join.
+It needs the factors of the adapters next to each other in memory, so they are copied when an adapter's rows join. Where
+no memory is left for copies that stay, each forward copies them anew, module by module.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,12 +41,21 @@ class RowSegments:
 
 
 @dataclass(eq=False)
+class CopyMemory:
+    """The memory that the banks of all modules use together, and may use."""
+
+    limit_bytes: float = math.inf
+    used_bytes: int = 0
+
+
+@dataclass(eq=False)
 class FactorBank:
     """A (K, R, I) and the transposed B (K, R, O) of adapters in the compute dtype. Lower ranks are padded with zeros.
 
     The copies are valid while the adapters' weights do not change; `forget` drops one. `keep` frees memory.
     """
 
+    total: CopyMemory = field(default_factory=CopyMemory)
     names: list[str | None] = field(default_factory=list)
     memory: tuple[Tensor, ...] = ()
 
@@ -63,7 +74,8 @@ class FactorBank:
         missing = {place: name for place, name in enumerate(names) if self.names[place : place + 1] != [name]}
         if missing:
             factors = {place: _factors(layers[name], dtype) for place, name in missing.items()}
-            self._reserve(len(names), factors)
+            if not self._reserve(len(names), factors):
+                return _stacked(layers, dtype)
             for place, pair in factors.items():
                 for memory, factor in zip(self.memory, pair, strict=True):
                     memory[place, : len(factor)] = factor
@@ -87,21 +99,32 @@ class FactorBank:
         used = max((place for place, name in enumerate(self.names, start=1) if name is not None), default=0)
         if 2 * used <= len(self.names):
             self.names = self.names[:used]
-            self.memory = tuple(memory[:used].clone() for memory in self.memory) if used else ()
+            self._replace(tuple(memory[:used].clone() for memory in self.memory) if used else ())
 
-    def _reserve(self, count: int, factors: Mapping[int, tuple[Tensor, ...]]) -> None:
-        """Make room for `count` adapters with the ranks of these factors."""
+    def _reserve(self, count: int, factors: Mapping[int, tuple[Tensor, ...]]) -> bool:
+        """Make room for `count` adapters with the ranks of these factors; returns whether the memory allows it."""
         pair = next(iter(factors.values()))
         rank, size = max(len(a) for a, _ in factors.values()), len(self.names)
         old = self.memory if self.memory and self.memory[0].dtype == pair[0].dtype else ()
         if old and old[0].shape[1] >= rank and size >= count:
-            return
+            return True
         rank = max(rank, old[0].shape[1] if old else 0)
-        size = max(count, 2 * size if old and size < count else size)
-        self.memory = tuple(factor.new_zeros(size, rank, factor.shape[1]) for factor in pair)
-        for memory, part in zip(self.memory, old, strict=bool(old)):
+        row_bytes = sum(rank * factor.shape[1] * factor.itemsize for factor in pair)
+        places = (self.total.limit_bytes - self.total.used_bytes + self.nbytes) // row_bytes
+        if places < max(count, len(old[0]) if old else 0):
+            return False
+        size = int(min(max(count, 2 * size if old and size < count else size), places))
+        memories = tuple(factor.new_zeros(size, rank, factor.shape[1]) for factor in pair)
+        for memory, part in zip(memories, old, strict=bool(old)):
             memory[: len(part), : part.shape[1]] = part
+        self._replace(memories)
         self.names = [*(self.names if old else []), *[None] * size][:size]
+        return True
+
+    def _replace(self, memory: tuple[Tensor, ...]) -> None:
+        self.total.used_bytes -= self.nbytes
+        self.memory = memory
+        self.total.used_bytes += self.nbytes
 
 
 def _factors(layer: LayerAdapter[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,7 +134,7 @@ def _factors(layer: LayerAdapter[Any], dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _stacked(layers: NamedLayers, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The factors of these layers with their gradients."""
+    """New copies of the factors of these layers, with their gradients."""
     pairs = [_factors(layer, dtype) for layer in layers.values()]
     rank = max(len(a) for a, _ in pairs)
     padded = [[F.pad(factor, (0, 0, 0, rank - len(factor))) for factor in pair] for pair in pairs]
