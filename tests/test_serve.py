@@ -141,7 +141,7 @@ def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders:
         ({"response_format": {"type": "json_schema"}}, 400, "json_schema with a schema"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "'tools' is not supported: the chat"),
         ({"tools": [{"type": "function"}]}, 400, "a tool needs a function with a name"),
-        ({"tool_choice": "required"}, 400, "'tool_choice' must be none or auto"),
+        ({"tool_choice": "required"}, 400, "'tool_choice' must be none, auto, required or"),
         ({"extra_body": {"top_z": 1}}, 400, "'top_z' is not a known field"),
         ({"messages": []}, 400, "one message or more"),
         ({"messages": [{"role": "king", "content": "x"}]}, 400, "needs a role"),
@@ -212,7 +212,7 @@ class Slow:
         self.free, self.seeds, self.adapters = threading.Event(), list[int](), Names()
         self.running: dict[int, Any] = {}
 
-    def prepare(self, request: Any) -> Any:
+    def prepare(self, request: Any, name: str) -> Any:
         return replace(request, prompt=[1])
 
     @contextmanager

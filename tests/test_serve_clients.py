@@ -19,10 +19,14 @@ from tests.talking.test_conversation import load
 from tests.talking.test_tools import LLAMA
 from tests.test_serve import ask, client, running
 from tests.test_serve import folders as folders
+from tunekit.errors import InputError
+from tunekit.formats.example import Message
 from tunekit.serve import make_app, make_server
 from tunekit.talking import desk as desk_module
+from tunekit.talking.answer import Request
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.desk import Desk
+from tunekit.talking.tools import ToolFormat
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
@@ -59,7 +63,7 @@ def schema_of(model: type[BaseModel]) -> Any:
 @pytest.fixture(scope="module")
 def speaker(tiny_llama: Path, folders: Path) -> Speaker:
     speaker = make_speaker(load(tiny_llama))
-    speaker.template = LLAMA
+    speaker.template.text = LLAMA
     speaker.adapters.add_folder(str(folders))
     return speaker
 
@@ -129,6 +133,41 @@ def test_a_tool_is_called_and_its_result_is_read(api: Any) -> None:
     assert ask(api, "one", QUESTION, messages=turns).choices[0].message.content
     settings["tool_choice"] = "none"
     assert ask(api, "one", QUESTION, **settings).choices[0].message.tool_calls is None
+
+
+NUMBER = {"enum": [1, 2]}
+STRICT = {"required": ["n"], "additionalProperties": False}
+PARAMETERS = {
+    "Go": {"properties": {"n": NUMBER}, **STRICT},
+    "Plan": {"properties": {"n": {"$ref": "#/$defs/N"}}, "$defs": {"N": NUMBER}, **STRICT},
+}
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("form", [ToolFormat("", "", "parameters"), ToolFormat("<call>", "</call>", "arguments")])
+def test_a_call_is_required(api: Any, speaker: Speaker, monkeypatch: pytest.MonkeyPatch, form: ToolFormat) -> None:
+    """The random model then writes a complete call of the chosen function, or of any."""
+    monkeypatch.setitem(vars(speaker.template), "tool_format", form)
+    tools = [{"type": "function", "function": {"name": name, "parameters": it}} for name, it in PARAMETERS.items()]
+    settings: dict[str, Any] = {"tools": tools, "max_tokens": 80}
+    for chosen in ("Go", "Plan", "required"):
+        settings["tool_choice"] = (
+            "required" if chosen == "required" else {"type": "function", "function": {"name": chosen}}
+        )
+        choice = ask(api, "one", "x", **settings).choices[0]
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        assert call.function.name in ((chosen,) if chosen in PARAMETERS else PARAMETERS)
+        assert json.loads(call.function.arguments)["n"] in (1, 2)
+    with pytest.raises(openai.BadRequestError, match="remove 'response_format'"):
+        ask(api, "one", QUESTION, **settings, response_format={"type": "json_object"})
+
+
+def test_a_template_without_json_calls_cannot_require_one(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(speaker.template), "tool_format", None)
+    tools = [openai.pydantic_function_tool(Go)]
+    with pytest.raises(InputError, match="does not write tool calls as JSON"):
+        speaker.prepare(Request([Message("user", QUESTION)], tools=tools, required=tools))
 
 
 @pytest.mark.drawn

@@ -41,10 +41,10 @@ class Patient(Slow):
         if free:
             self.free.set()
 
-    def prepare(self, request: Any) -> Any:
+    def prepare(self, request: Any, name: str) -> Any:
         if request.messages[0].content == "wait":
             self.reading.wait(10)
-        return super().prepare(request)
+        return super().prepare(request, name)
 
     def step(self) -> None:
         self.free.wait(10)

@@ -29,7 +29,7 @@ QUESTION, PROMPT = "Say something long, please.", "Once upon a time"
 def speaker(tiny_llama: Path, folders: Path) -> Speaker:
     target = load_target(find_target(str(tiny_llama), None, ["model.dtype=float32"]), torch.device("cpu"))
     speaker = make_speaker(target)
-    speaker.template = HERMES
+    speaker.template.text = HERMES
     speaker.adapters.add_folder(str(folders))
     speaker.adapters.load("one")  # before the desk's thread, which alone may load adapters
     return speaker

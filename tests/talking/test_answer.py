@@ -66,7 +66,7 @@ def test_an_answer_follows_the_schema_of_its_request(speaker: Speaker) -> None:
 def test_without_an_end_token_a_schema_is_refused(speaker: Speaker) -> None:
     pytest.importorskip("llguidance")
     endless = make_speaker(load(STORIES), needs_template=False)
-    endless.stop_ids = frozenset()
+    endless.template.stop_ids = frozenset()
     with pytest.raises(InputError, match="not supported for this model's tokenizer"):
         endless.prepare(Request(text="Once", schema={"type": "integer"}))
 

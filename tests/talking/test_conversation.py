@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from tunekit.adapters.folder.config import TEMPLATE_NAME
 from tunekit.chat import Chat, chat_verb, read_history
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, Sampling
-from tunekit.errors import DataError, InputError, LengthError
+from tunekit.errors import DataError, InputError, LengthError, TunekitError
 from tunekit.formats.example import Message
 from tunekit.generate import answer
 from tunekit.talking.adapters import BASE
@@ -103,8 +104,31 @@ def test_a_temperature_near_zero_is_greedy(speaker: Speaker) -> None:
     assert ask(speaker, "one", QUESTION, sampling=Sampling(1e-300, 1.0, 0, 1)) == ask(speaker, "one", QUESTION)
 
 
+def test_each_adapter_uses_its_own_template(tiny_llama: Path, tmp_path: Path) -> None:
+    """An adapter answers as alone, also next to a target with a template; the base uses the target's."""
+    plain, other = (
+        "{% for m in messages %}" + text + "{% endfor %}" for text in ("{{ m.content }}", "Q: {{ m.content }}A:")
+    )
+    for seed, (name, template) in enumerate({"own": plain, "other": other, "without": None}.items()):
+        adapter_of(tiny_llama, tmp_path / name, seed)
+        if template is not None:
+            (tmp_path / name / TEMPLATE_NAME).write_text(template, "utf-8")
+    speaker = make_speaker(load(tmp_path / "own"), "own")
+    for name in ("other", "without"):
+        speaker.adapters.add(name, tmp_path / name)
+    for name in ("own", "other", "without"):
+        alone = load(tmp_path / name, "evaluation.max_new_tokens=12")
+        assert ask(speaker, name, QUESTION) == answer(alone, [QUESTION[0].content])[0]
+    lengths = {name: len(speaker.prepare(Request(QUESTION), name).prompt) for name in speaker.adapters.names}
+    assert lengths["base"] == lengths["own"]
+    assert len({*lengths.values()}) == 3
+    (tmp_path / "other" / TEMPLATE_NAME).write_bytes(b"\xff")
+    with pytest.raises(TunekitError, match="cannot be read"):
+        ask(speaker, "other", QUESTION)
+
+
 def test_the_first_of_several_stop_texts_ends_the_answer() -> None:
-    writer = AnswerWriter(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]), set())
+    writer = AnswerWriter(lambda ids, **_: "one b a"[: 7 * len(ids)], Request(QUESTION, 9, stop=["a", "b"]))
     assert [writer.add(5).text, writer.finish().text, writer.reason] == ["", "one ", "stop"]
 
 

@@ -64,7 +64,7 @@ def test_only_templates_with_tools_read_them() -> None:
 def written(text: str, shape: ToolFormat, size: int = 3, **more: Any) -> tuple[list[str], Any]:
     """The pieces of an answer that arrives a few characters at a time."""
     request = Request(max_new_tokens=999, tools=TOOLS, tool_format=shape, **more)
-    writer, pieces = AnswerWriter(lambda ids, **_: text[: size * len(ids)], request, ()), list[str]()
+    writer, pieces = AnswerWriter(lambda ids, **_: text[: size * len(ids)], request), list[str]()
     while not writer.ended and size * len(writer.ids) < len(text):
         pieces.append(writer.add(1).text)
     return [piece for piece in [*pieces, writer.finish().text] if piece], writer.reply()

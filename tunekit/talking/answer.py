@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +22,11 @@ class Request:
     """A conversation to answer, or a text or ids (`prompt`) to continue.
 
     `stop`: texts that end the answer and are not part of it. `tools`: definitions of functions that the answer may
-    call. `single_call`: it has at most one call. `schema`: the JSON schema of the answer. `top`: report
-    log-probabilities, with those of this many most likely tokens. `echoes`: the answer begins with the prompt.
-    `Speaker.prepare` sets `prompt`, `allowed` (which tokens may come next) and `tool_format`.
+    call. `single_call`: it has at most one call. `required`: the answer is a call of one of these. `schema`: the JSON
+    schema of the answer. `top`: report log-probabilities, with those of this many most likely tokens. `echoes`: the
+    answer begins with the prompt.
+    `Speaker.prepare` sets `prompt`, `stop_ids` (the tokens that end the answer), `allowed` (which tokens may come next)
+    and `tool_format`.
     """
 
     messages: Sequence[Message] = ()
@@ -35,9 +37,11 @@ class Request:
     text: str | None = None
     tools: Sequence[JsonObject] = ()
     single_call: bool = False
+    required: Sequence[JsonObject] = ()
     schema: JsonObject | None = None
     top: int | None = None
     echoes: bool = False
+    stop_ids: frozenset[int] = frozenset()
     allowed: Callable[[Sequence[int]], Tensor] | None = None
     tool_format: ToolFormat | None = None
 
@@ -81,8 +85,8 @@ class AnswerWriter:
     """The text of an answer while it is generated: only complete characters, no part of a stop text, and no tool
     call."""
 
-    def __init__(self, decode: Callable[..., str], request: Request, stop_ids: Collection[int]) -> None:
-        self.decode, self.request, self.stop_ids = decode, request, stop_ids
+    def __init__(self, decode: Callable[..., str], request: Request) -> None:
+        self.decode, self.request = decode, request
         self.ids: list[int] = []
         self.written, self.ended, self.reason = "", False, "length"
         self.pieces: list[AnswerPiece] = []
@@ -100,9 +104,9 @@ class AnswerWriter:
         if not self.request.max_new_tokens:
             self.ended = True
             return AnswerPiece("")
-        if score is not None and (token not in self.stop_ids or not self.request.messages):
+        if score is not None and (token not in self.request.stop_ids or not self.request.messages):
             self._scores.append(score)
-        if token in self.stop_ids:
+        if token in self.request.stop_ids:
             self.ended, self.reason = True, "stop"
             return AnswerPiece("")
         self.ids.append(token)

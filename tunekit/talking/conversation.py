@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.folder.config import TEMPLATE_NAME
+from tunekit.data.encoding.sources import read_template
 from tunekit.data.rendering.render import Renderer, too_long
 from tunekit.errors import InputError, LengthError
 from tunekit.model.text.continuation import Continuation, NewToken, States
 from tunekit.model.text.decoder import PIECE_TOKENS, Decoder, decoding
 from tunekit.model.text.draws import Score
-from tunekit.model.text.generation import find_stop_ids
 from tunekit.model.text.token_bytes import token_bytes
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.records import TextFacts
 from tunekit.talking.adapters import BASE, Adapters
 from tunekit.talking.answer import AnswerPiece, AnswerWriter, Reply, Request, TokenScore, decoder_after
-from tunekit.talking.grammar import Grammars
-from tunekit.talking.tools import ToolFormat, find_tool_format, reads_tools
+from tunekit.talking.template import ChatTemplate, make_template
 from tunekit.targets.target import LoadedTarget
 
 CACHED_CONVERSATIONS = 4  # whose keys and values are in memory for their next turns
@@ -41,34 +41,58 @@ class Speaker:
     target: LoadedTarget
     adapters: Adapters
     default: str  # the name that answers by default: BASE, or the target's own adapter
-    template: str | None
-    stop_ids: frozenset[int]  # the tokens that end an answer
+    template: ChatTemplate  # the target's
+    templates: dict[str | None, ChatTemplate]  # of the target and its adapters, by their text
     states: dict[str, tuple[AttachedAdapter | None, States]] = field(default_factory=dict)  # of the last conversations
     cache_limit: int = UNLIMITED_TOKENS  # the maximum of tokens of these conversations
 
-    def prepare(self, request: Request) -> Request:
-        """The request with its prompt's ids, and all that its answer needs besides the model.
+    def prepare(self, request: Request, name: str | None = None) -> Request:
+        """The request to a model (None: the default) with its prompt's ids, and all that its answer needs besides the
+        model.
 
         One thread at a time may call this, also while another one answers.
         Raises: DataError if the template refuses the conversation; LengthError if it is too long; InputError
         for tools or a schema that cannot be used.
         """
-        if request.tools and not reads_tools(self.template or self.target.tokenizer.chat_template):
+        template = self.template_of(name or self.default)
+        if request.tools and not template.reads_tools:
             raise InputError("'tools' is not supported: the chat template does not read them", "remove them")
         if request.echoes and request.top is not None and self._reads_source:
             what = "'logprobs' of the prompt are not supported: an encoder reads it, which predicts no token of it"
             raise InputError(what, "remove 'echo'")
-        shape = self._tool_format if request.tools else None
-        allowed = None if request.schema is None else self._grammars.allowed(request.schema)
-        return replace(request, prompt=self._prompt_ids(request), allowed=allowed, tool_format=shape)
+        shape = template.tool_format if request.tools else None
+        allowed = None if request.schema is None else template.grammars.allowed(request.schema)
+        if request.required:
+            if shape is None:
+                what = "'tool_choice' must be none or auto: the chat template does not write tool calls as JSON"
+                raise InputError(what, "write 'auto'")
+            allowed = template.grammars.allowed_call(shape, request.required)
+        prompt = self._prompt_ids(request, template)
+        return replace(request, prompt=prompt, stop_ids=template.stop_ids, allowed=allowed, tool_format=shape)
 
-    def _prompt_ids(self, request: Request) -> Sequence[int]:
+    def template_of(self, name: str) -> ChatTemplate:
+        """The chat template of a model's conversations. That of an adapter from a folder is the one in the folder, or
+        else the tokenizer's own, as if the adapter alone were loaded.
+
+        Raises: RecipeError if the file cannot be read.
+        """
+        place, tokenizer = self.adapters.place(name), self.target.tokenizer
+        if place is None:
+            return self.template
+        text = read_template(place / TEMPLATE_NAME) if (place / TEMPLATE_NAME).exists() else None
+        if text is None and tokenizer.chat_template is None:
+            return self.template
+        if text not in self.templates:
+            self.templates[text] = make_template(self.target.model.base, tokenizer, text)
+        return self.templates[text]
+
+    def _prompt_ids(self, request: Request, template: ChatTemplate) -> Sequence[int]:
         facts, ids = self._facts, list(request.prompt)
         if ids and not (min(ids) >= 0 and max(ids) < facts.vocabulary_size):
             raise InputError(
                 "'prompt' has ids that are not in the vocabulary", f"it has {facts.vocabulary_size} tokens"
             )
-        renderer = Renderer(self.target.tokenizer, "assistant", self.template)
+        renderer = Renderer(self.target.tokenizer, "assistant", template.text)
         if request.text is not None:
             ids = renderer.plain(request.text, facts.positions, special_tokens_in_text=True)
         elif not ids:
@@ -90,7 +114,7 @@ class Speaker:
         """
         replies: dict[int, Reply] = {}
         self.adapters.load(name)
-        prepared = [self.prepare(request) for request in requests]
+        prepared = [self.prepare(request, name) for request in requests]
         columns = max(self.continuation(request, name).columns for request in prepared)
         with self.answering(len(requests), columns) as answers:
             for row, request in enumerate(prepared):
@@ -159,7 +183,7 @@ class Speaker:
             prompt,
             min(limits),
             request.sampling,
-            self.stop_ids,
+            request.stop_ids,
             allowed=request.allowed,
             top=request.top,
             scores_prompt=scored,
@@ -196,14 +220,6 @@ class Speaker:
         assert facts is not None  # make_speaker checked it
         return facts
 
-    @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.target.tokenizer, self._facts.vocabulary_size, self.stop_ids)
-
-    @cached_property
-    def _tool_format(self) -> ToolFormat | None:
-        return find_tool_format(self.target.tokenizer, self.template)
-
 
 class Answers:
     """The requests that are being answered. A request that joins changes no other answer."""
@@ -237,7 +253,7 @@ class Answers:
             cached = cached if attached is adapters.loaded(name) else None
             wanted = replace(wanted, states=cached, keeps_states=True)
         handle = self.decoder.add(wanted)
-        writer = AnswerWriter(self.speaker.decode_for(request), request, self.speaker.stop_ids)
+        writer = AnswerWriter(self.speaker.decode_for(request), request)
         self._running[handle] = _Answer(name, writer, on_piece, on_end)
         return handle
 
@@ -312,5 +328,5 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter", *, needs_template:
     adapters = Adapters(model.base)
     if adapter is not None:
         adapters.put(name, adapter)
-    stop_ids = frozenset(find_stop_ids(model.base, loaded.tokenizer, template))
-    return Speaker(loaded, adapters, BASE if adapter is None else name, template, stop_ids)
+    made = make_template(model.base, loaded.tokenizer, template)
+    return Speaker(loaded, adapters, BASE if adapter is None else name, made, {template: made})

@@ -77,7 +77,7 @@ class Desk:
             if not self._is_wanted(job):
                 continue
             try:
-                request = self.speaker.prepare(job.request)
+                request = self.speaker.prepare(job.request, job.name)
             except Exception as error:
                 self._end(job, error)
                 continue

@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema. llguidance computes which tokens may come next."""
+"""Answers that follow a JSON schema, or are a tool call. llguidance computes which tokens may come next."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from tunekit.basics import JsonObject
 from tunekit.errors import InputError
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.talking.tools import ToolFormat
 
 # Small models repeat white space forever where a schema allows any number of it.
 OPTIONS = {"whitespace_pattern": r"(\n {0,16}| ?)"}
@@ -23,15 +24,15 @@ class Grammars:
         try:
             import llguidance
         except ImportError as error:
-            raise InputError("'response_format' needs llguidance", "pip install 'tunekit[serve]'") from error
+            raise InputError("answers of a stated form need llguidance", "pip install 'tunekit[serve]'") from error
         self._matcher = llguidance.LLMatcher
         size = max(vocabulary_size, tokenizer.vocabulary_size)
         try:
             definition = tokenizer.backend.to_str()
             self._tokenizer = llguidance.LLTokenizer(definition, n_vocab=size, eos_token=sorted(stop_ids))
         except ValueError as error:  # such as T5's, or one without an end token
-            what = f"'response_format' is not supported for this model's tokenizer: {error}"
-            raise InputError(what, "remove it, and ask for JSON in the prompt") from error
+            what = f"answers of a stated form are not supported for this model's tokenizer: {error}"
+            raise InputError(what, "remove 'response_format' or 'tool_choice', and ask for it in the prompt") from error
         self._size = vocabulary_size
 
     def allowed(self, schema: JsonObject) -> Callable[[Sequence[int]], Tensor]:
@@ -39,14 +40,31 @@ class Grammars:
 
         Raises: InputError for a schema that is wrong, too large, or has unknown keywords.
         """
+        make = self._matcher.grammar_from_json_schema
+        return self._mask(lambda: make(json.dumps(schema), overrides=OPTIONS), "response_format")
+
+    def allowed_call(self, shape: ToolFormat, tools: Sequence[JsonObject]) -> Callable[[Sequence[int]], Tensor]:
+        """The same for an answer that is a call of one of these tools. Raises: InputError, as `allowed`."""
+
+        def make() -> str:
+            before, after = json.dumps(shape.prefix), json.dumps(shape.suffix)
+            schemas = [json.dumps(shape.schema(tool) | {"x-guidance": OPTIONS}) for tool in tools]
+            choice = " | ".join(f"call{number}" for number in range(len(tools)))
+            rules = [f"call{number}: %json {schema}" for number, schema in enumerate(schemas)]
+            start = f"start: {before} SPACE ({choice}) SPACE {after}"
+            return str(self._matcher.grammar_from_lark("\n".join([start, *rules, "SPACE: /[ \\n]?/"])))
+
+        return self._mask(make, "tools")
+
+    def _mask(self, make_grammar: Callable[[], str], field: str) -> Callable[[Sequence[int]], Tensor]:
+        """`field`: of the request, which contains the schema."""
         try:
-            grammar = self._matcher.grammar_from_json_schema(json.dumps(schema), overrides=OPTIONS)
-            matcher = self._matcher(self._tokenizer, grammar)
+            matcher = self._matcher(self._tokenizer, make_grammar())
             problem = matcher.get_error() if matcher.is_error() else None
         except (ValueError, RecursionError) as error:  # no JSON for llguidance: NaN, a lone surrogate, 100 levels
             problem = str(error)
         if problem:
-            raise InputError(f"'response_format': {problem.splitlines()[0]}", "change the schema")
+            raise InputError(f"'{field}': {problem.splitlines()[0]}", "change the schema")
         read = 0
 
         def mask(tokens: Sequence[int]) -> Tensor:

@@ -130,6 +130,7 @@ def _chat(body: Body, max_tokens: int) -> Request:
         _sampling(body),
         _stop(body.get("stop")),
         tools=_tools(body),
+        required=_required(body),
         single_call=not _of_kind(body, "parallel_tool_calls", bool, True),
         schema=_schema(_of_kind(body, "response_format", dict, {})),
         top=top if scored else None,
@@ -169,11 +170,25 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _required(body: Body) -> tuple[JsonObject, ...]:
+    """The tools of which the answer must call one; empty if the model chooses."""
+    choice = body.get("tool_choice")
+    if choice in (None, "none", "auto"):
+        return ()
+    named = tool_name(choice) if isinstance(choice, dict) and choice.get("type") == "function" else None
+    required = tuple(tool for tool in _tools(body) if choice == "required" or tool_name(tool) == named)
+    if not required:
+        what = "'tool_choice' must be none, auto, required or a function of 'tools'"
+        raise ProtocolError(400, what, "tool_choice", "invalid_value")
+    if _schema(_of_kind(body, "response_format", dict, {})) is not None:
+        what = "'tool_choice' requires a call, which has its own form: remove 'response_format'"
+        raise ProtocolError(400, what, "response_format", "invalid_value")
+    return required
+
+
 def _tools(body: Body) -> tuple[JsonObject, ...]:
     """The tools that the template shows: none if the client chooses so."""
     choice = body.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise ProtocolError(400, "'tool_choice' must be none or auto", "tool_choice", "unsupported_parameter")
     try:
         tools = read_tools(body.get("tools")) or ()
     except DataError as error:

@@ -15,6 +15,7 @@ from tunekit.errors import DataError
 NAME, ARGUMENTS = "get_the_time", {"place": "Ulm"}
 QUESTION = {"role": "user", "content": "What time is it?"}
 CALL = {"type": "function", "id": "call00001", "function": {"name": NAME, "arguments": ARGUMENTS}}
+DEFINITIONS = ("$defs", "definitions")  # schemas to which others refer
 ARGUMENT_KEYS = ("arguments", "parameters")
 
 
@@ -28,6 +29,15 @@ class ToolFormat:
     prefix: str
     suffix: str
     key: str
+
+    def schema(self, tool: JsonObject) -> JsonObject:
+        """The JSON schema of a call of this tool."""
+        stated = tool["function"].get("parameters")
+        arguments = {**(stated if isinstance(stated, dict) else {}), "type": "object"}
+        shared = {name: arguments.pop(name) for name in DEFINITIONS if name in arguments}  # $ref starts at the root
+        properties = {"name": {"const": tool_name(tool)}, self.key: arguments}
+        call = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+        return call | shared
 
     def start(self, text: str) -> int:
         """The place where tool calls begin, or may begin; the length of the text if it has none."""

@@ -1,0 +1,45 @@
+"""A chat template, with what follows from it: the tokens that end an answer, the form of tool calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from tunekit.model.load import LoadedModel
+from tunekit.model.text.generation import find_stop_ids
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.talking.grammar import Grammars
+from tunekit.talking.tools import ToolFormat, find_tool_format, reads_tools
+
+
+@dataclass
+class ChatTemplate:
+    """A template for one tokenizer. `text`: None if it is the tokenizer's own; `stop_ids`: the tokens that end an
+    answer."""
+
+    tokenizer: LoadedTokenizer
+    text: str | None
+    stop_ids: frozenset[int]
+    vocabulary_size: int
+
+    @property
+    def reads_tools(self) -> bool:
+        """Whether it writes the definitions of tools."""
+        return reads_tools(self.text or self.tokenizer.chat_template)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """The form of its tool calls."""
+        return find_tool_format(self.tokenizer, self.text)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes the masks of answers that follow a schema."""
+        return Grammars(self.tokenizer, self.vocabulary_size, self.stop_ids)
+
+
+def make_template(model: LoadedModel, tokenizer: LoadedTokenizer, text: str | None) -> ChatTemplate:
+    """`text`: None for the tokenizer's own template."""
+    assert model.text is not None  # make_speaker checked it
+    stop_ids = frozenset(find_stop_ids(model, tokenizer, text))
+    return ChatTemplate(tokenizer, text, stop_ids, model.text.vocabulary_size)
