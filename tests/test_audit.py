@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.train_case import in_child, lose_the_end, records, train_in_child, write_recipe
 from tunekit import audit
+from tunekit.errors import InputError
 
 FILES = ("tensors.safetensors", "state.json")
 SECTIONS = {"training": {"save_steps": 2, "eval_steps": 3, "keep_checkpoints": 2, "max_grad_norm": 1.0}}
@@ -116,6 +117,11 @@ def test_a_stopped_run_is_audited_to_its_checkpoint(case: Path) -> None:
     assert [(part["end"], part["weights"]) for part in proof["parts"]] == [(4, {})]
     assert "proved: 1 of 1 parts, 4 of 6 steps" in ended.output
     assert "the steps after 4 have no checkpoint and are not proved" in ended.output
+
+
+def test_a_seed_without_parts_is_refused() -> None:
+    with pytest.raises(InputError, match="--seed draws the parts of --parts, but --parts is missing"):
+        audit.audit_verb("runs/none", None, 3, None)
 
 
 def test_the_seed_draws_the_parts(case: Path) -> None:

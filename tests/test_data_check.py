@@ -185,6 +185,37 @@ def test_fix_replaces_another_file_only_where_told(tmp_path: Path) -> None:
         check(recipe, tmp_path / "absent" / "good.jsonl")
 
 
+def test_fix_prints_the_keys_that_train_on_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write(tmp_path, planted=False, train={"path": "rows.jsonl", "format": "chat", "weight": 2})
+    check(recipe, tmp_path / "good rows.jsonl")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"train on them with 'data.train={tmp_path / 'good rows.jsonl'}' data.train.0.format=chat" in said
+    assert "rows.jsonl: weight (2) is not in" in said
+    with pytest.raises(InputError, match="--overwrite replaces the file of --fix, but --fix is missing"):
+        check(recipe, overwrite=True)
+
+
+def test_fix_writes_no_file_of_two_formats(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "How far is it?", "completion": "A mile."}\n', encoding="utf-8")
+    recipe = write(tmp_path, planted=False, train=["rows.jsonl", "pairs.jsonl"])
+    with pytest.raises(InputError, match=r"the formats chat and prompt_completion; .* ~data\.train\.1"):
+        check(recipe, tmp_path / "good.jsonl")
+    assert not (tmp_path / "good.jsonl").exists()
+    data_check_verb(load_recipe(recipe, ["~data.train.1"]), str(tmp_path / "good.jsonl"), None)
+    assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 60
+
+
+def test_fix_keeps_the_paths_of_pictures(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 3)
+    values = {"model": "org/base", "data": {"train": "photos"}, "objective": "dreambooth", "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")
+    for fixed in (tmp_path / "good.jsonl", tmp_path / "photos" / "good.jsonl"):
+        check(tmp_path / "recipe.yaml", fixed)
+        named = [json.loads(line)["image"] for line in fixed.read_text("utf-8").splitlines()]
+        assert len(named) == 3
+        assert all((fixed.parent / name).is_file() for name in named)
+
+
 def test_fix_states_that_unread_rows_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write(tmp_path, planted=False, train={"path": "rows.jsonl", "max_rows": 7})
     check(recipe, tmp_path / "good.jsonl")

@@ -46,8 +46,8 @@ def combine_verb(
     kind: str,
     density: float | None,
     rank: int | None,
-    majority_sign: str,
-    seed: int,
+    majority_sign: str | None,
+    seed: int | None,
     base: str | None,
     output: str,
 ) -> None:

@@ -71,12 +71,14 @@ class RunPart:
         return f"steps {self.start + 1} to {self.end}"
 
 
-def audit_verb(run: str, count: int | None, seed: int, json_file: str | None) -> None:
+def audit_verb(run: str, count: int | None, seed: int | None, json_file: str | None) -> None:
     """Re-execute `count` parts of the run, drawn by `seed` (None: all parts), and write what was proved.
 
     Raises: NumericsError if a number differs; InputError if the run cannot be audited here.
     """
-    path, devices = Path(run), make_devices()
+    if count is None and seed is not None:
+        raise InputError("--seed draws the parts of --parts, but --parts is missing", "add --parts N")
+    path, devices, seed = Path(run), make_devices(), seed or 0
     values = read_run(path)
     loaded = load_recipe(path / "recipe.yaml")
     refuse_to_replace("--json", json_file, loaded)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.artifacts.report.next_step import after_data_check
+from tunekit.basics import JsonObject
 from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.similar import SimilarityIndex
+from tunekit.data.reading.first import media_fields
+from tunekit.data.reading.folder import media_folder, with_table
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError, listed
 from tunekit.files.durable import json_result, write_text
+from tunekit.formats.media import located
+from tunekit.recipe.data import Source
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 
@@ -33,6 +39,8 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     refuse_to_replace("--json", json_file, loaded)
     if fix is not None:
         _refuse(fix, loaded, overwrite)
+    elif overwrite:
+        raise InputError("--overwrite replaces the file of --fix, but --fix is missing", "add --fix FILE")
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
     evaluation = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
@@ -56,19 +64,38 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         console.table(["finding", "rows", "at line", "the first"], rows)
     fixes = fix is None and any(each.lines for each in trained)
     if fix is not None:
-        passed = [row for each in trained for row in each.passed]
-        write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
-        console.info(f"{fix}: {len(passed):,} training rows without findings; train on them with data.train={fix}")
-        for each, source in zip(trained, recipe.data.train, strict=True):
-            if source.max_rows is not None:
-                console.info(
-                    f"{each.name}: max_rows ({source.max_rows:,}) left some rows unread; these are not in {fix}"
-                )
+        _write_fixed(fix, trained, recipe.data.train, console)
     files = (*trained, *eval_findings)
     console.next_steps(after_data_check([each.lines for each in files], loaded.path, fixes=fixes))
     findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in files]
     write_result({"files": findings, "fixed": fix})
     return 2 if any(each.lines for each in files) else 0
+
+
+def _write_fixed(fix: str, trained: Sequence[Found], sources: Sequence[Source], console: Console) -> None:
+    """Write the rows without findings, and print how to train on them. Raises: InputError if one JSONL file cannot
+    contain them."""
+    formats = list(dict.fromkeys(each.format for each in trained))
+    if len(formats) > 1:
+        what = f"--fix writes one file, but the sources have the formats {' and '.join(formats)}"
+        raise InputError(what, "leave sources of one format in the recipe, such as with ~data.train.1")
+    passed, fields = list[JsonObject](), media_fields(formats[0])
+    for each, source in zip(trained, sources, strict=True):
+        folder = media_folder(with_table(source).path).absolute()
+        values = [row.get(name) for row in each.passed for name in fields]
+        if any(isinstance(value, Mapping) and value.get("bytes") is not None for value in values):
+            raise InputError(f"--fix: the rows of {each.name} contain files, and JSONL cannot", "remove --fix")
+        near = folder == Path(fix).absolute().parent  # the paths of files are relative to the folder of the rows
+        passed += each.passed if near else [dict(located(row, fields, folder)) for row in each.passed]
+    write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
+    named = any(source.format != "auto" for source in sources)
+    keys = shlex.join([f"data.train={fix}", *([f"data.train.0.format={formats[0]}"] if named else [])])
+    console.info(f"{fix}: {len(passed):,} training rows without findings; train on them with {keys}")
+    for each, source in zip(trained, sources, strict=True):
+        if source.max_rows is not None:
+            console.info(f"{each.name}: max_rows ({source.max_rows:,}) left some rows unread; these are not in {fix}")
+        if source.weight != 1:
+            console.info(f"{each.name}: weight ({source.weight:g}) is not in {fix}, which has each row once")
 
 
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:

@@ -56,10 +56,11 @@ def call(
     weights: str | None = "0.7,-0.4",
     density: float | None = None,
     rank: int | None = None,
-    sign: str = "total",
+    sign: str | None = None,
     base: str | None = None,
+    seed: int | None = None,
 ) -> Path:
-    combine_verb([str(f) for f in folders], weights, kind, density, rank, sign, 0, base, str(output))
+    combine_verb([str(f) for f in folders], weights, kind, density, rank, sign, seed, base, str(output))
     return output
 
 
@@ -104,9 +105,7 @@ def same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("same_choice")
 def test_every_kind_is_pefts(kind: str, family: str, tmp_path: Path) -> None:
     folders = [write(tmp_path / "a", 1, family), write(tmp_path / "b", 2, family, alpha=3, use_rslora=True)]
-    new = call(
-        tmp_path / "new", folders, kind, density=PRUNED.get(kind), sign="frequency" if "ties" in kind else "total"
-    )
+    new = call(tmp_path / "new", folders, kind, density=PRUNED.get(kind), sign="frequency" if "ties" in kind else None)
     sign = {"majority_sign_method": "frequency"} if "ties" in kind else {}
     expected = combined_by_peft(folders, family, combination_type=kind, density=PRUNED.get(kind), **sign)
     plain = logits_of(BASES[family].make(), BASES[family]).detach()
@@ -302,6 +301,8 @@ def edit(folder: Path, **fields: Any) -> Path:
         ("follows from the adapters' ranks", {"rank": 4}),
         ("rank must be at least 1", {"kind": "svd", "rank": 0}),
         ("is no majority", {"sign": "most"}),
+        ("a majority has no effect with cat", {"sign": "frequency"}),
+        ("a seed has no effect with ties", {"kind": "ties", "density": 0.5, "seed": 3}),
     ],
 )
 def test_options_that_mean_nothing_are_refused(words: str, options: dict[str, Any], tmp_path: Path) -> None:

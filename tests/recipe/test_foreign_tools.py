@@ -5,6 +5,7 @@ structure and own values: each becomes a recipe that is read as it was meant, or
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,12 @@ from tests.support.data_case import write_lines
 from tunekit.cli import main
 from tunekit.errors import RecipeError
 from tunekit.foreign import import_verb
+from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL
+from tunekit.recipe.foreign.torchtune import TABLE
+from tunekit.recipe.foreign.unsloth import OPTIONS, SECTIONS
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.dump import yaml_scalar
+from tunekit.recipe.reading.sections import section_class
 from tunekit.recipe.reading.yaml_reader import read_yaml
 from tunekit.recipe.recipe import Recipe
 from tunekit.validate import validate
@@ -205,6 +210,18 @@ def test_values_of_the_wrong_type_are_problems(folder: Path, text: str, problem:
     (folder / "theirs.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=problem):
         import_verb(str(folder / "theirs.yaml"), None)
+
+
+def test_the_reasons_name_keys_that_exist() -> None:
+    reasons = " ".join(
+        alias.why for table in (TOP_LEVEL, IN_ADAPTER, TABLE, SECTIONS, OPTIONS) for alias in table.values()
+    )
+    named = set(re.findall(r"\b(model|data|training|memory|evaluation|output)\.(\w+)", reasons))
+    assert ("training", "kernels") in named
+    for section, key in named:
+        owner = section_class(section, None)
+        assert owner is not None
+        assert key in owner.model_fields, f"{section}.{key}"
 
 
 @pytest.mark.parametrize("line", ["  max_seq_len: null\n", ""])

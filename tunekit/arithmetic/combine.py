@@ -25,15 +25,15 @@ MAY_ADD_COPIES = ("linear", "cat", "svd")  # methods that can combine trained co
 
 @dataclass(frozen=True)
 class Mixture:
-    """Settings of a combination. `rank`: the rank of the svd methods; None: the largest rank of the adapters. `seed`:
-    the seed of random pruning."""
+    """Settings of a combination. `rank`: the rank of the svd methods; None: the largest rank of the adapters.
+    `majority_sign`: for ties; None: total. `seed`: the seed of random pruning; None: 0."""
 
     kind: str
     weights: tuple[float, ...]
     density: float | None = None
     rank: int | None = None
-    majority_sign: str = "total"
-    seed: int = 0
+    majority_sign: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,13 @@ def check_mixture(mixture: Mixture, count: int) -> None:
         raise InputError(what, "give one weight for each adapter, such as 0.7,0.3", key="--weights")
     if not all(math.isfinite(weight) and weight != 0 for weight in mixture.weights):
         raise InputError("a weight must be a number other than 0", "remove the adapter instead", key="--weights")
-    if mixture.majority_sign not in SIGNS:
+    if mixture.majority_sign not in (None, *SIGNS):
         what = f"'{mixture.majority_sign}' is no majority"
         raise InputError(what, "choose total or frequency", key="--majority-sign")
+    if mixture.majority_sign is not None and "ties" not in mixture.kind:
+        raise InputError(f"a majority has no effect with {mixture.kind}", "leave it out", key="--majority-sign")
+    if mixture.seed is not None and not mixture.kind.startswith("dare"):
+        raise InputError(f"a seed has no effect with {mixture.kind}", "leave it out", key="--seed")
     prunes = mixture.kind.removesuffix("_svd") in PRUNING
     if prunes and (mixture.density is None or not 0 < mixture.density <= 1):
         raise InputError(f"{mixture.kind} needs a density above 0 and up to 1", "such as 0.5", key="--density")
@@ -162,13 +166,13 @@ def _weighted(
     mixture: Mixture, tensors: Sequence[Tensor], weights: Sequence[float], generators: Sequence[Generator]
 ) -> Tensor:
     kind, density = mixture.kind.removesuffix("_svd"), 1.0 if mixture.density is None else mixture.density
-    sign = mixture.majority_sign
+    sign = mixture.majority_sign or SIGNS[0]
     return weighted(kind, tensors, weights, density=density, majority_sign=sign, generators=generators)
 
 
 def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generator:
     """The random generator of one tensor. It depends only on the seed, the tensor's name and the adapter's index."""
-    return torch.Generator().manual_seed(seed_for("combine", mixture.seed, name, factor, index))
+    return torch.Generator().manual_seed(seed_for("combine", mixture.seed or 0, name, factor, index))
 
 
 def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) -> Tensor:

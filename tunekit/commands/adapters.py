@@ -78,9 +78,14 @@ def combine(
         int | None, typer.Option("--rank", metavar="R", help="the rank of the result, for methods with svd")
     ] = None,
     majority_sign: Annotated[
-        str, typer.Option("--majority-sign", metavar="total|frequency", help="how ties chooses the sign of a value")
-    ] = "total",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="the seed of dare's random choice")] = 0,
+        str | None,
+        typer.Option(
+            "--majority-sign", metavar="total|frequency", help="how ties chooses the sign of a value; default: total"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="the seed of dare's random choice; default: 0")
+    ] = None,
     base: Base = None,
 ) -> None:
     """Combine several adapters into one."""

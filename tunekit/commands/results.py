@@ -66,7 +66,9 @@ def audit(
         int | None,
         typer.Option(metavar="N", min=1, help="compute N parts again, drawn by --seed; default: the whole run"),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="the seed of the draw")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", min=0, help="the seed of the draw; default: 0")
+    ] = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:

@@ -81,6 +81,7 @@ class Found:
     first: dict[str, str] = field(default_factory=dict)
     sizes: Counter[int] = field(default_factory=Counter)  # lower end of an interval of LENGTHS -> number of rows
     scripts: dict[str, list[int]] = field(default_factory=dict)  # script -> lines of the rows
+    format: str = ""  # the format of the rows
     passed: list[dict[str, Any]] = field(default_factory=list)  # rows without findings; only if `keep` is set
 
     def add_size(self, tokens: int) -> None:
@@ -112,7 +113,7 @@ def look_at_rows(
     """
     findings, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
-    make_example = format_maker(format_name, source.path)
+    make_example, findings.format = format_maker(format_name, source.path), format_name
     rows, encoded = tee(rows)
     for row, outcome in zip(rows, _outcomes(encoded, make_example, kind, source.path), strict=True):
         findings.rows += 1

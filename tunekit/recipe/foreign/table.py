@@ -158,9 +158,11 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("training.compile", "torch_compile", by=one_of({True: True, False: NOTHING, "auto": "auto"})),
     **to("adapter.target_parameters", "lora_target_parameters"),
     **nowhere(values.plugins, "plugins"),
-    **dropped("kernels change no result, and memory.kernels chooses them", "liger_rope", "liger_rms_norm"),
-    **dropped("kernels change no result, and memory.kernels chooses them", "liger_layer_norm", "liger_swiglu"),
-    **dropped("kernels change no result, and memory.kernels chooses them", "liger_glu_activation", "use_liger_kernel"),
+    **dropped("kernels change no result, and training.kernels chooses them", "liger_rope", "liger_rms_norm"),
+    **dropped("kernels change no result, and training.kernels chooses them", "liger_layer_norm", "liger_swiglu"),
+    **dropped(
+        "kernels change no result, and training.kernels chooses them", "liger_glu_activation", "use_liger_kernel"
+    ),
     **dropped(
         "logits are computed in chunks", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "cut_cross_entropy"
     ),
