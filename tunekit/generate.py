@@ -143,6 +143,9 @@ def _check_flags(draws: bool, output: str | None, flags: Sequence[str]) -> None:
     useless = " and ".join(flag for flag in flags if flag != "--seed")
     if draws and useless:
         raise InputError(f"the target is a pipeline, which draws images; {useless} has no effect", "remove it")
+    useless = " and ".join(flag for flag in flags if flag != "--score")
+    if "--score" in flags and useless:
+        raise InputError(f"--score reads answers and generates none, so {useless} has no effect", "remove it")
     useless = " and ".join(flag for flag in flags if flag in ("--top-p", "--top-k", "--seed"))
     if not draws and useless and "--temperature" not in flags:
         what = f"without --temperature nothing is sampled, so {useless} has no effect"

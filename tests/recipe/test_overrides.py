@@ -220,6 +220,25 @@ def test_aliases_that_do_not_translate(text: str, expected: str, tmp_path: Path)
     assert any(line.startswith(expected) for line in lines), lines
 
 
+@pytest.mark.parametrize(("written", "override"), [("max_steps: 5", "training.epochs=3"), ("epochs: 5", "max_steps=3")])
+def test_the_advice_for_keys_that_exclude_each_other_works(written: str, override: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{SMALL}training: {{{written}}}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="excludes training") as caught:
+        load_recipe(recipe, [override])
+    advice = caught.value.problems[0].how.removeprefix("remove one (").removesuffix(" on the command line)")
+    load_recipe(recipe, [override, advice])
+    with pytest.raises(RecipeError, match=r"; remove one$"):
+        load_recipe(
+            recipe, [f"~training.{written.split(':')[0]}", "training.warmup_steps=3", "training.warmup_ratio=0.1"]
+        )
+
+
+def test_a_wrong_item_does_not_make_a_list_something_else(tmp_path: Path) -> None:
+    lines = problems_of(f"{SMALL}objective: {{method: classify, labels: [a, a]}}\n", tmp_path)
+    assert lines == ["recipe.yaml:4: objective.labels: names 'a' twice; each label is one row of the head"]
+
+
 def test_overrides_of_a_target() -> None:
     found = load_target_overrides(["load_in_4bit=true", "evaluation.metrics=[exact_match]"])
     assert (found.model, found.evaluation) == (

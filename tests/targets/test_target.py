@@ -112,6 +112,8 @@ def test_prompts_from_standard_input_and_sampling(
     assert drawn == ask(None, None, max_new_tokens=5, temperature=2.0, seed=1) != piped
     with pytest.raises(InputError, match="without --temperature nothing is sampled, so --top-p has no effect"):
         ask(["one"], None, top_p=0.5)
+    with pytest.raises(InputError, match="--score reads answers and generates none, so --temperature has no effect"):
+        generate_verb(str(tiny_llama), None, None, None, [], temperature=1.0, score="answers.jsonl")
     assert ask(["one", "two"], None, max_new_tokens=5) == piped
 
 

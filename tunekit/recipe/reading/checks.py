@@ -40,7 +40,8 @@ def settle_pairs(draft: Draft) -> None:
             continue
         first, second = sorted([special, usual], key=lambda name: draft.place(("training", name)).line or 1 << 30)
         where = draft.place(("training", first))
-        how = f"remove one (~training.{usual} on the command line)"
+        removable = [name for name in (usual, special) if draft.place(("training", name)).line is not None]
+        how = f"remove one (~training.{removable[0]} on the command line)" if removable else "remove one"
         draft.add_problem(("training", second), f"excludes training.{first} ({where})", how)
     for usual, special in _ONE_NEEDED:
         if usual in training and training[usual] is None and training.get(special) is None:

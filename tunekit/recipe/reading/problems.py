@@ -120,6 +120,8 @@ def _problem(finding: ErrorDetails, section: KeyPath, draft: Draft) -> Problem:
         name, _, rest = str(context["error"]).partition(" ")
         return draft.problem((*key, name), rest) if name in value else draft.problem(key, f"{name} {rest}")
     what, how = _words(kind, context, value, str(finding["msg"]))
+    if isinstance(value, list | dict) and not what.startswith("must"):
+        return draft.problem(key, what, how)  # the error is about an item, and not about the kind of value
     if len(key) == 2 or (len(key) == 3 and isinstance(key[2], int)):  # some keys have an example of their form
         owner = section_class(str(key[0]), draft.values.get(str(key[0])))
         how = getattr(owner, "required", {}).get(key[1], how)
