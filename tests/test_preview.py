@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.data_case import chat, encode_example, objective_of, tokenizer_of, write_lines
 from tunekit.cli import app
+from tunekit.evaluation.row_losses import short_segments
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.preview import AFTER, BETWEEN, FIRST, PROMPT, TRAINED, explain_tokens, preview_verb, segments
 from tunekit.recipe.load import load_recipe
@@ -54,6 +55,19 @@ def test_segments_and_reasons(tiny: LoadedTokenizer) -> None:
     assert reasons[0] == FIRST
     assert list(dict.fromkeys(reasons)) == [FIRST, PROMPT, TRAINED, BETWEEN, AFTER]
     assert [token.trained for token in tokens] == row.parts["trained"].tolist()
+
+
+def test_a_long_text_is_shortened_to_whole_tokens_and_characters(tiny: LoadedTokenizer) -> None:
+    """The tokens are bytes, of which each letter here has two; an odd number of them would end in half a letter."""
+    for length in (499, 500, 501):
+        row = encode_example(chat(("user", "q"), ("assistant", f"x{'é' * length}")), tiny)
+        (part,) = objective_of().rows.spans(row)
+        texts = [text for text, trained in short_segments(part, tiny) if trained]
+        first, _, last = texts[0].partition(" [...] ")
+        assert first.strip("xé") == last.removesuffix("<|im_end|>").strip("é") == ""
+        assert first.startswith("xéé")
+        assert 40 < len(first) < 200
+    assert short_segments(part, None) == []
 
 
 def test_the_screen_shows_rows_marks_and_counts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,9 @@ PREVIEWED: list[dict[str, object]] = [
 TEXTS_TO_THE_RIGHT = """[...document.querySelectorAll("td")].filter(cell =>
     /[a-z]{4}.* .*[a-z]{4}/i.test(cell.innerText)
     && cell.getBoundingClientRect().right > innerWidth).map(cell => cell.innerText)"""
+# the axes of a sweep may be scrolled sideways
+TABLES_WIDER_THAN_THEIR_FRAME = """[...document.querySelectorAll(".scroll:has(table)")].filter(frame =>
+    frame.scrollWidth > frame.clientWidth + 1).map(frame => frame.getAttribute("aria-label"))"""
 
 
 def browser_path() -> str:
@@ -114,6 +117,10 @@ def test_a_page_is_sound(browser: Any, pages: dict[str, Path], name: str, width:
     assert asked == [address]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(TEXTS_TO_THE_RIGHT) == []
+    values = page.evaluate("[...document.querySelectorAll('.u-legend .u-value')].map(value => value.innerText)")
+    assert "--" not in values
+    assert all(any(letter.isdigit() for letter in value) for value in values)
+    assert width > 390 or page.evaluate(TABLES_WIDER_THAN_THEIR_FRAME) == []
     drawn = page.evaluate(
         "[document.querySelectorAll('.plot').length, document.querySelectorAll('.plot canvas').length]"
     )

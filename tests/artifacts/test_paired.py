@@ -13,7 +13,7 @@ import pytest
 from tests.support.run_case import write_run
 from tunekit.artifacts.report.compare import comparison_report
 from tunekit.artifacts.report.html import html_page
-from tunekit.artifacts.report.paired import differences, paired_interval
+from tunekit.artifacts.report.paired import differences, paired_interval, ratio_error, rows_needed, who_won
 from tunekit.artifacts.report.values import read_run
 
 
@@ -37,6 +37,31 @@ def test_of_many_rows_it_is_the_normal_distributions() -> None:
     assert high - low < unpaired  # what the pairs are for
 
 
+def test_that_many_rows_show_the_difference_in_four_of_five_draws() -> None:
+    """The power of the test with `rows_needed` rows, counted over draws."""
+    generator = np.random.default_rng(2)
+    one = generator.normal(5.0, 3.0, 50)
+    other = one + generator.permutation(np.repeat([0.9, -0.7], 25))  # by 0.1 on average, with deviation 0.8
+    needed = rows_needed(one, other, np.ones(50))
+    assert needed == pytest.approx((2.8 * 0.8 / 0.1) ** 2, rel=0.03)
+    shown, draws = 0, 500
+    for _ in range(draws):
+        drawn = (other - one)[generator.integers(0, 50, needed)]
+        shown += abs(drawn.mean()) > 1.96 * ratio_error(drawn, np.ones(len(drawn)))
+    assert 0.74 < shown / draws < 0.86
+    assert rows_needed(one, one, np.ones(50)) is None  # no difference
+    assert rows_needed(one, one + 0.1, np.ones(50)) is None  # the same difference on each row
+
+
+def test_the_error_of_a_loss_over_units_is_that_of_a_resample() -> None:
+    generator = np.random.default_rng(3)
+    units = generator.integers(1, 9, 200).astype(float)
+    sums = units * generator.normal(2.0, 0.5, 200)
+    rows = generator.integers(0, 200, (2000, 200))
+    resampled = sums[rows].sum(axis=1) / units[rows].sum(axis=1)
+    assert ratio_error(sums, units) == pytest.approx(resampled.std(), rel=0.1)
+
+
 def change(folder: Path, **columns: Any) -> Path:
     file = folder / "evaluation_rows.json"
     kept = json.loads(file.read_text("utf-8"))
@@ -58,6 +83,18 @@ def test_runs_are_compared_on_the_rows_that_they_share(tmp_path: Path) -> None:
     assert found.difference == pytest.approx(-0.1)
     assert (found.low, found.high) == pytest.approx((-0.1, -0.1))
     assert "Better, or by chance?" in html_page(comparison_report(runs))
+    (sentence,) = who_won(runs, [found])
+    assert sentence.startswith(f"better is better than plain: evaluation loss {found.value:.4g} against ")
+    assert "2.6 before training (95 % interval of the difference -0.1 to -0.1 on 19 rows)" in sentence
+    noisy = [loss + (0.5 if at % 2 else -0.6) * kept["units"][at] for at, loss in enumerate(losses)]
+    unclear = read_run(change(write_run(tmp_path / "unclear"), losses=noisy))
+    (found,) = differences([runs[0], unclear])
+    assert found.needed_rows is not None
+    assert found.needed_rows > 30
+    (sentence,) = who_won([runs[0], unclear], [found])
+    assert sentence.startswith("unclear and plain cannot be distinguished: ")
+    assert sentence.endswith(f"; about {found.needed_rows:,} rows would show such a difference")
+    assert f">{sentence}.</p>" in html_page(comparison_report([runs[0], unclear]))  # names are not capitalised
 
 
 def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
@@ -69,5 +106,7 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     plan = json.loads((other / "plan.json").read_text("utf-8"))
     plan["recipe"]["objective"] = {"method": "dpo", "beta": 0.2}
     (other / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    assert differences([read_run(folder) for folder in (plain, older, apart, other)]) == []
+    runs = [read_run(folder) for folder in (plain, older, apart, other)]
+    assert differences(runs) == []
+    assert who_won(runs, []) == ["the runs cannot be compared: they have no evaluation rows or no objective in common"]
     assert "highest loss" not in html_page(comparison_report([read_run(plain), read_run(older)]))

@@ -16,6 +16,7 @@ from tunekit.contracts import Objective, Row, Rows, Span, Tokenizer
 from tunekit.evaluation.scores import EvaluationSums
 
 WORST_ROWS = 8  # number of rows whose text a report shows
+UNREADABLE = "\ufffd"  # in place of bytes that are not a whole character
 MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # text pieces of a row; characters of a piece
 
 
@@ -65,14 +66,12 @@ class RowLosses:
         """A row as text: {number, text: [[piece, whether it is trained on]]}."""
         text: list[tuple[str, bool]] = []
         for part in self.objective.rows.spans(self.rows[number]):
-            gap = "\n" if text else ""
-            text += [*([(f"{gap}{part.title}\n", False)] if part.title else []), *segments(part, self.tokenizer)]
+            gap, more = "\n" if text else "", " [...]" if len(part.title) > MOST_OTHERS else ""
+            title = f"{gap}{part.title[:MOST_OTHERS]}{more}\n"
+            text += [*([(title, False)] if part.title else []), *short_segments(part, self.tokenizer)]
         if len(text) > MOST_STRETCHES:
             text = [*text[:2], ("\n...\n", False), *text[2 - MOST_STRETCHES :]]
-        return {
-            "number": number,
-            "text": [[_cut(stretch, MOST_TRAINED if trained else MOST_OTHERS), trained] for stretch, trained in text],
-        }
+        return {"number": number, "text": [list(stretch) for stretch in text]}
 
 
 def unit_counts(rows: Rows | list[Row], objective: Objective) -> list[float]:
@@ -84,12 +83,26 @@ def unit_counts(rows: Rows | list[Row], objective: Objective) -> list[float]:
 def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
     """Pieces of text, each with a mark that says whether it is trained on. A piece is decoded as a whole, so that
     characters of several tokens are shown correctly."""
-    if tokenizer is None or not len(part.ids):
+    if tokenizer is None:
+        return []
+    return [(tokenizer.decode(ids), trained) for ids, trained in _pieces(part)]
+
+
+def short_segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
+    """The pieces of `segments`, of which long ones are shortened to whole tokens at their beginning and end."""
+    if tokenizer is None:
+        return []
+    limits = {True: MOST_TRAINED, False: MOST_OTHERS}
+    return [(_shortened(ids, tokenizer, limits[trained]), trained) for ids, trained in _pieces(part)]
+
+
+def _pieces(part: Span) -> list[tuple[list[int], bool]]:
+    """The token ids of each piece that is wholly trained on, or wholly not."""
+    if not len(part.ids):
         return []
     trained = part.trained  # (T,)
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(trained)]
-    pairs = pairwise(borders)
-    return [(tokenizer.decode(part.ids[start:stop].tolist()), bool(trained[start])) for start, stop in pairs]
+    return [(part.ids[start:stop].tolist(), bool(trained[start])) for start, stop in pairwise(borders)]
 
 
 def text_digest(*parts: str | bytes) -> str:
@@ -114,7 +127,12 @@ def _short(loss: float) -> float | None:
     return float(f"{loss:.7g}") if math.isfinite(loss) else None
 
 
-def _cut(text: str, characters: int) -> str:
-    """The text; if it is long, its beginning and end."""
-    half = characters // 2
-    return text if len(text) <= characters else f"{text[:half]} [...] {text[-half:]}"
+def _shortened(ids: list[int], tokenizer: Tokenizer, characters: int) -> str:
+    """The text of the tokens; if it is long, about as many characters of whole tokens at its beginning and end. The
+    bytes of half a character are left out."""
+    text = tokenizer.decode(ids)
+    if len(text) <= characters:
+        return text
+    count = max(1, len(ids) * (characters // 2) // len(text))
+    first, last = tokenizer.decode(ids[:count]), tokenizer.decode(ids[-count:])
+    return f"{first.rstrip(UNREADABLE)} [...] {last.lstrip(UNREADABLE)}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from tunekit.artifacts.report.curves import binned_text, charts_of
-from tunekit.artifacts.report.paired import differences, heading
+from tunekit.artifacts.report.paired import differences, heading, who_won
 from tunekit.artifacts.report.sections import ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.report.values import RunValues, sizes_counted
 from tunekit.files.untrusted import printable
@@ -61,10 +61,14 @@ def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
         table = ReportTable(heading(runs[0].name), [each.texts() for each in paired])
         sections.append(ReportSection("Better, or by chance?", [text], tables=[table]))
     same = [] if keys else ["None: only output.dir differs between the recipes."]
-    tables = [ReportTable(["key", *(run.name for run in runs)], keys)] if keys else []
+    tables = [ReportTable(["key", *(run.name for run in runs)], keys, has_texts=True)] if keys else []
     sections.append(ReportSection("Differences", same, tables=tables))
     sections.append(ReportSection("Over the steps", binned_text(runs), charts=charts_of(runs)))
-    return ReportPage(f"{len(runs)} runs compared", [", ".join(run.name for run in runs)], sections)
+    won = [f"{sentence}." for sentence in who_won(runs, paired)]
+    names = ", ".join(run.name for run in runs)
+    if len(won) == 1:
+        return ReportPage(f"{len(runs)} runs compared", [names], sections, won[0])
+    return ReportPage(f"{len(runs)} runs compared", [names, *won], sections)
 
 
 def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:

@@ -14,7 +14,7 @@ from tunekit.artifacts.report.sections import Bar, ReportPage
 from tunekit.console.text import cell_text
 from tunekit.errors import redact
 
-COLORS = 6  # number of the colours of bars in page.css
+COLORS = 7  # number of the colours of bars in page.css
 RAW = {"uplot_css": "uplot.css", "uplot_js": "uplot.js", "uplot_license": "uplot-license.txt", "page_js": "page.js"}
 
 

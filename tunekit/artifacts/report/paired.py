@@ -10,17 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunekit.artifacts.report.values import RunValues, Values
+from tunekit.records import Headline
 
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
-NORMAL = 1.96  # the 97.5 % quantile of the normal distribution
+NORMAL, POWER = 1.96, 0.84  # the 97.5 % and the 80 % quantile of the normal distribution
 AT_A_TIME = 64  # number of resamples at a time, which limits memory
 
 
 @dataclass(frozen=True)
 class PairedDifference:
     """The evaluation loss (or another metric) of a run less the first run's, on `rows` common rows; `low` to `high` is
-    a 95 % interval."""
+    a 95 % interval. `start`: the loss before training; `needed_rows`: how many rows would probably tell the runs apart,
+    if these rows do not."""
 
     run: str
     than: str
@@ -29,11 +31,26 @@ class PairedDifference:
     than_value: float
     low: float
     high: float
+    start: float | None = None
+    needed_rows: int | None = None
 
     @property
     def difference(self) -> float:
         """The difference of the two values."""
         return self.value - self.than_value
+
+    def sentence(self) -> str:
+        """Which run has the lower loss, or that these rows do not show it."""
+        first = f"evaluation loss {self.value:.4g} against {self.than_value:.4g}"
+        start = "" if self.start is None else f", {self.start:.4g} before training"
+        interval = f"95 % interval of the difference {self.low:+.4g} to {self.high:+.4g} on {self.rows:,} rows"
+        facts = f"{first}{start} ({interval})"
+        if self.high < 0:
+            return f"{self.run} is better than {self.than}: {facts}"
+        if self.low > 0:
+            return f"{self.run} is worse than {self.than}: {facts}"
+        more = "" if self.needed_rows is None else f"; about {self.needed_rows:,} rows would show such a difference"
+        return f"{self.run} and {self.than} cannot be distinguished: {facts}{more}"
 
     def texts(self) -> list[str]:
         """The cells of the run's line in the table."""
@@ -56,19 +73,41 @@ def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str 
     sums: dict[tuple[str, int], Losses] = {}
     for one, other in pairs:
         for key, values in _pairs(one, other, metric).items():
-            sums[key] = sums.get(key, np.zeros(3)) + values
+            sums[key] = sums.get(key, np.zeros(4)) + values
     if len(sums) < 2:
         return None
     return _difference(*pairs[0], np.stack(list(sums.values())))
 
 
 def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDifference:
-    """The difference for these rows. Shapes: `losses` (rows, 3), in the form that `_pairs` returns."""
-    than_loss, loss, units = losses.T
+    """The difference for these rows. Shapes: `losses` (rows, 4), in the form that `_pairs` returns."""
+    than_loss, loss, units, before = losses.T
     low, high = paired_interval(than_loss, loss, units)
-    total = units.sum()
-    than_mean, mean = float(than_loss.sum() / total), float(loss.sum() / total)
-    return PairedDifference(other.name, one.name, len(losses), mean, than_mean, low, high)
+    means = [float(each.sum() / units.sum()) for each in (loss, than_loss, before)]
+    needed = None if high < 0 or low > 0 else rows_needed(than_loss, loss, units)
+    start = means[2] if math.isfinite(means[2]) else None
+    return PairedDifference(other.name, one.name, len(losses), means[0], means[1], low, high, start, needed)
+
+
+def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
+    """How many rows show the measured difference with probability 80 % at the level 5 %, if rows vary as these do:
+    n ((1.96 + 0.84) error / difference)^2. None without a difference, or where these rows would be enough.
+
+    Shapes: (rows,) each, as `paired_interval`.    Source: Miller 2024, Adding error bars to evals, section 5 (power,
+    paired differences); Cohen 1988, section 2.4.
+    """
+    difference = abs(float((other - one).sum() / units.sum()))
+    ratio = (NORMAL + POWER) * ratio_error(other - one, units) / difference if difference else 0.0
+    return math.ceil(len(units) * ratio**2) if ratio > 1 else None
+
+
+def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> list[str]:
+    """A sentence for each run that is compared with the first. Empty where the loss does not say how good a run is."""
+    if any(run.shows.headline != Headline() for run in runs):
+        return []
+    if not paired and len(runs) > 1:
+        return ["the runs cannot be compared: they have no evaluation rows or no objective in common"]
+    return [each.sentence() for each in paired]
 
 
 def heading(than: str) -> list[str]:
@@ -78,12 +117,13 @@ def heading(than: str) -> list[str]:
 
 
 def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int], Losses]:
-    """(3,) for each common row: its value in `one` and in `other`, and its units. Equal rows are matched in order."""
+    """(4,) for each common row: its value in `one` and in `other`, its units, and its value in `one` before training,
+    NaN if that was not measured. Equal rows are matched in order."""
     if metric == "loss" and one.recipe.get("objective") != other.recipe.get("objective"):
         return {}
     first, second = (dict(_keyed(_rows_of(run, metric))) for run in (one, other))
-    both = {key: (first[key][0], *second[key]) for key in first if key in second}
-    return {key: np.array(values, np.float64) for key, values in both.items() if None not in values and values[2]}
+    both = {key: (first[key][0], *second[key][:2], first[key][2]) for key in first if key in second}
+    return {key: np.array(values, np.float64) for key, values in both.items() if None not in values[:3] and values[2]}
 
 
 def _rows_of(run: RunValues, metric: str) -> Values:
@@ -98,8 +138,10 @@ def _rows_of(run: RunValues, metric: str) -> Values:
 def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]:
     counts: Counter[str] = Counter()
     digests = map(str, rows.items_of("digests"))
-    for digest, *loss_and_units in zip(digests, rows.column("losses"), rows.column("units"), strict=True):
-        yield (digest, counts[digest]), loss_and_units
+    columns = rows.column("losses"), rows.column("units")
+    before = rows.column("before") or [None] * len(columns[0])
+    for digest, *values in zip(digests, *columns, before, strict=True):
+        yield (digest, counts[digest]), values
         counts[digest] += 1
 
 

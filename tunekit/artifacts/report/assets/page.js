@@ -20,6 +20,10 @@ const memoryTicks = (low, high) => {  // round numbers of the unit that the larg
   return found;
 };
 
+// the value under the cursor; without a cursor, the last value
+const shownOrLast = (show) => (plot, value, series, place) =>
+  show(place == null ? plot.data[series].findLast((each) => each != null) : value);
+
 function options(chart, width) {
   const show = chart.unit === "bytes" ? bytes : number;
   const axis = {stroke: color("--soft"), grid: {stroke: color("--grid"), width: 1}, ticks: {stroke: color("--line"), width: 1}};
@@ -29,16 +33,18 @@ function options(chart, width) {
     return {
       label: line.label, stroke: line.kind === "faint" ? `${paint}59` : paint, spanGaps: true,
       width: points ? 1 : line.kind === "faint" ? 1 : 2, dash: line.kind === "dash" ? [6, 5] : undefined,
-      points: points ? {show: true, size: 7, fill: paint} : {show: false}, value: (u, value) => show(value),
+      points: points ? {show: true, size: 7, fill: paint} : {show: false}, value: shownOrLast(show),
     };
   });
+  // evaluations are points, and their mark in the legend is filled
+  const fill = (plot, at) => chart.series[at - 1]?.kind === "points" ? color(`--c${chart.series[at - 1].color}`) : null;
   return {
-    width, height: 240, cursor: {sync: {key: "steps"}, drag: {x: true, y: false}},
+    width, height: 240, legend: {markers: {fill}}, cursor: {sync: {key: "steps"}, drag: {x: true, y: false}},
     scales: {x: {time: false}, y: {distr: chart.log ? 3 : 1}},
     axes: [axis, {...axis, size: 76,
       ...(chart.unit === "bytes" && !chart.log ? {splits: (u, side, low, high) => memoryTicks(low, high)} : {}),
       values: (u, ticks) => ticks.map((tick) => tick == null ? "" : show(tick))}],
-    series: [{label: "step"}, ...series],
+    series: [{label: "step", value: shownOrLast(number)}, ...series],
   };
 }
 
@@ -48,7 +54,9 @@ function draw() {
     const place = document.getElementById(chart.id);
     if (plots.has(chart.id)) plots.get(chart.id).destroy();
     const joined = uPlot.join(chart.series.map((line) => [line.x, line.y]));
-    plots.set(chart.id, new uPlot(options(chart, place.clientWidth), joined, place));
+    const plot = new uPlot(options(chart, place.clientWidth), joined, place);
+    plot.setLegend({idx: null});
+    plots.set(chart.id, plot);
   }
 }
 draw();
