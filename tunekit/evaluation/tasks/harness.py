@@ -112,8 +112,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
-        """The score of each continuation. A context that is too long loses its first tokens."""
+        """The score of each continuation. A context that is too long loses its first tokens.
+
+        Raises: InputError for a continuation without tokens, which would have the highest score, or with too many.
+        """
         room = self.max_length + 1  # the last token of a continuation is only predicted
+        lengths = [len(end) for *_, end in requests]
+        if wrong := [length for length in lengths if not 0 < length < room]:
+            what = f"a task has a continuation of {wrong[0]} tokens, but the model reads 1 to {self.max_length}"
+            raise InputError(what, "remove this document from the task")
         pairs = [(context[-max(1, room - len(end)) :], end) for _, context, end in requests]
         return continuation_scores(
             self.model, self.objective, pairs, self.devices, batch_size=self.batch_size, progress=self.progress
