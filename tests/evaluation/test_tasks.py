@@ -153,7 +153,7 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
         ]
         for end in ("", story * 60):  # HFLM stops at an assertion
             with pytest.raises(InputError, match=r"a continuation of (0|9\d\d) tokens, but the model reads 1 to 512"):
-                ours.loglikelihood([Instance("loglikelihood", {}, (story, end), 0)])
+                ours.loglikelihood([Instance("loglikelihood", {}, (story.strip(), end), 0)])
         named = loaded.tokenizer.encode("Once upon<s>")
         assert _StopTexts(loaded.tokenizer, ["<s>"]).ended(named)
         result.write_text(json.dumps(values), encoding="utf-8")
