@@ -174,6 +174,9 @@ def diff_verb(
         raise InputError("extracting a LoRA needs a rank and a folder", "give --extract-rank R --output DIR")
     folders = [adapter_folder(left), adapter_folder(right)]
     adapters = [(folder / CONFIG_NAME).exists() for folder in folders]
+    absent = [name for name, folder in zip((left, right), folders, strict=True) if not folder.exists()]
+    if adapters[0] != adapters[1] and absent:
+        raise InputError(f"there is no folder {absent[0]}", "name two adapters, or two models")
     if adapters[0] != adapters[1]:
         raise InputError(
             f"one of {left} and {right} is an adapter, the other is a model", "name two adapters, or two models"

@@ -14,6 +14,7 @@ import torch
 
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.next_step import after_training
+from tunekit.artifacts.report.plan_page import WEIGHTS
 from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
 from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.report.write import write_report
@@ -187,7 +188,8 @@ def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan
 def _describe(session: Session, plan: Plan) -> None:
     """Print the most important facts of the plan."""
     console, facts, rows = session.console, plan.model, plan.rows.training
-    quantized = "" if facts.quantization == "none" else f", weights in {facts.quantization}"
+    weights = WEIGHTS.get(facts.quantization, facts.quantization)
+    quantized = "" if facts.quantization == "none" else f", weights in {weights}"
     console.info(
         f"{facts.name_or_path}: {facts.model_type}, computed in {facts.dtype}{quantized}; "
         f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters trained"

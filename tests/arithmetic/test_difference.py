@@ -240,6 +240,7 @@ def test_what_is_no_pair_is_refused(
     a, b = write(tmp_path / "a", 1), write(tmp_path / "b", 2, fingerprint="g")
     cases: list[tuple[list[object], str]] = [
         ([a, bases("llama")], "is an adapter, the other is a model"),
+        ([a, tmp_path / "none"], "there is no folder"),
         ([a, b], "was trained on a different base"),
         ([a, a, "--extract-rank", "4"], "needs a rank and a folder"),
         ([a, a, "--extract-rank", "0", "--output", tmp_path / "new"], "needs a rank and a folder"),

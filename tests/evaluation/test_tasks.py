@@ -240,6 +240,7 @@ def test_eval_measures_a_run_and_its_base(
     recipe = write_recipe(folder, tiny_llama, **sections)
     ended = train_in_child(recipe, run, before=harness)
     assert ended.code == 0, ended.output
+    assert "it/s" not in ended.output  # a progress bar of lm-eval
     trained = json.loads((run / "tasks.json").read_text("utf-8"))
     (run / "tasks.json").unlink()
 

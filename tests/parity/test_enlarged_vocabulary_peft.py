@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.conftest import write_tiny_llama
 from tests.support.peft_case import close, move_from_start
 from tunekit.adapters.folder.config import TENSORS_NAME
 from tunekit.adapters.folder.read import attach_adapter_folder
+from tunekit.adapters.several import AdapterSet
 from tunekit.arithmetic.merge import merge
 from tunekit.errors import AdapterError
 from tunekit.model.load import load_model
@@ -79,3 +81,17 @@ def test_the_base_s_own_rows_must_be_the_base_s(base: Path, tmp_path: Path) -> N
     model = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=torch.device("cpu"))
     with pytest.raises(AdapterError, match="changed copy of the base"):
         attach_adapter_folder(model.net, tmp_path / "a", head_name="lm_head")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_share_a_base_do_not_change_it(base: Path, tmp_path: Path) -> None:
+    adapter_of_peft(base, tmp_path / "a", CASES["saved"])
+    net = LlamaForCausalLM.from_pretrained(base)
+    several, attach = AdapterSet(net), partial(attach_adapter_folder, net, tmp_path / "a", head_name="lm_head")
+    before = net.get_input_embeddings().weight
+    with pytest.raises(AdapterError, match="enlarges the vocabulary of the base, which other adapters use too"):
+        several.add("first", partial(attach, shares_base=True))
+    assert net.get_input_embeddings().weight is before
+    several.add("target", attach)
+    with pytest.raises(AdapterError, match="'target' has enlarged the vocabulary"):
+        several.add("second", attach)

@@ -10,10 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.arithmetic.test_merge import write_base
 from tests.support.peft_case import BASES, HEADS, SIZES, close, logits_of, move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
+from tunekit.arithmetic.merge import merge
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.targets.target import find_target
 
 
 def make(tied: bool) -> Any:
@@ -49,6 +52,20 @@ def test_what_peft_writes_is_read(tied: bool, fields: dict[str, Any], tmp_path: 
             plain.weight.data, plain.bias.data = weight.detach(), bias.detach()
             net.set_submodule(name, plain)
         close(logits_of(net, BASES["llama"]), logits_of(theirs, BASES["llama"]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_keeps_weights_tied_is_merged(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama", tie_word_embeddings=True)
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}
+    net: Any = LlamaForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(net, peft.LoraConfig(r=3, task_type="CAUSAL_LM", **fields)).eval()
+    move_from_start([p for p in theirs.parameters() if p.requires_grad], 0.1)
+    theirs.save_pretrained(str(tmp_path / "a"))
+    result = merge(find_target(str(tmp_path / "a"), str(base), ["model.dtype=float32"]), tmp_path / "merged")
+    assert result.difference.largest < 1e-4
+    merged: Any = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    close(logits_of(merged, BASES["llama"]), logits_of(theirs, BASES["llama"]))
 
 
 def test_peft_reads_a_bias_of_ours(tmp_path: Path) -> None:

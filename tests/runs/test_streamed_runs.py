@@ -159,6 +159,7 @@ def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:
     notes = list(streaming_notes(base, CPU, Choice(1, 4, 64, streaming="disk", pass_micro_batches=4), tokens=50))
     rate = BANDWIDTHS["disk"]["NVMe of PCIe 3"] * 200 / (2 * layer_bytes(base))  # BW T / (2 b): there and back
     assert f"{rate:,.0f} over NVMe of PCIe 3" in notes[1]
+    assert f"{2 * rate:,.0f} over NVMe of PCIe 4" in notes[1]
     assert max_tokens_per_second(1000, 10**9, 25e9) == 12_500
     assert not list(streaming_notes(base, CPU, Choice(1, 4, 64), tokens=50))
 

@@ -118,11 +118,15 @@ class AdapterSet:
     def add(self, name: str, attach: Callable[[], AttachedAdapter]) -> AttachedAdapter:
         """Add an adapter; `attach` attaches it to the net, which is plain meanwhile.
 
-        Raises: AdapterError if the name is taken; AdapterConflict if the adapter copies a module inside which another
-        adapter has layers; and the errors of `attach`. The other adapters are then unchanged.
+        Raises: AdapterError if the name is taken, or if a loaded adapter enlarged the vocabulary; AdapterConflict if
+        the adapter copies a module inside which another adapter has layers; and the errors of `attach`. The other
+        adapters are then unchanged.
         """
         if not name or name in self.adapters:
             raise AdapterError(f"an adapter '{name}' is loaded already" if name else "an adapter needs a name")
+        if larger := [other for other, attached in self.adapters.items() if attached.added_rows]:
+            what = f"'{larger[0]}' has enlarged the vocabulary of the base, so no other adapter can be loaded"
+            raise AdapterError(what, "name the base as the TARGET of the command")
         hooked = self._uninstall()
         try:
             attached = attach()

@@ -28,7 +28,7 @@ def losses_on_rows(folders: Sequence[Path], data: str, base: str | None) -> list
         adapters, head = AdapterSet(model.net), model.family.head_name(model.net)
         attach = partial(attach_adapter_folder, model.net, head_name=head, base_fingerprint=model.fingerprint)
         for name, folder in zip("AB", folders, strict=True):
-            adapters.add(name, partial(attach, folder))
+            adapters.add(name, partial(attach, folder, shares_base=True))
         losses = adapter_losses(model, adapters, processor, objective, rows, devices, target.evaluation)
     finally:
         devices.close()

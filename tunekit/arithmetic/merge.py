@@ -160,6 +160,7 @@ def _without_rounding(
     rewriter.fill(model.net, changes)
     exact = logits_of(model, rows)
     rewriter.fill(model.net, Changes({}, {}))
+    rewriter.tie(model.net)  # the adapter's file has the tensors of a tied base
     assert target.adapter is not None
     head, base = model.family.head_name(model.net), rewriter.fingerprint()
     attach_adapter_folder(model.net, target.adapter, head_name=head, base_fingerprint=base, device=device)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,8 @@ def with_adapter(base: LoadedModel, place: Path | None) -> Iterator[TunedModel]:
         yield TunedModel(base, None)
         return
     head_name = base.family.head_name(base.net)
-    attached = attach_adapter_folder(
-        base.net, place, head_name=head_name, base_fingerprint=base.fingerprint, device=base.device
-    )
+    attach = partial(attach_adapter_folder, base.net, place, head_name=head_name, base_fingerprint=base.fingerprint)
+    attached = attach(device=base.device, shares_base=True)
     try:
         yield TunedModel(base, attached)
     finally:

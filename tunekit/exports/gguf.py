@@ -90,7 +90,8 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     """Write the file; of a model, one tensor after the other."""
     if writes_adapter(exportable, options):
         facts = write_adapter(exportable, path)
-        how = f"run it with: llama-server -m BASE.gguf --lora {path}"
+        base = exportable.gguf_file and shlex.quote(str(exportable.folder / exportable.gguf_file))
+        how = f"run it with: llama-server -m {base or 'BASE.gguf'} --lora {path}"
         return Exported(path, "adapter", (*limit_notes(exportable.config), *_base_notes(exportable, facts), how))
     squares, notes = None, [*limit_notes(exportable.config), *token_notes(exportable)]
     if options.imatrix:

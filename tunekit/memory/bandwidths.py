@@ -7,7 +7,7 @@ from tunekit.model.quantized.weights import stored_bytes
 # drives of each generation at their sequential read speed.
 BANDWIDTHS = {
     "host": {"PCIe 3": 12e9, "PCIe 4": 25e9, "PCIe 5": 52e9},
-    "disk": {"NVMe of PCIe 3": 3.5e9, "of PCIe 4": 7e9, "of PCIe 5": 12e9},
+    "disk": {"NVMe of PCIe 3": 3.5e9, "NVMe of PCIe 4": 7e9, "NVMe of PCIe 5": 12e9},
 }
 WHERE = {"host": "in the host's memory", "disk": "in mapped files"}
 

@@ -174,7 +174,8 @@ class Adapters:
         base, place = self.base, self._places.get(name) or self._listed[name]
         stamp = _written(place)
         attach = partial(attach_adapter_folder, base.net, place, head_name=base.family.head_name(base.net))
-        attached = self._set.add(name, partial(attach, base_fingerprint=base.fingerprint, device=base.device))
+        attach = partial(attach, base_fingerprint=base.fingerprint, device=base.device, shares_base=True)
+        attached = self._set.add(name, attach)
         self._sizes[name] = _size_of(attached)
         self._stamps[name] = stamp
 

@@ -40,16 +40,21 @@ def attach_adapter_folder(
     device: torch.device | None = None,
     base_weight: BaseWeight | None = None,
     method: Method | None = None,
+    shares_base: bool = False,
 ) -> AttachedAdapter:
     """Attach the folder's adapter, ours or peft's, to the base.
 
     `base_weight(module name)`: the base's matrix (O, I) if the net itself is on the meta device; only called for
     peft's files with a copy of an embedding. `method`: by default found from the folder's peft_type.
+    `shares_base`: other adapters use the same net, before or after this one.
     Raises: AdapterError for everything that does not fit the configuration exactly, before the base is touched.
     """
     config = _as_peft_reads(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
     rows = added_rows(net, head_name, tensors_path(config.folder))
+    if rows and shares_base:
+        what = "enlarges the vocabulary of the base, which other adapters use too"
+        raise AdapterError(what, "name it alone, as the TARGET of the command", file=str(tensors_path(config.folder)))
     enlarge(net, rows)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})

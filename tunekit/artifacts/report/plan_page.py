@@ -11,6 +11,7 @@ ATTENTION = {
     "eager_per_document": "eager, separately for each document of a row",
     "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it cannot be used",
 }
+WEIGHTS = {"none": "not quantized", "kept": "the blocks of the file"}
 SMALLEST_LOGITS = 1024  # bytes; for a denoiser nothing counts as logits, for a classifier often only the loss
 
 
@@ -26,7 +27,7 @@ def facts(plan: Plan) -> dict[str, object]:
     dropped = "".join(f"; {number:,} dropped: {reason}" for reason, number in rows.dropped_reasons.items())
     return {
         "model": f"{model.model_type}, {model.layers} layers, computed in {model.dtype} on {plan.device}",
-        "weights": "not quantized" if model.quantization == "none" else model.quantization,
+        "weights": WEIGHTS.get(model.quantization, model.quantization),
         "parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} trained ({share:.2%})",
         "rows": f"{rows.trained:,} of {rows.read:,} ({rows.truncated:,} truncated{dropped})",
         shows.sizes: f"{about}{rows.tokens:,} an epoch; {learned} in the run",

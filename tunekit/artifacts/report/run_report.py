@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from tunekit.artifacts.report.curves import binned_text, charts_of
 from tunekit.artifacts.report.next_step import after_training
 from tunekit.artifacts.report.pictures import before_and_after
+from tunekit.artifacts.report.plan_page import WEIGHTS
 from tunekit.artifacts.report.run_costs import memory, overview, rows, size, speed
 from tunekit.artifacts.report.sections import MarkedText, ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
@@ -34,7 +35,8 @@ def run_report(run: RunValues) -> ReportPage:
 def _intro(run: RunValues) -> list[str]:
     plan, model, adapter = run.plan, run.plan.part("model"), run.recipe.part("adapter")
     rank = f" of rank {adapter['r']}" if adapter.get("r") else ""
-    weights = "" if model.get("quantization", "none") == "none" else f", weights in {model['quantization']}"
+    quantization = model.get("quantization", "none")
+    weights = "" if quantization == "none" else f", weights in {WEIGHTS.get(str(quantization), quantization)}"
     method = run.recipe.part("objective").get("method")
     objective = "" if method is None else f" Objective: {method}."
     trained, total = plan.count("trainable_parameters"), plan.count("total_parameters")

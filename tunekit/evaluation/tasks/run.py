@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,15 +236,21 @@ def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A block without lm-eval's notices and progress bars."""
+    """A block without lm-eval's notices and progress bars, and without git's message outside a repository."""
+    from lm_eval import evaluator
+    from tqdm import tqdm
+
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, os.environ.get("TQDM_DISABLE")
+    level, start, git_hash = logger.level, tqdm.__init__, evaluator.get_git_commit_hash
+
+    def hidden(bar: Any, *inputs: Any, **named: Any) -> None:
+        start(bar, *inputs, **{**named, "disable": True})
+
     logger.setLevel(logging.ERROR)
-    os.environ["TQDM_DISABLE"] = "1"
+    tqdm.__init__ = hidden  # tqdm reads TQDM_DISABLE only when it is imported
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
         logger.setLevel(level)
-        os.environ.pop("TQDM_DISABLE")
-        if bars is not None:
-            os.environ["TQDM_DISABLE"] = bars
+        tqdm.__init__, evaluator.get_git_commit_hash = start, git_hash

@@ -195,6 +195,11 @@ class Rewriter:
         ]
         return any(len(kinds) > 1 for kinds in group_changes)
 
+    def tie(self, net: nn.Module) -> None:
+        """Tie the head of a merged model to its embedding, if they are tied in the base."""
+        if self.tied and self.head is not None and self.embedding is not None:
+            net.get_submodule(self.head).weight = net.get_submodule(self.embedding).weight
+
     def output_bytes(self, changes: Changes) -> int:
         """The number of bytes that `write` writes (the real number is smaller if weights are packed again)."""
         more = self.aliases.values() if self.unties(changes) else ()
