@@ -7,6 +7,7 @@ import gc
 import json
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tunekit.artifacts.run import TASKS_NAME, RunFolder
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress, StepProgress
 from tunekit.data.reading.replaced import refuse_to_replace
-from tunekit.errors import InputError, TunekitError, is_out_of_memory
+from tunekit.errors import InputError, Stopped, TunekitError, is_out_of_memory
 from tunekit.evaluation.tasks.measure import measure_tasks
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
@@ -256,17 +257,16 @@ def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run
         return
     objective, tokenizer = measuring_objective(run.model.base, prepared.processor), prepared.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)  # plan refuses tasks for other models
-    with timed(run.state.seconds, "evaluate"):
-        results = measure_tasks(
-            run.model,
-            tokenizer,
-            objective,
-            settings,
-            session.devices,
-            compares=compares,
-            template=prepared.rows.template,
-            progress=CountProgress(console),
-        )
+    measure = partial(measure_tasks, run.model, tokenizer, objective, settings, session.devices, compares=compares)
+    try:
+        if session.signals.requested is not None:
+            raise Stopped("stopped before the tasks", session.signals.requested)
+        with timed(run.state.seconds, "evaluate"), session.signals.at_once("during the tasks"):
+            results = measure(template=prepared.rows.template, progress=CountProgress(console))
+    except Stopped as stopped:
+        command = shlex.join(["tunekit", "eval", relative_to(folder.path), "--tasks", ",".join(settings.tasks)])
+        console.warn(f"{stopped}: evaluation.tasks are not measured; measure them with: {command}")
+        return
     values = results.values()
     folder.write_json(TASKS_NAME, values)
     console.table(*score_table(values["scores"], values["before"]))

@@ -9,7 +9,9 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +266,29 @@ def test_eval_measures_a_run_and_its_base(
     ]
     assert all(each["standard_error"] is not None for each in values["scores"])
     assert "Changes by tuning" in markdown_page(run_report(read_run(run)))
+
+
+@pytest.mark.drawn
+def test_a_stop_during_the_tasks_of_a_run_leaves_them_out(
+    harness: Callable[[], None], tiny_llama: Path, tmp_path: Path
+) -> None:
+    def before() -> None:
+        harness()
+        import tunekit.train
+
+        def stop(*inputs: object, **named: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+        tunekit.train.measure_tasks = stop  # type: ignore[assignment]
+
+    task = write_task(tmp_path)
+    sections: dict[str, Any] = {"evaluation": {"tasks": [task.name]}, "training": {"epochs": 1.0}}
+    ended = train_in_child(write_recipe(tmp_path, tiny_llama, **sections), tmp_path / "run", before=before)
+    assert ended.code == 0, ended.output
+    assert "stopped by SIGINT during the tasks: evaluation.tasks are not measured" in ended.output.replace("\n", " ")
+    assert (tmp_path / "run" / "report.html").exists()
+    assert json.loads((tmp_path / "run" / "status.json").read_text("utf-8"))["exit_code"] == 0
 
 
 def test_a_metric_that_leaves_out_all_documents_has_no_score() -> None:

@@ -18,6 +18,7 @@ from tunekit.errors import InputError, ModelError
 from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.model.transformers_guard import quiet, replaced
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.tuned.model import TunedModel
 
@@ -238,19 +239,12 @@ def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) ->
 def _quiet() -> Iterator[None]:
     """A block without lm-eval's notices and progress bars, and without git's message outside a repository."""
     from lm_eval import evaluator
-    from tqdm import tqdm
 
     logger = logging.getLogger("lm_eval")
-    level, start, git_hash = logger.level, tqdm.__init__, evaluator.get_git_commit_hash
-
-    def hidden(bar: Any, *inputs: Any, **named: Any) -> None:
-        start(bar, *inputs, **{**named, "disable": True})
-
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    tqdm.__init__ = hidden  # tqdm reads TQDM_DISABLE only when it is imported
-    evaluator.get_git_commit_hash = lambda: None
     try:
-        yield
+        with quiet(), replaced(vars(evaluator), get_git_commit_hash=lambda: None):
+            yield
     finally:
         logger.setLevel(level)
-        tqdm.__init__, evaluator.get_git_commit_hash = start, git_hash
