@@ -263,9 +263,10 @@ def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run
             raise Stopped("stopped before the tasks", session.signals.requested)
         with timed(run.state.seconds, "evaluate"), session.signals.at_once("during the tasks"):
             results = measure(template=prepared.rows.template, progress=CountProgress(console))
-    except Stopped as stopped:
+    except Exception as error:  # lm-eval and its data may raise anything; the trained run must not be lost
+        what = str(error) if isinstance(error, TunekitError) else f"{type(error).__name__}: {error}"
         command = shlex.join(["tunekit", "eval", relative_to(folder.path), "--tasks", ",".join(settings.tasks)])
-        console.warn(f"{stopped}: evaluation.tasks are not measured; measure them with: {command}")
+        console.warn(f"{what}: evaluation.tasks are not measured; measure them with: {command}")
         return
     values = results.values()
     folder.write_json(TASKS_NAME, values)

@@ -291,6 +291,15 @@ def test_a_stop_during_the_tasks_of_a_run_leaves_them_out(
     assert json.loads((tmp_path / "run" / "status.json").read_text("utf-8"))["exit_code"] == 0
 
 
+@pytest.mark.drawn
+def test_a_task_that_fails_does_not_fail_the_run(harness: Callable[[], None], tiny_llama: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"evaluation": {"tasks": ["no_such_task"]}, "training": {"epochs": 1.0}}
+    ended = train_in_child(write_recipe(tmp_path, tiny_llama, **sections), tmp_path / "run", before=harness)
+    assert ended.code == 0, ended.output
+    assert "lm-eval has no task 'no_such_task'" in " ".join(ended.output.split())
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def test_a_metric_that_leaves_out_all_documents_has_no_score() -> None:
     samples = [{"filter": "none", "512": value, "4096": -1.0} for value in (1.0, 0.0)]
     values = {"512,none": 0.5, "512_stderr,none": 0.5, "4096,none": -1}
