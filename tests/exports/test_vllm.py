@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.arithmetic.test_merge import logits_of, merged_logits, prepared, train, write_base
@@ -25,7 +28,8 @@ from tunekit.exports import vllm
 from tunekit.exports.format import Exported, Options, Questions
 from tunekit.exports.llama_cpp.converter import converter_folder
 from tunekit.exports.programs.answer import NextTokens
-from tunekit.exports.programs.program import Program, find_program
+from tunekit.exports.programs.program import INSIDE, Program, find_program
+from tunekit.exports.programs.vllm import answers
 from tunekit.exports.vllm import refusal
 from tunekit.model.load import load_model
 from tunekit.recipe.adapters.prompt import PromptSettings
@@ -171,6 +175,37 @@ def test_the_certificate_states_how_many_values_were_compared(monkeypatch: pytes
     certificate = vllm.certify(Exported(tmp_path, "merged"), exportable, program, lambda: questions, Options())
     assert certificate.parts["merged"].largest < 1e-6
     assert "only the 20 largest" in certificate.note
+
+
+@pytest.mark.parametrize("module", ["mlp.experts.0.up_proj", "mlp.up_proj"])
+def test_the_certificate_reads_experts_as_the_printed_command(
+    module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    used: dict[str, Any] = {}
+
+    def generate(prompts: list[Any], sampling: list[Any], **_: Any) -> list[Any]:
+        step = {0: SimpleNamespace(logprob=-1.0)}
+        return [SimpleNamespace(outputs=[SimpleNamespace(logprobs=[step])]) for _ in prompts]
+
+    def make(model: str, **options: Any) -> Any:
+        used.update(options)
+        return SimpleNamespace(generate=generate)
+
+    stand_in = SimpleNamespace(LLM=make, SamplingParams=dict, LoRARequest=lambda *_: None)
+    for name in ("vllm", "vllm.lora", "vllm.lora.request"):
+        monkeypatch.setitem(sys.modules, name, stand_in)  # type: ignore[arg-type]
+    save_file(
+        {f"base_model.model.model.layers.0.{module}.lora_A.weight": np.zeros(1)}, tmp_path / "adapter_model.safetensors"
+    )
+
+    def ask(_: Program, script: str, model: Path, rows: Any, adapter: Path, *, options: Any, **others: Any) -> Any:
+        answer = run_path(str(INSIDE / f"{script}.py"))["answer"]
+        return answer({"model": str(model), "rows": rows, "adapter": str(adapter), **options})
+
+    monkeypatch.setattr("tunekit.exports.programs.vllm.ask_script", ask)
+    asked = Program("vllm", "0.32.0", tmp_path)
+    answers(asked, tmp_path, [[0]], tmp_path, 8)
+    assert used["enable_mixed_moe_lora_format"] == ("experts" in module)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tunekit.adapters.folder.config import adapter_header, tensors_path
 from tunekit.exports.programs.answer import IdRows, NextTokens, ask_script
 from tunekit.exports.programs.program import Program
 
@@ -27,5 +28,6 @@ def answers(
 
     Raises: InputError with vLLM's log if it refuses a folder.
     """
-    options = {"max_lora_rank": max_lora_rank(rank)}
+    keys = () if adapter is None else adapter_header(tensors_path(adapter))
+    options = {"max_lora_rank": max_lora_rank(rank), "experts": any(".experts." in key for key in keys)}
     return ask_script(program, NAME, model, rows, adapter, options=options, environment=ENVIRONMENT)
