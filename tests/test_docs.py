@@ -46,6 +46,17 @@ ELSEWHERE = {  # commands of the pages that other tests run, or that would chang
 }
 PROGRAM: Any = get_command(app)
 QUICK = "index.md"
+SEARCHED = {  # words that people type, and the page that the search must list
+    "OOM": "guide/out-of-memory",
+    "12GB": "guide/cards",
+    "ner": "tutorials/token-classify",
+    "GGUF": "guide/elsewhere",
+    "SLURM": "guide/several-gpus",
+    "lm-eval": "guide/evaluating",
+    "wandb": "working",
+    "licence": "guide/privacy",
+    "license": "guide/privacy",
+}
 SMALL = ["training.max_steps=3", "training.gradient_accumulation_steps=2", "data.max_length=512"]
 
 
@@ -105,7 +116,13 @@ def made_small(words: list[str], folder: Path, stand_ins: dict[str, str]) -> lis
     overrides += ["evaluation.max_new_tokens=4"] if "generate: true" in text else []
     overrides += ["objective.teacher=builtin:tiny-llama"] if "teacher:" in text else []
     overrides += ["objective.resolution=16", "objective.num_inference_steps=2"] if "  resolution:" in text else []
-    return [*words, *overrides]
+    written = {_key(word) for word in words}
+    return [*words, *(override for override in overrides if _key(override) not in written)]
+
+
+def _key(override: str) -> str:
+    """The key of KEY=VALUE or ~KEY."""
+    return override.removeprefix("~").partition("=")[0]
 
 
 @pytest.mark.parametrize(
@@ -142,16 +159,35 @@ def test_what_a_page_shows_runs(page: Page, twins: dict[str, str], tmp_path: Pat
 @pytest.mark.parametrize("page", written_pages(), ids=lambda page: page.name)
 def test_every_command_that_is_named_exists_with_its_options(page: Page) -> None:
     for line in {*INLINE.findall(page.text), *(line for line in page.lines if line.startswith("tunekit "))}:
-        command, options, unknown = PROGRAM, set(), []
-        for word in re.split(r"[\s\[\]|]+", line)[1:]:
-            options |= {name for part in command.params for name in part.opts} | {"-h", "--help"}
-            commands = getattr(command, "commands", {})
-            is_option, is_command = word.startswith("--"), bool(commands) and word.isalpha() and word.islower()
-            if word in commands:
-                command = commands[word]
-            elif (is_option and word not in options) or is_command:
-                unknown.append(word)
-        assert not unknown, f"{page.name}: {line}: there is no {unknown}"
+        assert not unknown_words(line), f"{page.name}: {line}: there is no {unknown_words(line)}"
+
+
+def unknown_words(line: str) -> list[str]:
+    """The commands and options of a `tunekit` line that do not exist."""
+    command, options, unknown = PROGRAM, set(), []
+    for word in re.split(r"[\s\[\]|]+", line)[1:]:
+        options |= {name for part in command.params for name in part.opts} | {"-h", "--help"}
+        commands = getattr(command, "commands", {})
+        is_option, is_command = word.startswith("--"), bool(commands) and word.isalpha() and word.islower()
+        if word in commands:
+            command = commands[word]
+        elif (is_option and word not in options) or is_command:
+            unknown.append(word)
+    return unknown
+
+
+def test_the_files_for_ci_have_jobs_with_commands_of_the_page() -> None:
+    page = next(page for page in written_pages() if page.name == "guide/ci.md")
+    files = {title: yaml.safe_load(body) for _, title, body in BLOCK.findall(page.text) if title}
+    github, gitlab = files["github.yml"], files["gitlab.yml"]
+    assert {"pull_request", "workflow_dispatch"} == set(github[True])  # YAML reads `on` as true
+    assert github["jobs"]["train"]["needs"] in github["jobs"]
+    assert {gitlab[job]["stage"] for job in ("check", "train")} == set(gitlab["stages"])
+    steps = [step for job in github["jobs"].values() for step in job["steps"]]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+    lines = [step["run"] for step in steps if "run" in step]
+    assert lines == [line for job in ("check", "train") for line in gitlab[job]["script"]]
+    assert set(lines) - set(page.lines) == {'pip install "tunekit[data] @ git+$TUNEKIT_URL"'}
 
 
 def test_every_page_is_in_the_navigation_and_the_other_way_round(pages: Path) -> None:
@@ -228,3 +264,11 @@ def test_the_site_builds_without_a_warning(pages: Path, tmp_path: Path) -> None:
     done = subprocess.run([*command, "-d", str(tmp_path / "html")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert runpy.run_path(str(SITE / "check.py"))["faults"](tmp_path / "html") == []
+    entries = json.loads((tmp_path / "html" / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    for word, place in SEARCHED.items():
+        hits = [
+            entry["location"]
+            for entry in entries
+            if re.search(rf"\b{word}\b", f"{entry['title']} {entry['text']}", re.I)
+        ]
+        assert any(hit.startswith(place) for hit in hits), f"{word}: {hits}"
