@@ -65,6 +65,10 @@ MODELS: dict[str, dict[str, Any]] = {  # as the families' published config.json 
     "Gemma-2-2B": _decoder("gemma2", (2304, 9216, 26, 8, 4), 256000, head_dim=256),
     "Llama-3.2-3B": MEASURED_MODELS["llama-3.2-3b"],
     "Llama-3.1-8B": MEASURED_MODELS["llama-3.1-8b"],
+    "Qwen3-14B": _decoder("qwen3", (5120, 17408, 40, 40, 8), 151936, head_dim=128, tie_word_embeddings=False),
+    "Mistral-Small-24B": _decoder("mistral", (5120, 32768, 40, 32, 8), 131072, head_dim=128, sliding_window=None),
+    "Qwen2.5-32B": MEASURED_MODELS["qwen2.5-32b"],
+    "Llama-3.1-70B": MEASURED_MODELS["llama-70b"],
     "tiny": _decoder("llama", (64, 128, 2, 4, 2), 512),  # for the test
 }
 
