@@ -237,8 +237,10 @@ def test_eval_measures_a_run_and_its_base(
     harness: Callable[[], None], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("tasks")
-    task, run = write_task(folder), folder / "run"
-    sections: dict[str, Any] = {"evaluation": {"tasks": [task.name]}, "training": {"epochs": 1.0}}
+    task, run, group = write_task(folder), folder / "run", folder / "both.yaml"
+    parts = [json.loads(task.read_text("utf-8")) | {"task": name} for name in ("first", "second")]
+    group.write_text(json.dumps({"group": "both", "task": parts, "aggregate_metric_list": [{"metric": "acc"}]}))
+    sections: dict[str, Any] = {"evaluation": {"tasks": [task.name, group.name]}, "training": {"epochs": 1.0}}
     recipe = write_recipe(folder, tiny_llama, **sections)
     ended = train_in_child(recipe, run, before=harness)
     assert ended.code == 0, ended.output
@@ -251,7 +253,7 @@ def test_eval_measures_a_run_and_its_base(
 
         evaluate_tasks(str(run), None, [str(task)], None, ["model.dtype=bfloat16"])
         assert not (run / "tasks.json").exists()  # the run's own dtype is float32
-        evaluate_tasks(str(run), None, [str(task)], str(folder / "out.json"), [])
+        evaluate_tasks(str(run), None, [str(task), str(group)], str(folder / "out.json"), [])
 
     ended = in_child(work, folder / "log", harness)
     assert ended.code == 0, ended.output
@@ -263,7 +265,11 @@ def test_eval_measures_a_run_and_its_base(
     assert [(each["task"], each["metric"], each["count"]) for each in values["scores"]] == [
         ("colours", "acc", 12),
         ("colours", "acc_norm", 12),
+        *((name, metric, 12) for name in ("first", "second") for metric in ("acc", "acc_norm")),
+        ("both", "acc", 24),
     ]
+    assert values["scores"][0]["value"] == values["scores"][-1]["value"]
+    assert values["changes"][-1]["task"] == "both"
     assert all(each["standard_error"] is not None for each in values["scores"])
     assert "Changes by tuning" in markdown_page(run_report(read_run(run)))
 

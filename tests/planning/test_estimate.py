@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
+import tracemalloc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -29,11 +30,18 @@ from tunekit.machine.memory import _group_available
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.planning.choice import SearchSpace, Workload, fastest
-from tunekit.planning.forecast import largest_batch
+from tunekit.planning.forecast import Forecast, largest_batch
 from tunekit.planning.simulated import outputs
 from tunekit.planning.simulated.estimate import COMPILED_BYTES, KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
 from tunekit.planning.simulated.kernels import backward_buffers, workspace_bytes
-from tunekit.planning.simulated.loading import StoredBase, load_bytes, packing_bytes, stored_base, untouched_bytes
+from tunekit.planning.simulated.loading import (
+    StoredBase,
+    load_bytes,
+    packing_bytes,
+    parsing_bytes,
+    stored_base,
+    untouched_bytes,
+)
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -360,6 +368,34 @@ def test_loading_counts_the_mapped_file_and_what_is_made_of_it() -> None:
     other = stored_base([(400, torch.float32)], torch.bfloat16)
     assert load_bytes(other, 200, 200, 10, packed=False) == 600
     assert load_bytes(StoredBase(100, converted=False, gguf=True), 400, 400, 50, packed=False) == 100 + 400 + 400
+
+
+def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> None:
+    """gguf holds each text as arrays of its own, so a vocabulary takes more memory than a small model."""
+    import gguf
+
+    count, path = 3000, tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list([f"token{number}" for number in range(count)])
+    writer.add_token_types([1] * count)
+    writer.add_token_merges([f"to ken{number}" for number in range(count)])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    tracemalloc.start()
+    reader = gguf.GGUFReader(path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert reader.fields
+    net: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=count))
+    net.config.get_text_config = lambda decoder: net.config
+    assert parsing_bytes(net) == pytest.approx(held, rel=0.15)
+    run: Any = SimpleNamespace()
+    forecast = Forecast(run, cast(Any, SimpleNamespace(net=net)), cast(Any, None), cast(Any, None))
+    for gguf_file in (False, True):
+        vars(forecast).update(_stored=StoredBase(1, converted=False, gguf=gguf_file), _streamed_load_bytes=10)
+        load = forecast._base_load_bytes(Choice(streaming="disk"))
+        assert load == 10 + gguf_file * parsing_bytes(net)
 
 
 def test_packing_while_reading_holds_one_matrix_beside_the_packed_base() -> None:

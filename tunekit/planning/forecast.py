@@ -111,7 +111,7 @@ class Forecast:
     def peak(self, choice: Choice) -> PeakBytes:
         """Peak memory of the run with this choice. All searches for settings use this function."""
         run = replace(self.run, choice=choice)
-        load = self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes
+        load = self._base_load_bytes(choice)
         simulations, device = (self._step(choice), self._evaluation(run), self._rehearsal(run)), self.run.device
         peak = peak_bytes(*simulations, device, self.base.dtype, cache_bytes=self._cache_bytes, load_bytes=load)
         peak = replace(peak, weights=peak.weights + self.companion_bytes, total=peak.total + self.companion_bytes)
@@ -134,7 +134,7 @@ class Forecast:
         """Peak memory without activations, for a model whose own code fails on the meta device."""
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
-        load = self._load_bytes if self.run.choice.streaming == "off" else self._streamed_load_bytes
+        load = self._base_load_bytes(self.run.choice)
         simulation = Simulation(parts, sum(parts.values()))
         return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
@@ -186,6 +186,11 @@ class Forecast:
             return stored_base([(self.base.facts.total_parameters * kind.itemsize, kind)], self.base.dtype)
         read = [each for name, each in headers.items() if not name.startswith(self.base.family.unread)]
         return stored_base([(header.size_bytes, header.dtype) for header in read], self.base.dtype)
+
+    def _base_load_bytes(self, choice: Choice) -> int:
+        """Peak memory of loading the base."""
+        parsed = parsing_bytes(self.base.net) if self._stored is not None and self._stored.gguf else 0
+        return parsed + (self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes)
 
     @cached_property
     def _load_bytes(self) -> int:

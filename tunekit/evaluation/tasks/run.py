@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,11 +143,13 @@ def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
         raise InputError(f"{name}: no such file", "check the path", key=KEY)
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(path, resolve_func=True)
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    if files is not None:
-        config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
-    return dict(config)
+    config = dict(load_yaml(path, resolve_func=True))
+    parts = config.get("task")  # of a group: names, or tasks
+    for task in [config, *(part for part in (parts if isinstance(parts, list) else ()) if isinstance(part, dict))]:
+        files = (task.get("dataset_kwargs") or {}).get("data_files")
+        if files is not None:
+            task["dataset_kwargs"]["data_files"] = _near(files, path.parent)
+    return config
 
 
 def _near(files: object, folder: Path) -> object:
@@ -159,8 +162,9 @@ def _near(files: object, folder: Path) -> object:
 
 
 def scores_of(results: Mapping[str, Any]) -> Iterator[TaskScore]:
-    """The metrics of each task."""
-    for task, samples in results["samples"].items():
+    """The metrics of each task, and the means of each group of tasks."""
+    groups = ((name, list(_group_samples(results, name))) for name in results.get("groups", {}))
+    for task, samples in chain(results["samples"].items(), groups):
         for name, value in results["results"][task].items():
             metric, _, rule = name.partition(",")
             if not rule or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -177,10 +181,17 @@ def scores_of(results: Mapping[str, Any]) -> Iterator[TaskScore]:
                 metric if rule == "none" else f"{metric} ({rule})",
                 float(value),
                 float(error) if isinstance(error, int | float) and math.isfinite(error) else None,
-                bool(results["higher_is_better"][task].get(metric, True)),
+                results["higher_is_better"][task].get(metric) is not False,
                 len(documents),
                 numbers,
             )
+
+
+def _group_samples(results: Mapping[str, Any], name: str) -> Iterator[Any]:
+    """The documents of all tasks of a group, which may contain groups."""
+    yield from results["samples"].get(name, ())
+    for part in results["group_subtasks"].get(name, ()):
+        yield from _group_samples(results, part)
 
 
 def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:

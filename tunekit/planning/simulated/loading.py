@@ -11,11 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from tunekit.model.families import text_config
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.model.storage.reading import CHUNK_BYTES
 
 FAULT_BYTES = 2 * 2**20  # Linux maps up to this many bytes around each page that is read
+# What gguf's reader holds for each token of a vocabulary: its text, type and merge as arrays of their own. Measured:
+# 158.8 MiB for a file with 49,152 tokens and 48,900 merges (gguf 0.19).
+TOKEN_BYTES = 3_400
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ def packing_bytes(loaded_bytes: int, largest_elements: int, dtype: torch.dtype) 
 def copying_bytes(loaded_bytes: int) -> int:
     """Peak of loading a base whose tensors are copied from the files one after the other."""
     return loaded_bytes + CHUNK_BYTES
+
+
+def parsing_bytes(net: nn.Module) -> int:
+    """What the parsed form of a GGUF file takes while its base is loaded."""
+    return TOKEN_BYTES * int(text_config(net).vocab_size)
 
 
 def untouched_bytes(ids: NDArray[np.int64], row_bytes: int, table_bytes: int) -> int:
