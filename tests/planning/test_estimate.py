@@ -390,12 +390,14 @@ def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> 
     net: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=count))
     net.config.get_text_config = lambda decoder: net.config
     assert parsing_bytes(net) == pytest.approx(held, rel=0.15)
-    run: Any = SimpleNamespace()
-    forecast = Forecast(run, cast(Any, SimpleNamespace(net=net)), cast(Any, None), cast(Any, None))
+    net.parameters = lambda: [torch.empty(100, 8, device="meta"), torch.empty(8, device="meta")]
+    net.named_modules = list
+    base: Any = SimpleNamespace(net=net, packed_while_read=True, copied_while_read=False)
+    forecast = Forecast(cast(Any, SimpleNamespace()), base, cast(Any, None), cast(Any, None))
     for gguf_file in (False, True):
-        vars(forecast).update(_stored=StoredBase(1, converted=False, gguf=gguf_file), _streamed_load_bytes=10)
+        vars(forecast)["_stored"] = StoredBase(1, converted=False, gguf=gguf_file)
         load = forecast._base_load_bytes(Choice(streaming="disk"))
-        assert load == 10 + gguf_file * parsing_bytes(net)
+        assert load == 100 * 8 * 4 + gguf_file * parsing_bytes(net)  # the embedding is copied in one piece
 
 
 def test_packing_while_reading_holds_one_matrix_beside_the_packed_base() -> None:

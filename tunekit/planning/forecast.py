@@ -27,6 +27,7 @@ from tunekit.planning.simulated.loading import (
     copying_bytes,
     load_bytes,
     packing_bytes,
+    parsing_bytes,
     stored_base,
     untouched_bytes,
 )
@@ -199,7 +200,8 @@ class Forecast:
         largest = max((weight.elements for weight in map(weight_of, matrices) if weight is not None), default=0)
         dense, loaded = self.base.facts.total_parameters * self.base.dtype.itemsize, stored_bytes(self.base.net)
         if self.base.packed_while_read:
-            return packing_bytes(0 if self._kept else loaded, largest, self.base.dtype)
+            packing = packing_bytes(0 if self._kept else loaded, largest, self.base.dtype)
+            return max(packing, self._largest_bytes)
         if self.base.copied_while_read:
             return copying_bytes(loaded)
         assert self._stored is not None
@@ -212,9 +214,16 @@ class Forecast:
 
     @cached_property
     def _streamed_load_bytes(self) -> int:
-        """Memory for loading a base that stays in its files: the largest matrix, unpacked and packed."""
+        """Memory for loading a base that stays in its files: the largest matrix, unpacked and packed. A tensor that is
+        not packed, such as the embedding, is copied in one piece."""
         packed = packed_layers(self.base.net).values()
-        return max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
+        matrix = max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
+        copied = self.base.packed_while_read or self.base.copied_while_read
+        return max(matrix, self._largest_bytes if copied else 0)
+
+    @cached_property
+    def _largest_bytes(self) -> int:
+        return max(parameter.nbytes for parameter in self.base.net.parameters())
 
     def _without_unread(self, simulation: Simulation, streaming: str) -> Simulation:
         """The simulation without the rows of a mapped embedding that no token reads; only on a CPU."""
