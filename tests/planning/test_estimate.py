@@ -388,7 +388,6 @@ def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> 
     tracemalloc.stop()
     assert reader.fields
     net: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=count))
-    net.config.get_text_config = lambda decoder: net.config
     assert parsing_bytes(net) == pytest.approx(held, rel=0.15)
     net.parameters = lambda: [torch.empty(100, 8, device="meta"), torch.empty(8, device="meta")]
     net.named_modules = list
