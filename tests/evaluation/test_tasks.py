@@ -238,7 +238,8 @@ def test_eval_measures_a_run_and_its_base(
 ) -> None:
     folder = tmp_path_factory.mktemp("tasks")
     task, run, group = write_task(folder), folder / "run", folder / "both.yaml"
-    parts = [json.loads(task.read_text("utf-8")) | {"task": name} for name in ("first", "second")]
+    files = {"dataset_kwargs": {"data_files": {"test": str(folder / "colours.jsonl")}}}
+    parts = [TASK | files | {"task": name} for name in ("first", "second")]
     group.write_text(json.dumps({"group": "both", "task": parts, "aggregate_metric_list": [{"metric": "acc"}]}))
     sections: dict[str, Any] = {"evaluation": {"tasks": [task.name, group.name]}, "training": {"epochs": 1.0}}
     recipe = write_recipe(folder, tiny_llama, **sections)

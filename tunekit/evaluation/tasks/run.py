@@ -129,7 +129,7 @@ def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
 
 
 def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
-    """A task for lm-eval: a name that it knows, or the content of a YAML file.
+    """A task for lm-eval: a name that it knows, the content of a task's YAML file, or the path of a group's.
 
     Raises: InputError for an unknown name or a missing file.
     """
@@ -144,11 +144,11 @@ def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = dict(load_yaml(path, resolve_func=True))
-    parts = config.get("task")  # of a group: names, or tasks
-    for task in [config, *(part for part in (parts if isinstance(parts, list) else ()) if isinstance(part, dict))]:
-        files = (task.get("dataset_kwargs") or {}).get("data_files")
-        if files is not None:
-            task["dataset_kwargs"]["data_files"] = _near(files, path.parent)
+    if "group" in config:  # lm-eval would pass the keys of a group to each of its tasks
+        return name
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    if files is not None:
+        config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
     return config
 
 
