@@ -201,6 +201,10 @@ def test_prompts_are_turns_of_a_chat_as_in_lm_evals_own_class(
         net = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         theirs = HFLM(pretrained=net, tokenizer=AutoTokenizer.from_pretrained(tiny_llama), batch_size=3, device="cpu")
         manager = _manager(EvaluationSection(), str(tiny_llama))
+        group = tmp_path / "group.yaml"
+        group.write_text(json.dumps({"group": "both", "task": ["colours", "answers"]}), encoding="utf-8")
+        with pytest.raises(InputError, match=r"group\.yaml is the file of a group of tasks"):
+            _task(str(group), manager)
         values = []
         for model in (ours, theirs):
             tasks = [_task(str(path), manager) for path in (choices, generated)]
@@ -237,11 +241,8 @@ def test_eval_measures_a_run_and_its_base(
     harness: Callable[[], None], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("tasks")
-    task, run, group = write_task(folder), folder / "run", folder / "both.yaml"
-    files = {"dataset_kwargs": {"data_files": {"test": str(folder / "colours.jsonl")}}}
-    parts = [TASK | files | {"task": name} for name in ("first", "second")]
-    group.write_text(json.dumps({"group": "both", "task": parts, "aggregate_metric_list": [{"metric": "acc"}]}))
-    sections: dict[str, Any] = {"evaluation": {"tasks": [task.name, group.name]}, "training": {"epochs": 1.0}}
+    task, run = write_task(folder), folder / "run"
+    sections: dict[str, Any] = {"evaluation": {"tasks": [task.name]}, "training": {"epochs": 1.0}}
     recipe = write_recipe(folder, tiny_llama, **sections)
     ended = train_in_child(recipe, run, before=harness)
     assert ended.code == 0, ended.output
@@ -254,7 +255,7 @@ def test_eval_measures_a_run_and_its_base(
 
         evaluate_tasks(str(run), None, [str(task)], None, ["model.dtype=bfloat16"])
         assert not (run / "tasks.json").exists()  # the run's own dtype is float32
-        evaluate_tasks(str(run), None, [str(task), str(group)], str(folder / "out.json"), [])
+        evaluate_tasks(str(run), None, [str(task)], str(folder / "out.json"), [])
 
     ended = in_child(work, folder / "log", harness)
     assert ended.code == 0, ended.output
@@ -266,11 +267,7 @@ def test_eval_measures_a_run_and_its_base(
     assert [(each["task"], each["metric"], each["count"]) for each in values["scores"]] == [
         ("colours", "acc", 12),
         ("colours", "acc_norm", 12),
-        *((name, metric, 12) for name in ("first", "second") for metric in ("acc", "acc_norm")),
-        ("both", "acc", 24),
     ]
-    assert values["scores"][0]["value"] == values["scores"][-1]["value"]
-    assert values["changes"][-1]["task"] == "both"
     assert all(each["standard_error"] is not None for each in values["scores"])
     assert "Changes by tuning" in markdown_page(run_report(read_run(run)))
 
@@ -362,6 +359,17 @@ def test_the_base_has_a_value_also_where_no_change_is_known() -> None:
         [["words", "bits_per_byte", 2.0, 1.5, 0.1, 3]],
     )
     assert score_table(scores)[1] == [["words", "bits_per_byte", 1.5, 0.1, 3]]
+
+
+def test_a_group_has_the_documents_of_its_tasks() -> None:
+    """A group such as mmlu contains groups; its own score is in lm-eval's results, without documents."""
+    samples = {name: [{"filter": "none", "acc": value} for value in (1.0, 0.0, 0.0)] for name in ("one", "two")}
+    values = {name: {"acc,none": 1 / 3, "alias": name, "sample_len": 3} for name in (*samples, "inner", "outer")}
+    groups = {"inner": ["one"], "outer": ["inner", "two"]}
+    results = {"samples": samples, "results": values, "group_subtasks": groups, "groups": {"outer": values["outer"]}}
+    scores = list(scores_of(results | {"higher_is_better": {name: {"acc": True} for name in values}}))
+    assert [(each.task, each.count) for each in scores] == [("one", 3), ("two", 3), ("outer", 6)]
+    assert scores[-1].documents == (1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
 
 
 def score(value: float, documents: tuple[float, ...], *, higher: bool = True) -> TaskScore:

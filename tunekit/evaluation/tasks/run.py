@@ -129,9 +129,9 @@ def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
 
 
 def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
-    """A task for lm-eval: a name that it knows, the content of a task's YAML file, or the path of a group's.
+    """A task for lm-eval: a name that it knows, or the content of a YAML file.
 
-    Raises: InputError for an unknown name or a missing file.
+    Raises: InputError for an unknown name, a missing file, or the file of a group.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -144,8 +144,8 @@ def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = dict(load_yaml(path, resolve_func=True))
-    if "group" in config:  # lm-eval would pass the keys of a group to each of its tasks
-        return name
+    if "group" in config:  # lm-eval reads these only from its own folders
+        raise InputError(f"{name} is the file of a group of tasks", "name the files of its tasks", key=KEY)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if files is not None:
         config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
