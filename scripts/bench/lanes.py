@@ -98,19 +98,22 @@ def side(ran: dict) -> dict[str, float]:
 
 def losses_of(run: Path) -> list[float]:
     """The loss of each step."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    records = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
+    return [record["loss"] for record in records if "loss" in record]
 
 
 def write_recipe(folder: Path, tokens: int, options: argparse.Namespace) -> Path:
     """The recipe of rows of so many tokens."""
-    write_rows(folder / "rows.jsonl", options.steps, tokens)
+    rows = str(folder / "rows.jsonl")
+    write_rows(Path(rows), options.steps, tokens)
     training = {"max_steps": options.steps, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_ratio": 0}
     recipe = {
         "model": {"name_or_path": str(folder / "model"), "dtype": "bfloat16", "quantization": options.quantization},
-        "data": {"train": str(folder / "rows.jsonl"), "max_length": max(tokens, 16)},
+        "data": {"train": rows, "eval": [rows], "max_length": max(tokens, 16)},  # a sweep compares evaluations
         "adapter": {"method": "lora", "r": 16},
         "training": training,
         "memory": {"streaming": "disk"},
+        "evaluation": {"before_training": False},
         "output": {"dir": "run"},
         "sweep": {"joined": options.joined},
     }

@@ -196,13 +196,13 @@ def test_an_impossible_budget_names_changes_that_do_what_they_say(recipe: Path) 
     found = re.findall(r"([a-z_.]+): (\S+) saves ([0-9.]+ MiB) \(needs ([0-9.]+) MiB", refusal.message)
     assert 1 <= len(found) <= 3
     assert found[0][0] == "memory.gradient_checkpointing", "the cheapest first"
-    smallest = float(re.findall(r"needs ([0-9.]+) MiB, and", refusal.message)[0])
+    smallest = float(re.findall(r"needs ([0-9.]+) MiB, but", refusal.message)[0])
     for key, value, saved, needs in found:
         assert smallest - float(saved.split()[0]) == pytest.approx(float(needs), abs=0.2)
         overrides = {"memory.gradient_checkpointing": "false", "adapter.r": "32"} | {key: value}
         changed, _ = plan_of(recipe, *written, *(f"{name}={given}" for name, given in overrides.items()))
         (again,) = changed.refusals
-        new = float(re.findall(r"needs ([0-9.]+) MiB, and", again.message)[0])
+        new = float(re.findall(r"needs ([0-9.]+) MiB, but", again.message)[0])
         assert new == pytest.approx(float(needs), abs=0.3), f"{key}: {value} is what it was said to be"
 
 

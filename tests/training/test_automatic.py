@@ -11,7 +11,7 @@ import pytest
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.trials import load_sweep
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Plan, PlannedRows, RowCounts
+from tunekit.records import Plan, PlannedRows, RowCounts, Target
 from tunekit.training.automatic import choose_values, most_that_fit
 from tunekit.training.halving import halving_seconds
 from tunekit.training.timing import Costs
@@ -25,12 +25,13 @@ output: {dir: run}
 COSTS = Costs(load=2.0, prepare=1.0, token=0.01, evaluation=3.0)  # a step of 100 tokens takes a second
 
 
-def plan_of(recipe: Recipe, steps: int) -> Plan:
-    """A plan with 100 tokens in each of `steps` steps."""
+def plan_of(recipe: Recipe, steps: int, side: int = 64) -> Plan:
+    """A plan with 100 tokens in each of `steps` steps, and one adapted matrix."""
     counts = RowCounts(10, 10, 0, 0, 100 * steps // 3, 100 * steps // 3, 50)
     values: dict[str, Any] = dict.fromkeys((field.name for field in fields(Plan)), None)
     rows = PlannedRows(counts, counts, False, "", None, steps // 3)
     values |= {"steps": steps, "rows": rows, "supervised_tokens": 100 * steps}
+    values["targets"] = [Target("layer", "linear", 1000, side, 0, 16)]
     return Plan(**values)
 
 
@@ -94,3 +95,10 @@ def test_without_a_rank_and_with_steps(tmp_path: Path) -> None:
     assert choice is not None
     assert list(choice.automatic.keys) == ["training.max_steps", "training.learning_rate"]
     assert choice.automatic.eval_steps == {60: 8, 180: 23, 540: 68}
+
+
+def test_a_rank_that_no_matrix_can_have_is_not_tried(tmp_path: Path) -> None:
+    _, recipe = recipe_at(tmp_path)
+    choice = choose_values(recipe, plan_of(recipe, 60, side=63), COSTS, 1e6)
+    assert choice is not None
+    assert "adapter.r" not in choice.automatic.keys

@@ -41,7 +41,7 @@ def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoi
     training, rank = recipe.training, getattr(recipe.adapter, "r", None)
     length, key = (training.max_steps, STEPS) if training.epochs is None else (training.epochs, EPOCHS)
     assert length is not None  # the recipe's checks refuse neither
-    for lengths, rates, ranks in product(LENGTHS, RATES, RANKS if isinstance(rank, int) else ((1,),)):
+    for lengths, rates, ranks in product(LENGTHS, RATES, RANKS if _ranks_fit(plan, rank) else ((1,),)):
         keys: dict[str, list[object]] = {
             key: [length * factor for factor in lengths],
             RATE: [_rounded(training.learning_rate * factor) for factor in rates],
@@ -53,6 +53,12 @@ def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoi
         intervals = {value: max(1, math.ceil(count / 2 ** rung_count(trials))) for value, count in steps.items()}
         parts = _parts(recipe, plan, costs, steps, intervals, trials)
         yield AutomaticChoice(Automatic(keys, key, intervals), trials, halving_seconds(parts))
+
+
+def _ranks_fit(plan: Plan, rank: object) -> bool:
+    """Whether the recipe has a rank, and no adapted matrix is too small for the largest rank to try."""
+    sides = [min(target.in_features, target.out_features) for target in plan.targets if target.r is not None]
+    return isinstance(rank, int) and rank * max(map(max, RANKS)) <= min(sides, default=0)
 
 
 def _parts(
