@@ -120,8 +120,8 @@ def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[Automat
     values = (f"{key} {', '.join(f'{value:g}' for value in some)}" for key, some in choice.automatic.keys.items())
     console.info(
         f"--auto tries {choice.trials} trials by halving: {'; '.join(values)}",
-        f"predicted time: at most {time_text(choice.seconds)} of {time_text(seconds)}, by {MEASURED_STEPS} steps of "
-        "the recipe",
+        f"predicted time: at most {time_text(choice.seconds)} of the {time_text(seconds)}, from {MEASURED_STEPS} "
+        "measured steps of the recipe",
     )
     return choice, costs
 

@@ -115,7 +115,7 @@ class TestProgram:
         export_verb(str(base), "ctranslate2", str(path), certify=True, overrides=["model.dtype=float32"])
         certificate = json.loads((path / CERTIFICATE).read_text())["certificate"]
         assert certificate["parts"]["float32"]["largest"] < 1e-4
-        assert ("right up to 16 tokens" in capsys.readouterr().out) == ("sliding_window" in settings)
+        assert ("right for up to 16 tokens" in capsys.readouterr().out) == ("sliding_window" in settings)
 
     def test_int8_differs_by_its_rounding(self, tuned_run: Path, tmp_path: Path) -> None:
         path = tmp_path / "out"

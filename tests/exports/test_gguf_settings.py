@@ -116,7 +116,7 @@ def test_facts_that_the_converter_leaves_out_are_written(
     for name, value in facts.items():
         key = next(key for key in stated if key.endswith(name))
         assert stated[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
-    assert any("right up to 32 tokens" in note for note in written.notes) == (kind == "mistral")
+    assert any("right for up to 32 tokens" in note for note in written.notes) == (kind == "mistral")
 
 
 def test_the_rounded_bounds_of_gpt_oss_are_noted() -> None:

@@ -130,7 +130,7 @@ def test_a_model_that_mlx_computes_otherwise_is_refused(tmp_path: Path, capsys: 
             str(tmp_path / "window" / "adapter"), "mlx", str(output), None, options, certify=False, overrides=FLOAT32
         )
         printed = " ".join(capsys.readouterr().out.split())
-        assert "right up to 20 tokens: mlx-lm ignores the sliding window" in printed
+        assert "right for up to 20 tokens: mlx-lm ignores the sliding window" in printed
         assert (output / "adapter_config.json").exists() != merged
 
 

@@ -102,7 +102,9 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     speech = exportable.family == "speech"
     command = f"faster_whisper.WhisperModel({str(path)!r})" if speech else f"ctranslate2.Generator({str(path)!r})"
     window = window_of(exportable)
-    limit = () if window is None else (f"right up to {window:,} tokens: CTranslate2 computes a sliding window wrongly",)
+    limit = (
+        () if window is None else (f"right for up to {window:,} tokens: CTranslate2 computes a sliding window wrongly",)
+    )
     return Exported(path, exportable.whole, (*limit, f"load it with: {command}"))
 
 

@@ -58,7 +58,7 @@ def right_up_to(config: Mapping[str, Any]) -> tuple[int, str] | None:
 def limit_notes(config: Mapping[str, Any]) -> Iterator[str]:
     """Lines for the user: about `right_up_to`, and about gpt-oss, whose exact bounds llama.cpp rounds."""
     if (limit := right_up_to(config)) is not None:
-        yield f"right up to {limit[0]:,} tokens: llama.cpp ignores {limit[1]}"
+        yield f"right for up to {limit[0]:,} tokens: llama.cpp ignores {limit[1]}"
     config = complete_config(config)
     if config.get("model_type") == "gpt_oss" and (config.get("rope_parameters") or {}).get("truncate") is False:
         what = "llama.cpp rounds the bounds of yarn, and this base does not (truncate is false)"

@@ -227,7 +227,7 @@ def _fixed(place: str, part: ConfigPart) -> Iterator[str]:
 def _window(place: str, part: ConfigPart) -> Iterator[str]:
     window = sliding_window(part)
     if _kind(part) in WINDOWLESS and window is not None:
-        yield f"right up to {window} tokens: mlx-lm ignores the sliding window"
+        yield f"right for up to {window} tokens: mlx-lm ignores the sliding window"
 
 
 def _long_factors(place: str, part: ConfigPart) -> Iterator[str]:

@@ -67,7 +67,7 @@ def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path
             file = source.folder / str(source.gguf_file)
             (Path(folder) / file.name).symlink_to(file.resolve())
         except OSError as error:
-            what = f"{source.name_or_path} needs a link to it in a temporary folder ({error.strerror})"
+            what = f"{source.name_or_path}: no link to it could be made in a temporary folder ({error.strerror})"
             raise ModelError(what, FOLDER, key=KEY) from error
         yield Path(folder)
 
