@@ -524,21 +524,21 @@ def test_labels_go_with_the_adapter(bert: Path, tmp_path: Path) -> None:
     facts = json.loads((changed / "tunekit.json").read_text("utf-8"))
     facts["objective"]["labels"] = sorted(labels)
     (changed / "tunekit.json").write_text(json.dumps(facts), encoding="utf-8")
-    combine_verb([str(folder), str(again)], None, "linear", None, None, "total", 0, None, str(tmp_path / "combined"))
+    combine_verb([str(folder), str(again)], None, "linear", None, None, None, None, None, str(tmp_path / "combined"))
     convert_verb(str(folder), 2, None, None, str(tmp_path / "converted"))
     for name in ("combined", "converted"):
         assert read_adapter_config(tmp_path / name).objective == {"method": "classify", "labels": labels}
     with pytest.raises(TunekitError, match="combine only adapters with the same labels"):
-        combine_verb([str(folder), str(changed)], None, "linear", None, None, "total", 0, None, str(tmp_path / "no"))
+        combine_verb([str(folder), str(changed)], None, "linear", None, None, None, None, None, str(tmp_path / "no"))
     # Without our file: the base's names for as many rows.
     (folder / "tunekit.json").unlink()
     base = classifier(tmp_path / "base", bert, "a", "c", "b")
     assert head_facts(read_adapter_config(folder), ModelSection(name_or_path=str(base)))["labels"] == ("a", "c", "b")
 
 
-def rows_of(*labels: str) -> Any:
+def rows_of(*labels: str, file: str = "file") -> Any:
     parts = [{"ids": np.array([1]), "label": np.frombuffer(label.encode(), np.uint8)} for label in labels]
-    return [Row(part, (1,), 1, "file:1") for part in parts]
+    return [Row(part, (1,), 1, f"{file}:1") for part in parts]
 
 
 def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path) -> None:
@@ -547,13 +547,13 @@ def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path)
     order = ["-2", "01", "2", "10", "--5", "b", "\u00b2"]
     for labels in (order, order[::-1]):
         assert bare.learn([rows_of(*labels)]).facts["labels"] == order
-    few, held = rows_of("a", "b", "b"), rows_of("a", "c")
+    few, held = rows_of("a", "b", "b"), rows_of("a", "c", file="test")
     assert bare.learn([few, held[:1]]).notes == (
         "always answering 'b', the most frequent label, has an eval.accuracy of 0",
         "the label 'a' has one row to train on",
     )
     with pytest.raises(
-        TunekitError, match=r"file:1: the label 'c' is in no row of data\.train; add rows with this"
+        TunekitError, match=r"test:1: the label 'c' is in no row of data\.train; add rows with this"
     ) as caught:
         bare.learn([few, held])
     assert caught.value.exit_code == 2

@@ -474,7 +474,7 @@ def test_fitted_thresholds_go_with_the_result(bert: Path, tmp_path: Path) -> Non
     assert "thresholds" not in result_of(tmp_path / "twice" / "config.json")
     # Combined adapters have other scores, so that no thresholds fit them; and scores of one meaning go together.
     folder, other = run / "adapter", Path(shutil.copytree(run / "adapter", tmp_path / "other"))
-    combine_verb([str(folder), str(other)], None, "linear", None, None, "total", 0, None, str(tmp_path / "combined"))
+    combine_verb([str(folder), str(other)], None, "linear", None, None, None, None, None, str(tmp_path / "combined"))
     labels = {"labels": sorted(WORDS)}
     assert result_of(tmp_path / "combined" / "tunekit.json")["objective"] == {
         "method": "classify",
@@ -484,7 +484,7 @@ def test_fitted_thresholds_go_with_the_result(bert: Path, tmp_path: Path) -> Non
     facts = result_of(other / "tunekit.json") | {"objective": {"method": "classify", **labels}}
     (other / "tunekit.json").write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(TunekitError, match=r"single_label_classification, but .* for multi_label_classification"):
-        combine_verb([str(folder), str(other)], None, "linear", None, None, "total", 0, None, str(tmp_path / "no"))
+        combine_verb([str(folder), str(other)], None, "linear", None, None, None, None, None, str(tmp_path / "no"))
     before = tensors_of(run), result_of(run / "adapter" / "tunekit.json")
     (run / "status.json").unlink()
     (run / "adapter").rename(tmp_path / "taken")
