@@ -21,7 +21,7 @@ from tunekit.records import JsonObject
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """A base before its weights are read, and the device for which it is loaded."""
+    """Facts about a base that are known before its weights are read, and the device for which it is loaded."""
 
     section: ModelSection
     source: ModelSource
@@ -34,7 +34,7 @@ class BaseSpec:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """Arguments with which transformers makes the net."""
+        """Arguments with which transformers creates the net."""
         return {"dtype": self.dtype, "attn_implementation": self.attention}
 
     @property
@@ -63,8 +63,8 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
 
 
 def default_config(kind: str, settings: Mapping[str, object] | None = None) -> JsonObject:
-    """The default settings of a model type, or `settings` completed by the defaults. Empty for a type that transformers
-    does not know."""
+    """The default settings of a model type, or `settings` completed by these defaults. Empty for a type that
+    transformers does not know."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -116,7 +116,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
 
 
 def _check_known(config: PreTrainedConfig, family: Family, section: ModelSection) -> None:
-    """Raises: ModelError if transformers has no model of this family for the configuration."""
+    """Check that transformers has a model of this family for the configuration. Raises: ModelError."""
     if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
     what = f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows"

@@ -1,4 +1,4 @@
-"""The Call: everything that layers read except their input."""
+"""The Call: everything that layers read in a forward, except their input tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ OUTSIDE_LAYERS, AFTER_LAYERS, BETWEEN_STACKS = -1, -2, -3
 
 @dataclass(frozen=True)
 class Call:
-    """One forward: whether adapters are bypassed, which of several adapters is used, the step and micro-batch (for
-    seeds), and the segments of packed rows.
+    """Settings of one forward: whether adapters are bypassed, which of several adapters is used, the step and
+    micro-batch (for seeds), and the segments of packed rows.
 
-    `adapter_of_row`: the names of the rows' adapters, None for the base, if one forward has rows of several adapters.
+    `adapter_of_row`: if rows use different adapters, the name of each row's adapter (None: the base alone).
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
     `lanes`: if the forward (1, T) has tokens of several runs, the number of tokens of each run, in order; else ().
     `fuses`: whether products with 4-bit weights may use a faster kernel with different rounding, for generation.
@@ -49,7 +49,7 @@ def current_call() -> Call:
 
 @contextmanager
 def calling(call: Call) -> Iterator[Call]:
-    """Make `call` the current one inside the block."""
+    """Context manager: make `call` the current Call."""
     token = _current.set(call)
     try:
         yield call
@@ -58,7 +58,7 @@ def calling(call: Call) -> Iterator[Call]:
 
 
 def seed_for(*parts: int | str) -> int:
-    """A 63-bit seed that depends only on the parts, their types and their order."""
+    """A 63-bit seed that depends only on the values `parts`, their types and their order."""
     digest = blake2b(digest_size=8)
     for part in parts:
         text = f"{type(part).__name__}:{part}".encode("utf-8", "surrogatepass")
@@ -67,9 +67,9 @@ def seed_for(*parts: int | str) -> int:
 
 
 def seed_torch(*parts: int | str) -> None:
-    """Seed torch with `seed_for` of the parts.
+    """Seed torch with `seed_for(*parts)`.
 
-    Without an accelerator, it seeds only the CPU's generator: torch.manual_seed would take 0.4 ms to record the Python
+    Without an accelerator, seed only the CPU's generator: torch.manual_seed would take 0.4 ms to record the Python
     stack for devices that do not exist.
     """
     if torch.accelerator.is_available():
@@ -79,5 +79,5 @@ def seed_torch(*parts: int | str) -> None:
 
 
 def seed_layer(call: Call, number: int) -> None:
-    """Seed torch for layer `number` of this call, or for one of the places outside the layers."""
+    """Seed torch for layer `number` of this call. Constants such as BETWEEN_STACKS number the places outside layers."""
     seed_torch(call.seed, call.step, call.micro_batch, number)

@@ -38,7 +38,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the kernel lists AVX512-BF16 or AMX-BF16 (x86) or the bf16 extension (ARM)."""
+    """Whether the operating system's kernel lists AVX512-BF16 or AMX-BF16 (x86) or the bf16 extension (ARM)."""
     flags = cpu_facts().get("flags") or cpu_facts().get("features", "")
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 

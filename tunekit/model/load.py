@@ -70,10 +70,10 @@ class LoadedModel:
 def load_model(
     section: ModelSection, *, device: torch.device, streamed: bool = False, streamed_head: bool = False
 ) -> LoadedModel:
-    """Load the base from safetensors or GGUF, pack it if the section quantizes it, freeze it, move it to `device`.
+    """Load the base from safetensors or GGUF, pack it if the section quantizes it, freeze it, and move it to `device`.
 
-    `streamed`: keep the layers on the host, as views of files. `streamed_head`: do the same with the token embedding
-    and the output projection. Everything else is moved to `device`.
+    `streamed`: keep the layers on the host, as views of files. `streamed_head`: keep the token embedding and the output
+    projection there too. Everything else is moved to `device`.
 
     A folder stored in bitsandbytes' 4 bits is loaded in that form. It can be evaluated, but plan refuses to train it.
     Raises: ModelError unless the files are a complete model of a known family.
@@ -122,7 +122,8 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> Loade
 
 
 def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
-    """The modules of load_model on the meta device, made from the configuration alone. `device`: the planned device.
+    """Make the modules of load_model on the meta device, from the configuration alone. `device`: the device of the
+    planned run.
 
     Raises: ModelError like load_model, except for faults of the weights.
     """
@@ -151,7 +152,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
 def _load_indexed(
     family: Family, source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
 ) -> LoadedModel:
-    """A base that its family loads itself, with the trained parts on the device; `meta`: without weights.
+    """Load a base whose family has its own loader, with the trained modules on the device. `meta`: without weights.
 
     Raises: ModelError if the section has keys that only language models support.
     """
@@ -166,7 +167,8 @@ def _load_indexed(
 
 
 def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
-    """Names of the head's modules that the base's files lack. Modules with packed layers were read from the files."""
+    """Names of the head's modules that the base's files lack. A module with packed layers is not among them: its layers
+    were read from the files."""
     packed = tuple(name for name, module in net.named_modules() if isinstance(module, PackedLinear))
     heads = spec.family.new_head(spec.section, net)
     names = [head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in packed)]
@@ -205,7 +207,7 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
 
 
 def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
-    """Whether _from_files can read the base without transformers; assumed if the files are not on this machine yet."""
+    """Whether _from_files can read the base; assumed if the files are not on this machine yet."""
     if not spec.read_by_us:
         return False
     try:
@@ -243,7 +245,8 @@ def base_fingerprint(section: ModelSection) -> str:
 
 
 def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
-    """The net on the CPU, and notes. Raises: ModelError if the checkpoint lacks weights, which would be random."""
+    """The net on the CPU, read by transformers, and notes. Raises: ModelError if the checkpoint lacks weights, which
+    would be random."""
     section, source = spec.section, spec.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
@@ -277,8 +280,8 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
 
 
 def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] | None:
-    """The net read tensor by tensor (packed or copied), or mapped from an earlier packing. None if only transformers
-    can read it, or if it can map the files without copies."""
+    """Read the net without transformers: tensor by tensor (packed or copied), or mapped from an earlier packing. None
+    if only transformers can read it, or if transformers can map the files without copies."""
     if not spec.read_by_us:
         return None
     copied = spec.source.gguf_file is not None or needs_copies(
@@ -333,7 +336,7 @@ def _finish(
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Notes about randomly initialised modules. A head for other labels is left out, because another note names it."""
+    """Notes about randomly initialised modules, except a head for other labels, which has its own note."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
     names = [name for name in new_modules if name != replaced]
     if not names:

@@ -1,4 +1,4 @@
-"""Types for nets and configurations made by transformers, and for the classes that make them."""
+"""Types for nets and configurations of transformers, and for the classes that make nets and configurations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class AutoClass(Protocol):
-    """A class of transformers that makes or loads nets for one task, for any configuration."""
+    """A class of transformers that makes or loads nets for one task from any configuration."""
 
     __name__: str
     _model_mapping: Mapping[type, type[nn.Module]]
@@ -27,7 +27,7 @@ class AutoClass(Protocol):
 
 
 def as_pretrained(net: nn.Module) -> PreTrainedModel:
-    """The net, typed with the methods that transformers adds."""
+    """The same net, typed with the methods that transformers adds."""
     return net
 
 

@@ -28,7 +28,7 @@ NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries inside the block, except with --verbose. Errors are still raised.
+    """Context manager: silence the libraries, except with --verbose. Errors are still raised.
 
     Blocks of several threads may overlap: the libraries are as before when the last block ends.
     """
@@ -64,7 +64,7 @@ def _silenced() -> Iterator[None]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Switch off every tqdm bar: the libraries' own switches miss some."""
+    """Disable every tqdm bar, because the libraries' own switches do not disable all bars."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.tqdm_lib.tqdm
@@ -83,7 +83,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
-    """Replace values of another library inside the block; they are restored after it, also after an error.
+    """Context manager: replace values of another library, and restore them afterwards, also after an error.
 
     `namespace`: `vars(module)`, or any other mapping of names; a name that did not exist is removed again.
     Blocks of two threads must not overlap.
@@ -100,7 +100,7 @@ def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
 
 @contextmanager
 def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
-    """A block in which the package `kernels` cannot be imported. With `gguf`, transformers also sees it as not
+    """Context manager: the package `kernels` cannot be imported. With `gguf`, transformers also sees `kernels` as not
     installed."""
     with ExitStack() as stack:
         stack.enter_context(replaced(cast("dict[str, ModuleType | None]", sys.modules), kernels=None))
@@ -110,7 +110,7 @@ def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
 
 
 def _module(name: str) -> ModuleType | None:
-    """The module, if this version of transformers has it and it looks for `kernels`."""
+    """The module with this name, if this version of transformers has it and the module looks for `kernels`."""
     try:
         module = importlib.import_module(name)
     except ImportError:
@@ -120,8 +120,8 @@ def _module(name: str) -> ModuleType | None:
 
 @contextmanager
 def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
-    """Convert errors of transformers inside the block into a one-line ModelError. `part`: the part of the model that is
-    read, for the message."""
+    """Context manager: convert errors of transformers into a one-line ModelError. `part`: the part of the model that is
+    being read, for the message."""
     try:
         yield
     except (TunekitError, MemoryError, torch.OutOfMemoryError):
@@ -136,7 +136,7 @@ def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
 
 
 def refuse_code(error: Exception, file: Path) -> None:
-    """Raises: ModelError if a processor's file names remote code, which is never run."""
+    """Raise a ModelError if `error` means that a processor's file names remote code, which is never run."""
     if CODE_ARGUMENT in str(error):
         what = "names a class with remote code, but code of processors is never run"
         raise ModelError(what, "choose another base", file=str(file), key="model.name_or_path") from error

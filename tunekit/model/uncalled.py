@@ -1,4 +1,5 @@
-"""Finds layers that a model's own code multiplies directly instead of calling them, such as Mamba's dt_proj.
+"""Finds layers whose weight the model's own code multiplies directly, instead of calling the layer, such as Mamba's
+dt_proj.
 
 An adapter on such a layer, or its packed form, would never be used. The layers are found by parsing the model's code.
 """
@@ -19,7 +20,7 @@ PRODUCTS = ("linear", "matmul")  # functions that multiply
 
 
 def uncalled_layers(modules: Modules) -> set[str]:
-    """Names of the layers that the net's code multiplies directly."""
+    """Names of the layers whose weight the net's code multiplies directly."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items()}
     multiplied = {
@@ -29,8 +30,8 @@ def uncalled_layers(modules: Modules) -> set[str]:
 
 
 def _unread_poolers(modules: Modules) -> set[str]:
-    """Names of the modules in a pooler whose output the net ignores: SigLIP's classifier uses the mean of the positions
-    instead."""
+    """Names of the modules in a pooler whose output the net ignores. For example, SigLIP's classifier uses the mean of
+    the positions instead."""
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items() if not name}
     if not kinds or _reads_pooled(kinds[""]):
         return set()
@@ -40,7 +41,8 @@ def _unread_poolers(modules: Modules) -> set[str]:
 
 @cache
 def _reads_pooled(kind: type) -> bool:
-    """Whether the net's forward may read more of its base's output than the hidden states."""
+    """Whether the net's forward may read more of its base's output than the hidden states, such as the
+    pooler's output."""
     try:
         source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
     except (AttributeError, OSError, TypeError):
@@ -50,7 +52,7 @@ def _reads_pooled(kind: type) -> bool:
 
 @cache
 def returns_several(kind: type) -> bool:
-    """Whether a class of linear layers returns more than a product, as Llama 4's routers do."""
+    """Whether layers of this linear class return more than the product, as Llama 4's routers do."""
     if getattr(kind, "forward", None) is nn.Linear.forward:
         return False
     return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(_code(kind)))
@@ -58,7 +60,7 @@ def returns_several(kind: type) -> bool:
 
 @cache
 def _multiplied_weights(kind: type) -> frozenset[str]:
-    """Attributes of a class whose `weight` its code multiplies directly, or reads."""
+    """Attributes of a class whose `weight` its code multiplies directly or reads."""
     factors = (factor for node in ast.walk(_code(kind)) for factor in _factors(node))
     return frozenset(match[1] for factor in factors for match in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if match)
 
@@ -70,7 +72,8 @@ def _code(kind: type) -> ast.AST:
 
 @cache
 def _classes(module_name: str) -> dict[str, ast.AST]:
-    """The classes of a file by name, if it reads any layer's weight or defines subclasses of linear layers."""
+    """The classes of a source file by name. Empty unless the file reads a layer's weight or defines subclasses of
+    linear layers."""
     try:
         source = inspect.getsource(sys.modules[module_name])
     except (KeyError, OSError, TypeError):

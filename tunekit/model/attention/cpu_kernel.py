@@ -40,7 +40,7 @@ def attend_causally(
 
 
 class _CausalAttention(torch.autograd.Function):
-    """`attend_causally` with its backward pass, which reads the saved inputs and the saved output."""
+    """Autograd function of `attend_causally`. Its backward pass reads the saved inputs and the saved output."""
 
     @staticmethod
     def forward(
@@ -99,13 +99,13 @@ def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 @cache
 def _future(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(64, 64): minus infinity where the key comes after the query, 0 elsewhere."""
+    """(64, 64) mask: minus infinity where the key comes after the query, 0 elsewhere."""
     return torch.full((BLOCK_QUERIES, BLOCK_QUERIES), -math.inf, dtype=dtype, device=device).triu_(1)
 
 
 def _blocks(query: Tensor, lengths: Lengths, key_lengths: Lengths) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that its queries attend to. On the meta device, only the largest block,
-    because it determines the memory."""
+    """Yield blocks of queries, each with the keys that its queries attend to. On the meta device, yield only the
+    largest block, because it determines the memory."""
     start, first, blocks = 0, 0, []
     for length, keys in zip(lengths, key_lengths, strict=True):
         fitting = SCORES_BYTES // (4 * query.shape[0] * max(keys, 1))

@@ -52,8 +52,8 @@ def keeps_documents_apart(net: nn.Module) -> bool:
 
 
 def shares_prefixes(net: nn.Module, longest: int) -> bool:
-    """Whether documents of a row may share a prefix that is computed in another document: plain attention over
-    documents of up to `longest` tokens, without a window that cuts them."""
+    """Whether documents of a row may share a prefix computed in another document: plain attention, and no window that
+    cuts documents of up to `longest` tokens."""
     plain = not str(config_of(net)._attn_implementation).startswith(LOOPED[1])
     return plain and keeps_documents_apart(net) and within_windows(net, longest)
 
@@ -65,7 +65,7 @@ def within_windows(net: nn.Module, longest: int) -> bool:
 
 
 class DocumentMask:
-    """Replaces a layer's mask. `allowed`: the mask inside a document, if it is not just causal."""
+    """Replaces a layer's mask. `allowed`: the mask function inside a document; None: causal attention."""
 
     def __init__(self, segments: Segments, allowed: Callable[..., Tensor] | None, device: torch.device) -> None:
         self.segments, self.allowed, self.device = segments, allowed, device
@@ -74,10 +74,10 @@ class DocumentMask:
         self._key_indices: dict[int, Tensor] = {}
 
     def block(self, row: int, start: int, length: int, keys: int, dtype: torch.dtype = torch.bool) -> Tensor | None:
-        """The mask of one document, (1, 1, L, L): True (or 0 in a floating `dtype`) where a key is visible. None if it
-        is causal.
+        """Mask (1, 1, L, L) of one document: True (or 0 in a floating `dtype`) where a key is visible. None if it is
+        causal.
 
-        (1, 1, L, K) for a document that has K keys because it shares a prefix with another document.
+        A document that shares a prefix with another document has K > L keys; its mask is (1, 1, L, K).
         """
         if self.allowed is None and keys == length:
             return None
@@ -105,7 +105,7 @@ class DocumentMask:
         return self._boundaries
 
     def keys_of(self, row: int, tensor: Tensor) -> Tensor:
-        """Keys or values of a row's documents, one document after the other. Shapes: (G, T, D) -> (G, U, D)."""
+        """The keys or values that each document of a row reads, document by document: (G, T, D) -> (G, U, D)."""
         if not self.segments.shared:
             return tensor
         if row not in self._key_indices:
@@ -149,7 +149,7 @@ def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
 
 
 def uncompiled_attention() -> None:
-    """Exclude attention over documents from compiled layers: it is a kernel, or a loop of changing length."""
+    """Exclude attention over documents from compiled layers: it is a kernel, or a loop of varying length."""
     from transformers import AttentionInterface
 
     _register()
@@ -158,8 +158,8 @@ def uncompiled_attention() -> None:
 
 
 def may_be_packed(net: nn.Module) -> bool:
-    """Whether the net may keep packed rows apart: it attends document by document, or makes its mask from positions, or
-    a meta forward cannot tell."""
+    """Whether the net may keep packed rows apart: it attends document by document or makes its mask from positions, or
+    a meta forward cannot decide it."""
     from transformers import masking_utils
 
     name, searches = "find_packed_sequence_indices", list[bool]()
@@ -178,7 +178,7 @@ _accepts_documents: dict[type, bool] = {}
 
 
 def _runs(net: nn.Module) -> bool:
-    """Whether layers of this class accept a DocumentMask; tried once, on the meta device."""
+    """Whether nets of this class accept a DocumentMask; tried once per class, on the meta device."""
     if type(net) not in _accepts_documents:
         _accepts_documents[type(net)] = False
         with suppress(Exception), calling(Call(segments=Segments(((3, 2),)))), known_documents():
@@ -188,7 +188,7 @@ def _runs(net: nn.Module) -> bool:
 
 
 def _trial_of(net: nn.Module) -> Callable[[], object]:
-    """A function that runs 5 tokens through such a net on the meta device. Errors of the model's code are raised."""
+    """A function that runs 5 tokens through a meta copy of the net. Raises the errors of the model's own code."""
     with torch.device("meta"):
         # The dtype in which experts' kernels run on the meta device.
         trial = as_pretrained(net)._from_config(config_of(net), dtype=torch.bfloat16)
@@ -218,9 +218,9 @@ def _functions() -> dict[str, Callable[..., AttentionOutput]]:
 
 
 def known_documents() -> AbstractContextManager[None]:
-    """A block in which transformers learns from the Call whether rows are packed.
+    """Context manager: transformers learns from the current Call whether rows are packed.
 
-    Its own search would read from the device, which makes every forward wait and is impossible on the meta device.
+    transformers' own search reads from the device: this makes every forward wait, and is impossible on meta devices.
     """
     from transformers import masking_utils
 
@@ -231,7 +231,7 @@ def known_documents() -> AbstractContextManager[None]:
 
 
 def _documents_of_tokens(segments: Segments, position_ids: Tensor) -> Tensor | None:
-    """The document of each token (B, T); None if every row is a single document."""
+    """The index of each token's document, (B, T); None if every row is a single document."""
     if segments.single:
         return None
     before = torch.cat([position_ids[:, :1] - 1, position_ids[:, :-1]], dim=1)
@@ -239,7 +239,7 @@ def _documents_of_tokens(segments: Segments, position_ids: Tensor) -> Tensor | N
 
 
 def _mask_function(plain: str) -> Callable[..., object]:
-    """transformers' mask function `plain`, which returns a DocumentMask if the forward has segments."""
+    """A mask function for transformers: it returns a DocumentMask if the forward has segments, else `plain`'s mask."""
 
     def make_mask(*, mask_function: Callable[..., Tensor], device: torch.device | str, **named: object) -> object:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -258,7 +258,7 @@ def _mask_function(plain: str) -> Callable[..., object]:
 def attend_by_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
-    """torch's kernel, for each document if the mask says so. Shapes: (B, H, T, D) -> (B, T, H, D)."""
+    """Attention by torch's kernel, per document of a DocumentMask. Shapes: (B, H, T, D) -> (B, T, H, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return _each_document(sdpa_attention_forward, torch.bool, module, (query, key, value), attention_mask, named)
@@ -277,7 +277,8 @@ def _eager(
 def _kernel(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
-    """All documents in one call of torch's kernel; unsupported arguments go to sdpa, document by document."""
+    """Attention over all documents in one call of torch's kernel. Calls with unsupported arguments go to sdpa, document
+    by document."""
     fits = query.shape[-1] == key.shape[-1] == value.shape[-1] in HEAD_SIZES and query.shape[2] == key.shape[2]
     other = not fits or named.get("dropout") or named.get("position_bias") is not None
     if not isinstance(attention_mask, DocumentMask) or attention_mask.allowed is not None or other:
@@ -306,7 +307,7 @@ def _products(
     attend: Callable[..., Tensor] | None = None,
     **named: object,
 ) -> AttentionOutput:
-    """Causal attention of documents by matrix products; other masks and long documents go to sdpa."""
+    """Causal attention of documents by matrix products. Calls with other masks or long documents go to sdpa."""
     is_causal = named.get("is_causal")
     unpacked = attention_mask is None and query.shape[2] == key.shape[2]
     rows: tuple[tuple[int, ...], ...] = ((query.shape[2],),) * query.shape[0] if unpacked else ()
@@ -356,8 +357,8 @@ def _with_all_heads(
     enable_gqa: bool,
     **named: object,
 ) -> Tensor:
-    """`attend` with repeated key heads, for a torch that needs as many key heads as query heads. Shapes: (T, H, D),
-    (T, G, D), (T, G, D)."""
+    """Call `attend` with repeated key heads, for a torch that needs as many key heads as query heads. Shapes:
+    (T, H, D), (T, G, D), (T, G, D)."""
     groups = query.shape[1] // key.shape[1]
     repeated = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return attend(query, *repeated, *others, **named)
@@ -371,10 +372,10 @@ def _each_document(
     mask: LayerMask,
     named: dict[str, object],
 ) -> AttentionOutput:
-    """`attend` over each document. Shapes: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
+    """Call `attend` for each document. Shapes: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
-    Rows are taken apart by unbind and split, whose backward passes assemble gradients in one step; slices would
-    allocate a whole row of zeros per document.
+    Rows are split by unbind and split, whose backward passes assemble gradients in one step; slices would allocate a
+    whole row of zeros per document.
     """
     if not isinstance(mask, DocumentMask):
         return attend(module, *tensors, mask, **named)

@@ -1,7 +1,7 @@
 """Puts learned keys and values before the tokens of every layer, and records the keys and values of a text.
 
 An attention module receives the learned keys and values as if they were in its cache, and its own code joins them with
-the tokens' keys and values. So scaling, grouped heads, soft caps and relative biases stay in that code. The model's
+the tokens' keys and values. So scaling, grouped heads, soft caps and relative biases need no code here. The model's own
 cache does not contain the learned keys, so they also work without a cache and in a recomputed layer.
 """
 
@@ -41,7 +41,7 @@ Hooked = tuple[tuple[object, ...], dict[str, Any]]
 def enter(
     net: nn.Module, attentions: list[SelfAttention], length: int, keys_values: KeysAndValues
 ) -> list[RemovableHandle]:
-    """Put `length` keys and values before those of the tokens in every layer, at the positions 0 to `length` - 1.
+    """Put `length` keys and values before the tokens' own in every layer, at the positions 0 to `length` - 1.
 
     The tokens' positions then start at `length`. Returns the hooks; `remove()` of all hooks undoes the change.
     """
@@ -52,13 +52,14 @@ def enter(
 
 
 def _same_inputs(ones: tuple[object, ...], others: tuple[object, ...]) -> bool:
-    """Whether the inputs of two masks are the same. Tensors are compared by identity."""
+    """Whether two masks were made from the same inputs. Tensors are compared by identity."""
     pairs = zip(ones, others, strict=True)
     return all(a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b) for a, b in pairs)
 
 
 class _Entry:
-    """The hook of one attention module. It adds the learned keys to the past, and makes them visible in the mask."""
+    """The forward pre-hook of one attention module. It adds the learned keys to the cache, and makes them visible in
+    the mask."""
 
     def __init__(self, attention: SelfAttention, length: int, keys_values: KeysAndValues, masks: MaskCache) -> None:
         self.attention, self.length, self.keys_values, self.masks = attention, length, keys_values, masks
@@ -105,7 +106,7 @@ class _Entry:
         return torch.cat([part.expand(rows, mask.shape[1], queries, part.shape[-1]) for part in parts], dim=-1)
 
     def _visible(self, positions: object, queries: int, cached: int, device: torch.device) -> Tensor:
-        """(1 or B, 1, T, P) bool: the learned keys that each query sees: all, or the keys within the window."""
+        """(1 or B, 1, T, P) bool: which learned keys each query sees: all keys, or only the keys within the window."""
         if self.attention.window is None:
             return torch.ones(1, 1, queries, self.length, dtype=torch.bool, device=device)
         if not isinstance(positions, Tensor):  # without positions, left padding counts as distance
@@ -130,8 +131,8 @@ class EarlierPast:
         self._past, self._attention, self._keys, self._values = past, attention, keys, values
 
     def update(self, keys: Tensor, values: Tensor, *more: object, **named: object) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, H, T, D) in the real cache; return the learned, the cached and the new
-        ones."""
+        """Store the new keys and values (B, H, T, D) in the real cache. Returns the learned, cached and new keys and
+        values."""
         for tensor, learned in ((keys, self._keys), (values, self._values)):
             if tensor.shape[1] != learned.shape[0] or tensor.shape[3] != learned.shape[2]:
                 name, heads, width = self._attention.name, self._attention.heads, self._attention.width
@@ -149,7 +150,8 @@ class EarlierPast:
 
 @torch.no_grad()
 def keys_and_values(net: nn.Module, attentions: list[SelfAttention], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (H, T, D) of these ids (1, T) in every layer of the plain base, float32 on the CPU."""
+    """Keys and values (H, T, D) of the text `ids` (1, T) in every layer of the base without adapters, float32 on the
+    CPU."""
     recorded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def record(attention: SelfAttention) -> Callable[..., Hooked]:
@@ -191,14 +193,15 @@ class _RecordingCache:
 
 
 def _join(learned: Tensor, states: Tensor) -> Tensor:
-    """(H, P, D) and (B, H, T, D) -> (B, H, P + T, D)."""
+    """Join learned (H, P, D) and new states (B, H, T, D) -> (B, H, P + T, D)."""
     return torch.cat([learned.to(states.dtype).expand(states.shape[0], *learned.shape), states], dim=2)
 
 
 def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: int) -> list[RemovableHandle]:
-    """Hooks that add `length` to the positions of the tokens, on the module where this decoder makes positions.
+    """Register hooks that add `length` to the positions of the tokens, on the module where this decoder makes
+    positions.
 
-    Raises: ModelError if it makes positions in an unknown way.
+    Raises: ModelError if the decoder makes positions in an unknown way.
     """
     outer = decoder(net)
     if "position_ids" in parameters_of(outer):
@@ -212,7 +215,7 @@ def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: in
 
 
 class _Shift:
-    """The hook on the module that receives position ids."""
+    """The hook on the module that receives position ids: it adds `length` to every position."""
 
     def __init__(self, module: nn.Module, length: int) -> None:
         self.names, self.length = parameters_of(module), length

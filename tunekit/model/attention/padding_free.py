@@ -1,8 +1,8 @@
-"""Encoder layers without padding: the real tokens of all rows are one sequence in the layers, and each row attends to
-itself.
+"""Encoder layers without padding: in the layers, the real tokens of all rows form one sequence. Each row attends only
+to itself.
 
-A hook before the first layer removes the padding, and a hook after the last layer restores it as zeros, which no head
-reads. Only a CPU does this: elsewhere the number of real tokens would have to be read from the device.
+A hook before the first layer removes the padding. A hook after the last layer restores it as zeros, which no head
+reads. This is done only on a CPU: elsewhere the number of real tokens would have to be read from the device.
 
   P = softmax(scale Q K^T),  O = drop(P) V;   with G = dL/dO and H = drop'(G V^T):
   dV = drop(P)^T G,  S = scale P * (H - rowsum(H * P)),  dQ = S K,  dK = S^T Q
@@ -42,8 +42,8 @@ PROVEN = frozenset(["bert", "roberta", "xlm-roberta", "camembert", "electra", "d
 
 
 class RowGroup:
-    """Rows that are padded to the longest of them, for the products of attention. `lengths`: their tokens. `tokens`:
-    (N,) the places of these tokens among all real tokens."""
+    """Rows that attend in one product, padded to the longest row. `lengths`: the number of tokens in each row.
+    `tokens`: (N,) indices of the group's tokens among the real tokens of all rows."""
 
     def __init__(self, lengths: Sequence[int], tokens: Tensor) -> None:
         self.lengths, self.tokens, self.longest = lengths, tokens, max(lengths)
@@ -56,9 +56,9 @@ class RowGroup:
         return torch.zeros(real.shape).masked_fill(~real, -math.inf)[:, None, None]
 
     def places(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices of the heads of the group's tokens: (N * H,) in the flattened (M * H) of all tokens, and (N * H,) in
-        the padded (B * H * T). The third result (B * H * T,) maps each padded place to a place among all tokens (at
-        padding: to any)."""
+        """Three index tensors for the heads of the group's tokens. (N * H,): places in the flattened (M * H) of all
+        tokens. (N * H,): places in the padded (B * H * T). (B * H * T,): for each padded place, a place among all
+        tokens (0 at padding)."""
         if heads not in self._places:
             rows = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))  # (N,)
             positions = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)
@@ -79,18 +79,18 @@ class RealTokens:
 
     @cached_property
     def index(self) -> Tensor:
-        """(N,) positions of the real tokens in the flattened (B * T)."""
+        """(N,) positions of the real tokens in the flattened padded rows (B * T)."""
         return torch.cat([torch.arange(length) + row * self.width for row, length in enumerate(self.lengths)])
 
     @cached_property
     def filled_index(self) -> Tensor:
-        """(M,) `index`, filled with zeros to a multiple of TOKENS. Nothing reads the outputs at these copies of the
-        first token, so their gradient is zero."""
+        """(M,): `index`, filled with zeros to a multiple of TOKENS. The zeros are copies of the first token, whose
+        outputs nothing reads, so their gradient is zero."""
         return F.pad(self.index, (0, -len(self.index) % TOKENS))
 
     @cached_property
     def groups(self) -> list[RowGroup]:
-        """The rows by length: a short row is not padded to twice its length, unless it has few tokens."""
+        """The rows grouped by length: no row is padded to more than twice its length, except rows with few tokens."""
         rows = torch.split(torch.arange(len(self.index)), list(self.lengths))
         groups: dict[int, list[Tensor]] = {}
         for row in rows:
@@ -99,7 +99,7 @@ class RealTokens:
 
 
 def real_tokens(inputs: Mapping[str, Tensor]) -> RealTokens | None:
-    """The real tokens of inputs with a mask of padding at the end of rows; None if there is no such mask."""
+    """The real tokens of a batch whose mask has padding only at the end of rows; None if there is no such mask."""
     mask = inputs.get("attention_mask")
     if mask is None or mask.dim() != 2 or mask.device.type != "cpu":
         return None
@@ -145,7 +145,7 @@ def _remove_padding(
 
 
 def _restore_padding(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """(B, T, D) from the last layer's output (1, M, D); zeros at padding."""
+    """Put the last layer's output (1, M, D) back into padded rows (B, T, D), with zeros at padding."""
     real = current_call().real_tokens
     if not isinstance(real, RealTokens):
         return None
@@ -174,9 +174,10 @@ def _attend(
 
 
 class _RowAttention(torch.autograd.Function):
-    """Attention of each row to itself; zeros beyond the real tokens.
+    """Autograd function: attention of each row to itself; zeros after the real tokens.
 
-    Shapes: query, key, value (M, H, D) -> (M, H, D)."""
+    Shapes: query, key, value (M, H, D) -> (M, H, D).
+    """
 
     @staticmethod
     def forward(
@@ -227,7 +228,8 @@ class _RowAttention(torch.autograd.Function):
 
 
 def _padded(tensor: Tensor, group: RowGroup, *, exact: bool = False) -> Tensor:
-    """(B * H, T, D) in float32 from (M, H, D). Padding has the values of a real token, or zeros if `exact`."""
+    """Put the group's rows of (M, H, D) into padded rows (B * H, T, D) in float32. Padding has the values of a real
+    token, or zeros if `exact`."""
     places, there, inverse = (index.to(tensor.device) for index in group.places(tensor.shape[1]))
     flat, dtype = tensor.flatten(0, 1), torch.promote_types(tensor.dtype, torch.float32)  # (M * H, D)
     if exact:
@@ -239,7 +241,7 @@ def _padded(tensor: Tensor, group: RowGroup, *, exact: bool = False) -> Tensor:
 
 
 def _write_real(padded: Tensor, group: RowGroup, output: Tensor) -> None:
-    """Write the group's tokens of (B * H, T, D) to their places in `output` (M, H, D)."""
+    """Write the group's tokens from padded rows (B * H, T, D) to their places in `output` (M, H, D)."""
     places, there, _ = (index.to(output.device) for index in group.places(output.shape[1]))
     real = padded.flatten(0, 1).index_select(0, there).to(output.dtype)
     output.view(-1, output.shape[-1]).index_copy_(0, places, real)

@@ -13,8 +13,8 @@ class Segments:
     """Lengths of the documents of each row, in order; a row's lengths sum to T. Padding is a separate document.
 
     `shared`: the length of each document's shared prefix, such as a prompt with several answers. The prefix is computed
-    in the nearest earlier document without a shared prefix. Empty if no document shares a prefix.
-    `masked`: transformers' own mask keeps the documents apart, because virtual tokens come before them.
+    in the nearest earlier document that has no shared prefix itself. Empty if no document shares a prefix.
+    `masked`: virtual tokens come before the documents, so transformers' own mask keeps the documents apart.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -32,11 +32,12 @@ class Segments:
         return max(length for row in range(len(self.rows)) for length in self.key_lengths(row))
 
     def key_lengths(self, row: int) -> tuple[int, ...]:
-        """Number of keys of each document of a row: its shared prefix and its tokens."""
+        """Number of keys of each document of a row: the tokens of its shared prefix plus its own tokens."""
         return tuple(map(add, self.shared[row], self.rows[row])) if self.shared else self.rows[row]
 
     def key_indices(self, row: int) -> Tensor:
-        """(T',) positions in the row of the documents' keys, one document after the other."""
+        """(U,) indices in the row: the keys of each document, one document after the other. A shared prefix occurs
+        repeatedly."""
         indices, start, first = list[Tensor](), 0, 0
         for length, shared in zip(self.rows[row], self.shared[row], strict=True):
             first = first if shared else start
@@ -45,17 +46,17 @@ class Segments:
         return torch.cat(indices)
 
     def boundaries(self) -> list[int]:
-        """Starts of the documents in the flattened (B * T) tokens, and the end."""
+        """Start of each document in the flattened (B * T) tokens, then the end of the last document."""
         return [0, *accumulate(length for row in self.rows for length in row)]
 
     def key_boundaries(self) -> list[int]:
-        """Starts of the documents' keys, and the end."""
+        """Start of each document's keys in the flattened keys, then the end of the last document's keys."""
         return [0, *accumulate(length for row in range(len(self.rows)) for length in self.key_lengths(row))]
 
 
 def find_segments(position_ids: Tensor, *, masked: bool = False) -> Segments:
-    """The documents of rows, from their positions. A document ends if the next position is not one higher. A document
-    that starts at position P > 0 shares the first P tokens of the last document that started at 0.
+    """Find the documents of each row from the positions. A document ends where the next position is not one higher. A
+    document that starts at position P > 0 shares the first P tokens of the last document that started at 0.
 
     Shapes: position_ids (B, T), on the host, because their values are read.
     """

@@ -35,7 +35,7 @@ class SelfAttention:
 def self_attentions(net: nn.Module) -> list[SelfAttention]:
     """The self-attention of every decoder layer, in order.
 
-    Raises: ModelError with the reason if no keys and values can be put before those of the tokens.
+    Raises: ModelError with the reason if the model does not allow learned keys and values before its tokens.
     """
     config = getattr(decoder(net), "config", None) or text_config(net)
     modules: dict[int, tuple[str, nn.Module]] = {}
@@ -59,12 +59,12 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
 
 
 def decoder(net: nn.Module) -> nn.Module:
-    """The module that makes positions and masks for the decoder layers."""
+    """The module that computes positions and masks for the decoder layers."""
     return as_pretrained(net).get_decoder() if hasattr(net, "get_decoder") else net
 
 
 def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: int) -> SelfAttention:
-    """A layer's attention with its sizes.
+    """Find the number of heads, their width and the window of one layer's attention module.
 
     Raises: ModelError for a kind of layer that does not work with prefixes.
     """
@@ -96,7 +96,7 @@ def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def no_way_in(config: PreTrainedConfig, why: str) -> ModelError:
-    """The error that refuses a family, with the reason."""
+    """The error for a family that cannot have learned keys and values before its tokens, with the reason."""
     what = f"{config.model_type} {why}, so no keys and values can be put before those of the tokens"
     return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)
 
@@ -107,5 +107,5 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def parameter_of(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The first of these names that is a parameter of the module's forward."""
+    """The first of `names` that is a parameter of the module's forward; None if there is none."""
     return next((name for name in names if name in parameters_of(module)), None)

@@ -27,7 +27,7 @@ MIXED = "mixes its layers with trained weights (use_weighted_layer_sum), which a
 @dataclass(frozen=True)
 class MeanHead(TextHead):
     """logits = classifier(projector(m)), where m is the mean of a recording's hidden states. The net itself projects
-    each position and takes the mean of the projections, which gives the same logits.
+    each position and averages the projections, which gives the same logits.
 
     Shapes: m (N, D) -> (N, C).
     """

@@ -13,8 +13,8 @@ from tunekit.recipe.model import ModelSection
 
 
 class ClassifierFamily(Family):
-    """Tokens -> logits (B, C), C labels. The head, which may be a small network, reads one position per row. In a
-    decoder this is the last token."""
+    """Tokens -> logits (B, C), C labels. The head, which may have several layers, reads one position per row: in a
+    decoder, the last token."""
 
     endings = ("ForSequenceClassification",)
     class_name = "AutoModelForSequenceClassification"
@@ -34,10 +34,10 @@ class ClassifierFamily(Family):
         return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, C). An encoder computes positions itself, because some start at another number than 0.
+        """Logits (B, C). An encoder computes positions itself, because some encoders start at another number than 0.
 
-        Raises: ModelError if a decoder could not distinguish padding from text, or if the net has no token type for
-        the second text of a pair.
+        Raises: ModelError if a decoder could not distinguish padding from text, or if the net has no token type for the
+        second text of a pair.
         """
         config, rows = config_of(net), next(iter(inputs.values())).shape[0]
         if rows > 1 and scores_tokens(net) and getattr(config, "pad_token_id", None) is None:

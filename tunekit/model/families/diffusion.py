@@ -17,7 +17,8 @@ IDS = "ids of "  # prefix of a text encoder's name in the inputs
 
 
 class DiffusionFamily(Family):
-    """Noisy latents (B, C, H, W), times (B,), and prompts as embeddings or ids -> predictions (B, C, H, W)."""
+    """Inputs: noisy latents (B, C, H, W), times (B,), and prompts as embeddings or ids. Output: predictions
+    (B, C, H, W)."""
 
     index_file = INDEX
     text = "a diffusion pipeline"
@@ -79,7 +80,7 @@ def _as_pipeline(net: nn.Module) -> PipelineNet:
 
 
 def _check(section: ModelSection, family: str) -> None:
-    """Raises: ModelError for keys that pipelines do not have."""
+    """Refuse recipe keys that pipelines do not have. Raises: ModelError."""
     wrong = (
         ("family", section.family not in ("auto", family), "diffusion or auto"),
         ("quantization", section.quantization != "none", "none"),

@@ -1,4 +1,4 @@
-"""The interface of a model family: how a base is recognised, loaded and called, and the names of its parts."""
+"""The interface of a model family: how a base is recognised, loaded and called, and the names of its modules."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Family:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether a base, also a merged one, is a folder of several models."""
+        """Whether bases of this family, also merged ones, are folders of several models."""
         return self.index_file is not None
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
@@ -64,11 +64,11 @@ class Family:
         return architecture.endswith(self.endings)
 
     def with_head(self, modules: Set[str]) -> Family:
-        """The family with which a base is loaded if an adapter trains these modules."""
+        """The family with which a base is loaded if an adapter also trains these modules."""
         return self
 
     def obstacle(self, config: Mapping[str, object]) -> str | None:
-        """Why a base with this config.json cannot be loaded as one of the family, or None."""
+        """The reason why a base with this config.json cannot be loaded as a model of this family; None if it can."""
         return None
 
     def auto_class(self) -> AutoClass:
@@ -78,7 +78,8 @@ class Family:
         return getattr(transformers, self.class_name)
 
     def load(self, folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool) -> nn.Module:
-        """The net of a base that has the family's `index_file`; others are read by `auto_class`. `meta`: no weights.
+        """Load the net of a base that has the family's `index_file`. Other bases are loaded by `auto_class`. `meta`:
+        make the net without weights.
 
         Raises: ModelError.
         """
@@ -100,7 +101,7 @@ class Family:
         return ModelOutput(hidden=self.hidden(net, inputs), head=self.head(net))
 
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, T, D) hidden states after the final norm. Neither the head nor a cache is used.
+        """Hidden states (B, T, D) after the final norm. Neither the head nor a cache is used.
 
         `inputs`: input_ids or inputs_embeds, position_ids, attention_mask; inputs that the base does not accept are
         dropped. A decoder with a head of labels needs no mask, since padding comes last.
@@ -136,7 +137,8 @@ class Family:
         return [] if head is None else [name for name, _ in net.named_children() if name.endswith(head)]
 
     def new_head(self, section: ModelSection, net: nn.Module) -> tuple[str, ...]:
-        """Names of the head's modules for this section; the base's files may lack them."""
+        """Names of the head's modules if the section trains a head, otherwise empty. The base's files may lack these
+        modules."""
         if not isinstance(section, HeadedModel):
             return ()
         return tuple(dict.fromkeys([*modules_after_base(net), *self.trained_with(net)]))
@@ -147,8 +149,8 @@ class Family:
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def draw_head(self, section: ModelSection, net: nn.Module, dtype: torch.dtype) -> None:
-        """Initialise the head's modules that the base's files lack, and the last one if its labels differ from the
-        base's."""
+        """Initialise the head's modules that the base's files lack, and the last module if the recipe's labels differ
+        from the base's."""
         if not isinstance(section, HeadedModel):
             return
         for name in self.new_head(section, net):
@@ -160,7 +162,7 @@ class Family:
                     set_bias(net.get_submodule(name), section.head_bias)
 
     def frozen_parts(self, net: nn.Module) -> list[nn.Module]:
-        """Modules outside the net that are needed only at times, and otherwise stay on the host."""
+        """Modules outside the net that are needed only for some computations, and otherwise stay on the host."""
         return []
 
     def facts(self, net: nn.Module) -> JsonObject:
@@ -181,12 +183,12 @@ class Family:
         return int(text_config(net).hidden_size)
 
     def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
-        """The net's inputs for one row of ids (1, T). `inputs`: a batch's inputs, whose first row supplies all inputs
-        besides the ids."""
+        """The net's inputs for one row of ids (1, T). `inputs`: a batch, whose first row supplies all inputs except the
+        ids."""
         return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        """Fixed inputs of one row with which the net can be called, for a family that does not read ids."""
+        """Fixed inputs of one row for a test call of the net, for a family that does not read ids."""
         raise NotImplementedError
 
     def scores(self, net: nn.Module, inputs: Tensors) -> Tensor:
@@ -213,8 +215,8 @@ class Family:
         return label_head_name(net) if self.labelled else name_of(net, as_pretrained(net).get_output_embeddings())
 
     def exact_head(self, net: nn.Module) -> str | None:
-        """Name of a head that computes in float32, because it predicts numbers: near 2000 bfloat16 has only multiples
-        of 8."""
+        """Name of the head if it computes in float32, because it predicts numbers (near 2000, bfloat16 has only
+        multiples of 8); None for other heads."""
         numbers = self.labelled and getattr(config_of(net), "problem_type", None) == REGRESSION
         return self.head_name(net) if numbers else None
 
@@ -248,6 +250,6 @@ class Family:
         return ours is not None and ours is getattr(net.get_submodule(embedding), "weight", None)
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net, divided for layer-by-layer execution with results equal to the plain forward bit for bit. None if no
-        test proves that, or if the head reads whole rows (then more than a norm follows the layers)."""
+        """The net, divided for layer-by-layer execution with results equal to the normal forward bit for bit. None if
+        no test proves this equality, or if the head reads whole rows (then more than a norm follows the layers)."""
         return None if self.reads_rows(net) else self.stacks.stages(net)

@@ -32,7 +32,7 @@ class TextHead:
         return logits if self.offset_name is None else logits + self.net.get_buffer(self.offset_name)
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """The module's output for any part of the vocabulary, with scale and cap applied."""
+        """The logits for all or some of the vocabulary, from the module's output: with scale and cap applied."""
         if self.divisor != 1.0:
             logits = logits / self.divisor
         if self.scale != 1.0:
@@ -61,7 +61,8 @@ def make_head(net: nn.Module, name: str) -> TextHead:
 
 
 def before_projection(net: nn.Module) -> list[nn.Module]:
-    """A head's module before its projection, if it is separate, as in ModernBERT's decoder."""
+    """The module of the head that runs before the projection, if it is separate, as in ModernBERT's decoder. A list of
+    zero or one module."""
     head, projection = getattr(net, "lm_head", None), as_pretrained(net).get_output_embeddings()
     if not isinstance(head, nn.Module) or projection is None or projection in head.modules():
         return []
@@ -81,8 +82,8 @@ def label_head(net: nn.Module) -> TextHead:
 
 
 def label_head_name(net: nn.Module) -> str | None:
-    """Name of the module next to the base that outputs one number per label: the last one, because a projection before
-    it may have the same width."""
+    """Name of the module next to the base that outputs one number per label. If there are several, it is the last one,
+    because an earlier projection may have the same width."""
     labels, base = int(config_of(net).num_labels), base_name(net)
     for name, module in reversed(list(net.named_children())):
         outputs = [getattr(inner, "out_features", None) for inner in module.modules()]
@@ -92,8 +93,8 @@ def label_head_name(net: nn.Module) -> str | None:
 
 
 def modules_after_base(net: nn.Module) -> list[str]:
-    """Names of a classifier's modules with parameters next to its base, and of the base's pooler. A model that was
-    saved for another task may lack them."""
+    """Names of the modules with parameters that a classifier has in addition to its base, and of the base's pooler. A
+    model that was saved for another task may lack them."""
     base = base_name(net)
     names = [name for name, _ in net.named_children() if name != base.partition(".")[0]]
     names += [f"{base}.pooler"] if isinstance(getattr(net.get_submodule(base), "pooler", None), nn.Module) else []
@@ -101,7 +102,8 @@ def modules_after_base(net: nn.Module) -> list[str]:
 
 
 def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> None:
-    """Initialise a module of a head as transformers does: drawn on the CPU, from the seed and the name."""
+    """Initialise a module of a head as transformers does. The numbers are drawn on the CPU and depend only on the seed
+    and the name."""
     drawn = net.get_submodule(name).to_empty(device="cpu").float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for("head", seed, name))
@@ -112,7 +114,7 @@ def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> Non
 
 
 def compute_in_float32(head: nn.Module) -> None:
-    """Convert the head to float32, and its inputs at each call."""
+    """Convert the head's weights to float32 now, and its inputs at each call."""
     head.float().register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
 
 

@@ -43,10 +43,11 @@ PLAIN = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))  # black, and each ch
 
 @dataclass(frozen=True)
 class PixelProcessor:
-    """Calls the model's own image processor, and measures its effect: the visible part of an image, the size, and the
-    scale of the values.
+    """Calls the model's own image processor, and measures its effect: the visible part of an image, the output size,
+    and the scale of the values.
 
-    `side`: the side in pixels from the recipe, if it differs from the model's; all sizes of the processor are scaled.
+    `side`: the side in pixels from the recipe, if it differs from the model's; all sizes in the processor's file are
+    scaled to it.
     """
 
     folder: Path
@@ -106,8 +107,8 @@ class PixelProcessor:
 
     @cached_property
     def resolution(self) -> int:
-        """Pixels of a side. Raises: ModelError, with the processor's name, if images do not become squares of one size
-        or pixels are not scaled separately."""
+        """The side of an image in pixels. Raises: ModelError, with the processor's name, if images do not become
+        squares of one size, or if pixels are not scaled separately."""
         generator, shapes = np.random.default_rng(0), set[tuple[int, ...]]()
         for shape in PROBES:
             values = self.values(generator.integers(0, 256, (*shape, 3), np.uint8))
@@ -124,7 +125,7 @@ class PixelProcessor:
         return int(height)
 
     def _check_scale(self, side: int) -> None:
-        """Raises: ModelError if a value does not depend only on its own pixel."""
+        """Check that each value depends only on its own pixel. Raises: ModelError."""
         scale, offset = self.scale
         pixels = np.random.default_rng(1).integers(0, 256, (*PROBES[0], 3), np.uint8)
         values, one_level = self.values(pixels), float(scale.abs().max())
@@ -137,16 +138,16 @@ class PixelProcessor:
 
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor]:
-        """(3, 3) and (3,): scale and offset. The model's own processor turns pixels p (0 to 255) into scale p + offset.
+        """A matrix S (3, 3) and an offset b (3,). The model's own processor turns a pixel p (0 to 255) into S p + b.
 
-        Every processor scales each pixel separately, by a factor, mean and deviation, or a reordering of channels, so
-        four plain images determine the scale. Raises: ModelError.
+        Every processor scales each pixel separately: by a factor, by mean and deviation, or by reordering channels. So
+        four images of one colour determine S and b. Raises: ModelError.
         """
         black, *others = (self._of_plain(colour) for colour in PLAIN)
         return torch.stack([(value - black) / 255.0 for value in others], dim=1).float(), black.float()
 
     def _of_plain(self, colour: tuple[int, int, int]) -> Tensor:
-        """(3,) float64: the middle value of an image of one colour."""
+        """(3,) float64: the processor's output in the middle of an image of one colour."""
         values = self.values(np.full((SIDE, SIDE, 3), colour, np.uint8))
         return values[:, values.shape[1] // 2, values.shape[2] // 2].double()
 
@@ -170,7 +171,7 @@ class PixelProcessor:
 
     @cached_property
     def _unscale(self) -> Tensor:
-        """(3, 3): the inverse of `scale`."""
+        """(3, 3): the inverse of the matrix of `scale`."""
         return self.scale[0].double().inverse().float()
 
     def _unusable(self, error: Exception) -> TunekitError:
@@ -197,7 +198,7 @@ def _sides(size: object) -> list[object]:
 
 
 def _sized(size: ConfiguredSize, share: float) -> ConfiguredSize:
-    """A size from a processor's file, scaled."""
+    """A size from a processor's file, multiplied by `share`."""
     if isinstance(size, Mapping):
         return {name: round(value * share) if isinstance(value, int) else value for name, value in size.items()}
     return round(size * share)
@@ -223,8 +224,8 @@ class ImageClassifierFamily(Family):
         return True
 
     def layers(self, net: nn.Module) -> NamedModules:
-        """The layers in order, with their module names: all items of lists, since convolutional nets have one or
-        several lists of blocks or stages. Raises: ModelError for a net without lists."""
+        """The layers in order, with their module names: the items of all lists of modules, since convolutional nets
+        have several lists of blocks or stages. Raises: ModelError for a net without lists."""
         lists = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.ModuleList)]
         layers: dict[str, nn.Module] = {}
         for name, module_list in lists:
@@ -248,12 +249,12 @@ class ImageClassifierFamily(Family):
         return int(declared or widths[-1])
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, C). Positions are interpolated for images of another size than the model's."""
+        """Logits (B, C). Positions are interpolated for images of another size than the model's."""
         pixels = inputs["pixel_values"].to(next(net.parameters()).dtype)
         return call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
-        """Positions for another image size are interpolated only if the caller requests it."""
+        """A note for images of another size: positions are interpolated only if the caller requests it."""
         size, side = getattr(_vision_config(net), "image_size", None), PixelProcessor(folder).resolution
         if "interpolate_pos_encoding" not in accepted_names(net) or size in (None, side, [side, side]):
             return ""

@@ -30,7 +30,7 @@ class Seq2SeqFamily(Family):
         return load_tokenizer(section)
 
     def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
-        """The ids as source and as answer."""
+        """Inputs with the same ids as source and as answer."""
         return {"input_ids": ids, "decoder_input_ids": ids}
 
 

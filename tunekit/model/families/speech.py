@@ -48,20 +48,20 @@ class SpeechFamily(Family):
         return getattr(config_of(net), "max_target_positions", None)
 
     def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
-        """The net's inputs for one row of ids (1, T); the recording is the first in `inputs`."""
+        """The net's inputs for one row of ids (1, T); the recording is the first row of `inputs`."""
         assert inputs is not None
         recording = {name: values[:1] for name, values in inputs.items() if name in INPUTS}
         return {**recording, "decoder_input_ids": ids}
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        """Seeded noise as a recording, and the first ids as its answer."""
+        """A test input: seeded noise as the recording, and the first ids as its answer."""
         ids = torch.arange(min(16, config_of(net).vocab_size))[None]
         if as_pretrained(net).main_input_name == "input_values":
             return {"input_values": torch.randn(1, SAMPLES, generator=seeded_generator()), "decoder_input_ids": ids}
         return {"input_features": noise_features(net), "decoder_input_ids": ids}
 
     def with_head(self, modules: Set[str]) -> Family:
-        """An audio classifier, because peft has no task type for its head."""
+        """The audio classifier family, because PEFT has no task type for a speech model's head."""
         return audio_classifier.FAMILY if set(audio_classifier.FAMILY.head_parts) <= modules else self
 
 

@@ -36,14 +36,14 @@ class OneStack:
         return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
 
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, T, D) after the final norm."""
+        """Hidden states (B, T, D) after the final norm."""
         hidden = last_hidden(call_accepted(base_of(net), inputs))
         for module in before_projection(net):
             hidden = module(hidden)
         return hidden
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net cut for layer-by-layer execution; None if no test proves that this computes the same."""
+        """The net, divided for layer-by-layer execution; None if no test proves that the results are equal."""
         base, name = base_of(net), find_layers(net)[0]
         if not is_proven(net):
             return None
@@ -67,8 +67,8 @@ class TwoStacks:
         ]
 
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """(B, T, D) of the decoder after its final norm. If the inputs contain `source_rows` (N,), answers share
-        sources."""
+        """Hidden states (B, T, D) of the decoder after its final norm. `source_rows` (N,) in the inputs: the row of
+        each answer's source, if several answers share a source."""
         encoder, decoder = _stacks(net)
         source = last_hidden(_read(encoder, inputs))  # (B, S, D)
         rows = inputs.get("source_rows")
@@ -79,7 +79,7 @@ class TwoStacks:
         return last_hidden(_answer(decoder, inputs, source))
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net cut for layer-by-layer execution; None if no test proves that this computes the same."""
+        """The net, divided for layer-by-layer execution; None if no test proves that the results are equal."""
         if not is_proven(net):
             return None
         encoder, decoder = _stacks(net)
@@ -101,7 +101,7 @@ def _read(encoder: nn.Module, inputs: Tensors, source: Tensor | None = None) -> 
 
 
 def _answer(decoder: nn.Module, inputs: Tensors, source: Tensor | None) -> ModelOutput:
-    """The decoder's output. Shapes: source (B, S, D)."""
+    """The decoder's output for the answers in `inputs`. Shapes: source (B, S, D)."""
     answer = {key.removeprefix(OF_DECODER): value for key, value in inputs.items() if key.startswith(OF_DECODER)}
     mask = {"encoder_attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
     return call_accepted(decoder, {**answer, "encoder_hidden_states": source, **mask})

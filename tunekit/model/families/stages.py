@@ -1,4 +1,4 @@
-"""Cuts a net into an embed stage and layers, for one stack or two, so that an engine can run it layer by layer.
+"""Divides a net into an embed stage and layers, for one stack or two, so that an engine can run it layer by layer.
 
 The embed stage runs the base's own forward with recorders in place of the layers. Masks and position embeddings are
 therefore made by the model's own code, in any version.
@@ -36,7 +36,7 @@ LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # setting
 
 
 class _LayerRecorder(nn.Module):
-    """Replaces a layer: records its arguments and returns its hidden states."""
+    """Replaces a layer: records the arguments of the call and returns the hidden states unchanged."""
 
     def __init__(self, layer: nn.Module, side_outputs: int) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ class _LayerRecorder(nn.Module):
 
 
 class StageLayer(nn.Module):
-    """One layer, called as the embed stage recorded. A stack's last layer also applies the final norm."""
+    """One layer, called with the arguments that the embed stage recorded. A stack's last layer also applies the final
+    norm."""
 
     finish: Sequence[nn.Module]
 
@@ -87,7 +88,7 @@ def _value(argument: object) -> object:
 
 
 def is_proven(net: nn.Module) -> bool:
-    """Whether nets of this kind, with these settings, compute the same layer by layer."""
+    """Whether tests prove that nets of this type and configuration compute the same layer by layer."""
     config = text_config(net)
     drops = any(getattr(config, name, 0.0) > 0 for name in LAYER_DROPS)
     return config.model_type in PROVEN and not drops
@@ -100,8 +101,11 @@ def make_stack(
     run: Callable[[Tensors, Tensor | None], object],
     finish: Sequence[nn.Module],
 ) -> Stack:
-    """A stack of the layers in `parent`'s attribute with the name `attribute`. `run(inputs, source)` calls the code
-    that embeds the inputs and passes them to the layers; `finish` are the modules after the last layer."""
+    """Make a stack of the layers in `parent`'s attribute with the name `attribute`.
+
+    `run(inputs, source)`: calls the model's code that embeds the inputs and passes them to the layers. `finish`: the
+    modules after the last layer.
+    """
     layers = cast(nn.ModuleList, parent.get_submodule(attribute))
 
     def embed(inputs: Tensors, source: SideInput | None) -> tuple[Tensor, list[LayerCall]]:
@@ -115,7 +119,8 @@ def make_stack(
 
 
 def _calls(recorders: Sequence[_LayerRecorder], source: SideInput | None) -> list[LayerCall]:
-    """The recorded calls, with `source` in place of its value, and only the side outputs that are read."""
+    """The recorded call of each layer. `source` replaces its value among the arguments; side outputs that no layer
+    reads become None."""
 
     def linked(argument: object) -> object:
         return source if source is not None and argument is source.value else argument

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def expert_layout(net: nn.Module) -> str | None:
-    """The architecture by whose pattern transformers 5 fuses the experts in older files of this model, or None."""
+    """transformers 5 fuses the experts that older files store separately. Returns the architecture whose pattern it
+    uses for this model, or None."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:
@@ -34,11 +35,10 @@ def expert_layout(net: nn.Module) -> str | None:
 
 
 def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head: the module that the class declares, or its child (or a child of the net)
-    that accepts the net's main input: token ids, recordings or images.
+    """Module name of the net without its head. This is the module that the class declares, or a child that accepts the
+    net's main input (token ids, recordings or images).
 
-    Llama 4's language model declares another model's name, and BART's decoder is wrapped in a module without
-    arguments.
+    Llama 4's language model declares another model's name, and BART's decoder is wrapped in a module without arguments.
     """
     name = str(getattr(net, "base_model_prefix", ""))
     declared = getattr(net, name, None) if name else None
@@ -66,7 +66,7 @@ def accepted_names(module: nn.Module) -> frozenset[str]:
 
 
 def call_accepted(module: nn.Module, inputs: Mapping[str, Tensor | bool | None]) -> ModelOutput:
-    """The module's output for those of the inputs that it accepts; no cache is made."""
+    """Call the module with the inputs that it accepts, ignoring the other `inputs`, and without a cache."""
     accepted = accepted_names(module)
     arguments = {key: value for key, value in inputs.items() if key in accepted}
     switches = {"use_cache": False} if "use_cache" in accepted else {}
@@ -81,7 +81,7 @@ def modules_with_statistics(net: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode inside the block; each module's mode is restored after it.
+    """Context manager: switch the net to train or eval mode, and restore each module's mode afterwards.
 
     Batch normalisation stays in eval mode and uses the base's running statistics. With batch statistics, rows would
     depend on their micro-batch, and no adapter folder could save the changed statistics.
@@ -117,15 +117,15 @@ def last_hidden(output: ModelOutput | tuple[Tensor, ...]) -> Tensor:
 
 
 def name_of(net: nn.Module, module: nn.Module | None) -> str | None:
-    """The module's name in the net, also if an adapter was put around it."""
+    """The module's name in the net, also if an adapter is wrapped around it."""
     if module is None:
         return None
     return next((name for name, candidate in net.named_modules(remove_duplicate=False) if candidate is module), None)
 
 
 def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The ModuleList with as many layers as the configuration declares, nearest to the root. ALBERT's list contains
-    the groups of layers that share their weights."""
+    """Find the ModuleList with as many layers as the configuration declares. If several match, take the list nearest to
+    the root. ALBERT's list contains groups of layers that share their weights."""
     config, prefix = text_config(net), base_name(net)
     count = int(getattr(config, "num_hidden_groups", None) or config.num_hidden_layers)
     lists = [
@@ -140,7 +140,7 @@ def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def noise_features(net: nn.Module) -> Tensor:
-    """(1, M, F) seeded noise, as large as the features of a recording."""
+    """Seeded noise (1, M, F) in the shape of a recording's features."""
     config = config_of(net)
     return torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=seeded_generator())
 

@@ -1,7 +1,7 @@
-"""Causal attention of documents by the compiled kernels; the formulas are in attention/cpu_kernel.py.
+"""Causal attention of documents by the compiled kernels. attention/cpu_kernel.py has the formulas.
 
-Products, softmax and sums are in float32, as there. The logarithm of each query's sum of exponentials is saved, (H, T)
-float32, so that the backward pass recomputes P without searching for the largest score again.
+Products, softmax and sums are in float32, as in cpu_kernel.py. The logarithm of each query's sum of exponentials is
+saved, (H, T) float32, so that the backward pass recomputes P without searching for the largest score again.
 
 Milliseconds of this kernel, of cpu_kernel.py and of torch's sdpa, measured on one busy core with AVX-512, 9 query heads
 and 3 key heads of 64, in bfloat16, forward and backward: 14, 31 and 66 (8 documents of 62 to 237 tokens); 15, 27 and 25
@@ -48,7 +48,7 @@ class _Attention(ctypes.Structure):
 def attend_natively(
     query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float, key_lengths: Lengths | None = None
 ) -> Tensor:
-    """`attend_causally` by the compiled kernel; by torch's operations if the kernel does not support the tensors."""
+    """`attend_causally` by the compiled kernel, or by torch's operations if the kernel does not support the tensors."""
     tensors, width = (query, key, value), query.shape[-1]
     fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] == width for t in tensors)
     if not fits or width % WIDTH_MULTIPLE:
@@ -86,14 +86,14 @@ class _NativeAttention(torch.autograd.Function):
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with the numbers of a head next to each other."""
+    """The tensor, copied if the numbers of a head are not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _run(
     kernel: str, tensors: tuple[Tensor, ...], logarithms: Tensor, lengths: tuple[Lengths, Lengths], scale: float
 ) -> None:
-    """Call a kernel. `tensors`: those of _Attention, in order, heads first.
+    """Call a kernel. `tensors`: the tensors in the order of the kernel's arguments, with heads as the first dimension.
 
     Raises: ResourceError if there is no memory.
     """

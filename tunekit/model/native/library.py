@@ -1,5 +1,5 @@
-"""Compiles kernels.c with this machine's C compiler and loads it. The result is in the cache folder, so that only the
-first run compiles."""
+"""Compiles kernels.c with this machine's C compiler and loads the library. The library is stored in the cache folder,
+so only the first run compiles it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPILING_SECONDS = 120
 
 
 class NoKernels(Exception):
-    """The kernels cannot be used on this machine; the message says why."""
+    """Raised if the kernels cannot be used on this machine; the message states the reason."""
 
 
 @cache
@@ -49,7 +49,7 @@ def load_kernels() -> ctypes.CDLL:
 
 
 def _library(compiler: str, path: Path) -> ctypes.CDLL:
-    """The library at `path`, which is compiled if it is not there. Raises: NoKernels, OSError."""
+    """Load the library at `path`, and compile it first if the file does not exist. Raises: NoKernels, OSError."""
     if not path.exists():
         _compile(compiler, path)
     if path.stat().st_uid not in (os.getuid(), 0):
@@ -58,7 +58,7 @@ def _library(compiler: str, path: Path) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Write the library under a temporary name first, because another process may load it now."""
+    """Compile the library under a temporary name, then rename it, because another process may load it now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
         result = Path(folder) / "kernels.so"
@@ -67,7 +67,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _output_of(command: list[str]) -> str:
-    """The output of the command.
+    """Run the command and return its output.
 
     Raises: NoKernels with the first error line.
     """

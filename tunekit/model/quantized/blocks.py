@@ -1,6 +1,6 @@
-"""Matrices in the blocks of a GGUF file: a row is a sequence of blocks of 32 or 256 numbers.
+"""Matrices in the blocks of a GGUF file. Each row of a matrix is a sequence of blocks of 32 or 256 numbers.
 
-transformers can unpack most types. This module adds Q5_0 and Q5_1, which llama.cpp uses for short rows.
+transformers can unpack most types of blocks. This module adds Q5_0 and Q5_1, which llama.cpp uses for short rows.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ BLOCK = 32  # numbers of a block of q5_0 and q5_1
 
 
 def block_size(kind: str) -> tuple[int, int] | None:
-    """How many numbers and how many bytes a block of a type such as "q4_k" has; None if it cannot be unpacked."""
+    """The number of numbers and of bytes in a block of a type such as "q4_k"; None if this type cannot be unpacked."""
     from transformers.integrations.gguf.dequant import GGML_BLOCK
 
     sizes = {"q5_0": (BLOCK, 22), "q5_1": (BLOCK, 24)}
@@ -22,14 +22,15 @@ def block_size(kind: str) -> tuple[int, int] | None:
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """How many bytes a row of this type has. The type must be one that can be unpacked."""
+    """The number of bytes of a row in blocks of this type, which must be a type that can be unpacked."""
     size = block_size(kind)
     assert size is not None
     return columns // size[0] * size[1]
 
 
 def unpack(packed: Tensor, shape: tuple[int, int], kind: str, dtype: torch.dtype) -> Tensor:
-    """The dense matrix (O, I), computed in float32 and rounded once to `dtype`; on the meta device a meta tensor.
+    """Unpack a matrix to its dense form (O, I), computed in float32 and rounded once to `dtype`. On the meta device,
+    returns a meta tensor.
 
     Shapes: packed (O, bytes of a row) uint8.
     """
@@ -44,7 +45,7 @@ def unpack(packed: Tensor, shape: tuple[int, int], kind: str, dtype: torch.dtype
 
 
 def _values(packed: Tensor, kind: str) -> Tensor:
-    """The numbers of whole rows, flat, float32."""
+    """The unpacked numbers of complete rows, as a flat float32 array."""
     if kind in ("q5_0", "q5_1"):
         return _five_bits(packed.reshape(-1, row_bytes(kind, BLOCK)), offset=kind == "q5_1")
     from transformers.integrations.gguf.dequant import dequantize
@@ -54,10 +55,12 @@ def _values(packed: Tensor, kind: str) -> Tensor:
 
 
 def _five_bits(blocks: Tensor, offset: bool) -> Tensor:
-    """(blocks, bytes) -> (blocks, 32): d q + m with q from 0 to 31; without an offset: d (q - 16).
+    """Unpack blocks of 5-bit numbers q (0 to 31): (blocks, bytes) -> (blocks, 32). The values are d q + m; if there is
+    no offset m, d (q - 16).
 
-    A block contains d, m if there is an offset, the fifth bits of all numbers, and their four lower bits. Byte i has
-    the lower bits of the numbers i and i + 16. Source: ggml-quants.c, dequantize_row_q5_0 and dequantize_row_q5_1.
+    A block contains d, then m if there is an offset, then the fifth bits of all numbers, then the four lower bits of
+    all numbers. Byte i has the lower bits of the numbers i and i + 16. Source: ggml-quants.c, dequantize_row_q5_0 and
+    dequantize_row_q5_1.
     """
     scales = blocks[:, : 4 if offset else 2].contiguous().view(torch.float16).float()  # (blocks, 1 or 2)
     bits, low = blocks[:, -20:-16], blocks[:, -16:]

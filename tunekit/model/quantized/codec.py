@@ -34,7 +34,7 @@ EIGHT_BIT = ("int8", "int8_weight_only")
 
 
 def import_bitsandbytes() -> ModuleType:
-    """Import bitsandbytes without its side effects.
+    """Import bitsandbytes without the side effects of its import.
 
     On a CPU with AVX512-BF16 it would download and run native code through the package `kernels`, so that package
     cannot be imported meanwhile. It also compiles two functions at import, which would load torch's compiler, so
@@ -57,7 +57,7 @@ def import_bitsandbytes() -> ModuleType:
 
 
 def _uncompiled(function: Callable[..., object] | None = None, **_settings: object) -> Callable[..., object]:
-    """torch.compile's signature, without compiling."""
+    """A replacement for torch.compile that does not compile."""
     return function if function is not None else (lambda wrapped: wrapped)
 
 
@@ -101,7 +101,8 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
 
 
 def _pack_rows(matrix: Tensor) -> Tensors:
-    """int8 with one float32 scale per row: q = round(127 w / absmax(row)), as in LLM.int8; a few rows at a time."""
+    """Pack to int8 with one float32 scale per row: q = round(127 w / absmax(row)), as in LLM.int8. Processes a few rows
+    at a time."""
     packed = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)  # (O, I)
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
     rows = max(1, four_bit.CHUNK_ELEMENTS // max(1, matrix.shape[1]))
@@ -113,7 +114,7 @@ def _pack_rows(matrix: Tensor) -> Tensors:
 
 
 def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype) -> Tensor:
-    """The dense (O, I) matrix in `dtype`; on the meta device a meta tensor of that size."""
+    """Unpack to the dense (O, I) matrix in `dtype`. On the meta device, returns a meta tensor of that size."""
     packed = tensors["packed"]
     if "absmax" not in tensors:
         return blocks.unpack(packed, shape, quantization, dtype)
@@ -139,8 +140,9 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: 
 def fused_product(
     x: Tensor, tensors: Tensors, shape: tuple[int, int], quantization: str, bias: Tensor | None
 ) -> Tensor | None:
-    """x (..., I) times a 4-bit (O, I) matrix -> (..., O), by bitsandbytes' kernel, which decides by x's number of rows
-    whether to unpack the matrix first. None if there is no such kernel, or a block of weights crosses a row's end."""
+    """x (..., I) times a 4-bit (O, I) matrix -> (..., O), by bitsandbytes' kernel. The kernel decides by the number of
+    rows of x whether to unpack the matrix first. None if there is no such kernel, or if a block of weights continues in
+    the next row."""
     bits = quantization in FOUR_BIT and shape[1] % BLOCK == 0
     if not bits or x.device.type in ("cpu", "meta") or not kind_of(x.device).bitsandbytes or not has_bitsandbytes():
         return None
@@ -158,7 +160,8 @@ def fused_product(
 
 
 def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """LLM.int8: x (N, I) times packed (O, I), with x in int8 except for columns that reach `threshold`; -> (N, O)."""
+    """Product of LLM.int8: x (N, I) times packed (O, I) -> (N, O). Columns of x that reach `threshold` are not rounded
+    to int8."""
     if x.is_meta:
         return _meta_product(x, packed, absmax)
     functional = import_bitsandbytes().functional
@@ -169,7 +172,8 @@ def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | No
 
 
 def _meta_product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
-    """(N, O) on the meta device, with the allocations of bitsandbytes' CPU product, which a memory forecast counts.
+    """(N, O) on the meta device. It makes the same allocations as bitsandbytes' product on a CPU, because a memory
+    forecast counts them.
 
     Source: bitsandbytes/backends/cpu/ops.py (int8_linear_matmul), backends/default/ops.py (int8_mm_dequant).
     """
@@ -181,7 +185,8 @@ def _meta_product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
 
 
 def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
-    """A (O, I) matrix packed to 4 bits in transformers' saved form: tensors by the suffix of the weight's name."""
+    """Pack a (O, I) matrix to 4 bits in the form that transformers saves. Returns tensors by the suffix of the weight's
+    name."""
     tensors = pack(matrix, quantization, double_quantization)
     facts: dict[str, object] = {"quant_type": quantization, "blocksize": BLOCK}
     facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
@@ -196,7 +201,7 @@ def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> 
 
 
 def tensors_of_state(packed: Tensor, state: QuantState) -> tuple[Tensors, str]:
-    """Our named tensors, and the quantization, of a weight packed by bitsandbytes.
+    """Convert a weight packed by bitsandbytes to our named tensors; returns these and the quantization.
 
     Raises: ModelError for blocks of another size than ours.
     """

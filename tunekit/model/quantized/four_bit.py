@@ -1,9 +1,9 @@
-"""NF4 and FP4 in plain torch on a CPU, with the same bits as bitsandbytes.
+"""NF4 and FP4 in torch operations on a CPU, with the same bits as bitsandbytes.
 
-A block of 64 numbers is divided by its largest magnitude, and each becomes the nearest of 16 values. A byte contains
-two values, the first in the high half. With double quantization, the blocks' magnitudes minus their mean are packed
-too: 256 magnitudes share a scale, and each becomes the nearest of 256 values. Source: Dettmers et al. 2023 (QLoRA),
-section 3.
+A block of 64 numbers is divided by its largest magnitude, and each number becomes the nearest of 16 values. A byte
+contains two values, the first in the high half. With double quantization, the blocks' magnitudes minus their mean are
+packed too: 256 magnitudes share a scale, and each magnitude becomes the nearest of 256 values. Source: Dettmers et al.
+2023 (QLoRA), section 3.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ FP4_VALUES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # divided by 12; the 
 
 @cache
 def values_of(quantization: str) -> Tensor:
-    """(16,) float32: the value of each half byte, times its block's scale."""
+    """(16,) float32: the value that each 4-bit code stands for, before it is multiplied by its block's scale."""
     if quantization == "nf4":
         return torch.tensor(NF4_VALUES, dtype=torch.float32)
     positive = torch.tensor(FP4_VALUES, dtype=torch.float32) / max(FP4_VALUES)
@@ -41,7 +41,8 @@ def values_of(quantization: str) -> Tensor:
 
 @cache
 def nested_values(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
-    """(256,) float32, ascending: the values of packed scales, times their own scale; sent to a device once.
+    """(256,) float32, ascending: the value that each code of a packed scale stands for, before its own scale is
+    applied. Cached per device.
 
     The values are 0, 1, and seven decades with both signs. Each decade has twice as many values as the decade below, at
     the middles of equal steps from 0.1 to 1. Source: Dettmers 2015, 8-bit approximations for parallelism in deep
@@ -56,7 +57,7 @@ def nested_values(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa
 
 
 def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
-    """The packed tensors of a contiguous matrix on the CPU, by the names of codec.packed_shapes."""
+    """Pack a contiguous matrix on the CPU. Returns tensors with the names of codec.packed_shapes."""
     flat = matrix.reshape(-1)
     elements = flat.numel()
     packed = torch.empty(-(-elements // 2), 1, dtype=torch.uint8)
@@ -73,7 +74,8 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
 
 
 def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
-    """(n,) float32 divided by their blocks' magnitudes, which are written to `absmax`; padded to an even number.
+    """Divide (n,) numbers, float32, by the magnitudes of their blocks, which are written to `absmax`. The result is
+    padded to an even number of elements.
 
     bitsandbytes multiplies whole blocks by the inverse but divides the remainder, so this function does the same.
     """
@@ -92,10 +94,11 @@ def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
 
 @cache
 def _rounding_tables(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Three tables. For each upper half (65536) of a float32: how many rounding bounds are below all numbers with this
-    half, and the one bound that may be among these numbers. For each byte of ranks (256): its recoding.
+    """Three tables for rounding to the 16 values. A float32 is looked up by its upper 16 bits.
 
-    Searching the 15 bounds for every number would take ten times as long.
+    (65536,): how many of the 15 bounds between values are below all numbers with these upper bits. (65536,): the one
+    bound that may be among these numbers. (256,): the code byte for each byte of two ranks. Searching the 15 bounds for
+    every number would take ten times as long.
     """
     values = values_of(quantization)
     order = torch.argsort(values)  # rank -> half byte; NF4's values are in order
@@ -113,7 +116,8 @@ def _rounding_tables(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _halves(scaled: Tensor, quantization: str) -> Tensor:
-    """(n / 2,) bytes of the values nearest to (n,) numbers from -1 to 1; ties go to the lower value."""
+    """Round (n,) numbers from -1 to 1 to the nearest values; ties go to the lower value. Returns the codes, two per
+    byte, (n / 2,)."""
     below, bound, recoded = _rounding_tables(quantization)
     cell = scaled.view(torch.uint16)[1::2].to(torch.int32)  # (n,) upper halves; the machine is little-endian
     bounds = torch.index_select(bound, 0, cell)
@@ -125,7 +129,7 @@ def _halves(scaled: Tensor, quantization: str) -> Tensor:
 
 @cache
 def _nearest_nested() -> Tensor:
-    """(65536,) int32: the index of the nearest of the 256 values, for equal steps from -1 to 1."""
+    """(65536,) int32: for numbers in equal steps from -1 to 1, the index of the nearest of the 256 values."""
     values, steps = nested_values(), torch.arange(2**16).float() / HALF_STEPS - 1.0
     right = torch.searchsorted(values, steps).clamp_(1, len(values) - 1)
     left = right - 1
@@ -133,7 +137,7 @@ def _nearest_nested() -> Tensor:
 
 
 def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """(blocks,) float32 -> (blocks,) uint8 and (blocks / 256,) float32.
+    """Pack scales: (blocks,) float32 -> codes (blocks,) uint8 and magnitudes (blocks / 256,) float32.
 
     A scale is first rounded to one of 65536 steps, as bitsandbytes 0.50 does on a CPU; between equal zeros, the first.
     """
@@ -146,9 +150,9 @@ def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtype: torch.dtype) -> Tensor:
-    """(elements,) numbers: value times scale in float32, rounded once to `dtype`.
+    """Unpack (elements,) numbers: value times scale in float32, rounded once to `dtype`.
 
-    On the meta device it only makes the same allocations, which a memory forecast counts.
+    On the meta device, only make the same allocations, because a memory forecast counts them.
     """
     packed, absmax = tensors["packed"].reshape(-1), _scales(tensors)
     dense = torch.empty(elements, dtype=dtype, device=packed.device)
@@ -178,14 +182,14 @@ def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtyp
 
 @cache
 def _pairs(quantization: str, device: torch.device) -> Tensor:
-    """(256,) int64: for each byte its two float32 values, so that one look-up gives two numbers. Sent to a device
-    once."""
+    """(256,) int64: for each byte, the bits of its two float32 values, so that one look-up gives two numbers. Cached
+    per device."""
     values, byte = values_of(quantization), torch.arange(256)
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
-    """(blocks,) float32 scales, unpacked if they are packed."""
+    """(blocks,) float32 scales of the blocks; double-quantized scales are unpacked."""
     absmax = tensors["absmax"]
     if "nested_absmax" not in tensors:
         return absmax

@@ -1,8 +1,8 @@
-"""Weights in float8 (e4m3) with one scale per row, and products with inputs rounded the same way: approximate.
+"""Weights in float8 (e4m3) with one scale per row. Products round their inputs in the same way, so they are
+approximate.
 
-On a GPU of compute capability 8.9 or more (RTX 40xx, L4, H100) the product runs on the float8 units. Elsewhere the
-same rounded numbers are multiplied in float32: a CPU gives the GPU's results up to the order of sums, for testing
-recipes.
+On a GPU of compute capability 8.9 or more (RTX 40xx, L4, H100) the product runs on the float8 units. Elsewhere the same
+rounded numbers are multiplied in float32: a CPU gives the GPU's results up to the order of sums, for testing recipes.
 """
 
 import torch
@@ -23,7 +23,7 @@ def computes_fp8(device: torch.device) -> bool:
 
 
 def scaled_rows(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Each row times largest / absmax(row): (N, I) -> (N, I) float32, absmax (N,) float32."""
+    """Multiply each row by largest / absmax(row): (N, I) -> (N, I) float32, absmax (N,) float32."""
     values = rows.float()
     absmax = values.abs().amax(dim=1)  # (N,)
     scale = torch.where(absmax > 0, largest / absmax, torch.zeros_like(absmax))  # (N,)
@@ -31,19 +31,19 @@ def scaled_rows(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 
 
 def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row in e4m3 with its own scale: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
+    """Round each row to e4m3 with its own scale: (N, I) -> (N, I) float8, absmax (N,) float32; row = q absmax / 448."""
     values, absmax = scaled_rows(rows, LARGEST)
     return values.to(KIND), absmax
 
 
 def pack(matrix: Tensor) -> Tensors:
-    """A dense (O, I) matrix as bytes (O, I) with absmax (O,); the same matrix always gives the same bytes."""
+    """Pack a dense (O, I) matrix to bytes (O, I) and absmax (O,). The same matrix always gives the same bytes."""
     values, absmax = round_rows(matrix)
     return {"packed": values.view(torch.uint8), "absmax": absmax}
 
 
 def unpack(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The dense (O, I) matrix in `dtype`."""
+    """Unpack to the dense (O, I) matrix in `dtype`."""
     return (packed.view(KIND).float() * (absmax / LARGEST)[:, None]).to(dtype)
 
 

@@ -1,5 +1,5 @@
-"""The interface to dense and packed matrices: one handle reads and replaces a layer's matrix. Other modules need not
-know how it is stored."""
+"""The interface to dense and packed matrices: a Weight reads and replaces a layer's matrix. Other modules need not know
+how the matrix is stored."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ ROUNDS_INPUTS = ("int8", "fp8")
 
 
 class UnpackedMatrices:
-    """A cache of unpacked matrices, valid in a block in which no packed tensor changes. They must not be modified."""
+    """A cache of unpacked matrices. It is valid only in a block in which no packed tensor changes, and its matrices
+    must not be modified."""
 
     def __init__(self) -> None:
         self._cache: dict[tuple[int, torch.dtype], Tensor] | None = None
 
     @contextmanager
     def caching(self) -> Iterator[None]:
-        """A block in which each matrix is unpacked once, for all products of all runs that use it."""
+        """Context manager: each matrix is unpacked once, for all products of all runs that use it."""
         self._cache = {}
         try:
             yield
@@ -39,7 +40,8 @@ class UnpackedMatrices:
             self._cache = None
 
     def of(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
-        """W (O, I) of a layer. The copies of a module in other networks have the same packed tensors."""
+        """W (O, I) of a layer. Copies of the layer in other nets have the same packed tensors, so they share the cached
+        matrix."""
         if self._cache is None:
             return layer.dequantize(dtype)
         key = id(layer.get_buffer(layer.tensor_names[0])), dtype
@@ -52,7 +54,7 @@ UNPACKED = UnpackedMatrices()
 
 
 class NoMatrix:
-    """The `weight` of a packed layer, for models that read its dtype (T5, Hunyuan's router)."""
+    """The value of `weight` in a packed layer, for models that read the dtype of a weight (T5, Hunyuan's router)."""
 
     dtype = None
 
@@ -111,7 +113,7 @@ class PackedLinear(nn.Module):
 
 
 class _PackedProduct(torch.autograd.Function):
-    """y = x W^T + b with W unpacked in both passes; dx = g W."""
+    """Autograd function: y = x W^T + b, dx = g W, where g = dL/dy. W is unpacked in both passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
@@ -160,7 +162,8 @@ def pack_linear(
 
 
 def kept_linear(linear: nn.Module, kind: str, packed: Tensor, compute_dtype: torch.dtype) -> PackedLinear:
-    """A PackedLinear with the blocks (O, bytes) of a GGUF file, of a type such as "q4_k", and the bias of `linear`."""
+    """A PackedLinear with the blocks (O, bytes) of a GGUF file, in a type such as "q4_k", and with the bias of
+    `linear`."""
     weight = weight_of(linear)
     assert weight is not None
     bias = None if weight.bias is None else nn.Parameter(weight.bias.detach().to(compute_dtype), requires_grad=False)
@@ -170,7 +173,8 @@ def kept_linear(linear: nn.Module, kind: str, packed: Tensor, compute_dtype: tor
 def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
     """The packed tensors of a matrix (O, I) of the base.
 
-    Raises: ModelError if the matrix is not finite. The check reads only the scales, so it needs no second matrix.
+    Raises: ModelError if the matrix is not finite. The check reads only the scales, so it needs no second copy of the
+    matrix.
     """
     tensors = codec.pack(matrix, quantization, double_quantization)
     scales = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
@@ -200,7 +204,8 @@ def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Weight:
-    """A handle of one module's matrix. `shape`: (O, I) for any storage; (vocabulary, D) for an embedding."""
+    """Reads and replaces the matrix of one module. `shape`: (O, I) for any storage; (vocabulary, D) for an
+    embedding."""
 
     module: nn.Module
     kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8, or a type of GGUF blocks such as q4_k
@@ -209,7 +214,7 @@ class Weight:
 
     @property
     def elements(self) -> int:
-        """Numbers in the matrix, packed or not."""
+        """The number of elements of the matrix, packed or not."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -253,8 +258,8 @@ class Weight:
 
 
 def multiplies_exactly(module: nn.Module) -> bool:
-    """Whether the module computes x W^T + b with W = product_matrix. Subclasses may have their own forward, and
-    LLM.int8 and fp8 round x."""
+    """Whether the module computes x W^T + b with W = product_matrix. False for subclasses, which may have their own
+    forward, and for LLM.int8 and fp8, which round x."""
     return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization not in ROUNDS_INPUTS)
 
 
@@ -281,7 +286,7 @@ def _dense(module: nn.Module) -> Tensor:
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """linear, conv1d or embedding, by structure; None for anything else."""
+    """The kind of a layer by its structure: linear, conv1d or embedding; None for anything else."""
     kind: type = type(module)
     if isinstance(module, PackedLinear | nn.Linear):
         return None if returns_several(kind) else "linear"
@@ -292,7 +297,7 @@ def layer_kind(module: nn.Module) -> str | None:
 
 
 def weight_of(module: nn.Module) -> Weight | None:
-    """The handle of `module`'s matrix, or None if an adapter or a merge cannot use it."""
+    """The Weight of `module`'s matrix; None if an adapter or a merge cannot use the matrix."""
     if isinstance(module, PackedLinear):
         return Weight(module, module.quantization, (module.out_features, module.in_features))
     kind = layer_kind(module)
@@ -316,6 +321,7 @@ def stored_bytes(net: nn.Module) -> int:
 
 
 def element_count(net: nn.Module) -> int:
-    """The number of parameters of the model. Tied tensors count once, a packed matrix as many as its dense form has."""
+    """The number of parameters of the model. Tied tensors count once. A packed matrix counts as many parameters as its
+    dense form."""
     dense = sum(parameter.numel() for parameter in net.parameters())
     return dense + sum(layer.in_features * layer.out_features for layer in packed_layers(net).values())

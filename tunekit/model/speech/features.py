@@ -27,8 +27,8 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 class FeatureExtractor:
     """transformers' feature extractor, and its folder.
 
-    `padded`: whether recordings are padded with silence to one length; otherwise only recordings of equal length share
-    a batch.
+    `padded`: whether all recordings are padded with silence to one length. If not, only recordings of equal length
+    share a batch.
     `input_name`: the net's name for features.
     """
 
@@ -62,7 +62,7 @@ class FeatureExtractor:
         return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
 
     def features(self, samples: Tensor) -> NDArray[np.float32]:
-        """(frames, bands): the log-mel features of a recording, with only the first frame of its padding.
+        """The log-mel features (frames, bands) of a recording. Of its padding, only the first frame is included.
 
         Shapes: (samples,) at `rate`.
         """
@@ -73,7 +73,7 @@ class FeatureExtractor:
         return np.ascontiguousarray(padded[:count], dtype=np.float32)
 
     def padded_features(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(bands, all frames): `features` with their padding restored. Shapes: (frames * bands,)."""
+        """Restore the padding of `features`. Shapes: (frames * bands,) -> (bands, all frames)."""
         stored = features.reshape(-1, self.bands)
         padded = np.empty((self.frames, self.bands), dtype=np.float32)
         padded[: len(stored)], padded[len(stored) :] = stored, stored[-1]
@@ -81,7 +81,7 @@ class FeatureExtractor:
 
     @property
     def facts(self) -> object:
-        """All settings of the extractor that affect features, as plain values."""
+        """All settings of the extractor that affect features, as JSON values."""
         facts = {key: value for key, value in self.extractor.to_dict().items() if key != "mel_filters"}
         return json.loads(json.dumps(facts, default=str))
 
@@ -100,7 +100,7 @@ class AudioProcessor(FeatureExtractor):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that affects a row."""
+        """sha256 of everything that affects an encoded row."""
         return hash_of(self.facts)
 
 

@@ -32,7 +32,7 @@ MAX_SHOWN = 12
 
 @dataclass(frozen=True)
 class SpeechProcessor(FeatureExtractor):
-    """The model's own feature extractor and tokenizer, and its generation settings.
+    """The model's own feature extractor, tokenizer and generation settings.
 
     `blank`: the prefix of every transcript, as in Whisper's training data.
     """
@@ -45,13 +45,13 @@ class SpeechProcessor(FeatureExtractor):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that affects a row."""
+        """sha256 of everything that affects an encoded row."""
         texts = [self.multilingual, self.generation.get("lang_to_id"), self.generation.get("no_timestamps_token_id")]
         return hash_of([self.tokenizer.fingerprint, self.facts, texts])
 
     @property
     def answer_start(self) -> int:
-        """The id with which an answer begins."""
+        """The id of the token with which an answer begins."""
         start = self.tokenizer.answer_start_id
         assert start is not None  # load_speech_processor checked it
         return start
@@ -80,7 +80,8 @@ class SpeechProcessor(FeatureExtractor):
         return ids if timestamps else [*ids, self.no_timestamps]
 
     def language_code(self, language: str) -> str:
-        """The code of a language given by its name, code or token. Raises: DataError with the known languages."""
+        """The code of a language, which may be given by its name, code or token. Raises: DataError with the known
+        languages."""
         code, known = _code(language), self._languages
         if code not in known:
             raise DataError(f"unknown language '{language}'", f"write a name or a code: {listed(known, MAX_SHOWN)}")
@@ -95,12 +96,12 @@ class SpeechProcessor(FeatureExtractor):
 
     @property
     def no_timestamps(self) -> int:
-        """The id for "no timestamps"; the timestamps' ids follow it."""
+        """The id of the token "no timestamps". The ids of the timestamps follow it."""
         token_id = self.generation.get("no_timestamps_token_id")
         return int(token_id) if token_id is not None else self._token("<|notimestamps|>")
 
     def timestamp(self, seconds: float) -> int:
-        """The id of a time within a recording."""
+        """The id of the token for a time within a recording."""
         return self.no_timestamps + 1 + round(min(seconds, self.seconds) / TIMESTAMP_SECONDS)
 
     def _token(self, text: str) -> int:
@@ -110,7 +111,7 @@ class SpeechProcessor(FeatureExtractor):
         return int(token_id)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The transcript: ids without special tokens, times as <|1.08|>."""
+        """The transcript of ids: special tokens are left out, and times are written as <|1.08|>."""
         first, parts, run = self.no_timestamps + 1, list[str](), list[int]()
         for token_id in [*ids, first]:
             if token_id < first:
@@ -122,8 +123,8 @@ class SpeechProcessor(FeatureExtractor):
 
     @cached_property
     def normalize(self) -> Callable[[str], str]:
-        """A function that makes different spellings of a word equal before texts are compared: Whisper's normaliser for
-        English if the model has its file of spellings, otherwise the normaliser for all languages."""
+        """A function that makes different spellings of a word equal, for comparing texts. It is Whisper's normaliser
+        for English if the model has a file of spellings, otherwise the normaliser for all languages."""
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         path = self.folder / NORMALIZER
@@ -173,7 +174,8 @@ class WaveProcessor(SpeechProcessor):
         return features.reshape(-1)
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
-        """The id with which an answer begins. Raises: DataError for a language, a task or timestamps."""
+        """The ids with which an answer begins: only the start token. Raises: DataError for a language, a task or
+        timestamps."""
         if language is not None or task != "transcribe" or timestamps:
             what = "the model only transcribes the language that it was trained on, without timestamps"
             raise DataError(what, "remove language, task and timestamps, or choose Whisper")
@@ -184,7 +186,7 @@ class WaveProcessor(SpeechProcessor):
 
 
 def _code(language: str) -> str:
-    """The code of a language given by its name, code or token; other texts are returned unchanged."""
+    """The code of a language, which may be given by its name, code or token. Other texts are returned unchanged."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     name = language.strip().lower().removeprefix("<|").removesuffix("|>")

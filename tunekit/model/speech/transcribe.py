@@ -28,7 +28,7 @@ def transcribe(
     place: int = 0,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """New ids of each recording, including special tokens. The model's own generation settings apply, except for the
+    """New ids of each recording, including special tokens. The model's own generation settings apply, except the
     outdated forced_decoder_ids: language and task are passed by name instead.
 
     Shapes: features (B, M, F), or samples (B, N).
@@ -48,5 +48,5 @@ def transcribe(
 
 
 def without_padding(ids: Sequence[int], end: int | None) -> list[int]:
-    """Ids before the first end token."""
+    """The ids before the first end token."""
     return list(ids[: ids.index(end)]) if end in ids else list(ids)

@@ -1,4 +1,5 @@
-"""The tensors of a base under the names of the net's parameters: read from its files, or those of a net in memory."""
+"""The tensors of a base under the names of the net's parameters. They are read from the base's files, or from a net in
+memory."""
 
 from pathlib import Path
 
@@ -37,8 +38,8 @@ class BaseTensors:
 
 
 class LoadedTensors:
-    """Like BaseTensors, but for a net in memory, if only transformers can read the base (GGUF). `dtype`: the dtype to
-    write."""
+    """Like BaseTensors, but reads a net in memory, for a base that only transformers can read (GGUF). `dtype`: the
+    dtype to write."""
 
     def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
         stored: Tensors = dict(net.state_dict(keep_vars=True))

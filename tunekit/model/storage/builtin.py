@@ -40,7 +40,7 @@ def tiny_model_folder(name: str) -> Path | None:
 
 
 def write_tiny_llama(folder: Path) -> None:
-    """Write a seeded random llama of two layers with a byte-level tokenizer; the caller's random state does not
+    """Write a seeded random llama with two layers and a byte-level tokenizer. The caller's random state does not
     change."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,6 +1,6 @@
-"""Parameters that a checkpoint stores in pieces but the net fuses, such as a mixture's experts.
+"""Parameters that the net fuses from several tensors of a checkpoint (pieces), such as the experts of a mixture.
 
-The positions of the pieces come from transformers' own conversion, which joins them.
+The positions of the pieces in the parameter come from transformers' own conversion, which joins them.
 """
 
 import math
@@ -16,7 +16,7 @@ from tunekit.contracts import Tensors
 
 
 def stored_names(net: nn.Module) -> dict[str, str]:
-    """The net's names by stored names, for parameters that transformers renames while loading."""
+    """Maps names in the files to names in the net, for parameters that transformers renames while loading."""
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in net.state_dict().items()}
     names = {id(tensor): name for name, tensor in tensors.items()}
     stored = revert_weight_conversion(net, tensors).items()
@@ -24,7 +24,8 @@ def stored_names(net: nn.Module) -> dict[str, str]:
 
 
 class StoredPieces:
-    """One parameter of the net and its pieces in the files; `names` is empty if the files do not contain the pieces."""
+    """One parameter of the net, and the names of its pieces in the files. `names` is empty if the files do not contain
+    the pieces."""
 
     def __init__(self, net: nn.Module, parameter: str, stored: Collection[str]) -> None:
         self.net, self.parameter = net, parameter
@@ -35,12 +36,12 @@ class StoredPieces:
         self.names = sorted(pieces) if fits else []
 
     def split(self, parameter: Tensor) -> Tensors:
-        """The pieces by their names in the files."""
+        """Split the parameter into its pieces, by their names in the files."""
         return revert_weight_conversion(self.net, {self.parameter: parameter})
 
     def matrices(self) -> dict[str, tuple[int, Tensor, Tensor]] | None:
-        """The expert, the rows (O,) and the columns (I,) of the fused parameter (E, P, Q) that each piece consists of;
-        None if a piece is not a matrix (O, I) of one expert."""
+        """For each piece: its expert, and its rows (O,) and columns (I,) in the fused parameter (E, P, Q). None if a
+        piece is not a matrix (O, I) of one expert."""
         count, rows, columns = self.shape
         # at each place of the parameter: the number of the row, and the number of the column
         row_of = torch.arange(count * rows).reshape(count, rows, 1).expand(count, rows, columns)
@@ -63,7 +64,7 @@ class StoredPieces:
         return parts if all(part is parameter or part._base is root for part in parts.values()) else None
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The parameter in float32, from the pieces that `read` returns by name."""
+        """Join the pieces that `read` returns by name. Returns the parameter in float32."""
         joined = torch.empty(math.prod(self.shape))
         places = self.split(torch.arange(joined.numel(), dtype=torch.int32).reshape(self.shape))
         for name, place in places.items():
@@ -72,7 +73,7 @@ class StoredPieces:
 
 
 class _NoCopies(TorchFunctionMode):
-    """In this block, `contiguous` returns its argument, so that splitting gives views."""
+    """Context manager: `contiguous` returns its argument, so that splitting gives views."""
 
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None

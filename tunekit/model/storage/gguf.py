@@ -1,6 +1,5 @@
-"""GGUF files as a base: parsed only once, and read tensor by tensor, unpacked or in the file's own blocks. Where the
-net's tensors are not simply those of the file, transformers reads the whole file.
-"""
+"""Reads a base from a GGUF file: parses the file only once, and reads tensor by tensor, unpacked or in the file's own
+blocks. If the net's tensors are not simply the file's tensors, transformers reads the whole file."""
 
 from __future__ import annotations
 
@@ -48,9 +47,9 @@ def gguf_arguments(source: ModelSource) -> dict[str, Any]:
 
 @contextmanager
 def parsed_once(name_or_path: str) -> Iterator[None]:
-    """Cache the parsed file and its table of names inside the block, because transformers requests both repeatedly.
+    """Context manager: cache the parsed file and its table of names, because transformers requests both repeatedly.
 
-    Parsing SmolLM2's file takes more than two seconds, most of them for the strings of its tokenizer.
+    Parsing SmolLM2's file takes more than two seconds, mostly for the strings of its tokenizer.
     """
     if not name_or_path.lower().endswith(".gguf"):
         yield
@@ -64,7 +63,8 @@ def parsed_once(name_or_path: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of the file. `rows`: the file's row of each row of the net's tensor; None for the file's own order.
+    """A tensor of the file. `rows`: for each row of the net's tensor, the index of its row in the file; None if the
+    order is the same.
 
     `transposed`: whether the net's tensor is (I, O), and the file's (O, I).
     """
@@ -80,15 +80,16 @@ class FileTensor:
         return sizes if self.transposed else sizes[::-1]
 
     def data(self, first: int = 0, step: int | None = None) -> NDArray[np.uint8]:
-        """The stored numbers of `step` rows of the net, from `first` on; of a vector, all."""
+        """The stored numbers of `step` rows of the net's tensor, from row `first` on (None: all rows)."""
         part = slice(first, None if step is None else first + step)
         return np.array(self.entry.data[part if self.rows is None else self.rows[part]])
 
 
 class GgufFiles:
-    """The tensors of a GGUF file under the names of the net's, with the numbers that transformers reads.
+    """The tensors of a GGUF file under the names of the net's parameters, with the same numbers that transformers
+    reads.
 
-    `processor`: transformers' object that changes vectors.
+    `processor`: transformers' object that converts vectors.
     """
 
     mapped = False  # no tensor is a view of the file
@@ -120,14 +121,14 @@ class GgufFiles:
             target[first : first + step] = torch.from_numpy(np.array(rows))
 
     def blocks(self, name: str) -> Tensor:
-        """The blocks of a matrix, its rows in the order of the net: (O, bytes) uint8."""
+        """The blocks of a matrix, (O, bytes) uint8. The rows are in the net's order."""
         return torch.from_numpy(self._tensors[name].data())
 
 
 def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
-    """The file's tensors for a net of transformers; None if a tensor of the net might not be exactly one of the file.
+    """The file's tensors for a net of transformers. None if a tensor of the net might differ from the file's tensor.
 
-    Raises: ModelError if layers of the net lack tensors of the file, such as biases.
+    Raises: ModelError if the file has tensors, such as biases, that transformers would leave out.
     Source: load_gguf_checkpoint of transformers.
     """
     from transformers import modeling_gguf_pytorch_utils as legacy
@@ -161,7 +162,8 @@ def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
 def _row_order(
     entry: ReaderTensor, processor: TensorProcessor, falcon: NDArray[np.int64] | None
 ) -> NDArray[np.int64] | None:
-    """The file's row of each row of the net, which transformers computes for a vector; None for the file's order."""
+    """For each row of the net's tensor, the index of its row in the file; None if the order is the same. The order is
+    found by letting transformers process a vector of row numbers."""
     if len(entry.shape) < 2:
         return None
     numbers = np.arange(int(entry.shape[-1]))
@@ -172,7 +174,8 @@ def _row_order(
 
 
 def _falcon_rows(config: PreTrainedConfig) -> NDArray[np.int64] | None:
-    """The rows of Falcon's queries, keys and values, which the net has in turn for each group of heads.
+    """For each row of Falcon's fused projection in the net, the index of its row in the file. The net stores the
+    queries, keys and values of each group of heads together.
 
     Source: FalconModel.modify_tensors in llama.cpp's converter, which this undoes.
     """
@@ -185,14 +188,15 @@ def _falcon_rows(config: PreTrainedConfig) -> NDArray[np.int64] | None:
 
 
 def _is_computed_with(name: str, net: nn.Module) -> bool:
-    """Whether llama.cpp computes the net's layers with a tensor; not the layers after its last one, or rotations."""
+    """Whether the net needs this tensor of the file: it is in one of the net's layers, and it is not a table of
+    rotations. Files may contain additional layers that the net does not have."""
     part, _, rest = name.removeprefix("blk.").partition(".")
     in_layer = name.startswith("blk.") and int(part) < text_config(net).num_hidden_layers
     return in_layer and not rest.startswith("attn_rot_embd")
 
 
 def _packed_architectures() -> Collection[str]:
-    """Architectures that transformers reads by other code."""
+    """Architectures whose GGUF files transformers reads by newer, separate code."""
     try:
         from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
     except ImportError:  # older versions read all in the same way
@@ -201,7 +205,8 @@ def _packed_architectures() -> Collection[str]:
 
 
 class FileBlocks:
-    """The matrices of a GGUF file in their own blocks. `net`: the net that transformers reads from this file.
+    """The matrices of a GGUF file, packed in the file's own blocks. `net`: the net that transformers reads from this
+    file.
 
     Raises: ModelError if the base is not a GGUF file.
     """
@@ -218,10 +223,11 @@ class FileBlocks:
         self.names = gguf.get_tensor_name_map(number, text_config(net).num_hidden_layers)
 
     def layer(self, name: str, linear: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
-        """The layer with the file's blocks; None if the file has other numbers, or blocks that cannot be unpacked.
+        """A PackedLinear with the file's blocks; None if the blocks have other numbers than `linear`, or cannot be
+        unpacked.
 
-        `linear`: the dense layer that transformers made from the file. Some architectures have the rows of a matrix in
-        another order in the file, so the blocks are compared with it. On the meta device they are not.
+        `linear`: the dense layer that transformers made from the file. For some architectures the file has the rows of
+        a matrix in another order, so the unpacked blocks are compared with `linear`, except on the meta device.
         """
         tensor = self.tensors.get(f"{self.names.get_name(name)}.weight")
         weight = weight_of(linear)

@@ -1,4 +1,4 @@
-"""What a GGUF file states about its model, by llama.cpp's names."""
+"""Reads the settings and tensors that a GGUF file states, by llama.cpp's names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ DAMAGE = (ValueError, IndexError, KeyError, OverflowError)  # gguf's errors for 
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """A parsed file. `settings`: its values by llama.cpp's names without the architecture; `tensors`: by name."""
+    """A parsed GGUF file. `settings`: values by llama.cpp's names, without the prefix of the architecture. `tensors`:
+    by name."""
 
     name: str
     architecture: str
@@ -28,14 +29,14 @@ class GgufFacts:
     tensors: dict[str, ReaderTensor]
 
     def refuse(self, what: str) -> ModelError:
-        """The error for a file that transformers would compute in another way than llama.cpp."""
+        """The error for a file whose model transformers would compute differently from llama.cpp."""
         return ModelError(f"{self.name} {what}", FOLDER, key=KEY)
 
 
 def read_facts(source: ModelSource) -> GgufFacts:
     """Parse the file.
 
-    Raises: ModelError for a damaged file, and for one part of several.
+    Raises: ModelError for a damaged file, and for a file that is one part of a split model.
     """
     import gguf
 
@@ -57,7 +58,8 @@ def read_facts(source: ModelSource) -> GgufFacts:
 
 @contextmanager
 def damage_named(source: ModelSource) -> Iterator[None]:
-    """A block that reads the file. Raises: ModelError that says so if an error comes from a damaged file."""
+    """Context manager around code that reads the file. Raises: ModelError that names the damage, if a damaged file
+    caused the error."""
     try:
         yield
     except Exception:

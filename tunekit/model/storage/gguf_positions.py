@@ -1,4 +1,4 @@
-"""The rotation of positions that a GGUF file states: its base, its width, and its scaling."""
+"""Reads the rotary position embedding that a GGUF file states: its base frequency, its width and its scaling."""
 
 import copy
 import math
@@ -23,9 +23,9 @@ YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
 def read_positions(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """Give the configuration the rotation of the file, which transformers reads only in part.
+    """Write the rotary embedding of the file into the configuration, because transformers reads only a part of it.
 
-    Raises: ModelError for a rotation that transformers does not compute.
+    Raises: ModelError for a rotary embedding that transformers does not compute.
     Source: llama_model_base::load_hparams of llama.cpp, and its converter.
     """
     stated = getattr(config, "rope_parameters", None) or {}
@@ -39,14 +39,14 @@ def read_positions(facts: GgufFacts, config: PreTrainedConfig) -> None:
 
 
 def _set(parameters: dict[str, Any], name: str, stated: object) -> None:
-    """Set a number; a number that is equal in float32 stays as it is."""
+    """Set a parameter to the file's number, unless both are equal in float32."""
     value = float(str(stated))
     if not math.isclose(parameters.get(name) or 0.0, value, rel_tol=1e-6):
         parameters[name] = value
 
 
 def _set_width(facts: GgufFacts, config: PreTrainedConfig, parameters: dict[str, Any]) -> None:
-    """State how many numbers of each head are rotated."""
+    """Write into the parameters how many numbers of each head are rotated."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = int(str(facts.settings.get("rope.dimension_count", width)))
     if "partial_rotary_factor" in parameters:
@@ -57,7 +57,7 @@ def _set_width(facts: GgufFacts, config: PreTrainedConfig, parameters: dict[str,
 
 
 def read_scaling(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """Give the configuration the scaling of positions of the file.
+    """Write the file's scaling of positions into the configuration.
 
     Raises: ModelError for a scaling that transformers does not compute.
     """
@@ -83,7 +83,7 @@ def read_scaling(facts: GgufFacts, config: PreTrainedConfig) -> None:
 
 
 def _stated(facts: GgufFacts, kind: str) -> dict[str, Any] | None:
-    """The parameters of a linear or yarn scaling; None if the file states more than transformers computes."""
+    """The parameters of a linear or yarn scaling; None if the file has settings that transformers does not compute."""
     values: dict[str, Any] = {
         name.removeprefix(SCALING): value for name, value in facts.settings.items() if name.startswith(SCALING)
     }
@@ -102,7 +102,7 @@ def _stated(facts: GgufFacts, kind: str) -> dict[str, Any] | None:
 
 
 def _longrope(facts: GgufFacts, config: PreTrainedConfig) -> dict[str, Any]:
-    """The parameters of Phi-3's scaling, which has other factors for long texts."""
+    """The parameters of Phi-3's scaling, which uses different factors for short and for long texts."""
     context = facts.settings.get(f"{SCALING}original_context_length", config.max_position_embeddings)
     config.original_max_position_embeddings = context
     parameters: dict[str, Any] = {"rope_type": "longrope", "original_max_position_embeddings": context}
@@ -120,7 +120,7 @@ def _numbers(facts: GgufFacts, name: str) -> Tensor:
 
 
 def _llama3(config: PreTrainedConfig, factors: Tensor) -> dict[str, Any] | None:
-    """Llama 3's parameters that lead to these factors (D/2,), float32; None if there are none."""
+    """The parameters of Llama 3's scaling that give these factors (D/2,), float32; None if no parameters do."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
@@ -145,7 +145,7 @@ def _llama3(config: PreTrainedConfig, factors: Tensor) -> dict[str, Any] | None:
 
 
 def _contexts(plain: Tensor, factors: Tensor, factor: float) -> Iterator[int]:
-    """The lengths of the original context that the factors may come from.
+    """Yield lengths of the original context that may have given these factors.
 
     Between two wavelengths the factor is 1 / ((1 - s) / F + s) with s = (context / wavelength - LOW) / (HIGH - LOW).
     """

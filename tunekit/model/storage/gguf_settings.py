@@ -1,4 +1,5 @@
-"""The settings that a GGUF file states. transformers reads some of them, and has its own defaults for the others."""
+"""Reads the settings that a GGUF file states. transformers reads only some of them, and uses its own defaults for the
+others."""
 
 import math
 
@@ -41,15 +42,16 @@ EXPERTS_UNREAD = ("gpt-oss", "gpt_oss")  # transformers' code for them fails, or
 
 
 def refuse_architecture(facts: GgufFacts) -> None:
-    """Raises: ModelError for a type of model whose files transformers cannot read, although it states so."""
+    """Refuse a type of model whose GGUF files transformers cannot read, although transformers claims support. Raises:
+    ModelError."""
     if facts.architecture in EXPERTS_UNREAD:
         raise facts.refuse("is of gpt-oss, whose experts transformers does not read from a GGUF file")
 
 
 def read_settings(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """Give the configuration, as transformers reads it, every setting of the file.
+    """Write every setting of the file into the configuration, as transformers made it from the file.
 
-    Raises: ModelError, with the name of a setting that transformers' model does not have.
+    Raises: ModelError with the name of a setting that transformers' model does not have.
     Source: load_hparams of the models of llama.cpp.
     """
     if facts.architecture in _completely_read():
@@ -72,7 +74,7 @@ def read_settings(facts: GgufFacts, config: PreTrainedConfig) -> None:
 
 
 def _completely_read() -> frozenset[str]:
-    """Architectures whose settings transformers reads completely; older versions have none."""
+    """Architectures whose settings transformers reads completely. Empty in older versions of transformers."""
     try:
         from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     except ImportError:
@@ -81,7 +83,7 @@ def _completely_read() -> frozenset[str]:
 
 
 def _read_by_transformers(config: PreTrainedConfig) -> set[str]:
-    """The settings that transformers reads of this type of model."""
+    """Names of the file's settings that transformers itself reads for this type of model."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     table = GGUF_CONFIG_MAPPING.get(config.model_type, {})
@@ -89,7 +91,8 @@ def _read_by_transformers(config: PreTrainedConfig) -> set[str]:
 
 
 def _take(facts: GgufFacts, config: PreTrainedConfig, name: str, value: object) -> None:
-    """Set one setting. 0 and False stand for a part that the model does not have."""
+    """Write one setting of the file into the configuration. A value of 0 or False means that the model lacks this
+    component."""
     attribute = next((each for each in ATTRIBUTES.get(name, ()) if hasattr(config, each)), None)
     without_effect = bool(value) if name == "attention.causal" else not value
     if without_effect or (attribute is None and (name in OPTIONAL or name in _read_by_transformers(config))):
@@ -105,14 +108,14 @@ def _take(facts: GgufFacts, config: PreTrainedConfig, name: str, value: object) 
 
 
 def _equal(one: object, other: object) -> bool:
-    """Whether two values are equal; numbers with a point in float32, as the file has them."""
+    """Whether two values are equal. Floating-point numbers are compared in float32, the precision of the file."""
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6)
     return one == other
 
 
 def _set_head_width(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """State the width of the attention's heads."""
+    """Write the width of the attention heads into the configuration."""
     widths = {facts.settings[name] for name in HEADS if name in facts.settings}
     if not widths:
         return
@@ -125,7 +128,8 @@ def _set_head_width(facts: GgufFacts, config: PreTrainedConfig) -> None:
 
 
 def _set_layers(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """State which layers have a sliding window. The last layer of each group has full attention."""
+    """Write into the configuration which layers have a sliding window. The last layer of each group has full
+    attention."""
     if config.model_type not in GROUPS:
         if PATTERN in facts.settings:
             raise facts.refuse(f"states {facts.architecture}.{PATTERN}, which transformers does not read")
@@ -136,7 +140,7 @@ def _set_layers(facts: GgufFacts, config: PreTrainedConfig) -> None:
 
 
 def _set_falcon(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """State the architecture, which the numbers of heads and of norms show."""
+    """Write Falcon's architecture into the configuration; the numbers of heads and of norms show it."""
     norms = 2 if any(".attn_norm_2." in name for name in facts.tensors) else 1
     config.new_decoder_architecture = norms == 2 or config.num_kv_heads > 1
     config.num_ln_in_parallel_attn = norms if config.new_decoder_architecture else None

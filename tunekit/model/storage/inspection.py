@@ -68,7 +68,7 @@ def indexed_family(source: ModelSource) -> Family | None:
 
 
 def unnamed_family() -> Family:
-    """The family of a base whose files do not identify one, such as a GGUF file."""
+    """The family of a base whose files do not name an architecture, such as a GGUF file."""
     return next(family for family in known_families() if family.recognises("", {}))
 
 
@@ -114,7 +114,7 @@ def find_family(config: JsonObject, section: ModelSection) -> Family:
 def _obstacle(
     config: JsonObject, architecture: str, family: Family | None, requested: Family | None, headed: bool
 ) -> str | None:
-    """Why a base cannot be loaded, or None."""
+    """The reason why a base cannot be loaded; None if it can."""
     loaded_as = requested if requested is not None and headed else family
     parts = () if loaded_as is None else loaded_as.part_of
     if any(key in config for key in {"vision_config", "audio_config", "vq_config", "speech_config"}.difference(parts)):
@@ -137,7 +137,8 @@ def family_of_base(section: ModelSection) -> str:
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
-    """The first token of an encoder-decoder's decoder; None for other bases, or if the files do not name it."""
+    """The token with which the decoder of an encoder-decoder starts. None for other bases, or if the files do not name
+    it."""
     path = source.folder / "config.json"
     if source.gguf_file is not None or not path.exists():
         return None
@@ -159,7 +160,7 @@ def is_packed_by_bitsandbytes(config: JsonObject) -> bool:
 
 
 def check_quantized(config: JsonObject, section: ModelSection) -> None:
-    """Refuse a base whose weights are stored quantized; the message depends on model.quantization.
+    """Refuse a base whose weights are stored quantized. The message depends on model.quantization.
 
     Raises: ModelError.
     """
@@ -195,7 +196,8 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Path]) -> None:
-    """Add a configuration without its volatile keys, and the headers and samples of files, to the digest."""
+    """Add the configuration (without keys that change when a model is saved again), and the headers and samples of
+    files, to the digest."""
     stable = {key: value for key, value in config.items() if key not in VOLATILE}
     digest.update(json.dumps(stable, sort_keys=True).encode())
     for path in files:

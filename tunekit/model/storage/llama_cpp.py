@@ -1,4 +1,4 @@
-"""Settings of architectures that llama.cpp fixes: a GGUF file cannot state them."""
+"""Settings that llama.cpp fixes for an architecture, so a GGUF file cannot state them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,18 +10,20 @@ GROUPS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
 
 
 def _gemma_scale(config: Configuration) -> object:
-    """The width of heads, by which llama.cpp scales attention; for the 27B models the mean width."""
+    """The width by which llama.cpp scales attention: the width of a head; for the 27B models, hidden size / number of
+    heads."""
     is_27b = config.get("num_hidden_layers") in (46, 62)
     return config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
 
 
 def _without_positions(config: Configuration) -> object:
-    """Every fourth layer has no positions (0)."""
+    """For each layer, 1 if it has positions: every fourth layer has none (0)."""
     return [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
 
 
 def _last_of(count: int, others: str) -> Callable[[Configuration], object]:
-    """The last layer of each `count` sees all tokens; the others have the kind `others`."""
+    """A function that gives the layer types: every `count`-th layer has full attention, the others have the type
+    `others`."""
 
     def types(config: Configuration) -> object:
         layers = range(config["num_hidden_layers"])
@@ -31,7 +33,7 @@ def _last_of(count: int, others: str) -> Callable[[Configuration], object]:
 
 
 def _exaone_window(config: Configuration) -> object:
-    """Only the 32B model has windows."""
+    """The sliding window; None except for the 32B model, because only this model has windows."""
     return config["sliding_window"] if config["num_hidden_layers"] == 64 else None
 
 

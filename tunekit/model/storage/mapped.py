@@ -1,4 +1,5 @@
-"""Loads a base for layer streaming. Its weights stay in files: parameters are views of a shared read-only mapping."""
+"""Loads a base for layer streaming. The weights stay in files: the net's parameters are views of a shared read-only
+mapping."""
 
 from dataclasses import replace
 
@@ -17,9 +18,10 @@ KEY = "memory.streaming"
 
 
 def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
-    """The net on the CPU, notes, and whether its weights are mapped; a small base is read into memory.
+    """The net on the CPU, notes, and whether the weights are mapped. A small base is read into memory instead.
 
-    Raises: ModelError for a base that only transformers can read; ResourceError if a sidecar cannot be written.
+    Raises: ModelError for a base that only transformers can read; ResourceError if the file of converted weights cannot
+    be written.
     """
     if not spec.read_by_us:
         what = "a base with remote code cannot be streamed: its tensors have other names than the net's"
@@ -45,8 +47,8 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
 
 
 def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
-    """Put views of the files into the net. The head is copied if it is not aligned as in a resident base, because
-    products depend on alignment. Streamed layers are copied later, and other tensors are not multiplied."""
+    """Put views of the files into the net. A head that is not aligned to 64 bytes is copied, because products depend on
+    alignment. Layers are copied later, when they are streamed, and other tensors are not multiplied."""
     head = tuple(f"{name}." for name in family.head_modules(net))
     for name in reader.names:
         view = reader.view(name)

@@ -1,8 +1,7 @@
-"""Rules on a model's configuration: where mlx-lm 0.32.2 computes something else than transformers, or refuses the
-model.
+"""Rules on a model's configuration: which models mlx-lm 0.32.2 computes differently from transformers, or refuses.
 
-Every table was read in mlx_lm/models of that version. A `type` is a model_type of config.json; its `file` is the one in
-mlx_lm/models that computes it.
+Every table was read from the files mlx_lm/models of that version. A `type` is a model_type of config.json; its `file`
+is the file in mlx_lm/models that computes it.
 """
 
 import math
@@ -93,12 +92,12 @@ NEAR = 1e-3  # a relative difference of a factor that has no visible effect
 
 
 def cannot(config: ConfigPart, place: str = "") -> Iterator[str]:
-    """Messages about what mlx-lm computes wrongly, or why it refuses the model, for a configuration and its parts."""
+    """Messages for a configuration and its parts: what mlx-lm computes wrongly, or why it refuses the model."""
     return _of_parts((_activation, _scaling, _yarn, _share, _pattern, _required, _fixed), config, place)
 
 
 def limits(config: ConfigPart, place: str = "") -> Iterator[str]:
-    """Messages about the lengths of text for which mlx-lm computes the same as transformers."""
+    """Messages that name the lengths of text for which mlx-lm computes the same as transformers."""
     return _of_parts((_window, _long_factors), config, place)
 
 
@@ -122,7 +121,7 @@ def _activation(place: str, part: ConfigPart) -> Iterator[str]:
 
 
 def _rope_scaling(part: ConfigPart) -> tuple[str, ConfigPart]:
-    """The form of the scaling of rotary embeddings, and its settings; `default` without scaling."""
+    """The type of scaling of rotary embeddings (`default`: no scaling), and its settings."""
     scaling = older_rope(part).get("rope_scaling") or part.get("rope_scaling")
     if not isinstance(scaling, Mapping):
         return "default", {}
@@ -155,7 +154,7 @@ def _yarn(place: str, part: ConfigPart) -> Iterator[str]:
 
 
 def _attention_factors(scaling: ConfigPart) -> tuple[float, float]:
-    """The factor of queries and keys in mlx-lm, and in transformers.
+    """Two numbers: the factor by which mlx-lm multiplies queries and keys, and the factor of transformers.
 
     Source: YarnRoPE in mlx_lm/models/rope_utils.py, _compute_yarn_parameters in transformers.
     """

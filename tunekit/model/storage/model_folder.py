@@ -20,7 +20,8 @@ COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTI
 
 @contextmanager
 def atomic_model_folder(output: Path) -> Iterator[Path]:
-    """A folder that is filled under a temporary name, flushed and renamed. After a failure nothing remains."""
+    """Context manager: the body fills a folder under a temporary name, which is then flushed and renamed. After a
+    failure nothing remains."""
     staging = temporary_name(output)
     if is_real_folder(staging):  # left by a killed process with the same id
         remove_tree(staging)
@@ -46,7 +47,8 @@ def copy_other_files(
     answering: Answering | None,
 ) -> None:
     """Copy the tokenizer or other processor, the chat template, the generation settings and the licence of a base. Copy
-    code files only if the base may run remote code. Then make the folder portable, with its config.json.
+    code files only if the base may run remote code. Finally rewrite the folder's small files for older programs
+    (make_portable).
 
     `answering`: how the trained model answers. It may change the processor and the generation settings.
     """
@@ -68,8 +70,8 @@ def copy_other_files(
 
 
 def write_portable_copy(source: Path, output: Path) -> None:
-    """Write a copy of a model folder that older programs read too. Weights become hard links where the file system
-    allows it; all other files are copied, so that nothing of `source` changes."""
+    """Write a copy of a model folder that older programs can read too. Weights become hard links where the file system
+    allows it; all other files are copied, so that nothing in `source` changes."""
     with new_path(output) as staging:
         staging.mkdir()
         _copy_files(source, staging)
@@ -77,7 +79,7 @@ def write_portable_copy(source: Path, output: Path) -> None:
 
 
 def _copy_files(source: Path, folder: Path) -> None:
-    """Link or copy the files of a folder and of those in it; hidden ones and links to folders are left out."""
+    """Link or copy all files of a folder and its subfolders, except hidden files and links to folders."""
     for path in sorted(source.iterdir()):
         place = folder / path.name
         if path.name.startswith("."):

@@ -1,4 +1,4 @@
-"""The cache of packed bases: finds, writes and checks the file of a base."""
+"""The cache of packed bases: finds, writes and checks the cached file of a base."""
 
 import os
 import shutil
@@ -35,7 +35,8 @@ def _folder() -> Path:
 
 
 def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
-    """Load the net's tensors from the cache, or pack them and write the cache. Returns the file, if any, and notes."""
+    """Load the net's tensors from the cache, or pack them and write the cache. Returns the cache file
+    (None if there is none) and notes."""
     if sum(tensor.size_bytes for tensor in packed.layout) < files.MIN_BYTES:
         packed.fill()
         return None, []
@@ -61,7 +62,8 @@ def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
 
 
 def _names(spec: BaseSpec) -> tuple[str, str]:
-    """The prefix of all cache files of this base, and the key, which changes with everything that could change a byte.
+    """Two names: the prefix of all cache files of this base, and the key of its current content. The key changes with
+    everything that could change a byte of the cache file.
 
     The fingerprint only samples the files; their times and inodes reveal other changes.
     """

@@ -1,4 +1,4 @@
-"""Packs a base while it is loaded, one tensor at a time, and lists the tensors of a packed base in order."""
+"""Packs a base while it is loaded, one tensor at a time, and defines the order of the tensors of a packed base."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -58,7 +58,8 @@ def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] =
 
 
 def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
-    """Notes about large weights that stay dense: fused experts are not linear layers. Convolutions are small."""
+    """Notes about large weights that stay dense: fused experts, which are not linear layers. Convolutions are small and
+    get no note."""
     kernels = {id(module.weight) for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd)}
     fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3 and id(parameter) not in kernels]
     if not fused:
@@ -69,9 +70,9 @@ def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
 
 @dataclass
 class PackedBase:
-    """A base to be packed: the net, whose packed layers are on the meta device until `fill` or `map`.
+    """A base that will be packed. Its packed layers are on the meta device until `fill` or `map` is called.
 
-    `layout`: its tensors, each once: first the tensors outside the layers, then layer by layer.
+    `layout`: all tensors, each once: first the tensors outside the layers, then layer by layer.
     """
 
     net: nn.Module
@@ -82,7 +83,7 @@ class PackedBase:
     transposed: frozenset[str] = frozenset()  # packed layers that store (I, O)
 
     def iterate_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors in the layout's order, each read and packed only when requested."""
+        """Yield all tensors in the layout's order. Each is read and packed only when it is requested."""
         layers = packed_layers(self.net)
         packed: Tensors = {}
         for entry in self.layout:
@@ -111,7 +112,7 @@ class PackedBase:
             self._put(name, tensor)
 
     def map(self, sidecar: Sidecar) -> None:
-        """Make every tensor a view of the sidecar."""
+        """Make every tensor a view of the cache file."""
         for name in sidecar.names:
             self._put(name, sidecar.view(name))
 
@@ -125,7 +126,8 @@ class PackedBase:
 
 
 def packed_base(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBase:
-    """The packed form of a net on the meta device. It is packed on the base's device, from the files of `reader`."""
+    """Prepare packing of a net on the meta device. Later, the tensors are read by `reader` and packed on the base's
+    device."""
     kinds = {
         name: layer_kind(net.get_submodule(name)) for name in packable_layers(net, spec.family, reader.new_modules)
     }

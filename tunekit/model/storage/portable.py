@@ -63,7 +63,8 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model folder that state how to use its weights. A missing file is empty, or None."""
+    """The content of the files in a model folder that state how to use its weights. A missing file is empty,
+    or None."""
 
     config: JsonObject
     tokenizer: JsonObject
@@ -81,12 +82,12 @@ class ModelFiles:
 
     @property
     def generates(self) -> bool:
-        """Whether the model answers with tokens."""
+        """Whether the model generates text."""
         return self.architecture.endswith(GENERATES)
 
     @property
     def own_template(self) -> str | None:
-        """The chat template in tokenizer_config.json; the default one of several."""
+        """The chat template in tokenizer_config.json; if there are several, the template named default."""
         template = self.tokenizer.get("chat_template")
         named = template if isinstance(template, list) else []
         texts = [each.get("template") for each in named if isinstance(each, dict) and each.get("name") == "default"]
@@ -95,8 +96,8 @@ class ModelFiles:
 
     @property
     def pad_token(self) -> str | None:
-        """The padding token: the one that the files name, or whose id they name, or else the token that ends an
-        answer."""
+        """The padding token. It is the token that the files name by its text, or else by its id, or else the token that
+        ends an answer."""
         texts = {number: text for text, number in self.ids.items()}
         numbers = (self.generation.get("pad_token_id"), self.config.get("pad_token_id"))
         by_id = [texts[number] for number in numbers if isinstance(number, int) and number in texts]
@@ -115,7 +116,7 @@ class ModelFiles:
         return next(iter(stated), None) if stated else self.ids.get(self._named("eos_token") or "")
 
     def _named(self, key: str) -> str | None:
-        """The text of a special token that the tokenizer's files name."""
+        """The text of the special token `key`, if the tokenizer's files name one."""
         for place in (self.tokenizer, self.special):
             token = place.get(key)
             text = token.get("content") if isinstance(token, dict) else token
@@ -125,7 +126,7 @@ class ModelFiles:
 
 
 def read_model_files(folder: Path) -> ModelFiles:
-    """The small files of a model folder. Raises: ModelError for a damaged one."""
+    """Read the small files of a model folder. Raises: ModelError for a damaged file."""
     names = (CONFIG, TOKENIZER, GENERATION, "special_tokens_map.json")
     config, tokenizer, generation, special = (
         read_json(folder / name) if (folder / name).is_file() else {} for name in names
@@ -145,7 +146,7 @@ def _is_prefixed(name: str) -> bool:
 
 
 def _special_ids(folder: Path, tokenizer: JsonObject) -> dict[str, int]:
-    """The ids of the special tokens by their text. transformers 5 writes them into tokenizer.json alone."""
+    """The ids of the special tokens by their text. transformers 5 writes these ids only into tokenizer.json."""
     decoder, path = tokenizer.get("added_tokens_decoder"), folder / "tokenizer.json"
     tokens: object = []
     if isinstance(decoder, dict) and decoder:
@@ -179,7 +180,7 @@ def make_portable(folder: Path) -> None:
 
 
 def portable(files: ModelFiles) -> ModelFiles:
-    """The same files with every fact in all places where a program looks for it."""
+    """The same files, with every fact in all places where a supported program looks for it."""
     generation = _generation(files)
     tokenizer = _older_tokenizer(files)
     template = files.template
@@ -216,7 +217,7 @@ def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _required_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The missing keys whose values follow from the others."""
+    """Keys that older programs require but the configuration lacks. Their values follow from its other keys."""
     kind, kinds = str(config.get("model_type")), config.get("layer_types")
     required = {old: config[new] for old, new in RENAMED.get(kind, {}).items() if new in config}
     required |= CONSTANT.get(kind, {})
@@ -237,19 +238,19 @@ def _required_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def period_of(layer_types: list[Any]) -> int | None:
-    """N, if every Nth layer has full attention and the others a sliding window; None for another order."""
+    """N, if every Nth layer has full attention and the other layers have a sliding window; None for any other order."""
     full = [each != "sliding_attention" for each in layer_types]
     period = full.index(True) + 1 if True in full else 0
     return period if period and full == [(index + 1) % period == 0 for index in range(len(full))] else None
 
 
 def needs_n_ctx(config: Mapping[str, Any]) -> bool:
-    """Whether GPT-2's configuration lacks the older name of n_positions, which mlx-lm requires."""
+    """Whether this is a GPT-2 configuration without `n_ctx`, the older name of n_positions, which mlx-lm requires."""
     return config.get("model_type") == "gpt2" and "n_positions" in config and "n_ctx" not in config
 
 
 def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The configurations of a model's parts by their key, such as text_config."""
+    """The nested configurations of a model's components with their keys, such as text_config."""
     parts = [(name, value) for name, value in config.items() if isinstance(value, Mapping)]
     return [
         (name, part)
@@ -259,8 +260,8 @@ def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]
 
 
 def untagged(value: object) -> object:
-    """The value with plain numbers in place of {"__float__": "Infinity"}, which transformers 5 writes, also inside
-    lists."""
+    """The value with ordinary numbers in place of {"__float__": "Infinity"}, the form that transformers 5 writes; also
+    inside lists."""
     if isinstance(value, list):
         return [untagged(each) for each in value]
     if isinstance(value, dict) and value.keys() == {"__float__"}:
@@ -269,7 +270,8 @@ def untagged(value: object) -> object:
 
 
 def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The older keys for `rope_parameters`; empty if `rope_scaling` is set, which transformers 5 reads first."""
+    """The older keys that state the same as `rope_parameters`. Empty if `rope_scaling` is set, which transformers 5
+    reads first."""
     rope, kind = config.get("rope_parameters"), str(config.get("model_type"))
     if not isinstance(rope, Mapping) or config.get("rope_scaling") or rope.get("rope_type") == "axial":
         return {}  # image encoders use axial; older programs have no key for it
@@ -287,7 +289,8 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The key `rope_scaling`: None without scaling, otherwise the type under both common names, and the numbers."""
+    """The older key `rope_scaling`. Its value is None without scaling, otherwise the type under both common names and
+    the numbers."""
     numbers = {key: value for key, value in rope.items() if key not in (*TOP_LEVEL_KEYS, "rope_type", "type")}
     scaling_type = rope.get("rope_type", "default")
     if scaling_type == "default" and not numbers:
@@ -299,8 +302,8 @@ def _scaling(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _older_tokenizer(files: ModelFiles) -> JsonObject:
-    """The tokenizer's configuration with the class, special tokens, padding and chat template that every version reads
-    there."""
+    """The tokenizer's configuration, with its class, special tokens, padding and chat template in the form that every
+    version reads."""
     if not files.tokenizer:
         return {}
     tokenizer = {**files.tokenizer}

@@ -1,6 +1,6 @@
-"""Rules about other programs: what each of them reads wrongly, or refuses, in the small files of a model folder.
+"""Rules about other programs: which small files of a model folder each program reads wrongly or refuses.
 
-Each rule was tried by running the program, or read in the source of the version named here. Nothing of the folder is
+Each rule was tried by running the program, or read in the source of the version named here. No code of the folder is
 executed.
 """
 
@@ -51,8 +51,8 @@ PARTIAL = {  # transformers 4.57's defaults of partial_rotary_factor (or rotary_
 
 @dataclass(frozen=True)
 class Finding:
-    """One reason why a program reads a folder wrongly or refuses it. `mendable`: whether a copy in the portable form
-    solves the problem. `limit`: whether the program is right for some lengths of text."""
+    """One reason why a program reads a folder wrongly or refuses it. `mendable`: whether `write_portable_copy` solves
+    the problem. `limit`: whether the program is right for some lengths of text, and wrong for others."""
 
     program: str
     what: str
@@ -86,7 +86,7 @@ def readings(files: ModelFiles) -> list[FolderReading]:
 
 
 def _type_in(names: Callable[[], frozenset[str]]) -> Support:
-    """The support of programs that choose their code by model_type."""
+    """A check for programs that choose their code by model_type: why the model is unsupported, or None."""
 
     def support(files: ModelFiles) -> str | None:
         kind = str(files.config.get("model_type"))
@@ -97,7 +97,7 @@ def _type_in(names: Callable[[], frozenset[str]]) -> Support:
 
 
 def _architecture_in(names: frozenset[str]) -> Support:
-    """The support of programs that choose their code by the first architecture."""
+    """A check for programs that choose their code by the first architecture: why the model is unsupported, or None."""
 
     def support(files: ModelFiles) -> str | None:
         name = files.architecture
@@ -117,7 +117,7 @@ def _installed_types() -> frozenset[str]:
 
 
 def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The configuration and those of its parts, each with the prefix of its keys."""
+    """Yield the configuration and its nested configurations, each with the prefix of its keys."""
     yield place, config
     for name, part in config_parts(config):
         yield from _parts(part, f"{place}{name}.")
@@ -126,8 +126,8 @@ def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Ma
 def _other_rope(
     place: str, part: Mapping[str, Any], defaults: Mapping[str, float], keys: tuple[str, ...]
 ) -> Iterator[str]:
-    """A message if a program that reads only `keys`, at the top level, computes other values than rope_parameters
-    states."""
+    """A message for a program that reads only `keys` at the top level, if it would compute other values than
+    rope_parameters states."""
     wrong = []
     for key, value in older_rope(part).items():
         if key in keys and part.get(key, defaults.get(key)) != value:
@@ -176,7 +176,8 @@ def _others_of_mlx(files: ModelFiles) -> Iterator[str]:
 
 
 def _one_frequency(files: ModelFiles) -> Iterator[str]:
-    """A message for programs that use one base frequency for all layers, if the layer types have different ones."""
+    """A message for programs that use one base frequency for all layers, if the model's layer types have different
+    frequencies."""
     for place, part in _parts(files.config):
         keys = next(
             (keys for start, keys in BY_LAYER_TYPE.items() if str(part.get("model_type")).startswith(start)), None
@@ -199,7 +200,8 @@ def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
 
 
 def _renamed(files: ModelFiles) -> Iterator[str]:
-    """Messages for keys that transformers 5 writes under a new name: transformers 4 would use its default instead."""
+    """Messages for keys that transformers 5 writes under a new name. transformers 4 would not find them and use its
+    defaults."""
     for place, part in _parts(files.config):
         for old, new in RENAMED.get(str(part.get("model_type")), {}).items():
             if old == "num_experts" and new in part and old not in part:
@@ -222,8 +224,8 @@ def _tagged_numbers(files: ModelFiles) -> Iterator[str]:
 
 
 def _endless(files: ModelFiles) -> Iterator[str]:
-    """A message if the generation settings name no end token. Settings derived from config.json are derived again when
-    they are loaded, so they need none."""
+    """A message if generation_config.json names no end token. Settings that were derived from config.json need no end
+    token, because programs derive them again while loading."""
     settings = files.generation
     named = settings.get("eos_token_id") is not None or settings.get("_from_model_config")
     if settings and files.generates and not named and files.eos_ids is not None:

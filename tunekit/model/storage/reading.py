@@ -38,7 +38,7 @@ COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^
 
 
 def unfilled_net(auto_class: AutoClass, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The net of a configuration with parameters on the meta device and buffers equal to from_pretrained's.
+    """Make a net from its configuration, with parameters on the meta device and buffers equal to from_pretrained's.
 
     Tied parameters are one object. `auto_class`: transformers' class for the family. `config` is not modified.
     """
@@ -51,7 +51,7 @@ def unfilled_net(auto_class: AutoClass, config: PreTrainedConfig, dtype: torch.d
 
 @contextmanager
 def _meta_parameters() -> Iterator[None]:
-    """In this block, every parameter that a module registers moves to the meta device."""
+    """Context manager: every parameter that a module registers moves to the meta device."""
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.is_meta:
@@ -151,7 +151,7 @@ class BaseReader:
     def view(self, name: str) -> Tensor:
         """The tensor in its stored dtype, as a view of a shared read-only mapping: never write to it.
 
-        A tensor that is stored in pieces is copied instead.
+        A tensor that the files store in pieces is copied instead.
         """
         name = self._groups[name]
         if name in self._stored:
@@ -175,12 +175,13 @@ class BaseReader:
             self.files.read_into(self._pieces[name][piece], part)
 
     def blocks(self, name: str) -> Tensor:
-        """The blocks of a matrix of a GGUF file, (O, bytes) uint8."""
+        """The blocks of a GGUF file's matrix, (O, bytes) uint8."""
         assert isinstance(self.files, GgufFiles)
         return self.files.blocks(self._stored[self._groups[name]])
 
     def _find(self, net: nn.Module) -> bool:
-        """Match names with the files; returns whether the files contain exactly the net's tensors, in their shapes."""
+        """Find the file's tensor for every name. Returns whether the files contain exactly the net's tensors, in their
+        shapes."""
         stored_names = _StoredNames(net, self.files.headers)
         tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self._tensors.items()}
         as_stored = {id(tensor): name for name, tensor in revert_weight_conversion(net, tensors).items()}
@@ -202,7 +203,7 @@ class BaseReader:
         return not stored_names.ambiguous and covered == set(self.names) and not unknown
 
     def _find_pieces(self, net: nn.Module, name: str, stored_names: _StoredNames) -> None:
-        """Record a parameter that the files store in pieces."""
+        """Find the pieces of a parameter that the files store in pieces, if they contain all of them."""
         pieces = StoredPieces(net, name, stored_names.all_forms)
         parts = pieces.views(torch.empty(pieces.shape, device="meta")) if pieces.names else None
         if parts is None:
@@ -214,7 +215,7 @@ class BaseReader:
 
 
 class _StoredNames:
-    """The files' tensor names, with or without the base model's prefix."""
+    """Finds the files' tensors by the net's names, with or without the base model's prefix."""
 
     def __init__(self, net: nn.Module, headers: dict[str, TensorEntry]) -> None:
         self._headers, self._prefix = headers, str(getattr(net, "base_model_prefix", ""))
@@ -224,13 +225,13 @@ class _StoredNames:
         self.all_forms = frozenset(form for name_forms in forms for form in name_forms)
 
     def _forms(self, name: str) -> list[str]:
-        """The name itself, with the prefix, and without it."""
+        """Three forms of a name: unchanged, with the prefix, and without it."""
         if not self._prefix:
             return [name]
         return [name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
 
     def take(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """The stored tensor with this name and shape, or None."""
+        """The stored name of the tensor with this name and shape; None if there is none."""
         names = {form for form in self._forms(name) if form in self._headers}
         self.ambiguous |= len(names) > 1
         match = next((form for form in names if self._headers[form].shape == shape), None)
@@ -246,12 +247,12 @@ class _StoredNames:
 
 
 def _modules_of(heads: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """The modules that contain one of these tensors. `heads`: names of modules, with a dot at the end."""
+    """The modules that contain one of the tensors `names`. `heads`: names of modules, with a dot at the end."""
     return tuple(head.removesuffix(".") for head in heads if any(name.startswith(head) for name in names))
 
 
 def missing_modules(net: nn.Module, headers: dict[str, TensorEntry], modules: Iterable[str]) -> tuple[str, ...]:
-    """The modules with a tensor that the files lack in the net's shape."""
+    """Those `modules` with a tensor that the files lack, or have in another shape than the net."""
     stored, tensors = _StoredNames(net, headers), net.state_dict(keep_vars=True)
     absent = [name for name, tensor in tensors.items() if stored.take(name, tuple(tensor.shape)) is None]
     return _modules_of([f"{name}." for name in modules], absent)
@@ -268,7 +269,8 @@ def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device:
 
 
 def open_base(net: nn.Module, source: ModelSource, dtype: torch.dtype, head: Sequence[str] = ()) -> BaseReader | None:
-    """A reader of the base in `source` for a net of `unfilled_net`; None if it might not equal from_pretrained.
+    """A reader that fills a net of `unfilled_net` from the base in `source`. None if the result might differ from
+    from_pretrained's.
 
     `head`: names of the head's modules, which the files may lack.
     Raises: ModelError for damaged or missing files.
@@ -324,8 +326,8 @@ def fill_net(net: nn.Module, reader: BaseReader) -> None:
 
 
 def load_generation_config(net: nn.Module, folder: Path) -> None:
-    """Give the net the generation settings that from_pretrained would use: generation_config.json, else config.json,
-    else (next to a GGUF file) those of the net's configuration."""
+    """Give the net the generation settings that from_pretrained would use: from generation_config.json, else from
+    config.json, else (next to a GGUF file) from the net's configuration."""
     from transformers import GenerationConfig
 
     pretrained = as_pretrained(net)

@@ -36,25 +36,25 @@ MatrixChange = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes of a base: functions for layers by module name, and for whole parameters by name. A parameter's change
-    is applied before its layer's."""
+    """Changes of a base: functions that change layers, by module name, and functions that change parameters, by name. A
+    parameter's change is applied before its layer's change."""
 
     layers: Mapping[str, MatrixChange]
     parameters: Mapping[str, Callable[[Tensor], Tensor]]
     vocabulary_size: int | None = None  # None: unchanged
 
     def changed(self, name: str, stored: Tensor) -> Tensor:
-        """A whole parameter after its change, float32; the stored one if it does not change."""
+        """The parameter `name` in float32 after its change; `stored` itself if there is no change."""
         change = self.parameters.get(name)
         return stored if change is None else change(stored.float())
 
 
 class Rewriter:
-    """Writes one base with changes.
+    """Writes a copy of one base with changes.
 
-    `onto`: `full` (the base's own weights), `dequantized` (the numbers of their packed form), or `quantized`
-    (dequantized, changed, and packed again).
-    `output_dtype`: the dtype of all written numbers, instead of each tensor's own.
+    `onto`: the weights that are changed: `full` (the base's own), `dequantized` (packed and unpacked again), or
+    `quantized` (like dequantized, and packed again after the change).
+    `output_dtype`: the dtype of all written numbers; None: each tensor keeps its own.
     `loaded`: the base, if it is already in memory. It is used only if the base's files do not match the written net.
     """
 
@@ -128,7 +128,8 @@ class Rewriter:
         return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
 
     def _find_aliases(self) -> dict[str, str]:
-        """Matrices that the files leave out because they are tied to another module's: name -> the stored name."""
+        """Names of matrices that the files leave out because they are tied to another module's matrix, with its stored
+        name."""
         parameters = [
             (f"{name}.{parameter_name}", module, tensor)
             for name, module in self.modules.items()
@@ -169,7 +170,7 @@ class Rewriter:
         return Changes({}, changes)
 
     def _check(self, changes: Changes) -> None:
-        """Raises: ModelError if the tensor of a change is missing."""
+        """Check that the base has every changed tensor. Raises: ModelError."""
         wanted = [f"{module}.weight" for module in changes.layers] + list(changes.parameters)
         absent = sorted(name for name in wanted if self.aliases.get(name, name) not in self.names)
         for name in [name for name in absent if name in changes.parameters]:
@@ -196,7 +197,7 @@ class Rewriter:
         return any(len(kinds) > 1 for kinds in group_changes)
 
     def tie(self, net: nn.Module) -> None:
-        """Tie the head of a merged model to its embedding, if they are tied in the base."""
+        """Tie the head of a merged model to its embedding, if the base ties these two."""
         if self.tied and self.head is not None and self.embedding is not None:
             net.get_submodule(self.head).weight = net.get_submodule(self.embedding).weight
 
@@ -207,8 +208,8 @@ class Rewriter:
         return sum(self.tensors.meta[name].numel() * self.dtype_of_output(name).itemsize for name in names)
 
     def dtype_of_output(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is written: float32 in a head of numbers, otherwise the output dtype if set, or
-        the base's own."""
+        """The dtype in which a tensor is written: float32 in a head that predicts numbers, otherwise the output dtype
+        if set, or the base's own."""
         if self.exact_head is not None and name.startswith(f"{self.exact_head}."):
             return torch.float32
         stored = self.tensors.meta[self.aliases.get(name, name)].dtype
@@ -220,7 +221,7 @@ class Rewriter:
         return any(dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize for dtype in dtypes)
 
     def fill(self, net: nn.Module, changes: Changes) -> None:
-        """Fill a float32 net with the numbers that `write` would write, before rounding."""
+        """Fill a float32 net with the numbers that `write` would write, but not rounded to the output dtype."""
         output_dtype, self.output_dtype = self.output_dtype, torch.float32
         places = dict(net.named_parameters(remove_duplicate=False))
         for name, tensor in self._outputs(changes):
@@ -265,10 +266,10 @@ class Rewriter:
         return config
 
     def outputs(self, changes: Changes) -> dict[str, tuple[torch.Size, Callable[[], Tensor]]]:
-        """The shape and a reader of every tensor that `write` would write, by the name that it would have there.
+        """The shape and a reader of every tensor that `write` would write, by the name that it would have in the files.
 
-        The tensors that a reader computes together, such as a layer's weight and bias, are kept until another reader
-        needs different ones.
+        Tensors that are computed together, such as a layer's weight and bias, stay in memory until a different tensor
+        is read.
         Raises: ModelError if the base's files lack a changed tensor.
         """
         self._check(changes)
@@ -287,7 +288,7 @@ class Rewriter:
         return {self.tensors.older.get(name, name): (shapes[name], partial(read, name)) for name in names}
 
     def _outputs(self, changes: Changes) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the new model, by name."""
+        """Yield every tensor of the new model with its name."""
         done: set[str] = set()
         for name in self.tensors.meta:
             module_name, _, suffix = name.rpartition(".")
@@ -300,7 +301,7 @@ class Rewriter:
             yield from self._joint_outputs(name, changes)
 
     def _joint_outputs(self, name: str, changes: Changes) -> Iterator[tuple[str, Tensor]]:
-        """A tensor of the new model, and those that are computed together with it."""
+        """Yield a tensor of the new model, and the tensors that are computed together with it."""
         module_name, _, suffix = name.rpartition(".")
         if name in self.pieces:
             pieces = self.pieces[name]
@@ -319,14 +320,14 @@ class Rewriter:
             yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
 
     def is_packed(self, module_name: str) -> bool:
-        """Whether the layer was packed in training, so that training used the unpacked numbers instead of the base's
-        own."""
+        """Whether the layer was packed in training, so that training used unpacked numbers instead of the
+        base's own."""
         return self.section.quantization not in ("none", "kept") and module_name in self.packable_layers
 
     def _layer(
         self, module_name: str, stored: Tensor, bias: Tensor | None, changes: Changes
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of one layer: weight, and the bias if the layer changes."""
+        """Yield the tensors of one layer: its weight, and its bias if the layer changes."""
         name = f"{module_name}.weight"
         packed = self.onto != "full" and self.is_packed(module_name)
         change, stored = changes.layers.get(module_name), changes.changed(name, stored)
@@ -352,12 +353,12 @@ class Rewriter:
             yield f"{module_name}.bias", self._cast(f"{module_name}.bias", bias)
 
     def _through_packing(self, matrix: Tensor) -> Tensor:
-        """The matrix that training used: packed as in load_model, then unpacked; (O, I) float32."""
+        """The matrix that training used, (O, I) float32: packed as in load_model, then unpacked."""
         packed = codec.pack(matrix.to(self.compute_dtype), *self._packing)
         return codec.unpack(packed, (matrix.shape[0], matrix.shape[1]), self.section.quantization, torch.float32)
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
-        """The only cast, to the dtype in which the tensor is written."""
+        """Convert to the dtype in which the tensor is written. This is the only conversion."""
         result = tensor.to(self.dtype_of_output(name))
         if result.is_floating_point():
             _refuse_non_finite(name, result)

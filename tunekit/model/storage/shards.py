@@ -53,7 +53,8 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
-    """The file, dtype and shape of every tensor, from the headers. Headers are checked against the files' sizes.
+    """The file, dtype and shape of every tensor, from the files' headers. The headers are checked against the files'
+    sizes.
 
     Raises: ModelError for a file that is truncated, damaged, not safetensors, or contradicts the index.
     """
@@ -119,8 +120,8 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> list[str]:
-        """Write the remaining tensors; one shard becomes model.safetensors, several get an index. Returns the file
-        names."""
+        """Write the remaining tensors. One shard becomes model.safetensors; several shards also get an index. Returns
+        the file names."""
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)

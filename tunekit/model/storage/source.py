@@ -32,7 +32,7 @@ class ModelSource:
 
 
 def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
-    """Resolve the name; for a hub name, download the missing files (weights only if requested).
+    """Find the base that the section names. For a hub name, download the missing files (weights only if requested).
 
     Paths are absolute or begin with a dot. `org/name` always means the hub, even if there is such a folder.
     Raises: ModelError if there is no such folder, file, repository or revision.
@@ -78,7 +78,7 @@ def is_here(section: ModelSection) -> bool:
 
 
 def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
-    """The snapshot of a hub repository in the hub's cache, by commit."""
+    """Download a hub repository into the hub's cache. Returns its folder there, with the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Names of model types and architectures that other programs know, read from the sources of the versions named."""
+"""Names of model types and architectures that other programs support, read from the sources of the stated versions."""
 
 
 def _names(text: str) -> frozenset[str]:

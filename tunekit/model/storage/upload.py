@@ -12,9 +12,10 @@ LENGTH = 300  # characters of the hub's answer that a message quotes
 
 
 def upload_folder(folder: Path, name: str) -> str:
-    """Upload to the repository `name`, or NAMESPACE/name, which is made private if it is new. Returns its address.
+    """Upload the folder to the hub repository `name` or NAMESPACE/name. A new repository is made private. Returns its
+    address.
 
-    An interrupted upload is resumed by the command of the error: the hub skips the files that it already has.
+    The error of an interrupted upload contains a command that resumes it: the hub skips the files that it already has.
     Raises: InputError without permission; ResourceError if the network fails.
     """
     from huggingface_hub import HfApi
@@ -41,6 +42,6 @@ def upload_folder(folder: Path, name: str) -> str:
 
 
 def hub_name(name: str) -> str | None:
-    """The name, if it is one of the hub; None for a base that is known only by its place on this machine."""
+    """The base's name, if it is a name on the hub; None for a base that is only on this machine."""
     is_local = is_like_path(name) or Path(name).is_absolute() or name.endswith(".gguf") or ":" in name
     return None if is_local else name

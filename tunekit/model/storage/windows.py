@@ -1,4 +1,4 @@
-"""The sliding window that a configuration states: how many tokens each token sees in the layers that have one."""
+"""Finds the sliding window of a configuration: how many tokens each token sees in layers with a window."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,8 @@ ON_REQUEST = frozenset(["qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text"
 
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """The number W of tokens in the window, or None if no row can exceed it. In a row of W + 1 tokens, the last token
-    does not see the first.
+    """The number W of tokens in the window; None if no layer has one, or if no row can be longer. In a row of W + 1
+    tokens, the last token does not see the first.
 
     Source: the configuration classes of transformers 5.24.
     """

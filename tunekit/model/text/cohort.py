@@ -1,5 +1,5 @@
-"""Rows that start together, for bases with an encoder or a state, whose rows cannot share slots. transformers itself
-prepares their inputs."""
+"""Rows that start together (a cohort), for bases with an encoder or a recurrent state, whose rows cannot share slots.
+transformers itself prepares their inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Steps = Generator[Tensor, Tensor, None]
 
 
 class Cohort:
-    """Rows that start together. `rows`: those that have not ended. The ended rows are still computed until all have
+    """Rows that start together. `rows`: the rows that have not ended. Ended rows are still computed until all rows have
     ended."""
 
     nbytes = 0  # transformers allocates their states token by token
@@ -46,7 +46,7 @@ class Cohort:
         self._steps = steps(model, inputs, generation_settings(model, pad_id, longest))
 
     def logits(self) -> Tensor:
-        """(B, V) float32: for the next token of each row."""
+        """Logits (B, V) float32 of the next token of each row."""
         if not self.rows[0].tokens:
             with quiet():
                 logits = next(self._steps)
@@ -61,13 +61,13 @@ class Cohort:
         self.rows.remove(row)
 
     def states(self, row: DecoderRow) -> States | None:
-        """Always None, because these states cannot be cut to a prefix."""
+        """Always None, because the states of these bases cannot be cut to a prefix."""
         return None
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool, device: torch.device) -> Tensors:
-    """Ids and mask (B, T) of the prompts. An encoder counts positions from the start of the row, so it needs its
-    padding on the right."""
+    """Ids and mask (B, T) of the prompts, padded on the left or right. An encoder counts positions from the start of
+    the row, so it needs its padding on the right."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)  # (B, T)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
@@ -78,9 +78,9 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool, device:
 
 
 def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> Steps:
-    """Yields the scores (B, V) of the next token, and receives the chosen tokens (B,).
+    """A generator that yields the scores (B, V) of the next token, and receives the chosen tokens (B,).
 
-    transformers prepares inputs, encoder and cache as for its own loop, and then calls this loop instead.
+    transformers prepares inputs, encoder and cache as for its own generation loop, and then calls this loop instead.
     """
 
     def loop(
@@ -110,7 +110,8 @@ def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> St
 
 
 def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> GenerationConfig:
-    """transformers' settings, with nothing that changes scores except the forced tokens of an encoder-decoder."""
+    """transformers' generation settings, without processors that change scores, except for the forced tokens of an
+    encoder-decoder."""
     from transformers import GenerationConfig
 
     ends = _answer_ends(model) if model.family.reads_source else {}
@@ -127,7 +128,7 @@ def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> Genera
 
 
 def _answer_ends(model: LoadedModel) -> dict[str, int]:
-    """The tokens that start an encoder-decoder's answer, and the token that ends a truncated answer.
+    """The tokens that start the answer of an encoder-decoder, and the token that ends a truncated answer.
 
     Raises: ModelError if neither the configuration nor the generation settings name the start token.
     """
@@ -142,20 +143,20 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
 
 
 def keeps_state_in_modules(model: LoadedModel) -> bool:
-    """Whether the base keeps a state in its modules, so that only one cohort can run (recurrent_gemma)."""
+    """Whether the base stores its state in its modules, so that only one cohort can run at a time (recurrent_gemma)."""
     return any(hasattr(module, "_setup_cache") for module in model.net.modules())
 
 
 def reset_state(model: LoadedModel) -> None:
-    """Drop the last row's state from the modules, by a forward without a cache."""
+    """Remove the previous rows' state from the modules, by a forward without a cache."""
     if keeps_state_in_modules(model):
         model.net(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 @torch.no_grad()
 def rows_interact(model: LoadedModel, pad_id: int) -> bool:
-    """Whether a row's answer depends on its cohort, because a state reads the padding (xlstm, recurrent_gemma) or mixes
-    rows (rwkv). Nets with a state or without a mask are tested with two rows."""
+    """Whether a row's answer depends on the other rows of its cohort, because a state reads the padding
+    (xlstm, recurrent_gemma) or mixes rows (rwkv). Nets with a state or without a mask are tested with two rows."""
     net = as_pretrained(model.net)
     if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
         return False
@@ -175,7 +176,7 @@ def rows_interact(model: LoadedModel, pad_id: int) -> bool:
 
 
 def _scored_prompt(model: LoadedModel, row: DecoderRow) -> list[Score]:
-    """The scores of the prompt's tokens from the second one on, by a forward of the whole prompt.
+    """The scores of the prompt's tokens from the second token on, by one forward of the whole prompt.
 
     Raises: ModelError if an encoder reads the prompt.
     """

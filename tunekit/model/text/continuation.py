@@ -16,7 +16,7 @@ Adapt = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True)
 class States:
-    """The keys and values of the tokens `ids`: two tensors (1, H, T, D) for each layer."""
+    """Keys and values of the tokens `ids`. `layers`: two tensors (1, H, T, D) for each layer."""
 
     ids: tuple[int, ...]
     layers: Sequence[tuple[Tensor, ...]]
@@ -24,17 +24,17 @@ class States:
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """A prompt to continue with up to `max_new_tokens` tokens, or up to one of `stop_ids`.
+    """A prompt that the decoder continues until it reaches `max_new_tokens` tokens or one of `stop_ids`.
 
-    `sampling`: its seed belongs to this continuation alone.
-    `allowed`: gets the new tokens so far, and returns which tokens may come next, (V,) bool; None: all.
-    `top`: report each token's log-probability, and those of this many most likely tokens; None: report none.
-    Log-probabilities are the model's own, without temperature and `allowed`.
+    `sampling`: settings with a seed of this continuation alone.
+    `allowed`: receives the new tokens so far, and returns which tokens may come next, (V,) bool; None: all tokens.
+    `top`: report the log-probabilities of each new token and of this many most likely tokens; None: no report. They are
+    the model's own, computed before temperature and `allowed` apply.
     `scores_prompt`: also report the log-probabilities of the prompt, from its second token on; needs `top`.
-    `adapter`: the name of the adapter that answers, for the decoder's `using`. `alone`: its forwards have no rows of
-    other adapters.
+    `adapter`: the name of the adapter that answers, passed to the decoder's `using`. `alone`: its forwards must not
+    contain rows of other adapters.
     `adapt`: changes the inputs of the prompt's forward, for an adapter that adds `virtual_tokens` positions.
-    `states`: the keys and values of a prefix of the prompt, from an earlier continuation that `keeps_states`.
+    `states`: the keys and values of a prefix of the prompt, from an earlier continuation with `keeps_states`.
     """
 
     prompt: Sequence[int]
@@ -53,14 +53,15 @@ class Continuation:
 
     @property
     def columns(self) -> int:
-        """The maximum number of tokens whose keys and values are stored; those of the last token are not needed."""
+        """The maximum number of tokens whose keys and values are stored. The last new token needs none."""
         return self.virtual_tokens + len(self.prompt) + self.max_new_tokens - 1
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """A new token of the continuation `handle`. `reason`: why it is the last one, "stop" or "length"; None: more
-    follow. `states`: with the last token, if they are kept and the base allows it."""
+    """A new token of the continuation `handle`. `reason`: why the continuation ends with this token, "stop" or
+    "length"; None: more tokens follow. `states`: only with the last token, if the continuation keeps them and the base
+    allows it."""
 
     handle: int
     id: int
@@ -72,8 +73,8 @@ class NewToken:
 
 @dataclass(eq=False)
 class DecoderRow:
-    """A continuation that waits or runs. `offset`: the first column of its keys and values; `position`: the position
-    of its last token; `prompt_scores`: the scores of the prompt's tokens, until they are reported."""
+    """A continuation that waits or runs. `offset`: the first column of its keys and values. `position`: the position of
+    its last token. `prompt_scores`: the scores of the prompt's tokens; empty after they are reported."""
 
     handle: int
     continuation: Continuation
@@ -85,17 +86,17 @@ class DecoderRow:
 
     @cached_property
     def key(self) -> tuple[object, ...]:
-        """Rows for which this is equal have prompts with the same keys and values."""
+        """A key that is equal for rows whose prompts have the same keys and values."""
         wanted = self.continuation
         return tuple(wanted.prompt), wanted.adapter, wanted.adapt is None, self.handle if self.is_special else None
 
     @property
     def group(self) -> tuple[bool, str | None]:
-        """Rows for which this is equal can be in one forward."""
+        """A key that is equal for rows that can be in one forward."""
         wanted = self.continuation
         return wanted.alone, wanted.adapter if wanted.alone else None
 
     @property
     def is_special(self) -> bool:
-        """Whether the forward of its prompt cannot be shared with other rows."""
+        """Whether the forward of the row's prompt cannot be shared with other rows."""
         return self.continuation.scores_prompt or self.continuation.states is not None

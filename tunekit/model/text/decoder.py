@@ -1,6 +1,6 @@
-"""One decoder for chat, serve, generate, evaluation and sampling: it continues many prompts at once, token by token.
+"""The decoder for chat, serve, generate, evaluation and sampling. It continues many prompts at once, token by token.
 
-Rows join and leave at any token. What a row draws depends only on its seed.
+Rows join and leave at any token. The tokens that a row samples depend only on its own seed.
 
 Other engines do not replace it: the continuous batching of transformers 5.24 puts the tokens of all requests into one
 row (1, T), so that requests cannot have different unmerged adapters; vLLM 0.32 for CPUs reads neither bitsandbytes' nor
@@ -35,8 +35,8 @@ PIECE_TOKENS = 256  # prompt tokens that are computed between two tokens of the 
 class Decoder:
     """Continues up to `slots` prompts at once. Each prompt with its new tokens has up to `tokens` keys and values.
 
-    `piece_tokens`: the tokens of prompts that one step computes at most; running rows wait for them.
-    `using`: a block in which the named adapters answer, one for each row of a forward, or the same one for all.
+    `piece_tokens`: how many prompt tokens one step computes at most, because running rows wait meanwhile.
+    `using`: makes a context manager in which the named adapters answer: one name per row of a forward, or one for all.
     Use it inside `decoding`.
     """
 
@@ -61,7 +61,7 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        """The size of the memory of keys and values, which is allocated with the first prompt."""
+        """The bytes of memory for keys and values, which are allocated with the first prompt."""
         return 0 if self._slot_batch is None else self._slot_batch.nbytes
 
     @property
@@ -83,7 +83,8 @@ class Decoder:
         return row.handle
 
     def cancel(self, handle: int) -> States | None:
-        """End a continuation now, and return its states if it keeps them; one that has ended already is ignored."""
+        """End a continuation now, and return its states if it keeps them. A continuation that has already ended is
+        ignored."""
         self._waiting = deque(row for row in self._waiting if row.handle != handle)
         for batch in self._batches:
             for row in [row for row in batch.rows if row.handle == handle]:
@@ -93,12 +94,12 @@ class Decoder:
         return None
 
     def forget(self, adapter: str | None) -> None:
-        """Drop what was computed with an adapter, whose weights may change now. It must not be running."""
+        """Drop the results computed with an adapter, whose weights may change now. The adapter must not be running."""
         if self._slot_batch is not None:
             self._slot_batch.forget(adapter)
 
     def step(self) -> list[NewToken]:
-        """The next token of each running row, and the first tokens of rows that join."""
+        """Compute the next token of each running row, and the first token of each row that joins."""
         tokens: list[NewToken] = []
         for batch in self._batches:
             if batch.rows:
@@ -124,7 +125,7 @@ class Decoder:
             return batch.logits()
 
     def _join(self, batch: SlotBatch) -> list[NewToken]:
-        """Compute prompts, and choose the first tokens of the rows that join."""
+        """Compute waiting prompts, and choose the first token of each row that joins."""
         tokens: list[NewToken] = []
         joined = batch.admit(self._waiting, self.piece_tokens)
         if joined:
@@ -134,8 +135,8 @@ class Decoder:
         return tokens
 
     def _start_cohorts(self) -> list[NewToken]:
-        """Start waiting rows together, as soon as half of the slots are free: a cohort of one row costs as much time as
-        a large one."""
+        """Start waiting rows together as a cohort, as soon as half of the slots are free. A cohort of one row costs as
+        much time as a large cohort."""
         tokens: list[NewToken] = []
         while self._waiting and not (self._is_single and self._cohorts):
             free = min(self.slots - len(self._running), self._cohort_size)
@@ -155,7 +156,7 @@ class Decoder:
         return tokens
 
     def _chosen(self, batch: SlotBatch | Cohort, rows: list[DecoderRow], logits: Tensor) -> list[NewToken]:
-        """The chosen token of each row, and the end of rows. Shapes: logits (B, V) float32."""
+        """Choose the next token of each row, and remove rows that end. Shapes: logits (B, V) float32."""
         scores = logits
         for place, row in enumerate(rows):
             allowed = row.continuation.allowed and row.continuation.allowed(row.tokens)
@@ -180,8 +181,8 @@ class Decoder:
 
 @contextmanager
 def decoding(net: nn.Module) -> Iterator[None]:
-    """A block without gradients, in eval mode, with the cache on and no generation defaults; modes, settings and random
-    state are restored after it."""
+    """Context manager for decoding: no gradients, eval mode, the cache on, no generation defaults. Modes, settings and
+    random state are restored afterwards."""
     from transformers import GenerationConfig
 
     holder = as_pretrained(net)

@@ -1,4 +1,4 @@
-"""Chooses the next token of each row: the most likely one, or one drawn with the row's own random numbers."""
+"""Chooses the next token of each row: the most likely token, or a token sampled with the row's own random numbers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ MIN_TEMPERATURE = 1e-5  # dividing logits by less would overflow; a lower temper
 
 
 class Score(NamedTuple):
-    """A token's log-probability, and the most likely tokens at its place with theirs, the most likely one first."""
+    """A token's log-probability, and the most likely tokens at its place with their log-probabilities, in descending
+    order."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
 class TokenSampler:
-    """The random numbers of one row. They depend only on the seed and the token's place, not on other rows."""
+    """The random numbers of one row. They depend only on its seed and on how many tokens it has sampled, not on other
+    rows."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling, self.is_greedy = sampling, sampling.temperature < MIN_TEMPERATURE
@@ -37,7 +39,7 @@ class TokenSampler:
 
 
 def choose(logits: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    """(B,) int64: the next token of each row. Shapes: logits (B, V) float32."""
+    """Choose the next token of each row: logits (B, V) float32 -> (B,) int64."""
     groups: dict[tuple[float, float, int] | None, list[int]] = {}
     for row, sampler in enumerate(samplers):
         wanted = sampler.sampling
@@ -58,7 +60,7 @@ def choose(logits: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
-    """The score of each row's token, with the `top` most likely tokens. Shapes: logits (B, V)."""
+    """The scores of the given token of each row, with its `top` most likely tokens. Shapes: logits (B, V)."""
     logprobs = logits.float().log_softmax(dim=-1)  # (B, V)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     values, places = (part.tolist() for part in logprobs.topk(min(top, logits.shape[-1]), dim=-1))
@@ -66,7 +68,8 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
 
 
 def _limited(scores: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """(B, V) scores at the temperature, -inf for tokens beyond top_k and top_p, as transformers' warpers give them."""
+    """(B, V): scores divided by the temperature, and -inf for tokens that top_k or top_p excludes, as in
+    transformers."""
     scores = scores / temperature if temperature != 1 else scores
     if top_k:
         least = scores.topk(min(top_k, scores.shape[-1]))[0][..., -1:]  # (B, 1)
@@ -75,8 +78,8 @@ def _limited(scores: Tensor, temperature: float, top_p: float, top_k: int) -> Te
 
 
 def _top_p(scores: Tensor, share: float) -> Tensor:
-    """(B, V) scores, -inf except for the most likely tokens whose probabilities sum to `share`, as transformers'
-    top_p."""
+    """(B, V): scores, and -inf for all tokens except the most likely tokens whose probabilities sum to `share`, as in
+    transformers' top_p."""
     ordered, places = scores.sort(dim=-1)
     unlikely = cumulative_sums(ordered.float().softmax(dim=-1)) <= int((1 - share) * PROBABILITY_UNITS)  # (B, V)
     unlikely[:, -1] = False
@@ -94,6 +97,6 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def cumulative_sums(probabilities: Tensor) -> Tensor:
-    """(B, V) float32 -> (B, V) int64: cumulative sums in units of 2^-52, because a GPU has a fixed order of sums only
-    for integers."""
+    """Cumulative sums of (B, V) float32 in units of 2^-52, as int64. A GPU has a fixed order of sums only for
+    integers."""
     return (probabilities * PROBABILITY_UNITS).to(torch.int64).cumsum(dim=-1)

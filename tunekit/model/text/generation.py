@@ -34,14 +34,14 @@ def generate_texts(
     keep_stop: bool = False,
     ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """New ids of each prompt, in order, without the stop token that ended it unless `keep_stop`.
+    """Generate new ids for each prompt, in order. The stop token that ended an answer is left out unless `keep_stop`.
 
-    Up to `batch_size` prompts are continued at once; as soon as one has ended, the next one starts. The base's own
-    generation defaults (penalties, top-k) are not used.
+    Up to `batch_size` prompts are continued at once; when one ends, the next prompt starts. The base's own generation
+    defaults (penalties, top-k) are not used.
     `stop_ids`: by default the ids of find_stop_ids. `template`: a chat template that replaces the tokenizer's.
     `adapt`: changes the inputs of the first step, for an adapter that adds `virtual_tokens` positions.
-    `seeds`: one per prompt; by default from the seed of `sampling` and the prompt's number. What a prompt samples
-    depends only on its seed, not on other prompts. `ends`: whether these new ids are a complete answer.
+    `seeds`: one per prompt; by default made from the seed of `sampling` and the prompt's number. A prompt's samples
+    depend only on its seed, not on other prompts. `ends`: returns whether the new ids so far are a complete answer.
     Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
     does not generate text.
     """
@@ -79,9 +79,9 @@ def generate_texts(
 
 
 def answer_room(model: LoadedModel, virtual_tokens: int = 0) -> Callable[[Sequence[int]], int | None]:
-    """A function that gives the number of new tokens for which a prompt leaves positions; None: no limit.
+    """A function from a prompt to the number of new tokens for which positions remain; None: no limit.
 
-    An encoder's prompt takes no positions of the answer.
+    The prompt of an encoder takes no positions of the answer.
     Raises: ModelError for a base that does not generate text.
     """
     if not model.family.answers:
@@ -106,22 +106,22 @@ def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, o
 
 
 def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """Ids that end an answer: the tokenizer's end token, the model's own, and the token that ends a turn of the
+    """Ids that end an answer: the tokenizer's end token, the model's end tokens, and the token that ends a turn of the
     template."""
     stops = {tokenizer.eos_id, *model_end_ids(model), *end_of_turn_ids(tokenizer, template)}
     return sorted(int(stop) for stop in stops if stop is not None)
 
 
 def model_end_ids(model: LoadedModel) -> list[int]:
-    """Ids at which transformers itself ends an answer: those of the generation settings."""
+    """Ids at which transformers itself ends an answer: the end tokens of the generation settings."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = ids if isinstance(ids, list | tuple) else [ids]
     return [int(token) for token in ids if token is not None]
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """The special token that the chat template writes after the last answer, or else after an earlier answer; a list of
-    zero or one id."""
+    """The special token that the chat template writes after the last answer, or, if there is none, after an earlier
+    answer. A list of zero or one id."""
     if template is None and tokenizer.chat_template is None:
         return []
     question = {"role": "user", "content": PROBE_QUESTION}

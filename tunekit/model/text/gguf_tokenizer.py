@@ -1,5 +1,5 @@
-"""The tokenizer of a GGUF file, which splits a text where llama.cpp does. transformers reads its tokens and merges, but
-only some of the steps before them."""
+"""The tokenizer of a GGUF file, which splits a text at the same places as llama.cpp. transformers reads the file's
+tokens and merges, but only some of the steps that split a text before merging."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ OWN_PIECES = ("gemma", "gemma2", "gemma3")  # their pieces have no space in fron
 
 @contextmanager
 def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path]:
-    """The folder from which transformers reads the tokenizer of a base. transformers takes the tokenizer next to a GGUF
-    file; if it has other tokens, this is a folder that contains only a link to the file. `names`: of tokenizers' files.
+    """Context manager: the folder from which transformers reads a base's tokenizer. transformers would use tokenizer
+    files next to a GGUF file. If these have different tokens, the folder is a temporary one with only a link to the
+    GGUF file.
 
-    Raises: ModelError if links are not allowed.
+    `names`: names of tokenizer files. Raises: ModelError if links are not allowed.
     """
     alone = source.gguf_file is None or not any((source.folder / name).exists() for name in names)
     if alone or _is_tokenizer_of(source.folder / TOKENIZER, source):
@@ -73,7 +74,7 @@ def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path
 
 
 def _is_tokenizer_of(path: Path, source: ModelSource) -> bool:
-    """Whether a tokenizer.json exists and has the tokens of the GGUF file."""
+    """Whether the tokenizer.json `path` exists and has the tokens of the GGUF file."""
     from tokenizers import Tokenizer
     from transformers.integrations.gguf import get_gguf_tokenizer
 
@@ -85,9 +86,9 @@ def _is_tokenizer_of(path: Path, source: ModelSource) -> bool:
 
 
 def split_as_llama_cpp(native: PreTrainedTokenizerBase, source: ModelSource) -> None:
-    """Give the tokenizer the steps with which llama.cpp splits a text into words or pieces.
+    """Give the tokenizer the steps by which llama.cpp splits a text into words or pieces.
 
-    Raises: ModelError for a name of steps that neither tunekit nor transformers knows.
+    Raises: ModelError if the file names a method of splitting that neither tunekit nor transformers knows.
     Source: llm_tokenizer_bpe, llm_tokenizer_spm_session and llama_vocab::impl::load of llama.cpp.
     """
     from tokenizers import normalizers
@@ -114,7 +115,8 @@ def split_as_llama_cpp(native: PreTrainedTokenizerBase, source: ModelSource) -> 
 
 
 def _words(steps: tuple[str, ...]) -> PreTokenizer:
-    """The steps, and then the bytes of each word as characters."""
+    """A pre-tokenizer that splits by the regular expressions `steps`, and then writes the bytes of each word as
+    characters."""
     from tokenizers import Regex, pre_tokenizers
 
     splits: Iterator[PreTokenizer] = (pre_tokenizers.Split(Regex(each), "isolated") for each in steps)
@@ -122,7 +124,7 @@ def _words(steps: tuple[str, ...]) -> PreTokenizer:
 
 
 def _values(source: ModelSource) -> Mapping[str, Any]:
-    """The values of the file by their names; not its lists."""
+    """The metadata of the file by name, without its lists."""
     from transformers.integrations.gguf import read_gguf_metadata
 
     values, _ = read_gguf_metadata(str(source.folder / str(source.gguf_file)))

@@ -1,4 +1,4 @@
-"""Computes the keys and values of prompts in pieces, so that running rows need not wait for a long prompt."""
+"""Computes the keys and values of prompts in chunks, so that running rows need not wait for a long prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCORED_TOKENS = 256  # a piece whose tokens are scored needs logits of each of t
 
 
 class Forward:
-    """Calls a net that stores keys and values. Arguments that the net does not accept are left out."""
+    """Calls a net with a cache of keys and values. Arguments that the net does not accept are left out."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.net, self.device = model.net, model.device
@@ -31,7 +31,8 @@ class Forward:
     def __call__(
         self, inputs: Tensors, mask: Tensor, positions: Tensor, slots: SlotMemory, *, last: bool = True
     ) -> Tensor:
-        """The logits (B, T, V), or (B, 1, V) of the `last` token. Shapes: mask (B, columns), positions (B, T)."""
+        """Logits (B, T, V), or (B, 1, V) if only the `last` token's are needed. Shapes: mask (B, columns), positions
+        (B, T)."""
         named = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": int(last)}
         arguments = {name: value for name, value in named.items() if name in self._names}
         logits: Tensor = self.net(**inputs, **arguments, **{self._cache: slots.cache}, use_cache=True).logits
@@ -39,10 +40,11 @@ class Forward:
 
 
 class Prefill:
-    """The prompts of some rows, padded on the left. `advance` computes the next columns of all of them.
+    """Computes the keys and values of some rows' prompts, which are padded on the left. `advance` computes the next
+    columns of all prompts.
 
-    `logits` (B, V): the logits of the last tokens, when all columns are computed. `scores`: the scores of the tokens,
-    if there is a single prompt.
+    `logits` (B, V): the logits after the last token of each prompt, when all columns are computed. `scores`: the scores
+    of the prompt's tokens, if there is a single prompt.
     """
 
     def __init__(self, forward: Forward, model: LoadedModel, rows: Sequence[DecoderRow], pad_id: int) -> None:
@@ -74,7 +76,7 @@ class Prefill:
         return self.columns.end == self.columns.capacity
 
     def length(self, row: DecoderRow) -> int:
-        """The number of columns of a row's prompt, with virtual tokens."""
+        """The number of columns of a row's prompt, including virtual tokens."""
         return self._virtual_columns + len(row.continuation.prompt)
 
     @property
@@ -83,7 +85,7 @@ class Prefill:
         return [row.continuation.adapter for row in self.rows]
 
     def advance(self, tokens: int) -> int:
-        """Compute about this many tokens of all prompts together; returns their number."""
+        """Compute about `tokens` tokens of all prompts together. Returns the number of tokens computed."""
         start, wanted = self.columns.end, self.rows[0].continuation
         count = max(tokens // len(self.rows), 1)
         count = min(count, SCORED_TOKENS) if wanted.scores_prompt else count
@@ -104,15 +106,16 @@ class Prefill:
         return (end - start) * len(self.rows)
 
     def _reuse(self, states: States) -> None:
-        """Write the states of the common prefix; the last token must be computed."""
+        """Write the given states of the prefix that they share with the prompt, so that it is not computed again. The
+        prompt's last token is always computed."""
         pairs = zip(states.ids, self.rows[0].continuation.prompt[:-1], strict=False)
         if shared := len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))):
             self.slots.put([[part[:, :, :shared] for part in layer] for layer in states.layers], 0, 0)
             self.columns.end = shared
 
     def _score(self, logits: Tensor, start: int) -> None:
-        """Score the prompt's tokens after `start`. `logits` (T, V): those of the tokens from `start` on, which predict
-        the next tokens."""
+        """Score the prompt's tokens after position `start`. `logits` (T, V) belong to the tokens from `start` on; each
+        row predicts the next token."""
         wanted = self.rows[0].continuation
         first = max(-start, 0)  # virtual tokens come before
         following = list(wanted.prompt[start + first + 1 : start + len(logits) + 1])
@@ -121,8 +124,8 @@ class Prefill:
 
 
 def shared_prefill(waiting: Iterable[DecoderRow], count: int, tokens: int) -> list[DecoderRow]:
-    """The next rows, at most `count`, whose different prompts can be computed together within `tokens` tokens. The
-    first row is always among them; rows whose inputs an adapter changes have prompts of equal length."""
+    """Choose the next rows, at most `count`, whose different prompts can be computed together within `tokens` tokens.
+    The first row is always included. Rows whose inputs an adapter changes must have prompts of equal length."""
     first, *others = waiting
     rows, wanted = {first.key: first}, first.continuation
     width = len(wanted.prompt)

@@ -1,4 +1,4 @@
-"""Rows that share the columns of one memory, and join and leave at any token."""
+"""Rows that share one memory of keys and values, and join and leave at any token."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Using = Callable[[Sequence[str | None]], AbstractContextManager[object]]
 
 
 class SlotBatch:
-    """Rows that share the columns of one memory. `rows`: the rows in the order of their slots; those that can be in one
-    forward are next to each other."""
+    """Rows that share one memory of keys and values. `rows`: the rows in the order of their slots. Rows that can be in
+    one forward are next to each other."""
 
     def __init__(self, model: LoadedModel, pad_id: int, slots: int, tokens: int, using: Using) -> None:
         self.model, self.pad_id, self.using = model, pad_id, using
@@ -33,11 +33,11 @@ class SlotBatch:
 
     @property
     def nbytes(self) -> int:
-        """The size of the memory of keys and values."""
+        """The bytes of memory for keys and values."""
         return self.slots.nbytes
 
     def logits(self) -> Tensor:
-        """(B, V) float32: for the next token of each row."""
+        """Logits (B, V) float32 of the next token of each row."""
         columns, results = self.columns, []
         if columns.end == columns.capacity:
             self._shift(-min(row.offset for row in self.rows))
@@ -53,8 +53,8 @@ class SlotBatch:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def admit(self, waiting: Sequence[DecoderRow], tokens: int) -> list[tuple[DecoderRow, Tensor]]:
-        """Compute about `tokens` tokens of waiting prompts, or fewer if no slot is free any more. Returns the rows that
-        have joined, each with the logits (V,) of its first token."""
+        """Compute about `tokens` tokens of waiting prompts, or fewer when no slot is free. Returns the rows that have
+        joined, each with the logits (V,) of its first new token."""
         joined: dict[DecoderRow, Tensor] = {}
         while True:
             remaining = [row for row in islice(waiting, 2 * self.columns.slots) if row not in joined]
@@ -79,7 +79,7 @@ class SlotBatch:
             self.rows[slot] = last
 
     def forget(self, adapter: str | None) -> None:
-        """Drop what was computed with an adapter, whose weights may change now."""
+        """Drop the results computed with an adapter, whose weights may change now."""
         if self._prefill is not None and adapter in self._prefill.adapters:
             self._prefill = None
 
@@ -92,7 +92,7 @@ class SlotBatch:
         return States(tuple([*wanted.prompt, *row.tokens][: self.columns.end - row.offset]), layers)
 
     def _inputs(self, rows: Sequence[DecoderRow]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The last token of each row, the mask of all columns, and the positions."""
+        """Inputs of the next forward: the last token of each row, the mask of all columns, and the positions."""
         columns, device = self.columns, self.model.device
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)  # (B, 1)
         positions = torch.tensor([[row.position] for row in rows], device=device)  # (B, 1)
@@ -101,7 +101,8 @@ class SlotBatch:
         return {"input_ids": tokens}, visible.to(torch.int64), positions
 
     def _join(self, waiting: Sequence[DecoderRow]) -> dict[DecoderRow, Tensor]:
-        """Copy the computed prompts into free slots, for all rows with these prompts."""
+        """Let waiting rows join whose prompts are computed: copy the keys and values of each prompt into a free slot.
+        Returns the logits (V,) of each row's first new token."""
         prefill, joined = self._prefill, dict[DecoderRow, Tensor]()
         if prefill is None or not prefill.is_complete:
             return joined
@@ -120,7 +121,7 @@ class SlotBatch:
         return joined
 
     def _sort(self) -> None:
-        """Put the rows of each forward next to each other."""
+        """Reorder the rows so that the rows of each forward are next to each other."""
         groups = [row.group for row in self.rows]
         order = [group for group in dict.fromkeys(groups) for _ in range(groups.count(group))]
         for slot, group in enumerate(order):
@@ -142,14 +143,14 @@ class SlotBatch:
         self.slots.copy(target, end, self.slots, source, end, end - offset)
 
     def _shift(self, columns: int) -> None:
-        """Move all rows to later columns, or (negative) to earlier ones."""
+        """Move the keys and values of all rows by `columns`: to later columns, or to earlier ones if negative."""
         if columns:
             self.slots.shift(len(self.rows), min((row.offset for row in self.rows), default=0), columns)
             for row in self.rows:
                 row.offset += columns
 
     def _groups(self) -> Iterator[tuple[int, list[DecoderRow]]]:
-        """The rows of each forward, with the slot of the first one."""
+        """Yield the rows of each forward, with the slot of the first row."""
         first = 0
         for _, group in groupby(self.rows, key=lambda row: row.group):
             rows = list(group)

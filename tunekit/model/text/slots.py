@@ -1,7 +1,8 @@
-"""Keys and values of many rows in memory that is allocated once: one slot for each row, and columns that all share.
+"""A memory, allocated once, for the keys and values of many rows. Each row has one slot, and all rows share the
+columns, one per token.
 
 Every forward writes all rows at the same column, so a row that joins later starts at a later column. Differences of
-columns then equal differences of positions, and windows and masks stay those of transformers.
+columns then equal differences of positions, and the windows and masks of transformers remain correct.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Columns:
-    """The part of the memory that a forward reads, rows x columns from `start` to `end`, and where it writes: from
-    `end` on. `slots` and `capacity`: the size of the memory."""
+    """The columns of the memory that a forward uses: it reads `rows` from column `start` to `end`, and writes from
+    `end` on. `slots` and `capacity`: the number of rows and columns of the memory."""
 
     slots: int
     capacity: int
@@ -49,7 +50,8 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *others: object, **named: object
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values; returns those of all columns. Shapes: (B, H, T, D) -> (B, H, columns, D)."""
+        """Write new keys and values. Returns the keys and values of all columns. Shapes: (B, H, T, D) ->
+        (B, H, columns, D)."""
         self.allocate((key_states, value_states))
         columns, count = self.columns, key_states.shape[-2]
         for memory, states in zip(self.memory, (key_states, value_states), strict=True):
@@ -61,19 +63,19 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def allocate(self, like: Sequence[Tensor]) -> None:
-        """Allocate the memory for keys and values like these (B, H, T, D)."""
+        """Allocate the memory, once, for keys and values with the sizes of `like` (B, H, T, D)."""
         if not self.memory:
             self.device, self.is_initialized = like[0].device, True
             slots, capacity = self.columns.slots, self.columns.capacity
             self.memory = tuple(part.new_zeros(slots, part.shape[1], capacity, part.shape[3]) for part in like)
 
     def get_seq_length(self) -> int:
-        """The number of columns before those that a forward writes."""
+        """The number of columns before the columns that a forward writes."""
         return self.columns.end - self.columns.start
 
 
 class SlotMemory:
-    """The memory of all layers. `cache`: the form in which the net reads and writes it."""
+    """The memory of all layers. `cache`: the object through which the net reads and writes the memory."""
 
     def __init__(self, model: LoadedModel, columns: Columns) -> None:
         self.columns = columns
@@ -83,16 +85,16 @@ class SlotMemory:
 
     @property
     def nbytes(self) -> int:
-        """The size of the memory that is allocated."""
+        """The bytes of the memory that is allocated."""
         return sum(memory.nbytes for layer in self.layers for memory in layer.memory)
 
     def read(self, row: int, start: int, end: int) -> list[tuple[Tensor, ...]]:
-        """Copies of a row's keys and values (1, H, T, D) of each layer."""
+        """Copies of the keys and values (1, H, T, D) of a row in each layer."""
         parts = (layer.memory for layer in self.layers)
         return [tuple(part[row : row + 1, :, start:end].clone() for part in memory) for memory in parts]
 
     def put(self, states: Sequence[Sequence[Tensor]], row: int, start: int) -> None:
-        """Write keys and values (1, H, T, D) into the columns of a row from `start` on."""
+        """Write keys and values (1, H, T, D) of each layer into the columns of a row from `start` on."""
         for layer, parts in zip(self.layers, states, strict=True):
             if parts:  # a layer that uses the keys and values of another layer has none
                 layer.allocate(parts)
@@ -100,7 +102,8 @@ class SlotMemory:
                     memory[row : row + 1, :, start : start + part.shape[2]] = part
 
     def copy(self, row: int, end: int, source: SlotMemory, source_row: int, source_end: int, tokens: int) -> None:
-        """Copy a row's last tokens before column `source_end`, so that they end at column `end` of `row`."""
+        """Copy the last `tokens` tokens of a row of `source` that end at column `source_end`, so that they end at
+        column `end` of `row`."""
         for layer, other in zip(self.layers, source.layers, strict=True):
             if other.memory:
                 layer.allocate(other.memory)
@@ -108,7 +111,7 @@ class SlotMemory:
                 memory[row, :, end - tokens : end] = states[source_row, :, source_end - tokens : source_end]
 
     def shift(self, rows: int, start: int, columns: int) -> None:
-        """Move the columns of the first rows from `start` on to the right, or (negative) to the left."""
+        """Move the first `rows` rows, from column `start` on, by `columns` to the right, or to the left if negative."""
         end = self.columns.end
         for layer in self.layers:
             for memory in layer.memory:
@@ -117,8 +120,8 @@ class SlotMemory:
 
 
 def shares_slots(model: LoadedModel) -> bool:
-    """Whether rows of different lengths can share columns: every layer keeps keys and values of single tokens, and a
-    mask hides columns. Bases with an encoder or a state cannot."""
+    """Whether rows of different lengths can share columns. Every layer must store keys and values of single tokens, and
+    a mask must hide columns. Bases with an encoder or a state cannot."""
     net = as_pretrained(model.net)
     if model.family.reads_source or getattr(net, "_is_stateful", False):
         return False

@@ -1,4 +1,4 @@
-"""Applies chat templates, which are untrusted code, in transformers' sandbox with limits on time and memory."""
+"""Applies chat templates, which are untrusted code, in the sandbox of transformers, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIXED_DAY = datetime(2024, 7, 26)
 
 
 class _Refusal(Exception):
-    """The message of an error that a template raised."""
+    """Raised if a template raised an error; contains its message."""
 
 
 Messages = Sequence[JsonObject]
@@ -40,9 +40,10 @@ def render_template(
     tools: Sequence[JsonObject] | None,
     add_generation_prompt: bool,
 ) -> str:
-    """The template applied to messages, whose content is text and whose tool calls have objects as arguments.
+    """Apply the template to messages, whose content is text and whose tool calls have JSON objects as arguments.
 
-    If the template cannot write these, it gets the content as a list of text parts, or the arguments as JSON text.
+    If the template fails with this form, it receives the content as a list of text parts, or the arguments as JSON
+    text.
     Raises: DataError if the template refuses, is invalid, takes too long or writes too much.
     """
     render = partial(
@@ -72,7 +73,7 @@ def render_template(
 
 
 def _has_contents(messages: Messages, text: str) -> bool:
-    """Whether the text contains the contents, and no arguments in Python's notation."""
+    """Whether the text contains the messages' contents, and no arguments printed as a Python dict."""
     contents = [message["content"].strip() for message in messages if isinstance(message.get("content"), str)]
     objects = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
     printed = any(part and isinstance(part, dict) and str(part) in text for part in objects)
@@ -93,7 +94,7 @@ def _with_text_arguments(message: JsonObject) -> JsonObject:
 
 
 def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: Messages) -> str:
-    """Apply the template to one form of the messages, within the limits."""
+    """Apply the template to the messages in one form, within the limits."""
     try:
         with address_space_limit(LIMIT_EXTRA_BYTES), time_limit(LIMIT_SECONDS), _fixed_day(template):
             text = render(list(messages))
@@ -111,7 +112,7 @@ def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: M
 
 
 def _fixed_day(template: str) -> AbstractContextManager[None]:
-    """A block in which the template's clock shows a fixed day; transformers caches one compiled copy per template."""
+    """Context manager: the template's clock shows a fixed day. transformers caches one compiled copy per template."""
     from transformers.utils import chat_template_utils
 
     compile_template: Callable[[str], Any] | None = getattr(chat_template_utils, "_compile_jinja_template", None)

@@ -1,4 +1,4 @@
-"""The bytes of single tokens. A token may be a part of a character, which has no text."""
+"""The bytes of single tokens. A token may be a part of a character, so it may have bytes but no text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def token_bytes(tokenizer: LoadedTokenizer, token_id: int) -> bytes:
 
 @cache
 def _byte_letters() -> dict[str, int]:
-    """The letter that byte-level tokenizers write for each byte. Source: GPT-2's encoder.py, bytes_to_unicode."""
+    """The byte that each letter of byte-level tokenizers stands for. Source: GPT-2's encoder.py, bytes_to_unicode."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + at): byte for at, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Tokenizer for text, special tokens and chat templates, based on a tokenizer of transformers."""
+"""Encodes text, special tokens and chat templates, with a tokenizer of transformers."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ FILES = (
 
 
 class LoadedTokenizer:
-    """A tokenizer whose own truncation, padding and automatic special tokens are never used.
+    """A tokenizer that never uses its own truncation, padding and automatic special tokens.
 
-    `native` is transformers' object; `backend` a private copy of its fast tokenizer.
+    `native`: transformers' object. `backend`: a private copy of its fast tokenizer.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class LoadedTokenizer:
         return self
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
-        """Ids of `text`, without added tokens. If special_tokens_in_text=False, names of special tokens are plain
-        text."""
+        """Ids of `text`, without added special tokens. If special_tokens_in_text is False, names of special tokens in
+        the text are encoded as plain text."""
         return self.encode_with_offsets(text, special_tokens_in_text=special_tokens_in_text)[0]
 
     def encode_with_offsets(
         self, text: str, *, special_tokens_in_text: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and their [start, end) character offsets in `text`."""
+        """Ids of `text`, and the [start, end) character offsets of each token."""
         self.backend.encode_special_tokens = not special_tokens_in_text
         try:
             encoding = self.backend.encode(text, add_special_tokens=False)
@@ -90,11 +90,12 @@ class LoadedTokenizer:
         return ids, encoding.offsets
 
     def encode_source(self, text: str) -> list[int]:
-        """Ids of a complete text for an encoder, with the tokenizer's special tokens around it."""
+        """Ids of a complete text for an encoder, including the special tokens that the tokenizer puts around it."""
         return self._encode_whole(text, "text")
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of a complete answer for a decoder, like encode_source. Some tokenizers mark its language differently."""
+        """Ids of a complete answer for a decoder, like encode_source. Some tokenizers mark the language of an answer
+        differently."""
         return self._encode_whole(text, "text_target")
 
     @cached_property
@@ -114,8 +115,8 @@ class LoadedTokenizer:
         return Pairing(before, between, after, tuple(each[:1] if at % 2 else each for at, each in enumerate(marks)))
 
     def _encode_whole(self, text: str, name: str) -> list[int]:
-        """Encode a text with transformers' special tokens around it; special tokens' names inside the text stay
-        text."""
+        """Encode a text, with transformers' special tokens around it. Names of special tokens inside the text are
+        encoded as plain text."""
         ids = self.encode(text, special_tokens_in_text=False)
         plain = {"truncation": False, "padding": False, "verbose": False, "return_special_tokens_mask": True}
         encoding = self.native(**{name: text}, **plain)
@@ -136,7 +137,7 @@ class LoadedTokenizer:
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> str:
-        """The chat template (or `template`) applied to messages, as text.
+        """Apply the chat template (or `template`) to messages. Returns the text.
 
         Raises: DataError if there is no template, or if it refuses, takes too long or writes too much.
         """
@@ -146,7 +147,8 @@ class LoadedTokenizer:
         return render_template(self.native, chosen, messages, tools, add_generation_prompt)
 
     def token_text(self, token_id: int) -> str:
-        """One token as readable text. A part of a character is shown in the tokenizer's own notation."""
+        """One token as readable text. A token that is a part of a character is shown in the tokenizer's own
+        notation."""
         spelled: str | None = self.backend.id_to_token(int(token_id))
         if spelled is None:
             return f"<unused {token_id}>"
@@ -215,7 +217,8 @@ def _make_backend(native: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _range_of(owners: Sequence[int | None], text: int) -> tuple[int, int]:
-    """The range of tokens of a text; `owners`: each token's text. An empty range if the text has no token."""
+    """The range [first, end) of the tokens of text number `text`; empty if it has no token. `owners`: for each token,
+    the number of its text."""
     places = [at for at, owner in enumerate(owners) if owner == text]
     return (places[0], places[-1] + 1) if places else (len(owners), 0)
 
@@ -226,7 +229,7 @@ def _is_marker(content: str) -> bool:
 
 
 def _one_template(template: str | dict[str, str] | None) -> str | None:
-    """The only template, or the default one of several named templates."""
+    """The only template, or the template named default if there are several."""
     if isinstance(template, dict):
         chosen = template.get("default")
         return chosen if isinstance(chosen, str) else None

@@ -1,11 +1,12 @@
-"""Checks that every token has a row in the embedding."""
+"""Checks that the embedding has a row for every token."""
 
 from tunekit.contracts import Tokenizer
 from tunekit.errors import ModelError
 
 
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, largest_used_id: int | None = None) -> None:
-    """Refuse ids beyond the embedding. `largest_used_id`: the largest id in the data; None: all ids count as used.
+    """Refuse token ids for which the embedding has no row. `largest_used_id`: the largest id in the data; None: all ids
+    of the tokenizer count as used.
 
     Raises: ModelError with the tokens and the remedy.
     """

@@ -26,7 +26,7 @@ UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety
 
 @dataclass(frozen=True)
 class Drawing:
-    """Sampling settings of an image; `height` and `width` in pixels."""
+    """Sampling settings of an image; `height` and `width` are in pixels."""
 
     steps: int
     guidance_scale: float
@@ -38,7 +38,7 @@ class Drawing:
 def draw_pictures(
     net: PipelineNet, processor: PipelineProcessor, prompts: Sequence[str], seeds: Sequence[int], how: Drawing
 ) -> list[NDArray[np.uint8]]:
-    """(H, W, 3) for each prompt; an image depends only on its own prompt and seed."""
+    """Draw an image (H, W, 3) for each prompt. An image depends only on its own prompt and seed."""
     device = next(net.denoiser.parameters()).device
     pictures = []
     with quiet(), net.frozen_parts_on(device):
@@ -60,7 +60,7 @@ def draw_pictures(
 
 
 def decode_latents(net: PipelineNet, latents: Tensor) -> NDArray[np.uint8]:
-    """(H, W, 3) pixels of latents (1, C, H, W), by the VAE in float32."""
+    """Decode latents (1, C, H, W) to pixels (H, W, 3), by the VAE in float32."""
     vae = net.part("vae")
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     picture = vae.decode(latents.float() / vae.config.scaling_factor + shift, return_dict=False)[0]  # (1, 3, H, W)

@@ -1,6 +1,7 @@
-"""Loads the parts of a diffusion pipeline from diffusers' folder, with or without weights, into one net.
+"""Loads the models of a diffusion pipeline (denoiser, VAE, text encoders) from diffusers' folder, with or without
+weights, into one net.
 
-Only trained parts are modules of this net, so that adapters, optimizers and plans see nothing else.
+Only trained models are modules of this net, so that adapters, optimizers and plans see nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ OF_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderMod
 
 @dataclass
 class PipelineConfig:
-    """The attributes of a configuration that other folders read; `part_configs`: each part's configuration, by name."""
+    """The attributes of a configuration that other packages read. `part_configs`: the configuration of each of the
+    pipeline's models, by name."""
 
     model_type: str  # the pipeline's class
     hidden_size: int
@@ -80,7 +82,7 @@ class PipelineNet(nn.Module):
         return getattr(self, PIPELINES[self.config.model_type])
 
     def part(self, name: str) -> Any:
-        """A part, trained or not; None if the pipeline has no part with this name."""
+        """The model with this name, trained or not; None if the pipeline has none."""
         return self._modules.get(name) or self.frozen_parts.get(name)
 
     @property
@@ -99,13 +101,13 @@ class PipelineNet(nn.Module):
 
     @property
     def trains_text(self) -> bool:
-        """Whether a text encoder is among the trained parts."""
+        """Whether a text encoder is among the trained models."""
         return any(name in self._modules for name in TEXT_ENCODERS)
 
     @contextmanager
     def frozen_parts_on(self, device: torch.device, names: Sequence[str] | None = None) -> Iterator[None]:
-        """A block in which the frozen parts, or those with these names, are on the device; afterwards they are moved
-        back."""
+        """Context manager: move the frozen models, or only the frozen models `names`, to the device, and back
+        afterwards."""
         moved = {name: part for name, part in self.frozen_parts.items() if names is None or name in names}
         before = {name: next(part.parameters()).device for name, part in moved.items()}
         for part in moved.values():
@@ -131,7 +133,8 @@ def import_diffusers() -> ModuleType:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Class of each part that training or generation needs. Raises: ModelError for an unsupported pipeline."""
+    """The class of each model that training or generation needs, by name. Raises: ModelError for an unsupported
+    pipeline."""
     index = read_json(folder / INDEX)
     kind = index.get("_class_name")
     if kind not in PIPELINES:
@@ -155,10 +158,10 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
-    """The parts of a folder, frozen and in eval mode, in `dtype`; `meta`: without weights. The VAE is in float32,
-    because half precision is too inaccurate for it.
+    """Load the models of a pipeline's folder, frozen and in eval mode, in `dtype`. The VAE is in float32, because half
+    precision is too inaccurate for it. `meta`: without weights.
 
-    `trained`: names of the parts that get an adapter. Raises: ModelError.
+    `trained`: names of the models that get an adapter. Raises: ModelError.
     """
     classes = read_index(folder)
     kind, parts, configs = classes.pop(""), dict[str, nn.Module](), dict[str, Any]()
@@ -176,8 +179,8 @@ def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: 
 
 
 def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
-    """The net of a section. The section names the trained parts, and whether frozen parts stay on the device. Raises:
-    ModelError."""
+    """Load the net of a section. The section names the trained models, and states whether frozen models stay on the
+    device. Raises: ModelError."""
     trained = section.trained if isinstance(section, PipelineModel) else (PIPELINES[read_index(folder)[""]],)
     net = load_net(folder, trained, dtype, meta=meta)
     net.stays = isinstance(section, PipelineModel) and section.stays
@@ -242,8 +245,8 @@ def denoising_layers(denoiser: nn.Module) -> NamedModules:
 
 
 def _in_order(block: nn.Module, middle: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Residual blocks, each followed by its transformer blocks (in the middle block only between two residual
-    blocks)."""
+    """Yield the residual blocks, each followed by its transformer blocks. The last residual block of the middle block
+    has none."""
     resnets, attentions = (list(getattr(block, name, None) or ()) for name in ("resnets", "attentions"))
     for place, resnet in enumerate(resnets):
         yield f"resnets.{place}", resnet

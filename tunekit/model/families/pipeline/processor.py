@@ -42,7 +42,7 @@ class PipelineProcessor:
 
     @cached_property
     def configs(self) -> dict[str, JsonObject]:
-        """Each part's own configuration, and the scheduler's."""
+        """The configuration of each of the pipeline's models, and the scheduler's."""
         names = [name for name in read_index(self.folder) if name]
         configs = {name: read_json(self.folder / name / "config.json") for name in names}
         scheduler = read_json(self.folder / SCHEDULER)
@@ -56,7 +56,7 @@ class PipelineProcessor:
 
     @cached_property
     def tokenizers(self) -> dict[str, Any]:
-        """The tokenizer of each text encoder. Raises: ModelError."""
+        """The tokenizer of each text encoder, by name. Raises: ModelError."""
         from transformers import AutoTokenizer
 
         tokenizers = {}
@@ -77,7 +77,8 @@ class PipelineProcessor:
         return tokenizers
 
     def ids(self, prompts: Sequence[str]) -> Ids:
-        """Each prompt's ids for each text encoder, truncated and padded to its full length, as in diffusers."""
+        """The ids of all prompts for each text encoder, truncated and padded to the encoder's full length, as in
+        diffusers."""
         ids = {}
         for name, tokenizer in self.tokenizers.items():
             longest = T5_LENGTH if name == "text_encoder_3" else int(self.configs[name]["max_position_embeddings"])
@@ -86,7 +87,7 @@ class PipelineProcessor:
         return ids
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that are too long for a CLIP encoder, which drops their end."""
+        """The prompts that are too long for a CLIP encoder, which would ignore their end."""
         first = self.tokenizers["text_encoder"]
         longest = int(self.configs["text_encoder"]["max_position_embeddings"])
         return [prompt for prompt in prompts if len(first(prompt)["input_ids"]) > longest]
@@ -108,7 +109,8 @@ class PipelineProcessor:
 
     @property
     def multiple(self) -> int:
-        """The divisor of an image's sides, so that the denoiser can halve them without remainder."""
+        """The sides of an image must be multiples of this number of pixels, so that the denoiser can halve them without
+        remainder."""
         patch = self.denoiser.get("patch_size")
         return self.vae_factor * (int(patch) if patch else 2 ** (len(self.denoiser["block_out_channels"]) - 1))
 
@@ -119,7 +121,7 @@ class PipelineProcessor:
         return None if limit is None else int(limit) * self.multiple
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, H, W) of an image's latents."""
+        """Shape (C, H, W) of the latents of an image with these sides in pixels."""
         return int(self.configs["vae"]["latent_channels"]), height // self.vae_factor, width // self.vae_factor
 
     @property
@@ -134,21 +136,22 @@ class PipelineProcessor:
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """(S,) of a diffusion schedule, as in diffusers' DDPMScheduler."""
+        """(S,): the cumulative alphas of a diffusion schedule of S steps, as in diffusers' DDPMScheduler."""
         with quiet():
             schedule: Tensor = import_diffusers().DDPMScheduler.from_config(self.configs["scheduler"]).alphas_cumprod
         return schedule
 
     @cached_property
     def sigmas(self) -> tuple[Tensor, Tensor]:
-        """(S,) noise shares of a flow, and the matching times passed to the network, as in diffusers."""
+        """Two tensors (S,) of a flow-matching schedule, as in diffusers: the noise shares, and the times passed to the
+        net."""
         with quiet():
             scheduler = import_diffusers().FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])
         count = len(scheduler.timesteps)
         return scheduler.sigmas[:count].float(), scheduler.timesteps.float()
 
     def check(self) -> None:
-        """Raises: ModelError for a scaling of noise or latents that this version does not support."""
+        """Refuse a scaling of noise or latents that this version does not support. Raises: ModelError."""
         name = str(self.configs["scheduler"].get("_class_name"))
         if name.startswith(OTHERS) and not self.flows:
             what, file = f"names {name}, whose scaling of noise cannot be trained", SCHEDULER
@@ -172,7 +175,7 @@ class PipelineProcessor:
         return {"prompt": (length + T5_LENGTH, width), "pooled": (sum(projections),)}
 
     def save(self, folder: Path) -> None:
-        """Copy all files of a pipeline except weights into another folder."""
+        """Copy all files of the pipeline except its weights into another folder."""
         for path in (path for pattern in COPIED for path in sorted(self.folder.glob(pattern)) if path.is_file()):
             place = folder / path.relative_to(self.folder)
             place.parent.mkdir(parents=True, exist_ok=True)

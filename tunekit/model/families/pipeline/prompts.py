@@ -1,5 +1,5 @@
-"""Prompt embeddings for denoisers, from ids and the net's text encoders; with a gradient if a text encoder is trained.
-Equal to diffusers' encode_prompt of each pipeline."""
+"""Computes prompt embeddings for denoisers, from ids and the net's text encoders. They have a gradient if a text
+encoder is trained. Results are equal to diffusers' encode_prompt of each pipeline."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,8 @@ from tunekit.model.families.pipeline.processor import T5_LENGTH
 
 
 def encode_prompts(net: PipelineNet, ids: Mapping[str, Tensor]) -> Tensors:
-    """`prompt` (B, T, D) and, except for Stable Diffusion 1 and 2, `pooled` (B, P). Shapes: ids (B, T) by encoder."""
+    """Embeddings: `prompt` (B, T, D) and, except for Stable Diffusion 1 and 2, `pooled` (B, P). `ids`: (B, T) by text
+    encoder."""
     encoders = net.text_encoders
     if net.config.model_type == "StableDiffusionPipeline":
         return {"prompt": encoders["text_encoder"](ids["text_encoder"])[0]}
