@@ -68,7 +68,8 @@ class AttachedAdapter:
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
     def state(self, kinds: Sequence[str] = KINDS) -> Tensors:
-        """State of these kinds (trained, saved, resume) without gradient, sorted by name; not copies."""
+        """The state's tensors of these kinds (trained, saved, resume), sorted by name. They are detached, but not
+        copied."""
         return {name: tensor.detach() for name, tensor in self._tensors(kinds).items()}
 
     def file_tensors(self) -> Tensors:
@@ -102,8 +103,8 @@ class AttachedAdapter:
 
     @contextmanager
     def with_state(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """A block in which the adapter computes with these tensors instead of its state. No tensor is copied; after the
-        block the adapter uses its own tensors again."""
+        """A block in which the adapter computes with these tensors instead of its state. No tensor is copied. After
+        the block the adapter computes with its state again."""
         state = self._tensors(KINDS)
         before = {name: tensor.data for name, tensor in state.items()}
         try:
@@ -115,10 +116,10 @@ class AttachedAdapter:
                 tensor.data = before[name]
 
     def groups(self, training: TrainingSection) -> list[tuple[tuple[str, ...], float, bool]]:
-        """Optimizer groups (names, learning-rate multiplier, whether weight decay applies): every trained name once.
-
-        LoRA+ (Hayou et al. 2024) multiplies the rate of the output-side matrices. The factors of an embedding are a
-        separate group with the plain rate: its input is one-hot, so the width argument does not apply.
+        """Optimizer groups (names, learning-rate multiplier, whether weight decay applies): every trained name
+        occurs once. LoRA+ (Hayou et al. 2024) multiplies the rate of the output-side matrices. The factors of an
+        embedding are a separate group without this multiplier: an embedding's input is one-hot, so LoRA+'s argument
+        about wide layers does not apply.
         """
         grouped: dict[tuple[str, bool], list[str]] = {}
         for name, (_, slot) in self.slots().items():
@@ -139,7 +140,7 @@ class AttachedAdapter:
         return total_penalty(self.parts())
 
     def after_backward(self) -> None:
-        """Called once per optimizer step, before clipping."""
+        """Called once per optimizer step, before the gradients are clipped."""
         for part in self.parts():
             part.after_backward()
 
@@ -149,20 +150,20 @@ class AttachedAdapter:
             part.after_step(step, total_steps)
 
     def inputs(self, inputs: Tensors) -> Tensors:
-        """The network's inputs, changed by a whole-model adapter."""
+        """The network's inputs after the changes of a whole-model adapter, such as a prompt."""
         if self.model_adapter is None or current_call().bypassed:
             return inputs
         return self.model_adapter.inputs(self.net, inputs)
 
     @property
     def virtual_tokens(self) -> int:
-        """The number of positions before each row that count towards the network's limit."""
+        """The number of virtual tokens before each row. They count towards the network's maximum length."""
         if self.model_adapter is None or current_call().bypassed:
             return 0
         return self.model_adapter.virtual_tokens(self.settings)
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D), or logits, of the real positions."""
+        """Hidden states (B, T, D), or logits, without the positions of virtual tokens."""
         if self.model_adapter is None or current_call().bypassed:
             return hidden
         return self.model_adapter.outputs(hidden)
@@ -215,8 +216,8 @@ def attach_adapter(
     """Freeze the base and attach a new adapter to it, in place.
 
     Each tensor's initial value depends only on the seed and its module's name. `device`: the device of the adapter's
-    tensors; by default the base's device (tensors of a meta base have no values). `from_folder`: only the state that
-    folders contain.
+    tensors; by default the base's device (tensors of a meta base have no values). `from_folder`: allocate only the
+    state that adapter folders contain.
     `loads_state`: the caller loads the whole state afterwards.
     Raises: RecipeError if an entry of the settings matches no module.
     """

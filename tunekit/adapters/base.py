@@ -33,8 +33,8 @@ class Slot:
     """One tensor of an adapter's state, declared before it is allocated.
 
     `suffix`: the tensor's name in PEFT's files, after the module's name. `rate`: "b" if LoRA+ multiplies its learning
-    rate, "embedding" for the factors of an embedding. `decays`: whether weight decay applies. `first`: its initial
-    value; None: drawn like the matrix of a linear layer in torch.
+    rate, "embedding" for the factors of an embedding. `decays`: whether weight decay applies. `first`: the initial
+    value of all elements; None: random, as torch initialises the matrix of a linear layer.
     """
 
     suffix: str
@@ -51,7 +51,7 @@ Slots = dict[str, Slot]  # attribute -> slot of the tensor with this attribute
 
 
 class AdapterPart(nn.Module):
-    """The base class of everything with adapter state. A subclass declares `slots`, and has an attribute for each
+    """The base class of all objects with adapter state. A subclass declares `slots`, and has an attribute for each
     tensor."""
 
     starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
@@ -91,7 +91,7 @@ class AdapterPart(nn.Module):
             tensor.data = tensor.data.to(device)
 
     def state(self, kinds: Sequence[str] = KINDS) -> Tensors:
-        """Tensors of these kinds by full name, such as model.layers.0.mlp.up_proj.lora_A.weight."""
+        """The declared tensors of these kinds, by full names such as model.layers.0.mlp.up_proj.lora_A.weight."""
         return {
             self.name_of(slot): getattr(self, attribute)
             for attribute, slot in self.declared.items()
@@ -145,11 +145,12 @@ class SharedPart(AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, targets: Sequence[Target]) -> Slots:
-        """The state, from settings and targets alone."""
+        """The slots of the shared state. They depend only on settings and targets."""
         raise NotImplementedError
 
     def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
-        """Called once after all layers are made. A part that decides for all layers together stores the layers here."""
+        """Called once after all layers are made. A subclass whose decisions concern all layers (AdaLoRA's rank
+        budget) stores the layers here."""
 
 
 class Wrapper(nn.Module):
@@ -201,11 +202,12 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         raise NotImplementedError
 
     def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
-        """Initialise from the data that the recipe's start has collected about this layer."""
+        """Initialise from the data that the initialisation method (`start` in the recipe) has collected about this
+        layer."""
         raise NotImplementedError
 
     def base_weight(self) -> Weight:
-        """The handle of the base's own matrix."""
+        """The object that reads the base's weight matrix."""
         weight = weight_of(self.base_layer)
         assert weight is not None
         return weight
@@ -257,7 +259,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         return None
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The matrix (O, I), float32, of the equivalent plain layer, on the device of the base's `weight`.
+        """The matrix (O, I), float32, of the unadapted layer that computes the same as this adapted one. It is on the
+        device of the base's `weight`.
 
         Raises: NotMergeable.
         """
@@ -265,7 +268,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight (O, I) and bias (O,), float32, of the equivalent plain layer.
+        """Weight (O, I) and bias (O,), float32, of the unadapted layer that computes the same as this adapted one.
 
         Raises: NotMergeable.
         """
@@ -279,7 +282,8 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
     """An adapter of the whole network, such as a prompt: it changes the network's inputs and outputs.
 
     A subclass defines `slots` and `initialise`, and any of the other methods. If the call bypasses adapters, `inputs`
-    and `outputs` are not used. `from_folder`: made from a folder, with only the state that folders contain.
+    and `outputs` are not used. `from_folder`: the adapter is made from a folder and has only the state that folders
+    contain.
     """
 
     file_prefix = ""
@@ -293,7 +297,7 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, net: nn.Module) -> Slots:
-        """The state during training, from settings and the network's shapes."""
+        """The slots of the state during training. They depend only on settings and the network's shapes."""
         raise NotImplementedError
 
     @classmethod
@@ -304,7 +308,7 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
 
     @classmethod
     def virtual_tokens(cls, settings: Settings) -> int:
-        """The number of positions before each row that count towards the network's limit."""
+        """The number of virtual tokens before each row. They count towards the network's maximum length."""
         return 0
 
     def continued_state(self, tensors: Tensors) -> Tensors:
@@ -313,7 +317,8 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
 
     @classmethod
     def may_differ(cls, settings: Settings) -> frozenset[str]:
-        """Settings that may differ from those of init_from's folder, because `continued_state` handles them."""
+        """Names of settings that may differ from the settings in init_from's folder, because `continued_state`
+        handles them."""
         return frozenset()
 
     def attach(self, net: nn.Module) -> None:
@@ -329,7 +334,7 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
         return inputs
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D), or logits, of the real positions."""
+        """Hidden states (B, T, D), or logits, without the positions of virtual tokens."""
         return hidden
 
 

@@ -18,11 +18,12 @@ from tunekit.model.quantized.weights import weight_of
 
 
 class TrainedCopy(Wrapper, AdapterPart):
-    """A module that computes with trained float32 copies of its parameters: of all, or of those in `only`.
+    """A module that computes with trained float32 copies of its parameters: of all parameters, or of the parameters in
+    `only`.
 
     Shapes: those of the module. Starts as the identity: copies equal the originals. The copies are cast to the dtype of
     the originals for each forward. Weight decay does not apply to vectors and embeddings.
-    Raises: AdapterError if a matrix to train is packed.
+    Raises: AdapterError if a matrix to train is quantized.
     """
 
     def __init__(self, base: nn.Module, name: str, only: Sequence[str] | None = None, *, meta: bool = False) -> None:
@@ -58,7 +59,7 @@ class TrainedCopy(Wrapper, AdapterPart):
             )  # on a meta base the values are loaded afterwards
 
     def cast_copies(self) -> Tensors:
-        """The copies by the parameter names of the module, in the dtype of the originals."""
+        """The copies in the dtype of the originals, by the module's parameter names."""
         return {
             slot.suffix: getattr(self, attribute).to(self.base_layer.get_parameter(slot.suffix).dtype)
             for attribute, slot in self.declared.items()
@@ -71,7 +72,7 @@ class TrainedCopy(Wrapper, AdapterPart):
 
 
 def wrong_entries(modules: Modules, entries: Sequence[str], in_file: bool) -> list[tuple[str, str]]:
-    """Faults of the entries, each with a remedy. In a file an entry may match nothing, because PEFT lists possible
+    """Invalid entries: (fault, remedy) pairs. In a file an entry may match no module, because PEFT lists possible
     heads."""
     wrong = []
     for entry in entries:

@@ -1,4 +1,5 @@
-"""Adapters of a bare parameter: the fused weights of all experts (E, O, I) of a mixture, or a router's matrix (O, I).
+"""Adapters of a parameter that is not the weight of a layer: the fused weights of all experts (E, O, I) of a mixture,
+or a router's matrix (O, I).
 
 A wrapper of the module that owns the parameter W makes it read W + delta in place of W.
 """
@@ -47,7 +48,7 @@ class ParameterAdapter(AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, target: Target) -> Slots:
-        """The slots, from settings and shapes alone; `target.experts` is E."""
+        """The slots. They depend only on settings and shapes; `target.experts` is E."""
         raise NotImplementedError
 
     def factors(self, index: Index) -> Factors | None:
@@ -86,8 +87,8 @@ class ParameterHost(Wrapper):
 
 
 def fused_shape(owner: nn.Module, parameter: Tensor) -> tuple[int | None, int, int]:
-    """(E, O, I) of a fused parameter; some modules store (E, I, O) and declare it with `is_transposed`. For a matrix
-    (None, O, I)."""
+    """The shape (E, O, I) of a fused parameter, or (None, O, I) of a matrix. Modules that store (E, I, O) declare this
+    with `is_transposed`."""
     if parameter.dim() == 2:
         return None, *parameter.shape
     experts, rows, columns = parameter.shape
@@ -107,7 +108,8 @@ def own_parameter(net: nn.Module, name: str) -> tuple[nn.Module, str, nn.Paramet
 
 
 class ChangedParameter:
-    """Replaces a module's parameter W when it is read, indexed or transposed.
+    """Stands for a parameter W plus the adapter's change. The module gets this object when it reads W, and may index or
+    transpose it.
 
     In a product with an input, W and the factors of its change are multiplied one after the other: W x + L (R x). Any
     other use computes the changed matrix.

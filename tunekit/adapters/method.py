@@ -1,4 +1,5 @@
-"""The class Method, with the facts about a method that other folders read, and functions that find methods by name."""
+"""The class Method, which describes a method of adaptation to the rest of the program, and functions that find methods
+by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,11 @@ def saved_modules(settings: AdapterSettings) -> Sequence[str]:
 
 
 def needs_reference_state(objective: Objective, settings: AdapterSettings, *, exported: bool = False) -> bool:
-    """Whether the loss compares with a policy at step 0 that differs from the base with the adapter bypassed.
+    """Whether the loss compares with the policy at step 0, and this policy is not simply the base with the adapter
+    bypassed.
 
-    `exported`: compare with the exported folder instead, whose base again has the weights that an initialisation moved
-    into the adapter.
+    `exported`: answer for the exported folder. There the base again has the weights that an initialisation such as
+    PiSSA moved into the adapter.
     """
     method, start = load_method(settings.method), settings.initialisation
     part = method.layer or method.model or LayerAdapter
@@ -51,25 +53,26 @@ def needs_reference_state(objective: Objective, settings: AdapterSettings, *, ex
 
 
 def always_linear(settings: AdapterSettings) -> bool:
-    """True: the value of Method.is_linear for a method whose update is always linear in its tensors."""
+    """Returns True: Method.is_linear for methods whose update is linear in the tensors with all settings."""
     return True
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, the value of METHOD in its file: its classes, and facts for other folders.
+    """A method of adaptation: its classes and its properties. Each file in adapters/methods defines one as METHOD.
 
     `layer`, `parameter`, `model`: the classes for layers, for fused 3-D parameters, and for the whole network.
     `only_copies`: for methods that only copy modules, a function: the base's modules, settings -> copied parameters.
     `copy`: the class of these copies, and of modules that are fully trained next to other methods.
-    `tensors`: the names of tensors in PEFT's files after the module's name, if other folders need them.
+    `tensors`: the names of tensors in PEFT's files after the module's name, if code outside of adapters needs them.
     `is_linear`: whether the update is linear in the tensors with these settings, so that adapters can be added;
-    `neutral`: the value of a trained tensor at which the adapter changes nothing.
-    `unbinding`: settings that may differ in a folder without changing the computation.
+    `neutral`: the value of the trained tensors with which the adapter changes nothing.
+    `unbinding`: settings that do not change the computation, so a folder to continue from may have other values.
     `conflicts`: a function of settings, targets, and whether the settings come from a file; `run_conflicts`: a function
     of settings and optimizer steps.
     `with_tokenizer`: a function that returns the settings with their texts as token ids.
-    `read_as`: the name of a method that differs only in training, and as which the folder is read.
+    `read_as`: the name of another method that differs only in training. Folders of this method are read as folders of
+    that method.
     `in_diffusers_file`: whether a pipeline's adapter is saved in diffusers' file instead of PEFT's.
     """
 

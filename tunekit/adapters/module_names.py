@@ -1,4 +1,5 @@
-"""Names of the base's own modules and fused parameters, even if adapters are attached, and the matching of entries."""
+"""Finds the base's own modules and fused parameters, even if adapters are attached, and matches entries of settings
+with their names."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -62,7 +63,7 @@ def endings(name: str) -> list[str]:
 
 
 def is_fused_in(entry: str, parameter_name: str) -> bool:
-    """Whether the entry's last name is part of the parameter's: gate_proj is in gate_up_proj."""
+    """Whether the entry's last name is fused into the parameter: gate_proj is a part of gate_up_proj."""
     parameter_parts = parameter_name.rpartition(".")[2]
     entry_parts = entry.rpartition(".")[2]
     entry_parts = OLD_EXPERT_NAMES.get(entry_parts, entry_parts)
@@ -70,7 +71,7 @@ def is_fused_in(entry: str, parameter_name: str) -> bool:
 
 
 def named_copies(modules: Iterable[str], entries: Sequence[str]) -> list[str]:
-    """Names of the modules to train as copies, by entries that are full names or endings."""
+    """Names of the modules to train as copies. Entries are full names or ends of names."""
     return sorted({name for name in modules for entry in entries if name and f".{name}".endswith(f".{entry}")})
 
 
@@ -80,7 +81,8 @@ def is_within(name: str, outer: Sequence[str]) -> bool:
 
 
 def plain_entries(names: Sequence[str], modules: Modules) -> list[str] | None:
-    """The shortest list that PEFT, which compares plain endings, reads as exactly `names` in modules_to_save."""
+    """The shortest list for modules_to_save that PEFT reads as exactly `names`; PEFT compares the ends of names. None
+    if there is no such list."""
     for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
         if {name for name in modules if name and name.endswith(tuple(entries))} == set(names):
             return sorted(entries)
@@ -112,7 +114,7 @@ def layer_patterns(settings: AdapterSettings) -> tuple[str, ...]:
 
 
 def in_chosen_layers(names: Iterable[str], settings: AdapterSettings) -> set[str]:
-    """The names whose layer is chosen; names outside of layers are not."""
+    """The names of modules inside chosen layers; modules outside the numbered layers are left out."""
     wanted, patterns = chosen_layers(settings), layer_patterns(settings)
     return {name for name in names if wanted is None or layer_number(name, patterns) in wanted}
 

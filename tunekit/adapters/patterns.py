@@ -1,4 +1,5 @@
-"""Regular expressions over module names. They are untrusted: a hostile one is refused and never hangs."""
+"""Regular expressions over module names. They are untrusted: a hostile expression is refused instead of running without
+end."""
 
 import time
 from dataclasses import dataclass

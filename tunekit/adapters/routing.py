@@ -1,6 +1,7 @@
-"""The rows of one forward through the wrappers of several adapters: the base's product is computed once for all rows.
+"""Computes a module in a forward whose rows have different adapters. The base's product is computed once for all rows.
 
-Additive adapters add their updates to their rows. Other adapters, such as DoRA, compute their rows by themselves.
+An additive adapter adds its update to the product in its rows. Other adapters, such as DoRA, compute the complete
+output of their rows.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ PROBE_SHAPE = (2, 3)  # rows and tokens
 
 @dataclass(frozen=True)
 class Route:
-    """The computation of one module. `separate`: wrappers that compute their rows, and these rows; `others`: the rows
-    of the base's product, None if these are all rows; `order`: puts both into the order of the rows.
-    `single`: layers with an own update, and their rows. `joined`: layers of the batched product.
+    """How one module computes rows of several adapters.
+
+    `separate`: wrappers of adapters that are not additive, with their rows. `others`: all other rows, which use the
+    base's product; None if there are none. `order`: reorders the outputs of `separate` and `others` to the order of the
+    batch; None if `separate` is empty.
+    `single`: additive layers that compute their update alone, with their rows. `joined`: layers of the batched product,
+    and `segments` their rows.
     """
 
     separate: list[tuple[nn.Module, Tensor]]
@@ -52,7 +57,7 @@ class Route:
         return y
 
     def _products(self, x: Tensor, base: nn.Module) -> Tensor:
-        """The base's product of its rows, and the outputs of the others."""
+        """The module's output before additive updates: the base's product, and the outputs of the separate wrappers."""
         if self.order is None:
             return base(x)
         parts = [wrapper(x.index_select(0, rows)) for wrapper, rows in self.separate]
@@ -62,7 +67,7 @@ class Route:
 
 
 def make_route(names: RowNames, find: FindWrapper, bank: FactorBank, device: torch.device) -> Route:
-    """`find`: returns an adapter's wrapper of this module."""
+    """The route for these adapters of the rows. `find`: returns an adapter's wrapper of this module."""
     layers = {name: wrapper for name in dict.fromkeys(names) if name is not None and (wrapper := find(name))}
     rows: dict[str | None, list[int]] = {}
     for number, name in enumerate(names):
@@ -92,14 +97,14 @@ def _joins(layer: LayerAdapter[Any]) -> bool:
 
 
 class Router:
-    """Computes one module for rows of several adapters. The route and the copies of factors are cached."""
+    """Computes one module for rows of several adapters. It caches the routes and the copies of factors."""
 
     def __init__(self, copies: CopyMemory) -> None:
         self.bank = FactorBank(copies)
         self._routes: dict[object, Route] = {}  # the last ones: of prompts and of new tokens
 
     def forget(self, name: str) -> None:
-        """Drop what belongs to an adapter that has been added or removed."""
+        """Drop cached copies and routes after an adapter was added or removed."""
         self.bank.forget(name)
         self._routes.clear()
 
@@ -115,15 +120,16 @@ class Router:
 
 
 def can_route(wrapper: nn.Module) -> bool:
-    """Whether the wrapper computes each row of a tensor by itself if its module does."""
+    """Whether the wrapper computes the rows of a tensor independently, provided that its module does."""
     return isinstance(wrapper, LayerAdapter | TrainedCopy | TrainedTokens)
 
 
 @torch.no_grad()
 def row_modules(net: nn.Module) -> set[nn.Module]:
-    """The modules without children that get one tensor with the rows of the net's ids (B, T), found by a forward.
+    """The modules without children whose only input is one tensor with the rows of the net's ids (B, T). A forward
+    finds them.
 
-    NamedLayers of experts, for example, get tokens without their rows.
+    Experts, for example, get single tokens of all rows.
     """
     fitting, unfit = set[nn.Module](), set[nn.Module]()
 

@@ -1,8 +1,8 @@
 """Several adapters on one base at the same time, with any methods and targets: each call uses one of them, or none.
 
 A Switch replaces each module that an adapter wraps. The Call names the adapter of all rows, or one adapter for each
-row. The Switch passes the rows to the wrapper of their adapter, or to the plain module. LoRA layers inside a Switch use
-their plain code, so logits equal those of the adapter alone, up to the order of sums.
+row. The Switch passes the rows to the wrapper of their adapter, or to the base's module. LoRA layers inside a Switch do
+not use the joined kernels, so logits equal those of the adapter alone only up to the order of sums.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,7 +24,7 @@ from tunekit.model.call import calling, current_call
 
 
 class ActiveAdapter:
-    """The adapter in use: the call's, otherwise the active one (None: the base)."""
+    """The adapter in use: the adapter that the call names, otherwise the active adapter (None: the base)."""
 
     def __init__(self) -> None:
         self.active: str | None = None
@@ -34,7 +34,8 @@ class ActiveAdapter:
     def name(self) -> str | None:
         """The name of the adapter in use.
 
-        Raises: AdapterError for an adapter that is not loaded, or if the hooks in the net belong to another one.
+        Raises: AdapterError for an adapter that is not loaded, or if the hooks in the net belong to a different
+        adapter.
         """
         call = current_call()
         if call.bypassed:
@@ -50,7 +51,7 @@ class ActiveAdapter:
     def of_rows(self) -> RowNames | None:
         """The adapter of each row; None if one adapter is in use.
 
-        Raises: AdapterError if hooks are in the net: they would change all rows.
+        Raises: AdapterError if hooks of a whole-model adapter are in the net: they would change all rows.
         """
         call = current_call()
         if call.adapter_of_row is not None and not call.bypassed and self.hooked is not None:
@@ -82,11 +83,11 @@ class Switch(Wrapper):
         self._router.forget(name)
 
     def keep_copies(self, names: Collection[str]) -> None:
-        """Free the copies of other adapters' factors."""
+        """Free the copies of factors, except for the adapters `names`."""
         self._router.bank.keep(names)
 
     def find(self, name: str) -> nn.Module | None:
-        """One adapter's wrapper, if it wraps this module."""
+        """The wrapper of the adapter `name` for this module; None if it does not adapt the module."""
         return self.wrappers[self.indices[name]] if name in self.indices else None
 
     def remove(self, name: str) -> None:
@@ -104,9 +105,9 @@ class Switch(Wrapper):
 
 
 class AdapterSet:
-    """The adapters of one net. The net starts and ends plain: `remove` and `detach` restore it.
+    """The adapters of one net. The net must have no adapter at first; `remove` and `detach` restore its own modules.
 
-    `copies`: the memory for copies of factors, which forwards with rows of several adapters make.
+    `copies`: the memory for copies of factors in forwards with rows of several adapters.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -116,7 +117,7 @@ class AdapterSet:
         self._guards: list[Any] = []
 
     def add(self, name: str, attach: Callable[[], AttachedAdapter]) -> AttachedAdapter:
-        """Add an adapter; `attach` attaches it to the net, which is plain meanwhile.
+        """Add an adapter. `attach`: attaches it to the net, from which all other adapters are removed meanwhile.
 
         Raises: AdapterError if the name is taken, or if a loaded adapter enlarged the vocabulary; AdapterConflict if
         the adapter copies a module inside which another adapter has layers; and the errors of `attach`. The other
@@ -179,8 +180,8 @@ class AdapterSet:
 
     @contextmanager
     def using_rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """A block in which each row of a forward uses the adapter with its name (None: the base). All of these
-        adapters must share forwards. Weights of adapters must not change between such blocks."""
+        """A block in which row i of a forward uses the adapter names[i] (None: the base). `shares_forwards` must be
+        true for all of these adapters. Weights of adapters must not change between such blocks."""
         for name in {*names} - {None}:
             if not self.shares_forwards(str(name)):
                 raise AdapterError(f"'{name}' cannot share a forward with other adapters", "use its rows alone")
@@ -193,13 +194,13 @@ class AdapterSet:
             self._hook(hooked)
 
     def keep_copies(self, names: Collection[str]) -> None:
-        """Free the copies of factors that `using_rows` has made, except for those of these adapters."""
+        """Free the copies of factors that `using_rows` has made, except for the adapters `names`."""
         for _, switch in self._switches.values():
             switch.keep_copies(names)
 
     def shares_forwards(self, name: str) -> bool:
-        """Whether rows of this adapter can be in one forward with rows of others: it has only wrappers of modules that
-        get all rows in one tensor."""
+        """Whether rows of this adapter can be in one forward with rows of other adapters. This is so if every module
+        that it wraps gets all rows in one tensor."""
         self.choice.check(name)
         wrapped = [(switch.base_layer, switch.find(name)) for _, switch in self._switches.values()]
         fits = all(can_route(wrapper) and base in self._row_modules for base, wrapper in wrapped if wrapper)
@@ -222,8 +223,7 @@ class AdapterSet:
 
     # A whole-model adapter works through hooks, which are in the net only while the adapter is in use.
     def _hook(self, name: str | None) -> None:
-        """Install the hooks of this adapter, and remove all other hooks. None, or an adapter without hooks: install
-        none."""
+        """Remove all hooks, then install the hooks of this adapter, if it has any. None: only remove."""
         before, after = (self.adapters[n].model_adapter if n else None for n in (self.choice.hooked, name))
         if before is not None:
             before.detach(self.net)
@@ -232,7 +232,7 @@ class AdapterSet:
         self.choice.hooked = name if after is not None else None
 
     def _uninstall(self) -> str | None:
-        """Make the net plain; returns the adapter whose hooks were in it."""
+        """Remove all Switches, hooks and guards from the net; returns the adapter whose hooks were in the net."""
         hooked = self.choice.hooked
         self._hook(None)
         for (_, attribute), (parent, switch) in self._switches.items():
@@ -243,14 +243,15 @@ class AdapterSet:
         return hooked
 
     def _install(self) -> None:
-        """Put a Switch in place of every module with a wrapper; a module that occurs twice has two."""
+        """Replace every module that has a wrapper by its Switch. A module that occurs twice in the net has two
+        Switches."""
         for (_, attribute), (parent, switch) in self._switches.items():
             setattr(parent, attribute, switch)
         if any(self.choice.names.values()):
             self._guards.append(decoder(self.net).register_forward_pre_hook(lambda *_: self._guard()))
 
     def _switch(self, parent: nn.Module, attribute: str) -> Switch:
-        """The Switch of a module of the plain net."""
+        """The Switch of a module, made at the first call. The net must have its own modules."""
         place = id(parent), attribute
         if place not in self._switches:
             base = getattr(parent, attribute)
@@ -258,13 +259,14 @@ class AdapterSet:
         return self._switches[place][1]
 
     def _guard(self) -> None:
-        """Check every forward, because a whole-model adapter may be in use without any Switch."""
+        """Raises: AdapterError if the forward's adapter and the adapter with hooks differ. Runs before every
+        forward, because a whole-model adapter may have no Switch."""
         if self.choice.of_rows() is None:
             self.choice.name()
 
     def _refuse_nested(self, name: str, attached: AttachedAdapter) -> None:
-        """Raises: AdapterConflict if one adapter copies a module inside which the other one has layers: the copied
-        module runs with other parameters under its own names, which a Switch inside it would change."""
+        """Raises: AdapterConflict if one adapter copies a module inside which another adapter adapts layers. The copied
+        module runs with replaced parameters by name, and a Switch inside the module would change these names."""
         for other_name, other in [*self.adapters.items(), (name, attached)]:
             for one, two in ((attached, other), (other, attached)):
                 for copied in one.copies if one is not two else ():

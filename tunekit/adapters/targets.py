@@ -92,7 +92,8 @@ def trained_count(method: Method, settings: AdapterSettings, targets: Sequence[T
 
 
 def copied_parameters(net: nn.Module, method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Number of trained parameters in copies and in rows of tokens, besides those of the targets; allocates nothing."""
+    """Number of trained parameters in copied modules and in token rows, without the targets' parameters; allocates
+    nothing."""
     modules = base_modules(net)
     copies = method.copied_modules(modules, settings, targets)
     slots = [TrainedCopy.slots(modules[name], name, only) for name, only in copies.items()]
@@ -126,7 +127,7 @@ class Search:
         return key if self.file else f"adapter.{key}"
 
     def _patterns_of(self, key: str) -> Patterns:
-        """The pattern matcher, whose messages name this key from now on."""
+        """The pattern matcher. Its messages name the settings key `key` from now on."""
         self.patterns.key = self._full_key(key)
         return self.patterns
 
@@ -170,7 +171,7 @@ class Search:
         ]
 
     def _in_layers(self, names: set[str]) -> set[str]:
-        """The names in the chosen layers; a number without a layer is a problem."""
+        """The names in the chosen layers. A chosen number without a layer is reported as a problem."""
         missing, existing = check_layer_numbers(self.modules, self.settings)
         if missing and not self.file:
             text = f"the base has no layer {', '.join(map(str, missing))}"
@@ -197,7 +198,8 @@ class Search:
         return matches
 
     def _all_linear(self) -> set[str]:
-        """The layers of `all-linear`: all but gates of one row, and layers on which an adapter would have no effect."""
+        """The layers of `all-linear`: all linear layers except gates of one row and layers on which an adapter has no
+        effect."""
         linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
         refused = refused_by_peft(self.net, self.modules) if self.method.peft.refuses_kernel_layers else set()
         passed_over = uncalled_layers(self.modules) | refused
@@ -210,7 +212,7 @@ class Search:
         }
 
     def _adaptable(self, entry: str, names: Sequence[str], regex: bool) -> list[str]:
-        """The names whose layers the method can adapt; another matched layer is a problem.
+        """The names whose layers the method can adapt. Any other matched layer is reported as a problem.
 
         A regular expression may also match containers and layers without parameters; a list may not.
         """
@@ -267,7 +269,7 @@ class Search:
         return f"did you mean {' or '.join(repr(name) for name in similar)}?" if similar else ""
 
     def _layer_target(self, name: str, pattern_name: str) -> Target:
-        """`pattern_name`: the name that patterns are matched with."""
+        """The target for a layer. `pattern_name`: the name that is compared with rank and alpha patterns."""
         module = self.modules[name]
         weight, kind = weight_of(module), layer_kind(module)
         assert weight is not None
@@ -347,5 +349,5 @@ class Search:
 
 
 def _more(items: Sequence[object]) -> str:
-    """The number of further items after the one that a message names."""
+    """Text with the number of further items, for a message that names only the first item."""
     return f" and {len(items) - 1} more" if len(items) > 1 else ""

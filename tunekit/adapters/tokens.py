@@ -1,4 +1,4 @@
-"""Trains single rows of an embedding or a head: new tokens learn, and the rest of the matrix stays frozen.
+"""Trains single rows of an embedding or a head, such as those of new tokens. All other rows stay frozen.
 
 A wrapper of the module has one trained row per token id.
 """
@@ -26,7 +26,7 @@ Fault = tuple[str, str]  # the fault, and the advice
 
 
 class TrainedTokens(Wrapper, AdapterPart):
-    """The module with trained rows in place of its rows `ids`: W'[ids[n]] = rows[n].
+    """The module with its rows `ids` replaced by trained rows: W'[ids[n]] = rows[n].
 
     Shapes: rows (N, D) float32, cast to the output's dtype; for an embedding ids (...) -> (..., D), for a head (...,
     D) -> (..., V). Starts as the identity: rows = W[ids]. Weight decay does not apply. No other row gets a gradient,
@@ -83,7 +83,7 @@ class TrainedTokens(Wrapper, AdapterPart):
         return self._embed(x, y) if self.embedding else self._project(x, y)
 
     def _embed(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (..., D) with the rows of trained ids in place."""
+        """y (..., D), in which the embeddings of trained ids are replaced by the trained rows."""
         nearest = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # (...)
         trained = F.embedding(self.order[nearest], self.rows.to(y.dtype), self.padding)  # (..., D)
         scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its embeddings
@@ -91,14 +91,14 @@ class TrainedTokens(Wrapper, AdapterPart):
         return torch.where((self.ids[nearest] == x)[..., None], trained, y)
 
     def _project(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (..., V) with the logits of trained ids in place."""
+        """y (..., V), in which the logits of trained ids are replaced by those of the trained rows."""
         bias = getattr(self.base_layer, "bias", None)
         rows = self.rows[self.order].to(x.dtype)  # (N, D), in the order of ids
         trained = F.linear(x, rows, None if bias is None else bias[self.ids].to(x.dtype))  # (..., N)
         return y.index_copy(-1, self.ids, trained.to(y.dtype))
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The complete matrix (V, D) from the base's."""
+        """The complete matrix (V, D): the base's matrix with the trained rows."""
         rows = self.rows.detach()[self.order].to(weight)
         return weight.index_copy(0, self.ids.to(weight.device), rows)
 
@@ -123,7 +123,7 @@ def written_indices(
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows `ids` of one module's matrix; `owner`: the other module whose trained rows are shared, if any."""
+    """Rows `ids` of one module's matrix; `owner`: the tied module whose trained rows this module uses, if any."""
 
     ids: tuple[int, ...]
     owner: str | None = None
@@ -167,8 +167,8 @@ def tied_with(modules: Modules, name: str) -> list[str]:
 def wrong_tokens(
     net: nn.Module, settings: AdapterSettings, targets: Sequence[str], copies: Sequence[str]
 ) -> list[Fault]:
-    """Faults of trained tokens: entries without a match, matrices without a row per token, too large ids, and rows that
-    are trained twice."""
+    """Faults in the setting of trained tokens: entries that match no module, matrices without a row per token, too
+    large ids, and rows that are trained twice."""
     modules, indices = base_modules(net), getattr(settings, KEY, ())
     faults: list[Fault] = []
     for entry in indices if isinstance(indices, Mapping) else ():

@@ -29,8 +29,8 @@ class TensorPlace:
 
 
 class LayerBlob:
-    """The frozen tensors of one layer. `source` contains their values on the host: one tensor each, in the order of
-    `pieces`.
+    """The frozen tensors of one layer, and their values on the host. `source`: one tensor with values per entry of
+    `pieces`, in the same order; after `gather`, one blob with all values.
 
     The modules keep their tensor objects; only the memory behind these objects changes.
     """
@@ -45,7 +45,7 @@ class LayerBlob:
         self.gathered = False  # whether the source is one blob
 
     def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
-        """Copy the values into one blob (bytes,) uint8, which is the source from now on. One copy then moves a whole
+        """Copy the values into one blob (bytes,) uint8, which becomes the source. A single copy can then move the
         layer.
 
         `mapped`: addresses of values in mapped files; their pages are released after the copy.
@@ -76,7 +76,7 @@ class LayerBlob:
             piece.tensor.data = values
 
     def unbind(self, device: torch.device) -> None:
-        """Point the layer's modules to NaN, so that using a layer that is not on the device gives no number."""
+        """Point the layer's modules to NaN, so that a layer that is used while it is not on the device gives NaN."""
         for piece in self.pieces:
             bits = torch.full((piece.tensor.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device)
             piece.tensor.data = bits.view(piece.tensor.dtype).view(()).expand(piece.tensor.shape)

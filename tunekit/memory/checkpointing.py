@@ -69,7 +69,7 @@ def _checkpoint_layer(
 
 
 class _Boundaries:
-    """The inputs of recomputed layers in one store, over several forwards."""
+    """Puts the inputs of recomputed layers into one store, for several forwards."""
 
     def __init__(self, store: BoundaryStore, last: int) -> None:
         self.store, self.last = store, last
@@ -77,7 +77,8 @@ class _Boundaries:
         self.newest = -1  # the layer that ran last
 
     def leave(self, run: Callable[..., object], number: int, hidden: Tensor) -> Callable[..., object]:
-        """`run` for checkpoint(). Its first input is `hidden`, which the store keeps until the recomputation."""
+        """`run` in a form for torch's checkpoint(). The store keeps its first input, `hidden`, until the
+        recomputation."""
         if number <= self.newest:  # a new forward, or a layer that runs more than once in a forward
             self.forwards += 1
         self.newest = number
@@ -86,7 +87,7 @@ class _Boundaries:
 
 
 class _CheckpointedLayer:
-    """Runs a layer: in the forward with its input, in the recomputation with the stored copy of the input.
+    """Runs a layer. The forward uses the layer's input, and the recomputation uses the stored copy of this input.
 
     The object and the stored input live as long as the graph that may recompute the layer.
     """

@@ -19,7 +19,7 @@ class Copier:
     """Allocates memory on the host and the device, and copies between them. This base class copies synchronously, and
     not at all on the meta device.
 
-    A copier makes its copies in the order of the `start` calls.
+    Copies are made in the order of the `start` calls.
     `mapped`: addresses of sources in mapped files; their pages are released after the copy.
     `counts_host`: False if a simulated GPU's host memory is not counted.
     """

@@ -1,13 +1,14 @@
-"""Offloading of checkpointed inputs: they are copied to the host in the forward pass, and back before the backward pass
-uses them.
+"""Offloads the inputs of checkpointed layers. The inputs are copied to the host in the forward pass, and copied back
+before the backward pass uses them.
 
 Copies run in parallel with the computation, in the order in which they were started. Two rules keep them consistent:
 - a copy starts after all computations that were queued before it;
-- nobody reads the target of a copy before calling `wait` on that copy.
-A tensor that is being copied out is referenced until LEAVING later copies have been queued. Then the computation
-waits for its copy, and its memory can be reused at once. (Tensor.record_stream would keep the memory for as long as the
-host runs ahead.) A tensor that comes back is in one of two buffers. `take` releases the tensors taken before, so that
-their buffers can be filled again: the backward pass of a layer ends before that of the layer below begins.
+- code that reads the target of a copy first calls `wait` on this copy.
+A reference to a tensor that is being copied out is kept until LEAVING later copies have been queued. Then the
+computation waits for the tensor's copy, and its memory can be reused at once. (Tensor.record_stream would keep the
+memory for as long as the host runs ahead.) A tensor is copied back into one of two buffers. `take` releases the tensors
+taken before, so that their buffers can be filled again. This is safe because the backward pass of a layer ends before
+that of the layer below starts.
 """
 
 from collections import deque
@@ -42,7 +43,8 @@ class _OnHost:
 
 @dataclass
 class _Buffer:
-    """(bytes,) uint8 for one tensor that comes back: its key, the copy that fills it, and whether it is in use."""
+    """Memory (bytes,) uint8 for one tensor that is copied back: the tensor's key, the copy that fills the memory,
+    and whether the tensor is in use."""
 
     memory: Tensor
     key: Hashable = None

@@ -1,7 +1,8 @@
-"""A few slots on the device that streamed layers pass through; each layer is copied in before it is needed.
+"""A few slots (memory for one layer each) on the device that streamed layers pass through. Each layer is copied into a
+slot before it is needed.
 
-Copies run in parallel with the computation. Two rules make that safe: nothing computes in a slot before its copy has
-ended, and no copy into a slot starts before the computations in it have ended.
+Copies run in parallel with the computation. Two rules make that safe: no computation uses a slot before the copy into
+it has ended, and no copy into a slot starts before the computations that use it have ended.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,7 @@ class LayerSlots:
 
     @contextmanager
     def holding(self, layer: int, then: int | None = None) -> Iterator[None]:
-        """A block in which `layer` is in its slot, while layer `then` is prefetched. A nested block for the same layer
+        """A block in which `layer` is in a slot, while layer `then` is prefetched. A nested block for the same layer
         does nothing."""
         if self._computed == layer:
             yield
@@ -76,8 +77,8 @@ class LayerSlots:
             self._computed = None
 
     def _bring(self, layer: int, other: int | None) -> DeviceSlot:
-        """The slot of `layer`; a layer that is in no slot is first copied into one. The farthest layer from `layer` is
-        evicted for it, but never `other`."""
+        """The slot of `layer`. If the layer is in no slot, start to copy it into one; if no slot is empty, evict the
+        layer farthest from `layer`, but rather not `other`."""
         for slot in self.slots:
             if slot.layer == layer:
                 return slot
@@ -129,8 +130,9 @@ class LayerSlots:
 
 
 def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> Tensor:
-    """In a simulated CPU run, a meta tensor as large as the layers outside of slots: all layers in tier `host`, or the
-    one tensor that is being copied from a mapped file. Empty if the device has its own memory."""
+    """A meta tensor that stands for the memory of layers outside of slots, in a simulated run on a CPU. Tier `host`:
+    the size of all layers. Tier `disk`: the size of the largest tensor that is copied from a mapped file. Empty for
+    all other devices."""
     size = 0
     if device.type == "cpu" and tier == "host":
         size = sum(blob.size_bytes for blob in slots.blobs)

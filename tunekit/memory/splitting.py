@@ -1,7 +1,8 @@
-"""Splits micro-batches that ran out of memory in two, with the same gradient, and remembers the size.
+"""Splits micro-batches that ran out of memory into two with the same total gradient, and remembers the size that
+failed.
 
-The sums of a split micro-batch equal those of the unsplit one up to their order. After a failure the partial gradient
-is cleared and the window runs again from its first micro-batch, so that no second copy of the gradient is kept.
+A split micro-batch gives the same loss and gradient as the unsplit one, up to the order of sums. After a failure the
+partial gradient is cleared, and all micro-batches of the step run again. So no second copy of the gradient is needed.
 """
 
 import gc
@@ -38,7 +39,8 @@ def size_unit(batch: Batch) -> str:
 
 
 class Splitting:
-    """Splits micro-batches with at least `tokens` padded tokens; `tokens` is None until a micro-batch has failed."""
+    """Splits micro-batches with at least `tokens` tokens, padding included. `tokens` is None until a micro-batch has
+    failed."""
 
     def __init__(self, react: Callable[[Reaction], None] | None = None, tokens: int | None = None) -> None:
         self.tokens = tokens
@@ -60,7 +62,8 @@ class Splitting:
         undo: Callable[[], None],
         step: int,
     ) -> Result:
-        """The result of `attempt` on the pieces of each batch; repeated, after `undo`, whenever memory runs out.
+        """The result of `attempt`, which gets the pieces of each batch. When memory runs out, call `undo` and try again
+        with smaller pieces.
 
         `step`: the number of the step, which the user sees in the Reaction; 0 before the first step.
         Raises: ResourceError if a single document does not fit.

@@ -1,5 +1,5 @@
-"""Layer streaming: the base's layers stay off the device and pass through slots, each copied in before it is
-computed."""
+"""Layer streaming: the base's layers stay off the device. Each layer is copied into a slot on the device before it
+is computed."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,8 +25,8 @@ def make_slots(
     count: int = SLOTS,
     poison: bool = False,
 ) -> LayerSlots:
-    """Slots for layers with these frozen tensors, which wait in host memory (tier `host`) or stay in their files
-    (`disk`).
+    """Slots for layers with these frozen tensors. Layers outside of slots are in host memory (tier `host`), or stay in
+    their files (`disk`).
 
     `mapped`: addresses of tensors that are views of read-only mapped files; their pages are released after a copy.
     """
@@ -40,7 +40,7 @@ def make_slots(
 
 
 def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:
-    """(bytes,) uint8 on the host for each size.
+    """Memory on the host for each size, (bytes,) uint8.
 
     torch rounds pinned memory up to powers of two. Layers therefore share blocks of such sizes, and each block wastes
     less than one layer.
@@ -57,7 +57,7 @@ def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:
 
 
 def arena_bytes(sizes: Sequence[int]) -> int:
-    """The largest power of two that blocks of these sizes fill, and at least the size of the first one."""
+    """The largest power of two that blocks of these sizes fill. It is at least the size of the first block."""
     return 1 << max(sum(map(align, sizes)).bit_length() - 1, (sizes[0] - 1).bit_length())
 
 
@@ -68,8 +68,8 @@ def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
-    """Load each layer into its slot whenever it is called (evaluation, generation, probes). Inside an engine's block
-    for the same layer this does nothing."""
+    """Load each layer into its slot whenever it is called (evaluation, generation, probes). If the training engine
+    already holds the layer in its slot, the call only runs the layer."""
     for number, layer in enumerate(layers):
         layer.forward = _in_slot(layer.forward, number, (number + 1) % len(layers), slots)
 
@@ -123,12 +123,13 @@ def layer_weights(base: LoadedModel) -> list[list[Tensor]]:
 
 
 def shared_slots(base: LoadedModel) -> LayerSlots | None:
-    """The slots of a base that several runs stream."""
+    """The slots of a streamed base that several runs share, or None."""
     return base.slots if isinstance(base.slots, LayerSlots) else None
 
 
 def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: str) -> LayerSlots | None:
-    """Stream the layers from `tier` from now on: `host` or `disk`. None if the tier is `off`."""
+    """Make the base's layers stream from `tier`: `host` (memory) or `disk` (files). Returns None if the tier is
+    `off`."""
     if tier == "off":
         return None
     simulated = base.device.type == "meta"  # tensors on the meta device need no host memory

@@ -1,9 +1,10 @@
-"""Computes MLPs and norms in tiles of tokens, for rows so long that an MLP's activations are most of a layer's memory.
+"""Computes MLPs and norms in tiles of tokens, for rows so long that the MLP's activations take most of a layer's
+memory.
 
-MLPs and norms act on each token separately. Only a tile's input and output are kept; its backward pass recomputes the
-tile with a graph, including any adapters inside. The activations then take memory for one tile instead of one row.
-Gradients of trained tensors are summed over tiles, and differ from those without tiles only in the order of sums.
-Dropout masks differ.
+MLPs and norms act on each token separately. Only a tile's input and output are kept. The backward pass recomputes the
+tile, with the adapters inside, to get its gradients. The activations then take the memory of one tile instead of one
+row. Gradients of trained tensors are summed over tiles, and differ from gradients without tiles only in the order of
+sums. Dropout masks differ.
 Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 """
 
@@ -54,8 +55,8 @@ def _refusal(what: str) -> ModelError:
 
 
 def _obstacle(module: nn.Module, hidden: Tensor) -> str | None:
-    """The reason why a module cannot be computed in tiles, or None. Compares a few tokens at once with the same tokens
-    in two tiles."""
+    """The reason why a module cannot be computed in tiles, or None. To test this, the module computes a few tokens
+    together and in two tiles, and the results are compared."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBED_TOKENS, hidden.shape[-1], generator=generator).to(hidden)  # (1, T, D)
     try:

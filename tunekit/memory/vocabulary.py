@@ -19,7 +19,7 @@ PART_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HeadParts:
-    """Parts of the matrix, (v, D) each: `weights` are in a slot while they are used.
+    """The output projection's matrix in parts (v, D). Each of `weights` is in a slot while it is used.
 
     `tables`: token embeddings that were tied to the matrix; they stay on the host.
     """
@@ -29,7 +29,8 @@ class HeadParts:
     tables: tuple[nn.Module, ...] = ()
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """The id of the part's first row, and the part. A part is on the device until the next one is requested."""
+        """Yields for each part the token id of its first row, and the part. A part is on the device until the next
+        part is requested."""
         numbers = range(len(self.weights))
         order = list(reversed(numbers)) if backwards else list(numbers)
         rows = len(self.weights[0])
@@ -46,12 +47,13 @@ class StreamedHead:
     parts: HeadParts
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) in float32. For a few positions only, since all parts are copied."""
+        """The logits of all tokens: (N, D) -> (N, V) in float32. Each call copies all parts, so use it for a few
+        positions only."""
         return self.text.logits(hidden)
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-        """For each part: its first id, its number of ids, and a function that gives their logits, (N, D) -> (N, v) in
-        float32."""
+        """Yields for each part: its first token id, its number of ids, and a function that computes the logits of
+        these ids, (N, D) -> (N, v) in float32."""
         for first, weight in self.parts.each(backwards=backwards):
             yield first, len(weight), partial(self._logits_of, weight)
 

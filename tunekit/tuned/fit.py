@@ -45,7 +45,7 @@ def row_problems(
 
 
 def longest_tokens(rows: Rows, layout: RowLayout | None = None) -> int:
-    """Tokens of the longest part of all rows; positions restart in every part."""
+    """Tokens of the longest part in the rows. A part is a sequence in which positions start at 0."""
     sizes = np.asarray(rows.sizes)  # (rows, sizes)
     if layout is not None and layout.token_sizes is not None:
         sizes = sizes[:, list(layout.token_sizes)]
@@ -53,7 +53,7 @@ def longest_tokens(rows: Rows, layout: RowLayout | None = None) -> int:
 
 
 def vocabulary_problems(base: LoadedModel, tokenizer: Tokenizer, rows: Rows, parts: Sequence[str]) -> Iterator[Problem]:
-    """A problem for ids in the rows beyond the model's embedding."""
+    """A problem if rows contain ids beyond the model's embedding."""
     assert base.text is not None  # row_problems checked it
     size = base.text.vocabulary_size
     if tokenizer.vocabulary_size <= size or not parts:
@@ -69,7 +69,8 @@ def vocabulary_problems(base: LoadedModel, tokenizer: Tokenizer, rows: Rows, par
 
 
 def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: int = 0) -> Iterator[Problem]:
-    """A problem for rows longer than a learned table of positions; `virtual_tokens` of them belong to the adapter."""
+    """A problem if rows are longer than the model's learned table of positions. `longest_tokens` includes the
+    adapter's `virtual_tokens`."""
     table = base.family.learned_positions(base.net)
     if table is not None and longest_tokens > table:
         virtual = f", {virtual_tokens} of them virtual" if virtual_tokens else ""

@@ -59,7 +59,8 @@ class TunedModel:
         return self.base.device
 
     def output(self, inputs: Tensors) -> ModelOutput:
-        """The output that the objective reads; where positions restart, another row begins."""
+        """The output that the objective reads. Rows may contain several documents: a new document begins where
+        positions restart."""
         with calling(self.call_for(inputs)):
             output = self.base.family.forward(self.base.net, self.prepare_inputs(inputs))
         if output.logits is not None:
@@ -86,8 +87,8 @@ class TunedModel:
 
     @contextmanager
     def _at_step_0(self) -> Iterator[None]:
-        """A block in which the model is the policy at step 0: the saved state if there is one, otherwise the base
-        alone."""
+        """A block in which the model is the policy at step 0: the adapter with the saved state if there is one,
+        otherwise the base without adapter."""
         state = self.reference_state
         if state is None or self.adapter is None:
             with calling(replace(current_call(), bypassed=True)):
@@ -155,7 +156,8 @@ class TunedModel:
         return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_heads=heads)
 
     def hidden(self, inputs: Tensors) -> Tensor:
-        """Last hidden states (B, T, D) after the final norm; where positions restart, another document begins."""
+        """Last hidden states (B, T, D) after the final norm. Rows may contain several documents: a new document
+        begins where positions restart."""
         with calling(self.call_for(inputs)):
             return self.real_positions(self.base.family.hidden(self.base.net, self.prepare_inputs(inputs)))
 
@@ -171,11 +173,11 @@ class TunedModel:
         return self.adapt_inputs(moved | floats)
 
     def real_positions(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D), or logits, without the adapter's virtual positions."""
+        """The same hidden states (B, T, D), or logits, without the positions of the adapter's virtual tokens."""
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: Tensors) -> Segments | None:
-        """The documents of the rows; None if the inputs contain a mask."""
+        """The boundaries of documents in the rows; None if the inputs have a mask or no positions."""
         if "position_ids" not in inputs or "attention_mask" in inputs:
             return None
         return find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
@@ -186,15 +188,15 @@ class TunedModel:
 
     @property
     def virtual_tokens(self) -> int:
-        """The number of positions that the adapter puts before each row."""
+        """The number of virtual tokens that the adapter puts before each row."""
         return 0 if self.adapter is None else self.adapter.virtual_tokens
 
     def own_logits(self, inputs: Tensors) -> Tensor:
-        """The network's own logits (B, T, V), not computed in chunks; only for a few tokens."""
+        """The logits (B, T, V) as the network itself computes them, not in chunks; only for a few tokens."""
         return self.real_positions(self.base.family.logits(self.base.net, self.prepare_inputs(inputs)))
 
     def unchanged_weights(self) -> AbstractContextManager[None]:
-        """A block in which no trained weight changes, so that each is cast to the compute dtype only once."""
+        """A block in which no trained weight changes, so that each weight is cast to the compute dtype only once."""
         return nullcontext() if self.adapter is None else self.adapter.casts.caching()
 
     @contextmanager
@@ -228,7 +230,8 @@ class TunedModel:
 
 @dataclass
 class ModelRun:
-    """A RunView over one model; its companions are the model's."""
+    """A RunView of one model. It gives access to this model's companions (other models that the objective needs,
+    such as a teacher)."""
 
     model: Model
     rows: RowKind

@@ -1,5 +1,5 @@
-"""Builds the network for training, measuring or simulation from a loaded base and plan's choice, always in the same
-order. Also compiles its decoder layers if plan chose that."""
+"""Builds the network for training, measuring or simulation from a loaded base and the plan's choice, always in the
+same order. Also compiles decoder layers if the plan chose that."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -36,11 +36,11 @@ def prepare_network(
     *,
     planned_for: torch.device | None = None,
 ) -> TunedModel:
-    """Put everything in `choice` into the base's network: checkpointing, adapter, tiles, kernels, compiled layers,
-    streaming.
+    """Add the features that `choice` selects to the base's network: checkpointing, adapter, tiles, kernels, compiled
+    layers, streaming.
 
-    `attach` attaches the adapter. It is called after layers are seeded and recomputed as in the run, because a
-    calibrated initialisation runs them, and before adapted layers are replaced or moved.
+    `attach` attaches the adapter. It is called after layers have seeds and checkpointing as in the run, because an
+    initialisation with calibration data runs the layers. It is called before adapted layers are replaced or moved.
     `planned_for`: the run's device, if the base is on the meta device. Then no layers are compiled, which needs no
     more memory.
     Raises: ModelError if an MLP cannot be computed in tiles, and the errors of `attach`.
@@ -91,9 +91,9 @@ class LayerForward:
     """A layer's forward, which can be compiled for training later.
 
     The compiled code is the model's own code of one layer (norms, residuals, rotary embeddings), compiled once for all
-    similar layers. Adapted, packed and joined layers and attention over documents are not compiled: each is already
-    one autograd function or one kernel. Evaluation, generation and forwards before the adapter is attached run
-    uncompiled.
+    similar layers. Adapted, quantized and joined layers (see joined_lora.py) and attention over documents are not
+    compiled: each is already one autograd function or one kernel. Evaluation, generation and forwards before the
+    adapter is attached run uncompiled.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -135,7 +135,7 @@ def compile_layers(forwards: Sequence[LayerForward]) -> None:
 
 
 def _stays_uncompiled(module: nn.Module) -> bool:
-    """Whether compiled code must call this module uncompiled: it has an adapter, is packed, or its forward was
+    """Whether compiled code must call this module uncompiled: it has an adapter, is quantized, or its forward was
     replaced, such as by a fused MLP."""
     forward = module.__dict__.get("forward")
     replaced = forward is not None and not isinstance(forward, LayerForward)

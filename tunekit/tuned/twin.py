@@ -10,8 +10,8 @@ from tunekit.model.pretrained import config_of
 
 
 def make_twin(base: LoadedModel) -> LoadedModel:
-    """The base with modules and a configuration of its own, and the same tensors. A run may replace and wrap modules,
-    but must not change values. The base must not have been prepared for a run."""
+    """A copy of the base with separate modules and configuration, but the same tensors. A run may replace and wrap
+    modules, but must not change values. The base must not have been prepared for a run."""
     shared: dict[int, object] = {}
     for module in base.net.modules():
         named = {**module._parameters, **module._buffers, **vars(module)}
@@ -21,13 +21,13 @@ def make_twin(base: LoadedModel) -> LoadedModel:
 
 
 class TensorVersions:
-    """The tensors of a base as they were loaded, to notice a run that changed them."""
+    """Records the state of a base's tensors, to detect a run that changes them."""
 
     def __init__(self, base: LoadedModel) -> None:
         tensors = [*base.net.parameters(), *base.net.buffers()]
         self._tensors = [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
 
     def unchanged(self) -> bool:
-        """Whether no value was changed in place, and no tensor got other memory. A streamed layer always has other
-        memory, so this is for bases on the device."""
+        """Whether no value was changed in place, and no tensor moved to different memory. Streamed layers always
+        move, so this works only for bases that stay on the device."""
         return all(t._version == version and t.data_ptr() == pointer for t, version, pointer in self._tensors)

@@ -1,4 +1,5 @@
-"""x times a matrix that exists only while it is used: the backward pass saves only its small factors."""
+"""Multiplies x by a matrix that is computed from small factors at each use. Only the factors are saved for the backward
+pass."""
 
 from collections.abc import Callable
 

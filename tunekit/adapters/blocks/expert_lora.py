@@ -19,7 +19,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     Shapes: A (R E, I), ordered by expert; B (O, R E), ordered by rank, as PEFT stores them. Starts as the identity: B
     = 0.
-    If a module has several adapted parameters, PEFT puts one wrapper around the other, that of the first parameter
+    If a module has several adapted parameters, PEFT nests one wrapper per parameter; the first parameter's wrapper is
     innermost. Only the names of the tensors show to which parameter a wrapper belongs.
     Source: Hu et al. 2021, eq. 3.
     """
@@ -60,7 +60,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     @property
     def scaling(self) -> float:
-        """s."""
+        """The scaling s."""
         return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self, index: Index) -> Factors:

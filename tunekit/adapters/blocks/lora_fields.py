@@ -70,8 +70,8 @@ def _without_dropout(settings: object, targets: object, config: Mapping[str, obj
 
 
 def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """Conflicts with layers that the start cannot initialise, for Method.conflicts. None for a file, whose layers
-    already have values."""
+    """Conflicts with layers that the initialisation method (`start`) cannot initialise, for Method.conflicts. A file
+    has no such conflicts, because its layers already have values."""
     start, linear = settings.start, [target for target in targets if target.kind in LINEAR]
     if file:
         return []

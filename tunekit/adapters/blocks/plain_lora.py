@@ -1,5 +1,5 @@
-"""Rewrites an adapter whose start moved weights of the base as plain LoRA of rank 2R on the original base, which every
-reader supports."""
+"""Converts an adapter whose initialisation changed the base's weights (such as PiSSA) to ordinary LoRA of rank 2R on
+the original base. Every program that reads LoRA supports this form."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,8 @@ from tunekit.records import Target
 
 
 def as_plain_lora(form: WrittenForm) -> WrittenForm:
-    """The adapter's form as plain LoRA, with the same updates. Layers whose A and B contain a part of W get rank 2R.
+    """The adapter as ordinary LoRA with the same updates. The rank becomes 2R in layers whose A and B contain a part of
+    W.
 
     B A - B' A' = [B - B', B'] [A; A - A']. Alpha grows with the rank, so that the scaling stays the same.
     """
@@ -35,19 +36,19 @@ def as_plain_lora(form: WrittenForm) -> WrittenForm:
 
 
 def _target(target: Target, settings: LowRankSettings) -> Target:
-    """The target with the rank of its plain form: 2R, or the smaller side of a matrix that is narrower."""
+    """The target with its rank as ordinary LoRA: 2R, or the smaller side of the matrix if that is less than 2R."""
     old, alpha = target.r or 0, target.alpha or 0.0
     rank = min(2 * old, target.in_features, target.out_features)
     return replace(target, r=rank, alpha=alpha_for_rank(settings, alpha, old, rank))
 
 
 def alpha_for_rank(settings: LowRankSettings, alpha: float, old: int, new: int) -> float:
-    """The alpha that gives rank `new` the scaling of `alpha` with rank `old`."""
+    """The alpha with which rank `new` has the same scaling as rank `old` with `alpha`."""
     return alpha * (math.sqrt(new / old) if settings.use_rslora else new / old)
 
 
 def _plain_layer(layer: LayerAdapter[Any], settings: LowRankSettings, target: Target) -> LayerAdapter[Any]:
-    """A layer of the plain form, outside the network; tensors other than A and B are shared."""
+    """The layer as ordinary LoRA, not attached to the network. It shares all tensors except A and B with `layer`."""
     a, b = (factor.detach() for factor in layer.factors())
     if target.r != len(a):
         a, b = _identity_factors(a, b)
@@ -59,7 +60,7 @@ def _plain_layer(layer: LayerAdapter[Any], settings: LowRankSettings, target: Ta
 
 
 def _identity_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of B A, one of which is the identity. Their rank is the smaller side of the matrix."""
+    """Two factors of the product B A, one of which is the identity. Their rank is the smaller side of the matrix."""
     product = b @ a  # (O, I)
     outputs, inputs = product.shape
     if outputs <= inputs:

@@ -1,4 +1,4 @@
-"""Frozen random matrices drawn as in PEFT, so that files without them have the same meaning."""
+"""Frozen random matrices, drawn exactly as in PEFT. A file that omits them therefore gives the same adapter in both."""
 
 import math
 
@@ -17,12 +17,13 @@ def projection_slot(saved: bool, suffix: str, shape: tuple[int, ...]) -> Slot:
 def kaiming_uniform(
     shape: tuple[int, ...], generator: Generator, gain: float = math.sqrt(2), dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Uniform within gain sqrt(3 / fan-in); the fan-in is the product of all dimensions but the first."""
+    """Uniform random numbers between -b and b, b = gain sqrt(3 / fan-in). The fan-in is the product of all dimensions
+    after the first."""
     bound = math.sqrt(3.0) * (gain / math.sqrt(math.prod(shape[1:])))
     return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
 
 def ternary(shape: tuple[int, ...], generator: Generator, sparsity: float) -> Tensor:
-    """-1, 0 or 1; one in `sparsity` numbers is not 0."""
+    """Random numbers -1, 0 and 1, of which one in `sparsity` is not 0."""
     uniform = torch.rand(shape, generator=generator)
     return (uniform > 1 - 1 / (2 * sparsity)).float() - (uniform < 1 / (2 * sparsity)).float()

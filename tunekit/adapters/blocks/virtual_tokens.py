@@ -33,7 +33,7 @@ ABSENT = frozenset(MODULES) - {"modules_to_save"}
 
 
 class VirtualTokens(ModelAdapter[Settings]):
-    """[vectors; embeddings of the row], with the vectors from a subclass's `vectors`.
+    """Puts trained vectors before the embeddings of each row. A subclass computes them in `vectors`.
 
     Shapes: P vectors of width D; a row of T tokens becomes (P + T, D), with the tokens at positions P, P + 1 and so
     on. Left padding stays left of the vectors, so that they come directly before the row's first token.
@@ -70,12 +70,12 @@ class VirtualTokens(ModelAdapter[Settings]):
         return {"prompt": Slot(IN_FILES, (cls.vector_count(settings), width_of(net)), decays=False)}
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
-        """The vectors (P, D), or (B, P, D) if they differ between rows; twice as many if a decoder has its own
+        """The vectors (P, D), or (B, P, D) if they differ between rows; 2 P vectors if the decoder has separate
         vectors."""
         return self.prompt
 
     def file_tensors(self) -> Tensors:
-        """The final vectors under PEFT's name."""
+        """The computed vectors, under the name of their tensor in PEFT."""
         return {IN_FILES: self.vectors(None).detach()}
 
     def inputs(self, net: nn.Module, inputs: Tensors) -> Tensors:
@@ -97,12 +97,12 @@ class VirtualTokens(ModelAdapter[Settings]):
         return changed
 
     def _embed(self, inputs: Tensors, ids: str, embeddings: str) -> Tensor:
-        """The embeddings in the inputs, if there are any. Otherwise the embeddings of the ids, which are removed."""
+        """The embeddings of the ids, which are removed from the inputs. Without ids, the embeddings in the inputs."""
         tokens = inputs.pop(ids, None)
         return inputs[embeddings] if tokens is None else self.net.get_input_embeddings()(tokens)
 
     def _before_decoder(self, inputs: Tensors, vectors: Tensor) -> None:
-        """Put the decoder's own vectors before its tokens, if the call passes decoder inputs."""
+        """Put the decoder's vectors before its tokens. Raises: AdapterError if the call passes no decoder inputs."""
         if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
             raise AdapterError("the decoder has its own virtual tokens, but the call passes no decoder_input_ids")
         rows = self._embed(inputs, "decoder_input_ids", "decoder_inputs_embeds")
@@ -118,7 +118,8 @@ class VirtualTokens(ModelAdapter[Settings]):
         return length if both and self.prompts_decoder and is_encoder_decoder(self.net) else 0
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D) of the real positions; a classifier's logits (B, labels) have no positions."""
+        """Hidden states (B, T, D) without the positions of the vectors. A classifier's logits (B, labels) have no
+        positions."""
         if hidden.dim() < 3:
             return hidden
         if is_encoder_decoder(self.net):
@@ -136,7 +137,8 @@ class VirtualTokens(ModelAdapter[Settings]):
 
 
 class ClassifierCopy(TrainedCopy):
-    """A fully trained module next to a prompt. In PEFT's files the names of its tensors begin with `base_model.`."""
+    """A module that is fully trained in addition to a prompt. In PEFT's files the names of its tensors begin with
+    `base_model.`."""
 
     file_prefix = "base_model."
 
@@ -152,8 +154,8 @@ def is_encoder_decoder(net: nn.Module) -> bool:
 
 
 def embeddings_of(net: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
-    """(ids, D) float32 on the CPU: the base's embeddings of the ids; zeros for a meta base, whose values are loaded
-    later.
+    """The base's embeddings of the ids, (ids, D) float32 on the CPU. Zeros for a base on the meta device, because its
+    values are loaded later.
 
     Raises: AdapterError for an id that the base does not have.
     """
@@ -170,8 +172,8 @@ def embeddings_of(net: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
 
 
 def initial_vectors(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
-    """(vectors, D) float32, depending on `init`: embeddings of uniformly drawn ids, N(0, 1), or embeddings of a
-    text."""
+    """Initial vectors, (vectors, D) float32. Depending on `init`: embeddings of uniformly drawn ids, random values
+    from N(0, 1), or embeddings of a text."""
     if settings.init == "random":
         return torch.randn(vectors, width_of(net), generator=generator)
     if settings.init == "vocabulary":
@@ -195,8 +197,8 @@ def with_text_ids(settings: StartedTokenSettings, tokenizer: Tokenizer) -> Start
 
 
 def _order(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """(B, P + T): the index into [vectors; row] at each position, and (B, T): the position of each of the row's
-    tokens; None if the vectors simply come first."""
+    """Order of the vectors and a row's tokens, with left padding first: (B, P + T) the index into [vectors; row] at
+    each position, and (B, T) the new position of each token. None without a mask (B, T): the vectors come first."""
     if mask is None or mask.dim() != 2:
         return None, None
     padding = (mask == 0).to(torch.int64).cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1) on the left
@@ -208,7 +210,8 @@ def _order(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | No
 
 
 def _join(before: Tensor, rows: Tensor, order: Tensor | None) -> Tensor:
-    """[before; rows] along the tokens, in `order`. Shapes: (B, P, ...) and (B, T, ...) -> (B, P + T, ...)."""
+    """Concatenates `before` and `rows` along the tokens, rearranged by `order`. Shapes: (B, P, ...) and (B, T, ...) ->
+    (B, P + T, ...)."""
     joined = torch.cat([before.to(rows), rows], dim=1)
     if order is None:
         return joined

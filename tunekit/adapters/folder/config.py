@@ -42,7 +42,7 @@ def adapter_in(path: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter folder's configuration. Facts from tunekit.json are None in a folder written by peft."""
+    """An adapter folder's configuration. Values from tunekit.json are None in a folder written by peft."""
 
     folder: Path
     method: Method
@@ -66,12 +66,12 @@ class AdapterConfig:
 
     @property
     def low_rank(self) -> LowRankSettings:
-        """The settings, for a method of the LoRA family."""
+        """The settings, with the type of methods of the LoRA family."""
         assert isinstance(self.settings, LowRankSettings)
         return self.settings
 
     def changed_files(self) -> list[str]:
-        """Names of the files that differ from those that tunekit wrote, according to tunekit.json."""
+        """Names of the files that were changed since tunekit wrote them, according to tunekit.json."""
         return [name for name, digest in self.files if sha256_of(self.folder / name) != digest]
 
     def check_files(self) -> None:
@@ -112,10 +112,10 @@ def _fingerprint_of(place: Path) -> str | None:
 
 
 def read_adapter_config(folder: Path, method: Method | None = None, instead: PeftConfig | None = None) -> AdapterConfig:
-    """Read and check both configuration files and the header of the tensors; by default `method` is found from
+    """Read and check both configuration files and the header of the tensors; by default `method` follows from
     peft_type.
 
-    `instead`: values that replace values of the file, because the caller handles what the file's values mean.
+    `instead`: values that replace the file's values, for a caller that interprets the file's values itself.
     Raises: AdapterError that names everything missing, malformed, truncated or unsupported. No tensor is read.
     """
     folder = Path(folder)
@@ -162,7 +162,7 @@ def read_fields(folder: Path) -> PeftConfig:
 
 
 def method_of(fields: PeftConfig, file: str) -> Method:
-    """The method of this peft_type; among several, the one whose claims match best."""
+    """The method with this peft_type. If several fit, the method with the most matching claims (see PeftSide)."""
     wanted = fields.get("peft_type")
     methods = [method for method in all_methods() if method.peft.peft_type]
     fitting = [
@@ -188,7 +188,7 @@ def _text(fields: PeftConfig, name: str, path: Path) -> str | None:
 
 
 def _tunekit_facts(folder: Path) -> JsonObject:
-    """The facts of tunekit.json; empty if the file does not exist."""
+    """The values of tunekit.json; empty if the file does not exist."""
     path = folder / FACTS_NAME
     if not path.exists() and not path.is_symlink():
         return {}

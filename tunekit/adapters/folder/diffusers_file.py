@@ -58,8 +58,8 @@ class ForeignLora:
 
 
 def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Tensors by diffusers' keys. These are PEFT's keys without the prefix, and with CLIP's layers under the name that
-    all versions know."""
+    """Tensors by diffusers' keys. These are PEFT's keys without the prefix. CLIP's layers have the names that all
+    versions know."""
     return {FLAT.sub(r"\1.text_model.", key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
 
@@ -115,8 +115,8 @@ def _numbers(target: Target) -> tuple[int, float]:
 def sdxl_name(layer: str, layers_per_block: int) -> str:
     """The name of a layer of SDXL's UNet in the original (SGM) code, from its name in diffusers.
 
-    kohya's scripts, A1111 and Forge know only these names for SDXL. `layers_per_block`: of the UNet's configuration.
-    Source: kohya-ss/sd-scripts, sdxl_model_util.make_unet_conversion_map.
+    kohya's scripts, A1111 and Forge know only these names for SDXL. `layers_per_block`: this field of the UNet's
+    configuration. Source: kohya-ss/sd-scripts, sdxl_model_util.make_unet_conversion_map.
     """
     match = _SDXL_BLOCK.fullmatch(layer)
     if match is None:
@@ -143,10 +143,10 @@ def kohya_tensors(
 ) -> Tensors:
     """Tensors by kohya's keys, with an alpha for each layer that gives the adapter's scale.
 
-    diffusers reads one alpha per part. So layers whose rank or alpha differs are written with one rank, the largest one
-    R, and with the alpha R: their B contains the scale, and zeros fill up the ranks.
+    diffusers reads one alpha per part. If ranks or alphas differ, all layers are therefore written with the largest
+    rank R and with alpha R. B is multiplied by the layer's scale, and smaller ranks are padded with zeros.
     `sdxl_layers`: layers_per_block of the UNet of an SDXL pipeline, whose layers have other names.
-    Raises: AdapterError for parts that kohya's format cannot name, and for tensors that no LoRA has.
+    Raises: AdapterError for parts that kohya's format cannot name, and for tensors other than A and B.
     """
     numbers = {target.name: _numbers(target) for target in targets}
     root = bool(getattr(settings, "use_rslora", False))
@@ -176,7 +176,7 @@ def kohya_tensors(
 
 
 def _with_rank(matrix: Tensor, axis: int, rank: int) -> Tensor:
-    """A (R, I, ...) or B (O, R, ...) with zeros up to the rank, which is its size along the axis."""
+    """A (R, I, ...) or B (O, R, ...), padded with zeros along `axis` to the size `rank`."""
     missing = [*matrix.shape[:axis], rank - matrix.shape[axis], *matrix.shape[axis + 1 :]]
     return torch.cat([matrix, matrix.new_zeros(missing)], axis)
 

@@ -1,4 +1,4 @@
-"""Folders of earlier releases of peft, whose configurations mean something else than those of the present release."""
+"""Folders of earlier releases of peft, in which some fields have a different meaning than in the present release."""
 
 from collections.abc import Mapping
 

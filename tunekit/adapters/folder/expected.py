@@ -1,5 +1,5 @@
-"""The tensors that an adapter file must contain. They follow from configuration and base alone, and are compared with
-the file's header."""
+"""The tensors that an adapter file must contain. They depend only on configuration and base, and are compared with the
+file's header."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ SHOWN_PROBLEMS = 8
 @dataclass
 class ExpectedTensors:
     """The tensors that a file must contain: slot and state name by file key. Also the copies of base weights that peft
-    may have added."""
+    may have added to the file."""
 
     slots: Slots = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)

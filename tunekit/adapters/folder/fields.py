@@ -1,6 +1,7 @@
-"""A method's side of PEFT's adapter_config.json: which fields correspond to our settings, and which must be off.
+"""Converts a method's settings to and from PEFT's adapter_config.json: fields that correspond to a setting, and fields
+that must be off.
 
-The format is that of PEFT 0.21.2: every field that it writes is written.
+A written file contains every field that PEFT 0.21.2 writes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -64,7 +65,8 @@ class PeftSide(Generic[Settings]):
     `remedies`: PEFT's name -> the advice for a refused value.
     `absent`: fields of MODULES that PEFT's class does not have and would warn about.
     `refuses_kernel_layers`: whether PEFT refuses layers whose weights a kernel reads; `takes_experts`: whether PEFT
-    treats layers with the names of former experts as parts of fused experts (both: see peft_models.py).
+    treats layers as parts of fused experts if they have the names that experts had in earlier models (both: see
+    peft_models.py).
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
     `stored`: (settings, the shapes of the file's tensors) -> the settings with which PEFT computed those tensors.
     """
@@ -82,7 +84,7 @@ class PeftSide(Generic[Settings]):
     stored: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Add the fields whose name in PEFT is that of our setting."""
+        """Add the fields that have the same name in PEFT as in our settings."""
         unlisted = self.settings.model_fields.keys() - self.fields.keys() - self.fixed.keys() - self.absent
         added = {name: (name, default) for name, default in SAME_NAMED.items() if name in unlisted}
         object.__setattr__(self, "fields", {**added, **self.fields})
@@ -142,7 +144,7 @@ class PeftSide(Generic[Settings]):
 
 
 def same_names(**defaults: object) -> PeftFields:
-    """Fields with the names of our settings, from PEFT's defaults."""
+    """The `fields` of a PeftSide for settings with the same name in PEFT. `defaults`: PEFT's defaults."""
     return {name: (name, default) for name, default in defaults.items()}
 
 

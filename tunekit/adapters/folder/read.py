@@ -88,8 +88,8 @@ def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None)
 
 
 def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """The configuration with PEFT's additions for ensure_weight_tying: if the embedding or a tied head is adapted or
-    copied, so is the other. PEFT's files contain the tensors of both."""
+    """The configuration with PEFT's additions for ensure_weight_tying: if the embedding is adapted or copied, so is
+    a tied head, and vice versa. PEFT's files contain the tensors of both."""
     modules = base_modules(net)
     embedding = embedding_name(net, modules)
     if not config.fields.get("ensure_weight_tying") or head_name not in tied_with(modules, embedding):
@@ -103,7 +103,7 @@ def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | 
 
 
 def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
-    """Continue from a folder: fill an adapter with the same layers, ranks and scaling.
+    """Load a folder's state into an adapter with the same layers, ranks and scaling, to continue its training.
 
     Raises: AdapterError as attach_adapter_folder does, or with the differences.
     """
@@ -208,7 +208,7 @@ def _read_tensors(
 ) -> Tensors:
     """All expected tensors by state name, after checks of header, names, shapes, types and hashes.
 
-    `enlarged`: modules whose complete matrices are in the file, because it adds rows to them.
+    `enlarged`: modules whose complete matrices are in the file, because the adapter adds rows to these matrices.
     """
     path = tensors_path(config.folder)
     header = adapter_header(path)
@@ -229,7 +229,8 @@ def _read_tensors(
 
 
 def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: BaseWeight | None, file: str) -> None:
-    """Check the copy of the base's embeddings that peft stores next to an adapter of them. The copy is not used.
+    """Check the copy of the base's embeddings that peft adds to the file if embeddings are adapted. The copy is not
+    used.
 
     Raises: AdapterError if the copy differs from this base's embeddings. The comparison is in the coarser of the two
     dtypes, because one of the tensors was rounded to it.

@@ -12,10 +12,10 @@ from tunekit.records import JsonObject
 def concrete_targets(
     names: Collection[str], all_names: Collection[str], depths: Sequence[int] = (1,)
 ) -> list[str] | str:
-    """The shortest sorted list that PEFT reads as exactly `names`: last names, otherwise full names, otherwise an
-    expression.
+    """The shortest sorted list that PEFT reads as exactly `names`. Its entries are the last parts of the names
+    (q_proj), otherwise full names. If both fail: a regular expression.
 
-    `depths`: allowed numbers of last parts in a shortened name.
+    `depths`: how many last parts a shortened name may have.
     """
     wanted = set(names)
     shortened = [{".".join(name.split(".")[-depth:]) for name in names} for depth in depths]
@@ -27,8 +27,8 @@ def concrete_targets(
 
 
 def entries_for(names: Collection[str], all_names: Collection[str], entries: list[str] | str) -> list[str] | str:
-    """The entries that PEFT, which compares plain endings, reads as exactly `names`; an expression if there are
-    none."""
+    """Those `entries` that PEFT reads as exactly `names`, for fields where PEFT compares the ends of names; a regular
+    expression if there are none."""
     if isinstance(entries, list):
         chosen = tuple(entry for entry in entries if any(name.endswith(entry) for name in names))
         if {name for name in all_names if name.endswith(chosen)} == set(names):
@@ -37,7 +37,7 @@ def entries_for(names: Collection[str], all_names: Collection[str], entries: lis
 
 
 def concrete_pattern(pattern: Mapping[str, Any], resolved: Mapping[str, Any], default: object) -> JsonObject:
-    """A pattern that PEFT reads as `resolved` (layer -> value), in any order of its keys.
+    """A rank or alpha pattern that PEFT reads as `resolved` (layer -> value), whatever the order of its keys.
 
     PEFT takes the first key that matches, and may sort the keys when it saves. The recipe's keys are written unless two
     keys with different values match one layer. In that case every layer whose value is not the default gets a separate

@@ -1,4 +1,5 @@
-"""Writes adapter folders in PEFT's format, completely or not at all, with tunekit's own facts in tunekit.json.
+"""Writes adapter folders in PEFT's format, completely or not at all, with tunekit's additional information in
+tunekit.json.
 
 peft loads such a folder without a warning, and the same adapter gives the same bytes.
 """
@@ -52,7 +53,8 @@ def save_adapter_folder(
     """Write the folder completely or not at all; returns its bytes.
 
     `chat_template`: the text of a template that replaces the base's; it then belongs to the adapter. `objective`: the
-    training objective, and the facts that its use needs. `of_pipeline`: the base is a diffusion pipeline, whose LoRA
+    training objective, with values that later use of the adapter needs, such as labels. `of_pipeline`: the base is a
+    diffusion pipeline, whose LoRA
     is written in diffusers' file instead of PEFT's.
     Raises: AdapterError if the folder contains files that are not an adapter's; ResourceError, RunFolderError.
     """
@@ -89,7 +91,7 @@ def write_adapter_folder(
     objective: Mapping[str, Any] | None = None,
     file: TensorsFile = (TENSORS_NAME, {"format": "pt"}),
 ) -> int:
-    """Write tensors by file key, PEFT's configuration and our own facts, completely or not at all; returns their
+    """Write tensors by file key, PEFT's configuration and tunekit.json, completely or not at all; returns their
     bytes.
 
     `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base. `file`: the name
@@ -142,7 +144,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def peft_config(attached: AttachedAdapter) -> PeftConfig:
-    """All fields of PEFT's configuration, with explicit targets, and patterns that mean the same in any order."""
+    """All fields of PEFT's configuration, with explicit targets. The order of keys in its patterns does not matter."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
     named = named_copies(base_modules(attached.net), saved_modules(settings))

@@ -1,4 +1,4 @@
-"""Detection of an MLP that computes exactly down(act(gate(x)) * up(x)), by its code."""
+"""Recognises MLPs that compute exactly down(act(gate(x)) * up(x)), by comparing their code."""
 
 import ast
 import inspect

@@ -1,10 +1,11 @@
 """Autograd functions for the LoRA of neighbouring layers: one for queries, keys and values, one for the gated MLP.
 
-The functions give the same products with less memory and fewer memory accesses. For the backward pass they save the
-input and a handle of the base layer, and for the MLP also the outputs of `gate` and `up`. They never save a dense W of
-a packed layer, a base output, a low-rank product, or a value between `gate` and `down`; these are recomputed.
-Results equal the plain path up to the order of sums, with the same dropout masks. A module that does not fit, such as
-one with hooks, takes the plain path: its own forward.
+The functions compute the same outputs as the layers, with less memory and fewer memory accesses. For the backward pass
+they save the input and a handle of the base layer, and for the MLP also the outputs of `gate` and `up`. They never save
+a dense W of a quantized layer, a base output, a low-rank product, or a value between `gate` and `down`; these are
+recomputed.
+Results equal those of the module's own forward (the plain path) up to the order of sums, with the same dropout masks. A
+module that does not fit, such as one with hooks, takes the plain path.
 """
 
 from collections import Counter
@@ -33,7 +34,7 @@ LayerGroup = tuple[str, ...]  # names of layers that are computed together
 @dataclass(frozen=True)
 class JoinedProducts:
     """The kernel of a method whose layers compute y = W x + s B A x. `layer`: the class of these layers. A layer with
-    other tensors than A and B takes the plain path."""
+    tensors other than A and B runs its own forward."""
 
     layer: type[LayerAdapter[Any]]
 
@@ -118,7 +119,7 @@ class JoinedLayers:
         self._results: dict[int, Tensor] = {}
 
     def product(self, layer: LayerAdapter[LowRankSettings], x: Tensor) -> Tensor | None:
-        """W x + s B A x of one of the layers; None if the plain path must be taken."""
+        """W x + s B A x of one of the layers; None if the layer must run its own forward."""
         if _has_hooks(layer):
             return None
         if not self.together:

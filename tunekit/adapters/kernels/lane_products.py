@@ -1,5 +1,5 @@
-"""One module for the rows of several runs in one forward: the base's product is computed once for all rows, and the
-low-rank updates of all runs by grouped products.
+"""Computes a module for the rows of several training runs in one forward. One product with the base's matrix serves all
+rows; grouped products compute the low-rank updates of all runs.
 
 For run k with rows x_k: y_k = W x_k + B_k A_k x_k, with the run's scaling in B_k. With g_k = dL/dy_k:
 dx_k = g_k W + (g_k B_k) A_k, dB_k = g_k^T (x_k A_k^T), dA_k = (g_k B_k)^T x_k.
@@ -43,8 +43,8 @@ def _ends(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 class LaneProducts(Wrapper):
-    """Replaces a module in the network that several runs share. `layers`: the layer of each run, None for a run that
-    does not adapt the module."""
+    """Replaces a module in the network that several runs share. `layers`: the adapted layer of each run, or None for a
+    run that does not adapt the module."""
 
     def __init__(self, base: nn.Module, layers: Sequence[LayerAdapter[Any] | None], casts: Casts) -> None:
         super().__init__(base)
@@ -52,7 +52,7 @@ class LaneProducts(Wrapper):
         self.casts = casts
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (1, N, I), the rows of all runs one after the other -> (1, N, O)."""
+        """The module's output. Shapes: x (1, N, I), the rows of all runs one after the other -> (1, N, O)."""
         lengths = current_call().lanes
         if x.shape[:-1] != (1, sum(lengths)):
             raise ValueError(f"a layer's input has the shape {tuple(x.shape)} instead of {sum(lengths)} rows")
@@ -65,7 +65,8 @@ class LaneProducts(Wrapper):
         return a, self.casts.get((id(self), "b", dtype), lambda: self._stack([b.t() for b in factors[1::2]], dtype))
 
     def _stack(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(K, R, ...) of factors (R_k, ...), one for each run that adapts the module."""
+        """The factors (R_k, ...) of the runs that adapt the module, stacked for all runs: (K, R, ...), with zeros
+        elsewhere."""
         rank = -(-max(map(len, factors)) // RANK_MULTIPLE) * RANK_MULTIPLE
         stack, left = factors[0].new_zeros(len(self.layers), rank, factors[0].shape[1], dtype=dtype), iter(factors)
         for lane, layer in enumerate(self.layers):
@@ -107,7 +108,7 @@ class _LaneProducts(torch.autograd.Function):
 
 
 def obstacle_to_lanes(layers: Sequence[LayerAdapter[Any]]) -> str | None:
-    """The reason why these layers of a run cannot be computed with those of other runs, or None."""
+    """The reason why a run with these layers cannot share forwards with other runs, or None."""
     for layer in layers:
         plain = layer.target.kind == "linear" and multiplies_exactly(layer.base_layer)
         if not (layer.is_additive and layer.is_thin and plain):

@@ -1,4 +1,4 @@
-"""Use of liger-kernel for norms and gated products; on the meta device, substitutes save the same tensors."""
+"""Use of liger-kernel for norms and gated products. On the meta device, substitutes save tensors of the same size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -49,7 +49,7 @@ class Products:
         self.casts = casts
 
     def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """(sum of R, I) all A, stacked along the rows."""
+        """The A of all layers, stacked along the rows: (sum of R, I)."""
         if len(self.bases) == 1:
             return self._cast(factors[0], (id(self), "a"), dtype)
         return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))
@@ -73,7 +73,7 @@ class Products:
         return outputs
 
     def _lows(self, x: Tensor, factors: Sequence[Tensor], masks: DropMasks) -> list[Tensor]:
-        """(N, R) A x of each layer. Without masks, one product computes all of them."""
+        """A x of each layer, (N, R). Without masks, one product computes them for all layers."""
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)  # (N, I), (sum of R, I)
         if masks.masks:
             return [
@@ -85,7 +85,8 @@ class Products:
     def backward(
         self, x: Tensor, factors: Sequence[Tensor], gradients: Sequence[Tensor | None], wants_x: bool, masks: DropMasks
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """dx (..., I), or None if not wanted, and the factors' gradients in float32. A gradient of None is zero."""
+        """dx (..., I), or None if not wanted, and the factors' gradients in float32. An output gradient of None means
+        zero."""
         if masks.masks:
             return self._masked_backward(x, factors, gradients, wants_x, masks)
         flat, a = x.reshape(-1, x.shape[-1]), self._joined_a(factors, x.dtype)
@@ -179,8 +180,8 @@ class Gated:
     def backward(
         self, gate: Tensor, up: Tensor, through_down: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradients of `gate` and `up`, and gradients of the factors of `down`. `through_down` computes the latter, and
-        the gradient of the product, from act(gate) * up."""
+        """Gradients of `gate`, of `up`, and of the factors of `down`. `through_down`: computes from h = act(gate) * up
+        the gradient of h and the gradients of these factors."""
         with torch.enable_grad():
             source = gate.detach().requires_grad_()
             activated = self.activation(source)

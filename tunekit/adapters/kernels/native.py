@@ -1,5 +1,5 @@
-"""Use of the compiled kernels for norms, gated products and attention: bfloat16 on a CPU. Other tensors take the usual
-path, such as those of the meta device.
+"""Use of the compiled kernels for norms, gated products and attention with bfloat16 on a CPU. All other tensors, such
+as those on the meta device, use torch's operations.
 
 Differences to torch's operations: the order of the sums in norms and attention, and the last bit of exponentials.
 """
@@ -22,7 +22,8 @@ from tunekit.model.pretrained import config_of
 
 
 def has_native_places(net: nn.Module) -> bool:
-    """Whether the kernels can replace something: a norm with Llama's code, or attention of documents."""
+    """Whether the network has a module that the kernels can replace: a norm with Llama's code, or attention of
+    documents."""
     return bool(liger_places(net)[0]) or str(config_of(net)._attn_implementation) == PRODUCTS
 
 

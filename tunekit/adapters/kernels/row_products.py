@@ -1,7 +1,8 @@
-"""Updates B A x of several adapters in one input, each for its own rows: one batched product for all of them.
+"""Updates B A x of a batch in which rows have different adapters: one batched product computes all updates.
 
-It needs the factors of the adapters next to each other in memory, so they are copied when an adapter's rows join. Where
-no memory is left for copies that stay, each forward copies them anew, module by module.
+The product needs the factors of the adapters next to each other in memory, so an adapter's factors are copied there
+when its first rows arrive. If no memory is left to keep the copies, each forward copies the factors again, module by
+module.
 """
 
 import math
@@ -20,9 +21,10 @@ NamedLayers = Mapping[str, LayerAdapter[Any]]  # adapter's name -> its layer, al
 
 @dataclass(frozen=True)
 class RowSegments:
-    """The rows of K adapters, N of each: an adapter with fewer rows repeats its first one.
+    """The rows of K adapters, N rows per adapter. An adapter with fewer rows repeats its first row.
 
-    `rows` (K N,): numbers of the rows; None: all rows in their order. `places`: those of `rows` without repetitions.
+    `rows` (K N,): row numbers; None: all rows of the batch in order. `places`: the positions in `rows` that are not
+    repetitions.
     """
 
     rows: Tensor | None
@@ -30,7 +32,7 @@ class RowSegments:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], count: int, device: torch.device) -> "RowSegments":
-        """`rows`: the numbers of each adapter's rows, of `count` rows in all."""
+        """The segments of a batch of `count` rows. `rows`: for each adapter, the numbers of its rows."""
         longest = max(map(len, rows))
         padded = [
             numbers[place] if place < len(numbers) else numbers[0] for numbers in rows for place in range(longest)
@@ -42,7 +44,7 @@ class RowSegments:
 
 @dataclass(eq=False)
 class CopyMemory:
-    """The memory that the banks of all modules use together, and may use."""
+    """The memory that the FactorBanks of all modules use together, and its limit."""
 
     limit_bytes: float = math.inf
     used_bytes: int = 0
@@ -50,9 +52,11 @@ class CopyMemory:
 
 @dataclass(eq=False)
 class FactorBank:
-    """A (K, R, I) and the transposed B (K, R, O) of adapters in the compute dtype. Lower ranks are padded with zeros.
+    """Copies of A (K, R, I) and the transposed B (K, R, O) of one module's adapters, in the compute dtype. Lower ranks
+    are padded with zeros.
 
-    The copies are valid while the adapters' weights do not change; `forget` drops one. `keep` frees memory.
+    The copies are valid while the adapters' weights do not change. `forget` drops one adapter's copy; `keep` frees
+    memory.
     """
 
     total: CopyMemory = field(default_factory=CopyMemory)
@@ -60,14 +64,15 @@ class FactorBank:
     memory: tuple[Tensor, ...] = ()
 
     def arrange(self, names: Sequence[str]) -> list[str]:
-        """These names in an order in which as many as possible are in their places."""
+        """Reorder the names so that as many adapters as possible stay at their present position in the bank."""
         places = {name: self.names.index(name) for name in names if name in self.names[: len(names)]}
         staying = {place: name for name, place in places.items()}
         others = iter([name for name in names if name not in places])
         return [staying.get(place) or next(others) for place in range(len(names))]
 
     def stack(self, layers: NamedLayers, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The factors of these layers. Only those that are not in their places are copied."""
+        """The factors of these layers, in this order. Only factors that are not yet at their position in the bank are
+        copied."""
         if torch.is_grad_enabled():
             return _stacked(layers, dtype)
         names = list(layers)
@@ -93,8 +98,8 @@ class FactorBank:
         self.names = [None if other == name else other for other in self.names]
 
     def keep(self, names: Collection[str]) -> None:
-        """Drop the copies of other adapters. Memory is freed if at least half of it is at the end and unused, so that
-        adapters that come and go in turns cause few allocations."""
+        """Drop the copies of all other adapters. Memory is freed only if its unused end is at least half of it, so that
+        frequent changes of adapters cause few allocations."""
         self.names = [name if name in names else None for name in self.names]
         used = max((place for place, name in enumerate(self.names, start=1) if name is not None), default=0)
         if 2 * used <= len(self.names):

@@ -1,4 +1,4 @@
-"""AdaLoRA, for linear layers and Conv1D, packed or not."""
+"""AdaLoRA, for linear layers and Conv1D, quantized or not."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ class Adalora(LowRankLayer[AdaloraSettings]):
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Update the moving averages after a step: of |value * gradient|, and of its distance from its average."""
+        """Update two moving averages after a step: of s = |value * gradient| (sensitivity), and of the distance between
+        s and its average (uncertainty)."""
         for factor in FACTORS:
             parameter, gradient = getattr(self, factor), getattr(self, factor).grad
             sensitivity, uncertainty = getattr(self, f"{factor}_sensitivity"), getattr(self, f"{factor}_uncertainty")
@@ -83,7 +84,7 @@ class Adalora(LowRankLayer[AdaloraSettings]):
             uncertainty.copy_(beta2 * uncertainty + (1 - beta2) * (now - sensitivity).abs())
 
     def scores(self) -> Tensor:
-        """(R,) the importance of each triplet: the score of its entry of E plus the mean scores of its row of A and
+        """The importance (R,) of each triplet: the score of its entry of E plus the mean scores of its row of A and
         column of B."""
         a, e, b = (
             getattr(self, f"{factor}_sensitivity") * getattr(self, f"{factor}_uncertainty") for factor in FACTORS
@@ -98,7 +99,8 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         return {a: state[a][present], e: state[e][present], b: state[b][:, present]}
 
     def present(self) -> Tensor:
-        """(R,) bool: the triplets of a file. Between two allocations a triplet that is not kept may be non-zero."""
+        """Which triplets are saved in a file, (R,) bool. Between two allocations a triplet that is not kept may be
+        non-zero."""
         return self.kept | (self.E.detach()[:, 0] != 0)
 
     def rank_pattern(self) -> list[bool]:
@@ -216,7 +218,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
 
 
 def run_conflicts(settings: AdaloraSettings, steps: int) -> list[Conflict]:
-    """A conflict if `tinit` and `tfinal` leave no step in which ranks are removed."""
+    """A conflict if no step is left between `tinit` and `tfinal` in which ranks could be removed."""
     if settings.tinit < steps - max(settings.tfinal, 1):
         return []
     what = (

@@ -12,7 +12,7 @@ from tunekit.recipe.adapters.bitfit import BitfitSettings
 
 
 def chosen_biases(modules: Modules, settings: BitfitSettings) -> dict[str, tuple[str, ...]]:
-    """The bias of each chosen owner, trained as a float32 copy without weight decay.
+    """The bias of each chosen module, trained as a float32 copy without weight decay.
 
     Source: Ben Zaken et al. 2022.
     """

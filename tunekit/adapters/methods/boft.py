@@ -1,4 +1,4 @@
-"""BOFT, for linear layers and Conv1D, packed or not."""
+"""BOFT, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Mapping
 
@@ -17,9 +17,9 @@ from tunekit.records import Target
 class Boft(LayerAdapter[BoftSettings]):
     """Butterfly rotation: y = s * (W R^T x) + bias, R = F_m ... F_1, each F_i a block rotation of permuted inputs.
 
-    Shapes: x (..., I) -> y (..., O); Q (m, blocks, b, b), blocks * b = I, of which only the skew-symmetric part
-    counts; s (O, 1). F_i joins halves of blocks that are 2^(i - 1) blocks apart, so that m factors mix b 2^(m - 1)
-    inputs. Starts as the identity: Q = 0, s = 1. s does not decay. Raises: AdapterError if blocks do not fit.
+    Shapes: x (..., I) -> y (..., O); Q (m, blocks, b, b), blocks * b = I (only the skew-symmetric part of Q is used); s
+    (O, 1). F_i joins halves of blocks that are 2^(i - 1) blocks apart, so that m factors mix b 2^(m - 1) inputs. Starts
+    as the identity: Q = 0, s = 1. s does not decay. Raises: AdapterError if blocks do not fit.
     Source: Liu et al. 2024, eq. 4 and figure 3.
     """
 
@@ -65,8 +65,8 @@ class Boft(LayerAdapter[BoftSettings]):
 def butterfly(inputs: int, size: int, index: int, device: torch.device) -> Tensor:
     """The order of the inputs in which the blocks of factor `index` (from 0) are consecutive: (I,) int64.
 
-    Runs of b 2^index inputs are cut into halves of blocks. Halves with even numbers come first, then those with odd
-    numbers.
+    Groups of b 2^index consecutive inputs are cut into halves of blocks. Halves with even numbers come first, then
+    halves with odd numbers.
     """
     if index == 0 and size % 2:
         return torch.arange(inputs, device=device)

@@ -1,4 +1,4 @@
-"""C3A, for linear layers and Conv1D, packed or not."""
+"""C3A, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""DeLoRA, for linear layers and Conv1D, packed or not."""
+"""DeLoRA, for linear layers and Conv1D, quantized or not."""
 
 from torch import Generator, Tensor, nn
 

@@ -1,4 +1,4 @@
-"""DoRA, for linear layers, Conv1D and embeddings, packed or not."""
+"""DoRA, for linear layers, Conv1D and embeddings, quantized or not."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

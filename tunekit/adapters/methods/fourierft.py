@@ -1,4 +1,4 @@
-"""FourierFT, for linear layers and Conv1D, packed or not."""
+"""FourierFT, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Sequence
 from functools import lru_cache

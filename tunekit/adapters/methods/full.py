@@ -16,11 +16,11 @@ from tunekit.recipe.adapters.full import FullSettings
 
 
 class BaseWeights(ModelAdapter[FullSettings]):
-    """The parameters of the base, with tied parameters once. The original values are not kept, so the adapter cannot be
-    bypassed.
+    """Trains the parameters of the base; a tied parameter occurs once. The original values are not kept, so the adapter
+    cannot be bypassed.
 
-    A float32 parameter is trained in place. A 16-bit parameter has a float32 master: its gradient is added to the
-    master's as soon as it is computed, and after each update it gets the master's rounded value.
+    A float32 parameter is trained in place. A 16-bit parameter has a float32 master copy. Its gradient is added to the
+    master's gradient as soon as it is computed. After each update the parameter gets the master's rounded value.
     Shapes: those of the base. Weight decay does not apply to vectors.
     """
 

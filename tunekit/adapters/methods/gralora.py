@@ -1,4 +1,4 @@
-"""GraLoRA, for linear layers and Conv1D, packed or not."""
+"""GraLoRA, for linear layers and Conv1D, quantized or not."""
 
 import math
 
@@ -18,7 +18,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
     """Low-rank blocks: block (j, n) of the update is s B_jn A_jn, s = alpha / (r + hybrid_r), each of rank R / k.
 
     Shapes: x (..., I) -> y (..., O); A (k, I / k, R): (input block n, its inputs, output block j and rank); B (k, R, O
-    / k): (output block j, input block n and rank, its outputs). hybrid_r adds a plain LoRA, (H, I) and (O, H).
+    / k): (output block j, input block n and rank, its outputs). hybrid_r adds an ordinary LoRA, (H, I) and (O, H).
     Starts as the identity: B = 0. Raises: AdapterError if k does not divide. Source: Jung et al. 2025, eq. 6.
     """
 

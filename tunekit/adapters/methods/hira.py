@@ -1,4 +1,4 @@
-"""HiRA, for linear layers, Conv1D and embeddings, packed or not."""
+"""HiRA, for linear layers, Conv1D and embeddings, quantized or not."""
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -34,7 +34,7 @@ class Hira(DeltaLayer[HiraSettings]):
             nn.init.normal_(self.B, generator=generator)
 
     def make(self, a: Tensor, b: Tensor) -> Tensor:
-        """The update (O, I) of this layer's own matrix."""
+        """The update W * (B A) (O, I) of this layer's matrix."""
         return self.base_weight().read(a.dtype) * (b @ a)
 
     def update(self, x: Tensor) -> Tensor:

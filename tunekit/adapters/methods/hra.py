@@ -1,4 +1,4 @@
-"""HRA, for linear layers and Conv1D, packed or not."""
+"""HRA, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""IA3, for linear layers and Conv1D, packed or not."""
+"""IA3, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Sequence
 from functools import lru_cache

@@ -84,7 +84,7 @@ class LlamaAdapter(ModelAdapter[LlamaAdapterSettings]):
         return add
 
     def _prompt_attention(self, place: SelfAttention, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, T, hidden) the attention to the layer's trained tokens, which is added to the layer's own attention."""
+        """The attention (B, T, hidden) to the layer's trained tokens, which is added to the layer's own attention."""
         module: Any = place.module
         projected = self._projected.pop(place.layer)
         prompt = getattr(self, f"prompt_{place.layer}").to(projected.dtype)

@@ -12,7 +12,7 @@ from tunekit.recipe.adapters.ln_tuning import LnTuningSettings
 
 
 class NormCopy(TrainedCopy):
-    """A norm with float32 copies of its weight and bias in their place.
+    """A norm whose weight and bias are replaced by trained float32 copies.
 
     Shapes: those of the norm. Starts as the identity: copies equal the originals. Weight decay never applies. Source:
     Zhao et al. 2023.

@@ -1,4 +1,4 @@
-"""LoHa, for linear layers and Conv1D, packed or not."""
+"""LoHa, for linear layers and Conv1D, quantized or not."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""LoKr, for linear layers and Conv1D, packed or not."""
+"""LoKr, for linear layers and Conv1D, quantized or not."""
 
 import math
 from dataclasses import dataclass

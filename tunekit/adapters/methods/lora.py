@@ -1,4 +1,4 @@
-"""LoRA and rsLoRA, for linear layers, Conv1D and embeddings, packed or not."""
+"""LoRA and rsLoRA, for linear layers, Conv1D and embeddings, quantized or not."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ class Lora(LayerAdapter[LowRankSettings]):
 
     Shapes: x (..., I) -> y (..., O); A (R, I); B (O, R). For an embedding: ids x (...), A (R, V), B (D, R), y = (W + s
     (B A)^T)[x].
-    Starts as the identity: B = 0 (embedding: A = 0), or as defined in adapters/starts/.
+    Starts as the identity: B = 0 (embedding: A = 0), or as the initialisation in adapters/starts/ defines.
     Source: Hu et al. 2021, eq. 3; Kalajdzievski 2023.
     """
 
@@ -64,7 +64,8 @@ class Lora(LayerAdapter[LowRankSettings]):
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
 
     def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
-        """Initialise A and B by the recipe's start, and save the part of W that they then contain."""
+        """Initialise A and B with the recipe's `start`. If it moves a part of W into A and B, also save their initial
+        values."""
         (rank, inputs), outputs = self.A.shape, self.B.shape[0]
         weight = self.base_weight().read
         layer = StartLayer(self.target.name, inputs, outputs, rank, self.scaling, generator, weight, evidence)
@@ -79,7 +80,8 @@ class Lora(LayerAdapter[LowRankSettings]):
         return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B; if a start has moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B', B'] (O, 2R).
+        """A and B. If the initialisation A', B' moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B',
+        B'] (O, 2R).
 
         In this form nothing large cancels, in any precision of the product.
         """

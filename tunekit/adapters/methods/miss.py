@@ -1,4 +1,4 @@
-"""MiSS, for linear layers and Conv1D, packed or not."""
+"""MiSS, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,8 +78,8 @@ def _bat(weight: Tensor, s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MissSide(PeftSide[MissSettings]):
-    """PEFT's fields; `init_weights` names the variant: `true` is the plain variant, and `false` only differs from it in
-    the initialisation."""
+    """PEFT's fields; `init_weights` names the variant: `true` is MiSS without a variant, and `false` differs from
+    `true` only in the initialisation."""
 
     def write(self, settings: MissSettings) -> PeftConfig:
         written = super().write(settings)

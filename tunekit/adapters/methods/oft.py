@@ -1,4 +1,4 @@
-"""OFT, for linear layers and Conv1D, packed or not."""
+"""OFT, for linear layers and Conv1D, quantized or not."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ from tunekit.records import Target
 class Oft(LayerAdapter[OftSettings]):
     """Rotated inputs: y = W R^T x, R block-diagonal, each block the Cayley transform of a skew-symmetric Q.
 
-    Shapes: x (..., I) -> y (..., O); upper triangles of Q (blocks, b (b - 1) / 2), blocks * b = I; one if shared.
-    Starts as the identity: Q = 0, R = I. R is computed in float32 and cast to x's dtype. The matrix W is never read.
-    Source: Qiu et al. 2023, eq. 4; Qiu et al. 2025, eq. 5 (the series).
+    Shapes: x (..., I) -> y (..., O); upper triangles of Q (blocks, b (b - 1) / 2), blocks * b = I; one triangle with
+    block_share. Starts as the identity: Q = 0, R = I. R is computed in float32 and cast to x's dtype. The matrix W is
+    never read. Source: Qiu et al. 2023, eq. 4; Qiu et al. 2025, eq. 5 (the series).
     """
 
     q: nn.Parameter

@@ -55,7 +55,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
         return self._encode(self.settings.encoder_dropout if self.net.training else 0.0)
 
     def _encode(self, dropout: float) -> Tensor:
-        """(P, D) the vectors that the encoder computes."""
+        """The vectors (P, D) that the encoder computes."""
         if self.from_folder:
             return self.prompt
         rows: Tensor = self.table

@@ -30,7 +30,7 @@ SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_sub
 
 
 class FilePrefixSettings(PrefixSettings):
-    """The settings of a folder, with its facts about the base, which are compared with the real base."""
+    """The settings of a folder, and the properties of the base that it states; they are compared with the real base."""
 
     _facts: tuple[tuple[str, int], ...] = ()
 
@@ -100,8 +100,8 @@ class Prefix(ModelAdapter[PrefixSettings]):
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of one layer, each (H, P, D).
 
-        In an encoder-decoder, PEFT assigns the rows to self-attention and cross-attention in turn, and ignores those of
-        cross-attention. So layer i has the rows 2 i (modulo the number of layers).
+        In an encoder-decoder, PEFT assigns entries of the prefix to self-attention and cross-attention in turn, and
+        ignores the entries for cross-attention. So layer i has the entry 2 i (modulo the number of layers).
         """
         prefix = self._computed_prefix
         if prefix is None or (torch.is_grad_enabled() and not prefix.requires_grad):  # computed without a gradient
@@ -136,7 +136,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
             nn.init.uniform_(bias, -bound, bound, generator=generator)
 
     def _from_text(self) -> Tensor:
-        """(P, L * 2 * H * D) the base's keys and values for the text's tokens, which are repeated or cut to P."""
+        """The base's keys and values (P, L * 2 * H * D) for the text's tokens, which are repeated or cut to P."""
         ids = self.settings.init_ids
         if ids is None:
             what = "the prefix's text has not been tokenized"
@@ -157,14 +157,14 @@ class Prefix(ModelAdapter[PrefixSettings]):
 
 
 def _facts(net: nn.Module, places: list[SelfAttention]) -> dict[str, int]:
-    """Facts about the base in PEFT's configuration."""
+    """Properties of the base that PEFT's configuration contains."""
     heads, width = places[0].heads, places[0].width
     return dict(zip(SHAPES, (heads * width, heads, len(places), 2 if is_encoder_decoder(net) else 1), strict=True))
 
 
 def _compare(settings: PrefixSettings, net: nn.Module, places: list[SelfAttention]) -> None:
-    """Raises: AdapterError with every fact of a folder that does not match this base; RecipeError for an invalid
-    start."""
+    """Raises: AdapterError with every property in the folder's configuration that does not match this base;
+    RecipeError for an invalid start."""
     facts = _facts(net, places)
     if isinstance(settings, FilePrefixSettings):
         wrong = [
@@ -195,7 +195,7 @@ def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSett
 
 
 class PrefixSide(PeftSide[FilePrefixSettings]):
-    """PEFT's fields, some of which are facts about the base to be compared later."""
+    """PEFT's fields. Some of them describe the base and are compared with the real base later."""
 
     def read(self, config: PeftConfig, file: str) -> FilePrefixSettings:
         """Our settings for PEFT's fields.

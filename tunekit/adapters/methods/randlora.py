@@ -1,4 +1,4 @@
-"""RandLoRA, for linear layers and Conv1D, packed or not."""
+"""RandLoRA, for linear layers and Conv1D, quantized or not."""
 
 import math
 from collections.abc import Sequence

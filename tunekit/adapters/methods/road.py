@@ -1,4 +1,4 @@
-"""RoAd, for linear layers and Conv1D, packed or not."""
+"""RoAd, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Sequence
 

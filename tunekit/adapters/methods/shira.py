@@ -1,4 +1,4 @@
-"""SHiRA, for linear layers and Conv1D, packed or not."""
+"""SHiRA, for linear layers and Conv1D, quantized or not."""
 
 import torch
 from torch import Generator, Tensor, nn

@@ -1,4 +1,4 @@
-"""VB-LoRA, for linear layers and Conv1D, packed or not."""
+"""VB-LoRA, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,8 @@ class Vblora(LowRankLayer[VbloraSettings]):
     """Low-rank update from a vector bank: y = W x + B A x, each piece of A and B a mixture of k vectors of the bank.
 
     Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R). Not the
-    identity at the start: if A or B were zero, the bank and the other's logits would get no gradient. Source: Li et
+    identity at the start: if A or B were zero, the bank and the logits of the other factor would get no gradient.
+    Source: Li et
     al. 2024, eq. 4 and 5.
     """
 

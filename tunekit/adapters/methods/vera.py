@@ -1,4 +1,4 @@
-"""VeRA, for linear layers and Conv1D, packed or not."""
+"""VeRA, for linear layers and Conv1D, quantized or not."""
 
 from collections.abc import Callable, Sequence
 

@@ -32,7 +32,7 @@ class CordaStatistics:
             self.count += 1
 
     def finish(self) -> Tensor:
-        """C (I, I)."""
+        """The mean C (I, I) over all rows."""
         return self.covariance / max(self.count, 1)
 
 

@@ -9,7 +9,8 @@ MIN_OVERSAMPLING = 10  # Halko et al. 2011, section 4.2; or the rank if that is 
 def largest_parts(
     matrix: Tensor, rank: int, iterations: int | None, generator: Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (O, R), S (R,), V^T (R, I) of the R largest singular values of `matrix` (O, I).
+    """The R largest singular values S (R,) of `matrix` (O, I), with their vectors U (O, R) and V^T (R, I); returns U,
+    S, V^T.
 
     `iterations`: the number of power iterations of a random sketch (Halko et al. 2011, algorithms 4.4 and 5.1); None:
     exact.

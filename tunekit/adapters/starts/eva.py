@@ -68,7 +68,8 @@ def statistics_bytes(settings: EvaSettings, target: Target) -> int:
 
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
-    """The `count` largest S V^T (C, I) of a matrix (N, I) in float64, through the smaller of its two Gram matrices."""
+    """S V^T (C, I) for the `count` largest singular values of a matrix (N, I). Computed in float64 from the smaller
+    of its two Gram matrices."""
     if matrix.shape[0] <= matrix.shape[1]:
         _, u = torch.linalg.eigh(matrix @ matrix.t())  # ascending
         return u[:, -count:].flip(1).t() @ matrix
@@ -80,7 +81,8 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
 def share_ranks(
     settings: EvaSettings, targets: Sequence[Target], evidence: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, int]:
-    """Layer -> rank: the total rank goes to the components with the largest shares of their layer's variance.
+    """Distributes the total rank over layers; returns layer -> rank. Components with the largest shares of their
+    layer's variance are chosen.
 
     Source: Paischer et al. 2024, section 3.3.
     """
@@ -100,7 +102,8 @@ def share_ranks(
 
 
 def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | None:
-    """A layer's alpha for another rank: it keeps the scaling, unless the recipe disables that."""
+    """A layer's alpha after its rank has changed. Alpha changes too, so that the scaling stays the same, unless the
+    recipe disables that."""
     assert isinstance(settings.start, EvaSettings)
     if not settings.start.adjust_alpha or target.alpha is None or not target.r:
         return target.alpha

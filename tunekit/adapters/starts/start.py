@@ -1,7 +1,8 @@
-"""Initialisation of A and B in LoRA-like layers (`start` in recipes): the inputs of an initialisation, and its calls.
+"""Initialisation of A and B in LoRA-like layers. A "start" is an initialisation method, after the setting `start` in
+recipes.
 
-A start that needs data or the unquantized weight (its evidence) first returns the values of `default`. `initialise_all`
-calls it again with the evidence before step 1.
+Some starts need evidence: data, or the unquantized weight. Without evidence they return the values of `default`;
+`initialise_all` calls them again with the evidence before step 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,8 @@ LINEAR = ("linear", "conv1d")  # the kinds of layers that a start initialises
 
 @dataclass(frozen=True)
 class StartLayer(Generic[Evidence]):
-    """The data about one layer that a start can use: sizes, s, W as used in the forward, and the collected evidence.
+    """The data about one layer that a start can use: sizes, the scaling s, W as used in the forward, and the collected
+    evidence.
 
     `experts`: for a fused parameter, whose A (R E, I) and B (O, R E) contain the factors of all experts.
     """
@@ -44,7 +46,7 @@ class LayerActivations:
     """The activations of one layer in one micro-batch, real tokens only.
 
     Shapes: inputs (N, I) float32; rows (N,), the sequence of each token; supervised (N,), whether the token has a
-    loss; gradients (N, O) float32 of the loss by the layer's output, if requested.
+    loss; gradients (N, O) float32, of the loss with respect to the layer's output, if requested.
     """
 
     inputs: Tensor
