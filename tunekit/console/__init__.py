@@ -25,7 +25,7 @@ PIPE_COLUMNS = 120  # if output is not a terminal and COLUMNS is not set
 
 
 class Console:
-    """The output of a verb. With enabled=False (for all ranks except the first) it prints nothing. If `json_file` is
+    """The output of a command. With enabled=False (for all ranks except the first) it prints nothing. If `json_file` is
     "-", everything goes to standard error, because standard output contains only JSON."""
 
     def __init__(
@@ -168,8 +168,8 @@ class Console:
         self._print_rich(text)
 
     def draw(self, text: str, *, stays: bool = False) -> None:
-        """Draw a live line at the bottom of a terminal, cut to its width, in place of the line before. Later output
-        replaces the line unless it `stays`. In a pipe, print a plain line."""
+        """Draw a live line at the bottom of a terminal, cut to the terminal's width, in place of the last live line.
+        Later output replaces the line unless it `stays`. In a pipe, print a plain line."""
         if not self.is_terminal:
             self.info(text)
         elif not is_quiet():
@@ -179,11 +179,11 @@ class Console:
                 self._drawn = not stays
 
     def named(self, name: str) -> "Console":
-        """This console for one of several runs: its lines begin with the run's name."""
+        """A console for one of several runs: all lines begin with the run's name."""
         return _NamedConsole(self, name)
 
     def _print_rich(self, thing: object) -> None:
-        """Render with rich into text, and write that like all other text."""
+        """Render an object of rich as text, and write the text like all other text."""
         if not self.enabled:
             return
         from rich.console import Console as RichConsole

@@ -11,5 +11,5 @@ def is_quiet() -> bool:
 
 
 def is_verbose() -> bool:
-    """Whether the seconds of each part and the libraries' logs are printed too."""
+    """Whether the seconds of each phase and the libraries' logs are printed too."""
     return os.environ.get(LOUDNESS) == "verbose"

@@ -1,4 +1,4 @@
-"""Progress of training and evaluation: one live line on a terminal, otherwise plain lines at intervals."""
+"""Shows the progress of training and evaluation: one live line on a terminal, otherwise plain lines at intervals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
 
 
 class Heartbeat:
-    """Shows how long a step has been running. It has its own thread, because a running step cannot report."""
+    """Shows how long a step has been running. A separate thread does this, because a running step cannot report."""
 
     def __init__(self, console: Console, what: str) -> None:
         self._console, self._what = console, what
@@ -46,8 +46,8 @@ class Heartbeat:
 
 
 def beat_waits(live: bool) -> Iterator[float]:
-    """The waiting time before each beat in seconds. A live line starts at once, and then beats regularly. The intervals
-    between plain lines double.
+    """Seconds to wait before each display of the time. A live line is shown at once and then at equal intervals. The
+    intervals between plain lines double.
     """
     yield 0.0 if live else PLAIN_SECONDS
     for turn in count():
@@ -113,7 +113,7 @@ class StepProgress:
         self._console.draw(self.line(record))
 
     def stop(self) -> None:
-        """The run has ended: later lines show no time left."""
+        """Record that the run has ended: later lines show no time left."""
         self._stopped = True
 
     def evaluation(self, record: EvaluationRecord) -> None:
@@ -131,8 +131,8 @@ class StepProgress:
         """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  peak 1.5 GiB  3m20s left.
 
         Shows the objective's headline metric instead of the loss if it has one.
-        On a terminal also a bar of the steps and a curve of recent losses. A narrow terminal drops, in this order, the
-        curve, the bar, the learning rate, memory, speed and loss; the step and the time left stay.
+        A terminal also shows a bar of the steps and a curve of recent losses. A narrow terminal drops, in this order,
+        curve, bar, learning rate, memory, speed and loss; the step and the time left stay.
         """
         left, draws = self.seconds_left(), self._is_live and can_encode(self._console.output, BARS + FULL + EMPTY)
         done = round(BAR_COLUMNS * min(record.step / max(self._total, 1), 1.0))
@@ -161,9 +161,9 @@ class StepProgress:
 
 
 def seconds_left(seconds: Iterable[float], steps: int) -> float | None:
-    """Time for `steps` more steps, from the recorded `seconds` of the last steps; None if unknown.
+    """Time for `steps` more steps, estimated from the recorded `seconds` of the last steps; None if unknown.
 
-    The records are used instead of a clock, because `tunekit watch` may read an hour of training within a second.
+    Recorded times are used instead of a clock, because `tunekit watch` may read an hour of training within a second.
     """
     pace = list(seconds)[-RATE_STEPS:]
     return steps * sum(pace) / len(pace) if pace and steps > 0 else None
@@ -178,8 +178,9 @@ class CountProgress:
         self._reported_at, self._drawn = clock(), False
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Report progress, such as ("rows measured", 120, 427). The end is reported only if progress was reported
-        before."""
+        """Report that `done` of `total` items are done, such as ("rows measured", 120, 427).
+
+        The end is reported only if progress was reported before."""
         now, ends = self._clock(), self._drawn and done == total
         if now - self._reported_at < self._wait and not ends:
             return

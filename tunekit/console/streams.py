@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, redirected, or unable to encode a text."""
+"""Functions for standard streams that may be closed, redirected, or unable to encode a text."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def can_encode(stream: TextIO, text: str) -> bool:
 
 
 def encodable(stream: TextIO, text: str) -> str:
-    """The text. Characters that the stream cannot encode are written as escapes."""
+    """The text, with characters that the stream cannot encode written as escapes."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 

@@ -13,8 +13,8 @@ JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *REORDER
 
 
 def visible(text: str) -> str:
-    """The text with control characters written as escapes. So data can neither control the terminal nor reorder its
-    letters.
+    """The text with control characters written as escapes. So data can neither control the terminal nor reorder the
+    letters on it.
     """
     return text.translate(CONTROL)
 
@@ -25,7 +25,7 @@ def json_line(value: object) -> str:
 
 
 def cell_text(value: object) -> str:
-    """A value in a table: integers with thousands separators, fractions with four digits."""
+    """The text of a value in a table: integers have thousands separators, fractions have four digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -44,7 +44,7 @@ class Flow:
         self.is_inside = False  # whether the beginning of an incomplete word is written
 
     def add(self, text: str) -> str:
-        """The text that can be written now."""
+        """Add a piece of text. Returns the text that can be written now."""
         if self.columns is None:
             return text
         *words, self.word = re.split(r"(?<=\s)", self.word + text)
@@ -69,14 +69,14 @@ class Flow:
 
 
 def curve_text(values: Sequence[float], columns: int) -> str:
-    """The values as a line of bars. Each bar is the mean of an equal share of the values."""
+    """The values as one line of bars. Each bar is the mean of an equal share of consecutive values."""
     means = means_of(values, columns)
     low, span = min(means, default=0.0), (max(means, default=0.0) - min(means, default=0.0)) or 1.0
     return "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1)] for mean in means)
 
 
 def means_of(values: Sequence[float], count: int) -> list[float]:
-    """At most `count` means, each of an equal share of the values, in order."""
+    """At most `count` means of consecutive values. Each mean is of an equal share of the values."""
     count = min(count, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)] if count else []
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

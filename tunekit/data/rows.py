@@ -1,4 +1,4 @@
-"""Loading the rows of an objective from the data section, with the token cache, the held-out split and the counts."""
+"""Loads the rows of an objective from the data section, with the token cache, the held-out split and the counts."""
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -75,7 +75,7 @@ class RowSet:
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
 
     def evaluation_prompts(self, count: int | None = None) -> list[Prompt]:
-        """The evaluation rows that have an answer, as prompts for generation. `count`: return only so many."""
+        """The evaluation rows that have an answer, as prompts for generation. `count`: the maximum number."""
         kind = self.objective.rows.counting()
         prompts: list[Prompt] = []
         for file, line, example in self.evaluation_examples():
@@ -163,7 +163,7 @@ def load_evaluation_rows(
 
 
 def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir: Path | None) -> RowSet:
-    """Rows of streamed sources. `train` has only the first rows of each source; all counts are estimated from these."""
+    """Rows of streamed sources. `train` has only the first rows of each source; counts are estimated from them."""
     if isinstance(data.eval, float):
         raise RecipeError(f"{STREAMED}, so no fraction can be held out", OWN_EVALUATION, key="data.eval")
     if not objective.complete:
@@ -205,7 +205,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
 
 
 def _with_options(objective: Objective, options: EncodeOptions) -> Objective:
-    """The objective with the data section's options. Raises: RecipeError for options that do not apply to its rows."""
+    """The objective, with the data section's options. Raises: RecipeError for options that its rows do not support."""
     objective = objective.with_options(options)
     problems = objective.rows.problems()
     if problems:
@@ -214,7 +214,7 @@ def _with_options(objective: Objective, options: EncodeOptions) -> Objective:
 
 
 def _with_tables(data: DataSection) -> DataSection:
-    """The data section. Each folder that has a table is replaced by the path of its table."""
+    """The data section, with the path of the table in place of each folder that has a table."""
     train, evaluation = tuple(map(with_table, data.train)), data.eval
     evaluation = tuple(map(with_table, evaluation)) if isinstance(evaluation, tuple) else evaluation
     return data.model_copy(update={"train": train, "eval": evaluation})
@@ -225,7 +225,7 @@ def _whole(source: EncodedSource) -> Part:
 
 
 def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) -> tuple[list[Part], list[Part]]:
-    """Training rows and held-out rows of each source. The hash of a row decides, so equal rows are on the same side."""
+    """Training rows and held-out rows of each source. The hash of a row decides, so equal rows stay together."""
     if fraction is None:
         return [_whole(source) for source in sources], []
     train, held = [], []
@@ -283,7 +283,7 @@ def _notes(sources: Sequence[EncodedSource], *, evaluation: bool = False) -> tup
 
 
 def _leaks(data: DataSection, objective: Objective, train: ChosenRows, evaluation: ChosenRows | None) -> list[str]:
-    """Warnings about rows that are used for both training and evaluation."""
+    """Warnings about rows that are both in the training rows and in the evaluation rows."""
     if evaluation is None or objective.measures_training:
         return []
     notes = []

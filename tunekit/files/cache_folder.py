@@ -30,7 +30,7 @@ def default_cache_folder() -> Path:
 
 
 def cache_entries() -> list[Path]:
-    """The cached files and folders. Linked folders are not entered, and files with other names are left alone."""
+    """The cached files and folders. Linked folders are not entered. Files with names of other programs are left out."""
     folders = [folder for name in ENTRY_NAMES if is_real_folder(folder := default_cache_folder() / name)]
     return [
         entry
@@ -59,7 +59,7 @@ def hash_of(value: object) -> str:
 def code_version(places: Sequence[str], packages: Sequence[str]) -> str:
     """sha256 of the code in `places` (files or folders of this package) and of the versions of `packages`.
 
-    Raises: FileNotFoundError for a place that does not exist, so that moved code cannot be missed.
+    Raises: FileNotFoundError for a place that does not exist, so that moved code is noticed.
     """
     digest = hashlib.sha256()
     for place in places:

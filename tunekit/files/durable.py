@@ -1,7 +1,7 @@
 """Atomic, durable changes to run folders: after a kill or a power cut a file is either complete or absent.
 
-All changes to a run folder are made by `perform`, so that tests can count changes, let a change fail, or kill the
-process at a change. Errors of the operating system become errors with advice for the user.
+`perform` makes all changes to a run folder, so that tests can count changes, let a change fail, or kill the process
+at a change. Errors of the operating system become errors with advice for the user.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def free_bytes(path: Path) -> int:
 
 
 def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) -> T:
-    """Make one change to the disk by `perform`. An OSError becomes an error with advice for the user."""
+    """Call `perform`. An OSError becomes an error with advice for the user."""
     try:
         return perform(kind, path, action)
     except OSError as error:
@@ -75,8 +75,8 @@ def effect(kind: str, path: Path, action: Callable[[], T], size_bytes: int = 0) 
 
 
 def open_file(path: Path, flags: int, *, follows_links: bool = False) -> int:
-    """The descriptor of a file opened in binary mode. If the system cannot refuse links (Windows), the path is checked
-    first.
+    """Open a file in binary mode and return its descriptor. If the system cannot refuse links (Windows), the path is
+    checked first.
 
     Raises: OSError, also for a link unless `follows_links`.
     """
@@ -115,7 +115,7 @@ class DurableFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Flush the file to the disk unless the block failed, and close it. Errors are reported as write errors."""
+        """Flush the file to the disk, unless the block failed, and close it. Errors are reported as write errors."""
         try:
             if kind is None:
                 effect("fsync", self.path, lambda: os.fsync(self._file.fileno()), self.size_bytes)
@@ -185,7 +185,7 @@ def is_real_file(path: Path) -> bool:
 
 
 def is_own(path: Path) -> bool:
-    """Whether the path belongs to this process's user. Windows gives each user a temporary folder instead."""
+    """Whether the path belongs to this process's user. True on Windows, where each user has a temporary folder."""
     return not hasattr(os, "getuid") or path.lstat().st_uid == os.getuid()
 
 
@@ -240,14 +240,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """`atomic_file` with these bytes."""
+    """Write a file with these bytes completely or not at all."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def json_result(name: str | None) -> Callable[[object], None]:
-    """A function that writes a verb's JSON result to the named file (- is standard output), or does nothing for None.
-    Call it before the work, so that an unwritable file is reported early.
+    """A function that writes a verb's JSON result to the file `name` (-: standard output; None: nothing is written).
+    Call this before the work, so that an unwritable file is reported early.
 
     Raises: RunFolderError if the file cannot be written.
     """
@@ -267,12 +267,12 @@ def json_result(name: str | None) -> Callable[[object], None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` in UTF-8; an unpaired surrogate, which UTF-8 cannot encode, is escaped."""
+    """Write a text in UTF-8, as `write_bytes`. An unpaired surrogate, which UTF-8 cannot encode, is escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_new_text(path: Path, text: str) -> bool:
-    """`write_text` if the path does not exist. Returns whether the file now contains the text."""
+    """Write a text if the path does not exist. Returns whether the file now contains the text."""
     if not os.path.lexists(path):
         write_text(path, text)
     return is_real_file(path) and path.read_bytes() == text.encode()
@@ -284,5 +284,5 @@ def json_bytes(value: object) -> bytes:
 
 
 def write_json(path: Path, value: object) -> None:
-    """`write_bytes` of `json_bytes`."""
+    """Write a value as a JSON file, as `write_bytes`."""
     write_bytes(path, json_bytes(value))

@@ -46,7 +46,7 @@ class FolderLock:
             self.path.write_text(f"{os.getpid()}\n")
 
     def _holder(self) -> str:
-        """ " (its id is 123)", if the lock file contains an id."""
+        """ " (its id is 123)" for a message, if the lock file contains the id of the process."""
         with contextlib.suppress(OSError, ValueError):
             return f" (its id is {int(self.path.read_text())})"
         return ""
@@ -59,8 +59,7 @@ class FolderLock:
         self._lock.release()
 
     def remove(self) -> None:
-        """Remove the file and release the lock, so that a failed start leaves the folder unchanged. If possible, the
-        file is removed first."""
+        """Remove the lock file (first, if possible) and release the lock. A failed start then leaves no trace."""
         with contextlib.suppress(OSError):
             self.path.unlink()
         self._lock.release()

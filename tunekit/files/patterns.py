@@ -24,7 +24,7 @@ Match = regex.Match[str]
 
 @lru_cache(maxsize=1024)
 def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
-    """A regular expression with Python's syntax and meaning, inserted into `template`, compiled by the package
+    """Insert a regular expression with Python's syntax and meaning into `template`, and compile it with the package
     `regex`.
 
     A pattern is refused if its structure allows exponential time:
@@ -34,8 +34,8 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
     - back references, flags, conditions and atomic groups
     - syntax that only `regex` knows: fuzzy counts such as {e<=1}, and POSIX classes
 
-    The matcher remembers where a repeat has failed, so almost no other pattern is slow. Callers also set a timeout. The
-    package counts it in processor seconds of this process, so it does not depend on the load of the machine.
+    The matcher remembers where a repeat has failed, so almost no other pattern is slow. Callers also set a timeout. It
+    is in processor seconds of this process, so it does not depend on the load of the machine.
     Raises: ValueError with the reason for a refusal.
     """
     if len(text) > MAX_PATTERN_CHARACTERS:
@@ -52,8 +52,8 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
 
 @dataclass
 class _Repeats:
-    """Counts for a part of a pattern: open repeats, their depth of nesting, and copies after expansion of counted
-    repeats."""
+    """Counts for a part of a pattern: its open repeats, how deep they are nested, and its copies after counted repeats
+    are expanded."""
 
     count: int = 0
     depth: int = 0
@@ -72,7 +72,7 @@ class _Repeats:
 def _refuse_costly(text: str) -> None:
     """Refuse a pattern whose structure allows exponential time.
 
-    Raises: ValueError. Texts that are not expressions are not refused here but by the compiler.
+    Raises: ValueError. Invalid expressions are not refused here: the compiler refuses them.
     """
     parts = [[_Repeats()]]  # for each open group, its parts so far; a quantifier repeats the last part
     for piece in PATTERN_PIECE.finditer(text):
@@ -100,7 +100,7 @@ def _refuse_costly(text: str) -> None:
 
 
 def compile_expression(text: str) -> regex.Pattern[str]:
-    """An expression with Python's syntax and meaning, for searching a model's output with a timeout.
+    """Compile an expression with Python's syntax and meaning. It searches a model's output, with a timeout.
 
     Everything that `re` compiles is allowed, since the timeout ends slow searches; only the size is limited.
     Raises: ValueError.

@@ -61,7 +61,7 @@ class TensorEntry:
 
 
 def read_raw_header(path: Path, kind: FileKind = ADAPTER_FILE) -> tuple[int, int, dict[str, Any]]:
-    """The start and end of the data, and the header as strict JSON.
+    """The start and end of the tensors' data in a file, and the parsed header.
 
     Raises: the kind's error.
     """
@@ -81,9 +81,9 @@ def read_raw_header(path: Path, kind: FileKind = ADAPTER_FILE) -> tuple[int, int
 
 
 def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, TensorEntry]:
-    """The entries of all tensors in the order of the file, without reading their data.
+    """The entries of all tensors, in the order of the file. The tensors' data are not read.
 
-    It checks the header's length, strict JSON, types, shapes, and that the byte ranges fill the file without overlap.
+    Checks the header's length, strict JSON, types and shapes, and that the byte ranges fill the file without overlap.
     Raises: the kind's error.
     """
     file = str(path)
@@ -104,7 +104,7 @@ def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, T
 
 
 def _entry(name: str, value: object, path: Path, start: int, kind: FileKind) -> TensorEntry:
-    """One tensor's entry, with every number checked."""
+    """The entry of one tensor. All its numbers are checked."""
     fault = kind.error(f"the header's entry '{printable(name)}' is malformed", DAMAGED_HOW, file=str(path))
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise fault
@@ -134,7 +134,7 @@ def iterate_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a header from read_tensor_header, in the order of the file.
 
-    Raises: the kind's error if the file has changed since.
+    Raises: the kind's error if the file has changed since the header was read.
     """
     with open_regular(path, kind) as (number, size_bytes):
         if header and size_bytes != max(entry.offset_bytes + entry.size_bytes for entry in header.values()):
@@ -165,7 +165,7 @@ def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: F
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of one tensor in row order; no copy if it is contiguous on the CPU."""
+    """The bytes of one tensor in row order. A contiguous tensor on the CPU is not copied."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)  # (elements,)
     return flat.view(torch.uint8).numpy().data
 

@@ -1,6 +1,6 @@
 """Reads files that may be hostile: regular files of valid size, and strict JSON.
 
-The real size of a file decides how much memory is allocated, never a number in the file.
+Only the file's real size decides how much memory is allocated, never a number in the file.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ MAX_NUMBER_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class FileKind:
-    """Rules for reading one kind of file. `error`: for all faults; `follows_links`: whether links are allowed."""
+    """Rules for reading one kind of file. `error`: the class of all errors ("the kind's error"). `follows_links`: allow
+    links. `json_bytes`: the maximum size of JSON."""
 
     error: type[InputError]
     follows_links: bool = False
@@ -150,7 +151,7 @@ def same_value(left: object, right: object) -> bool:
 
 
 def printable(value: object, characters: int = 80) -> str:
-    """A foreign value, shortened and printable."""
+    """A value from a file that may be hostile, shortened and printable."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
     return text if len(text) <= characters else text[: characters - 3] + "..."

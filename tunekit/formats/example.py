@@ -42,7 +42,7 @@ class CompletionExample:
 
 @dataclass(frozen=True)
 class TextExample:
-    """Running text; all of it is trained on."""
+    """Running text, trained on completely."""
 
     text: str
     weight: float = 1.0
@@ -50,7 +50,7 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A conversation. `without_template`: the example to use if the tokenizer has no chat template, or None."""
+    """A conversation. `without_template`: the example to use with a tokenizer without a chat template, or None."""
 
     messages: tuple[Message, ...]
     tools: tuple[JsonObject, ...] | None = None

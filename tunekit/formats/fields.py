@@ -17,7 +17,7 @@ def read_text(row: Fields, name: str, *, where: str = "") -> str:
 
 
 def read_value(row: Fields, name: str, *, where: str = "") -> object:
-    """The value of the field `name`. Raises: DataError if there is none."""
+    """The value of the field `name`. Raises: DataError if the row does not have this field."""
     if name not in row:
         what = f"no field '{where}{name}'; this row has {listed(row)}"
         raise DataError(what, "add it, or map a column to it under data.train[].columns")
@@ -25,7 +25,7 @@ def read_value(row: Fields, name: str, *, where: str = "") -> object:
 
 
 def named_nearly(value: object, known: Iterable[str]) -> str:
-    """A hint "did you mean 'NAME'? " with the known name that is most similar to a wrong one, or "" if none is
+    """A hint "did you mean 'NAME'? " for a wrong name, with the most similar known name; "" if no name is
     similar."""
     near = difflib.get_close_matches(str(value), list(known), n=1)
     return f"did you mean '{near[0]}'? " if near else ""
@@ -61,7 +61,7 @@ def check_encodable(value: str, label: str) -> None:
 
 
 def read_weight(value: object, label: str) -> float:
-    """A weight in the loss: 0, or a number within limits, so that products of two weights are finite in float32."""
+    """A weight in the loss: 0, or a number within limits, so that the product of two weights is finite in float32."""
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
     if not (number == 0 or MINIMUM_WEIGHT <= number <= MAXIMUM_WEIGHT):
         allowed = f"0, or from {MINIMUM_WEIGHT:g} to {MAXIMUM_WEIGHT:g}"
@@ -70,7 +70,7 @@ def read_weight(value: object, label: str) -> float:
 
 
 def read_json(value: object, label: str) -> object:
-    """`value`, parsed if it is a text with JSON."""
+    """The parsed JSON if `value` is a text; any other `value` unchanged."""
     if not isinstance(value, str):
         check_encodable(json.dumps(value, ensure_ascii=False, default=str), label)
         return value

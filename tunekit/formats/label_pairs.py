@@ -39,7 +39,7 @@ def names_pair(row: Fields) -> bool:
 
 
 def aliases_of(row: Fields) -> dict[str, str]:
-    """Alternative names of columns -> fields, for rows with these columns."""
+    """Alternative names of columns that this row may use: name -> field."""
     weaker = dict(zip(WEAKER_TEXTS, TEXTS, strict=True))
     others = any(name in TEXTS or ALIASES.get(name) in TEXTS for name in row)
     return ALIASES if others or not row.keys() >= weaker.keys() else ALIASES | weaker

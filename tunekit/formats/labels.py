@@ -1,7 +1,7 @@
 """`format: labels`: a text and its label, `{"text": ..., "label": ...}`.
 
-A label is text; whole numbers and truth values become text. A list is the value of a row with several labels, and a
-fractional number is a value for regression. The label column may have another usual name.
+A label is text; whole numbers and truth values become text. A list states several labels of a row. A fractional number
+is a value for regression. The label column may have another usual name.
 """
 
 import json
@@ -53,8 +53,8 @@ def label_text(value: str | int) -> str:
 
 
 def label_field(row: Fields, weaker: Sequence[str] = ()) -> str:
-    """The name of the label's column. The `weaker` names are used only if no other name fits. Raises: DataError if two
-    columns could be the label."""
+    """The name of the column with the label. The names `weaker` are tried only after all others. Raises: DataError if
+    two columns could be the label."""
     named = ["label"] if "label" in row else [name for name in row if name in ALIASES]
     if len(named) > 1:
         what = f"both '{named[0]}' and '{named[1]}' could be the label"
@@ -76,7 +76,7 @@ def label_value(value: object, field: str) -> LabelValue:
 
 
 def of_cell(value: object) -> object:
-    """The list or number in a text, such as a cell of a CSV file; any other value unchanged."""
+    """The list or number that a text, such as a cell of a CSV file, contains as JSON; any other value unchanged."""
     if not isinstance(value, str) or not re.match(r"\s*[-\[0-9]", value):
         return value
     with suppress(ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Recordings and images of rows: a path, or {"bytes": ..., "path": ...}, the form of undecoded columns in `datasets`.
+"""Recordings and images in rows: a path, or {"bytes": ..., "path": ...}, as `datasets` has undecoded columns.
 
 The files are read later.
 """

@@ -45,7 +45,7 @@ class PromptedExample:
 
 @dataclass(frozen=True)
 class PreferenceExample(PromptedExample):
-    """Two answers of the same type as the prompt. `margin`: how much better the chosen one is."""
+    """A prompt with a chosen and a rejected answer, all of one type. `margin`: how much better the chosen one is."""
 
     chosen: TextOrTurns
     rejected: TextOrTurns
@@ -53,7 +53,7 @@ class PreferenceExample(PromptedExample):
 
 
 def make_example(row: Fields) -> PreferenceExample:
-    """The pair of a row. A missing answer is the empty text."""
+    """The preference pair of a row. A missing answer is the empty text."""
     chosen, rejected = (read_side(row, name) for name in REQUIRED)
     prompt, chosen, rejected = (
         _split(chosen, rejected) if (asked := read_prompt(row)) is None else (asked, chosen, rejected)
@@ -68,7 +68,7 @@ def is_pair(row: Fields) -> bool:
 
 
 def conversation(row: Fields, prompt: TextOrTurns, *answers: TextOrTurns) -> tuple[TextOrTurns, ...]:
-    """The prompt after the row's system text, and the answers: all of them texts, or all of them turns."""
+    """The prompt, with the row's system text before it, and the answers. All are texts, or all are turns."""
     if not all(isinstance(side, str) for side in (prompt, *answers)):
         prompt, answers = _as_turns(prompt, "user"), tuple(_as_turns(answer, "assistant") for answer in answers)
     return _after(read_optional_text(row, "system"), prompt), *answers
@@ -118,8 +118,11 @@ def read_side(row: Fields, name: str) -> TextOrTurns:
 
 
 def _split(chosen: TextOrTurns, rejected: TextOrTurns) -> tuple[TextOrTurns, TextOrTurns, TextOrTurns]:
-    """The common beginning of both answers, and the rest of each. A space before the first difference belongs to the
-    answers, as in TRL. If one conversation contains all turns of the other, the last common turn is an answer."""
+    """The prompt of a row without a prompt (the common beginning of both answers), and the rest of both answers.
+
+    A space before the first difference belongs to the answers, as in TRL. If one conversation contains all turns of the
+    other, the last common turn is an answer.
+    """
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError("'chosen' and 'rejected' must both be text or both be messages", "")
     pairs = enumerate(zip(chosen, rejected, strict=False))

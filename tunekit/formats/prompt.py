@@ -54,7 +54,7 @@ def make_example(row: Fields) -> PromptExample:
 
 
 def _read_answer(row: Fields, name: str) -> str | None:
-    """The answer from a text, turns or a whole number. Any other value is only a column: None."""
+    """The answer, from a text, turns or a whole number. None for any other value, which is only a column."""
     value = row[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

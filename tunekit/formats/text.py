@@ -1,4 +1,4 @@
-"""`format: text`: `{"text": ...}`, running text; all of it is trained on."""
+"""`format: text`: `{"text": ...}`, running text, trained on completely."""
 
 from tunekit.formats.example import Example, TextExample
 from tunekit.formats.fields import Fields, read_text

@@ -2,7 +2,7 @@
 
 Prompt and completion are texts or lists of messages. Rows of LLaMA-Factory (instruction and output, or a conversation
 that ends with the answer, and kto_tag) and of Axolotl (question) become turns, as in those tools. A preference pair
-becomes two such rows.
+becomes two rows, one good and one bad.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ EXAMPLE = "unpaired"
 
 @dataclass(frozen=True)
 class UnpairedExample(PromptedExample):
-    """An answer, of the same type as the prompt, and whether it is good."""
+    """A prompt, its answer of the same type, and whether the answer is good."""
 
     completion: TextOrTurns
     label: bool
@@ -45,7 +45,7 @@ def make_example(row: Fields) -> UnpairedExample:
 
 
 def _read_answered(row: Fields) -> tuple[TextOrTurns, TextOrTurns]:
-    """The prompt and its answer. If the row has only a conversation, its last turn is the answer."""
+    """The prompt and its answer. If the row has only a conversation, the last turn is the answer."""
     prompt, alone = read_prompt(row) or "", row.get("completion") is None
     turns = prompt if alone else "" if prompt else read_side(row, "completion")
     if not isinstance(turns, str) and turns[-1].role == "assistant":

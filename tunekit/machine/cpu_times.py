@@ -13,8 +13,8 @@ TASKS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """Seconds of the clock and of this process. `main`: CPU time of the calling thread. `waited`: the time that the
-    process's threads were ready to run but had no processor, added up; None if the system does not report it."""
+    """Times in seconds. `wall`: the clock; `process`: CPU time of this process; `main`: CPU time of the calling thread.
+    `waited`: how long threads were ready but had no processor, summed over threads; None if not reported."""
 
     wall: float = 0.0
     process: float = 0.0
@@ -42,5 +42,5 @@ def cpu_times(tasks: Path = TASKS) -> CpuTimes:
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started, the import of its libraries included."""
+    """Seconds since this process was started. They include the import of its libraries."""
     return max(0.0, time.time() - psutil.Process().create_time())

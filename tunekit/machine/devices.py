@@ -45,7 +45,7 @@ REQUESTS = {
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """Properties of one kind of device, which also hold if a run is only planned for such a device."""
+    """Properties of one kind of device. They also apply if a run is only planned for such a device."""
 
     # memory separate from the host's, with copy streams from pinned memory and an allocator that records peaks
     own_memory: bool = True
@@ -116,7 +116,7 @@ def as_float64(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """A block in which, if `wanted`, a GPU sums in a fixed order. By default, attention's backward pass does not.
+    """A block in which a GPU sums in a fixed order, if `wanted`. By default, the order varies in attention's backward.
 
     Raises: RecipeError if torch has no deterministic kernel for an operation.
     """
@@ -144,7 +144,7 @@ def forked_random(device: torch.device) -> AbstractContextManager[None]:
 
 
 class Devices:
-    """One process of a run. With a single process, methods return their inputs unchanged."""
+    """The device and rank of one process of a run. With a single process, methods return their inputs unchanged."""
 
     def __init__(self, wanted: torch.device | None = None) -> None:
         from accelerate.state import PartialState
@@ -182,7 +182,7 @@ class Devices:
                 torch.distributed.all_reduce(tensor)
 
     def any(self, flag: int) -> int:
-        """The maximum of a small non-negative number over ranks: a signal or an error on one rank concerns all."""
+        """The maximum of a small non-negative `flag` over ranks: a signal or an error on one rank affects all ranks."""
         if self.world == 1:
             return flag
         value = torch.tensor([flag], dtype=torch.int64)
@@ -190,10 +190,10 @@ class Devices:
         return int(value.item())
 
     def rounds(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-        """This rank's item in each round of `world` items, and whether it counts.
+        """For each round of `world` items: this rank's item, and whether the item counts.
 
-        If the last round has too few items, the remaining ranks repeat its first item, which does not count for them:
-        all ranks must make the same number of forwards.
+        All ranks must make the same number of forwards. So if the last round has too few items, the remaining ranks
+        repeat the round's first item, which does not count for them.
         """
         batches = iter(items)
         while some := list(islice(batches, self.world)):
@@ -207,7 +207,7 @@ class Devices:
         return -(-items // self.world) - local
 
     def from_main(self, value: Value) -> Value:
-        """The main rank's plain value (JSON-like), on every rank."""
+        """Send the main rank's value (JSON-like) to all ranks, and return it."""
         if self.world == 1:
             return value
         holder = [value]
@@ -215,7 +215,7 @@ class Devices:
         return holder[0]
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The plain values of every rank, in rank order, on every rank."""
+        """Send the JSON-like values of all ranks to all ranks, and return them in rank order."""
         if self.world == 1:
             return values
         holder: list[Any] = [None] * self.world
@@ -242,8 +242,8 @@ class Devices:
         return work() if value is None else value
 
     def fails_alone(self) -> bool:
-        """Whether this rank failed but the main rank, which prints errors, did not; waits briefly for the main rank to
-        fail."""
+        """Whether this rank failed but the main rank, which prints errors, did not. Waits briefly for a failure of the
+        main rank."""
         if self.world == 1:
             return False
         store = torch.distributed.distributed_c10d._get_default_store()
@@ -284,7 +284,7 @@ def has_ended(process: int) -> bool:
 
 
 def check_device(device: torch.device, wanted: torch.device | None) -> None:
-    """Raises: RecipeError for an unknown kind of device, or if this rank's device is not the one of --device."""
+    """Raises: RecipeError for an unknown kind of device, or if this rank's device is not the device of --device."""
     if device.type == "xla":
         raise RecipeError(*TPU)
     if device.type not in KINDS:

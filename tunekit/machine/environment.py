@@ -65,7 +65,7 @@ def accelerator_names() -> list[str]:
 
 
 def read_environment(*, device: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """environment.json: versions, platform, processors, threads, and the settings that affect results."""
+    """The content of environment.json: versions, platform, processors, threads, and settings that affect results."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

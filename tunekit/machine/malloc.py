@@ -2,8 +2,8 @@
 
 torch requests blocks aligned to 64 bytes from posix_memalign. That leaves a gap of 32 to 80 bytes before each block. A
 small object (a graph node, a tensor header) in the gap prevents the freed block from merging with its neighbour. The
-block is then too small for the next block of the same size plus gap. Half of a step's memory was lost in this way. A
-stock of small free chunks, each between two used ones, holds these objects instead.
+block is then too small for the next block of the same size plus gap. Half of a step's memory was lost in this way. So
+this module allocates a stock: small free chunks between used chunks. malloc puts the small objects there.
 """
 
 import ctypes

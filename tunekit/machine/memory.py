@@ -25,7 +25,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a GPU. For the host: the bytes available without swapping and within this process's control group.
+    """Free bytes of a GPU, or of the host: bytes available without swapping, within this process's control group.
 
     For a device that shares the host's memory: the smaller of its own limit and the host's.
     """
@@ -64,7 +64,7 @@ def total_bytes(device: torch.device) -> int | None:
 
 
 def limit_bytes(device: torch.device, budget: int) -> None:
-    """Make a GPU's allocator fail at the budget instead of exceeding it; the host has no such limit."""
+    """Make a GPU's allocator fail at the budget instead of exceeding it. For the host, this has no effect."""
     total, module = total_bytes(device), torch.get_device_module(device)
     if total is not None and hasattr(module, "set_per_process_memory_fraction"):  # torch.xpu has it since 2.10
         module.set_per_process_memory_fraction(min(1.0, budget / total), device)
@@ -72,7 +72,7 @@ def limit_bytes(device: torch.device, budget: int) -> None:
 
 @dataclass(frozen=True)
 class DevicePeaks:
-    """A device allocator's peaks: bytes requested, allocated (rounded) and reserved from the driver; None: not
+    """Peaks of a device's allocator in bytes: requested, allocated (rounded) and reserved from the driver; None: not
     reported."""
 
     requested: int | None = None
@@ -128,7 +128,7 @@ def reset_host_peak() -> None:
 
 
 def status_bytes(name: str, status: Path = STATUS) -> int:
-    """A number of this process from the Linux kernel's status file: VmHWM, RssAnon, RssFile.
+    """A memory size of this process from Linux's status file. Its name is VmHWM, RssAnon or RssFile.
 
     Raises: OSError or ValueError if it is missing.
     """
@@ -148,7 +148,7 @@ def address_space_limit(extra_bytes: int) -> Iterator[None]:
     """A block in which the process's address space can grow by at most `extra_bytes`. Linux only: other systems have
     no such limit or do not enforce it.
 
-    No limit is set outside the main thread: it applies to the whole process, and other threads may be generating.
+    Outside the main thread no limit is set: a limit applies to the whole process, and other threads may be generating.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

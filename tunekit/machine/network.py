@@ -9,8 +9,8 @@ MOST_CONNECTIONS, FILES = 256, 1024
 def names_this_machine(host: str) -> bool:
     """Whether a request's Host header names this machine.
 
-    A server that listens on localhost answers no other name: with DNS rebinding, a foreign web page could make the
-    browser send requests under the page's name to this server.
+    A server that listens on localhost refuses other names. Otherwise a foreign web page could make the browser send
+    requests under the page's name to this server (DNS rebinding).
     """
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.strip().lower() in LOCAL_HOSTS

@@ -21,6 +21,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def on_host(ids: Tensor) -> Tensor:
-    """Integers on the host. If `to_device` sent them to the device, no copy is made."""
+    """The integers of a tensor on the host. If `to_device` moved this tensor to the device, no copy is made."""
     original: Tensor | None = getattr(ids, "from_host", None)
     return ids.to("cpu") if original is None else original

@@ -20,7 +20,7 @@ STOP_SIGNALS = tuple(  # SIGHUP exists on POSIX, SIGBREAK (Ctrl-Break, a closed 
 
 
 class _StopNow(KeyboardInterrupt):
-    """May be raised at any point of the program. It is a KeyboardInterrupt, so `except Exception` does not catch it."""
+    """Ends a block at any point of the program. It is a KeyboardInterrupt, so `except Exception` does not catch it."""
 
 
 class TimeUp(BaseException):
@@ -104,15 +104,15 @@ class StopSignals:
             os._exit(128 + number)
 
     def _announce_stop(self, text: str) -> None:
-        """Write directly to the file descriptor: a signal handler must not re-enter Python's streams."""
+        """Write `text` directly to the file descriptor: a signal handler must not re-enter Python's streams."""
         if self._announce:
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
 
     @contextlib.contextmanager
     def at_once(self, when: str) -> Iterator[None]:
-        """In this block, which has nothing to save yet, the first signal ends the block. Raises: Stopped, with
-        `when`.
+        """A block that has nothing to save yet: the first signal ends the block. Raises: Stopped, whose message
+        contains `when`.
         """
         self._at_once = self.requested is None
         with contextlib.suppress(_StopNow):
@@ -125,7 +125,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def critical(self) -> Iterator[None]:
-        """In this block no signal ends the process; a second signal ends it after the block."""
+        """A block in which no signal ends the process. A second signal ends the process after the block."""
         self._critical += 1
         try:
             yield

@@ -1,5 +1,5 @@
-"""The number of threads that compute, and how they wait for each other. Imports no torch: the OpenMP library reads its
-settings when torch loads it.
+"""Sets the number of computing threads, and how they wait for each other. Imports no torch, because the OpenMP library
+reads its settings when torch loads it.
 """
 
 import math
@@ -15,8 +15,8 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def thread_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables for the OpenMP library that the user has not set: how threads wait, and how many there are
-    if a CPU quota allows fewer than torch's default of one per core.
+    """Environment variables for the OpenMP library, except those that the user has set: how threads wait, and their
+    number if a CPU quota allows fewer than torch's default of one per core.
 
     By default a thread spins between two matrix products. If another program needs its core, all threads wait for it.
     """
@@ -28,14 +28,15 @@ def thread_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def processors() -> int:
-    """The number of processors that this process may run on. Other programs on them make no difference."""
+    """The number of processors that this process may run on, whether or not other programs use them too."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cores(topology: Path = TOPOLOGY) -> int:
-    """The number of cores of these processors. Processors that share a core count once, where the system reports it."""
+    """The number of cores with the processors that this process may run on. Processors that share a core count once,
+    if the system reports this."""
     if not hasattr(os, "sched_getaffinity"):
         return processors()
     try:
@@ -51,7 +52,8 @@ def _siblings(topology: Path, number: int) -> str:
 def cpu_quota(groups: Path = GROUPS, mounts: Path = CGROUP) -> float | None:
     """The number of processors that the control groups of this process allow, such as 1.5; None without a limit.
 
-    A group is also limited by the groups around it. Version 2 has one tree of groups, version 1 has one for the CPU.
+    The parent groups limit a group too. Version 2 of control groups has one tree of groups, version 1 has a tree for
+    the CPU.
     """
     try:
         lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -62,9 +64,9 @@ def cpu_quota(groups: Path = GROUPS, mounts: Path = CGROUP) -> float | None:
 
 
 def _folders(line: str, mounts: Path) -> Iterator[Path]:
-    """The folders of a group and of the groups around it. `line`: hierarchy:controllers:path, see cgroups(7).
+    """The folders of a control group and of its parent groups. `line`: hierarchy:controllers:path, see cgroups(7).
 
-    In a container the path may be that of the host, and only the last folder, the root of the mount, exists.
+    In a container this may be the host's path. Then only the last folder, the root of the mount, exists.
     """
     _, _, entry = line.partition(":")
     controllers, _, path = entry.partition(":")
@@ -78,7 +80,7 @@ def _folders(line: str, mounts: Path) -> Iterator[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    """The quota of one group in processors; None without a limit."""
+    """The quota of one control group, as a number of processors; None without a limit."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()

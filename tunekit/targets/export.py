@@ -1,5 +1,5 @@
-"""Exports trained weights as a folder: an adapter (of a run, or of a checkpoint, without loading the base's weights),
-or a whole model."""
+"""Exports trained weights as a folder: an adapter of a run, an adapter of a checkpoint (without loading the base's
+weights), or a whole model."""
 
 import math
 from collections.abc import Mapping
@@ -43,8 +43,8 @@ def export_adapter(
     fingerprint: str | None,
     measured: JsonObject | None = None,
 ) -> int:
-    """Write the adapter's folder completely or not at all; returns its bytes. `chat_template`: the recipe's, as text;
-    `measured`: facts that an evaluation decided."""
+    """Write the adapter's folder completely or not at all; returns its bytes. `chat_template`: the text of the
+    recipe's template; `measured`: facts that an evaluation decided."""
     return save_adapter_folder(
         adapter,
         folder,
@@ -71,7 +71,7 @@ def export_model(
     answering: Answering | None,
 ) -> int:
     """Write the trained base completely or not at all, in the dtype of its files, with one shard at a time in memory;
-    returns its bytes. `chat_template`: the recipe's, as text."""
+    returns its bytes. `chat_template`: the text of the recipe's template."""
     rewriter = Rewriter(section, "full", loaded=base)
     with atomic_model_folder(folder) as staging:
         rewriter.write(staging, rewriter.as_changes(adapter.trained()))
@@ -85,8 +85,8 @@ def _objective_facts(objective: Objective, adapter: AttachedAdapter, measured: J
 
 
 def facts_for_export(adapter: AttachedAdapter, objective: Objective, measured: JsonObject) -> dict[str, Any]:
-    """A checkpoint's facts about its adapter beyond the tensors: settings, targets and objective, with resolved
-    values."""
+    """The facts about an adapter that a checkpoint stores besides tensors: settings, targets and objective. All values
+    are resolved."""
     return {
         "settings": adapter.settings.model_dump(mode="json", exclude={"init_from"}),
         "targets": [asdict(target) for target in adapter.targets],
@@ -95,7 +95,7 @@ def facts_for_export(adapter: AttachedAdapter, objective: Objective, measured: J
 
 
 def _require_base(section: ModelSection) -> None:
-    """Raises: ModelError with the advice to name the base, if it is not where the recipe says."""
+    """Raises: ModelError, with the advice to name the base, if the recipe's base is not found."""
     try:
         find_source(section, weights=False)
     except ModelError as error:
@@ -147,12 +147,12 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
-    """The tensors of a checkpoint whose names start with `prefix`, without the prefix."""
+    """The tensors of a checkpoint whose names start with `prefix`. The prefix is removed from the names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> Tensors:
-    """The adapter's tensors by name; each group's trained ones are views of one buffer."""
+    """The adapter's tensors by name. The trained tensors of a parameter group are views of the group's buffer."""
     state = with_prefix(tensors, BUFFER_PREFIX)
     for number, group in enumerate(layout):
         weights = tensors[f"group{number}.weights"]

@@ -16,10 +16,10 @@ from tunekit.targets.target import TargetSpec, family_of, processor_of, with_obj
 
 @dataclass(frozen=True)
 class Exportable:
-    """A target on this machine. `kind`: "adapter", "model", "pipeline adapter" or "pipeline". `folder`: the folder of
-    the base. `gguf_file`: the base's name in this folder if it is a GGUF file, so that the other files there are not
-    the base's. `config`: the base's config.json, empty for a pipeline. `objective`: the objective of the training, if
-    it is known."""
+    """A target to export, on this machine. `kind`: "adapter", "model", "pipeline adapter" or "pipeline". `folder`: the
+    base's folder. `gguf_file`: the base's file in this folder, if it is a GGUF file; then other files in the folder do
+    not belong to the base. `config`: the base's config.json, empty for a pipeline. `objective`: the objective of the
+    training, if it is known."""
 
     target: TargetSpec
     kind: str

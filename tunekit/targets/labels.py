@@ -1,4 +1,4 @@
-"""The label of each row of a trained head, from the base's own head or an adapter's."""
+"""Finds the labels of a trained head, one per row of its last matrix, from the base's own head or from an adapter."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from tunekit.records import JsonObject
 
 
 def start_facts(recipe: Recipe) -> JsonObject:
-    """A classifier's initial facts: `head`, the labels of the base's own head; `labels`, those of a continued adapter.
+    """A classifier's initial facts. `head`: the labels of the base's own head. `labels`: the labels of the adapter that
+    training continues.
 
     Raises: AdapterError; RecipeError if the recipe lists other labels than the head has, or another order.
     """
@@ -42,15 +43,16 @@ def start_facts(recipe: Recipe) -> JsonObject:
 
 
 def adapter_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
-    """The folder's facts about its objective, without the method; for another tool's adapter, its head's labels."""
+    """The facts about the objective in the adapter's folder, without the method. For another tool's adapter: the labels
+    of its head."""
     if config.objective is not None:
         return {key: value for key, value in config.objective.items() if key != "method"}
     return head_facts(config, base)
 
 
 def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
-    """A label for each row of the last matrix of a head that another tool trained: the base's labels if there are as
-    many, otherwise default names."""
+    """The labels of a head that another tool trained, one per row of its last matrix: the base's labels if their number
+    is equal, otherwise default names."""
     header, family = adapter_header(tensors_path(config.folder)), adapter_family(config, base)
     named = set(family.head_parts[-1:]) or _modules_to_save(config)
     matrices = {name: entry.shape for name, entry in header.items() if len(entry.shape) == 2}
@@ -64,7 +66,7 @@ def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
 
 
 def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
-    """The facts of a head with the user's names for its rows. Raises: RecipeError for a different number."""
+    """The facts of a head, with the user's labels for its rows. Raises: RecipeError if their numbers differ."""
     if labels and len(labels) != (rows := len(facts.get("labels", ()))):
         what = f"names {len(labels)} labels, but the adapter's head has {rows} rows"
         raise RecipeError(what, "name one for each row, in their order", key="objective.labels")
@@ -72,15 +74,15 @@ def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
 
 
 def adapter_family(config: AdapterConfig, base: ModelSection) -> Family:
-    """The family with which the base of another tool's adapter is loaded: the family of PEFT's task type. Without a
-    task type (vision models): the family of the class that PEFT names, or else the base's own family."""
+    """The family for loading the base of another tool's adapter: the family of PEFT's task type. Without a task type
+    (vision models): the family of the class that PEFT names, or else the base's own family."""
     tasks = {family.task_type: family for family in known_families() if family.task_type}
     family = tasks.get(config.task_type or "") or _family_of_class(config.fields.get("auto_mapping"))
     return family or make_family(family_of_base(base)).with_head(_modules_to_save(config))
 
 
 def _family_of_class(mapping: object) -> Family | None:
-    """The family for the name of the base's class, by the ending of that name; the class is never imported."""
+    """The family that matches the ending of the base's class name. The class is never imported."""
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     labelled = [family for family in known_families() if family.labelled and family.endings]
     return next((family for family in labelled if str(name).endswith(family.endings)), None)
@@ -95,8 +97,8 @@ def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:
 
 
 def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels of a head as the recipe lists them, if they are equal apart from the spelling of true and false, or if
-    the head has as many rows with default names. Otherwise the head's labels."""
+    """The recipe's labels if they equal the head's labels apart from the spelling of true and false, or if the head has
+    equally many rows with default names. Otherwise the head's labels."""
     names = tuple(map(str, labels))
     same = names == default_labels(len(names)) or tuple(map(label_text, names)) == listed
     return listed if len(names) == len(listed) and same else names

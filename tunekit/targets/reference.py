@@ -1,4 +1,4 @@
-"""The reference model of a finished run, if it is the adapter at step 0 and not the bare base."""
+"""Loads the reference model of a finished run, if it is the adapter at step 0 instead of the bare base."""
 
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
@@ -8,9 +8,9 @@ from tunekit.targets.target import LoadedTarget
 
 
 def load_reference(loaded: LoadedTarget) -> None:
-    """Give the model the adapter's state at step 0, if the objective compares with that state.
+    """Load the adapter's state at step 0 into the model, if the objective compares with this state.
 
-    Raises: InputError if no checkpoint of its run contains it.
+    Raises: InputError if no checkpoint of the adapter's run contains this state.
     """
     target, model = loaded.target, loaded.model
     facts = {} if target.adapter is None else read_adapter_config(target.adapter).objective or {}

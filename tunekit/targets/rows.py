@@ -1,4 +1,4 @@
-"""The rows of a target's run, for comparisons that also work without them."""
+"""Reads the rows of a target's run, for comparisons that also work without rows."""
 
 from tunekit.contracts import Objective
 from tunekit.data.rows import RowSet, load_rows
@@ -7,8 +7,8 @@ from tunekit.targets.target import TargetSpec
 
 
 def readable_rows(target: TargetSpec, objective: Objective | None) -> tuple[RowSet | None, str]:
-    """The rows of the target's run. If their files are missing or unreadable: None, and the reason as text, because a
-    run can be used without its data."""
+    """The rows of the target's run, and "". If the data files are missing or unreadable: None, and the reason as text,
+    because a run can be used without its data."""
     if target.data is None or objective is None:
         return None, ""
     try:

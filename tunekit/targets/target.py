@@ -40,8 +40,8 @@ from tunekit.tuned.network import prepare_network
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """A resolved TARGET. `adapter` is a folder, or None for a bare model; `recipe`: the one that belongs to it, if
-    any."""
+    """A resolved TARGET. `adapter`: its folder, or None for a bare model; `recipe`: the recipe of the target or of
+    its run, if any."""
 
     kind: str  # adapter, run, checkpoint, model, recipe
     model: ModelSection
@@ -159,8 +159,8 @@ def base_override(base: str | None) -> dict[str, str]:
 
 
 def measuring_objective(base: LoadedModel, processor: Processor, problem_type: str | None = None) -> Objective:
-    """The objective that measures the loss of answers if no recipe names one. `problem_type`: the meaning of a head's
-    scores, if its files do not state it. Raises: ModelError if there is no such objective."""
+    """The objective that measures the loss if no recipe names an objective. `problem_type`: the meaning of a head's
+    scores, if the model's files do not state it. Raises: ModelError if there is no such objective."""
     facts = {**base.family.facts(base.net), **_stated(problem_type)}
     settings = supervised_objective(base.family.name, _scores(facts)) or make_objective_settings({})
     check_family(base, settings.family)
@@ -172,7 +172,7 @@ def _stated(problem_type: str | None) -> dict[str, str]:
 
 
 def _scores(facts: Mapping[str, Any]) -> int:
-    """The number of rows of a head whose files do not state its problem type; 0 for other heads."""
+    """The number of rows of a head if its files do not state the problem type; otherwise 0."""
     return 0 if "problem_type" in facts else len(facts.get("labels", ()))
 
 
@@ -220,7 +220,7 @@ def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: Target
 
 
 def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides) -> TargetSpec:
-    """The run's state after that step."""
+    """The state of a run after the checkpoint's step."""
     holder = temporary_folder()
     adapter = Path(holder.name) / "adapter"
     export_checkpoint(checkpoint, adapter, parsed.model)
@@ -248,7 +248,7 @@ def _from_adapter(folder: Path, parsed: TargetOverrides) -> TargetSpec:
 
 
 def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) -> ModelSection:
-    """The base that the adapter was trained on, with overrides applied.
+    """The model section for the base that the adapter was trained on, with overrides applied.
 
     Raises: ModelError with the remedy `how` if the base is unknown.
     """
@@ -278,7 +278,7 @@ def processor_of(target: TargetSpec) -> Processor:
 
 
 def family_of(target: TargetSpec) -> str:
-    """The family with which the target's base is loaded: its recipe's, its adapter's, or the base's own."""
+    """The family for loading the target's base: from its recipe, from its adapter, or the base's own family."""
     if target.recipe is not None:
         return str(target.recipe.objective.family)
     config = None if target.adapter is None else read_adapter_config(target.adapter)
@@ -316,7 +316,7 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
 
 
 def with_objective(target: TargetSpec, processor: Processor) -> tuple[TargetSpec, Objective | None]:
-    """The target with the model section that its objective requires, and that objective."""
+    """The target with the model section that its objective requires, and the objective."""
     objective = objective_of(target, processor)
     return (
         target if objective is None else replace(target, model=objective.section(target.model, target.seed))
@@ -324,7 +324,7 @@ def with_objective(target: TargetSpec, processor: Processor) -> tuple[TargetSpec
 
 
 def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
-    """The adapter's base (or `base`) with the head that was trained, which the base's own files may lack.
+    """The model section of the adapter's base (or `base`) with the trained head, which the base's own files may lack.
 
     Raises: ModelError if the base is unknown.
     """
@@ -352,7 +352,7 @@ def load_base(
 def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
     """Load the base, its adapter and its processor, ready for evaluation.
 
-    If the recipe streams the base's weights or computes MLPs in tiles, so does this.
+    The base's weights are streamed, and MLPs computed in tiles, if the recipe states it.
     """
     choice, attach = target.choice, None
     target, base, processor, objective = load_base(target, device, choice)
@@ -365,7 +365,7 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
 
 
 def _refuse_random(target: TargetSpec, model: TunedModel) -> None:
-    """Refuse an adapter whose base has random modules, because neither its files nor the adapter contain them.
+    """Refuse an adapter whose base has random modules: neither the base's files nor the adapter contain their weights.
 
     Raises: ModelError.
     """

@@ -13,21 +13,21 @@ Indices = NDArray[np.int64]
 
 
 def draw_raw(count: int, *parts: int | str) -> NDArray[np.uint64]:
-    """`count` random 64-bit numbers, which depend only on `parts`: the seed, and names of the draw."""
+    """`count` random 64-bit numbers. They depend only on `parts`: the seed and the names that identify the draw."""
     digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
     return np.asarray(generator.random_raw(count), dtype=np.uint64)  # (count,)
 
 
 def permutation(count: int, *parts: int | str) -> Indices:
-    """The numbers 0 .. count-1 in a random order, which depends only on `parts`: the seed, and names of the draw."""
+    """The numbers 0 .. count-1 in random order. It depends only on `parts`: the seed and the names of the draw."""
     return np.argsort(draw_raw(count, *parts), kind="stable").astype(np.int64)  # (count,)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Rows start .. stop-1, which come from one source. An epoch has floor(weight) copies of each row, and an
-    additional copy of some rows, which are drawn at random for the fraction of the weight.
+    """The rows of one source: start .. stop-1. An epoch has floor(weight) copies of each row. A random share of the
+    rows, as large as the fraction of the weight, gets one more copy.
     """
 
     start: int
@@ -51,7 +51,7 @@ def epoch_rows(shares: tuple[Share, ...], *, seed: int, epoch: int, shuffle: boo
 
 
 def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """(rows,) whether each row is held out. Their number is the fraction, rounded to whole rows, and at least one.
+    """(rows,) whether each row is held out. The number of held-out rows is `fraction`, rounded, and at least one.
 
     Rows are ordered by a seeded hash of their content. A group of equal rows at the border goes to training.
     """

@@ -6,7 +6,7 @@ from tunekit.errors import DataError
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The packs, as indices into `lengths`. Each row goes into the first pack that has room for it.
+    """For each pack, the indices of its rows in `lengths`. Each row goes into the first pack that has room for it.
 
     A tournament tree over the free room of the packs finds this pack in O(log packs).
     Raises: DataError if a row is longer than the capacity.

@@ -1,4 +1,4 @@
-"""Ways to put rows of several sizes into one tensor: end to end, and padded on the right.
+"""Puts rows of several sizes into one tensor: end to end, and padded on the right.
 
 The mask follows from the sizes, never from the id of the padding token.
 """
@@ -16,7 +16,7 @@ Arrays = Sequence[Sequence[NDArray[Any]]]
 
 
 def lay_end_to_end(sequences: Arrays, fill: int, kind: type[np.generic] = np.int64) -> Tensor:
-    """(B, T): the arrays of each sequence, one after the other, padded with `fill`."""
+    """(B, T): one line per sequence, with the arrays of the sequence end to end, padded with `fill`."""
     widths = [sum(map(len, arrays)) for arrays in sequences]
     laid = np.full((len(widths), max(widths, default=0)), fill, dtype=kind)  # (B, T)
     for line, arrays, width in zip(laid, sequences, widths, strict=True):
@@ -25,9 +25,9 @@ def lay_end_to_end(sequences: Arrays, fill: int, kind: type[np.generic] = np.int
 
 
 def positions(sizes: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]] | None = None) -> Tensor:
-    """(B, T) int64: the positions in each part of a sequence, counted from 0 or from `firsts`. Padding counts from 0.
+    """(B, T) int64: each token's position in its part of the sequence, from 0 or from `firsts`. Padding counts from 0.
 
-    `sizes`: the sizes of the parts of each sequence.
+    `sizes`: for each sequence, the sizes of its parts, such as packed rows.
     """
     width = max((sum(parts) for parts in sizes), default=0)
     firsts = [[0] * len(parts) for parts in sizes] if firsts is None else firsts
@@ -39,5 +39,5 @@ def positions(sizes: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]] | 
 
 
 def real_positions(widths: Sequence[int]) -> Tensor:
-    """(B, T) bool: False at padding. `widths`: the size of each sequence."""
+    """(B, T) bool: True for tokens, False for padding. `widths`: the size of each sequence."""
     return torch.arange(max(widths, default=0))[None] < torch.tensor(widths)[:, None]

@@ -4,7 +4,7 @@ from tunekit.contracts import Batch, Row, RowKind
 
 
 def split_batch(batch: Batch, kind: RowKind) -> tuple[Batch, Batch] | None:
-    """The first and the second half of the sequences, or of the rows of a single sequence; None for a single row.
+    """The two halves of a batch. A batch with a single sequence is split between its rows; None for a single row.
 
     Each half is padded to its own longest sequence. The rows keep their order.
     """

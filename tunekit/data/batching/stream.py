@@ -1,7 +1,7 @@
 """Training on data larger than memory: rows are encoded as they are read, and shuffled by shard and by buffer.
 
-One buffer per source is in memory. The order depends only on (sources, settings, seed). A resumed run encodes all rows
-before its step again.
+Only one buffer per source is in memory. The order depends only on (sources, settings, seed). A resumed run encodes
+again all rows before its step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ DRAWS = 4096
 
 
 class StreamedRow(NamedTuple):
-    """A row, with the number of epochs of its source that were read before it."""
+    """A row with its epoch: how often its source was read before this row, such as 1.5."""
 
     row: Row
     epoch: float
@@ -51,7 +51,7 @@ class StreamedSource:
     kind: RowKind
 
     def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[Row, float]]:
-        """Endless rows, each with its epoch.
+        """Endless rows with their epochs. The epoch includes a fraction: the share of the shards that were read.
 
         Raises: DataError listing the wrong rows of a buffer, or if no row can be trained on.
         """
@@ -68,7 +68,7 @@ class StreamedSource:
                 raise DataError("no row of this source can be trained on", "", file=self.sharded.source.path)
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
-        """Buffers with the encoded rows of one epoch, each with the share of the epoch's shards that were read."""
+        """The encoded rows of one epoch, in buffers. With each buffer: the share of the epoch's shards read so far."""
         problems, name = Problems(), self.sharded.source.path
         started = [0]
         make_example = format_maker(self.format_name, name)
@@ -158,7 +158,7 @@ class StreamedWindows:
         return self._kind.collate(sequences)
 
     def _rows(self) -> Iterator[StreamedRow]:
-        """Rows of all sources, in training order. The source of each row is drawn by the weights."""
+        """Rows of all sources, in training order. The source of each row is drawn at random by the sources' weights."""
         settings = self._settings
         streams = [source.rows(settings.seed, settings.shuffle) for source in self._sources]
         weights = np.cumsum([source.sharded.source.weight for source in self._sources])  # (sources,)
@@ -170,7 +170,7 @@ class StreamedWindows:
                 yield StreamedRow(replace(row, number=block * DRAWS + offset), epoch)
 
     def _groups(self) -> Iterator[StreamedSequence]:
-        """Sequences of a single row; with packing, packs made from the rows of PACKED_WINDOWS windows."""
+        """Sequences of one row each; with packing, packs. PACKED_WINDOWS windows of rows are packed at a time."""
         settings = self._settings
         if not settings.packing:
             for row in self._rows():

@@ -43,7 +43,7 @@ class BatchSettings:
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
-    """Sequences of one row each, or packs. `order`: the rows. `lengths`: the length of each row in `order`."""
+    """Sequences of one row each; with packing, packs. `order`: row numbers. `lengths`: the lengths of these rows."""
     if not settings.packing:
         return [(int(row),) for row in order]
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
@@ -82,7 +82,7 @@ def cut_by_key(
     sizes_of: Callable[[Cut], Sizes],
     settings: BatchSettings,
 ) -> list[tuple[Cut, ...]]:
-    """New micro-batches with the rows of a step. In each of them, all groups have the same key."""
+    """The rows of a step in new micro-batches. All groups of a micro-batch have the same key."""
     keys: dict[bytes, list[Cut]] = {}
     for group in chain.from_iterable(micro_batches):
         keys.setdefault(key_of(group), []).append(group)
@@ -164,7 +164,7 @@ class TrainingWindows:
         return self._kind.layout.key_of(self._rows[group[0]])
 
     def _epoch_steps(self, epoch: int) -> int:
-        """Number of steps of an epoch, with the last, partial window. Packs, and so steps, can differ by epoch."""
+        """Number of steps of an epoch, including the last, partial window. With packing it can differ by epoch."""
         while len(self._steps_of) <= epoch:
             if self._steps_of and not self._varies:
                 self._steps_of.append(self._steps_of[0])
@@ -189,8 +189,8 @@ class TrainingWindows:
 
 
 def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterator[Batch]:
-    """Batches of all rows, longest first. So there is little padding, and if memory is too small, the first batch shows
-    it.
+    """Batches of all rows, longest first. So batches have little padding, and if memory is too small, the first
+    batch fails.
     """
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
     waiting: dict[bytes, list[Group]] = {}
@@ -214,8 +214,8 @@ def largest_evaluation_batch(rows: Rows, kind: RowKind, *, batch_size: int) -> B
 
 
 def filled_batch(rows: Rows, kind: RowKind, settings: BatchSettings) -> Batch:
-    """A micro-batch of sequences of exactly max_length, made of the longest rows. It bounds the micro-batches of a
-    stream, whose rows are not known in advance."""
+    """A micro-batch whose sequences have exactly max_length tokens, made from the longest rows. No micro-batch of a
+    stream, whose rows are not known in advance, needs more memory."""
     capacity = settings.max_length
     count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
     longest = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()

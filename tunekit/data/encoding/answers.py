@@ -1,4 +1,4 @@
-"""Reading and replacing the last answer of an example and its prompt, and listing all answers of a data section."""
+"""Reads and replaces the last answer of an example and its prompt, and lists all answers of a data section."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Encoding of the rows of a source: rows are cut to data.max_length, and counted."""
+"""Encodes the rows of a source: cuts them to data.max_length, and counts them."""
 
 import hashlib
 from collections import Counter

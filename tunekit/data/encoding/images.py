@@ -1,4 +1,4 @@
-"""Reading of images, from a file or from bytes, as upright RGB pixels with 8 bits per channel.
+"""Reads images from files or bytes, as upright RGB pixels with 8 bits per channel.
 
 Lossy conversions (of colour space, depth or transparency) are counted for the user. Images that cannot be trained on
 are dropped and counted. Images that cannot be read raise an error with the file's name.
@@ -90,14 +90,14 @@ def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
 
 
 def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """A function that converts a block of an image with one channel of over 8 bits to (H, W, 1) levels of 8 bits."""
+    """A function for an image with one channel of over 8 bits: it converts a block to (H, W, 1) levels of 8 bits."""
     notices[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
     scale = 1.0 if np.asarray(image).max(initial=0) <= 255 else BIT_DEPTH_STEP
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 
 def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """A function that converts a block of an image with 8 bits per channel to (H, W, 3) RGB pixels."""
+    """A function for an image with 8 bits per channel: it converts a block to (H, W, 3) RGB pixels."""
     from PIL import Image
 
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
@@ -131,9 +131,9 @@ def resized(pixels: Pixels, size: Size, resample: int = BILINEAR) -> Pixels:
 
 
 def cropped(pixels: Pixels, size: Size, corner: Size | None = None) -> tuple[Pixels, Size]:
-    """(*size, 3) a crop of the image, and its top left corner.
+    """A crop of the image with shape (*size, 3), and the top left corner of the crop.
 
-    `corner`: the top left corner; None: crop the centre, as in torchvision's CenterCrop.
+    `corner`: the crop's top left corner; None: crop the centre, as in torchvision's CenterCrop.
     """
     (height, width), (high, wide) = pixels.shape[:2], size
     top, left = corner or (round((height - high) / 2.0), round((width - wide) / 2.0))

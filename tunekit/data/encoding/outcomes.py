@@ -1,4 +1,4 @@
-"""Encoding of raw rows, in order: in this process, or for a long source in one process per core."""
+"""Encodes raw rows, in order: in this process, or in one process per core if the source is long."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ MASKS_SIGNALS = hasattr(signal, "pthread_sigmask")
 
 
 class Dropped(Exception):
-    """Raised with the reason why a row is dropped from training; rows are counted by reason."""
+    """The error for a row that is dropped from training, with the reason. Dropped rows are counted by reason."""
 
 
 Outcome = tuple[int, list[Row] | Dropped | DataError]
@@ -43,7 +43,7 @@ class SourceEncoder:
     name: str
 
     def outcome(self, raw: RawRow) -> Outcome:
-        """The line of a raw row with its encoded rows, or with the reason why it has none."""
+        """The line of a raw row, with the encoded rows or the reason why there are none."""
         try:
             examples = self.kind.examples(self.make_example(raw.values))
             return raw.line, [self.kind.encode(example, f"{self.name}:{raw.line}") for example in examples]
@@ -94,7 +94,7 @@ def _in_order(
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT in the processes started here, which inherit the mask: only the main process handles Ctrl-C."""
+    """A block in which new processes start with SIGINT blocked: only the main process handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]) if MASKS_SIGNALS else None
     try:
         yield

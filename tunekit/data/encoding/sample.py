@@ -1,4 +1,4 @@
-"""Encoding of the first rows of a streamed source, for estimates and for preview."""
+"""Encodes the first rows of a streamed source, for estimates and for preview."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Conversion of recordings for a model: mixing to one channel, resampling, and cutting at quiet moments."""
+"""Converts recordings for a model: mixes to one channel, resamples, and cuts at quiet moments."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ SEARCHED = 1 / 3  # share of a piece, at its end, that is searched for the quiet
 
 
 def mixed(sound: Sound, start: int, stop: int) -> torch.Tensor:
-    """(samples,) the mean of the channels of samples start .. stop-1."""
+    """(samples,) the mean of the channels, for samples start .. stop-1."""
     return torch.cat([_mean(torch.from_numpy(np.ascontiguousarray(block))) for block in sound.blocks(start, stop)])
 
 
@@ -45,7 +45,7 @@ def resampled(samples: torch.Tensor, rate: int, wanted: int) -> torch.Tensor:
 
 
 def _resampled_in_blocks(samples: torch.Tensor, old: int, new: int, width: int) -> torch.Tensor:
-    """The sum of `resampled`, but the filter is computed again for each block of samples. Shapes: (samples,)."""
+    """Computes `resampled` in blocks of samples, with the filter computed again for each block. Shapes: (samples,)."""
     windows = torch.nn.functional.pad(samples, (width, width + 1)).unfold(0, 2 * width + 1, 1)
     edge = min(old, new) * ROLLOFF / old
     taps = (torch.arange(-width, width + 1, dtype=torch.float64) * edge).float()  # (2 width + 1,)

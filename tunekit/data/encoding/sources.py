@@ -1,4 +1,4 @@
-"""Loads encoded sources. They come from the token cache, unless the source or the settings of its encoding changed."""
+"""Loads encoded sources: from the token cache, unless the source or the settings of its encoding changed."""
 
 import hashlib
 from collections import Counter
@@ -62,7 +62,7 @@ def read_template(path: Path) -> str:
 def load_sources(
     sources: Sequence[Source], kind: RowKind, cache_dir: Path | None, caller_columns: Container[str] = ()
 ) -> list[EncodedSource]:
-    """All sources, encoded. `caller_columns`: columns that the caller reads, which are no unread columns.
+    """All sources, encoded. `caller_columns`: columns that the caller reads; notes do not call them unread.
 
     Raises: DataError with the problems of all sources.
     """
@@ -99,9 +99,9 @@ def load_source(
 
 
 def source_fingerprint(source: Source, kind: RowKind) -> str:
-    """sha256 over the source's content, the files that its rows name, and everything that decides their encoding.
+    """sha256 of the source's content, of the files that its rows name, and of everything that decides the encoding.
 
-    The path is not included.
+    The source's path is not included.
     """
     path = Path(source.path)
     if is_data_set(source.path):

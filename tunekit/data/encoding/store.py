@@ -1,4 +1,4 @@
-"""Storage of encoded rows in flat arrays, one per part, and one record per row; in memory, or mapped from files."""
+"""Stores encoded rows in memory or in mapped files: one flat array per part (such as ids), and one record per row."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ Files = dict[str, np.dtype[Any]]  # file name -> dtype of its values
 
 
 def files_of(layout: RowLayout) -> Files:
-    """The files of a store: one for each part of a row, and one for the records."""
+    """The files of a store with their dtypes: one file for each part of a row, and one file for the records."""
     lengths, sizes = (len(layout.parts),), (layout.sizes,)
     plain = [(name, "<i8") for name in ("supervised", "line", "number")]
     record = np.dtype([("lengths", "<i8", lengths), ("sizes", "<i8", sizes), *plain, ("digest", "<u8")])
@@ -25,7 +25,7 @@ def files_of(layout: RowLayout) -> Files:
 
 
 class TokenStore:
-    """Rows of one source, as arrays of values and one record per row.
+    """Rows of one source: one array of values per part (such as ids), and one record per row.
 
     The fields of a record are:
     - `lengths`: the number of values in each part of the row
@@ -33,7 +33,7 @@ class TokenStore:
     - `supervised`: the number of supervised elements
     - `line`: the line where the row begins
     - `number`: the index of the complete row in the source, from 0
-    - `digest`: the hash of the complete row, of which this row can be a piece
+    - `digest`: the hash of the complete row; this row can be a piece of it
     """
 
     def __init__(self, layout: RowLayout, arrays: Sequence[NDArray[Any]]) -> None:
@@ -118,7 +118,7 @@ class Part:
 
 
 class ChosenRows:
-    """The rows of several parts, one part after the other. `first`: the number of the first row."""
+    """The rows of several parts, one part after the other. `first`: the first row's number in the run."""
 
     def __init__(self, parts: Sequence[Part], first: int = 0) -> None:
         self.parts, self.first = tuple(parts), first
@@ -156,7 +156,7 @@ class ChosenRows:
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """(rows,) the hash of each complete row. Equal rows have equal hashes, and so have the pieces of one row."""
+        """(rows,) the hash of each complete row. Equal rows have equal hashes. So do all pieces of a split row."""
         return self._column("digest", np.uint64)
 
 

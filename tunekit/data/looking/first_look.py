@@ -114,16 +114,16 @@ def measured(look: Look, source: Source, kind: RowKind) -> Look:
 
 
 def _names(kind: str, value: object) -> bool:
-    """Whether a value is a file of this kind ("audio" or "image"), by its name, or contains the bytes of one."""
+    """Whether a value names a file of this kind ("audio" or "image"), or contains the bytes of such a file."""
     if isinstance(value, Mapping):
         return "bytes" in value and is_media(str(value.get("path") or f"x{MEDIA[kind][0]}"), kind)
     return isinstance(value, str) and is_media(value, kind)
 
 
 def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
-    """The columns that may contain labels, with the number of their different values. Usual names of labels come first.
+    """Columns that may contain labels, with their numbers of different values. Usual names of labels come first.
 
-    Such a column is not the text. It has few different values; they are short, and each is in several rows on average.
+    Such a column is not the text. It has few different values, which are short and are in several rows on average.
     """
     counts = {}
     for name in (name for name in rows[0] if name != "text"):
@@ -153,7 +153,7 @@ def _folder_notes(data: str) -> list[str]:
 
 
 def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[ObjectiveSettings], str, Mapping[str, str]]:
-    """The settings class of the objective that fits the first row, its format, and the columns to rename for it.
+    """The settings class of the objective that fits the first row, the row's format, and the columns to rename.
 
     Raises: DataError naming the fields of every format.
     """

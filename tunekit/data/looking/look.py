@@ -73,7 +73,7 @@ KINDS = {  # kind of finding -> its description in the table
 
 @dataclass
 class Found:
-    """The findings in one file. `lines`: the lines of the rows by kind. `first`: details of the first row by kind."""
+    """The findings in one file. `lines`: kind of finding -> lines of the rows. `first`: kind -> first row's details."""
 
     name: str
     rows: int = 0
@@ -107,9 +107,9 @@ def look_at_rows(
 ) -> Found:
     """The findings in all rows of one source.
 
-    `example`: the kind of the examples. `limit`: data.max_length. `train_index`: the rows so far, to which these rows
-    are added. `eval_index`: the evaluation rows, if these rows are for training. `keep`: collect the rows without
-    findings. `kind`: the encoding of rows; None: unknown, so lengths are estimates.
+    `example`: the kind of the examples. `limit`: data.max_length. `train_index`: an index of earlier rows; these rows
+    are added to it. `eval_index`: an index of the evaluation rows, if these rows are for training. `keep`: collect
+    rows without findings. `kind`: the encoding of rows; None: unknown, so lengths are estimates.
     """
     findings, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
@@ -156,7 +156,7 @@ def look_at_rows(
 
 
 def _signed(parsed: object, text: str) -> RowSignature:
-    """The signature of a row for comparisons, from its text, or from the bytes of its file and its text."""
+    """The signature that rows are compared by: from the row's text, or from its file (recording, image) and text."""
     if not isinstance(parsed, FileExample):
         if isinstance(parsed, LabelExample):
             return signed(parsed.text) if parsed.second is None else signed_pair(parsed.text, parsed.second)
@@ -170,8 +170,8 @@ def _signed(parsed: object, text: str) -> RowSignature:
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
-    """The estimated number of tokens of the shorter answer of a preference pair. They do not count towards the row's
-    length. 0 for rows with one answer.
+    """Estimated tokens of the shorter answer of a preference pair, 0 for rows with one answer. A row's length counts
+    only the longer answer.
     """
     if "rejected" not in values:
         return 0
@@ -190,7 +190,7 @@ def _outcomes(
 
 
 def _fates(outcome: Outcome, kind: RowKind, findings: Found) -> Iterator[tuple[str, str]]:
-    """Add findings if training would cut or drop the encoded row. Raises: DataError if the row is wrong."""
+    """The findings (kind, details) if training would cut or drop the row. Raises: DataError if the row is wrong."""
     from tunekit.data.encoding.encode import TOO_LONG, SourceCounts, cut_row
     from tunekit.data.encoding.outcomes import Dropped
 
@@ -236,7 +236,7 @@ def _doubts(parsed: object, text: str, line: int, findings: Found) -> Iterator[t
 
 
 def _doubts_of_file(parsed: FileExample) -> Iterator[tuple[str, str]]:
-    """The findings in the recording or image of a row. Raises: DataError if the file cannot be read."""
+    """Findings in the recording or image of a row. Raises: DataError if the file cannot be read."""
     if not isinstance(parsed, TranscriptExample | AudioLabelExample):
         from tunekit.data.encoding.images import read_image  # imports torch
         from tunekit.data.encoding.outcomes import Dropped
@@ -256,7 +256,7 @@ def _doubts_of_file(parsed: FileExample) -> Iterator[tuple[str, str]]:
 
 
 def _turns(example: ChatExample) -> str:
-    """The fault in the order of the turns; "" if there is none."""
+    """The error in the order of a conversation's turns; "" if the order is right."""
     roles = [message.role for message in example.messages if message.role not in ("tool", "function")]
     if "system" in roles[1:]:
         return "a system prompt that is not first"
@@ -272,7 +272,7 @@ def _turns(example: ChatExample) -> str:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """All texts in a row, except the names of roles and ids."""
+    """All texts in a row, without names of roles and without ids."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Detection of rows that are equal or nearly equal to an earlier row.
+"""Detects rows that are equal or nearly equal to an earlier row.
 
 Near duplicates are found by MinHash (Broder 1997) over pairs of words, with PERMUTATIONS hashes in BANDS bands. Rows
 that share a band are compared by their complete signatures.
@@ -38,7 +38,7 @@ class SimilarityIndex:
     signatures: list[tuple[WordPairs | None, str, int, RowLabel]] = field(default_factory=list)
 
     def like(self, row: RowSignature) -> tuple[str, str, int, RowLabel] | None:
-        """An indexed row that is similar to `row`, as ("exact" or "near", file, line, label); None if there is none."""
+        """A similar row of the index, as ("exact" or "near", file, line, label); None if no row is similar."""
         if row.key in self.texts:
             return "exact", *self.texts[row.key]
         tried: set[int] = set()
@@ -72,7 +72,7 @@ class RowSignature:
 def signed(text: str, beside: str = "") -> RowSignature:
     """The signature of a text. Case, spaces and punctuation are ignored; a short text has no near duplicates.
 
-    `beside`: a second text, which near duplicates must share.
+    `beside`: a second text of the row. Only rows with the same second text can be near duplicates.
     """
     from rensa import RMinHash
 
@@ -89,13 +89,13 @@ def signed(text: str, beside: str = "") -> RowSignature:
 def signed_pair(first: str, second: str) -> RowSignature:
     """The signature of two texts. Equal pairs have equal texts in the same order.
 
-    Nearly equal pairs share the longer text and have nearly equal shorter texts, in any order. A long text, such as a
-    premise, is often part of many pairs, so it must not decide alone.
+    Nearly equal pairs have the same longer text and nearly equal shorter texts, in any order. An equal long text alone
+    is not enough: it is often part of many pairs, such as a premise.
     """
     shorter, longer = sorted((first, second), key=len)
     return replace(signed(shorter, f"{_plain(longer)}\n"), key=hash((_plain(first), _plain(second))))
 
 
 def _plain(text: str) -> str:
-    """The text in lower case, without punctuation and double spaces."""
+    """The text in lower case, without punctuation, with single spaces."""
     return " ".join(text.lower().translate(UNSPOKEN).split()) or text.strip()

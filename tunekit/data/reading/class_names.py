@@ -1,4 +1,4 @@
-"""Names of classes, from the ClassLabel features of data sets of the `datasets` library."""
+"""Reads names of classes from the ClassLabel features that the `datasets` library stores with a data set."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def class_names(features: object) -> ClassNames:
 
 
 def _of_each(feature: object) -> object:
-    """The feature of a list's items, written as `{"feature": ...}` or `[...]`; None if it is not a list."""
+    """The feature of the items, if a feature is a list: `{"feature": ...}` or `[...]`; None if it is not a list."""
     if isinstance(feature, list) and len(feature) == 1:
         return feature[0]
     return feature.get("feature") if isinstance(feature, Mapping) else None

@@ -38,7 +38,7 @@ _KNOWN = "known endings: .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parqu
 
 @dataclass(frozen=True)
 class DataFile:
-    """A checked data file. `kind`: the kind by the file's name, which the first bytes confirm."""
+    """A checked data file. `kind`: the kind that the file's name states and its first bytes confirm."""
 
     path: Path
     kind: str

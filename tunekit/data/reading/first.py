@@ -1,4 +1,4 @@
-"""Choice of a source's format by its first row.
+"""Chooses the format of a source by its first row.
 
 This module imports neither numpy nor torch, because validate uses it too.
 """
@@ -29,7 +29,7 @@ ASKED, TOLD = ("question", "query", "input", "prompt"), ("answer", "response", "
 
 
 def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:
-    """The raw rows of a source, the first of these rows, the format, and the reason for this format.
+    """All raw rows of a source, its first row again, the format, and the reason for this format.
 
     Raises: DataError if there is no row.
     """
@@ -88,7 +88,7 @@ def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:
 
 
 def aliases_in(facts: ModuleType, values: Fields) -> Mapping[str, str]:
-    """Other names that the columns of a row may have in a format, and the field that each stands for."""
+    """Alternative names of columns that a format accepts for this row: name -> field."""
     aliases: Mapping[str, str] = getattr(facts, "ALIASES", {})
     return facts.aliases_of(values) if hasattr(facts, "aliases_of") else aliases
 
@@ -125,7 +125,7 @@ def _weighted(make: MakeExample, row: Fields) -> Example:
 
 
 def columns_meant(values: Fields) -> dict[str, str]:
-    """The columns with a question and its answer, guessed by their names: column -> field; {} if there are none."""
+    """The columns that contain a question and its answer, guessed by name: column -> field; {} without such columns."""
     asked, told = (next((name for name in names if name in values), None) for names in (ASKED, TOLD))
     return {asked: "prompt", told: "completion"} if asked and told else {}
 

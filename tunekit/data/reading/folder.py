@@ -1,4 +1,4 @@
-"""Folders as sources, with a table of their files (metadata.jsonl, .csv or .parquet) or with one folder per class."""
+"""Reads folders as sources: with a table of the files (metadata.jsonl, .csv or .parquet), or one folder per class."""
 
 import hashlib
 import os
@@ -86,8 +86,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def passed_over(folder: Path) -> str | None:
-    """A note that lists the files of a folder that are not read, because they are not recordings or images; None if all
-    files are read."""
+    """A note that lists the unread files of a folder: those that are no recordings or images. None if all files are
+    read."""
     others = [place for place in _files(folder) if not is_media(place.name)]
     if not others:
         return None
@@ -100,6 +100,6 @@ def passed_over(folder: Path) -> str | None:
 
 
 def names_hash(folder: Path) -> str:
-    """sha256 over the file names in the rows of read_classes."""
+    """sha256 of the file names in the rows of read_classes."""
     names = [str(row.values) for row in read_classes(folder)]
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()

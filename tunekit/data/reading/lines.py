@@ -1,4 +1,4 @@
-"""Strict reading of JSON Lines, JSON arrays and plain text. Lines end at \\n only."""
+"""Reads JSON Lines, JSON arrays and plain text strictly. Lines end at \\n only."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 
 def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterator[RawRow]:
-    """The row of one line; nothing for a blank line, or for a wrong line, which is added to `problems`."""
+    """Yields the row of one line, if it is not blank. Adds a problem for an invalid line."""
     text = decode(raw.removeprefix(BOM) if number == 1 else raw, name, number, problems)
     stripped = (text or "").strip(" \t\r\n")
     if not stripped:
@@ -85,7 +85,7 @@ def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterat
 
 
 def decode(raw: bytes, name: str, number: int, problems: Problems) -> str | None:
-    """The text of UTF-8 bytes; None, with a problem added, for NUL bytes or invalid UTF-8."""
+    """The text of UTF-8 bytes. Adds a problem and returns None for NUL bytes or invalid UTF-8."""
     if b"\x00" in raw:
         problems.add(name, number, "contains a NUL byte", "save the file as UTF-8; it may be UTF-16, or not text")
         return None

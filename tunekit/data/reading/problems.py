@@ -1,4 +1,4 @@
-"""Collection of the problems in a file's rows, so that one error shows up to twenty different ones."""
+"""Collects the problems of a file's rows, so that one error shows up to twenty different problems."""
 
 from dataclasses import dataclass, field, replace
 
@@ -45,7 +45,7 @@ class Problems:
 
 
 def _counted(problem: Problem, others: list[int]) -> Problem:
-    """The problem, with the number of other rows that have it, and the first of their lines."""
+    """The problem, with the number of other rows that have the same problem, and the first lines of these rows."""
     if not others:
         return problem
     lines = ", ".join(map(str, others[:MOST_LINES])) + (", ..." if len(others) > MOST_LINES else "")

@@ -1,4 +1,4 @@
-"""Check that a command does not overwrite a file that the recipe reads."""
+"""Checks that a command does not overwrite a file that the recipe reads."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ def refuse_to_replace(option: str, name: str | None, loaded: LoadedRecipe) -> No
 
 
 def refuse_to_replace_named(option: str, name: str | None, values: Mapping[str, object], file: Path) -> None:
-    """`refuse_to_replace` for plain values. `values`: sections of the recipe. `file`: the recipe's file."""
+    """`refuse_to_replace`, for a recipe as plain values. `values`: its sections. `file`: the recipe's file."""
     if name is None or name == "-":
         return
     if _same(Path(name), file):

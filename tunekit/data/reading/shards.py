@@ -1,4 +1,4 @@
-"""Shards of large sources, which can be read separately and in any order.
+"""Shards of large sources. Shards can be read separately and in any order.
 
 JSON Lines is cut at line ends, Parquet at row groups, and a folder of classes at files. A source that must be read
 from its start (CSV, a compressed file, a hub data set, a source with max_rows) is a single shard.

@@ -1,4 +1,4 @@
-"""Reading of recordings, from files or from bytes in rows, in blocks.
+"""Reads recordings in blocks, from files or from bytes in rows.
 
 Only this module imports soundfile.
 """
@@ -49,8 +49,8 @@ class Sound:
             yield self._block(first, min(size, stop - first), seek=first == start)
 
     def _block(self, start: int, count: int, *, seek: bool) -> NDArray[np.float32]:
-        """`count` samples from `start` on. `seek`: move to `start`; not if the last block ended there, because seeking
-        can change the decoded samples."""
+        """`count` samples from `start` on. `seek`: move to `start` first. Consecutive blocks are read without seeking,
+        because seeking can change the decoded samples."""
         import soundfile
 
         try:
@@ -107,7 +107,7 @@ def opened(media: Media) -> Iterator[Sound]:
 
 
 def _require_whole(media: Media, name: str) -> None:
-    """Raises: DataError if a RIFF file is shorter than its header says, because soundfile does not check this."""
+    """Raises: DataError if a RIFF file is shorter than its header states. soundfile does not check this."""
     if media.data is None:
         size = Path(media.path).stat().st_size
         with open(media.path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Reading of one source of the recipe, row by row: a file, a folder, or a data set of the hub.
+"""Reads one source of the recipe row by row: a file, a folder, or a data set of the hub.
 
 Only this module imports pyarrow and datasets, inside the functions that use them.
 """
@@ -31,7 +31,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 def is_hub_name(path: str) -> bool:
     """Whether a path names a data set of the hub.
 
-    Local paths are already absolute, or begin with a dot; files of this name in the working directory do not count.
+    Local paths are already absolute, or begin with a dot. So a file in the working directory with the same name is
+    not read.
     """
     return bool(_HUB_NAME.fullmatch(path)) and Path(path).suffix.lower() not in (*KINDS, ".gz")
 
@@ -63,7 +64,7 @@ def _all_rows(source: Source, problems: Problems) -> Iterator[RawRow]:
 
 
 def _drawn(source: Source) -> Iterable[bool]:
-    """Whether each row of the source is one of the max_rows drawn rows. All rows are equally likely."""
+    """For each row of the source: whether it is among the max_rows rows that are drawn with equal probability."""
     from tunekit.data.batching.order import permutation  # imports numpy, which is not needed to read a recipe
 
     order = permutation(_count_rows(source), "max_rows", str(source.draw_seed))
@@ -73,7 +74,7 @@ def _drawn(source: Source) -> Iterable[bool]:
 
 
 def _count_rows(source: Source) -> int:
-    """Number of rows of a source, after a pass over it. Raises: DataError for a source streamed over the network."""
+    """Number of rows of a source, after a pass over them. Raises: DataError for a source streamed over the network."""
     if is_data_set(source.path):
         if source.streaming and not is_saved(source.path):
             what = "max_rows draws from all rows, but the rows of a streamed data set of the hub cannot be counted"
@@ -225,7 +226,7 @@ def _read_hub(source: Source) -> Iterator[RawRow]:
 
 
 class HubRows(Protocol):
-    """The part of a `datasets` data set that is used here."""
+    """The methods of a `datasets` data set that are used here."""
 
     _fingerprint: str
 
@@ -236,7 +237,7 @@ class HubRows(Protocol):
         """The number of rows; not available for a streamed data set."""
 
     def cast_column(self, name: str, feature: object) -> HubRows:
-        """The data set with a column that is read as another feature."""
+        """The data set, with the feature of a column changed."""
 
 
 def hub_fingerprint(source: Source) -> str:
@@ -268,7 +269,7 @@ def _load_hub(source: Source, *, streaming: bool) -> HubRows:
 
 
 def _undecoded(rows: HubRows) -> HubRows:
-    """The data set with its recordings and images as {bytes, path}, not decoded."""
+    """The data set, with recordings and images undecoded, as {bytes, path}."""
     import datasets
 
     for name, feature in (getattr(rows, "features", None) or {}).items():

@@ -1,4 +1,4 @@
-"""Encoding that lets only the chat template make control tokens: data that spells a control token stays text."""
+"""Encodes text so that only the chat template makes control tokens. A control token spelled in data stays text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ PLACEHOLDER = "\ue000"  # a private-use character, which no special token contai
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, with a search for texts that spell them."""
+    """The special tokens of a tokenizer, and a search for texts that spell a special token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.ids = frozenset(tokenizer.special_ids)
@@ -19,11 +19,11 @@ class ControlTokens:
         self._pattern = re.compile("|".join(spelled)) if spelled else None
 
     def spelled_in(self, value: object) -> bool:
-        """Whether any text inside `value` spells a control token."""
+        """Whether a text in `value` spells a control token."""
         return self._pattern is not None and self.neutralized(value) != value
 
     def without_last(self, text: str) -> str:
-        """`text` without a control token at its end."""
+        """`text`, with a control token at its end removed."""
         return text if self._pattern is None else re.sub(rf"(?:{self._pattern.pattern})\Z", "", text)
 
     def neutral_fields(self, values: Mapping[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Rendering of examples as ids with loss weights. The spans of the messages decide which tokens are trained on.
+"""Renders examples as ids with loss weights. The spans of the messages decide which tokens are trained on.
 
 A conversation is rendered completely, rendered again up to each assistant turn (turns.py finds the spans), and
 tokenized with offsets. Data that spells a special token stays text: only the template makes control tokens.
@@ -61,7 +61,7 @@ class Renderer:
         return self.template is not None or self.tokenizer.chat_template is not None
 
     def sequence(self, example: Example) -> tuple[list[int], Weights]:
-        """The ids of a row, and the loss weight of each: 0 for tokens that are not trained on, else 1 or the row's
+        """The ids of a row and their loss weights: 0 for tokens that are not trained on, else 1 or the row's
         weight.
 
         Raises: Dropped if nothing can be trained on; DataError if the row is wrong.
@@ -78,7 +78,7 @@ class Renderer:
         return ids, weights * np.float32(example.weight)
 
     def as_given(self, example: Example) -> list[Example]:
-        """The examples that train on each answer of a conversation in its original form.
+        """One or more examples, so that each answer of a conversation is trained on as the row has it.
 
         Some templates rewrite earlier answers when more turns follow. Then the conversation becomes one example per
         answer, which ends with this answer and trains on it only. Other examples are returned unchanged.
@@ -96,7 +96,7 @@ class Renderer:
         ]
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:
-        """The ids before the last answer, as a prompt for generation, and the answer's text; None for plain text."""
+        """The ids before the last answer (the prompt for generation), and the answer's text; None for plain text."""
         source = self.source(example)
         if source is None:
             return None
@@ -106,7 +106,7 @@ class Renderer:
     def source(self, example: Example) -> tuple[str, list[int] | None, str] | None:
         """(text, ids, answer): the prompt of the last answer, and the answer's text; None if there is no answer.
 
-        A conversation has ids, and "" as its text. Other examples have their prompt's text, and None as ids.
+        For a conversation, `text` is "". For other examples, `text` is the prompt's text, and `ids` is None.
         """
         example = self._readable(example)
         if isinstance(example, ChatExample):
@@ -143,21 +143,21 @@ class Renderer:
         return begin + self.tokenizer.encode(text, special_tokens_in_text=special_tokens_in_text)
 
     def _readable(self, example: Example) -> Example:
-        """The example; for a tokenizer without a chat template, its form as plain prompt and answer."""
+        """The example. If the tokenizer has no chat template, a conversation becomes a plain prompt and answer."""
         if self.has_template or not isinstance(example, ChatExample) or example.without_template is None:
             return example
         self.notices[NO_TEMPLATE] += 1
         return replace(example.without_template, weight=example.weight)
 
     def _begun(self, text: str) -> tuple[list[int], str]:
-        """The beginning-of-sequence token, if the tokenizer adds it, and the text without this token at its start."""
+        """The beginning-of-sequence token, if the tokenizer adds one, and the text with this token stripped."""
         bos = self.tokenizer.bos_id
         if bos is None or not self.tokenizer.adds_bos:
             return [], text
         return [bos], text.removeprefix(self.tokenizer.decode([bos]))
 
     def _unended(self, text: str) -> str:
-        """The text without an end-of-sequence token at its end."""
+        """The text, with an end-of-sequence token at its end removed."""
         eos = self.tokenizer.eos_id
         return text if eos is None else text.removesuffix(self.tokenizer.decode([eos]))
 
@@ -262,7 +262,7 @@ def too_long(tokens: str, most: int) -> LengthError:
 
 
 def reads_field(template: str, name: str) -> bool:
-    """Whether a template reads a field, as `message.name`, `message['name']` or `'name' in message`."""
+    """Whether a template reads a field of a message, as `message.name`, `message['name']` or `'name' in message`."""
     return re.search(rf"[.'\"]{re.escape(name)}\b", template) is not None
 
 

@@ -1,4 +1,4 @@
-"""Finding the assistant's turns in a rendered conversation.
+"""Finds the assistant's turns in a rendered conversation.
 
 A template with {% generation %} markers marks the turns itself. Any other template renders the conversation twice per
 turn: before the turn with the generation prompt, and up to the turn's end. If both texts are prefixes of the complete
@@ -129,12 +129,12 @@ class TurnFinder:
         return Conversation(text, neutral, placed, tuple(messages[index].weight for index in wanted), empty)
 
     def rewrites(self, example: ChatExample, wanted: Sequence[int]) -> bool:
-        """Whether the template changes an answer when later turns follow, so that its original text is not found."""
+        """Whether the template writes an answer differently when later turns follow it."""
         text = self.render(example.messages, example.tools)
         return any(self._turn(example.messages, index, example.tools, text) is None for index in wanted)
 
     def _marked_spans(self, example: ChatExample, text: str, wanted: Sequence[int]) -> list[TurnSpan | None] | None:
-        """The spans by the template's {% generation %} markers; None unless the template marks each answer."""
+        """The spans that the template's {% generation %} blocks mark; None unless every answer is marked."""
         if self._marked is None or not wanted:
             return None
         rows = [message.as_dict() for message in example.messages]
@@ -153,7 +153,7 @@ class TurnFinder:
         return [span for index, span in zip(answers, spans, strict=True) if index in wanted]
 
     def _turn(self, messages: Sequence[Message], index: int, tools: Tools, text: str) -> TurnSpan | None:
-        """The span of one turn; None if the text up to the turn is not a prefix of the complete text."""
+        """The span of one turn; None if the text rendered up to this turn is not a prefix of the complete text."""
         complete = index + 1 == len(messages)
         try:
             upto = text if complete else self.render(messages[: index + 1], tools)
@@ -187,7 +187,7 @@ class TurnFinder:
     def _content_place(self, messages: Sequence[Message], tools: Tools, upto: str) -> int:
         """The position of the last message's content; -1 if it is not found.
 
-        It is found by rendering the conversation with a probe in place of this content.
+        The conversation is rendered with a probe text in place of this content, and the probe is searched for.
         """
         probe = replace(messages[-1], content=_PROBE)
         try:
@@ -208,7 +208,7 @@ class TurnFinder:
     def _check(
         self, messages: Sequence[Message], wanted: Sequence[int], spans: Sequence[TurnSpan], text: str, tools: Tools
     ) -> None:
-        """Check that the template writes everything that the row contains; other omissions than tool calls are counted.
+        """Check that the template writes all content of the row. Omitted tool calls are an error; others are counted.
 
         Raises: DataError if the template leaves out tool calls.
         """
@@ -228,7 +228,7 @@ class TurnFinder:
             self._notices[TOOLS_IGNORED] += 1
 
     def close(self, span: TurnSpan, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> TurnSpan:
-        """The span up to its end-of-turn token, without the whitespace that the template writes after this token.
+        """The span, extended to its end-of-turn token, without the whitespace that the template writes after the token.
 
         If a turn has no such token, as in GLM-4's template, the control token that opens the next turn ends it.
         """

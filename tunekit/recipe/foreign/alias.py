@@ -1,4 +1,4 @@
-"""The meaning of another tool's key: tunekit's key with a translation of the value, or the reason why there is none."""
+"""The meaning of another tool's key: tunekit's key and a translation of the value, or the reason why none exists."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from tunekit.recipe.reading.draft import KeyPath
 
 @dataclass(frozen=True)
 class Alias:
-    """The translation of another tool's key. `target`: tunekit's key; None: nothing is ever written."""
+    """The translation of another tool's key. `target`: tunekit's key; None: the key is never written to the recipe."""
 
     target: KeyPath | None
     translate: Translate
@@ -16,20 +16,20 @@ class Alias:
 
 
 def to(dotted_key: str, *names: str, by: Translate = same) -> dict[str, Alias]:
-    """Table entries: other tools' names for one of tunekit's keys. `by`: translates the values."""
+    """Table entries for one of tunekit's keys. `names`: other tools' names for it. `by`: translates the values."""
     return dict.fromkeys(names, Alias(tuple(dotted_key.split(".")), by))
 
 
 def same_names(section: str, *names: str) -> dict[str, Alias]:
-    """Table entries: keys that have the same name in other tools and in this section of a recipe."""
+    """Table entries for keys that have the same name in other tools and in this section of a recipe."""
     return {name: Alias((section, name), same) for name in names}
 
 
 def nowhere(by: Translate, *names: str) -> dict[str, Alias]:
-    """Table entries: keys without a counterpart. `by`: decides whether a value has no effect or is a problem."""
+    """Table entries for keys without a counterpart. `by`: decides whether a value has no effect or is a problem."""
     return dict.fromkeys(names, Alias(None, by))
 
 
 def dropped(why: str, *names: str) -> dict[str, Alias]:
-    """Table entries: keys that never change a result, with any value. `why`: the reason, printed with the rewrite."""
+    """Table entries for keys that change no result, with any value. `why`: the reason, printed with the rewrite."""
     return dict.fromkeys(names, Alias(None, always_so, why))

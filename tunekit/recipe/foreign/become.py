@@ -1,4 +1,4 @@
-"""Rewrites one key of another tool: to tunekit's key, to nothing (if it has no effect), or to a problem."""
+"""Rewrites one key of another tool: to tunekit's key, to nothing if the key has no effect, or to a problem."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ UNTRANSLATED = "it has no translation"
 
 
 def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
-    """Rewrite one key of another tool by its table entry. An empty value has no effect, as in those tools."""
+    """Rewrite one key of another tool by its table entry. An empty value has no effect, as in the other tools."""
     place, value = draft.place(key), draft.get(key)
     inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
     draft.remove(key)
@@ -25,7 +25,8 @@ def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
 
 
 def settle(draft: Draft, key: KeyPath, alias: Alias, value: object, place: Place) -> KeyPath | None:
-    """Translate the value of a removed key, and write it. Returns the key that was written, or None."""
+    """Translate the value of a key that was removed from the draft, and write it under tunekit's key. Returns this key,
+    or None if nothing was written."""
     spelled = dotted(key)
     try:
         ours = alias.translate(value)

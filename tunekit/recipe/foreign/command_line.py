@@ -36,7 +36,8 @@ def read_command_line(path: Path) -> Draft:
 
 
 def _words(text: str, file: str) -> Iterator[tuple[str, int]]:
-    """The words of all commands with their lines. A backslash continues a line. An empty word ends a command."""
+    """The words of all commands, with their line numbers. A backslash continues a line. An empty word marks a command's
+    end."""
     for number, line in enumerate(text.splitlines(), 1):
         continues = line.rstrip().endswith("\\")
         try:

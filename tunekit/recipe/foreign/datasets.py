@@ -1,5 +1,5 @@
-"""LLaMA-Factory's data sets: names in `dataset`, described in dataset_info.json, become sources of the recipe.
-An entry without an exact translation is a problem.
+"""Translates LLaMA-Factory's data sets to sources of the recipe. `dataset` contains their names, and dataset_info.json
+describes them. An entry without an exact translation is a problem.
 
 Source: LLaMA-Factory's data/README.md.
 """
@@ -106,7 +106,7 @@ def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> 
 
 
 def _format(name: str, entry: dict[str, Any], tags: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """tunekit's format of a data set, and the field of that format for each key of `columns`. Raises: NotExact."""
+    """tunekit's format of a data set, and for each key of `columns` the field of this format. Raises: NotExact."""
     kind, columns = entry.get("formatting", "alpaca"), entry.get("columns") or {}
     judged = "preference" if entry.get("ranking") else "unpaired" if columns.get("kto_tag") else None
     if kind == "alpaca":

@@ -13,9 +13,9 @@ from tunekit.recipe.reading.draft import Draft, Place
 
 @dataclass
 class Theirs:
-    """The keys of another tool's configuration, as `section.key`, that are not translated yet.
+    """The untranslated keys of another tool's configuration, as `section.key`.
 
-    `values`: value and place of each remaining key; `places`: the places of keys that were removed (taken).
+    `values`: value and place of each untranslated key; `places`: the places of taken keys, which `take` removed.
     """
 
     draft: Draft
@@ -39,11 +39,11 @@ class Theirs:
         write(self.draft, tuple(target.split(".")), value, place, name)
 
     def record(self, name: str, what: str) -> None:
-        """Record the result for a key that was taken."""
+        """Record what a taken key was rewritten to."""
         record(self.draft, self.places[name], name, what)
 
     def complain(self, name: str, what: str, how: str = "") -> None:
-        """Add a problem about a key that was taken."""
+        """Add a problem with a taken key."""
         complain(self.draft, self.places[name], name, what, how)
 
     def settle(self, table: Mapping[str, Alias]) -> None:

@@ -1,5 +1,5 @@
 """Rewrites other tools' keys to tunekit's keys, and records each rewrite with its place.
-Two keys for the same setting are a problem, and a value without an exact translation is a problem.
+Two keys for the same setting are a problem. So is a value without an exact translation.
 """
 
 import json
@@ -149,7 +149,7 @@ def _rewrite_precision(draft: Draft) -> None:
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
-    """Write warmup_ratio: 0 for `constant`. In the other tools, `constant` ignores a warm-up; in tunekit it has one."""
+    """Write warmup_ratio: 0 for the scheduler `constant`. In other tools it has no warm-up, but in tunekit it has."""
     place = draft.place(("training", "scheduler"))
     written = [name for name in ("warmup_ratio", "warmup_steps") if draft.has(("training", name))]
     if any(draft.get(("training", name)) for name in written):
@@ -160,7 +160,7 @@ def _settle_constant(draft: Draft, spelled: str) -> None:
 
 
 def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
-    """use_dora -> adapter.method: dora. In the other tools DoRA is a switch of LoRA."""
+    """use_dora -> adapter.method: dora. In other tools, DoRA is an option of LoRA."""
     method = draft.get(METHOD, "lora")
     if method not in ("lora", "dora"):
         complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
@@ -173,7 +173,7 @@ def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
 
 
 def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
-    """Rewrite a key that applies to all training sources to `field` of every source."""
+    """Rewrite a key that applies to all training sources: write `field` into every source."""
     taken = take(draft, name)
     if taken is None:
         return
@@ -207,11 +207,11 @@ def _rewrite_pissa(draft: Draft) -> None:
 
 
 def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: Place) -> None:
-    """Note how many steps to write in place of evaluations or checkpoints per epoch: the number of rows is not known
-    here.
+    """Replace evaluations or checkpoints per epoch by a note with the number of steps to write. The number cannot be
+    computed here, because the number of rows is unknown.
 
-    This is a problem only if evaluations decide when the run stops, or which checkpoint is best. Otherwise the result
-    does not depend on the setting.
+    The setting is a problem only if evaluations decide when the run stops, or which checkpoint is best. Otherwise the
+    result does not depend on it.
     """
     if value == 0 and not isinstance(value, bool):
         return record(draft, place, name, "nothing (0 is never)")
@@ -235,7 +235,7 @@ def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: 
 
 
 def _rewrite_strategy(draft: Draft, name: str, steps: str) -> None:
-    """Rewrite the value `epoch` of eval_strategy or save_strategy. A number of steps is then ignored."""
+    """Rewrite the value `epoch` of eval_strategy or save_strategy. The other tools then ignore the number of steps."""
     if draft.get((name,)) == "epoch" and (taken := take(draft, name)) is not None:
         if (ignored := take(draft, steps)) is not None:
             record(draft, ignored[1], steps, f"nothing ({name}: epoch takes precedence)")
@@ -305,7 +305,7 @@ def _rewrite_template(draft: Draft, name: str) -> None:
 
 
 def _bits(value: object, meaning: int | None) -> int | None:
-    """The number of bits: 4, 8, or 0 for off; None for an invalid value. `meaning`: the bits that `true` stands for."""
+    """The number of bits: 4, 8, or 0 for no quantization; None for an invalid value. `meaning`: the bits for `true`."""
     if meaning is None:
         return value if value in (4, 8) and not isinstance(value, bool) else None
     return (meaning if value else 0) if isinstance(value, bool) else None

@@ -1,4 +1,4 @@
-"""The keys of TRL's GRPOConfig and RLOOConfig, and the conversion of micro-batches, which count completions in TRL."""
+"""Translates keys of TRL's GRPOConfig and RLOOConfig, and converts micro-batches, which count completions in TRL."""
 
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
 from tunekit.recipe.foreign.values import exactly, lost, one_of

@@ -1,4 +1,4 @@
-"""The key names of Axolotl, LLaMA-Factory, TRL and PEFT, where those tools put them, and tunekit's key for each."""
+"""The keys of Axolotl, LLaMA-Factory, TRL and PEFT, by their place in the configuration, and tunekit's key for each."""
 
 from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to

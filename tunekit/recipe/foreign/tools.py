@@ -1,4 +1,4 @@
-"""Detects which tool a configuration belongs to, and writes the defaults of that tool for keys that it does not write.
+"""Detects the tool that a configuration is for, and writes the tool's defaults for keys that are not in it.
 
 Sources of the defaults: TRL's SFTConfig, DPOConfig, RewardConfig and ModelConfig, transformers' TrainingArguments,
 LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders of torchtune.
@@ -94,18 +94,18 @@ WHOLE = {TORCHTUNE: rewrite_torchtune, UNSLOTH: rewrite_sections, SCRIPT: rewrit
 
 
 def rate_of(method: str) -> float:
-    """The default learning rate of TRL's trainer for this objective."""
+    """The default learning rate of TRL's trainer for an objective. `method`: the name of the objective."""
     return _RATES.get(method, 2e-5)
 
 
 def trains_base(draft: Draft, tool: str | None) -> bool:
-    """Whether the tool would train every weight, because the configuration has no adapter. `draft`: as it was read."""
+    """Whether the tool would train all weights, because the configuration has no adapter. `draft`: before rewrites."""
     asked = draft.get(("adapter",)) if tool == AXOLOTL else draft.get(("use_peft",)) is True
     return tool in (AXOLOTL, TRL) and not asked
 
 
 def drop_empty(draft: Draft) -> None:
-    """Remove unknown keys with empty values, in place. Example configurations contain many."""
+    """Remove unknown keys with empty values, in place. Example configurations of other tools contain many."""
     for name in [name for name in draft.values if name not in OURS and name not in TOP_LEVEL]:
         if draft.values[name] in (None, False, "", [], {}):
             record(draft, draft.place((name,)), str(name), "nothing (it is empty)")
@@ -127,7 +127,7 @@ def drop_overruled(draft: Draft) -> None:
 
 
 def drop_unknown(draft: Draft, tool: str) -> None:
-    """Remove keys that have no translation, in place. Each is a problem, because the import would lose it."""
+    """Remove keys that have no translation, in place. Each key becomes a problem: the import would lose it."""
     for name in [name for name in draft.values if name not in OURS]:
         complain(
             draft, draft.place((name,)), str(name), f"is a key of {tool} and would be lost: {UNTRANSLATED}", "remove it"

@@ -1,6 +1,6 @@
 """Translates torchtune's configurations. Each of their sections names a component and its arguments.
 
-Source: torchtune's recipes/configs, and the arguments of the builders that they name.
+Source: torchtune's recipes/configs, and the arguments of the builders in these files.
 """
 
 import re
@@ -64,7 +64,7 @@ LOGGERS = {"WandBLogger": ["wandb"], "TensorBoardLogger": ["tensorboard"], "Come
 
 
 def component(known: Mapping[str, object], how: str, what: str = "") -> Translate:
-    """A translation of a component by the last part of its name, such as DPOLoss in `torchtune.rlhf.loss.DPOLoss`."""
+    """A function that translates a component by the last part of its name: DPOLoss of `torchtune.rlhf.loss.DPOLoss`."""
 
     def translate(value: object) -> object:
         if (name := _last(value)) in known:
@@ -187,7 +187,7 @@ def _last(component: object) -> str:
 
 
 def _write_method(theirs: Theirs) -> None:
-    """Translate the builder's name and switches to adapter.method, adapter.target_modules and model.quantization."""
+    """Translate the builder's name and options to adapter.method, adapter.target_modules and model.quantization."""
     key = f"model.{COMPONENT}"
     builder = str(theirs.take(key, ""))
     if any(word in builder for word in NOT_TEXT):
@@ -216,8 +216,8 @@ def _write_method(theirs: Theirs) -> None:
 
 
 def _write_steps(theirs: Theirs) -> None:
-    """Translate max_steps_per_epoch and epochs to training.max_steps. The schedule is the same, but the order of rows
-    differs."""
+    """Translate max_steps_per_epoch and epochs to training.max_steps. The learning rate's schedule stays the same, but
+    the order of rows differs."""
     steps, epochs = theirs.get("max_steps_per_epoch"), theirs.get("epochs", 1)
     if not (isinstance(steps, int) and isinstance(epochs, int)) or min(steps, epochs) < 1:
         return
@@ -249,7 +249,7 @@ def _write_sources(theirs: Theirs) -> None:
 
 
 def _write_share(theirs: Theirs) -> None:
-    """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval, drawn at random."""
+    """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval. Its rows are drawn at random."""
     splits = [str(theirs.get(f"{section}.split", "")) for section in ("dataset", "dataset_val")]
     head, tail = HEAD.fullmatch(splits[0]), TAIL.fullmatch(splits[1])
     if head is None or tail is None or head.groups() != tail.groups():
@@ -269,7 +269,7 @@ def _section(theirs: Theirs, section: str) -> dict[str, Any]:
 
 
 def _arguments(part: object) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """The arguments of one data set that are not empty, and its column_map. Raises: NotExact if a type is wrong."""
+    """The non-empty arguments of one data set, and its column_map. Raises: NotExact if a value has a wrong type."""
     if not isinstance(part, dict):
         raise NotExact(f"{show(part)} is not a data set with its arguments", "write data.train")
     mapped = mapping_of(part, "column_map")
@@ -282,7 +282,7 @@ def _arguments(part: object) -> tuple[dict[str, Any], dict[Any, Any]]:
 
 
 def _source(part: object) -> tuple[dict[str, Any], dict[str, object]]:
-    """Translate the arguments of one data set to a source, and to keys that apply to all sources. Raises: NotExact."""
+    """Translate the arguments of one data set: to a source, and to keys that apply to all sources. Raises: NotExact."""
     arguments, mapped = _arguments(part)
     builder = _last(arguments.pop(COMPONENT, ""))
     if builder not in DATASETS:

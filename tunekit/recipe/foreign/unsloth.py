@@ -18,7 +18,7 @@ _IMAGES = "tunekit does not train models that read images and write text"
 
 
 def unset_by_zero(value: object) -> object:
-    """NOTHING for 0, which means "not set" in Unsloth; other values do not change."""
+    """Translate 0 to NOTHING, because 0 means "not set" in Unsloth; other values do not change."""
     return NOTHING if value == 0 and not isinstance(value, bool) else value
 
 
@@ -80,7 +80,7 @@ OPTIONS: dict[str, Alias] = {  # options of unsloth-cli.py: TRL's keys and these
 
 
 def rewrite_sections(draft: Draft) -> None:
-    """Replace every key of Unsloth's configuration, which has sections, in place."""
+    """Replace every key of Unsloth's configuration file, which has sections, in place."""
     theirs = take_all(draft)
     _write_sources(theirs)
     if theirs.get("training.training_type") == "full":
@@ -96,7 +96,7 @@ def rewrite_options(draft: Draft) -> None:
 
 
 def _write_sources(theirs: Theirs) -> None:
-    """Write data.train: the hub data set of data.dataset and the files of data.local_dataset, with the same format."""
+    """Write data.train, with one format: the hub data set in data.dataset, and the files in data.local_dataset."""
     kind = theirs.take("data.format_type", "auto")
     hub, files = theirs.take("data.dataset"), theirs.take("data.local_dataset", [])
     if not isinstance(kind, str) or kind not in FORMATS:

@@ -1,6 +1,7 @@
 """Translations of other tools' values to tunekit's values.
 
-NOTHING: the value changes nothing in tunekit. NotExact: the value has no exact translation.
+A translation is a function of the value. It returns NOTHING if the value has no effect in tunekit, and raises NotExact
+if there is no exact translation.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ KERNEL_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin")
 
 
 class NotExact(Exception):
-    """A value has no exact translation. `what`: what would be lost; `how`: how to mend it."""
+    """A value has no exact translation. `what`: the setting that would be lost; `how`: how to mend it."""
 
     def __init__(self, what: str, how: str = "") -> None:
         super().__init__(what)
@@ -35,7 +36,7 @@ class NotExact(Exception):
 
 
 def same(value: object) -> object:
-    """The value itself: only the name of the key differs."""
+    """The unchanged value, for keys that differ only in name."""
     return value
 
 
@@ -53,22 +54,22 @@ def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
 
 
 def switch(ours: object) -> Translate:
-    """A translation of a switch: true becomes `ours`, false changes nothing."""
+    """A translation of a boolean key: true becomes `ours`, false has no effect."""
     return one_of({True: ours, False: NOTHING})
 
 
 def exactly(*known: object, how: str = "") -> Translate:
-    """A translation that accepts only these values. They change nothing."""
+    """A translation that accepts only these values, which have no effect."""
     return one_of(dict.fromkeys(known, NOTHING), how)
 
 
 def these(*choices: str | bool) -> Translate:
-    """A translation that accepts only these values and does not change them."""
+    """A translation that accepts only these values and returns them unchanged."""
     return one_of({choice: choice for choice in choices})
 
 
 def always_so(value: object) -> object:
-    """NOTHING for any value: the setting changes no result."""
+    """Translate any value to NOTHING: the setting changes no result."""
     return NOTHING
 
 
@@ -124,7 +125,7 @@ def stage(value: object) -> object:
 
 
 def negated(value: object) -> object:
-    """Translate a switch with the opposite meaning."""
+    """Translate a boolean key with the opposite meaning."""
     return not value if isinstance(value, bool) else value
 
 
@@ -163,7 +164,7 @@ def best_metric(value: object) -> object:
 
 
 def dataset_files(value: object) -> object:
-    """Translate LLaMA-Factory's `dataset`: file names. datasets.py has already replaced names of dataset_info.json."""
+    """Translate file names in LLaMA-Factory's `dataset`. datasets.py has already replaced the other names."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         return value
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value

@@ -27,8 +27,8 @@ SEED = "training.seed"
 
 
 def settle_pairs(draft: Draft) -> None:
-    """If the recipe writes one of two keys that exclude each other, remove the other's default. It is a problem
-    if the recipe writes both."""
+    """Settle keys that exclude each other, such as epochs and max_steps. If the recipe writes one key, the default of
+    the other key is removed. If it writes both, or sets both to null, add a problem."""
     training = draft.values.get("training")
     if not isinstance(training, dict):
         return
@@ -65,8 +65,8 @@ def settle_generation(draft: Draft) -> None:
 
 
 def settle_learning_rate(draft: Draft) -> None:
-    """If the recipe writes no learning rate, use the published rate of the objective, or else of the adapter method. If
-    neither has a published rate, nothing changes."""
+    """If the recipe writes no learning rate, use the published rate of the objective, otherwise of the adapter method.
+    Without a published rate, the default stays."""
     training = draft.values.get("training", {})
     if not isinstance(training, dict) or "learning_rate" in training:
         return
@@ -81,7 +81,7 @@ def settle_learning_rate(draft: Draft) -> None:
 
 
 def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
-    """Check the keys of several sections together. `sections`: the valid sections by name; others are not checked."""
+    """Check the keys of several sections together. `sections`: the valid sections by name; invalid ones are skipped."""
     data, evaluation = sections.get("data"), sections.get("evaluation")
     objective, written = _objective_class(draft), sections.get("objective")
     for name, how in objective.required.items():
@@ -106,7 +106,7 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
 
 
 def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None:
-    """Refuse access tokens and passwords: a run saves its recipe as it is."""
+    """Refuse access tokens and passwords, because a run saves its recipe unchanged."""
     value = draft.values if not key else value
     if isinstance(value, str) and holds_secret(value):
         draft.add_problem(key, "looks like a secret, and a run saves its recipe", "set HF_TOKEN instead")
@@ -115,8 +115,8 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
 
 
 def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -> None:
-    """Check `rewritten_answers: each`, which makes several rows of one row. It needs an objective with one sequence per
-    row, and a loss on all answers and on nothing else."""
+    """Check `rewritten_answers: each`, which makes several rows from one conversation. It needs an objective with one
+    sequence per row, and a loss on all answers and on nothing else."""
     key, train_on = ("data", "rewritten_answers"), draft.get(("data", "train_on")) or "assistant"
     if draft.get(key) == "each" and not objective.one_sequence:
         draft.add_problem(key, "a row of this objective has at most one answer to train on", "remove it")
@@ -125,7 +125,7 @@ def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -
 
 
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
-    """The settings class of the recipe's objective, or of the default objective if the recipe names no known one."""
+    """The settings class of the recipe's objective. If it names no known objective: of the default objective."""
     written = draft.values.get("objective")
     method = written.get("method") if isinstance(written, dict) else written
     return objective_class(method if method in known_names("objectives") else DEFAULT_METHOD["objective"])
@@ -202,7 +202,7 @@ def _check_metrics(
 
 
 def _check_best(draft: Draft, key: KeyPath, name: str, evaluation: EvaluationSection) -> None:
-    """`name`: eval.METRIC, the metric that compares runs or checkpoints."""
+    """Check the metric that compares runs or checkpoints. `name`: eval.METRIC."""
     metric, known, chosen = name.removeprefix("eval."), known_names("metrics"), evaluation.choices is not None
     if metric != "loss" and metric not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
         how = f"add {metric} to evaluation.metrics" if metric in known else did_you_mean(metric, known, "known metrics")

@@ -11,7 +11,7 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a key. `spelled`: the name that was written, if it is another tool's name of the key."""
+    """The place where a key is written. `spelled`: the key as the user wrote it, if it is another tool's name."""
 
     file: str
     line: int | None = None
@@ -23,7 +23,7 @@ class Place:
 
 @dataclass
 class Draft:
-    """Values (dicts, lists, scalars) with their places, and the problems and rewrites so far."""
+    """The recipe's values (dicts, lists, scalars) with their places, and the problems and rewrites found so far."""
 
     file: str
     values: Any = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Draft:
         self.problems.append(self.problem(key, what, how))
 
     def problem(self, key: KeyPath, what: str, how: str = "") -> Problem:
-        """A problem with a key, with the place and the spelling that the user wrote."""
+        """A problem with a key. It contains the key's place and the user's spelling of the key."""
         place = self.place(key)
         name = dotted(key)
         if place.spelled and place.spelled != name:
@@ -103,7 +103,7 @@ class Draft:
         return Problem(what, how, file=place.file, line=place.line, key=name or None)
 
     def lines(self) -> dict[str, int]:
-        """Dotted key -> line, for keys written in the file."""
+        """Dotted key -> line number, for keys that are written in the file."""
         return {dotted(key): place.line for key, place in self.places.items() if place.line is not None}
 
     def written_in(self, file: str) -> frozenset[str]:
@@ -121,7 +121,7 @@ class Draft:
             self._unmark((*key, part), inner)
 
     def _close_gap(self, key: KeyPath) -> None:
-        """Move the places of the later items of a list up by one, after the item `key` was removed."""
+        """Correct the places of a list's later items after the item `key` was removed: their index decreases by one."""
         *prefix, removed = key
         depth = len(prefix)
         places, self.places = self.places, {}

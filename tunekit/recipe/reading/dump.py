@@ -1,4 +1,4 @@
-"""Writes a recipe as YAML text with every key, for the run folder. A text is quoted if a YAML reader could read it as
+"""Writes a recipe with all its keys as YAML, for the run folder. A text is quoted if a YAML reader could read it as
 another type."""
 
 import json
@@ -41,7 +41,7 @@ def dump_draft(draft: Draft, problems: Sequence[Problem], relative_to: Path) -> 
 
 
 def as_comments(problems: Sequence[Problem], written: Draft) -> str:
-    """YAML comments: each problem, with the lines of its key. `written`: the draft as the user wrote it."""
+    """The problems as YAML comments. The YAML lines of the key follow each problem. `written`: the user's draft."""
     lines: list[str] = []
     for problem in problems[:MAX_LINES]:
         lines.append(str(problem))
@@ -53,8 +53,8 @@ def as_comments(problems: Sequence[Problem], written: Draft) -> str:
 
 
 def _key(problem: Problem, *, spelled: bool) -> KeyPath:
-    """The key of a problem. The problem may name it as `training.epochs (written num_epochs)`: `spelled` selects the
-    second name."""
+    """The key of a problem. If the problem names two keys, as in `training.epochs (written num_epochs)`, `spelled`
+    selects the second key."""
     name, _, other = (problem.key or "").removesuffix(")").partition(" (written ")
     return tuple(int(part) if part.isdecimal() else part for part in ((spelled and other) or name).split("."))
 

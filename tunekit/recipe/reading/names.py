@@ -1,5 +1,5 @@
-"""The names that a recipe can use: adapters, objectives, starts, families, formats and metrics, with their settings
-classes. The names are file names: a new file adds a name, and there is no other list."""
+"""The names that a recipe can use, with their settings classes. The kinds of names are adapters, objectives, starts
+(initialisations of LoRA), families, formats and metrics. Each name is a file name: a new file adds a name."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ def known_names(kind: Kind) -> tuple[str, ...]:
 
 
 def facts_of(kind: Kind, name: str) -> ModuleType:
-    """The module of a known name. It does not import torch."""
+    """The module of a known name. Importing it does not import torch."""
     folder = kind if kind in ("formats", "metrics") else f"recipe.{kind}"
     return import_module(f"tunekit.{folder}.{name}")
 
@@ -63,7 +63,7 @@ def formats_of(example: str) -> list[str]:
 def unmeasurable(
     metric: str, objective: type[ObjectiveSettings], facts: Mapping[str, Any], *, chosen: bool
 ) -> tuple[str, str] | None:
-    """Why an objective cannot measure a known metric, and how to mend it; None if it can.
+    """The reason why an objective cannot measure a known metric, and how to mend it; None if it can measure the metric.
 
     `facts`: the settings of the objective, or the facts of a trained model; `chosen`: whether the answers are chosen
     from a list (evaluation.choices).
@@ -80,7 +80,7 @@ def unmeasurable(
 
 
 def _follows(metric: str, sums: Iterable[str]) -> bool:
-    """Whether a known metric can be computed from these sums, or from the answers alone."""
+    """Whether a known metric can be computed from these sums over rows, or from the answers alone."""
     return set(getattr(facts_of("metrics", metric), "NEEDS", ())) <= set(sums)
 
 

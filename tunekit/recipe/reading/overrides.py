@@ -1,4 +1,4 @@
-"""Overrides of the command line (KEY=VALUE, ~KEY) change the Draft, under the same rules as the file.
+"""Applies overrides of the command line (KEY=VALUE, ~KEY) to the Draft, by the same rules as for the file.
 
 Values are read as YAML. Keys are dotted; a number in a key is the index of a list item. Other tools' names are allowed.
 """
@@ -20,7 +20,7 @@ HERE = Place(COMMAND_LINE)
 
 
 def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
-    """Apply the overrides in order. A later override may change keys inside an earlier one, but not repeat its key."""
+    """Apply the overrides in order. After `adapter=lora`, `adapter.r=8` is allowed, but not a second `adapter=`."""
     changed: set[KeyPath] = set()
     foreign = Draft(COMMAND_LINE)
     for text in overrides:
@@ -33,7 +33,7 @@ def apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
 
 
 def apply_values(draft: Draft, values: Mapping[str, tuple[object, Place]]) -> None:
-    """Apply the values of a trial, by dotted key, each with the place where it is written."""
+    """Apply the values of a trial. `values`: dotted key -> value, and the place where the value is written."""
     changed: set[KeyPath] = set()
     foreign = Draft(draft.file)
     for name in sorted(values, key=lambda name: name.count(".")):  # a section before the keys inside it
@@ -43,7 +43,7 @@ def apply_values(draft: Draft, values: Mapping[str, tuple[object, Place]]) -> No
 
 
 def _settle_foreign(draft: Draft, foreign: Draft, changed: set[KeyPath]) -> None:
-    """Write the keys of other tools under tunekit's names."""
+    """Translate the keys of other tools in `foreign`, and write them to the draft under tunekit's names."""
     expand_shorthands(foreign)
     rewrite_aliases(foreign)
     draft.problems.extend(foreign.problems)
@@ -122,7 +122,8 @@ def _remove(draft: Draft, name: str, changed: set[KeyPath]) -> None:
 def parse_key(name: str, draft: Draft) -> KeyPath | None:
     """`data.train.0.path` -> ("data", "train", 0, "path"); None if a part is empty.
 
-    rank_pattern and columns map names that may contain dots, so the text after such a key is one name.
+    The inner keys of rank_pattern and columns are names that may contain dots. So the text after such a key is one
+    name.
     """
     parts = name.split(".")
     if not all(parts) or not name.isprintable() or any(part != part.strip() for part in parts):

@@ -1,4 +1,4 @@
-"""Paths in a recipe: made absolute when a recipe is read, and relative to the new file when one is written.
+"""Makes paths absolute when a recipe is read, and relative to the recipe's file when a recipe is written.
 
 Paths in a file are relative to that file, and paths on the command line to the working folder. `~` is the home folder.
 Hub names and `$VAR` are not changed.
@@ -61,7 +61,7 @@ def named_paths(values: Mapping[str, Any]) -> list[NamedPath]:
 
 @cache
 def path_marks(owner: type[Section]) -> dict[str, PathMark]:
-    """The keys of a settings class that are paths, with their marks."""
+    """The keys of a settings class whose values are paths, with their path marks."""
     marks = {
         name: next(
             (part for part in (*field.metadata, *types_in(field.annotation)) if isinstance(part, PathMark)), None
@@ -72,7 +72,7 @@ def path_marks(owner: type[Section]) -> dict[str, PathMark]:
 
 
 def path_mark(key: str, values: Mapping[str, object]) -> PathMark | None:
-    """The mark of a dotted key in a recipe's flat values; None if the key is not a path."""
+    """The path mark of a dotted key; None if the key's value is not a path."""
     first, *places, name = key.split(".")
     owner = section_class(first, {"method": values.get(f"{first}.method")})
     for place in places:
@@ -109,7 +109,7 @@ def relative_path(path: str, folder: Path) -> str:
 
 
 def _fault(text: str) -> str | None:
-    """Why a text cannot be a file name, or is probably a mistake; None if it can be one."""
+    """The reason why a text cannot be a file name, or is probably a mistake; None if it is a valid file name."""
     if "\0" in text:
         return "a path cannot contain NUL"
     if control := _CONTROL.search(text):

@@ -51,7 +51,7 @@ _MEANT_VALUES = {
 
 
 def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[Problem]:
-    """Every error of one section's validation, as our problems."""
+    """All of pydantic's errors for one section, as problems of the recipe."""
     findings = error.errors(include_url=False)
     keys = [_written_key((*section, *finding["loc"]), draft, keep_last=False) for finding in findings]
     return [
@@ -62,7 +62,7 @@ def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[
 
 
 def unknown_key(key: KeyPath, draft: Draft) -> Problem:
-    """An unknown key, with the name that was probably meant."""
+    """The problem of an unknown key, with the name that was probably meant."""
     name = str(key[-1])
     here = list(fields_at(key[:-1], draft))
     target = alias_target(name)
@@ -94,15 +94,15 @@ def _leaf_elsewhere(name: str, of_item: bool) -> KeyPath | None:
 
 
 def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
-    """Whether an error only repeats another one: a list is too short because its items are wrong, or a key is missing
-    because an alias could not write it."""
+    """Whether an error only repeats another error: a list is too short because its items are wrong, or a key is missing
+    because another tool's key could not be translated to it."""
     if finding["type"] == "missing":
         return (*section, *finding["loc"]) in draft.untranslated
     return finding["type"] == "too_short" and len(finding["input"]) > 0
 
 
 def _has_inner(key: KeyPath, keys: Sequence[KeyPath]) -> bool:
-    """Whether one of the keys is inside this key. Then the value is a mapping, and is not reported as a wrong word."""
+    """Whether one of `keys` is inside `key`. Then its value is a mapping, which is not reported as a wrong word."""
     return any(len(other) > len(key) and other[: len(key)] == key for other in keys)
 
 
@@ -145,7 +145,7 @@ def _words(kind: str, context: dict[str, Any], value: object, message: str) -> t
 
 
 def _mend(what: str, value: object) -> str:
-    """Advice on how to write the value that was probably meant; empty if unknown."""
+    """Advice on how to write the value that was probably meant; empty if no value is likely."""
     if value is None:
         return "write a value or remove the key"
     if "must be text" in what:
@@ -162,7 +162,7 @@ def _mend(what: str, value: object) -> str:
 
 
 def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -> KeyPath:
-    """pydantic's location of an error, without the names of union members that pydantic adds to it."""
+    """The key where pydantic found an error, without the names of union members that pydantic adds."""
     value = draft.values
     key: list[str | int] = []
     for position, part in enumerate(loc):

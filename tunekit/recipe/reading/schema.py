@@ -1,4 +1,4 @@
-"""The keys that a recipe can have, as a JSON Schema for editors and as a reference text for people."""
+"""Describes the keys of a recipe: as a JSON Schema for editors, and as a reference text for people."""
 
 import json
 from collections.abc import Iterator
@@ -83,14 +83,14 @@ def make_reference() -> str:
 
 
 def _sections() -> Iterator[tuple[str, type[Section]]]:
-    """Each section's name and settings class. adapter and objective have the class of their default method."""
+    """The name and the settings class of each section. For adapter and objective: the class of the default method."""
     for name in Recipe.model_fields:
         if (owner := section_class(name, None)) is not None:
             yield name, owner
 
 
 def _schema_of(owner: type[Section], definitions: JsonSchema) -> JsonSchema:
-    """The schema of one section. The schemas that it refers to are added to `definitions`."""
+    """The schema of one section. Schemas that this schema refers to are added to `definitions`."""
     schema: JsonSchema = _in_standard_words(owner.model_json_schema())
     definitions.update(schema.pop("$defs", {}))
     return schema
@@ -99,7 +99,7 @@ def _schema_of(owner: type[Section], definitions: JsonSchema) -> JsonSchema:
 def _in_standard_words(schema: object) -> Any:
     """The schema with bounds renamed from pydantic's words (`ge`) to JSON Schema's (`minimum`), and without titles.
 
-    pydantic keeps its own words for fields with a validator, and makes a title from the name of each key.
+    pydantic uses its own words for fields with a validator, and makes a title from each key's name.
     """
     if isinstance(schema, list):
         return [_in_standard_words(item) for item in schema]

@@ -13,7 +13,7 @@ from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 
 
 def kind_of(section: str) -> SettingsKind:
-    """The kind of names that a section uses: adapter -> adapters, objective -> objectives."""
+    """The kind of names that a section can use: adapter -> adapters, objective -> objectives."""
     return "adapters" if section == "adapter" else "objectives"
 
 
@@ -26,7 +26,7 @@ def section_class(name: str, values: object) -> type[Section] | None:
 
 
 def inner_class(field: FieldInfo, value: object) -> type[Section] | None:
-    """The settings class of a key's value, or of the items if the value is a list; for example of objective.teacher.
+    """The settings class of a key's value, such as objective.teacher. If the value is a list: the class of its items.
 
     If the key allows several classes, the `method` in the value selects one. None if no class fits.
     """

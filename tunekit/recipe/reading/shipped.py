@@ -1,4 +1,4 @@
-"""The folder of the shipped recipes, their data and their schema. It is inside an installed package, or next to the
+"""Finds the folder of the shipped recipes, their data and their schema. It is in the installed package, or next to the
 package in a clone."""
 
 from pathlib import Path
@@ -13,7 +13,7 @@ SCHEMA_LINE = SCHEMA_MARK + SCHEMA_NAME
 
 
 def shipped_folder() -> Path:
-    """The folder of shipped recipes: `tunekit/shipped_recipes` of a wheel, else `recipes` of the clone.
+    """The folder of shipped recipes: `tunekit/shipped_recipes` in a wheel, else `recipes` in the clone.
 
     Raises: InputError if neither exists.
     """

@@ -1,4 +1,4 @@
-"""Short forms -> full forms of a recipe's structure: `model: NAME`, `adapter: lora`, `train: rows.jsonl`, ..."""
+"""Expands short forms in a recipe, such as `model: NAME`, `adapter: lora` and `train: rows.jsonl`, to full forms."""
 
 from typing import get_origin
 
@@ -14,8 +14,8 @@ TRACKERS: KeyPath = ("output", "report_to")
 
 
 def expand_shorthands(draft: Draft) -> None:
-    """Replace every short form by its full form, in place. Short forms are a text for a section, and one section for a
-    list of sections."""
+    """Replace every short form by its full form, in place. A short form is a text in place of a section, or one section
+    in place of a list of sections."""
     for name in Recipe.model_fields:
         _wrap_text(draft, (name,), section_class(name, None))
         _expand(draft, (name,), section_class(name, draft.values.get(name)))

@@ -1,4 +1,4 @@
-"""Suggestions of known names ("did you mean"), and wrong values as messages show them."""
+"""Suggests known names ("did you mean"), and shortens wrong values for messages."""
 
 from collections.abc import Iterable
 
@@ -24,7 +24,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
 
 
 def show(value: object) -> str:
-    """A value as a message shows it: short, and without secrets."""
+    """The text of a value in a message: short, and without secrets."""
     if value is None:
         return "empty"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Combinations of valid keys that tunekit cannot run. They are refused by name, never ignored."""
+"""Refuses combinations of valid keys that tunekit cannot run. A message names the keys: no key is ignored."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def refuse_unsupported(recipe: Recipe) -> list[Problem]:
 
 
 def _family_problems(recipe: Recipe) -> Iterator[Problem]:
-    """The problem of a base whose family the objective cannot train."""
+    """A problem if the objective cannot train a model of the base's family."""
     trained = recipe.objective.family
     if recipe.model.family not in ("auto", trained):
         what = f"{recipe.objective.method} trains models of the family {trained}, and model.family is "
@@ -59,7 +59,7 @@ def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _kept_problems(recipe: Recipe) -> Iterator[Problem]:
-    """A problem if the base has no blocks to keep."""
+    """A problem if the recipe keeps the base's quantized blocks, but the base is not a .gguf file."""
     name = recipe.model.name_or_path
     if recipe.model.quantization == "kept" and not name.lower().endswith(".gguf"):
         what, how = f"kept keeps the blocks of a .gguf file, and the base is {name}", "name a .gguf file, or write nf4"

@@ -39,7 +39,7 @@ class SweepTrial:
 
 @dataclass(frozen=True)
 class SweepSetting:
-    """The values of a setting, and its recipe without a fold and with the recipe's own seed, to continue with."""
+    """The values of a setting, and its recipe for use after the sweep, without folds and with the recipe's own seed."""
 
     values: dict[str, object]
     loaded: LoadedRecipe
@@ -57,8 +57,8 @@ class LoadedSweep:
 
 @dataclass(frozen=True)
 class Automatic:
-    """The values that `sweep --auto` tries. `eval_steps`: training.eval_steps by the value of the key `length`, so that
-    runs of each length have equally many evaluations."""
+    """The values that `sweep --auto` tries. `length`: the key that sets the length of a run. `eval_steps`: length ->
+    training.eval_steps, so that all runs have equally many evaluations."""
 
     keys: dict[str, list[object]]
     length: str
@@ -67,8 +67,8 @@ class Automatic:
 
 @dataclass(frozen=True)
 class _Variant:
-    """The values of a combination, and the number of the source that is left out. `follows`: values that its name does
-    not contain."""
+    """The values of one combination. `left_out`: the number of the source that is left out. `follows`: derived values,
+    which the trial's name does not contain."""
 
     values: dict[str, tuple[object, Place]]
     left_out: int | None = None
@@ -76,13 +76,13 @@ class _Variant:
 
 
 def fold_file(folder: str, source: int, fold: int) -> str:
-    """The path of the rows of a source that are in a fold. `folder`: output.dir; `fold`: from 1."""
+    """The path of the file with one fold of a source's rows. `folder`: output.dir; `fold`: counted from 1."""
     return f"{folder}/{FOLDS}/source-{source + 1}-fold-{fold}.jsonl"
 
 
 def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | None = None) -> LoadedSweep:
     """Read a recipe and make the recipe of every trial. An override KEY=V1,V2 replaces the values of sweep.keys.KEY.
-    `automatic`: values of halving, in place of those of the recipe.
+    `automatic`: the values to try; the recipe must then have no values of its own.
 
     Raises: RecipeError with the problems of all trials.
     """
@@ -119,7 +119,7 @@ def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | 
 
 
 def _set_automatic(draft: Draft, automatic: Automatic, path: str) -> None:
-    """Write the values that --auto tries into the draft. Raises: RecipeError if it has values of its own."""
+    """Write the values that --auto tries into the draft. Raises: RecipeError if the recipe has its own values."""
     section = draft.values["sweep"]
     others = [
         name for name in ("keys", "trials", "folds", "leave_out") if isinstance(section, dict) and section.get(name)
@@ -137,8 +137,8 @@ def _following(variant: _Variant, automatic: Automatic) -> dict[str, tuple[objec
 
 
 def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
-    """The recipe with its section `sweep`. Raises: RecipeError with its problems, and with those of the single values
-    of sweep.keys."""
+    """The checked recipe with its section `sweep`. Raises: RecipeError with the problems of the recipe, and with the
+    problems of each value of sweep.keys."""
     try:
         return check_draft(copy.deepcopy(draft), tool)
     except RecipeError as error:
@@ -157,7 +157,7 @@ def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]]:
-    """Overrides of one value, and the values of KEY=V1,V2. A comma in quotes or brackets does not divide values."""
+    """Overrides with one value; and key -> values for KEY=V1,V2. A comma in quotes or brackets separates no values."""
     plain: list[str] = []
     swept: dict[str, list[object]] = {}
     for text in overrides:
@@ -190,8 +190,8 @@ def _make_trials(
     seed: int,
     written: Place,
 ) -> tuple[list[SweepTrial], dict[str, SweepSetting]]:
-    """A trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the
-    recipe's; `written`: the place of sweep.seeds.
+    """A trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the recipe's seed;
+    `written`: the place of sweep.seeds.
 
     Raises: RecipeError with the problems of all trials.
     """
@@ -250,7 +250,7 @@ def _load_trial(
 
 
 def _divide_rows(draft: Draft, folder: str, count: int, fold: int, place: Place) -> None:
-    """Replace each source by the files of its folds: one to evaluate on, the others to train on."""
+    """Replace each source by the files of its folds: one fold to evaluate on, the other folds to train on."""
     sources = draft.get(("data", "train"))
     for name in ("train", "eval"):
         parts = []

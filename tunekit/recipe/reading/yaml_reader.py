@@ -1,8 +1,8 @@
 """Reads YAML text as plain values, with the line of each key.
 
 Scalars follow YAML 1.2's core schema: only true and false are booleans, 1e-4 is a number, `no`, dates and 12:30 are
-text. This module builds the values from the parser's events. So it does not use or change PyYAML's resolver tables, and
-it refuses anchors, merge keys and tags with their line instead of expanding them.
+text. This module builds the values from the parser's events, without PyYAML's resolver tables. It refuses anchors,
+merge keys and tags, and states their line.
 """
 
 import re
@@ -53,7 +53,7 @@ def read_text(path: Path) -> str:
 
 
 def read_yaml(text: str, file: str) -> Draft:
-    """Read one YAML document. `values` of the Draft can be any value, not only a mapping.
+    """Read one YAML document. The Draft's `values` can be any value, not only a mapping.
 
     Raises: RecipeError at a syntax error.
     """
@@ -133,7 +133,7 @@ _Node = yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.AliasEvent
 
 
 class _Reader:
-    """Builds plain values from parser events, and records the line of every key."""
+    """Builds dicts, lists and scalars from parser events, and records the line of every key."""
 
     def __init__(self, file: str) -> None:
         self.draft = Draft(file)
@@ -205,7 +205,7 @@ class _Reader:
         return values
 
     def _name(self, event: yaml.Event, key: KeyPath) -> str:
-        """The name of a key: the text of a scalar. `no`, `1` and `true` are names too."""
+        """The name of a key: the unconverted text of a scalar, so `no`, `1` and `true` are names too."""
         if not isinstance(event, yaml.ScalarEvent):
             self._fail(event, "a key must be a name, not a list, mapping or alias", "write KEY: VALUE")
         if event.anchor is not None or event.tag is not None:
