@@ -1,4 +1,4 @@
-"""Import of a diffusion pipeline's LoRA from the file of another program into an adapter folder."""
+"""Imports the LoRA of a diffusion pipeline from another program's file into an adapter folder."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, int]:
-    """Write the adapter folder `place`. Returns its number of layers and its size in bytes.
+    """Write an adapter folder at `place`. Returns the number of adapted layers and the size in bytes.
 
     `base`: the pipeline, as keys of the model section.
     Raises: InputError if the file does not fit the pipeline.

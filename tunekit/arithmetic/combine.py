@@ -1,4 +1,4 @@
-"""Combination of several adapters of one base into one, with the methods of PEFT's add_weighted_adapter.
+"""Combines several adapters of one base into one adapter, with the methods of PEFT's add_weighted_adapter.
 
 The results have the same digits as PEFT's.
 """
@@ -26,7 +26,8 @@ MAY_ADD_COPIES = ("linear", "cat", "svd")  # methods that can combine trained co
 @dataclass(frozen=True)
 class Mixture:
     """Settings of a combination. `rank`: the rank of the svd methods; None: the largest rank of the adapters.
-    `majority_sign`: for ties; None: total. `seed`: the seed of random pruning; None: 0."""
+    `majority_sign`: how the ties methods choose the majority's sign; None: total. `seed`: the seed of random
+    pruning; None: 0."""
 
     kind: str
     weights: tuple[float, ...]
@@ -38,10 +39,10 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Combined:
-    """The new updates and other tensors.
+    """The result of a combination: the new updates, and the other new tensors (`rest`).
 
-    `distance`: the relative error |new - sum of w D| / |sum of w D| over all layers. `worst`: the layer with the
-    largest relative error, and this error.
+    `distance`: the relative error |new - sum of w D| / |sum of w D| over all layers, with weights w and updates D.
+    `worst`: the layer with the largest relative error, and this error.
     """
 
     updates: dict[str, LowRank]
@@ -92,7 +93,7 @@ def check_mixture(mixture: Mixture, count: int) -> None:
 def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
     """Combine several adapters into one.
 
-    A layer that only some adapters change is the sum of their updates.
+    If only some adapters change a layer, only their updates are combined.
     Raises: AdapterError if ranks, shapes or other tensors do not fit together.
     """
     check_mixture(mixture, len(adapters))
@@ -126,7 +127,7 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
 def _combine_layer(
     name: str, updates: Sequence[LowRank], members: Sequence[int], exact: LowRank, mixture: Mixture
 ) -> LowRank:
-    """The combined update of one layer. `exact`: the exact weighted sum of its updates."""
+    """The combined update of one layer. `exact`: the weighted sum of the layer's updates, without approximation."""
     if mixture.kind == "cat":
         return exact
     rank = mixture.rank or 1
@@ -151,7 +152,7 @@ def _factor_wise(
 ) -> LowRank:
     """An update whose A is the sum of all A, and whose B is the sum of all B.
 
-    A and B are each weighted by the square root of |w s|; A also takes the sign of w s.
+    Each A and each B is multiplied by the square root of |w s| (weight w, scaling s). A also takes the sign of w s.
     """
     scales = [weight * update.scaling for weight, update in zip(weights, updates, strict=True)]
     roots = [math.sqrt(abs(scale)) for scale in scales]
@@ -178,8 +179,8 @@ def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generato
 def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) -> Tensor:
     """The combination of a trained copy or bias. If it differs between adapters, the weights must sum to 1.
 
-    A copy is the base's tensor plus a change. Only if the weights sum to 1, the sum of copies is the base's tensor plus
-    the sum of the changes. An untrained copy of the base's embedding must be equal in all adapters that have it.
+    A copy is the base's tensor plus a change. If the weights sum to 1, the weighted copies sum to the base's tensor
+    plus the weighted changes. An untrained copy of the base's embedding must be equal in all adapters that have it.
     """
     copies: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
     tensors = list(copies.values())

@@ -48,7 +48,7 @@ class TensorDifference:
 class AdapterChanges:
     """The updates of an adapter by module, and its other trained tensors (`rest`).
 
-    `of`: a function that computes the update of one layer; it returns None for a layer without update.
+    `of`: returns the update of one layer, or None for a layer without update.
     """
 
     config: AdapterConfig
@@ -86,7 +86,8 @@ def read_changes(folder: Path, base: str | None) -> AdapterChanges:
 
 
 def compare(name: str, left: Update | None, right: Update | None) -> TensorDifference:
-    """The difference of two updates of a layer, or of two tensors. Updates with factors are not multiplied out."""
+    """The difference of two updates of a layer, or of two tensors. Low-rank updates are compared without their full
+    matrices."""
     if left is None or right is None or left.shape != right.shape:
         return TensorDifference(name, _norm(left), _norm(right), None, None)
     if isinstance(left, LowRank) and isinstance(right, LowRank):
@@ -109,13 +110,14 @@ def _norm(change: Update | None) -> float | None:
 
 
 def _sum(left: Tensor, right: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The sum of `of` over all elements in float64, computed in pieces, so that the tensors are never copied whole."""
+    """The sum of `of(left, right)` over all elements in float64, computed in slices, so that no whole tensor is
+    copied."""
     pieces = zip(torch.split(left.reshape(-1), PIECE), torch.split(right.reshape(-1), PIECE), strict=True)
     return sum(float(of(one.double(), two.double()).sum()) for one, two in pieces)
 
 
 def together(differences: list[TensorDifference]) -> TensorDifference:
-    """The difference over all layers together. A missing update counts as 0."""
+    """The difference over all layers, taken together as one vector. A missing update counts as 0."""
     left = math.hypot(*(d.left or 0.0 for d in differences))
     right = math.hypot(*(d.right or 0.0 for d in differences))
     distance = math.hypot(*(d.distance if d.distance is not None else (d.left or d.right or 0.0) for d in differences))
@@ -124,7 +126,8 @@ def together(differences: list[TensorDifference]) -> TensorDifference:
 
 
 def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """The LoRA that is nearest to B - A at a rank, and the error of each layer. Equal layers get no update.
+    """The LoRA of a given rank that is nearest to B - A, and the error of each layer. Layers that do not differ get no
+    update.
 
     Raises: AdapterError if the shapes of a layer differ, or if nothing differs.
     """

@@ -1,4 +1,4 @@
-"""Weighted sums of adapters for methods whose update is linear in their tensors, other than LoRA."""
+"""Weighted sums of adapters of methods other than LoRA whose update is a linear function of the adapter's tensors."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ LinearFolder = tuple[AdapterConfig, Tensors]  # an adapter of such a method, wit
 
 
 def read_linear(folder: Path) -> LinearFolder:
-    """The configuration and all tensors of an adapter folder.
+    """The configuration and all tensors of the folder of an adapter whose method is linear.
 
     Raises: AdapterError if the method is not linear, or if the file has a tensor that does not belong to it.
     """
@@ -41,7 +41,8 @@ def read_linear(folder: Path) -> LinearFolder:
 
 
 def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -> Tensors:
-    """Tensors whose update is the sum of w D: n + sum of w (t - n), with the method's neutral value n.
+    """The tensors of the combined adapter, n + sum of w (t - n): weights w, tensors t, and the value n that has no
+    effect in the method. Their update is the weighted sum of the adapters' updates.
 
     Raises: AdapterError if the adapters differ in more than their trained values.
     """

@@ -1,4 +1,5 @@
-"""Strict reading of LoRA folders, of tunekit or PEFT, without their base: the configuration must allow all tensors."""
+"""Strict reading of LoRA folders of tunekit or PEFT, without their base: a tensor that the configuration does not
+allow is an error."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class LoraFolder:
 
 
 def plain_lora_method() -> Method:
-    """The method LoRA, whose folders the arithmetic reads and writes."""
+    """The implementation of plain LoRA, for reading and writing adapter folders."""
     return load_method("lora")
 
 
@@ -95,7 +96,7 @@ def _is_embedding(key: str) -> bool:
 
 
 def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module -> factor -> key, and the keys of all other tensors.
+    """The keys of LoRA's factors as module -> factor -> key, and the keys of all other tensors.
 
     Raises: AdapterError for tensors that the configuration does not allow.
     """
@@ -175,8 +176,8 @@ def _raise(wrong: list[str], file: str) -> None:
 
 
 class Resolved:
-    """The values of rank_pattern or alpha_pattern by layer. Patterns with different values must not match one layer,
-    because readers would choose differently."""
+    """The values of rank_pattern or alpha_pattern by layer. Patterns with different values must not match the same
+    layer, because programs would choose different values."""
 
     def __init__(self, config: AdapterConfig, key: str) -> None:
         self.values: Mapping[str, float] = getattr(config.settings, key)

@@ -18,7 +18,8 @@ EXTRA_DIRECTIONS, POWER_STEPS = 32, 8  # settings of the random projections
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update D = s B A. Shapes: A (R, I); B (O, R); D (O, I). An embedding's matrix is changed by D^T."""
+    """The low-rank update D = s B A of a layer. Shapes: A (R, I); B (O, R); D (O, I). In an embedding, D^T is added
+    to the matrix."""
 
     a: Tensor
     b: Tensor
@@ -53,7 +54,7 @@ class LowRank:
         return math.sqrt(max(self.inner(self), 0.0))
 
     def folded(self) -> LowRank:
-        """The same D with s = 1; B is multiplied by s."""
+        """The same D with s = 1: B is multiplied by the old s."""
         return LowRank(self.a, self.b * self.scaling, 1.0, self.embedding) if self.scaling != 1.0 else self
 
     def padded(self, rank: int) -> LowRank:
@@ -67,7 +68,7 @@ class LowRank:
 def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """The exact sum of w_i D_i, with concatenated factors. Its rank is the sum of the ranks, and its s is 1.
 
-    The parts of A are multiplied by w_i s_i, as in PEFT's `cat`.
+    Each A_i is multiplied by w_i s_i, as in PEFT's `cat`.
     """
     a = torch.cat([update.a * (weight * update.scaling) for update, weight in zip(updates, weights, strict=True)])
     b = torch.cat([update.b for update in updates], dim=1)
@@ -88,8 +89,8 @@ def reduce_rank(update: LowRank, rank: int) -> LowRank:
 def decompose(matrix: Tensor, rank: int, *, embedding: bool = False) -> LowRank:
     """The update of rank `rank` that is nearest to a matrix (O, I): its truncated singular value decomposition, s = 1.
 
-    If both sides exceed LARGE_SIDE, it is approximated through fixed random projections (Halko et al. 2011). The caller
-    measures the error.
+    If both sides exceed LARGE_SIDE, the decomposition is approximated through fixed random projections (Halko et al.
+    2011). The caller measures the error.
     """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= LARGE_SIDE:

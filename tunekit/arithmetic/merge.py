@@ -1,4 +1,4 @@
-"""Merging of an adapter into its base, as a model or pipeline folder, with a comparison to the running adapter."""
+"""Merges an adapter into its base, as a model or pipeline folder, and compares the result with the unmerged adapter."""
 
 import gc
 from dataclasses import replace
@@ -38,7 +38,8 @@ TEXTS = (
 
 
 def merge(target: TargetSpec, output: Path, onto: str | None = None, dtype: torch.dtype | None = None) -> MergeResult:
-    """Write the merged base to a temporary folder, measure it, and rename the folder to `output`.
+    """Write the merged base to a temporary folder, compare it with the unmerged adapter, and rename the folder to
+    `output`.
 
     After a failure, the temporary folder is removed. `dtype`: the dtype of the written weights; None: that of the base.
     Raises: AdapterError if the adapter does not change weights; InputError for an invalid option or folder;
@@ -89,7 +90,7 @@ def _merge_model(
 
 
 def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
-    """The kind of base weights to merge onto ("full", "dequantized" or "quantized"), and the reason.
+    """The kind of base weights into which to merge ("full", "dequantized" or "quantized"), and the reason.
 
     Raises: InputError if `onto` does not fit the quantization of the base.
     """
@@ -110,7 +111,7 @@ def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
 
 
 def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, changes: Changes) -> LogitDifference:
-    """The difference of the logits of the running adapter and the merged model on the same rows.
+    """The difference between the logits of the unmerged adapter and of the merged model on the same rows.
 
     Only one of the two models is in memory at a time.
     """
@@ -145,10 +146,10 @@ def _without_rounding(
     changes: Changes,
     rows: list[NetInputs],
 ) -> LogitDifference:
-    """The difference, extended by the share that is due to rounding of the weights.
+    """The same difference, plus the share of it that is due to rounding of the weights.
 
-    The merged model as written, the merged model before rounding, and the running adapter are compared in float32.
-    The difference is returned unchanged if memory is too small, or if the vocabulary grew.
+    The merged model as written, the merged model before rounding, and the unmerged adapter are compared in float32. The
+    difference is returned unchanged if memory is too small, or if the vocabulary grew.
     """
     device = torch.device("cpu")
     free = available_bytes(device)
@@ -176,8 +177,8 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
     """The inputs of the rows for the comparison, and a description of these rows.
 
-    They are up to MAX_ROWS evaluation rows of the run, each cut to MAX_TOKENS ids. Without evaluation rows, or if
-    these can no longer be read, they are fixed texts, or one row of noise for a model that reads no text.
+    The rows are up to MAX_ROWS evaluation rows of the run, each cut to MAX_TOKENS ids. Without readable evaluation
+    rows, the rows are fixed texts, or one row of noise for a model that reads no text.
     """
     base, objective = loaded.model.base, loaded.objective
     family = base.family
@@ -204,7 +205,7 @@ def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], st
 
 @torch.no_grad()
 def logits_of(model: LoadedModel, rows: list[NetInputs]) -> list[torch.Tensor]:
-    """The logits of each row, (T, V) float32."""
+    """The logits (T, V) float32 of each row."""
     cast = [
         {name: each.to(model.dtype) if each.is_floating_point() else each for name, each in row.items()} for row in rows
     ]

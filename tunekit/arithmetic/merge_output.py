@@ -1,4 +1,4 @@
-"""Checks, weight changes and the report that are shared by merging a model and merging a pipeline."""
+"""Checks, weight changes and the report, for merging a model and for merging a pipeline."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,8 @@ SPARE_BYTES = 64 * 2**20  # disk space for configuration, tokenizer and report
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Absolute differences of logits between the running adapter and the merged model, with the mean token losses.
+    """Absolute differences between the logits of the unmerged adapter and of the merged model, and both mean token
+    losses.
 
     `spread`: the standard deviation of the logits, for comparison.
     """
@@ -42,8 +43,8 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The result of a merge. `onto`, `reason`: the kind of base weights, and why. `difference`: the difference to the
-    running adapter."""
+    """The result of a merge. `onto`, `reason`: the kind of base weights, and why. `difference`: the difference from
+    the unmerged adapter."""
 
     folder: Path
     onto: str
@@ -72,7 +73,7 @@ def check_space(output: Path, weight_bytes: int) -> None:
 
 
 def collect_changes(attached: AttachedAdapter) -> Changes:
-    """The changes of layers and parameters by the adapter.
+    """The changes that the adapter makes to layers and parameters.
 
     Raises: AdapterError for a method that changes inputs or outputs instead of weights.
     """

@@ -1,4 +1,4 @@
-"""Merging of an adapter into its diffusion pipeline, with a comparison of predictions to the running adapter."""
+"""Merges an adapter into its diffusion pipeline, and compares predictions with those of the unmerged adapter."""
 
 import shutil
 from dataclasses import replace
@@ -25,7 +25,8 @@ PROMPTS, TIMES, SEED = ("a photo",), (100, 500, 900), 0  # inputs of the compare
 
 
 def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch.dtype | None) -> MergeResult:
-    """Write the merged pipeline to a temporary folder, measure it, and rename the folder to `output`.
+    """Write the merged pipeline to a temporary folder, compare it with the unmerged adapter, and rename the folder to
+    `output`.
 
     After a failure, the temporary folder is removed. Raises: InputError, AdapterError and ResourceError, as `merge`.
     """
@@ -41,10 +42,10 @@ def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch
 
 
 def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None) -> MergeResult:
-    """Write the pipeline with merged trained parts into a folder; other parts are copied.
+    """Write the pipeline into a folder: trained components are merged, other components are copied.
 
-    `loaded`: the pipeline with the adapter, in float32. `dtype`: the dtype of the written parts; None: that of their
-    files.
+    `loaded`: the pipeline with the adapter, in float32. `dtype`: the dtype of the written components; None: that of
+    their files.
     """
     net, processor = loaded.model.base.net, loaded.processor
     assert isinstance(net, PipelineNet)
@@ -102,7 +103,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def _predicted(net: PipelineNet, processor: PipelineProcessor) -> torch.Tensor:
-    """(B, C, H, W) predictions for noise at TIMES, for one prompt."""
+    """The pipeline's predictions (B, C, H, W) for noise at the times TIMES, for one prompt."""
     side, count = processor.multiple * 2, len(TIMES)
     generator = torch.Generator("cpu").manual_seed(SEED)
     ids = {f"{IDS}{name}": torch.from_numpy(each).repeat(count, 1) for name, each in processor.ids(PROMPTS).items()}

@@ -1,4 +1,4 @@
-"""Conversion of PEFT's LoRA folders whose initialisation moved a part of the base into the adapter, to plain LoRA.
+"""Conversion to plain LoRA of PEFT's LoRA folders whose initialisation moved a part of the base into the adapter.
 
 The base was W - s B0 A0 at the start of training. So the trained adapter adds s (B A - B0 A0) to W. This is a low-rank
 update with the factors [B, -B0] and [A; A0], of twice the rank, as in PEFT's path_initial_model_for_weight_conversion.
@@ -25,13 +25,13 @@ HOW = "give --initial DIR, the adapter that was saved before training"
 
 
 def _starts() -> dict[str, StartSettings]:
-    """Our settings of all initialisations, by name. PEFT's names begin with ours."""
+    """The settings of all initialisations, by tunekit's name. PEFT's names begin with these names."""
     known = [settings_class("starts", name)(method=name) for name in known_names("starts")]
     return {start.method: start for start in known if isinstance(start, StartSettings)}
 
 
 def start_of(folder: Path) -> str | None:
-    """The folder's start, in lower case, if it moved weights of the base; else None.
+    """The name of the folder's initialisation, in lower case, if it moved weights of the base; else None.
 
     Raises: AdapterError for LoftQ, which replaced the weights of the base.
     """
@@ -48,9 +48,9 @@ def start_of(folder: Path) -> str | None:
 
 
 def subtract_initial(trained: LoraFolder, initial: LoraFolder) -> dict[str, LowRank]:
-    """The update s (B A - B0 A0) of each layer.
+    """The update s (B A - B0 A0) of each layer, with B0 and A0 from the folder `initial`.
 
-    Raises: AdapterError if the two folders are not of one adapter, or if all B0 are zero.
+    Raises: AdapterError if the two folders do not belong to the same adapter, or if all B0 are zero.
     """
     here, there = trained.updates, initial.updates
     for name in sorted(here.keys() | there.keys()):
@@ -73,8 +73,8 @@ def difference(trained: LowRank, initial: LowRank) -> LowRank:
 def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callable[[str], Tensor]) -> dict[str, LowRank]:
     """The update s (B A - B0 A0) of each layer, with B0 and A0 computed again from the base.
 
-    `matrix_of`: gives the base's matrix (O, I) of a layer in float32. Updates of embeddings are unchanged, because
-    these starts initialise embeddings like plain LoRA.
+    `matrix_of`: returns the base's matrix (O, I) of a layer in float32. Updates of embeddings are unchanged, because
+    these initialisations treat embeddings like plain LoRA.
     """
     if trained.fan_in_fan_out and start.depends_on_layout:
         raise AdapterError("OLoRA of Conv1D layers cannot be recomputed", HOW, file=trained.config.file, key=START)
@@ -97,9 +97,9 @@ def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callabl
 def untouched_updates(
     lora: LoraFolder, start: str | None, initial: Path | None, base: Mapping[str, str]
 ) -> tuple[dict[str, LowRank], str | None]:
-    """The updates relative to the original base, and a note that says where the start was taken from.
+    """The updates relative to the original base, and a note on the origin of the initial factors B0 and A0.
 
-    `base`: the base that --base names. Raises: AdapterError if the start can neither be read nor computed.
+    `base`: the base that --base names. Raises: AdapterError if B0 and A0 can neither be read nor computed.
     """
     if initial is not None:
         note = f"the part of the base in the adapter is read from {initial}"

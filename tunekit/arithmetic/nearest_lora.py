@@ -1,4 +1,4 @@
-"""Conversion of an adapter of any method that changes weights to an equal LoRA, or to the nearest one of a given rank.
+"""Converts an adapter of any method that changes weights to an equal LoRA, or to the nearest LoRA of a given rank.
 
 Only one matrix of the base is in memory at a time.
 """
@@ -85,7 +85,7 @@ def layer_updates(
     attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int | None
 ) -> tuple[dict[str, LowRank], dict[str, RankLoss], Tensors, bool]:
     """The update of each layer and its error, all other trained tensors by file key, and whether the adapter changes
-    biases (a rotation of outputs also does).
+    biases (rotating a layer's outputs changes its bias too).
 
     Raises: NotLowRank if `rank` is None and the method has no low-rank form.
     """
@@ -127,7 +127,7 @@ def trained_beside(attached: AttachedAdapter) -> Tensors:
 
 
 def lora_settings(settings: object, moves_bias: bool) -> LowRankSettings:
-    """LoRA's settings, with the method's settings for trained copies, token rows and biases."""
+    """LoRA settings that keep the adapter's settings for trained copies, token rows and biases."""
     names = ("modules_to_save", "trainable_token_indices", "bias")
     values = {key: getattr(settings, key) for key in names if hasattr(settings, key)}
     if moves_bias and values.get("bias", "none") == "none":
@@ -146,7 +146,7 @@ def nearest_update(name: str, delta: Tensor, rank: int, embedding: bool) -> tupl
 
 
 def loss_between(name: str, update: LowRank, lower: LowRank) -> RankLoss:
-    """The error of `lower` in place of `update`; both have factors."""
+    """The error if `lower` replaces `update`. Both are low-rank updates."""
     return RankLoss(name, update.norm(), weighted_sum([update, lower], [1.0, -1.0]).norm())
 
 

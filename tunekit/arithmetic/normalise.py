@@ -1,6 +1,8 @@
-"""Converts adapters, ours or PEFT's, to plain low-rank pairs that other programs can hold, without any error.
+"""Converts adapters of tunekit or PEFT to plain low-rank pairs that other programs can read: exactly, unless a rank is
+given.
 
-Programs differ in what they read: many ignore rsLoRA and patterns, some take one rank, and few take anything but LoRA.
+Programs differ in what they read: many ignore rsLoRA and patterns, some require one rank, and few read methods other
+than LoRA.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,10 +36,10 @@ class PlainAdapter:
 
     `pairs`: the updates by module name; where transformers renames modules, by the name in the base's files. Each
     expert of a fused parameter is a module, such as model.layers.0.mlp.experts.3.gate_proj.
-    `rest`: everything else that is trained, by PEFT's key: copies of modules, rows of embeddings, biases, added rows.
-    A format that cannot hold it must refuse the adapter.
-    `embedding`, `head`: the base's; `tied`: whether they share a matrix. An update of one of them never changes the
-    other one.
+    `rest`: all other trained tensors, by PEFT's key: copies of modules, rows of embeddings, biases, added rows. A
+    format that cannot hold these tensors must refuse the adapter.
+    `embedding`, `head`: the base's module names; `tied`: whether the two share a matrix. An update of one of them never
+    changes the other.
     `conv1d`: whether modules of the base store their matrices (I, O).
     `losses`: the error of each update of a layer; 0 unless a rank was given.
     """
@@ -57,23 +59,23 @@ class PlainAdapter:
 
     @property
     def tied_pairs(self) -> list[str]:
-        """The adapted modules among a tied embedding and head."""
+        """Which of embedding and head the adapter changes, if the base ties them; otherwise empty."""
         return [name for name in (self.embedding, self.head) if self.tied and name is not None and name in self.pairs]
 
     @property
     def experts(self) -> list[str]:
-        """The adapted modules that are experts of a mixture."""
+        """The names of the adapted modules that are experts of a mixture."""
         return [name for name in self.pairs if ".experts." in name]
 
     def padded(self, rank: int | None = None) -> "PlainAdapter":
-        """The same adapter with one rank for all pairs, padded with zeros; by default the highest rank."""
+        """The same adapter with all pairs padded with zeros to one rank; by default the highest rank."""
         size = self.rank if rank is None else rank
         return replace(self, pairs={name: pair.padded(size) for name, pair in self.pairs.items()})
 
 
 def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
-    """TARGET as find_target resolves it. A PEFT adapter whose initialisation moved weights of the base, such as PiSSA,
-    is first converted to plain LoRA in a temporary folder.
+    """The target that find_target finds for TARGET. A PEFT adapter whose initialisation moved weights of the base, such
+    as PiSSA, is first converted to plain LoRA in a temporary folder.
 
     Raises: InputError as find_target does; AdapterError if the initialisation cannot be computed again.
     """
@@ -95,7 +97,7 @@ def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> 
 
 
 def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
-    """The target's adapter as low-rank pairs: exact ones, or, with `rank`, the nearest pairs of at most this rank.
+    """The target's adapter as low-rank pairs. They are exact, or, with `rank`, the nearest pairs of at most this rank.
 
     `target`: with the model section of its objective. Raises: NotLowRank if there is no exact form and no rank was
     given, so that only a merged model computes the same; AdapterError for prompts, which do not change weights.
@@ -134,7 +136,8 @@ def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
 def _parameter_pairs(
     adapter: ParameterAdapter[Any], net: nn.Module, name: str, stored_name: str, file: str
 ) -> dict[str, LowRank]:
-    """The pairs of an adapted parameter: one of a matrix (O, I), or one for each expert's module in the base's files.
+    """The low-rank pairs of an adapted parameter: one pair for a matrix (O, I), or one pair for each expert's module in
+    the base's files.
 
     Raises: NotLowRank if the base's files store all experts in one tensor, so that no module can be named.
     """

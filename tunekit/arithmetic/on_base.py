@@ -1,4 +1,4 @@
-"""Attaching of an adapter folder to its base on the meta device; the base's matrices are read one at a time."""
+"""Attaches an adapter folder to its base on the meta device. The base's matrices are read one at a time."""
 
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter
 
 
 def attach_without_weights(folder: Path, section: ModelSection, rewriter: Rewriter) -> AttachedAdapter:
-    """The adapter with its real tensors, attached to its base on the meta device."""
+    """The adapter, attached to its base on the meta device. Only the adapter's tensors have values."""
     cpu = torch.device("cpu")
     base = make_meta_model(section, device=cpu)
     attach = partial(

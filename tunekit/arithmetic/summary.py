@@ -150,7 +150,7 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
 
 
 def _configuration(folder: Path) -> tuple[AdapterConfig | None, list[str]]:
-    """The configuration, or None, and its faults: the reasons for refusing it, and files that were changed later."""
+    """The configuration and its faults: files that were changed later. If it is refused: None, and the reasons."""
     try:
         config = read_adapter_config(folder)
         changed = config.changed_files()
@@ -172,7 +172,7 @@ def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
 
 @cache
 def _own_names() -> frozenset[str]:
-    """The first parts of tensor names that contain a dot, such as `lora_A` of `lora_A.weight`."""
+    """The first components, such as `lora_A`, of the methods' tensor names with a dot, such as `lora_A.weight`."""
     names = [name for method in all_methods() for name in method.tensors]
     return frozenset({"base_layer"} | {name.partition(".")[0] for name in names if "." in name})
 

@@ -1,4 +1,4 @@
-"""Writing of an adapter that was computed from other adapter folders, with their facts about the base."""
+"""Writes an adapter that was computed from other adapter folders, with these folders' facts about the base."""
 
 import os
 import re
@@ -44,7 +44,7 @@ class BaseFacts:
 def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
     """The absolute path of `output`.
 
-    Raises: AdapterError unless it is new or an empty folder, and does not contain one of the sources.
+    Raises: AdapterError unless `output` is new or an empty folder, and contains none of the source folders.
     """
     output = Path(os.path.abspath(output.expanduser()))
     if output.is_symlink() or (output.exists() and not output.is_dir()):
@@ -91,8 +91,8 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
 
 
 def _objective_of(configs: Sequence[AdapterConfig]) -> Mapping[str, Any] | None:
-    """The objective of the first folder that has one. For several folders, thresholds are left out, because they fit
-    only the scores of one adapter."""
+    """The objective of the first folder that states one. For several folders, thresholds are left out, because they
+    fit only the scores of one adapter."""
     objective = next((config.objective for config in configs if config.objective), None)
     if objective is None or len(configs) == 1:
         return objective
@@ -100,8 +100,8 @@ def _objective_of(configs: Sequence[AdapterConfig]) -> Mapping[str, Any] | None:
 
 
 def refuse_other_labels(configs: Sequence[AdapterConfig]) -> None:
-    """Raises: AdapterError if two of the adapters have different labels, labels in a different order, or scores of
-    different meaning."""
+    """Raises: AdapterError if two of the adapters have different labels, labels in a different order, or scores with
+    different meanings."""
     named = [(config, config.objective) for config in configs if config.objective and "labels" in config.objective]
     for config, objective in named[1:]:
         first, expected = named[0]
@@ -156,8 +156,8 @@ def write_without_base(
 def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping[str, LowRank]) -> int:
     """Write a plain LoRA with these updates. Returns its size in bytes.
 
-    `like`: the adapter with the settings and the other tensors; its target_modules are used if its layers are the same.
-    alpha is chosen so that programs that ignore patterns scale all layers correctly.
+    `like`: the adapter whose settings and other tensors are written; its target_modules are used if it has the same
+    layers. alpha is chosen so that programs that ignore patterns scale all layers correctly.
     """
     scaled, alpha = _with_one_scaling(updates)
     ranks = {name: update.rank for name, update in scaled.items()}
@@ -186,7 +186,7 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
 
 
 def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:
-    """The updates, and one alpha for all of them if their rank and scaling are equal and alpha is a whole number.
+    """The updates, and one alpha for all of them, if they have equal ranks and scalings and alpha is a whole number.
 
     Otherwise alpha is None, and each scaling is multiplied into its update, so that alpha = rank is right.
     """

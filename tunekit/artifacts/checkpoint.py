@@ -97,8 +97,8 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: 
 
 
 def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
-    """Rename the temporary folder to its final name. An older checkpoint of this step is moved aside first, and moved
-    back if the rename fails."""
+    """Rename the temporary folder to its final name. An older checkpoint of this step is moved aside first. If the
+    rename fails, the older checkpoint is moved back."""
     if not os.path.lexists(folder):
         durable.rename(temporary, folder)
         return
@@ -135,8 +135,8 @@ def _remove_temporary(folder: Path) -> None:
 
 
 def tidy_checkpoints(run: RunFolder) -> None:
-    """Repair the folder after a killed run: remove half-written and half-deleted checkpoints, and move a checkpoint
-    back that was moved aside."""
+    """Repair the folder after a killed run: remove half-written and half-deleted checkpoints, and rename a
+    checkpoint that was moved aside back to its name."""
     if not durable.is_real_folder(run.checkpoints):
         return
     for entry in sorted(run.checkpoints.iterdir()):
@@ -255,7 +255,7 @@ def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) ->
     """Delete checkpoints up to `step`, except the `keep` newest and the protected ones. Never delete folders that
     tunekit did not write.
 
-    Checkpoints after `step` stay. They are damaged ones that the run passed over when it resumed, and the run will
+    Checkpoints after `step` stay. These are damaged checkpoints that the run skipped when it resumed, and the run will
     reach their steps again.
     """
     ours = {number: at for number, at in list_checkpoints(run.checkpoints) if number <= step and is_ours(at)}

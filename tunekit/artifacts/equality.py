@@ -1,4 +1,4 @@
-"""Compares a re-executed part of a run with the files of the run: the records, the checkpoint and the result."""
+"""Compares a re-executed part of a run with the run's own files: the records, the checkpoint and the result."""
 
 import json
 import math
@@ -34,8 +34,9 @@ class Mismatch:
 
 
 class RecordComparison(NamedTuple):
-    """`compared`: how many records. `not_repeated`: the steps of evaluations that the re-execution did not compute,
-    because a resume may change eval_steps. `not_recorded`: the steps of evaluations that only it computed."""
+    """The comparison of a run's records with those of its re-execution. `compared`: the number of compared records.
+    `not_repeated`: the steps of evaluations that the re-execution did not compute, because a resume may change
+    eval_steps. `not_recorded`: the steps of evaluations that only the re-execution computed."""
 
     compared: int
     differences: list[Mismatch]
@@ -44,7 +45,7 @@ class RecordComparison(NamedTuple):
 
 
 def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> RecordComparison:
-    """Compare metrics.jsonl after step `start` up to `end` (None: the last one). Every step must be in both."""
+    """Compare metrics.jsonl after step `start` up to `end` (None: the last step). Every step must be in both files."""
     ours, repeated = _records(run, start, end), dict(_records(repeat, start, end))
     keys = {key for key, _ in ours}
     ours += [(key, {}) for key in repeated if key not in keys and not key[1]]
@@ -62,7 +63,8 @@ def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> Rec
 
 
 def _records(run: Path, start: int, end: int | None) -> list[tuple[tuple[int, bool], Record]]:
-    """The records of these steps with (step, whether it is an evaluation), without measurements."""
+    """The records after step `start` up to `end`, each with (step, whether it is an evaluation), without measured
+    time and memory."""
     first = start or -math.inf  # the evaluation before training has step 0
     return [
         ((record["step"], "eval" in record), {name: value for name, value in record.items() if name not in MEASURED})
@@ -98,13 +100,13 @@ def compare_checkpoints(ours: Path, theirs: Path) -> Iterator[Mismatch]:
 
 
 def result_hashes(run: Path) -> dict[str, str]:
-    """sha256 of each file of weights of the exported result, by its path in the run folder."""
+    """sha256 of each weights file of the exported result, by its path in the run folder."""
     files = (file for name in RESULT_FILES for file in sorted((run / name).glob("*.safetensors")))
     return {file.relative_to(run).as_posix(): sha256_of(file, RUN_FILE) for file in files}
 
 
 def _file_hashes(run: Path) -> dict[str, str]:
-    """sha256 of each file of the result without values of MOVED, by its path in the run folder."""
+    """sha256 of each file of the result except the files in MOVED, by its path in the run folder."""
     files = (
         file for name, names in RESULT_FILES.items() for file in (run / name).glob("*") if names.fullmatch(file.name)
     )
@@ -113,7 +115,8 @@ def _file_hashes(run: Path) -> dict[str, str]:
 
 
 def compare_results(run: Path, repeat: Path, step: int) -> Iterator[Mismatch]:
-    """Compare each file of the exported result byte by byte, and files that name the base by their other values."""
+    """Compare both exported results byte by byte. In files that contain the base's path, only the values that do not
+    depend on this path are compared."""
     ours, theirs = (_file_hashes(folder) for folder in (run, repeat))
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):

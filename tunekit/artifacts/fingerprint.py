@@ -1,6 +1,5 @@
-"""The fingerprint of a run: the facts that must be equal, so that a resumed run repeats every bit. Also messages about
-differences. The number of processes is not included, because results do not depend on it.
-"""
+"""The fingerprint of a run: the facts that must be equal, so that a resumed run repeats every bit. Also messages
+about differences between fingerprints. The number of processes is not included, because results do not depend on it."""
 
 import os
 from collections.abc import Collection, Container, Iterator, Mapping
@@ -27,7 +26,7 @@ def make_fingerprint(
     """The fingerprint of one run.
 
     `recipe`: Recipe.model_dump(mode="json"); `device`: cpu or cuda; `code`: recipe key -> sha256 of a Python file that
-    the run executes or of the teacher's files.
+    the run executes, or of the teacher's files.
     """
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
@@ -116,8 +115,8 @@ def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) ->
 
 
 def _is_moved_file(key: str, was: object, is_: object, recipe: Mapping[str, object]) -> bool:
-    """Whether a difference is only the new path of a file. Its content is compared elsewhere: in the fingerprint of the
-    data or of the base, or it is part of the saved state."""
+    """Whether a difference is only the new path of a file. The file's content is compared elsewhere: in the
+    fingerprint of the data or of the base, or it is part of the saved state."""
     if not (isinstance(was, str) and isinstance(is_, str) and os.path.isabs(was) and os.path.isabs(is_)):
         return False
     mark = path_mark(key, recipe)

@@ -19,7 +19,7 @@ BESIDE = ("classes", "samples", "sources")  # fields of an evaluation in additio
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:
-    """The line of a record: a step is a flat object, an evaluation is {step, eval: {...}} without non-finite
+    """The line of a record. A step is a flat object; an evaluation is {step, eval: {...}}, without non-finite
     numbers."""
     if isinstance(record, EvaluationRecord):
         finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}  # JSON has no NaN
@@ -54,10 +54,10 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
-    """The complete lines from `offset` on, each as (offset of the line's end, record). An incomplete last line is
-    ignored.
+    """The complete lines from the byte `offset` on, each as (offset of the line's end, record). An incomplete last line
+    is ignored.
 
-    Raises: RunFolderError if a line is damaged, with its number if `offset` is 0.
+    Raises: RunFolderError if a line is damaged. It names the line's number if `offset` is 0.
     """
     data, all_lines = b"", offset == 0
     if path.exists():

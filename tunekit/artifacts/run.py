@@ -1,6 +1,5 @@
 """The run folder. One process locks it, and checks it before a model is loaded. The folder stays readable if this
-process is killed. In a run with several ranks, only rank 0 has a run folder.
-"""
+process is killed. Of several ranks, only rank 0 has a run folder."""
 
 from __future__ import annotations
 
@@ -45,7 +44,8 @@ def print_warning(text: str) -> None:
 
 
 def refuse_to_replace_part(option: str, name: str | None, run: Path) -> None:
-    """Raises: InputError if the file of an option is a file of the run folder that only `train` writes."""
+    """Raises: InputError if an option names an output file that belongs to the run folder and that only `train`
+    writes."""
     if name is None or name == "-":
         return
     target, folder = Path(name).resolve(), run.resolve()
@@ -90,8 +90,8 @@ class RunFolder:
         return self.path / metrics_log.METRICS_NAME
 
     def require_free_bytes(self, estimated_bytes: int) -> None:
-        """Refuse to start if the disk has less than twice these bytes free: an old checkpoint stays until the new one
-        is complete. Raises: ResourceError."""
+        """Refuse to start if the disk has less than twice `estimated_bytes` free: an old checkpoint stays until the
+        new one is complete. Raises: ResourceError."""
         free, needed = durable.free_bytes(self.path), 2 * estimated_bytes
         if free < needed:
             what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)}"
@@ -282,6 +282,6 @@ def _tidy(path: Path) -> None:
 
 
 def _holds_only(folder: Path, result: str) -> bool:
-    """Whether a folder contains only regular files with the names of this kind of result."""
+    """Whether a folder contains only regular files with the names that this kind of result has."""
     names = RESULT_FILES[result]
     return all(names.fullmatch(entry.name) and durable.is_real_file(entry) for entry in folder.iterdir())

@@ -1,7 +1,7 @@
-"""Experiment trackers in addition to metrics.jsonl, through accelerate. Each tracker gets the run's name, its tag, its
-numbers and its end.
+"""Experiment trackers, used through accelerate in addition to metrics.jsonl. A tracker gets the run's name, its tag,
+its numbers and its end.
 
-If a tracker fails during the run, this is reported once, and the tracker is no longer used. It never ends a run.
+If a tracker fails during the run, this is reported once, and the tracker is no longer used. A tracker never ends a run.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, obje
 
 
 def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None:
-    """Send the tags and values that the start could not send. Returns the id for a resume; None if there is no id."""
+    """Send the tags and values that could not be sent at the start. Returns the tracker's id of the run, for a
+    resume; None without an id."""
     native, values = tracker.tracker, dict(run.values) | {"recipe_hash": run.recipe_hash}
     match name:
         case "tensorboard":

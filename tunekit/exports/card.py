@@ -43,7 +43,7 @@ def licence_of(folder: Path) -> str | None:
 
 
 def model_card(exportable: Exportable, run: RunValues | None, what: str, name: str) -> str:
-    """README.md. `what`: "adapter", "merged" or "model"; `name`: of the repository."""
+    """The text of README.md. `what`: "adapter", "merged" or "model"; `name`: the name of the repository."""
     origin = exportable.target.model.name_or_path
     if what == "model" and run is not None:  # the run trained the whole base, which its recipe names
         origin = str(run.recipe.part("model").get("name_or_path"))
@@ -69,7 +69,7 @@ def model_card(exportable: Exportable, run: RunValues | None, what: str, name: s
 
 
 def evaluation_results(run: RunValues | None) -> str | None:
-    """The text of .eval_results/*.yaml, if the evaluation rows are a data set of the hub."""
+    """The text of .eval_results/*.yaml; None unless the run was evaluated on exactly one data set of the hub."""
     sources = [] if run is None else run.recipe.part("data").parts("eval")
     paths = [str(source.get("path")) for source in sources]
     if run is None or len(paths) != 1 or is_like_path(paths[0]):
@@ -87,7 +87,7 @@ def evaluation_results(run: RunValues | None) -> str | None:
 
 
 def _sources(run: RunValues | None) -> Iterator[tuple[str, Path]]:
-    """The training sources: the path as the recipe has it, and its folder."""
+    """The path of each training source, as in the recipe, and the folder that contains it."""
     for source in [] if run is None else run.recipe.part("data").parts("train"):
         path = str(source.get("path"))
         yield path, Path(path).parent
@@ -137,7 +137,7 @@ def _training(run: RunValues) -> list[str]:
 
 
 def _results(run: RunValues) -> list[str]:
-    """The evaluation of the exported weights, with a 95 % interval of the change of the loss over the rows."""
+    """The section with the metrics of the exported weights, and a 95 % interval for the change of the loss."""
     after = run.exported.numbers("eval")
     if not after:
         return []

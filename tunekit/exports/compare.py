@@ -1,4 +1,4 @@
-"""How far the log-probabilities that a program computes are from torch's."""
+"""Compares the log-probabilities that another program computes with those of torch."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -57,9 +57,10 @@ def compare_parts(
     answers: Callable[[Path, IdRows, Path | None], list[NextTokens]],
     name: str = "merged",
 ) -> dict[str, Difference]:
-    """A whole model, under `name`, compared with torch; or the base without and with the exported adapter.
+    """The differences from torch. A whole model gives one entry, `name`; an adapter gives two: the base, and base +
+    adapter.
 
-    `answers`: the program's answers with a model, rows, and an adapter or None.
+    `answers`: returns the program's answers for a model, rows, and an adapter or None.
     """
     rows = compared.rows
     if written.what != "adapter":
@@ -72,7 +73,7 @@ def compare_parts(
 
 
 def difference_of_tokens(texts: Sequence[str], expected: IdRows, computed: IdRows) -> str:
-    """What differs between the tokenizer's ids of some texts and those of a program; empty if nothing does."""
+    """A description of the texts for which the tokenizer and a program give different ids; empty if there are none."""
     wrong = [each for each in zip(texts, expected, computed, strict=True) if list(each[1]) != list(each[2])]
     if not wrong:
         return ""

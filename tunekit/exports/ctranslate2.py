@@ -57,7 +57,8 @@ FILES = (  # of the model, which other programs read in the converted folder
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The program, the model's type and settings, and the type of the weights."""
+    """Reasons not to convert: CTranslate2 is missing, or does not support the model, its settings or the type of
+    weights."""
     wrong = conversion_problems(exportable, NAME, {"causal", "speech"}, MODEL_TYPES.split())
     if options.type not in (None, *TYPES):
         wrong.append(Problem(f"{options.type} is unknown", f"choose {', '.join(TYPES)}", key="--type"))
@@ -66,7 +67,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
 
 
 def ignored_settings(config: Configuration) -> Iterator[Ignored]:
-    """The settings of a base that CTranslate2 ignores."""
+    """Each setting of a base that CTranslate2 ignores: its name, its value, and the values that CTranslate2 uses."""
     config = complete_config(config)
     kind = str(config.get("model_type"))
     fixed = dict(FIXED.get(kind, {}))
@@ -93,7 +94,7 @@ def ignored_settings(config: Configuration) -> Iterator[Ignored]:
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-    """Convert the whole model. The weights keep their type unless another one is asked for."""
+    """Convert the whole model. The weights keep their type unless --type names another one."""
     program = find_program(NAME)
     assert program is not None  # a problem otherwise
     with whole_model(exportable, path) as folder:
@@ -109,7 +110,8 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def left_out(config: Configuration) -> JsonObject:
-    """Facts of a base that the converter leaves out: the epsilon of norms, and the scaling of positions of Llama 3."""
+    """Facts of a base that the converter does not write: the epsilon of its norms, and the position scaling of Llama
+    3."""
     config = complete_config(config)
     rope = config.get("rope_parameters") or {}
     epsilon = next((config[name] for name in EPSILONS if name in config), None)
@@ -117,12 +119,12 @@ def left_out(config: Configuration) -> JsonObject:
 
 
 def window_of(exportable: Exportable) -> int | None:
-    """The base's sliding window, which CTranslate2 ignores, or does not compute for a longer prompt."""
+    """The base's sliding window. CTranslate2 ignores it, or computes it wrongly for a longer prompt."""
     return sliding_window(complete_config(exportable.config))
 
 
 def weight_type(exportable: Exportable, options: Options) -> str:
-    """The type that is asked for, else that of the base's weights."""
+    """The type from --type, else the type of the base's weights; float32 if CTranslate2 lacks the base's type."""
     stored = exportable.config.get("dtype") or exportable.config.get("torch_dtype")
     return options.type or (stored if stored in TYPES else "float32")
 
@@ -130,7 +132,7 @@ def weight_type(exportable: Exportable, options: Options) -> str:
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Compare all log-probabilities."""
+    """Compare all log-probabilities with torch's."""
     if exportable.family == "speech":
         recordings = make_recordings(exportable)
         compared, prompts = recordings.questions, recordings.prompts

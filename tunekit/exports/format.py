@@ -17,9 +17,9 @@ from tunekit.targets.exportable import Exportable
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command that only some formats read. `type`: the type of the weights, in the words
-    of the format: Q4_K_M in gguf, int8 in ctranslate2. `merged`: write a merged model even if the format can hold the
-    adapter. `imatrix`: weigh the quantization error by the run's own rows. `push`: upload the export."""
+    """The options of the export command that only some formats read. `type`: the type of the weights, by the
+    format's name for it: Q4_K_M in gguf, int8 in ctranslate2. `merged`: write a merged model even if the format can
+    hold the adapter. `imatrix`: weigh the quantization error by the run's own rows. `push`: upload the export."""
 
     type: str | None = None
     merged: bool = False
@@ -33,9 +33,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a format may want besides the model. `rows(count, tokens)`: token ids of at most `count` training rows, each
-    cut to `tokens`, and a description of them. No certificate measures on training rows. `run`: the values of the run's
-    files, if there is a run. `name`: the name of the output."""
+    """Inputs of `write` besides the model. `rows(count, tokens)`: returns token ids of at most `count` training
+    rows, each cut to `tokens`, and a description of the rows. `run`: the values of the run's files, if there is a
+    run. `name`: the name of the output."""
 
     rows: Callable[[int, int], tuple[list[list[int]], str]]
     run: RunValues | None
@@ -56,9 +56,9 @@ class Exported:
 class Questions:
     """Rows of token ids, and torch's log-probabilities of the next token in float32.
 
-    Shapes: each of `expected` and `base` has one (T, V) float32 tensor for each row. `expected`: of the exported model,
-    with its adapter. `base`: without the adapter; only for the export of an adapter alone. `described`: where the rows
-    are from.
+    Shapes: `expected` and `base` have one (T, V) float32 tensor for each row. `expected`: from the exported model, with
+    its adapter. `base`: from the model without the adapter; only for the export of an adapter alone. `described`: a
+    description of the rows and their origin.
     """
 
     rows: Sequence[Sequence[int]]
@@ -67,17 +67,18 @@ class Questions:
     described: str
 
     def cut(self, tokens: int) -> "Questions":
-        """At most the first `tokens` of each row."""
+        """The same questions with at most the first `tokens` ids of each row."""
         base = None if self.base is None else [each[:tokens] for each in self.base]
         return Questions([row[:tokens] for row in self.rows], [e[:tokens] for e in self.expected], base, self.described)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The log-probabilities of a program compared with torch's, over `tokens` positions.
+    """The differences between a program's log-probabilities and torch's, over `tokens` positions.
 
-    `largest` and `mean`: absolute differences in nats. `perplexity` and `torch_perplexity`: on the same tokens.
-    `greedy_differences`: the positions at which the most probable token differs.
+    `largest` and `mean`: the largest and the mean absolute difference in nats. `perplexity` and `torch_perplexity`: the
+    program's and torch's, on the same tokens. `greedy_differences`: the number of positions at which the most probable
+    token differs.
     """
 
     largest: float
@@ -90,9 +91,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a program computed from an export. `parts`: such as base, adapter, merged or Q4_K_M. `note`: what the
-    reader must know to judge the figures, such as the arithmetic that stands for a program that cannot be run.
-    `warning`: what the program does in another way than the model."""
+    """The comparison of a program's answers with torch's. `parts`: the differences by name, such as base, base +
+    adapter, merged or Q4_K_M. `note`: a limit of the comparison, for example that another program was run in place
+    of this one. `warning`: how the program's tokens differ from the model's."""
 
     program: str
     version: str
@@ -103,9 +104,10 @@ class Certificate:
 
 
 class Format(Protocol):
-    """A module of this folder. `TAKES`: the kinds of exportables that it takes. `OPTIONS`: the options that it reads.
-    `SUFFIX`: the ending of the file that it writes; empty for a folder. `PROGRAM`: the program that certifies the
-    export, by the name that scripts/certify knows; empty if there is none, and then `certify` is never called."""
+    """A module of this folder, which writes one format. `TAKES`: the kinds of exportables that it exports.
+    `OPTIONS`: the options that it reads. `SUFFIX`: the ending of the file that it writes; empty for a folder.
+    `PROGRAM`: the program that certifies the export, by its name in scripts/certify. Without a program it is empty,
+    and `certify` is never called."""
 
     TAKES: frozenset[str]
     OPTIONS: frozenset[str]
@@ -113,10 +115,10 @@ class Format(Protocol):
     PROGRAM: str
 
     def problems(self, exportable: Exportable, options: Options) -> list[Problem]:
-        """Everything that the format cannot hold, before anything is written."""
+        """The reasons why the format cannot hold this export. They are found before anything is written."""
 
     def write(self, exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-        """Write the export at the new path `path`."""
+        """Write the export to `path`, which does not exist yet."""
 
     def certify(
         self,
@@ -126,12 +128,13 @@ class Format(Protocol):
         questions: Callable[[], Questions],
         options: Options,
     ) -> Certificate:
-        """Ask the program. `questions` computes the questions."""
+        """Run the program, and compare its answers with torch's. `questions()` computes the rows and torch's
+        answers."""
 
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """Every format: the files of this folder that state TAKES, sorted."""
+    """The names of all formats, sorted: the files of this folder that define TAKES."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return tuple(file.stem for file in files if "\nTAKES" in file.read_text("utf-8"))
 

@@ -55,7 +55,7 @@ STORED = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}  # a
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The type, the architecture, and what a GGUF adapter cannot hold."""
+    """Reasons not to write: an unsupported type or architecture, or changes that a GGUF adapter cannot hold."""
     wrong = []
     if options.type is not None and options.type not in FILE_TYPES:
         wrong.append(Problem(f"{options.type} is unknown", f"choose {', '.join(FILE_TYPES)}", key="--type"))
@@ -82,12 +82,12 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
 
 
 def writes_adapter(exportable: Exportable, options: Options) -> bool:
-    """Whether the file is an adapter, which has no type and is not merged."""
+    """Whether the file contains an adapter alone: the target is an adapter, without --merged and --type."""
     return exportable.kind == "adapter" and not options.merged and options.type is None
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-    """Write the file; of a model, one tensor after the other."""
+    """Write the file. The tensors of a whole model are written one after the other."""
     if writes_adapter(exportable, options):
         facts = write_adapter(exportable, path)
         base = exportable.gguf_file and shlex.quote(str(exportable.folder / exportable.gguf_file))
@@ -107,7 +107,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[str, ...]:
-    """What the base's file must state, unless it is a GGUF file that states it."""
+    """A note about facts that the base's GGUF file must state; empty if there are none, or if the file states them."""
     if exportable.gguf_file is not None:
         with imported() as converter:
             fields = converter.gguf.GGUFReader(exportable.folder / exportable.gguf_file).fields
@@ -121,14 +121,14 @@ def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[st
 
 
 def _equal(stated: object, value: object) -> bool:
-    """Whether a value of a GGUF file, which has float32 numbers, is the given one."""
+    """Whether a value of a GGUF file equals `value`, up to the rounding to float32."""
     if isinstance(stated, float) and isinstance(value, int | float):
         return math.isclose(stated, value, rel_tol=1e-6)
     return stated == value
 
 
 def write_base(exportable: Exportable, path: Path) -> None:
-    """Write the base without its adapter, in its own type."""
+    """Write the base without its adapter. The weights keep the base's type."""
     _write_model(exportable.without_adapter, path, None, None)
 
 
@@ -136,9 +136,9 @@ def write_base(exportable: Exportable, path: Path) -> None:
 def _write_model(
     exportable: Exportable, path: Path, file_type: str | None, squares: Mapping[str, Array] | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Write the base with the changes of its adapter; returns the type of each tensor, and the quantized tensors of the
-    blocks that `squares` lacks. By default the weights keep the base's type, which is exact for a base without an
-    adapter (float64 becomes F32)."""
+    """Write the base with the adapter's changes. Returns the type of each tensor, and the names of quantized block
+    tensors that `squares` does not cover. By default the weights keep the base's type, which is exact for a base
+    without an adapter (float64 becomes F32)."""
     rewriter, changes = _rewriter(exportable)
     with _files(exportable, rewriter, changes) as folder, imported() as converter:
         architecture = exportable.architecture
@@ -152,7 +152,7 @@ def _write_model(
 
 
 def _stored_type(converter: Converter, exportable: Exportable, rewriter: Rewriter) -> str:
-    """The type of the base's weights, or BF16 if that is none of FLOATS."""
+    """The GGUF type that the base's weights have, or BF16 if this type is not in FLOATS."""
     if exportable.gguf_file is None:
         return STORED.get(rewriter.base_dtype(), "BF16")
     tensors = converter.gguf.GGUFReader(exportable.folder / exportable.gguf_file).tensors
@@ -161,7 +161,7 @@ def _stored_type(converter: Converter, exportable: Exportable, rewriter: Rewrite
 
 
 def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
-    """The base's weights in float32, and their changes by the adapter."""
+    """A reader of the base's weights in float32, and the adapter's changes to them."""
     target = exportable.target
     onto, _ = choose_onto(target, None)
     rewriter = Rewriter(target.model, onto, torch.float32)
@@ -173,8 +173,8 @@ def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
 def _by_tensor(
     make: Callable[[], ConvertedModel], rewriter: Rewriter, squares: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """The importance of the columns of the file's tensors, (I,) or (E, I), by name; as in llama.cpp, only of those in
-    the blocks."""
+    """The column importance, (I,) or (E, I), by the name of the file's tensor. As in llama.cpp, only tensors in the
+    blocks are included."""
     shapes, values, transposed = {}, {}, []
     for module_name, importance in squares.items():
         name = f"{module_name}.weight"
@@ -193,7 +193,7 @@ def _by_tensor(
 
 
 def _in_order(tensor: Placed, values: Mapping[str, Array]) -> Array:
-    """The importance of the columns of a tensor of the file: (I,), or (E, I) of E experts."""
+    """The column importance of one tensor, in the file's order of columns: (I,), or (E, I) for E experts."""
     orders = np.atleast_2d(tensor.columns)
     parts = [values[source][order] for source, order in zip(tensor.sources, orders, strict=True)]
     return np.stack(parts) if tensor.columns.ndim > 1 else parts[0]
@@ -218,7 +218,7 @@ def _files(exportable: Exportable, rewriter: Rewriter, changes: Changes) -> Iter
 
 
 def _remove_code(folder: Path) -> None:
-    """Remove the names of classes of the model's own, whose code the converter would download and run unasked."""
+    """Remove the names of the model's own classes: the converter would download and run their code without asking."""
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         values = read_json(path) if path.is_file() else {}
         if values.pop("auto_map", None) is not None:
@@ -226,8 +226,8 @@ def _remove_code(folder: Path) -> None:
 
 
 def _name_added_tokens(folder: Path) -> None:
-    """State the added tokens in tokenizer_config.json too: the file of sentencepiece lacks them, and transformers 5
-    writes them in tokenizer.json alone."""
+    """Copy the added tokens to tokenizer_config.json: sentencepiece's file lacks them, and transformers 5 writes
+    them to tokenizer.json alone."""
     path = folder / "tokenizer_config.json"
     added = {str(token["id"]): token for token in read_json(folder / "tokenizer.json").get("added_tokens", ())}
     path.write_text(json.dumps({**read_json(path), "added_tokens_decoder": added}), "utf-8")
@@ -236,7 +236,7 @@ def _name_added_tokens(folder: Path) -> None:
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Ask llama.cpp; an adapter is read with a temporary file of its base."""
+    """Compare llama.cpp's answers with torch's. For an adapter, its base is first written to a temporary file."""
     if written.what != "adapter":
         return certify_files(written, exportable, program, written.path, questions(), options)
     with work_folder(written.path) as folder:
@@ -248,8 +248,8 @@ def certify(
 def certify_files(
     written: Exported, exportable: Exportable, program: Program, base: Path, compared: Questions, options: Options
 ) -> Certificate:
-    """Ask llama.cpp about a file, which is an adapter of the file `base` or a whole model: its log-probabilities, up to
-    the length to which it is right, and its tokens."""
+    """Compare llama.cpp's log-probabilities and token ids with torch's. `base`: the file that an exported adapter
+    changes. Rows are cut to the length up to which llama.cpp computes the model correctly."""
     name, limit = f"{written.what} {options.type or ''}".strip(), right_up_to(exportable.config)
     if limit is not None:
         compared = compared.cut(limit[0])

@@ -1,7 +1,8 @@
-"""A chat template as a template of Go's text/template, which Ollama uses: derived from what the Jinja template writes.
+"""A chat template as a template of Go's text/template, which Ollama uses: derived from the output of the Jinja
+template.
 
-A Jinja template is a program. Most of them only put fixed texts around each message. These texts are found by rendering
-conversations with known contents; the result counts only if it reproduces further conversations exactly.
+A Jinja template is a program, but most chat templates only put fixed texts around each message. These texts are found
+by rendering conversations with known contents. The result is used only if it reproduces further conversations exactly.
 """
 
 import json
@@ -17,9 +18,10 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class TurnTexts:
-    """The fixed texts of a chat template. `before` and `after`: around a message, by role. `opening`: before a
-    conversation without a system message. `answer`: after the last message, where the model's answer begins.
-    A template without "system" refuses system messages. `trims`: whether it changes spaces around a content."""
+    """The fixed texts of a chat template. `before` and `after`: the texts around a message, by role. `opening`: the
+    text before a conversation without a system message. `answer`: the text after the last message, where the model's
+    answer begins. Without the role "system", the template refuses system messages. `trims`: whether it changes
+    spaces around a content."""
 
     before: dict[str, str]
     after: dict[str, str]
@@ -48,7 +50,7 @@ class TurnTexts:
 
 
 def _literal(text: str) -> str:
-    """The text as an action of a Go template: no character of it is read as a template or trimmed."""
+    """An action of a Go template that writes the text: Go neither interprets nor trims its characters."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
@@ -93,7 +95,8 @@ def derive_turns(render: Render) -> TurnTexts | None:
 
 
 def _with_system(turns: TurnTexts, render: Render, system: JsonObject, user: JsonObject) -> TurnTexts:
-    """The texts with those of a system message, if the template writes one by itself."""
+    """The texts of all roles: the texts around a system message are added, if the template writes this message
+    separately."""
     try:
         before, rest = _around(render([system, user], False), system)
         between, _ = _around(rest, user)
@@ -104,20 +107,20 @@ def _with_system(turns: TurnTexts, render: Render, system: JsonObject, user: Jso
 
 
 def _around(text: str, message: JsonObject) -> tuple[str, str]:
-    """The text before and after the content. Raises: ValueError unless it is there exactly once."""
+    """The texts before and after the message's content. Raises: ValueError unless the content occurs exactly once."""
     before, after = text.split(message["content"])
     return before, after
 
 
 def _without(start: str, text: str) -> str:
-    """Raises: ValueError unless the text begins with `start`."""
+    """The text after its beginning `start`. Raises: ValueError unless the text begins with it."""
     if not text.startswith(start):
         raise ValueError(start)
     return text[len(start) :]
 
 
 def _without_end(end: str, text: str) -> str:
-    """Raises: ValueError unless the text ends with `end`."""
+    """The text before its ending `end`. Raises: ValueError unless the text ends with it."""
     if not text.endswith(end):
         raise ValueError(end)
     return text[: len(text) - len(end)]

@@ -31,7 +31,8 @@ _HOME = re.compile(r"(/(home|Users|root)/|[A-Za-z]:\\+Users\\+)[^\s\"']*")
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """A model must be a folder of weights alone. A pushed adapter must name a base that others can download."""
+    """Reasons not to export: a model is a single file or contains a training state, or the base of a pushed adapter
+    is not on the hub."""
     name, folder = exportable.target.model.name_or_path, exportable.folder
     if exportable.kind == "model":
         if name.endswith(".gguf"):
@@ -77,7 +78,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def _copy_adapter(exportable: Exportable, path: Path) -> None:
-    """The adapter's files. Paths of this machine are replaced by the name of the base."""
+    """Copy the adapter's files. The path of the base on this machine is replaced by the base's name."""
     path.mkdir()
     for name in sorted(OUR_FILES & set(os.listdir(exportable.adapter))):
         shutil.copyfile(exportable.adapter / name, path / name)
@@ -96,7 +97,7 @@ def _copy_adapter(exportable: Exportable, path: Path) -> None:
 
 
 def _leaks(folder: Path, private: list[Path]) -> Iterator[Problem]:
-    """The lines of all files except weights that contain a secret, or a path of this machine."""
+    """A problem for each line with a secret or a path of this machine, in all files except weights."""
     places = [place for place in (Path.home(), Path.cwd(), *private) if len(place.parts) > 1]
     for file in sorted(folder.rglob("*")):
         if not file.is_file() or file.name.endswith(WEIGHTS):

@@ -25,8 +25,8 @@ PROGRAM = ""  # none reads the file back; tests load it with diffusers
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The file holds LoRA alone. Programs compute DoRA's magnitudes in a kohya file in different ways: LyCORIS divides
-    them by the norms of the tuned weights, ComfyUI by those of the base, and diffusers ignores them."""
+    """Refuse methods other than LoRA. Programs disagree about DoRA's magnitudes in a kohya file: LyCORIS divides the
+    magnitudes by the norms of the tuned weights, ComfyUI by the norms of the base, and diffusers ignores them."""
     attached = _attached(exportable)
     extra = [key for key in adapter_header(tensors_path(exportable.adapter)) if not LORA.search(key)]
     if attached.method.in_diffusers_file and not extra:

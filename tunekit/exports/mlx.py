@@ -1,4 +1,4 @@
-"""A folder for mlx-lm 0.32: an adapter in its layout, otherwise a merged model."""
+"""A folder for mlx-lm 0.32: an adapter in mlx-lm's layout, otherwise a merged model."""
 
 import re
 from collections.abc import Callable
@@ -43,8 +43,8 @@ LAYER = re.compile(r".*?\.(?:layers|h)\.\d+\.")  # the part of a module's name t
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """mlx-lm has only text models and no adapters that are prompts, computes some models wrongly, and some of its
-    models have no head that differs from the embedding."""
+    """Reasons not to export: not a text model, a prompt as adapter, a model that mlx-lm computes wrongly, or
+    separate matrices for embedding and head where mlx-lm has one."""
     if exportable.family != "causal":
         return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
@@ -55,7 +55,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-    """Write the pairs of one rank with scale 1, or the merged model."""
+    """Write the low-rank pairs, padded to one rank and with scale 1, or the merged model."""
     limits = limit_notes(exportable, READER)
     plain, reason = plain_or_reason(exportable, options, READER, partial(refusal, exportable.config))
     if plain is None:
@@ -82,7 +82,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def refusal(config: JsonObject, plain: PlainAdapter) -> str:
-    """Why mlx-lm would not hold these pairs; an empty text if it does."""
+    """Why mlx-lm cannot hold these low-rank pairs; an empty text if it can."""
     kind = config.get("model_type")
     if kind not in SAME_NAMES.split():
         return f"mlx-lm's names of {kind} are not known to be those of transformers"
@@ -94,7 +94,7 @@ def refusal(config: JsonObject, plain: PlainAdapter) -> str:
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Compare all log-probabilities."""
+    """Compare all log-probabilities with torch's."""
     compared = questions()
     parts = compare_parts(written, exportable.folder, compared, partial(answers, program))
     return Certificate("MLX", program.version, compared.described, parts)

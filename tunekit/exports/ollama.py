@@ -26,7 +26,8 @@ PLAIN = "{{ .Prompt }}"  # of a model without a chat template
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """What GGUF cannot hold, and a chat template that is more than fixed texts around each message."""
+    """Reasons not to export: limits of GGUF, or a chat template that writes more than fixed texts around each
+    message."""
     wrong = gguf.problems(exportable, options)
     if _has_template(exportable) and _turns(exportable) is None:
         what = "its chat template writes more than fixed texts around each message, which Ollama's TEMPLATE cannot say"
@@ -36,7 +37,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-    """Write base and adapter, or the merged model, and the Modelfile."""
+    """Write the Modelfile, and GGUF files of base and adapter or of the merged model."""
     path.mkdir()
     lines, notes = [f"FROM ./{MODEL}"], tuple[str, ...]()
     if gguf.writes_adapter(exportable, options):
@@ -52,7 +53,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def _template_notes(turns: TurnTexts | None) -> tuple[str, ...]:
-    """Where Ollama's prompts differ from those of the chat template, which it does not tell."""
+    """Notes on the differences between Ollama's prompts and the chat template's. Ollama does not report them."""
     notes = []
     if turns is not None and "system" not in turns.before:
         notes.append("the chat template has no system message, so Ollama leaves out SYSTEM and system messages")
@@ -64,7 +65,8 @@ def _template_notes(turns: TurnTexts | None) -> tuple[str, ...]:
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Ask llama.cpp, with which Ollama computes. The template was compared when it was derived."""
+    """Compare llama.cpp's answers with torch's, because Ollama runs llama.cpp. The template was compared when it was
+    derived."""
     file = replace(written, path=written.path / (ADAPTER if written.what == "adapter" else MODEL))
     certificate = gguf.certify_files(file, exportable, program, written.path / BASE, questions(), options)
     return replace(certificate, note="Ollama itself was not run: it computes with llama.cpp, which was.")
@@ -103,7 +105,7 @@ def _has_template(exportable: Exportable) -> bool:
 
 
 def _turns(exportable: Exportable) -> TurnTexts | None:
-    """The texts of the chat template, without the token that llama.cpp itself puts before every text."""
+    """The fixed texts of the chat template, without the first token that llama.cpp adds to every text."""
     tokenizer = exportable.processor.tokenizer
     if tokenizer is None or not _has_template(exportable):
         return None

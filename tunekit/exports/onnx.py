@@ -19,7 +19,7 @@ PROGRAM = NAME
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The program, and the model's type."""
+    """Reasons not to convert: optimum is missing, or it does not support the model's type."""
     return conversion_problems(exportable, NAME, {"causal"}, OPTIMUM_DECODERS)
 
 
@@ -37,7 +37,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Compare all log-probabilities."""
+    """Compare all log-probabilities with torch's."""
     compared = questions()
     parts = {written.what: difference(compared.rows, compared.expected, answers(program, written.path, compared.rows))}
     return Certificate("ONNX Runtime", program.version, compared.described, parts)

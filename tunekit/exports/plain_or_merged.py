@@ -1,4 +1,4 @@
-"""The choice that formats of LoRA folders share: the adapter as low-rank pairs, or a merged model."""
+"""The choice between an adapter as low-rank pairs and a merged model, for all formats that write LoRA folders."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +17,8 @@ from tunekit.targets.exportable import Exportable
 
 
 def unwritable(exportable: Exportable, program: str) -> list[Problem]:
-    """Why the adapter can be neither written nor merged: it is a prompt, which does not change weights, or the program
-    does not know the model or computes it wrongly."""
+    """Reasons why the adapter can be neither written nor merged. The adapter is a prompt, which does not change
+    weights; or the program does not know the model, or computes it wrongly."""
     reading = _reading(exportable, program)
     if reading.unsupported:
         return [Problem(f"{program} {reading.version} {reading.unsupported}", "choose another --to", key="--to")]
@@ -36,22 +36,22 @@ def unwritable(exportable: Exportable, program: str) -> list[Problem]:
 
 
 def _reading(exportable: Exportable, program: str) -> FolderReading:
-    """How a program reads the base."""
+    """How a program reads the base: what it does not support, and what it computes differently."""
     every = readings(replace(read_model_files(exportable.folder), config=exportable.config))
     return next(reading for reading in every if reading.program == program)
 
 
 def limit_notes(exportable: Exportable, program: str) -> tuple[str, ...]:
-    """The lengths of text for which the program computes the base as torch does."""
+    """Notes on the text length up to which the program computes the base as torch does."""
     return tuple(finding.what for finding in _reading(exportable, program).findings if finding.limit)
 
 
 def plain_or_reason(
     exportable: Exportable, options: Options, program: str, refusal: Callable[[PlainAdapter], str]
 ) -> tuple[PlainAdapter | None, str]:
-    """The adapter as pairs; or None, and why a merged model is written instead.
+    """The adapter as low-rank pairs and an empty text; or None, and the reason for a merged model.
 
-    `refusal`: why the program does not hold these pairs, or an empty text.
+    `refusal`: returns the reason why the program cannot hold these pairs, or an empty text.
     """
     if options.merged:
         return None, "asked for with --merged"
@@ -69,7 +69,8 @@ def plain_or_reason(
 
 
 def _left_out(plain: PlainAdapter) -> str:
-    """The trained tensors besides low-rank updates, as a reason, or an empty text."""
+    """The reason if low-rank pairs do not contain all trained tensors, or there are no pairs; otherwise an empty
+    text."""
     if plain.rest:
         key = next(iter(plain.rest)).removeprefix("base_model.model.")
         return f"besides low-rank updates it trains {key} ({len(plain.rest)} such tensors)"
@@ -77,19 +78,19 @@ def _left_out(plain: PlainAdapter) -> str:
 
 
 def merging_unties(exportable: Exportable) -> bool:
-    """Whether the merged model has two matrices where the base has one for embedding and head."""
+    """Whether embedding and head share one matrix in the base, but not in the merged model."""
     attached, rewriter = attach_to_base(exportable.adapter, exportable.target.model)
     return rewriter.unties(collect_changes(attached))
 
 
 def write_merged(exportable: Exportable, path: Path, reason: str, command: str) -> Exported:
-    """Write the merged model. `command`: runs it, with PATH in place of the folder."""
+    """Write the merged model. `command`: the command that runs it, with PATH in place of the folder."""
     merge(exportable.target, path)
     return Exported(path, "merged", (f"merged into the base: {reason}", command.replace("PATH", str(path))))
 
 
 def quantization_note(exportable: Exportable) -> tuple[str, ...]:
-    """A warning if the adapter was trained on packed weights, which the other program does not have."""
+    """A warning if the adapter was trained on quantized weights: the other program uses the full weights."""
     kind = exportable.target.model.quantization
     if kind == "none":
         return ()

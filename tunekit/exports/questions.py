@@ -1,4 +1,4 @@
-"""The rows on which an export is compared with torch, and what torch answers."""
+"""The rows on which an export is compared with torch, and torch's log-probabilities for these rows."""
 
 import gc
 from dataclasses import replace
@@ -26,14 +26,14 @@ MOST_VALUES = 2**26  # log-probabilities of all rows of one model, so that large
 
 
 class NotComparable(InputError):
-    """The model cannot be compared token by token here, whatever the program computes."""
+    """The model cannot be compared token by token on this machine, whichever program reads the export."""
 
 
 def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) -> tuple[list[list[int]], str]:
     """Token ids of at most `count` rows of the run, each cut to `tokens`, and a description of the rows.
 
-    `held_out`: evaluation rows if there are any; otherwise training rows. A target without
-    data has fixed texts, as one whose files are gone.
+    `held_out`: take evaluation rows if there are any; otherwise training rows. If the target has no data or its files
+    are gone, the rows are fixed texts.
     Raises: NotComparable for a model that reads no text.
     """
     objective, tokenizer = exportable.objective, exportable.processor.tokenizer
@@ -53,8 +53,9 @@ def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) 
 
 
 def make_questions(exportable: Exportable, *, with_base: bool = False, past_window: bool = True) -> Questions:
-    """The rows, and the log-probabilities of the model with its adapter in float32. `with_base`: those of the base
-    alone too, with one model in memory at a time. `past_window`: one row passes a short sliding window.
+    """The rows, and torch's float32 log-probabilities of the model with its adapter. `with_base`: also those of the
+    base alone; only one model is in memory at a time. `past_window`: one row is longer than the sliding window, if this
+    is short.
 
     Raises: NotComparable for a model that does not predict tokens, or that is too large for the memory.
     """
@@ -80,13 +81,13 @@ def make_questions(exportable: Exportable, *, with_base: bool = False, past_wind
 
 
 def _longest_row(config: JsonObject) -> int:
-    """The tokens of a row that shows whether a program has the model's sliding window; 0 without a short window."""
+    """The length of a row that shows whether a program applies the model's sliding window; 0 without a short window."""
     window = sliding_window(config.get("text_config") or config)
     return 0 if window is None or window >= LONGEST_WINDOW else window + BEYOND
 
 
 def _log_probabilities(target: TargetSpec, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Of each row the log-probabilities (T, V) float32 of the next token after each of its T tokens."""
+    """For each row, (T, V) float32 log-probabilities of the next token after each of its T tokens."""
     section = target.model.model_copy(update={"dtype": "float32"})
     model = load_target(replace(target, model=section), torch.device("cpu")).model.base
     inputs = [model.family.inputs_of(torch.tensor(row)[None]) for row in rows]

@@ -1,4 +1,4 @@
-"""The recordings on which an exported speech model is compared with torch, and what torch answers."""
+"""The recordings on which an exported speech model is compared with torch, and torch's log-probabilities for them."""
 
 import gc
 from collections.abc import Sequence
@@ -19,8 +19,9 @@ ROWS, TOKENS, TEXT = 4, 128, "The capital of France is Paris."
 
 @dataclass(frozen=True)
 class Recordings:
-    """Recordings as log-mel features, each (bands, frames). `prompts`: ids before the rows of the questions. The rows
-    begin with the token for "no timestamps", since programs suppress tokens before it."""
+    """Recordings as log-mel features (bands, frames), and the rows of their transcripts in `questions`. `prompts`:
+    the ids before each row. The rows begin with the token for "no timestamps", since programs suppress tokens before
+    it."""
 
     features: Sequence[Array]
     prompts: Sequence[Sequence[int]]
@@ -28,7 +29,7 @@ class Recordings:
 
 
 def make_recordings(exportable: Exportable) -> Recordings:
-    """Recordings of the run, else noise, with the log-probabilities of the whole model in float32."""
+    """Recordings of the run, or one of noise, and torch's float32 log-probabilities of the whole model."""
     processor = exportable.processor
     assert isinstance(processor, SpeechProcessor)  # a problem of the format otherwise
     section = exportable.target.model.model_copy(update={"dtype": "float32"})
@@ -54,7 +55,7 @@ def make_recordings(exportable: Exportable) -> Recordings:
 
 
 def without_timestamps(processor: SpeechProcessor, row: list[int]) -> list[int]:
-    """The ids of a transcript with the token for "no timestamps" after its prefix, instead of timestamps."""
+    """The ids of a transcript without timestamps. After its prefix, they contain the token for "no timestamps"."""
     if processor.no_timestamps in row:
         return row
     count = 3 if processor.multilingual else 1  # start, language and task
@@ -62,8 +63,8 @@ def without_timestamps(processor: SpeechProcessor, row: list[int]) -> list[int]:
 
 
 def _inputs(exportable: Exportable) -> tuple[list[Tensors], str]:
-    """The net's inputs for evaluation rows of the run, else for training rows, and a description of the rows; or none,
-    and why they cannot be read."""
+    """The model's inputs for evaluation rows of the run, or else training rows, and a description of the rows. If
+    the rows cannot be read: no inputs, and the reason."""
     loaded, reason = readable_rows(exportable.target, exportable.objective)
     if loaded is None:
         return [], reason

@@ -1,4 +1,4 @@
-"""Settings of a base that the program of an export ignores, so that it would compute something else."""
+"""Settings of a base that a program ignores: the export would not compute the same as the model."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,14 +10,14 @@ Ignored = tuple[str, object, str]  # the setting, its value, and the values that
 
 
 def complete_config(config: Configuration) -> Configuration:
-    """The configuration of the text model, with transformers' values of the settings that config.json leaves out."""
+    """The configuration of the text model. Settings that config.json leaves out have the defaults of transformers."""
     text = config["text_config"] if isinstance(config.get("text_config"), Mapping) else {}
     kind = str(text.get("model_type") or config.get("model_type"))
     return {**config, **text, **default_config(kind, text or config)}
 
 
 def ignored_problems(program: str, ignored: Iterable[Ignored]) -> list[Problem]:
-    """A problem for each of these settings."""
+    """A problem for each ignored setting."""
     return [
         Problem(f"{name} is {value} in this base, and {program} computes with {taken}", "choose another --to")
         for name, value, taken in ignored

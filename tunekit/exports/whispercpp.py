@@ -59,7 +59,8 @@ NOTE = "whisper.cpp keeps matrices and its cache in float16; it got torch's log-
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """The model's type, its features and its shape."""
+    """Reasons not to export: not a Whisper model, or layers or audio features whose sizes whisper.cpp does not
+    support."""
     processor = exportable.processor
     if exportable.config.get("model_type") != "whisper" or not isinstance(processor, SpeechProcessor):
         kind = exportable.config.get("model_type", exportable.family)
@@ -89,13 +90,14 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def _write_filters(file: BinaryIO, processor: SpeechProcessor) -> None:
-    """The filters of the features: their two sizes, and float32 (bands, frequencies)."""
+    """Write the mel filters: their two sizes, then the values (bands, frequencies) in float32."""
     filters = np.ascontiguousarray(processor.extractor.mel_filters.T, np.float32)
     file.write(struct.pack("<2i", *filters.shape) + filters.tobytes())
 
 
 def _write_vocabulary(file: BinaryIO, processor: SpeechProcessor) -> None:
-    """The bytes of the tokens, up to the last one that is not special; whisper.cpp names the others itself."""
+    """Write the bytes of each token, up to the last token that is not special. whisper.cpp itself names the later
+    tokens."""
     backend = processor.tokenizer.backend
     special = {number: token.content.encode() for number, token in backend.get_added_tokens_decoder().items()}
     vocabulary = {number: token for token, number in backend.get_vocab().items() if number not in special}
@@ -106,7 +108,8 @@ def _write_vocabulary(file: BinaryIO, processor: SpeechProcessor) -> None:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable bytes as themselves, the others as the characters from 256 on."""
+    """The byte for each character in GPT-2's spelling: a printable byte is its own character; the others begin at
+    256."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [number for number in range(256) if number not in printable]
     return {chr(number): number for number in printable} | {chr(256 + i): number for i, number in enumerate(others)}
@@ -116,7 +119,8 @@ BYTES = _byte_of_character()
 
 
 def _tensors(reader: ShardReader) -> Iterator[tuple[str, Tensor]]:
-    """whisper.cpp's name and the tensor, of each tensor in the file. Raises: InputError for one that it cannot hold."""
+    """(whisper.cpp's name, tensor) of each tensor for the file. Raises: InputError for a tensor that whisper.cpp
+    cannot hold."""
     for stored in sorted(reader):
         name, tensor = stored, reader.read(stored)
         if stored == HEAD:
@@ -132,9 +136,9 @@ def _tensors(reader: ShardReader) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_tensor(file: BinaryIO, name: str, tensor: Tensor) -> None:
-    """One tensor: matrices in float16; vectors, positions and biases of convolutions in float32.
+    """Write one tensor: matrices in float16; vectors, positions and biases of convolutions in float32.
 
-    Layout: count of sizes, length of the name, type, sizes from the last to the first, name, values.
+    Layout: number of dimensions, length of the name, type, sizes from the last to the first, name, values.
     """
     exact = tensor.dim() < 2 or name.endswith(POSITIONS) or tensor.shape[-1] == 1
     encoded = name.encode()
@@ -146,7 +150,7 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor) -> None:
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Compare all log-probabilities of transcripts, with the features that torch gets."""
+    """Compare all log-probabilities of transcripts. whisper.cpp gets the same audio features as torch."""
     recordings = make_recordings(exportable)
     compared = recordings.questions
     answered = answers(program, written.path, compared.rows, recordings.prompts, recordings.features)

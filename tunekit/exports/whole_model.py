@@ -1,4 +1,4 @@
-"""The folder that a program's own converter reads: the merged model, or the base with the keys of older programs."""
+"""The folder that a program's own converter reads: the merged model, or the base with config keys of older programs."""
 
 import shutil
 from collections.abc import Collection, Iterator
@@ -15,7 +15,8 @@ from tunekit.targets.exportable import Exportable
 
 
 def packed_problems(exportable: Exportable) -> list[Problem]:
-    """A bare base that the recipe quantizes: the export has its full weights, which the run would not compute with."""
+    """A problem if a base is exported without adapter, but the recipe quantizes it: the export has its full weights,
+    and the run would compute with other weights."""
     packing = exportable.target.model.quantization
     if exportable.kind == "adapter" or packing == "none":
         return []
@@ -26,7 +27,8 @@ def packed_problems(exportable: Exportable) -> list[Problem]:
 def conversion_problems(
     exportable: Exportable, program: str, families: Collection[str], model_types: Collection[str]
 ) -> list[Problem]:
-    """Why the converter of a program cannot read the model. `families`, `model_types`: those that it reads."""
+    """Reasons why the converter of a program cannot read the model. `families`, `model_types`: those that it
+    supports."""
     wrong = packed_problems(exportable)
     if find_program(program) is None:
         how = f"install it with: {INSTALL} {program}"

@@ -32,7 +32,7 @@ class Outcomes:
         return [name.replace("_", " ").replace(" bytes", "") for name in names]
 
     def texts(self) -> list[list[str]]:
-        """One line per run: its name, then each value in readable form."""
+        """One line per run: its name, then its results as text."""
         return [
             [run, *(number_text(name, value) for name, value in zip(self.names, row, strict=True))]
             for run, row in zip(self.runs, self.values, strict=True)
@@ -40,7 +40,7 @@ class Outcomes:
 
 
 def number_text(name: str, value: float | None) -> str:
-    """A value of an outcome with its unit."""
+    """A result with its unit, as text."""
     if value is None:
         return "–"
     if name.endswith("_bytes"):
@@ -95,7 +95,7 @@ def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 
 def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
-    """For each run the evaluation of the exported weights, then loss, speed, memory, time and size."""
+    """The results of each run: the metrics of the exported weights, loss, speed, memory, time and size."""
     evaluated = [run.exported.numbers("eval") for run in runs]
     metrics = list(dict.fromkeys(name for one in evaluated for name in one))
     rows = [[*(one.get(name) for name in metrics), *_facts(run)] for one, run in zip(evaluated, runs, strict=True)]
@@ -110,8 +110,8 @@ def _facts(run: RunValues) -> list[float | None]:
 
 
 def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
-    """(names of the runs, mean ± standard deviation of each result) of each set of runs that differ only in the
-    seed."""
+    """For each set of runs that differ only in the seed: the names of the runs, and mean ± standard deviation of
+    each result."""
     outcome = outcome_table(runs)
     sets: dict[str, list[int]] = {}
     for at, run in enumerate(runs):

@@ -40,7 +40,7 @@ def charts_of(runs: Sequence[RunValues]) -> list[Chart]:
 
 
 def binned_text(runs: Sequence[RunValues]) -> list[str]:
-    """A sentence that says how many steps a point stands for; empty if each step has a point."""
+    """A sentence that states how many steps each point of a curve averages; empty if each step has a point."""
     most = max((-(-len(run.steps) // MOST_POINTS) for run in runs), default=1)
     return [f"Each point is the mean of up to {most} steps; metrics.jsonl contains every step."] if most > 1 else []
 
@@ -51,14 +51,14 @@ def _series(label: str, points: Sequence[tuple[float, float]], kind: str, color:
 
 
 def _short(value: float) -> float:
-    """The value with five digits, which are more than a screen shows."""
+    """The value rounded to five digits; a screen cannot show more."""
     short = float(f"{value:.5g}")
     return int(short) if short.is_integer() else short
 
 
 def _loss(runs: Sequence[RunValues], many: bool) -> Chart:
-    """The training loss, its trend, and the evaluation loss; on a log scale if the largest is ten times the
-    smallest."""
+    """The chart of the training loss, its trend, and the evaluation loss. The scale is logarithmic if the largest
+    loss is ten times the smallest."""
     lines = []
     for at, run in enumerate(runs):
         steps = _steps(run, "loss", at, many, "training")
@@ -85,7 +85,7 @@ def _steps(run: RunValues, name: str, at: int, many: bool, label: str | None = N
 
 
 def _trend(series: Series) -> Series:
-    """The series with each value replaced by the mean of its neighbours, equally many on each side."""
+    """The series smoothed: each value is the mean of its neighbours, equally many on each side."""
     half = int(len(series.y) * TREND_SHARE / 2)
     if not half:
         return series
@@ -103,7 +103,7 @@ def _points(run: RunValues, name: str, color: int, many: bool) -> Series:
 
 
 def _memory(runs: Sequence[RunValues], many: bool) -> Chart:
-    """The peak of memory so far at each step; for a single run also the predicted peak."""
+    """The chart of the peak memory up to each step; for a single run also the predicted peak."""
     lines = [_steps(run, "peak_bytes", at, many, "peak so far") for at, run in enumerate(runs)]
     predicted = runs[0].plan.part("peak_bytes").number("total")
     if not many and lines[0].x and predicted is not None:

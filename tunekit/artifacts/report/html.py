@@ -50,7 +50,7 @@ def _cell(value: object) -> str:
 
 
 def _scaled(bars: Sequence[Bar]) -> list[list[tuple[str, str, str, int]]]:
-    """(name, size as text, percent of the longest bar, number of the colour) of each bar's parts."""
+    """Each part of a bar as (name, size as text, percent of the longest bar, number of the colour)."""
     longest = max(sum(size for _, size, _ in bar.parts) for bar in bars)
     names = list(dict.fromkeys(name for bar in bars for name, _, _ in bar.parts))
     return [

@@ -79,7 +79,8 @@ def _bar_table(bars: Sequence[Bar]) -> str:
 
 
 def curve(values: Sequence[float]) -> str:
-    """The values as a line of text bars, each the mean of some values, followed by the highest and the lowest mean."""
+    """The values as a line of text bars, each the mean of several values, then the highest and the lowest of these
+    means."""
     means = means_of(values, CURVE_COLUMNS)
     return f"{curve_text(values, CURVE_COLUMNS)}  {cell_text(max(means))} to {cell_text(min(means))}"
 

@@ -1,5 +1,5 @@
-"""One or two sentences after a command that say what to do next. Each rule reads facts that a command recorded, and
-returns a sentence, or None if its facts do not call for it."""
+"""Sentences after a command that say what to do next. Each rule reads facts that a command recorded, and returns a
+sentence, or None if its condition is not met. A rule's docstring states the condition."""
 
 import math
 import shlex
@@ -24,14 +24,15 @@ CLIPPED = 0.5  # share of the steps
 
 
 def after_training(run: RunValues) -> list[str]:
-    """The next steps of a finished run, most important first. A bad verdict has its own advice, so there are none."""
+    """The next steps of a finished run, most important first. Empty after a bad verdict, which contains its own
+    advice."""
     if not run.report or "verdict" in run.report:
         return []
     return [text for rule in AFTER_TRAINING if (text := rule(run)) is not None][:MOST]
 
 
 def learned_at_once(run: RunValues) -> str | None:
-    """The loss is almost 0 before the first update, or an accuracy is 1 before half an epoch: then the labels are in
+    """The loss is almost 0 before the first update, or an accuracy is 1 before half an epoch. Then the labels are in
     the prompt, evaluation rows are training rows, or the base knows the answers already.
 
     Source: the loss of a model that must guess among K equally likely answers is ln K; Karpathy 2019, A recipe for
@@ -53,7 +54,7 @@ def learned_at_once(run: RunValues) -> str | None:
 
 
 def evaluation_rises(run: RunValues) -> str | None:
-    """The last evaluation loss is above the lowest by the share CHANGE, while the training loss went on falling.
+    """The last evaluation loss exceeds the lowest by the share CHANGE, while the training loss continued to fall.
 
     Source: the generalisation loss GL(t) = E(t) / min E - 1; Prechelt 1998, Early stopping - but when?, section 2.
     """
@@ -72,7 +73,8 @@ def evaluation_rises(run: RunValues) -> str | None:
 
 
 def evaluation_falls(run: RunValues) -> str | None:
-    """The evaluation loss fell by the share CHANGE to the last evaluation, which is the lowest, and fell before.
+    """The last evaluation loss is lower than the previous loss by the share CHANGE, and the previous loss had fallen
+    too.
 
     Source: Prechelt 1998, section 2: training continues while the validation error falls.
     """
@@ -94,7 +96,7 @@ def evaluation_falls(run: RunValues) -> str | None:
 
 def loss_is_flat(run: RunValues) -> str | None:
     """The training loss of the last third of the steps differs from that of the first third by less than the noise of
-    both, and by less than the share CHANGE. If most gradients are clipped, the lower learning rate is tried first.
+    both, and by less than the share CHANGE. If most gradients are clipped, a lower learning rate is suggested first.
 
     Source: noise is estimated from successive differences, variance = mean((x[t+1] - x[t])^2) / 2; von Neumann 1941.
     Rates at factors of about 3: Bengio 2012, section 3.1 (a rate 3 times smaller).
@@ -120,7 +122,7 @@ def loss_is_flat(run: RunValues) -> str | None:
 
 
 def rows_are_few(run: RunValues) -> str | None:
-    """The interval of the evaluation loss is wide compared with the change by training.
+    """The confidence interval of the evaluation loss is wide compared with the change by training.
 
     Source: Miller 2024, Adding error bars to evals, sections 2 and 4 (compare in pairs).
     """
@@ -148,8 +150,8 @@ def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str 
 
 
 def memory_is_left(run: RunValues) -> str | None:
-    """On an accelerator, twice the micro-batch fits into the budget with half the accumulation. The steps are the same,
-    with fewer launches of kernels.
+    """On an accelerator, twice the micro-batch with half the accumulation fits into the budget. The optimizer steps are
+    the same, but fewer kernels are launched.
 
     Source: peak + activations + logits, because only these two grow with the micro-batch.
     """
@@ -181,8 +183,8 @@ AFTER_TRAINING = (
 
 
 def after_plan(plan: Plan, recipe: Path, *, overridden: bool) -> list[str]:
-    """The next steps of a plan without refusals; a refusal states its own. `overridden`: whether the command line
-    changed the recipe."""
+    """The next steps of a plan; empty if the plan has refusals, which state their own. `overridden`: whether the
+    command line changed the recipe."""
     if plan.refusals:
         return []
     train = f"tunekit train {shlex.quote(str(recipe))}" + (" with the same overrides" if overridden else "")
@@ -199,8 +201,8 @@ CURES = {  # kind of finding -> what to do, most important first
 
 
 def after_data_check(findings: Sequence[Mapping[str, Sequence[int]]], recipe: Path, *, fixes: bool) -> list[str]:
-    """The next steps of a data check. `findings`: the lines of rows by kind, of each file; `fixes`: whether training
-    rows have findings that --fix would leave out.
+    """The next steps of a data check. `findings`: for each file, the line numbers of rows by kind of finding. `fixes`:
+    whether --fix would leave out training rows.
 
     Source: secrets, Carlini et al. 2021, Extracting training data; leaks, Lee et al. 2022, section 5; labels, Northcutt
     et al. 2021, Pervasive label errors.
@@ -224,12 +226,12 @@ def after_evaluation(target: str, kind: str, losses: Losses, units: Losses) -> l
 
 
 def _has_loss(run: RunValues) -> bool:
-    """Whether the training loss says how good the run is, and is a negative log-probability."""
+    """Whether the training loss is a negative log-probability and shows how good the run is."""
     return run.shows.headline == Headline() and not run.shows.draws
 
 
 def _evaluation_losses(run: RunValues) -> list[tuple[int, float]]:
-    """(step, loss) of each evaluation, if the loss is what the run is judged by."""
+    """(step, loss) of each evaluation; empty if the run is not judged by its loss."""
     if run.shows.headline != Headline():
         return []
     pairs = ((record.count("step"), record.part("eval").number("loss")) for record in run.evaluations)
@@ -237,7 +239,7 @@ def _evaluation_losses(run: RunValues) -> list[tuple[int, float]]:
 
 
 def _training_fell(run: RunValues, step: int) -> bool:
-    """Whether the mean training loss after a step is below that of equally many steps before."""
+    """Whether the mean training loss of the steps after `step` is below that of equally many steps before."""
     pairs = [(each.count("step"), loss) for each in run.steps if (loss := each.number("loss")) is not None]
     after = [loss for at, loss in pairs if at > step]
     before = [loss for at, loss in pairs if at <= step][-len(after) :]
@@ -249,6 +251,6 @@ def _norms(run: RunValues) -> list[float]:
 
 
 def _array(values: Sequence[float | None]) -> Losses | None:
-    """(rows,) the values; None if there are none or one is missing."""
+    """The values (rows,); None if there are no values, or if one is missing."""
     present = [value for value in values if value is not None]
     return np.array(present, np.float64) if present and len(present) == len(values) else None

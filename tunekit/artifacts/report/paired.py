@@ -1,5 +1,5 @@
-"""Differences of the runs' evaluation losses, or of another metric, from the first run's, on rows that both evaluated,
-with intervals."""
+"""Compares the evaluation loss (or another metric) of each run with that of the first run, on rows that both
+evaluated, with intervals."""
 
 import math
 from collections import Counter
@@ -20,9 +20,9 @@ AT_A_TIME = 64  # number of resamples at a time, which limits memory
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The evaluation loss (or another metric) of a run less the first run's, on `rows` common rows; `low` to `high` is
-    a 95 % interval. `start`: the loss before training; `needed_rows`: how many rows would probably tell the runs apart,
-    if these rows do not."""
+    """The evaluation loss (or another metric) of a run minus that of the first run, on `rows` common rows. `low` to
+    `high` is a 95 % interval. `start`: the loss before training. `needed_rows`: how many rows would probably show
+    which run is better, if these rows do not."""
 
     run: str
     than: str
@@ -53,23 +53,22 @@ class PairedDifference:
         return f"{self.run} and {self.than} cannot be distinguished: {facts}{more}"
 
     def texts(self) -> list[str]:
-        """The cells of the run's line in the table."""
+        """The cells of the run's line in the table of differences."""
         sure = "lower" if self.high < 0 else "higher" if self.low > 0 else "no clear difference"
         interval = f"{self.low:+.4g} to {self.high:+.4g}"
         return [self.run, f"{self.rows:,}", f"{self.than_value:.4g}", f"{self.value:.4g}", interval, sure]
 
 
 def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
-    """The difference between each run and the first run, if both have the same objective and common rows."""
+    """The differences from the first run, for each run with the same objective and common rows."""
     results = (pooled_difference([(runs[0], run)]) for run in runs[1:])
     return [result for result in results if result is not None]
 
 
 def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str = "loss") -> PairedDifference | None:
-    """The difference between the second and the first run of each pair, over all pairs together; for example, one pair
-    per seed. None if no pair has common rows. If several pairs have a row, a resample draws the row for all of them.
-    `metric`: a metric that is a mean over rows.
-    """
+    """The difference between the second and the first run of each pair, over all pairs together; for example, one
+    pair per seed. None for fewer than two common rows. A row that several pairs have is resampled for all of them
+    together. `metric`: a metric that is a mean over rows."""
     sums: dict[tuple[str, int], Losses] = {}
     for one, other in pairs:
         for key, values in _pairs(one, other, metric).items():
@@ -90,8 +89,8 @@ def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDiffe
 
 
 def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
-    """How many rows show the measured difference with probability 80 % at the level 5 %, if rows vary as these do:
-    n ((1.96 + 0.84) error / difference)^2. None without a difference, or where these rows would be enough.
+    """The number of rows that show the measured difference with probability 80 % at the level 5 %, if more rows vary as
+    these do: n ((1.96 + 0.84) error / difference)^2. None without a difference, or if these rows are enough.
 
     Shapes: (rows,) each, as `paired_interval`.    Source: Miller 2024, Adding error bars to evals, section 5 (power,
     paired differences); Cohen 1988, section 2.4.
@@ -102,7 +101,8 @@ def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
 
 
 def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> list[str]:
-    """A sentence for each run that is compared with the first. Empty where the loss does not say how good a run is."""
+    """A sentence for each run that is compared with the first run. Empty if the loss does not show how good a run
+    is."""
     if any(run.shows.headline != Headline() for run in runs):
         return []
     if not paired and len(runs) > 1:
@@ -111,14 +111,14 @@ def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> li
 
 
 def heading(than: str) -> list[str]:
-    """The headings of the columns of `PairedDifference.texts`."""
+    """The column headings of the table whose cells are `PairedDifference.texts`."""
     losses = [f"loss of {than} on them", "loss of the run on them"]
     return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 
 def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int], Losses]:
-    """(4,) for each common row: its value in `one` and in `other`, its units, and its value in `one` before training,
-    NaN if that was not measured. Equal rows are matched in order."""
+    """For each common row, four numbers (4,): its value in `one`, its value in `other`, its units, and its value in
+    `one` before training (NaN if not measured). Equal rows are matched in order."""
     if metric == "loss" and one.recipe.get("objective") != other.recipe.get("objective"):
         return {}
     first, second = (dict(_keyed(_rows_of(run, metric))) for run in (one, other))
@@ -127,7 +127,8 @@ def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int
 
 
 def _rows_of(run: RunValues, metric: str) -> Values:
-    """`digests`, `losses` and `units` of the rows; for another metric than the loss, its values with one unit each."""
+    """`digests`, `losses` and `units` of the rows. For another metric, `losses` contains its values, each with one
+    unit."""
     if metric == "loss":
         return run.row_losses
     rows = run.row_losses.part("metrics").part(metric)
@@ -146,8 +147,8 @@ def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]
 
 
 def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, float]:
-    """The interval of sum(other) / sum(units) - sum(one) / sum(units) over resamples of the rows, the same for both
-    runs.
+    """The bootstrap interval of sum(other) / sum(units) - sum(one) / sum(units). Each resample has the same rows for
+    both runs.
 
     Shapes: (rows,) each: losses, as sums over each row's units.    Source: Efron and Tibshirani 1993, percentile
     intervals (13.3); Koehn 2004 for pairs.

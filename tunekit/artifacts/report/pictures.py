@@ -1,4 +1,4 @@
-"""The images that a run's evaluations generated, embedded in a page that is a single file."""
+"""The images that a run's evaluations generated. They are embedded, so that a page is a single file."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ def picture_name(step: int, number: int) -> str:
 
 
 def drawn(run: Path) -> dict[int, list[Path]]:
-    """A mapping from steps to the images generated at the step, in the order of their prompts."""
+    """The images generated at each step, by step, in the order of their prompts."""
     pictures: dict[int, dict[int, Path]] = {}
     for path in (run / PICTURES).glob("*.png"):
         match = NAME.fullmatch(path.name)

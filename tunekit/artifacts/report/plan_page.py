@@ -76,7 +76,8 @@ def target_rows(plan: Plan) -> list[list[object]]:
 
 
 def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
-    """One line for each part of the peak, and a line with the total, the budget and the free memory of the device."""
+    """One line for each part of the predicted peak of memory, and a line with the total, the budget and the device's
+    free memory."""
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
     free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)

@@ -26,7 +26,7 @@ ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "token
 
 
 def overview(run: RunValues) -> Iterator[ReportSection]:
-    """The most important numbers as tiles."""
+    """The most important numbers of a run, as tiles at the top of the page."""
     report, shows, tiles = run.report, run.shows, list[tuple[str, str, str]]()
     result = run.exported.numbers("eval")
     first = run.evaluations[0].numbers("eval") if run.evaluations and run.evaluations[0]["step"] == 0 else {}
@@ -68,7 +68,7 @@ def duration_text(seconds: float) -> str:
 
 
 def memory(run: RunValues) -> Iterator[ReportSection]:
-    """The predicted peak by part, compared with the measured peak."""
+    """The section that compares the predicted peak, by part, with the measured peak."""
     peak, report = run.plan.numbers("peak_bytes"), run.report
     if not peak:
         return
@@ -94,7 +94,7 @@ def memory(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _budget(budget: float | None, measured: float) -> tuple[list[str], list[str]]:
-    """Two lists of sentences about the budget: that the peak was within it, and the warning that it was exceeded."""
+    """Sentences about the memory budget, as two lists: facts, and a warning if the peak exceeded the budget."""
     if budget is None:
         return [], []
     if not measured:
@@ -105,7 +105,7 @@ def _budget(budget: float | None, measured: float) -> tuple[list[str], list[str]
 
 
 def speed(run: RunValues) -> Iterator[ReportSection]:
-    """Rates, time by part, and the pass over the data before step 1."""
+    """The section about speed: tokens per second, and the time that each activity took."""
     report, sizes, units = run.report, run.shows.sizes, run.shows.units
     if "tokens" not in report:
         return
@@ -128,7 +128,7 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
 
 
 def rows(run: RunValues) -> Iterator[ReportSection]:
-    """How many rows of the sources were trained on, dropped and truncated, and why."""
+    """The section about rows: how many rows of the sources were trained on, dropped and truncated, and why."""
     planned, shows = run.plan.part("rows"), run.shows
     if not planned:
         return

@@ -1,4 +1,5 @@
-"""The report of one run, made from the files of its run folder. Memory, time and rows are in run_costs.py."""
+"""The report of one run, made from the files of its run folder. The sections about memory, time and rows are in
+run_costs.py."""
 
 import json
 import os
@@ -62,13 +63,13 @@ def _verdict(run: RunValues) -> str:
 
 
 def _next_steps(run: RunValues) -> Iterator[ReportSection]:
-    """What to do next, by what was measured."""
+    """The next steps that follow from the run's measurements."""
     if steps := after_training(run):
         yield ReportSection("Next step", [f"{step[0].upper()}{step[1:]}." for step in steps])
 
 
 def _curves(run: RunValues) -> Iterator[ReportSection]:
-    """The change of the headline value over the run, and all curves."""
+    """The section with the change of the headline value over the run, and the charts."""
     headline, charts = run.shows.headline, charts_of([run])
     first, final = run.report.number(f"first_{headline.name}"), run.report.number(f"final_{headline.name}")
     paragraphs, warnings = [], []
@@ -122,7 +123,7 @@ def _better_elsewhere(run: RunValues) -> Iterator[str]:
 
 
 def _few(records: Sequence[Values], best: object) -> list[Values]:
-    """About MOST_EVALUATIONS records: the first, the last, the best, and evenly spaced other ones."""
+    """About MOST_EVALUATIONS of the records: the first, the last, the best, and others at equal distances."""
     stride, last = -(-len(records) // MOST_EVALUATIONS), len(records) - 1
     return [record for at, record in enumerate(records) if at % stride == 0 or at == last or record["step"] == best]
 
@@ -181,7 +182,7 @@ def _end_of(prompt: str) -> str:
 
 
 def _panels(run: RunValues) -> Iterator[ReportSection]:
-    """The panels that only this objective has: examples of the first and of the last step that recorded examples."""
+    """The sections that only this objective has: examples from the first and the last step that recorded examples."""
     for panel in run.shows.panels:
         records = [record for record in run.steps if record.parts(panel.key)]
         shown = records if len(records) < 2 else [records[0], records[-1]]
@@ -233,7 +234,7 @@ def _reactions(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _tasks(run: RunValues) -> Iterator[ReportSection]:
-    """The tasks of lm-eval, of the exported weights and of the base."""
+    """The section with lm-eval's scores, for the exported weights and for the base."""
     scores, changes = run.tasks.parts("scores"), run.tasks.parts("changes")
     if scores:
         tables = [ReportTable(*score_table(scores, run.tasks.parts("before")), "Of the exported weights")]
@@ -242,7 +243,7 @@ def _tasks(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _exports(run: RunValues) -> Iterator[ReportSection]:
-    """The figures of other programs that read the exported files, next to torch's, and the rows that were used."""
+    """The section that compares other programs with torch on the exported files: the figures, and the compared rows."""
     head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
     lines = []
     texts = ["Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."]
@@ -280,7 +281,7 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _files(run: RunValues) -> Iterator[ReportSection]:
-    """The texts of the recipe and of the environment."""
+    """The section with the texts of the recipe and of the environment."""
     shown = {name: value for name, value in run.environment.items() if name != "fingerprint"}
     environment = json.dumps(shown, indent=2, sort_keys=True)[:MOST_ENVIRONMENT] if shown else ""
     files = [("recipe.yaml", run.recipe_text), ("Machine and versions", environment)]

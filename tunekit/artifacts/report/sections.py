@@ -7,7 +7,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class MarkedText:
-    """A cell of a table with a text, some parts of which are marked."""
+    """A table cell with a text in which some substrings are marked."""
 
     stretches: Sequence[tuple[str, bool]]
 
@@ -26,7 +26,8 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar that shows a total by parts, each (name, size, size as text). All bars of a section have the same scale."""
+    """A bar whose parts, each (name, size, size as text), add up to a total. All bars of a section have the same
+    scale."""
 
     title: str
     parts: Sequence[tuple[str, float, str]]
@@ -64,7 +65,8 @@ class ValueAxis:
 
 @dataclass(frozen=True)
 class AxisLine:
-    """A line across all axes. `kind`: best, unclear, other or none, for a line without a result."""
+    """A line across all axes of parallel coordinates. `kind`: best, unclear, other, or none (the line has no
+    result)."""
 
     label: str
     heights: Sequence[float]

@@ -39,7 +39,7 @@ def _trials(results: SweepResults) -> ReportSection:
 
 
 def _curves(results: SweepResults) -> Iterator[ReportSection]:
-    """The curves of one run of each of the best settings, so that each has a colour of its own."""
+    """The section with charts: one run of each of the best settings, so that each setting has its own colour."""
     shown = [setting for setting in results.settings if any(run.evaluations for run in setting.runs)][:COLORS]
     runs = [next(run for run in setting.runs if run.evaluations) for setting in shown]
     several = max(len(setting.runs) for setting in results.settings) > 1
@@ -61,7 +61,7 @@ def _runs(results: SweepResults) -> ReportSection:
 
 
 def _spaced(name: str) -> str:
-    """The name of a trial with blanks, where a narrow screen breaks it."""
+    """The name of a trial with spaces after commas, so that a narrow screen can wrap it."""
     return name.replace(",", ", ")
 
 
@@ -101,7 +101,7 @@ def _kind(results: SweepResults, setting: Setting) -> str:
 
 
 def _places(column: Sequence[object]) -> dict[str, tuple[str, float]]:
-    """The text and the height (0 to 1) of each value of an axis. Numbers are sorted; others keep their order."""
+    """The text and the height (0 to 1) of each value on an axis. Numbers are sorted; other values keep their order."""
     distinct = list({repr(value): value for value in column}.items())
     if all(isinstance(value, int | float) and not isinstance(value, bool) for _, value in distinct):
         distinct.sort(key=lambda pair: float(str(pair[1])))
@@ -113,13 +113,13 @@ def _places(column: Sequence[object]) -> dict[str, tuple[str, float]]:
 
 
 def _ticks(places: Mapping[str, tuple[str, float]]) -> list[tuple[str, float]]:
-    """The values that an axis names: all, or the first and the last."""
+    """The values that are labelled on an axis: all values, or the first and the last."""
     ticks = list(places.values())
     return ticks if len(ticks) <= MOST_TICKS else [ticks[0], ticks[-1]]
 
 
 def _metric_axis(results: SweepResults) -> tuple[ValueAxis, list[float]]:
-    """The axis of the metric with the best value at its top, and the height of each setting."""
+    """The axis of the metric, with the best value at the top, and the height of each setting on it."""
     measured = [_last(results, setting) for setting in results.settings]
     numbers = [value for value in measured if value is not None and math.isfinite(value)]
     low, high = min(numbers, default=0.0), max(numbers, default=1.0)
@@ -139,7 +139,7 @@ def _metric_axis(results: SweepResults) -> tuple[ValueAxis, list[float]]:
 
 
 def _last(results: SweepResults, setting: Setting) -> float | None:
-    """The metric of a setting; of runs that ended early, their last evaluation."""
+    """The mean metric of a setting. If none of its runs counts, the mean of its runs' last evaluations."""
     if setting.mean is not None:
         return setting.mean
     name = results.by.removeprefix("eval.")

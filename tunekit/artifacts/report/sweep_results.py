@@ -17,8 +17,8 @@ MOST_NAMED = 4
 @dataclass(frozen=True)
 class Setting:
     """The runs of one setting, one per seed and fold. `outcomes`: the metric of each run, None unless the run is
-    finished. `difference`: its metric less that of the best setting; `clear`: whether that difference is not by chance.
-    """
+    finished. `difference`: the setting's metric minus that of the best setting; `clear`: whether this difference is
+    unlikely to be chance."""
 
     name: str
     runs: Sequence[RunValues]
@@ -44,9 +44,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The settings of a sweep, the best one first and those without a finished run last. `by`: eval.METRIC; `higher`:
-    whether a higher metric is better; `over`: what the runs of a setting differ in; `earlier`: the verdict of halving's
-    last comparison."""
+    """The settings of a sweep, best first; settings without a finished run come last. `by`: eval.METRIC; `higher`:
+    whether a higher metric is better; `over`: what differs between the runs of a setting, such as seeds. `earlier`:
+    the verdict of successive halving's last comparison."""
 
     by: str
     settings: Sequence[Setting]
@@ -70,7 +70,7 @@ class SweepResults:
         return [setting for setting in self.settings if setting.difference is not None and not setting.clear]
 
     def verdict(self) -> str:
-        """One sentence about the best setting, and how sure it is."""
+        """One sentence that names the best setting, and states whether it is clearly better than the others."""
         finished = [setting for setting in self.settings if setting.numbers]
         if self.best is None or self.best.mean is None:
             return "no trial is finished"
@@ -90,7 +90,7 @@ class SweepResults:
         return f"{first}; it cannot be distinguished from {listed(equal, MOST_NAMED)} on {rows:,} evaluation rows"
 
     def table(self) -> tuple[list[str], list[list[object]]]:
-        """The head and the lines of the table of settings."""
+        """The headings and the lines of the table of settings."""
         several = max(len(setting.runs) for setting in self.settings) > 1
         less = f"{self.metric.removeprefix('eval ')} less the best's"
         head = ["trial", self.metric, *([f"over {self.over}"] if several else []), less, "state"]
@@ -125,8 +125,8 @@ class SweepResults:
 def sweep_results(
     by: str, runs: Mapping[str, Sequence[RunValues]], *, finished: bool = True, over: str = "seeds"
 ) -> SweepResults:
-    """The results of the runs of each setting. `finished`: only of finished runs; otherwise each run's last evaluation
-    counts. `over`: what the runs of a setting differ in."""
+    """The results of the runs of each setting. `finished`: count finished runs only; otherwise, each run's last
+    evaluation counts. `over`: what differs between the runs of a setting."""
     metric = by.removeprefix("eval.")
     higher = metric != "loss" and facts_of("metrics", metric).HIGHER_IS_BETTER
     settings = [
@@ -147,13 +147,13 @@ def _outcome(run: RunValues, metric: str, finished: bool) -> float | None:
 
 
 def finished_runs(setting: Setting) -> dict[int, RunValues]:
-    """The finished runs by the number of their seed and fold."""
+    """The finished runs, each by its index in `runs`, which is the number of its seed and fold."""
     pairs = zip(setting.runs, setting.outcomes, strict=True)
     return {number: run for number, (run, outcome) in enumerate(pairs) if outcome is not None}
 
 
 def _compared(best: Setting, other: Setting, metric: str, higher: bool) -> Setting:
-    """`other` with its difference over the seeds and folds that both settings have finished."""
+    """`other` with its difference from the best setting, over the seeds and folds that both have finished."""
     first, second = finished_runs(best), finished_runs(other)
     pairs = [(first[number], second[number]) for number in first if number in second]
     difference = pooled_difference(pairs, metric)

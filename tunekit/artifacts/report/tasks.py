@@ -8,7 +8,7 @@ ScoreRows = Sequence[Mapping[str, Any]]
 
 
 def score_table(scores: ScoreRows, before: ScoreRows = ()) -> Table:
-    """Columns and lines of a table of scores; `before`: those of the base, in a column of their own."""
+    """The headings and lines of a table of scores. `before`: the base's scores, in a separate column."""
     names = ("value", "standard_error", "count")
     earlier = {(score["task"], score["metric"]): score.get("value") for score in before}
     lines = []
@@ -19,7 +19,7 @@ def score_table(scores: ScoreRows, before: ScoreRows = ()) -> Table:
 
 
 def change_table(changes: Sequence[Mapping[str, Any]]) -> Table:
-    """Columns and lines of a table of the changes by tuning."""
+    """The headings and lines of a table with the changes by fine-tuning."""
     return ["task", "metric", "base", "tuned", "95 % interval of the difference", "verdict"], [
         [each["task"], each["metric"], each["before"], each["after"], _interval(each), each["verdict"]]
         for each in changes
@@ -27,7 +27,7 @@ def change_table(changes: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def forgetting(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning for each task that the tuned model does worse than its base, by more than chance."""
+    """A warning for each task on which the tuned model is worse than its base, by more than chance."""
     return [
         f"Worse than the base: {each['task']} {each['metric']}, {each['after']:.4g} instead of {each['before']:.4g} "
         f"(95 % interval of the difference: {_interval(each)}). Training on other data may restore it."

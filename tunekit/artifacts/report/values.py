@@ -51,7 +51,7 @@ class Values(dict[str, object]):
         return value if isinstance(value, list) else []
 
     def column(self, name: str) -> list[float | None]:
-        """The items of the list under this name; None in place of items that are not numbers."""
+        """The numbers in the list under this name, with None in place of other items."""
         return [Values({name: item}).number(name) for item in self.items_of(name)]
 
     def parts(self, name: str) -> list[Values]:
@@ -160,7 +160,7 @@ def run_values(path: Path) -> RunValues:
 
 
 def _start_of(path: Path) -> str:
-    """The part of a text file that is shown."""
+    """The beginning of a text file, up to MOST_CHARACTERS characters."""
     if not path.is_file():
         return ""
     with path.open(encoding="utf-8", errors="replace") as file:

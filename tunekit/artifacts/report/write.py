@@ -44,7 +44,7 @@ def _run_facts(plan: Plan) -> dict[str, object]:
 
 
 def _measured(values: dict[str, object]) -> dict[str, object]:
-    """The values without secrets and without unmeasured parts: None, NaN and infinities."""
+    """The values without secrets, and without None, NaN and infinities, which stand for unmeasured values."""
     return {name: inner for name, value in values.items() if (inner := _measured_value(value)) is not None}
 
 

@@ -1,6 +1,6 @@
-"""The importance of a matrix's columns: the mean squares of the activations that they are multiplied by.
+"""The importance of a matrix's columns: the mean squares of the activations that the columns are multiplied by.
 
-llama.cpp's quantizer weighs the error of each weight by it. Source: llama.cpp, tools/imatrix/imatrix.cpp.
+llama.cpp's quantizer weighs the error of each weight by this importance. Source: llama.cpp, tools/imatrix/imatrix.cpp.
 """
 
 import gc
@@ -20,8 +20,8 @@ from tunekit.targets.target import TargetSpec, load_target
 
 @torch.no_grad()
 def column_squares(target: TargetSpec, rows: Sequence[Sequence[int]]) -> dict[str, Array]:
-    """The mean square of each input over all tokens of the rows: (I,) of every linear layer by module name, and (E, I)
-    of fused experts by parameter name. An expert that no token reaches has ones, as in llama.cpp."""
+    """The mean square of each input over all tokens of the rows. Linear layers: (I,) by module name. Fused experts:
+    (E, I) by parameter name; an expert that no token reaches has ones, as in llama.cpp."""
     loaded = load_target(target, torch.device("cpu")).model.base
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -43,7 +43,8 @@ def column_squares(target: TargetSpec, rows: Sequence[Sequence[int]]) -> dict[st
 
 
 class ExpertInputs(TorchFunctionMode):
-    """Adds up the squares of the inputs of fused experts. An expert computes F.linear(x, parameter[expert])."""
+    """Intercepts F.linear(x, parameter[expert]), which computes a fused expert, and sums the squares of the inputs
+    x."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""A LoRA adapter as a GGUF file: the pairs of every layer under llama.cpp's names, in its order of rows and columns."""
+"""A LoRA adapter as a GGUF file: the factors of each layer, with llama.cpp's names and its order of rows and
+columns."""
 
 import json
 from functools import partial
@@ -21,7 +22,7 @@ MERGE = "merge it instead: add --type Q8_0, or F16, Q4_K_M ..."
 
 
 def adapter_problems(exportable: Exportable) -> list[Problem]:
-    """Everything of the adapter that a GGUF adapter cannot hold, or that llama.cpp would not apply."""
+    """Changes of the adapter that a GGUF adapter cannot hold, or that llama.cpp would not apply."""
     try:
         plain = normalise(exportable.target)
         lost = [*plain.rest, *plain.tied_pairs, *(name for name in plain.pairs if name == plain.embedding)]
@@ -42,8 +43,8 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
 
 
 def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
-    """Write the pairs in float32, with one rank for all; alpha = rank, so the scale is 1. Returns the facts that the
-    base's file must state, and that llama.cpp's converter does not write."""
+    """Write the factors in float32, padded to one rank; alpha = rank, so the scale is 1. Returns the facts that the
+    base's file must state, but that llama.cpp's converter does not write."""
     plain = normalise(exportable.target).padded()
     with imported() as converter:
         placed, architecture, facts = _placed(converter, exportable, plain)
@@ -70,7 +71,8 @@ def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
 def _placed(
     converter: Converter, exportable: Exportable, plain: PlainAdapter
 ) -> tuple[dict[str, Placed], str, dict[str, object]]:
-    """Where the file has the pairs, llama.cpp's name of the architecture, and the base's added facts."""
+    """The places of the updates in the file, llama.cpp's name of the architecture, and facts to add to the base's
+    file."""
     meta = make_meta_model(exportable.target.model, device=torch.device("cpu"))
     modules = dict(meta.net.named_modules())
     shapes = {f"{name}.weight": pair.shape for name, pair in plain.pairs.items()}

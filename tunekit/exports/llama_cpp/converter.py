@@ -1,7 +1,7 @@
 """llama.cpp's own converter, which knows the names, the metadata and the tokenizers of every architecture.
 
-Its distribution contains a newer copy of the package gguf. So it is installed into a folder of its own, and imported
-from there only inside `imported`.
+Its distribution contains a newer copy of the package gguf. So the converter is installed into a separate folder, and
+imported from there only inside `imported`.
 """
 
 import logging
@@ -50,7 +50,7 @@ class Named(Protocol):
 
 
 class TensorInfo(Protocol):
-    """A tensor of the file; `tensor`: its lazy values, until they are written."""
+    """A tensor of the file. `tensor`: its values, which are computed only when they are written."""
 
     shape: Sequence[int]
     dtype: Named
@@ -59,7 +59,8 @@ class TensorInfo(Protocol):
 
 
 class Writer(FactsWriter, Protocol):
-    """The converter's writer of GGUF files. The lists have one entry for each part of the file, here one.
+    """The converter's writer of GGUF files. Its lists have one entry for each file of a split model; here there is one
+    file.
 
     `tensors`: a TensorInfo by name. `kv_data`: an object with `value` by name.
     """
@@ -77,7 +78,7 @@ class Writer(FactsWriter, Protocol):
 
 
 class ConvertedModel(Protocol):
-    """A model of the converter's; its class knows the architecture."""
+    """The converter's object for one model. Its class implements the architecture."""
 
     model_arch: Named
     ftype: Named
@@ -104,9 +105,9 @@ class Converter(NamedTuple):
 
 
 def converter_folder() -> Path:
-    """The folder with the converter's packages: its own, else that of the running Python.
+    """The folder with the converter's packages: a separate folder, or else the packages of the running Python.
 
-    Raises: InputError with the command that installs it.
+    Raises: InputError with the command that installs the converter.
     """
     folder = programs_folder() / DISTRIBUTION
     if (folder / "conversion").is_dir():
@@ -121,7 +122,7 @@ def converter_folder() -> Path:
 
 @contextmanager
 def imported() -> Iterator[Converter]:
-    """The converter. After the block, the packages and the path of the running Python are as before."""
+    """Import the converter for one block. After the block, sys.modules and sys.path are as before."""
     folder = str(converter_folder())
     before, silenced = _loaded(), logging.root.manager.disable
     for name in before:
@@ -140,7 +141,7 @@ def imported() -> Iterator[Converter]:
 
 @contextmanager
 def converting() -> Iterator[None]:
-    """Raises: ModelError in place of the converter's own errors, which are of any class."""
+    """Raises: ModelError in place of an error of the converter, which can raise any class of exception."""
     try:
         yield
     except Exception as error:
@@ -153,7 +154,7 @@ def converting() -> Iterator[None]:
 
 
 def _loaded() -> dict[str, ModuleType]:
-    """The modules of the converter's packages, or of their namesakes, that are loaded."""
+    """The loaded modules that have the names of the converter's packages."""
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES}
 
 
@@ -170,9 +171,9 @@ def make_model(
     around: Around = NOTHING,
 ) -> ConvertedModel:
     """The converter's object for a model whose configuration and tokenizer are in `folder`. Its tensors are read only
-    when they are written. `around`: what the tokenizer puts around a text.
+    when they are written. `around`: the tokens and spaces that the tokenizer adds around a text.
 
-    Raises: ModelError for an unknown architecture, and for one that the converter cannot convert.
+    Raises: ModelError if the converter does not know the architecture, or cannot convert it.
     """
     conversion = converter.conversion
     if not knows(converter, architecture):
@@ -207,7 +208,7 @@ def make_model(
 
 
 def added_facts(make: Callable[[], ConvertedModel]) -> dict[str, object]:
-    """The facts that llama.cpp's converter leaves out of a file, or states in another way, with the right values."""
+    """The correct values of the facts that llama.cpp's converter leaves out of a file, or states differently."""
     complete, plain = make(), make()
     with converting():
         complete.prepare_tensors()
@@ -219,7 +220,8 @@ def added_facts(make: Callable[[], ConvertedModel]) -> dict[str, object]:
 
 
 def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as transformers reads it, with names of older versions, some of which the converter reads."""
+    """The configuration as transformers reads it, plus the keys of older versions, because the converter reads some
+    of these."""
     values = {**older, **values}
     if values.get("model_type") == "gpt2":
         values["n_ctx"] = values["n_positions"]
@@ -231,8 +233,8 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
 
 
 def _vocabulary(base: type[ConvertedModel], folder: Path, around: Around) -> dict[str, Callable[..., object]]:
-    """Methods of the converter's class that also take tokenizers without a file of sentencepiece, and those whose
-    pre-tokenizer it does not know."""
+    """Replacements for methods of the converter's class. They also accept tokenizers without a sentencepiece file,
+    and tokenizers whose pre-tokenizer the converter does not know."""
     json_file, has_pieces = folder / "tokenizer.json", (folder / "tokenizer.model").is_file()
 
     def create_vocab(model: ConvertedModel) -> object:
@@ -294,9 +296,10 @@ def _lazy(conversion: ModuleType, shape: torch.Size, read: Reader) -> Tensor:
 
 @dataclass(frozen=True)
 class Placed:
-    """One tensor of the file, by the matrices of the base that it consists of.
+    """The origin of one tensor of the file: the base's matrices that it consists of.
 
-    `sources`: one name, or one per expert. `rows` (..., O), `columns` (..., I): of these matrices, in the file's order.
+    `sources`: the name of the matrix, or one name per expert. `rows` (..., O), `columns` (..., I): the row and column
+    numbers of these matrices, in the file's order.
     """
 
     sources: tuple[str, ...]
@@ -309,9 +312,9 @@ def placements(
 ) -> dict[str, Placed]:
     """Where the converter puts matrices of the base, by the name of the file's tensor.
 
-    It is given the numbers of rows and of columns in place of the weights. `make`: makes the converter's object.
-    `shapes`: (O, I) by name in the base's files. `transposed`: those whose files contain (I, O).
-    Raises: ModelError if it joins matrices, or mixes rows with columns.
+    The converter gets row numbers and column numbers in place of the weights. `make`: makes the converter's object.
+    `shapes`: (O, I) by name in the base's files. `transposed`: the names of matrices that the files store as (I, O).
+    Raises: ModelError if the converter joins matrices, or mixes rows with columns.
     """
     names, by_axis = list(shapes), []
     for axis in (0, 1):
@@ -340,7 +343,7 @@ def placements(
 
 
 def _written_as(model: ConvertedModel, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """The tensors of the file that a tensor of the base becomes, with their names; empty if it is left out."""
+    """The names and tensors that the converter makes from one tensor of the base; empty if it leaves the tensor out."""
     with converting():
         item = model.filter_tensors((name, lambda: tensor))
         if item is None:

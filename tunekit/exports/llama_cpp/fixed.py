@@ -30,7 +30,7 @@ NEEDED = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}  # nu
 
 
 def fixed_problems(config: Configuration) -> list[Problem]:
-    """The settings with which llama.cpp would compute something else. It has the default activation of every type."""
+    """The settings that llama.cpp would compute differently. It always uses the default activation of a model type."""
     config = complete_config(config)
     kind = str(config.get("model_type"))
     defaults, wrong = default_config(kind), []
@@ -54,7 +54,7 @@ def fixed_problems(config: Configuration) -> list[Problem]:
 
 
 def _position_problems(kind: str, config: Configuration) -> Iterator[Ignored]:
-    """Windows and rotations of positions."""
+    """Sliding windows and rotary positions that llama.cpp would compute differently."""
     types = config.get("layer_types")
     if kind in GROUPS and types and group_size(types) is None:
         yield "layer_types", f"[{', '.join(types)}]", "full attention in the last layer of equal groups only"
@@ -72,7 +72,8 @@ def _position_problems(kind: str, config: Configuration) -> Iterator[Ignored]:
 
 
 def group_size(types: Sequence[str]) -> int | None:
-    """The number of layers in a group. Only its last layer has full attention; None for a different order."""
+    """The number of layers per group, if only the last layer of each group has full attention; None for another
+    order."""
     full = [kind != "sliding_attention" for kind in types]
     size = full.index(True) + 1 if any(full) else len(full) + 1
     return size if full == [(layer + 1) % size == 0 for layer in range(len(full))] else None

@@ -1,4 +1,4 @@
-"""Facts that llama.cpp reads and its converter does not write, and the length up to which its answers are right."""
+"""Facts that llama.cpp reads but its converter does not write, and the length up to which llama.cpp is correct."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ FACTORS = {"llama3": "rope_freqs", "longrope": "rope_factors_long"}  # kind of s
 
 
 class FactsWriter(Protocol):
-    """The part of the converter's writer that states facts, by their name."""
+    """The methods of the converter's writer that state a fact under its name."""
 
     arch: str
     tensors: list[dict[str, Any]]
@@ -44,8 +44,8 @@ class FactsWriter(Protocol):
 
 
 def right_up_to(config: Mapping[str, Any]) -> tuple[int, str] | None:
-    """The number of tokens up to which llama.cpp computes what the model does, and what it ignores after that; None if
-    that is the model's own length."""
+    """The number of tokens up to which llama.cpp computes the same as the model, and the name of the feature that it
+    ignores in longer texts. None if llama.cpp ignores no such feature."""
     config = complete_config(config)
     kind, rope, window = str(config.get("model_type")), config.get("rope_parameters") or {}, sliding_window(config)
     limits = [] if window is None or kind in WINDOWED else [(window, "the sliding window")]
@@ -56,7 +56,8 @@ def right_up_to(config: Mapping[str, Any]) -> tuple[int, str] | None:
 
 
 def limit_notes(config: Mapping[str, Any]) -> Iterator[str]:
-    """Lines for the user: about `right_up_to`, and about gpt-oss, whose exact bounds llama.cpp rounds."""
+    """Notes for the user: the limit that `right_up_to` returns; and for gpt-oss, that llama.cpp rounds the bounds of
+    yarn."""
     if (limit := right_up_to(config)) is not None:
         yield f"right for up to {limit[0]:,} tokens: llama.cpp ignores {limit[1]}"
     config = complete_config(config)
@@ -66,8 +67,8 @@ def limit_notes(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
-    """State what the converter leaves out: the rotation of positions, the groups of layers with windows, and a context
-    that ends where llama.cpp would go wrong. The tensors' names must be known.
+    """State the facts that the converter leaves out: rotary positions, groups of layers with sliding windows, and a
+    context length up to which llama.cpp is correct. The tensors' names must be known.
 
     Raises: ModelError for a scaling of positions that the converter does not write.
     """
@@ -88,7 +89,7 @@ def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
 
 
 def _complete_positions(writer: FactsWriter, rope: Mapping[str, Any]) -> None:
-    """State theta and the scaling of positions."""
+    """State the base theta and the scaling of rotary positions."""
     prefix, kind, facts = f"{writer.arch}.rope", rope.get("rope_type"), writer.kv_data[0]
     if "rope_theta" in rope and f"{prefix}.freq_base" not in facts:
         writer.add_rope_freq_base(rope["rope_theta"])
@@ -106,7 +107,7 @@ def _complete_positions(writer: FactsWriter, rope: Mapping[str, Any]) -> None:
 
 
 def _yarn_scale(rope: Mapping[str, Any]) -> float:
-    """The factor of sines and cosines, as transformers computes it."""
+    """The factor by which yarn multiplies sines and cosines, as transformers computes it."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     factor, above, below = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")

@@ -1,4 +1,5 @@
-"""Writes a GGUF file of a model tensor by tensor: each one is read, merged, quantized, written and freed."""
+"""Writes a GGUF file of a model tensor by tensor: a tensor is read, merged, quantized, written and freed before the
+next."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,14 +54,14 @@ def write_model(
 def _stored(
     gguf: ModuleType, info: TensorInfo, chosen: str | None, weights: Array | None, threads: ThreadPoolExecutor
 ) -> Array:
-    """The data of a tensor, read now; nothing else keeps its values."""
+    """The tensor's values as the file stores them. They are read now, and kept nowhere else."""
     values = gguf.LazyNumpyTensor.to_eager(info.tensor)
     info.tensor = None
     return values if chosen is None else quantized(values, chosen, weights, threads)
 
 
 def structure_of(writer: Writer) -> Structure:
-    """The facts that the choice of types needs, from the file's metadata."""
+    """The facts about the model that decide the types of tensors, from the file's metadata."""
     values = {key.partition(".")[2]: entry.value for key, entry in writer.kv_data[0].items()}
 
     def first(key: str) -> int:
@@ -77,8 +78,8 @@ def chosen_type(name: str) -> libgguf.GGMLQuantizationType:
 
 
 def quantized(values: Array, name: str, weights: Array | None, threads: ThreadPoolExecutor) -> Array:
-    """The rows (..., O, I) in a ggml type, as bytes; exact for F32. `weights` (I,): the importance of each column, or
-    (E, I) of E experts (E, O, I)."""
+    """The rows (..., O, I) in a ggml type, as bytes; exact for F32. `weights`: the column importance, (I,), or (E,
+    I) if the values are those of E experts, (E, O, I)."""
     if name == "F32":
         return np.ascontiguousarray(values, dtype=np.float32)
     kind, columns = chosen_type(name), values.shape[-1]

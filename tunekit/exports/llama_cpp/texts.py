@@ -1,4 +1,5 @@
-"""Texts and llama.cpp: what its tokenizer puts around them, which tokens it reads otherwise, and texts that show it."""
+"""Differences between llama.cpp's tokenizer and the model's: spaces, added tokens, and texts that show the
+differences."""
 
 import json
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ MESSAGES = ({"role": "user", "content": "Hello, who are you?"},)
 
 
 class Around(NamedTuple):
-    """What a tokenizer puts around a text: the first token, the last token, and a space in front of it and after each
-    special token. `strips`: it removes spaces after tokens where llama.cpp can do so."""
+    """The tokens and spaces that a tokenizer adds around a text: a first token, a last token, and a space before the
+    text and after each special token. `strips`: whether it removes spaces after tokens where llama.cpp can also do
+    so."""
 
     first: bool = False
     last: bool = False
@@ -33,9 +35,10 @@ NOTHING = Around()
 
 
 def around(exportable: Exportable) -> Around:
-    """What the tokenizer of a text model puts around a text.
+    """The first token, last token and spaces that the tokenizer of a text model adds around a text.
 
-    A space only in front of a text counts unless conversations begin with an added token, after which there is none.
+    If it adds a space only in front of a text, `space` is true unless conversations begin with an added token: no space
+    follows such a token.
     """
     tokenizer = _tokenizer(exportable)
     ids, values = tokenizer.encode_source("a"), json.loads(tokenizer.backend.to_str())
@@ -50,7 +53,8 @@ def _opens(exportable: Exportable) -> bool:
 
 
 def token_notes(exportable: Exportable) -> Iterator[str]:
-    """What llama.cpp reads as other tokens than the tokenizer, and no file can state."""
+    """Notes on tokens that llama.cpp reads differently from the tokenizer, and that no fact in a GGUF file can
+    correct."""
     tokenizer = _tokenizer(exportable)
     values = json.loads(tokenizer.backend.to_str())
     wrong = list(_misread(tokenizer, strips=strips_as_phi3(values)))
@@ -65,14 +69,15 @@ def token_notes(exportable: Exportable) -> Iterator[str]:
 
 
 def sample_texts(exportable: Exportable) -> list[str]:
-    """Texts in which llama.cpp's tokens can differ: fixed ones, around added tokens, and a conversation."""
+    """Texts for which llama.cpp's token ids can differ: fixed texts, texts with added tokens, and a conversation."""
     tokenizer, conversation = _tokenizer(exportable), _conversation(exportable)
     around_tokens = [f"a {token} b{token}c\n{token}\nd" for token in _added(tokenizer)[:ADDED]]
     return [*TEXTS, *around_tokens, *([conversation] if conversation else [])]
 
 
 def _misread(tokenizer: LoadedTokenizer, *, strips: bool) -> Iterator[str]:
-    """The added tokens that llama.cpp finds in other places. `strips`: it removes the spaces after them."""
+    """The added tokens that llama.cpp finds in other places of a text. `strips`: llama.cpp removes the spaces after
+    tokens."""
     normalizer = tokenizer.backend.normalizer
     for token in tokenizer.backend.get_added_tokens_decoder().values():
         changed = token.normalized and normalizer and normalizer.normalize_str(token.content) != token.content
@@ -87,13 +92,13 @@ def _tokenizer(exportable: Exportable) -> LoadedTokenizer:
 
 
 def _added(tokenizer: LoadedTokenizer) -> list[str]:
-    """The added tokens, those first that are not special."""
+    """The texts of the added tokens. Special tokens come last."""
     tokens = tokenizer.backend.get_added_tokens_decoder().values()
     return [token.content for token in sorted(tokens, key=lambda token: bool(token.special))]
 
 
 def _conversation(exportable: Exportable) -> str:
-    """A conversation in the chat template; empty without one, or if the template refuses it."""
+    """A conversation in the chat template; empty if there is no template, or if it refuses the conversation."""
     tokenizer, template = _tokenizer(exportable), exportable.target.chat_template
     if not (template or tokenizer.chat_template):
         return ""

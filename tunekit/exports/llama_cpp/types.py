@@ -1,7 +1,7 @@
 """The ggml type of each tensor of a GGUF file, chosen as llama.cpp's quantizer chooses it.
 
-Source: llama.cpp, src/llama-quant.cpp. A file type such as Q4_K_M gives most matrices one type, and more bits to those
-that lose most: the output projection, attention values, and some of the down projections.
+Source: llama.cpp, src/llama-quant.cpp. A file type such as Q4_K_M gives most matrices one type. The matrices that lose
+most precision get more bits: the output projection, attention values, and some of the down projections.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ VALUES = ("v", "qkv", "kv")
 
 @dataclass(frozen=True)
 class Structure:
-    """What the choice depends on besides names and shapes. `queries_per_key`: attention heads per key-value head of the
-    first layer. `experts`: 0 for a dense model."""
+    """Facts about the model, besides names and shapes, that decide the types. `queries_per_key`: attention heads per
+    key-value head of the first layer. `experts`: 0 for a dense model."""
 
     architecture: str  # as in the file, such as llama
     layers: int
@@ -74,7 +74,7 @@ class Structure:
 
     @property
     def is_70b(self) -> bool:
-        """Whether llama.cpp takes it for a model of 70 billion parameters, by its layers."""
+        """Whether llama.cpp treats the model as one of 70 billion parameters, because of its number of layers."""
         grouped = self.queries_per_key > 1 or self.architecture == "qwen2"
         return self.layers == 80 and grouped and self.architecture in ("llama", "qwen2")
 
@@ -82,8 +82,8 @@ class Structure:
 def choose_types(
     file_type: str, shapes: Mapping[str, Sequence[int]], structure: Structure, weighted: Collection[str] | None
 ) -> dict[str, str]:
-    """The type of every tensor, by name. `shapes`: (..., O, I). `weighted`: the tensors in the importance matrix, if
-    there is one.
+    """The type of every tensor, by name. `shapes`: (..., O, I). `weighted`: the names of the tensors in the importance
+    matrix; None without this matrix.
 
     Raises: InputError for a matrix that cannot have any suitable type, or that needs an importance matrix.
     """
@@ -92,13 +92,13 @@ def choose_types(
 
 
 def _layer_and_name(name: str) -> tuple[int, str]:
-    """The order in which llama.cpp goes through the tensors, which decides the first layers of a kind."""
+    """A sort key for llama.cpp's order of tensors, which decides the layers that count as the first of a category."""
     match = re.match(r"blk\.(\d+)\.", name)
     return (-1 if match is None else int(match[1])), name
 
 
 def category_of(name: str) -> str:
-    """The category of a tensor for the choice of its type; empty if it is none of them."""
+    """The category of a tensor, on which its type depends; empty if it is in no category."""
     if name in EMBEDDINGS:
         return "embedding"
     if name == "output.weight":
@@ -107,7 +107,8 @@ def category_of(name: str) -> str:
 
 
 class _Choice:
-    """Chooses one tensor after the other; counts the attention values and down projections that it has passed."""
+    """Chooses the types of the tensors in llama.cpp's order, and counts the tensors of some categories that it has
+    passed."""
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class _Choice:
         return chosen
 
     def _fitting(self, name: str, wanted: str, columns: int) -> str:
-        """The type, or the one that fits rows of this length."""
+        """The wanted type if its blocks fit rows of `columns` values; else a type that fits them."""
         if columns % block_size(wanted) == 0:
             return wanted
         if wanted not in FALLBACKS:
@@ -147,7 +148,7 @@ class _Choice:
         return FALLBACKS[wanted] if columns % block_size(FALLBACKS[wanted]) == 0 else "F16"
 
     def _preferred(self, name: str, category: str, shape: Sequence[int]) -> str | None:
-        """The type of a tensor whose category differs from most matrices; None: as most."""
+        """The type of a tensor whose category gets a special type; None: the file type's default."""
         if category == "output" or (self.tied and category == "embedding"):
             return self._output(shape[-1])
         if self.file_type == "MXFP4_MOE":
@@ -207,7 +208,7 @@ class _Choice:
         return None
 
     def _values(self) -> str | None:
-        """The type of attention values, which lose most."""
+        """The type of the attention's value projections, which lose most precision."""
         index, kind = self.passed["values"], self.file_type
         grouped = self.structure.queries_per_key >= 4
         self.passed["values"] += 1
@@ -267,13 +268,14 @@ class _Choice:
         return chosen.get(kind)
 
     def _layer(self, name: str, category: str) -> int:
-        """The layer of a tensor: for a mixture of experts by its name, otherwise by counting."""
+        """The layer of a tensor. It is read from the name in a mixture of experts; otherwise the tensors of the
+        category are counted."""
         counted = self.passed[category]
         self.passed[category] += 1
         return _layer_and_name(name)[0] if self.structure.experts > 1 else counted
 
     def _more_bits(self, layer: int, layers: int) -> bool:
-        """Whether the layer is among the first, the last, and every third in between."""
+        """Whether the layer is in the first eighth, in the last eighth, or one of every third layer in between."""
         return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 

@@ -1,4 +1,4 @@
-"""What llama.cpp needs of a tokenizer.json where its converter does not know the tokenizer."""
+"""Facts of a tokenizer.json that llama.cpp needs and that its converter cannot find for unknown tokenizers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ UNUSED_MERGE = "<|left|> <|right|>"
 
 
 def named_pre_tokenizer(tokenizer: Definition) -> str:
-    """llama.cpp's name for the step that splits texts into words. Raises: ModelError if it has none."""
+    """llama.cpp's name for the pre-tokenizer, which splits texts into words. Raises: ModelError if llama.cpp has no
+    name for it."""
     if not tokenizer["model"].get("merges"):
         return "gpt-2"  # without merges it does not matter where texts are split
     steps = tuple(_step(part) for part in _parts(tokenizer, "pre_tokenizer"))
@@ -44,8 +45,8 @@ def _step(part: Definition) -> tuple[str | None, Any]:
 
 
 def merge_scores(tokenizer: Definition, tokens: Sequence[bytes]) -> list[float]:
-    """The score of each token, so that llama.cpp, which merges to the token with the highest score first, merges in the
-    order of tokenizer.json."""
+    """The score of each token. llama.cpp first merges to the token with the highest score; these scores give the
+    order of merges in tokenizer.json."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(tokenizer["model"]["merges"]):
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
@@ -53,8 +54,8 @@ def merge_scores(tokenizer: Definition, tokens: Sequence[bytes]) -> list[float]:
 
 
 def added_kinds(tokenizer: Definition, kinds: Sequence[int]) -> dict[int, int]:
-    """The kinds of the added tokens, by id, which a text is searched for before it is split. The converter gives those
-    the kind of normal tokens that are also in the vocabulary.
+    """The kinds of the added tokens, by id. A tokenizer searches a text for added tokens before it splits the text. The
+    converter marks those that are also in the vocabulary as normal tokens, which are not searched for.
 
     A token with the sign for spaces stays normal: no text has it, and llama.cpp would print the sign.
     """
@@ -66,8 +67,8 @@ def added_kinds(tokenizer: Definition, kinds: Sequence[int]) -> dict[int, int]:
 
 
 def space_scheme(tokenizer: Definition) -> str:
-    """Where texts get a space before they are split: "always" in front of them and after each added token, only in
-    front of them ("first"), or "never"."""
+    """Where texts get a space before they are split. "always": in front of a text and after each added token;
+    "first": only in front of a text; "never"."""
     if any(part.get("type") == "Prepend" for part in _parts(tokenizer, "normalizer")):
         return "always"
     steps = [part for part in _parts(tokenizer, "pre_tokenizer") if part.get("type") == "Metaspace"]
@@ -75,8 +76,8 @@ def space_scheme(tokenizer: Definition) -> str:
 
 
 def strips_as_phi3(tokenizer: Definition) -> bool:
-    """Whether the tokenizer removes spaces where llama.cpp does so in a file with "phi-3" in its name: after each added
-    token except these three, all of which must exist."""
+    """Whether the tokenizer removes the same spaces as llama.cpp does for a file with "phi-3" in its name: after
+    each added token except NEVER_STRIPPED, which must all exist."""
     added = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
     names = {*added, *tokenizer["model"]["vocab"]} if isinstance(tokenizer["model"].get("vocab"), Mapping) else {*added}
     strips = all(token["rstrip"] == (name not in NEVER_STRIPPED) for name, token in added.items())
@@ -84,15 +85,15 @@ def strips_as_phi3(tokenizer: Definition) -> bool:
 
 
 def file_name(name: str, *, strips: bool) -> str:
-    """The name in the file, with or without "phi-3", by which llama.cpp decides whether it removes spaces after
+    """The model's name in the file, which contains "phi-3" only if `strips`. llama.cpp then removes spaces after
     tokens."""
     other = re.sub("(?i)phi-?3", "Phi 3", name)
     return f"{other} (phi-3)" if strips else other
 
 
 def check_normalizer(tokenizer: Definition, space: str | None = None) -> None:
-    """Raises: ModelError for changes of a text before it is split, which llama.cpp does not make. It replaces spaces by
-    `space` in a tokenizer of pieces; most texts are in the form NFC anyway."""
+    """Raises: ModelError if the normalizer changes texts in a way that llama.cpp does not. In a sentencepiece
+    tokenizer, llama.cpp also replaces spaces by `space`. NFC is allowed, because most texts are in this form anyway."""
     for part in _parts(tokenizer, "normalizer"):
         kind = part.get("type")
         replaced = (part.get("pattern"), part.get("content")) == ({"String": " "}, space)

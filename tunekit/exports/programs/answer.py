@@ -17,8 +17,9 @@ IdRows = Sequence[Sequence[int]]
 class NextTokens:
     """Log-probabilities of the next token, in nats, after each of T tokens of a row.
 
-    Shapes: `values` (T, K), the most probable first, of the tokens `tokens` (T, K); if the program gives all of them,
-    (T, V) in the vocabulary's order, and `tokens` is None. `following` (T - 1,): those of the tokens that follow.
+    Shapes: `tokens` (T, K): the ids of the K most probable tokens, the most probable first; `values` (T, K): their
+    log-probabilities. If the program gives all V: `values` (T, V) in the vocabulary's order, and `tokens` is None.
+    `following` (T - 1,): the log-probabilities of the tokens that follow in the row.
     """
 
     values: Array
@@ -37,10 +38,11 @@ def ask_script(
     arrays: Mapping[str, Array] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[NextTokens]:
-    """The answers of a script of inside/ for a model, with an adapter if there is one. `options` and `arrays`: more of
-    its request.
+    """Run a script of inside/ on a model, with an adapter if there is one, and return the answer for each row.
+    `options` and `arrays`: further values of the request.
 
-    The script returns `values.N` for row N; `tokens.N` and `following.N` too if it gives the K largest values only.
+    The script returns `values.N` for row N. If it gives only the K largest values, it returns `tokens.N` and
+    `following.N` too.
     Raises: InputError with the last lines of the program's log if it fails.
     """
     request = {"model": str(model), "adapter": None if adapter is None else str(adapter), "rows": [*map(list, rows)]}
@@ -62,7 +64,8 @@ def ask_speech(
     prompts: IdRows,
     features: Sequence[Array],
 ) -> list[NextTokens]:
-    """The answers of a script of inside/ for recordings, each as log-mel features (bands, frames).
+    """Run a script of inside/ on recordings, and return the answer for each row. `features`: log-mel features (bands,
+    frames) of each recording.
 
     `prompts`: the ids before each row. Raises: InputError with the last lines of the program's log if it fails.
     """
@@ -72,5 +75,5 @@ def ask_speech(
 
 
 def full_answer(values: Array, row: Sequence[int]) -> NextTokens:
-    """The answer of a program that gives all V log-probabilities, (T, V)."""
+    """The answer for one row of a program that gives all V log-probabilities: `values` (T, V)."""
     return NextTokens(values, None, values[np.arange(len(row) - 1), list(row[1:])])

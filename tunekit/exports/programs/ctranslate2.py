@@ -1,4 +1,4 @@
-"""CTranslate2 converts a model folder, and reads the result."""
+"""Runs CTranslate2: conversion of a model folder, and log-probabilities of the result."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +14,18 @@ NAME = "ctranslate2"
 def convert(
     program: Program, folder: Path, output: Path, quantization: str, copied: list[str], left_out: JsonObject
 ) -> None:
-    """Write the folder in CTranslate2's layout, with copies of the files `copied`. `quantization`: float32, int8 ...
-    `left_out`: facts that the script adds, because the converter leaves them out.
+    """Write a model folder in CTranslate2's layout. `copied`: the names of files to copy. `quantization`: float32, int8
+    ... `left_out`: facts that the converter leaves out, and that the script adds.
 
-    Raises: InputError with the converter's log if it cannot.
+    Raises: InputError with the converter's log if the conversion fails.
     """
     request = {"model": str(folder), "output": str(output), "type": quantization, "files": copied, **left_out}
     run_script(program, NAME, request, seconds=CONVERSION_SECONDS)
 
 
 def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:
-    """All log-probabilities of a converted language model. Raises: InputError with the log if it is not read."""
+    """All log-probabilities of a converted language model. Raises: InputError with the log if CTranslate2 cannot
+    read it."""
     return ask_script(program, NAME, model, rows)
 
 

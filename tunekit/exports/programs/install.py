@@ -22,7 +22,8 @@ from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, prog
 
 
 def main() -> int:
-    """Returns 0, 1 if an installation failed, or 2 if a name is unknown or a folder is not from here."""
+    """Install programs. Returns 0; 1 if an installation failed; 2 if a name is unknown, or a folder is not from this
+    script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true")
@@ -39,14 +40,15 @@ def main() -> int:
 
 
 def is_installed(name: str) -> bool:
-    """Whether the environment has a Python, and its stamp names the packages of this version of tunekit."""
+    """Whether the environment has a Python, and its stamp file names the packages of this version of tunekit."""
     stamp = programs_folder() / name / STAMP
     installed = json.loads(stamp.read_text("utf-8")) if stamp.exists() else []
     return interpreter(name).exists() and installed == list(PROGRAMS[name].requirements)
 
 
 def install(name: str) -> int:
-    """Make the environment; its stamp names the packages only when all are installed. Returns as main() does."""
+    """Make a program's environment. The stamp file names the packages only when all are installed. Returns the exit
+    code as main() does."""
     folder = programs_folder() / name
     if is_installed(name):
         print(f"{name} is installed in {folder}")
@@ -71,7 +73,8 @@ def install(name: str) -> int:
 
 
 def commands(name: str, folder: Path) -> list[list[str]]:
-    """pip's commands for a program. Where dependencies are left out, the package itself is installed without any."""
+    """The arguments of pip that install a program. If it has unneeded dependencies, its other dependencies are
+    installed first, and then the program without dependencies."""
     requirements, unneeded, _ = PROGRAMS[name]
     if not unneeded:
         return [["install", *requirements]]

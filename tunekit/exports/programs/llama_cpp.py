@@ -1,4 +1,4 @@
-"""llama.cpp reads a GGUF file, with or without a GGUF adapter."""
+"""Runs llama.cpp on a GGUF file, with or without a GGUF adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,12 @@ NAME = "llama.cpp"
 
 
 def answers(program: Program, model: Path, rows: IdRows, adapter: Path | None = None) -> list[NextTokens]:
-    """All log-probabilities, with a float32 cache. Raises: InputError with the log if it reads no such file."""
+    """All log-probabilities, with a float32 cache. Raises: InputError with the log if llama.cpp cannot read the
+    file."""
     return ask_script(program, "llama_cpp", model, rows, adapter)
 
 
 def tokens_of(program: Program, model: Path, texts: Sequence[str]) -> list[list[int]]:
-    """llama.cpp's own token ids of texts, with those that it puts around a text."""
+    """llama.cpp's token ids of texts, with the tokens that it adds around a text."""
     values = run_script(program, "llama_cpp_tokens", {"model": str(model), "texts": list(texts)})
     return [values[f"tokens.{index}"].tolist() for index in range(len(texts))]

@@ -1,4 +1,4 @@
-"""MLX reads a model folder, with or without an adapter in mlx-lm's layout."""
+"""Runs MLX on a model folder, with or without an adapter in mlx-lm's layout."""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ NAME = "mlx"
 
 
 def answers(program: Program, model: Path, rows: IdRows, adapter: Path | None = None) -> list[NextTokens]:
-    """All log-probabilities, computed in float32. Raises: InputError with the log if it reads no such file."""
+    """All log-probabilities, computed in float32. Raises: InputError with the log if MLX cannot read the folder."""
     return ask_script(program, "mlx", model, rows, adapter)

@@ -1,4 +1,4 @@
-"""optimum converts a model folder to ONNX, and ONNX Runtime reads the result."""
+"""Runs optimum, which converts a model folder to ONNX, and ONNX Runtime on the result."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ NAME = "onnx"
 
 
 def convert(program: Program, folder: Path, output: Path) -> None:
-    """Write model.onnx, with a cache of keys and values, and the tokenizer's files to `output`.
+    """Write model.onnx, which has a key-value cache, and the tokenizer's files to `output`.
 
-    Raises: InputError with optimum's log if it cannot.
+    Raises: InputError with optimum's log if the conversion fails.
     """
     request = {"model": str(folder), "output": str(output)}
     run_script(program, NAME, request, seconds=CONVERSION_SECONDS)
 
 
 def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:
-    """All log-probabilities of a converted folder. Raises: InputError with the log if it is not read."""
+    """All log-probabilities of a converted folder. Raises: InputError with the log if ONNX Runtime cannot read it."""
     return ask_script(program, NAME, model, rows)

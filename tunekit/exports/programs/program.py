@@ -1,4 +1,4 @@
-"""Programs that read exports: where they are installed, and how they are run and ended."""
+"""Programs that read exports: finding an installed program, running it, and ending it."""
 
 import contextlib
 import json
@@ -40,8 +40,8 @@ class Program:
 
 
 def find_program(name: str) -> Program | None:
-    """The program in its own environment, else in tunekit's if its packages have the major versions that PROGRAMS
-    states; None if it is not installed."""
+    """The program in its own environment; else in tunekit's environment, if its packages there have the major
+    versions that PROGRAMS states. None if it is not installed."""
     packages, stamp, python = PROGRAMS[name], programs_folder() / name / STAMP, interpreter(name)
     installed = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else []
     first, wanted = next(iter(packages.versions.items()))
@@ -55,7 +55,8 @@ def find_program(name: str) -> Program | None:
 
 
 def _installed_version(wanted: Mapping[str, str]) -> str | None:
-    """The version of the first distribution if tunekit's environment has all of them in these major versions."""
+    """The version of the first distribution in `wanted`; None unless tunekit's environment has all of them in these
+    major versions."""
     try:
         numbers = {distribution: version(distribution) for distribution in wanted}
     except PackageNotFoundError:
@@ -81,7 +82,8 @@ def run_script(
     environment: Mapping[str, str] | None = None,
     seconds: float = LIMIT_SECONDS,
 ) -> dict[str, Array]:
-    """The arrays that a script of inside/ returns for a request. `arrays`: large values of the request.
+    """Run a script of inside/, and return the arrays that it computes for a request. `arrays`: large values of the
+    request.
 
     Raises: InputError with the last lines of the program's log if it fails or takes longer than `seconds`.
     """
@@ -105,7 +107,8 @@ def run_script(
 def running(
     program: Program, command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of the program. It is ended after the block, with all its children, also by an error or Ctrl-C."""
+    """Run a process of the program during a block. After the block, an error or Ctrl-C, it is killed with its
+    children."""
     values = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with log.open("wb") as stream:
         process = _start(command, stream, {**values, **ENVIRONMENT, **environment})
@@ -116,7 +119,7 @@ def running(
 
 
 def _start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A process in a group of its own, so that the terminal's Ctrl-C reaches it through us alone."""
+    """Start a process in a separate process group. The terminal's Ctrl-C does not reach it, so tunekit ends it."""
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,  # closed when tunekit is killed, which the scripts notice
@@ -128,7 +131,7 @@ def _start(command: Sequence[str], log: IO[bytes], environment: Mapping[str, str
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and the processes that it started, if any is left (macOS does not permit to end a zombie)."""
+    """Kill the process and the processes that it started, if any are left (macOS does not permit to kill a zombie)."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""transformers 4 reads a model folder."""
+"""Runs transformers 4 on a model folder."""
 
 from pathlib import Path
 
@@ -9,5 +9,6 @@ NAME = "transformers4"
 
 
 def answers(program: Program, model: Path, rows: IdRows) -> list[NextTokens]:
-    """All log-probabilities, computed in float32. Raises: InputError with the log if it does not read the folder."""
+    """All log-probabilities, computed in float32. Raises: InputError with the log if transformers 4 cannot read the
+    folder."""
     return ask_script(program, NAME, model, rows)

@@ -1,6 +1,6 @@
-"""The packages of each program that certifies exports, with their versions, and where install.py installs them.
+"""The packages of each program that certifies exports, with their versions, and the folders of their environments.
 
-`scripts/certify` runs it before anything is installed, so this file imports no package.
+`scripts/certify` runs before anything is installed, so this file imports no third-party package.
 """
 
 import os
@@ -16,7 +16,7 @@ STAMP = "installed.json"  # in an environment: a list of its packages, empty unt
 
 
 class Packages(NamedTuple):
-    """What is installed into a program's own environment. The first package is the program itself."""
+    """The packages of a program's own environment. The first package is the program itself."""
 
     requirements: tuple[str, ...]
     unneeded: tuple[str, ...] = ()  # dependencies of the first package that are left out
@@ -24,7 +24,7 @@ class Packages(NamedTuple):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The packages that this system needs, with their versions. The first one's is the program's version."""
+        """The packages that this operating system needs, with their versions. The first version is the program's."""
         here = [each for each in self.requirements if f"'{sys.platform}'" in each or ";" not in each]
         return dict(re.findall(r"^([\w.-]+).*?==([\w.]+)", "\n".join(here), re.MULTILINE))
 
@@ -47,5 +47,5 @@ def programs_folder() -> Path:
 
 
 def interpreter(name: str) -> Path:
-    """The Python of a program's own environment."""
+    """The path of the Python in a program's own environment."""
     return programs_folder() / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -1,4 +1,4 @@
-"""vLLM reads a model folder, with or without an adapter folder of peft's."""
+"""Runs vLLM on a model folder, with or without an adapter folder of peft's."""
 
 from pathlib import Path
 
@@ -17,14 +17,16 @@ ENVIRONMENT = {  # in this process, on a CPU, in little memory, without the netw
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest value of --max-lora-rank for an adapter of this rank; the rank itself if vLLM allows none."""
+    """The smallest allowed value of --max-lora-rank for an adapter of this rank; the rank itself if vLLM allows no
+    such value."""
     return next((allowed for allowed in RANKS if allowed >= rank), rank)
 
 
 def answers(
     program: Program, model: Path, rows: IdRows, adapter: Path | None = None, rank: int = 1
 ) -> list[NextTokens]:
-    """The 20 largest log-probabilities, vLLM's limit, computed in float32. `rank`: the adapter's largest rank.
+    """The 20 largest log-probabilities at each position (20 is vLLM's limit), computed in float32. `rank`: the
+    adapter's largest rank.
 
     Raises: InputError with vLLM's log if it refuses a folder.
     """

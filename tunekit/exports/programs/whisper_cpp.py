@@ -1,4 +1,4 @@
-"""whisper.cpp reads a Whisper model as a GGML file."""
+"""Runs whisper.cpp on a Whisper model in a GGML file."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,7 +10,8 @@ from ctranslate2.converters import TransformersConverter
 
 
 class FullConverter(TransformersConverter):  # type: ignore[misc]
-    """It also states two numbers of Llama 3's scaling of positions, `rope`, which CTranslate2 reads."""
+    """CTranslate2's converter, which also writes two numbers of Llama 3's position scaling, `rope`, that CTranslate2
+    reads."""
 
     rope: dict[str, Any] | None = None
 
@@ -25,8 +26,8 @@ class FullConverter(TransformersConverter):  # type: ignore[misc]
 
 
 def complete(path: Path, epsilon: float | None) -> None:
-    """Add the epsilon of norms to a converted config.json, and empty names for tokens that the tokenizer lacks, without
-    which it cannot be read."""
+    """Add the epsilon of norms to a converted config.json, and empty names for special tokens that the tokenizer
+    lacks. Without these names, CTranslate2 cannot read the file."""
     config = json.loads(path.read_text("utf-8"))
     config |= {name: "" for name, value in config.items() if value is None and name.endswith("_token")}
     if epsilon is not None:
@@ -35,7 +36,7 @@ def complete(path: Path, epsilon: float | None) -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Nothing for a conversion, else all log-probabilities of the rows."""
+    """Convert a model and return nothing; or return all log-probabilities of the rows."""
     if "output" in request:
         converter = FullConverter(request["model"], copy_files=request["files"], low_cpu_mem_usage=True)
         converter.rope = request["rope"]

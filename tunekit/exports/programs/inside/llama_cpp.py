@@ -1,4 +1,4 @@
-"""Log-probabilities of a GGUF file in llama.cpp, with or without a GGUF adapter, by its own C interface."""
+"""Log-probabilities of a GGUF file in llama.cpp, with or without a GGUF adapter, through llama.cpp's C interface."""
 
 import os
 from typing import Any
@@ -22,9 +22,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class GgufModel:
-    """A file, with its adapter if there is one, for rows of at most `length` tokens.
+    """A GGUF file, with its adapter if there is one, loaded for rows of at most `length` tokens.
 
-    The cache is float32 and flash attention is off: that is 15 times nearer to torch.
+    The cache is float32 and flash attention is off: the values are then 15 times nearer to torch's.
     """
 
     def __init__(self, file: str, adapter: str | None, length: int) -> None:
@@ -45,7 +45,7 @@ class GgufModel:
             _require(code == 0, f"llama.cpp refuses the adapter with code {code}")
 
     def logits(self, row: list[int]) -> NDArray[np.float64]:
-        """The logits after each token of a row, (T, V)."""
+        """The logits (T, V) after each token of a row."""
         LLAMA.llama_memory_clear(LLAMA.llama_get_memory(self._context), True)
         batch = LLAMA.llama_batch_init(len(row), 0, 1)
         batch.n_tokens = len(row)

@@ -1,4 +1,4 @@
-"""llama.cpp's token ids of texts, with a GGUF file's own vocabulary."""
+"""llama.cpp's token ids of texts, with the vocabulary in a GGUF file."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ C, LLAMA = get_ffi(), get_lib()
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The ids of each text, special tokens in it included. Raises: RuntimeError for a file that llama.cpp refuses."""
+    """The ids of each text. Special tokens in a text are recognised. Raises: RuntimeError for a file that llama.cpp
+    refuses."""
     options = LLAMA.llama_model_default_params()
     options.vocab_only = True
     model = LLAMA.llama_model_load_from_file(request["model"].encode(), options)

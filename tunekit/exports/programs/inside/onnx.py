@@ -10,7 +10,7 @@ NUMBERS = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Nothing for a conversion, else all log-probabilities of the rows."""
+    """Convert a model and return nothing; or return all log-probabilities of the rows."""
     if "output" in request:
         from optimum.exporters.onnx import main_export
 
@@ -25,7 +25,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(session: InferenceSession, row: list[int]) -> dict[str, Any]:
-    """The inputs of a whole row, with an empty cache of keys and values."""
+    """The inputs for a whole row, with an empty key-value cache."""
     tokens = {"input_ids": row, "attention_mask": [1] * len(row), "position_ids": list(range(len(row)))}
     inputs = {}
     for each in session.get_inputs():

@@ -15,7 +15,7 @@ import numpy as np
 
 
 def main(script: str, folder: Path) -> None:
-    """Answer the request in the folder."""
+    """Run the script on the request in the folder, and write its answer."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     answer = run_path(str(Path(__file__).with_name(f"{script}.py")))["answer"]
     with np.load(folder / "request.npz") as values:

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """All log-probabilities of the rows, computed in float32. The tokenizer is loaded too, to see that it can be."""
+    """All log-probabilities of the rows, computed in float32. The tokenizer is loaded too, to check that this is
+    possible."""
     AutoTokenizer.from_pretrained(request["model"], trust_remote_code=False)
     folder = request["model"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)

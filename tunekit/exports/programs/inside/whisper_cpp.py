@@ -1,4 +1,4 @@
-"""Log-probabilities of a GGML file in whisper.cpp, by its own C interface."""
+"""Log-probabilities of a GGML file in whisper.cpp, through whisper.cpp's C interface."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ WHISPER = ctypes.CDLL(str(LIBRARY))
 
 
 class ContextOptions(ctypes.Structure):
-    """whisper.h's whisper_context_params: where it computes, with flash attention or not, and how words get times."""
+    """whisper.h's whisper_context_params: the device, flash attention, and how the times of words are computed."""
 
     _fields_ = (
         ("use_gpu", ctypes.c_bool),
@@ -64,7 +64,7 @@ def _hear(context: ctypes.c_void_p, features: NDArray[np.float32]) -> None:
 
 
 def _next(context: ctypes.c_void_p, token: int, at: int, size: int) -> NDArray[np.float64]:
-    """The logits after one more token, (V,)."""
+    """The logits (V,) after one more token."""
     tokens = (ctypes.c_int32 * 1)(token)
     _require(WHISPER.whisper_decode(context, tokens, 1, at, THREADS), "whisper_decode")
     return np.ctypeslib.as_array(WHISPER.whisper_get_logits(context), (size,)).astype(np.float64)
