@@ -1,4 +1,5 @@
-"""Makes companions (companions/KIND.py makes the kind KIND), and defines the facts that plan passes to them."""
+"""Makes the companions of an objective (teacher, reward models, ...) from modules companions/KIND.py. Also defines
+the PlanContext that plan passes to them."""
 
 import importlib
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from tunekit.records import Target
 
 @dataclass(frozen=True)
 class PlanContext:
-    """Everything that is known before weights are loaded. `base`: on the meta device; `rows`: training rows, then
-    evaluation rows; `streams`: whether the rows are only the first rows of a stream."""
+    """The facts that plan knows before weights are loaded. `base`: the base on the meta device; `rows`: training
+    rows, then evaluation rows; `streams`: whether the data is streamed, so that `rows` are only its first rows."""
 
     device: torch.device
     base: LoadedModel
@@ -33,12 +34,12 @@ class PlanContext:
 
 
 def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
-    """The companions of an objective by key, not loaded yet."""
+    """The companions made from these specs, by recipe key. Their weights are not loaded yet."""
     return {spec.key: importlib.import_module(f"tunekit.companions.{spec.kind}").make(spec) for spec in specs}
 
 
 def load_companions(objective: Objective, device: torch.device) -> dict[str, Companion]:
-    """The companions of an objective by key, loaded."""
+    """The loaded companions of an objective, by recipe key."""
     companions = make_companions(objective.companions)
     for companion in companions.values():
         companion.load(device)

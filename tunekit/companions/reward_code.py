@@ -18,9 +18,9 @@ RESERVED = ("prompt", "completion", "completion_ids")  # columns of rows with th
 
 
 class UserFunction:
-    """A function from a file, called with the arguments that its signature names; `parameters`: their names.
+    """A function from a user's file, called with the arguments that its signature names. `parameters`: their names.
 
-    While the file is loaded and during calls, modules of its folder can be imported.
+    During loading and calls, it can import modules from the folder of its file.
     """
 
     def __init__(self, source: RewardSource) -> None:
@@ -33,7 +33,7 @@ class UserFunction:
         self.parameters = {parameter.name for parameter in parameters}
 
     def __call__(self, completions: Sequence[Completion]) -> Sequence[Any]:
-        """The function's unchecked result; a generator is exhausted here."""
+        """Call the function, and return its result unchecked. A generator is read to its end here."""
         columns = {name: None for completion in completions for name in completion.columns if name not in RESERVED}
         values: dict[str, Any] = {
             **{name: [completion.columns.get(name) for completion in completions] for name in columns},
@@ -48,20 +48,20 @@ class UserFunction:
             return list(rewards) if isinstance(rewards, Iterator) else rewards
 
     def unnamed_modules(self) -> bytes:
-        """The content of modules that the file loaded from its folder without an import statement."""
+        """The contents of modules in the folder that the file loaded without an import statement."""
         files = [path for name in self._modules for path in _places(self.folder, name) if path.is_file()]
         return _content({path: _read(path) for path in files if path not in self._named}, self.folder)
 
 
 def code_content(source: RewardSource) -> bytes:
-    """The content of a function's file and of every module that it imports from its folder. Runs no code. Raises:
+    """The contents of a function's file and of all modules that it imports from its folder. Runs no code. Raises:
     RewardError."""
     files = imported_files(source.code_file)
     return files.pop(source.code_file) + _content(files, source.code_file.parent)
 
 
 def imported_files(file: Path) -> dict[Path, bytes]:
-    """The file and the modules of its folder that it imports, directly or not, with their contents."""
+    """The contents of a file and of the modules in its folder that it imports, directly or indirectly, by path."""
     contents, pending = dict[Path, bytes](), [file]
     while pending:
         path = pending.pop()
@@ -73,8 +73,8 @@ def imported_files(file: Path) -> dict[Path, bytes]:
 
 
 def _imports(code: bytes, package: Sequence[str]) -> set[str]:
-    """Dotted names of modules, and of their parent packages, that the code may import. Imports inside functions
-    count."""
+    """Dotted names of the modules that the code may import, and of their parent packages. Imports inside functions
+    are included."""
     try:
         statements = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError):  # reported when the file is run
@@ -90,7 +90,7 @@ def _imports(code: bytes, package: Sequence[str]) -> set[str]:
 
 
 def _places(folder: Path, module: str) -> tuple[Path, Path]:
-    """The possible files of a module of the folder."""
+    """The paths where a module of the folder may be."""
     path = folder.joinpath(*module.split("."))
     return path.parent / f"{path.name}.py", path / "__init__.py"
 
@@ -109,7 +109,7 @@ def _read(path: Path) -> bytes:
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """A block in which modules of the folder can be imported."""
+    """A context in which modules of the folder can be imported."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -119,7 +119,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def _load(source: RewardSource) -> Callable[..., Any]:
-    """The function, after running its file as a module."""
+    """Import the file as a module, and return its function."""
     code, file, name = _read(source.code_file), source.code_file, source.function_name
     module_name = f"tunekit_reward_{sha256(code).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, file)
@@ -143,7 +143,7 @@ def _load(source: RewardSource) -> Callable[..., Any]:
 
 
 def error_line(error: BaseException, code_file: Path) -> str:
-    """An error as one line of text, with the line number in the user's file."""
+    """The error as one line of text, with its line number in the user's file."""
     words = " ".join(str(error).split())[:200]
     trace, place = error.__traceback__, ""
     while trace is not None:

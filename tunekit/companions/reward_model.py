@@ -27,7 +27,7 @@ Scorer = Callable[[Sequence[Completion]], list[float]]
 
 
 def find_reward_model(folder: str) -> TargetSpec:
-    """The reward model in a folder, found as a target of commands."""
+    """Find the reward model in a folder, in the same way as commands find a model."""
     return find_target(folder, None, [])
 
 
@@ -37,7 +37,7 @@ def weight_bytes(target: TargetSpec, device: torch.device) -> int:
 
 
 def reward_model_content(folder: str) -> bytes:
-    """Everything that affects the model's scores: weights, adapter, configuration, tokenizer and template."""
+    """All content that affects the model's scores: weights, adapter, configuration, tokenizer and template."""
     target = find_reward_model(folder)
     places = [Path(folder) / name for name in ("", "adapter", "model")]
     weights = [file for place in places for file in sorted(place.glob("*.safetensors"))]
@@ -49,7 +49,7 @@ def reward_model_content(folder: str) -> bytes:
 
 
 def load_scorer(folder: str, key: str, device: torch.device) -> Scorer:
-    """The loaded reward model. Raises: RecipeError for a folder without one."""
+    """Load the reward model of a recipe. Raises: RecipeError if the folder contains none."""
     return _scorer(load_target(find_reward_model(folder), device), key)
 
 
@@ -79,7 +79,7 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
 
 
 def _ids(completion: Completion, renderer: Renderer, eos_id: int | None) -> list[int]:
-    """Ids of the prompt with the completion; for an empty completion, the prompt and the end token."""
+    """The ids of prompt and completion. If the completion is empty: the prompt and the end token."""
     prompt = completion.prompt
     example = PromptedExample(prompt if isinstance(prompt, str) else tuple(map(_message, prompt)))
     if completion.text.strip():

@@ -1,6 +1,6 @@
-"""The rewards of a recipe: functions, expressions, columns and reward models that score completions.
+"""The rewards of a recipe: functions, regular expressions, columns and reward models that score completions.
 
-A user's function is called as in TRL, and its result is checked. NaN means no reward.
+A user's function is called as in TRL, and its result is checked. NaN means: no reward.
 """
 
 import math
@@ -33,8 +33,8 @@ MatchSearch = Callable[[Sequence[Completion]], Iterable[Match | None]]
 
 
 class RewardFunctions(Companion):
-    """All rewards of a recipe, in its order. `silent_steps`: the number of consecutive last steps in which no
-    completion had a reward."""
+    """All rewards of a recipe, in the recipe's order. `silent_steps`: for how many steps in a row, up to now, no
+    completion has had a reward."""
 
     silent_steps = 0
 
@@ -46,14 +46,14 @@ class RewardFunctions(Companion):
         self._functions: list[RewardFunction] = []
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Bytes of the reward models, and problems for columns that no row has."""
+        """The size of the reward models' weights; problems for columns that no row has."""
         models = [find_reward_model(source.model) for source in self.sources if source.model is not None]
         size = sum(weight_bytes(model, planned.device) for model in models)
         return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
 
     def _absent_columns(self, planned: PlanContext) -> Iterator[Problem]:
-        """Problems for columns that rewards compare completions with but that no row has. Only the first rows of a
-        stream are checked."""
+        """Problems for columns that rewards need and no row has. If rows are streamed, only the first rows are
+        checked."""
         for number, source in enumerate(self.sources):
             column = source.exact_match
             if column is None or planned.streams or any(_have(rows, column) for rows in planned.rows):
@@ -64,7 +64,7 @@ class RewardFunctions(Companion):
             yield Problem(f"no row has the column '{column}'", f"the first row has: {names or 'none'}", key=key)
 
     def fingerprint(self) -> Mapping[str, str]:
-        """sha256 of the code of each function, and of each model's files. Raises: RewardError."""
+        """The sha256 of each function's code and of each reward model's files. Raises: RewardError."""
         return {
             f"{self.key}.{number}.{source.kind}": sha256(content).hexdigest()
             for number, source in enumerate(self.sources)
@@ -77,7 +77,7 @@ class RewardFunctions(Companion):
         self._functions = [self._function(number, device) for number in range(len(self.sources))]
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
-        """sha256 of the modules that a function's file loaded from its folder without an import statement."""
+        """The sha256 of modules in a function's folder that its file loaded without an import statement."""
         functions = {f"{self.key}.{number}.function": function for number, function in enumerate(self._functions)}
         user = {key: function for key, function in functions.items() if isinstance(function, UserFunction)}
         return {
@@ -105,7 +105,7 @@ class RewardFunctions(Companion):
         return partial(_exact_match, source.exact_match, extracted)
 
     def _search(self, number: int, name: str, text: str) -> MatchSearch:
-        """A search for the first match of an expression in each completion, limited by the reward's processor time.
+        """A function that finds the first match of a regular expression in each completion, in limited processor time.
 
         Raises: RewardError for an expression that is too large, or too slow (with the row).
         """
@@ -129,7 +129,7 @@ class RewardFunctions(Companion):
         return self.sources[number].limit_seconds or self.limit_seconds
 
     def _call(self, number: int, completions: Sequence[Completion]) -> Any:
-        """The reward's result. Raises: RewardError, with the row, for a function that takes too long."""
+        """Call a reward. Raises: RewardError, which names the row, if the function takes too long."""
         if self.sources[number].kind != "function":
             return self._functions[number](completions)
         try:
@@ -139,7 +139,7 @@ class RewardFunctions(Companion):
             raise self._late(number, self._hanging(number, completions)) from None
 
     def _hanging(self, number: int, completions: Sequence[Completion]) -> Sequence[Completion]:
-        """The completion for which the function alone is too slow; all completions if it is not found within the
+        """The single completion for which the function is too slow; all completions if none is found within the time
         limit."""
         limit, start = self.limit(number), time.monotonic()
         for completion in completions:
@@ -160,15 +160,16 @@ class RewardFunctions(Companion):
         return RewardError(what, f"make it faster, or raise {self.key}.{number}.limit_seconds")
 
     def score(self, completions: Sequence[Completion]) -> Rewards:
-        """(N, F): each completion's rewards. Raises: RewardError for a wrong result."""
+        """The reward of each completion by each of the F rewards, shape (N, F). Raises: RewardError for a wrong
+        result."""
         columns = [self.scored_by(number, completions, may_be_silent=True) for number in range(len(self.sources))]
         return np.stack(columns, axis=1) if completions else np.empty((0, len(self.sources)), np.float64)
 
     def scored_by(self, number: int, completions: Sequence[Completion], *, may_be_silent: bool = False) -> Rewards:
-        """(N,): one reward of each completion.
+        """The rewards of all completions by one function, shape (N,).
 
-        Raises: RewardError for a wrong result, or if every result is None or NaN. `may_be_silent` allows the latter,
-        because a reward may be meant for other rows.
+        Raises: RewardError for a wrong result, or if every reward is None or NaN. `may_be_silent` allows the latter,
+        because the function may score only other rows.
         """
         name = name_of(self.sources[number])
         try:
@@ -184,7 +185,7 @@ class RewardFunctions(Companion):
         return rewards
 
     def weighted(self, scores: Rewards) -> Rewards:
-        """Weighted sums. Shapes: (..., F) -> (...)."""
+        """The sums of rewards, weighted by function. Shapes: (..., F) -> (...)."""
         return weighted_sum(scores, [source.weight for source in self.sources])
 
     def no_rewards(self, number: int, completions: Sequence[Completion]) -> RewardError:
@@ -214,7 +215,7 @@ def name_of(source: RewardSource) -> str:
 
 
 def _check_rewards(result: Any, count: int, name: str) -> Rewards:
-    """(N,) numbers. Raises: RewardError if the result is not a list with one number per completion."""
+    """The rewards as an array (N,). Raises: RewardError if the result is not a list with one number per completion."""
     how = "return a list with a number, or None, for each completion"
     if result is None:
         raise RewardError(f"{name} returned None", how)
@@ -246,14 +247,14 @@ def _printable(value: object) -> str:
 
 
 def _content_of(source: RewardSource) -> bytes | None:
-    """The content that affects a source's rewards, besides the recipe: a function's code, or a model's files."""
+    """The content that decides a reward, besides the recipe: a function's code, or a reward model's files."""
     if source.kind == "function":
         return code_content(source)
     return None if source.model is None else reward_model_content(source.model)
 
 
 def _exact_match(column: str, extracted: MatchSearch | None, completions: Sequence[Completion]) -> list[float | None]:
-    """Whether the text equals a column; None if the row has no value there."""
+    """Whether the text equals the row's value in a column; None if the row has no value there."""
     comparable = [completion for completion in completions if completion.columns.get(column) is not None]
     texts = [completion.text for completion in comparable]
     if extracted is not None:

@@ -1,4 +1,4 @@
-"""Sampling of completions during training: its memory, and the window whose samples later steps reuse."""
+"""The sampling of completions during training: its memory, and the last sampled window, which later steps may reuse."""
 
 from collections.abc import Iterator
 from math import prod
@@ -20,8 +20,11 @@ from tunekit.tuned.fit import longest_tokens
 
 
 class Sampler(Companion):
-    """`window`: the last window with new samples. A rehearsal generates `sampling_batch_size` completions in parallel,
-    each with `prompt_tokens` and `new_tokens`: the maximum of the run."""
+    """Sampling as a companion of the run. `window`: the last window with new samples.
+
+    A simulation assumes that `sampling_batch_size` completions are generated in parallel. `prompt_tokens` and
+    `new_tokens`: the maximum number of tokens of a prompt, and of a completion.
+    """
 
     rehearses = True
     window: Window | None = None
@@ -34,7 +37,7 @@ class Sampler(Companion):
         self.wanted = self.sampling_batch_size  # if they fit
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """The facts that the model may read any token, and that its layers cannot be streamed."""
+        """Facts for plan: the model may read any token, and the base's layers cannot be streamed."""
         training, longest = planned.training, max(map(longest_tokens, planned.rows))
         self.prompt_tokens = longest - self.new_tokens + planned.virtual_tokens
         if training.micro_batch_size is not None:
@@ -45,7 +48,7 @@ class Sampler(Companion):
         return CompanionFacts(problems=list(self._problems(planned)), any_token=True, streaming_obstacle=obstacle)
 
     def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
-        """The number of completions that are sampled together, and the size of their keys and values."""
+        """A note: how many completions are sampled together, and how large their keys and values are."""
         size, tokens = self.sampling_batch_size, self.prompt_tokens + self.new_tokens
         bytes_of_cache = 2 * prod(cache_shape(planned.base, size, tokens)) * planned.base.dtype.itemsize
         note = (
@@ -57,8 +60,7 @@ class Sampler(Companion):
         return [note]
 
     def _problems(self, planned: PlanContext) -> Iterator[Problem]:
-        """Problems if checkpoints are saved between steps that reuse samples, because checkpoints contain no
-        samples."""
+        """Problems if a checkpoint is saved between steps that reuse samples: checkpoints do not contain samples."""
         training, updates = planned.training, self.settings.num_iterations
         places = {"save_steps": training.save_steps}
         places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
@@ -72,8 +74,8 @@ class Sampler(Companion):
                 yield Problem(what, how, key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Simulate the forward of some prompts, then the logits and the draw of the last token. Three sets of keys and
-        values are in memory: of all completions, of these prompts, and of one layer with heads repeated."""
+        """Simulate the forward of some prompts, then the logits and the sampling of the last token. Keys and values
+        are in memory for all completions, for these prompts, and for one layer with its heads repeated."""
         base, size = run.model.base, self.sampling_batch_size
 
         def cache(rows: int, tokens: int) -> list[Tensor]:
@@ -97,7 +99,7 @@ class Sampler(Companion):
 
 
 def cache_shape(base: LoadedModel, rows: int, tokens: int) -> tuple[int, ...]:
-    """The shape of the keys, and of the values, of all layers (layers, B, H, T, D)."""
+    """The shape of the keys of all layers, and of the values: (layers, B, H, T, D)."""
     heads, width = heads_and_width(text_config(base.net))
     return base.facts.layers, rows, heads, tokens, width
 

@@ -26,7 +26,8 @@ from tunekit.tuned.model import TunedModel
 
 
 class Teacher(Companion):
-    """The companion of a distillation. `tier`: the tier of the teacher's layers; off: they are on the device."""
+    """The teacher model as a companion. `tier`: where its layers are stored while they are streamed (host or disk);
+    off: all layers stay on the device."""
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
@@ -37,7 +38,7 @@ class Teacher(Companion):
 
     @property
     def model(self) -> TunedModel:
-        """The loaded teacher, or its copy on the meta device."""
+        """The loaded teacher, or in a plan its copy on the meta device."""
         assert self._model is not None
         return self._model
 
@@ -51,7 +52,8 @@ class Teacher(Companion):
         return self.model.score_batches(batches, read)
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Problems of this teacher for this student. Raises: ModelError, with keys of the teacher."""
+        """Problems of this teacher with this student. Raises: ModelError, whose keys are the teacher's keys in the
+        recipe."""
         with self._about_teacher(), parsed_once(self.section.name_or_path):
             self._meta = make_meta_model(self.section, device=planned.device)
             tokenizer = load_tokenizer(self.section)
@@ -84,7 +86,8 @@ class Teacher(Companion):
             yield Problem(what, how, key=self.key)
 
     def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
-        """Notes about a streamed teacher: how it is run, and its maximum speed."""
+        """Notes on a streamed teacher: where its layers are stored, how often they are copied, and the maximum
+        speed."""
         if self.tier == "off" or self._meta is None:
             return []
         size = layer_bytes(self._meta)
@@ -99,24 +102,26 @@ class Teacher(Companion):
         return notes
 
     def fingerprint(self) -> Mapping[str, str]:
-        """The fingerprint of the teacher's files. Raises: ModelError, with keys of the teacher."""
+        """The fingerprint of the teacher's files. Raises: ModelError, whose keys are the teacher's keys in the
+        recipe."""
         with self._about_teacher():
             return {f"{self.key}.name_or_path": base_fingerprint(self.section)}
 
     def load(self, device: torch.device) -> None:
-        """Load the teacher, frozen. Raises: ModelError, with keys of the teacher."""
+        """Load and freeze the teacher. Raises: ModelError, whose keys are the teacher's keys in the recipe."""
         with self._about_teacher():
             self._model = self._freeze(load_model(self.section, device=device, streamed=self.tier != "off"))
 
     def simulated(self) -> Teacher:
-        """A copy on the meta device: a simulated step may put its layers' memory into slots."""
+        """A copy on the meta device, whose net a simulated step may change to place streamed layers in slots."""
         assert self._meta is not None  # set by `facts`
         simulated = copy(self)
         simulated._model = self._freeze(replace(self._meta, net=deepcopy(self._meta.net)))
         return simulated
 
     def resident(self, device: torch.device) -> list[Tensor]:
-        """All weights on the device. If layers are streamed to a GPU, the embedding stays on the host."""
+        """All weights on the device. If layers are streamed to a GPU, the embedding is not included: it stays on the
+        host."""
         net, slots = self.model.base.net, self.model.slots
         embedding = host_embedding(self.model.base) if slots is not None and device.type != "cpu" else None
         elsewhere = set() if embedding is None else {id(tensor) for tensor in embedding.parameters()}
@@ -132,7 +137,7 @@ class Teacher(Companion):
 
     @contextmanager
     def _about_teacher(self) -> Iterator[None]:
-        """A block whose errors about keys of a model section name the teacher's keys instead."""
+        """A context that renames keys in errors, from the model section's keys to the teacher's keys."""
         try:
             yield
         except TunekitError as error:

@@ -1,6 +1,6 @@
-"""The interfaces between folders; they import only typing, numpy and torch.
+"""The interfaces between the folders of tunekit. These modules import only typing, numpy, torch and shared types.
 
-Letters: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
+Letters in shapes: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
 """
 
 from tunekit.contracts.model import *  # noqa: F403

@@ -19,8 +19,8 @@ ROW_RIGHT = "rows right"  # (rows,) 1 where all labels of the row are predicted 
 
 @dataclass
 class Loss:
-    """`total`: the sum of the per-unit losses, (K,) float32 with gradient; `per_step`: a loss averaged over
-    micro-batches."""
+    """The loss of a micro-batch. `total`: the sum of its units' losses, (K,) float32 with gradient. `per_step`: a
+    loss term that is averaged over the step's micro-batches."""
 
     total: Tensor
     per_step: Tensor | None = None
@@ -31,13 +31,13 @@ class Head(Protocol):
     """The output projection of a text model, with its scale and soft cap; may be tied, quantized or adapted."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) in float32."""
+        """The float32 logits: (N, D) -> (N, V)."""
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """The output of a forward: `hidden` states and the `head` that computes their logits, or the `logits` of whole
-    rows."""
+    """The output of a forward: the `hidden` states and the `head` that computes their logits, or the `logits` of
+    each row if the model computes them itself."""
 
     hidden: Tensor | None = None  # (B, T, D)
     head: Head | None = None
@@ -111,7 +111,8 @@ class Model(Protocol):
         """The generated ids for each prompt, up to and including a stop id. `seeds`: one per prompt."""
 
     def adapt_inputs(self, inputs: Tensors) -> Tensors:
-        """The inputs with the additions of a whole-model adapter; generation calls this for the first step only."""
+        """The inputs, extended by an adapter that acts on the whole model (virtual tokens). Generation calls this
+        for the first step only."""
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
         """Train or eval mode inside the block."""
@@ -119,12 +120,14 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Answering:
-    """The functions and settings with which a model of an objective answers prompts.
+    """The functions and settings with which a model answers prompts; they depend on the objective.
 
-    `kind`: text, label, score or picture. `write`: answers prompts. `score`: scores sequences of ids.
-    `draw`: makes images (H, W, 3) for prompts with seeds. `report_pictures`: makes images for a report. `generation`:
-    the generation settings of a merged model; a value of None removes a setting. `normalize`: normalises a text for
-    metrics that ignore spelling. `processor`: the processor with the recipe's changes, for a merged model.
+    `kind`: the kind of the answers: text, label, score or picture. `write`: answers prompts. `score`: scores sequences
+    of ids.
+    `draw`: generates images (H, W, 3) from prompts and seeds. `report_pictures`: generates images for a report.
+    `generation`: generation settings to write into a merged model; a value of None removes a setting.
+    `normalize`: normalises a text for metrics that ignore spelling. `processor`: the processor with the recipe's
+    changes, to save with a merged model.
     """
 
     kind: str
@@ -148,10 +151,11 @@ class SideInput:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments of one layer after its hidden states, for one micro-batch.
+    """The arguments of a layer besides its hidden states, for one micro-batch.
 
-    `arguments` and `keywords` contain a SideInput in place of its tensor. `side_outputs`: the layer's outputs after its
-    hidden states, in order; None for an output that no layer reads.
+    `arguments` and `keywords`: positional and keyword arguments; a SideInput is in the place of its tensor.
+    `side_outputs`: a SideInput for each further output of the layer, in order; None for an output that no layer
+    reads.
     """
 
     arguments: tuple[Any, ...]
@@ -167,11 +171,11 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Stack:
-    """Consecutive layers, each `layer(hidden, call)` -> hidden (B, T, D); the last one includes the stack's final
+    """Consecutive layers, each called as `layer(hidden, call)` -> hidden (B, T, D). The last layer includes the final
     norm.
 
-    `embed(inputs, source)` returns the first hidden state and each layer's call; `source` is the output of the
-    previous stack, None for the first one.
+    `embed(inputs, source)` returns the first hidden states and each layer's LayerCall. `source`: the output of the
+    previous stack, None in the first stack.
     """
 
     embed: Callable[[Tensors, SideInput | None], tuple[Tensor, list[LayerCall]]]
@@ -180,7 +184,8 @@ class Stack:
 
 @dataclass(frozen=True)
 class Stages:
-    """A model divided into stacks for layer-by-layer execution: one stack, or those of an encoder and its decoder."""
+    """A model divided into stacks for layer-by-layer execution: a single stack, or an encoder's stack and a
+    decoder's stack."""
 
     stacks: Sequence[Stack]
 
@@ -191,6 +196,6 @@ class Stages:
 
     @property
     def stack_at(self) -> dict[int, int]:
-        """A mapping from the number of each stack's first layer to the number of the stack."""
+        """A mapping from the index of each stack's first layer to the index of the stack."""
         counts = [len(stack.layers) for stack in self.stacks]
         return {sum(counts[:number]): number for number in range(len(counts))}

@@ -1,4 +1,4 @@
-"""Interfaces: objectives (a kind of rows and a loss, with companions), and the engine that runs their windows."""
+"""Interfaces of objectives (a kind of rows, a loss, companion models), and of the engine that trains on windows."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class RunView(Protocol):
 class RowKind:
     """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
 
-    `draws`: whether `draw` changes rows; `notices`: messages for the user, with counts; `allowed_options`: names of
-    options, their valid values for these rows, and why others are invalid.
+    `draws`: whether `draw` changes rows. `notices`: messages for the user, with counts. `allowed_options`: for each
+    restricted option its name, its valid values, and the reason for the restriction.
     """
 
     example: str  # the kind of example that formats give
@@ -81,7 +81,7 @@ class RowKind:
         raise NotImplementedError
 
     def problems(self) -> list[Problem]:
-        """Problems for options that are invalid for these rows."""
+        """Problems of options whose values are invalid for these rows."""
         return [
             Problem(why, f"write {allowed}", key=f"data.{name}")
             for name, allowed, why in self.allowed_options
@@ -89,11 +89,11 @@ class RowKind:
         ]
 
     def examples(self, example: Any) -> Sequence[Any]:
-        """The examples that become rows, one row each; most kinds return the example itself."""
+        """The examples to encode, one row for each. Most kinds return only the given example."""
         return [example]
 
     def encode(self, example: Any, origin: str) -> Row:
-        """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
+        """The row of an example. Raises: Dropped if nothing can be trained on; DataError if it is wrong."""
         raise NotImplementedError
 
     def labels_of(self, row: Row) -> list[str]:
@@ -117,7 +117,7 @@ class RowKind:
         return 1
 
     def prompt(self, example: Any) -> tuple[Any, str] | None:
-        """The prompt of an example (for text: ids up to the answer) and the text of its answer; None without prompt."""
+        """The prompt of an example (for text: the ids before the answer) and its answer; None without prompt."""
         return None
 
     def question(self, text: str) -> Any:
@@ -133,30 +133,30 @@ class RowKind:
         return str(prompt)
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Self:
-        """The row kind for a model that keeps the documents of one sequence apart (`end_to_end`), or for a model that
-        does not. `shares_prefixes`: a document may use a prefix that is computed in another document."""
+        """A copy for a model that separates the documents packed into one sequence (`end_to_end`), or that does not.
+        `shares_prefixes`: a document may use a prefix that is computed in another document."""
         return self
 
     def shared(self, row: Row) -> int:
-        """Tokens of the shared prompt, which the sizes count once per answer but the model computes once."""
+        """Tokens of a shared prompt, which the sizes count for each answer but the model computes only once."""
         return 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The part of a row at sizes start .. stop-1; the whole row if it has no sizes that can be cut."""
+        """The row's units from start to stop-1, counted as in its sizes; the whole row if it cannot be cut."""
         return row
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows that fill one sequence of this size, for a simulation. `part`: the index of the size that is made as
-        large as possible. If rows of this kind all have the same size, the result is one row."""
+        """Rows that fill one sequence of this size, for a simulation. `part`: the index of the size to make as large
+        as possible. If all rows of this kind have the same size, the result is one row."""
         return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """A batch with the rows of `sequences`, one line each. Parts that `prepare` added become targets."""
+        """A batch with one line for each sequence of rows. Values that `prepare` added to the rows become targets."""
         raise NotImplementedError
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The row with its random draws for a step (crops, masks). `key`: seed, step, row, and how often the row was in
-        the step before."""
+        """The row after its random changes for a step (crops, masks). `key`: seed, step, row number, and how often
+        the row was already in this step."""
         return row
 
     def spans(self, row: Row) -> list[Span]:
@@ -168,7 +168,7 @@ class RowKind:
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Row kind and loss that score all answers; `shape`: (questions, answers); `dtype`: that of attention masks."""
+        """Row kind and loss to score all answers. `shape`: (questions, answers); `dtype`: the mask's dtype."""
         raise NotImplementedError
 
     def counting(self) -> Self:
@@ -180,12 +180,12 @@ class RowKind:
         return replace(self, options=options, notices=Counter())  # type: ignore[type-var]
 
     def with_rows(self, batch: Batch, rows: Iterable[Row]) -> Batch:
-        """The batch with these rows."""
+        """The batch, with its rows replaced by these rows."""
         some = iter(rows)
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
     def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
-        """The window with further parts in each row. `parts`: for each batch, the values of its rows."""
+        """The window with values added to its rows. `parts`: for each batch, the values of its rows by name."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
@@ -199,9 +199,9 @@ class RowKind:
 class LossKind:
     """The loss and metrics over batches of one row kind. Subclasses are in objectives/losses.
 
-    `metrics`: measured in every evaluation; `logged`: logged in each step, as its Loss sums them;
+    `metrics`: names of metrics of each evaluation; `logged`: names of values that each step logs from Loss.metrics;
     `reference`: whether the loss compares with the policy at step 0;
-    `updates_per_sampling`: consecutive steps that reuse the same samples; a run resumes only where new ones are drawn.
+    `updates_per_sampling`: steps in a row that reuse the same samples. A run resumes only where new ones are drawn.
     """
 
     metrics: Sequence[str] = ("loss",)
@@ -211,23 +211,23 @@ class LossKind:
 
     @property
     def measured_facts(self) -> Mapping[str, Any]:
-        """Plain values that an evaluation decided, or a trained adapter states; stored in the adapter's folder."""
+        """Values to save in the adapter's folder, chosen in an evaluation or read from a trained adapter."""
         return {}
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window of this rank with everything that depends on the step; without gradient."""
+        """This rank's window with all values added that depend on the whole step; computed without gradient."""
         return window
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
-        """The loss with values that are computed from all evaluation rows; `batches`: this rank's share."""
+        """Compute statistics of all evaluation rows; returns the loss with them. `batches`: this rank's share."""
         return self
 
     def evaluation_copy(self) -> LossKind:
-        """The loss for rows that are only measured."""
+        """The loss for evaluation, on rows that are not trained on."""
         return self
 
     def units(self, batch: Batch) -> Tensor:
-        """(K,) float64: the divisor of the step's loss, known before the forward."""
+        """The divisor of the step's loss, known before the forward; (K,) float64."""
         return torch.tensor([float(batch.supervised)], dtype=torch.float64)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
@@ -235,11 +235,11 @@ class LossKind:
         raise NotImplementedError
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums that metrics are computed from, without gradient. Its ROW_LOSSES add up to its `loss`."""
+        """Sums from which metrics are computed, without gradient. Losses per row in ROW_LOSSES sum to `loss`."""
         raise NotImplementedError
 
     def class_counts(self, sums: Mapping[str, Any]) -> JsonObject | None:
-        """Labels with their counts (correct, predicted, true), and their confusion matrix; None without labels."""
+        """The labels, their counts (correct, predicted, true), and their confusion matrix; None without labels."""
         return None
 
 
@@ -248,7 +248,7 @@ Facts = Mapping[str, Any]  # plain values of an objective that are saved in its 
 
 @dataclass(frozen=True)
 class CompanionSpec:
-    """A companion that an objective needs: companions/KIND.py makes it. `key`: the recipe's key of its settings."""
+    """The settings to make a companion in companions/KIND.py; `key` is the recipe's key that contains its settings."""
 
     kind: str
     key: str
@@ -259,9 +259,9 @@ class CompanionSpec:
 class CompanionFacts:
     """Facts about a companion that plan knows before any weights are loaded.
 
-    `weight_bytes`: bytes of its weights, if they are in memory during the whole run and no simulation counts them.
+    `weight_bytes`: size of its weights, if they are in memory during the whole run and no simulation counts them.
     `any_token`: whether the model may read any token of its vocabulary, not only tokens of the rows.
-    `streaming_obstacle`: the reason why a base with this companion cannot be streamed.
+    `streaming_obstacle`: why the base cannot be streamed in a run with this companion; None if it can.
     `usable`: False if a run with this companion cannot be simulated.
     """
 
@@ -278,7 +278,7 @@ CountingAs = Callable[[str], AbstractContextManager[None]]  # name of a memory p
 class Companion:
     """A part of a run besides the trained model: a teacher, reward models, parts of a pipeline, or sampling.
 
-    companions/KIND.py makes it. `rehearses`: whether `rehearse` simulates anything.
+    companions/KIND.py defines it. `rehearses`: whether its method `rehearse` simulates any work.
     """
 
     head: Head | None = None  # if the loss reads the companion's output projection
@@ -296,15 +296,15 @@ class Companion:
         return ()
 
     def fingerprint(self) -> Mapping[str, str]:
-        """The sha256 of files that affect the results, by key of the recipe; a resume compares them first."""
+        """The sha256 of files that affect the results, by recipe key. A resume first checks that none changed."""
         return {}
 
     def load(self, device: torch.device) -> None:
         """Load the companion."""
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
-        """Prepare what all steps need (class images, latents), before the first step and again after a resume. The
-        resume is refused if the returned sha256 of its files changed."""
+        """Prepare values that all steps need (class images, latents), before the first step and after a resume.
+        Returns the sha256 of the files read, by recipe key; a resume is refused if one of them changed."""
         return {}
 
     def simulated(self) -> Companion:
@@ -320,7 +320,7 @@ class Companion:
         return ()
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Compute the part that needs the most memory, in a simulated run with the largest batch."""
+        """Simulate the companion's work that needs the most memory, with the largest batch of the run."""
 
 
 def _unchanged(section: object, seed: int) -> object:
@@ -329,10 +329,10 @@ def _unchanged(section: object, seed: int) -> object:
 
 @dataclass(frozen=True)
 class Objective:
-    """Rows and a loss, with companions; objectives/NAME.py composes one.
+    """Rows and a loss, with companions. A module objectives/NAME.py makes the objective NAME.
 
-    `section(model, seed)`: the model section with which the base must be loaded (heads, trained parts).
-    `learning(rows)`: returns the objective with labels and notes that depend on all rows; None if nothing does.
+    `section(model, seed)`: the model section from which the base is loaded; it adds heads and names trained parts.
+    `learning(rows)`: returns the objective with labels and notes computed from all rows; None if it needs neither.
     `complete`: whether all labels are known. `counts_rows`: key of a setting that depends on the row count.
     `facts`: plain values that are saved in its adapter's folder.
     """
@@ -352,15 +352,15 @@ class Objective:
     measures_training: bool = False  # whether the evaluation rows are usually also training rows
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
-        """The objective after it has seen all rows: training rows, then evaluation rows if there are any."""
+        """The objective after it has read all rows: the training rows first, then any evaluation rows."""
         return self if self.learning is None else self.learning(rows).with_options(self.rows.options)
 
     def evaluation_copy(self) -> Objective:
-        """A copy for evaluation: no augmentation. LossKind.measuring adds statistics of the whole evaluation set."""
+        """A copy for evaluation: no augmentation. LossKind.measuring then adds statistics of all evaluation rows."""
         return replace(self, rows=self.rows.evaluation_copy(), loss=self.loss.evaluation_copy())
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
-        """The objective with rows in this layout."""
+        """The objective whose rows have the layout that RowKind.laid_out describes."""
         return replace(self, rows=self.rows.laid_out(end_to_end, shares_prefixes))
 
     def with_options(self, options: EncodeOptions) -> Objective:
@@ -368,12 +368,12 @@ class Objective:
         return replace(self, rows=self.rows.with_options(options))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window that the engine runs: its rows after their random draws, prepared by the loss."""
+        """The window that the engine runs: first the random changes of its rows, then the values that the loss adds."""
         return self.loss.prepare(run, draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
 
 
 def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
-    """The window after `draw` has changed each of its rows for this step, as RowKind.draw does."""
+    """The window after `draw` has changed each of its rows for this step. `draw`: as RowKind.draw."""
     repeats, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []
@@ -385,7 +385,7 @@ def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...
 
 
 class Engine(Protocol):
-    """Runs forward and backward of one window and adds its gradient, divided by `units`, to the parameters' grad."""
+    """Runs forward and backward of a window. The gradient of loss / `units` is added to the parameters' grad."""
 
     loss_scale: float
     losses: list[Tensor]  # the sum of each micro-batch of the last window
@@ -393,8 +393,8 @@ class Engine(Protocol):
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
-        """The loss sum of this rank divided by `units`, (K,) float64, and the sums of logged values;
-        `micro_batches`: the number of micro-batches of the step on all ranks, the divisor of per-step terms."""
+        """This rank's sum of losses divided by `units`, (K,) float64, and the sums of logged values.
+        `micro_batches`: the number of micro-batches in the step on all ranks; terms per step are divided by it."""
 
     def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Run forward and backward of a batch `forwards` times with weight 0, because ranks must make equally many."""
+        """Run a batch `forwards` times with weight 0, so that all ranks run forward equally often."""

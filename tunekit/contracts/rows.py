@@ -27,13 +27,13 @@ Progress = Callable[[str, int, int], None]  # what is counted, number done, tota
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """Show nothing."""
+    """A Progress callback that shows nothing."""
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """The way a tokenizer joins two texts: the ids that it puts `before`, `between` and `after` them, and the `types`
-    of all five parts in order (the texts are the second and fourth part); empty if the model takes no types."""
+    """How a tokenizer joins two texts. `before`, `between`, `after`: the special ids around the texts. `types`: the
+    token type ids of all five parts in order (the texts are parts 2 and 4); empty if the model has no token types."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
@@ -42,8 +42,8 @@ class Pairing:
 
 
 class Tokenizer(Protocol):
-    """The interface of a tokenizer for data and objectives. Methods add special tokens only where their docstring says
-    so."""
+    """The interface of a tokenizer for data and objectives. A method adds special tokens only if its docstring
+    states it."""
 
     bos_id: int | None
     eos_id: int | None
@@ -93,7 +93,7 @@ class Tokenizer(Protocol):
 
 
 class Processor(Protocol):
-    """Turns an example into a row: a tokenizer, or a processor of recordings or images with or without a tokenizer."""
+    """Turns examples into rows: a tokenizer, or a processor of recordings or images, which may include a tokenizer."""
 
     @property
     def fingerprint(self) -> str:
@@ -101,10 +101,10 @@ class Processor(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer for texts, if there is one. If the processor is a tokenizer, it is the processor itself."""
+        """The tokenizer for texts, None if there is none. A processor that is itself a tokenizer returns itself."""
 
     def save(self, folder: Path) -> None:
-        """Write the processor's files into a model folder."""
+        """Save the processor's files in a model folder."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,13 @@ class EncodeOptions:
 class RowLayout:
     """The parts of a row and their dtypes, which parts contain token ids, and how many sizes a row has.
 
-    `paired`: all sizes are lines of the same tensor, so that each is padded to the longest.
-    `token_sizes`: the indices of sizes that count tokens; None: all sizes do. Other sizes count frames or pixels.
-    `minimum`: the smallest padded size.
-    `identity`: the parts that identify a row together with its ids.
-    `batch_key`: rows can share a micro-batch only if this part is equal (images of one size, recordings of one
-    length).
+    `paired`: all sizes are lines of the same tensor, so that each line is padded to the longest.
+    `token_sizes`: the indices of sizes that count tokens; None: all sizes count tokens. Other sizes count frames or
+    pixels.
+    `minimum`: the smallest padded sizes.
+    `identity`: names of parts that, together with the ids, identify a row.
+    `batch_key`: name of a part that must be equal in all rows of a micro-batch (images of one size, recordings of
+    one length).
     """
 
     parts: Mapping[str, str]
@@ -140,12 +141,12 @@ class RowLayout:
     batch_key: str | None = None
 
     def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of one sequence after the padding of its micro-batch."""
+        """The sizes of one sequence after its micro-batch has been padded."""
         wide = (max(sizes),) * len(sizes) if self.paired else tuple(sizes)
         return tuple(map(max, wide, self.minimum)) if self.minimum else wide
 
     def length(self, sizes: Sequence[int]) -> int:
-        """The number of tokens that is limited by data.max_length."""
+        """The number of tokens that data.max_length limits."""
         tokens = self.tokens_of(sizes)
         return max(tokens, default=0) if self.paired else sum(tokens)
 
@@ -154,14 +155,14 @@ class RowLayout:
         return tuple(sizes) if self.token_sizes is None else tuple(sizes[place] for place in self.token_sizes)
 
     def key_of(self, row: Row) -> bytes:
-        """The row's value of the part `batch_key`. Rows can share a micro-batch only if this value is equal."""
+        """The row's value of the part `batch_key`. Rows can share a micro-batch only if their values are equal."""
         return b"" if self.batch_key is None else row.parts[self.batch_key].tobytes()
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One encoded row. `sizes`: the size of each separately padded part; `supervised`: the number of units that its
-    loss sums."""
+    """One encoded row. `sizes`: the size of each part that is padded separately; `supervised`: the number of units
+    (tokens, labels) whose losses are summed."""
 
     parts: RowParts
     sizes: tuple[int, ...]
@@ -188,15 +189,15 @@ class Rows(Protocol):
 
     @property
     def sizes(self) -> NDArray[np.int64]:
-        """(rows, sizes) the sizes of each row."""
+        """The sizes of all rows, shape (rows, sizes per row)."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """(rows,) total size of each row."""
+        """The total size of each row, shape (rows,)."""
 
     @property
     def supervised(self) -> NDArray[np.int64]:
-        """(rows,) the number of units in each row."""
+        """The number of supervised units of each row, shape (rows,)."""
 
 
 def default_labels(count: int) -> tuple[str, ...]:
@@ -206,10 +207,9 @@ def default_labels(count: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of an objective. `names`: the label of each row of the trained head; empty if not learned yet.
-    `head`: the labels of the base's own head, if it has one; `pad_id`: the padding id for a base whose configuration
-    has none.
-    """
+    """The labels of an objective. `names`: the label of each row of the trained head, empty if they are not known
+    yet. `head`: the labels of the base's own head, if it has one. `pad_id`: the padding id, if the base's
+    configuration has none."""
 
     names: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
@@ -217,16 +217,15 @@ class Labels:
 
     @cached_property
     def head_rows(self) -> dict[str, int]:
-        """A mapping of labels to rows of the head. Keys: the names, the names as `label_text` writes them and, if the
-        names are transformers' default names, also the numbers of the rows."""
+        """A mapping from labels to rows of the head. The keys are the names and their spellings by `label_text`. If
+        the names are transformers' default names, the row numbers are keys too."""
         numbers = range(len(self.names))
         spellings = ((label_text(name), number) for number, name in enumerate(self.names))
         by_number = {str(number): number for number in numbers} if self.names == default_labels(len(self.names)) else {}
         return {**by_number, **dict(spellings), **dict(zip(self.names, numbers, strict=True))}
 
     def head_name(self, label: str) -> str:
-        """The head's name for a label, which may be written as a number; the label itself if the head does not have
-        it."""
+        """The head's name of a label, which may be given as a number; the label itself if the head does not have it."""
         head_row = self.head_rows.get(label)
         return label if head_row is None else self.names[head_row]
 
@@ -237,12 +236,12 @@ class Labels:
             raise DataError(what, "correct it, leave the row out, or train with it listed under objective.labels")
 
     def numbers(self, labels: Iterable[str]) -> Tensor:
-        """(N,) the index of each label among the head's rows."""
+        """The index of each label's row in the head, shape (N,)."""
         return torch.tensor([self.head_rows[label] for label in labels])
 
     def read(self, value: LabelValue) -> str:
-        """The label of a row as the text that the row stores. Raises: DataError for a value of a different kind, or an
-        unlisted label."""
+        """Convert the label of an example to the text that its row stores. Raises: DataError for an unlisted label,
+        or a value that is not a single class."""
         if isinstance(value, str):
             spelled = None if self.names else of_cell(value)
             if not isinstance(spelled, list):
@@ -263,11 +262,11 @@ class Labels:
         return [text]
 
     def written(self, text: str) -> str:
-        """The label text in the form that answers of the model have."""
+        """Convert the label text of a row to the form in which the model answers."""
         return self.head_name(text)
 
     def targets(self, texts: Iterable[str]) -> Tensor:
-        """The targets of the loss: (N,) the index of each row's label."""
+        """The loss's targets: for each text, the index of its label's row in the head, shape (N,)."""
         return self.numbers(texts)
 
     @property
@@ -283,7 +282,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a row for preview: token ids and which of them are trained, or an image, under a title."""
+    """A part of a row that preview shows under a title: token ids with marks on trained ids, or an image."""
 
     ids: Array = field(default_factory=lambda: np.zeros(0, np.int64))  # (T,)
     trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # (T,)
@@ -310,7 +309,7 @@ class Batch:
 
     @property
     def lengths(self) -> list[int]:
-        """(B,) the size of each sequence, without padding."""
+        """The size of each sequence without padding: B numbers."""
         return [sum(row.size for row in sequence) for sequence in self.sequences]
 
     @property
@@ -320,17 +319,17 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        """Number of units that the loss sums."""
+        """The number of units whose losses are summed."""
         return sum(row.supervised for row in self.rows)
 
     @property
     def width(self) -> int:
-        """Padded size of one sequence, all parts together."""
+        """The padded size of one sequence: the sum over all its parts."""
         return self.padded // len(self.sequences)
 
     @property
     def padded(self) -> int:
-        """Positions of all sequences, including padding."""
+        """The number of positions in all sequences, including padding."""
         if self.line_size is not None:
             return self.line_size * len(self.sequences)
         return sum(tensor.numel() for name, tensor in self.inputs.items() if name.endswith("input_ids"))
@@ -338,7 +337,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one optimizer step (of this rank), with their indices in the step over all ranks."""
+    """This rank's micro-batches of one optimizer step. `indices`: their indices among the micro-batches of all
+    ranks."""
 
     step: int  # 0-based index of the optimizer step; negative for a dry-run step
     epoch: float  # epochs finished after this step
@@ -354,7 +354,8 @@ class Window:
 
 
 class WindowSource(Protocol):
-    """Windows in training order, from a given step on; a pure function of (rows, settings, seed)."""
+    """Yields windows in training order from a given step on. The result depends only on the rows, the settings and
+    the seed."""
 
     steps: int
 

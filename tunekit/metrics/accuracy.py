@@ -1,4 +1,4 @@
-"""The share of rows whose predicted label is right. In multi-label rows all labels must be right."""
+"""The share of rows with the right predicted label. A row with several labels is right if all of them are right."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """The number of right rows over the number of rows. Raises ValueError without rows."""
+    """The number of rows predicted right, divided by the number of rows. Raises ValueError without rows."""
     right, rows = sums["labelled"]
     if rows <= 0:
         raise ValueError("no labelled rows")

@@ -1,4 +1,4 @@
-"""Character error rate after the model's normaliser, which makes spellings uniform."""
+"""Character error rate of normalised texts. The model's normaliser makes spellings uniform."""
 
 from tunekit.metrics.cer import LIBRARY as LIBRARY
 from tunekit.metrics.cer import score as score

@@ -10,10 +10,9 @@ MOST_SHOWN = 12
 
 
 def class_facts(classes: Mapping[str, Any]) -> JsonObject:
-    """The facts with `per_class`: a line for each label, computed from its `counts` (predicted right, predicted, true).
-    Facts that already have `per_class` are returned unchanged.
-    A share with denominator 0 is 0, as in scikit-learn's classification_report.
-    """
+    """The class counts of an evaluation, extended by `per_class`: a line for each label, computed from its `counts`
+    (predicted right, predicted, true). If `per_class` already exists, nothing is changed.
+    A share with denominator 0 is 0, as in scikit-learn's classification_report."""
     if "per_class" in classes:
         return dict(classes)
     lines = []
@@ -26,7 +25,7 @@ def class_facts(classes: Mapping[str, Any]) -> JsonObject:
 
 
 def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
-    """Header and lines of the confusion matrix; None if there is none, or if it is too large to read."""
+    """Header and lines of the confusion matrix; None if there is no matrix, or if it is too large to print."""
     if "confusion" not in facts or len(labels := facts["labels"]) > MOST_SHOWN:
         return None
     rows = zip(labels, facts["confusion"], strict=True)
@@ -36,14 +35,14 @@ def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]
 def class_table(
     labels: Sequence[str], counts: Sequence[Sequence[float]], confusion: Sequence[Sequence[float]] | None = None
 ) -> JsonObject:
-    """Labels, their counts (correct, predicted, true) and their confusion matrix if there is one."""
+    """A mapping with the labels, their counts (correct, predicted, true) and, if given, their confusion matrix."""
     whole = [[int(count) for count in row] for row in counts]
     matrix = {} if confusion is None else {"confusion": [[int(count) for count in row] for row in confusion]}
     return {"labels": list(labels), "counts": whole, **matrix}
 
 
 def columns_of(facts: Mapping[str, Any]) -> list[str]:
-    """The columns of the lines of `per_class`, in order."""
+    """The names of the columns in `per_class`, in order."""
     return [name for name in COLUMNS if any(name in line for line in facts["per_class"][:1])]
 
 

@@ -1,6 +1,5 @@
-"""Expected calibration error: the mean difference, over bins of probability, between the probability of the predicted
-label and its accuracy.
-"""
+"""Expected calibration error. Rows are divided into bins by the probability of the predicted label; the metric is
+the mean difference, over bins, between this probability and the accuracy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +11,8 @@ BINS = 15  # bins of equal width; the upper bound is included
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """Sum over the bins of |sum of probabilities - number of right rows| / number of all rows. Raises ValueError
-    without rows.
+    """The sum over bins of |sum of probabilities - number of right rows|, divided by the number of all rows. Raises
+    ValueError without rows.
 
     `calibration`: for each bin, the number of its rows, the sum of their largest probabilities, and the number of right
     rows.

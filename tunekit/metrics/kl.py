@@ -1,4 +1,5 @@
-"""KTO's estimate of the KL: the mean log-ratio of policy to reference, on prompts with the answers of other rows."""
+"""KTO's estimate of the KL: the mean log-ratio of policy to reference, for prompts paired with answers of other
+rows."""
 
 from tunekit.metrics.loss import mean_of
 

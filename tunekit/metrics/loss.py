@@ -9,12 +9,12 @@ HIGHER_IS_BETTER = False
 
 
 def mean_of(name: str, counted: str = "units") -> tuple[tuple[str, str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a metric that is a mean: the sum `name`, divided by the number of units (tokens, labels,
-    pairs). `counted`: the name of the sum that counts the units; some sums count only units with a value.
-    """
+    """NEEDS and `from_sums` of a metric that is a mean: the sum `name`, divided by the number of units (tokens,
+    labels, pairs). `counted`: the name of the sum that counts these units, because some metrics have a value for
+    only some units."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
-        """The mean; NaN if no unit has the value. Raises ValueError without units."""
+        """The mean; NaN if no unit has a value. Raises ValueError without units."""
         if sums["units"] <= 0:
             raise ValueError("no supervised tokens")
         count = sums.get(counted, sums["units"])

@@ -1,4 +1,4 @@
-"""F1 of each label, averaged over labels, so that rare labels count as much as frequent labels."""
+"""Macro F1: the F1 of each label, averaged over labels. Rare labels count as much as frequent labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +11,10 @@ HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """Mean over labels of 2 TP / (2 TP + FP + FN), as scikit-learn's f1_score(average="macro").
+    """The mean over labels of 2 TP / (2 TP + FP + FN), as in scikit-learn's f1_score(average="macro").
 
-    `label_counts`: for each label, the numbers of rows predicted right, predicted, and labelled. Labels that are
-    neither predicted nor true are left out. 0 if no label is left.
+    `label_counts`: for each label, the number of rows predicted right, predicted, and labelled. Labels that are
+    neither predicted nor true are left out. The result is 0 if no label remains.
     """
     counts = sums["label_counts"]
     scores = [f1(right, predicted, there) for right, predicted, there in counts if predicted + there]

@@ -1,4 +1,4 @@
-"""F1 over all labels of all rows together, so that frequent labels count more than rare labels."""
+"""Micro F1: one F1 over all labels of all rows. Frequent labels count more than rare labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,9 @@ HIGHER_IS_BETTER = True
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """2 TP / (2 TP + FP + FN), as scikit-learn's f1_score(average="micro"); 0 without any label.
+    """2 TP / (2 TP + FP + FN), as in scikit-learn's f1_score(average="micro"); 0 without any label.
 
-    `label_counts`: for each label, the numbers of rows predicted right, predicted, and labelled.
+    `label_counts`: for each label, the number of rows predicted right, predicted, and labelled.
     """
     right, predicted, there = map(sum, zip(*sums["label_counts"], strict=True))
     return f1(right, predicted, there)

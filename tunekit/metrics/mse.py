@@ -1,4 +1,4 @@
-"""Mean squared error of the rows' numbers, from all scores and numbers."""
+"""Mean squared error of predicted scores, for rows labelled with numbers (regression)."""
 
 from tunekit.metrics.outputs import mean_of_outputs, squared_error
 

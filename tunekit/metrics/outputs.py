@@ -1,4 +1,4 @@
-"""Mean squared error of the scores, and their correlations with the numbers of rows.
+"""Regression metrics: the mean squared error of predicted scores, and their correlations with the true numbers.
 
 Sums are exactly rounded (math.fsum), so that they do not depend on the order of the rows.
 """
@@ -17,10 +17,10 @@ Measure = Callable[[Column, Column], float]
 
 
 def mean_of_outputs(measure: Measure) -> tuple[tuple[str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a metric: the mean of `measure` over the numbers of a row."""
+    """NEEDS and `from_sums` of a regression metric: `measure` of each output of the head, averaged over the outputs."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
-        """NaN where the measure of one of the numbers is not defined. Raises ValueError without rows."""
+        """The mean; NaN if the measure is undefined for one of the outputs. Raises ValueError without rows."""
         columns = _columns(sums[ROW_VALUES])
         if not columns:
             raise ValueError("no rows with numbers")
@@ -30,7 +30,7 @@ def mean_of_outputs(measure: Measure) -> tuple[tuple[str], Callable[[Mapping[str
 
 
 def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonObject]:
-    """A line of metrics for each number of a row; a correlation with a constant is None."""
+    """A line of metrics for each output of the head. The correlation with a constant is None."""
     lines = []
     for label, (scores, numbers) in zip(labels, _columns(values), strict=True):
         found = {"mse": squared_error(scores, numbers), "pearson": pearson(scores, numbers)}
@@ -41,7 +41,7 @@ def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonOb
 
 
 def _columns(rows: Sequence[Column]) -> list[tuple[Column, Column]]:
-    """For each number, its scores and its values in all rows."""
+    """For each output of the head: its scores and its true numbers in all rows."""
     columns = list(zip(*rows, strict=True))
     half = len(columns) // 2
     return list(zip(columns[:half], columns[half:], strict=True))
@@ -53,7 +53,7 @@ def squared_error(scores: Column, values: Column) -> float:
 
 
 def pearson(scores: Column, values: Column) -> float:
-    """Pearson's correlation, as scipy.stats.pearsonr; nan if scores or values are constant."""
+    """Pearson's correlation, as in scipy.stats.pearsonr; nan if the scores or the numbers are constant."""
     if min(scores) == max(scores) or min(values) == max(values):
         return nan
     first, second = (_less_mean(each) for each in (scores, values))
@@ -63,7 +63,8 @@ def pearson(scores: Column, values: Column) -> float:
 
 
 def spearman(scores: Column, values: Column) -> float:
-    """Pearson's correlation of the ranks, as scipy.stats.spearmanr; nan if scores or values are constant."""
+    """Pearson's correlation of the ranks, as in scipy.stats.spearmanr; nan if the scores or the numbers are
+    constant."""
     return pearson(_ranks(scores), _ranks(values))
 
 
@@ -73,7 +74,7 @@ def _less_mean(values: Column) -> list[float]:
 
 
 def _ranks(values: Column) -> list[float]:
-    """The rank of each value, from 1; equal values share the mean of their ranks."""
+    """The rank of each value, starting at 1. Equal values all get the mean of their ranks."""
     order, ranks, before = sorted(range(len(values)), key=values.__getitem__), [0.0] * len(values), 0
     for _, group in groupby(order, key=values.__getitem__):
         places = list(group)

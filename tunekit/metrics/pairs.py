@@ -1,4 +1,4 @@
-"""Metrics that are a mean over pairs of answer and reference."""
+"""Metrics that are a mean over pairs (answer, reference)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MeanOfPairs:
-    """The function `score` of a metric that is the mean of `of_pair`(answer, reference)."""
+    """A metric's function `score`: the mean of `of_pair`(answer, reference) over all pairs."""
 
     of_pair: Callable[[str, str], float]
 

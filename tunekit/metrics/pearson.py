@@ -1,4 +1,4 @@
-"""Pearson's correlation of scores with the rows' numbers."""
+"""Pearson's correlation of predicted scores with the rows' true numbers."""
 
 from tunekit.metrics.outputs import mean_of_outputs, pearson
 

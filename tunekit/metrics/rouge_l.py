@@ -1,4 +1,4 @@
-"""ROUGE-L: the longest common subsequence of words of the answer and the reference."""
+"""ROUGE-L: F1 of the longest common subsequence of words in the answer and the reference."""
 
 import unicodedata
 
@@ -9,9 +9,10 @@ HIGHER_IS_BETTER = True
 
 
 def _f1(prediction: str, reference: str) -> float:
-    """F1 = 2 LCS / (words of p + words of r); 1 if neither text has words.
+    """F1 = 2 LCS / (words of answer + words of reference); 1 if neither text has words.
 
-    Words are runs of letters, marks and digits, case-folded and not stemmed; on ASCII text the same as in rouge_score.
+    Words are runs of letters, marks and digits, case-folded and not stemmed. For ASCII text they are the same as in
+    rouge_score.
     Source: Lin 2004, with beta = 1.
     """
     words, others = _words(prediction), _words(reference)
@@ -20,7 +21,7 @@ def _f1(prediction: str, reference: str) -> float:
 
 
 def _common_subsequence(first: list[str], second: list[str]) -> int:
-    """Length of the longest common subsequence, one row of the table at a time: O(len x len) time, O(len) memory."""
+    """Length of the longest common subsequence, by dynamic programming row by row: O(len x len) time, O(len) memory."""
     row = [0] * (len(second) + 1)
     for word in first:
         diagonal = 0
@@ -32,7 +33,7 @@ def _common_subsequence(first: list[str], second: list[str]) -> int:
 
 
 def _words(text: str) -> list[str]:
-    """Runs of characters of the kinds letter, mark and number."""
+    """The words of a text: runs of letters, marks and numbers."""
     kinds = (character if unicodedata.category(character)[0] in "LMN" else " " for character in text.casefold())
     return "".join(kinds).split()
 

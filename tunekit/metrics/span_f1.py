@@ -14,23 +14,22 @@ OUTSIDE = ("O", "")
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """2 right / (predicted + true) over the spans of all kinds, as seqeval's f1_score; 0 without spans.
-    `spans`: for each kind, the numbers of spans predicted right, predicted, and true.
-    """
+    """2 right / (predicted + true) over the spans of all kinds, as in seqeval's f1_score; 0 without spans.
+    `spans`: for each kind, the number of spans predicted right, predicted, and true."""
     right, predicted, there = map(sum, zip(*sums["spans"], strict=True)) if sums["spans"] else (0, 0, 0)
     return f1(right, predicted, there)
 
 
 def kinds_of(tags: Sequence[str]) -> list[str]:
-    """The kinds of spans in the tags (PER of B-PER), sorted."""
+    """The sorted kinds of spans that occur in the tags, such as PER for B-PER."""
     return sorted({kind for tag in tags if (kind := _parts(tag)[1])})
 
 
 def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
-    """(kind, first word, last word), as seqeval's get_entities finds them in its default mode.
+    """The spans in a row's tags, each (kind, first word, last word), as in seqeval's get_entities in its default mode.
 
-    A span ends before O, B-, S- or a tag of another kind, and after E- or S-. I- or E- without a span before it starts
-    a span.
+    A span ends before O, before B- or S-, before a tag of another kind, and after E- or S-. A tag I- or E- without a
+    span before it starts a span.
     """
     first, before = 0, OUTSIDE
     for place, (letter, kind) in enumerate([*map(_parts, tags), OUTSIDE]):
@@ -41,6 +40,6 @@ def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
 
 
 def _parts(tag: str) -> tuple[str, str]:
-    """Letter and kind of a tag: B-PER -> (B, PER), B -> (B, _), other texts -> OUTSIDE."""
+    """The prefix and the kind of a tag: B-PER -> (B, PER), B -> (B, _). Other texts -> OUTSIDE."""
     letter, dash, kind = tag[:1], tag[1:2], tag[2:]
     return (letter, kind or "_") if letter in ("B", "I", "E", "S") and dash in ("", "-") else OUTSIDE

@@ -1,4 +1,4 @@
-"""Spearman's correlation: the correlation between the ranks of scores and the ranks of the rows' numbers."""
+"""Spearman's correlation: the correlation of the ranks of predicted scores with the ranks of the rows' true numbers."""
 
 from tunekit.metrics.outputs import mean_of_outputs, spearman
 

@@ -8,12 +8,12 @@ LIBRARY = ("jiwer", "tunekit[speech]")  # the module that counts errors, and the
 
 
 def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    """The function `score` of a metric, from jiwer's function of this name: the errors of all pairs over the units of
-    all references. Pairs whose reference has no word are left out, because they have no error rate.
-    """
+    """A metric's function `score`, computed by jiwer's function `name`: the errors in all pairs, divided by the
+    units (words or characters) of all references. A pair is left out if its reference has no word, because its error
+    rate is undefined."""
 
     def score(predictions: Sequence[str], references: Sequence[str]) -> float:
-        """The error rate of all pairs. Raises: ValueError if no pair is left; InputError without jiwer."""
+        """The error rate over all pairs. Raises: ValueError if no pair remains; InputError without jiwer."""
         try:
             import jiwer
         except ImportError:

@@ -1,4 +1,4 @@
-"""Overlap of the answer's words with the reference's words, in any order."""
+"""F1 of the words that answer and reference have in common, in any order."""
 
 import string
 from collections import Counter
@@ -11,10 +11,9 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def _f1(prediction: str, reference: str) -> float:
-    """F1 = 2 common / (words of p + words of r), words as multisets; 1 if neither text has words.
+    """F1 = 2 common / (words of answer + words of reference), where words are multisets; 1 if neither text has words.
     Words are separated by white space, lower-cased, without ASCII punctuation.
-    Source: Rajpurkar et al. 2016, but articles are not removed.
-    """
+    Source: Rajpurkar et al. 2016, but articles are not removed."""
     words, others = _words(prediction), _words(reference)
     total = words.total() + others.total()
     return 2 * (words & others).total() / total if total else 1.0

@@ -1,4 +1,4 @@
-"""Word error rate after the model's normaliser, which makes spellings uniform."""
+"""Word error rate of normalised texts. The model's normaliser makes spellings uniform."""
 
 from tunekit.metrics.wer import LIBRARY as LIBRARY
 from tunekit.metrics.wer import score as score

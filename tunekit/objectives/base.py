@@ -1,4 +1,4 @@
-"""Objectives by name: `objective: sft` is made by the function `make` in sft.py."""
+"""Makes an objective from its name: `objective: sft` is made by the function `make` in sft.py."""
 
 import importlib
 
@@ -8,16 +8,16 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 def row_fingerprint(settings: ObjectiveSettings, processor: Processor | Tokenizer) -> str:
-    """The fingerprint of the rows, if all settings of the objective decide them."""
+    """The fingerprint of rows that depend on all settings of the objective."""
     return hash_of([settings.model_dump(mode="json"), processor.fingerprint])
 
 
 def make_objective(
     settings: ObjectiveSettings, processor: Processor, facts: Facts | None = None, options: EncodeOptions | None = None
 ) -> Objective:
-    """The objective named by `settings.method`.
+    """Make the objective that `settings.method` names.
 
-    `facts`: the facts that were saved with a trained adapter; `options`: how the rows are encoded.
+    `facts`: the objective's facts saved with a trained adapter; `options`: how rows are encoded.
     """
     module = importlib.import_module(f"tunekit.objectives.{settings.method}")
     return module.make(settings, processor, facts or {}, options or EncodeOptions())

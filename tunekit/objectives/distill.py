@@ -11,9 +11,8 @@ TEACHER = "objective.teacher"
 
 
 def make(settings: DistillSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: sequences, a loss that is a divergence from the teacher, and the teacher as a companion. The rows
-    do not depend on the teacher.
-    """
+    """The objective: sequences, a divergence loss, and the teacher as a companion. Rows do not depend on the
+    teacher."""
     rows = SequenceRows(tokenizer, hash_of([settings.method, tokenizer.fingerprint]), options)
     teacher = CompanionSpec("teacher", TEACHER, settings)
     loss, answering = DivergenceLoss(settings, TEACHER), text_answering(tokenizer)

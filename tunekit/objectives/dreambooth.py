@@ -49,7 +49,7 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
 
 
 def _completed(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts) -> DreamboothSettings:
-    """The settings with a resolution. Facts in the folder of a trained adapter replace the recipe's values."""
+    """The settings, with a resolution filled in. Saved facts of a trained adapter replace the recipe's values."""
     stated = {name: facts[name] for name in FACTS if name in facts}
     if isinstance(buckets := stated.get("aspect_ratio_buckets"), list):
         stated["aspect_ratio_buckets"] = tuple((high, wide) for high, wide in buckets)
@@ -66,7 +66,7 @@ def _schedule(processor: PipelineProcessor) -> NoiseSchedule:
 def _section(
     settings: DreamboothSettings, processor: PipelineProcessor, model: ModelSection, seed: int = 0
 ) -> ModelSection:
-    """The model section of the pipeline, which names the trained parts."""
+    """The base's model section, extended by the parts of the pipeline that are trained."""
     encoders = [name for name in processor.tokenizers if name != "text_encoder_3"]
     parts = (PIPELINES[processor.kind], *(encoders if settings.train_text_encoder else ()))
     return PipelineModel.of(model, family=settings.family, trained=parts, stays=not settings.caches)

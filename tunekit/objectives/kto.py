@@ -13,9 +13,8 @@ from tunekit.recipe.objectives.kto import KtoSettings
 
 
 def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: single answers with a label. Its function `learning` reads the lengths of all rows, and notes it
-    if the weights do not balance good and bad answers.
-    """
+    """The objective: single answers marked as good or bad. Its function `learning` reads the lengths of all rows. It
+    adds a note if the weights do not balance good and bad answers."""
     rows = AnswerRows(
         tokenizer,
         row_fingerprint(settings, tokenizer),

@@ -1,4 +1,5 @@
-"""`objective: orpo`: supervised tuning on chosen answers, and in the same loss the odds ratio of both answers."""
+"""`objective: orpo`: supervised tuning on chosen answers. The same loss also contains the odds ratio of both
+answers."""
 
 from functools import partial
 
@@ -10,9 +11,8 @@ from tunekit.recipe.objectives.orpo import OrpoSettings
 
 
 def make(settings: OrpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and the loss of their odds ratio. As in trl, the prompts of chosen answers are
-    trained on too.
-    """
+    """The objective: pairs of answers, and the loss of their odds ratio. As in trl, prompts of chosen answers are
+    also trained on."""
     formula = partial(odds_ratio, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=1.0, prompts=True)
     return pair_objective(settings, tokenizer, options, loss, prompts=True)

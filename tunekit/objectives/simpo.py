@@ -1,5 +1,5 @@
-"""`objective: simpo`: preference tuning that sets the mean log-probabilities of two answers a margin apart, without a
-reference model."""
+"""`objective: simpo`: preference tuning without a reference model. The mean
+log-probabilities of two answers should differ by more than a margin."""
 
 from functools import partial
 

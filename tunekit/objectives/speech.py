@@ -15,7 +15,7 @@ from tunekit.recipe.objectives.speech import SpeechSettings
 
 
 def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: recordings with transcripts, and cross entropy. `facts`: the settings of a trained adapter.
+    """The objective: recordings with transcripts, and cross entropy. `facts`: saved settings of a trained adapter.
 
     Raises: RecipeError for a language that the model does not know.
     """
@@ -53,7 +53,7 @@ def _checked(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts)
 
 
 def _generation(settings: SpeechSettings, processor: SpeechProcessor) -> Mapping[str, Any]:
-    """Generation settings of a merged model, so that its answers start with the language and task that were trained."""
+    """Generation settings for a merged model. With these, its answers start with the trained language and task."""
     if not processor.padded:
         return {}
     if not processor.multilingual or settings.language is None:
@@ -63,5 +63,5 @@ def _generation(settings: SpeechSettings, processor: SpeechProcessor) -> Mapping
 
 
 def _normalized(processor: SpeechProcessor, text: str) -> str:
-    """The text, normalised by the model's own normaliser, which makes spellings uniform."""
+    """The text after the model's own normaliser, which makes spellings uniform."""
     return str(processor.normalize(text)).strip()

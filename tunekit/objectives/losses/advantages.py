@@ -1,6 +1,5 @@
-"""Statistics of rewards, the metrics of a step, and the token values from which a policy loss is computed. A reward of
-NaN means that the completion has no reward.
-"""
+"""Functions for policy losses: statistics of rewards, metrics of a step, and the values of tokens that a loss reads.
+A reward of NaN means that the completion has no reward."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ MINIMUM_SPREAD = 1e-4  # added to a standard deviation before advantages are div
 
 
 def spread(values: Rewards, axis: int | None = None) -> Rewards:
-    """Standard deviation (with n - 1) of the numbers that are not NaN; NaN if there are fewer than two numbers."""
+    """Standard deviation (with n - 1) of the numbers that are not NaN; NaN if fewer than two numbers are not NaN."""
     judged = ~np.isnan(values)
     count = np.sum(judged, axis=axis)
     mean = np.nansum(values, axis=axis, keepdims=True) / np.maximum(np.sum(judged, axis=axis, keepdims=True), 1)
@@ -31,13 +30,13 @@ def spread(values: Rewards, axis: int | None = None) -> Rewards:
 
 
 def mean(values: Rewards, axis: int | None = None) -> Rewards:
-    """Mean of the numbers that are not NaN; NaN if there are none."""
+    """Mean of the numbers that are not NaN; NaN if all numbers are NaN."""
     count = np.sum(~np.isnan(values), axis=axis)
     return np.where(count > 0, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
 
 
 def teaches_nothing(rewards: Rewards, axis: int | None = None) -> NDArray[np.bool_]:
-    """Whether the rewards are all equal, or fewer than two of them are not NaN."""
+    """Whether all advantages would be 0: the rewards are all equal, or fewer than two are not NaN."""
     deviation = spread(rewards, axis)
     return np.isnan(deviation) | np.isclose(deviation, 0.0)
 
@@ -48,15 +47,15 @@ def scaled(values: Rewards, deviation: Rewards) -> Rewards:
 
 
 def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
-    """Weighted sums over reward functions. Rewards of NaN are left out; the sum is NaN if all are. Shapes: (..., F) ->
-    (...)."""
+    """Sums of rewards, weighted by reward function. A NaN is left out; a sum is NaN if all its rewards are NaN.
+    Shapes: (..., F) -> (...)."""
     total = np.nansum(scores * np.array(weights, np.float64), axis=-1)
     return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
 
 
 def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal: NDArray[np.bool_]) -> dict[str, float]:
-    """Mean and standard deviation of the total reward and of each reward function; the share of groups that teach
-    nothing, and the share of completions without a reward.
+    """Mean and standard deviation of the total reward, and of each function's rewards. Also two shares: groups whose
+    rewards are all equal, and completions without a reward.
 
     Shapes: scores (A, G, F), total (A, G), equal (A,).
     """
@@ -68,8 +67,8 @@ def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal:
 
 
 def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str, float]:
-    """Lengths of the step's completions in tokens, and the share of completions that have no stop token. Shapes: (A, G)
-    each."""
+    """Lengths of the step's completions in tokens, and the share of completions without a stop token. Shapes:
+    lengths, ended (A, G)."""
     complete = lengths[ended]
     return {
         "completions_mean_length": float(lengths.mean()),
@@ -81,17 +80,18 @@ def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str,
 
 
 def clipping(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """Whether each ratio is clipped, and so has no gradient."""
+    """For each ratio: whether it is clipped, so that it has no gradient. The keys name the lower clip, the upper
+    clip, and either of them."""
     below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
     return dict(zip(CLIPPED, (below, above, below | above), strict=True))
 
 
 class Tokens(NamedTuple):
-    """Values of the tokens in a batch's completions: (N,) each, in the order of `counts` (G P,), the tokens per
+    """Values of all tokens in a batch's completions, shape (N,). `counts` (G P,): the number of tokens of each
     completion.
 
-    `log_ratio`: the log-probability less the log-probability at sampling; `share`: the weight of a token in a mean over
-    tokens; `prepared`: the values of tokens or completions that `prepare` of the loss added.
+    `log_ratio`: the log-probability less the log-probability at sampling. `share`: the weight of a token in a mean
+    over tokens. `prepared`: values of tokens or completions that the loss's `prepare` added.
     """
 
     logps: Tensor
@@ -103,7 +103,7 @@ class Tokens(NamedTuple):
 
 
 def read_tokens(output: ModelOutput, batch: Batch, temperature: float) -> Tokens:
-    """The tokens of the batch's completions, with gradient. Shapes: output.hidden (B, T, D) -> (N,)."""
+    """The values of the tokens in the batch's completions, with gradient. Shapes: output.hidden (B, T, D) -> (N,)."""
     assert output.hidden is not None
     device, counts = output.hidden.device, batch.targets["counts"]
     names = (*PER_TOKEN, *PER_COMPLETION, "share")
@@ -121,5 +121,5 @@ def by_token(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def summed(values: Tensor) -> Tensor:
-    """() the sum of the values of a metric, without gradient."""
+    """The sum of the values of a metric, a scalar without gradient."""
     return values.detach().sum(dtype=summing_dtype(values.device))

@@ -15,16 +15,16 @@ from tunekit.objectives.losses.logprobs import at_temperature, log_probabilities
 class AnswerLoss(LossKind):
     """loss = sum over rows of `compared`, divided by the step's number of rows.
 
-    `prepare` computes values that depend on several rows, for the whole step on all ranks. So micro-batches and splits
-    do not change the loss.
+    `prepare` reads the whole step on all ranks to compute values that depend on several rows. Therefore the division
+    into micro-batches does not change the loss.
     """
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) the loss of each row, and the logged values, summed over rows."""
+        """The loss of each row, shape (P,), and the logged values, summed over rows."""
         raise NotImplementedError
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        """The sum of the rows' losses. Shapes: output.hidden (B, T, D) -> total (1,)."""
         losses, metrics = self.compared(output, batch)
         return Loss(losses.sum()[None], metrics=metrics)
 
@@ -36,14 +36,14 @@ class AnswerLoss(LossKind):
 
 
 def predicted(output: ModelOutput, batch: Batch, temperature: float = 1.0, entropies: Tensor | None = None) -> Tensor:
-    """(N,) log-probability of every predicted token; `entropies` (N,) is filled with the entropies of the
-    distributions."""
+    """The log-probability of each predicted token, shape (N,). The entropies of the distributions are written to
+    `entropies` (N,)."""
     tempered = at_temperature(output, temperature)
     return log_probabilities(tempered, batch.targets["index"], batch.targets["ids"], entropies)
 
 
 def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
-    """The sum of the values of each sequence, added in a fixed order on every device.
+    """The sum of values in each sequence. The order of addition is fixed, and the same on every device.
 
     Shapes: values (N,), counts (S,) -> (S,).
     """
@@ -51,17 +51,18 @@ def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def by_row(scores: Tensor, sides: int) -> Array:
-    """The scores, arranged by row. Shapes: (S P,) -> (P, S)."""
+    """The scores with one line for each row. Shapes: (S P,) -> (P, S)."""
     return scores.numpy().reshape(sides, -1).T
 
 
 def reference_scores(
     run: RunView, batches: Sequence[Batch], read: Read, *, keeps: str | bool, further: Sequence[Batch] = ()
 ) -> list[Tensor]:
-    """The reference's scores (S P,) of each batch, then of each `further` batch. Scores of `further` are not cached.
+    """The reference's scores, shape (S P,), for each of `batches`, then for each of `further`. Scores of `further` are
+    not cached.
 
-    `keeps`: whether the scores of rows are cached. If so, each row is scored separately, so that its scores do not
-    depend on the step. auto: only on a CPU, where this costs little time, and only if the run repeats its rows.
+    `keeps`: whether scores are cached by row. If so, each row is scored alone, so that its scores do not depend on
+    the step. auto: cache on a CPU, where this costs little time, if the run repeats its rows.
     """
     if keeps == "auto":
         keeps = run.model.repeats_rows and run.model.device.type == "cpu"
@@ -77,5 +78,5 @@ def reference_scores(
 
 
 def _key(row: Row, run: RunView) -> bytes:
-    """A key that is equal for rows with the same scores."""
+    """A hash of the row's parts: rows with equal parts have equal scores."""
     return blake2b(b"".join(row.parts[name].tobytes() for name in run.rows.layout.parts), digest_size=16).digest()

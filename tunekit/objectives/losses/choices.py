@@ -1,4 +1,4 @@
-"""The scores of choices: the score of an answer is the sum of its tokens' log-probabilities."""
+"""Scores the answers of a question: an answer's score is the sum of its tokens' log-probabilities."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ class ChoiceLoss(LossKind):
     shape: tuple[int, int]
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """`scores` (questions, answers): the sum of each answer's log-probabilities; `hits` (questions, answers): how
-        many of its tokens are the most likely ones. Both are 0 for answers of other batches."""
+        """`scores` (questions, answers): the sum of each answer's log-probabilities. `hits` (questions, answers):
+        how many of its tokens have the highest probability. Both are 0 for answers that are not in this batch."""
         losses, correct = scores_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,) each
         cells = to_device(batch.targets["cells"], losses.device)
         scores, hits = torch.zeros((2, *self.shape), dtype=summing_dtype(losses.device), device=losses.device)

@@ -1,4 +1,4 @@
-"""Sums from which accuracy, F1 and calibration of label scores are computed."""
+"""Sums for the accuracy, F1 and calibration of predicted labels."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,15 @@ MOST_CONFUSED = 1000  # maximum number of labels of a confusion matrix; its size
 def label_sums(scores: Tensor, labels: Tensor) -> Sums:
     """The sums of a batch:
 
-    - `correct`, `units`
-    - `labelled` (2,): the numbers of right rows and of all rows
-    - `label_counts` (C, 3): for each label, the numbers of rows predicted right, predicted, and labelled
-    - `confusion` (C, C), unless there are too many labels: a row for each true label, a column for each predicted label
+    - `correct`, `units`: the number of rows predicted right, and of all rows
+    - `labelled` (2,): the same two numbers
+    - `label_counts` (C, 3): for each label, the number of rows predicted right, predicted, and labelled
+    - `confusion` (C, C), unless there are too many labels: a line for each true label, a column for each predicted
+      label
     - `calibration` (bins, 3): rows are divided into bins by their largest probability. For each bin: the number of its
       rows, the sum of their largest probabilities, and the number of right rows
 
-    Shapes: scores (R, C), labels (R,). The softmax of the scores gives the probabilities of the labels.
+    Shapes: scores (R, C), labels (R,). Probabilities are the softmax of the scores.
     """
     confidence, chosen = torch.softmax(for_sums(scores), dim=-1).max(dim=-1)  # (R,) each
     true, predicted = (for_sums(torch.nn.functional.one_hot(each, scores.shape[1])) for each in (labels, chosen))

@@ -1,6 +1,7 @@
-"""Knowledge distillation: the divergence of the student's next-token distribution from the teacher's.
+"""Knowledge distillation: the divergence between the next-token distributions of student and teacher.
 
-Unlike in trl, the tokens come from the data, and are not samples of the student. kd_ratio is defined as in torchtune.
+Unlike in trl, the tokens come from the data, and are not sampled from the student. kd_ratio is defined as in
+torchtune.
 """
 
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ class DivergenceLoss(LossKind):
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with the teacher's last hidden states in each row. The loss computes the teacher's logits from
-        them, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask.
-        """
+        """The window with the teacher's last hidden states added to each row. The loss computes the teacher's logits
+        from these, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no
+        mask."""
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
         hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
         parts = []
@@ -44,11 +45,11 @@ class DivergenceLoss(LossKind):
         return run.rows.with_parts(window, parts)
 
     def units(self, batch: Batch) -> Tensor:
-        """(1,) float64: the sum of the supervised tokens' weights."""
+        """The sum of the supervised tokens' weights, shape (1,) float64."""
         return TokenLoss().units(batch)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        """The sum over tokens. Shapes: output.hidden (B, T, D) -> total (1,)."""
         index, targets, weights = next_tokens(batch)
         share = self.settings.kd_ratio
         total = share * self._divergences(output, batch).sum()[None]
@@ -65,7 +66,7 @@ class DivergenceLoss(LossKind):
         }
 
     def _divergences(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(N,) the divergence at each supervised token, times the token's weight."""
+        """The divergence at each supervised token, times the token's weight, shape (N,)."""
         settings, (index, _, weights) = self.settings, next_tokens(batch)
         values = divergences(
             output,
@@ -83,7 +84,7 @@ def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def _raw(hidden: Tensor) -> Tensor:
-    """The tensor, with bfloat16 viewed as int16: numpy has no bfloat16."""
+    """The values as a numpy array. bfloat16 is viewed as int16, because numpy has no bfloat16."""
     return hidden.view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden
 
 

@@ -42,7 +42,7 @@ class GroupRelative(SampledLoss):
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
         """(reward - mean of the group) / (s + 1e-4), where s is the standard deviation of the group or of the step.
-        With scale_rewards: none there is no division."""
+        With scale_rewards: none, there is no division."""
         centred = local - mean(local, axis=1)[:, None]
         scale = self.settings.scale_rewards
         if scale == "none":
@@ -51,27 +51,27 @@ class GroupRelative(SampledLoss):
         return scaled(centred, deviation)
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """Whether each group teaches nothing; one value for all groups if advantages are divided by the step's standard
-        deviation."""
+        """For each group, whether all its advantages are 0. If advantages are divided by the step's standard
+        deviation: one value for all groups."""
         if self.settings.scale_rewards == "batch":
             return teaches_nothing(step)[None]
         return super().equal_groups(step)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """grpo: 1 / tokens of the completion; dr_grpo: 1 / max_completion_length; dapo, cispo: 1 / mean tokens of the
-        step's completions."""
+        """The weight depends on loss_type. grpo: 1 / the completion's tokens; dr_grpo: 1 / max_completion_length;
+        dapo and cispo: 1 / the mean number of tokens of the step's completions."""
         if self.settings.loss_type == "grpo":
             return 1 / np.maximum(counts, 1.0)
         longest = float(self.settings.max_completion_length)
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
-        """The window with the reference's log-probability of each token of the completions."""
+        """The window with the reference's log-probability added for each token of the completions."""
         scores = run.reference(window.batches, self.token_scores)
         return prompt_rows(run).with_tokens(window, "reference", scores), None
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        """The sum over completions, and the logged values. Shapes: output.hidden (B, T, D) -> total (1,)."""
         settings, tokens = self.settings, read_tokens(output, batch, self.settings.temperature)
         counts, share, prepared = tokens.counts, tokens.share, tokens.prepared
         by_completion = settings.importance_sampling_level == "sequence"
@@ -95,7 +95,7 @@ class GroupRelative(SampledLoss):
         return Loss(total[None], metrics=metrics | self._clipped(ratio, advantages, None if by_completion else share))
 
     def _losses(self, ratio: Tensor, advantages: Tensor, logps: Tensor, counts: Tensor) -> Tensor:
-        """The losses of tokens (N,), or of completions (G P,) if there is one ratio for each completion."""
+        """The loss of each token (N,); or of each completion (G P,) if each completion has a single ratio."""
         settings = self.settings
         if settings.loss_type == "cispo":
             capped = torch.clamp(ratio, max=settings.clip_high).detach() * advantages
@@ -104,7 +104,8 @@ class GroupRelative(SampledLoss):
         return -torch.min(ratio * advantages, clipped * advantages)
 
     def _clipped(self, ratio: Tensor, advantages: Tensor, share: Tensor | None) -> Sums:
-        """The number of clipped ratios. A token's ratio counts with its `share`; a completion's ratio counts as 1."""
+        """The number of clipped ratios. The ratio of a token counts as the token's `share`, the ratio of a
+        completion as 1."""
         settings = self.settings
         if settings.loss_type == "cispo":
             marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}

@@ -31,13 +31,13 @@ IdsAndMarks = tuple[Array, Array]  # (T,) ids and marks
 
 @dataclass(frozen=True)
 class KtoLoss(AnswerLoss):
-    """loss = sum over rows: w s(beta (kl - r)) for a good answer, w s(beta (r - kl)) for a bad one. s is the logistic
-    function, r the log-ratio of policy to reference, w the weight of good or bad answers. kl is 0 with
-    apo_zero_unpaired.
-    `balance`: the KL and the two factors of `_balance` for all evaluation rows; None: `prepare` computes them for each
-    step.
-    `lengths`: the lengths of all prompts and of all answers, longest first. A simulated step makes its mismatched rows
-    from them.
+    """loss = sum over rows of w s(beta (kl - r)) for a good answer, or w s(beta (r - kl)) for a bad answer.
+
+    s is the logistic function, r the log-ratio of policy to reference, w the weight of good or bad answers. With
+    apo_zero_unpaired, kl is 0.
+    `balance`: the result of `_balance` for all evaluation rows; None: `prepare` computes it for each step.
+    `lengths`: the lengths of all prompts and of all answers, in descending order. A simulated step makes mismatched
+    rows of these lengths.
     """
 
     settings: KtoSettings
@@ -48,7 +48,7 @@ class KtoLoss(AnswerLoss):
     logged: Sequence[str] = LOGGED
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> KtoLoss:
-        """The loss with the KL of all evaluation rows, so that the KL does not depend on their batches."""
+        """The loss with the KL of all evaluation rows, so that the KL does not depend on the division into batches."""
 
         def before(row: Row) -> IdsAndMarks:
             return _answer(rows[(row.number - 1) % len(rows)])
@@ -63,9 +63,8 @@ class KtoLoss(AnswerLoss):
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with three values added: the reference's score of each row, the step's KL, and two factors. The
-        factors turn a mean over all rows into a mean over the good rows, or over the bad rows.
-        """
+        """The window with three values added to each row: its reference score, the step's KL, and the two factors of
+        `_balance`. The factors turn a mean over all rows into a mean over the good rows, or over the bad rows."""
         estimated = self.settings.loss_type == "kto" and self.balance is None
         mismatched = self._mismatched_window(run, window) if estimated else []
         keeps, count = self.settings.precompute_ref_log_probs, len(window.batches)
@@ -81,8 +80,8 @@ class KtoLoss(AnswerLoss):
         return run.rows.with_parts(window, parts)
 
     def _mismatched_window(self, run: RunView, window: Window) -> list[Batch]:
-        """The batches with mismatched answers: each row gets the answer of the row with the next lower number in the
-        step, over all ranks."""
+        """The batches after answers are exchanged: each row gets the answer of the row with the next lower number in
+        the step, over all ranks."""
         if run.is_simulated and self.lengths is not None:
             return [_longest(run, batch, self.lengths) for batch in window.batches]
         local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
@@ -91,7 +90,7 @@ class KtoLoss(AnswerLoss):
         return [_mismatched(run, batch, lambda row: before[row.number]) for batch in window.batches]
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) loss of each row, and the logged metrics, summed over rows."""
+        """The loss of each row, shape (P,), and the logged metrics, summed over rows."""
         scores = answer_scores(output, batch)  # (P,)
         targets = {name: to_device(batch.targets[name], scores.device) for name in ("reference", "label", "facts")}
         good, (kl, *balance), beta = targets["label"][:, 0], targets["facts"].T, self.settings.beta
@@ -106,19 +105,19 @@ class KtoLoss(AnswerLoss):
         return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over all answers. They include the numbers of good and of bad answers, for their means."""
+        """The sums over all answers, and the numbers of good and of bad answers, by which their means are divided."""
         good, facts = batch.targets["label"][:, 0], batch.targets["facts"].double()
         counts = {"chosen_units": (good * facts[:, 1]).nansum(), "rejected_units": (~good * facts[:, 2]).nansum()}
         return {**super().sums(output, batch), **counts}
 
 
 def answer_scores(output: ModelOutput, batch: Batch) -> Tensor:
-    """(P,) the log-probability of each answer, summed over its tokens."""
+    """The log-probability of each answer, summed over its tokens, shape (P,)."""
     return by_sequence(predicted(output, batch), batch.targets["counts"])
 
 
 def longest_first(rows: Sequence[Rows]) -> tuple[Array, Array]:
-    """The lengths of all prompts and the lengths of all answers, each sorted with the longest first."""
+    """The lengths of all prompts, and the lengths of all answers; each array is sorted in descending order."""
     each = (some[index].parts[f"{SIDE}_trained"] for some in rows for index in range(len(some)))
     lengths = np.array([(start := int(np.argmax(trained)), len(trained) - start) for trained in each], np.int32)
     prompts, answers = np.sort(lengths, axis=0)[::-1].T  # (rows,) each
@@ -141,9 +140,8 @@ def _labels(batch: Batch) -> list[bool]:
 
 
 def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...]:
-    """The KL (the mean log-ratio of mismatched answers, at least 0), and two ratios: the number of all rows divided by
-    the number of good rows, and by the number of bad rows.
-    """
+    """The KL and two factors. The KL is the mean log-ratio of mismatched answers, at least 0. The factors: the
+    number of all rows divided by the number of good rows, and divided by the number of bad rows."""
     count, good = len(labels), sum(labels)
     sides = (count / side if side else math.inf for side in (good, count - good))
     return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides
@@ -156,8 +154,8 @@ def _answer(row: Row) -> IdsAndMarks:
 
 
 def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks]) -> Batch:
-    """The batch, in which each prompt has the answer of a different row. Rows are cut only at data.max_length and at
-    the model's positions."""
+    """The batch after each row has got the answer that `other` returns. Joined rows are truncated only at
+    data.max_length and at the model's number of positions."""
     rows, longest = run.rows, _most_tokens(run)
 
     def joined(row: Row) -> Row:
@@ -171,8 +169,8 @@ def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks])
 
 
 def _longest(run: RunView, batch: Batch, lengths: tuple[Array, Array]) -> Batch:
-    """The batch with mismatched rows of the largest possible lengths: the longest prompt with the longest answer, then
-    the second longest of each, and so on."""
+    """The batch with mismatched rows of the largest possible lengths: the longest prompt with the longest answer,
+    the second longest prompt with the second longest answer, and so on."""
     rows, longest, remade = run.rows, _most_tokens(run), list[Row]()
     for place, row in enumerate(batch.rows):
         prompt, answer = (int(each[min(place, len(each) - 1)]) for each in lengths)

@@ -21,9 +21,9 @@ ReadScores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
 
 
 def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores and labels of rows. The model either returns a row's scores itself, or its head is applied at the `last`
-    token of each row, so that rows can be packed. Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores
-    (R, C), labels (R,)."""
+    """Scores and labels of rows. Either the model returns the scores of a row, or the head is applied to the `last`
+    token of each row, so that rows can be packed.
+    Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores (R, C), labels (R,)."""
     if output.logits is not None:
         return output.logits.float(), to_device(batch.targets["labels"], output.logits.device)
     scores = logits_at(output, batch.targets["last"])
@@ -31,8 +31,8 @@ def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def mean_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores and labels of rows whose head reads the mean of their hidden states. Shapes: output.hidden (B, F, D) ->
-    scores (B, C), labels (B,)."""
+    """Scores and labels of rows. The head is applied to the mean of a row's hidden states.
+    Shapes: output.hidden (B, F, D) -> scores (B, C), labels (B,)."""
     assert output.hidden is not None
     assert output.head is not None
     mean = output.hidden.mean(dim=1)  # (B, D)
@@ -40,7 +40,8 @@ def mean_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The scores of the first token of each word. Shapes: output.logits (B, T, C) -> scores (N, C), labels (N,)."""
+    """Scores and labels of words, at the first token of each word. Shapes: output.logits (B, T, C) -> scores (N, C),
+    labels (N,)."""
     assert output.logits is not None
     firsts, labels = (to_device(batch.targets[name], output.logits.device) for name in ("firsts", "labels"))
     return output.logits.flatten(0, 1).index_select(0, firsts).float(), labels
@@ -48,11 +49,10 @@ def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LabelLoss(LossKind):
-    """`scores`: the function that returns the scores (N, C) float32 and the labels' numbers (N,), on the device.
-    `problem_type`: transformers' name of this loss, which is written to a merged model's configuration.
-    `weights`: the weight of each label, 1 each if empty; `smoothing`: the share of a target that is spread over all
-    labels. Both are passed to torch's cross_entropy in training only, so that evaluation losses can be compared between
-    runs."""
+    """Cross entropy on labels. `scores`: a function that returns scores (N, C) float32 and label indices (N,), on the
+    device. `problem_type`: transformers' name of this loss, which is saved in a merged model's configuration.
+    `weights`: the weight of each label; empty: 1 each. `smoothing`: the share of a target that is spread over all
+    labels. Both are used in training only, so that evaluation losses can be compared between runs."""
 
     scores: ReadScores = row_scores
     labels: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class LabelLoss(LossKind):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Notes that are needed to read the metrics."""
+        """Notes for the user that are needed to interpret the metrics."""
         return ()
 
     def evaluation_copy(self) -> Self:
@@ -78,20 +78,20 @@ class LabelLoss(LossKind):
         return weights[batch.targets["labels"].cpu()].sum()[None]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """The sum of the weighted losses; its `total` has the shape (1,)."""
+        """The sum of the weighted losses; `total` has the shape (1,)."""
         scores, labels = self.scores(output, batch)
         weights = torch.tensor(self.weights, device=scores.device) if self.weights else None  # (C,)
         entropy, smoothing = torch.nn.functional.cross_entropy, self.smoothing
         return Loss(entropy(scores, labels, weights, reduction="sum", label_smoothing=smoothing)[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The loss, and the sums of label_sums."""
+        """The sums of the losses, and the sums that `label_sums` returns."""
         scores, labels = self.scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
         return {**loss_sums(losses, batch), **label_sums(scores, labels)}
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """The table of metrics for each label."""
+        """The table of counts for each label."""
         return class_table(self.labels, sums["label_counts"], sums.get("confusion"))
 
     def answers(self, scores: Tensor) -> list[str]:
@@ -101,15 +101,15 @@ class LabelLoss(LossKind):
 
 @dataclass(frozen=True)
 class TagLoss(LabelLoss):
-    """The loss of tags of words. Tags form spans, such as B-PER I-PER."""
+    """Cross entropy on the tags of words. Tags form spans, such as B-PER I-PER."""
 
     scores: ReadScores = word_scores
     metrics: Sequence[str] = ("loss", "token_accuracy", "span_f1")
     problem_type: str | None = None
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums of labels, and `spans` (kinds, 3): the numbers of spans that are predicted right, predicted, and
-        true."""
+        """The sums of LabelLoss, and `spans` (kinds, 3): for each kind of span, the number predicted right,
+        predicted, and true."""
         scores, _ = self.scores(output, batch)
         kinds = kinds_of(self.labels)
         spans = torch.zeros(len(kinds), 3, dtype=torch.float64)

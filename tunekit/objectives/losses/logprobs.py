@@ -1,8 +1,8 @@
-"""Losses and log-probabilities at chosen positions. Logits are computed in chunks, and only in this module.
+"""Losses and log-probabilities at chosen positions. Only this module computes logits for losses, in chunks.
 
-Full logits (B, T, V) never exist. Positions without a label are dropped first. The others pass the head in chunks of
-`chunk_tokens`, in float32, and each chunk's gradient is computed at once: one pass over the logits gives loss and
-gradient. The backward computes the log-probabilities again only if the head itself is trained.
+Full logits (B, T, V) never exist. Positions without a label are dropped first. The head computes float32 logits of
+the others in chunks of `chunk_tokens`. Each chunk's gradient is computed at once: one pass over the logits gives
+loss and gradient. The backward computes log-probabilities again only if the head itself is trained.
 """
 
 import math
@@ -27,15 +27,15 @@ LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 
 @runtime_checkable
 class PartedHead(Protocol):
-    """A head that is on the device one part of the vocabulary at a time."""
+    """A head whose weights are on the device only in part: for one range of the vocabulary at a time."""
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-        """For each part: its first id, its size, and a function that computes its logits, (N, D) -> (N, v) in
+        """For each range: its first id, its size, and a function that computes its logits, (N, D) -> (N, v) in
         float32."""
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The positions that predict supervised tokens, and these tokens. In a causal model t predicts labels[t + 1].
+    """The positions that predict supervised tokens, and these tokens. Position t predicts labels[t + 1].
 
     Shapes: labels (B, T), on the CPU -> index (N,) into the flattened B * T positions, targets (N,).
     """
@@ -93,9 +93,9 @@ def _chunk_losses_and_gradient(
     parameters: Sequence[Tensor] = (),
     entropies: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Losses (N,) of one chunk, and the gradient of their sum for the hidden states, then for each parameter.
+    """Losses (N,) of a chunk, and the gradients of their sum: for the hidden states first, then for each parameter.
 
-    Shapes: hidden (N, D), targets (N,); entropies (N,), filled.
+    Shapes: hidden (N, D), targets (N,). `entropies` (N,): the entropies are written to it.
     """
     with torch.enable_grad():
         inputs = hidden.detach().requires_grad_()
@@ -117,8 +117,8 @@ def _by_vocabulary(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses (N,), whether the target is the most likely token (N,), and the losses' gradient for `hidden` (N, D).
 
-    Each part is loaded once for all positions. The first pass over the parts computes the largest logit and the sum of
-    exponentials. The second, from the last part to the first, computes the gradient sum_v (p_v - [v = target]) W_v.
+    The first pass over the ranges of the vocabulary computes the largest logit and the sum of exponentials. The second
+    pass, in reverse order, computes the gradient sum_v (p_v - [v = target]) W_v.
     """
     count, device = hidden.shape[0], hidden.device
     largest = torch.full((count,), -torch.inf, device=device)  # (N,) float32, like total and aimed:
@@ -148,12 +148,12 @@ def _by_vocabulary(
 
 
 def _columns(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The column of each target in a part, (n, 1) int64, and whether it is in this part, (n,) float32, 0 or 1."""
+    """The column of each target in a range (n, 1) int64, and whether the range contains it (n,) float32, 0 or 1."""
     return place.clamp(0, size - 1)[:, None], ((place >= 0) & (place < size)).float()
 
 
 def _position_chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of positions whose float32 logits for `size` tokens need at most CHUNK_BYTES."""
+    """Slices of positions. The float32 logits of a slice, for `size` tokens, need at most CHUNK_BYTES."""
     step = max(1, CHUNK_BYTES // (4 * size))
     return (slice(start, start + step) for start in range(0, count, step))
 
@@ -207,12 +207,12 @@ class TemperedHead:
     temperature: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) in float32."""
+        """The float32 logits: (N, D) -> (N, V)."""
         return self.head.logits(hidden) / self.temperature
 
 
 def at_temperature(output: ModelOutput, temperature: float) -> ModelOutput:
-    """The output with a head at this temperature."""
+    """The output, with a head that divides its logits by this temperature."""
     if temperature == 1:
         return output
     assert output.head is not None
@@ -223,7 +223,7 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
     """Log-probability of each target, with gradient.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets (N,) -> (N,) float32.
-    `entropies`: (N,) float32, filled with the distributions' entropies, without gradient, if gradients are enabled.
+    `entropies` (N,) float32: if gradients are enabled, the entropies are written to it, without gradient.
     """
     hidden, targets, head = _selected(output, index, targets)
     size = output.chunk_tokens
@@ -244,10 +244,10 @@ def log_probabilities(output: ModelOutput, index: Tensor, targets: Tensor, entro
 
 
 def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
-    """The divergence of the distributions of two sets of logits: KL(t | s) at beta 0, KL(s | t) at 1, else beta KL(t |
-    m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t. Agarwal et al. 2024, eq. 1.
+    """The divergence between the distributions of two sets of logits. At beta 0: KL(t | s); at beta 1: KL(s | t); else
+    beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t. Agarwal et al. 2024, eq. 1.
 
-    Shapes: student, teacher (N, V) -> (N,). If the widths differ, by unused rows of a head, the smaller one is used.
+    Shapes: student, teacher (N, V) -> (N,). Heads may differ in unused last rows; the smaller V is used.
     """
     width = min(student.shape[-1], teacher.shape[-1])
     student_log, teacher_log = (
@@ -262,7 +262,7 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
 
 
 class _Divergences(torch.autograd.Function):
-    """`divergence` at each position under frozen heads; the forward computes the gradient, as in _LogProbabilities."""
+    """`divergence` at each position, for frozen heads. The forward computes the gradient, as in _LogProbabilities."""
 
     @staticmethod
     def forward(ctx: Context, hidden: Tensor, of_chunk: Callable[[Tensor, slice], Tensor], chunk_tokens: int) -> Tensor:
@@ -287,7 +287,7 @@ class _Divergences(torch.autograd.Function):
 def divergences(
     output: ModelOutput, index: Tensor, teacher: Tensor, teacher_head: Head, *, beta: float, temperature: float
 ) -> Tensor:
-    """`divergence` of the student's distribution from the teacher's at each position, with gradient for the student.
+    """`divergence` between student and teacher at each position, with gradient for the student.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, teacher (N, D') -> (N,) float32.
     """
@@ -309,7 +309,7 @@ def divergences(
 
 
 def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """The value of `of_chunk`. The backward computes it again, in the same context `Call`."""
+    """Call `of_chunk` with gradient checkpointing. The backward calls it again with the same model.call.Call."""
     call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -320,7 +320,7 @@ def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
 
 @torch.no_grad()
 def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """The loss of each position, and whether the most likely token is the target; no gradient.
+    """The loss of each position, and whether the target is the most likely token; without gradient.
 
     Shapes: hidden (N, D), targets (N,) -> losses (N,) float32, correct (N,) bool.
     """
@@ -337,7 +337,7 @@ def scored_positions(hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: 
 
 
 def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None = None) -> Loss:
-    """The summed loss of some positions, with gradient; `weights`: the weight of each position, 1 by default.
+    """The sum of the losses at some positions, with gradient. `weights`: a weight for each position, 1 by default.
 
     Shapes: output.hidden (B, T, D), index (N,) into its flattened positions, targets, weights (N,) -> total (1,).
     """
@@ -351,8 +351,8 @@ def loss_of_positions(output: ModelOutput, index: Tensor, targets: Tensor, weigh
 def sums_of_positions(
     output: ModelOutput, index: Tensor, targets: Tensor, weights: Tensor | None, batch: Batch
 ) -> Sums:
-    """Sums over the supervised positions of the batch's rows: `loss_sums`, the number of right predictions, and the
-    number of positions. Each position counts with its weight."""
+    """Sums over the supervised positions of a batch: `loss_sums`, the number of right predictions, and the number of
+    positions. Each position counts with its weight."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
     count = torch.tensor(float(len(targets)), dtype=torch.float64)
@@ -363,27 +363,27 @@ def sums_of_positions(
 
 
 def loss_sums(losses: Tensor, batch: Batch) -> Sums:
-    """The sum of the losses in float64, and the loss (rows,) of each row. `losses` (N,): the loss of each supervised
-    unit, in the order of the batch's rows."""
+    """The sum of all losses, and the sum of each row's losses (rows,), in float64 if the device has it. `losses`
+    (N,): the loss of each supervised unit, in the order of the batch's rows."""
     wide = summing_dtype(losses.device)
     parts = torch.split(losses, [row.supervised for row in batch.rows])
     return {"loss": losses.sum(dtype=wide), ROW_LOSSES: torch.stack([part.sum(dtype=wide) for part in parts])}
 
 
 def scores_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`scored_positions` at positions (N,) of the flattened (B, T)."""
+    """The result of `scored_positions` at positions `index` (N,) of the flattened (B, T)."""
     hidden, targets, head = _selected(output, index, targets)
     return scored_positions(hidden, targets, head, output.chunk_tokens)
 
 
 def logits_at(output: ModelOutput, index: Tensor) -> Tensor:
-    """(N, V) float32 logits at positions (N,) of the flattened (B, T)."""
+    """The float32 logits (N, V) at positions `index` (N,) of the flattened (B, T)."""
     assert output.head is not None
     return output.head.logits(hidden_at(output, index))
 
 
 def hidden_at(output: ModelOutput, index: Tensor) -> Tensor:
-    """(N, D) hidden states at positions (N,) of the flattened (B, T)."""
+    """The hidden states (N, D) at positions `index` (N,) of the flattened (B, T)."""
     assert output.hidden is not None
     return output.hidden.flatten(0, 1).index_select(0, to_device(index, output.hidden.device))
 
@@ -396,5 +396,5 @@ def _selected(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def logits_chunk_tokens(vocabulary_size: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """The number of positions per chunk: as many as have `chunk_bytes` of float32 logits, but from 64 to 1,024."""
+    """The number of positions per chunk: their float32 logits need about `chunk_bytes`. At least 64, at most 1,024."""
     return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, chunk_bytes // (4 * vocabulary_size)))

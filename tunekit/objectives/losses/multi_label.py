@@ -20,11 +20,12 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class MultiLabelLoss(LabelLoss):
-    """The loss of a row is the mean of -y log p - (1 - y) log(1 - p) over the labels, p = sigmoid(score). The step's
-    sum is divided by the number of rows, which gives the same mean over labels and rows as transformers.
+    """The loss of a row is the mean of -y log p - (1 - y) log(1 - p) over the labels, where p = sigmoid(score). The
+    step's sum is divided by the number of rows. The result is the same mean over labels and rows as in transformers.
 
-    A label is predicted where its probability is at least its threshold: `thresholds` (C,), or 0.5. `fits`: each
-    evaluation first chooses the thresholds on all of its rows."""
+    A label is predicted if its probability is at least its threshold: `thresholds` (C,), or 0.5. `fits`: each
+    evaluation first chooses the thresholds on all its rows.
+    """
 
     metrics: Sequence[str] = ("loss", "micro_f1", "macro_f1")
     problem_type: str | None = MULTI_LABEL
@@ -38,12 +39,12 @@ class MultiLabelLoss(LabelLoss):
 
     @property
     def notes(self) -> Sequence[str]:
-        """A note: F1 on the evaluation rows is too high, because the thresholds are chosen on these rows."""
+        """A note: F1 on the evaluation rows is too optimistic, because the thresholds are chosen on these rows."""
         chosen = "thresholds of labels are chosen on these evaluation rows, so F1 on other rows is lower"
         return (chosen,) if self.fits else ()
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> Self:
-        """The loss with the thresholds that give the best F1 on all evaluation rows, if `fits`."""
+        """The loss; if `fits`, with the thresholds that give the best F1 on all evaluation rows."""
         if not self.fits:
             return self
 
@@ -59,12 +60,12 @@ class MultiLabelLoss(LabelLoss):
         return replace(self, thresholds=tuple(best_threshold(*pair) for pair in pairs))
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """The sum of the rows' losses; its `total` has the shape (1,)."""
+        """The sum of the rows' losses; `total` has the shape (1,)."""
         return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """loss, units; label_counts (C, 3): for each label, the numbers of rows predicted right, predicted, and
-        labelled; labelled (2,): the numbers of rows with all labels right, and of all rows."""
+        """The sums of a batch: `loss`, `units`; `label_counts` (C, 3): for each label, the number of rows predicted
+        right, predicted, and labelled; `labelled` (2,): the number of rows with all labels right, and of all rows."""
         scores, labels = self.scores(output, batch)
         predicted, true = for_sums(self.predicted(scores)), for_sums(labels)  # (R, C) each
         counts = torch.stack([predicted * true, predicted, true]).sum(dim=1).T  # (C, 3)
@@ -81,12 +82,12 @@ class MultiLabelLoss(LabelLoss):
         }
 
     def predicted(self, scores: Tensor) -> Tensor:
-        """Shapes: scores (R, C) -> (R, C) whether each label is predicted."""
+        """For each row and label, whether the label is predicted. Shapes: scores (R, C) -> (R, C) bool."""
         probabilities = torch.sigmoid(for_sums(scores))  # (R, C); in float32, probabilities near 1 would be equal
         return probabilities >= probabilities.new_tensor(self.thresholds or THRESHOLD)  # (C,) or ()
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """The table of metrics for each label."""
+        """The table of counts for each label."""
         return {**class_table(self.labels, sums["label_counts"]), **self.measured_facts}
 
     def answers(self, scores: Tensor) -> list[str]:
@@ -97,7 +98,7 @@ class MultiLabelLoss(LabelLoss):
 
 
 def best_threshold(probabilities: Tensor, true: Tensor) -> float:
-    """The threshold that gives the best F1, half-way between two probabilities; 0.5 if no other threshold is better.
+    """The threshold with the best F1, half-way between two probabilities; 0.5 if no other threshold is better.
 
     Shapes: (R,) each.
     """

@@ -31,12 +31,12 @@ DrawKey = tuple[int | str, ...]  # key of random draws: seed, step, row, and the
 
 @dataclass(frozen=True, eq=False)
 class DiffusionLoss(LossKind):
-    """loss = sum over images of w_t |prediction - target|^2 + prior_loss_weight |prediction' - target'|^2, where |.|^2
-    is a mean over numbers and ' marks a class image; divided by the step's number of images.  Source: Ruiz et al. 2023;
+    """loss = sum over images of w_t |prediction - target|^2 + prior_loss_weight |prediction' - target'|^2; divided by
+    the step's number of images. |.|^2 is a mean over numbers, and ' marks a class image.  Source: Ruiz et al. 2023;
     diffusers' scripts.
 
-    The base draws class images, so that the trained model still knows how the class looks. `measures`: the loss is for
-    evaluation, at fixed times with fixed noise, without class images or weights.
+    The base generates the class images, so that the trained model does not forget how the class looks. `measures`:
+    the loss is for evaluation, at fixed times with fixed noise, without class images or weights.
     """
 
     settings: DreamboothSettings
@@ -52,8 +52,8 @@ class DiffusionLoss(LossKind):
         return self.evaluation_copy()
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with noisy latents, their times and targets in each row. A row that already has latents is not
-        changed."""
+        """The window after noisy latents, their times and their targets are added to each row. A row that already
+        has latents is not changed."""
         return draw_rows(run.rows, window, partial(self._prepared, run))
 
     def _prepared(self, run: RunView, row: Row, place: DrawKey) -> Row:
@@ -62,7 +62,7 @@ class DiffusionLoss(LossKind):
         return self._at_fixed_times(run, row) if self.measures else self._at_drawn_time(run, row, place)
 
     def _at_drawn_time(self, run: RunView, row: Row, place: DrawKey) -> Row:
-        """The row with the image and, with prior preservation, a class image, at a random time."""
+        """The row with noisy latents at random times: of its image and, with prior preservation, of a class image."""
         settings, size, prompts = self.settings, bucket_of(row), [prompt_of(row)]
         pictures = [self._sample(run, pixels_of(row), row.parts["original"].tolist(), size, (*place, 0))]
         weights = [1.0]
@@ -82,7 +82,8 @@ class DiffusionLoss(LossKind):
         return self._with(run, row, pictures, weights, prompts)
 
     def _at_fixed_times(self, run: RunView, row: Row) -> Row:
-        """The row with the image at evenly spaced times of the schedule, always with the same noise."""
+        """The row with noisy latents of its image at evenly spaced times of the schedule, always with the same
+        noise."""
         count = self.settings.validation_draws
         pictures = []
         for draw in range(count):
@@ -95,7 +96,7 @@ class DiffusionLoss(LossKind):
     def _sample(
         self, run: RunView, pixels: Pixels, original: Sequence[int], size: Size, place: DrawKey, step: int | None = None
     ) -> dict[str, Any]:
-        """Noisy latents of an image, their target, and the step of the schedule. `step`: None: a random step."""
+        """Noisy latents of an image, their target, and their step in the schedule. If `step` is None, it is random."""
         settings, fixed = self.settings, step is not None
         pixels, corner = self.view(pixels, size, place) if settings.varies and not fixed else cropped(pixels, size)
         normal = generator_for("latents", *place)
@@ -111,7 +112,7 @@ class DiffusionLoss(LossKind):
         }
 
     def view(self, pixels: Pixels, size: Size, place: DrawKey) -> tuple[Pixels, Size]:
-        """The crop of an image for this step, and its top left corner."""
+        """The image's crop for this step, and the crop's top left corner."""
         generator, corner = generator_for("view", *place), None
         if bool(torch.rand((), generator=generator) < 0.5) and self.settings.random_flip:
             pixels = pixels[:, ::-1]  # before the crop, as in diffusers' scripts; corners refer to the mirror image
@@ -122,7 +123,7 @@ class DiffusionLoss(LossKind):
         return cropped(pixels, size, corner)
 
     def _step(self, place: DrawKey) -> int:
-        """A random step of the schedule: uniform, or for flow matching drawn as the weighting scheme says."""
+        """A random step of the schedule: uniform; for flow matching, from the distribution of the weighting scheme."""
         generator, settings, count = generator_for("step", *place), self.settings, len(self.schedule)
         if self.schedule.prediction != "flow":
             return int(torch.randint(0, count, (), generator=generator))
@@ -138,7 +139,7 @@ class DiffusionLoss(LossKind):
         weights: Sequence[float],
         prompts: Sequence[str],
     ) -> Row:
-        """The row with the network's inputs and the loss's targets in place of its pixels."""
+        """The row, whose pixels are replaced by the network's inputs and the loss's targets."""
         parts = {name: values for name, values in row.parts.items() if name != "pixels"}
         parts |= {name: np.stack([picture[name] for picture in pictures]) for name in ("latents", "target")}
         parts["times"] = self.schedule.times[torch.tensor([picture["step"] for picture in pictures])].numpy().copy()
@@ -147,7 +148,7 @@ class DiffusionLoss(LossKind):
         return replace(row, parts=parts | text_parts(run.companion(KEY).texts(run, prompts)))
 
     def losses(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(R,) float32 the loss of each row: the weighted sum of its images' mean squared errors."""
+        """The loss of each row, shape (R,) float32: the weighted sum of its images' mean squared errors."""
         assert output.logits is not None
         device = output.logits.device
         wanted, weights, of_row = (to_device(batch.targets[name], device) for name in ("target", "weights", "of_row"))
@@ -155,18 +156,18 @@ class DiffusionLoss(LossKind):
         return torch.zeros(len(batch.rows), device=device).index_add(0, of_row, errors)
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.logits (N, C, H, W) -> total (1,)."""
+        """The sum of the rows' losses. Shapes: output.logits (N, C, H, W) -> total (1,)."""
         return Loss(self.losses(output, batch).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over images: loss and units."""
+        """The sums over rows: loss and units."""
         losses = self.losses(output, batch)
         units = torch.tensor(float(len(batch.rows)), dtype=torch.float64)
         return {**loss_sums(losses, batch), "units": units}
 
 
 def setting_problems(settings: DreamboothSettings, flows: bool) -> Iterator[Problem]:
-    """Problems of settings that do not fit the pipeline; `flows`: whether the pipeline was trained by flow matching."""
+    """Problems of settings that do not fit the pipeline. `flows`: whether the pipeline was trained by flow matching."""
     if flows:
         for key, value in (("snr_gamma", settings.snr_gamma), ("prediction_type", settings.prediction_type)):
             if value not in (None, "auto"):
@@ -182,7 +183,8 @@ def setting_problems(settings: DreamboothSettings, flows: bool) -> Iterator[Prob
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """`signal` a and `noise` s of each step, (S,) float32; `times`: the network's input for each step, (S,)."""
+    """The factors of signal and noise in each of the schedule's S steps. `signal`: a, `noise`: s, (S,) float32.
+    `times`: the network's input for each step, (S,)."""
 
     prediction: str  # epsilon, v_prediction, sample or flow
     signal: Tensor
@@ -226,13 +228,13 @@ def target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, steps: Tenso
 
 
 def min_snr_weights(schedule: NoiseSchedule, steps: Tensor, gamma: float) -> Tensor:
-    """Weights of the squared error of the predicted quantity, which give the squared error of x the weight min(SNR,
-    gamma).
+    """Weights of the squared error of the predicted quantity. They are chosen so that the squared error of x has the
+    weight min(SNR, gamma).
 
     SNR = (a / s)^2. The weight for x is min(SNR, g). The error of n is SNR times the error of x, so its weight is
-    min(SNR, g) / SNR. The error of v is SNR + 1 times the error of x, so its weight is min(SNR, g) / (SNR + 1). Source:
-    Hang et al. 2023, section 3.4. (diffusers' SDXL script weights v with min(SNR, g) / SNR + 1; its text-to-image
-    script agrees with the paper.) Shapes: steps (B,) -> (B,) float32.
+    min(SNR, g) / SNR. The error of v is SNR + 1 times the error of x, so its weight is min(SNR, g) / (SNR + 1).
+    Source: Hang et al. 2023, section 3.4. (diffusers' SDXL script weights v with min(SNR, g) / SNR + 1; its
+    text-to-image script agrees with the paper.) Shapes: steps (B,) -> (B,) float32.
     """
     signal, noise = schedule.signal[steps].double(), schedule.noise[steps].double()
     snr = (signal / noise) ** 2
@@ -243,9 +245,8 @@ def min_snr_weights(schedule: NoiseSchedule, steps: Tensor, gamma: float) -> Ten
 
 
 def flow_weights(scheme: str, sigmas: Tensor) -> Tensor:
-    """Weight of the squared error at each sigma: (B,) -> (B,).  Source: Esser et al. 2024, section 3.1, as in
-    diffusers' compute_loss_weighting_for_sd3.
-    """
+    """The weight of the squared error at each sigma: (B,) -> (B,).  Source: Esser et al. 2024, section 3.1, as in
+    diffusers' compute_loss_weighting_for_sd3."""
     if scheme == "sigma_sqrt":
         return sigmas**-2.0
     if scheme == "cosmap":
@@ -264,18 +265,18 @@ def flow_position(scheme: str, uniform: float, normal: float, mean: float, std: 
 
 
 def generator_for(*parts: int | str) -> torch.Generator:
-    """A CPU generator whose seed depends only on `parts`."""
+    """A random generator on the CPU. Its seed depends only on `parts`."""
     return torch.Generator("cpu").manual_seed(seed_for(*parts))
 
 
 def drawn_noise(shape: Sequence[int], offset: float, *parts: int | str) -> Tensor:
-    """(C, H, W) normal noise, plus `offset` times one normal number for each channel, which shifts the channel's mean
-    (offset noise, Guttenberg 2023)."""
+    """Normal noise of shape (C, H, W). To each channel, `offset` times one normal number is added, which shifts the
+    channel's mean (offset noise, Guttenberg 2023)."""
     generator = generator_for("noise", *parts)
     noise = torch.randn(tuple(shape), generator=generator)
     return noise + offset * torch.randn((shape[0], 1, 1), generator=generator) if offset else noise
 
 
 def _each(values: Tensor, steps: Tensor) -> Tensor:
-    """The values at the steps, shaped to multiply rows. Shapes: values (S,), steps (B,) -> (B, 1, 1, 1)."""
+    """The values at these steps, shaped to be multiplied with rows. Shapes: values (S,), steps (B,) -> (B, 1, 1, 1)."""
     return values[steps].view(-1, 1, 1, 1)

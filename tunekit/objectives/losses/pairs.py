@@ -1,4 +1,4 @@
-"""The loss of preference pairs, with any formula of the scores of two answers to one prompt."""
+"""The loss of preference pairs. Its formula is a function of the scores of two answers to one prompt."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ PREPARED = ("reference", "share", "matched")  # parts that `prepare` adds to a r
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of P pairs, each (P,). An answer's score is the sum or mean of its tokens' log-probabilities; the
-    reference's scores are 0 without a reference. `likelihood`: the supervised loss of the chosen answer. `matched`: the
-    reference's preference that the pair is compared with (aot).
-    """
+    """The scores of P pairs, each of shape (P,). An answer's score is the sum or mean of its tokens'
+    log-probabilities. If there is no reference, the reference's scores are 0. `likelihood`: the supervised loss of
+    the chosen answer. `matched`: the reference's preference with which the pair is compared (aot)."""
 
     chosen: Tensor
     rejected: Tensor
@@ -36,17 +35,17 @@ class Scores:
 
     @property
     def chosen_ratio(self) -> Tensor:
-        """(P,) the log-ratio of policy to reference for the chosen answer."""
+        """The log-ratio of policy to reference for the chosen answer, shape (P,)."""
         return self.chosen - self.reference_chosen
 
     @property
     def rejected_ratio(self) -> Tensor:
-        """(P,) the log-ratio of policy to reference for the rejected answer."""
+        """The log-ratio of policy to reference for the rejected answer, shape (P,)."""
         return self.rejected - self.reference_rejected
 
     @property
     def margin(self) -> Tensor:
-        """(P,) the log-ratio of the chosen answer less the log-ratio of the rejected answer."""
+        """The log-ratio of the chosen answer less the log-ratio of the rejected answer, shape (P,)."""
         return self.chosen_ratio - self.rejected_ratio
 
 
@@ -54,13 +53,13 @@ class Scores:
 class PairLoss(AnswerLoss):
     """loss = sum over pairs of formula(Scores) + likelihood; divided by the step's number of pairs.
 
-    `averages`: an answer's score is the mean over its tokens.
-    `likelihood`: the weight of the mean loss over the step's chosen tokens; `prompts`: prompt tokens count too.
-    `token_weights`: counts (S P,) -> (N,) weights of tokens in the scores; None: 1 each.
+    `averages`: whether an answer's score is the mean over its tokens, instead of the sum.
+    `likelihood`: the weight of the mean loss of the step's chosen answers; `prompts`: that mean includes prompt tokens.
+    `token_weights`: function counts (S P,) -> (N,) that weights tokens in the scores; None: 1 each.
     `matches`: each pair is compared with the reference's preference of the same rank in the step (aot).
-    `keeps`: whether the reference scores each row only once; auto: as in `reference_scores`.
+    `keeps`: whether the reference's scores of each row are cached; auto: as in `reference_scores`.
 
-    `share` (pairs per token of `likelihood`) and `matched` (by row number): values for all evaluation rows; None:
+    `share` (pairs per token of `likelihood`) and `matched` (by row number) are values for all evaluation rows. None:
     `prepare` computes them for each step.
     """
 
@@ -79,7 +78,7 @@ class PairLoss(AnswerLoss):
     matched: Mapping[int, float] | None = None
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> PairLoss:
-        """The loss with `share` and `matched` of all evaluation rows, so that they do not depend on the batches."""
+        """The loss with `share` and `matched` of all evaluation rows, so that these do not depend on the batches."""
         if not (self.likelihood or self.matches):
             return self
         counts, preferences = list[tuple[int, int]](), list[tuple[int, float, float]]()
@@ -98,9 +97,8 @@ class PairLoss(AnswerLoss):
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with three values added to each row: the reference's scores, the weight of a token of a chosen
-        answer, and the matched preference.
-        """
+        """The window with up to three values added to each row: the reference's scores, the weight of each token in
+        `likelihood`, and the matched preference."""
         if self.reference:
             scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
             window = run.rows.with_parts(window, [{"reference": by_row(both, 2)} for both in scores])
@@ -113,14 +111,14 @@ class PairLoss(AnswerLoss):
         return self._with_matches(run, window) if self.matches else window
 
     def _counted(self, batch: Batch) -> tuple[int, int]:
-        """The number of tokens of the chosen answers (and, with `prompts`, of their prompts), and the number of
+        """The number of tokens in the chosen answers (with `prompts`, also in their prompts), and the number of
         pairs."""
         counts = batch.targets["counts"].view(-1, len(batch.rows))  # (2 or 3, P)
         return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
     def _with_matches(self, run: RunView, window: Window) -> Window:
-        """The window with a reference's preference in each row: the preference that has the same rank in the step as
-        the policy's preference for the row."""
+        """The window with a preference of the reference added to each row. Among the reference's preferences in the
+        step it has the same rank as the row's preference among the policy's."""
         if self.matched is None:
             preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
             local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none
@@ -132,11 +130,11 @@ class PairLoss(AnswerLoss):
         return run.rows.with_parts(window, [{"matched": part} for part in parts])
 
     def answer_scores(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(2 P,) the score of each chosen answer, then the score of each rejected answer."""
+        """The scores of all chosen answers, then the scores of all rejected answers, shape (2 P,)."""
         return self._summed(predicted(output, batch), batch)
 
     def _summed(self, logps: Tensor, batch: Batch) -> Tensor:
-        """Shapes: logps (N,) -> (2 P,)."""
+        """The scores of the answers, from their tokens' log-probabilities. Shapes: logps (N,) -> (2 P,)."""
         counts = batch.targets["counts"][: 2 * len(batch.rows)]
         logps = logps[: int(counts.sum())]
         weighted = logps if self.token_weights is None else logps * to_device(self.token_weights(counts), logps.device)
@@ -158,7 +156,7 @@ class PairLoss(AnswerLoss):
         return Scores(both[0], both[1], tokens[0], tokens[1], reference[0], reference[1], likelihood, matched)
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) loss of each pair, and the logged metrics, summed over pairs."""
+        """The loss of each pair, shape (P,), and the logged metrics, summed over pairs."""
         scores = self.scores(output, batch)
         logps = (scores.chosen.detach(), scores.rejected.detach())
         rewards = [self.beta * ratio.detach() for ratio in (scores.chosen_ratio, scores.rejected_ratio)]
@@ -171,9 +169,8 @@ def preference(scores: Tensor) -> Array:
 
 
 def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float]) -> Array:
-    """For each value of `local`: the value of `reference` whose rank in `reference` equals the rank of the local value
-    in `policy`. The lists need not be sorted. Shape: (P,).
-    """
+    """For each value of `local`: its rank among the values of `policy` is computed, and the value of `reference`
+    with this rank is returned. The lists need not be sorted. Shape: (P,)."""
     order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
     equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # number of earlier equal values
     ranks[order] = np.searchsorted(np.sort(policy), local[order]) + equals
@@ -186,7 +183,7 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
 
 
 def reward_sums(chosen: Tensor, rejected: Tensor, *more: Tensor) -> Sums:
-    """Sums over pairs of REWARDS (the chosen reward, the rejected reward, their difference, whether the chosen reward
-    is higher) and of `more`."""
+    """Sums over pairs, named by REWARDS: the chosen reward, the rejected reward, their difference, and whether the
+    chosen reward is higher. Then the sums of `more`."""
     columns = zip(REWARDS, (chosen, rejected, chosen - rejected, chosen > rejected, *more), strict=False)
     return {name: values.sum(dtype=summing_dtype(values.device)) for name, values in columns}

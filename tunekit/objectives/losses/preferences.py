@@ -24,7 +24,8 @@ from tunekit.recipe.objectives.simpo import SimpoSettings
 
 
 def sigmoid(scores: Scores, settings: DpoSettings) -> Tensor:
-    """-log s(beta m), s the logistic function, m = log-ratio of the chosen less the rejected answer. Eq. 7."""
+    """-log s(beta m): s is the logistic function, m the log-ratio of the chosen answer less that of the rejected
+    answer. Eq. 7."""
     return -logsigmoid(settings.beta * scores.margin)
 
 
@@ -41,7 +42,7 @@ def ipo(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def robust(scores: Scores, settings: DpoSettings) -> Tensor:
-    """Unbiased where a share e of the preferences is flipped: (e log s(-b m) - (1 - e) log s(b m)) / (1 - 2 e).
+    """(e log s(-b m) - (1 - e) log s(b m)) / (1 - 2 e): unbiased if a share e of the preferences is flipped.
     Chowdhury et al. 2024, eq. 11."""
     share, logits = settings.label_smoothing, settings.beta * scores.margin
     return (share * logsigmoid(-logits) - (1 - share) * logsigmoid(logits)) / (1 - 2 * share)
@@ -84,14 +85,13 @@ def sppo_hard(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def aot(scores: Scores, settings: DpoSettings) -> Tensor:
-    """The smoothed sigmoid loss of the policy's preference, less the reference's preference that has the same rank in
-    the step. Melnyk et al. 2024."""
+    """The smoothed sigmoid loss of a difference: the policy's preference less the reference's preference of the same
+    rank in the step. Melnyk et al. 2024."""
     return smoothed(settings.beta * (scores.chosen - scores.rejected - scores.matched), settings.label_smoothing)
 
 
 def sft(scores: Scores, settings: DpoSettings) -> Tensor:
-    """Zeros, because `likelihood` already contains the mean loss of the step's chosen tokens. Pang et al. 2024
-    (RPO)."""
+    """Zeros: the mean loss of the step's chosen tokens is already in `likelihood`. Pang et al. 2024 (RPO)."""
     return torch.zeros_like(scores.chosen)
 
 
@@ -107,7 +107,7 @@ def weighted_losses(scores: Scores, settings: DpoSettings) -> Tensor:
 
 
 def shorter_first(counts: Tensor, alpha: float) -> Tensor:
-    """(N,) the weight of each token: ld_alpha beyond the length of the shorter answer, else 1. Liu et al. 2024.
+    """The weight of each token, shape (N,): ld_alpha after the length of the shorter answer, else 1. Liu et al. 2024.
     Shapes: counts (2 P,)."""
     shared = counts.view(2, -1).amin(0).repeat(2).tolist()
     lengths = zip(counts.tolist(), shared, strict=True)
@@ -115,8 +115,8 @@ def shorter_first(counts: Tensor, alpha: float) -> Tensor:
 
 
 def contrastive(scores: Scores, settings: CpoSettings) -> Tensor:
-    """CPO, with x = chosen - rejected. sigmoid: smoothed(beta x); hinge: max(0, 1 - beta x); ipo: (x - 1 / (2 beta))^2,
-    scores being means over tokens. Xu et al. 2024."""
+    """CPO, with x = chosen - rejected. sigmoid: smoothed(beta x); hinge: max(0, 1 - beta x); ipo:
+    (x - 1 / (2 beta))^2, where scores are means over tokens. Xu et al. 2024."""
     beta, apart = settings.beta, scores.chosen - scores.rejected
     if settings.loss_type == "ipo":
         return (apart - 1 / (2 * beta)) ** 2
@@ -126,21 +126,21 @@ def contrastive(scores: Scores, settings: CpoSettings) -> Tensor:
 
 
 def simple(scores: Scores, settings: SimpoSettings) -> Tensor:
-    """SimPO: -log s(beta (chosen - rejected) - gamma) of means over tokens. Meng et al. 2024, eq. 6; trl's CPO trainer
-    with loss_type simpo."""
+    """SimPO: -log s(beta (chosen - rejected) - gamma), where scores are means over tokens. Meng et al. 2024, eq. 6;
+    in trl: the CPO trainer with loss_type simpo."""
     apart = settings.beta * (scores.chosen - scores.rejected) - settings.simpo_gamma
     return smoothed(apart, settings.label_smoothing)
 
 
 def odds_ratio(scores: Scores, settings: OrpoSettings) -> Tensor:
-    """ORPO: -beta log s(log odds(chosen) - log odds(rejected)), odds = p / (1 - p), log p the mean over an answer's
-    tokens. Hong et al. 2024, eq. 6 and 7."""
+    """ORPO: -beta log s(log odds(chosen) - log odds(rejected)), where odds = p / (1 - p), and log p is the mean over
+    an answer's tokens. Hong et al. 2024, eq. 6 and 7."""
     return -settings.beta * logsigmoid(log_odds(scores.chosen) - log_odds(scores.rejected))
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log p - log(1 - p), computed by different exact formulas below and above p = 1/2. p is at most 1 - eps, so that
-    the result is finite."""
+    """log p - log(1 - p), by two equivalent formulas below and above p = 1/2. p is limited to 1 - eps, so that the
+    result is finite."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.where(logp < -math.log(2), torch.log1p(-logp.exp()), (-torch.expm1(logp)).log())
 

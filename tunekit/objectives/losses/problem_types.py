@@ -11,7 +11,8 @@ from tunekit.recipe.bases.label_settings import HeadSettings
 
 
 def label_loss(settings: HeadSettings, facts: Mapping[str, Any], scores: ReadScores = row_scores) -> LabelLoss:
-    """The loss of the settings' problem type. `facts`: the facts of a trained head; `scores`: as in LabelLoss."""
+    """The loss of the problem type in the settings. `facts`: saved facts of a trained head; `scores`: as in
+    LabelLoss."""
     if settings.problem_type == REGRESSION:
         return RegressionLoss(scores)
     if settings.problem_type != MULTI_LABEL:

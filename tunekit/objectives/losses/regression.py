@@ -18,19 +18,19 @@ from tunekit.objectives.rows.label_kinds import numbers_text
 
 @dataclass(frozen=True)
 class RegressionLoss(LabelLoss):
-    """The loss of a row is the mean of (score - number)^2 over its numbers. The step's sum is divided by the number of
-    rows, which gives the same mean over numbers and rows as transformers."""
+    """The loss of a row is the mean of (score - number)^2 over its numbers. The step's sum is divided by the number
+    of rows. The result is the same mean over numbers and rows as in transformers."""
 
     metrics: Sequence[str] = ("loss", "pearson", "spearman")
     problem_type: str | None = REGRESSION
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """The sum of the rows' losses; its `total` has the shape (1,)."""
+        """The sum of the rows' losses; `total` has the shape (1,)."""
         return Loss(_row_losses(*self.scores(output, batch)).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The loss, the units, and the scores and numbers of each row (R, 2 C), which correlations need for all
-        rows."""
+        """The sum of losses, the number of units, and each row's scores and numbers (R, 2 C), from which
+        correlations over all rows are computed."""
         scores, values = self.scores(output, batch)
         units = torch.tensor(float(len(values)), dtype=torch.float64)
         both = torch.cat([for_sums(scores), for_sums(values)], dim=-1)  # (R, 2 C)

@@ -1,4 +1,4 @@
-"""The loss of reward models: the preferred one of two answers should have the higher score.
+"""The loss of reward models: the preferred one of two answers should get the higher score.
 
 Source: Bradley and Terry 1952. Names and formulas are the same as in trl 1.16. The lowest and the highest score of a
 batch are not logged, because they are not sums over pairs.
@@ -25,15 +25,15 @@ from tunekit.recipe.objectives.reward import SCORES
 
 @dataclass(frozen=True)
 class ScoreLoss(AnswerLoss):
-    """loss = sum over pairs of -log s(c - r - margin) + coefficient (c + r)^2; c and r are the scores of both answers,
-    s the logistic function."""
+    """loss = sum over pairs of -log s(c - r - margin) + coefficient (c + r)^2. c and r are the scores of the chosen
+    and the rejected answer, and s is the logistic function."""
 
     coefficient: float = 0.0
     metrics: Sequence[str] = ("loss", *SCORES)
     logged: Sequence[str] = SCORES
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
-        """(P,) the loss of each pair, and the logged values, summed over pairs."""
+        """The loss of each pair, shape (P,), and the logged values, summed over pairs."""
         chosen, rejected = scores_at(output, batch.targets["last"]).view(2, -1)
         margin = to_device(batch.targets["margin"], chosen.device)[:, 0]
         losses = -logsigmoid(chosen - rejected - margin) + self.coefficient * (chosen + rejected) ** 2
@@ -53,10 +53,10 @@ def score_sequences(pad_id: int, model: Model, sequences: Sequence[Sequence[int]
 
 
 def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
-    """The score at the last token of each answer. Shapes: output.hidden (B, T, D), last (N,) into its flattened
-    positions -> (N,) float32.
+    """The scores at the last token of each answer.
 
-    Raises: ModelError for an encoder.
+    Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32. Raises: ModelError for
+    an encoder.
     """
     if output.hidden is None:
         what = "the base is an encoder, whose head cannot score each answer of a pair separately"

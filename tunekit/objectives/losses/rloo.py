@@ -1,8 +1,8 @@
-"""REINFORCE leave-one-out: a completion's advantage is its reward less the mean reward of the other completions of its
-prompt.
+"""REINFORCE leave-one-out (RLOO): a completion's advantage is its reward less the mean reward of the other completions
+for the same prompt.
 
-Source: Ahmadian et al. 2024. Names and formulas are the same as in trl 1.16: the KL is summed over the tokens of a
-completion and subtracted from its reward, and a completion has one ratio.
+Source: Ahmadian et al. 2024. Names and formulas are the same as in trl 1.16: the KL is summed over a completion's
+tokens and subtracted from its reward, and each completion has a single ratio.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 
 @dataclass(frozen=True)
 class LeaveOneOut(SampledLoss):
-    """loss = sum over completions of -min(r A, clip(r, 1 - e, 1 + e') A), r the ratio of the completion's probability
-    to its probability at sampling, A its advantage."""
+    """loss = sum over completions of -min(r A, clip(r, 1 - e, 1 + e') A). r is the ratio of the completion's
+    probability to its probability at sampling, and A its advantage."""
 
     settings: RlooSettings
 
@@ -36,8 +36,8 @@ class LeaveOneOut(SampledLoss):
         return scaled(plain - mean(of_step), spread(of_step))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
-        """The window with each token's KL, and beta times the KL of each completion. The KL is k1: the policy's
-        log-probability less the reference's."""
+        """The window with the KL of each token added, and for each completion beta times its KL. The KL (k1) is the
+        policy's log-probability less the reference's."""
         rows, read = prompt_rows(run), self.token_scores
         policy, reference = run.score(window.batches, read), run.reference(window.batches, read)
         apart = [ours.float() - theirs.float() for ours, theirs in zip(policy, reference, strict=True)]  # (N,) each
@@ -46,7 +46,7 @@ class LeaveOneOut(SampledLoss):
         return rows.with_tokens(window, "kl", apart), [self.settings.beta * penalty for penalty in kl]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        """The sum over completions, and the logged values. Shapes: output.hidden (B, T, D) -> total (1,)."""
         settings, tokens = self.settings, read_tokens(output, batch, self.settings.temperature)
         ratio, advantages = torch.exp(by_sequence(tokens.log_ratio, tokens.counts)), tokens.prepared["advantages"]
         clipped = torch.clamp(ratio, 1 - settings.epsilon, 1 + settings.clip_high)
@@ -60,7 +60,8 @@ class LeaveOneOut(SampledLoss):
 
 
 def _less_the_others(rewards: Rewards) -> Rewards:
-    """Each reward less the mean of the other rewards in its group. Rewards of NaN are left out; NaN if none remains.
+    """Each reward less the mean of the group's other rewards. A NaN is left out of the mean; without other rewards the
+    result is NaN.
     Shapes: (P, G) -> (P, G)."""
     count = np.sum(~np.isnan(rewards), axis=1, keepdims=True) - 1  # (P, 1)
     others = (np.nansum(rewards, axis=1, keepdims=True) - rewards) / np.where(count > 0, count, np.nan)

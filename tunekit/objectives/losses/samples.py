@@ -1,4 +1,5 @@
-"""The loss of the model's own completions, which are sampled and scored by rewards, in training and in evaluations."""
+"""The base class of losses on the model's own completions: these are sampled, scored by rewards, and trained on or
+evaluated."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ SHOWN_ROWS, SHOWN_SAMPLES = 2, 4  # rows of a step, and samples of a row, in the
 
 @dataclass(frozen=True)
 class SampledLoss(LossKind):
-    """Turns rewards into advantages, and advantages into a loss, which is divided by the step's number of completions.
+    """Turns rewards into advantages, and advantages into a loss, divided by the step's number of completions.
     Subclasses define `loss`.
 
     `prepare` samples the completions with the seed hash(seed, step, row, completion), and computes advantages from the
@@ -71,7 +72,8 @@ class SampledLoss(LossKind):
 
     @classmethod
     def of(cls, settings: SampleSettings, tokenizer: Tokenizer, clipped: Sequence[str] = CLIPPED) -> Self:
-        """The loss for the settings of a recipe. `clipped`: the names of the logged shares of clipped ratios."""
+        """Make the loss from a recipe's settings. `clipped`: the names under which shares of clipped ratios are
+        logged."""
         logged = (*(["kl"] if settings.beta else []), "entropy", *clipped)
         return cls(settings, tokenizer, logged, settings.beta > 0, settings.num_iterations)
 
@@ -85,25 +87,24 @@ class SampledLoss(LossKind):
         raise NotImplementedError
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """(A,) whether each group teaches nothing, because its rewards are equal or absent."""
+        """For each group, shape (A,): whether it teaches nothing, because its rewards are equal or absent."""
         return teaches_nothing(step, axis=1)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """The weight in the loss of each token of a completion. Shapes: counts (P, G) -> (P, G).
-        `counts`: the trained tokens of each completion; `tokens`: their mean over the step.
-        """
+        """The weight in the loss that each token of a completion has. Shapes: counts (P, G) -> (P, G).
+        `counts`: the number of trained tokens of each completion; `tokens`: the mean of all counts in the step."""
         return np.ones_like(counts)
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards] | None]:
-        """The window with scores of the model at step 0, and for each batch a penalty (P, G) to subtract from the
-        rewards; None: no penalty. Called only if the loss has a KL."""
+        """The window with the scores of the model at step 0 added; and for each batch a penalty (P, G), which is
+        subtracted from the rewards, or None. Called only if the loss has a KL."""
         raise NotImplementedError
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with completions of each prompt, and with the values that the loss needs.
+        """The window with completions for each prompt, and with the values that the loss needs.
 
-        A simulated or dry-run step samples nothing. It uses completions of the maximum length, and calls no rewards.
-        Raises: RewardError on every rank if the reward of one rank failed.
+        A simulated or dry-run step does not sample. It uses completions of the maximum length, and calls no rewards.
+        Raises: RewardError on every rank if a reward fails on one rank.
         """
         kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
         if not (dry or self.measures) and window.step % self.updates_per_sampling:
@@ -129,7 +130,7 @@ class SampledLoss(LossKind):
         return replace(window, preparation=Preparation(metrics, seconds, samples))
 
     def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
-        """The completions of each row; the random numbers depend only on seed, step, row, completion and token."""
+        """The completions of each row. Random numbers depend only on seed, step, row, completion and token."""
         kind, settings, occurrences, seeds, prompts = (
             prompt_rows(run),
             self.settings,
@@ -161,9 +162,9 @@ class SampledLoss(LossKind):
     def _scored(
         self, run: RunView, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], *, dry: bool, starts_run: bool
     ) -> Rewards:
-        """(P, G, F) the reward of each completion by each reward function. An error on one rank is raised on all.
-        Raises: RewardError if no completion has a reward in the first step, or in SILENT_STEPS consecutive steps.
-        """
+        """The reward of each completion by each reward function, shape (P, G, F). An error on one rank is raised on all
+        ranks.
+        Raises: RewardError if no completion has a reward in the first step, or in SILENT_STEPS consecutive steps."""
         shape = (len(rows), len(prompt_rows(run).answers.sides), len(self.settings.reward))
         if dry:
             return np.tile(np.arange(shape[1], dtype=np.float64)[:, None], (shape[0], 1, shape[2]))
@@ -183,11 +184,11 @@ class SampledLoss(LossKind):
         return scores
 
     def _summed(self, scores: Rewards) -> Rewards:
-        """The weighted sum over reward functions. Shapes: (..., F) -> (...)."""
+        """Sums of rewards, weighted by reward function. Shapes: (..., F) -> (...)."""
         return weighted_sum(scores, [source.weight for source in self.settings.reward])
 
     def _measured(self, run: RunView, window: Window, groups: Sequence[Sequence[Sample]], scores: Rewards) -> Window:
-        """The window with the reward of each row's only completion."""
+        """The window with values added for evaluation: the reward and the length of each row's only completion."""
         rewarded = iter(zip(self._summed(scores), groups, strict=True))  # (P, 1) and its completion
 
         def parts(batch: Batch) -> dict[str, Array]:
@@ -199,7 +200,7 @@ class SampledLoss(LossKind):
         return run.rows.with_parts(window, [parts(batch) for batch in window.batches])
 
     def token_scores(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """(N,) log-probability of each predicted token, at the temperature of sampling."""
+        """The log-probability of each predicted token at the sampling temperature, shape (N,)."""
         return predicted(output, batch, self.settings.temperature)
 
     def _with_advantages(
@@ -210,7 +211,7 @@ class SampledLoss(LossKind):
         scores: Rewards,
         penalties: Sequence[Rewards] | None,
     ) -> tuple[Window, dict[str, float]]:
-        """The window with the advantages and token weights of each row's completions, and the metrics of the step."""
+        """The window with advantages and token weights added for each completion, and the metrics of the step."""
         sides = prompt_rows(run).answers.sides
         shape = (-1, len(sides))
         marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]
@@ -237,7 +238,7 @@ class SampledLoss(LossKind):
     def _shown(
         self, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], scores: Rewards, window: Window
     ) -> list[dict[str, Any]]:
-        """The first completions of the first rows, for the report."""
+        """The first completions of the first rows, as the report shows them."""
         learnt, names = [row for batch in window.batches for row in batch.rows], reward_names(self.settings.reward)
         samples = []
         for at, (row, group) in enumerate(zip(rows[:SHOWN_ROWS], groups, strict=False)):
@@ -251,8 +252,8 @@ class SampledLoss(LossKind):
         return samples
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """Sums for evaluation: loss (minus the reward), units, reward, length, and the number of completions without a
-        stop token. Rows without a reward are left out."""
+        """Sums for evaluation: loss (minus the reward), units, reward, length, and the number of completions without
+        a stop token. Rows without a reward are left out."""
         rewards = batch.targets["rewards"][:, 0]  # (P,) float64
         judged = ~rewards.isnan()
         lengths = batch.targets["lengths"][:, 0].double()  # (P,); masked completions too

@@ -14,14 +14,14 @@ Supervised = tuple[Tensor, Tensor, Tensor | None]
 
 
 def next_tokens(batch: Batch) -> Supervised:
-    """The supervised positions of a causal model, whose labels are its inputs: position t predicts labels[t + 1]."""
+    """The supervised positions in a causal model. Labels are the inputs: position t predicts labels[t + 1]."""
     index, targets = supervised_positions(batch.targets["labels"])
     weights = batch.targets.get("weights")
     return index, targets, None if weights is None else weights.flatten()[index + 1]
 
 
 def own_positions(batch: Batch) -> Supervised:
-    """The supervised positions of a decoder, in which position t predicts labels[t]."""
+    """The supervised positions in a decoder, where position t predicts labels[t]."""
     labels, weights = batch.targets["labels"], batch.targets.get("weights")  # (B, A)
     rows, columns = torch.nonzero(labels != IGNORED, as_tuple=True)
     weight = None if weights is None else weights[rows, columns]
@@ -30,19 +30,19 @@ def own_positions(batch: Batch) -> Supervised:
 
 @dataclass(frozen=True)
 class TokenLoss(LossKind):
-    """loss = sum over supervised tokens of -w log p(token | tokens before it). w is the `weight` of a message times the
-    `sample_weight` of the row, 1 by default. The loss is divided by the step's sum of w."""
+    """loss = sum over supervised tokens of -w log p(token | tokens before it); divided by the step's sum of w. w is
+    the `weight` of a message times the `sample_weight` of the row, 1 by default."""
 
     supervised: Callable[[Batch], Supervised] = next_tokens
     metrics: Sequence[str] = ("loss", "perplexity")
 
     def units(self, batch: Batch) -> Tensor:
-        """(1,) float64: the sum of the supervised tokens' weights."""
+        """The sum of the supervised tokens' weights, shape (1,) float64."""
         weights = self.supervised(batch)[2] if "weights" in batch.targets else None
         return super().units(batch) if weights is None else weights.sum(dtype=torch.float64)[None]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
-        """Shapes: output.hidden (B, T, D) -> total (1,)."""
+        """The sum over tokens. Shapes: output.hidden (B, T, D) -> total (1,)."""
         return loss_of_positions(output, *self.supervised(batch))
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:

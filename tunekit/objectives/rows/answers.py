@@ -43,15 +43,16 @@ Places = dict[tuple[int, str], NDArray[Any]]  # (T,) positions in the flattened 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRows(TextRows):
-    """Rows with one or more answers, called sides. Parts of each side: `SIDE` (T,) ids of prompt and answer;
-    `SIDE_trained` (T,) marks of the answer's ids.
+    """Rows with one or more answers, called sides. Parts for each side: `SIDE` (T,), the ids of prompt and answer;
+    `SIDE_trained` (T,), marks of the answer's ids.
 
-    If a line of a batch has several rows, or if the model keeps documents apart, the sides of a row are packed into one
-    line. Each side is then a document with its prompt. Otherwise each side is a padded line. `shares_prefixes`: the
-    common beginning of packed sides is computed once.
+    The sides of a row are packed into one line if a line of the batch has several rows, or if the model separates
+    packed documents. Each side is then a document with its prompt. Otherwise each side is a padded line.
+    `shares_prefixes`: the common beginning of packed sides is computed once.
 
-    `sides`: fields of an example that are answers; `further`: the dtypes of other fields with one value; `unusable`:
-    error or drop, the recipe's value of `unusable_key`; `prompts`: the prompt of the first side is predicted too;
+    `sides`: an example's fields that are answers; `further`: dtypes of an example's other fields, which have one value;
+    `unusable`: error or drop, the recipe's value of `unusable_key`; `prompts`: the prompt of the first side is
+    predicted too;
     `scored`: a head scores each side at its last token, and no token is predicted.
     """
 
@@ -77,7 +78,7 @@ class AnswerRows(TextRows):
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
 
     def encode(self, example: PromptedExample, origin: str) -> Row:
-        """The row. Raises: Dropped or DataError, depending on the recipe, for an unusable row."""
+        """The row of an example. Raises: Dropped or DataError, as the recipe chooses, if the example is unusable."""
         answers = [getattr(example, side) for side in self.sides]
         self._check_usable(example.prompt, answers)
         before = self.notices.copy()
@@ -107,7 +108,7 @@ class AnswerRows(TextRows):
             raise DataError(what, f"correct the row, or write objective.{self.unusable_key}: drop")
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """The number of tokens of each answer with its prompt."""
+        """For each answer, its number of tokens together with its prompt."""
         return tuple(len(parts[side]) for side in self.sides)
 
     def units_in(self, parts: RowParts) -> int:
@@ -115,21 +116,22 @@ class AnswerRows(TextRows):
         return int(all(parts[f"{side}_trained"][1:].any() for side in self.sides))
 
     def prompt(self, example: PromptedExample) -> tuple[list[int], str] | None:
-        """Ids of the prompt, and the text of the first answer."""
+        """The ids of the prompt, and the text of the first answer."""
         return self.renderer.prompt(example.answered(getattr(example, self.sides[0])))
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> AnswerRows:
-        """The rows with all sides in one line, or with a line for each side."""
+        """The rows; if `end_to_end`, all sides of a row are in one line, otherwise each side is a line."""
         shares = end_to_end and shares_prefixes and len(self.sides) > 1
         return replace(self, end_to_end=end_to_end, shares_prefixes=shares)
 
     def shared(self, row: Row) -> int:
-        """The number of tokens of later sides that are computed only once, with the first side."""
+        """The number of tokens that the later sides share with the first side, so that the model computes them only
+        once."""
         return self.prefix(row) * (len(self.sides) - 1)
 
     def prefix(self, row: Row) -> int:
-        """The number of tokens at the start that all sides share and that are computed once. Each side has at least one
-        further token."""
+        """The number of first tokens that all sides share and that are computed once. At least one token of each
+        side is not counted."""
         if not self.shares_prefixes:
             return 0
         if "prompt_size" in row.parts:
@@ -139,20 +141,20 @@ class AnswerRows(TextRows):
         return int(np.argmin(np.append(first == second, False)))
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with tokens start .. stop-1 of every side."""
+        """The row with the tokens from start to stop-1 of every side."""
         names = [name for side in self.sides for name in (side, f"{side}_trained")]
         cut = {name: row.parts[name][start:stop] for name in names}
         return self.make_row({**row.parts, **cut}, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row. All its sides have this size, are trained on from the start, and share almost no prefix."""
+        """A row whose sides all have this size, are trained on from the start, and share almost no prefix."""
         row, parts = next(rows), dict[str, Array]()
         for side, way in zip(self.sides, (1, -1), strict=False):  # the second side backwards
             parts |= {side: np.resize(row.parts[side][::way], size), f"{side}_trained": np.ones(size, np.bool_)}
         return [self.make_row({**row.parts, **parts}, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Further parts of the rows, and parts that a step added, are targets (P, ...)."""
+        """The batch. A row's further parts, and parts that a step added, become targets (P, ...)."""
         batch = self.laid(sequences)
         rows, sides = batch.rows, {name for side in self.sides for name in (side, f"{side}_trained")}
         names = [name for name in rows[0].parts if name not in sides]
@@ -160,7 +162,7 @@ class AnswerRows(TextRows):
         return replace(batch, targets={**batch.targets, **further})
 
     def laid(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch with the targets of the sides only.
+        """The batch, whose targets come only from the sides.
 
         Shapes: input_ids, position_ids (B, T), or (S P, T) where each of the S sides of P rows is a line.
         """
@@ -185,7 +187,7 @@ class AnswerRows(TextRows):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def _lines(self, sequences: Sequence[Sequence[Row]]) -> list[list[tuple[int, str]]]:
-        """The documents in each line of the batch, as (number of the row in the batch, number of its answer)."""
+        """The documents in each line of the batch, as pairs (row's index in the batch, side)."""
         count = sum(map(len, sequences))
         if not self.end_to_end and count == len(sequences):
             return [[(number, side)] for side in self.sides for number in range(count)]
@@ -196,9 +198,9 @@ class AnswerRows(TextRows):
         ]
 
     def _predicted(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """The targets `counts`, `index` and `ids`. `counts` (S P,): the number of predicted tokens of each first
-        answer, then of each second answer, then of each prompt if prompts are predicted. `index`, `ids` (N,): the
-        positions and ids of these tokens, in this order."""
+        """The targets `counts`, `index` and `ids`. `counts` (S P,): the number of predicted tokens in all first
+        answers, then in all second answers, and so on; then in all prompts, if prompts are predicted. `index`, `ids`
+        (N,): the positions and ids of these tokens, in this order."""
         groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
         groups += [(number, self.sides[0], False) for number in range(len(rows))] if self.prompts else []
         index, targets = list[NDArray[Any]](), list[NDArray[Any]]()
@@ -211,8 +213,8 @@ class AnswerRows(TextRows):
         return {**{name: torch.from_numpy(values) for name, values in arrays.items()}, "counts": counts}
 
     def _last_tokens(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """The target `last` (2 P,): the position where each chosen answer is scored, then where each rejected answer
-        is."""
+        """The target `last` (2 P,): the positions where the chosen answers are scored, then the positions where the
+        rejected answers are scored."""
         order = [(number, side) for side in self.sides for number in range(len(rows))]
         last = [
             int(places[number, side][last_token(rows[number].parts[side], self.tokenizer.pad_id)])
@@ -221,7 +223,7 @@ class AnswerRows(TextRows):
         return {"last": torch.tensor(last)}
 
     def spans(self, row: Row) -> list[Span]:
-        """Every side, with the further values as its title. The first token of a side is never predicted."""
+        """The sides of the row; titles state the further values. The first token of a side is never predicted."""
         values = "".join(f", {name}: {row.parts[name][0]}" for name in self.further)
         marks = {side: row.parts[f"{side}_trained"] for side in self.sides}
         predicted = {
@@ -232,7 +234,7 @@ class AnswerRows(TextRows):
 
 
 def last_token(ids: Sequence[int] | Array, pad_id: int) -> int:
-    """The last position whose id is not the padding id. There, transformers reads a score."""
+    """The last position whose id is not the padding id. transformers reads a score at this position."""
     return int(np.flatnonzero(np.asarray(ids) != pad_id).max(initial=0))
 
 
@@ -244,6 +246,6 @@ def pair_rows(settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptio
 def pair_objective(
     settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions, loss: LossKind, *, prompts: bool = False
 ) -> Objective:
-    """An objective of pairs whose answers are texts. `prompts`: as in AnswerRows."""
+    """An objective whose rows are pairs of answers, and whose model answers with text. `prompts`: as in AnswerRows."""
     rows = replace(pair_rows(settings, tokenizer, options), prompts=prompts)
     return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))

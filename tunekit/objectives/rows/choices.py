@@ -1,6 +1,7 @@
-"""The rows of choices: several answers after one prompt, each scored by its log-probability. A causal model reads the
-prompt once, with all answers after it; a mask lets each answer see only the prompt and itself. An encoder reads the
-prompt once, and the decoder has one sequence for each answer.
+"""Rows to choose between the answers of a question: each answer is scored by its log-probability.
+
+A causal model reads the prompt once, followed by all answers; with a mask, each answer sees only the prompt and
+itself. An encoder reads the prompt once, and its decoder reads one sequence for each answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ from tunekit.model.attention.documents import as_bias
 
 
 class Answer(NamedTuple):
-    """The ids of an answer from the first position where the answers of a question differ, and marks of scored ids."""
+    """The ids of an answer, and marks of scored ids. The ids start at the first position where a question's answers
+    differ."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
@@ -25,7 +27,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and all answers to choose from; `right`: the index of the row's reference answer, if it has one."""
+    """A prompt, and all answers to choose from. `right`: the index of the reference answer; 0 if there is none."""
 
     prompt: Array  # (P,) ids
     answers: tuple[Answer, ...]
@@ -34,18 +36,18 @@ class Question:
 
     @cached_property
     def longest(self) -> int:
-        """The number of tokens of the prompt with its longest answer."""
+        """The number of tokens of the prompt together with its longest answer."""
         return len(self.prompt) + max(len(answer.ids) for answer in self.answers)
 
     @property
     def scored(self) -> list[int]:
-        """Number of scored tokens of each answer."""
+        """The number of scored tokens in each answer."""
         return [sum(answer.scored) for answer in self.answers]
 
 
 def make_question(rows: Sequence[Row], right: int = 0) -> Question:
-    """The question made from rows that differ only in their answers. The prompt is their common beginning before the
-    first trained token; the remaining ids are the answers."""
+    """A question from rows that differ only in their answers. The prompt is the common beginning of the rows, at
+    most up to the first trained token. The remaining ids are the answers."""
     if "source" in rows[0].parts:
         ends = [row.parts["answer"] for row in rows]
         answers = [Answer(tuple(ids.tolist()), (False, *[True] * (len(ids) - 1))) for ids in ends]
@@ -64,8 +66,8 @@ def make_question(rows: Sequence[Row], right: int = 0) -> Question:
 
 
 def split_question(question: Question, number: int, most: int, *, apart: bool) -> Iterator[Row]:
-    """Rows with the question's answers. A row has as many answers as fit into `most` positions. `apart`: each answer
-    repeats the prompt."""
+    """Distribute the question's answers over rows. A row gets as many answers as fit into `most` positions. `apart`:
+    each answer repeats the prompt."""
     prompt, sizes = len(question.prompt), [len(answer.ids) for answer in question.answers]
     held: list[int] = []
     for at, size in enumerate(sizes):
@@ -79,7 +81,7 @@ def split_question(question: Question, number: int, most: int, *, apart: bool) -
 
 
 def _row(question: Question, number: int, held: Sequence[int], apart: bool) -> Row:
-    """The row with some answers of a question. Its part `cells`: the index of each answer in the flattened (questions,
+    """A row with some answers of a question. Its part `cells` has each answer's index in the flattened (questions,
     answers)."""
     answers = [question.answers[at] for at in held]
     lengths, prompt = [len(answer.ids) for answer in answers], len(question.prompt)
@@ -96,15 +98,15 @@ def _row(question: Question, number: int, held: Sequence[int], apart: bool) -> R
 
 @dataclass(frozen=True, eq=False)
 class SideBySideRows(RowKind):
-    """Rows for causal models, with all answers after one prompt. `dtype`: the dtype of the base, for the attention
+    """Rows for causal models: one prompt, followed by all answers. `dtype`: the base's dtype, for the attention
     mask."""
 
     tokenizer: Tokenizer
     dtype: torch.dtype
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. The position ids of each answer continue from the prompt's; its last token is only predicted. If a
-        row has several answers, a mask keeps them apart.
+        """The batch. The position ids of each answer continue from the prompt's. An answer's last token is not read,
+        only predicted. If a row has several answers, a mask separates them.
 
         Shapes: input_ids, position_ids (B, T), attention_mask (B, 1, T, T); index, labels, cells (S,).
         """
@@ -140,8 +142,11 @@ class LineByLineRows(RowKind):
     tokenizer: Tokenizer
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Shapes: input_ids, attention_mask (B, S); decoder_input_ids (N, A), source_rows (N,), the source of each
-        answer; index, labels, cells (S,)."""
+        """The batch. `source_rows`: for each answer, the index of its source.
+
+        Shapes: input_ids, attention_mask (B, S); decoder_input_ids (N, A), source_rows (N,); index, labels, cells
+        (S,).
+        """
         rows = [row for (row,) in sequences]
         pad = self.tokenizer.pad_id
         sources = [row.parts["prompt"] for row in rows]
@@ -167,7 +172,8 @@ class LineByLineRows(RowKind):
 
 
 def _places(lengths: Array) -> tuple[Array, Array]:
-    """The answer of each token, and the token's index in it, for answers laid end to end. Shapes: (n,) -> (A,) each."""
+    """For each token of concatenated answers: the number of its answer, and its index in that answer.
+    Shapes: (n,) -> (A,) each."""
     branch = np.repeat(np.arange(len(lengths)), lengths)
     return branch, np.arange(len(branch)) - (np.cumsum(lengths) - lengths)[branch]
 

@@ -1,4 +1,4 @@
-"""Rows of images with labels. Their random augmentation depends on (seed, step, row)."""
+"""Rows of images with labels. Random augmentation depends only on (seed, step, row)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ LARGEST = 2  # before random crops, images are reduced to at most this multiple 
 
 
 class ImagePrompt(NamedTuple):
-    """An image (side, side, 3) after the model's image processor, and its original height and width."""
+    """An image (side, side, 3) as the model's image processor returns it, and its original height and width."""
 
     seen: Pixels
     original: Size
@@ -44,8 +44,9 @@ class ImagePrompt(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages(RowKind):
-    """Rows of images with labels. Parts: `seen`, the image after the model's image processor; its `original` size;
-    `label` as UTF-8; and, if random crops are trained on, the `pixels` to crop and their `shape`."""
+    """Rows of images with labels. Parts: `seen`, the image as the model's image processor returns it; `original`,
+    its size; `label` as UTF-8. For random crops also `pixels`, the image to crop, and `shape`, the shape of
+    `pixels`."""
 
     example = "image_label"
     layout = RowLayout(
@@ -66,7 +67,7 @@ class LabelledImages(RowKind):
 
     @cached_property
     def augmentation(self) -> Augmentation:
-        """The random transforms of a step."""
+        """The random transforms that each step applies."""
         settings = self.settings
         scale = (settings.crop_scale[0], settings.crop_scale[1]) if settings.random_resized_crop else None
         return Augmentation(
@@ -79,14 +80,14 @@ class LabelledImages(RowKind):
         )
 
     def encode(self, example: ImageLabelExample, origin: str) -> Row:
-        """The row. Raises: Dropped for an animated or tiny image; DataError for an image that cannot be read, or a
-        label that is not listed."""
+        """The row of an example. Raises: Dropped for an animated or tiny image; DataError for an unreadable image or
+        an unlisted label."""
         label = self.labels.read(example.label)
         pixels = read_pixels(example.image, self.notices)
         return self.make_row(_parts(self._prompt(pixels), label, self.uncropped(pixels)), origin)
 
     def uncropped(self, pixels: Pixels) -> Pixels:
-        """The pixels that a row stores for random crops; empty if there are none."""
+        """The pixels from which random crops are made; empty if the recipe has no random crops."""
         if not self.settings.random_resized_crop:
             return NO_PIXELS
         resolution = self.processor.resolution
@@ -117,7 +118,7 @@ class LabelledImages(RowKind):
         return ImagePrompt(self.processor.visible_pixels(pixels), (pixels.shape[0], pixels.shape[1]))
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The row with the augmented image of this step (`view`)."""
+        """The row with the part `view`: the image, randomly augmented for this step."""
         pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3) if row.parts["pixels"].size else self._seen(row)
         view = self.augmentation.changed(pixels, seed_for("augmentation", *key))
         return replace(row, parts={"view": view, "label": row.parts["label"]})
@@ -127,8 +128,8 @@ class LabelledImages(RowKind):
         return replace(self, draws=False)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Shapes: pixel_values (R, 3, side, side) float32; labels (R, ...). A row without a `view` has the image after
-        the model's image processor."""
+        """The batch. A row without a `view` shows the image as the model's image processor returns it.
+        Shapes: pixel_values (R, 3, side, side) float32; labels (R, ...)."""
         rows = [row for sequence in sequences for row in sequence]
         views = np.stack([row.parts["view"] if "view" in row.parts else self._seen(row) for row in rows])
         scale, offset = self.processor.scale
@@ -141,14 +142,14 @@ class LabelledImages(RowKind):
         return row.parts["seen"].reshape(self.processor.resolution, self.processor.resolution, 3)
 
     def spans(self, row: Row) -> list[Span]:
-        """The label, the image's size, and the image without augmentation."""
+        """The label, the image's original size, and the image without augmentation."""
         height, width = row.parts["original"].tolist()
         title = f"label: {label_of(row)} ({width} x {height} pixels)"
         return [Span(title=title, image=self._seen(row))]
 
 
 def read_pixels(image: Media, notices: Counter[str]) -> Pixels:
-    """The pixels of an image. `notices` counts conversions."""
+    """The pixels of an image. If it had to be converted, `notices` counts that."""
     counts = Counter[str]()
     pixels = read_image(image.path if image.data is None else image.data, counts)
     notices.update(+counts)

@@ -1,4 +1,4 @@
-"""Labels of rows with several labels (multi-label), and of rows with numbers (regression)."""
+"""Labels of multi-label rows (any number of labels per row), and labels of regression rows (numbers)."""
 
 import json
 import math
@@ -15,11 +15,12 @@ LARGEST = 1e18  # the largest number to learn, because the sum of squares of a m
 
 
 class LabelSets(Labels):
-    """Labels of rows that have any number of labels. A row stores its labels as a JSON list of names, which may be
+    """Labels for rows that have any number of labels. A row stores its labels as a JSON list of names, which may be
     empty."""
 
     def read(self, value: LabelValue) -> str:
-        """The JSON list. Raises: DataError for a value that is not a list of names, or a list with one label twice."""
+        """The JSON list of the labels. Raises: DataError for a value that is not a list of names, or that repeats a
+        name."""
         value = _listed(value)
         if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
             how = 'write a list of names, such as ["first", "second"], or [] for no label; in a CSV file, write JSON'
@@ -40,12 +41,12 @@ class LabelSets(Labels):
         return [str(label) for label in json.loads(text)]
 
     def written(self, text: str) -> str:
-        """The JSON list, in the order of the head's rows."""
+        """The JSON list of the labels, in the order of the head's rows."""
         named = set(map(self.head_name, self.listed_in(text)))
         return json.dumps([name for name in self.names if name in named], ensure_ascii=False)
 
     def targets(self, texts: Iterable[str]) -> Tensor:
-        """(R, C) float32: 1 where a row has the label."""
+        """The targets of the loss, (R, C) float32: 1 if the row has the label, else 0."""
         numbers = [[self.head_rows[label] for label in self.listed_in(text)] for text in texts]
         values = torch.zeros(len(numbers), len(self.names))  # (R, C)
         for row, places in enumerate(numbers):
@@ -58,10 +59,11 @@ class LabelSets(Labels):
 
 
 class Quantities(Labels):
-    """Labels of rows with one number for each output of the head. A row stores them as a JSON list of numbers."""
+    """Labels for rows that have one number for each output of the head. A row stores its numbers as a JSON list."""
 
     def read(self, value: LabelValue) -> str:
-        """The JSON list. Raises: DataError for text, a number that is not finite, or a wrong count of numbers."""
+        """The JSON list of the numbers. Raises: DataError for text, an infinite or NaN number, or a wrong count of
+        numbers."""
         value = _listed(value)
         numbers = [_number(each) for each in (value if isinstance(value, tuple) else (value,))]
         if not numbers:
@@ -78,7 +80,7 @@ class Quantities(Labels):
         return numbers_text(self.values_in(text))
 
     def targets(self, texts: Iterable[str]) -> Tensor:
-        """(R, C) float32."""
+        """The numbers of the rows, (R, C) float32."""
         return torch.tensor([self.values_in(text) for text in texts], dtype=torch.float32)
 
     @property
@@ -91,8 +93,8 @@ class Quantities(Labels):
         return [float(value) for value in json.loads(text)]
 
     def refuse_other_counts(self, texts: Iterable[tuple[str, str]]) -> int:
-        """The count of numbers in each row. `texts`: the text and the origin of each row. Raises: DataError for a row
-        whose count differs from the first row's."""
+        """Returns how many numbers each row has. `texts`: for each row, its label text and its origin. Raises:
+        DataError for a row whose count differs from the first row's."""
         count, first = 0, ""
         for text, origin in texts:
             numbers, first = len(self.values_in(text)), first or origin
@@ -107,13 +109,13 @@ LABEL_KINDS: dict[str, type[Labels]] = {SINGLE_LABEL: Labels, MULTI_LABEL: Label
 
 
 def numbers_text(values: Iterable[float]) -> str:
-    """The numbers with six digits each, as a list if there are several."""
+    """The numbers as text, with six digits each; a JSON list if there are several."""
     texts = [f"{value:.6g}" for value in values]
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
 def _listed(value: LabelValue) -> LabelValue:
-    """The value. A text that is a JSON list, such as a cell of a CSV file, is parsed."""
+    """The value. If it is a text with a JSON list (from a CSV file), the parsed list."""
     if not (isinstance(value, str) and value.startswith("[")):
         return value
     try:

@@ -44,8 +44,8 @@ JOINED = (
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts(RowKind):
-    """Rows of texts with labels. Parts: `ids` (T,) with the tokenizer's special tokens around the text; `second`, the
-    position where the second text of a pair begins, (1,), or (0,) for a single text; `label` as UTF-8."""
+    """Rows of texts with labels. Parts: `ids` (T,), with the tokenizer's special tokens around the text; `second`,
+    where the second text of a pair begins, (1,), or (0,) for a single text; `label` as UTF-8."""
 
     example = "label"
     allowed_options = never_split("text")  # because a split could be in the middle of a span
@@ -64,19 +64,19 @@ class LabelledTexts(RowKind):
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
-        """The special tokens before and after a text."""
+        """The special tokens that are put before and after a text."""
         return put_around(self.tokenizer)
 
     @cached_property
     def padding(self) -> int:
-        """The padding id. It differs from the ids that end a text, because the heads of T5 and BART look for those;
-        padding is masked."""
+        """The padding id. It differs from the ids at the end of a text, because the heads of T5 and BART search for
+        these. Padding is masked."""
         ends = self.around[1]
         ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
         return next(each for each in ids if each not in ends)
 
     def encode(self, example: Any, origin: str) -> Row:
-        """The row. Raises: Dropped for a text without a token; DataError for a label that is not listed."""
+        """The row of an example. Raises: Dropped for a text without a token; DataError for an unlisted label."""
         assert isinstance(example, LabelExample)
         if self.pairs not in (None, example.second is not None):
             raise DataError(*other_kind(not self.pairs, "the rows that the model learns from are each"))
@@ -89,7 +89,7 @@ class LabelledTexts(RowKind):
         return self.make_row(_parts(ids, utf8(label)), origin)
 
     def _check_pair(self, label: str) -> None:
-        """Raises: DataError for a pair without a label."""
+        """Raises: DataError for a pair whose label means that it has none (-1 or '-')."""
         for name in UNLABELLED.keys() & set(self.labels.listed_in(label)) - set(self.labels.names):
             what = f"the label is {name}; in files of {UNLABELLED[name]}, this means that a pair has no label"
             raise DataError(what, f"leave the row out, or list '{name}' under objective.labels if it is a class")
@@ -97,26 +97,26 @@ class LabelledTexts(RowKind):
             self.notices[JOINED] += 1
 
     def _ids_of(self, text: str, second: str | None) -> list[int]:
-        """Ids of one text or of a pair, with the tokenizer's special tokens."""
+        """The ids of one text or of a pair, with the tokenizer's special tokens."""
         return self.tokenizer.encode_source(text) if second is None else join_texts(self.tokenizer, text, second)
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
         return (len(parts["ids"]),)
 
     def prompt(self, example: Any) -> tuple[list[int], str]:
-        """Ids of the text, and its label."""
+        """The ids of the text or pair, and its label."""
         ids = self._ids_of(example.text, example.second)
         return self.cut_ids(ids), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> list[int]:
-        """Ids of a text with special tokens, truncated like rows. Raises: InputError if rows are pairs of texts."""
+        """The ids of a text with special tokens, truncated like rows. Raises: InputError if rows are pairs of texts."""
         if self.pairs:
             raise InputError("the prompt is a single text, but the model was trained on pairs of texts", TWO_TEXTS)
         return self.cut_ids(self.tokenizer.encode_source(text))
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
-        """Ids of a pair of texts with the tokenizer's special tokens, truncated like rows. Raises: InputError if rows
-        are single texts."""
+        """The ids of a pair of texts with special tokens, truncated like rows. Raises: InputError if rows are single
+        texts."""
         if self.pairs is False:
             what = f"the prompt is a pair of texts ('{first[:40]}' ...), but the model was trained on single texts"
             raise InputError(what, 'write {"prompt": "..."}')
@@ -127,8 +127,8 @@ class LabelledTexts(RowKind):
         return self.tokenizer.decode(prompt)
 
     def unlabelled(self, model: Model, prompts: Sequence[Sequence[int]]) -> list[Row]:
-        """Rows of texts whose labels are not known. Raises: InputError for an empty text; DataError for a text beyond
-        the model's positions."""
+        """Rows for texts whose labels are not known. Raises: InputError for an empty text; DataError for a text that
+        is longer than the model's positions."""
         if not all(prompts):
             raise InputError(
                 "a text is empty, and this tokenizer adds no tokens to it",
@@ -138,16 +138,17 @@ class LabelledTexts(RowKind):
         return [self.make_row(self.first_label(ids), "") for ids in prompts]
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The parts of a row with these ids and the first label, which stands in for an unknown label."""
+        """The parts of a row with these ids. Its unknown label is replaced by the first label."""
         return _parts(ids, utf8(self.labels.placeholder))
 
     def cut_ids(self, ids: list[int]) -> list[int]:
-        """Ids of a prompt, truncated like rows."""
+        """The ids of a prompt, truncated like rows."""
         cut = self.options.excess_length == "truncate" and len(ids) > self.options.max_length
         return self.sized(ids, self.options.max_length) if cut else ids
 
     def sized(self, ids: Sequence[int] | Array, size: int) -> list[int]:
-        """(size,) ids of a text, cut or repeated. The special tokens at its end stay, because heads look for them.
+        """The ids of a text, cut or repeated to `size` ids. Its final special tokens are kept, because heads search for
+        these.
 
         Shapes: ids (T,).
         """
@@ -158,25 +159,25 @@ class LabelledTexts(RowKind):
         return sized
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row of this size, with repeated ids."""
+        """A row of this size, made by repeating ids."""
         return [self.resized(next(rows), size)]
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with its first tokens and the special tokens that end a text. Rows are never cut at their
-        beginning."""
+        """The row with its first tokens, and with the special tokens at the end of a text. Rows are never cut at
+        their beginning."""
         return self.resized(row, min(stop, row.size))
 
     def resized(self, row: Row, size: int) -> Row:
-        """The row with this number of ids and the same label."""
+        """The row with `size` ids and the same label."""
         parts = _parts(self.sized(_ids_in(row), size), row.parts["label"])
         return self.make_row(parts, row.origin, row.number)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Its targets are the labels of all rows in order, and the flattened positions (`places`) at which
-        they are predicted.
+        """The batch. Its targets are the labels of all rows, in order, and the flattened positions at which labels are
+        predicted (named by `places`).
 
-        Shapes: input_ids, position_ids (B, T), attention_mask if there is padding, and token_type_ids of pairs of texts
-        if the tokenizer gives them; labels, last (R,).
+        Shapes: input_ids, position_ids (B, T); attention_mask if there is padding; token_type_ids for pairs, if the
+        tokenizer has types; labels, last (R,).
         """
         ids = lay_end_to_end([[row.parts["ids"] for row in rows] for rows in sequences], self.padding)
         sizes = [[row.size for row in rows] for rows in sequences]
@@ -196,20 +197,20 @@ class LabelledTexts(RowKind):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def label_texts(self, row: Row) -> list[str]:
-        """The label at each of the row's `places_of`."""
+        """The label texts of the row, one for each position in `places_of`."""
         return [label_of(row)]
 
     def places_of(self, row: Row) -> Array:
-        """The position at which the row's label is predicted: its last token."""
+        """The position that predicts the row's label: its last token."""
         return np.array([row.size - 1])
 
     def types_in(self, row: Row) -> Array:
-        """(T,) the token type of each id; 0 in a single text."""
+        """The token type of each id, shape (T,); 0 in a single text."""
         ids = _ids_in(row)
         return types_of(self.tokenizer.pairing, ids) if isinstance(ids, PairIds) else np.zeros(len(ids), np.int64)
 
     def spans(self, row: Row) -> list[Span]:
-        """The text or both texts of a pair, titled with the label. No token is predicted."""
+        """The text, or both texts of a pair, with the label as title. No token is predicted."""
         ids, title = _ids_in(row), f"label: {label_of(row)}"
         if not isinstance(ids, PairIds):
             return [Span(row.parts["ids"], np.zeros(len(ids), np.bool_), title=title)]

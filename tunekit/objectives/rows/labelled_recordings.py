@@ -28,7 +28,7 @@ UNHEARD: dict[str, Array] = {
 
 @dataclass(frozen=True)
 class LabelledClip:
-    """The part of a recording that the model can hear, or (`beyond`) the part after it."""
+    """The first part of a recording, as long as the model can hear; or, if `beyond`, the rest after that part."""
 
     clip: Clip
     label: LabelValue
@@ -49,7 +49,7 @@ class LabelledRecordings(RecordingRows):
 
     @cached_property
     def layout(self) -> RowLayout:
-        """All recordings are padded to the same length."""
+        """The layout: all recordings are padded to the same length."""
         return RowLayout(
             {**SOUND_PARTS, "label": "u1"},
             token_parts=(),
@@ -60,10 +60,9 @@ class LabelledRecordings(RecordingRows):
         )
 
     def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
-        """The recording. If it is cut, its second part follows as an example that is not trained on, so that the cut is
-        counted.
-        Raises: Dropped or DataError for a recording that is longer than the model's input and may not be cut.
-        """
+        """The recording. If it is cut, the rest follows as a second example, which is not trained on but counts as cut
+        data.
+        Raises: Dropped or DataError for a recording that is longer than the model's input and may not be cut."""
         processor = self.processor
         with opened(example.audio) as sound:
             stop, cut = self._stop(sound), sound.seconds > processor.seconds
@@ -80,14 +79,14 @@ class LabelledRecordings(RecordingRows):
         return min(int(self.processor.seconds * sound.rate), sound.samples)
 
     def encode(self, example: LabelledClip, origin: str) -> Row:
-        """The row. Raises: Dropped for silence; DataError for a recording that cannot be read, and for a label that is
-        not listed."""
+        """The row of a clip. Raises: Dropped for silence; DataError for an unreadable recording or an unlisted
+        label."""
         label = self.labels.read(example.label)
         parts = UNHEARD if example.beyond else self.sound_parts(example.clip)
         return self.make_row({**parts, "label": utf8(label)}, origin, sizes=(example.frames,))
 
     def units_in(self, parts: RowParts) -> int:
-        """1; 0 for the part of a recording that is cut off."""
+        """1; or 0 for the rest of a recording after the cut."""
         return int(parts["features"].size > 0 or parts["place"].size > 0)
 
     def prompt(self, example: AudioLabelExample) -> tuple[Clip, str]:
@@ -95,8 +94,8 @@ class LabelledRecordings(RecordingRows):
         return self._prompt(example.audio), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> Clip:
-        """The recording in a file. Raises: DataError for a recording that is longer than the model's input and may not
-        be cut."""
+        """The recording in the file `text`. Raises: DataError if it is longer than the model's input and may not be
+        cut."""
         return self._prompt(Media(text))
 
     def _prompt(self, media: Media) -> Clip:
@@ -120,7 +119,7 @@ class LabelledRecordings(RecordingRows):
         return self.make_row(parts, "", sizes=(self.processor.frames,))
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Shapes: input_features (B, M, F); labels (B,)."""
+        """The batch. Shapes: input_features (B, M, F); labels (B,)."""
         rows = [row for (row,) in sequences]
         inputs = {"input_features": self.features_of(rows)}
         targets = {"labels": self.labels.targets(map(label_of, rows))}

@@ -1,4 +1,4 @@
-"""Labels from the recipe or from all rows, and objectives whose head has one score for each label."""
+"""Labels from the recipe or from the rows, and objectives whose head has one score per label."""
 
 import math
 import re
@@ -45,20 +45,20 @@ Settings = TypeVar("Settings", bound=LabelSettings)
 
 
 def settings_of_head(settings: Settings, facts: Mapping[str, Any]) -> Settings:
-    """The settings, with the problem type of a trained head if there is one."""
+    """The settings. If there is a trained head, its problem type replaces the recipe's."""
     return settings.model_copy(update={key: facts[key] for key in ("problem_type",) if key in facts})
 
 
 def given_labels(
     settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None, problem_type: str = SINGLE_LABEL
 ) -> Labels:
-    """The labels in the facts of a trained head, or in the recipe."""
+    """The labels in the facts of a trained head; without these, the labels in the recipe."""
     names = facts.get("labels") or settings.labels
     return LABEL_KINDS[problem_type](tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
 
 
 def never_split(unit: str) -> tuple[tuple[str, str, str]]:
-    """The allowed options of rows that are never split. `unit`: the name of a row's content, such as text."""
+    """The allowed_options of row kinds whose rows are never split. `unit`: the content of a row, such as text."""
     return (
         (
             "excess_length",
@@ -69,7 +69,7 @@ def never_split(unit: str) -> tuple[tuple[str, str, str]]:
 
 
 def utf8(text: str) -> Array:
-    """A text as a part of a row."""
+    """The text as UTF-8 bytes, to be stored as a part of a row."""
     return np.frombuffer(text.encode(), np.uint8)
 
 
@@ -81,7 +81,7 @@ def label_of(row: Row) -> str:
 def label_objective(
     settings: LabelSettings, rows: RowKind, loss: LabelLoss, processor: Processor | None = None, **facts: object
 ) -> Objective:
-    """The objective of rows with labels. `facts`: further facts, besides the labels and the problem type."""
+    """The objective of rows with labels. `facts`: facts to save besides the labels and the problem type."""
     if loss.problem_type not in (None, SINGLE_LABEL):
         facts = {"problem_type": loss.problem_type, **loss.measured_facts, **facts}
     answering = Answering("label", processor=processor)
@@ -102,9 +102,8 @@ def _with_labels(
     notes: Sequence[str] = (),
     bias: Sequence[float] = (),
 ) -> Objective:
-    """The objective with these labels. `unlabelled`: the fingerprint of the rows without the labels. `bias`: the bias
-    of a new head. The labels are added to the fingerprint, because they decide which rows are wrong.
-    """
+    """The objective with the labels `names`. `unlabelled`: the rows' fingerprint without labels; the labels are
+    added, because they decide which rows are wrong. `bias`: the bias of a new head."""
     labels, loss = replace(objective.rows.labels, names=names), replace(loss, labels=names)
     rows = replace(objective.rows, labels=labels, fingerprint=hash_of([unlabelled, *names]))  # type: ignore[type-var]
     labelled = replace(
@@ -129,8 +128,8 @@ def headed_section(
     seed: int = 0,
     bias: tuple[float, ...] = (),
 ) -> ModelSection:
-    """The model section of the base with a head of one score for each label. The base's head is used if it has these
-    labels."""
+    """The base's model section, extended by a head with one score per label. The base's own head is kept if it has
+    these labels."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
     meaning = {} if loss is None else {"problem_type": loss.problem_type, **loss.measured_facts}
@@ -140,11 +139,10 @@ def headed_section(
 def _learn(
     objective: Objective, loss: LabelLoss, unlabelled: str, weights: ClassWeights, rows: Sequence[Rows]
 ) -> Objective:
-    """The objective with the labels of the rows, unless the recipe lists labels. If the base's head has the same
-    labels, the head decides their order.
-    Raises: DataError for fewer than two labels, for one number in two spellings, or for a label that occurs only in
-    a different file, of evaluation rows, and is not listed.
-    """
+    """The objective with the labels that occur in the rows, unless the recipe lists labels. If the base's head has the
+    same labels, their order is the head's.
+    Raises: DataError for fewer than two labels, or for one number in two spellings. Also for an unlisted label that
+    occurs only in evaluation rows from a different file."""
     objective = _with_pairs(objective, rows) if objective.rows.reads_pairs else objective
     kind = objective.rows
     if isinstance(kind.labels, Quantities):
@@ -200,9 +198,10 @@ def _learn(
 
 
 def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
-    """The objective for rows of single texts, or of pairs of texts. The adapter's folder states that rows are pairs.
+    """The objective, after it is known whether rows are pairs of texts. Pairs are recorded in the facts of the
+    adapter's folder.
 
-    Raises: DataError if some rows are pairs and others are not.
+    Raises: DataError if only some rows are pairs.
     """
     pairs = are_pairs(some[index] for some in rows for index in range(len(some)))
     facts = {**objective.facts, "pairs": True} if pairs else objective.facts
@@ -212,10 +211,8 @@ def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
 def _learn_outputs(
     objective: Objective, loss: LabelLoss, labels: Quantities, unlabelled: str, rows: Sequence[Rows]
 ) -> Objective:
-    """The objective with a name for each number of a row: the names that the recipe lists, or transformers' default
-    names. A note states the error of always answering the mean. Raises: DataError for a row with a different count of
-    numbers.
-    """
+    """The objective with a name for each number of a row: from the recipe, else transformers' default names. A note
+    states the error of always answering the mean. Raises: DataError for a row with a different count of numbers."""
     train, *held = ([(label_of(row), row.origin) for row in map(some.__getitem__, range(len(some)))] for some in rows)
     count = labels.refuse_other_counts([*train, *chain(*held)])
     names = labels.names or default_labels(count)
@@ -231,7 +228,8 @@ def _learn_outputs(
 
 
 def _refuse_unseen(unseen: Mapping[str, Row], train: Sequence[Row]) -> None:
-    """Raises: DataError for a label of evaluation rows only. A share of the training files may take its only row."""
+    """Raises: DataError for a label that occurs only in evaluation rows. If evaluation rows are taken from the
+    training files, this is allowed: they may contain a label's only row."""
     files = {row.origin.rpartition(":")[0] for row in train}
     for label, row in sorted(unseen.items(), key=lambda pair: pair[1].number):
         file, _, line = row.origin.rpartition(":")
@@ -241,7 +239,8 @@ def _refuse_unseen(unseen: Mapping[str, Row], train: Sequence[Row]) -> None:
 
 
 def _note_baseline(kind: RowKind, loss: LabelLoss, taught: Counter[str], held: Sequence[Row]) -> list[str]:
-    """A note with the accuracy of always answering the most frequent label; its micro F1 if rows have several."""
+    """A note on a baseline that always answers the most frequent label: its accuracy, or its micro F1 in multi-label
+    rows."""
     if not (taught and held):
         return []
     label, there = taught.most_common(1)[0][0], [kind.labels_of(row) for row in held]
@@ -251,16 +250,15 @@ def _note_baseline(kind: RowKind, loss: LabelLoss, taught: Counter[str], held: S
 
 
 def _note_rare(labels: Sequence[str]) -> list[str]:
-    """Notes on labels with one row: one note for each, or one for all if there are many."""
+    """Notes on labels with a single row: one note per label, or a common note if there are many labels."""
     if len(labels) <= MOST_NOTES:
         return [f"the label '{label}' has one row to train on" for label in labels]
     return [f"{len(labels):,} labels have one row each to train on ({Labels.text(labels)})"]
 
 
 def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError if the column of labels contains texts or quantities instead of classes: numbers with a
-    fraction, or many labels with one row each.
-    """
+    """Raises: DataError if the labels seem to be texts or quantities, not classes: numbers with a fraction, or many
+    labels with one row each."""
     numbers = [label for label in counts if re.fullmatch(NUMBER, label) and not float(label).is_integer()]
     if numbers:
         what = f"the label {numbers[0]} is a number with a fraction"
@@ -283,8 +281,8 @@ def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[
 
 
 def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) -> tuple[float, ...]:
-    """The weight of each label: the recipe's weights, or scikit-learn's `balanced`, rows / (number of labels that occur
-    * rows of this label). Raises: RecipeError for a weight of an unknown label."""
+    """The weight of each label: from the recipe, or as in scikit-learn's `balanced`: rows / (number of labels that
+    occur * rows of this label). Raises: RecipeError for a weight of an unknown label."""
     if isinstance(written, Mapping):
         other = next((label for label in written if label not in labels.head_rows), None)
         if other is not None:
@@ -297,7 +295,7 @@ def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) ->
 
 
 def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError if two labels spell the same number, such as 1 and 1.0 or 01, or if some labels are numbers and
+    """Raises: DataError if two labels are the same number (1 and 1.0, or 01), or if some labels are numbers and
     others truth values."""
     spellings, wrong = dict[float, str](), ("", "", "")
     for label in sorted(labels, key=lambda label: (len(label), label)):
@@ -317,9 +315,8 @@ def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) 
 
 
 def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:
-    """The most likely label of each prompt; for tagged words, the tags with blanks between them.
-    Raises: InputError if answers should be sampled.
-    """
+    """The most likely label for each prompt; for tagged words, all tags with blanks between them.
+    Raises: InputError if answers should be sampled."""
     if limits.sampling.temperature:
         what = "a classifier answers with the most likely label and samples nothing"
         raise InputError(what, "leave --temperature out")
@@ -333,6 +330,6 @@ def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any],
 
 
 def _by_number(label: str) -> tuple[bool, int, str]:
-    """The sort key of labels: whole numbers come first, in numeric order, then names in alphabetical order."""
+    """The key to sort labels: whole numbers come first, in numeric order, then names in alphabetical order."""
     number = re.fullmatch("-?[0-9]{1,18}", label)
     return (number is None, int(label) if number else 0, label)

@@ -1,4 +1,4 @@
-"""Two texts as one sequence, joined and truncated as the tokenizer does."""
+"""Rows of two texts as one sequence: joined and truncated in the same way as by the tokenizer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +13,7 @@ KINDS = {False: "one text", True: "a pair of texts"}
 
 
 class PairIds(list[int]):
-    """Ids of two texts; the second one begins at `second`."""
+    """The ids of two joined texts. `second`: the index at which the second text begins."""
 
     def __init__(self, ids: Sequence[int] | Array, second: int) -> None:
         super().__init__(int(each) for each in ids)
@@ -27,7 +27,7 @@ def is_pair(row: Row) -> bool:
 
 def are_pairs(rows: Iterable[Row]) -> bool | None:
     """Whether the rows are pairs of texts; None without rows. Raises: DataError if only some rows are pairs, because
-    heads and token types must be equal in a micro-batch."""
+    all rows of a micro-batch must have the same head and token types."""
     first: Row | None = None
     for row in rows:
         first = first or row
@@ -39,14 +39,13 @@ def are_pairs(rows: Iterable[Row]) -> bool | None:
 
 
 def other_kind(pair: bool, others: str) -> tuple[str, str]:
-    """The message for a row that is a pair while `others` are single texts, or the reverse; and the advice."""
+    """The error message and the advice for a row that is a pair while `others` are single texts, or the reverse."""
     how = "write both texts in every row, as sentence1 and sentence2, or one text in every row"
     return f"the row is {KINDS[pair]}, but {others} {KINDS[not pair]}", how
 
 
 def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:
-    """The ids of both texts, with the tokenizer's special tokens around them. Raises: Dropped for a text without a
-    token."""
+    """The ids of both texts, joined with the tokenizer's special tokens. Raises: Dropped if a text has no token."""
     texts = [tokenizer.encode(text, special_tokens_in_text=False) for text in (first, second)]
     if not all(texts):
         raise Dropped(NO_TOKEN)
@@ -54,7 +53,8 @@ def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:
 
 
 def sized_pair(pairing: Pairing, pair: PairIds, size: int) -> PairIds:
-    """The pair with `size` ids: truncated as by transformers' longest_first, or with the second text repeated."""
+    """The pair with exactly `size` ids: truncated as by transformers' longest_first, or extended by repeating the
+    second text."""
     first, second = _texts(pairing, pair)
     room = max(size - len(pairing.before) - len(pairing.between) - len(pairing.after), 0)
     sizes = cut_sizes(len(first), len(second), room)
@@ -63,8 +63,9 @@ def sized_pair(pairing: Pairing, pair: PairIds, size: int) -> PairIds:
 
 
 def cut_sizes(first: int, second: int, room: int) -> tuple[int, int]:
-    """The sizes of two texts after truncation to `room` tokens together: the longer text is cut first, then both
-    equally. An odd token goes to the second text. As in tokenizers' LongestFirst."""
+    """The sizes of two texts after truncation to `room` tokens in total, as in tokenizers' LongestFirst. The longer
+    text is cut first, then both equally. If `room` is odd, the longer text keeps one token more; the second text, if
+    both are equally long."""
     if first + second <= room:
         return first, second
     short = min(first, second)
@@ -75,7 +76,7 @@ def cut_sizes(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 def types_of(pairing: Pairing, pair: PairIds) -> Array:
-    """(T,) the token type of each id; 0 if the tokenizer has no types."""
+    """The token type of each id, shape (T,); 0 if the tokenizer has no types."""
     if not pairing.types:
         return np.zeros(len(pair), np.int64)
     before, first, between, second, after = pairing.types

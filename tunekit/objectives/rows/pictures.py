@@ -1,9 +1,9 @@
-"""Rows of images with prompts, each trained on at the size of the bucket with the nearest aspect ratio. Also draws
-images for prompts.
+"""Rows of images with prompts. An image is trained on at the size of the bucket with the nearest aspect ratio. This
+module also generates images for prompts.
 
-Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket), except that only
-the ratio of aspect ratios decides which bucket is the nearest. An image too small for its bucket goes to a smaller
-bucket with `auto`, and is enlarged if the recipe lists the buckets.
+Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket). Unlike there,
+only the quotient of the aspect ratios decides which bucket is nearest. If an image is too small for its bucket,
+`auto` selects a smaller bucket; if the recipe lists the buckets, the image is enlarged.
 """
 
 import math
@@ -45,10 +45,11 @@ PREPARED = ("latents", "target", "times", "weights", "sizes")  # parts that the 
 
 @dataclass(frozen=True, eq=False)
 class PictureRows(RowKind):
-    """Rows of images with prompts. Parts: `pixels` of the image, resized to just cover its bucket, so that each step
-    can crop it differently; `shape` of the pixels; `original` size of the image file; `bucket`; `prompt` as UTF-8.
+    """Rows of images with prompts. Parts: `pixels`, the image resized so that it just covers its bucket and each step
+    can crop it differently; `shape` of the pixels; `original`, the size in the file; `bucket`; `prompt` as UTF-8.
 
-    The loss replaces the pixels by PREPARED, and adds the inputs made from each image's prompt (`text_parts`).
+    In each step the loss replaces `pixels` by the parts PREPARED, and adds the inputs made from each prompt
+    (`text_parts`).
     """
 
     processor: PipelineProcessor
@@ -70,7 +71,7 @@ class PictureRows(RowKind):
     )
 
     def encode(self, example: ImageExample, origin: str) -> Row:
-        """The row. Raises: Dropped for an animated or tiny image; DataError for an image that cannot be read."""
+        """The row of an example. Raises: Dropped for an animated or tiny image; DataError for an unreadable image."""
         prompt = example.text or self.instance_prompt
         if not prompt:
             raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all images")
@@ -98,9 +99,9 @@ class PictureRows(RowKind):
         return text
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Rows that the loss has not prepared yet have no tensors.
+        """The batch. Its inputs and targets are empty if the loss has not prepared the rows yet.
 
-        Shapes: latents, target (N, C, H, W); times, weights, of_row (N,); sizes (N, 6); N is the number of images of
+        Shapes: latents, target (N, C, H, W); times, weights, of_row (N,); sizes (N, 6). N is the number of images in
         all rows.
         """
         rows = [row for sequence in sequences for row in sequence]
@@ -114,19 +115,19 @@ class PictureRows(RowKind):
         return Batch(inputs, targets, tuple((row,) for row in rows), rows[0].size)
 
     def spans(self, row: Row) -> list[Span]:
-        """The prompt, the image's size, and the centre crop at the size of the bucket."""
+        """The prompt, the image's size, and the image's centre crop at the size of the bucket."""
         (height, width), (high, wide) = row.parts["original"].tolist(), bucket_of(row)
         title = f"{prompt_of(row)} ({width} x {height} pixels, trained on at {wide} x {high})"
         return [Span(title=title, image=cropped(pixels_of(row), bucket_of(row))[0])]
 
 
 def pixels_of(row: Row) -> Pixels:
-    """(H, W, 3) the pixels of the row."""
+    """The pixels of the row's image, shape (H, W, 3)."""
     return row.parts["pixels"].reshape(*row.parts["shape"], 3)
 
 
 def bucket_of(row: Row) -> Size:
-    """Height and width at which the image is trained on."""
+    """The height and width at which the row's image is trained on."""
     height, width = row.parts["bucket"].tolist()
     return height, width
 
@@ -137,12 +138,12 @@ def prompt_of(row: Row) -> str:
 
 
 def text_parts(texts: Sequence[RowParts]) -> dict[str, Array]:
-    """The parts of a prepared row with the inputs made from each image's prompt."""
+    """Parts to add to a prepared row: the network's inputs for each prompt, as "NUMBER NAME"."""
     return {f"{place} {name}": values for place, text in enumerate(texts) for name, values in text.items()}
 
 
 def _texts(rows: Sequence[Row]) -> Tensors:
-    """The inputs made from the prompts of all images, (N, ...) each."""
+    """The network's inputs made from the prompts of all images, each (N, ...)."""
     names = [name.removeprefix("0 ") for name in rows[0].parts if name.startswith("0 ")]
     places = [(row, place) for row in rows for place in range(len(row.parts["times"]))]
     return {
@@ -151,7 +152,7 @@ def _texts(rows: Sequence[Row]) -> Tensors:
 
 
 def buckets_of(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[Size, ...]:
-    """The buckets: sizes at which images are trained on."""
+    """The buckets of a recipe: the sizes at which images are trained on."""
     assert settings.resolution is not None
     if isinstance(settings.aspect_ratio_buckets, str):
         return made_buckets(settings.resolution, processor.multiple)
@@ -159,8 +160,8 @@ def buckets_of(settings: DreamboothSettings, processor: PipelineProcessor) -> tu
 
 
 def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
-    """One bucket for each ratio, with about as many pixels as a square of the resolution; sides are multiples of
-    `multiple`."""
+    """Buckets for all RATIOS. Each has about as many pixels as a square of the resolution, and its sides are
+    multiples of `multiple`."""
     sizes = dict[float, Size]()
     for one, other in RATIOS:
         sides = (resolution * math.sqrt(one / other), resolution * math.sqrt(other / one))
@@ -171,15 +172,15 @@ def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Sequence[int], buckets: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio differs from the image's by the smallest factor; the first, if several do."""
+    """The bucket whose aspect ratio is nearest to the image's, compared by quotient; the first of several equally
+    near buckets."""
     ratio = size[0] / size[1]
     return min(buckets, key=lambda bucket: round(abs(math.log(ratio * bucket[1] / bucket[0])), 9))
 
 
 def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[tuple[Size, ...], ...]:
-    """Sets of `auto` buckets for small images; each set has fewer pixels than the set before it. Empty if the recipe
-    lists sizes.
-    """
+    """Sets of `auto` buckets for small images, from larger to smaller buckets. Empty if the recipe lists the
+    buckets."""
     if not isinstance(settings.aspect_ratio_buckets, str) or settings.resolution is None:
         return ()
     sides = range(settings.resolution - processor.multiple, 0, -processor.multiple)
@@ -187,14 +188,14 @@ def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) 
 
 
 def fitting_bucket(size: Sequence[int], sets: Sequence[tuple[Size, ...]]) -> Size:
-    """The nearest bucket in the first set where the image covers that bucket; if it covers none, the nearest bucket of
-    the last set."""
+    """The first bucket that the image covers, among the nearest buckets of each set. If there is none: the nearest
+    bucket of the last set."""
     nearest = [nearest_bucket(size, buckets) for buckets in sets]
     return next((bucket for bucket in nearest if size[0] >= bucket[0] and size[1] >= bucket[1]), nearest[-1])
 
 
 def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) -> Iterator[Problem]:
-    """Problems of sizes that the denoiser cannot take, and of buckets to which no image would go."""
+    """Problems: sizes that the denoiser cannot process, and buckets that no image would use."""
     most, side, multiple = processor.max_side, settings.resolution, processor.multiple
     assert side is not None
     if most is not None and side > most:
@@ -220,13 +221,13 @@ def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) ->
 
 @dataclass(frozen=True)
 class Artist:
-    """Draws images (H, W, 3) with the whole pipeline."""
+    """Generates images (H, W, 3) with the whole pipeline."""
 
     settings: DreamboothSettings
     processor: PipelineProcessor
 
     def report_pictures(self, model: Model, progress: Progress) -> list[Pixels]:
-        """One image for each validation prompt, with a different seed for each."""
+        """One image for each validation prompt. Each prompt has a different seed."""
         prompts = self.settings.validation_prompts
         seeds = [seed_for("validation picture", number) for number in range(len(prompts))]
         return self.draw(model, prompts, seeds, progress) if prompts else []
@@ -242,6 +243,6 @@ class Artist:
 
 
 def drawing_of(settings: DreamboothSettings) -> Drawing:
-    """The settings for drawing square images of the resolution."""
+    """The settings to generate square images, with the resolution as their side."""
     assert settings.resolution is not None
     return Drawing(settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.resolution)

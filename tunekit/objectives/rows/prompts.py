@@ -27,8 +27,8 @@ PER_ROW = ("share", "rewards", "ended", "lengths")
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion by the model: its ids, including the stop token if there is one, and their text. `ended`: whether it
-    ended with a stop token."""
+    """A completion that the model generated: its ids, including a stop token if there is one, and its text. `ended`:
+    whether a stop token ended it."""
 
     ids: list[int]
     ended: bool
@@ -37,9 +37,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion for reward functions: the row's prompt (a text or messages), the row's columns, and the completion's
-    text. `origin`: the row's file and line, for errors; `ids`: the ids including the stop token, None if no tokenizer
-    is loaded."""
+    """A completion as reward functions read it: the row's prompt (a text or messages), the row's columns, and the
+    completion's text. `origin`: the row's file and line, for errors; `ids`: the completion's ids with the stop
+    token, None if no tokenizer is loaded."""
 
     prompt: str | list[JsonObject]
     columns: Mapping[str, Any]
@@ -55,12 +55,12 @@ class Completion:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PromptRows(TextRows):
-    """Rows of prompts. Parts: `prompt` (T,) ids, and `context`, the JSON that reward functions read. A prompt with its
-    completions becomes one row of the kind `answers`, so that a group is never split between micro-batches.
+    """Rows of prompts. Parts: `prompt` (T,), its ids; `context`, the JSON that reward functions read. A prompt with its
+    completions (a group) becomes one row of the kind `answers`, so that micro-batches never split a group.
 
-    `count`: the number of completions of a prompt; `longest`: the maximum number of tokens of a completion; `unusable`:
-    error or drop, for a row without a prompt; `masks_truncated`: completions without a stop token are left out of the
-    loss.
+    `count`: the number of completions for a prompt; `longest`: the maximum number of tokens in a completion;
+    `unusable`: error or drop, for a row without a prompt; `masks_truncated`: whether the loss ignores completions
+    without a stop token.
     """
 
     answers: AnswerRows
@@ -82,7 +82,7 @@ class PromptRows(TextRows):
         return RowLayout({"prompt": "<i4", "context": "u1"}, ("prompt",), self.count, paired=True)
 
     def encode(self, example: PromptExample, origin: str) -> Row:
-        """The row. Raises: Dropped or DataError, depending on the recipe, for a row without a prompt."""
+        """The row of an example. Raises: Dropped or DataError, as the recipe chooses, if it has no prompt."""
         if not example.prompt:
             if self.unusable == "drop":
                 raise Dropped(NO_PROMPT)
@@ -91,7 +91,7 @@ class PromptRows(TextRows):
         return self.make_row({"prompt": np.asarray(self._ids(example), np.int32), "context": context}, origin)
 
     def prompt(self, example: PromptExample) -> tuple[list[int], str] | None:
-        """Ids of the prompt, and the reference answer; None if the row has no reference answer."""
+        """The ids of the prompt, and the reference answer; None if the example has no reference answer."""
         return None if example.answer is None else (self._ids(example), example.answer)
 
     def _ids(self, example: PromptExample) -> list[int]:
@@ -100,7 +100,8 @@ class PromptRows(TextRows):
         return prompt[0]
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """The sizes of the row with its completions. Before they are sampled, their maximum length counts."""
+        """The sizes of the row with its completions. Before sampling, each completion counts with the maximum
+        length."""
         if "prompt" not in parts:
             return self.answers.sizes_of(parts)
         return (len(parts["prompt"]) + self.longest,) * self.count
@@ -110,26 +111,26 @@ class PromptRows(TextRows):
         return self.count if "prompt" in parts else len(self.answers.sides)
 
     def evaluation_copy(self) -> PromptRows:
-        """The rows for evaluation, with one completion of each prompt."""
+        """The rows for evaluation, with one completion for each prompt."""
         return replace(self, answers=replace(self.answers, sides=self.answers.sides[:1]))
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> PromptRows:
-        """The rows whose completions have this layout."""
+        """The rows, whose completions are laid out as RowKind.laid_out describes."""
         return replace(self, answers=self.answers.laid_out(end_to_end, shares_prefixes))
 
     def shared(self, row: Row) -> int:
-        """The prompt's tokens times the number of further completions, if the prompt is computed only once; else 0."""
+        """If the prompt is computed only once: its tokens times the number of further completions; else 0."""
         if "prompt" not in row.parts:
             return self.answers.shared(row)
         return len(row.parts["prompt"]) * (len(self.answers.sides) - 1) if self.answers.shares_prefixes else 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with its prompt cut so that it has at most this size. Prompts of a run are never cut."""
+        """The row with a prompt cut so that prompt and completion have at most this size. A run never cuts prompts."""
         longest = min(self.longest, max(stop - start - 1, 0))
         return self._with_prompt(row, row.parts["prompt"][start : max(stop - longest, start + 1)])
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row whose prompt with the longest completion has this size."""
+        """A row of this size: its prompt together with the longest completion."""
         row = next(rows)
         return [self._with_prompt(row, np.resize(row.parts["prompt"], max(size - self.longest, 1)))]
 
@@ -137,14 +138,15 @@ class PromptRows(TextRows):
         return self.make_row({**row.parts, "prompt": ids}, row.origin, row.number)
 
     def spans(self, row: Row) -> list[Span]:
-        """The prompt as one untrained span; its title names the columns that reward functions read."""
+        """The prompt, which is not trained on. The title states the columns that reward functions read."""
         columns = {name: value for name, value in read_context(row)["columns"].items() if value is not None}
         values = "".join(f", {name}: {value}" for name, value in columns.items())
         ids = row.parts["prompt"]
         return [Span(ids, np.zeros(len(ids), np.bool_), title=f"prompt{values}")]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch, in the layout of `answers`. Prompts without completions get completions of the maximum length."""
+        """The batch, laid out as `answers` rows. A prompt without completions gets completions of the maximum
+        length."""
         if any("prompt" in row.parts for row in sequences[0]):
             completed = [[self.completed(row, self.longest_samples(row)) for row in some] for some in sequences]
             batch = self.answers.laid(completed)
@@ -158,7 +160,7 @@ class PromptRows(TextRows):
         return [Sample(ids, True, "")] * len(self.answers.sides)
 
     def completed(self, row: Row, group: Sequence[Sample]) -> Row:
-        """The row of a prompt with its completions."""
+        """The row made from a prompt's row and its completions."""
         prompt = row.parts["prompt"]
         parts: dict[str, Any] = {"prompt_size": np.array([len(prompt)])}
         for side, sample in zip(self.answers.sides, group, strict=True):
@@ -168,7 +170,7 @@ class PromptRows(TextRows):
         return self.make_row(parts, row.origin, row.number)
 
     def with_tokens(self, window: Window, name: str, values: Sequence[Tensor]) -> Window:
-        """The window whose rows have a value for each predicted token. Shapes: values (N,) for each batch."""
+        """The window, with a value added for each predicted token. Shapes: values (N,) for each batch."""
         parts = []
         for batch, numbers in zip(window.batches, values, strict=True):
             split = [part.numpy() for part in torch.split(numbers.float(), batch.targets["counts"].tolist())]
@@ -177,8 +179,8 @@ class PromptRows(TextRows):
         return self.with_parts(window, parts)
 
     def _prepared(self, rows: Sequence[Row]) -> Tensors:
-        """The prepared parts as tensors: (N,) for tokens and (G P,) for completions, in the order of the predicted
-        tokens; (P, ...) for rows."""
+        """The parts that a step added, as tensors: (N,) for tokens and (G P,) for completions, in the order of the
+        predicted tokens; (P, ...) for rows."""
         parts, sides, prepared = rows[0].parts, self.answers.sides, dict[str, Array]()
         for name in (name for name in PER_TOKEN if f"{sides[0]}_{name}" in parts):
             prepared[name] = np.concatenate([row.parts[f"{side}_{name}"] for side in sides for row in rows])
@@ -190,7 +192,7 @@ class PromptRows(TextRows):
 
 
 def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> list[Completion]:
-    """The completions of all rows, for reward functions."""
+    """The completions of all rows, in the form that reward functions read."""
     return [
         Completion(**read_context(row), text=sample.text, origin=row.origin, ids=sample.ids)
         for row, group in zip(rows, groups, strict=True)
@@ -199,7 +201,7 @@ def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> l
 
 
 def context_json(example: PromptExample) -> str:
-    """The JSON of an example's prompt and columns, which the row stores for reward functions."""
+    """The JSON of an example's prompt and columns. The row stores it for reward functions."""
     columns = {"answer": example.answer, **example.columns}
     return json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)
 

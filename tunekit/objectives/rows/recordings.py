@@ -1,5 +1,5 @@
-"""Rows of recordings: their features, or the place in a file to compute them from. SpecAugment's masks are drawn for
-each step."""
+"""Rows of recordings. A row stores a recording's features, or the place in a file from which they are computed.
+SpecAugment masks are drawn for each step."""
 
 import json
 import os
@@ -32,28 +32,29 @@ MASKS = "masks"  # a part that `draw` adds
 
 @dataclass(frozen=True)
 class Clip:
-    """Samples start .. stop-1 of a recording."""
+    """The samples from start to stop-1 of a recording."""
 
     media: Media
     start: int
     stop: int
 
     def features(self, processor: FeatureExtractor) -> Array:
-        """(frames, bands) log-mel features, in the form of FeatureExtractor.features. Raises: DataError if the file is
-        gone."""
+        """Log-mel features (frames, bands), as FeatureExtractor.features returns them. Raises: DataError if the file
+        no longer exists."""
         with opened(self.media) as sound:
             return processor.features(heard(sound, self.start, self.stop, processor.rate))
 
     @property
     def place(self) -> Array:
-        """The file and the samples of the clip, as UTF-8 JSON."""
+        """The clip's file and range of samples, as UTF-8 JSON."""
         return utf8(json.dumps([os.path.abspath(self.media.path), self.start, self.stop]))
 
 
 @dataclass(frozen=True, eq=False)
 class RecordingRows(RowKind):
-    """The parts are SOUND_PARTS: `features`, or the `place` in a file to compute them from; and the number of `samples`
-    at the model's rate. `draws`: whether SpecAugment masks frames and frequencies."""
+    """The base class of rows of recordings. Parts SOUND_PARTS: `features`, or the `place` in a file from which they
+    are computed; and `samples`, their number at the model's rate. `draws`: whether SpecAugment masks frames and
+    frequencies."""
 
     settings: Any  # the objective's settings, with the fields of SpecAugmentSettings
     processor: FeatureExtractor
@@ -63,8 +64,8 @@ class RecordingRows(RowKind):
     draws: bool = False
 
     def sound_parts(self, clip: Clip) -> dict[str, Array]:
-        """The parts SOUND_PARTS of a clip. A notice counts clips whose features are not stored. Raises: Dropped if the
-        clip is silent."""
+        """The parts SOUND_PARTS for a clip. `notices` counts clips whose features are not stored. Raises: Dropped
+        for a silent clip."""
         with opened(clip.media) as sound:
             samples = heard(sound, clip.start, clip.stop, self.processor.rate)
         if float(samples.abs().max()) < SILENCE:
@@ -76,12 +77,12 @@ class RecordingRows(RowKind):
         return {"features": self.processor.features(samples).reshape(-1), "place": utf8(""), "samples": count}
 
     def features_of(self, rows: Sequence[Row]) -> Tensor:
-        """(B, M, F) features, padded as the model's extractor does, 0 where they are masked; or (B, N) samples."""
+        """Features (B, M, F), padded as by the model's feature extractor and 0 where masked; or samples (B, N)."""
         return torch.from_numpy(np.stack([masked(self._features(row), row.parts.get(MASKS)) for row in rows]))
 
     def _features(self, row: Row) -> Array:
-        """(bands, frames) features, computed from the file if they are not stored. Raises: DataError if the file is
-        gone."""
+        """Features (bands, frames), computed from the file if they are not stored. Raises: DataError if the file no
+        longer exists."""
         place = row.parts["place"].tobytes().decode()
         if not place:
             return self.processor.padded_features(row.parts["features"])
@@ -89,11 +90,11 @@ class RecordingRows(RowKind):
         return self.processor.padded_features(Clip(Media(path), start, stop).features(self.processor).reshape(-1))
 
     def seconds(self, row: Row) -> float:
-        """The length of the row's recording."""
+        """The length of the row's recording in seconds."""
         return float(row.sizes[0] * self.processor.seconds / self.processor.frames)
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The row with the masks of this step."""
+        """The row with the SpecAugment masks of this step."""
         return row.with_parts({MASKS: drawn_masks(self.settings, row, self.processor.bands, key[:3])})
 
     def evaluation_copy(self) -> Self:
@@ -102,10 +103,10 @@ class RecordingRows(RowKind):
 
 
 def lasts(sound: Sound, maximum: float) -> str:
-    """The message for a recording that is too long."""
+    """The error message for a recording that is too long."""
     return f"{sound.name} lasts {sound.seconds:,.1f} s, but the model can hear at most {maximum:g} s at once"
 
 
 def longer_than(maximum: float) -> str:
-    """The reason for dropping a recording that is too long."""
+    """The reason why a recording that is too long was dropped."""
     return f"recording longer than {maximum:g} s, the model's maximum"

@@ -1,4 +1,4 @@
-"""Rows for causal models: one sequence of ids, with a mark on each id that is trained on."""
+"""Rows for causal models: each row is one sequence of ids, with marks on the ids that are trained on."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ UNWEIGHTED = np.empty(0, np.float32)
 
 @dataclass(frozen=True, eq=False)
 class SequenceRows(TextRows):
-    """Rows for causal models. Parts: `ids` (T,), `trained` (T,), and `weights` (T,), empty if all trained tokens have
-    weight 1. Token 0 is never predicted, so it is never trained on."""
+    """Rows for causal models. Parts: `ids` (T,); `trained` (T,), marks; `weights` (T,), empty if all trained tokens
+    have weight 1. Token 0 is never predicted, so it is never trained on."""
 
     example = "text"
     has_choices = True
@@ -27,12 +27,12 @@ class SequenceRows(TextRows):
     layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 
     def examples(self, example: Example) -> Sequence[Example]:
-        """The example itself; with `data.rewritten_answers: each`, one example for each answer of a conversation, with
-        the original turns before it."""
+        """The example itself. With `data.rewritten_answers: each`: one example for each answer of a conversation;
+        the turns before the answer are the original turns."""
         return self.renderer.as_given(example) if self.options.rewritten_answers == "each" else [example]
 
     def encode(self, example: Example, origin: str) -> Row:
-        """The row. Raises: Dropped if nothing can be trained on; DataError if the row is wrong."""
+        """The row of an example. Raises: Dropped if nothing can be trained on; DataError if the example is wrong."""
         ids, weights = self.renderer.sequence(example)
         return self.make_row(sequence_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights), origin)
 
@@ -43,20 +43,20 @@ class SequenceRows(TextRows):
         return int(parts["trained"][1:].sum())
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with tokens start .. stop-1."""
+        """The row with the tokens from start to stop-1."""
         parts = (row.parts[name][start:stop] for name in self.layout.parts)
         return self.make_row(sequence_parts(*parts), row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Packed rows that have this size together."""
+        """Rows that, packed together, have this size."""
         return fill_with(rows, size, self)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Position ids restart at 0 for each row. There is no mask: padding comes last, and a causal model
-        never looks ahead.
+        """The batch. Position ids restart at 0 for each row. No mask is needed: padding comes last, and a causal model
+        does not read later tokens.
 
         Shapes: input_ids, position_ids, labels, and weights if any is not 1, (B, T); a row's first token is never a
-        label. Parts that a step added become targets of shape (N, ...), where N counts the supervised tokens of all
+        label. Parts that a step added become targets (N, ...), where N is the number of supervised tokens in all
         rows.
         """
         rows = [row for sequence in sequences for row in sequence]
@@ -75,17 +75,17 @@ class SequenceRows(TextRows):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def spans(self, row: Row) -> list[Span]:
-        """The sequence. Its title states the weights if a trained token's weight is not 1."""
+        """The sequence. The title states the weights if a trained token has a weight other than 1."""
         marked, weights = _labels(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
         return [Span(row.parts["ids"], marked, weights_title(weights[marked[: len(weights)]]))]
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows with all answers after one prompt, and the loss that scores them."""
+        """Rows in which all answers follow one prompt, and the loss that scores the answers."""
         return SideBySideRows(self.tokenizer, dtype), ChoiceLoss(shape)
 
 
 def weights_title(weights: Array) -> str:
-    """A title with the weights of trained tokens and their counts; empty if all are 1."""
+    """A title that states the weights of trained tokens and their counts; empty if all weights are 1."""
     if (weights == 1).all():
         return ""
     counted = zip(*np.unique(weights, return_counts=True), strict=True)
@@ -93,7 +93,7 @@ def weights_title(weights: Array) -> str:
 
 
 def sequence_parts(ids: Array, trained: Array, weights: Array = UNWEIGHTED) -> dict[str, Array]:
-    """The parts of a row. Shapes: (T,) each; empty weights mean 1 each."""
+    """The parts of a row. Shapes: (T,) each. Empty `weights` mean that all weights are 1."""
     weights = UNWEIGHTED if (weights[trained[: len(weights)]] == 1).all() else weights
     return {"ids": ids, "trained": trained, "weights": weights}
 
@@ -105,7 +105,7 @@ def _weights(row: Row) -> Array:
 
 
 def _labels(row: Row) -> Array:
-    """(T,) the ids that are trained on, IGNORED elsewhere."""
+    """The id at each position that is trained on, IGNORED at other positions; shape (T,)."""
     labels = np.where(row.parts["trained"], row.parts["ids"], IGNORED)
     labels[:1] = IGNORED
     return labels

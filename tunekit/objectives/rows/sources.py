@@ -26,8 +26,9 @@ ONLY_LAST_ANSWER = (
 
 @dataclass(frozen=True, eq=False)
 class SourceRows(TextRows):
-    """Rows for encoder-decoders. Parts: `source` (S,) with the tokenizer's special tokens around it; `answer` (A + 1,),
-    whose first token begins every answer and is not predicted; `weight` (1,) of each predicted token."""
+    """Rows for encoder-decoders. Parts: `source` (S,), ids with the tokenizer's special tokens around the text;
+    `answer` (A + 1,), whose first token begins every answer and is not predicted; `weight` (1,) of every predicted
+    token."""
 
     example = "text"
     has_choices = True
@@ -42,10 +43,9 @@ class SourceRows(TextRows):
     layout = RowLayout({"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2)
 
     def encode(self, example: Example, origin: str) -> Row:
-        """The row.
-        Raises: Dropped if nothing can be trained on; DataError if the row is wrong; ModelError if the base's
-        configuration does not name the first token of answers.
-        """
+        """The row of an example.
+        Raises: Dropped if nothing can be trained on; DataError if the example is wrong; ModelError if the base's
+        configuration does not name the first token of answers."""
         if isinstance(example, TextExample):
             raise DataError("running text has no prompt for the encoder to read", "give a prompt and its completion")
         if isinstance(example, ChatExample):
@@ -94,27 +94,27 @@ class SourceRows(TextRows):
         return (self.tokenizer.encode_source(text) if ids is None else self._as_source(ids)), answer
 
     def question(self, text: str) -> list[int]:
-        """The ids that the encoder reads for a user's text."""
+        """The ids that the encoder reads, made from a user's text."""
         if self.renderer.has_template and self.tokenizer.answer_start_id is not None:
             return self._as_source(self.renderer.question(text))
         return self.tokenizer.encode_source(text)
 
     def _as_source(self, ids: list[int]) -> list[int]:
-        """Rendered ids with the special tokens that the tokenizer puts around a text."""
+        """The ids, with the special tokens that the tokenizer puts around a text."""
         before, after = put_around(self.tokenizer)
         before = [] if ids[: len(before)] == before else before  # the template may already have written these tokens
         after = [] if ids[len(ids) - len(after) :] == after else after
         return [*before, *ids, *after]
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with tokens start .. stop-1 of the source followed by the answer."""
+        """The row with the tokens from start to stop-1 of source and answer, counted as one sequence."""
         source, answer = row.parts["source"], row.parts["answer"]
         left = slice(max(start - len(source), 0), max(stop - len(source), 0) + 1)
         parts = {**row.parts, "source": source[start:stop], "answer": answer[left]}
         return self.make_row(parts, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row of this size: nearly all of it is source (part 0) or answer (part 1)."""
+        """A row of this size. Nearly all its tokens are in the source (part 0), or in the answer (part 1)."""
         some = fill_with(rows, size, self)
         ids = np.concatenate([row.parts[name] for row in some for name in ("source", "answer")])
         source = size - 1 if part == 0 else 1
@@ -148,7 +148,7 @@ class SourceRows(TextRows):
         return [Span(source, np.zeros(len(source), np.bool_)), Span(answer, np.arange(len(answer)) > 0, title)]
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows with one decoder sequence for each answer, and the loss that scores them."""
+        """Rows with one decoder sequence for each answer, and the loss that scores the answers."""
         return LineByLineRows(self.tokenizer), ChoiceLoss(shape)
 
 

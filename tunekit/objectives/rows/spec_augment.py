@@ -14,12 +14,11 @@ TIME, BANDS = 0, 1
 
 
 def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[int, ...]) -> NDArray[np.int32]:
-    """(masks, 3): for each mask its kind (0 for frames, 1 for frequencies), its start and its end (exclusive). `key`:
-    seed, step, row.
-    The number of masks is as in transformers' Whisper: floor(prob * size / length + u), u from [0, 1), where size
+    """The masks, shape (masks, 3): each has a kind (0 for frames, 1 for frequencies), a start, and an end (exclusive).
+    `key`: seed, step, row.
+    The number of masks is as in transformers' Whisper: floor(prob * size / length + u), with u from [0, 1). `size`
     counts frames without padding.    Source: Park et al. 2019; the counts agree with transformers'
-    _compute_mask_indices.
-    """
+    _compute_mask_indices."""
     kinds = [
         (TIME, row.sizes[0], settings.mask_time_prob, settings.mask_time_length, settings.mask_time_min_masks),
         (BANDS, bands, settings.mask_feature_prob, settings.mask_feature_length, settings.mask_feature_min_masks),
@@ -37,7 +36,7 @@ def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[
 
 
 def masked(features: NDArray[np.float32], masks: NDArray[Any] | None) -> NDArray[np.float32]:
-    """The features, with masked values set to 0 in place. Shapes: (bands, frames)."""
+    """The features, after masked values are set to 0 in place. Shapes: (bands, frames)."""
     for kind, start, stop in [] if masks is None else masks.tolist():
         if kind == TIME:
             features[:, start:stop] = 0.0

@@ -1,4 +1,4 @@
-"""Rows of words with one tag per word, which is predicted at the word's first token."""
+"""Rows of words. Each word has a tag, which is predicted at the word's first token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ SEPARATOR = "\n"  # between the tags of a row
 
 
 class WordIds(list[int]):
-    """Ids of a text, with the positions where its words begin."""
+    """The ids of a text. `firsts`: the positions where its words begin."""
 
     firsts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class TaggedWords(LabelledTexts):
-    """Rows of words with tags. Parts: `ids` (T,) of the words, with blanks between them and special tokens around them;
-    `firsts` (N,), the position where each word begins; `tags` as UTF-8."""
+    """Rows of words with tags. Parts: `ids` (T,), for the words with blanks between them and special tokens around
+    them; `firsts` (N,), the position where each word begins; `tags` as UTF-8."""
 
     example = "tags"
     places = "firsts"
@@ -40,8 +40,8 @@ class TaggedWords(LabelledTexts):
         return self.labels_of(row)
 
     def encode(self, example: TagsExample, origin: str) -> Row:
-        """The row. Raises: Dropped if no word has a token; DataError for a tag that is not listed, or a word without a
-        token."""
+        """The row of an example. Raises: Dropped if no word has a token; DataError for an unlisted tag, or if one of
+        the words has no token."""
         if not self.tokenizer.encode(" ".join(example.words), special_tokens_in_text=False):
             raise Dropped(EMPTY_TEXT)
         tags = self._names(example.tags)
@@ -54,21 +54,21 @@ class TaggedWords(LabelledTexts):
         return len(parts["firsts"])
 
     def prompt(self, example: TagsExample) -> tuple[list[int], str]:
-        """Ids of the words, and their tags with a blank between them."""
+        """The ids of the words, and the words' tags with blanks between them."""
         ids = self._cut_words(example.words)
         return ids, " ".join(map(self.labels.head_name, self._names(example.tags)[: len(ids.firsts)]))
 
     def question(self, text: str) -> list[int]:
-        """Ids of a text whose words are separated by blanks, truncated like rows."""
+        """The ids of a text, truncated like rows. Blanks separate its words."""
         return self._cut_words(text.split())
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The parts of a row with these ids, in which every word has the first label."""
+        """The parts of a row with these ids. Every word has the first label, because its tag is unknown."""
         assert isinstance(ids, WordIds)
         return _parts(ids, ids.firsts, [self.labels.names[0]] * len(ids.firsts))
 
     def word_ids(self, words: Sequence[str]) -> WordIds:
-        """Ids of the words. Raises: DataError for a word if no token begins in it."""
+        """The ids of the words. Raises: DataError if no token begins in one of the words."""
         text, (before, after) = " ".join(words), self.around
         starts = np.cumsum([0, *(len(word) + 1 for word in words)])  # (words + 1,)
         inner, offsets = self.tokenizer.encode_with_offsets(text, special_tokens_in_text=False)
@@ -92,8 +92,8 @@ class TaggedWords(LabelledTexts):
         return ids
 
     def _names(self, tags: Sequence[str | int]) -> list[str]:
-        """Names of the tags. A number is an index into the recipe's list, or into the default names of a head. Raises:
-        DataError for a number outside that list."""
+        """The names of the tags. A tag that is a number is an index into the recipe's list of labels, or into a
+        head's default names. Raises: DataError for an index outside that list."""
         unnamed = (names for names in (self.labels.names, self.labels.head) if names == default_labels(len(names)))
         listed = self.settings.labels or next(unnamed, ())
         for tag in tags:
@@ -103,7 +103,7 @@ class TaggedWords(LabelledTexts):
         return [listed[tag] if isinstance(tag, int) else tag for tag in tags]
 
     def resized(self, row: Row, size: int) -> Row:
-        """The row with this number of ids, and the tags of the words that begin in them."""
+        """The row with `size` ids, and with the tags of the words that begin in these ids."""
         firsts = row.parts["firsts"]
         inside = firsts[firsts < max(size - len(self.around[1]), 0)]
         parts = _parts(self.sized(row.parts["ids"], size), inside, self.labels_of(row)[: len(inside)])
@@ -114,7 +114,7 @@ class TaggedWords(LabelledTexts):
         return row.parts["firsts"]
 
     def spans(self, row: Row) -> list[Span]:
-        """The words, with their tags as the title. The tokens at which tags are predicted are marked."""
+        """The words, with their tags as title. Marks show the tokens at which tags are predicted."""
         ids = row.parts["ids"]
         marks = np.zeros(len(ids), np.bool_)
         marks[row.parts["firsts"]] = True

@@ -1,4 +1,4 @@
-"""The base class of rows of token ids, and answers by generation."""
+"""The base class of rows of token ids, and functions to answer by generating text."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,15 +22,16 @@ class TextRows(RowKind):
 
     @cached_property
     def renderer(self) -> Renderer:
-        """The renderer, which counts in the notices of these rows."""
+        """The renderer of examples. Its notices are counted in `notices` of these rows."""
         return Renderer(self.tokenizer, self.options.train_on, self.options.template, self.notices)
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
-        """The ids before the last answer, which generation continues, and the answer's text; None for running text."""
+        """The ids before the last answer, from which generation continues, and the answer's text; None for running
+        text."""
         return self.renderer.prompt(example)
 
     def question(self, text: str) -> list[int]:
-        """The ids of a user's turn if there is a chat template, else of a text to continue."""
+        """The ids of the text as a user's turn, if there is a chat template; otherwise as a text to continue."""
         return self.renderer.question(text)
 
     def readable(self, prompt: Sequence[int]) -> str:
@@ -39,7 +40,7 @@ class TextRows(RowKind):
 
 
 def text_answering(tokenizer: Tokenizer) -> Answering:
-    """Answering by text: an answer continues its prompt."""
+    """The Answering of models that generate text: an answer continues its prompt."""
     return Answering("text", write=partial(_continuations, tokenizer))
 
 
@@ -61,14 +62,14 @@ def _continuations(
 
 
 def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a whole text."""
+    """The special tokens that the tokenizer puts before a complete text, and after it."""
     inner, whole = tokenizer.encode("a"), tokenizer.encode_source("a")
     starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
     return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and starts else ([], [])
 
 
 def fill_with(rows: Iterator[Row], size: int, kind: RowKind) -> list[Row]:
-    """Rows that have this size together; the last one is cut."""
+    """Rows whose sizes sum to `size`; the last row is cut."""
     filled: list[Row] = []
     while size:
         row = next(rows)

@@ -1,4 +1,4 @@
-"""Transcripts and translations that a speech model generates for recordings."""
+"""Generates transcripts and translations of recordings with a speech model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Recording:
 def write_transcripts(
     processor: SpeechProcessor, model: Model, prompts: Sequence[Recording], limits: AnswerLimits
 ) -> list[str]:
-    """The text of each recording, in order. A recording that is longer than the model's input is cut at quiet places,
-    and the texts are joined. Raises: DataError, naming the file."""
+    """The text of each recording, in order. A recording that is longer than the model's input is cut at quiet
+    places, and the texts of its parts are joined. Raises: DataError, which names the file."""
     clips = [(number, clip) for number, prompt in enumerate(prompts) for clip in _clips(prompt, processor)]
     kinds: dict[tuple[str | None, str, bool], list[int]] = {}
     for place, (number, _) in enumerate(clips):
@@ -62,7 +62,7 @@ def write_transcripts(
 
 
 def _keywords(processor: SpeechProcessor, language: str | None, task: str) -> dict[str, str]:
-    """Language and task as keywords for transformers; empty for English-only models.
+    """Language and task as keyword arguments of transformers' generate; empty for English-only models.
 
     Raises: InputError for a language or task that the model does not know.
     """

@@ -27,7 +27,7 @@ SPLIT = "cut the file, or add segments [{start, end, text}] to the row and write
 
 @dataclass(frozen=True)
 class TranscriptPart:
-    """The samples start .. stop-1 of an example, and the part of its transcript that is spoken in them."""
+    """A part of an example: the recording's samples from start to stop-1, and the transcript of these samples."""
 
     example: TranscriptExample
     start: int
@@ -36,8 +36,8 @@ class TranscriptPart:
 
 @dataclass(frozen=True, eq=False)
 class TranscriptRows(RecordingRows):
-    """Rows of recordings with transcripts. Parts: SOUND_PARTS; the ids of the `answer` (A + 1,), whose first token
-    begins every answer and is not predicted; and its `text`. Tokens of language and task are predicted too, as in
+    """Rows of recordings with transcripts. Parts: SOUND_PARTS; `answer` (A + 1,), ids whose first token begins every
+    answer and is not predicted; and the answer's `text`. Tokens of language and task are predicted too, as in
     transformers."""
 
     example = "transcript"
@@ -55,7 +55,7 @@ class TranscriptRows(RecordingRows):
 
     @cached_property
     def layout(self) -> RowLayout:
-        """The layout: frames and tokens are padded separately."""
+        """The layout: frames and tokens are two sizes, padded separately."""
         padded = self.processor.padded
         return RowLayout(
             {**SOUND_PARTS, "answer": "<i4", "text": "u1"},
@@ -68,9 +68,8 @@ class TranscriptRows(RecordingRows):
         )
 
     def examples(self, example: TranscriptExample) -> Sequence[TranscriptPart]:
-        """The whole recording, or parts of a recording that is longer than the model's input.
-        Raises: Dropped or DataError for a long recording that may not or cannot be cut.
-        """
+        """The whole recording; or its parts, if it is longer than the model's input.
+        Raises: Dropped or DataError for a long recording that may not or cannot be cut."""
         maximum = self.processor.seconds
         with opened(example.audio) as sound:
             if sound.seconds <= maximum:
@@ -82,7 +81,8 @@ class TranscriptRows(RecordingRows):
             return list(_split(example, sound, maximum))
 
     def encode(self, example: TranscriptPart, origin: str) -> Row:
-        """The row. Raises: Dropped for a silent recording or an empty transcript; DataError if the row is wrong."""
+        """The row of a part. Raises: Dropped for a silent recording or an empty transcript; DataError if the example
+        is wrong."""
         spoken, processor = example.example, self.processor
         if not spoken.text.strip():
             raise Dropped(EMPTY)
@@ -110,7 +110,7 @@ class TranscriptRows(RecordingRows):
         raise DataError(what, "cut the recording, or leave the row out")
 
     def _row(self, parts: RowParts, frames: int, origin: str, number: int = 0) -> Row:
-        """A row of these parts, without parts that a step added."""
+        """A row of these parts. Parts that a step added are left out."""
         parts = {name: parts[name] for name in self.layout.parts}
         return self.make_row(parts, origin, number, (frames, self.units_in(parts)))
 
@@ -118,7 +118,8 @@ class TranscriptRows(RecordingRows):
         return max(len(parts["answer"]) - 1, 0)
 
     def _text_ids(self, example: TranscriptExample, start: float) -> list[int]:
-        """Ids of the text; or of its segments, each between the tokens of its times. Times are counted from `start`."""
+        """The ids of the text; or, with timestamps, of its segments, each between the tokens of its start and end
+        times. Times are counted from `start`."""
         processor = self.processor
         if not self.settings.timestamps:
             return processor.text_ids(example.text)
@@ -147,13 +148,13 @@ class TranscriptRows(RecordingRows):
         return prompt.media.name
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The whole recording, and the tokens start .. stop-1 of its answer."""
+        """The row with the whole recording, and with the tokens from start to stop-1 of its answer."""
         parts = {**row.parts, "answer": row.parts["answer"][start : stop + 1]}
         return self._row(parts, row.sizes[0], row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """One row: a recording of the maximum length, and an answer of `size` tokens, or of the maximum number if that
-        is smaller."""
+        """A row with a recording of the maximum length, and an answer of `size` tokens, or of the maximum number if
+        `size` is larger."""
         row, processor = next(rows), self.processor
         parts = {**row.parts, "answer": np.resize(row.parts["answer"], min(size, processor.longest_answer) + 1)}
         if not processor.padded:
@@ -184,7 +185,8 @@ class TranscriptRows(RecordingRows):
 
 
 def _split(example: TranscriptExample, sound: Sound, maximum: float) -> list[TranscriptPart]:
-    """The parts of a recording, each with whole segments. Cuts are at the quietest place between two segments."""
+    """The parts of a recording, each with complete segments. Cuts are made at the quietest place between two
+    segments."""
     parts: list[TranscriptPart] = []
     start, inside = 0.0, list[Segment]()
     for segment in example.segments:
