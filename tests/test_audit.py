@@ -36,7 +36,9 @@ def case(honest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(honest, tmp_path_factory.mktemp("case"), dirs_exist_ok=True)) / "run"
 
 
-def audited(run: Path, count: int | None = None, seed: int | None = None, before: Callable[[], None] = lambda: None) -> Any:
+def audited(
+    run: Path, count: int | None = None, seed: int | None = None, before: Callable[[], None] = lambda: None
+) -> Any:
     """How the audit ended, and what it wrote."""
     proof = run.parent / "proof.json"
 
