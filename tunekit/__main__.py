@@ -1,4 +1,4 @@
-"""The program's start and end: the `tunekit` script, `python -m tunekit` and `torchrun -m tunekit`."""
+"""Starts and ends the program, for the `tunekit` script, `python -m tunekit` and `torchrun -m tunekit`."""
 
 import gc
 
@@ -9,7 +9,8 @@ WHILE_STARTING = (100_000, 20, 100)
 
 
 def main() -> None:
-    """Run the command line. It is imported only after the collector's settings, which its own imports need too."""
+    """Run the command line. The garbage collector is set up first, and the command line is imported afterwards, because
+    its imports need these settings too."""
     gc.set_threshold(*WHILE_STARTING)
     from tunekit.cli import main as run
 

@@ -119,7 +119,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
 def _convert_method(
     console: Console, config: AdapterConfig, rank: int | None, initial: str | None, base: str | None, place: Path
 ) -> None:
-    """Convert an adapter of a different method than LoRA to an equal LoRA, or to the nearest one of this rank."""
+    """Convert an adapter of another method to LoRA: to an equal LoRA, or to the nearest LoRA of this rank."""
     method = config.settings.method
     if initial is not None:
         raise InputError(f"--initial has no effect on {with_article(method)} adapter", "remove it", key="--initial")
@@ -240,9 +240,8 @@ def _write_extracted(
 
 
 def _tell_differences(console: Console, what: str, differences: list[TensorDifference]) -> None:
-    """Print the tensors that differ, and the difference of all tensors together. Tensors with unequal shapes have no
-    difference.
-    """
+    """Print the tensors that differ, and the difference of all tensors in total. For tensors with unequal shapes no
+    difference is computed."""
     shapes = [d.name for d in differences if d.distance is None and None not in (d.left, d.right)]
     if shapes:
         _list(console, "not compared, because their shapes in A and B differ", shapes)
@@ -261,7 +260,7 @@ def _tell_differences(console: Console, what: str, differences: list[TensorDiffe
 
 
 def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) -> None:
-    """Print the error of the lower rank, for each layer and in total."""
+    """Print the error caused by the lower rank, for each layer and in total."""
     ordered = sorted(losses.values(), key=lambda loss: in_order(loss.name))
     rows = [(loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}") for loss in ordered]
     console.table(["layer", "norm of the update", "error", "energy kept"], rows)
@@ -271,7 +270,7 @@ def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) ->
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    """The numbers in a text such as 0.7,0.3."""
+    """The numbers that a text such as "0.7,0.3" contains."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -279,7 +278,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def adapter_folder(name: str) -> Path:
-    """The folder of this name; for a run, its adapter folder."""
+    """The path of an adapter folder; for a run folder, the path of the run's adapter."""
     folder = Path(name).expanduser()
     inner = folder / "adapter"
     return inner if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).exists() else folder

@@ -1,6 +1,8 @@
-"""`tunekit audit`: re-executes parts of a run in a temporary folder and compares their bytes with the run.
+"""`tunekit audit`: re-executes parts of a run in a temporary folder, and compares the resulting bytes with those of the
+run.
 
-A part reaches from one checkpoint to the next. It is resumed in the way of `train --resume`, from a copy.
+A part is the steps from one checkpoint to the next. Like `train --resume`, the audit resumes a copy of the run at the
+first checkpoint.
 """
 
 import gc
@@ -61,7 +63,8 @@ TASKS_UNPROVED = f"{TASKS_NAME}: the scores of tasks were not computed again and
 
 @dataclass(frozen=True, order=True)
 class RunPart:
-    """The steps after `start` up to `end`. `exports`: whether the result of the run is written at the end."""
+    """A part of the run: the steps after `start`, up to and including `end`. `exports`: whether the run's result is
+    written after these steps."""
 
     start: int
     end: int
@@ -113,7 +116,7 @@ def audit_verb(run: str, count: int | None, seed: int | None, json_file: str | N
 
 
 def _conclude(console: Console, values: RunValues, parts: Sequence[RunPart], drawn: Sequence[RunPart]) -> None:
-    """Print how many steps were proved. A stopped run may have steps after its last checkpoint."""
+    """Print how many steps were proved, and warn about steps after the last checkpoint of a stopped run."""
     last, end = values.steps[-1].count("step"), parts[-1].end
     proved = "the whole run" if (drawn, last) == (parts, end) else f"{len(drawn)} of {len(parts)} parts"
     console.info(f"proved: {proved}, {sum(part.end - part.start for part in drawn)} of {last} steps")
@@ -122,13 +125,13 @@ def _conclude(console: Console, values: RunValues, parts: Sequence[RunPart], dra
 
 
 def _compared(result: Mapping[str, Any]) -> str:
-    """The compared things in words."""
+    """A list in words of the files and records that were compared."""
     names = [f"{result['records']} records", "checkpoint" if result["checkpoint"] else "", *result["weights"]]
     return ", ".join(filter(None, names))
 
 
 def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
-    """The parts between step 0, the checkpoints, and the end of a finished run."""
+    """The parts of the run. Their borders are step 0, the checkpoints, and the end of a finished run."""
     finished = values.status.get("exit_code") == 0
     if not finished and any((values.path / name).exists() for name in RESULT_FILES):
         what = f"{values.path} has a result, but its status.json does not state that it finished"
@@ -141,7 +144,7 @@ def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
 
 
 def _reads_every_row(values: RunValues, loaded: LoadedRecipe, last: int) -> bool:
-    """Whether the steps up to `last` read all training rows. Streamed epochs may end before their last row."""
+    """Whether the run has read all training rows after step `last`. Streamed epochs may end before their last row."""
     if any(source.weight < 1 or source.streaming for source in loaded.recipe.data.train):
         return False
     return any(record.count("step") == last and (record.number("epoch") or 0.0) >= 1 for record in values.steps)
@@ -151,7 +154,7 @@ def _reads_every_row(values: RunValues, loaded: LoadedRecipe, last: int) -> bool
 
 
 def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Sequence[JsonObject]) -> None:
-    """Raises: InputError with every reason why equal bits are not promised here. `facts`: of the checkpoints."""
+    """Raises: InputError with every reason why equal bits are not guaranteed. `facts`: the facts of the checkpoints."""
     if is_held(values.path):
         raise RunFolderError(f"{values.path} is running", "audit it when it has ended")
     environment, kind = values.environment, devices.device.type
@@ -179,7 +182,7 @@ def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Se
 
 
 def _not_promised(values: RunValues, loaded: LoadedRecipe, facts: Sequence[JsonObject]) -> list[str]:
-    """Why the bits of the run depend on more than the recipe, the data and the base."""
+    """Reasons why the bits of the run depend on more than the recipe, the data and the base."""
     training, kind = loaded.recipe.training, values.environment.part("fingerprint").get("device")
     reasons = []
     if training.threads == "adaptive" and kind == "cpu":
@@ -201,7 +204,8 @@ def _not_promised(values: RunValues, loaded: LoadedRecipe, facts: Sequence[JsonO
 def _repeat(
     part: RunPart, run: Path, facts: JsonObject | None, devices: Devices, signals: StopSignals
 ) -> dict[str, Any]:
-    """Resume a copy of the run at the start of a part, and compare it at the end. `facts`: of the checkpoint there."""
+    """Resume a copy of the run at the start of a part, and compare it with the run at the end of the part. `facts`: the
+    facts of the checkpoint at the start."""
     gc.collect()  # the model of the part before
     with tempfile.TemporaryDirectory(prefix="tunekit-audit-") as folder:
         repeat = Path(folder) / "run"
@@ -239,7 +243,8 @@ def _repeat(
 
 
 def _copy(run: Path, repeat: Path, start: int, facts: JsonObject | None) -> None:
-    """Copy what a resume after step `start` reads. A finished run exports its best checkpoint, so it is copied too."""
+    """Copy the files that a resume after step `start` reads. They include the best checkpoint, because a finished run
+    exports it."""
     (repeat / "checkpoints").mkdir(parents=True)
     for name in COPIED if start else COPIED[:-1]:  # a record of step 0 would be compared with itself
         shutil.copyfile(run / name, repeat / name)
@@ -256,7 +261,7 @@ def _copy(run: Path, repeat: Path, start: int, facts: JsonObject | None) -> None
 def _proof(
     values: RunValues, loaded: LoadedRecipe, parts: Sequence[RunPart], results: Sequence[dict[str, Any]], seed: int
 ) -> JsonObject:
-    """What --json writes: the parts, and the inputs and programs that computed them again."""
+    """The content of the --json file: the proved parts, and the inputs and programs of the audit."""
     now = results[0]["fingerprint"]
     return {
         "run": str(values.path),
@@ -280,7 +285,8 @@ def _proof(
 
 
 def _file_hashes(loaded: LoadedRecipe) -> dict[str, str]:
-    """sha256 of every local file that the recipe reads, by its key. A folder: of the names and hashes of its files."""
+    """The sha256 of every local file that the recipe reads, by the recipe's key. For a folder, it is the sha256 of the
+    names and hashes of its files."""
     paths = named_paths(loaded.recipe.model_dump(mode="json", exclude={"output"}))
     return {dotted(path.key): _hash_of(path.file) for path in paths if path.file.exists()}
 

@@ -1,6 +1,7 @@
-"""Plain values that folders of all levels use: JSON objects, sizes as text, and the facts that an objective shows.
+"""Plain values that folders of all levels use: JSON objects, sizes as text, and facts about an objective for the screen
+and the report.
 
-They are separate from records.py because `validate` needs only these, and defining a frozen dataclass takes a
+They are separate from records.py for speed: `validate` needs only these, and defining a frozen dataclass takes a
 millisecond.
 """
 
@@ -12,7 +13,8 @@ JsonObject = dict[str, Any]  # a JSON object
 
 @dataclass(frozen=True)
 class Headline:
-    """The main number of a step, for progress, the first chart and the report. `rises`: a good run raises it."""
+    """The main number of a step; it is in the progress line, the first chart and the report. `rises`: whether the
+    number grows in a good run."""
 
     name: str = "loss"
     title: str = "Training loss"
@@ -21,9 +23,9 @@ class Headline:
 
 @dataclass(frozen=True)
 class Panel:
-    """A table of the report. Its examples are in the records of some steps, under `key`.
+    """A table of examples in the report. The examples are in the records of some steps, under `key`.
 
-    `columns`: label and key of each column; a value that is a mapping has one column per name.
+    `columns`: label and key of each column. If the value of a key is a mapping, each of its names has a column.
     """
 
     title: str
@@ -33,8 +35,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Stall:
-    """A sign that nothing is learned: the logged share `metric` is 1 in `steps` consecutive steps. `action`: what to
-    do."""
+    """A sign that nothing is learned: the logged share `metric` is 1 in `steps` consecutive steps. `action`: advice for
+    the user."""
 
     metric: str
     steps: int
@@ -68,7 +70,7 @@ DEFAULT_SHOWS = Shows()
 
 
 def with_article(noun: str) -> str:
-    """The noun after "a" or "an"."""
+    """The noun, preceded by "a" or "an"."""
     return f"{'an' if noun[:1] in tuple('aeiou') else 'a'} {noun}"
 
 

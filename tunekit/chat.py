@@ -26,7 +26,7 @@ SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "ma
 
 @dataclass
 class Chat:
-    """A conversation, and the settings of its answers."""
+    """A conversation in the terminal, and the settings for its answers."""
 
     speaker: Speaker
     console: Console
@@ -262,7 +262,7 @@ def _talk(chat: Chat, console: Console) -> None:
 
 
 def _read_line(typed: str) -> str:
-    """A line from the terminal, which starts with the text that was typed before Ctrl-C."""
+    """Read a line from the terminal. The line starts with the text that was typed before Ctrl-C."""
     try:
         import readline  # gives input() line editing and a history
     except ImportError:

@@ -71,10 +71,11 @@ def start(
 
 
 class Verb(TyperCommand):
-    """A command. Its errors become messages on standard error and an exit code."""
+    """A command of the program. Its errors are printed on standard error, and they decide the exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments. If an option of the program follows the command, the error states where it belongs."""
+        """Read the arguments. If an option of the program is written after the command, the error says to write it
+        before."""
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
@@ -110,9 +111,8 @@ class Verb(TyperCommand):
 
 
 def _say(error: BaseException) -> int:
-    """Print an error, and return its exit code. Ranks other than the main rank print only errors that the main rank may
-    not have.
-    """
+    """Print an error, and return its exit code. Ranks other than the main rank print only errors that may not exist on
+    the main rank."""
     (text, code), rank = exit_message(error), os.environ.get("RANK", "0")
     alone = code in (EXIT_FAULT, ResourceError.exit_code) or getattr(error, "alone", False)
     if rank == "0" or alone:
@@ -121,7 +121,7 @@ def _say(error: BaseException) -> int:
 
 
 def _commands(group: typer.Typer) -> Iterator[CommandInfo]:
-    """All commands of a group, and of the groups in it."""
+    """All commands of a group, including those of its subgroups."""
     yield from group.registered_commands
     for inner in group.registered_groups:
         if inner.typer_instance is not None:

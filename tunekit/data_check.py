@@ -99,8 +99,8 @@ def _write_fixed(fix: str, trained: Sequence[Found], sources: Sequence[Source], 
 
 
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
-    """The row kind, or None if the model's tokenizer is not on this machine; and a note about how tokens are
-    counted."""
+    """The row kind, and a note about how tokens are counted. The row kind is None if the model's tokenizer is not on
+    this machine."""
     from tunekit.planning.row_kind import row_kind_at_hand
 
     name, why = recipe.model.name_or_path, "is not on this machine yet"
@@ -116,7 +116,8 @@ def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
 
 
 def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
-    """Raises: InputError if the file of --fix would replace a file that --fix did not write."""
+    """Raises: InputError if the rows cannot be written to the file of --fix: for example, it exists or is an input of
+    the recipe."""
     target, how = Path(fix), "name a new file"
     if not fix.endswith(".jsonl"):
         raise InputError(f"--fix {fix}: the rows are written as JSONL", f"name a file such as {fix}.jsonl")
@@ -135,7 +136,8 @@ def _rows_text(lines: Sequence[int]) -> str:
 
 
 def _histogram(findings: Found, limit: int) -> Iterator[list[object]]:
-    """Rows of a table: each range of lengths, its number of rows, a bar, and a mark for lengths over max_length."""
+    """A histogram of lengths as rows of a table: a range of lengths, the number of data rows in it, a bar, and a mark
+    for lengths over max_length."""
     most = max(findings.sizes.values(), default=1)
     for low, high in zip(LENGTHS, [*LENGTHS[1:], None], strict=True):
         if findings.sizes[low]:

@@ -1,7 +1,7 @@
 """`tunekit doctor`: shows versions, this machine, caches, and the packages that optional features need.
 
-`tunekit doctor MODEL` shows which programs would read a model folder wrongly or not at all, and writes a copy that
-they read.
+`tunekit doctor MODEL` shows which programs would misread a model folder or could not read it. It can write a copy that
+these programs read correctly.
 """
 
 import contextlib
@@ -64,7 +64,8 @@ def doctor_verb(clear: bool, json_file: str | None) -> None:
 
 
 def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """The facts of this machine as values, the same facts as texts, and problems that a run will have."""
+    """The facts of this machine as values, the same facts as texts, and problems that runs on this machine will
+    have."""
     import torch
 
     devices = make_devices()
@@ -136,7 +137,8 @@ def _model_folder(model: str, *, weights: bool) -> Path:
 
 
 def _new_folder(output: Path, source: Path) -> Path:
-    """The absolute path. Raises: InputError unless it is new or empty, and separate from `source`."""
+    """The absolute path of a folder to write. Raises: InputError unless the folder is new or empty, and separate from
+    `source`."""
     output = output.expanduser().absolute()
     place = output.resolve()
     if place == source or source in place.parents or place in source.parents:
@@ -154,7 +156,8 @@ def _readings(folder: Path) -> list[FolderReading]:
 
 
 def _print_readings(console: Console, folder: Path, results: Sequence[FolderReading]) -> None:
-    """A table of the programs, and one line for each finding, with all programs that it concerns."""
+    """Print a table of the programs, and one line for each finding. The line names all programs that have this
+    finding."""
     rows = [[each.program, each.version, each.unsupported or _count_text(len(each.findings))] for each in results]
     console.table(["program", "version", "reading this folder"], rows, title=str(folder))
     programs: dict[tuple[str, bool], list[str]] = {}
@@ -176,7 +179,8 @@ def cache_sizes() -> dict[Path, int]:
 
 
 def _bytes(path: Path) -> int:
-    """Bytes on the disk of a file, or of all files below a folder. Hard links count once; files that vanish count 0."""
+    """The number of bytes that a file, or all files below a folder, occupy on the disk. Hard links count once; files
+    that vanish meanwhile count 0."""
     sizes: dict[tuple[int, int], int] = {}
     for place, _, names in os.walk(path):
         for name in (".", *names):

@@ -1,6 +1,5 @@
-"""All errors for users: the place (file, line, key), what is wrong, how to mend it, and the exit code. This module also
-removes secrets from printed text.
-"""
+"""All errors for users. An error states the place (file, line, key), what is wrong, how to mend it, and the exit code.
+This module also removes secrets from printed text."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ _SURE_SECRET = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text, in which access tokens, and user:password in addresses, are replaced by [secret]."""
+    """The text with [secret] in place of access tokens, and of user:password in addresses."""
     return _MAYBE_SECRET.sub("[secret]", text)
 
 
@@ -32,13 +31,13 @@ def holds_secret(text: str) -> bool:
 
 
 def first_lines(lines: Sequence[object]) -> list[str]:
-    """The first MAX_LINES lines, and a line with the number of the others."""
+    """The first MAX_LINES lines; if there are more, also a line that states how many are left out."""
     shown = [str(line) for line in lines[:MAX_LINES]]
     return shown if len(lines) <= MAX_LINES else [*shown, f"... and {len(lines) - MAX_LINES:,} more like these"]
 
 
 def listed(names: Sequence[object], most: int) -> str:
-    """The first `most` names, and the number of the others."""
+    """The first `most` names; if there are more, also the number of the other names."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"{', '.join(map(str, names[:most]))}{more}"
 
@@ -87,7 +86,8 @@ class TunekitError(Exception):
         return error
 
     def without_file(self, removed: Path) -> TunekitError:
-        """The error for a file that was removed because of it: no problem names a line of that file."""
+        """A copy of the error for the case that the file `removed` is not kept. Problems in this file no longer name
+        the file or its lines."""
         problems = [
             replace(each, file=None, line=None) if each.file and Path(each.file) == removed else each
             for each in self.problems
@@ -95,7 +95,7 @@ class TunekitError(Exception):
         return type(self).of(problems, [*self.notes, f"{removed} is not written, because:"])
 
     def __reduce__(self) -> tuple[object, ...]:
-        """The form in which the error is sent to a different process."""
+        """Pickle the error with all its problems, so that it can be sent to a different process."""
         return type(self).of, (self.problems,)
 
 

@@ -109,7 +109,7 @@ def evaluate_verb(
 
 
 def _shown(console: Console, target: str, values: Mapping[str, float], evaluation: Evaluation) -> dict[str, Any]:
-    """Print the tables of an evaluation; returns the content of its JSON file."""
+    """Print the tables of an evaluation, and return the content of the JSON file."""
     console.table(["metric", "value"], [[name, value] for name, value in values.items()], title=target)
     result = _finite(values)
     if evaluation.sources is not None:
@@ -125,7 +125,8 @@ def _shown(console: Console, target: str, values: Mapping[str, float], evaluatio
 
 
 def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:
-    """The metrics that are defined, and the counts. A correlation with a constant is not defined."""
+    """The metrics without undefined ones, such as a correlation with a constant; and the numbers of rows, tokens and
+    units."""
     sums, shows = evaluation.sums, shows_of(objective)
     sizes, units = (text.replace(" ", "_") for text in (shows.sizes, shows.units))
     defined = {name: value for name, value in evaluation.metrics.items() if name == "loss" or not math.isnan(value)}
@@ -133,7 +134,8 @@ def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:
 
 
 def _row_losses(rows: RowSet, evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(rows,) each: the loss of each row, a sum over its units, and the units. Empty if a row has no finite loss."""
+    """The loss of each row (rows,), summed over its units, and the number of units of each row (rows,). Both are empty
+    if a row has no finite loss."""
     measured, losses = evaluation.sums.row_losses, list[float]()
     units = [] if rows.evaluation is None else unit_counts(rows.evaluation, rows.objective)
     if len(measured) == len(units):
@@ -147,7 +149,7 @@ def _finite(values: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _check_many_adapters(spec: TargetSpec, section: DataSection) -> None:
-    """Raises: InputError if rows cannot name adapters."""
+    """Raises: InputError if rows cannot name adapters for this target and data."""
     if spec.kind != "model":
         raise InputError(
             "rows that name adapters need their base as TARGET", "name a model, or remove --adapter-column"
@@ -163,7 +165,8 @@ def _of_adapters(
     column: str,
     evaluate: Callable[[LoadedTarget, RowSet], Evaluation],
 ) -> dict[str, Evaluation]:
-    """The evaluation of each adapter that the column names, on its rows; "base": of rows that name none."""
+    """The evaluation of each adapter on the rows that name it in `column`. The key "base" has the evaluation of the
+    base on rows that name no adapter."""
     assert isinstance(section.eval, tuple)  # _check_many_adapters ensures it
     base, groups = loaded.model.base, rows_by_adapter(rows, section.eval, column)
     check_adapters(base, [place for place in groups if place is not None], rows.objective)
@@ -179,7 +182,7 @@ def evaluate_tasks(
 ) -> None:
     """Evaluate a target on tasks of lm-eval, and compare an adapter with its base.
 
-    Raises: InputError without lm-eval, or for an unknown task; ModelError for a model that is not causal.
+    Raises: InputError if lm-eval is not installed, or for an unknown task; ModelError for a model that is not causal.
     """
     write_result, names = json_result(json_file), ", ".join(map(yaml_scalar, tasks))
     spec = find_target(target, base, [f"evaluation.tasks=[{names}]", *overrides])
@@ -233,7 +236,8 @@ def _refuse_unmeasurable(
 
 
 def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | None) -> None:
-    """Raises: InputError for a missing file, with its path in training if the run folder was moved since."""
+    """Raises: InputError for a missing file. If the run folder was moved, the error states the file's path during
+    training."""
     for number, source in enumerate(section.eval if isinstance(section.eval, tuple) else section.train):
         path = source.path
         if not os.path.isabs(path) or os.path.lexists(path) or glob.has_magic(path):
@@ -246,7 +250,7 @@ def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | 
 
 
 def _path_in_training(run: Path, section: DataSection, number: int) -> str:
-    """The absolute path of a source when the run was planned; empty if the plan does not state it."""
+    """The absolute path of a source during training, from the plan; empty if the plan does not state it."""
     plan = run / "plan.json"
     try:
         stated = parse_json(read_small(plan), str(plan))["recipe"]["data"]
@@ -256,7 +260,7 @@ def _path_in_training(run: Path, section: DataSection, number: int) -> str:
 
 
 def _data_section(target: TargetSpec, overrides: Sequence[str]) -> DataSection:
-    """The data section to evaluate on: the section of the run or recipe, with the overrides applied."""
+    """The data section with the evaluation rows: the section of the run or recipe, changed by the overrides."""
     data = target.data
     if (data is None or data.eval is None) and not any(text.startswith("data.eval") for text in overrides):
         whose = "this target has no recipe" if data is None else "the recipe has no data.eval"
@@ -277,7 +281,8 @@ def evaluate_rows(
     template: str | None,
     progress: Progress,
 ) -> Evaluation:
-    """Evaluate the model on the evaluation rows. `data`: the section whose rows give the choices `from_data`."""
+    """Evaluate the model on the evaluation rows. `data`: the section from whose rows `evaluation.choices: from_data`
+    takes the choices."""
     settings, model, evaluation = loaded.target.evaluation, loaded.model, rows.evaluation
     assert evaluation is not None  # _data_section ensures it
     _refuse_unmeasurable(metrics, rows.objective.name, rows.objective.facts, settings)

@@ -1,6 +1,5 @@
-"""`tunekit export`: writes a model or an adapter in the format of another program, and compares what that program
-computes with it.
-"""
+"""`tunekit export`: writes a model or an adapter in the format of another program. It can also compare the program's
+results with ours."""
 
 import os
 import shlex
@@ -65,12 +64,13 @@ def export_verb(
 
 
 def _run_of(exportable: Exportable) -> Path | None:
-    """The run whose final result is exported. None for a checkpoint, because the report describes other weights."""
+    """The run whose final result is exported. None for a checkpoint, because the run's report describes other
+    weights."""
     return None if exportable.target.kind == "checkpoint" else exportable.target.run
 
 
 def _check(to: str, format: Format, exportable: Exportable, options: Options, path: Path, *, certify: bool) -> None:
-    """Raises: InputError with all problems."""
+    """Raises: InputError with all problems that prevent this export."""
     if exportable.kind not in format.TAKES:
         takes = " or ".join(map(with_article, sorted(format.TAKES)))
         what = f"{to} takes {takes}, and this is {with_article(exportable.kind)}"
@@ -103,8 +103,8 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
 def _certify(
     to: str, format: Format, written: Exported, exportable: Exportable, options: Options, *, required: bool
 ) -> None:
-    """Let the program compute with the export, print its figures, and write them next to the export. If the comparison
-    is impossible, this is an error if `required`, else a note.
+    """Run the program on the export, print how its results compare with torch's, and write this next to the export. If
+    the comparison is impossible, this is an error if `required`, else a note.
 
     Raises: InputError if the program cannot read the export.
     """

@@ -1,4 +1,5 @@
-"""`tunekit import`: converts the configuration of a different tool to a recipe, and prints the result for each key."""
+"""`tunekit import`: converts the configuration of another fine-tuning tool to a recipe, and prints the result for each
+key."""
 
 import shlex
 import sys
@@ -45,7 +46,7 @@ def import_verb(path: str, output: str | None) -> None:
 
 
 def _of_recipe(path: str, output: str | None) -> Translation:
-    """The translation of a different tool's recipe."""
+    """The translation of a configuration that describes a training run of another tool."""
     folder = Path(output or path).absolute().parent
     draft, tool = read_draft(path, imported=True)
     whose = [f"{path}: a configuration of {tool}"] if tool else []
@@ -63,7 +64,7 @@ def _of_recipe(path: str, output: str | None) -> Translation:
 
 
 def _of_adapter(path: Path) -> Translation:
-    """The recipe for an adapter configuration of PEFT: it has the base and the method; rows and run folder are
+    """The recipe for PEFT's configuration of an adapter. Base and method are translated; rows and run folder are
     placeholders.
 
     Raises: RecipeError if the method is not known.
@@ -110,7 +111,7 @@ def _of_adapter(path: Path) -> Translation:
 
 
 def _by_kind(rewrites: Sequence[str]) -> list[str]:
-    """The lines under titles: changed keys, keys without effect in tunekit, and the other tool's defaults."""
+    """The results under three titles: changed keys, keys without effect in tunekit, and defaults of the other tool."""
     without = [line for line in rewrites if " -> nothing" in line]
     defaults = [line for line in rewrites if ": default of " in line]
     others = {*without, *defaults}

@@ -1,4 +1,5 @@
-"""`tunekit generate`: answers to one prompt or to each line of a file, the scores of a reward model, or images."""
+"""`tunekit generate`: answers to one prompt or to each line of a file, scores of a reward model, or generated
+images."""
 
 import json
 import os
@@ -45,7 +46,7 @@ TABLES = (".csv", ".tsv")  # endings of files of prompts with columns
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt, with the folder of the adapter that answers it; None: the target's own."""
+    """A prompt, and the folder of the adapter that answers it. None: the target's own adapter answers."""
 
     prompt: TextOrPair
     adapter: Path | None = None
@@ -128,7 +129,8 @@ def _write_answers(console: Console, rows: Sequence[PromptRow], answers: Sequenc
 
 
 def _texts_of(prompts: Sequence[TextOrPair], loaded: LoadedTarget) -> list[str]:
-    """The prompts that are single texts. Raises: InputError for pairs of texts if the target does not read pairs."""
+    """The prompts, if all of them are single texts. Raises: InputError for pairs of texts if the target does not read
+    pairs."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if len(texts) < len(prompts) and not loaded.objective.rows.reads_pairs:
         what = f"some prompts are pairs of texts, but the target was trained with {loaded.objective.name}"
@@ -137,7 +139,7 @@ def _texts_of(prompts: Sequence[TextOrPair], loaded: LoadedTarget) -> list[str]:
 
 
 def _check_flags(draws: bool, output: str | None, flags: Sequence[str]) -> None:
-    """Raises: InputError for --output, or another of these flags, if it would have no effect."""
+    """Raises: InputError for --output or another flag that would have no effect."""
     if not draws and output is not None:
         raise InputError("the target writes no images", "remove --output")
     useless = " and ".join(flag for flag in flags if flag != "--seed")
@@ -153,7 +155,8 @@ def _check_flags(draws: bool, output: str | None, flags: Sequence[str]) -> None:
 
 
 def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: int, folder: Path) -> None:
-    """Draw an image for each prompt, the first one with this seed, under unused names in the folder."""
+    """Generate an image for each prompt, and save it in the folder under an unused name. The first image uses this
+    seed."""
     folder.mkdir(parents=True, exist_ok=True)
     answering = loaded.objective.answering
     draw = None if answering is None else answering.draw
@@ -215,7 +218,8 @@ def _prompt_of(line: str, path: Path, number: int) -> PromptRow:
 
 
 def _row_of(row: Mapping[str, Any], path: Path, number: int) -> PromptRow:
-    """The prompt in a row and its adapter. Raises: DataError without such a prompt or adapter."""
+    """The prompt in a row and its adapter. Raises: DataError if the row has no such prompt, or its adapter does not
+    exist."""
     name = row.get("adapter")
     adapter = adapter_in(Path(os.path.abspath(path.parent / name))) if isinstance(name, str) and name else None
     if name not in (None, "") and adapter is None:
@@ -240,7 +244,7 @@ def _prompt_in(row: Mapping[str, Any], path: Path, number: int) -> TextOrPair:
 
 @torch.no_grad()
 def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], float]]:
-    """Each row of the file (a prompt with its answer, or a conversation) with its score.
+    """The rows of the file, each with its score. A row is a prompt with its answer, or a conversation.
 
     Raises: InputError if the target is not a reward model; DataError with all wrong rows.
     """
@@ -272,8 +276,8 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
 def answer(
     loaded: LoadedTarget, texts: Sequence[TextOrPair], sampling: Sampling = GREEDY, devices: Devices | None = None
 ) -> list[str]:
-    """The model's answer to each text, formatted like the training rows; with evaluation.choices, the most likely
-    choice."""
+    """The model's answer to each text, which is formatted like the training rows. With evaluation.choices, the answer
+    is the most likely choice."""
     settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
     objective = _objective_of(loaded)
     choices = choices_of(settings, objective, data)
@@ -293,8 +297,8 @@ def answer(
 
 @torch.no_grad()
 def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampling: Sampling = GREEDY) -> list[str]:
-    """The answer to each prompt, computed with its adapter; the target is the base of all adapters. Each answer is the
-    same as if its adapter alone were loaded.
+    """The answer to each prompt, computed with the prompt's adapter; the target is the base of all adapters. Each
+    answer is the same as if its adapter alone were loaded.
 
     Raises: InputError if the target does not generate texts, or chooses answers from a list.
     """
@@ -318,7 +322,7 @@ def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampli
 
 
 def _objective_of(loaded: LoadedTarget) -> Objective:
-    """The objective, which encodes prompts as the target's data section says."""
+    """The target's objective, with which prompts are encoded by the rules of the target's data section."""
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
@@ -326,7 +330,7 @@ def _objective_of(loaded: LoadedTarget) -> Objective:
 
 
 def _questions(loaded: LoadedTarget, objective: Objective, texts: Sequence[TextOrPair]) -> list[Any]:
-    """The prompt of each text, formatted like the training rows."""
+    """The prompt made from each text, formatted like the training rows."""
     rows, base = objective.rows, loaded.model.base
     prompts = [rows.question(text) if isinstance(text, str) else rows.question_of_pair(*text) for text in texts]
     if base.family.reads_ids and base.text is not None:

@@ -56,7 +56,7 @@ POSITIONS_COMMENT = "tokens, as many as the model has positions; longer rows are
 
 @dataclass(frozen=True)
 class FirstRecipe:
-    """All choices from which the recipe is written."""
+    """The choices that a first recipe is written from."""
 
     data: str
     model: str
@@ -79,7 +79,8 @@ class FirstRecipe:
 
     @property
     def length(self) -> int:
-        """data.max_length: the first usual length that the rows fit in, but not more than the model has positions."""
+        """data.max_length: the smallest usual length in which the rows fit, but at most the model's number of
+        positions."""
         look, usual = self.look, 2048
         if look is not None:
             fitting = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1])
@@ -183,8 +184,7 @@ def _objective(look: Look | None) -> type[ObjectiveSettings]:
 
 @cache
 def _example(objective: type[ObjectiveSettings]) -> Recipe | None:
-    """The shipped recipe of an objective on recordings or images, because its base models differ too much for
-    defaults."""
+    """The shipped recipe of an objective on recordings or images. Its base models differ too much for defaults."""
     name = f"{objective.model_fields['method'].default.replace('_', '-')}-{DEFAULT_METHOD['adapter']}"
     return None if objective.medium is None else load_recipe(shipped_recipes()[name]).recipe
 
@@ -274,12 +274,12 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
 
 
 def _is_split(look: Look) -> bool:
-    """Whether the texts are so long that they are split into pieces."""
+    """Whether the texts are so long that the recipe splits them into pieces."""
     return look.format_name == "text" and look.longest > LENGTHS[-1]
 
 
 def _interval(first: FirstRecipe, epochs: int, accumulation: int) -> int:
-    """Steps between evaluations and between checkpoints, so that a run has about EVALUATIONS evaluations."""
+    """The number of steps between evaluations and between checkpoints. A run then has about EVALUATIONS evaluations."""
     look, example = first.look, first.example
     if look is None:
         return MOST_STEPS
@@ -297,7 +297,8 @@ def _evaluation_lines(objective: type[ObjectiveSettings], needed: Mapping[str, s
 
 
 def first_rate(first: FirstRecipe) -> float:
-    """The learning rate published for the objective, else for the method, else the default of recipes."""
+    """The learning rate published for the objective; if there is none, for the method; otherwise the recipes'
+    default."""
     adapter, objective, example = first.adapter, first.objective, first.example
     published = objective.default_learning_rate or (None if adapter.trains_base else adapter.default_learning_rate)
     usual = TrainingSection.model_fields["learning_rate"].default if published is None else published.value
@@ -312,7 +313,7 @@ def _rate_text(rate: float) -> str:
 
 
 def _source_lines(data: str, look: Look | None) -> list[Line]:
-    """The lines of data.train: its path, and the columns to rename if there are any."""
+    """The lines of data.train: the path, and the columns to rename if there are any."""
     comment = "a file (JSONL, CSV ...) or a data set on the hub"
     if look and (medium := look.settings.medium):
         comment = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
@@ -328,14 +329,14 @@ def _source_lines(data: str, look: Look | None) -> list[Line]:
 
 
 def _evaluation_said(look: Look | None, data: str) -> str:
-    """The comment after data.eval."""
+    """The comment for the key data.eval."""
     if look is None or not look.settings.measures_training:
         return "a share of the rows, or a file"
     return f"[{_quoted(data)}] would measure the loss on the training images, with fixed noise"
 
 
 def _beside(name: str, target: Path) -> str:
-    """A local path relative to the recipe's folder; any other name unchanged."""
+    """A local path, made relative to the recipe's folder; a hub name stays unchanged."""
     return relative_to(name, target.absolute().parent) if Path(name).exists() else name
 
 
@@ -346,7 +347,7 @@ def _quoted(text: str) -> str:
 
 
 def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]]:
-    """The recipe, with a quantized base if it does not fit this machine otherwise, and notes about its plan.
+    """The recipe and notes about its plan. If the recipe does not fit this machine otherwise, its base is quantized.
 
     Raises: TunekitError if planning fails for a reason other than memory or a missing model.
     """

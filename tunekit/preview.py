@@ -68,14 +68,14 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
 
 
 def heading(row: Row, parts: Sequence[Span], sizes: str) -> str:
-    """The file and line of a row, its size, and its number of trained tokens."""
+    """A row's title: its file and line, its size, and the number of its trained tokens."""
     trained = sum(int(part.trained.sum()) for part in parts)
     of = "of them" if sizes == "tokens" else "tokens"
     return f"{row.origin}: {row.size:,} {sizes}" + (f", {trained} {of} trained on" if trained else "")
 
 
 def explain_tokens(part: Span, tokenizer: Tokenizer | None) -> list[Token]:
-    """All tokens, with the reasons why they are or are not trained on."""
+    """All tokens of a row, each with the reason why it is or is not trained on."""
     trained = part.trained  # (T,)
     places = np.flatnonzero(trained)
     first, last = (int(places[0]), int(places[-1])) if len(places) else (len(trained), -1)
@@ -128,7 +128,7 @@ def page(
     facts: Sequence[tuple[str, object]],
     notes: Sequence[str],
 ) -> str:
-    """The HTML page of these rows, in one file without links."""
+    """An HTML page that shows these rows; it is one file that loads nothing else."""
     shown, sizes = list[dict[str, object]](), shows_of(objective.name).sizes
     for row in rows:
         parts = objective.rows.spans(row)

@@ -20,8 +20,8 @@ from tunekit.basics import with_article as with_article
 class Refusal:
     """A reason why `train` would refuse the recipe.
 
-    `line`: the line of `key`, None if it is not written; `message`: what is wrong and how to mend it; `file`: the
-    recipe, another input, or `command line`; `exit_code`: 4 means too little memory.
+    `key`: a key of the recipe; `line`: its line, None if the recipe does not contain the key. `message`: what is wrong
+    and how to mend it. `file`: the recipe, another input, or `command line`. `exit_code`: 4 means too little memory.
     """
 
     key: str
@@ -33,7 +33,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted module of the base: `kind` is linear, conv1d, embedding or parameter."""
+    """An adapted module of the base. `kind`: linear, conv1d, embedding or parameter."""
 
     name: str
     kind: str
@@ -50,7 +50,7 @@ class Target:
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """The predicted peak memory of each part, in bytes. `total`: the peak of the whole step, not the sum of the
+    """The predicted memory of each part at the peak, in bytes. `total`: the peak of the whole step, not the sum of the
     parts."""
 
     weights: int
@@ -79,7 +79,7 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The facts of the base model. They have final values, never `auto`."""
+    """The facts of the base model, after every `auto` has been resolved."""
 
     name_or_path: str
     revision: str | None
@@ -97,7 +97,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Limits of a model that reads or writes text. The number of positions is None if the model declares none."""
+    """Limits of a model that reads or writes text. The number of positions is None if the model does not state it."""
 
     vocabulary_size: int
     positions: int | None
@@ -105,13 +105,13 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings that plan chose for computing a step. `micro_batch_size`: None if micro-batches are limited by
-    tokens.
+    """The settings that plan chose for computing a step. `micro_batch_size`: rows per micro-batch; None if tokens limit
+    micro-batches.
 
-    `streaming`: the storage of the base's weights: off (the device), host or disk. `pass_micro_batches`: how many
+    `streaming`: where the base's weights are stored: off (on the device), host or disk. `pass_micro_batches`: how many
     micro-batches use a streamed layer before the next layer is copied. `streamed_head`: whether the output projection
-    is streamed too. `threads`: threads that compute at the start, None in the plan of an older version.
-    `sampling_batch_size`: completions that are sampled together; 0 if none are.
+    is streamed too. `threads`: the number of threads at the start; None in the plan of an older version.
+    `sampling_batch_size`: how many completions are sampled together; 0 if none are sampled.
     """
 
     micro_batch_size: int | None = None
@@ -131,7 +131,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """The counts of training and evaluation rows, and of micro-batches and steps per epoch (None for a stream)."""
+    """The numbers of training rows, evaluation rows, and micro-batches and steps per epoch (None for a stream)."""
 
     training: RowCounts
     evaluation: RowCounts | None
@@ -215,7 +215,8 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Reaction:
-    """An action of train that plan had announced. `probe`: the measurement; `step`: 0 means before the first step."""
+    """An event in training and train's reaction to it. `probe`: the event or measurement; `action`: the reaction;
+    `step`: 0 means before the first step."""
 
     probe: str
     action: str
@@ -224,7 +225,7 @@ class Reaction:
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """The content of report.json. A value that was not measured is None, and is not in the file."""
+    """The content of report.json. A value that was not measured is None, and is left out of the file."""
 
     peak_requested_bytes: int | None
     peak_allocated_bytes: int | None
@@ -260,7 +261,7 @@ class ReportFacts:
 
 
 def calibration_text(facts: Mapping[str, object]) -> str:
-    """A sentence about the pass over the data before step 1: its size and its time."""
+    """A sentence about the pass over the data before step 1: the number of micro-batches and passes, and the time."""
     backward = f" and {facts['backward_passes']:,} backward" if facts["backward_passes"] else ""
     return (
         f"start: {facts['start']} looked at {facts['micro_batches']:,} micro-batches ({facts['tokens']:,} tokens) "
@@ -274,7 +275,7 @@ def skipped_text(steps: int) -> str:
 
 
 def short_name(name: str) -> str:
-    """The name of a module within its layer, such as q_proj. If it is an item of a list, with the list's name:
+    """The name of a module within its layer, such as q_proj. For an item of a list, the list's name is included:
     to_out.0."""
     parts = name.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]

@@ -1,4 +1,5 @@
-"""`tunekit report`: compares runs on the screen and on a page with their curves, or rewrites the page of one run."""
+"""`tunekit report`: compares runs on the screen and on a page with their curves. For a single run, it rewrites the
+run's page."""
 
 import csv
 import io
@@ -75,7 +76,7 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
 
 
 def _readable(paths: Sequence[Path], console: Console) -> list[RunValues]:
-    """The runs that can be shown and compared; prints a warning for each damaged run.
+    """The runs that are not damaged, so that they can be shown; prints a warning for each damaged run.
 
     Raises: RunFolderError if all runs are damaged.
     """

@@ -1,6 +1,6 @@
 """`tunekit reward check`: tests a recipe's reward on good and bad answers, before training with it.
 
-A finding is a reward that fails, that is slow, or that is as high for worthless answers as for reference answers.
+It reports a reward that fails, that is slow, or that is as high for worthless answers as for reference answers.
 """
 
 import json
@@ -58,7 +58,8 @@ TOO_MUCH = 0.5  # share of the difference between reference and empty answers
 
 @dataclass(frozen=True)
 class Trial:
-    """A kind of answers with its rewards. `scores`: (N, F) for each function; `errors`: errors of the functions."""
+    """One kind of answers, and their rewards. `scores`: (N, F), N answers and F reward functions. `errors`: the
+    functions' errors."""
 
     name: str
     completions: Sequence[Completion]
@@ -100,7 +101,8 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
 
 
 def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
-    """Prompts and columns of training rows drawn with the run's seed. They are read without a tokenizer."""
+    """The prompts and columns of some training rows, which the run's seed selects. They are read without a
+    tokenizer."""
     contexts, problems = list[dict[str, Any]](), Problems()
     for source in recipe.data.train:
         rows, _, format_name, _ = open_rows(source, recipe.objective.example, problems)
@@ -125,10 +127,9 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
 def known_answers(
     contexts: Sequence[dict[str, Any]], encode: Callable[[str], list[int]] | None = None
 ) -> dict[str, list[Completion]]:
-    """Completions by kind: reference answers and several kinds of bad answers. Some of these fool a reward that
-    searches for the answer, or for its words, anywhere in the completion. `encode`: text -> ids, for rewards that read
-    ids.
-    """
+    """Completions by kind: reference answers and several kinds of bad answers. Some kinds fool a reward that accepts
+    the answer, or its words, anywhere in the completion. `encode`: a function from text to ids, for rewards that read
+    ids."""
     with_answer = [each for each in contexts if isinstance(each["columns"].get("answer"), str | int)]
     answers = [str(each["columns"]["answer"]) for each in with_answer]
     common = Counter(answers).most_common(1)[0][0] if answers else "yes"
@@ -161,7 +162,7 @@ def known_answers(
 
 
 def _among_others(answer: str, distinct: Sequence[str]) -> str:
-    """A text with one answer per line, and the given answer in the middle."""
+    """A text with several answers, one per line. The given answer is in the middle."""
     others = [text for text in distinct[: OTHERS + 1] if text != answer][:OTHERS]
     others *= 2 if len(others) == 1 else 1  # so that neither the first nor the last line is the given answer
     middle = len(others) // 2
@@ -169,7 +170,7 @@ def _among_others(answer: str, distinct: Sequence[str]) -> str:
 
 
 def _encoder(recipe: Recipe) -> Callable[[str], list[int]] | None:
-    """A function text -> ids that appends the end token, as the model does; None without the model's files."""
+    """A function from text to ids. It appends the end token, as the model does. None without the model's files."""
     try:
         tokenizer = load_tokenizer(recipe.model)
     except ModelError:
@@ -184,7 +185,8 @@ def _text_of(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completion]:
-    """The model's completions before step 1: one group for each of the first `count` rows, as in a training step."""
+    """The model's completions before step 1. Each of the first `count` rows has a group of completions, as in a
+    training step."""
     seed = recipe.training.seed
     objective = make_objective(recipe.objective, load_tokenizer(recipe.model))
     rows = load_rows(recipe.data, objective, seed=seed)
@@ -268,7 +270,8 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
 
 
 def _constant(rewards: RewardFunctions, trials: Sequence[Trial]) -> Iterator[str]:
-    """Notes about rewards that are the same for all answers, which the sum of several rewards would hide."""
+    """Notes about reward functions that return the same number for all answers. The sum of several rewards would hide
+    this."""
     sources = rewards.sources
     for number, source in enumerate(sources if len(sources) > 1 else ()):
         scores = np.concatenate([each.scores[:, number] for each in trials])  # (N,)
@@ -280,7 +283,7 @@ def _constant(rewards: RewardFunctions, trials: Sequence[Trial]) -> Iterator[str
 
 
 def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
-    """The values of one kind of answers, for --json. Non-finite numbers are left out."""
+    """The values of one kind of answers in the --json file, without non-finite numbers."""
     names = rewards.names
     numbers = {"mean": float(mean(each.total)), "std": float(spread(each.total))}
     numbers |= {f"mean_{name}": float(mean(each.scores[:, at])) for at, name in enumerate(names)}

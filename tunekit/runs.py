@@ -1,4 +1,4 @@
-"""`tunekit runs`: list the runs below a folder; `clean` removes their checkpoints."""
+"""`tunekit runs`: lists the runs below a folder. `tunekit runs clean` removes their checkpoints."""
 
 import contextlib
 import os
@@ -106,7 +106,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def run_line(path: Path) -> RunLine:
-    """The line of one run, from its files."""
+    """One line about a run, made from the run's files."""
     values = run_values(path)
     metrics = path / "metrics.jsonl"
     newest = metrics if metrics.exists() else path / "plan.json"
@@ -124,7 +124,7 @@ def run_line(path: Path) -> RunLine:
 
 
 def size_bytes(path: Path) -> int:
-    """Bytes of all files below the path. Files that a run removes in the meantime count 0."""
+    """The total bytes of all files below the path. A file that a run removes in the meantime counts 0."""
     size = 0
     for place, _, names in os.walk(path):
         for name in names:
@@ -141,7 +141,7 @@ def _cells(line: RunLine) -> Sequence[object]:
 
 
 def age_text(seconds: float) -> str:
-    """The largest unit: 3 days, 5 h, 12 min, 40 s."""
+    """An age in its largest unit, such as 3 days, 5 h, 12 min or 40 s."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size * (2 if unit == "days" else 1):
             return f"{seconds / size:.0f} {unit}"

@@ -1,5 +1,5 @@
 """`tunekit schema`: writes all keys of recipes, as JSON Schema for an editor or as readable text.
-A file name that ends in .txt or .md selects the text.
+A file name that ends in .txt or .md means readable text.
 """
 
 from pathlib import Path

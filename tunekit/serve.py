@@ -59,7 +59,7 @@ async def read_request(request: Request) -> bytes:
 
 
 def model_entry(name: str, created: int) -> dict[str, object]:
-    """A model in the list of models. `created`: seconds since 1970."""
+    """The entry of a model in the list of models. `created`: seconds since 1970."""
     return {"id": name, "object": "model", "created": created, "owned_by": "tunekit"}
 
 
@@ -191,7 +191,7 @@ def make_desk(speaker: Speaker, slots: int, cache_bytes: int, console: Console) 
 
 
 def read_size(text: str) -> int:
-    """The bytes of a size such as 8GiB. Raises: InputError."""
+    """The number of bytes in a text such as 8GiB. Raises: InputError if the text is not a size."""
     try:
         return size_bytes(text)
     except ValueError as error:
@@ -199,7 +199,8 @@ def read_size(text: str) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The socket to serve on, bound before a model is loaded. Raises: InputError if another program uses the port."""
+    """A socket that is bound to the address before a model is loaded. Raises: InputError if another program uses the
+    port."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -207,10 +208,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def make_server(desk: Desk, app: Starlette) -> Server:
-    """A server that ends at once on a signal and aborts running answers.
+    """A server that ends at once on a signal, and then aborts running answers.
 
-    It accepts few connections at a time, so that it can read each request before many others arrive. The others wait in
-    the system's queue. Bad requests are not logged, because a client could fill the log with them.
+    It accepts few connections at a time, so that it can read each request before many others arrive. The other
+    connections wait in the system's queue. Bad requests are not logged, because a client could fill the log with them.
     """
     import uvicorn
 
@@ -233,8 +234,9 @@ def make_server(desk: Desk, app: Starlette) -> Server:
 
 
 def make_connection_class(limit: int) -> type[asyncio.Protocol]:
-    """uvicorn's connection class with deadlines for header and body, and with a limit: beyond `limit` connections, the
-    one that has kept the server waiting longest is closed. uvicorn itself waits forever."""
+    """uvicorn's connection class with two additions. A client must send header and body before a deadline, because
+    uvicorn waits forever. Beyond `limit` connections, the connection is closed that has kept the server waiting
+    longest."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     deadlines: dict[Connection, asyncio.TimerHandle] = {}  # of connections without a complete request, the oldest first
@@ -288,7 +290,7 @@ def make_connection_class(limit: int) -> type[asyncio.Protocol]:
 
 
 def _announce(server: Server, console: Console, speaker: Speaker, host: str, port: int) -> None:
-    """Print the address, once the server listens."""
+    """Print the address as soon as the server listens."""
     while not server.started:
         time.sleep(0.05)
     console.info(f"models: {speaker.adapters.listing}", f"serving at http://{host}:{port}/v1 - Ctrl-C ends it")

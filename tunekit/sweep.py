@@ -105,7 +105,7 @@ def automatic_verb(
 
 
 def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[AutomaticChoice, Costs]:
-    """The values to try in `seconds`, and the measured costs. Raises: InputError if not even two runs fit."""
+    """The values to try within `seconds`, and the measured costs. Raises: InputError if not even two runs fit."""
     console, recipe = session.console, session.loaded.recipe
     with session.signals.at_once("before training began; nothing was trained"):
         plan, prepared = plan_session(session)
@@ -128,7 +128,8 @@ def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[Automat
 
 @contextmanager
 def _process(loaded: LoadedRecipe, json_file: str | None) -> Iterator[tuple[Session, Callable[[object], None]]]:
-    """The session of the whole sweep, and the function that writes its result. Raises: InputError under torchrun."""
+    """A context manager: the session of the whole sweep, and the function that writes the --json result. Raises:
+    InputError under torchrun."""
     refuse_to_replace("--json", json_file, loaded)
     write_result, devices = json_result(json_file), make_devices()
     try:
@@ -149,7 +150,8 @@ def _run_sweep(
     limits: Limits | None,
     files: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
-    """Train and compare the trials. `files`: further JSON files of the folder. Raises: the errors of trials."""
+    """Train and compare the trials. `files`: further JSON files to write into the folder. Raises: the errors of
+    trials."""
     start = process_seconds()  # before the trials are planned
     console, folder, halves = session.console, Path(sweep.loaded.recipe.output.dir), sweep.section.strategy == "halving"
     sessions = [Session(trial.loaded, session.devices, console, session.signals) for trial in sweep.trials]
@@ -182,7 +184,8 @@ def _run_sweep(
 
 
 def _open(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
-    """Lock the folder of the sweep. Raises: RunFolderError if it or a trial's folder cannot be used."""
+    """Lock the sweep's folder; returns the lock. Raises: RunFolderError if this folder or a trial's folder cannot be
+    used."""
     refuse_old_run(folder)
     for lane in lanes:
         if not resume and any((lane.path / sign).exists() for sign in RUN_SIGNS):
@@ -218,14 +221,15 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
 
 
 def _named(problem: Problem, lanes: Sequence[Lane], all_lanes: Sequence[Lane]) -> Problem:
-    """The problem of some trials, with their names; that of all trials, such as a fault of a data file, without."""
+    """The problem, with the names of the trials that have it. A problem of all trials, such as an error in a data file,
+    is returned without names."""
     if len(lanes) == len(all_lanes):
         return problem
     return replace(problem, what=f"{problem.what} ({listed([lane.trial.name for lane in lanes], MOST_NAMED)})")
 
 
 def _has_ended(lane: Lane) -> bool:
-    """Whether the run is finished, or ended with invalid numbers, which a resume would only repeat."""
+    """Whether the run is finished, or ended with invalid numbers. A resume would only repeat the invalid numbers."""
     status = read_json(lane.path / "status.json")
     failed = isinstance(status, dict) and status.get("exit_code") == NumericsError.exit_code
     return failed or run_files.is_run_finished(lane.session)
@@ -238,8 +242,8 @@ def _train_lanes(
     resume: bool,
     ends: Mapping[str, int | None] | None = None,
 ) -> None:
-    """Train the lanes pass by pass. A lane that fails does not end the others. `ends`: the step after which each trial
-    pauses, with a checkpoint.
+    """Train the lanes (trials), one group of lanes after another. If a lane fails, the others continue. `ends`: the
+    step after which each trial pauses, with a checkpoint.
 
     Raises: Stopped after a stop signal.
     """
@@ -264,8 +268,8 @@ def _train_lanes(
 
 
 def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, named: bool) -> LoopSteps:
-    """Train one lane to its end, or to the step `end`, and yield its windows. An error of the lane is stored in it.
-    `named`: its lines begin with its name.
+    """Train one lane to its end, or to the step `end`, and yield its windows. If an error occurs, it is stored in the
+    lane. `named`: printed lines begin with the lane's name.
 
     Raises: Stopped after a stop signal.
     """
@@ -301,8 +305,8 @@ def _train_by_halves(
     rungs: list[list[str]],
     limits: Limits | None,
 ) -> None:
-    """Train all lanes to a step, end those of the worse half of the settings, and so on, until one half is left. A lane
-    that cannot be continued now ends this. `rungs`: the settings that comparisons before a resume ended.
+    """Train all lanes to a common comparison, end the worse half of the settings, and repeat this for each comparison.
+    Returns early if a lane failed and must be resumed. `rungs`: the settings that comparisons before a resume ended.
 
     Raises: Stopped after a stop signal.
     """
@@ -326,7 +330,8 @@ def _train_by_halves(
 
 
 def _compare(sweep: LoadedSweep, folder: Path, lanes: Sequence[Lane]) -> SweepResults:
-    """Write sweep.json; if a trial is finished, also the page, and the recipe of the best setting."""
+    """Compare the trials and write sweep.json. If a trial is finished, also write the page, and the recipe of the best
+    setting."""
     names = {"seeds": sweep.section.seeds > 1, "folds": sweep.section.folds is not None}
     over = " and ".join(name for name, repeats in names.items() if repeats) or "seeds"
     results = sweep_results(sweep.section.by, runs_by_setting(lanes), over=over)
@@ -344,13 +349,13 @@ def _compare(sweep: LoadedSweep, folder: Path, lanes: Sequence[Lane]) -> SweepRe
 
 
 def _unfinished(lanes: Sequence[Lane]) -> list[TunekitError]:
-    """The errors of lanes that can be resumed."""
+    """The errors of those lanes that can be resumed."""
     errors = [lane.error for lane in lanes if lane.error is not None]
     return [error for error in errors if not isinstance(error, NumericsError)]
 
 
 def _raise_errors(lanes: Sequence[Lane]) -> None:
-    """Raises: the error of the lanes that can be resumed; NumericsError if the numbers of all lanes became invalid."""
+    """Raises: the error of the lanes that can be resumed; NumericsError if all lanes ended with invalid numbers."""
     errors, unfinished = [lane.error for lane in lanes if lane.error is not None], _unfinished(lanes)
     if unfinished:
         more = Problem(f"{len(unfinished)} of {len(lanes)} trials are not finished", "continue with --resume")

@@ -105,7 +105,7 @@ def train_session(
     session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
 ) -> None:
     """Train in the session's run folder: plan, load, train, export, report. `planned`: the result of `plan_session`, if
-    it was called before. `load`: a replacement of `load_base`.
+    it was called before. `load`: a function that replaces `load_base`.
 
     Raises: Stopped at the session's last step, or after a stop signal.
     """
@@ -115,7 +115,7 @@ def train_session(
 def session_steps(
     session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
 ) -> LoopSteps:
-    """`train_session`, which yields each window for the caller to run."""
+    """A generator form of `train_session`: yields each window for the caller to run."""
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)
@@ -143,7 +143,8 @@ def session_steps(
 
 
 def _try_out(session: Session) -> dict[str, Any]:
-    """--dry-run: load the model and run the longest batch forward and backward, without an update. Writes nothing."""
+    """Perform --dry-run: load the model and run the longest batch forward and backward, without an update. Writes
+    nothing."""
     plan, prepared = plan_session(session)
     torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
     _describe(session, plan)
@@ -214,7 +215,7 @@ def load_base(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
 
 
 def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs, run: Run) -> None:
-    """Export the best or the last state, then write the report, then mark the run as finished."""
+    """Export the best or the last state, write the report, then mark the run as finished."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     measured = state.measured_facts

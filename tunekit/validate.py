@@ -29,7 +29,7 @@ CONFIG = "adapter_config.json"
 
 
 def _may_be_model(path: Path) -> bool:
-    """Whether the path is a name on the hub, a file, or a folder with a configuration."""
+    """Whether the path may be a model: a name on the hub, a file, or a folder with a configuration."""
     return not path.is_absolute() or path.is_file() or any(path.glob("*.json"))
 
 
@@ -67,7 +67,7 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
 
 
 def _may_be_replaced(name: str) -> bool:
-    """Whether the file does not exist, or contains an earlier result."""
+    """Whether --json may write to this path: the file does not exist, or contains an earlier result."""
     if name == "-" or not Path(name).is_file():
         return True
     try:
@@ -78,9 +78,8 @@ def _may_be_replaced(name: str) -> bool:
 
 
 def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The recipe, checked, and with it all trials of its sweep. Raises: RecipeError if the recipe or a trial is invalid
-    or unsupported, or names a file that does not exist.
-    """
+    """The checked recipe; all trials of its sweep are checked too. Raises: RecipeError if the recipe or a trial is
+    invalid or unsupported, or names a file that does not exist."""
     loaded = load_recipe(recipe_path, overrides)
     _refuse([loaded])
     if loaded.sweep is not None and loaded.sweep.has_trials:

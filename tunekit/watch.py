@@ -1,4 +1,4 @@
-"""`tunekit watch`: follows a run of another process, line by line or on a page. It only reads files, so it does not
+"""`tunekit watch`: follows a run in another process, line by line or on a page. It only reads files, so it does not
 slow down the run."""
 
 import time
@@ -50,8 +50,8 @@ def _follow(path: Path, console: Console) -> None:
 
 def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[StepRecord | EvaluationRecord]:
     """The records that the run has written so far, then each new record until the run ends. `at_end` is called before
-    the last records. If a resume starts at an earlier step, the records after that step come again.
-    """
+    the last records are yielded. If a resume starts at an earlier step, the records after that step are yielded
+    again."""
     reported: list[LoggedLine] = []
     last_state: tuple[int, int] | None = None
     while True:
@@ -70,8 +70,8 @@ def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[
 
 
 def _since(metrics: Path, reported: list[LoggedLine]) -> tuple[int, list[LoggedLine]]:
-    """The number of reported lines that are unchanged, and the lines after them. If the log only grew, only its new end
-    is read."""
+    """The number of reported lines that are unchanged, and the lines after them. If lines were only added to the log,
+    only these are read."""
     try:
         grown = list(records_from(metrics, reported[-2][0])) if len(reported) > 1 else []
     except RunFolderError:  # the position is inside another line
@@ -99,7 +99,7 @@ def _record(line: Record) -> StepRecord | EvaluationRecord:
 
 
 class _Page(BaseHTTPRequestHandler):
-    """Serves a page with the current state of the run."""
+    """A server for a page that shows the current state of the run."""
 
     path_of_run: Path
     timeout = 10  # seconds to wait for more of a request

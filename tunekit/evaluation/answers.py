@@ -21,8 +21,8 @@ def answer_questions(
     limits: AnswerLimits,
     progress: Progress = no_progress,
 ) -> list[str]:
-    """The model's answer to each question, in order. The ranks share the questions; within a rank, questions of similar
-    length share a batch."""
+    """The model's answer to each question, in order. The questions are divided among the ranks. Within a rank,
+    questions of similar length share a batch."""
     assert answering.write is not None  # the settings of the objective state which metrics it has
     mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
     chunks = [mine[start : start + limits.batch_size] for start in range(0, len(mine), limits.batch_size)]
@@ -49,8 +49,8 @@ def text_metrics(
     references: Sequence[str],
     normalized: Callable[[str], str] = str,
 ) -> dict[str, float]:
-    """Each named metric of metrics/ over all pairs. `normalized`: normalises the texts for metrics with NORMALIZED.
-    NAME_left_out is the number of pairs that a metric leaves out, if there are any."""
+    """The named metrics of metrics/ over all pairs of texts. `normalized`: a function that normalises the texts for
+    metrics with NORMALIZED. If a metric leaves pairs out, their number is NAME_left_out."""
     metrics = dict[str, float]()
     for name in names:
         metric = import_module(f"tunekit.metrics.{name}")
@@ -66,8 +66,8 @@ def text_metrics(
 def answer_values(
     names: Sequence[str], prompts: Sequence[Prompt], predictions: Sequence[str], normalized: Callable[[str], str] = str
 ) -> dict[str, dict[str, list[Any]]]:
-    """For each named metric that is a mean over pairs, the `values` of the pairs and the `digests` of their rows, which
-    are the same in every run."""
+    """The values of each named metric that is a mean over pairs: `values`, one for each pair; and `digests`, hashes of
+    the rows, which are the same in every run."""
     references = [prompt.reference for prompt in prompts]
     digests = [text_digest(prompt.text, prompt.reference) for prompt in prompts]
     rows = dict[str, dict[str, list[Any]]]()

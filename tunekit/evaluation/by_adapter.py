@@ -1,4 +1,4 @@
-"""The rows of a table that names an adapter of one base in each row, by adapter."""
+"""Groups the rows of a table by the adapter that each row names. All adapters have the same base."""
 
 import os
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ AdaptersOfRows = dict[
 
 
 def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> dict[Path | None, RowSet]:
-    """The evaluation rows of each adapter whose folder the column names; None: of rows that name none.
+    """The evaluation rows of each adapter, by the adapter's folder, which the column names. The key None has the rows
+    that name no adapter.
 
     Raises: DataError with each row that names a folder without an adapter.
     """
@@ -49,7 +50,7 @@ def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> d
 
 
 def _places(source: Source, objective: Objective, column: str, problems: Problems) -> AdaptersOfRows:
-    """The adapter of each row of a source. A relative path starts at the folder of the source's file."""
+    """The adapter's folder for each row of a source. A relative path starts at the folder of the source's file."""
     folder, places, raw_rows = (
         Path(source.path).parent,
         AdaptersOfRows(),
@@ -66,7 +67,7 @@ def _places(source: Source, objective: Objective, column: str, problems: Problem
 
 
 def _chosen(rows: RowSet, parts: list[Part], lines: set[tuple[str, int]]) -> RowSet:
-    """Only these evaluation rows."""
+    """A copy of `rows` with only these evaluation rows."""
     examples = rows.evaluation_examples
     return replace(
         rows,
@@ -76,7 +77,7 @@ def _chosen(rows: RowSet, parts: list[Part], lines: set[tuple[str, int]]) -> Row
 
 
 def check_adapters(base: LoadedModel, places: list[Path], objective: Objective) -> None:
-    """Load each adapter once, because a fault should not be found after hours of evaluation.
+    """Load each adapter once, so that errors appear before hours of evaluation.
 
     Raises: AdapterError with all adapters that do not fit the base, or that must be evaluated alone because they have
     an objective or a chat template of their own.
@@ -100,7 +101,7 @@ def check_adapters(base: LoadedModel, places: list[Path], objective: Objective) 
 
 @contextmanager
 def with_adapter(base: LoadedModel, place: Path | None) -> Iterator[TunedModel]:
-    """The base with an adapter in its network for the block; None: the base alone."""
+    """A context manager: the base with an adapter attached inside the block. `place` None: the base alone."""
     if place is None:
         yield TunedModel(base, None)
         return

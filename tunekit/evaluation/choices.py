@@ -1,4 +1,5 @@
-"""Answers to choose from: the questions of evaluation rows or prompts, and the scores of their answers."""
+"""Classification by multiple choice: makes the questions of evaluation rows or prompts, and computes scores of the
+answers to choose from."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ WIDEST_TOKENS = 2048  # longest prompt with all answers (or twice the prompt): t
 
 @dataclass(frozen=True)
 class Choices:
-    """The answers to choose from, as the recipe has them, and the score that compares them."""
+    """The recipe's answers to choose from, and the kind of score that compares them."""
 
     texts: tuple[str, ...]
     score: str  # sum, mean_per_token or mean_per_byte
@@ -43,7 +44,7 @@ class Choices:
 
     @property
     def labels(self) -> list[str]:
-        """The answers without the blanks around them."""
+        """The answers without white space at their ends."""
         return [text.strip() for text in self.texts]
 
     def place_of(self, example: Example) -> int:
@@ -68,15 +69,16 @@ class Choices:
 
     @property
     def around(self) -> tuple[str, str]:
-        """The text before and the text after a row's own text, which are the same in every prompt."""
+        """The text before and the text after a row's content, which are the same in every prompt."""
         start, _, end = (self.content_free_prompt or "").partition("{}")
         return start, end
 
 
 class QuestionMaker:
-    """Makes a Question of an example: each choice in place of its last answer, encoded as a training row.
-    Only the first choice is encoded if an earlier prompt ended with the same tokens: the other answers have the same
-    ids.
+    """Makes a Question of an example: each choice in turn replaces the last answer, and the result is encoded as a
+    training row.
+    If an earlier prompt ended with the same tokens, only the first choice is encoded: the other answers have the same
+    ids as before.
     """
 
     def __init__(self, choices: Choices, kind: RowKind) -> None:
@@ -85,7 +87,7 @@ class QuestionMaker:
         self._lengths: set[int] = set()
 
     def make(self, example: Example, origin: str, *, keep_blanks: bool = False) -> Question:
-        """The question. Every choice gets the blanks around the row's reference answer.
+        """The question of an example. The white space around the row's reference answer is put around every choice.
         Raises: DataError if the reference answer is not a choice, or if there is no prompt.
         """
         own = answer_of(example) or ""
@@ -98,8 +100,8 @@ class QuestionMaker:
             raise DataError(f"{reason}, so no answer can be chosen", "leave the row out") from None
 
     def content_free(self, make: Callable[[str], Example], *, keep_blanks: bool = False) -> list[Question]:
-        """The questions that calibrate the scores; empty without calibration. `make`: returns the example with this
-        text in place of its own.
+        """The questions that calibrate the scores; empty without calibration. `make`: returns an example in which the
+        given text replaces the row's content.
         Raises: RecipeError if one of the questions has no prompt.
         """
         if self.choices.content_free_prompt is None:
@@ -140,7 +142,7 @@ def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind)
 
 
 def of_every_row(rows: Iterable[Written], make: Callable[[Written], Made]) -> list[Made]:
-    """The result of `make` for each row. Raises: DataError that names every row for which `make` fails."""
+    """The result of `make` for each row. Raises: DataError that names every row for which `make` raised an error."""
     problems, results = Problems(), []
     for row in rows:
         try:
@@ -163,11 +165,12 @@ def choice_scores(
     on_split: Callable[[Batch], None] = lambda batch: None,
     progress: Progress = no_progress,
 ) -> Tensor:
-    """(rows, choices) float64: the score of each answer. sum: its tokens' log-probabilities, including its end token
-    (lm-eval's acc leaves that token out); mean_per_token: the sum divided by the number of tokens; mean_per_byte:
-    divided by the bytes of its text (lm-eval's acc_norm divides by characters).
-    Calibration subtracts the logarithm of the answer's mean probability, among all answers, after the content-free
-    prompts. These are the last of `questions`.
+    """(rows, choices) float64: the score of each answer. There are three kinds of score. sum: the sum of the tokens'
+    log-probabilities, including the end token (lm-eval's acc excludes it). mean_per_token: the sum divided by the
+    number of tokens. mean_per_byte: the sum divided by the bytes of the answer's text (lm-eval's acc_norm divides by
+    characters).
+    Calibration subtracts the logarithm of the answer's mean probability after the content-free prompts, among all
+    answers. These prompts are the last of `questions`.
     A forward has at most as many positions as `batch_size` copies of the longest prompt with an answer.
     Raises: DataError beyond the model's positions; EvaluationStopped if `stop` returns true.
     """
@@ -215,14 +218,14 @@ def answer_sums(
 
 
 def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:
-    """The sums from which metrics of labels are computed. Shapes: scores (rows, choices)."""
+    """The sums for metrics of labels (such as accuracy). Shapes: scores (rows, choices)."""
     sums = label_sums(scores, torch.tensor([question.right for question in questions[: len(scores)]]))
     return {name: value for name, value in sums.items() if name in CHOICE_SUMS}
 
 
 def choice_values(scores: Tensor, questions: Sequence[Question]) -> dict[str, dict[str, list[Any]]]:
-    """The accuracy of each row: 1 if its answer is chosen, else 0; and a hash that is the same in every run. Shapes:
-    scores (rows, choices)."""
+    """The accuracy of each row, 1 if the right answer is chosen, else 0; and a hash of each row, which is the same in
+    every run. Shapes: scores (rows, choices)."""
     questions = questions[: len(scores)]
     right = scores.argmax(dim=1) == torch.tensor([question.right for question in questions])  # (rows,)
     digests = [text_digest(question.prompt.tobytes(), str(question.right)) for question in questions]
@@ -237,7 +240,7 @@ def choose(
     batch_size: int,
     devices: Devices,
 ) -> list[str]:
-    """The most likely answer to each prompt. With a chat template the prompt is a user's turn."""
+    """The most likely answer to each prompt. With a chat template, the prompt is encoded as a user's turn."""
     maker, (start, end) = QuestionMaker(choices, objective.rows), choices.around
 
     def answered(prompt: str) -> Example:
@@ -264,8 +267,8 @@ def _groups(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
 
 
 def _shares_prompt(model: TunedModel, longest: int) -> bool:
-    """Whether all answers to a prompt can be computed in one sequence: the model must keep them apart, and no attention
-    window may be shorter than the sequence."""
+    """Whether one sequence can contain a prompt and all its answers. The model must hide the answers from each other,
+    and no attention window may be shorter than the sequence."""
     family, net = model.base.family, model.base.net
     if model.virtual_tokens:
         return False

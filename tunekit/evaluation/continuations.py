@@ -1,4 +1,5 @@
-"""The log-probability of texts after their contexts. Texts after the same context share its computation."""
+"""The log-probabilities of texts after their contexts. Texts after the same context share the computation of the
+context."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ def continuation_scores(
     batch_size: int,
     progress: Progress = no_progress,
 ) -> list[tuple[float, bool]]:
-    """For each pair, the continuation's log-probability, and whether greedy decoding gives exactly it.
+    """For each pair of context and continuation: the continuation's log-probability, and whether greedy decoding gives
+    exactly the continuation.
 
     A context with all its continuations is one sequence, in which the continuations do not see each other.
     A forward has at most as many positions as `batch_size` copies of the longest sequence.

@@ -1,4 +1,4 @@
-"""One evaluation of the evaluation rows, with the settings of the recipe's `evaluation:` section."""
+"""Evaluates the evaluation rows once, with the settings of the recipe's `evaluation:` section."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ SAMPLES = 8  # answers that a report shows
 
 @dataclass(frozen=True)
 class Queries:
-    """The prompts to answer, and the questions with answers to choose from, of an evaluation."""
+    """The queries of an evaluation: prompts that the model answers, and questions with answers to choose from."""
 
     prompts: Sequence[Prompt] = ()
     choices: Choices | None = None
@@ -56,10 +56,11 @@ class Queries:
 class Evaluation:
     """The result of an evaluation: sums, and every metric by name.
     `classes`: `labels`, the `counts` of each label (predicted right, predicted, true) and the `confusion` matrix, if
-    rows have labels; `samples`: generated answers to the first rows; `sources`: the metrics and the number of `rows` of
-    each source, if there are several; `pictures`: images for the report; `facts`: values computed from all rows, which
-    are saved in the adapter's folder; `row_metrics`: the `values` of rows and their `digests`, of each metric of
-    answers that is a mean over rows."""
+    rows have labels. `samples`: generated answers to the first rows. `sources`: the metrics and the number of `rows` of
+    each source, if there are several. `pictures`: images for the report. `facts`: values computed from all rows, which
+    are saved in the adapter's folder. `row_metrics`: for each answer metric that is a mean over rows, the `values` of
+    the rows and their `digests`.
+    """
 
     sums: EvaluationSums
     metrics: dict[str, float]
@@ -73,8 +74,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Computes metrics over one set of rows: the objective's metrics, and `metric_names` or the metrics of the
-    settings."""
+    """Computes metrics over one set of rows: the objective's metrics and text metrics. The text metrics are
+    `metric_names`, or by default those of the settings."""
 
     model: TunedModel
     objective: Objective
@@ -133,7 +134,7 @@ class Evaluator:
         return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts, of_answers)
 
     def _pictures(self) -> list[NDArray[np.uint8]]:
-        """The pictures that the main rank draws for the report."""
+        """The images that the main rank generates for the report."""
         answering = self.objective.answering
         if not self.devices.is_main or answering is None or answering.report_pictures is None:
             return []
@@ -158,7 +159,7 @@ class Evaluator:
         return sums
 
     def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> Tensor:
-        """(rows, choices) float64: the score of each answer."""
+        """The scores of the answers to choose from: (rows, choices) float64."""
         return choice_scores(
             self.model,
             self.objective,
@@ -173,10 +174,9 @@ class Evaluator:
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """The finite metrics of each source, if there are several sources. A source whose rows have no rewards has no
-    metrics. Values computed from all rows (thresholds, KL) are the same for all sources, so that the losses of sources
-    add up to the loss of all rows, by units.
-    """
+    """The finite metrics of each source, if there are several sources. A source without units, such as one whose rows
+    have no rewards, has no metrics. Values computed from all rows (thresholds, KL) are the same for all sources. So the
+    losses of sources, weighted by units, add up to the loss of all rows."""
     if len(each) < 2:
         return None
     by_source = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}
@@ -189,9 +189,9 @@ def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[s
 def queries_of(
     rows: RowSet, settings: EvaluationSection, metric_names: Sequence[str], data: DataSection | None = None
 ) -> Queries:
-    """The prompts and questions of an evaluation. If a metric needs generated answers, all evaluation rows have a
-    prompt, else as many as the report shows. Questions are made if there are choices; `from_data` takes the choices
-    from the answers of `data`.
+    """The prompts and questions of an evaluation. If a metric needs generated answers, there is a prompt for each row,
+    else only for the rows in the report. Questions are made if there are choices; `from_data` takes the choices from
+    the answers of `data`.
     The rows are read now, because the files may have moved by the time of an evaluation.
     """
     names = [*rows.objective.loss.metrics, *metric_names]
@@ -263,7 +263,7 @@ def adapter_losses(
     devices: Devices,
     settings: EvaluationSection,
 ) -> dict[str | None, float]:
-    """The token-weighted mean loss by adapter; the key None is the base alone.
+    """The token-weighted mean loss of each adapter; the key None is the base alone.
     Raises: ModelError if rows do not fit the model.
     """
     losses: dict[str | None, float] = {}

@@ -1,6 +1,5 @@
-"""Checks of a loaded model: the differences between packed rows and single rows, between our log-probabilities and the
-model's, and between the adapted model and its base.
-"""
+"""Checks of a loaded model. They compare packed rows with single rows, our log-probabilities with the model's, and the
+adapted model with its base."""
 
 from dataclasses import replace
 
@@ -18,10 +17,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 def packing_leak(model: TunedModel, ids: Tensor) -> float:
-    """The relative difference between a row's hidden states when it is packed after another row and when it is alone.
-    Both rows have random ids from `ids`, with a fixed seed. The difference is 0, up to rounding, if position ids alone
-    keep packed rows apart.
-    """
+    """The relative difference of a row's hidden states between two cases: packed after another row, and alone. Both
+    rows have random ids from `ids`, with a fixed seed. The difference is 0, up to rounding, if position ids alone
+    separate packed rows."""
     first, second = _probe_ids(ids, 0), _probe_ids(ids, 1)  # (1, T) each
     positions = torch.arange(PROBE_TOKENS)[None]
     with undisturbed(model):
@@ -33,7 +31,7 @@ def packing_leak(model: TunedModel, ids: Tensor) -> float:
 
 def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
     """The largest difference between our chunked losses and losses from the model's own logits, relative to the largest
-    loss. Both are computed on a row of random ids from `inputs`."""
+    loss. Both are computed on the same row of random ids from `inputs`."""
     family = model.base.family
     assert family.ids is not None  # a model that answers has ids
     ids = _probe_ids(inputs[family.ids], 2)  # (1, T)
@@ -58,7 +56,7 @@ def bypass_difference(model: TunedModel, ids: Tensor) -> float:
 
 
 def _probe_ids(ids: Tensor, number: int) -> Tensor:
-    """(1, T) random ids from the run's ids. Other ids would load further pages of a memory-mapped embedding."""
+    """Random ids (1, T), drawn from the run's ids. Other ids would read more pages of a memory-mapped embedding."""
     known: Tensor = torch.unique(ids)  # (ids,)
     generator = torch.Generator().manual_seed(number)
     return known[torch.randint(0, len(known), (1, PROBE_TOKENS), generator=generator)]

@@ -1,6 +1,5 @@
-"""The record of each evaluation row's loss, under names that allow a comparison with other runs, and the text of the
-rows with the highest losses.
-"""
+"""Records the loss of each evaluation row under a name that is the same in every run, so that runs can be compared.
+Also records the text of the rows with the highest losses."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # text pieces of a row;
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Evaluation rows with names that are the same in every run."""
+    """Evaluation rows and their names, which are the same in every run."""
 
     rows: Rows
     objective: Objective
@@ -45,10 +44,11 @@ class RowLosses:
         answers: Mapping[str, Mapping[str, list[Any]]],
         earlier: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
-        """The record of an evaluation: {step, rows, digests, units, losses, before, worst}, lists with one value per
-        row; and `metrics`: {digests, values} of each metric that is a mean over rows.
-        `answers`: the metrics of generated and chosen answers. `earlier`: the record of the previous evaluation, which
-        passes on the losses before training.
+        """The record of an evaluation. `rows`, `digests`, `units`, `losses` and `before` are lists with one value per
+        row; `worst` lists the rows with the highest losses as text. `metrics`: {digests, values} of each metric that is
+        a mean over rows.
+        `answers`: the metrics of generated and chosen answers. `earlier`: the record of the previous evaluation, from
+        which the losses before training are copied.
         """
         now = [_short(sums.row_losses[number]) for number in range(len(self.rows))]
         before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
@@ -63,7 +63,7 @@ class RowLosses:
         return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
 
     def _shown(self, number: int) -> dict[str, Any]:
-        """A row as text: {number, text: [[piece, whether it is trained on]]}."""
+        """A row as text: {number, text: [[piece, whether the piece is trained on]]}."""
         text: list[tuple[str, bool]] = []
         for part in self.objective.rows.spans(self.rows[number]):
             gap, more = "\n" if text else "", " [...]" if len(part.title) > MOST_OTHERS else ""
@@ -75,13 +75,13 @@ class RowLosses:
 
 
 def unit_counts(rows: Rows | list[Row], objective: Objective) -> list[float]:
-    """The number of units of each row, over which its loss is a sum."""
+    """The number of units of each row. A row's loss is the sum over its units."""
     loss = objective.loss.evaluation_copy()
     return [float(loss.units(objective.rows.collate([[rows[number]]]))[0]) for number in range(len(rows))]
 
 
 def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
-    """Pieces of text, each with a mark that says whether it is trained on. A piece is decoded as a whole, so that
+    """Pieces of a row's text, each with a flag: whether it is trained on. A piece is decoded as a whole, so that
     characters of several tokens are shown correctly."""
     if tokenizer is None:
         return []
@@ -89,7 +89,7 @@ def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
 
 
 def short_segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
-    """The pieces of `segments`, of which long ones are shortened to whole tokens at their beginning and end."""
+    """The pieces of `segments`. From a long piece, only whole tokens at its beginning and end are kept."""
     if tokenizer is None:
         return []
     limits = {True: MOST_TRAINED, False: MOST_OTHERS}
@@ -97,7 +97,7 @@ def short_segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, b
 
 
 def _pieces(part: Span) -> list[tuple[list[int], bool]]:
-    """The token ids of each piece that is wholly trained on, or wholly not."""
+    """The token ids of each piece. A piece contains only trained tokens, or only untrained tokens."""
     if not len(part.ids):
         return []
     trained = part.trained  # (T,)
@@ -106,7 +106,7 @@ def _pieces(part: Span) -> list[tuple[list[int], bool]]:
 
 
 def text_digest(*parts: str | bytes) -> str:
-    """A hash of texts that identify a row in every run."""
+    """A hash of texts, which identifies a row in every run."""
     digest = blake2b(digest_size=8)
     for part in parts:
         content = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
@@ -123,13 +123,14 @@ def _digest(row: Row) -> str:
 
 
 def _short(loss: float) -> float | None:
-    """The loss with seven digits, the precision of float32; None if it is not finite, which JSON cannot represent."""
+    """The loss with seven digits, the precision of float32. None if it is not finite, because JSON cannot represent
+    that."""
     return float(f"{loss:.7g}") if math.isfinite(loss) else None
 
 
 def _shortened(ids: list[int], tokenizer: Tokenizer, characters: int) -> str:
-    """The text of the tokens; if it is long, about as many characters of whole tokens at its beginning and end. The
-    bytes of half a character are left out."""
+    """The text of the tokens. If it is long: about as many characters as allowed, in whole tokens from its beginning
+    and end. Incomplete characters are left out."""
     text = tokenizer.decode(ids)
     if len(text) <= characters:
         return text

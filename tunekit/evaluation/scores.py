@@ -1,4 +1,4 @@
-"""The sums of an objective over evaluation batches. The model and the random state are not changed."""
+"""Computes the sums of an objective over evaluation batches. The model and the random state are not changed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +45,8 @@ class EvaluationSums:
 
 @contextmanager
 def undisturbed(model: TunedModel) -> Iterator[None]:
-    """A block in eval mode and without gradient. The mode and every random state are restored when it ends."""
+    """A context manager: the model is in eval mode and computes no gradients. At the end, the mode and every random
+    state are restored."""
     call = replace(current_call(), fuses=True)  # a caller may have bypassed the adapter
     with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(call):
         yield
@@ -64,12 +65,12 @@ def summed_evaluation(
     stop: Callable[[], bool] = lambda: False,
     on_split: Callable[[Batch], None] = lambda batch: None,
 ) -> EvaluationSums:
-    """The sums of all batches, shared among the ranks.
+    """The sums of all batches; each rank computes some batches.
 
     Sums are in float64, so the batch size changes them only by the rounding of a forward.
     `on_split`: called for each batch that ran out of memory and is evaluated in two halves.
     Raises: EvaluationStopped if `stop` returns true on any rank; ResourceError if a single document does not fit;
-        RewardError, on all ranks, if a reward had an invalid result on one of them.
+    RewardError, on all ranks, if a reward had an invalid result on one rank.
     """
     sums: Sums = {}
     stopped, failed = False, None
@@ -100,7 +101,7 @@ def summed_evaluation(
 
 
 def all_together(parts: Sequence[EvaluationSums]) -> EvaluationSums:
-    """The sums over several sets of rows, added."""
+    """The sums over several sets of rows, added together."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -113,7 +114,7 @@ def all_together(parts: Sequence[EvaluationSums]) -> EvaluationSums:
 
 
 def added(one: Sums, other: Sums) -> Sums:
-    """The sums over two sets of batches, added. Either may be empty."""
+    """The sums over two sets of batches, added together. Either set may be empty."""
     if not (one and other):
         return one or other
     return {
@@ -153,8 +154,9 @@ def _halves(batch: Batch, rows: RowKind, reason: str, on_split: Callable[[Batch]
 
 @dataclass
 class MeasuringRun(ModelRun):
-    """The run that is passed to LossKind.measuring: a batch that runs out of memory is scored in two halves.
-    `read` returns S numbers for each of P rows: the first number of every row, then the second number of every row.
+    """The ModelRun that is passed to LossKind.measuring. A batch that runs out of memory is scored in two halves.
+    `read` returns S numbers for each of P rows: the first number of every row, then the second number of every row, and
+    so on.
     """
 
     on_split: Callable[[Batch], None] = lambda batch: None
@@ -168,7 +170,8 @@ class MeasuringRun(ModelRun):
         return [self._in_halves(batch, read, reference=True) for batch in batches]
 
     def _in_halves(self, batch: Batch, read: Read, *, reference: bool) -> Tensor:
-        """The values of `read`, in halves if memory runs out. Shapes: -> (S P,), P rows of S sides."""
+        """The values that `read` returns for a batch; if memory runs out, for each half of it. Returns (S P,): S values
+        of P rows."""
         try:
             return self.model.score_batches([batch], read, reference=reference)[0]
         except Exception as error:

@@ -1,4 +1,5 @@
-"""The announcement of a sweep before its first trial: the time and memory of each trial, and what is gained."""
+"""The message of a sweep before its first trial: the time and memory of each trial, and the time that the sweep
+saves."""
 
 import gc
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from tunekit.training.timing import TimeForecast, forecast, measure_costs
 def announce(
     lanes: Sequence[Lane], base: SharedBase, console: Console, settings: int, limits: Limits | None, start: float
 ) -> None:
-    """Measure some steps, and print the trials, their predicted time and memory, and what the sweep saves. `settings`:
-    the number of settings that halving compares; 0 without halving; `start`: the seconds of starting
-    Python."""
+    """Measure a few steps of one trial. Print the trials, their predicted time and memory, and what the sweep saves.
+
+    `settings`: the number of settings that halving compares; 0 without halving. `start`: the seconds in which Python
+    started.
+    """
     planned, passes = [(lane, lane.plan) for lane in lanes if lane.plan is not None], make_passes(lanes)
     if len(planned) < len(lanes):
         console.info(f"{len(lanes) - len(planned)} of {len(lanes)} trials have ended already")
@@ -46,8 +49,9 @@ def announce(
 
 
 def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int, start: float) -> TimeForecast | None:
-    """The predicted time of the lanes of the first base, by some steps of the lane with the most trained parameters.
-    None if they share no base, if there is one lane, or if these steps failed: the lane itself will say why."""
+    """The predicted time of the lanes (trials) of the first base, from a few steps of the lane with the most trained
+    parameters. None if the base is not shared, if there is only one lane, or if these steps failed; the lane then
+    reports the failure itself."""
     key = passes[0].lanes[0].base_key
     lanes = [lane for each in passes if each.lanes[0].base_key == key for lane in each.lanes]
     lane = max(lanes, key=lambda lane: lane.plan.trainable_parameters if lane.plan else 0)

@@ -25,8 +25,8 @@ LEAST_SHARE = 0.01  # changes that save less than this share of the needed memor
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one key of the recipe to a new value. `forecast`, `choice`: functions that
-    apply the change to a forecast and to a choice."""
+    """A new value for one key of the recipe. `forecast` and `choice`: functions that apply the change to a Forecast and
+    to a Choice."""
 
     key: str
     value: str | int
@@ -60,7 +60,7 @@ def _text(change: Change, needs: int, needed: int, limit: int) -> str:
 
 
 def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | None:
-    """Peak bytes with the changes; None if the changes cannot be simulated."""
+    """Peak bytes after the changes; None if the changed run cannot be simulated."""
     try:
         for change in changes:
             forecast, choice = change.forecast(forecast), change.choice(choice)
@@ -112,7 +112,7 @@ def _base_change(name: str, value: str, device: torch.device) -> Change:
 
 
 def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
-    """The change to shorter rows, or to smaller micro-batches if these are cut by tokens."""
+    """The change to shorter rows; if micro-batches are limited by tokens, the change to smaller micro-batches."""
     if recipe.training.micro_batch_tokens is not None:
         tokens = recipe.training.micro_batch_tokens // 2
         if len(forecast.largest_batch(None).sequences) > 1:
@@ -125,7 +125,7 @@ def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
 
 
 def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
-    """Whether the recipe with these values in a section would be supported."""
+    """Whether tunekit would support the recipe with these values in one of its sections."""
     changed = getattr(recipe, section).model_copy(update=values)
     other = recipe.model_copy(update={section: changed})
     return not refuse_unsupported(other) and not list(library_problems(other))

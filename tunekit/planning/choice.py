@@ -1,6 +1,6 @@
 """Search for the fastest Choice that fits into memory.
 
-The estimated time only orders the settings; it is not in seconds. All settings compute the same sums in a different
+The estimated time only ranks the settings; its unit is not seconds. All settings compute the same sums in a different
 order, so the choice affects only speed and memory.
 """
 
@@ -52,9 +52,9 @@ class SearchSpace:
         ]
 
     def deeper(self, start: Choice) -> list[Choice]:
-        """The choice with each possible number of recomputed layers, from its present number up.
+        """Copies of a choice: one for each possible number of recomputed layers, from its present number up.
 
-        With streamed weights, all layers are recomputed anyway, and only the choice itself is returned.
+        With streamed weights, all layers are recomputed anyway, so only the choice itself is returned.
         """
         if start.streaming != "off":
             return [start]
@@ -91,8 +91,7 @@ class Workload:
     head_share: float
 
     def relative_time(self, choice: Choice) -> float:
-        """Time of a step, relative to the fastest imaginable setting, which recomputes nothing and takes all rows at
-        once.
+        """Time of a step, relative to an ideal setting that recomputes nothing and computes all rows at once.
 
         A streamed step is assumed to wait only for copies of the weights. Each pass needs the same number of copies.
         """
@@ -127,9 +126,11 @@ def smaller_micro_batches(rows: int | None, accumulation: int) -> list[tuple[int
 
 
 def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callable[[Choice], float]) -> Choice | None:
-    """The fastest choice that fits, from the first tier that has such a choice; None if no choice fits.
+    """The fastest choice that fits, from the first tier in which a choice fits; None if no choice fits. A tier is the
+    device or storage where weights wait.
 
-    `time`: the relative time of a choice. `excess`: the bytes by which a choice's peak exceeds the limit.
+    `time`: a function to the relative time of a choice. `excess`: a function to the bytes by which a choice's peak
+    exceeds the limit.
     """
     found = (_fastest_of_tier(space, tier, time, excess) for tier in space.tiers)
     return next((choice for choice in found if choice is not None), None)
@@ -138,12 +139,12 @@ def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callabl
 def _fastest_of_tier(
     space: SearchSpace, tier: str, time: Callable[[Choice], float], excess: Callable[[Choice], float]
 ) -> Choice | None:
-    """The fastest choice of a tier that fits. Predicting a peak is slow, so few peaks are predicted.
+    """The fastest choice of a tier that fits. Predicting a peak is slow, so only a few peaks are predicted.
 
-    The search starts from a choice that fits: the fastest with the minimum of recomputed layers, or the smallest
-    setting with as many recomputed layers as it needs. Then each other grid point is taken with the most recomputed
-    layers that leave it faster than the best choice so far. The grid point is searched further only if this choice
-    fits.
+    The search starts from a choice that fits: the fastest with the minimum of recomputed layers, or else the smallest
+    setting with as many recomputed layers as it needs. Then each other grid point is tried with the maximum of
+    recomputed layers at which it is still faster than the best choice so far. If this choice fits, fewer recomputed
+    layers are tried too.
     """
     grid = space.grid(tier)
     starts, smallest = sorted(grid, key=time), grid[-1]
@@ -189,7 +190,8 @@ def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float])
 
 
 def _needs_no_less(choice: Choice, other: Choice) -> bool:
-    """Whether a choice certainly needs as much memory as `other`, a choice of the same tier: no setting is smaller."""
+    """Whether a choice certainly needs at least as much memory as `other`, a choice of the same tier. This is so if
+    none of its settings saves more memory."""
     return (
         choice.pass_micro_batches >= other.pass_micro_batches
         and (choice.micro_batch_size or 0) >= (other.micro_batch_size or 0)

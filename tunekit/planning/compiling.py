@@ -1,4 +1,4 @@
-"""Decisions about compiling the layers of a run and using special kernels, with the reasons."""
+"""Decides whether a run compiles its layers and which special kernels it uses, and gives the reasons."""
 
 import os
 import shutil

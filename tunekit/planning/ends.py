@@ -1,4 +1,5 @@
-"""Check that the base was trained on the token that ends answers, because a frozen head cannot learn it."""
+"""Check that the base was trained on the token that ends answers. If it was not, a frozen head cannot learn the
+token."""
 
 from __future__ import annotations
 
@@ -35,8 +36,7 @@ def end_notes(
     adapter: AdapterSettings,
     targets: Sequence[Target],
 ) -> Iterator[str]:
-    """Warnings about end tokens in the rows that the base was never trained on and the adapter does not
-    train."""
+    """Warnings about end tokens in the rows that neither the base's training nor the adapter trains."""
     head = base.family.head_name(base.net)
     if tokenizer is None or head is None or not base.family.answers or adapter.trains_base:
         return
@@ -58,8 +58,8 @@ def end_notes(
 
 
 def _cure(net: nn.Module, head: str, end: int) -> str:
-    """The adapter key that trains the end token. An untied head is named too, because a plain list covers only the
-    embedding in PEFT."""
+    """The adapter key that trains the end token. An untied output head is named too, because PEFT applies a plain list
+    to the embedding only."""
     modules = base_modules(net)
     embedding = next((name for name, module in modules.items() if module is input_embedding(net)), "")
     if not embedding or embedding in tied_with(modules, head):
@@ -75,7 +75,8 @@ def _ids(rows: RowSet) -> set[int]:
 
 
 def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
-    """(V, D) the head's stored weight; None if the model is not downloaded, or if the weight is not a plain matrix."""
+    """The head's stored weight (V, D). None if the model is not downloaded, or if the weight is not stored as a
+    floating-point matrix."""
     try:
         source = find_source(model, weights=False)
         headers = {} if source.gguf_file is not None else read_headers(source.folder)
@@ -87,7 +88,7 @@ def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
 
 
 def _is_untrained(matrix: Tensor, token: int) -> bool:
-    """Whether the token's row is much nearer to the mean of all rows than usual."""
+    """Whether the token's row of the matrix is much nearer to the mean of all rows than is usual."""
     rows = matrix[:: max(1, len(matrix) // SAMPLED_ROWS)].float()  # (S, D)
     mean = rows.mean(dim=0)  # (D,)
     usual = torch.linalg.vector_norm(rows - mean, dim=1).median()

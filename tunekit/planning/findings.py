@@ -1,4 +1,4 @@
-"""Collection of all problems of a run before it starts, so that the user sees them together."""
+"""Collects all problems of a run before it starts, so that the user sees all of them at once."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -24,12 +24,12 @@ class Findings:
         self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
 
     def lack(self, problem: Problem) -> None:
-        """Add the problem that memory is too small; it has a different exit code than an error in the recipe."""
+        """Add the problem that memory is too small. Its exit code differs from that of an error in the recipe."""
         self.add([problem])
         self._lacks.append(self.problems[-1])
 
     def attempt(self, work: Callable[[], Made]) -> Made | None:
-        """The result of `work`; None if it raises, and then its problems are added."""
+        """The result of `work`. If it raises an error, the error's problems are added and None is returned."""
         try:
             return work()
         except TunekitError as error:
@@ -38,7 +38,8 @@ class Findings:
             return None
 
     def error(self) -> TunekitError:
-        """All problems as one error. If all raised errors have the same class, it has this class, else RecipeError."""
+        """One error with all problems. Its class is that of the raised errors if all have the same class, else
+        RecipeError."""
         kinds = {type(error) for error in self._errors}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         return kind.of(self.problems)
@@ -54,7 +55,8 @@ class Findings:
 
 
 def raise_refusals(plan: Plan) -> None:
-    """Raises: RecipeError with all refusals of the plan, if there are any; ResourceError if all concern memory."""
+    """Raises: RecipeError with all refusals of the plan, if there are any; ResourceError if all of them concern
+    memory."""
     if not plan.refusals:
         return
     kinds = {refusal.exit_code for refusal in plan.refusals}

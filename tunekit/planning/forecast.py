@@ -42,10 +42,10 @@ SAMPLED_ROWS = 20_000  # rows that are searched for token ids
 def largest_batch(
     windows: TrainingWindows, rows: Rows, kind: RowKind, settings: BatchSettings, *, by_scores: bool = False
 ) -> Batch:
-    """The micro-batch of the run with the most tokens, padding included.
+    """The run's micro-batch with the most tokens, padding included.
 
-    `by_scores`: instead the micro-batch with the most attention scores, whose number grows with the square of a
-    document's length. For micro-batches cut by tokens, this is often a single long row.
+    `by_scores`: instead, the micro-batch with the most attention scores, whose number grows with the square of a
+    document's length. If micro-batches are limited by tokens, this is often a single long row.
     """
     sizes = np.asarray(rows.sizes)  # (rows, sizes)
     lengths = sizes.sum(axis=1)  # (rows,)
@@ -89,11 +89,11 @@ def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, se
 class Forecast:
     """The inputs of a prediction of a run's peak memory.
 
-    `largest_batch`: a function from the rows per micro-batch (None if cut by tokens) to the largest micro-batch.
-    `answer_tokens`: the length of the longest prompt with its answer; 0 if the run generates no answers.
-    `start_bytes`: maximum memory of the adapter's initialisation, without the base; freed before the optimizer is made.
-    `companion_bytes`: weights of companions that are always in memory and are not part of the simulations.
-    `any_token`: whether the run may look up embeddings of tokens that do not occur in the rows.
+    `largest_batch`: a function from the rows per micro-batch (None if limited by tokens) to the largest micro-batch.
+    `answer_tokens`: the length of the longest prompt with its answer; 0 if the run generates no answers. `start_bytes`:
+    maximum memory of the adapter's initialisation, without the base; it is freed before the optimizer is made.
+    `companion_bytes`: weights of companions that are always in memory and are not part of the simulations. `any_token`:
+    whether the run may look up embeddings of tokens that do not occur in the rows.
     """
 
     run: SimulatedRun
@@ -132,7 +132,7 @@ class Forecast:
         return self._steps[choice]
 
     def without_activations(self) -> PeakBytes:
-        """Peak memory without activations, for a model whose own code fails on the meta device."""
+        """Peak memory without activations, for a model whose code cannot run on the meta device."""
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
         load = self._base_load_bytes(self.run.choice)
@@ -140,8 +140,8 @@ class Forecast:
         return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
     def _rehearsal(self, run: SimulatedRun) -> Simulation | None:
-        """The simulation of the run's companions (sampling, image generation). Of the choice, it depends only on the
-        number of completions that are sampled together."""
+        """The simulation of the run's companions (sampling, image generation). It depends on one setting of the choice:
+        the number of completions that are sampled together."""
         if not any(companion.rehearses for companion in run.companions.values()):
             return None
         known, size = self._rehearsals, run.choice.sampling_batch_size
@@ -156,7 +156,8 @@ class Forecast:
         return peak_bytes(rehearsal, None, None, self.run.device, self.base.dtype).total + self.companion_bytes
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
-        """The simulation of the longest evaluation batch; it depends only on the choice's logits chunk and tier."""
+        """The simulation of the longest evaluation batch. It depends on two settings of the choice: the logits chunk
+        and the tier."""
         if self.evaluation_batch is None:
             return None
         known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
@@ -175,7 +176,8 @@ class Forecast:
 
     @cached_property
     def _stored(self) -> StoredBase | None:
-        """The stored base, from the headers of its files; from the configuration if it is not downloaded yet."""
+        """Facts about the base on disk, from the headers of its files; from its configuration if it is not downloaded
+        yet."""
         source = find_source(self.run.model, weights=False)
         if source.gguf_file is not None:
             return StoredBase((source.folder / source.gguf_file).stat().st_size, False, gguf=True)
@@ -214,8 +216,8 @@ class Forecast:
 
     @cached_property
     def _streamed_load_bytes(self) -> int:
-        """Memory for loading a base that stays in its files: the largest matrix, unpacked and packed. A tensor that is
-        not packed, such as the embedding, is copied in one piece."""
+        """Memory for loading a base that stays in its files: the largest matrix, unpacked and packed; or the largest
+        tensor that is copied in one piece because it is not packed, such as the embedding."""
         packed = packed_layers(self.base.net).values()
         matrix = max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
         copied = self.base.packed_while_read or self.base.copied_while_read
@@ -226,7 +228,8 @@ class Forecast:
         return max(parameter.nbytes for parameter in self.base.net.parameters())
 
     def _without_unread(self, simulation: Simulation, streaming: str) -> Simulation:
-        """The simulation without the rows of a mapped embedding that no token reads; only on a CPU."""
+        """The simulation without the embedding rows that no token reads; only if the embedding is a mapped file on a
+        CPU."""
         unread = self._unread_bytes(streaming)
         peak = simulation.peak | {"weights": simulation.peak.get("weights", 0) - unread}
         return replace(simulation, peak=peak, total=simulation.total - unread)
@@ -249,7 +252,7 @@ class Forecast:
 
 
 def _ids(rows: Rows, parts: Sequence[str]) -> NDArray[np.int64]:
-    """(ids,) the token ids in these parts of the first SAMPLED_ROWS rows."""
+    """The token ids (ids,) in the named parts of the first SAMPLED_ROWS rows."""
     sampled = map(rows.__getitem__, range(min(len(rows), SAMPLED_ROWS)))
     ids = {token for row in sampled for part in parts for token in row.parts[part].tolist()}
     return np.array(sorted(ids), dtype=np.int64)

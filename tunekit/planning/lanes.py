@@ -1,4 +1,5 @@
-"""Divides the lanes of a sweep into passes that share a loaded base, with what is gained and the memory of each."""
+"""Divides the lanes of a sweep (its trials) into passes. The lanes of a pass share a loaded base. Also computes the
+memory of each pass and the time that it saves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +30,8 @@ WORTH = 1.25  # least estimated gain for which rows are joined, which changes th
 @dataclass(frozen=True)
 class LanePass:
     """Lanes that use one loaded base, and their predicted peak. `together`: their steps run together; otherwise the
-    lanes run one after another. `joined`: the choice of the network in which all rows share the products of the base;
-    None: lane by lane."""
+    lanes run one after another. `joined`: the Choice of a network that computes the rows of all lanes at once; None:
+    each lane computes its rows separately."""
 
     lanes: Sequence[Lane]
     peak_bytes: int
@@ -39,12 +40,12 @@ class LanePass:
     gain: float = 1.0  # estimated time of a step of each lane alone, as a multiple of the time together
 
     def groups(self) -> list[list[Lane]]:
-        """The lanes that train at the same time."""
+        """Groups of lanes: the lanes of one group train at the same time."""
         return [list(self.lanes)] if self.together else [[lane] for lane in self.lanes]
 
 
 def make_passes(lanes: Sequence[Lane]) -> list[LanePass]:
-    """The passes of the lanes that have not ended, in the order of their first lane."""
+    """The passes of all lanes that have not ended. Passes are in the order of their first lane."""
     by_base: list[list[Lane]] = []
     for lane in [lane for lane in lanes if not lane.ended]:
         key = lane.base_key
@@ -54,7 +55,7 @@ def make_passes(lanes: Sequence[Lane]) -> list[LanePass]:
 
 
 def _divided(members: Sequence[Lane]) -> list[LanePass]:
-    """The passes of lanes with the same base: as many lanes together as fit into memory."""
+    """Divide lanes with the same base into passes: each has as many lanes as fit into memory together."""
     key, one_by_one = members[0].base_key, LanePass(members, max(map(_peak, members)))
     same_process = len({lane.process_settings for lane in members}) == 1
     if key is None or len(members) == 1 or not same_process or not all(lane.runs_together for lane in members):
@@ -81,7 +82,8 @@ def _pass(group: Sequence[Lane], unpacked_bytes: int, joins: bool, streamed: boo
 
 
 def _joins(lanes: Sequence[Lane], base: LoadedModel, streamed: bool) -> bool:
-    """Whether the rows of these lanes share products: as the recipe says, or where that is clearly faster."""
+    """Whether the rows of these lanes share matrix products: by the recipe's setting, or with `auto`, if that is
+    clearly faster."""
     setting = lanes[0].joined
     if setting is False or any(map(_obstacle, lanes)) or _drops(base.net):
         return False
@@ -94,7 +96,8 @@ def _joins(lanes: Sequence[Lane], base: LoadedModel, streamed: bool) -> bool:
 
 
 def _obstacle(lane: Lane) -> bool:
-    """Whether rows of this lane are not end to end in one sequence, or its adapter changes more than layers."""
+    """Whether this lane cannot be joined: its rows are not end to end in one sequence, or its adapter trains the base
+    or uses dropout."""
     assert lane.prepared is not None
     inputs, adapter = lane.prepared.largest_batch.inputs, lane.prepared.adapter
     one_sequence = inputs.keys() == {"input_ids", "position_ids"} and len(inputs["input_ids"]) == 1
@@ -102,13 +105,14 @@ def _obstacle(lane: Lane) -> bool:
 
 
 def _drops(net: nn.Module) -> bool:
-    """Whether the base draws random numbers in training."""
+    """Whether the base uses dropout in training."""
     rates = [getattr(net.config, name, 0.0) for name in vars(net.config) if "dropout" in name or "pdrop" in name]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _fit(lanes: Sequence[Lane], base: LoadedModel) -> bool:
-    """Whether the lanes' adapters, attached to the base on the meta device, are made of layers that can be joined."""
+    """Whether every layer of the lanes' adapters can be joined. Checked by attaching the adapters to the base on the
+    meta device."""
     head, different = base.family.head_name(base.net), list[AdapterSettings]()
     for lane in lanes:
         assert lane.prepared is not None
@@ -136,8 +140,8 @@ def _peak(lane: Lane) -> int:
 
 
 def _peak_together(lanes: Sequence[Lane], unpacked_bytes: int, joins: bool) -> int:
-    """The largest lane alone, the state and the hidden states between layers of the others, and one unpacked layer.
-    Joined, also the activations of the others in one layer."""
+    """Peak memory of lanes that run together: the largest lane, the additional memory of the others, and one unpacked
+    layer. A joined lane also adds its activations in one layer."""
     if len(lanes) == 1:
         return _peak(lanes[0])
     largest = max(lanes, key=_peak)
@@ -145,7 +149,8 @@ def _peak_together(lanes: Sequence[Lane], unpacked_bytes: int, joins: bool) -> i
 
 
 def _added_bytes(lane: Lane, joins: bool) -> int:
-    """Adapter, gradient, moments and the inputs of all layers of one lane."""
+    """The memory that one more lane adds: its adapter, gradient, moments and the inputs of all layers. If `joins`, also
+    its activations in one layer."""
     assert lane.plan is not None
     assert lane.prepared is not None
     facts, choice, activations = lane.plan.model, lane.plan.choice, lane.plan.peak_bytes.activations
@@ -156,7 +161,8 @@ def _added_bytes(lane: Lane, joins: bool) -> int:
 
 
 def _gain(lanes: Sequence[Lane], packed: bool, joins: bool, streamed: bool) -> float:
-    """The estimated time of separate steps as a multiple of the time together, from the costs of their products."""
+    """The estimated time of separate steps as a multiple of the time together, from the cost of their matrix
+    products."""
     unpack, count = UNPACK_TOKENS if packed else 0, len(lanes)
     tokens = [lane.prepared.largest_batch.padded for lane in lanes if lane.prepared is not None]
     separate = sum(max(each, LEAST_TOKENS) for each in tokens)
@@ -166,13 +172,14 @@ def _gain(lanes: Sequence[Lane], packed: bool, joins: bool, streamed: bool) -> f
 
 
 def count_bases(passes: Sequence[LanePass]) -> int:
-    """How often a base is loaded in these passes."""
+    """How many times these passes load a base."""
     keys = [each.lanes[0].base_key for each in passes]
     return keys.count(None) + len(set(keys) - {None})
 
 
 def pass_notes(passes: Sequence[LanePass]) -> list[str]:
-    """What is gained by each pass whose lanes run together, and why. A plan records that its rows are joined."""
+    """A note for each pass whose lanes run together: how much faster that is, and why. If rows are joined, this is also
+    noted in each plan."""
     notes = []
     for each in passes:
         if not each.together:

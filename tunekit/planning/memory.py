@@ -1,10 +1,10 @@
 """Choice of the settings that save memory: rows per micro-batch, recomputed layers, size of logits chunks, streaming.
 
-Free memory never decides micro-batches or logits chunks: otherwise a resumed run with more or less free memory would
-not be bitwise equal. Only memory.budget changes them. On a CPU, micro-batches of pairs have no more pairs than full
-speed needs. Without a budget, free memory only decides how many layers are recomputed, which changes no bit, and
-whether weights are streamed. The number of completions that are sampled together is halved until they fit; a resumed
-run keeps this number.
+Micro-batches and logits chunks depend on memory.budget, never on free memory. Otherwise a run that is resumed with a
+different amount of free memory would not be bitwise equal. On a CPU, micro-batches of pairs have no more pairs than
+full speed needs. Without a budget, free memory only decides whether weights are streamed and how many layers are
+recomputed, which changes no bit. The number of completions that are sampled together is halved until they fit; a
+resumed run keeps this number.
 """
 
 import math
@@ -47,7 +47,8 @@ def margin_of(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """The chosen settings with the reasons, their peak, and whether the longest batch is tried before step 1."""
+    """The chosen settings and the reasons for them, their peak, and whether the longest batch is tried before step
+    1."""
 
     choice: Choice
     reasons: tuple[str, ...]
@@ -81,7 +82,8 @@ class Peaks:
         return self.of(choice).total
 
     def sampled_together(self, limit: float) -> int:
-        """The number of completions that are sampled together: the recipe's, halved until they fit; 0 if none are."""
+        """The number of completions that are sampled together: the recipe's number, halved until they fit into `limit`;
+        0 if the run samples none."""
         companions = self.forecast.run.companions.values()
         size = max((companion.sampling_batch_size for companion in companions), default=0)
         try:
@@ -102,8 +104,10 @@ def plan_memory(
     """Simulate the largest batches, and choose the settings.
 
     `tiers`: the allowed values of memory.streaming, fastest first.
-    `resumed`: the choice of the run that is resumed. Only the recomputed layers, which change no bit, are chosen again.
-    `cheaper`: a function that advises how to change the recipe; it gets a choice, the needed and the available bytes.
+    `resumed`: the choice of the resumed run. Only the number of recomputed layers, which changes no bit, is chosen
+    again.
+    `cheaper`: a function that advises how to change the recipe; its arguments are a choice, the needed and the
+    available bytes.
     """
     run = forecast.run
     budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
@@ -140,9 +144,9 @@ def plan_memory(
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
-    """The number of bytes that the run may use: the budget minus a margin, or the free memory if there is no budget.
+    """The number of bytes that the run may use: the budget minus a margin, or without a budget, the free memory.
 
-    A margin is left in the free memory of a GPU too. A host needs none: it can free more memory than it reports.
+    Free memory of a GPU is reduced by a margin too. Free memory of a host is not: a host can free more than it reports.
     """
     if budget is not None:
         return int(budget * (1 - margin_of(device)))
@@ -176,8 +180,9 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
 
 
 def rows_at_full_speed(forecast: Forecast) -> tuple[int | None, int]:
-    """The rows per micro-batch and micro-batches per step of a run on a CPU: as written, or, for rows of several
-    answers, no more rows than full speed needs. A step keeps its rows; its activations take less memory."""
+    """The rows per micro-batch and micro-batches per step of a run on a CPU. Usually these are the recipe's. For rows
+    of several answers, a micro-batch has no more rows than full speed needs: the step keeps its rows, and activations
+    take less memory."""
     training, rows, kind = forecast.run.training, forecast.rows, forecast.run.objective.rows
     written = (training.micro_batch_size, training.gradient_accumulation_steps)
     if written[0] is None or not kind.layout.paired or forecast.run.adapter.calibration is not None:
@@ -206,7 +211,7 @@ def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int |
 def _budget_reasons(
     choice: Choice, forecast: Forecast, space: SearchSpace, workload: Workload, has_margin: bool
 ) -> Iterator[str]:
-    """Notes on the settings that were chosen within a budget, and on the settings that could not be chosen."""
+    """Notes on the settings that were chosen to meet the budget, and on settings that could not be chosen."""
     run = forecast.run
     margin = f"{margin_of(run.device):.0%} of the budget is left free"
     note = f"{margin}, because predictions can be wrong by this share"

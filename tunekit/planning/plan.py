@@ -1,4 +1,4 @@
-"""Making of the Plan: all decisions about a run, from its recipe, before weights are loaded."""
+"""Makes the Plan: all decisions about a run, from its recipe, before weights are loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -134,13 +134,13 @@ def make_plan(
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
-    """Batch settings with the chosen micro-batches. Each step has the same rows in the same order as before."""
+    """Batch settings with the micro-batches of the Choice. Each step keeps its rows and their order."""
     rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
     return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
-    """The inputs of the plan; None if one cannot be read. The problems of all of them are added to `findings`."""
+    """The inputs of the plan; None if one cannot be read. The problems of all inputs are added to `findings`."""
     family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
     rows = targets = adapter = base = None
     with parsed_once(model.name_or_path):
@@ -181,14 +181,14 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
 
 
 def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> PlanContext:
-    """The part of the plan that companions can read."""
+    """The facts that companions can read while the plan is made."""
     rows, sections = inputs.rows, (recipe.memory, recipe.training, recipe.evaluation)
     data = (inputs.processor, rows.objective, rows.all, bool(rows.streams))
     return PlanContext(device, inputs.base, *data, *sections, inputs.targets, inputs.virtual_tokens)
 
 
 def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> AdapterSettings:
-    """The adapter's settings, with these modules in modules_to_save.
+    """The adapter's settings, with these modules added to modules_to_save.
 
     Raises: RecipeError if the adapter's method cannot train other modules.
     """
@@ -276,7 +276,7 @@ def _forecast(
 
 
 def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int) -> Choice:
-    """A Choice with the settings that only the recipe decides, and with defaults in all other fields."""
+    """A Choice with the settings that only the recipe decides. All other fields have defaults."""
     training, memory = recipe.training, recipe.memory
     return Choice(
         micro_batch_size=training.micro_batch_size,
@@ -311,7 +311,7 @@ def _largest_batch(
 def _cut_anew(
     inputs: Inputs, windows: Windows, settings: BatchSettings, micro_batch_size: int | None
 ) -> tuple[Windows, BatchSettings]:
-    """Windows and settings with micro-batches of `micro_batch_size` rows. Each step keeps its rows."""
+    """Divide the rows of each step into micro-batches of this size. Returns the new windows and settings."""
     written = settings.micro_batch_size
     if micro_batch_size is None or written is None or micro_batch_size == written:
         return windows, settings
@@ -361,7 +361,7 @@ def _assemble(
 
 
 def _trained_numbers(inputs: Inputs) -> int:
-    """Number of trained parameters: of the adapter's layers, of trained copies, and of a whole-model adapter."""
+    """Number of trained parameters in the adapter's layers, in trained modules and in a whole-model adapter."""
     net, settings, targets = inputs.base.net, inputs.adapter, inputs.targets
     method = load_method(settings.method)
     whole = 0 if method.model is None else slot_count(method.model.slots(settings, net).values())

@@ -59,7 +59,7 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def template_problems(recipe: Recipe, processor: Processor, template: str | None) -> Iterator[Problem]:
-    """The problem of tasks that are asked as a chat, without a chat template."""
+    """The problem that a task needs prompts as a chat, but the tokenizer has no chat template."""
     text, settings = processor.tokenizer, recipe.evaluation
     if settings.tasks and settings.task_chat_template and text and (template or text.chat_template) is None:
         yield Problem(*NO_TEMPLATE, key=TEMPLATE_KEY)
@@ -112,8 +112,8 @@ def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iter
 
 
 def learned_length(base: LoadedModel, virtual_tokens: int) -> int | None:
-    """Tokens of a row, without the adapter's virtual ones, for which the base has learned positions; None if it
-    computes positions, or reads no text."""
+    """The maximum number of tokens of a row, without the adapter's virtual tokens, in a base with learned positions.
+    None if the base computes its positions, or reads no text."""
     positions = None if base.text is None else base.family.learned_positions(base.net)
     return None if positions is None else max(positions - virtual_tokens, 1)
 
@@ -157,7 +157,8 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
 
 
 def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
-    """Notes about the device and precision: waits for the device, approximations, and settings without effect."""
+    """Notes about the device and precision: where the device waits, what is approximate, and settings without
+    effect."""
     training = recipe.training
     shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
     if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:

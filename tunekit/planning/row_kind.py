@@ -1,4 +1,4 @@
-"""The encoding of a recipe's rows, without loading the model."""
+"""How a recipe's rows are encoded; found without loading the model."""
 
 from tunekit.contracts import RowKind
 from tunekit.data.encoding.sources import encode_options

@@ -52,8 +52,8 @@ class SimulatedRun:
     def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
         """Simulation of the forward, backward and update of one micro-batch, while gradients and moments exist.
 
-        `micro_batches`: number of micro-batches that pass through streamed layers together. Beyond SIMULATED, each one
-        adds the difference between the last two simulated numbers.
+        `micro_batches`: number of micro-batches that pass through streamed layers together. At most SIMULATED of them
+        are simulated; each further one adds the difference between the last two simulated numbers.
         """
         simulation = self._step(batch, min(micro_batches, SIMULATED))
         if micro_batches <= SIMULATED:
@@ -104,7 +104,7 @@ class SimulatedRun:
         return tracker.result()
 
     def rehearsals(self, batch: Batch) -> Simulation | None:
-        """Simulation of the companion that needs the most memory while it runs, with the net and its optimizer.
+        """Simulation of the companion that needs the most memory, with the net and its optimizer in memory.
 
         None if no companion runs anything.
         """
@@ -122,7 +122,8 @@ class SimulatedRun:
 
     @contextmanager
     def _tracked(self) -> Iterator[tuple[TunedModel, StorageTracker, Optimizer]]:
-        """The network, the tracker that counts its memory inside the block, and the optimizer with its state."""
+        """A context manager: gives the network, a tracker that counts the memory inside the block, and the optimizer
+        with its state."""
         tuned, tracker = self._tuned(), StorageTracker(self.device)
         with kernels_as_on(self.device), tracker:
             optimizer = self._adopt(tracker, tuned)
@@ -175,12 +176,13 @@ class SimulatedRun:
 
 
 def trained_part(adapter: AttachedAdapter) -> str:
-    """The part of the peak that trained tensors count as."""
+    """The part of the peak ("weights" or "adapter") to which trained tensors are added."""
     return "weights" if adapter.settings.trains_base else "adapter"
 
 
 def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
-    """The real optimizer, with AdamW's moments already made. Its flat buffers replace the adapter's tensors."""
+    """The real optimizer. AdamW's moments are made at once, and the optimizer's flat buffers replace the adapter's
+    tensors."""
     training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})
     with tracker.counting_as("optimizer"):
         optimizer = make_optimizer(training, adapter)
@@ -193,13 +195,13 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
 
 
 def _logits_apart(objective: Objective, tuned: TunedModel, tracker: StorageTracker) -> Objective:
-    """A copy of the objective whose `loss` and `sums` count their memory as logits; unchanged for a model without
-    text."""
+    """A copy of the objective: memory that its `loss` and `sums` allocate counts as logits. Unchanged for a model
+    without text."""
     return objective if tuned.base.text is None else replace(objective, loss=_CountedLoss(objective.loss, tracker))
 
 
 class _CountedLoss(LossKind):
-    """A loss whose memory counts as logits."""
+    """Wraps a loss so that the memory that it allocates counts as logits."""
 
     def __init__(self, counted: LossKind, tracker: StorageTracker) -> None:
         self.counted, self.tracker = counted, tracker

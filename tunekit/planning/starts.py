@@ -1,4 +1,5 @@
-"""Checks of an adapter's initialisation in plan: problems, its memory until step 1, and notes."""
+"""Checks of an adapter's initialisation (its start) while planning: problems, notes, and the memory that it needs until
+step 1."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ DECOMPOSITION_BYTES = 4 * 8  # per element of the largest matrix: the matrix and
 
 
 def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> Iterator[Problem]:
-    """A problem if the start needs statistics of the output head, which its pass over the data cannot collect."""
+    """A problem if the initialisation needs statistics of the output head, which its pass over the data cannot
+    collect."""
     start, head = settings.calibration, base.family.head_name(base.net)
     if start is not None and head in [target.name for target in targets]:
         what = f"{start.method} needs each layer's {start.looks_at}, but '{head}' only runs in chunks with the loss"
@@ -25,7 +27,8 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
 
 
 def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> None:
-    """Raises: AdapterError if init_from is no adapter folder, is damaged, or has an adapter of different settings."""
+    """Raises: AdapterError if init_from is not an adapter folder, is damaged, or has an adapter with different
+    settings."""
     if settings.init_from is not None:
         adapter = AttachedAdapter(base.net, settings, load_method(settings.method), list(targets))
         adapter.head_name = base.family.head_name(base.net)
@@ -34,7 +37,7 @@ def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Seque
 
 
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Maximum memory of a start besides the base. It is freed before step 1."""
+    """Maximum memory of the initialisation, without the base. It is freed before step 1."""
     start, linear = settings.initialisation, [target for target in targets if target.kind in LINEAR]
     if start is None or not start.decomposes or not linear:
         return 0
@@ -49,7 +52,7 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
 
 
 def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
-    """Notes about the reference model, and about the start's pass over the data."""
+    """Notes about the reference model, and about the pass over the data before step 1."""
     if needs_reference_state(objective, settings):
         yield "the reference model is the base with the adapter of step 0; a frozen copy of this adapter is kept"
     start = settings.calibration

@@ -1,4 +1,5 @@
-"""Choice of the tiers (device, host, disk) where weights and activations can wait during a step, with their cost."""
+"""Choice of the tier (device, host or disk) where weights and activations wait during a step, and the cost of each
+tier."""
 
 from collections.abc import Iterator, Sequence
 
@@ -36,7 +37,8 @@ def streaming_obstacle(
 def allowed_tiers(
     recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts] = ()
 ) -> tuple[list[str], list[Problem]]:
-    """The tiers that plan can choose from, fastest first, and the problems of the recipe's tier."""
+    """The tiers that plan can choose from, fastest first. Also returns the problems of the tier that the recipe
+    names."""
     written = recipe.memory.streaming
     streams = recipe.memory.streamed_head or written != "off"
     obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None

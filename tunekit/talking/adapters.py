@@ -1,4 +1,4 @@
-"""The adapters of one base by name. Those in folders are loaded when they are first used."""
+"""The adapters of one base, by name. An adapter in a folder is loaded when it is first used."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ Stamp = tuple[int, ...]
 
 
 class Adapters:
-    """Up to `limit_bytes` of adapters are in memory (None: no limit); the least recently used ones are evicted. Copies
-    of factors, for forwards of several adapters, count too. `keeps_idle`: whether adapters stay that are not in use.
+    """A base's adapters. At most `limit_bytes` of them are in memory (None: no limit); the least recently used ones are
+    evicted. The limit includes copies of LoRA factors for forwards of several adapters. `keeps_idle`: whether adapters
+    stay in memory while they are not in use.
 
     One thread may load and use adapters. Other threads may read the names.
     """
@@ -52,7 +53,7 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The base's name and those of the adapters."""
+        """The names of the base and of the adapters."""
         return list(dict.fromkeys([BASE, *list(self._set.adapters), *list(self._places), *list(self._listed)]))
 
     @property
@@ -61,7 +62,7 @@ class Adapters:
         return bool(self._places or self._listed)
 
     def knows(self, name: str) -> bool:
-        """Whether there is a model of this name; the folders are read again before a name is unknown."""
+        """Whether there is a model of this name. If the name is unknown, the folders are first read again."""
         if name not in self.names:
             self.read_folders()
         return name in self.names
@@ -106,9 +107,10 @@ class Adapters:
             raise
 
     def add_folder(self, folder_name: str) -> None:
-        """Add an adapter folder under its own name; of a run, its adapter; of another folder, all adapters in it.
+        """Add the adapter in a folder under its own name. For a run folder, this is the run's adapter; from any other
+        folder, all adapters in it are added.
 
-        Raises: InputError if there is none; AdapterError if a single one does not fit the base.
+        Raises: InputError if there is no adapter; AdapterError if a single adapter does not fit the base.
         """
         path = Path(folder_name).expanduser().absolute()
         place, adapters = _find_adapters(folder_name, path)
@@ -121,14 +123,14 @@ class Adapters:
         self.read_folders()
 
     def read_folders(self) -> None:
-        """Read the folders of adapters again."""
+        """Read again which adapters the folders of adapters contain."""
         self._listed = {name: place for folder in self._folders[::-1] for name, place in _adapters_in(folder).items()}
 
     def load(self, name: str, in_use: Collection[str] = ()) -> None:
-        """Load an adapter if it is not in memory. Those in use are not evicted, even beyond the limit.
+        """Load an adapter if it is not in memory. Adapters in use are not evicted, even beyond the limit.
 
-        Raises: InputError for an unknown name; AdapterConflict if it cannot be next to one in use; AdapterError if it
-        does not fit the base.
+        Raises: InputError for an unknown name; AdapterConflict if it cannot be in memory together with an adapter in
+        use; AdapterError if it does not fit the base.
         """
         place = self.place(name)
         stamp = self._stamps.get(name, ()) if place is None else _written(place)
@@ -147,11 +149,11 @@ class Adapters:
         self._fit({name, *in_use})
 
     def free_copies(self) -> None:
-        """Free the copies of factors, which forwards of several adapters have made."""
+        """Free the copies of LoRA factors that forwards of several adapters have made."""
         self._set.keep_copies(())
 
     def _fit(self, in_use: Collection[str], more_bytes: int = 0) -> None:
-        """Evict adapters that are not in use, so that these, copies of their factors and `more_bytes` fit into the
+        """Evict adapters that are not in use, until the others, copies of their factors and `more_bytes` fit into the
         limit."""
         self._set.keep_copies(in_use)
         if not self.keeps_idle:
@@ -167,7 +169,7 @@ class Adapters:
 
     @property
     def nbytes(self) -> int:
-        """The memory of the adapters that can be evicted, and of copies for forwards of several adapters."""
+        """The memory of adapters that can be evicted, and of copies of factors for forwards of several adapters."""
         return sum(self._sizes.values()) + self._set.copies.used_bytes
 
     def _attach(self, name: str) -> None:
@@ -180,7 +182,7 @@ class Adapters:
         self._stamps[name] = stamp
 
     def _evict_others(self, names: Collection[str], limit_bytes: int) -> None:
-        """Evict adapters that are not among these names until the others fit into the limit."""
+        """Evict adapters that are not in `names`, until the memory of all evictable adapters fits into the limit."""
         for other in [name for name in self._sizes if name not in names]:
             if sum(self._sizes.values()) <= limit_bytes:
                 return
@@ -196,7 +198,8 @@ class Adapters:
         return self._set.adapters.get(name)
 
     def shares_forwards(self, name: str) -> bool:
-        """Whether rows of this loaded adapter, or of the base, can be in one forward with rows of others."""
+        """Whether one forward can compute rows of this model (a loaded adapter, or the base) together with rows of
+        other models."""
         return name == BASE or (self._shares_slots and self._set.shares_forwards(name))
 
     @cached_property
@@ -204,28 +207,29 @@ class Adapters:
         return shares_slots(self.base)
 
     def using(self, name: str | None) -> AbstractContextManager[object]:
-        """A block in which this adapter, or the base, answers."""
+        """A context manager: inside the block, this adapter, or the base, answers."""
         bypassed = name is None or name == BASE
         return calling(replace(current_call(), bypassed=True)) if bypassed else self._set.using(str(name))
 
     def using_rows(self, names: Sequence[str | None]) -> AbstractContextManager[object]:
-        """A block in which each row of a forward has its adapter; a single name is that of all rows."""
+        """A context manager: inside the block, each row of a forward uses the adapter of its name. A single name
+        applies to all rows."""
         if len({*names}) == 1:
             return self.using(names[0])
         return self._set.using_rows([None if name == BASE else name for name in names])
 
 
 def name_of(target: str) -> str:
-    """The name under which its adapter is served: the folder's name; for a run's adapter, the run's name."""
+    """The name under which an adapter is served: its folder's name; for the adapter of a run, the run's name."""
     path = Path(os.path.abspath(target))
     return path.parent.name if path.name == "adapter" else path.name
 
 
 def check_folder(folder_name: str) -> None:
-    """Check a folder for `Adapters.add_folder` without the base, which takes long to load. Adapters in a folder of
-    adapters are checked when they are first used.
+    """Check a folder for `Adapters.add_folder`. The base is not needed, because loading it takes long. If the folder
+    contains several adapters, these are checked when they are first used.
 
-    Raises: InputError if there is no adapter; AdapterError if a single one is damaged.
+    Raises: InputError if there is no adapter; AdapterError if a single adapter is damaged.
     """
     place, _ = _find_adapters(folder_name, Path(folder_name).expanduser().absolute())
     if place is not None:
@@ -233,7 +237,8 @@ def check_folder(folder_name: str) -> None:
 
 
 def _find_adapters(folder_name: str, path: Path) -> tuple[Path | None, dict[str, Path]]:
-    """The single adapter of a folder, or all adapters in it by name. Raises: InputError if there is none."""
+    """The folder of the single adapter, or the folders of all adapters in a folder by name. Raises: InputError if there
+    is no adapter."""
     place = adapter_in(path)
     adapters = {} if place is not None else _adapters_in(path)
     if place is None and not adapters:
@@ -243,7 +248,7 @@ def _find_adapters(folder_name: str, path: Path) -> tuple[Path | None, dict[str,
 
 
 def _written(place: Path) -> Stamp:
-    """The times at which an adapter's files were written; 0 for a missing file."""
+    """The times at which an adapter's files were last written; 0 for a missing file."""
     paths = [place / name for name in (CONFIG_NAME, FACTS_NAME, TENSORS_NAME)]
     return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
@@ -260,7 +265,7 @@ def _file_bytes(place: Path) -> int:
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:
-    """The adapters, and the adapters of runs, in a folder, by the names of their folders."""
+    """The adapters and the runs' adapters in a folder, by the names of their folders."""
     try:
         entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name != BASE)
     except OSError:

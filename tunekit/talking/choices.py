@@ -1,4 +1,4 @@
-"""Answers in the forms of OpenAI's API: the choices of chat completions and of completions, complete or in pieces."""
+"""Answers in the format of OpenAI's API: the choices of chat completions and of completions, complete or streamed."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from tunekit.talking.answer import AnswerPiece, Reply, TokenScore
 
 
 class ChatForm:
-    """Choices of chat completions."""
+    """Makes the choices of chat completions."""
 
     prefix, complete, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, reply: Reply) -> dict[str, Any]:
-        """A complete answer."""
+        """A complete answer as a choice."""
         calls = {"tool_calls": list(reply.calls)} if reply.calls else {}
         content = None if reply.calls and not reply.text else reply.text
         message = {"role": "assistant", "content": content, "refusal": None, **calls}
         return {"message": message, "logprobs": _chat_scores(reply.scores), "finish_reason": reply.reason}
 
     def first(self) -> list[dict[str, Any]]:
-        """The event before the first piece."""
+        """The events before the first piece of text: one event that states the role."""
         return [self._event({"role": "assistant", "content": ""})]
 
     def piece(self, piece: AnswerPiece) -> dict[str, Any]:
-        """The event of a piece."""
+        """The event of a piece of text."""
         return self._event({"content": piece.text}, piece.scores)
 
     def last(self, reply: Reply) -> list[dict[str, Any]]:
-        """The events after the last piece."""
+        """The events after the last piece of text."""
         calls = [{"tool_calls": [{"index": at, **call} for at, call in enumerate(reply.calls)]}] if reply.calls else []
         return [*map(self._event, calls), {**self._event({}), "finish_reason": reply.reason}]
 
@@ -38,7 +38,7 @@ class ChatForm:
 
 
 class TextForm:
-    """Choices of completions. `offset`: the number of characters of the pieces so far."""
+    """Makes the choices of completions. `offset`: the number of characters in the pieces so far."""
 
     prefix, complete, part = "cmpl", "text_completion", "text_completion"
 
@@ -46,33 +46,34 @@ class TextForm:
         self.offset = 0
 
     def choice(self, reply: Reply) -> dict[str, Any]:
-        """A complete answer."""
+        """A complete answer as a choice."""
         parts = [scores for piece in reply.pieces if (scores := self.piece(piece)["logprobs"])]
         scores = {name: [value for part in parts for value in part[name]] for name in parts[0]} if parts else None
         return {"text": reply.text, "logprobs": scores, "finish_reason": reply.reason}
 
     def first(self) -> list[dict[str, Any]]:
-        """No event: the first piece is the first event."""
+        """The events before the first piece of text: none."""
         return []
 
     def piece(self, piece: AnswerPiece) -> dict[str, Any]:
-        """The event of a piece."""
+        """The event of a piece of text."""
         offset, self.offset = self.offset, self.offset + len(piece.text)
         return {"text": piece.text, "logprobs": _text_scores(piece, offset), "finish_reason": None}
 
     def last(self, reply: Reply) -> list[dict[str, Any]]:
-        """The event after the last piece."""
+        """The events after the last piece of text: one event with the reason for the end."""
         return [{"text": "", "logprobs": None, "finish_reason": reply.reason}]
 
 
 def usage(replies: Sequence[Reply], choices: int) -> dict[str, int]:
-    """Token counts in the protocol's form. `choices`: the number of choices of one prompt, which counts once."""
+    """Token counts in the protocol's format. `choices`: the number of choices of each prompt, whose tokens count
+    once."""
     prompt, new = sum(reply.prompt_tokens for reply in replies[::choices]), sum(reply.new_tokens for reply in replies)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
 def token_name(data: bytes) -> str:
-    """A token's text. A part of a character is written as its bytes, as OpenAI's API does."""
+    """A token's text; its bytes if they are not complete characters, written as in OpenAI's API."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -94,7 +95,8 @@ def _chat_token(data: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _text_scores(piece: AnswerPiece, offset: int) -> dict[str, Any] | None:
-    """`offset`: the place of the first token in the answer. Of two tokens with one text, the likelier one is listed."""
+    """The log-probabilities of a piece's tokens. `offset`: the place of the first token in the answer. If two of the
+    most likely tokens have the same text, the likelier one is listed."""
     scores = piece.scores
     if not scores:
         return None

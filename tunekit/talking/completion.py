@@ -1,4 +1,4 @@
-"""A client's request, from its body to the events of its answer, as an ASGI application."""
+"""An ASGI application that answers one client request: from the request's body to the events of the answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ Item = AnswerPiece | Reply | Exception
 
 
 class ClientAnswer:
-    """Passes the answers of one body from the desk's thread to the client; they end when the client leaves."""
+    """Passes the answers to one request body from the desk's thread to the client. If the client leaves, the answers
+    end."""
 
     def __init__(self, desk: Desk, question: ClientQuestion) -> None:
         self.question = question
@@ -58,7 +59,7 @@ class ClientAnswer:
             self.cancel()
 
     def cancel(self) -> None:
-        """End the jobs."""
+        """End the jobs of this request."""
         for job in self.jobs:
             job.cancelled.set()
 

@@ -47,12 +47,12 @@ class Speaker:
     cache_limit: int = UNLIMITED_TOKENS  # the maximum of tokens of these conversations
 
     def prepare(self, request: Request, name: str | None = None) -> Request:
-        """The request to a model (None: the default) with its prompt's ids, and all that its answer needs besides the
-        model.
+        """The request, completed with its prompt's ids and everything else that its answer needs. `name`: the model;
+        None: the default.
 
         One thread at a time may call this, also while another one answers.
-        Raises: DataError if the template refuses the conversation; LengthError if it is too long; InputError
-        for tools or a schema that cannot be used.
+        Raises: DataError if the template refuses the conversation; LengthError if it is too long; InputError for tools
+        or a schema that cannot be used.
         """
         template = self.template_of(name or self.default)
         if request.tools and not template.reads_tools:
@@ -71,7 +71,7 @@ class Speaker:
         return replace(request, prompt=prompt, stop_ids=template.stop_ids, allowed=allowed, tool_format=shape)
 
     def template_of(self, name: str) -> ChatTemplate:
-        """The chat template of a model's conversations. That of an adapter from a folder is the one in the folder, or
+        """The chat template of a model's conversations. An adapter from a folder uses the template in its folder, or
         else the tokenizer's own, as if the adapter alone were loaded.
 
         Raises: RecipeError if the file cannot be read.
@@ -107,10 +107,11 @@ class Speaker:
     def answer(
         self, requests: Sequence[Request], name: str, on_text: Callable[[int, str], bool] = lambda row, text: True
     ) -> list[Reply]:
-        """Answer conversations side by side, each as if it were alone. `on_text(row, text)`: whether to continue.
+        """Answer conversations at the same time; each answer is the same as if it were generated alone. `on_text(row,
+        text)`: returns whether to continue.
 
-        Raises: InputError for an unknown name; LengthError if a conversation is too long; DataError if
-        the template refuses it.
+        Raises: InputError for an unknown name; LengthError if a conversation is too long; DataError if the template
+        refuses it.
         """
         replies: dict[int, Reply] = {}
         self.adapters.load(name)
@@ -130,8 +131,8 @@ class Speaker:
 
     @contextmanager
     def answering(self, slots: int, tokens: int) -> Iterator[Answers]:
-        """A block in which up to `slots` requests are answered at once, each with up to `tokens` keys and values. One
-        block at a time."""
+        """A context manager for answering up to `slots` requests at once, each with at most `tokens` keys and values.
+        Only one such block may be open at a time."""
         base, pad_id = self.target.model.base, self.target.tokenizer.pad_id
         with decoding(base.net):
             decoder = Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using_rows)
@@ -144,10 +145,11 @@ class Speaker:
             yield Answers(self, decoder)
 
     def slot_tokens(self, slots: int, memory_bytes: int) -> tuple[int, int]:
-        """The tokens of each of `slots` slots that fit into the memory, and the memory that is needed in all.
+        """The maximum number of tokens per slot if `slots` slots must fit into the memory; and the total memory that
+        they need.
 
-        The prompts that are being computed, the cached conversations, and the copy of one that is added to them need as
-        much as a slot each; prompts that are computed together need PIECE_TOKENS if a slot has fewer.
+        Memory for some extra slots is reserved: for prompts that are being computed, for cached conversations, and for
+        a copy of a cached conversation that is extended. Prompts that are computed together need at least PIECE_TOKENS.
         """
         base, positions = self.target.model.base, self._facts.positions or UNLIMITED_TOKENS
         with decoding(base.net), self.adapters.using(BASE):
@@ -162,7 +164,7 @@ class Speaker:
         return tokens, (others * tokens + max(tokens, PIECE_TOKENS)) * decoder.nbytes
 
     def continuation(self, request: Request, name: str, limit: int | None = None) -> Continuation:
-        """What the decoder continues for a prepared request to a loaded adapter, with up to `limit` keys and values.
+        """The decoder's input for a prepared request to a loaded adapter, with at most `limit` keys and values.
 
         Raises: LengthError if the prompt is longer.
         """
@@ -194,20 +196,21 @@ class Speaker:
         )
 
     def score(self, token: int, score: Score | None = None) -> TokenScore:
-        """A token's score with bytes in place of ids."""
+        """A token's score, in which bytes replace token ids."""
         tokenizer = self.target.tokenizer
         top = () if score is None else tuple((token_bytes(tokenizer, other), logprob) for other, logprob in score.top)
         in_text = token not in tokenizer.special_ids
         return TokenScore(token_bytes(tokenizer, token), None if score is None else score.logprob, top, in_text)
 
     def decode_for(self, request: Request) -> Callable[..., str]:
-        """The function that decodes the answer. A completion is the rest of its prompt's text."""
+        """The function that decodes the answer. The answer to a text prompt is decoded as the continuation of the
+        prompt."""
         decode = self.target.tokenizer.decode
         return decode if request.messages or self._reads_source else decoder_after(decode, request.prompt)
 
     @property
     def cached_tokens(self) -> int:
-        """The number of tokens whose keys and values are cached for next turns."""
+        """The number of tokens whose keys and values are cached for the next turns of conversations."""
         return sum(len(states.ids) for _, states in self.states.values())
 
     @property
@@ -222,7 +225,7 @@ class Speaker:
 
 
 class Answers:
-    """The requests that are being answered. A request that joins changes no other answer."""
+    """The requests that are being answered at once. Adding a request does not change the other answers."""
 
     def __init__(self, speaker: Speaker, decoder: Decoder) -> None:
         self.speaker, self.decoder = speaker, decoder
@@ -239,11 +242,11 @@ class Answers:
         return self.decoder.free_slots
 
     def put(self, request: Request, name: str, on_piece: OnPiece, on_end: OnEnd) -> int:
-        """Answer a prepared request as soon as a slot is free; returns its handle. A request that starts alone keeps
-        its keys and values for the next turn.
+        """Answer a prepared request as soon as a slot is free; returns its handle. If no other request runs at its
+        start, its keys and values are cached for the next turn.
 
-        Raises: InputError for an unknown name; AdapterError if the adapter does not fit the base; AdapterConflict
-        if it cannot be next to one that answers; LengthError for a prompt that is too long.
+        Raises: InputError for an unknown name; AdapterError if the adapter does not fit the base; AdapterConflict if it
+        cannot be in memory together with an adapter that is answering; LengthError for a prompt that is too long.
         """
         adapters, states = self.speaker.adapters, self.speaker.states
         adapters.load(name, {answer.name for answer in self._running.values()})
@@ -269,7 +272,7 @@ class Answers:
                 self._end(token.handle, token.states)
 
     def cancel(self, handle: int) -> None:
-        """End an answer whose reader has left; `on_end` is not called."""
+        """End an answer whose client has left; `on_end` is not called."""
         if self._running.pop(handle, None):
             self.decoder.cancel(handle)
         self._free_copies()
@@ -298,7 +301,7 @@ class Answers:
         answer.on_end(answer.writer.reply())
 
     def _free_copies(self) -> None:
-        """Free what forwards of several adapters have copied, as soon as no answer runs."""
+        """If no answer is running, free the copies of factors that forwards of several adapters have made."""
         if not self._running:
             self.speaker.adapters.free_copies()
 

@@ -1,5 +1,5 @@
-"""A queue of requests from many clients. One thread prepares them, and one answers them: a request starts as soon as a
-slot of the decoder is free."""
+"""A queue of requests from many clients. One thread prepares requests, and a second thread answers them. A request
+starts as soon as a slot of the decoder is free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ MAX_JOBS = 192  # maximum number of unanswered requests
 
 @dataclass(eq=False)
 class Job:
-    """A request for the adapter `name`. `on_piece` receives each piece of text, `on_end` the reply or the error."""
+    """A request to the adapter `name`. `on_piece` is called with each piece of text, `on_end` with the reply or the
+    error."""
 
     request: Request
     name: str
@@ -72,7 +73,7 @@ class Desk:
             thread.join()
 
     def _read(self) -> None:
-        """Prepare each job. A long prompt delays later jobs, but no running answer."""
+        """The first thread: prepare each job. A long prompt delays later jobs, but no running answer."""
         while (job := self._unread.get()) is not None:
             if not self._is_wanted(job):
                 continue
@@ -88,8 +89,8 @@ class Desk:
         self._arrived.put(None)
 
     def _work(self) -> None:
-        """Answer jobs. After a failure, such as a lack of memory, the running jobs end, and others start anew. If no
-        answer can start, the jobs that wait end, too, and the next job tries again."""
+        """The second thread: answer jobs. A failure, such as a lack of memory, ends the running jobs; then waiting jobs
+        start. If no answer can start, the waiting jobs end too, and the next job is tried anew."""
         is_open = True
         while is_open:
             try:
@@ -120,7 +121,8 @@ class Desk:
             self._waiting.append(job)
 
     def _advance(self, answers: Answers, is_open: bool) -> None:
-        """Let clients go that have left, start waiting jobs in free slots, and write one token of each answer."""
+        """Cancel the answers of clients that have left, start waiting jobs in free slots, and write one token of each
+        answer."""
         for handle, job in list(self._running.items()):
             if not self._is_wanted(job):
                 answers.cancel(handle)
@@ -152,7 +154,7 @@ class Desk:
         job.on_end(shutdown_error() if self._stopped.is_set() else reply)
 
     def _is_wanted(self, job: Job) -> bool:
-        """Whether the client still waits and the server still answers; if not, the job ends."""
+        """Whether the client still waits and the server is not shutting down; if not, the job ends."""
         if self._stopped.is_set() or job.cancelled.is_set():
             self._end(job, ConnectionAbortedError("the client has disconnected"))
             return False

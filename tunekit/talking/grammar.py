@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema, or are a tool call. llguidance computes which tokens may come next."""
+"""Answers that must follow a JSON schema, or must be a tool call. llguidance computes which tokens may come next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ OPTIONS = {"whitespace_pattern": r"(\n {0,16}| ?)"}
 
 
 class Grammars:
-    """Makes masks of tokens for one tokenizer. Raises: InputError if llguidance is not installed."""
+    """Makes functions that mask forbidden tokens, for one tokenizer. Raises: InputError if llguidance is not
+    installed."""
 
     def __init__(self, tokenizer: LoadedTokenizer, vocabulary_size: int, stop_ids: Collection[int]) -> None:
         try:
@@ -36,7 +37,8 @@ class Grammars:
         self._size = vocabulary_size
 
     def allowed(self, schema: JsonObject) -> Callable[[Sequence[int]], Tensor]:
-        """A function of the new tokens so far: which tokens may come next, (V,) bool. Call it after each token.
+        """A function for answers that follow a schema. Call it after each token with all new tokens so far; it returns
+        which tokens may come next, (V,) bool.
 
         Raises: InputError for a schema that is wrong, too large, or has unknown keywords.
         """
@@ -44,7 +46,7 @@ class Grammars:
         return self._mask(lambda: make(json.dumps(schema), overrides=OPTIONS), "response_format")
 
     def allowed_call(self, shape: ToolFormat, tools: Sequence[JsonObject]) -> Callable[[Sequence[int]], Tensor]:
-        """The same for an answer that is a call of one of these tools. Raises: InputError, as `allowed`."""
+        """Like `allowed`, for an answer that is a call of one of these tools. Raises: InputError, as `allowed`."""
 
         def make() -> str:
             before, after = json.dumps(shape.prefix), json.dumps(shape.suffix)
@@ -57,7 +59,7 @@ class Grammars:
         return self._mask(make, "tools")
 
     def _mask(self, make_grammar: Callable[[], str], field: str) -> Callable[[Sequence[int]], Tensor]:
-        """`field`: of the request, which contains the schema."""
+        """The mask function of a grammar. `field`: the request's field that contains the schema, for error messages."""
         try:
             matcher = self._matcher(self._tokenizer, make_grammar())
             problem = matcher.get_error() if matcher.is_error() else None

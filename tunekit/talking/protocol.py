@@ -57,8 +57,8 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class ClientQuestion:
-    """The content of a request body. `requests`: one for each choice; each prompt has `choices` of them. `is_chat`: of
-    chat completions, else of completions."""
+    """The content of a request body. `requests`: one for each choice, `choices` of them for each prompt. `is_chat`:
+    whether it is for chat completions; otherwise it is for completions."""
 
     name: str
     requests: tuple[Request, ...]
@@ -95,7 +95,7 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
 
 
 def model_name(name: object, adapters: Adapters) -> str:
-    """The name of a model. Raises: ProtocolError if there is no such model."""
+    """The name of the requested model. Raises: ProtocolError if there is no such model."""
     if isinstance(name, str) and adapters.knows(name):
         return name
     text = "'model' is required" if name is None else f"there is no model {name!r}"
@@ -113,7 +113,8 @@ def _check_fields(body: Body, endpoint: str) -> None:
 
 
 def _choice(request: Request, number: int) -> Request:
-    """The request of one of n choices: the first one draws what a single choice draws."""
+    """The request of choice `number`, with a random seed of its own. Choice 0 has the same seed as a request for one
+    choice."""
     if not number:
         return request
     return replace(request, sampling=replace(request.sampling, seed=seed_for("choice", request.sampling.seed, number)))
@@ -171,7 +172,7 @@ def _is_id(value: object) -> bool:
 
 
 def _required(body: Body) -> tuple[JsonObject, ...]:
-    """The tools of which the answer must call one; empty if the model chooses."""
+    """The tools from which the answer must call one; empty if the model decides."""
     choice = body.get("tool_choice")
     if choice in (None, "none", "auto"):
         return ()
@@ -187,7 +188,7 @@ def _required(body: Body) -> tuple[JsonObject, ...]:
 
 
 def _tools(body: Body) -> tuple[JsonObject, ...]:
-    """The tools that the template shows: none if the client chooses so."""
+    """The tools that the template shows to the model; none if the client sends tool_choice "none"."""
     choice = body.get("tool_choice")
     try:
         tools = read_tools(body.get("tools")) or ()
@@ -199,8 +200,8 @@ def _tools(body: Body) -> tuple[JsonObject, ...]:
 
 
 def _schema(response_format: Body) -> JsonObject | None:
-    """The JSON schema of the answer; None for plain text. huggingface_hub's client sends it as `value` of a
-    json_object."""
+    """The JSON schema of the answer; None for plain text. Also accepts the `value` of a json_object, which
+    huggingface_hub's client sends."""
     kind, stated = response_format.get("type", "text"), response_format.get("json_schema")
     if kind == "text":
         return None

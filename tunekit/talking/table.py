@@ -1,4 +1,5 @@
-"""Answers to the rows of a table that name adapters of one base. Rows of different adapters are answered at once."""
+"""Answers to the rows of a table, each of which may name an adapter. All adapters have the same base, and rows of
+different adapters are answered at once."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ from tunekit.talking.conversation import Speaker
 
 
 def answer_table(speaker: Speaker, requests: Sequence[Request], places: Sequence[Path | None], slots: int) -> list[str]:
-    """The answer to each prepared request, with the adapter in its folder (None: the speaker's own), as if it were
-    alone. Only adapters that are answering stay in memory, so there may be hundreds. An adapter that cannot be in
-    memory together with one that is answering waits until none is.
+    """The answer to each prepared request. `places`: the folder of the adapter that answers it; None: the speaker's
+    own.
 
+    Each answer is the same as if its adapter alone were loaded. Only adapters that are answering stay in memory, so
+    there may be hundreds. If an adapter cannot be in memory together with an answering one, it waits until no request
+    is being answered.
     Raises: InputError before the first answer if adapters do not fit the base, or prompts are too long.
     """
     names = [speaker.default if place is None else str(place) for place in places]
@@ -47,7 +50,7 @@ def answer_table(speaker: Speaker, requests: Sequence[Request], places: Sequence
 
 
 def _check(speaker: Speaker, requests: Sequence[Request], rows: Mapping[str, Sequence[int]]) -> int:
-    """Load each adapter once, because a fault should not be found after hours of answers. Returns the most keys and
+    """Load each adapter once, so that errors appear before hours of answers. Returns the maximum number of keys and
     values of an answer.
 
     Raises: InputError with all adapters that do not fit the base or have a chat template of their own, and all prompts

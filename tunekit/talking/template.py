@@ -1,4 +1,4 @@
-"""A chat template, with what follows from it: the tokens that end an answer, the form of tool calls."""
+"""A chat template, and properties derived from it: the tokens that end an answer, and the form of tool calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunekit.talking.tools import ToolFormat, find_tool_format, reads_tools
 
 @dataclass
 class ChatTemplate:
-    """A template for one tokenizer. `text`: None if it is the tokenizer's own; `stop_ids`: the tokens that end an
+    """A chat template with its tokenizer. `text`: None if it is the tokenizer's own; `stop_ids`: the tokens that end an
     answer."""
 
     tokenizer: LoadedTokenizer
@@ -24,22 +24,22 @@ class ChatTemplate:
 
     @property
     def reads_tools(self) -> bool:
-        """Whether it writes the definitions of tools."""
+        """Whether the template writes the definitions of tools."""
         return reads_tools(self.text or self.tokenizer.chat_template)
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:
-        """The form of its tool calls."""
+        """The form of the template's tool calls; None if it does not write JSON."""
         return find_tool_format(self.tokenizer, self.text)
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Makes the masks of answers that follow a schema."""
+        """Makes token masks for answers that must follow a schema."""
         return Grammars(self.tokenizer, self.vocabulary_size, self.stop_ids)
 
 
 def make_template(model: LoadedModel, tokenizer: LoadedTokenizer, text: str | None) -> ChatTemplate:
-    """`text`: None for the tokenizer's own template."""
+    """A ChatTemplate for a loaded model. `text`: None for the tokenizer's own template."""
     assert model.text is not None  # make_speaker checked it
     stop_ids = frozenset(find_stop_ids(model, tokenizer, text))
     return ChatTemplate(tokenizer, text, stop_ids, model.text.vocabulary_size)

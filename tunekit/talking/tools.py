@@ -1,4 +1,4 @@
-"""Tool calls in answers, in the form in which the chat template itself writes them."""
+"""Tool calls in answers, in the form in which the chat template itself writes tool calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ARGUMENT_KEYS = ("arguments", "parameters")
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """A tool call is a JSON object between two texts, with the name of the function and its arguments under `key`.
+    """The form of a tool call: a JSON object between `prefix` and `suffix`, with the function's name, and its arguments
+    under `key`.
 
     Without a `prefix`, only an answer that begins with the object is a call.
     """
@@ -40,7 +41,8 @@ class ToolFormat:
         return call | shared
 
     def start(self, text: str) -> int:
-        """The place where tool calls begin, or may begin; the length of the text if it has none."""
+        """The index in the text where tool calls begin, or might begin; the length of the text if it has no tool
+        calls."""
         if not self.prefix:
             return 0 if text.lstrip()[:1] in ("", "{") else len(text)
         if self.prefix in text:
@@ -49,7 +51,8 @@ class ToolFormat:
         return len(text) - next((size for size in sizes if text.endswith(self.prefix[:size])), 0)
 
     def read(self, text: str, tools: Sequence[JsonObject]) -> tuple[JsonObject, ...]:
-        """The calls of a text in the form of OpenAI's API; none if it contains anything else than calls of `tools`."""
+        """The tool calls in a text, in the format of OpenAI's API. None are returned if the text contains anything
+        except calls of `tools`."""
         names, text, calls = [tool_name(tool) for tool in tools], text.strip(), []
         while text:
             try:
@@ -69,7 +72,7 @@ class ToolFormat:
 
 
 def tool_name(tool: JsonObject) -> object:
-    """The name of a function in its definition; None if it has none."""
+    """The name of the function in a tool's definition; None if it has no name."""
     function = tool.get("function")
     return function.get("name") if isinstance(function, dict) else None
 
@@ -80,7 +83,7 @@ def reads_tools(template: str | None) -> bool:
 
 
 def find_tool_format(tokenizer: Tokenizer, template: str | None = None) -> ToolFormat | None:
-    """The form in which the template writes the call of an assistant; None if it does not write JSON."""
+    """The form in which the template writes a tool call of the assistant; None if the template does not write JSON."""
     turn = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     try:
         before = tokenizer.render([QUESTION], add_generation_prompt=True, template=template)
@@ -101,5 +104,5 @@ def find_tool_format(tokenizer: Tokenizer, template: str | None = None) -> ToolF
 
 
 def _answer_text(tokenizer: Tokenizer, text: str) -> str:
-    """A text of the template as an answer shows it: without special tokens."""
+    """A text of the template as it appears in an answer: without special tokens."""
     return tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True).strip()

@@ -1,5 +1,5 @@
-"""Assembles the Run for the training loop from a plan and a loaded base: attaches the adapter, runs the probes,
-restores the checkpoint, and tries the longest batch if the plan requires it."""
+"""Assembles the Run for the training loop from a plan and a loaded base: attaches the adapter, runs the probes, and
+restores the checkpoint. If the plan requires it, the longest batch is tried."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -50,9 +50,9 @@ from tunekit.tuned.network import prepare_network
 def assemble_run(
     session: Session, plan: Plan, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None = None
 ) -> tuple[Plan, Run]:
-    """Assemble the run, and write its plan, with the adapted layers, to the run folder; returns both.
+    """Assemble the run, and write its plan to the run folder. Returns the run, and the plan with the adapted layers.
 
-    Raises: RunFolderError if `checkpoint` belongs to another run; ModelError from the probes.
+    Raises: RunFolderError if `checkpoint` belongs to a different run; ModelError from the probes.
     """
     recipe, devices = session.loaded.recipe, session.devices
     companions, fingerprint = _load_companions(session, prepared, base, checkpoint)
@@ -131,7 +131,8 @@ def _make_model(
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with its initialised adapter and its companions; the cost of a calibration is recorded in the state."""
+    """The base with its initialised adapter and its companions. If the initialisation read data (a calibration), its
+    cost is recorded in the state."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:
@@ -161,7 +162,7 @@ def _make_model(
 
 
 def _begin_companions(session: Session, prepared: RunInputs, model: TunedModel) -> dict[str, str]:
-    """Let companions prepare what all steps need; returns the sha256 of the files that they read, by key."""
+    """Let the companions prepare data that all steps need. Returns the sha256 of each file that they read, by key."""
     run = ModelRun(model, prepared.rows.objective.rows, session.devices.gather, CountProgress(session.console))
     files: dict[str, str] = {}
     with session.timed("data"):
@@ -182,7 +183,8 @@ def _note_changes(session: Session, state: LoopState) -> None:
 
 
 def _settle_reference(prepared: RunInputs, model: TunedModel) -> None:
-    """If the loss compares with the policy at step 0, check that this policy is the base alone, or save its state."""
+    """If the loss compares with the policy at step 0: check that this policy is the base without its adapter, or else
+    save the adapter's state at step 0."""
     objective = prepared.rows.objective
     if needs_reference_state(objective, prepared.adapter):
         model.keep_reference()
@@ -200,7 +202,8 @@ def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
 
 
 def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
-    """Run the longest batches of training and of evaluation once, so that a lack of memory is noticed before step 1."""
+    """Run the longest training batch and the longest evaluation batch once, so that a lack of memory is noticed before
+    step 1."""
     rows = prepared.rows.evaluation
     with session.timed("try"):
         try_longest_batch(run, prepared.largest_batch)

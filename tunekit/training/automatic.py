@@ -1,4 +1,4 @@
-"""The values that `sweep --auto` tries: as many rates, lengths of training and ranks as the time allows."""
+"""The values that `sweep --auto` tries: as many learning rates, lengths of training and ranks as the time allows."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,8 @@ RATE, RANK, EPOCHS, STEPS = "training.learning_rate", "adapter.r", "training.epo
 
 @dataclass(frozen=True)
 class AutomaticChoice:
-    """The values to try, and the predicted seconds of all trials, if the longest are the best."""
+    """The values to try, and the predicted seconds of all trials. The prediction assumes that the longest trials
+    continue after each comparison."""
 
     automatic: Automatic
     trials: int
@@ -28,8 +29,8 @@ class AutomaticChoice:
 
 
 def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice | None:
-    """The most values of lengths, rates and ranks whose trials are predicted to take at most SHARE of `seconds`. The
-    recipe's own values are among them. None if not even two rates fit."""
+    """The largest set of lengths, rates and ranks whose trials are predicted to take at most SHARE of `seconds`. It
+    includes the recipe's own values. None if not even two rates fit."""
     for choice in _choices(recipe, plan, costs):
         if choice.seconds <= SHARE * seconds:
             return choice
@@ -37,7 +38,7 @@ def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> A
 
 
 def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoice]:
-    """All choices: those with the most lengths first, of these the ones with the most rates, and so on."""
+    """All choices, ordered by the number of lengths, then of rates, then of ranks; the largest numbers come first."""
     training, rank = recipe.training, getattr(recipe.adapter, "r", None)
     length, key = (training.max_steps, STEPS) if training.epochs is None else (training.epochs, EPOCHS)
     assert length is not None  # the recipe's checks refuse neither
@@ -64,7 +65,7 @@ def _ranks_fit(plan: Plan, rank: object) -> bool:
 def _parts(
     recipe: Recipe, plan: Plan, costs: Costs, steps: Mapping[float, int], intervals: Mapping[float, int], trials: int
 ) -> dict[str, list[float]]:
-    """The seconds of each trial's parts between the comparisons. Rate and rank change none of them."""
+    """The seconds of each trial between two comparisons. They depend on the length of training, not on rate or rank."""
     parts: dict[str, list[float]] = {}
     for value, count in steps.items():
         often = recipe.training.model_copy(update={"eval_steps": intervals[value]})
@@ -75,8 +76,8 @@ def _parts(
 
 
 def most_that_fit(order: Sequence[str], parts: Mapping[str, Sequence[float]], seconds: float) -> int:
-    """How many of the settings, in the order of their results, continue so that all of their parts still fit into
-    `seconds`: at most half of them, and at least one. `parts`: the seconds of the remaining parts of each setting."""
+    """How many of the settings in `order`, best first, can continue to their end within `seconds`: at most half of
+    them, and at least one. `parts`: the seconds of each setting before each of its next comparisons."""
     for count in range(math.ceil(len(order) / 2), 1, -1):
         if halving_seconds({name: parts[name] for name in order[:count]}) <= seconds:
             return count

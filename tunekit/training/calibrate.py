@@ -61,7 +61,7 @@ def _layer_activations(batch: Batch, inputs: Tensor, gradients: Tensor | None, s
 
 @contextmanager
 def _watching(net: nn.Module, watch: StatisticsCollector, gradients: bool) -> Iterator[None]:
-    """A block with hooks on every observed layer."""
+    """A context manager: hooks on every observed layer collect statistics inside the block."""
     with ExitStack() as hooks:
         for name in watch.statistics:
             module = net.get_submodule(name)
@@ -72,8 +72,8 @@ def _watching(net: nn.Module, watch: StatisticsCollector, gradients: bool) -> It
 
 
 def _begin_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Make the inputs of the first observed layers require a gradient, because a frozen base has no tensor that
-    requires one."""
+    """Make the inputs of the first observed layers require a gradient. Otherwise no tensor of a frozen base would
+    require one."""
     if not torch.is_grad_enabled() or inputs[0].requires_grad:
         return None
     return (inputs[0].detach().requires_grad_(), *inputs[1:])
@@ -92,7 +92,8 @@ def _hook(
 
 
 def first_windows(windows: WindowSource, batches: int) -> Iterator[Window]:
-    """The windows with the first `batches` micro-batches. The last window may be cut short; the run may have fewer."""
+    """The run's first windows, with `batches` micro-batches in total. The last window may be cut short, and a short run
+    may have fewer micro-batches."""
     left = batches
     for window in windows.windows(0):
         if len(window.batches) >= left:
@@ -155,7 +156,7 @@ def _run_forward(model: TunedModel, watch: StatisticsCollector, batches: Sequenc
 def _run_backward(
     model: TunedModel, watch: StatisticsCollector, objective: Objective, windows: Sequence[Window], seed: int
 ) -> None:
-    """The gradient of the mean loss over all these batches, one micro-batch at a time."""
+    """Compute the gradient of the mean loss over all these batches, one micro-batch at a time."""
     engine, batches = WindowEngine(seed), [batch for window in windows for batch in window.batches]
     engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
     units = sum(map(objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))

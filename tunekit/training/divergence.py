@@ -27,8 +27,8 @@ KEEP_BEST = (
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:
-    """Check a step's loss, unless a different metric judges the objective. Also check metrics that should not stay at
-    1."""
+    """Warn if the loss diverges, unless the objective is judged by a different metric. Also warn if a metric stays at 1
+    that should not."""
     if run.shows.headline.name == "loss":
         watch_loss(run, reading, loss)
     watch_stalls(run, reading)
@@ -50,8 +50,8 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
 
 
 def watch_stalls(run: Run, reading: Reading) -> None:
-    """Warn if nothing could be learned in several consecutive steps. A warning about a single step is given once in a
-    run. The result is the same on every rank."""
+    """Warn if nothing could be learned in several consecutive steps. A warning that one step justifies is printed once
+    in a run. The result is the same on every rank."""
     state, metrics = run.state, reading.window.preparation.metrics
     for stall in run.shows.stalled:
         count = state.useless_steps.get(stall.metric, 0) + 1 if metrics.get(stall.metric) == 1.0 else 0
@@ -87,7 +87,7 @@ def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> st
 
 
 def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
-    """The message if this loss is many times the loss of the previous few steps, or None. Losses before these steps are
+    """The message if this loss is many times the loss of the previous few steps, or None. Earlier losses are
     ignored."""
     before = median_low(past[-RECENT:]) if past else 0.0
     if before <= 0 or loss < max(JUMP * before, min(JUMP_FLOOR, JUMP_SHARE * first[0])):
@@ -96,8 +96,8 @@ def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | No
 
 
 def last_jump(losses: Sequence[float]) -> str | None:
-    """The message if the last step of a run is a jump, or None. The exported weights are the weights after this
-    step."""
+    """The message if the loss jumps at the last step of a run, or None. This matters because the exported weights are
+    the weights after this step."""
     why = jump(losses[:1], losses[:-1], losses[-1]) if losses else None
     return None if why is None else f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is {why}"
 

@@ -30,12 +30,13 @@ REPORTED = ("step", "eval", "sources")  # keys of an evaluation's record that th
 
 
 def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
-    """The means of a metric over the first and the last tenth of the steps."""
+    """The mean of a metric over the first tenth of the steps, and over the last tenth."""
     return {f"first_{name}": fmean(values[:tenth]), f"final_{name}": fmean(values[-tenth:])} if values else {}
 
 
 def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
-    """The advice for a bad verdict: how to change the training, and how to get weights from before the last step."""
+    """The advice for a run with a bad verdict: how to change the training, and how to export weights from before the
+    last step."""
     how = "lower training.learning_rate, train for fewer steps, or check the rows"
     if saved_best:
         return how
@@ -53,7 +54,8 @@ def report_facts(
     saved_best: bool,
     start: str,
 ) -> ReportFacts:
-    """All facts for report.json, over all parts of a resumed run. `start`: the name of the model before training."""
+    """All facts for report.json. If the run was resumed, they cover the time before the resume too. `start`: the name
+    of the model before training."""
     records = run.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
     name = shows_of(plan.objective).headline.name

@@ -1,4 +1,4 @@
-"""The folds of a cross-validation: the rows of a recipe's sources, divided into files with equally many rows."""
+"""The folds of a cross-validation: the rows of the recipe's sources are divided into files with equally many rows."""
 
 import json
 from collections import Counter
@@ -35,9 +35,9 @@ class _Row:
 
 
 def write_folds(recipe: Recipe, sweep: SweepSection, folder: Path, resume: bool) -> None:
-    """Write the rows of each source and fold into a file below `folder`. The folds have equally many rows of each
-    source, and of each label if the rows have a field `label`. Equal rows are in one fold, and so are rows with equal
-    values in the column sweep.fold_group. training.seed draws the fold of a group.
+    """Write one file for each source and fold below `folder`. The folds have equally many rows of each source, and of
+    each label if the rows have a field `label`. Identical rows are in one fold, and so are rows with the same value in
+    the column sweep.fold_group. training.seed decides at random which fold a group is in.
 
     Raises: DataError if rows cannot be read or divided; RunFolderError if a resumed sweep had other rows.
     """
@@ -57,14 +57,14 @@ def write_folds(recipe: Recipe, sweep: SweepSection, folder: Path, resume: bool)
 
 
 def fold_notes(recipe: Recipe, sweep: SweepSection) -> list[str]:
-    """What the folds mean for the trials."""
+    """Notes that explain how the trials of a sweep use the folds."""
     kept = "" if sweep.fold_group is None else f", and rows with equal values of {sweep.fold_group} are in one fold"
     evaluation = "" if recipe.data.eval is None else "; data.eval is not used"
     return [f"each trial leaves out one of {sweep.folds} folds, and is evaluated on it{evaluation}{kept}"]
 
 
 def _write(path: Path, text: str, resume: bool) -> None:
-    """Write the file of a fold, unless it has this text already."""
+    """Write the file of a fold, unless the file already contains this text."""
     exists = path.is_file()
     if exists and path.read_bytes() == text.encode():
         return
@@ -75,7 +75,7 @@ def _write(path: Path, text: str, resume: bool) -> None:
 
 
 def _rows(number: int, source: Source, example: str, column: str | None) -> Iterator[_Row]:
-    """The rows of a source. `example`: the kind of examples of the objective. Raises: DataError with the problems of
+    """The rows of a source. `example`: the class of the objective's examples. Raises: DataError with the problems of
     all rows."""
     problems, folder = Problems(), media_folder(source.path)
     files = media_fields(open_rows(source, example, Problems())[2])
@@ -103,8 +103,9 @@ def _digest(*parts: object) -> str:
 
 
 def _fold_of_groups(rows: Iterable[_Row], count: int, seed: int) -> dict[str, int]:
-    """The fold of each group, from 1. The groups of a source and label are dealt out in a drawn order, the largest
-    first, each to the fold with the fewest rows of the source."""
+    """The fold of each group, numbered from 1. For each source and label, groups are assigned from the largest to the
+    smallest, in random order among equal sizes. Each group is assigned to the fold with the fewest rows of its
+    source."""
     sizes, first = Counter[str](), dict[str, _Row]()
     for row in rows:
         sizes[row.group] += 1

@@ -44,7 +44,8 @@ def initialise_adapter(
     resumed: Layout | None,
     companions: Mapping[str, Companion] | None = None,
 ) -> tuple[AttachedAdapter, JsonObject | None]:
-    """Attach the adapter and initialise it; also returns the cost of a pass over the data, if there was one.
+    """Attach the adapter and initialise it. Returns the adapter, and the cost of the pass over the data if there was
+    one.
 
     `resumed`: the layout of the checkpoint that will be restored.
     Raises: RecipeError, DataError or ModelError if the input of an initialisation is missing.
@@ -93,7 +94,8 @@ def with_ranks(settings: AdapterSettings, targets: Sequence[Target], ranks: Mapp
 
 
 def _resumed_rank(target: Target, layout: Layout) -> int | None:
-    """The rank of a layer in a checkpoint, 0 if it is absent; None for layers that no start initialises."""
+    """The rank of a layer in a checkpoint: 0 if the checkpoint does not have this layer; None for layers that no
+    initialisation changes."""
     if target.kind not in ("linear", "conv1d"):
         return None
     shapes = [group[f"{target.name}.lora_B.weight"] for group in layout if f"{target.name}.lora_B.weight" in group]

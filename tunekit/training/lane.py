@@ -1,4 +1,5 @@
-"""The lanes of a sweep: runs of one process that use one loaded base, one after another or together."""
+"""The lanes of a sweep. A lane is one run. All lanes are in one process and share one loaded base; they train one after
+another or together."""
 
 import gc
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ Load = Callable[[Session, Plan, RunInputs], LoadedModel]
 
 @dataclass(frozen=True)
 class BaseKey:
-    """The base of a lane, and where its layers wait."""
+    """The key of a base that lanes can share: the loaded model, and the device or storage where its layers wait."""
 
     section: ModelSection
     streaming: str
@@ -31,7 +32,8 @@ class BaseKey:
 
 @dataclass(eq=False)
 class Lane:
-    """One trial in this process: its session, and its plan until it has ended. `ended`: nothing is left to train."""
+    """One trial in this process: its session, and its plan until the trial has ended. `ended`: nothing is left to
+    train."""
 
     trial: SweepTrial
     session: Session
@@ -54,8 +56,9 @@ class Lane:
 
     @property
     def base_key(self) -> BaseKey | None:
-        """The base that the lane can share with others; None if it needs a base of its own, which it changes, whose
-        layers are compiled for it alone, or whose layers its initialisation or its companions stream as well."""
+        """The key of the base that the lane can share with others. None if the lane needs a base of its own: because
+        the run changes the base, compiles its layers or streams the head; or because it streams layers and
+        `runs_together` is false."""
         if self.plan is None or self.prepared is None:
             return None
         choice, recipe = self.plan.choice, self.trial.loaded.recipe
@@ -67,20 +70,21 @@ class Lane:
 
     @property
     def process_settings(self) -> tuple[int | None, bool]:
-        """The settings of the whole process, which lanes that run together must have in common."""
+        """The settings of the whole process. Lanes that run together must have the same ones."""
         threads = None if self.plan is None else self.plan.choice.threads
         return threads, self.trial.loaded.recipe.training.deterministic
 
     @property
     def runs_together(self) -> bool:
-        """Whether nothing but its steps uses the base: no calibration, no companion."""
+        """Whether only the training steps use the base (no calibration, no companion), and the number of threads is
+        fixed."""
         recipe = self.trial.loaded.recipe
         companions = self.prepared is not None and self.prepared.rows.objective.companions
         return not (recipe.adapter.calibration or companions or recipe.training.threads == "adaptive")
 
 
 class SharedBase:
-    """The base that several lanes use. It is loaded when the first of them needs it."""
+    """The base that several lanes use. It is loaded when the first lane needs it."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -89,13 +93,14 @@ class SharedBase:
         self.versions: TensorVersions | None = None
 
     def use_for(self, lane: Lane) -> None:
-        """Forget the base if this lane needs another one."""
+        """Discard the loaded base if this lane needs a different one."""
         if lane.base_key is None or lane.base_key != self.key:
             self.base = self.versions = None
         self.key = lane.base_key
 
     def load(self, session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
-        """The base as it was loaded, with modules for this lane alone."""
+        """The base; it is loaded again if its weights have changed. A lane that shares the base gets its own module
+        objects over the same weights."""
         if self.base is None or (self.versions is not None and not self.versions.unchanged()):
             self.base = self.versions = None
             gc.collect()
@@ -109,10 +114,10 @@ class SharedBase:
 
 
 def run_lanes(loops: Iterable[LoopSteps], together: Together) -> None:
-    """Start these loops one by one, and then run their windows together, until all have ended.
+    """Start these training loops one by one, then run their windows together until all loops have ended.
 
-    A loop that ends leaves the others as they are. After the error of a loop no further loop is started.
-    Raises: the first error, after the loops that were started have ended.
+    The end of a loop does not affect the others. If a loop raises an error, no further loop is started.
+    Raises: the first error, after all started loops have ended.
     """
     errors: list[TunekitError] = []
     waiting: dict[LoopSteps, WindowRequest] = {}

@@ -33,7 +33,8 @@ def run_loop(run: Run) -> None:
 
 
 def loop_steps(run: Run) -> LoopSteps:
-    """`run_loop`, which yields each window for the caller to run, so that several loops can share their base."""
+    """A generator form of `run_loop`: yields each window for the caller to run, so that several loops can share a
+    base."""
     state, pending = run.state, PendingReadings()
     try:
         yield from _make_steps(run, pending)
@@ -112,14 +113,16 @@ def _settle(run: Run, pending: PendingReadings) -> None:
 
 
 def _pauses(run: Run) -> bool:
-    """Whether the numbers are needed right after this step: for an evaluation, a checkpoint or the end."""
+    """Whether this step's numbers are needed at once, because an evaluation, a checkpoint or the end of the run
+    follows."""
     step, settings = run.state.step, run.training
     last, evaluates = step == run.windows.steps, run.evaluate is not None and step % settings.eval_steps == 0
     return last or evaluates or step % settings.save_steps == 0
 
 
 def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
-    """The step's units (K,) over all ranks, and [tokens, supervised tokens, micro-batches]."""
+    """The number of units in the step (K,), over all ranks, and the numbers of tokens, supervised tokens and
+    micro-batches."""
     batches = window.batches
     counts = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), len(batches)]
     units = sum(map(run.objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
@@ -128,7 +131,8 @@ def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
 
 
 def _clip(run: Run, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unscale the gradients and clip them by their norm; returns loss, norm before clipping, and found_inf, () each."""
+    """Unscale the gradients and clip them by their norm. Returns the loss, the norm before clipping, and found_inf;
+    each has shape ()."""
     if run.state.scale.enabled:
         run.optimizer.scale_gradients(1.0 / run.state.scale.factor)
     norm = run.optimizer.gradient_norm()  # () float32

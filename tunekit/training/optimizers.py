@@ -1,4 +1,5 @@
-"""The optimizer over one flat float32 buffer per parameter group: one norm, one update, one copy to the checkpoint."""
+"""The optimizer, with one flat float32 buffer for each parameter group. So a group needs one norm, one update, and one
+copy to the checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,9 +50,9 @@ class FlatGroup:
 class Optimizer:
     """AdamW, or bitsandbytes' 8-bit and paged variants, over flat groups.
 
-    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. `step` is gated on the device by `found_inf`, so
-    that a non-finite gradient never reaches a weight. Without such a gate (bitsandbytes, Metal) the flag is read
-    first.
+    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. The device skips the update if `found_inf` is 1,
+    so that a non-finite gradient never reaches a weight. Where the device cannot do this (bitsandbytes, Metal), the
+    host reads `found_inf` before the update.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class Optimizer:
         return self.name == "adamw" and kind_of(self.groups[0].data.device).gates
 
     def update_blocks(self, device: torch.device) -> list[int]:
-        """The bytes of each temporary tensor of one update, for the largest group. They all exist at the same time.
+        """The bytes of each temporary tensor of one update, for the largest group. All these tensors exist at the same
+        time.
 
         The fused AdamW and bitsandbytes' CUDA kernels have no temporary tensors. On a CPU bitsandbytes computes in
         whole float32 tensors: gradient, root and denominator (with 8-bit states also both moments). Source:
@@ -162,13 +164,13 @@ class Optimizer:
 
 
 def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:
-    """The optimizer over the groups that the adapter's method names."""
+    """The optimizer over the parameter groups that the adapter's method defines."""
     return Optimizer(settings, [ParameterGroup(*group) for group in adapter.groups(settings)], adapter.trained())
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The native optimizer. bitsandbytes' state is allocated now, because an allocation in the first step would repeat
-    a warning that plan has given (no paging on a CPU)."""
+    """Make the native optimizer. bitsandbytes' state is allocated now: if the first step allocated it, bitsandbytes
+    would repeat a warning of plan (no paging on a CPU)."""
     if name == "adamw":
         return torch.optim.AdamW(options, fused=True)
     from tunekit.model.quantized.codec import import_bitsandbytes

@@ -1,4 +1,4 @@
-"""Watches whether a run on a CPU gets the processors that it computes on. States once if it does not, and lowers the
+"""Checks whether a run on a CPU gets as many processors as it has threads. If not, prints this once, and lowers the
 number of threads of an adaptive run."""
 
 import math
@@ -21,8 +21,8 @@ MARK = "CPU seconds in"  # in every statement about the pace
 
 @contextmanager
 def measured(run: Run) -> Iterator[None]:
-    """A block with the computation of a step, whose times are added to the run's window. The preparation of a step is
-    not included: it may wait for other processes, such as those of a reward."""
+    """A context manager around the computation of a step; it adds the step's times to the run's window. The preparation
+    of a step is excluded, because it may wait for other processes, such as those of a reward."""
     start = cpu_times()
     yield
     if run.computes_on_cpu:
@@ -30,8 +30,8 @@ def measured(run: Run) -> Iterator[None]:
 
 
 def watch_pace(run: Run, step: int) -> None:
-    """At the end of a window of steps, state once that threads lacked processors. An adaptive run has fewer threads
-    from the next step on, equally many on every rank."""
+    """At the end of a window of steps, print once that threads lacked processors. An adaptive run then continues with
+    fewer threads, the same number on every rank."""
     threads, adaptive = torch.get_num_threads(), run.adapts_threads
     times, missing = sum(run.pace, CpuTimes()), 0
     if times.wall >= WINDOW_SECONDS and len(run.pace) >= WINDOW_STEPS:
@@ -49,7 +49,7 @@ def watch_pace(run: Run, step: int) -> None:
 
 
 def _statement(times: CpuTimes, threads: int, fewer: int) -> tuple[str, str]:
-    """What happened, with its cause, and what to do."""
+    """A warning that states the lack of processors, its cause, and what to do."""
     why = f"{threads_text(threads)} computed for {times.process:.0f} {MARK} {times.wall:.0f} seconds"
     quota = cpu_quota()
     allowed = processors() if quota is None else min(processors(), math.ceil(quota))
@@ -65,10 +65,10 @@ def threads_text(count: int) -> str:
 
 
 def missing_processors(times: CpuTimes, threads: int) -> int:
-    """How many of the threads had no processor, on average over a window of steps; 0 if the run is not behind.
+    """The average number of threads without a processor in a window of steps; 0 if the run is not slowed down.
 
-    All threads wait at the end of each product for the slowest. So the main thread's CPU time shows the loss, while
-    the CPU time of all threads is low in every run whose products are small.
+    All threads wait for the slowest one at the end of each product. So the main thread's CPU time shows the loss. The
+    CPU time of all threads does not: it is low in every run with small products.
     """
     lost = times.wall - times.main
     if lost <= (1 - BEHIND) * times.wall:

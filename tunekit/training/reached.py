@@ -15,10 +15,11 @@ SHOWN = 4
 
 @contextmanager
 def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = True) -> Iterator[None]:
-    """A block whose backward passes must give every trained tensor a gradient, even if it is 0, on at least one rank.
+    """A context manager: the backward passes inside must give every trained tensor a gradient, even if it is 0, on at
+    least one rank.
 
-    In a layer with experts, one expert with a gradient is enough, because no token may be routed to the others. A
-    trained base is not checked: it may contain tensors that its code never reads.
+    In a layer with experts, a gradient for one expert is enough, because the other experts may get no tokens. A trained
+    base is not checked: it may contain tensors that its code never reads.
     Raises: AdapterError with the names of tensors without a gradient.
     """
     if not watched or adapter.settings.trains_base:
@@ -53,8 +54,8 @@ def _unreached(names: list[str]) -> AdapterError:
 
 
 def _kind(name: str) -> str:
-    """The name without its numbers, except the first one. The first one is the layer's number; the others are numbers
-    of experts."""
+    """The tensor's name without its numbers, except the first number. The first number is the layer's; later ones are
+    the experts'."""
     pieces = name.split(".")
     first = next((place for place, piece in enumerate(pieces) if piece.isdigit()), 0)
     return ".".join(piece for place, piece in enumerate(pieces) if place <= first or not piece.isdigit())

@@ -1,4 +1,5 @@
-"""Reads a step's loss and gradient norm from the device, one step later if waiting would cost time, and checks them."""
+"""Copies a step's loss and gradient norm from the device to the host, and checks them. If waiting for the device would
+cost time, they are read one step later."""
 
 import math
 import time
@@ -17,7 +18,7 @@ from tunekit.records import StepRecord
 
 @dataclass
 class Reading:
-    """The numbers of a step, which are copied to the host. `counts`: tokens, supervised tokens, micro-batches."""
+    """The numbers of a step, on their way to the host. `counts`: tokens, supervised tokens, micro-batches."""
 
     step: int
     window: Window
@@ -31,8 +32,8 @@ class Reading:
     rate: float = 0.0
 
     def has_arrived(self) -> bool:
-        """Whether the copy of the numbers is finished. If it is, the host is slower than the device, and the step's
-        time is measured on the host."""
+        """Whether the copy of the numbers is finished. If so, the host is slower than the device, and the host measures
+        the step's time."""
         return self.copied is None or bool(self.copied.query())
 
     def read(self) -> tuple[float, float]:
@@ -66,7 +67,7 @@ class Reading:
         )
 
     def spent(self, seconds: float) -> dict[str, float]:
-        """The seconds of the step, divided among the parts of the report's times."""
+        """The seconds of the step, divided among the categories of time in the report."""
         parts = self.window.preparation.seconds
         return {"train": seconds - sum(parts.values()), **parts}
 
@@ -79,8 +80,8 @@ class PendingReadings:
     settled: float = 0.0
 
     def read(self, reading: Reading) -> tuple[float, float, float]:
-        """Loss, norm and seconds of a step, after waiting. The step may have started before the previous step was
-        read."""
+        """Wait for a step's numbers; returns loss, norm and seconds. The step may have started before the previous
+        step's numbers were read."""
         before, arrived = max(reading.started, self.settled), reading.has_arrived()
         loss, norm = reading.read()
         self.settled = reading.sent if arrived else time.monotonic()
@@ -88,8 +89,8 @@ class PendingReadings:
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> Tensors:
-    """The logged values of a step by name, () each: means over the units of all ranks. `sums`: the sums of this
-    rank."""
+    """The logged values of a step by name, each of shape (): means over the units of all ranks. `sums`: the sums of
+    this rank."""
     if not names:
         return {}
     absent = torch.zeros((), dtype=summing_dtype(devices.device), device=devices.device)
@@ -117,7 +118,8 @@ def start_reading(
 
 
 def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
-    """Check that the numbers are finite. With `may_overflow` (float16) a non-finite norm is left to the loss scale.
+    """Check that the numbers are finite. With `may_overflow` (float16) a non-finite norm is no error, because the loss
+    scale handles it.
 
     Raises: NumericsError, naming the step and its rows.
     """
@@ -133,5 +135,5 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
 
 
 def rows_text(batches: Sequence[Batch], devices: Devices) -> str:
-    """The origins of all ranks' rows, up to eight of them."""
+    """The files and lines of the step's rows on all ranks; at most eight rows."""
     return listed(devices.gather([row.origin for batch in batches for row in batch.rows]), 8)

@@ -1,5 +1,5 @@
-"""Reads and writes the files of a run folder, except the exported adapter: status, plan, environment, records and
-checkpoints."""
+"""Reads and writes the files of a run folder: status, plan, environment, records and checkpoints. The exported adapter
+is written elsewhere."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +35,8 @@ OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained 
 
 @contextmanager
 def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Lock the run folder inside the block, and write to status.json how a failed run ended."""
+    """A context manager: the run folder is locked inside the block. If the block fails, the reason is written to
+    status.json."""
     if overwrite:
         _refuse_inputs_inside(session, path)
     open_new = partial(RunFolder.open_new, overwrite=overwrite)
@@ -82,7 +83,8 @@ def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None
 
 
 def newest_checkpoint(session: Session) -> Checkpoint | None:
-    """The newest complete checkpoint. The thread count of its run is set, because the order of sums depends on it."""
+    """The newest complete checkpoint. Also sets this process to the thread count of the checkpoint's run, because the
+    order of sums depends on it."""
     checkpoint = session.from_folder(load_newest)
     if checkpoint is not None:
         torch.set_num_threads(int(checkpoint.facts["threads"]))
@@ -103,13 +105,13 @@ def is_run_finished(session: Session) -> bool:
 
 
 def previous_choice(session: Session) -> Choice | None:
-    """The choices in the plan of the run in this folder. A resume makes the same micro-batches, even if a different
-    amount of memory is free."""
+    """The Choice in the plan of the run in this folder. A resumed run uses it to make the same micro-batches, even if a
+    different amount of memory is free."""
     return session.from_folder(lambda folder: choice_in(folder.path))
 
 
 def choice_in(path: Path) -> Choice | None:
-    """The choices in the plan of a run folder; None if it has no plan."""
+    """The Choice in the plan of a run folder; None without a plan."""
     plan = read_json(path / "plan.json")
     choice = plan.get("choice") if isinstance(plan, dict) else None
     return None if choice is None else Choice(**choice)
@@ -118,7 +120,7 @@ def choice_in(path: Path) -> Choice | None:
 def check_fingerprint(
     session: Session, data: str, base: str | None, checkpoint: Checkpoint | None, code: Mapping[str, str]
 ) -> JsonObject:
-    """The fingerprint of this run, which a checkpoint must match; `checkpoint`: the checkpoint that is resumed.
+    """The fingerprint of this run. It must equal the fingerprint of `checkpoint`, the checkpoint that is resumed.
 
     Raises: RunFolderError with each difference from the run in this folder: recipe, data, base or version.
     """
@@ -179,15 +181,16 @@ def _protected(session: Session, best_step: int | None) -> set[int]:
 
 
 def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
-    """The fingerprint of a run in this folder without a checkpoint."""
+    """The fingerprint of the run in this folder, if it has no checkpoint."""
     environment = folder.read_json("environment.json") if (folder.path / "plan.json").exists() else None
     return None if environment is None else environment.get("fingerprint")
 
 
 def announce_run(session: Session, plan: Plan, prepared: RunInputs) -> None:
     """Write the status "running" to the run folder.
-    Raises: ResourceError if the disk is too small for the adapter and the checkpoints, including one that is being
-    saved.
+
+    Raises: ResourceError if the disk is too small for the adapter and the checkpoints. While a checkpoint is saved,
+    there is one more than training.keep_checkpoints.
     """
     if session.folder is not None:
         session.folder.status(None, "running")
@@ -211,7 +214,7 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject)
 
 
 def make_trackers(session: Session, step: int) -> Trackers:
-    """The recipe's experiment trackers, from this step on. Ranks other than the main rank have no trackers."""
+    """Make the recipe's experiment trackers, which record from this step on. Only the main rank has trackers."""
     recipe = session.loaded.recipe
     names = recipe.output.report_to if session.folder is not None else ()
     path = Path(recipe.output.dir)

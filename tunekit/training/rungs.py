@@ -1,4 +1,4 @@
-"""The comparisons of halving among the lanes of a sweep: when they are, and which lanes they end."""
+"""The comparisons of a sweep with successive halving: at which steps they are, and which lanes (trials) they end."""
 
 import math
 import time
@@ -22,14 +22,14 @@ RUNGS_NAME = "rungs.json"
 
 @dataclass
 class Limits:
-    """The time of `--auto`, and the costs that were measured to choose its values."""
+    """The time limit of `--auto`, and the costs that were measured to choose its values."""
 
     deadline: float  # of time.monotonic
     costs: Costs | None = None
 
 
 def earlier_rungs(folder: Path, lanes: Sequence[Lane]) -> list[list[str]]:
-    """The settings that earlier comparisons ended, for each comparison. Their lanes have ended.
+    """The settings that each earlier comparison ended. Marks the lanes of these settings as ended.
 
     Raises: RunFolderError if other trials were compared.
     """
@@ -51,8 +51,8 @@ def setting_names(lanes: Sequence[Lane]) -> list[str]:
 
 
 def most_settings(limits: Limits | None, results: SweepResults, lanes: Sequence[Lane], left: int) -> int | None:
-    """How many settings `--auto` continues after a comparison: at most half, and no more than its time allows. `left`:
-    the number of comparisons, this one included."""
+    """How many settings `--auto` continues after a comparison: at most half of them, and only as many as can end in
+    time. None without --auto. `left`: the number of remaining comparisons, this one included."""
     if limits is None:
         return None
     order = [setting.name for setting in results.settings if setting.numbers]
@@ -67,7 +67,7 @@ def most_settings(limits: Limits | None, results: SweepResults, lanes: Sequence[
 
 
 def rung_of(lane: Lane, left: int) -> int | None:
-    """The step of a lane's next comparison; None for the end of its run."""
+    """The step of a lane's next comparison; None if no comparison is left before the end of its run."""
     if lane.plan is None or lane.prepared is None:
         return None
     every = lane.trial.loaded.recipe.training.eval_steps
@@ -77,7 +77,7 @@ def rung_of(lane: Lane, left: int) -> int | None:
 
 
 def end_paused(lanes: Sequence[Lane]) -> None:
-    """End lanes that have paused."""
+    """Mark these paused lanes (trials) as ended by halving."""
     for lane in lanes:
         if not lane.ended:
             step = max(step for step, _ in list_checkpoints(lane.path / "checkpoints"))

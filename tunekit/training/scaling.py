@@ -13,7 +13,8 @@ GROWTH_INTERVAL_STEPS = 2000
 
 @dataclass
 class LossScale:
-    """`scale` is a power of two, so scaling and unscaling are exact; `factor` is 1 where `enabled` is false."""
+    """The loss scale. `scale` is a power of two, so scaling and unscaling are exact. `factor` is 1 if `enabled` is
+    false."""
 
     enabled: bool = False
     scale: float = INITIAL_SCALE

@@ -1,4 +1,5 @@
-"""Learning-rate schedules: number of updates -> multiplier of the learning rate, with transformers' conventions."""
+"""Learning-rate schedules: functions from the number of an update to a multiplier of the learning rate. They follow
+transformers' conventions."""
 
 import math
 from typing import Any
@@ -67,7 +68,7 @@ def _cosine(turns: float) -> float:
 
 
 def _above(minimum: float, factor: float) -> float:
-    """`factor` in 0 .. 1, rescaled to minimum .. 1."""
+    """A `factor` from 0 to 1, rescaled to the range from `minimum` to 1."""
     return minimum + (1.0 - minimum) * factor
 
 

@@ -40,7 +40,7 @@ class Session:
     baseline_bytes: int = 0  # memory of the process with libraries imported, before the base was loaded
 
     def timed(self, part: str) -> AbstractContextManager[None]:
-        """A block whose time is added to `part` of the report's seconds."""
+        """A context manager that adds the time of its block to `part` of the report's seconds."""
         return timed(self.seconds, part)
 
     def stop_signal(self, step: int) -> int:
@@ -48,11 +48,12 @@ class Session:
         return self.signals.requested or (SIGTERM if step == self.last_step else 0)
 
     def in_folder(self, use: Callable[[RunFolder], Result]) -> Result | None:
-        """The result of `use` on the main rank, if there is a run folder; an error is raised on every rank."""
+        """The result of `use` on the main rank, if there is a run folder. An error on the main rank is raised on every
+        rank."""
         return self.devices.on_main(lambda: None if self.folder is None else use(self.folder))
 
     def from_folder(self, read: Callable[[RunFolder], Result]) -> Result | None:
-        """The result of `read` on the main rank, the same on every rank."""
+        """The result of `read`, which only the main rank calls and all ranks get."""
         return self.devices.from_main(self.in_folder(read))
 
     def out_of_memory(self) -> ResourceError:
@@ -81,8 +82,8 @@ class Session:
         )
 
     def peak_bytes(self) -> int:
-        """The peak of memory so far, which plan's prediction is compared with. On a device with its own memory it is
-        the allocated memory, or Metal's reserved memory. On a CPU it is the growth of the process since before the base
+        """The peak of memory so far, to compare it with plan's prediction. On a device with its own memory it is the
+        allocated memory; on Metal, the reserved memory. On a CPU it is the growth of the process since before the base
         was loaded."""
         peaks = device_peaks(self.devices.device)
         return peaks.allocated or peaks.reserved or max(0, peak_host_bytes() - self.baseline_bytes)

@@ -25,7 +25,7 @@ from tunekit.tuned.model import ModelRun, TunedModel
 
 @dataclass
 class LoopState:
-    """The progress of a run; plain values, so that a checkpoint can contain them all."""
+    """The progress of a run. All its values are plain, so that a checkpoint can contain them."""
 
     scale: LossScale = field(default_factory=LossScale)
     step: int = 0  # optimizer steps, including skipped ones
@@ -49,8 +49,8 @@ class LoopState:
     split_tokens: int | None = None  # micro-batches with this many padded tokens or more are split
 
     def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far. The evaluation before training is only a reference. Also decides
-        early stopping."""
+        """Whether an evaluation is the best so far; also decides early stopping. The evaluation before training is only
+        a reference."""
         if not self.step or (settings.best is None and settings.patience is None):
             return False
         watched = (settings.best or "eval.loss").removeprefix("eval.")
@@ -109,7 +109,7 @@ class Run:
         return self.model.adapter
 
     def view(self) -> ModelRun:
-        """The run's view for its objective and companions."""
+        """The run as objective and companions see it."""
         return ModelRun(self.model, self.objective.rows, self.devices.gather)
 
     @property

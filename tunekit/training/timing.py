@@ -1,4 +1,4 @@
-"""Prediction of the time of a sweep's trials, from a few measured steps and evaluation batches of one of them."""
+"""Prediction of the time of a sweep's trials, from a few measured steps and evaluation batches of one trial."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not cou
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds: to load the base; to prepare a run over it; of a training token; of an evaluation, without
-    generated answers."""
+    """Measured seconds: to load the base, to prepare a run with the loaded base, for a token in training, and for an
+    evaluation without generated answers."""
 
     load: float
     prepare: float
@@ -36,14 +36,15 @@ class Costs:
     evaluation: float
 
     def of_steps(self, plan: Plan, recipe: Recipe, first: int, last: int) -> float:
-        """Seconds of the steps from `first` to `last` with their evaluations, the one before step 1 included."""
+        """Seconds of the steps from `first` to `last` and of their evaluations, including the evaluation before step
+        1."""
         evaluations = last // recipe.training.eval_steps - first // recipe.training.eval_steps
         evaluations += last == plan.steps and bool(last % recipe.training.eval_steps)
         evaluations += first == 0 and recipe.evaluation.before_training
         return (last - first) * step_tokens(plan) * self.token + evaluations * self.evaluation
 
     def of_parts(self, plan: Plan, recipe: Recipe, ends: Sequence[int]) -> list[float]:
-        """Seconds of each part of a run that pauses at the steps `ends`, and is prepared again for each part."""
+        """Seconds of each part of a run that pauses at the steps `ends`. The run is prepared again after each pause."""
         borders = [0, *ends, plan.steps]
         return [
             self.prepare + self.of_steps(plan, recipe, first, last) if last > first else 0.0
@@ -51,7 +52,7 @@ class Costs:
         ]
 
     def of_run(self, plan: Plan, recipe: Recipe) -> float:
-        """Seconds of a whole run over the loaded base."""
+        """Seconds of a whole run with a base that is already loaded."""
         return self.prepare + self.of_steps(plan, recipe, 0, plan.steps)
 
 
@@ -89,7 +90,7 @@ def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load)
 
 
 def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: Run) -> float:
-    """Seconds of a whole evaluation, by some of its batches; answers are not generated."""
+    """Seconds of a whole evaluation, estimated from some of its batches; answers are not generated."""
     rows, counts = prepared.rows.evaluation, plan.rows.evaluation
     if rows is None or counts is None:
         return 0.0
@@ -102,8 +103,9 @@ def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: 
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """The predicted seconds of the trials that share the measured trial's base, and those of a `tunekit train` for
-    each. `start`: seconds in which this process started Python with its libraries."""
+    """The predicted seconds of the trials in one sweep, and of the same trials with one `tunekit train` each. Only
+    trials with the base of the measured trial count. `start`: seconds in which this process started Python and loaded
+    libraries."""
 
     costs: Costs
     measured: str  # the name of the measured trial
@@ -113,7 +115,7 @@ class TimeForecast:
     gain: float = 1.0  # separate steps as a multiple of steps together, roughly estimated
 
     def lines(self) -> list[str]:
-        """The prediction in words, and what is gained."""
+        """The prediction in words, and how much time the sweep saves."""
         count, one = len(self.trials), max(self.trials.values())
         separate = sum(self.trials.values())
         total = (separate if self.halved is None else self.halved) / self.gain
@@ -136,8 +138,8 @@ def forecast(
     ends: Sequence[Mapping[str, int | None]],
     gain: float,
 ) -> TimeForecast:
-    """The prediction for lanes that are planned. `ends`: for each comparison of halving, the step of each trial;
-    `gain`: of running together."""
+    """The prediction for planned lanes. `ends`: the step of each trial at each comparison of halving. `gain`: the time
+    of separate steps as a multiple of the time of steps together."""
     planned = [(lane.trial.name, lane.plan, lane.trial.loaded.recipe) for lane in lanes if lane.plan is not None]
     trials = {name: costs.of_run(plan, recipe) for name, plan, recipe in planned}
     halved = None

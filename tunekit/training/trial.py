@@ -1,4 +1,4 @@
-"""Checks before step 1 (probes, the longest batch), and the reactions to a batch that is too large."""
+"""Checks before step 1 (probes, the longest batch), and the reactions to a batch that does not fit into memory."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,8 +18,8 @@ BEFORE_TRAINING = -1  # the step of a dry-run window
 
 
 def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> RunInputs:
-    """Check with ids of the run whether packed rows attend to each other. Returns `prepared`, with padded rows if they
-    do and the recipe does not ask for packing.
+    """Check, on token ids of the run, whether rows that are packed together attend to each other. If they do and the
+    recipe does not ask for packing, `prepared` is returned with padded rows.
 
     Raises: ModelError if they do and the recipe asks for packing.
     """
@@ -42,9 +42,10 @@ def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state
 
 
 def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:
-    """Check that the base with its adapter bypassed is the model at step 0, with which the objective compares.
+    """Check that the base with its adapter bypassed equals the model at step 0, because the objective compares with
+    that model.
 
-    Raises: ModelError if the base is not that model.
+    Raises: ModelError if they differ.
     """
     moved = bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
@@ -54,7 +55,7 @@ def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> No
 
 
 def probe_logprobs(model: TunedModel, batch: Batch) -> None:
-    """Compare our log-probabilities with log-probabilities from the model's own logits, on ids of the batch.
+    """Compare our log-probabilities with those computed from the model's own logits, on token ids of the batch.
 
     Raises: ModelError if they differ.
     """
@@ -68,8 +69,8 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
 
 
 def make_splitting(session: Session, state: LoopState) -> Splitting:
-    """The reaction to a micro-batch that runs out of memory: it is reported at once, and saved for the report and a
-    resume."""
+    """The reaction to a micro-batch that runs out of memory: the split is printed at once, and saved for the report and
+    for a resume."""
 
     def react(reaction: Reaction) -> None:
         state.reactions.append(asdict(reaction))

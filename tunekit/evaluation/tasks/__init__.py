@@ -1,1 +1,2 @@
-"""Tasks of EleutherAI's lm-eval (the extra `tunekit[evals]`), computed by our own model. The only door of lm_eval."""
+"""Tasks of EleutherAI's lm-eval (the extra `tunekit[evals]`), computed by our own model. Only this package imports
+lm_eval."""

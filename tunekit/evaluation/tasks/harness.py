@@ -1,4 +1,5 @@
-"""A loaded model as a model of lm-eval: log-probabilities of continuations, of whole texts, and generated answers."""
+"""Makes a loaded model usable by lm-eval: log-probabilities of continuations and of whole texts, and generated
+answers."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ SAMPLING_NAMES = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTH
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
-    """A causal language model with its adapter. Requests and results are those of lm-eval's own class HFLM."""
+    """A causal language model with its adapter. Requests and results are the same as in lm-eval's own class HFLM."""
 
     backend = "causal"
 
@@ -45,7 +46,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         progress: Progress = no_progress,
         template: str | None = None,
     ) -> None:
-        """`template`: a chat template in place of the tokenizer's own."""
+        """Wrap a loaded model. `template`: a chat template that replaces the tokenizer's own."""
         super().__init__()
         self.model, self.text, self.objective, self.devices = model, tokenizer, objective, devices
         self.batch_size, self.progress = batch_size, progress
@@ -75,7 +76,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return int(next(iter(lengths), stated if stated < UNLIMITED else LONGEST)) - self.model.virtual_tokens
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """The ids of a text. By default with the special tokens that the tokenizer adds, unless the text has them."""
+        """The token ids of a text. By default, the tokenizer's special tokens are added, unless the text already has
+        them."""
         bos = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and string.startswith(bos):
             add_special_tokens = False
@@ -140,7 +142,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each request, up to its first stop text."""
+        """The answer to each request, up to the first stop text in the answer."""
         groups = defaultdict[str, list[int]](list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append(number)
@@ -152,7 +154,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return [answers[number] for number in range(len(requests))]
 
     def _answers(self, texts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-        """The answers with these settings of lm-eval. Raises: InputError for a setting that has no effect here."""
+        """The answers to requests that have the same settings of lm-eval. Raises: InputError for a setting that has no
+        effect here."""
         unknown = sorted(set(settings) - SAMPLING_NAMES)
         if unknown:
             raise InputError(f"a task asks for {', '.join(unknown)} in its generation_kwargs", "remove it in the task")
@@ -183,7 +186,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def sampling_of(settings: Mapping[str, Any]) -> Sampling:
-    """The sampling that a task states; greedy by default."""
+    """The sampling settings that a task states; greedy by default."""
     temperature = float(settings.get("temperature") or 0.0)
     if not settings.get("do_sample", temperature > 0):
         return GREEDY
@@ -202,7 +205,7 @@ class _StopTexts:
         return any(stop in text for stop in self.texts)
 
     def cut(self, text: str) -> str:
-        """The text before its first stop text."""
+        """The part of the text before the first stop text."""
         for stop in self.texts:
             text = text.split(stop)[0]
         return text

@@ -17,14 +17,14 @@ from tunekit.tuned.model import TunedModel
 
 @dataclass(frozen=True)
 class TaskResults:
-    """The scores of a model; `before`: those of its base, if they were measured."""
+    """The scores of a model on tasks. `before`: the scores of its base, if they were measured."""
 
     scores: Sequence[TaskScore]
     before: Sequence[TaskScore] = ()
 
     @property
     def differences(self) -> list[TaskDifference]:
-        """The changes by tuning."""
+        """The changes of the scores by tuning."""
         return task_differences(self.before, self.scores)
 
     def values(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def measure_tasks(
     progress: Progress = no_progress,
 ) -> TaskResults:
     """The scores of the model. `compares`: also measure its base, with the adapter bypassed. `template`: a chat
-    template in place of the tokenizer's own."""
+    template that replaces the tokenizer's own."""
     before: Sequence[TaskScore] = ()
     if compares:
         with calling(replace(current_call(), bypassed=True)):

@@ -38,7 +38,7 @@ NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
 @dataclass(frozen=True)
 class TaskScore:
     """A metric of a task. `documents`: a number for each document, with `value` as their mean; empty for metrics that
-    are no function of means."""
+    are not functions of means."""
 
     task: str
     metric: str
@@ -51,7 +51,8 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskDifference:
-    """A metric after tuning less the metric before, over the same documents; `low` to `high` is a 95 % interval."""
+    """The change of a metric by tuning, over the same documents: after minus before. `low` to `high` is a 95 %
+    interval."""
 
     task: str
     metric: str
@@ -86,11 +87,11 @@ def run_tasks(
     progress: Progress = no_progress,
     template: str | None = None,
 ) -> list[TaskScore]:
-    """The scores of the tasks in `settings`. `objective`: one whose rows are texts. `template`: a chat template in
-    place of the tokenizer's own.
+    """The scores of the tasks in `settings`. `objective`: an objective whose rows are texts. `template`: a chat
+    template that replaces the tokenizer's own.
 
     Raises: InputError for an unknown task, or if lm-eval is not installed; ModelError for a model that is not causal,
-    or without a chat template that the settings request.
+    or for a missing chat template that the settings request.
     """
     require_harness()
     family = model.base.family
@@ -119,7 +120,7 @@ def run_tasks(
 
 
 def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
-    """lm-eval's list of tasks. `tokenizer`: a folder, for tasks that generate texts of a stated length."""
+    """lm-eval's task manager. `tokenizer`: a folder, for tasks that generate texts of a stated length."""
     from lm_eval.tasks import TaskManager
 
     metadata: dict[str, Any] = {"tokenizer": tokenizer}
@@ -129,7 +130,7 @@ def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
 
 
 def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
-    """A task for lm-eval: a name that it knows, or the content of a YAML file.
+    """A task in the form that lm-eval accepts: a name that it knows, or the content of a YAML file.
 
     Raises: InputError for an unknown name, a missing file, or the file of a group.
     """
@@ -153,7 +154,7 @@ def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
 
 
 def _near(files: object, folder: Path) -> object:
-    """Data files with paths relative to the task's file, if they exist there."""
+    """The paths of a task's data files. A relative path starts at the task's folder if the file exists there."""
     if isinstance(files, Mapping):
         return {name: _near(value, folder) for name, value in files.items()}
     if isinstance(files, str):
@@ -195,11 +196,11 @@ def _group_samples(results: Mapping[str, Any], name: str) -> Iterator[Any]:
 
 
 def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:
-    """One number for each document, with `value` as their mean; nothing if the metric is of another kind.
+    """One number for each document, with `value` as their mean; nothing if the metric is not a function of means.
 
-    A perplexity is a function of means over documents: of log-probabilities x, or of pairs of x and a number of words
-    or bytes n. Its numbers are the first-order change of the metric by each document (the delta method):
-    e^-mean(x) (1 - x + mean(x)), and with the rate r = sum(x) / sum(n): e^-r (1 - (x - r n) / mean(n)).
+    A perplexity is a function of means over documents. It uses log-probabilities x, or pairs of x and a number of words
+    or bytes n. Its numbers are the first-order change of the metric by each document (the delta method): e^-mean(x) (1
+    - x + mean(x)), and with the rate r = sum(x) / sum(n): e^-r (1 - (x - r n) / mean(n)).
     """
     entries = [tuple(each) if isinstance(each, tuple | list) else (each,) for each in documents]
     if len({len(each) for each in entries}) != 1 or not all(
@@ -214,13 +215,14 @@ def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:
 
 
 def _means(values: FloatArray) -> Iterator[FloatArray]:
-    """The numbers of a mean, and of the perplexity of a mean. Shapes: (documents,) -> (documents,)."""
+    """The number of each document for a mean, or for the perplexity of a mean. Shapes: (documents,) -> (documents,)."""
     yield values
     yield np.exp(-values.mean()) * (1 - values + values.mean())
 
 
 def _rates(pairs: FloatArray) -> Iterator[FloatArray]:
-    """The numbers of a perplexity by word or byte, and of its bits. Shapes: (documents, 2) -> (documents,)."""
+    """The number of each document for a perplexity by word or byte, or for its bits. Shapes: (documents, 2) ->
+    (documents,)."""
     rate = pairs[:, 0].sum() / pairs[:, 1].sum()
     changes = (pairs[:, 0] - rate * pairs[:, 1]) / pairs[:, 1].mean()
     yield np.exp(-rate) * (1 - changes)
@@ -228,7 +230,7 @@ def _rates(pairs: FloatArray) -> Iterator[FloatArray]:
 
 
 def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> list[TaskDifference]:
-    """The change of each metric with numbers of documents, with an interval of the paired differences."""
+    """The change of each metric that has a number for each document, with an interval from the paired differences."""
     earlier = {(score.task, score.metric): score for score in before}
     results = []
     for score in after:
@@ -248,7 +250,7 @@ def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) ->
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A block without lm-eval's notices and progress bars, and without git's message outside a repository."""
+    """A context manager that hides lm-eval's notices and progress bars, and git's message outside a repository."""
     from lm_eval import evaluator
 
     logger = logging.getLogger("lm_eval")

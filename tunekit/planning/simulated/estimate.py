@@ -1,4 +1,5 @@
-"""The peak of a run, from simulated live bytes, the loading of the base, and the overhead of the device."""
+"""The peak memory of a run, computed from simulated live bytes, the loading of the base, and the overhead of the
+device."""
 
 import torch
 
@@ -27,10 +28,10 @@ def peak_bytes(
     cache_bytes: int = 0,
     load_bytes: int = 0,
 ) -> PeakBytes:
-    """The peak of the run. Its parts are the live bytes at the highest moment of a step, an evaluation or sampling.
+    """The peak of the run. It is divided into parts at the highest moment of a step, an evaluation or sampling.
 
     `dtype`: the dtype of the computation. `cache_bytes`: keys and values of generated answers, added to an evaluation.
-    `load_bytes`: the peak of host memory during the loading of the base.
+    `load_bytes`: the peak of host memory while the base is loaded.
     """
     evaluated = 0 if evaluation is None else evaluation.total
     highest = max((each for each in (step, evaluation, sampling) if each is not None), key=lambda each: each.total)

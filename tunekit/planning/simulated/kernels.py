@@ -1,4 +1,4 @@
-"""Attention and grouped products on the meta device, with the kernels that the real device would use."""
+"""Attention and grouped matrix products on the meta device, with the kernels that the real device would use."""
 
 import os
 import re
@@ -27,7 +27,8 @@ THREADS = 2
 
 @contextmanager
 def kernels_as_on(device: torch.device) -> Iterator[None]:
-    """Inside the block, the meta device uses `device`'s kernels for attention and for grouped products (experts).
+    """A context manager: inside the block, the meta device uses `device`'s kernels for attention and for grouped
+    products (the matrix products of experts).
 
     Without this, torch would use the attention that stores all scores, and grouped products only in bfloat16. torch's
     functions are replaced globally, because a torch function mode is not active in recomputation.
@@ -40,7 +41,8 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
 
 
 def _multiply(original: Callable[..., Tensor], rows: Tensor, matrices: Tensor, **named: object) -> Tensor:
-    """The grouped product; on the meta device, a product with the first matrix, which has the same shape.
+    """The grouped product. On the meta device it is replaced by a product with the first matrix, whose result has the
+    same shape.
 
     Shapes: rows (S, I), matrices (E, I, O) -> (S, O).
     """
@@ -89,10 +91,10 @@ def _attend(
 
 
 def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
-    """The kernel that torch would use on a GPU that is not in this machine.
+    """The attention kernel that torch would use on a GPU that is not in this machine.
 
-    Flash attention needs half precision and no mask. The memory-efficient kernel needs as many heads of keys as of
-    queries.
+    Flash attention needs half precision and no mask. The memory-efficient kernel needs as many key heads as query
+    heads.
 
     Source: ATen/native/transformers/cuda/sdp_utils.cpp.
     """
@@ -142,7 +144,7 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def _untouched(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """An uninitialised tensor of the same layout on `device`. It is enough for torch's choice of a kernel."""
+    """An uninitialised tensor of the same layout on `device`, which is enough for torch to choose a kernel."""
     if tensor is None:
         return None
     real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -33,7 +33,7 @@ class StoredBase:
 
     @property
     def mapped(self) -> bool:
-        """Whether the loaded weights, if they are not packed, are the mapped file itself."""
+        """Whether the loaded weights, unless they are packed, are the memory-mapped file itself."""
         return not self.converted and not self.gguf
 
 
@@ -45,11 +45,11 @@ def stored_base(sizes: Iterable[tuple[int, torch.dtype]], dtype: torch.dtype) ->
 
 
 def load_bytes(stored: StoredBase, dense_bytes: int, loaded_bytes: int, largest_elements: int, packed: bool) -> int:
-    """Peak memory of loading a base.
+    """Peak memory while a base is loaded.
 
     `dense_bytes`: bytes of the base in the computation's dtype. `loaded_bytes`: bytes of the loaded base.
-    Each tensor of a GGUF file is unpacked to float32 and copied, so the largest tensor exists two more times. A matrix
-    that is packed is copied once.
+    Each tensor of a GGUF file is unpacked to float32 and copied, so memory holds two more copies of the largest tensor.
+    A matrix that is packed is copied once.
     """
     if stored.gguf:
         return stored.file_bytes + dense_bytes + 2 * 4 * largest_elements
@@ -69,7 +69,7 @@ def copying_bytes(loaded_bytes: int) -> int:
 
 
 def parsing_bytes(net: nn.Module) -> int:
-    """What the parsed form of a GGUF file takes while its base is loaded."""
+    """Bytes that gguf's reader uses for the vocabulary of a GGUF file while its base is loaded."""
     return TOKEN_BYTES * int(text_config(net).vocab_size)
 
 

@@ -1,7 +1,7 @@
-"""A cache of the outputs of operations on meta tensors, by the shapes, strides and types of the inputs.
+"""A cache for the outputs of operations on meta tensors. The key is the shapes, strides and types of the inputs.
 
-torch computes these outputs in Python, which takes a quarter of a millisecond per operation. Layers, steps and the
-choices that a plan compares repeat the same few hundred operations.
+torch computes these outputs in Python, which takes a quarter of a millisecond per operation. The same few hundred
+operations are repeated in layers, in steps, and in the choices that a plan compares.
 """
 
 from functools import cache
@@ -21,7 +21,7 @@ _layouts: dict[tuple[object, ...], list[_Layout] | None] = {}  # None: the outpu
 
 
 def meta_output(func: OpOverload, args: OperationInputs, kwargs: dict[str, Any]) -> object:
-    """The result of `func(*args, **kwargs)`."""
+    """The output of `func(*args, **kwargs)` on meta tensors, from the cache if possible."""
     kind = _kind(func)
     key = (func, *_described(args), *_described(tuple(kwargs.items()))) if kind else (None,)
     if kind is None or None in key:
@@ -48,8 +48,8 @@ def meta_output(func: OpOverload, args: OperationInputs, kwargs: dict[str, Any])
 
 @cache
 def _kind(func: OpOverload) -> str | None:
-    """ "new" for an operation that makes new tensors, "in place" for one that changes its first input; None for others,
-    such as views."""
+    """The kind of an operation: "new" if it makes new tensors, "in place" if it changes its first input; None for
+    others, such as views."""
     schema = func._schema
     shared = [place for place, argument in enumerate(schema.arguments) if argument.alias_info is not None]
     if CHANGING & set(func.tags) or any(str(value.type) != "Tensor" for value in schema.returns):
@@ -62,7 +62,8 @@ def _kind(func: OpOverload) -> str | None:
 
 
 def _described(values: tuple[object, ...] | list[object]) -> list[object]:
-    """A hashable description of the inputs that determines the output; None for a real tensor or a tensor subclass."""
+    """A hashable description of the inputs that determines the output. None if an input is a real tensor or a tensor
+    subclass."""
     descriptions: list[object] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -77,7 +78,8 @@ def _described(values: tuple[object, ...] | list[object]) -> list[object]:
 
 
 def _layouts_of(output: object, inputs: object) -> list[_Layout]:
-    """Layouts of the outputs; empty if an output shares its storage, or fills only a part of it."""
+    """Layouts of the outputs; empty if an output shares its storage with a different tensor, or fills only a part of
+    the storage."""
     tensors = output if isinstance(output, tuple) else (output,)
     storages = {leaf.untyped_storage()._cdata for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
     layouts: list[_Layout] = []

@@ -1,4 +1,4 @@
-"""Tracking of all live storages of a computation, real or on the meta device, to find the peak of their sum.
+"""Tracks all live storages of a computation, real or on the meta device, to find the peak of their total size.
 
 A storage counts from the operation that makes it until it is freed. Views do not count again. A storage that is resized
 in place counts with its new size.
@@ -59,7 +59,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def counting_as(self, part: str) -> Iterator[None]:
-        """Count the memory that is allocated inside the block as `part`."""
+        """A context manager: memory that is allocated inside the block counts as `part`."""
         before, self.part = self.part, part
         try:
             yield
@@ -76,7 +76,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live[part] += size
 
     def pass_through(self, sizes: Iterable[int]) -> None:
-        """Count temporary blocks that exist at the same time, and are freed at once."""
+        """Count temporary blocks of memory that exist at the same time, and are freed at once."""
         together = sum(self._rounded(size) for size in sizes)
         self._add(self.part, together)
         self._add(self.part, -together)

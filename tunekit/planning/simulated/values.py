@@ -26,7 +26,8 @@ class IntegerValues:
         self._twins: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def run(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any]) -> object:
-        """The output of an operation on the meta device. If known values decide its size, it has this size."""
+        """The output of an operation on the meta device. If the output's size depends on values, and they are known,
+        the size is exact."""
         if func in SIZED_BY_VALUES and args[0] in self._twins:
             output = tree_map(_without_values, func(self._twins[args[0]], *args[1:], **kwargs))
         else:
@@ -37,12 +38,14 @@ class IntegerValues:
         return output
 
     def _places(self, index: Tensor | None) -> list[Tensor | None]:
-        """The indices that a mask selects, if its values are known; else the index itself."""
+        """Indices of the elements that a boolean mask selects, if its values are known; otherwise, or if `index` is no
+        mask, `index` itself."""
         mask = None if index is None or index.dtype != torch.bool else self._twins.get(index)
         return [index] if mask is None else [*map(_without_values, mask.nonzero(as_tuple=True))]
 
     def _follow(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any], output: object) -> None:
-        """Compute the twin of `output`, if it is integer or bool and all inputs have values or twins."""
+        """If `output` is integer or bool, and the values of all inputs are known, compute its twin: a real copy with
+        values."""
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not outputs or not all(self._wanted(tensor) for tensor in outputs):
             return

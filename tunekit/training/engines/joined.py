@@ -1,6 +1,6 @@
-"""One forward and backward for the rows of several runs: each layer of their base computes all rows at once.
+"""One forward and backward pass for the rows of several runs: each layer of the shared base computes all rows at once.
 
-Embeddings and layers run in one network for all; the head and the loss of each run are its own. Results equal those of
+All runs share one network for embeddings and layers; each run has its own head and loss. Results equal those of
 separate runs up to the order of sums.
 """
 
@@ -37,7 +37,7 @@ INPUTS = {"input_ids", "position_ids"}  # of rows end to end, which can be put a
 
 
 def can_join(run: WindowRun, pieces: Sequence[Piece]) -> bool:
-    """Whether the pieces of this run can be in one forward with those of other runs."""
+    """Whether one forward can compute the pieces of this run together with those of other runs."""
     adapter = run.model.adapter
     parts = [] if adapter is None else adapter.parts()
     layers = [] if adapter is None else list(adapter.layers.values())
@@ -48,24 +48,25 @@ def can_join(run: WindowRun, pieces: Sequence[Piece]) -> bool:
 
 @dataclass(eq=False)
 class _JoinedState(PieceState):
-    """The rows of a piece of each run, between layers; `pieces` has None for a run that has no more pieces."""
+    """The rows of several runs between layers: one piece of each run. `pieces` has None for a run without further
+    pieces."""
 
     pieces: Sequence[Piece | None] = ()
     lengths: tuple[int, ...] = ()  # tokens of each run
 
 
 class _JoinedRun(WindowRun):
-    """The network of all runs in place of the model of one."""
+    """A WindowRun whose model is the joint network of all runs, instead of the model of one run."""
 
     def __init__(self, model: TunedModel) -> None:
         self.model = model
 
     def computing(self, piece: Piece) -> None:
-        """No single piece is to blame if memory runs out: each run then continues alone."""
+        """Record nothing: no single piece is to blame if memory runs out. Each run then continues alone."""
 
 
 class _JoinedPass(LayerPass):
-    """The k-th pieces of all runs as one piece."""
+    """A pass that computes the k-th piece of every run as a single piece, for some consecutive k."""
 
     def __init__(
         self, joint: JointNetwork, runs: Sequence[WindowRun], pieces: Sequence[Sequence[Piece | None]]
@@ -101,7 +102,8 @@ class _JoinedPass(LayerPass):
 
 @dataclass(eq=False)
 class JointNetwork:
-    """The network of a base in which the adapters of several models compute their rows."""
+    """A network with one base and the adapters of several models. Each adapter computes only the rows of its own
+    model."""
 
     base: LoadedModel
     models: Sequence[TunedModel]
@@ -121,7 +123,7 @@ class JointNetwork:
         self.slots = self.model.slots or _NoSlots()
 
     def run(self, runs: Sequence[WindowRun], pieces: Sequence[Sequence[Piece]], at_once: int) -> None:
-        """Run the pieces of each run, `at_once` of each in one pass."""
+        """Run the pieces of all runs. Each pass contains `at_once` pieces of each run."""
         joined = list(zip_longest(*pieces))
         with self.casts.caching(), self.model.training_mode(True):
             for start in range(0, len(joined), at_once):
@@ -131,7 +133,7 @@ class JointNetwork:
 
 
 class _NoSlots(LayerSlots):
-    """In place of slots for a base whose layers are all on the device."""
+    """Replaces LayerSlots if all layers of the base are on the device, so that nothing is copied."""
 
     def __init__(self) -> None:
         pass
@@ -142,6 +144,6 @@ class _NoSlots(LayerSlots):
 
 
 def passes_at_once(runs: Sequence[WindowRun]) -> int:
-    """How many micro-batches of each run go through a layer before the next layer."""
+    """How many micro-batches of each run pass through a layer before the next layer runs."""
     sizes = [run.engine.micro_batches_per_pass for run in runs if isinstance(run.engine, StreamingEngine)]
     return min(sizes, default=1)

@@ -34,7 +34,7 @@ from tunekit.training.engines.window import Piece, WindowEngine, WindowRun
 
 @dataclass(eq=False)
 class PieceState:
-    """The state of one piece between layers."""
+    """The state of one piece (a micro-batch, or a part of it) between layers."""
 
     piece: Piece
     call: Call
@@ -46,19 +46,20 @@ class PieceState:
 
 @dataclass
 class RequiresGrad:
-    """Marks of the values that depend on trained parameters and so require a gradient. The first micro-batch records
-    them."""
+    """Marks which values depend on trained parameters, and so require a gradient. The marks are recorded with the first
+    micro-batch."""
 
     embeddings: list[bool] = field(default_factory=list)  # of each stack
     layers: list[bool] = field(default_factory=list)  # of each layer's output
     side_outputs: list[list[bool]] = field(default_factory=list)  # of each layer
 
     def before(self, number: int, stack: int | None) -> bool:
-        """Whether this layer's input requires a gradient; `stack`: the stack that starts with this layer, if any."""
+        """Whether this layer's input requires a gradient. `stack`: the stack that starts with this layer, or None."""
         return self.layers[number - 1] if stack is None else self.embeddings[stack]
 
     def record(self, number: int, stack: int | None, hidden: Tensor, call: LayerCall) -> None:
-        """Record a layer's output, computed with its own graph."""
+        """Record whether a layer's output requires a gradient. The output was computed with a graph for this layer
+        alone."""
         self.layers.append(self.before(number, stack) or hidden.requires_grad)
         values = [None if side is None else side.value for side in call.side_outputs]
         self.side_outputs.append([value is not None and value.requires_grad for value in values])
@@ -80,7 +81,8 @@ class StreamingEngine(WindowEngine):
             run_passes([layer_pass])
 
     def passes(self, run: WindowRun, pieces: Sequence[Piece]) -> Iterator[LayerPass]:
-        """The passes of a window, `micro_batches_per_pass` pieces each. Each must be run before the next is taken."""
+        """The passes of a window, with `micro_batches_per_pass` pieces in each. Run each pass before taking the next
+        one."""
         self._stages = self._stages or stages_of(run.model.base)
         for start in range(0, len(pieces), self.micro_batches_per_pass):
             some = pieces[start : start + self.micro_batches_per_pass]
@@ -90,7 +92,7 @@ class StreamingEngine(WindowEngine):
 
 
 class LayerPass:
-    """Runs some pieces through all layers and back. `requires` None: recorded with the first piece."""
+    """Runs some pieces forward and backward through all layers. `requires`: None if the first piece must record it."""
 
     def __init__(
         self, run: WindowRun, stages: Stages, slots: LayerSlots, pieces: Sequence[Piece], requires: RequiresGrad | None
@@ -120,7 +122,8 @@ class LayerPass:
             self._embed(state, number, state is self._recorded)
 
     def forward(self, number: int) -> None:
-        """Run one layer without a graph; with a graph of its own for the piece from which `requires` is recorded."""
+        """Run one layer of every piece without a graph. While `requires` is being recorded, the first piece runs with a
+        graph."""
         for state in self.states:
             self._layer_forward(state, number, state is self._recorded)
 
@@ -147,7 +150,8 @@ class LayerPass:
             self._embedding_backward(state, self.stack_at[number])
 
     def finish(self) -> None:
-        """Drop the recorded piece's inputs of layers that require no gradient."""
+        """Free the stored inputs of layers that require no gradient; only the piece that recorded `requires` has
+        them."""
         for state in self.states:
             for number in range(len(self.layers)):
                 self.store.drop((id(state), number))
@@ -164,7 +168,7 @@ class LayerPass:
         state.calls += calls
 
     def _run_embedding(self, state: PieceState, stack: int) -> tuple[Tensor, list[LayerCall]]:
-        """(B, T, D) the stack's first hidden state, and the calls of its layers."""
+        """Returns the stack's first hidden state (B, T, D), and the arguments with which the model calls its layers."""
         seed_layer(state.call, OUTSIDE_LAYERS)
         inputs = self.run.model.prepare_inputs(state.inputs)
         if stack > 0:
@@ -187,21 +191,23 @@ class LayerPass:
         state.hidden = hidden.detach()
 
     def _run_layer(self, state: PieceState, number: int, hidden: Tensor) -> Tensor:
-        """(B, T, D) after one layer."""
+        """The hidden state (B, T, D) after one layer."""
         with calling(state.call):
             seed_layer(state.call, number)
             output: Tensor = self.layers[number](hidden, state.calls[number])
         return output
 
     def head_gradient(self, run: WindowRun, piece: Piece, call: Call, hidden: Tensor) -> Tensor:
-        """The gradient (B, T, D) of the last hidden states, by the head and the loss, forward and backward."""
+        """The gradient (B, T, D) of the loss with respect to the last hidden states. Runs the head and the loss forward
+        and backward."""
         with calling(call):
             output = run.model.to_output(run.model.real_positions(hidden))
             run.backward(piece, output, lambda: self._penalty(None))
         return hidden.grad if hidden.grad is not None else hidden.detach()
 
     def _layer_backward(self, state: PieceState, number: int, next_key: tuple[int, int]) -> None:
-        """Recompute one layer, and compute its gradients, also for its inputs if a layer below is trained."""
+        """Recompute one layer and compute the gradients of its parameters. If a layer below is trained, also compute
+        the gradients of its inputs."""
         self.run.computing(state.piece)
         key, call = (id(state), number), state.calls[number]
         hidden = self.store.take(key).detach()
@@ -237,13 +243,14 @@ class LayerPass:
         state.source = None
 
     def _penalty(self, number: int | None) -> Tensor | None:
-        """() float32: the penalties of the adapter's parts in one layer, or (None) outside all of them."""
+        """() float32: the penalties of the adapter's parts in this layer. `name` None: of the parts that are in no
+        layer."""
         return total_penalty(self._adapters[number])
 
 
 def run_passes(passes: Sequence[LayerPass], *, unpacks_once: bool = False) -> None:
-    """Run passes over the same layers together, each layer of all of them while its weights are in its slot. The
-    backward pass ends at the lowest layer that requires a gradient.
+    """Run several passes over the same layers together: while a layer's weights are in its slot, every pass runs it.
+    The backward pass ends at the lowest layer that requires a gradient.
 
     `unpacks_once`: unpack each matrix once in the forward pass and once in the backward pass. This needs memory for the
     unpacked matrices of one layer.
@@ -273,8 +280,8 @@ def run_passes(passes: Sequence[LayerPass], *, unpacks_once: bool = False) -> No
 
 
 def _take_gradient(side: SideInput) -> Tensor | None:
-    """The gradient from the layers above, which is removed from the side input. The next backward pass starts from
-    it."""
+    """Take the gradient of a side input, which the layers above computed, and clear it. The next backward pass starts
+    from this gradient."""
     if side.value is None:
         return None
     gradient, side.value.grad = side.value.grad, None
@@ -282,7 +289,8 @@ def _take_gradient(side: SideInput) -> Tensor | None:
 
 
 def stages_of(base: LoadedModel) -> Stages:
-    """The stages of the base. Raises: ModelError for a base without tested stages, which plan refuses earlier."""
+    """The stages of the base. Raises: ModelError for a base whose stages are not tested; plan refuses such a base
+    earlier."""
     stages = base.family.stages(base.net)
     if stages is None:
         what = f"{base.facts.model_type} cannot be computed layer by layer"

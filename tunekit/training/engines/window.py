@@ -24,7 +24,8 @@ WindowResult = tuple[Tensor, Sums]  # the sum of losses / units, (K,) float64, a
 
 @dataclass(frozen=True, eq=False)
 class WindowRequest:
-    """A window that a training loop wants to be run. `micro_batches`: of its step, over all ranks."""
+    """A window that a training loop asks its caller to run. `micro_batches`: their number in the step, over all
+    ranks."""
 
     engine: Engine
     model: TunedModel
@@ -42,14 +43,15 @@ LoopSteps = Generator[WindowRequest, WindowResult, None]  # a training loop that
 
 
 def run_alone(steps: LoopSteps) -> None:
-    """Run a training loop to its end, each window as soon as it is requested."""
+    """Run a training loop to its end, and run each window when the loop requests it."""
     request = next(steps, None)
     while request is not None:
         request = answer(steps, request.run)
 
 
 def answer(steps: LoopSteps, run: Callable[[], WindowResult]) -> WindowRequest | None:
-    """Give a loop the result of its window, or the error, and return its next request; None if it has ended."""
+    """Send a loop the result of its window, or the error. Returns the loop's next request, or None if the loop has
+    ended."""
     try:
         result = run()
     except BaseException as error:
@@ -74,7 +76,8 @@ class Piece:
 
 
 def pieces_of(window: Window, parts: Sequence[Sequence[Batch]], micro_batches: int) -> list[Piece]:
-    """The pieces of a window. `parts`: those of each of its micro-batches; `micro_batches`: of the whole step."""
+    """The pieces of a window. `parts`: the parts of each micro-batch of the window. `micro_batches`: their number in
+    the step."""
     return [
         Piece(batch, index, number, micro_batches * len(batches))
         for index, batches in zip(window.indices, parts, strict=True)
@@ -83,7 +86,7 @@ def pieces_of(window: Window, parts: Sequence[Sequence[Batch]], micro_batches: i
 
 
 class WindowRun:
-    """One attempt at a window: the shared values of its pieces, and their sums."""
+    """One attempt to run a window: values that its pieces share, and the sums over them."""
 
     def __init__(
         self, engine: WindowEngine, model: TunedModel, objective: Objective, window: Window, units: Tensor
@@ -95,7 +98,7 @@ class WindowRun:
         self.weight = 1.0  # weight of every loss; 0 for forwards that only keep ranks in step
 
     def call(self, piece: Piece) -> Call:
-        """The Call of a piece. Parts of a split micro-batch use different random numbers."""
+        """The Call (context of a forward) of a piece. Parts of a split micro-batch use different random numbers."""
         return Call(step=self.step, micro_batch=piece.index + piece.number * PIECE_STRIDE, seed=self.engine.seed)
 
     def results(self) -> tuple[Tensor, Sums]:
@@ -127,9 +130,9 @@ class WindowRun:
 
 
 class WindowEngine:
-    """Runs the micro-batches of a window one by one, and starts again with smaller pieces if memory runs out.
+    """Runs the micro-batches of a window one by one. If memory runs out, it starts again with smaller pieces.
 
-    `splitting`: the reaction if memory runs out; None: an error.
+    `splitting`: how micro-batches are split if memory runs out; None: an error is raised.
     """
 
     def __init__(self, seed: int, splitting: Splitting | None = None) -> None:
@@ -159,7 +162,7 @@ class WindowEngine:
         return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def make_up(self, model: TunedModel, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Run forward and backward of a batch `forwards` times with weight 0, so that no gradient changes."""
+        """Run forward and backward of a batch `forwards` times with weight 0, so that gradients do not change."""
         window = Window(0, 0.0, tuple(range(forwards)), (batch,) * forwards)
         run = WindowRun(self, model, objective, window, objective.loss.units(batch))
         run.weight = 0.0
@@ -167,7 +170,8 @@ class WindowEngine:
             self._run(run, [Piece(batch, index, 0, forwards) for index in window.indices])
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
-        """Forward and backward of every piece, in the order of the step. Only one piece's activations are alive."""
+        """Run every piece forward and backward, in the order of the step. Only one piece's activations are in
+        memory."""
         model = run.model
 
         def penalty() -> Tensor | None:
