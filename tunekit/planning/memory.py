@@ -205,7 +205,11 @@ def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int |
         return "all layers but the last, because even so the step hardly fits into the free memory"
     if available is None:
         return "none, because the system does not report how much memory is free"
-    return "as few layers as the memory allows" if choice.checkpointed_layers else "none, because the step fits anyway"
+    return (
+        "no more layers than the memory requires"
+        if choice.checkpointed_layers
+        else "none, because the step fits anyway"
+    )
 
 
 def _budget_reasons(

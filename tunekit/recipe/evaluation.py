@@ -82,7 +82,9 @@ class EvaluationSection(Section):
         (), description="compare the result with its base on these tasks of lm-eval: names or YAML files"
     )
     task_documents: Count | None = Field(None, description="use this many documents of each task; null: all")
-    task_lengths: Several[Count] = Field((), description="the lengths in tokens of tasks that generate their texts")
+    task_lengths: Several[Count] = Field(
+        (), description="how many tokens long the prompts of generated tasks (RULER) are"
+    )
     task_chat_template: bool = Field(False, description="write the prompts of tasks as turns of a chat")
     batch_size: Count = Field(8, description="rows per forward in evaluations; affects only memory and speed")
     best: Annotated[str, BeforeValidator(check_best)] | None = Field(

@@ -232,7 +232,7 @@ def _number(body: Body, field: str, default: float, low: float, high: float) -> 
 
 
 def _sampling(body: Body) -> Sampling:
-    """The sampling settings. If the client sends no seed, `seed` is 0 and the desk draws one."""
+    """The sampling settings. If the client sends no seed, `seed` is 0, and the server draws a seed."""
     temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 1e-6, 1)
     seed = _integer(body, "seed", 0, 0, 2**63 - 1)
     return Sampling(float(temperature), float(top_p), 0, seed) if temperature else GREEDY

@@ -66,7 +66,7 @@ def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
 
 
 def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
-    """The facts of a head, with the user's labels for its rows. Raises: RecipeError if their numbers differ."""
+    """The facts of a head, with the user's labels for its outputs. Raises: RecipeError if the counts differ."""
     if labels and len(labels) != (rows := len(facts.get("labels", ()))):
         what = f"names {len(labels)} labels, but the adapter's head has {rows} rows"
         raise RecipeError(what, "name one for each row, in their order", key="objective.labels")

@@ -1,4 +1,4 @@
-"""Reads the rows of a target's run, for comparisons that also work without rows."""
+"""Reads the rows of the run that made a target. They are optional: comparisons also work without them."""
 
 from tunekit.contracts import Objective
 from tunekit.data.rows import RowSet, load_rows

@@ -64,7 +64,7 @@ def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The header, with PEFT's keys, of a file that diffusers_tensors and diffusers_header made.
+    """The header of a file of diffusers (see diffusers_tensors, diffusers_header), with PEFT's keys in place of its own.
 
     Raises: AdapterError if the header names no adapted layers.
     """

@@ -59,7 +59,7 @@ def token_notes(exportable: Exportable) -> Iterator[str]:
     values = json.loads(tokenizer.backend.to_str())
     wrong = list(_misread(tokenizer, strips=strips_as_phi3(values)))
     if wrong:
-        what = "it keeps the spaces around a token, and also finds a token inside a word"
+        what = "llama.cpp keeps the spaces around such a token, and also finds it inside a word"
         yield f"llama.cpp finds {wrong[0]!r} ({len(wrong)} such tokens) where the tokenizer does not: {what}"
     if space_scheme(values) == "first":
         if _opens(exportable):

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Columns:
-    """The columns of the memory that a forward uses: it reads `rows` from column `start` to `end`, and writes from
-    `end` on. `slots` and `capacity`: the number of rows and columns of the memory."""
+    """The part of the key-value cache that a forward pass uses: it reads the columns `start` to `end` of the cache's
+    `rows`, and writes from `end` on. `slots` and `capacity`: the number of rows and columns of the cache."""
 
     slots: int
     capacity: int

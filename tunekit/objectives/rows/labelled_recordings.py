@@ -94,7 +94,7 @@ class LabelledRecordings(RecordingRows):
         return self._prompt(example.audio), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> Clip:
-        """The recording in the file `text`. Raises: DataError if it is longer than the model's input and may not be
+        """The recording, read from the file whose path is `text`. Raises: DataError if it is longer than the model's input and may not be
         cut."""
         return self._prompt(Media(text))
 

@@ -92,7 +92,8 @@ class StreamingEngine(WindowEngine):
 
 
 class LayerPass:
-    """Runs some pieces forward and backward through all layers. `requires`: None if the first piece must record it."""
+    """Runs some pieces forward and backward through all layers. `requires`: the marks of an
+    earlier pass; None: the first piece records them."""
 
     def __init__(
         self, run: WindowRun, stages: Stages, slots: LayerSlots, pieces: Sequence[Piece], requires: RequiresGrad | None
