@@ -64,7 +64,7 @@ def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The header of a file of diffusers (see diffusers_tensors, diffusers_header), with PEFT's keys in place of its own.
+    """The header of a file of diffusers, with PEFT's keys in place of its own. See diffusers_header.
 
     Raises: AdapterError if the header names no adapted layers.
     """

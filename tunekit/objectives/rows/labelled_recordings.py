@@ -94,8 +94,10 @@ class LabelledRecordings(RecordingRows):
         return self._prompt(example.audio), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> Clip:
-        """The recording, read from the file whose path is `text`. Raises: DataError if it is longer than the model's input and may not be
-        cut."""
+        """The recording, read from the file whose path is `text`.
+
+        Raises: DataError if it is longer than the model's input and may not be cut.
+        """
         return self._prompt(Media(text))
 
     def _prompt(self, media: Media) -> Clip:
