@@ -89,6 +89,13 @@ def test_a_section_with_measured_figures_has_a_date(bench: ModuleType) -> None:
     assert undated == []
 
 
+def test_results_name_no_place_of_the_machine_that_measured(bench: ModuleType) -> None:
+    files = [file for kind in ("json", "md", "svg") for file in bench.RESULTS.glob(f"*.{kind}")]
+    texts = {file: file.read_text(encoding="utf-8") for file in files}
+    assert len(texts) > 20
+    assert [file.name for file, text in texts.items() if re.search(r"/(root|home|tmp|Users)/", text)] == []
+
+
 def test_the_search_knows_a_measured_figure() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     (quickstart,) = (part for part in sections(readme) if part.startswith("The quickstart"))

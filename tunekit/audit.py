@@ -10,7 +10,6 @@ import hashlib
 import platform
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from tunekit.errors import InputError, NumericsError, Problem, RunFolderError, S
 from tunekit.files.durable import json_result
 from tunekit.files.lock import is_held
 from tunekit.files.untrusted import RUN_RECORD, sha256_of
+from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices, deterministic_kernels, make_devices
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.signals import StopSignals
@@ -207,7 +207,7 @@ def _repeat(
     """Resume a copy of the run at the start of a part, and compare it with the run at the end of the part. `facts`: the
     facts of the checkpoint at the start."""
     gc.collect()  # the model of the part before
-    with tempfile.TemporaryDirectory(prefix="tunekit-audit-") as folder:
+    with temporary_folder() as folder:
         repeat = Path(folder) / "run"
         _copy(run, repeat, part.start, facts)
         loaded = load_recipe(

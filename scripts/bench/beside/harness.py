@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -279,6 +280,7 @@ def keep(bench: Bench, result: dict, name: str) -> Path:
     text = json.dumps(result, indent=1).replace(str(bench.work), "work")
     text = text.replace(str(bench.rival_python.parent.parent), "venv")
     text = text.replace(f"{REPOSITORY}/", "")  # places inside the repository, whatever holds it
+    text = re.sub(r'"/(?:[^"/\s]+/)+([^"/\s]+)"', r'"\1"', text)  # other places, such as a cache, by their names
     path.write_text(text + "\n", "utf-8")
     bench.say(str(path))
     return path

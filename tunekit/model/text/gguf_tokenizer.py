@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tunekit.errors import ModelError
+from tunekit.files.work_folder import temporary_folder
 from tunekit.model.storage.gguf_facts import FOLDER, KEY
 from tunekit.model.storage.source import ModelSource
 
@@ -63,7 +63,7 @@ def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path
     if alone or _is_tokenizer_of(source.folder / TOKENIZER, source):
         yield source.folder
         return
-    with TemporaryDirectory(prefix="tunekit-") as folder:
+    with temporary_folder() as folder:
         try:
             file = source.folder / str(source.gguf_file)
             (Path(folder) / file.name).symlink_to(file.resolve())
