@@ -57,7 +57,7 @@ EVALUATIONS = {
     "not_compared": "the evaluations after steps {} were not computed again and prove nothing",
     "not_recorded": "the run has no record of the evaluations after steps {}, which its recipe makes",
 }
-ROWS_UNREAD = "these steps did not read every training row; a row that they did not read is not proved"
+ROWS_UNREAD = "these steps may not have read every training row; a row that they did not read is not proved"
 TASKS_UNPROVED = f"{TASKS_NAME}: the scores of tasks were not computed again and prove nothing"
 
 
