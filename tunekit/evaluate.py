@@ -28,7 +28,7 @@ from tunekit.evaluation.by_adapter import check_adapters, rows_by_adapter, with_
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
 from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.tasks.measure import measure_tasks
-from tunekit.evaluation.tasks.run import require_harness
+from tunekit.evaluation.tasks.run import load_tasks
 from tunekit.files.durable import json_result, write_json
 from tunekit.files.untrusted import parse_json, read_small
 from tunekit.machine.devices import Devices, make_devices
@@ -187,20 +187,20 @@ def evaluate_tasks(
     write_result, names = json_result(json_file), ", ".join(map(yaml_scalar, tasks))
     spec = find_target(target, base, [f"evaluation.tasks=[{names}]", *overrides])
     refuse_to_replace_part("--json", json_file, Path(target))
-    require_harness()
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*spec.rewrites)
     try:
         if devices.world > 1:
             raise InputError("tasks are computed in one process", "start it without torchrun")
+        chosen = load_tasks(spec.evaluation)
         console.info(f"loading {spec.model.name_or_path} ...")
         loaded = load_target(spec, devices.device)
         results = measure_tasks(
             loaded.model,
             loaded.tokenizer,
             measuring_objective(loaded.model.base, loaded.processor),
-            spec.evaluation,
+            chosen,
             devices,
             compares=loaded.model.adapter is not None,
             template=spec.chat_template,

@@ -25,6 +25,7 @@ from tunekit.console.progress import CountProgress, StepProgress
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, Stopped, TunekitError, is_out_of_memory
 from tunekit.evaluation.tasks.measure import measure_tasks
+from tunekit.evaluation.tasks.run import load_tasks
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
@@ -258,12 +259,12 @@ def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run
         return
     objective, tokenizer = measuring_objective(run.model.base, prepared.processor), prepared.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)  # plan refuses tasks for other models
-    measure = partial(measure_tasks, run.model, tokenizer, objective, settings, session.devices, compares=compares)
+    measure = partial(measure_tasks, run.model, tokenizer, objective, devices=session.devices, compares=compares)
     try:
         if session.signals.requested is not None:
             raise Stopped("stopped before the tasks", session.signals.requested)
         with timed(run.state.seconds, "evaluate"), session.signals.at_once("during the tasks"):
-            results = measure(template=prepared.rows.template, progress=CountProgress(console))
+            results = measure(load_tasks(settings), template=prepared.rows.template, progress=CountProgress(console))
     except Exception as error:  # lm-eval and its data may raise anything; the trained run must not be lost
         what = str(error) if isinstance(error, TunekitError) else f"{type(error).__name__}: {error}"
         command = shlex.join(["tunekit", "eval", relative_to(folder.path), "--tasks", ",".join(settings.tasks)])

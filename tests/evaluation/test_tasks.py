@@ -156,6 +156,8 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
         for end in ("", story * 60):  # HFLM stops at an assertion
             with pytest.raises(InputError, match=r"a continuation of (0|9\d\d) tokens, but the model reads 1 to 512"):
                 ours.loglikelihood([Instance("loglikelihood", {}, (story.strip(), end), 0)])
+        with pytest.raises(InputError, match="an empty text in its generation_kwargs"):  # HFLM ends after one token
+            ours.generate_until([Instance("generate_until", {}, (story, {"until": ""}), 0)])
         named = loaded.tokenizer.encode("Once upon<s>")
         assert _StopTexts(loaded.tokenizer, ["<s>"]).ended(named)
         result.write_text(json.dumps(values), encoding="utf-8")
@@ -192,7 +194,7 @@ def test_prompts_are_turns_of_a_chat_as_in_lm_evals_own_class(
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from tunekit.evaluation.tasks.harness import HarnessModel
-        from tunekit.evaluation.tasks.run import _manager, _task
+        from tunekit.evaluation.tasks.run import load_tasks
         from tunekit.recipe.evaluation import EvaluationSection
 
         loaded, devices = loaded_model(tiny_llama), Devices(torch.device("cpu"))
@@ -200,16 +202,15 @@ def test_prompts_are_turns_of_a_chat_as_in_lm_evals_own_class(
         ours = HarnessModel(loaded.model, loaded.tokenizer, objective, devices, 3)
         net = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         theirs = HFLM(pretrained=net, tokenizer=AutoTokenizer.from_pretrained(tiny_llama), batch_size=3, device="cpu")
-        manager = _manager(EvaluationSection(), str(tiny_llama))
         group = tmp_path / "group.yaml"
         group.write_text(json.dumps({"group": "both", "task": ["colours", "answers"]}), encoding="utf-8")
         with pytest.raises(InputError, match=r"group\.yaml is the file of a group of tasks"):
-            _task(str(group), manager)
+            load_tasks(EvaluationSection(tasks=(str(group),)))
         values = []
         for model in (ours, theirs):
-            tasks = [_task(str(path), manager) for path in (choices, generated)]
+            tasks = load_tasks(EvaluationSection(tasks=(str(choices), str(generated))))
             found = simple_evaluate(
-                model, tasks=tasks, task_manager=manager, apply_chat_template=True, bootstrap_iters=0
+                model, tasks=tasks.specs, task_manager=tasks.manager, apply_chat_template=True, bootstrap_iters=0
             )
             samples = {
                 name: [[each["arguments"], each["resps"]] for each in found["samples"][name]]
@@ -256,9 +257,12 @@ def test_eval_measures_a_run_and_its_base(
         evaluate_tasks(str(run), None, [str(task)], None, ["model.dtype=bfloat16"])
         assert not (run / "tasks.json").exists()  # the run's own dtype is float32
         evaluate_tasks(str(run), None, [str(task)], str(folder / "out.json"), [])
+        with pytest.raises(InputError, match="lm-eval has no task 'no_such_task'"):
+            evaluate_tasks(str(run), None, ["no_such_task"], None, [])
 
     ended = in_child(work, folder / "log", harness)
     assert ended.code == 0, ended.output
+    assert ended.output.count("loading ") == 2  # a wrong name is refused before the base is loaded
     values = json.loads((folder / "out.json").read_text("utf-8"))
     assert values == json.loads((run / "tasks.json").read_text("utf-8"))
     for part in ("scores", "before"):

@@ -164,8 +164,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         if room < 1:
             what = f"a task asks for {count} new tokens, but the model has {self.max_length} positions"
             raise InputError(what, "lower max_gen_toks in the task")
-        until = settings.get("until") or []
+        until = [] if settings.get("until") is None else settings["until"]
         ends = [until] if isinstance(until, str) else list(until)
+        if "" in ends:
+            raise InputError("a task has an empty text in its generation_kwargs.until", "remove it in the task")
         prompts, stops = [self.tok_encode(text)[-room:] for text in texts], _StopTexts(self.text, ends)
         stop_ids = [self.eot_token_id, *model_end_ids(self.model.base)]
         with undisturbed(self.model):

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tunekit.contracts import Objective, Progress, no_progress
-from tunekit.evaluation.tasks.run import TaskDifference, TaskScore, run_tasks, task_differences
+from tunekit.evaluation.tasks.run import TaskDifference, Tasks, TaskScore, run_tasks, task_differences
 from tunekit.machine.devices import Devices
 from tunekit.model.call import calling, current_call
 from tunekit.model.text.tokenizer import LoadedTokenizer
-from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.tuned.model import TunedModel
 
 
@@ -41,7 +40,7 @@ def measure_tasks(
     model: TunedModel,
     tokenizer: LoadedTokenizer,
     objective: Objective,
-    settings: EvaluationSection,
+    tasks: Tasks,
     devices: Devices,
     *,
     compares: bool,
@@ -53,5 +52,5 @@ def measure_tasks(
     before: Sequence[TaskScore] = ()
     if compares:
         with calling(replace(current_call(), bypassed=True)):
-            before = run_tasks(model, tokenizer, objective, settings, devices, progress, template)
-    return TaskResults(run_tasks(model, tokenizer, objective, settings, devices, progress, template), before)
+            before = run_tasks(model, tokenizer, objective, tasks, devices, progress, template)
+    return TaskResults(run_tasks(model, tokenizer, objective, tasks, devices, progress, template), before)

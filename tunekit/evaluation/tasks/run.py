@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -78,23 +79,51 @@ def require_harness() -> None:
         raise InputError(f"{KEY} needs {error.name}", "pip install 'tunekit[evals]'") from error
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks in the form that lm-eval accepts: names that it knows, or the contents of YAML files."""
+
+    settings: EvaluationSection
+    manager: TaskManager
+    specs: Sequence[str | dict[str, Any]]
+
+
+def load_tasks(settings: EvaluationSection) -> Tasks:
+    """Find the tasks that `settings` names. lm-eval's own 14,000 files are read only if a task is named without a file.
+
+    Raises: InputError for an unknown name, a missing file, or the file of a group; or if lm-eval is not installed.
+    """
+    require_harness()
+    from lm_eval.tasks import TaskManager
+
+    metadata: dict[str, Any] = {"tokenizer": ""}  # run_tasks writes the tokenizer's folder into it
+    if settings.task_lengths:
+        metadata["max_seq_lengths"] = list(settings.task_lengths)
+    files = {name: _read_task(Path(name)) for name in settings.tasks if Path(name).suffix in (".yaml", ".yml")}
+    with _quiet():
+        manager = TaskManager(include_defaults=len(files) < len(settings.tasks), metadata=metadata)
+    for name in settings.tasks:
+        if name not in files and name not in manager.all_tasks:
+            how = "write a name of lm-eval, or the path of a task's YAML file"
+            raise InputError(f"lm-eval has no task {name!r}", how, key=KEY)
+    return Tasks(settings, manager, [files.get(name, name) for name in settings.tasks])
+
+
 def run_tasks(
     model: TunedModel,
     tokenizer: LoadedTokenizer,
     objective: Objective,
-    settings: EvaluationSection,
+    tasks: Tasks,
     devices: Devices,
     progress: Progress = no_progress,
     template: str | None = None,
 ) -> list[TaskScore]:
-    """The scores of the tasks in `settings`. `objective`: an objective whose rows are texts. `template`: a chat
-    template that replaces the tokenizer's own.
+    """The scores of `tasks`. `objective`: an objective whose rows are texts. `template`: a chat template that replaces
+    the tokenizer's own.
 
-    Raises: InputError for an unknown task, or if lm-eval is not installed; ModelError for a model that is not causal,
-    or for a missing chat template that the settings request.
+    Raises: ModelError for a model that is not causal, or for a missing chat template that the settings request.
     """
-    require_harness()
-    family = model.base.family
+    family, settings = model.base.family, tasks.settings
     if not family.answers or family.reads_source or not family.reads_ids:
         what = f"{model.base.facts.name_or_path} is {family.text}; tasks need a causal language model"
         raise ModelError(what, f"remove {KEY}", key=KEY)
@@ -107,11 +136,11 @@ def run_tasks(
     harness = HarnessModel(model, tokenizer, objective, devices, settings.batch_size, progress, template)
     with temporary_folder() as folder, _quiet():
         tokenizer.save(Path(folder))  # generated tasks count tokens
-        manager = _manager(settings, folder)
+        tasks.manager.metadata["tokenizer"] = folder
         results = simple_evaluate(
             harness,
-            tasks=[_task(name, manager) for name in settings.tasks],
-            task_manager=manager,
+            tasks=deepcopy(tasks.specs),
+            task_manager=tasks.manager,
             limit=settings.task_documents,
             apply_chat_template=settings.task_chat_template,
             bootstrap_iters=RESAMPLES,
@@ -119,34 +148,15 @@ def run_tasks(
     return list(scores_of(results))
 
 
-def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
-    """lm-eval's task manager. `tokenizer`: a folder, for tasks that generate texts of a stated length."""
-    from lm_eval.tasks import TaskManager
-
-    metadata: dict[str, Any] = {"tokenizer": tokenizer}
-    if settings.task_lengths:
-        metadata["max_seq_lengths"] = list(settings.task_lengths)
-    return TaskManager(metadata=metadata)
-
-
-def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
-    """A task in the form that lm-eval accepts: a name that it knows, or the content of a YAML file.
-
-    Raises: InputError for an unknown name, a missing file, or the file of a group.
-    """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        if name in manager.all_tasks:
-            return name
-        how = "write a name of lm-eval, or the path of a task's YAML file"
-        raise InputError(f"lm-eval has no task {name!r}", how, key=KEY)
+def _read_task(path: Path) -> dict[str, Any]:
+    """The content of a task's YAML file. Raises: InputError for a missing file, or the file of a group."""
     if not path.is_file():
-        raise InputError(f"{name}: no such file", "check the path", key=KEY)
+        raise InputError(f"{path}: no such file", "check the path", key=KEY)
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = dict(load_yaml(path, resolve_func=True))
     if "group" in config:  # lm-eval reads these only from its own folders
-        raise InputError(f"{name} is the file of a group of tasks", "name the files of its tasks", key=KEY)
+        raise InputError(f"{path} is the file of a group of tasks", "name the files of its tasks", key=KEY)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if files is not None:
         config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
