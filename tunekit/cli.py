@@ -28,7 +28,7 @@ ENVIRONMENT = {
     "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
 }
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
-LIGHT = ("validate", "import", "recipes", "init", "schema", "runs")  # commands that import no torch
+LIGHT = ("validate", "import", "recipes", "init", "schema", "runs", "launch")  # commands that import no torch
 
 app = typer.Typer(
     name="tunekit",
@@ -36,7 +36,7 @@ app = typer.Typer(
     help="Fine-tune language models from a YAML recipe.",
     epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite, "
     "or audit computed different numbers; 4 memory, disk or another resource ran out; "
-    "129, 130, 143 hung up, interrupted, terminated.",
+    "129, 130, 138, 143 stopped by SIGHUP, SIGINT, SIGUSR1, SIGTERM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

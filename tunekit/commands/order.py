@@ -5,8 +5,22 @@ from typing import Any
 from typer.core import TyperGroup
 
 ORDER = (
-    *("init", "import", "validate", "data", "preview", "plan", "train", "sweep", "watch", "runs", "report", "audit"),
-    *("eval", "chat", "generate", "serve", "merge", "export", "adapter", "reward", "recipes", "schema", "doctor"),
+    *("init", "import", "validate", "data", "preview", "plan", "train", "sweep", "launch", "watch", "runs"),
+    *(
+        "report",
+        "audit",
+        "eval",
+        "chat",
+        "generate",
+        "serve",
+        "merge",
+        "export",
+        "adapter",
+        "reward",
+        "recipes",
+        "schema",
+        "doctor",
+    ),
 )
 
 

@@ -1,5 +1,5 @@
-"""The commands that read the rows of a recipe, or train on them: data check, reward check, preview, plan, train and
-sweep."""
+"""The commands that read the rows of a recipe, or train on them: data check, reward check, preview, plan, train,
+sweep and launch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunekit.commands.completion import among
 from tunekit.commands.options import Device, JsonFile, Overrides, RecipeFile, SweptOverrides
 
 if TYPE_CHECKING:
@@ -115,6 +116,32 @@ def sweep(
     from tunekit.sweep import sweep_verb
 
     sweep_verb(loaded, resume, json_file)
+
+
+@app.command()
+def launch(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="ENGINE",
+            help="torchrun, slurm, skypilot, kubernetes or ray",
+            autocompletion=among("torchrun", "slurm", "skypilot", "kubernetes", "ray"),
+        ),
+    ] = "torchrun",
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="the number of machines")] = 1,
+    gpus: Annotated[
+        int, typer.Option(metavar="N", min=1, help="GPUs of each node; with --device cpu, its processes")
+    ] = 1,
+    output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="the new launch file")] = None,
+    device: Device = None,
+) -> None:
+    """Write the file that starts a training run on several GPUs or on a cluster. Starts nothing."""
+    loaded = _checked(recipe, overrides)
+    from tunekit.launch import launch_verb
+
+    launch_verb(loaded, recipe, overrides or [], on, nodes, gpus, output)
 
 
 @data.command()

@@ -14,8 +14,8 @@ from typing import Any
 from tunekit.errors import Stopped
 
 AGAIN_SECONDS = 1.0  # seconds between repeated alarms, for a block that caught an alarm
-STOP_SIGNALS = tuple(  # SIGHUP exists on POSIX, SIGBREAK (Ctrl-Break, a closed window) on Windows
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+STOP_SIGNALS = tuple(  # SIGHUP exists on POSIX, SIGBREAK (Ctrl-Break, a closed window) on Windows; SLURM sends SIGUSR1
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)
 )
 
 

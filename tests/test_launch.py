@@ -1,0 +1,139 @@
+"""Launch files: what each engine would run. scripts/engines runs them under torchrun, SLURM and Ray."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tunekit.errors import InputError
+from tunekit.launch import launch_verb
+from tunekit.planning.launch.job import ENGINES, load_engine
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.shipped import shipped_recipes
+from tunekit.recipes import copy_recipe
+
+NAME = "my orders' run.yaml"  # a blank and a quote
+ECHO = """#!/bin/sh
+python3 -c 'import json, os, sys; print(json.dumps([os.getcwd(), sys.argv[1:]]))' "$@"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a recipe and its data, and with programs that print their arguments instead of running."""
+    place = tmp_path / "a place"
+    place.mkdir()
+    copy_recipe(shipped_recipes()["smoke"], place / NAME)
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("TUNEKIT_DEVICE", raising=False)
+    return place
+
+
+def written(on: str, *overrides: str, nodes: int = 1, processes: int = 1) -> Path:
+    """The launch file of an engine."""
+    launch_verb(load_recipe(NAME, overrides), NAME, overrides, on, nodes, processes, f"file-{nodes}")
+    return Path(f"file-{nodes}")
+
+
+def program(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_every_file_of_the_folder_is_an_engine() -> None:
+    files = {path.stem for path in Path(sys.modules["tunekit.planning.launch.job"].__file__ or "").parent.glob("*.py")}
+    assert files - {"__init__", "job"} == set(ENGINES)
+    with pytest.raises(InputError, match="--on slum: unknown engine; did you mean 'slurm'"):
+        load_engine("slum")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_gets_the_recipe_and_its_changes(
+    folder: Path, nodes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", program(folder.parent / "py thon", ECHO))
+    file = written("torchrun", "training.seed=3", nodes=nodes, processes=4)
+    monkeypatch.setenv("HEAD", "node-1")
+    ended = subprocess.run(["sh", str(file.absolute())], cwd="/", capture_output=True, text=True, check=True)
+    place, words = json.loads(ended.stdout)
+    assert place == str(folder)
+    head = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "my-orders-run", "--rdzv-endpoint", "node-1:29500"]
+    group = head if nodes == 2 else ["--standalone"]
+    train = ["-m", "tunekit", "train", NAME, "training.seed=3", "--resume"]
+    assert words == ["-m", "torch.distributed.run", *group, "--nproc-per-node", "4", *train]
+    assert ("all nodes must see these paths" in capsys.readouterr().out) == (nodes == 2)
+
+
+@pytest.mark.parametrize(("code", "queued"), [(0, False), (138, True), (143, False), (2, False)])
+def test_slurm_queues_the_job_again_only_after_usr1(
+    folder: Path, code: int, queued: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun and scontrol are stand-ins; scripts/engines runs the real ones."""
+    monkeypatch.setattr(sys, "executable", program(folder.parent / "python", ECHO))
+    file = written("slurm", nodes=2, processes=4)
+    programs = folder.parent / "programs"
+    programs.mkdir()
+    ranks = "SLURM_PROCID=5 SLURM_LOCALID=1 SLURM_NTASKS=8"
+    program(programs / "srun", f'#!/bin/sh\nshift\nenv {ranks} "$@" || exit 99\nexit {code}\n')
+    program(programs / "scontrol", '#!/bin/sh\n[ "$1" = show ] && printf "node-3\\nnode-4\\n" || echo "$@" >requeued\n')
+    cluster = {"SLURM_JOB_NODELIST": "node-[3-4]", "SLURM_JOB_ID": "41007", "PATH": f"{programs}:{os.environ['PATH']}"}
+    ended = subprocess.run(["bash", file], env=os.environ | cluster, capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert json.loads(ended.stdout) == [str(folder), ["-m", "tunekit", "train", NAME, "--resume"]]
+    assert (Path("requeued").exists() and Path("requeued").read_text() == "requeue 41007\n") == queued
+    lines = file.read_text().splitlines()
+    assert {"#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4", "#SBATCH --gpus-per-node=4"} < set(lines)
+
+
+def test_a_job_without_gpus_asks_for_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNEKIT_DEVICE", "cpu")
+    for on in ENGINES:
+        text = written(on, nodes=1 + ENGINES.index(on), processes=2).read_text()
+        assert not any(request in text for request in ("gpus-per-node", "nvidia.com/gpu", "use_gpu=True")), on
+        assert "--device" in text, on
+    assert "--gpus" not in capsys.readouterr().out
+
+
+def test_files_for_clusters_of_containers_are_yaml(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = yaml.safe_load(written("skypilot", "output.dir=/runs/one", nodes=2, processes=4).read_text())
+    assert (task["name"], task["num_nodes"], task["workdir"]) == ("my-orders-run", 2, str(folder))
+    assert "--nproc-per-node 4" in task["run"]
+    assert subprocess.run(["sh", "-n"], input=task["run"], text=True, check=False).returncode == 0
+    assert "the nodes see" in capsys.readouterr().out  # /runs/one is not in the working folder
+    job = yaml.safe_load(written("kubernetes", nodes=3, processes=4).read_text())["spec"]
+    trainer, pod = job["trainer"], job["podTemplateOverrides"][0]["spec"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 4)
+    assert trainer["resourcesPerNode"] == {"limits": {"nvidia.com/gpu": 4}}
+    assert pod["containers"][0]["volumeMounts"] == [{"name": "work", "mountPath": str(folder)}]
+    shell, option, command = trainer["command"]
+    assert subprocess.run([shell, "-n", option, command], check=False).returncode == 0
+    assert "the nodes see" not in capsys.readouterr().out
+
+
+def test_ray_calls_the_command_line_in_each_worker(folder: Path) -> None:
+    text = written("ray", nodes=2, processes=4).read_text()
+    values = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assign)]
+    assert [ast.literal_eval(value) for value in values] == [["tunekit", "train", NAME, "--resume"]]
+    assert "num_workers=8, use_gpu=True" in text
+
+
+def test_an_existing_file_is_never_replaced(folder: Path) -> None:
+    file = written("slurm")
+    assert written("slurm") == file  # the same content
+    with pytest.raises(InputError, match="exists already with different content"):
+        written("slurm", "training.seed=3")
+    with pytest.raises(InputError, match="there is no folder away"):
+        launch_verb(load_recipe(NAME), NAME, [], "slurm", output="away/file")
+    shutil.copy(file, "other")
+    assert "training.seed" not in Path("other").read_text()

@@ -1,0 +1,63 @@
+"""A TrainJob of Kubeflow Trainer 2, which starts torchrun in the pods."""
+
+import json
+import shlex
+
+from tunekit.planning.launch.job import Job
+
+ENDING = ".kubernetes.yaml"
+JOB = """\
+# IMAGE: an image that contains tunekit. CLAIM: a volume claim that all pods can write; it is mounted at the recipe's
+# folder, so that it has the recipe, the data and the run.
+apiVersion: trainer.kubeflow.org/v1alpha1
+kind: TrainJob
+metadata:
+  name: {name}
+spec:
+  runtimeRef:
+    name: torch-distributed
+  trainer:
+    image: IMAGE
+    command: [sh, -c, {command}]
+    numNodes: {nodes}
+    numProcPerNode: {processes}
+{gpus}  podTemplateOverrides:
+    - targetJobs:
+        - name: node
+      spec:
+        volumes:
+          - name: work
+            persistentVolumeClaim:
+              claimName: CLAIM
+        containers:
+          - name: node
+            volumeMounts:
+              - name: work
+                mountPath: {folder}
+"""
+GPUS = """\
+    resourcesPerNode:
+      limits:
+        nvidia.com/gpu: {processes}
+"""
+
+
+def text(job: Job) -> str:
+    """The job. torchrun reads its settings from the variables PET_*, which Kubeflow sets."""
+    command = f"cd {shlex.quote(str(job.folder))} && exec torchrun {job.command}"
+    return JOB.format(
+        name=job.name,
+        nodes=job.nodes,
+        processes=job.processes,
+        gpus="" if job.on_cpu else GPUS.format(processes=job.processes),
+        folder=json.dumps(str(job.folder)),
+        command=json.dumps(command),
+    )
+
+
+def submit(job: Job, path: str) -> list[str]:
+    """The command, in which the user names an image and a volume claim."""
+    return [
+        f"submit it: sed -e 's#IMAGE#YOUR/IMAGE:1#' -e 's#CLAIM#YOUR-CLAIM#' {path} | kubectl apply -f -",
+        *job.copied(),
+    ]
