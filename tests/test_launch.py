@@ -112,7 +112,8 @@ def test_files_for_clusters_of_containers_are_yaml(folder: Path, capsys: pytest.
     assert subprocess.run(["sh", "-n"], input=task["run"], text=True, check=False).returncode == 0
     assert "the nodes see" in capsys.readouterr().out  # /runs/one is not in the working folder
     job = yaml.safe_load(written("kubernetes", nodes=3, processes=4).read_text())["spec"]
-    trainer, pod = job["trainer"], job["podTemplateOverrides"][0]["spec"]
+    trainer, patch = job["trainer"], job["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
+    pod = patch["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 4)
     assert trainer["resourcesPerNode"] == {"limits": {"nvidia.com/gpu": 4}}
     assert pod["containers"][0]["volumeMounts"] == [{"name": "work", "mountPath": str(folder)}]

@@ -1,4 +1,4 @@
-"""A TrainJob of Kubeflow Trainer 2, which starts torchrun in the pods."""
+"""A TrainJob of Kubeflow Trainer 2.2 and newer, which starts torchrun in the pods."""
 
 import json
 import shlex
@@ -21,19 +21,26 @@ spec:
     command: [sh, -c, {command}]
     numNodes: {nodes}
     numProcPerNode: {processes}
-{gpus}  podTemplateOverrides:
-    - targetJobs:
-        - name: node
-      spec:
-        volumes:
-          - name: work
-            persistentVolumeClaim:
-              claimName: CLAIM
-        containers:
-          - name: node
-            volumeMounts:
-              - name: work
-                mountPath: {folder}
+{gpus}  runtimePatches:
+    - manager: tunekit.launch/volume
+      trainingRuntimeSpec:
+        template:
+          spec:
+            replicatedJobs:
+              - name: node
+                template:
+                  spec:
+                    template:
+                      spec:
+                        volumes:
+                          - name: work
+                            persistentVolumeClaim:
+                              claimName: CLAIM
+                        containers:
+                          - name: node
+                            volumeMounts:
+                              - name: work
+                                mountPath: {folder}
 """
 GPUS = """\
     resourcesPerNode:
