@@ -55,8 +55,8 @@ def score_sequences(pad_id: int, model: Model, sequences: Sequence[Sequence[int]
 def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
     """The scores at the last token of each answer.
 
-    Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32. Raises: ModelError for
-    an encoder.
+    Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32. Raises: ModelError if the
+    model is an encoder.
     """
     if output.hidden is None:
         what = "the base is an encoder, whose head cannot score each answer of a pair separately"
