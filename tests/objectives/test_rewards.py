@@ -49,7 +49,7 @@ def test_expressions_and_columns() -> None:
     np.testing.assert_array_equal(found.weighted(scores), [1.5, 1.0, 0.0])
     np.testing.assert_array_equal(found.weighted(np.full((1, 3), np.nan)), [np.nan])
     with pytest.raises(
-        RewardError, match="no row has the column 'right' of the reward exact_match: right; the columns"
+        RewardError, match="no row has the column 'right' that is needed by the reward exact_match: right; the"
     ):
         loaded({"exact_match": "right"}).scored_by(0, SAID)
     assert np.isnan(loaded({"exact_match": "right"}).score(SAID)).all()

@@ -353,7 +353,7 @@ def test_a_base_that_does_not_say_how_answers_begin_is_refused(model: Path, word
     assert [problem.key for problem in caught.value.problems] == ["model.name_or_path"]
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "king", "completion": "k"}\n')
-    with pytest.raises(ModelError, match="first token of answers"):
+    with pytest.raises(ModelError, match="token that begins every answer"):
         measured(copy, tmp_path / "x.json", data=str(rows))
 
 
