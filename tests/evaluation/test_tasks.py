@@ -154,7 +154,7 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
             for model in (ours, theirs)
         ]
         for end in ("", story * 60):  # HFLM stops at an assertion
-            with pytest.raises(InputError, match=r"a continuation of (0|9\d\d) tokens, but the model reads 1 to 512"):
+            with pytest.raises(InputError, match=r"a continuation of (0|9\d\d) tokens, but the model needs 1 to 512"):
                 ours.loglikelihood([Instance("loglikelihood", {}, (story.strip(), end), 0)])
         named = loaded.tokenizer.encode("Once upon<s>")
         assert _StopTexts(loaded.tokenizer, ["<s>"]).ended(named)
@@ -203,7 +203,7 @@ def test_prompts_are_turns_of_a_chat_as_in_lm_evals_own_class(
         manager = _manager(EvaluationSection(), str(tiny_llama))
         group = tmp_path / "group.yaml"
         group.write_text(json.dumps({"group": "both", "task": ["colours", "answers"]}), encoding="utf-8")
-        with pytest.raises(InputError, match=r"group\.yaml is the file of a group of tasks"):
+        with pytest.raises(InputError, match=r"group\.yaml describes a group of tasks"):
             _task(str(group), manager)
         values = []
         for model in (ours, theirs):

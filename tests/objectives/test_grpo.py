@@ -351,7 +351,7 @@ def letters(completions, right=None):
     silent = code.replace("float(len(calls))", "None")
     silent_one = {**objective, "reward": [ONE]}
     alone = write_prompts(tmp_path / "b", base, rows, code=silent, objective=silent_one)
-    with pytest.raises(DataError, match=r"data\.eval: no reward judges any of the 3 evaluation rows"):
+    with pytest.raises(DataError, match=r"data\.eval: no reward returned a number for any of the 3"):
         train(alone)
     alone = write_prompts(tmp_path / "c", base, rows, code=silent, objective=silent_one, data={"eval": None})
     with pytest.raises(RewardError, match="letters returned None or NaN for all 12 completions"):

@@ -37,8 +37,8 @@ NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A metric of a task. `documents`: a number for each document, with `value` as their mean; empty for metrics that
-    are not functions of means."""
+    """The value of a metric of a task. `documents`: one number for each document, whose mean is `value`; empty for
+    metrics that are not functions of means."""
 
     task: str
     metric: str
@@ -51,8 +51,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskDifference:
-    """The change of a metric by tuning, over the same documents: after minus before. `low` to `high` is a 95 %
-    interval."""
+    """How tuning changed a metric over the same documents. `low` to `high` is a 95 % interval of after minus before."""
 
     task: str
     metric: str
@@ -64,7 +63,7 @@ class TaskDifference:
 
     @property
     def verdict(self) -> str:
-        """better, worse, or no clear difference."""
+        """The result in words: better, worse, or no clear difference."""
         if self.low <= 0 <= self.high:
             return "no clear difference"
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
@@ -87,11 +86,11 @@ def run_tasks(
     progress: Progress = no_progress,
     template: str | None = None,
 ) -> list[TaskScore]:
-    """The scores of the tasks in `settings`. `objective`: an objective whose rows are texts. `template`: a chat
+    """Score the model on the tasks in `settings`. `objective`: an objective whose rows are texts. `template`: a chat
     template that replaces the tokenizer's own.
 
-    Raises: InputError for an unknown task, or if lm-eval is not installed; ModelError for a model that is not causal,
-    or for a missing chat template that the settings request.
+    Raises: InputError for an unknown task, or if lm-eval is not installed; ModelError if the model is not a causal
+    language model, or if the settings request a chat template and there is none.
     """
     require_harness()
     family = model.base.family
@@ -120,7 +119,8 @@ def run_tasks(
 
 
 def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
-    """lm-eval's task manager. `tokenizer`: a folder, for tasks that generate texts of a stated length."""
+    """lm-eval's task manager. `tokenizer`: the tokenizer's folder, which tasks need to generate texts of a given
+    length."""
     from lm_eval.tasks import TaskManager
 
     metadata: dict[str, Any] = {"tokenizer": tokenizer}
@@ -130,15 +130,15 @@ def _manager(settings: EvaluationSection, tokenizer: str) -> TaskManager:
 
 
 def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
-    """A task in the form that lm-eval accepts: a name that it knows, or the content of a YAML file.
+    """A task in the form that lm-eval accepts: the name of a known task, or the content of a YAML file.
 
-    Raises: InputError for an unknown name, a missing file, or the file of a group.
+    Raises: InputError for an unknown name, a missing file, or a YAML file of a group of tasks.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if name in manager.all_tasks:
             return name
-        how = "write a name of lm-eval, or the path of a task's YAML file"
+        how = "write the name of a task of lm-eval, or the path of a task's YAML file"
         raise InputError(f"lm-eval has no task {name!r}", how, key=KEY)
     if not path.is_file():
         raise InputError(f"{name}: no such file", "check the path", key=KEY)
@@ -146,7 +146,7 @@ def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
 
     config = dict(load_yaml(path, resolve_func=True))
     if "group" in config:  # lm-eval reads these only from its own folders
-        raise InputError(f"{name} is the file of a group of tasks", "name the files of its tasks", key=KEY)
+        raise InputError(f"{name} describes a group of tasks", "write the files of the group's tasks", key=KEY)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if files is not None:
         config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
@@ -154,7 +154,7 @@ def _task(name: str, manager: TaskManager) -> str | dict[str, Any]:
 
 
 def _near(files: object, folder: Path) -> object:
-    """The paths of a task's data files. A relative path starts at the task's folder if the file exists there."""
+    """The paths of a task's data files. A relative path is resolved in the task's folder if the file exists there."""
     if isinstance(files, Mapping):
         return {name: _near(value, folder) for name, value in files.items()}
     if isinstance(files, str):
@@ -196,11 +196,11 @@ def _group_samples(results: Mapping[str, Any], name: str) -> Iterator[Any]:
 
 
 def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:
-    """One number for each document, with `value` as their mean; nothing if the metric is not a function of means.
+    """One number for each document, so that their mean is `value`; empty if the metric is not a function of means.
 
     A perplexity is a function of means over documents. It uses log-probabilities x, or pairs of x and a number of words
-    or bytes n. Its numbers are the first-order change of the metric by each document (the delta method): e^-mean(x) (1
-    - x + mean(x)), and with the rate r = sum(x) / sum(n): e^-r (1 - (x - r n) / mean(n)).
+    or bytes n. A document's number is the first-order change that it causes in the metric (the delta method):
+    e^-mean(x) (1 - x + mean(x)), and with the rate r = sum(x) / sum(n): e^-r (1 - (x - r n) / mean(n)).
     """
     entries = [tuple(each) if isinstance(each, tuple | list) else (each,) for each in documents]
     if len({len(each) for each in entries}) != 1 or not all(
@@ -215,13 +215,13 @@ def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:
 
 
 def _means(values: FloatArray) -> Iterator[FloatArray]:
-    """The number of each document for a mean, or for the perplexity of a mean. Shapes: (documents,) -> (documents,)."""
+    """Each document's number for a mean, then for the perplexity of a mean. Shapes: (documents,) -> (documents,)."""
     yield values
     yield np.exp(-values.mean()) * (1 - values + values.mean())
 
 
 def _rates(pairs: FloatArray) -> Iterator[FloatArray]:
-    """The number of each document for a perplexity by word or byte, or for its bits. Shapes: (documents, 2) ->
+    """Each document's number for a perplexity per word or byte, then for bits per byte. Shapes: (documents, 2) ->
     (documents,)."""
     rate = pairs[:, 0].sum() / pairs[:, 1].sum()
     changes = (pairs[:, 0] - rate * pairs[:, 1]) / pairs[:, 1].mean()
@@ -230,7 +230,8 @@ def _rates(pairs: FloatArray) -> Iterator[FloatArray]:
 
 
 def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> list[TaskDifference]:
-    """The change of each metric that has a number for each document, with an interval from the paired differences."""
+    """The change of each metric that has a number for each document. The 95 % interval is computed from the differences
+    of the documents' numbers."""
     earlier = {(score.task, score.metric): score for score in before}
     results = []
     for score in after:
