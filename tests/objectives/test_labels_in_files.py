@@ -64,7 +64,7 @@ def test_a_whole_number_is_that_row_of_a_head_without_names(bert: Path, tmp_path
     assert found["accuracy"] == found["exact_match"]
     assert [line["rows"] for line in found["classes"]["per_class"]] == [2, 2, 2]
     rows_with(tmp_path, 3, name="test.jsonl")
-    with pytest.raises(TunekitError, match=r"test\.jsonl.*the label '3' is not among.*leave the row out, or train"):
+    with pytest.raises(TunekitError, match=r"test\.jsonl.*the label '3' is not among.*leave the row out, or add it"):
         evaluate_verb(str(moved), str(bert), rows, None, [], None, [])
 
 
