@@ -93,7 +93,9 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
     if not findings and REFERENCE in kinds:
         console.info("no problem was found: reference answers score higher than empty and constant ones")
     elif not findings:
-        console.info("the reward returned valid numbers; it was not tested on good answers, because rows have none")
+        console.info(
+            "the reward returned valid numbers; no row has a reference answer, so it was not tested on good answers"
+        )
     write_result({"answers": [_values(rewards, trial) for trial in trials], "findings": findings, "notes": notes})
     return 2 if findings else 0
 

@@ -108,7 +108,7 @@ def test_true_is_one_label_in_every_file(bert: Path, tmp_path: Path) -> None:
     [
         ("1 2 1.0 2", r"train\.csv:4: the label '1\.0' is the same number as the label '1' in other rows"),
         ("01 2 1", r"train\.csv:2: the label '01' is the same number as the label '1' in other rows"),
-        ("1 no true", r"train\.csv:4: the label 'true' is a truth value, but the label '1' in other rows is a number"),
+        ("1 no true", r"train\.csv:4: the label 'true' is a boolean, but the label '1' in other rows is a number"),
     ],
 )
 def test_one_label_in_two_spellings_is_refused(labels: str, message: str, bert: Path, tmp_path: Path) -> None:

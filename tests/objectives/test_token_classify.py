@@ -217,7 +217,7 @@ def test_numbers_are_names_that_the_recipe_lists_and_a_cut_keeps_the_first_words
         (
             {"words": ["a"], "tags": [3]},
             {},
-            r"train\.jsonl:25: the tag 3 does not number a label, because objective\.labels has 0 names",
+            r"train\.jsonl:25: the tag 3 is not the number of a label: objective\.labels has 0 names",
         ),
         ({"words": ["a"], "tags": "O"}, {}, r"train\.jsonl:25: 'tags' must be a list, not str"),
         ({"words": ["a"], "tags": [None]}, {}, r"train\.jsonl:25: 'tags\[0\]' must be text, not null"),

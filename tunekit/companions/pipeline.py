@@ -232,7 +232,7 @@ class ClassImages:
             try:
                 pixels = read_image(str(path))
             except Dropped as reason:
-                raise DataError(f"is an {reason}", "remove it", file=str(path)) from None
+                raise DataError(f"is an {reason}", "remove this file", file=str(path)) from None
             self.images[number, size] = covering(pixels, size), (pixels.shape[0], pixels.shape[1])
         return self.images[number, size]
 

@@ -107,7 +107,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         what = f"the file cannot be read: {error.strerror or error}"
-        raise RewardError(what, "name FILE.py:NAME", file=str(path), key="objective.reward") from None
+        raise RewardError(what, "write FILE.py:NAME", file=str(path), key="objective.reward") from None
 
 
 @contextmanager

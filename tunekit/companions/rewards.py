@@ -160,7 +160,7 @@ class RewardFunctions(Companion):
         row = first.origin or f"the prompt {visible(str(first.prompt))[:80]!r}"
         which = f"a completion of {row}" if len(completions) == 1 else f"{len(completions)} completions from {row} on"
         what = f"{name_of(self.sources[number])} took more than {self.limit(number):g} s for {which}"
-        return RewardError(what, f"make it faster, or raise {self.key}.{number}.limit_seconds")
+        return RewardError(what, f"make the reward faster, or raise {self.key}.{number}.limit_seconds")
 
     def score(self, completions: Sequence[Completion]) -> Rewards:
         """The rewards (N, F): each of N completions, scored by each of F reward functions. Raises: RewardError for an
@@ -181,7 +181,7 @@ class RewardFunctions(Companion):
             raise
         except (Exception, SystemExit) as error:
             what = f"{name} raised {error_line(error, self.sources[number].code_file)}"
-            raise RewardError(what, "correct the function; `tunekit reward check` tests it") from error
+            raise RewardError(what, "correct the reward, then test it with `tunekit reward check`") from error
         rewards = _check_rewards(result, len(completions), name)
         if completions and not may_be_silent and np.isnan(rewards).all():
             raise self.no_rewards(number, completions)

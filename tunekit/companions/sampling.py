@@ -21,7 +21,7 @@ from tunekit.tuned.fit import longest_tokens
 
 
 class Sampler(Companion):
-    """Sampling of completions as a companion of the run. `window`: the micro-batches of the last step with new samples.
+    """The companion that samples completions. `window`: the micro-batches of the last step with new samples.
 
     A simulation assumes that `sampling_batch_size` completions are generated in parallel. `prompt_tokens` and
     `new_tokens`: the maximum number of tokens of a prompt, and of a completion.

@@ -113,7 +113,7 @@ class RowKind:
         raise NotImplementedError
 
     def units_in(self, parts: RowParts) -> int:
-        """The number of units (tokens, labels) whose losses are added, in a row with these parts."""
+        """The number of units (tokens, labels) of a row with these parts; the loss adds the losses of all units."""
         return 1
 
     def prompt(self, example: Any) -> tuple[Any, str] | None:
@@ -352,7 +352,7 @@ class Objective:
     measures_training: bool = False  # whether the evaluation rows are usually also training rows
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
-        """The objective after it has read all rows: the training rows, then any evaluation rows."""
+        """The objective after it has read all rows: the training rows first, then any evaluation rows."""
         return self if self.learning is None else self.learning(rows).with_options(self.rows.options)
 
     def evaluation_copy(self) -> Objective:

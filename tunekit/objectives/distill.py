@@ -1,4 +1,4 @@
-"""`objective: distill`: the student learns the next-token distribution of a teacher."""
+"""`objective: distill`: the student model learns to imitate the next-token distributions of a teacher model."""
 
 from tunekit.contracts import CompanionSpec, EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of

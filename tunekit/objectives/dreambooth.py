@@ -15,7 +15,7 @@ from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 # settings that are saved with the adapter, because its use needs them
 FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction_type")
-CUT = "a micro-batch with images of several buckets is split, because the network takes images of one bucket at a time"
+CUT = "a micro-batch whose images have several bucket sizes is split, because the network processes one size at a time"
 
 
 def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts, options: EncodeOptions) -> Objective:
@@ -49,7 +49,7 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
 
 
 def _completed(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts) -> DreamboothSettings:
-    """The settings of a trained adapter if `facts` has them, else the recipe's; with a default for a missing
+    """The settings, with values saved with a trained adapter if there are any, and with a default for a missing
     resolution."""
     stated = {name: facts[name] for name in FACTS if name in facts}
     if isinstance(buckets := stated.get("aspect_ratio_buckets"), list):

@@ -1,5 +1,5 @@
-"""`objective: simpo`: preference tuning without a reference model. The mean log-probability of the chosen answer should
-exceed the rejected answer's by a margin."""
+"""`objective: simpo`: preference tuning without a reference model. The chosen answer's mean log-probability should be
+higher, by a margin, than the rejected answer's mean log-probability."""
 
 from functools import partial
 

@@ -83,7 +83,7 @@ def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def _raw(hidden: Tensor) -> Tensor:
-    """The values as a numpy array. bfloat16 is viewed as int16, because numpy has no bfloat16."""
+    """The same tensor in a dtype that numpy has: bfloat16 is viewed as int16."""
     return hidden.view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden
 
 

@@ -4,8 +4,8 @@ Source: Ethayarajh et al. 2024, eq. 7. Names and formulas are the same as in trl
 
 - One KL is estimated for the whole step on all ranks, or for all rows of an evaluation. trl estimates one KL for each
   micro-batch.
-- A mismatched row combines a prompt with the answer of the previous row. Rows are in the order of the files, not in the
-  order of the batch.
+- A mismatched row combines a prompt with the answer of the previous row of the files. In trl, it is the previous row of
+  the batch.
 - The policy's KL is computed without dropout.
 """
 

@@ -51,8 +51,8 @@ def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 class LabelLoss(LossKind):
     """Cross entropy on labels. `scores`: a function that returns scores (N, C) float32 and label indices (N,), on the
     device. `problem_type`: transformers' name of this loss, which is saved in a merged model's configuration.
-    `weights`: the weight of each label; empty: 1 each. `smoothing`: the share of a target that is spread over all
-    labels. Both are used in training only, so that evaluation losses can be compared between runs."""
+    `weights`: the weight of each label; if empty, every weight is 1. `smoothing`: the share of a target that is spread
+    over all labels. Evaluation ignores weights and smoothing, so that its losses can be compared between runs."""
 
     scores: ReadScores = row_scores
     labels: tuple[str, ...] = ()

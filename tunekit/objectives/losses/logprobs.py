@@ -48,7 +48,7 @@ class _SummedLoss(torch.autograd.Function):
     """Sum of -log softmax(head(h))[target]; the gradient is computed in the forward, chunk by chunk.
 
     d loss / d logits = softmax(logits) - onehot(target), written into the logits' buffer. The head's autograd graph,
-    with its soft cap, scale or adapter, propagates it to the hidden states and the head's trained parameters.
+    with its soft cap, scale or adapter, propagates this to the hidden states and the head's trained parameters.
     """
 
     @staticmethod
@@ -148,7 +148,7 @@ def _by_vocabulary(
 
 
 def _columns(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Each target's column in a range of the vocabulary, (n, 1) int64; and 1 if the range contains it, else 0."""
+    """Each target's column in a range of the vocabulary, (n, 1) int64; and 1 if the target is in the range, else 0."""
     return place.clamp(0, size - 1)[:, None], ((place >= 0) & (place < size)).float()
 
 
@@ -309,7 +309,7 @@ def divergences(
 
 
 def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Call `of_chunk` with gradient checkpointing. The backward repeats it with the same current_call()."""
+    """Call `of_chunk` with gradient checkpointing. The backward calls it again with the same current_call()."""
     call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

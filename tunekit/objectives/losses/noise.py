@@ -173,10 +173,10 @@ def setting_problems(settings: DreamboothSettings, flows: bool) -> Iterator[Prob
         for key, value in (("snr_gamma", settings.snr_gamma), ("prediction_type", settings.prediction_type)):
             if value not in (None, "auto"):
                 what = "applies to diffusion schedules, but this pipeline was trained by flow matching"
-                yield Problem(what, "remove it", key=f"objective.{key}")
+                yield Problem(what, "remove this key", key=f"objective.{key}")
     elif settings.weighting_scheme != "none":
         what = "applies to flow matching, but this pipeline has a diffusion schedule"
-        yield Problem(what, "remove it", key="objective.weighting_scheme")
+        yield Problem(what, "remove this key", key="objective.weighting_scheme")
     if settings.cache_latents is True and settings.varies:
         what = "images cannot be cached, because random crops and flips change them in every step"
         yield Problem(what, "write auto, or remove random crops and flips", key="objective.cache_latents")

@@ -118,8 +118,8 @@ class PairLoss(AnswerLoss):
         return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
     def _with_matches(self, run: RunView, window: Window) -> Window:
-        """Add a preference of the reference to each row of the window. The step's preferences of the policy and of the
-        reference are sorted; the row gets the reference's preference at the rank of its own preference."""
+        """For each row of the window, find the rank of its preference among the policy's preferences in the step. Add
+        the reference's preference of the same rank to the row."""
         if self.matched is None:
             preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
             local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none

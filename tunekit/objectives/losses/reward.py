@@ -60,5 +60,5 @@ def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
     """
     if output.hidden is None:
         what = "the base is an encoder, whose head cannot score each answer of a pair separately"
-        raise ModelError(what, "choose a decoder", key="model.name_or_path")
+        raise ModelError(what, "choose a decoder model", key="model.name_or_path")
     return logits_at(output, last)[:, 0]

@@ -45,7 +45,7 @@ Settings = TypeVar("Settings", bound=LabelSettings)
 
 
 def settings_of_head(settings: Settings, facts: Mapping[str, Any]) -> Settings:
-    """The settings. If there is a trained head, they have the head's problem type."""
+    """The settings. If there is a trained head, its problem type replaces the problem type in the recipe."""
     return settings.model_copy(update={key: facts[key] for key in ("problem_type",) if key in facts})
 
 
@@ -199,8 +199,8 @@ def _learn(
 
 
 def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
-    """The objective with the knowledge whether its rows are pairs of texts. If they are, the facts saved with the
-    adapter record it.
+    """The objective after a check whether its rows are pairs of texts. If they are pairs, the facts saved with the
+    adapter state this.
 
     Raises: DataError if only some rows are pairs.
     """
@@ -300,8 +300,8 @@ def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) ->
 
 
 def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError if two labels are the same number (1 and 1.0, or 01), or if some labels are numbers and
-    others truth values."""
+    """Raises: DataError if two labels are the same number (1 and 1.0, or 01), or if some labels are numbers and other
+    labels are true or false."""
     spellings, wrong = dict[float, str](), ("", "", "")
     for label in sorted(labels, key=lambda label: (len(label), label)):
         if not re.fullmatch(NUMBER, label):
@@ -311,8 +311,8 @@ def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) 
             wrong = label, f"is the same number as the label '{first}' in other rows", f"write '{first}' in all rows"
     truth = sorted(labels & {"true", "false"})
     if spellings and truth:
-        what = f"is a truth value, but the label '{min(spellings.values())}' in other rows is a number"
-        wrong = truth[0], what, "write all labels as numbers, or all as truth values"
+        what = f"is a boolean, but the label '{min(spellings.values())}' in other rows is a number"
+        wrong = truth[0], what, "write all labels as numbers, or all labels as booleans"
     if wrong[0]:
         row = next(row for row in rows if wrong[0] in kind.labels_of(row))
         file, _, line = row.origin.rpartition(":")

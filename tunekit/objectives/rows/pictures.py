@@ -1,9 +1,9 @@
 """Rows of images with prompts. An image is trained on at the size of a bucket: the bucket with the nearest aspect
 ratio. This module also generates images for prompts.
 
-Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket). Unlike there, the
-nearest bucket is chosen only by the quotient of the aspect ratios. If an image is too small for its bucket, `auto`
-selects a smaller bucket; if the recipe lists the buckets, the image is enlarged.
+Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket). Unlike in
+diffusers, the nearest bucket is chosen only by the quotient of the aspect ratios. If an image is too small for its
+bucket, `auto` selects a smaller bucket; if the recipe lists the buckets, the image is enlarged.
 """
 
 import math

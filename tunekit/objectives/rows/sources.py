@@ -33,7 +33,7 @@ class SourceRows(TextRows):
     example = "text"
     has_choices = True
     allowed_options = (
-        ("train_on", "assistant or last", "an encoder reads the prompt, and an encoder predicts no tokens"),
+        ("train_on", "assistant or last", "the encoder reads the prompt, so prompt tokens cannot be trained on"),
         (
             "excess_length",
             "drop, truncate or error",
@@ -58,9 +58,9 @@ class SourceRows(TextRows):
         if start is None:
             what, how = (
                 "the configuration of the base does not state the token that begins every answer",
-                "write decoder_start_token_id into",
+                "add decoder_start_token_id to",
             )
-            raise ModelError(what, f"{how} its config.json", key="model.name_or_path")
+            raise ModelError(what, f"{how} the base's config.json", key="model.name_or_path")
         source, answer = prompt[0], self.tokenizer.encode_answer(prompt[1])
         if not source:
             raise Dropped(EMPTY_SOURCE)

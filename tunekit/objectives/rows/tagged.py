@@ -98,7 +98,7 @@ class TaggedWords(LabelledTexts):
         listed = self.settings.labels or next(unnamed, ())
         for tag in tags:
             if isinstance(tag, int) and not 0 <= tag < len(listed):
-                what = f"the tag {tag} does not number a label, because objective.labels has {len(listed)} names"
+                what = f"the tag {tag} is not the number of a label: objective.labels has {len(listed)} names"
                 raise DataError(what, "list the names of all tags in objective.labels, in the order of their numbers")
         return [listed[tag] if isinstance(tag, int) else tag for tag in tags]
 
