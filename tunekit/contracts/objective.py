@@ -77,7 +77,7 @@ class RowKind:
 
     @property
     def layout(self) -> RowLayout:
-        """The parts and sizes of a row."""
+        """The names, dtypes and sizes of a row's arrays."""
         raise NotImplementedError
 
     def problems(self) -> list[Problem]:
@@ -105,15 +105,15 @@ class RowKind:
         raise NotImplementedError
 
     def make_row(self, parts: RowParts, origin: str, number: int = 0, sizes: tuple[int, ...] | None = None) -> Row:
-        """A row of these parts."""
+        """A row with these arrays."""
         return Row(parts, self.sizes_of(parts) if sizes is None else sizes, self.units_in(parts), origin, number)
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """The sizes of a row with these parts."""
+        """The sizes (numbers of tokens, frames or pixels) of a row with these arrays."""
         raise NotImplementedError
 
     def units_in(self, parts: RowParts) -> int:
-        """The number of units (tokens, labels) of a row with these parts; the loss adds the losses of all units."""
+        """The number of units (tokens, labels) of a row with these arrays; the loss adds the losses of all units."""
         return 1
 
     def prompt(self, example: Any) -> tuple[Any, str] | None:
@@ -185,7 +185,7 @@ class RowKind:
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
     def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
-        """Add values to the rows of the window. `parts`: for each batch, a mapping from a name to its rows' values."""
+        """Add values to the rows of the step. `parts`: for each batch, a mapping from a name to its rows' values."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
@@ -215,7 +215,7 @@ class LossKind:
         return {}
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Add all values that depend on the whole step to this rank's window. They have no gradient."""
+        """Add values that depend on the whole step to this rank's micro-batches. They have no gradient."""
         return window
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
@@ -368,12 +368,12 @@ class Objective:
         return replace(self, rows=self.rows.with_options(options))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Prepare the window for the engine: change its rows randomly, then add the values that the loss needs."""
+        """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs."""
         return self.loss.prepare(run, draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
 
 
 def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
-    """The window after `draw` has changed each of its rows for this step. `draw`: see RowKind.draw."""
+    """The step's micro-batches, after `draw` has changed each of their rows. `draw`: see RowKind.draw."""
     repeats, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []
@@ -385,7 +385,7 @@ def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...
 
 
 class Engine(Protocol):
-    """Runs forward and backward of a window. The gradient of loss / `units` is added to the parameters' grad."""
+    """Runs forward and backward of a step's micro-batches. Adds the gradient of loss / `units` to parameters' grad."""
 
     loss_scale: float
     losses: list[Tensor]  # the sum of each micro-batch of the last window

@@ -122,7 +122,8 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The parts of a row with their dtypes, the parts that contain token ids, and the number of sizes of a row.
+    """The named arrays (parts) of a row with their dtypes, the parts that contain token ids, and the number of sizes of
+    a row.
 
     `paired`: all sizes are lines of the same tensor, so that each line is padded to the longest line.
     `token_sizes`: the indices of sizes that count tokens; other sizes count frames or pixels. None: all sizes count
@@ -143,7 +144,7 @@ class RowLayout:
     batch_key: str | None = None
 
     def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """The sizes of one sequence after its micro-batch has been padded."""
+        """The sizes of a sequence after padding in its micro-batch."""
         wide = (max(sizes),) * len(sizes) if self.paired else tuple(sizes)
         return tuple(map(max, wide, self.minimum)) if self.minimum else wide
 
@@ -163,8 +164,8 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One encoded row. `sizes`: the size of each part that is padded separately; `supervised`: the number of units
-    (tokens, labels) whose losses are added."""
+    """One encoded row: named arrays (`parts`). `sizes`: for each part that is padded separately, its number of tokens,
+    frames or pixels; `supervised`: the number of units (tokens, labels) whose losses are added."""
 
     parts: RowParts
     sizes: tuple[int, ...]
@@ -178,7 +179,7 @@ class Row:
         return sum(self.sizes)
 
     def with_parts(self, parts: RowParts) -> Row:
-        """The row with further parts."""
+        """A copy of the row with these arrays added."""
         return replace(self, parts={**self.parts, **parts})
 
 

@@ -1,4 +1,4 @@
-"""`objective: reward`: a reward model. It learns to give the preferred one of two answers the higher score."""
+"""`objective: reward`: a reward model, which learns to give the better of two answers the higher score."""
 
 from dataclasses import replace
 from functools import partial

@@ -29,7 +29,7 @@ class AnswerLoss(LossKind):
         return Loss(losses.sum()[None], metrics=metrics)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over rows: loss, units and the logged values."""
+        """The sums over rows: `loss`, `units` (the number of rows), and the logged values."""
         losses, metrics = self.compared(output, batch)
         wide = losses.to(summing_dtype(losses.device))
         return {"loss": wide.sum(), ROW_LOSSES: wide, "units": self.units(batch)[0], **metrics}

@@ -33,7 +33,7 @@ class DivergenceLoss(LossKind):
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Add the teacher's last hidden states to each row of the window. From these the loss computes the teacher's
+        """Add the teacher's last hidden states to each row of the step. From these the loss computes the teacher's
         logits, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask."""
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
         hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
@@ -57,7 +57,8 @@ class DivergenceLoss(LossKind):
         return Loss(total)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over tokens: loss, correct and units."""
+        """The sums over tokens: `loss`, `correct` (tokens predicted right) and `units` (all tokens). Tokens count with
+        their weights."""
         sums, share = sums_of_positions(output, *next_tokens(batch), batch), self.settings.kd_ratio
         values = self._divergences(output, batch)  # (N,)
         return sums | {

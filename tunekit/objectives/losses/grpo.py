@@ -67,7 +67,7 @@ class GroupRelative(SampledLoss):
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
-        """Add the reference's log-probability to each token of the window's completions."""
+        """Add the reference's log-probability of each completion token to the step's rows."""
         scores = run.reference(window.batches, self.token_scores)
         return prompt_rows(run).with_tokens(window, "reference", scores), None
 

@@ -65,7 +65,7 @@ class KtoLoss(AnswerLoss):
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Add three values to each row of the window: its reference score, the step's KL, and the two factors of
+        """Add three values to each row of the step: its reference score, the step's KL, and the two factors of
         `_balance`. The factors turn a mean over all rows into a mean over the good rows, or over the bad rows."""
         estimated = self.settings.loss_type == "kto" and self.balance is None
         mismatched = self._mismatched_window(run, window) if estimated else []
@@ -82,8 +82,8 @@ class KtoLoss(AnswerLoss):
         return run.rows.with_parts(window, parts)
 
     def _mismatched_window(self, run: RunView, window: Window) -> list[Batch]:
-        """The window's batches with exchanged answers: each row gets the answer of the previous row, by row number,
-        among the step's rows on all ranks."""
+        """The step's batches with exchanged answers: each row gets the answer of the previous row, by row number, among
+        the step's rows on all ranks."""
         if run.is_simulated and self.lengths is not None:
             return [_longest(run, batch, self.lengths) for batch in window.batches]
         local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]

@@ -371,19 +371,19 @@ def loss_sums(losses: Tensor, batch: Batch) -> Sums:
 
 
 def scores_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The result of `scored_positions` at positions `index` (N,) of the flattened (B, T)."""
+    """The result of `scored_positions` at positions `index` (N,) of the flattened (B, T) output."""
     hidden, targets, head = _selected(output, index, targets)
     return scored_positions(hidden, targets, head, output.chunk_tokens)
 
 
 def logits_at(output: ModelOutput, index: Tensor) -> Tensor:
-    """The float32 logits (N, V) at positions `index` (N,) of the flattened (B, T)."""
+    """The float32 logits (N, V) at positions `index` (N,) of the flattened (B, T) output."""
     assert output.head is not None
     return output.head.logits(hidden_at(output, index))
 
 
 def hidden_at(output: ModelOutput, index: Tensor) -> Tensor:
-    """The hidden states (N, D) at positions `index` (N,) of the flattened (B, T)."""
+    """The hidden states (N, D) at positions `index` (N,) of the flattened (B, T) output."""
     assert output.hidden is not None
     return output.hidden.flatten(0, 1).index_select(0, to_device(index, output.hidden.device))
 

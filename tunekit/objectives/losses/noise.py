@@ -52,7 +52,7 @@ class DiffusionLoss(LossKind):
         return self.evaluation_copy()
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Add noisy latents, their diffusion times and their targets to each row of the window. A row that already has
+        """Add noisy latents, their diffusion times and their targets to each row of the step. A row that already has
         latents is not changed."""
         return draw_rows(run.rows, window, partial(self._prepared, run))
 
@@ -161,7 +161,7 @@ class DiffusionLoss(LossKind):
         return Loss(self.losses(output, batch).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over rows: loss and units."""
+        """The sums over rows: `loss` and `units` (the number of rows)."""
         losses = self.losses(output, batch)
         units = torch.tensor(float(len(batch.rows)), dtype=torch.float64)
         return {**loss_sums(losses, batch), "units": units}

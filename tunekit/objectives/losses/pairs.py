@@ -98,7 +98,7 @@ class PairLoss(AnswerLoss):
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Add up to three values to each row of the window: the reference's scores, the weight of each token in
+        """Add up to three values to each row of the step: the reference's scores, the weight of each token in
         `likelihood`, and the matched preference."""
         if self.reference:
             scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
@@ -118,8 +118,8 @@ class PairLoss(AnswerLoss):
         return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
     def _with_matches(self, run: RunView, window: Window) -> Window:
-        """For each row of the window, find the rank of its preference among the policy's preferences in the step. Add
-        the reference's preference of the same rank to the row."""
+        """For each row of the step, find the rank of its preference among the policy's preferences. Add the reference's
+        preference of the same rank to the row."""
         if self.matched is None:
             preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
             local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none

@@ -1,4 +1,4 @@
-"""The loss of reward models: the preferred one of two answers should get the higher score.
+"""The loss of reward models: the better of two answers should get the higher score.
 
 Source: Bradley and Terry 1952. Names and formulas are the same as in trl 1.16. The lowest and the highest score of a
 batch are not logged, because they are not sums over pairs.

@@ -36,8 +36,8 @@ class LeaveOneOut(SampledLoss):
         return scaled(plain - mean(of_step), spread(of_step))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
-        """Add the KL of each token to the window. Also return beta times the KL of each completion, as a penalty on its
-        reward. The KL (k1) is the policy's log-probability minus the reference's."""
+        """Add the KL of each token to the step's rows. Also return beta times the KL of each completion, as a penalty
+        on its reward. The KL (k1) is the policy's log-probability minus the reference's."""
         rows, read = prompt_rows(run), self.token_scores
         policy, reference = run.score(window.batches, read), run.reference(window.batches, read)
         apart = [ours.float() - theirs.float() for ours, theirs in zip(policy, reference, strict=True)]  # (N,) each

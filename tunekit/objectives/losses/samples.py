@@ -96,12 +96,12 @@ class SampledLoss(LossKind):
         return np.ones_like(counts)
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards] | None]:
-        """Add the scores of the reference (the model at step 0) to the window. Also return a penalty (P, G) for each
-        batch, which is subtracted from the rewards, or None. Called only if the loss has a KL."""
+        """Add the scores of the reference (the model at step 0) to the step's rows. Also return a penalty (P, G) for
+        each batch, which is subtracted from the rewards, or None. Called only if the loss has a KL."""
         raise NotImplementedError
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """Add completions of each prompt to the window, and the values that the loss needs.
+        """Sample completions of the step's prompts, and add them with all values that the loss needs.
 
         A simulated or dry-run step does not sample. It uses completions of the maximum length, and calls no rewards.
         Raises: RewardError on every rank if a reward function fails on one rank.
@@ -188,7 +188,7 @@ class SampledLoss(LossKind):
         return weighted_sum(scores, [source.weight for source in self.settings.reward])
 
     def _measured(self, run: RunView, window: Window, groups: Sequence[Sequence[Sample]], scores: Rewards) -> Window:
-        """Add values for evaluation to the window: the reward and the length of each row's single completion."""
+        """Add values for evaluation to each row: the reward and the length of its single completion."""
         rewarded = iter(zip(self._summed(scores), groups, strict=True))  # (P, 1) and its completion
 
         def parts(batch: Batch) -> dict[str, Array]:
@@ -211,7 +211,8 @@ class SampledLoss(LossKind):
         scores: Rewards,
         penalties: Sequence[Rewards] | None,
     ) -> tuple[Window, dict[str, float]]:
-        """Add advantages and token weights of the completions to the window. Also return the metrics of the step."""
+        """Add the advantages and token weights of its completions to each row of the step. Also return the metrics of
+        the step."""
         sides = prompt_rows(run).answers.sides
         shape = (-1, len(sides))
         marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]

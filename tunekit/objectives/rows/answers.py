@@ -44,7 +44,7 @@ Places = dict[tuple[int, str], NDArray[Any]]  # (T,) positions in the flattened 
 @dataclass(frozen=True, eq=False)
 class AnswerRows(TextRows):
     """Rows with one or more answers, called sides. Parts for each side: `SIDE` (T,), the ids of prompt and answer;
-    `SIDE_trained` (T,), marks of the answer's ids.
+    `SIDE_trained` (T,), whether each id is trained on.
 
     All sides of a row are packed into one line of the batch if the model separates packed documents, or if lines have
     several rows. Each side is then a document with its prompt. Otherwise each side is a padded line.

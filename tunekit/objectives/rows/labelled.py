@@ -140,7 +140,7 @@ class LabelledTexts(RowKind):
         return [self.make_row(self.first_label(ids), "") for ids in prompts]
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The parts of a row with these ids. The first label stands in for the row's unknown label."""
+        """The arrays (parts) of a row with these ids. The first label stands in for the row's unknown label."""
         return _parts(ids, utf8(self.labels.placeholder))
 
     def cut_ids(self, ids: list[int]) -> list[int]:

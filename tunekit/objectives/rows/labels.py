@@ -69,7 +69,7 @@ def never_split(unit: str) -> tuple[tuple[str, str, str]]:
 
 
 def utf8(text: str) -> Array:
-    """The text as UTF-8 bytes, to be stored as a part of a row."""
+    """The text as an array of UTF-8 bytes, to be stored in a row."""
     return np.frombuffer(text.encode(), np.uint8)
 
 
@@ -81,7 +81,7 @@ def label_of(row: Row) -> str:
 def label_objective(
     settings: LabelSettings, rows: RowKind, loss: LabelLoss, processor: Processor | None = None, **facts: object
 ) -> Objective:
-    """The objective of rows with labels. `facts`: facts to save besides the labels and the problem type."""
+    """Make the objective of rows with labels. `facts`: values to save besides the labels and the problem type."""
     if loss.problem_type not in (None, SINGLE_LABEL):
         facts = {"problem_type": loss.problem_type, **loss.measured_facts, **facts}
     answering = Answering("label", processor=processor)

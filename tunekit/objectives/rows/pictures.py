@@ -46,7 +46,8 @@ PREPARED = ("latents", "target", "times", "weights", "sizes")  # parts that the 
 @dataclass(frozen=True, eq=False)
 class PictureRows(RowKind):
     """Rows of images with prompts. Parts: `pixels`, the image resized so that it just covers its bucket (each step can
-    crop it differently); `shape` of the pixels; `original`, the size in the file; `bucket`; `prompt` as UTF-8.
+    crop it differently); `shape` of the pixels; `original`, the size in the file; `bucket`, the size to train at;
+    `prompt` as UTF-8.
 
     In each step the loss replaces `pixels` by the parts PREPARED, and adds the inputs made from each prompt
     (`text_parts`).

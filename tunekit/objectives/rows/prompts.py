@@ -173,7 +173,7 @@ class PromptRows(TextRows):
         return self.make_row(parts, row.origin, row.number)
 
     def with_tokens(self, window: Window, name: str, values: Sequence[Tensor]) -> Window:
-        """Add a value for each predicted token to the rows of the window. Shapes: values (N,) for each batch."""
+        """Add a value for each predicted token to the step's rows. Shapes: values (N,) for each batch."""
         parts = []
         for batch, numbers in zip(window.batches, values, strict=True):
             split = [part.numpy() for part in torch.split(numbers.float(), batch.targets["counts"].tolist())]

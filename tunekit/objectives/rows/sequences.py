@@ -93,7 +93,7 @@ def weights_title(weights: Array) -> str:
 
 
 def sequence_parts(ids: Array, trained: Array, weights: Array = UNWEIGHTED) -> dict[str, Array]:
-    """The parts of a row. Shapes: (T,) each. Empty `weights` mean that all weights are 1."""
+    """The arrays (parts) of a row, by name. Shapes: (T,) each. Empty `weights` mean that all weights are 1."""
     weights = UNWEIGHTED if (weights[trained[: len(weights)]] == 1).all() else weights
     return {"ids": ids, "trained": trained, "weights": weights}
 

@@ -163,5 +163,5 @@ def answer_weight(example: ChatExample | CompletionExample) -> float:
 
 
 def source_parts(source: Array, answer: Array, weight: float = 1.0) -> dict[str, Array]:
-    """The parts of a row. Shapes: source (S,), answer (A + 1,)."""
+    """The arrays (parts) of a row, by name. Shapes: source (S,), answer (A + 1,)."""
     return {"source": source, "answer": answer, "weight": np.array([weight], np.float32)}

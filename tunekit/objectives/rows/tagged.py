@@ -63,7 +63,7 @@ class TaggedWords(LabelledTexts):
         return self._cut_words(text.split())
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The parts of a row with these ids. The first label stands in for the unknown tag of every word."""
+        """The arrays (parts) of a row with these ids. The first label stands in for the unknown tag of every word."""
         assert isinstance(ids, WordIds)
         return _parts(ids, ids.firsts, [self.labels.names[0]] * len(ids.firsts))
 

@@ -111,7 +111,7 @@ class TranscriptRows(RecordingRows):
         raise DataError(what, "cut the recording into shorter ones, or leave the row out")
 
     def _row(self, parts: RowParts, frames: int, origin: str, number: int = 0) -> Row:
-        """A row of these parts, without the values that a step added."""
+        """A row with these arrays, but without arrays that a step added."""
         parts = {name: parts[name] for name in self.layout.parts}
         return self.make_row(parts, origin, number, (frames, self.units_in(parts)))
 
