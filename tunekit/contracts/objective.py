@@ -142,7 +142,7 @@ class RowKind:
         return 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row's units from start to stop-1, numbered as in its sizes. If the row cannot be cut: the whole row."""
+        """The row's tokens from start to stop-1, counted as in its sizes. If the row cannot be cut: the whole row."""
         return row
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:

@@ -49,8 +49,8 @@ def text_metrics(
     references: Sequence[str],
     normalized: Callable[[str], str] = str,
 ) -> dict[str, float]:
-    """The named metrics over all pairs of answer and reference. `normalized`: a function that normalises the texts for
-    metrics with NORMALIZED. If a metric leaves pairs out, NAME_left_out is the number of these pairs."""
+    """The named metrics over all pairs of answer and reference. `normalized`: a function that normalises texts, for
+    metrics whose module sets NORMALIZED. If a metric leaves pairs out, NAME_left_out is the number of these pairs."""
     metrics = dict[str, float]()
     for name in names:
         metric = import_module(f"tunekit.metrics.{name}")

@@ -39,7 +39,7 @@ class EvaluationSums:
     row_right: dict[int, float] = field(default_factory=dict)  # 1 where all labels are right; empty without labels
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
-        """The named metrics of metrics/, computed from the sums."""
+        """The metrics with these names, computed from the sums."""
         return {name: import_module(f"tunekit.metrics.{name}").from_sums(self.values) for name in names}
 
 

@@ -17,8 +17,8 @@ Measure = Callable[[Column, Column], float]
 
 
 def mean_of_outputs(measure: Measure) -> tuple[tuple[str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a regression metric: the value of `measure` for each output of the head, averaged over
-    outputs."""
+    """The constant NEEDS and the function `from_sums` of a regression metric: the value of `measure` for each output of
+    the head, averaged over outputs."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
         """The mean; NaN if the measure is undefined for an output. Raises ValueError if there are no rows."""

@@ -158,8 +158,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         not support."""
         unknown = sorted(set(settings) - SAMPLING_NAMES)
         if unknown:
-            what = f"a task has unsupported generation_kwargs: {', '.join(unknown)}"
-            raise InputError(what, "remove them from the task's YAML file")
+            raise InputError(
+                f"a task has unsupported generation_kwargs: {', '.join(unknown)}",
+                "remove them from the task's YAML file",
+            )
         count = next((int(settings[name]) for name in LENGTH_NAMES if settings.get(name) is not None), NEW_TOKENS)
         room = self.max_length - count
         if room < 1:

@@ -42,7 +42,7 @@ def teaches_nothing(rewards: Rewards, axis: int | None = None) -> NDArray[np.boo
 
 
 def scaled(values: Rewards, deviation: Rewards) -> Rewards:
-    """Advantages divided by a standard deviation, which may be 0."""
+    """Divide advantages by a standard deviation, which may be 0."""
     return values / (deviation + MINIMUM_SPREAD)
 
 
@@ -58,7 +58,8 @@ def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal:
     """Mean and standard deviation of the total reward, and of each function's rewards. Also the share of groups whose
     rewards are all equal, and the share of completions without a reward.
 
-    Shapes: scores (A, G, F), total (A, G), equal (A,).
+    Shapes: scores (A, G, F), total (A, G), equal (A,), for A prompts, G completions of each prompt, and F reward
+    functions.
     """
     numbers = {name: function(total) for name, function in (("reward", mean), ("reward_std", spread))}
     numbers |= {"frac_reward_zero_std": equal.mean(), "frac_reward_none": np.isnan(total).mean()}
@@ -70,7 +71,7 @@ def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal:
 def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str, float]:
     """The mean, minimum and maximum length in tokens of the step's completions, and the share of completions without a
     stop token.
-    Shapes: lengths, ended (A, G)."""
+    Shapes: lengths, ended (A, G), for A prompts and G completions of each prompt."""
     complete = lengths[ended]
     return {
         "completions_mean_length": float(lengths.mean()),

@@ -58,8 +58,8 @@ def by_row(scores: Tensor, sides: int) -> Array:
 def reference_scores(
     run: RunView, batches: Sequence[Batch], read: Read, *, keeps: str | bool, further: Sequence[Batch] = ()
 ) -> list[Tensor]:
-    """The reference model's scores, shape (S P,), for each of `batches`, then for each of `further`. Scores of
-    `further` are not cached.
+    """The reference model's scores, shape (S P,) for S answers of P rows, for each of `batches`, then for each of
+    `further`. Scores of `further` are not cached.
 
     `keeps`: whether each row's scores are cached. A row whose scores are cached is computed alone, so that its scores
     do not depend on the step. auto: cache only on a CPU (where this costs little time), and only if the run repeats its

@@ -83,7 +83,8 @@ class SampledLoss(LossKind):
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
         """The advantages of this rank's completions; NaN where there is no reward. `step`: the rewards of all ranks.
-        Shapes: local (P, G), step (A, G) -> (P, G)."""
+        Shapes: local (P, G), step (A, G) -> (P, G), for P prompts of this rank, A prompts of all ranks, and G
+        completions of each."""
         raise NotImplementedError
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:

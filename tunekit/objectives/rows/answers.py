@@ -199,9 +199,9 @@ class AnswerRows(TextRows):
         ]
 
     def _predicted(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """The targets `counts`, `index` and `ids`, in this order: all first answers, all second answers, and so on;
-        then all prompts, if prompts are predicted. `counts` (S P,): the number of predicted tokens of each. `index`,
-        `ids` (N,): the positions and ids of all these tokens."""
+        """The targets `counts`, `index` and `ids`. They list all first answers, then all second answers, and so on;
+        then all prompts, if prompts are predicted. `counts` (S P,): the number of predicted tokens of each answer or
+        prompt. `index`, `ids` (N,): the positions and ids of these tokens."""
         groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
         groups += [(number, self.sides[0], False) for number in range(len(rows))] if self.prompts else []
         index, targets = list[NDArray[Any]](), list[NDArray[Any]]()

@@ -69,7 +69,9 @@ class Quantities(Labels):
         if not numbers:
             raise DataError("the label is an empty list", "write the row's numbers")
         if self.names and len(numbers) != len(self.names):
-            what = f"the row has {_counted(len(numbers))}, but the head has {len(self.names)} ({self.text(self.names)})"
+            what = (
+                f"the row has {_counted(len(numbers))}, but the head needs {len(self.names)} ({self.text(self.names)})"
+            )
             raise DataError(what, "write one number for each output of the head")
         return json.dumps(numbers)
 
