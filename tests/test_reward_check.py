@@ -201,5 +201,5 @@ def test_without_answers_nothing_is_said_of_them(
     recipe = write_prompts(tmp_path, base, [{"prompt": f"say {n}", "level": n} for n in range(8)], code=code)
     assert reward_check_verb(load_recipe(recipe), 0, None) == 0
     said = capsys.readouterr().out
-    assert "it was not tested on good and bad ones" in said
+    assert "it was not tested on good answers" in said
     assert "score higher" not in said

@@ -1,4 +1,4 @@
-"""`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or a recipe's untuned base."""
+"""`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or the untuned base of a recipe."""
 
 import glob
 import math
@@ -54,14 +54,14 @@ def evaluate_verb(
     overrides: Sequence[str],
     adapter_column: str | None = None,
 ) -> None:
-    """Evaluate a target, or with `adapter_column` the adapters that its rows name.
+    """Evaluate a target. With `adapter_column`: evaluate each adapter that the rows name in this column.
 
-    Raises: TunekitError; the command line returns its exit code.
+    Raises: TunekitError, whose exit code the command line returns.
     """
     _check_metrics(metrics)
     write_result = json_result(json_file)
     if data is None and format is not None:
-        raise InputError("--format is the format of --data, but --data is missing", "add --data FILE")
+        raise InputError("--format describes the file of --data, but --data is missing", "add --data FILE")
     if data is not None:
         overrides = [f"data.eval=[{{path: {yaml_scalar(data)}, format: {yaml_scalar(format or 'auto')}}}]", *overrides]
     of_data = [text for text in overrides if text.removeprefix("~").startswith("data")]
@@ -88,7 +88,7 @@ def evaluate_verb(
         rows = devices.main_first(read)
         console.info(*rows.notes, *calibration_notes(spec.evaluation))
         loaded.model.companions = load_companions(rows.objective, devices.device)
-        console.info(f"measuring {len(rows.evaluation or ()):,} rows ...")
+        console.info(f"evaluating {len(rows.evaluation or ()):,} rows ...")
         of_run, counting = spec.data or section, CountProgress(console)
         evaluate = partial(evaluate_rows, metrics=metrics, devices=devices, template=template, progress=counting)
         if adapter_column is not None:
@@ -125,7 +125,7 @@ def _shown(console: Console, target: str, values: Mapping[str, float], evaluatio
 
 
 def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:
-    """The metrics without undefined ones, such as a correlation with a constant; and the numbers of rows, tokens and
+    """The metrics, without undefined metrics such as a correlation with a constant; and the numbers of rows, tokens and
     units."""
     sums, shows = evaluation.sums, shows_of(objective)
     sizes, units = (text.replace(" ", "_") for text in (shows.sizes, shows.units))
@@ -134,8 +134,8 @@ def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:
 
 
 def _row_losses(rows: RowSet, evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The loss of each row (rows,), summed over its units, and the number of units of each row (rows,). Both are empty
-    if a row has no finite loss."""
+    """The loss of each row (rows,), summed over its units, and the number of units of each row (rows,). If a row has no
+    finite loss, both arrays are empty."""
     measured, losses = evaluation.sums.row_losses, list[float]()
     units = [] if rows.evaluation is None else unit_counts(rows.evaluation, rows.objective)
     if len(measured) == len(units):
@@ -149,13 +149,13 @@ def _finite(values: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _check_many_adapters(spec: TargetSpec, section: DataSection) -> None:
-    """Raises: InputError if rows cannot name adapters for this target and data."""
+    """Raises: InputError if the target is not a model, or if no file with evaluation rows is named."""
     if spec.kind != "model":
         raise InputError(
-            "rows that name adapters need their base as TARGET", "name a model, or remove --adapter-column"
+            "--adapter-column needs the adapters' base model as TARGET", "name a model, or remove --adapter-column"
         )
     if not isinstance(section.eval, tuple):
-        raise InputError("there is no file whose rows name adapters", "name it with --data FILE")
+        raise InputError("--adapter-column needs a file whose rows name adapters", "name the file with --data FILE")
 
 
 def _of_adapters(
@@ -165,8 +165,8 @@ def _of_adapters(
     column: str,
     evaluate: Callable[[LoadedTarget, RowSet], Evaluation],
 ) -> dict[str, Evaluation]:
-    """The evaluation of each adapter on the rows that name it in `column`. The key "base" has the evaluation of the
-    base on rows that name no adapter."""
+    """The evaluation of each adapter on the rows that name this adapter in `column`. The key "base" has the evaluation
+    of the base on rows that name no adapter."""
     assert isinstance(section.eval, tuple)  # _check_many_adapters ensures it
     base, groups = loaded.model.base, rows_by_adapter(rows, section.eval, column)
     check_adapters(base, [place for place in groups if place is not None], rows.objective)
@@ -180,9 +180,10 @@ def _of_adapters(
 def evaluate_tasks(
     target: str, base: str | None, tasks: Sequence[str], json_file: str | None, overrides: Sequence[str]
 ) -> None:
-    """Evaluate a target on tasks of lm-eval, and compare an adapter with its base.
+    """Evaluate a target on tasks of lm-eval. If the target has an adapter, also compare with its base.
 
-    Raises: InputError if lm-eval is not installed, or for an unknown task; ModelError for a model that is not causal.
+    Raises: InputError if lm-eval is not installed, or for an unknown task; ModelError if the model is not a causal
+    language model.
     """
     write_result, names = json_result(json_file), ", ".join(map(yaml_scalar, tasks))
     spec = find_target(target, base, [f"evaluation.tasks=[{names}]", *overrides])
@@ -192,7 +193,7 @@ def evaluate_tasks(
     console.info(*spec.rewrites)
     try:
         if devices.world > 1:
-            raise InputError("tasks are computed in one process", "start it without torchrun")
+            raise InputError("tasks cannot be computed in several processes", "start tunekit without torchrun")
         chosen = load_tasks(spec.evaluation)
         console.info(f"loading {spec.model.name_or_path} ...")
         loaded = load_target(spec, devices.device)
@@ -214,7 +215,7 @@ def evaluate_tasks(
         console.table(*change_table(values["changes"]))
     if spec.kind == "run" and spec.run is not None and spec.model == find_target(target, None, []).model:
         write_json(spec.run / TASKS_NAME, values)  # scores on a changed base are not those of the run
-        console.info(f"tunekit report {shlex.quote(target)} shows them")
+        console.info(f"tunekit report {shlex.quote(target)} shows the scores")
     write_result(values)
 
 
@@ -236,8 +237,8 @@ def _refuse_unmeasurable(
 
 
 def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | None) -> None:
-    """Raises: InputError for a missing file. If the run folder was moved, the error states the file's path during
-    training."""
+    """Raises: InputError for a missing file. The error states the file's path during training, if the path was
+    different then."""
     for number, source in enumerate(section.eval if isinstance(section.eval, tuple) else section.train):
         path = source.path
         if not os.path.isabs(path) or os.path.lexists(path) or glob.has_magic(path):
@@ -246,11 +247,11 @@ def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | 
             raise InputError(f"{path}: no such file", "check the path of --data")
         earlier = "" if target.run is None else _path_in_training(target.run, section, number)
         moved = f" (in training it was {earlier})" if earlier not in ("", path) else ""
-        raise InputError(f"{path}: no such file{moved}", "name the rows with --data FILE")
+        raise InputError(f"{path}: no such file{moved}", "name a file of rows with --data FILE")
 
 
 def _path_in_training(run: Path, section: DataSection, number: int) -> str:
-    """The absolute path of a source during training, from the plan; empty if the plan does not state it."""
+    """A source's absolute path during training, read from the plan; empty if the plan does not state it."""
     plan = run / "plan.json"
     try:
         stated = parse_json(read_small(plan), str(plan))["recipe"]["data"]
@@ -260,11 +261,11 @@ def _path_in_training(run: Path, section: DataSection, number: int) -> str:
 
 
 def _data_section(target: TargetSpec, overrides: Sequence[str]) -> DataSection:
-    """The data section with the evaluation rows: the section of the run or recipe, changed by the overrides."""
+    """The data section that names the evaluation rows: the section of the run or recipe, changed by the overrides."""
     data = target.data
     if (data is None or data.eval is None) and not any(text.startswith("data.eval") for text in overrides):
         whose = "this target has no recipe" if data is None else "the recipe has no data.eval"
-        raise InputError(f"there are no rows to evaluate on: {whose}", "name a file with --data FILE")
+        raise InputError(f"there are no evaluation rows: {whose}", "name a file with --data FILE")
     objective = None if target.recipe is None else target.recipe.objective.method
     section = override_data(data, overrides, objective)
     if section.chat_template is None and data is None and target.template_file is not None:
@@ -281,8 +282,8 @@ def evaluate_rows(
     template: str | None,
     progress: Progress,
 ) -> Evaluation:
-    """Evaluate the model on the evaluation rows. `data`: the section from whose rows `evaluation.choices: from_data`
-    takes the choices."""
+    """Evaluate the model on the evaluation rows. `data`: the data section whose rows contain the choices, if the
+    settings say `evaluation.choices: from_data`."""
     settings, model, evaluation = loaded.target.evaluation, loaded.model, rows.evaluation
     assert evaluation is not None  # _data_section ensures it
     _refuse_unmeasurable(metrics, rows.objective.name, rows.objective.facts, settings)

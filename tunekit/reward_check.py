@@ -1,6 +1,6 @@
-"""`tunekit reward check`: tests a recipe's reward on good and bad answers, before training with it.
+"""`tunekit reward check`: tests a recipe's reward on good and bad answers before a training run uses it.
 
-It reports a reward that fails, that is slow, or that is as high for worthless answers as for reference answers.
+It reports a reward that fails, that is slow, or that scores bad answers as high as reference answers.
 """
 
 import json
@@ -58,8 +58,8 @@ TOO_MUCH = 0.5  # share of the difference between reference and empty answers
 
 @dataclass(frozen=True)
 class Trial:
-    """One kind of answers, and their rewards. `scores`: (N, F), N answers and F reward functions. `errors`: the
-    functions' errors."""
+    """Answers of one kind, and their rewards. `scores`: (N, F), for N answers and F reward functions. `errors`: the
+    errors that reward functions raised."""
 
     name: str
     completions: Sequence[Completion]
@@ -70,13 +70,13 @@ class Trial:
 
 
 def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None) -> int:
-    """Test the reward; returns 2 if there are findings. Raises: TunekitError if it cannot be tested."""
+    """Test the reward. Returns 2 if there are findings, else 0. Raises: TunekitError if the reward cannot be tested."""
     refuse_to_replace("--json", json_file, loaded)
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
     settings = recipe.objective
     if not isinstance(settings, SampleSettings):
-        raise InputError(f"objective {settings.method} has no reward", "name a recipe of objective: grpo or rloo")
+        raise InputError(f"objective {settings.method} has no reward", "name a recipe with objective: grpo or rloo")
     rewards, size = make(CompanionSpec("rewards", REWARD, settings.reward)), settings.num_generations
     device = make_devices().device
     rewards.load(device)
@@ -94,15 +94,14 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
         console.info("no problem was found: reference answers score higher than empty and constant ones")
     elif not findings:
         console.info(
-            "the reward returned valid numbers; without reference answers, it was not tested on good and bad ones"
+            "the reward returned valid numbers; no row has a reference answer, so it was not tested on good answers"
         )
     write_result({"answers": [_values(rewards, trial) for trial in trials], "findings": findings, "notes": notes})
     return 2 if findings else 0
 
 
 def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
-    """The prompts and columns of some training rows, which the run's seed selects. They are read without a
-    tokenizer."""
+    """The prompts and columns of some training rows, which are selected by the run's seed. No tokenizer is loaded."""
     contexts, problems = list[dict[str, Any]](), Problems()
     for source in recipe.data.train:
         rows, _, format_name, _ = open_rows(source, recipe.objective.example, problems)
@@ -120,16 +119,18 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
         raise DataError("no row has a prompt", "", key="data.train")
     draw = random.Random(recipe.training.seed)
     chosen = draw.sample(contexts, min(MOST_ROWS, len(contexts)))
-    console.info(f"testing the reward on {len(chosen):,} of {len(contexts):,} rows, each with good and bad answers")
+    console.info(
+        f"testing the reward on {len(chosen):,} of {len(contexts):,} rows, with good and bad answers for each row"
+    )
     return chosen
 
 
 def known_answers(
     contexts: Sequence[dict[str, Any]], encode: Callable[[str], list[int]] | None = None
 ) -> dict[str, list[Completion]]:
-    """Completions by kind: reference answers and several kinds of bad answers. Some kinds fool a reward that accepts
-    the answer, or its words, anywhere in the completion. `encode`: a function from text to ids, for rewards that read
-    ids."""
+    """Completions for the test, by kind: reference answers and several kinds of bad answers. Some bad answers fool a
+    reward that only searches the completion for the answer or for its words. `encode`: a function from text to ids,
+    needed if a reward reads ids."""
     with_answer = [each for each in contexts if isinstance(each["columns"].get("answer"), str | int)]
     answers = [str(each["columns"]["answer"]) for each in with_answer]
     common = Counter(answers).most_common(1)[0][0] if answers else "yes"
@@ -162,7 +163,7 @@ def known_answers(
 
 
 def _among_others(answer: str, distinct: Sequence[str]) -> str:
-    """A text with several answers, one per line. The given answer is in the middle."""
+    """A text with several answers, one per line. The given answer is on a middle line."""
     others = [text for text in distinct[: OTHERS + 1] if text != answer][:OTHERS]
     others *= 2 if len(others) == 1 else 1  # so that neither the first nor the last line is the given answer
     middle = len(others) // 2
@@ -170,7 +171,8 @@ def _among_others(answer: str, distinct: Sequence[str]) -> str:
 
 
 def _encoder(recipe: Recipe) -> Callable[[str], list[int]] | None:
-    """A function from text to ids. It appends the end token, as the model does. None without the model's files."""
+    """A function that converts text to ids and appends the end token, as the model does. None if the model's files are
+    missing."""
     try:
         tokenizer = load_tokenizer(recipe.model)
     except ModelError:
@@ -185,7 +187,7 @@ def _text_of(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completion]:
-    """The model's completions before step 1. Each of the first `count` rows has a group of completions, as in a
+    """The model's completions before training. Each of the first `count` rows gets a group of completions, as in a
     training step."""
     seed = recipe.training.seed
     objective = make_objective(recipe.objective, load_tokenizer(recipe.model))
@@ -221,7 +223,7 @@ def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion
 
 
 def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tuple[list[str], list[str]]:
-    """The findings and the notes about the reward. `size`: number of samples in a group."""
+    """The findings and the notes about the reward. `size`: the number of samples in a group."""
     places = dict[str, list[str]]()
     for each in trials:
         for error in each.errors:
@@ -271,19 +273,19 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
 
 def _constant(rewards: RewardFunctions, trials: Sequence[Trial]) -> Iterator[str]:
     """Notes about reward functions that return the same number for all answers. The sum of several rewards would hide
-    this."""
+    such a function."""
     sources = rewards.sources
     for number, source in enumerate(sources if len(sources) > 1 else ()):
         scores = np.concatenate([each.scores[:, number] for each in trials])  # (N,)
         if np.isfinite(scores).all() and np.ptp(scores) == 0:
             yield (
-                f"{name_of(source)} returns {scores[0]:.4g} for all answers, also for {REFERENCE}: check how it reads "
-                "completions (if the prompt is a list of messages, so is the completion)"
+                f"{name_of(source)} returns {scores[0]:.4g} for all answers, even for {REFERENCE}: check how it reads "
+                "completions (if the prompt is a list of messages, the completion is a list of messages too)"
             )
 
 
 def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
-    """The values of one kind of answers in the --json file, without non-finite numbers."""
+    """The content of the --json file about one kind of answers. Numbers that are not finite are left out."""
     names = rewards.names
     numbers = {"mean": float(mean(each.total)), "std": float(spread(each.total))}
     numbers |= {f"mean_{name}": float(mean(each.scores[:, at])) for at, name in enumerate(names)}

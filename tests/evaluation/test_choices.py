@@ -266,7 +266,7 @@ def test_calibrated_choices_steer_a_run_resident_streamed_and_resumed(tmp_path: 
         )
         report = json.loads((tmp_path / name / "report.json").read_text("utf-8"))
         found[name] = {entry["step"]: entry["eval"] for entry in report["evaluations"]}
-        note = "each evaluation scores 3 prompts more than it has rows"
+        note = "each evaluation scores 3 prompts in addition to its rows"
         assert any(note in each for each in json.loads((tmp_path / name / "plan.json").read_text("utf-8"))["notes"])
         assert note in (tmp_path / name / "report.md").read_text("utf-8")
     assert found["resident"] == {step: pytest.approx(metrics, rel=1e-4) for step, metrics in found["streamed"].items()}

@@ -154,7 +154,7 @@ def test_requests_are_answered_as_by_lm_evals_own_class(harness: Callable[[], No
             for model in (ours, theirs)
         ]
         for end in ("", story * 60):  # HFLM stops at an assertion
-            with pytest.raises(InputError, match=r"a continuation of (0|9\d\d) tokens, but the model reads 1 to 512"):
+            with pytest.raises(InputError, match=r"a continuation of (0|9\d\d) tokens, but the model needs 1 to 512"):
                 ours.loglikelihood([Instance("loglikelihood", {}, (story.strip(), end), 0)])
         with pytest.raises(InputError, match="an empty text in its generation_kwargs"):  # HFLM ends after one token
             ours.generate_until([Instance("generate_until", {}, (story, {"until": ""}), 0)])
@@ -204,7 +204,7 @@ def test_prompts_are_turns_of_a_chat_as_in_lm_evals_own_class(
         theirs = HFLM(pretrained=net, tokenizer=AutoTokenizer.from_pretrained(tiny_llama), batch_size=3, device="cpu")
         group = tmp_path / "group.yaml"
         group.write_text(json.dumps({"group": "both", "task": ["colours", "answers"]}), encoding="utf-8")
-        with pytest.raises(InputError, match=r"group\.yaml is the file of a group of tasks"):
+        with pytest.raises(InputError, match=r"group\.yaml describes a group of tasks"):
             load_tasks(EvaluationSection(tasks=(str(group),)))
         values = []
         for model in (ours, theirs):

@@ -258,7 +258,7 @@ def test_a_head_of_the_base_is_kept_where_it_has_the_labels(whisper: Path, recor
     assert torch.equal(projector, own.projector.weight)
     assert torch.equal(classifier, own.classifier.weight)
     projector, classifier, notes = heads(labels=["one", "nine", "five", "six"])
-    assert "the base's own head (one, nine, five) is not used" in notes[0]
+    assert "the base's head (one, nine, five) is not used" in notes[0]
     assert torch.equal(projector, own.projector.weight), "it has nothing to do with the labels"
     assert classifier.shape[0] == 4
 
@@ -417,13 +417,11 @@ def test_a_long_recording_is_dropped_cut_or_refused(processor: AudioProcessor, t
     soundfile.write(tmp_path / "begun.wav", samples[: SECONDS * RATE], RATE)
     with pytest.raises(Dropped, match="recording longer than 2 s, the model's maximum"):
         encoded(processor, long)
-    said = (
-        r"lasts 4.0 s, but the model can hear at most 2 s at once; cut the file, or write data.excess_length: truncate"
-    )
+    said = r"lasts 4.0 s, but the model's input is at most 2 s; cut the file, or write data.excess_length: truncate"
     with pytest.raises(DataError, match=said):
         encoded(processor, long, "error")
     (problem,) = rows_with(processor, "split").problems()
-    assert problem.what == "the labels of a recording may be wrong for a piece of it"
+    assert problem.what == "a recording is not split, because its label may be wrong for a piece of the recording"
     heard, beyond = encoded(processor, long, "truncate")
     (begun,) = encoded(processor, long | {"audio": str(tmp_path / "begun.wav")})
     assert np.array_equal(heard.parts["features"], begun.parts["features"])
@@ -479,7 +477,7 @@ def test_what_cannot_be_is_refused(whisper: Path, recordings: Path, tmp_path: Pa
             "bitfit cannot train modules besides the adapter, but this objective trains the head",
         ),
         ("data.packing=true", "rows of this objective cannot be packed"),
-        ("data.excess_length=split", "the labels of a recording may be wrong for a piece of it"),
+        ("data.excess_length=split", "its label may be wrong for a piece of the recording"),
         ("evaluation.metrics=[span_f1]", "objective audio_classify has no metric span_f1"),
         ("objective.mask_time_probs=0.1", "unknown key"),
     ):
@@ -521,11 +519,11 @@ def test_every_verb_takes_a_run(
     target = load_target(find_target(str(alone), str(whisper), []), CPU)
     assert answer(target, [str(recordings / "five" / "0.wav")]) == ["five"]
     soundfile.write(tmp_path / "long.wav", keys("one", seconds=2.0), RATE)
-    with pytest.raises(DataError, match=r"long.wav lasts 4.0 s, but the model can hear at most 2 s at once"):
+    with pytest.raises(DataError, match=r"long.wav lasts 4.0 s, but the model's input is at most 2 s"):
         answer(target, [str(tmp_path / "long.wav")])
     with pytest.raises(DataError, match="does not exist"):
         answer(target, [str(tmp_path / "absent.wav")])
-    with pytest.raises(InputError, match="answers with the most likely label"):
+    with pytest.raises(InputError, match="a classifier always answers with the most likely label"):
         generate_verb(str(run), None, [str(recordings / "five" / "0.wav")], None, [], temperature=1.0)
     capsys.readouterr()
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])

@@ -437,7 +437,7 @@ def test_metrics_are_scikit_learns() -> None:
     ("changes", "said"),
     [
         ({"objective": {"method": "classify", "labels": ["yes", "no"]}}, "the label 'perhaps' is not among the labels"),
-        ({"data": {"excess_length": "split"}}, "data.excess_length: the labels of a text may be wrong"),
+        ({"data": {"excess_length": "split"}}, "data.excess_length: a text is not split, because its label"),
         ({"adapter": {"method": "bitfit", "r": None}}, "bitfit"),
         ({"evaluation": {"metrics": ["token_f1"]}}, None),
         (
@@ -491,7 +491,7 @@ def test_a_trained_head_keeps_its_labels_or_is_replaced(
     head = load_model(prepared.model, device=CPU).net.get_submodule("classifier").weight
     stored = BertForSequenceClassification.from_pretrained(base).classifier.weight
     assert torch.equal(head, stored) == kept
-    assert any("the base's own head" in note for note in plan.notes) != kept
+    assert any("the base's head" in note for note in plan.notes) != kept
 
 
 def test_a_recipe_cannot_reorder_the_rows_of_a_trained_head(bert: Path, tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path)
     few, held = rows_of("a", "b", "b"), rows_of("a", "c", file="test")
     assert bare.learn([few, held[:1]]).notes == (
         "always answering 'b', the most frequent label, has an eval.accuracy of 0",
-        "the label 'a' has one row to train on",
+        "the label 'a' has only one training row",
     )
     with pytest.raises(
         TunekitError, match=r"test:1: the label 'c' is in no row of data\.train; add rows with this"
@@ -561,7 +561,7 @@ def test_labels_have_one_order_and_those_never_taught_are_told(tiny_llama: Path)
         make_objective(ClassifySettings(), tokenizer, {"labels": ["a", "b", "c"]}),
         make_objective(ClassifySettings(), tokenizer, {"head": "abc"}),
     ):
-        assert known.learn([few, held]).notes[1] == "the label 'c' occurs in the evaluation rows only"
+        assert known.learn([few, held]).notes[1] == "the label 'c' occurs only in the evaluation rows"
     answering: Any = bare.learn([rows_of("a", "b")]).answering
     with pytest.raises(InputError, match="a text is empty"):
         answering.write(None, [[5], []], AnswerLimits(max_new_tokens=1, batch_size=1))

@@ -141,7 +141,7 @@ def test_a_streamed_teacher_teaches_the_same(tier: str, tiny_llama: Path, teache
     saved = resident.peak_bytes.weights - planned.peak_bytes.weights
     layers = layer_bytes(load_model(loaded.recipe.objective.teacher, device=CPU))
     assert saved == pytest.approx(layers / 3 if tier == "disk" else -2 * layers / 3, rel=0.25), "two of three in slots"
-    assert any("layers wait" in note and "once for all rows of a step" in note for note in planned.notes)
+    assert any("layers are stored" in note and "once per step" in note for note in planned.notes)
     companion: Any = load_companions(prepared.rows.objective, CPU)["objective.teacher"]
     batches = [prepared.rows.objective.rows.collate([[prepared.rows.train[number]]]) for number in range(3)]
     companion.score(batches, lambda output, batch: output.hidden)

@@ -412,8 +412,8 @@ def test_a_cpu_takes_no_more_long_pairs_at_a_time_than_full_speed_needs(base: Pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data": {"train_on": "all"}}, "data.train_on: the objective compares the answers"),
-        ({"data": {"excess_length": "split"}}, "data.excess_length: a later piece"),
+        ({"data": {"train_on": "all"}}, "data.train_on: this objective compares answers"),
+        ({"data": {"excess_length": "split"}}, "data.excess_length: if an answer were split"),
         ({"data": {"packing": True}}, "data.packing: the two sequences of a pair are put end to end"),
         (
             {"objective": {"label_smoothing": 0.1}},
@@ -434,7 +434,7 @@ def turn(content: str, role: str = "assistant") -> dict[str, str]:
 BAD = [
     ({"prompt": "p", "chosen": "", "rejected": "b"}, "an empty answer"),
     ({"prompt": "p", "chosen": "a", "rejected": None}, "an empty answer"),
-    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "the chosen and the rejected answer are the same"),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "no prompt"),
     ({"chosen": "a", "rejected": "b"}, "no prompt"),
     ({"prompt": "p", "chosen": [turn("a"), turn("c", "user")], "rejected": "b"}, NOT_ANSWERED),

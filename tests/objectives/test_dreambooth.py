@@ -351,7 +351,7 @@ def test_what_is_predicted_is_kept_with_the_adapter(tmp_path: Path, pipeline: Pa
     [
         ({"resolution": 18}, "objective.resolution: 18 is not a multiple of 4"),
         ({"weighting_scheme": "mode"}, "objective.weighting_scheme: applies to flow matching"),
-        ({"cache_latents": True, "random_flip": True}, "objective.cache_latents: random crops and flips"),
+        ({"cache_latents": True, "random_flip": True}, "objective.cache_latents: images cannot be cached"),
         ({"class_prompt": "a dog"}, "prior preservation needs class_prompt"),
         ({"instance_prompt": None}, "the image has no 'text'"),
     ],

@@ -351,10 +351,10 @@ def letters(completions, right=None):
     silent = code.replace("float(len(calls))", "None")
     silent_one = {**objective, "reward": [ONE]}
     alone = write_prompts(tmp_path / "b", base, rows, code=silent, objective=silent_one)
-    with pytest.raises(DataError, match=r"data\.eval: no reward judges any of the 3 evaluation rows"):
+    with pytest.raises(DataError, match=r"data\.eval: no reward returned a number for any of the 3"):
         train(alone)
     alone = write_prompts(tmp_path / "c", base, rows, code=silent, objective=silent_one, data={"eval": None})
-    with pytest.raises(RewardError, match="letters returned None or NaN for each of 12 completions"):
+    with pytest.raises(RewardError, match="letters returned None or NaN for all 12 completions"):
         train(alone)
 
 
@@ -372,9 +372,7 @@ def letters(completions):
     objective = {"num_generations": 2, "max_completion_length": 1}
     training = {"max_steps": 60, "epochs": None, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
     recipe = write_prompts(tmp_path, base, code=code, objective=objective, training=training, data={"eval": None})
-    said = (
-        r"(?s)letters returned None or NaN for each of 2 completions in each of the last 20 steps.*step 24 is written"
-    )
+    said = r"(?s)letters returned None or NaN for all 2 completions in each of the last 20 steps.*step 24 is written"
     with pytest.raises(InputError, match=said):
         train(recipe)
     shares = [(each["frac_reward_zero_std"], each["frac_reward_none"]) for each in records(tmp_path / "run")]
@@ -542,7 +540,7 @@ def test_a_reward_model_of_ones_own_is_asked(base: Path, tmp_path: Path) -> None
     more = [make_plan(load_recipe(path), device=CPU)[0].peak_bytes for path in (recipe, plain)]
     assert more[0].weights > more[1].weights, "the reward model's weights are planned"
     with pytest.raises(
-        RecipeError, match=r"objective\.reward\.0\.model: the model was trained with grpo and gives no scores"
+        RecipeError, match=r"objective\.reward\.0\.model: the model was trained with the objective grpo, so it"
     ):
         train(write_prompts(tmp_path / "other", base, objective={"reward": [{"model": str(run)}]}))
 
@@ -634,11 +632,11 @@ def test_as_many_completions_as_fit_are_sampled_together(
         return write_prompts(tmp_path / name, base, objective=objective, training=training, **sections)
 
     enough, _ = make_plan(load_recipe(recipe("enough", 16)), device=CPU)
-    assert "sampling: 16 completions at a time; the keys and values of up to" in "\n".join(enough.notes)
+    assert "sampling: 16 completions in parallel; their keys and values, for up to" in "\n".join(enough.notes)
     budget = {"budget": f"{enough.peak_bytes.total * 10 // 9 + 1}B"}
     plan, _ = make_plan(load_recipe(recipe("many", 32, memory=budget)), device=CPU)
     assert (plan.choice.sampling_batch_size, plan.peak_bytes.total) == (16, enough.peak_bytes.total)
-    assert any("32 at a time do not fit into memory" in note for note in plan.notes)
+    assert any("32 in parallel do not fit into memory" in note for note in plan.notes)
     sizes, generate = list[int](), TunedModel.generate
 
     def noted(self: Any, *prompts: Any, **named: Any) -> Any:

@@ -64,7 +64,7 @@ def test_a_whole_number_is_that_row_of_a_head_without_names(bert: Path, tmp_path
     assert found["accuracy"] == found["exact_match"]
     assert [line["rows"] for line in found["classes"]["per_class"]] == [2, 2, 2]
     rows_with(tmp_path, 3, name="test.jsonl")
-    with pytest.raises(TunekitError, match=r"test\.jsonl.*the label '3' is not among.*leave the row out, or train"):
+    with pytest.raises(TunekitError, match=r"test\.jsonl.*the label '3' is not among.*leave the row out, or add it"):
         evaluate_verb(str(moved), str(bert), rows, None, [], None, [])
 
 
@@ -108,7 +108,7 @@ def test_true_is_one_label_in_every_file(bert: Path, tmp_path: Path) -> None:
     [
         ("1 2 1.0 2", r"train\.csv:4: the label '1\.0' is the same number as the label '1' in other rows"),
         ("01 2 1", r"train\.csv:2: the label '01' is the same number as the label '1' in other rows"),
-        ("1 no true", r"train\.csv:4: the label 'true' is a truth value, but the label '1' in other rows is a number"),
+        ("1 no true", r"train\.csv:4: the label 'true' is a boolean, but the label '1' in other rows is a number"),
     ],
 )
 def test_one_label_in_two_spellings_is_refused(labels: str, message: str, bert: Path, tmp_path: Path) -> None:

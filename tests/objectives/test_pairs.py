@@ -350,7 +350,7 @@ def test_a_text_in_a_stream_of_pairs_is_refused(
     objective = {"method": "classify", "labels": LABELS}
     recipe = write_pairs(tmp_path, bases["bert"], data=streamed, objective=objective, training=ONE_STEP)
     write_rows(tmp_path / "texts.jsonl", [{"text": "good", "label": "yes"}])
-    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, but the rows that the model learns"):
+    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, but each row that the model learns"):
         make_plan(load_recipe(recipe), device=CPU)
 
 
@@ -375,7 +375,7 @@ def test_a_single_prompt_to_a_model_of_pairs_is_refused(bases: dict[str, Path], 
         with pytest.raises(TunekitError, match=r"trained on pairs of texts.*--prompts FILE\.jsonl"):
             generate_verb(str(target), base, ["good"], None, [])
     write_rows(tmp_path / "texts.jsonl", [{"text": "good", "label": "yes"}])
-    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, but the rows that the model learns"):
+    with pytest.raises(TunekitError, match=r"texts\.jsonl:1: the row is one text, but each row that the model learns"):
         evaluate_verb(str(run), None, str(tmp_path / "texts.jsonl"), None, [], None, [])
 
 
@@ -443,7 +443,7 @@ def test_long_pairs_are_cut_dropped_or_errors(bases: dict[str, Path], tmp_path: 
     assert make_plan(load_recipe(recipe, short), device=CPU)[1].rows.counts.dropped == longer
     with pytest.raises(TunekitError, match=r"tokens, but data\.max_length is 9"):
         make_plan(load_recipe(recipe, [*short, "data.excess_length=error"]), device=CPU)
-    with pytest.raises(TunekitError, match="the labels of a text may be wrong for a piece of it"):
+    with pytest.raises(TunekitError, match="its label may be wrong for a piece of the text"):
         make_plan(load_recipe(recipe, [*short, "data.excess_length=split"]), device=CPU)
 
 
@@ -526,7 +526,7 @@ def test_rows_end_to_end_have_the_losses_of_rows_alone(packing: bool, bases: dic
 
 def test_a_tokenizer_that_separates_nothing_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
     plan, prepared = make_plan(load_recipe(write_pairs(tmp_path, bases["llama"])), device=CPU)
-    notes = [note for note in plan.notes if "puts nothing between two texts" in note]
+    notes = [note for note in plan.notes if "are joined without a separator" in note]
     assert [note.partition(" of texts")[0] for note in notes] == [
         "warning: train.jsonl: 42 pairs",
         "warning: test.jsonl: 12 pairs",

@@ -278,7 +278,7 @@ SECOND = "train.jsonl:2: "
         (None, ["a", 0.5], SECOND + "the label is a fractional number.*objective.problem_type: regression"),
         (None, ["a", [0.5, 1]], SECOND + "the label is a list.*objective.problem_type: regression"),
         (None, ["1", "2.5"], SECOND + "the label 2.5 is a number with a fraction.*objective.problem_type: regression"),
-        (MULTI, [["a"], "b"], SECOND + r"the label 'b' is not a list of names; write a list of names, such as \["),
+        (MULTI, [["a"], "b"], SECOND + r"the label 'b' is not a list of names; write a list of label names"),
         (MULTI, [["a"], [0.5]], SECOND + r"the label \[0.5\] is not a list of names"),
         (MULTI, [["a"], [0, 1, 0]], SECOND + "the row has the label '0' twice.*multi-hot"),
         (MULTI, [["a"], ["a", None]], SECOND + "'label' must be a text or a number, or a list of them, not null"),
@@ -291,7 +291,7 @@ SECOND = "train.jsonl:2: "
         (NUMBERS, [1, "much"], SECOND + "the label 'much' is not a number"),
         (NUMBERS, [1, "nan"], SECOND + "the label nan is not a finite number"),
         (NUMBERS, [1, 1e200], SECOND + "the label 1e.200 is not a finite number"),
-        (NUMBERS, [1, 1e20], SECOND + "the label 1e.20 is not a finite number that can be learned"),
+        (NUMBERS, [1, 1e20], SECOND + "the label 1e.20 is infinite, NaN or too large to be learned"),
         (NUMBERS, [1, True], SECOND + "the label 'true' is not a number"),
         (NUMBERS, [1, None], SECOND + "'label' must be a text or a number, or a list of them, not null"),
         (NUMBERS, [[1, 2], [1]], SECOND + r"the row has 1 number, but the first row \(.*train.jsonl:1\) has 2"),
@@ -339,7 +339,7 @@ def test_a_share_for_evaluation_may_take_the_only_row_of_a_label(llama: Path, tm
         return "\n".join(make_plan(load_recipe(recipe), device=CPU)[0].notes)
 
     once = "abcdefghijklmnop"
-    held = [label for label in once if f"the label '{label}' occurs in the evaluation rows only" in notes([*once])]
+    held = [label for label in once if f"the label '{label}' occurs only in the evaluation rows" in notes([*once])]
     assert len(held) == 8  # each of them is a label of the head, which no training row has
     place = once.index(held[0])
     with pytest.raises(DataError, match="all training rows have the label 'same'"):
@@ -355,11 +355,11 @@ def test_ten_thousand_labels_are_refused_or_learned(llama: Path, tmp_path: Path)
         (tmp_path / "train.jsonl").write_text("".join(lines), encoding="utf-8")
 
     write([f"name {number}" for number in range(10_000)])
-    with pytest.raises(TunekitError, match=r"train.jsonl:1: each of the 10,000 labels is in one row only"):
+    with pytest.raises(TunekitError, match=r"train.jsonl:1: each of the 10,000 labels occurs in only one row"):
         make_plan(load_recipe(recipe), device=CPU)
     write([f"name {number}" for number in range(2_000)] + ["name 0"])
     plan, prepared = make_plan(load_recipe(recipe), device=CPU)
-    assert any(note.startswith("1,999 labels have one row each to train on (name 1, ") for note in plan.notes)
+    assert any(note.startswith("1,999 labels have only one training row each (name 1, ") for note in plan.notes)
     loss: Any = prepared.rows.objective.loss
     sums = label_sums(torch.zeros(2, 2_000), torch.tensor([0, 1999]))
     assert "confusion" not in sums, "it grows with the square of the labels"

@@ -49,7 +49,7 @@ def test_expressions_and_columns() -> None:
     np.testing.assert_array_equal(found.weighted(scores), [1.5, 1.0, 0.0])
     np.testing.assert_array_equal(found.weighted(np.full((1, 3), np.nan)), [np.nan])
     with pytest.raises(
-        RewardError, match="no row has the column 'right' of the reward exact_match: right; the columns"
+        RewardError, match="no row has the column 'right' that is needed by the reward exact_match: right; the"
     ):
         loaded({"exact_match": "right"}).scored_by(0, SAID)
     assert np.isnan(loaded({"exact_match": "right"}).score(SAID)).all()
@@ -236,7 +236,9 @@ def test_a_reward_that_hangs_ends_and_names_the_row(tmp_path: Path, kind: str) -
     completions = [Completion("p", {"answer": "7"}, "a" * 5, f"train.jsonl:{line}") for line in range(1, 9)]
     found.score(completions)
     completions[4] = replace(completions[4], text="x" * 1000)
-    match = r"took more than 0\.2 s for a completion of train\.jsonl:5; make it faster, or raise .*0\.limit_seconds"
+    match = (
+        r"took more than 0\.2 s for a completion of train\.jsonl:5; make the reward faster, or raise .*0\.limit_seconds"
+    )
     with pytest.raises(RewardError, match=match):
         found.score(completions)
 

@@ -244,7 +244,7 @@ def test_times_on_request(processor: SpeechProcessor, sounds: Path) -> None:
     (row,) = encoded(processor, settings, audio=str(sounds / "0.wav"), text="one two", segments=segments)
     assert processor.text(row.parts["answer"][3:-1].tolist()) == "<|0.00|> one<|0.30|><|0.32|> two<|0.60|>"
     assert processor.no_timestamps not in row.parts["answer"]
-    with pytest.raises(DataError, match=r"the row has no 'segments' for objective\.timestamps"):
+    with pytest.raises(DataError, match=r"the row has no 'segments', which objective\.timestamps"):
         encoded(processor, settings, audio=str(sounds / "0.wav"), text="one")
 
 
@@ -256,7 +256,7 @@ def test_long_sounds_are_cut_between_segments_or_refused(processor: SpeechProces
         encoded(processor, **long)
     for excess in ("error", "split"):
         with pytest.raises(
-            DataError, match=r"long.wav lasts 2.7 s, but the model can hear at most 2 s at once; cut the file, or add"
+            DataError, match=r"long.wav lasts 2.7 s, but the model's input is at most 2 s; cut the file, or add"
         ):
             encoded(processor, excess_length=excess, **long)
     segments = [{"start": 0.3 * at, "end": 0.3 * at + 0.15, "text": word} for at, word in enumerate(words)]
@@ -318,7 +318,7 @@ def test_three_hours_are_refused_without_being_read(processor: SpeechProcessor, 
     path = tmp_path / "long.wav"
     with soundfile.SoundFile(path, "w", 100, 1, subtype="PCM_U8") as file:
         file.write(np.full(3 * 3600 * 100, 0.1, np.float32))
-    with pytest.raises(DataError, match=r"long.wav lasts 10,800.0 s, but the model can hear at most 2 s at once"):
+    with pytest.raises(DataError, match=r"long.wav lasts 10,800.0 s, but the model's input is at most 2 s"):
         encoded(processor, audio=str(path), text="one", excess_length="error")
 
 

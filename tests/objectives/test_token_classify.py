@@ -217,7 +217,7 @@ def test_numbers_are_names_that_the_recipe_lists_and_a_cut_keeps_the_first_words
         (
             {"words": ["a"], "tags": [3]},
             {},
-            r"train\.jsonl:25: the tag 3 is not the number of a label, because objective\.labels has 0 names",
+            r"train\.jsonl:25: the tag 3 is not the number of a label: objective\.labels has 0 names",
         ),
         ({"words": ["a"], "tags": "O"}, {}, r"train\.jsonl:25: 'tags' must be a list, not str"),
         ({"words": ["a"], "tags": [None]}, {}, r"train\.jsonl:25: 'tags\[0\]' must be text, not null"),
@@ -226,7 +226,7 @@ def test_numbers_are_names_that_the_recipe_lists_and_a_cut_keeps_the_first_words
             {"objective": {"method": "token_classify", "labels": LABELS}},
             r"train\.jsonl:25: the label 'B-ORG' is not among the labels \(B-LOC, B-PER, I-PER, O\)",
         ),
-        (None, {"data": {"excess_length": "split"}}, r"data\.excess_length: the labels of a text may be wrong"),
+        (None, {"data": {"excess_length": "split"}}, r"data\.excess_length: a text is not split, because its label"),
     ],
 )
 def test_what_cannot_be_is_said(bert: Path, tmp_path: Path, row: Any, changes: dict[str, Any], said: str) -> None:

@@ -348,12 +348,12 @@ def test_a_base_that_does_not_say_how_answers_begin_is_refused(model: Path, word
         values = json.loads((copy / name).read_text("utf-8"))
         values.pop("decoder_start_token_id")
         (copy / name).write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="does not name the first token of answers") as caught:
+    with pytest.raises(ModelError, match="does not state the token that begins every answer") as caught:
         make_plan(load_recipe(write_recipe(tmp_path, copy, words)), device=CPU)
     assert [problem.key for problem in caught.value.problems] == ["model.name_or_path"]
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "king", "completion": "k"}\n')
-    with pytest.raises(ModelError, match="first token of answers"):
+    with pytest.raises(ModelError, match="token that begins every answer"):
         measured(copy, tmp_path / "x.json", data=str(rows))
 
 

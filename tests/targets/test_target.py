@@ -57,7 +57,7 @@ def test_rewritten_overrides_are_printed(tiny_llama: Path, tmp_path: Path, capsy
     assert [line for line in lines if line == rewrite or line.endswith(" ...")] == [
         rewrite,
         f"loading {tiny_llama} ...",
-        "measuring 1 rows ...",
+        "evaluating 1 rows ...",
     ]
     generate_verb(str(tiny_llama), None, ["a"], None, ["torch_dtype=float32", "evaluation.max_new_tokens=1"])
     printed = capsys.readouterr()
@@ -91,7 +91,7 @@ def test_eval_takes_data_keys_and_columns(tiny_llama: Path, tmp_path: Path, monk
     assert measure(tiny_llama, talk, "data.chat_template=t.jinja")["tokens"] < measure(tiny_llama, talk)["tokens"]
     with pytest.raises(RecipeError, match=r"data\.eval\.0\.columns\.question: 'promt' is not a field"):
         measure(tiny_llama, "other.jsonl", "data.eval.0.columns.question=promt")
-    with pytest.raises(InputError, match="there are no rows to evaluate on"):
+    with pytest.raises(InputError, match="there are no evaluation rows"):
         measure(tiny_llama, None, "data.max_length=9")
 
 

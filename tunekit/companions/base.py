@@ -1,5 +1,5 @@
-"""Makes the companions of an objective (teacher, reward models, ...) from modules companions/KIND.py. Also defines
-the PlanContext that plan passes to them."""
+"""Makes an objective's companions: other models or functions that its loss needs, such as a teacher or reward models.
+Also defines PlanContext, which `plan` passes to companions."""
 
 import importlib
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from tunekit.records import Target
 
 @dataclass(frozen=True)
 class PlanContext:
-    """The facts that plan knows before weights are loaded. `base`: the base on the meta device; `rows`: training
-    rows, then evaluation rows; `streams`: whether the data is streamed, so that `rows` are only its first rows."""
+    """The facts that `plan` knows before weights are loaded. `base`: the base on the meta device; `rows`: training
+    rows, then evaluation rows; `streams`: whether the data is streamed, so that `rows` contains only its first rows."""
 
     device: torch.device
     base: LoadedModel
@@ -34,12 +34,12 @@ class PlanContext:
 
 
 def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
-    """The companions made from these specs, by recipe key. Their weights are not loaded yet."""
+    """Make the companions from these specs, by recipe key. Their weights are not loaded yet."""
     return {spec.key: importlib.import_module(f"tunekit.companions.{spec.kind}").make(spec) for spec in specs}
 
 
 def load_companions(objective: Objective, device: torch.device) -> dict[str, Companion]:
-    """The loaded companions of an objective, by recipe key."""
+    """Make and load the companions of an objective, by recipe key."""
     companions = make_companions(objective.companions)
     for companion in companions.values():
         companion.load(device)

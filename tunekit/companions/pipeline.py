@@ -1,4 +1,4 @@
-"""The companion that runs the frozen parts of a diffusion pipeline: VAE and text encoders.
+"""Runs the frozen parts of a diffusion pipeline, VAE and text encoders, as a companion of the trained denoiser.
 
 It caches latents of images and embeddings of prompts that stay the same in every step, and generates class images.
 """
@@ -52,7 +52,7 @@ SizedImage = tuple[Pixels, Size]  # an image and a size that belongs to it
 
 
 class Pipeline(Companion):
-    """VAE and text encoders, with caches: latents by image, embeddings by prompt."""
+    """VAE and text encoders. Latents are cached for each image, and embeddings for each prompt."""
 
     rehearses = True
 
@@ -69,16 +69,17 @@ class Pipeline(Companion):
         return bool(self.settings.validation_prompts) or self.class_images is not None
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Problems: parts that should be trained, but that adapter.target_modules does not include."""
+        """Facts for `plan`: a problem for each part that should be trained, but that adapter.target_modules does not
+        include."""
         parts = [name for name, _ in planned.base.net.named_children()] if planned.targets else []
         lacking = [part for part in parts if not any(target.name.startswith(f"{part}.") for target in planned.targets)]
         how = "add its layers: q_proj, k_proj, v_proj, out_proj"
-        what = "the {} should be trained, but adapter.target_modules names no layer of it"
+        what = "the {0} should be trained, but adapter.target_modules names no layer of the {0}"
         problems = [Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
         return CompanionFacts(problems=problems)
 
     def notes(self, planned: PlanContext, step_tokens: int) -> Sequence[str]:
-        """Notes on files in the folder of class images that are not named like images."""
+        """A note if the folder of class images contains files whose names are not names of images."""
         return () if self.class_images is None else self.class_images.notes()
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
@@ -101,7 +102,7 @@ class Pipeline(Companion):
         return {} if self.class_images is None else {"objective.class_data_dir": self.class_images.digest()}
 
     def class_image(self, run: RunView, number: int, size: Size) -> SizedImage:
-        """A class image, scaled to cover this size, and the image's size in its file. In a simulation: a blank
+        """A class image, scaled to cover this size, and the size of the image in its file. A simulation gets a blank
         image."""
         if run.is_simulated or self.class_images is None:
             return np.zeros((*size, 3), np.uint8), size
@@ -116,8 +117,8 @@ class Pipeline(Companion):
 
     @torch.no_grad()
     def _posterior(self, run: RunView, pixels: Pixels, keep: bool = True) -> Posterior:
-        """The distribution of an image's latents. Each image is encoded alone and in float32, so that its result
-        does not depend on other images."""
+        """The mean and standard deviation of an image's latents. Each image is encoded alone and in float32, so that
+        the result does not depend on other images."""
         net, device = run.model.base.net, run.model.device
         if run.is_simulated:  # if the VAE stays on the device, the simulation counts its work too
             if net.stays:
@@ -136,8 +137,8 @@ class Pipeline(Companion):
         return posterior
 
     def texts(self, run: RunView, prompts: Sequence[str]) -> list[RowParts]:
-        """The denoiser's inputs for each prompt: embeddings; or, if a text encoder is trained, the ids for each text
-        encoder."""
+        """The denoiser's inputs for each prompt: embeddings; or, if a text encoder is trained, the token ids for each
+        text encoder."""
         if run.model.base.net.trains_text:
             ids = _processor(run).ids(prompts)
             return [{f"{IDS}{name}": values[place] for name, values in ids.items()} for place in range(len(prompts))]
@@ -165,14 +166,14 @@ class Pipeline(Companion):
         return Pipeline(self.spec)
 
     def present(self, model: Model) -> list[Tensor]:
-        """Weights of all frozen parts if the run generates images. Otherwise only the VAE's: the text encoders use
-        the same memory later."""
+        """The weights of all frozen parts if the run generates images. Otherwise only the VAE's weights, because the
+        text encoders use the same memory at another time."""
         net = model.base.net
         parts = net.frozen_parts.values() if self.draws or net.stays else [net.part("vae")]
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Simulate encoding one image; also decoding one, if the run generates images."""
+        """Simulate encoding an image. If the run generates images, also simulate decoding an image."""
         vae, how = run.model.base.net.part("vae"), drawing_of(self.settings)
         vae.encode(torch.empty(1, 3, *bucket_of(batch.rows[0]), device="meta"))
         if self.draws:
@@ -180,11 +181,11 @@ class Pipeline(Companion):
 
 
 class ClassImages:
-    """The images of `class_data_dir` for prior preservation. The base generates missing images.
+    """The images in `class_data_dir` for prior preservation. The base generates missing images.
 
-    Each generated image depends only on the prompt and its number, so that an interrupted run continues with the
-    same images. A generated image is square, with the resolution as its side. It is cropped to the bucket of the
-    image that it is trained with, as in diffusers' train_dreambooth_lora_flux2.py.
+    Each generated image depends only on the prompt and the image's number, so that an interrupted run continues with
+    the same images. A generated image is square, with the resolution as its side. When it is trained with an instance
+    image, it is cropped to that image's bucket, as in diffusers' train_dreambooth_lora_flux2.py.
     """
 
     def __init__(self, settings: DreamboothSettings) -> None:
@@ -200,7 +201,7 @@ class ClassImages:
         return sorted(path for path in self.folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
 
     def notes(self) -> list[str]:
-        """Notes on files in the folder that are not named like images."""
+        """A note if the folder contains files whose names are not names of images."""
         others = passed_over(self.folder) if self.folder.is_dir() else None
         return [] if others is None else [others]
 
@@ -209,7 +210,7 @@ class ClassImages:
         return hash_of([content_hash(path) for path in self.paths])
 
     def ready(self, run: RunView, sizes: Sequence[Size]) -> list[SizedImage]:
-        """Each class image at each of these sizes, as pairs (image, size). Generates missing images first.
+        """Each class image at each of these sizes, as pairs (image, size). Missing images are generated first.
 
         Raises: DataError for an unreadable image.
         """
@@ -219,22 +220,24 @@ class ClassImages:
         return [(self._covering(number, size)[0], size) for number in range(len(self.paths)) for size in sizes]
 
     def pick(self, number: int, size: Size) -> SizedImage:
-        """The class image with this number, scaled to cover this size, and the image's size in its file."""
+        """A class image, scaled to cover this size, and the size of the image in its file. If `number` is too large,
+        numbering starts again at the first image."""
         return self._covering(number % len(self.paths), size)
 
     def _covering(self, number: int, size: Size) -> SizedImage:
-        """The class image with this number, scaled to cover this size; cached for each size."""
+        """The class image with this number, scaled to cover this size, and the size of the image in its file. Results
+        are cached."""
         if (number, size) not in self.images:
             path = self.paths[number]
             try:
                 pixels = read_image(str(path))
             except Dropped as reason:
-                raise DataError(f"is an {reason}", "remove it", file=str(path)) from None
+                raise DataError(f"is an {reason}", "remove this file", file=str(path)) from None
             self.images[number, size] = covering(pixels, size), (pixels.shape[0], pixels.shape[1])
         return self.images[number, size]
 
     def _draw_missing(self, run: RunView) -> None:
-        """Generate images with the base, bypassing its adapter."""
+        """Generate missing class images with the base, without its adapter."""
         settings, present, prompt, model = self.settings, len(self.files()), self.settings.class_prompt, run.model
         assert prompt is not None
         if present >= settings.num_class_images:

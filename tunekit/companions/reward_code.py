@@ -1,4 +1,4 @@
-"""A user's reward function: loading it, calling it as TRL does, and hashing the files that affect its results."""
+"""A user's reward function: loads the function, calls it as TRL does, and hashes the files that affect its results."""
 
 import ast
 import importlib.util
@@ -18,9 +18,10 @@ RESERVED = ("prompt", "completion", "completion_ids")  # columns of rows with th
 
 
 class UserFunction:
-    """A function from a user's file, called with the arguments that its signature names. `parameters`: their names.
+    """A function from a user's file, called with the arguments that its signature names. `parameters`: the names of its
+    arguments.
 
-    During loading and calls, it can import modules from the folder of its file.
+    During loading and calls, the function can import modules from the folder of its file.
     """
 
     def __init__(self, source: RewardSource) -> None:
@@ -33,7 +34,8 @@ class UserFunction:
         self.parameters = {parameter.name for parameter in parameters}
 
     def __call__(self, completions: Sequence[Completion]) -> Sequence[Any]:
-        """Call the function, and return its result unchecked. A generator is read to its end here."""
+        """Call the function, and return its result unchecked. If the result is a generator, all its values are read
+        here."""
         columns = {name: None for completion in completions for name in completion.columns if name not in RESERVED}
         values: dict[str, Any] = {
             **{name: [completion.columns.get(name) for completion in completions] for name in columns},
@@ -48,20 +50,22 @@ class UserFunction:
             return list(rewards) if isinstance(rewards, Iterator) else rewards
 
     def unnamed_modules(self) -> bytes:
-        """The contents of modules in the folder that the file loaded without an import statement."""
+        """The contents of modules in the file's folder that the file loaded without an import statement (for example
+        with importlib)."""
         files = [path for name in self._modules for path in _places(self.folder, name) if path.is_file()]
         return _content({path: _read(path) for path in files if path not in self._named}, self.folder)
 
 
 def code_content(source: RewardSource) -> bytes:
-    """The contents of a function's file and of all modules that it imports from its folder. Runs no code. Raises:
-    RewardError."""
+    """The contents of a function's file, and of all modules that the file imports from its folder. No code is run.
+    Raises: RewardError."""
     files = imported_files(source.code_file)
     return files.pop(source.code_file) + _content(files, source.code_file.parent)
 
 
 def imported_files(file: Path) -> dict[Path, bytes]:
-    """The contents of a file and of the modules in its folder that it imports, directly or indirectly, by path."""
+    """The contents of a file, and of the modules in its folder that it imports directly or indirectly. Keys are
+    paths."""
     contents, pending = dict[Path, bytes](), [file]
     while pending:
         path = pending.pop()
@@ -73,8 +77,7 @@ def imported_files(file: Path) -> dict[Path, bytes]:
 
 
 def _imports(code: bytes, package: Sequence[str]) -> set[str]:
-    """Dotted names of the modules that the code may import, and of their parent packages. Imports inside functions
-    are included."""
+    """Dotted names of the modules that the code may import, also inside functions, and of their parent packages."""
     try:
         statements = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError):  # reported when the file is run
@@ -90,7 +93,7 @@ def _imports(code: bytes, package: Sequence[str]) -> set[str]:
 
 
 def _places(folder: Path, module: str) -> tuple[Path, Path]:
-    """The paths where a module of the folder may be."""
+    """The two paths where Python would find a module of the folder: MODULE.py, and MODULE/__init__.py."""
     path = folder.joinpath(*module.split("."))
     return path.parent / f"{path.name}.py", path / "__init__.py"
 
@@ -104,7 +107,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         what = f"the file cannot be read: {error.strerror or error}"
-        raise RewardError(what, "name FILE.py:NAME", file=str(path), key="objective.reward") from None
+        raise RewardError(what, "write FILE.py:NAME", file=str(path), key="objective.reward") from None
 
 
 @contextmanager
@@ -138,7 +141,7 @@ def _load(source: RewardSource) -> Callable[..., Any]:
         names = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
         raise RewardError(f"has no function {name}", f"it has: {', '.join(names) or 'none'}", file=str(file))
     if inspect.iscoroutinefunction(function):
-        raise RewardError(f"{name} is an async function", "write a plain one", file=str(file))
+        raise RewardError(f"{name} is an async function", "write a normal function", file=str(file))
     return function
 
 

@@ -1,4 +1,4 @@
-"""Loads a reward model of a recipe, as a function that scores completions."""
+"""Loads a recipe's reward model as a function that scores completions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +27,12 @@ Scorer = Callable[[Sequence[Completion]], list[float]]
 
 
 def find_reward_model(folder: str) -> TargetSpec:
-    """Find the reward model in a folder, in the same way as commands find a model."""
+    """Find the reward model in a folder, by the same rules as for a model on the command line."""
     return find_target(folder, None, [])
 
 
 def weight_bytes(target: TargetSpec, device: torch.device) -> int:
-    """Bytes of the reward model's weights, before they are loaded."""
+    """The size of the reward model's weights in bytes, computed before they are loaded."""
     return stored_bytes(make_meta_model(target.model, device=device).net)
 
 
@@ -49,7 +49,8 @@ def reward_model_content(folder: str) -> bytes:
 
 
 def load_scorer(folder: str, key: str, device: torch.device) -> Scorer:
-    """Load the reward model of a recipe. Raises: RecipeError if the folder contains none."""
+    """Load a recipe's reward model, and return a function that scores completions. Raises: RecipeError if the folder
+    contains no reward model."""
     return _scorer(load_target(find_reward_model(folder), device), key)
 
 
@@ -57,8 +58,8 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
     objective, model, tokenizer = loaded.objective, loaded.model, loaded.tokenizer
     scores = None if objective.answering is None else objective.answering.score
     if scores is None:
-        what = f"the model was trained with {objective.name} and gives no scores"
-        raise RecipeError(what, "name a run of objective: reward, or its adapter", key=key)
+        what = f"the model was trained with the objective {objective.name}, so it has no scores"
+        raise RecipeError(what, "name the run folder of a reward model (objective: reward), or its adapter", key=key)
     text = model.base.text
     assert text is not None  # a reward model reads text
     assert isinstance(objective.rows, TextRows)
@@ -79,7 +80,7 @@ def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
 
 
 def _ids(completion: Completion, renderer: Renderer, eos_id: int | None) -> list[int]:
-    """The ids of prompt and completion. If the completion is empty: the prompt and the end token."""
+    """The ids of prompt and completion. An empty completion is replaced by the end token."""
     prompt = completion.prompt
     example = PromptedExample(prompt if isinstance(prompt, str) else tuple(map(_message, prompt)))
     if completion.text.strip():

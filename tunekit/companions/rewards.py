@@ -1,6 +1,7 @@
 """The rewards of a recipe: functions, regular expressions, columns and reward models that score completions.
 
-A user's function is called as in TRL, and its result is checked. NaN means: no reward.
+A user's function is called as in TRL, and its result is checked. A reward of NaN means that the completion has no
+reward.
 """
 
 import math
@@ -33,8 +34,8 @@ MatchSearch = Callable[[Sequence[Completion]], Iterable[Match | None]]
 
 
 class RewardFunctions(Companion):
-    """All rewards of a recipe, in the recipe's order. `silent_steps`: for how many steps in a row, up to now, no
-    completion has had a reward."""
+    """All rewards of a recipe, in the recipe's order. `silent_steps`: the number of consecutive steps, up to now, in
+    which no completion got a reward."""
 
     silent_steps = 0
 
@@ -46,7 +47,8 @@ class RewardFunctions(Companion):
         self._functions: list[RewardFunction] = []
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """The size of the reward models' weights; problems for columns that no row has."""
+        """Facts for `plan`: the size of the reward models' weights, and problems for columns that rewards need and no
+        row has."""
         models = [find_reward_model(source.model) for source in self.sources if source.model is not None]
         size = sum(weight_bytes(model, planned.device) for model in models)
         return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
@@ -72,12 +74,12 @@ class RewardFunctions(Companion):
         }
 
     def load(self, device: torch.device) -> None:
-        """Load every function and every reward model. Raises: RewardError; RecipeError for a folder without a reward
-        model."""
+        """Load every function and every reward model. Raises: RewardError; RecipeError for a folder that contains no
+        reward model."""
         self._functions = [self._function(number, device) for number in range(len(self.sources))]
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
-        """The sha256 of modules in a function's folder that its file loaded without an import statement."""
+        """The sha256 of modules that each reward function's file loaded from its folder without an import statement."""
         functions = {f"{self.key}.{number}.function": function for number, function in enumerate(self._functions)}
         user = {key: function for key, function in functions.items() if isinstance(function, UserFunction)}
         return {
@@ -105,14 +107,15 @@ class RewardFunctions(Companion):
         return partial(_exact_match, source.exact_match, extracted)
 
     def _search(self, number: int, name: str, text: str) -> MatchSearch:
-        """A function that finds the first match of a regular expression in each completion, in limited processor time.
+        """A function that finds the first match of a regular expression in each completion, within a limit of processor
+        time.
 
-        Raises: RewardError for an expression that is too large, or too slow (with the row).
+        Raises: RewardError for an expression that is too large or too slow; if too slow, the error names the row.
         """
         try:
             pattern = compile_expression(text)
         except ValueError as error:
-            raise RewardError(str(error), "write a simpler one", key=f"{self.key}.{number}.{name}") from None
+            raise RewardError(str(error), "write a simpler expression", key=f"{self.key}.{number}.{name}") from None
 
         def search(completions: Sequence[Completion]) -> Iterator[Match | None]:
             end = time.process_time() + self.limit(number)
@@ -125,11 +128,11 @@ class RewardFunctions(Companion):
         return search
 
     def limit(self, number: int) -> float:
-        """Seconds that one call of a reward may take."""
+        """The time limit in seconds of one call of a reward."""
         return self.sources[number].limit_seconds or self.limit_seconds
 
     def _call(self, number: int, completions: Sequence[Completion]) -> Any:
-        """Call a reward. Raises: RewardError, which names the row, if the function takes too long."""
+        """Call a reward. Raises: RewardError if the function takes too long; the error names the row."""
         if self.sources[number].kind != "function":
             return self._functions[number](completions)
         try:
@@ -139,8 +142,8 @@ class RewardFunctions(Companion):
             raise self._late(number, self._hanging(number, completions)) from None
 
     def _hanging(self, number: int, completions: Sequence[Completion]) -> Sequence[Completion]:
-        """The single completion for which the function is too slow; all completions if none is found within the time
-        limit."""
+        """The first completion for which the function alone is too slow. All completions, if no such completion is
+        found within the time limit."""
         limit, start = self.limit(number), time.monotonic()
         for completion in completions:
             try:
@@ -157,19 +160,19 @@ class RewardFunctions(Companion):
         row = first.origin or f"the prompt {visible(str(first.prompt))[:80]!r}"
         which = f"a completion of {row}" if len(completions) == 1 else f"{len(completions)} completions from {row} on"
         what = f"{name_of(self.sources[number])} took more than {self.limit(number):g} s for {which}"
-        return RewardError(what, f"make it faster, or raise {self.key}.{number}.limit_seconds")
+        return RewardError(what, f"make the reward faster, or raise {self.key}.{number}.limit_seconds")
 
     def score(self, completions: Sequence[Completion]) -> Rewards:
-        """The reward of each completion by each of the F rewards, shape (N, F). Raises: RewardError for a wrong
-        result."""
+        """The rewards (N, F): each of N completions, scored by each of F reward functions. Raises: RewardError for an
+        invalid result."""
         columns = [self.scored_by(number, completions, may_be_silent=True) for number in range(len(self.sources))]
         return np.stack(columns, axis=1) if completions else np.empty((0, len(self.sources)), np.float64)
 
     def scored_by(self, number: int, completions: Sequence[Completion], *, may_be_silent: bool = False) -> Rewards:
         """The rewards of all completions by one function, shape (N,).
 
-        Raises: RewardError for a wrong result, or if every reward is None or NaN. `may_be_silent` allows the latter,
-        because the function may score only other rows.
+        Raises: RewardError for an invalid result, or if every reward is None or NaN. With `may_be_silent` the second
+        case is allowed, because the function may score only other rows.
         """
         name = name_of(self.sources[number])
         try:
@@ -178,7 +181,7 @@ class RewardFunctions(Companion):
             raise
         except (Exception, SystemExit) as error:
             what = f"{name} raised {error_line(error, self.sources[number].code_file)}"
-            raise RewardError(what, "correct it; test it with `tunekit reward check`") from error
+            raise RewardError(what, "correct the reward, then test it with `tunekit reward check`") from error
         rewards = _check_rewards(result, len(completions), name)
         if completions and not may_be_silent and np.isnan(rewards).all():
             raise self.no_rewards(number, completions)
@@ -195,11 +198,13 @@ class RewardFunctions(Companion):
             names = (
                 ", ".join(dict.fromkeys(name for completion in completions for name in completion.columns)) or "none"
             )
-            return RewardError(f"no row has the column '{column}' of {name}", f"the columns are: {names}")
+            return RewardError(
+                f"no row has the column '{column}' that is needed by {name}", f"the columns are: {names}"
+            )
         steps = f" in each of the last {self.silent_steps} steps" if self.silent_steps > 1 else ""
         return RewardError(
-            f"{name} returned None or NaN for each of {len(completions):,} completions{steps}",
-            "return None only for completions that cannot be judged, and numbers for all others",
+            f"{name} returned None or NaN for all {len(completions):,} completions{steps}",
+            "return None only for completions that the function cannot judge, and numbers for all others",
         )
 
 
@@ -247,14 +252,15 @@ def _printable(value: object) -> str:
 
 
 def _content_of(source: RewardSource) -> bytes | None:
-    """The content that decides a reward, besides the recipe: a function's code, or a reward model's files."""
+    """The content that a reward depends on besides the recipe: the function's code, or the reward model's files."""
     if source.kind == "function":
         return code_content(source)
     return None if source.model is None else reward_model_content(source.model)
 
 
 def _exact_match(column: str, extracted: MatchSearch | None, completions: Sequence[Completion]) -> list[float | None]:
-    """Whether the text equals the row's value in a column; None if the row has no value there."""
+    """For each completion: 1 if its text equals the row's value in a column, else 0; None if the row has no value
+    there."""
     comparable = [completion for completion in completions if completion.columns.get(column) is not None]
     texts = [completion.text for completion in comparable]
     if extracted is not None:

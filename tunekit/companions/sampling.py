@@ -1,4 +1,5 @@
-"""The sampling of completions during training: its memory, and the last sampled window, which later steps may reuse."""
+"""Companion that samples completions during training. It plans the memory for sampling, and keeps the last samples,
+which later steps may reuse."""
 
 from collections.abc import Iterator
 from math import prod
@@ -20,7 +21,7 @@ from tunekit.tuned.fit import longest_tokens
 
 
 class Sampler(Companion):
-    """Sampling as a companion of the run. `window`: the last window with new samples.
+    """The companion that samples completions. `window`: the micro-batches of the last step with new samples.
 
     A simulation assumes that `sampling_batch_size` completions are generated in parallel. `prompt_tokens` and
     `new_tokens`: the maximum number of tokens of a prompt, and of a completion.
@@ -37,7 +38,8 @@ class Sampler(Companion):
         self.wanted = self.sampling_batch_size  # if they fit
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Facts for plan: the model may read any token, and the base's layers cannot be streamed."""
+        """Facts for `plan`: the model may read any token of its vocabulary, and the base's layers cannot be
+        streamed."""
         training, longest = planned.training, max(map(longest_tokens, planned.rows))
         self.prompt_tokens = longest - self.new_tokens + planned.virtual_tokens
         if training.micro_batch_size is not None:
@@ -48,34 +50,36 @@ class Sampler(Companion):
         return CompanionFacts(problems=list(self._problems(planned)), any_token=True, streaming_obstacle=obstacle)
 
     def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
-        """A note: how many completions are sampled together, and how large their keys and values are."""
+        """A note that states how many completions are sampled in parallel, and how much memory their keys and values
+        take."""
         size, tokens = self.sampling_batch_size, self.prompt_tokens + self.new_tokens
         bytes_of_cache = 2 * prod(cache_shape(planned.base, size, tokens)) * planned.base.dtype.itemsize
         note = (
-            f"sampling: {size:,} completions at a time; the keys and values of up to {tokens:,} tokens of each take "
-            f"{bytes_text(bytes_of_cache)}"
+            f"sampling: {size:,} completions in parallel; their keys and values, for up to {tokens:,} tokens each, "
+            f"take {bytes_text(bytes_of_cache)}"
         )
         if size < self.wanted:
-            note += f"; {self.wanted:,} at a time do not fit into memory"
+            note += f"; {self.wanted:,} in parallel do not fit into memory"
         return [note]
 
     def _problems(self, planned: PlanContext) -> Iterator[Problem]:
-        """Problems if a checkpoint is saved between steps that reuse samples: checkpoints do not contain samples."""
+        """Problems if a checkpoint would be saved between steps that reuse samples, because checkpoints do not contain
+        samples."""
         training, updates = planned.training, self.settings.num_iterations
         places = {"save_steps": training.save_steps}
         places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
         for name, steps in places.items():
             if steps % updates:
                 what = (
-                    f"{steps} is not a multiple of objective.num_iterations, {updates}: that many steps reuse the same "
-                    "completions, which checkpoints do not contain"
+                    f"{steps} is not a multiple of objective.num_iterations, {updates}: {updates} steps reuse the same "
+                    "completions, and checkpoints do not contain completions"
                 )
                 how = f"write a multiple of {updates}, or change objective.num_iterations"
                 yield Problem(what, how, key=f"training.{name}")
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Simulate the forward of some prompts, then the logits and the sampling of the last token. Keys and values
-        are in memory for all completions, for these prompts, and for one layer with its heads repeated."""
+        """Simulate the forward of some prompts, then the logits and the sampling of a token. Key-value caches for all
+        completions and for these prompts are in memory, and briefly one layer's cache with repeated heads."""
         base, size = run.model.base, self.sampling_batch_size
 
         def cache(rows: int, tokens: int) -> list[Tensor]:
@@ -99,7 +103,7 @@ class Sampler(Companion):
 
 
 def cache_shape(base: LoadedModel, rows: int, tokens: int) -> tuple[int, ...]:
-    """The shape of the keys of all layers, and of the values: (layers, B, H, T, D)."""
+    """The shape of the key cache of all layers, which is also the shape of the value cache: (layers, B, H, T, D)."""
     heads, width = heads_and_width(text_config(base.net))
     return base.facts.layers, rows, heads, tokens, width
 

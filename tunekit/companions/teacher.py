@@ -1,4 +1,5 @@
-"""The teacher of a knowledge distillation: a frozen model whose hidden states and head the loss reads."""
+"""The teacher of a knowledge distillation: a frozen model. The loss reads its hidden states and its output
+projection."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from tunekit.tuned.model import TunedModel
 
 
 class Teacher(Companion):
-    """The teacher model as a companion. `tier`: where its layers are stored while they are streamed (host or disk);
-    off: all layers stay on the device."""
+    """The teacher model as a companion. `tier`: host or disk if its layers are stored there and streamed to the device;
+    off if all layers stay on the device."""
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
@@ -38,7 +39,7 @@ class Teacher(Companion):
 
     @property
     def model(self) -> TunedModel:
-        """The loaded teacher, or in a plan its copy on the meta device."""
+        """The loaded teacher; in a plan, a copy on the meta device."""
         assert self._model is not None
         return self._model
 
@@ -52,8 +53,8 @@ class Teacher(Companion):
         return self.model.score_batches(batches, read)
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Problems of this teacher with this student. Raises: ModelError, whose keys are the teacher's keys in the
-        recipe."""
+        """Facts for `plan`: problems if this teacher cannot teach this student. Raises: ModelError, which names the
+        teacher's keys in the recipe."""
         with self._about_teacher(), parsed_once(self.section.name_or_path):
             self._meta = make_meta_model(self.section, device=planned.device)
             tokenizer = load_tokenizer(self.section)
@@ -81,8 +82,8 @@ class Teacher(Companion):
         )
         if different:
             first, share = different[0], f"{len(different):,} of the student's {len(student_ids):,} tokens"
-            what = f"{share} have a different id, or no id, in the teacher"
-            how = f"the first is {first!r}, id {student_ids[first]}; name a teacher with the student's tokenizer"
+            what = f"{share} have a different id, or no id, in the teacher's vocabulary"
+            how = f"for example {first!r}, id {student_ids[first]}; name a teacher with the student's tokenizer"
             yield Problem(what, how, key=self.key)
 
     def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
@@ -92,35 +93,35 @@ class Teacher(Companion):
             return []
         size = layer_bytes(self._meta)
         notes = [
-            f"the teacher is streamed: {bytes_text(size)} of layers wait {WHERE[self.tier]}, and are copied once for "
-            f"all rows of a step, and once for each evaluation batch; with {step_tokens:,} tokens per step, the "
+            f"the teacher is streamed: {bytes_text(size)} of layers are stored {WHERE[self.tier]}. They are copied to "
+            f"the device once per step, and once per evaluation batch. With {step_tokens:,} tokens per step, the "
             f"maximum of tokens per second is {rates_text(self.tier, step_tokens, size, copies=1)} "
-            "(published bandwidths)"
+            "(from published bandwidths)"
         ]
         if self.tier == "host" and planned.device.type == "cpu":
-            notes.append(f"{self.key}_streaming: host saves nothing on a CPU, because host and device share one memory")
+            notes.append(f"{self.key}_streaming: host saves no memory on a CPU, where host and device share one memory")
         return notes
 
     def fingerprint(self) -> Mapping[str, str]:
-        """The fingerprint of the teacher's files. Raises: ModelError, whose keys are the teacher's keys in the
-        recipe."""
+        """The fingerprint of the teacher's files. Raises: ModelError, which names the teacher's keys in the recipe."""
         with self._about_teacher():
             return {f"{self.key}.name_or_path": base_fingerprint(self.section)}
 
     def load(self, device: torch.device) -> None:
-        """Load and freeze the teacher. Raises: ModelError, whose keys are the teacher's keys in the recipe."""
+        """Load and freeze the teacher. Raises: ModelError, which names the teacher's keys in the recipe."""
         with self._about_teacher():
             self._model = self._freeze(load_model(self.section, device=device, streamed=self.tier != "off"))
 
     def simulated(self) -> Teacher:
-        """A copy on the meta device, whose net a simulated step may change to place streamed layers in slots."""
+        """A copy on the meta device. A simulated step may change its net, to place streamed layers in slots on the
+        device."""
         assert self._meta is not None  # set by `facts`
         simulated = copy(self)
         simulated._model = self._freeze(replace(self._meta, net=deepcopy(self._meta.net)))
         return simulated
 
     def resident(self, device: torch.device) -> list[Tensor]:
-        """All weights on the device. If layers are streamed to a GPU, the embedding is not included: it stays on the
+        """All weights on the device. If layers are streamed to a GPU, this excludes the embedding, which stays on the
         host."""
         net, slots = self.model.base.net, self.model.slots
         embedding = host_embedding(self.model.base) if slots is not None and device.type != "cpu" else None
@@ -137,7 +138,7 @@ class Teacher(Companion):
 
     @contextmanager
     def _about_teacher(self) -> Iterator[None]:
-        """A context that renames keys in errors, from the model section's keys to the teacher's keys."""
+        """A context in which errors name the teacher's keys instead of the keys of the model section."""
         try:
             yield
         except TunekitError as error:

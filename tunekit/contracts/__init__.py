@@ -1,6 +1,8 @@
-"""The interfaces between the folders of tunekit. These modules import only typing, numpy, torch and shared types.
+"""Interfaces through which the folders of tunekit use each other. These modules import only typing, numpy, torch and
+shared types.
 
-Letters in shapes: B batch, T tokens, D hidden, V vocabulary, I/O in/out, R rank, K adapters.
+Letters in shapes: B batch, T tokens, D hidden size, V vocabulary size, I/O input and output size, R rank, K number of
+adapters.
 """
 
 from tunekit.contracts.model import *  # noqa: F403

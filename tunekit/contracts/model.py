@@ -19,8 +19,8 @@ ROW_RIGHT = "rows right"  # (rows,) 1 where all labels of the row are predicted 
 
 @dataclass
 class Loss:
-    """The loss of a micro-batch. `total`: the sum of its units' losses, (K,) float32 with gradient. `per_step`: a
-    loss term that is averaged over the step's micro-batches."""
+    """The loss of a micro-batch. `total`: the sum of the losses of its units (tokens, labels, pairs), (K,) float32 with
+    gradient. `per_step`: a loss term that is averaged over the step's micro-batches."""
 
     total: Tensor
     per_step: Tensor | None = None
@@ -28,7 +28,7 @@ class Loss:
 
 
 class Head(Protocol):
-    """The output projection of a text model, with its scale and soft cap; may be tied, quantized or adapted."""
+    """The output projection of a text model, including its scale and soft cap. It may be tied, quantized or adapted."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The float32 logits: (N, D) -> (N, V)."""
@@ -36,8 +36,8 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """The output of a forward: the `hidden` states and the `head` that computes their logits, or the `logits` of
-    each row if the model computes them itself."""
+    """The output of a forward: the `hidden` states and the `head` that computes logits from them; or each row's
+    `logits`, if the model computes these itself."""
 
     hidden: Tensor | None = None  # (B, T, D)
     head: Head | None = None
@@ -53,8 +53,8 @@ Read = Callable[[ModelOutput, Batch], Tensor]  # a function that computes values
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of an answer are chosen: the most likely one at temperature 0, otherwise sampled. `top_k` 0: no
-    limit."""
+    """How the next token of an answer is chosen: at temperature 0 the most likely token, otherwise a random token.
+    `top_k` 0: no limit."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -67,7 +67,8 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class AnswerLimits:
-    """How answers are generated: length, batch size, sampling, and the chat template if it is not the tokenizer's."""
+    """How answers are generated: maximum length, batch size, sampling, and a chat template if it differs from the
+    tokenizer's."""
 
     max_new_tokens: int = 128
     batch_size: int = 8
@@ -76,7 +77,7 @@ class AnswerLimits:
 
 
 class Model(Protocol):
-    """The interface of a base with its adapter. Engines, losses and generation call it."""
+    """The interface of a base with its adapter, called by engines, losses and generation."""
 
     base: Any  # model.load.LoadedModel
     companions: Mapping[str, Any]  # Companion, by key
@@ -94,8 +95,9 @@ class Model(Protocol):
         """The output of one forward."""
 
     def score_batches(self, batches: Sequence[Batch], read: Read, *, reference: bool = False) -> list[Tensor]:
-        """The values that `read` takes from the forward of each batch, on the host, without gradient or dropout.
-        `reference`: use the policy at step 0. A streamed base copies its layers once for all batches."""
+        """The values that `read` computes from the forward of each batch, on the host, without gradient or dropout.
+        `reference`: use the policy at step 0. If the base is streamed, its layers are copied to the device once for all
+        batches."""
 
     def generate(
         self,
@@ -108,22 +110,22 @@ class Model(Protocol):
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The generated ids for each prompt, up to and including a stop id. `seeds`: one per prompt."""
+        """The generated ids for each prompt, up to and including a stop id. `seeds`: one seed for each prompt."""
 
     def adapt_inputs(self, inputs: Tensors) -> Tensors:
-        """The inputs, extended by an adapter that acts on the whole model (virtual tokens). Generation calls this
-        for the first step only."""
+        """The inputs, extended by an adapter that acts on the whole model (virtual tokens). Generation calls this for
+        its first forward only."""
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
-        """Train or eval mode inside the block."""
+        """A context manager: train mode or eval mode inside the block."""
 
 
 @dataclass(frozen=True)
 class Answering:
-    """The functions and settings with which a model answers prompts; they depend on the objective.
+    """The functions and settings by which a model answers prompts. They depend on the objective.
 
-    `kind`: the kind of the answers: text, label, score or picture. `write`: answers prompts. `score`: scores sequences
-    of ids.
+    `kind`: the kind of answer: text, label, score or picture. `write`: answers prompts. `score`: scores sequences of
+    ids.
     `draw`: generates images (H, W, 3) from prompts and seeds. `report_pictures`: generates images for a report.
     `generation`: generation settings to write into a merged model; a value of None removes a setting.
     `normalize`: normalises a text for metrics that ignore spelling. `processor`: the processor with the recipe's
@@ -144,7 +146,7 @@ class Answering:
 @dataclass(eq=False)
 class SideInput:
     """A tensor that layers read besides the hidden states, for one micro-batch: an encoder's output, or the output of
-    an earlier layer (T5's position biases). The engine sets `value`, a leaf for the layers that read it."""
+    an earlier layer (T5's position biases). The engine sets `value` to an autograd leaf."""
 
     value: Tensor | None = None
 
@@ -153,8 +155,8 @@ class SideInput:
 class LayerCall:
     """The arguments of a layer besides its hidden states, for one micro-batch.
 
-    `arguments` and `keywords`: positional and keyword arguments; a SideInput is in the place of its tensor.
-    `side_outputs`: a SideInput for each further output of the layer, in order; None for an output that no layer
+    `arguments` and `keywords`: positional and keyword arguments, in which a SideInput stands for a tensor.
+    `side_outputs`: a SideInput for each output of the layer after the first, in order; None for an output that no layer
     reads.
     """
 
@@ -175,7 +177,7 @@ class Stack:
     norm.
 
     `embed(inputs, source)` returns the first hidden states and each layer's LayerCall. `source`: the output of the
-    previous stack, None in the first stack.
+    previous stack; None for the first stack.
     """
 
     embed: Callable[[Tensors, SideInput | None], tuple[Tensor, list[LayerCall]]]

@@ -1,4 +1,4 @@
-"""Interfaces of objectives (a kind of rows, a loss, companion models), and of the engine that trains on windows."""
+"""Interfaces of objectives (a kind of rows, a loss, companions), and of the engine that trains on a step's batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tunekit.records import JsonObject
 
 
 class RunView(Protocol):
-    """The part of a run that an objective and its companions can use: model, rows and ranks."""
+    """The part of a run that an objective and its companions can use: the model, the rows and the ranks."""
 
     model: Model
     rows: RowKind
@@ -47,20 +47,20 @@ class RunView(Protocol):
         """Whether the model is on the meta device."""
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The values that `read` takes from each batch's forward, on the host, without gradient or dropout."""
+        """The values that `read` computes from each batch's forward, on the host, without gradient or dropout."""
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The values that `read` takes from forwards of the policy at step 0."""
+        """The values that `read` computes from each batch's forward with the policy at step 0."""
 
     def companion(self, key: str) -> Any:
         """The loaded companion with this key."""
 
 
 class RowKind:
-    """How examples become rows and batches. Subclasses are frozen dataclasses in objectives/rows.
+    """Encodes examples as rows, and collates rows into batches. Subclasses are frozen dataclasses in objectives/rows.
 
     `draws`: whether `draw` changes rows. `notices`: messages for the user, with counts. `allowed_options`: for each
-    restricted option its name, its valid values, and the reason for the restriction.
+    restricted option: its name, its valid values, and the reason for the restriction.
     """
 
     example: str  # the kind of example that formats give
@@ -77,11 +77,11 @@ class RowKind:
 
     @property
     def layout(self) -> RowLayout:
-        """The parts and sizes of a row."""
+        """The names, dtypes and sizes of a row's arrays."""
         raise NotImplementedError
 
     def problems(self) -> list[Problem]:
-        """Problems of options whose values are invalid for these rows."""
+        """Problems for options of the data section whose values are invalid for these rows."""
         return [
             Problem(why, f"write {allowed}", key=f"data.{name}")
             for name, allowed, why in self.allowed_options
@@ -93,7 +93,7 @@ class RowKind:
         return [example]
 
     def encode(self, example: Any, origin: str) -> Row:
-        """The row of an example. Raises: Dropped if nothing can be trained on; DataError if it is wrong."""
+        """Encode an example as a row. Raises: Dropped if it has nothing to train on; DataError if it is wrong."""
         raise NotImplementedError
 
     def labels_of(self, row: Row) -> list[str]:
@@ -101,31 +101,31 @@ class RowKind:
         return self.labels.listed_in(row.parts["label"].tobytes().decode())
 
     def unlabelled(self, model: Model, prompts: Sequence[Any]) -> list[Row]:
-        """Rows for prompts without labels, with the first label as a placeholder. Only for kinds with labels."""
+        """Rows for prompts without labels. The first label is a placeholder. Only for kinds with labels."""
         raise NotImplementedError
 
     def make_row(self, parts: RowParts, origin: str, number: int = 0, sizes: tuple[int, ...] | None = None) -> Row:
-        """A row of these parts."""
+        """A row with these arrays."""
         return Row(parts, self.sizes_of(parts) if sizes is None else sizes, self.units_in(parts), origin, number)
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """The sizes of a row with these parts."""
+        """The sizes (numbers of tokens, frames or pixels) of a row with these arrays."""
         raise NotImplementedError
 
     def units_in(self, parts: RowParts) -> int:
-        """The number of units that the loss sums in a row with these parts."""
+        """The number of units (tokens, labels) of a row with these arrays; the loss adds the losses of all units."""
         return 1
 
     def prompt(self, example: Any) -> tuple[Any, str] | None:
-        """The prompt of an example (for text: the ids before the answer) and its answer; None without prompt."""
+        """The prompt of an example (for text: the ids before the answer) and its answer; None if there is no prompt."""
         return None
 
     def question(self, text: str) -> Any:
-        """The prompt made from a user's text, which names a file if rows are recordings or images."""
+        """The prompt made from a user's text. If rows are recordings or images, the text is the path of a file."""
         raise NotImplementedError
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
-        """The prompt (ids) made from a user's pair of texts; only if `reads_pairs`."""
+        """The prompt (ids) made from a user's pair of texts. Only for kinds with `reads_pairs`."""
         raise NotImplementedError
 
     def readable(self, prompt: Any) -> str:
@@ -133,30 +133,30 @@ class RowKind:
         return str(prompt)
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Self:
-        """A copy for a model that separates the documents packed into one sequence (`end_to_end`), or that does not.
-        `shares_prefixes`: a document may use a prefix that is computed in another document."""
+        """A copy for a given model. `end_to_end`: whether the model separates documents packed into a sequence.
+        `shares_prefixes`: whether a document may use a prefix that is computed in another document."""
         return self
 
     def shared(self, row: Row) -> int:
-        """Tokens of a shared prompt, which the sizes count for each answer but the model computes only once."""
+        """Tokens of a shared prompt, which the model computes once, although the sizes count them per answer."""
         return 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row's units from start to stop-1, counted as in its sizes; the whole row if it cannot be cut."""
+        """The row's tokens from start to stop-1, counted as in its sizes. If the row cannot be cut: the whole row."""
         return row
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows that fill one sequence of this size, for a simulation. `part`: the index of the size to make as large
-        as possible. If all rows of this kind have the same size, the result is one row."""
+        """Rows that fill one sequence of this size, for a simulation. `part`: the index of the size to make as large as
+        possible. If all rows of this kind have the same size, the result is one row."""
         return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """A batch with one line for each sequence of rows. Values that `prepare` added to the rows become targets."""
+        """Make a batch with one line per sequence of rows. Values that `prepare` added to the rows become targets."""
         raise NotImplementedError
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The row after its random changes for a step (crops, masks). `key`: seed, step, row number, and how often
-        the row was already in this step."""
+        """The row after its random changes (crops, masks) for a step. `key`: seed, step, row number, and how often the
+        row already occurred in this step."""
         return row
 
     def spans(self, row: Row) -> list[Span]:
@@ -164,15 +164,15 @@ class RowKind:
         raise NotImplementedError
 
     def evaluation_copy(self) -> Self:
-        """A copy for evaluation, without augmentation and dropout of prompts."""
+        """A copy for evaluation: without augmentation, and without dropout of prompts."""
         return self
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Row kind and loss to score all answers. `shape`: (questions, answers); `dtype`: the mask's dtype."""
+        """Rows and loss for multiple choice. `shape`: (questions, answers); `dtype`: the attention mask's dtype."""
         raise NotImplementedError
 
     def counting(self) -> Self:
-        """A copy that counts notices separately."""
+        """A copy with its own counts of notices."""
         return self.with_options(self.options)
 
     def with_options(self, options: EncodeOptions) -> Self:
@@ -180,12 +180,12 @@ class RowKind:
         return replace(self, options=options, notices=Counter())  # type: ignore[type-var]
 
     def with_rows(self, batch: Batch, rows: Iterable[Row]) -> Batch:
-        """The batch, with its rows replaced by these rows."""
+        """A copy of the batch with these rows instead of its own rows."""
         some = iter(rows)
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
     def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
-        """The window with values added to its rows. `parts`: for each batch, the values of its rows by name."""
+        """Add values to the rows of the step. `parts`: for each batch, a mapping from a name to its rows' values."""
         batches = []
         for batch, named in zip(window.batches, parts, strict=True):
             rows = (
@@ -197,11 +197,11 @@ class RowKind:
 
 
 class LossKind:
-    """The loss and metrics over batches of one row kind. Subclasses are in objectives/losses.
+    """The loss and the metrics for batches of one kind of rows. Subclasses are in objectives/losses.
 
-    `metrics`: names of metrics of each evaluation; `logged`: names of values that each step logs from Loss.metrics;
+    `metrics`: names of the metrics of each evaluation; `logged`: names of values that each step logs from Loss.metrics;
     `reference`: whether the loss compares with the policy at step 0;
-    `updates_per_sampling`: steps in a row that reuse the same samples. A run resumes only where new ones are drawn.
+    `updates_per_sampling`: how many steps reuse the same samples. A run resumes only where new samples are drawn.
     """
 
     metrics: Sequence[str] = ("loss",)
@@ -211,19 +211,19 @@ class LossKind:
 
     @property
     def measured_facts(self) -> Mapping[str, Any]:
-        """Values to save in the adapter's folder, chosen in an evaluation or read from a trained adapter."""
+        """Values to save in the adapter's folder: chosen in an evaluation, or read from a trained adapter."""
         return {}
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """This rank's window with all values added that depend on the whole step; computed without gradient."""
+        """Add values that depend on the whole step to this rank's micro-batches. They have no gradient."""
         return window
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
-        """Compute statistics of all evaluation rows; returns the loss with them. `batches`: this rank's share."""
+        """A copy of the loss with statistics computed from all evaluation rows. `batches`: this rank's share."""
         return self
 
     def evaluation_copy(self) -> LossKind:
-        """The loss for evaluation, on rows that are not trained on."""
+        """A copy of the loss for evaluation rows, which are not trained on."""
         return self
 
     def units(self, batch: Batch) -> Tensor:
@@ -235,11 +235,11 @@ class LossKind:
         raise NotImplementedError
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """Sums from which metrics are computed, without gradient. Losses per row in ROW_LOSSES sum to `loss`."""
+        """Sums from which metrics are computed, without gradient. Rows' losses in ROW_LOSSES add up to `loss`."""
         raise NotImplementedError
 
     def class_counts(self, sums: Mapping[str, Any]) -> JsonObject | None:
-        """The labels, their counts (correct, predicted, true), and their confusion matrix; None without labels."""
+        """The labels, their counts (correct, predicted, true) and confusion matrix; None without labels."""
         return None
 
 
@@ -248,7 +248,7 @@ Facts = Mapping[str, Any]  # plain values of an objective that are saved in its 
 
 @dataclass(frozen=True)
 class CompanionSpec:
-    """The settings to make a companion in companions/KIND.py; `key` is the recipe's key that contains its settings."""
+    """The settings from which companions/KIND.py makes a companion. `key`: the recipe's key of these settings."""
 
     kind: str
     key: str
@@ -257,11 +257,11 @@ class CompanionSpec:
 
 @dataclass(frozen=True)
 class CompanionFacts:
-    """Facts about a companion that plan knows before any weights are loaded.
+    """Facts about a companion that `plan` knows before any weights are loaded.
 
-    `weight_bytes`: size of its weights, if they are in memory during the whole run and no simulation counts them.
+    `weight_bytes`: the size of its weights, if they are in memory during the whole run and no simulation counts them.
     `any_token`: whether the model may read any token of its vocabulary, not only tokens of the rows.
-    `streaming_obstacle`: why the base cannot be streamed in a run with this companion; None if it can.
+    `streaming_obstacle`: why the base cannot be streamed in a run with this companion; None if it can be streamed.
     `usable`: False if a run with this companion cannot be simulated.
     """
 
@@ -278,7 +278,7 @@ CountingAs = Callable[[str], AbstractContextManager[None]]  # name of a memory p
 class Companion:
     """A part of a run besides the trained model: a teacher, reward models, parts of a pipeline, or sampling.
 
-    companions/KIND.py defines it. `rehearses`: whether its method `rehearse` simulates any work.
+    Each kind is defined in companions/KIND.py. `rehearses`: whether the method `rehearse` simulates any work.
     """
 
     head: Head | None = None  # if the loss reads the companion's output projection
@@ -292,19 +292,19 @@ class Companion:
         return CompanionFacts()
 
     def notes(self, planned: Any, step_tokens: int) -> Sequence[str]:
-        """Notes of the plan. `step_tokens`: the tokens of the largest step, including padding."""
+        """The companion's notes for the plan. `step_tokens`: the tokens of the largest step, including padding."""
         return ()
 
     def fingerprint(self) -> Mapping[str, str]:
-        """The sha256 of files that affect the results, by recipe key. A resume first checks that none changed."""
+        """The sha256 of files that affect the results, by recipe key. A resume first checks these files."""
         return {}
 
     def load(self, device: torch.device) -> None:
         """Load the companion."""
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
-        """Prepare values that all steps need (class images, latents), before the first step and after a resume.
-        Returns the sha256 of the files read, by recipe key; a resume is refused if one of them changed."""
+        """Prepare values that all steps need (class images, latents), before the first step and after a resume. Returns
+        the sha256 of the files read, by recipe key. A resume is refused if a file changed."""
         return {}
 
     def simulated(self) -> Companion:
@@ -312,11 +312,11 @@ class Companion:
         return self
 
     def resident(self, device: torch.device) -> Sequence[Tensor]:
-        """Tensors of a simulated companion that are on the device in every step."""
+        """The tensors of a simulated companion that are on the device in every step."""
         return ()
 
     def present(self, model: Model) -> Sequence[Tensor]:
-        """Tensors that are on the device only while `rehearse` runs."""
+        """The tensors that are on the device only while `rehearse` runs."""
         return ()
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
@@ -329,12 +329,12 @@ def _unchanged(section: object, seed: int) -> object:
 
 @dataclass(frozen=True)
 class Objective:
-    """Rows and a loss, with companions. A module objectives/NAME.py makes the objective NAME.
+    """A kind of rows and a loss, with companions. A module objectives/NAME.py makes the objective NAME.
 
-    `section(model, seed)`: the model section from which the base is loaded; it adds heads and names trained parts.
+    `section(model, seed)`: returns the model section for loading the base, with heads and names of trained parts.
     `learning(rows)`: returns the objective with labels and notes computed from all rows; None if it needs neither.
-    `complete`: whether all labels are known. `counts_rows`: key of a setting that depends on the row count.
-    `facts`: plain values that are saved in its adapter's folder.
+    `complete`: whether all labels are known. `counts_rows`: key of a setting that depends on the number of rows.
+    `facts`: plain values that are saved in the adapter's folder.
     """
 
     name: str
@@ -356,24 +356,24 @@ class Objective:
         return self if self.learning is None else self.learning(rows).with_options(self.rows.options)
 
     def evaluation_copy(self) -> Objective:
-        """A copy for evaluation: no augmentation. LossKind.measuring then adds statistics of all evaluation rows."""
+        """A copy for evaluation, without augmentation. LossKind.measuring then adds statistics of all rows."""
         return replace(self, rows=self.rows.evaluation_copy(), loss=self.loss.evaluation_copy())
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> Objective:
-        """The objective whose rows have the layout that RowKind.laid_out describes."""
+        """A copy whose rows have the layout that RowKind.laid_out describes."""
         return replace(self, rows=self.rows.laid_out(end_to_end, shares_prefixes))
 
     def with_options(self, options: EncodeOptions) -> Objective:
-        """The objective whose rows are encoded with these options."""
+        """A copy whose rows are encoded with these options."""
         return replace(self, rows=self.rows.with_options(options))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window that the engine runs: first the random changes of its rows, then the values that the loss adds."""
+        """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs."""
         return self.loss.prepare(run, draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
 
 
 def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
-    """The window after `draw` has changed each of its rows for this step. `draw`: as RowKind.draw."""
+    """The step's micro-batches, after `draw` has changed each of their rows. `draw`: see RowKind.draw."""
     repeats, batches = Counter[int](), []  # a row may be in a step more than once
     for batch in window.batches:
         changed = []
@@ -385,7 +385,7 @@ def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...
 
 
 class Engine(Protocol):
-    """Runs forward and backward of a window. The gradient of loss / `units` is added to the parameters' grad."""
+    """Runs forward and backward of a step's micro-batches. Adds the gradient of loss / `units` to parameters' grad."""
 
     loss_scale: float
     losses: list[Tensor]  # the sum of each micro-batch of the last window
@@ -393,8 +393,8 @@ class Engine(Protocol):
     def run_window(
         self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
-        """This rank's sum of losses divided by `units`, (K,) float64, and the sums of logged values.
-        `micro_batches`: the number of micro-batches in the step on all ranks; terms per step are divided by it."""
+        """This rank's sum of losses divided by `units`, (K,) float64, and the sums of logged values. `micro_batches`:
+        the number of micro-batches in the step on all ranks, by which terms per step are divided."""
 
     def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Run a batch `forwards` times with weight 0, so that all ranks run forward equally often."""
+        """Run a batch `forwards` times with weight 0, so that all ranks run equally many forwards."""

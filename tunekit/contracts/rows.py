@@ -33,7 +33,8 @@ def no_progress(what: str, done: int, total: int) -> None:
 @dataclass(frozen=True)
 class Pairing:
     """How a tokenizer joins two texts. `before`, `between`, `after`: the special ids around the texts. `types`: the
-    token type ids of all five parts in order (the texts are parts 2 and 4); empty if the model has no token types."""
+    token type ids of the five parts (before, first text, between, second text, after); empty if the model has no token
+    types."""
 
     before: tuple[int, ...]
     between: tuple[int, ...]
@@ -42,8 +43,8 @@ class Pairing:
 
 
 class Tokenizer(Protocol):
-    """The interface of a tokenizer for data and objectives. A method adds special tokens only if its docstring
-    states it."""
+    """The tokenizer interface that data and objectives use. Methods add special tokens only if their docstrings say
+    so."""
 
     bos_id: int | None
     eos_id: int | None
@@ -56,19 +57,19 @@ class Tokenizer(Protocol):
     answer_start_id: int | None  # the first id of an encoder-decoder's decoder; None for other models
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
-        """The ids of `text`. If special_tokens_in_text is false, the names of special tokens are encoded as plain
+        """The ids of `text`. If special_tokens_in_text is false, names of special tokens in `text` are encoded as plain
         text."""
 
     def encode_with_offsets(
         self, text: str, *, special_tokens_in_text: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and their [start, end) character offsets in `text`."""
+        """The ids of `text`, and the [start, end) character offsets of each id."""
 
     def encode_source(self, text: str) -> list[int]:
-        """Ids of a complete text for an encoder, with the tokenizer's special tokens around it."""
+        """The ids of a complete text for an encoder, with the tokenizer's special tokens around the text."""
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of a complete answer for a decoder, with the tokenizer's special tokens around it."""
+        """The ids of a complete answer for a decoder, with the tokenizer's special tokens around the answer."""
 
     @property
     def pairing(self) -> Pairing:
@@ -85,7 +86,7 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = False,
         template: str | None = None,
     ) -> str:
-        """The messages as text, rendered by the chat template (or by `template`). Raises DataError if the template
+        """Render the messages as text with the chat template, or with `template`. Raises DataError if the template
         fails."""
 
     def token_text(self, token_id: int) -> str:
@@ -93,7 +94,8 @@ class Tokenizer(Protocol):
 
 
 class Processor(Protocol):
-    """Turns examples into rows: a tokenizer, or a processor of recordings or images, which may include a tokenizer."""
+    """Turns examples into rows. Either a tokenizer, or a processor of recordings or images, which may include a
+    tokenizer."""
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +103,7 @@ class Processor(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer for texts, None if there is none. A processor that is itself a tokenizer returns itself."""
+        """The tokenizer for texts; None if there is none. If the processor is itself a tokenizer, it returns itself."""
 
     def save(self, folder: Path) -> None:
         """Save the processor's files in a model folder."""
@@ -109,7 +111,7 @@ class Processor(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """The options of the data section that control how rows are encoded. `template`: text of a chat template."""
+    """The options of the data section that affect how rows are encoded. `template`: the text of a chat template."""
 
     train_on: str = "assistant"
     template: str | None = None
@@ -120,15 +122,16 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The parts of a row and their dtypes, which parts contain token ids, and how many sizes a row has.
+    """The named arrays (parts) of a row with their dtypes, the parts that contain token ids, and the number of sizes of
+    a row.
 
-    `paired`: all sizes are lines of the same tensor, so that each line is padded to the longest.
-    `token_sizes`: the indices of sizes that count tokens; None: all sizes count tokens. Other sizes count frames or
-    pixels.
+    `paired`: all sizes are lines of the same tensor, so that each line is padded to the longest line.
+    `token_sizes`: the indices of sizes that count tokens; other sizes count frames or pixels. None: all sizes count
+    tokens.
     `minimum`: the smallest padded sizes.
     `identity`: names of parts that, together with the ids, identify a row.
-    `batch_key`: name of a part that must be equal in all rows of a micro-batch (images of one size, recordings of
-    one length).
+    `batch_key`: name of a part that must be equal in all rows of a micro-batch (images of one size, recordings of one
+    length).
     """
 
     parts: Mapping[str, str]
@@ -141,12 +144,12 @@ class RowLayout:
     batch_key: str | None = None
 
     def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """The sizes of one sequence after its micro-batch has been padded."""
+        """The sizes of a sequence after padding in its micro-batch."""
         wide = (max(sizes),) * len(sizes) if self.paired else tuple(sizes)
         return tuple(map(max, wide, self.minimum)) if self.minimum else wide
 
     def length(self, sizes: Sequence[int]) -> int:
-        """The number of tokens that data.max_length limits."""
+        """The number of tokens in these sizes, which data.max_length limits."""
         tokens = self.tokens_of(sizes)
         return max(tokens, default=0) if self.paired else sum(tokens)
 
@@ -155,14 +158,14 @@ class RowLayout:
         return tuple(sizes) if self.token_sizes is None else tuple(sizes[place] for place in self.token_sizes)
 
     def key_of(self, row: Row) -> bytes:
-        """The row's value of the part `batch_key`. Rows can share a micro-batch only if their values are equal."""
+        """The row's value of the part `batch_key`. Only rows with equal values can share a micro-batch."""
         return b"" if self.batch_key is None else row.parts[self.batch_key].tobytes()
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One encoded row. `sizes`: the size of each part that is padded separately; `supervised`: the number of units
-    (tokens, labels) whose losses are summed."""
+    """One encoded row: named arrays (`parts`). `sizes`: for each part that is padded separately, its number of tokens,
+    frames or pixels; `supervised`: the number of units (tokens, labels) whose losses are added."""
 
     parts: RowParts
     sizes: tuple[int, ...]
@@ -176,12 +179,12 @@ class Row:
         return sum(self.sizes)
 
     def with_parts(self, parts: RowParts) -> Row:
-        """The row with further parts."""
+        """A copy of the row with these arrays added."""
         return replace(self, parts={**self.parts, **parts})
 
 
 class Rows(Protocol):
-    """The interface of encoded rows with random access, for example in a memory map."""
+    """The interface of encoded rows with access by index, for example in a memory-mapped file."""
 
     def __len__(self) -> int: ...
 
@@ -201,14 +204,14 @@ class Rows(Protocol):
 
 
 def default_labels(count: int) -> tuple[str, ...]:
-    """transformers' default names for the rows of a head without named labels."""
+    """The names that transformers gives to the outputs of a head without named labels: LABEL_0, LABEL_1, ..."""
     return tuple(f"LABEL_{number}" for number in range(count))
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of an objective. `names`: the label of each row of the trained head, empty if they are not known
-    yet. `head`: the labels of the base's own head, if it has one. `pad_id`: the padding id, if the base's
+    """The labels of an objective. `names`: the label of each output of the trained head; empty if the labels are not
+    known yet. `head`: the labels of the base's own head, if it has one. `pad_id`: the padding id, if the base's
     configuration has none."""
 
     names: tuple[str, ...] = ()
@@ -217,15 +220,16 @@ class Labels:
 
     @cached_property
     def head_rows(self) -> dict[str, int]:
-        """A mapping from labels to rows of the head. The keys are the names and their spellings by `label_text`. If
-        the names are transformers' default names, the row numbers are keys too."""
+        """A mapping from labels to outputs (rows) of the head. Keys are the names, and their spellings by `label_text`.
+        If the names are transformers' default names, the output's number is a key too."""
         numbers = range(len(self.names))
         spellings = ((label_text(name), number) for number, name in enumerate(self.names))
         by_number = {str(number): number for number in numbers} if self.names == default_labels(len(self.names)) else {}
         return {**by_number, **dict(spellings), **dict(zip(self.names, numbers, strict=True))}
 
     def head_name(self, label: str) -> str:
-        """The head's name of a label, which may be given as a number; the label itself if the head does not have it."""
+        """The head's name of a label. The label may be given as a number. If the head does not have the label, the
+        label is returned unchanged."""
         head_row = self.head_rows.get(label)
         return label if head_row is None else self.names[head_row]
 
@@ -233,10 +237,10 @@ class Labels:
         """Raises: DataError for a label that is not listed."""
         if self.names and label not in self.head_rows:
             what = f"the label '{label}' is not among the labels ({self.text(self.names)})"
-            raise DataError(what, "correct it, leave the row out, or train with it listed under objective.labels")
+            raise DataError(what, "correct the label, leave the row out, or add it to objective.labels before training")
 
     def numbers(self, labels: Iterable[str]) -> Tensor:
-        """The index of each label's row in the head, shape (N,)."""
+        """The index of each label among the outputs of the head, shape (N,)."""
         return torch.tensor([self.head_rows[label] for label in labels])
 
     def read(self, value: LabelValue) -> str:
@@ -251,7 +255,7 @@ class Labels:
         several = isinstance(value, tuple)
         texts = isinstance(value, tuple) and all(isinstance(entry, str) for entry in value)
         # without the value, so that the rows with this problem are one message
-        what = "the label is a list, but each row has one label here"
+        what = "the label is a list, but this objective.problem_type has one label per row"
         if not several:
             what = "the label is a fractional number, not the name of a class"
         wanted = MULTI_LABEL if texts else REGRESSION
@@ -266,7 +270,7 @@ class Labels:
         return self.head_name(text)
 
     def targets(self, texts: Iterable[str]) -> Tensor:
-        """The loss's targets: for each text, the index of its label's row in the head, shape (N,)."""
+        """The targets of the loss: for each text, the index of its label among the outputs of the head, shape (N,)."""
         return self.numbers(texts)
 
     @property
@@ -276,7 +280,7 @@ class Labels:
 
     @staticmethod
     def text(labels: Sequence[str]) -> str:
-        """The first labels, for a message."""
+        """The first few labels as text, for a message."""
         return listed(labels, 8)
 
 
@@ -294,7 +298,7 @@ class Span:
 class Batch:
     """One micro-batch of whole rows: the network's inputs, the loss's targets, and the rows themselves.
 
-    `sequences[b]`: the packed rows of line b of the tensors; a single row if rows are padded separately.
+    `sequences[b]`: the rows that are packed into line b of the tensors; a single row if each row has its own line.
     """
 
     inputs: Tensors  # each (B, ...)
@@ -309,7 +313,7 @@ class Batch:
 
     @property
     def lengths(self) -> list[int]:
-        """The size of each sequence without padding: B numbers."""
+        """The size of each of the B sequences, without padding."""
         return [sum(row.size for row in sequence) for sequence in self.sequences]
 
     @property
@@ -319,12 +323,12 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        """The number of units whose losses are summed."""
+        """The number of units (tokens, labels) whose losses are added."""
         return sum(row.supervised for row in self.rows)
 
     @property
     def width(self) -> int:
-        """The padded size of one sequence: the sum over all its parts."""
+        """The size of one sequence after padding: the sum of the sizes of its parts."""
         return self.padded // len(self.sequences)
 
     @property
@@ -337,8 +341,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """This rank's micro-batches of one optimizer step. `indices`: their indices among the micro-batches of all
-    ranks."""
+    """This rank's micro-batches of one optimizer step. `indices`: the indices of these micro-batches among the
+    micro-batches of all ranks."""
 
     step: int  # 0-based index of the optimizer step; negative for a dry-run step
     epoch: float  # epochs finished after this step
@@ -354,8 +358,8 @@ class Window:
 
 
 class WindowSource(Protocol):
-    """Yields windows in training order from a given step on. The result depends only on the rows, the settings and
-    the seed."""
+    """Yields windows (the micro-batches of a step) in training order, from a given step on. The result depends only on
+    the rows, the settings and the seed."""
 
     steps: int
 

@@ -1,4 +1,4 @@
-"""Generates answers to prompts, and computes text metrics of them."""
+"""Generates answers to prompts, and computes text metrics of these answers."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -21,7 +21,7 @@ def answer_questions(
     limits: AnswerLimits,
     progress: Progress = no_progress,
 ) -> list[str]:
-    """The model's answer to each question, in order. The questions are divided among the ranks. Within a rank,
+    """Generate the model's answer to each question, in order. The questions are divided among the ranks. On each rank,
     questions of similar length share a batch."""
     assert answering.write is not None  # the settings of the objective state which metrics it has
     mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
@@ -39,7 +39,7 @@ def answer_questions(
 
 
 def _size(prompt: object) -> int:
-    """The number of ids of a prompt; 0 for recordings and images."""
+    """The number of ids of a prompt; 0 if the prompt is a recording or an image."""
     return len(prompt) if isinstance(prompt, Sequence) else 0
 
 
@@ -49,8 +49,8 @@ def text_metrics(
     references: Sequence[str],
     normalized: Callable[[str], str] = str,
 ) -> dict[str, float]:
-    """The named metrics of metrics/ over all pairs of texts. `normalized`: a function that normalises the texts for
-    metrics with NORMALIZED. If a metric leaves pairs out, their number is NAME_left_out."""
+    """The named metrics over all pairs of answer and reference. `normalized`: a function that normalises texts, for
+    metrics whose module sets NORMALIZED. If a metric leaves pairs out, NAME_left_out is the number of these pairs."""
     metrics = dict[str, float]()
     for name in names:
         metric = import_module(f"tunekit.metrics.{name}")
@@ -66,8 +66,8 @@ def text_metrics(
 def answer_values(
     names: Sequence[str], prompts: Sequence[Prompt], predictions: Sequence[str], normalized: Callable[[str], str] = str
 ) -> dict[str, dict[str, list[Any]]]:
-    """The values of each named metric that is a mean over pairs: `values`, one for each pair; and `digests`, hashes of
-    the rows, which are the same in every run."""
+    """For each named metric that is a mean over pairs: `values`, the metric of each pair; and `digests`, hashes that
+    identify the same row in every run."""
     references = [prompt.reference for prompt in prompts]
     digests = [text_digest(prompt.text, prompt.reference) for prompt in prompts]
     rows = dict[str, dict[str, list[Any]]]()

@@ -1,4 +1,4 @@
-"""Groups the rows of a table by the adapter that each row names. All adapters have the same base."""
+"""Groups evaluation rows by the adapter that a column of each row names. All adapters have the same base."""
 
 import os
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ AdaptersOfRows = dict[
 
 
 def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> dict[Path | None, RowSet]:
-    """The evaluation rows of each adapter, by the adapter's folder, which the column names. The key None has the rows
-    that name no adapter.
+    """The evaluation rows of each adapter. The column names the adapter's folder, which is the key. The key None has
+    the rows that name no adapter.
 
-    Raises: DataError with each row that names a folder without an adapter.
+    Raises: DataError that lists the rows whose folder contains no adapter.
     """
     problems, sources = Problems(), tuple(map(with_table, sources))
     named = [_places(source, rows.objective, column, problems) for source in sources]
@@ -50,7 +50,8 @@ def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> d
 
 
 def _places(source: Source, objective: Objective, column: str, problems: Problems) -> AdaptersOfRows:
-    """The adapter's folder for each row of a source. A relative path starts at the folder of the source's file."""
+    """The line and the adapter's folder of each row of a source. Relative paths start at the folder of the source's
+    file."""
     folder, places, raw_rows = (
         Path(source.path).parent,
         AdaptersOfRows(),
@@ -77,10 +78,10 @@ def _chosen(rows: RowSet, parts: list[Part], lines: set[tuple[str, int]]) -> Row
 
 
 def check_adapters(base: LoadedModel, places: list[Path], objective: Objective) -> None:
-    """Load each adapter once, so that errors appear before hours of evaluation.
+    """Load each adapter once, so that errors appear before a long evaluation.
 
-    Raises: AdapterError with all adapters that do not fit the base, or that must be evaluated alone because they have
-    an objective or a chat template of their own.
+    Raises: AdapterError that lists adapters that do not fit the base, and adapters that must be evaluated alone because
+    they have a different objective or their own chat template.
     """
     problems: list[Problem] = []
     for place in places:
@@ -89,7 +90,7 @@ def check_adapters(base: LoadedModel, places: list[Path], objective: Objective) 
             if stated != objective.name:
                 problems.append(Problem(f"was trained with {stated}", "evaluate this adapter alone", str(place)))
             if (place / TEMPLATE_NAME).exists():
-                what = "has a chat template of its own, but all rows are encoded with the same one"
+                what = "has its own chat template, but all rows are encoded with the same chat template"
                 problems.append(Problem(what, "evaluate this adapter alone", str(place)))
             with with_adapter(base, place):
                 pass
@@ -101,7 +102,8 @@ def check_adapters(base: LoadedModel, places: list[Path], objective: Objective) 
 
 @contextmanager
 def with_adapter(base: LoadedModel, place: Path | None) -> Iterator[TunedModel]:
-    """A context manager: the base with an adapter attached inside the block. `place` None: the base alone."""
+    """A context manager that yields the base with the adapter attached. If `place` is None, it yields the base
+    alone."""
     if place is None:
         yield TunedModel(base, None)
         return

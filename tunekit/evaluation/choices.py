@@ -1,5 +1,4 @@
-"""Classification by multiple choice: makes the questions of evaluation rows or prompts, and computes scores of the
-answers to choose from."""
+"""Multiple choice: makes questions from evaluation rows or prompts, and computes a score for each possible answer."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +35,7 @@ WIDEST_TOKENS = 2048  # longest prompt with all answers (or twice the prompt): t
 
 @dataclass(frozen=True)
 class Choices:
-    """The recipe's answers to choose from, and the kind of score that compares them."""
+    """The recipe's possible answers, and the kind of score by which they are compared."""
 
     texts: tuple[str, ...]
     score: str  # sum, mean_per_token or mean_per_byte
@@ -44,18 +43,18 @@ class Choices:
 
     @property
     def labels(self) -> list[str]:
-        """The answers without white space at their ends."""
+        """The answers without white space at both ends."""
         return [text.strip() for text in self.texts]
 
     def place_of(self, example: Example) -> int:
         """The index of the example's reference answer. Raises: DataError if it is not among the choices."""
         answer, labels = (answer_of(example) or "").strip(), self.labels
         if not answer:
-            raise DataError("there is no answer to compare with evaluation.choices", "give a prompt and its answer")
+            raise DataError("the row has no answer to compare with evaluation.choices", "write a prompt and its answer")
         if answer not in labels:
             shown = ", ".join(labels[:8]) + (" ..." if len(labels) > 8 else "")
             what = f"the answer {answer[:60]!r} is not among evaluation.choices ({shown})"
-            raise DataError(what, "correct it, or add it to evaluation.choices")
+            raise DataError(what, "correct the answer, or add it to evaluation.choices")
         if self.content_free_prompt is not None:
             prompt, (start, end) = prompt_of(example), self.around
             if len(prompt) < len(start + end) or not (prompt.startswith(start) and prompt.endswith(end)):
@@ -63,7 +62,7 @@ class Choices:
                 what = f"the prompt {shown!r} does not have the form of {self.content_free_prompt!r}"
                 raise DataError(
                     what,
-                    "correct the row or evaluation.content_free_prompt, where {} is the row's text",
+                    "correct the row, or correct evaluation.content_free_prompt, in which {} stands for the row's text",
                 )
         return labels.index(answer)
 
@@ -75,11 +74,10 @@ class Choices:
 
 
 class QuestionMaker:
-    """Makes a Question of an example: each choice in turn replaces the last answer, and the result is encoded as a
-    training row.
-    If an earlier prompt ended with the same tokens, only the first choice is encoded: the other answers have the same
-    ids as before.
-    """
+    """Makes a Question of an example. Each choice in turn replaces the last answer, and the result is encoded in the
+    same way as a training row.
+    If an earlier prompt ended with the same tokens, only the first choice is encoded. The ids of the other choices are
+    reused from the earlier question."""
 
     def __init__(self, choices: Choices, kind: RowKind) -> None:
         self.choices, self.kind = choices, kind.with_options(replace(kind.options, train_on="last"))
@@ -87,9 +85,9 @@ class QuestionMaker:
         self._lengths: set[int] = set()
 
     def make(self, example: Example, origin: str, *, keep_blanks: bool = False) -> Question:
-        """The question of an example. The white space around the row's reference answer is put around every choice.
-        Raises: DataError if the reference answer is not a choice, or if there is no prompt.
-        """
+        """Make the question of an example. If the row's reference answer has white space at its ends, every choice gets
+        the same white space.
+        Raises: DataError if the reference answer is not a choice, or if there is no prompt."""
         own = answer_of(example) or ""
         right = 0 if keep_blanks else self.choices.place_of(example)
         start, end = own[: len(own) - len(own.lstrip())], own[len(own.rstrip()) :]
@@ -100,17 +98,18 @@ class QuestionMaker:
             raise DataError(f"{reason}, so no answer can be chosen", "leave the row out") from None
 
     def content_free(self, make: Callable[[str], Example], *, keep_blanks: bool = False) -> list[Question]:
-        """The questions that calibrate the scores; empty without calibration. `make`: returns an example in which the
-        given text replaces the row's content.
-        Raises: RecipeError if one of the questions has no prompt.
-        """
+        """The questions that calibrate the scores; empty if scores are not calibrated. `make`: returns an example in
+        which the given text replaces the row's content.
+        Raises: RecipeError if one of the questions has no prompt."""
         if self.choices.content_free_prompt is None:
             return []
         try:
             return [self.make(make(text), f"the prompt of {text!r}", keep_blanks=keep_blanks) for text in CONTENT_FREE]
         except DataError as error:
             what = f"with {', '.join(map(repr, CONTENT_FREE))} in place of {{}}: {error.problems[0].what}"
-            raise RecipeError(what, "write the text around {} that all prompts share", key=KEY) from error
+            raise RecipeError(
+                what, "write the text that all prompts share, with {} in place of a row's own text", key=KEY
+            ) from error
 
     def _encoded(self, example: Example, texts: Sequence[str], origin: str, right: int) -> Question:
         first = self.kind.encode(with_answer(example, texts[0]), origin)
@@ -123,7 +122,7 @@ class QuestionMaker:
         rest = [self.kind.encode(with_answer(example, text), origin) for text in texts[1:]]
         question = make_question([first, *rest], right)
         if not len(question.prompt):
-            raise DataError("there is no prompt, so an answer's first token would never be predicted", "write one")
+            raise DataError("the row has no prompt, so the answer's first token cannot be scored", "write a prompt")
         if "trained" in first.parts:
             length = len(question.answers[0].ids)
             self._lengths.add(length)
@@ -133,16 +132,15 @@ class QuestionMaker:
 
 
 def make_questions(examples: Iterable[Written], choices: Choices, kind: RowKind) -> list[Question]:
-    """The question of each evaluation row, then the questions that calibrate the scores.
-    Raises: DataError naming each row whose answer is not a choice.
-    """
+    """Make the question of each evaluation row, then the questions that calibrate the scores.
+    Raises: DataError that lists the rows whose answer is not a choice."""
     maker, rows = QuestionMaker(choices, kind), list(examples)
     found = of_every_row(rows, lambda row: maker.make(row.example, f"{row.file}:{row.line}"))
     return found + maker.content_free(lambda text: with_own_text(rows[0].example, *choices.around, text))
 
 
 def of_every_row(rows: Iterable[Written], make: Callable[[Written], Made]) -> list[Made]:
-    """The result of `make` for each row. Raises: DataError that names every row for which `make` raised an error."""
+    """The result of `make` for each row. Raises: DataError that lists all rows for which `make` raised an error."""
     problems, results = Problems(), []
     for row in rows:
         try:
@@ -165,15 +163,15 @@ def choice_scores(
     on_split: Callable[[Batch], None] = lambda batch: None,
     progress: Progress = no_progress,
 ) -> Tensor:
-    """(rows, choices) float64: the score of each answer. There are three kinds of score. sum: the sum of the tokens'
-    log-probabilities, including the end token (lm-eval's acc excludes it). mean_per_token: the sum divided by the
+    """The score of each answer, (rows, choices) float64. There are three kinds of score. sum: the sum of the tokens'
+    log-probabilities, including the end token (which lm-eval's acc excludes). mean_per_token: the sum divided by the
     number of tokens. mean_per_byte: the sum divided by the bytes of the answer's text (lm-eval's acc_norm divides by
     characters).
-    Calibration subtracts the logarithm of the answer's mean probability after the content-free prompts, among all
-    answers. These prompts are the last of `questions`.
+    Calibration subtracts, from each answer's score, the logarithm of the answer's mean probability among all answers
+    after the content-free prompts. These prompts are the last of `questions`.
     A forward has at most as many positions as `batch_size` copies of the longest prompt with an answer.
-    Raises: DataError beyond the model's positions; EvaluationStopped if `stop` returns true.
-    """
+    Raises: DataError if a question needs more positions than the model has; EvaluationStopped if `stop` returns
+    true."""
     most, chunks = batch_size * max(question.longest for question in questions), []
     for start in range(0, len(questions), CHUNK_QUESTIONS):
         progress("questions answered", start, len(questions))
@@ -201,9 +199,9 @@ def answer_sums(
     stop: Callable[[], bool] = lambda: False,
     on_split: Callable[[Batch], None] = lambda batch: None,
 ) -> dict[str, list[list[float]]]:
-    """The sums of ChoiceLoss for questions with equally many answers. A forward has at most `most` positions.
-    Raises: DataError beyond the model's positions; EvaluationStopped if `stop` returns true.
-    """
+    """The sums of ChoiceLoss for questions that have equally many answers. A forward has at most `most` positions.
+    Raises: DataError if a question needs more positions than the model has; EvaluationStopped if `stop` returns
+    true."""
     _check_positions(model, questions)
     longest = max(question.longest for question in questions)
     apart, shared = model.base.family.reads_source, _shares_prompt(model, longest)
@@ -218,13 +216,13 @@ def answer_sums(
 
 
 def choice_sums(scores: Tensor, questions: Sequence[Question]) -> Sums:
-    """The sums for metrics of labels (such as accuracy). Shapes: scores (rows, choices)."""
+    """The sums from which label metrics (such as accuracy) are computed. Shapes: scores (rows, choices)."""
     sums = label_sums(scores, torch.tensor([question.right for question in questions[: len(scores)]]))
     return {name: value for name, value in sums.items() if name in CHOICE_SUMS}
 
 
 def choice_values(scores: Tensor, questions: Sequence[Question]) -> dict[str, dict[str, list[Any]]]:
-    """The accuracy of each row, 1 if the right answer is chosen, else 0; and a hash of each row, which is the same in
+    """The accuracy of each row (1 if the right answer is chosen, else 0), and hashes that identify the same row in
     every run. Shapes: scores (rows, choices)."""
     questions = questions[: len(scores)]
     right = scores.argmax(dim=1) == torch.tensor([question.right for question in questions])  # (rows,)
@@ -240,7 +238,8 @@ def choose(
     batch_size: int,
     devices: Devices,
 ) -> list[str]:
-    """The most likely answer to each prompt. With a chat template, the prompt is encoded as a user's turn."""
+    """The most likely of the choices for each prompt. If there is a chat template, the prompt is encoded as a user's
+    turn."""
     maker, (start, end) = QuestionMaker(choices, objective.rows), choices.around
 
     def answered(prompt: str) -> Example:
@@ -267,8 +266,8 @@ def _groups(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
 
 
 def _shares_prompt(model: TunedModel, longest: int) -> bool:
-    """Whether one sequence can contain a prompt and all its answers. The model must hide the answers from each other,
-    and no attention window may be shorter than the sequence."""
+    """Whether one sequence can contain a prompt and all its answers. For this, the model must hide the answers from
+    each other, and no attention window may be shorter than the sequence."""
     family, net = model.base.family, model.base.net
     if model.virtual_tokens:
         return False
@@ -283,4 +282,4 @@ def _check_positions(model: TunedModel, questions: Sequence[Question]) -> None:
         length = model.virtual_tokens + (length or question.longest - 1)  # the last token is only predicted
         if table is not None and length > table:
             what = f"{question.origin}: the prompt and an answer need {length} positions, but the model has {table}"
-            raise DataError(what, "shorten it")
+            raise DataError(what, "shorten the prompt or the answer")

@@ -1,5 +1,5 @@
-"""The log-probabilities of texts after their contexts. Texts after the same context share the computation of the
-context."""
+"""Log-probabilities of texts after their contexts. If several texts follow the same context, the context is computed
+only once."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ def continuation_scores(
     batch_size: int,
     progress: Progress = no_progress,
 ) -> list[tuple[float, bool]]:
-    """For each pair of context and continuation: the continuation's log-probability, and whether greedy decoding gives
-    exactly the continuation.
+    """For each pair of context and continuation: the continuation's log-probability, and whether greedy decoding
+    generates exactly this continuation.
 
-    A context with all its continuations is one sequence, in which the continuations do not see each other.
-    A forward has at most as many positions as `batch_size` copies of the longest sequence.
+    A context and all its continuations form one sequence, in which the continuations do not see each other. A forward
+    has at most as many positions as `batch_size` copies of the longest pair.
     """
     contexts = defaultdict[tuple[int, ...], list[int]](list)
     for number, (context, end) in enumerate(pairs):

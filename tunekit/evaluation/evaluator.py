@@ -1,4 +1,4 @@
-"""Evaluates the evaluation rows once, with the settings of the recipe's `evaluation:` section."""
+"""Runs an evaluation of all evaluation rows, with the settings in the recipe's `evaluation:` section."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ SAMPLES = 8  # answers that a report shows
 
 @dataclass(frozen=True)
 class Queries:
-    """The queries of an evaluation: prompts that the model answers, and questions with answers to choose from."""
+    """The queries of an evaluation: prompts that the model answers, and multiple-choice questions."""
 
     prompts: Sequence[Prompt] = ()
     choices: Choices | None = None
@@ -55,12 +55,11 @@ class Queries:
 @dataclass(frozen=True)
 class Evaluation:
     """The result of an evaluation: sums, and every metric by name.
-    `classes`: `labels`, the `counts` of each label (predicted right, predicted, true) and the `confusion` matrix, if
-    rows have labels. `samples`: generated answers to the first rows. `sources`: the metrics and the number of `rows` of
-    each source, if there are several. `pictures`: images for the report. `facts`: values computed from all rows, which
-    are saved in the adapter's folder. `row_metrics`: for each answer metric that is a mean over rows, the `values` of
-    the rows and their `digests`.
-    """
+    `classes`: `labels`, the `counts` of each label (predicted right, predicted, true) and the `confusion` matrix; None
+    if rows have no labels. `samples`: generated answers to the first rows. `sources`: if there are several sources, the
+    metrics and the number of `rows` of each. `pictures`: images for the report. `facts`: values computed from all rows,
+    which are saved in the adapter's folder. `row_metrics`: for each metric of answers that is a mean over rows, the
+    rows' `values` and `digests` (hashes)."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
@@ -74,8 +73,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Computes metrics over one set of rows: the objective's metrics and text metrics. The text metrics are
-    `metric_names`, or by default those of the settings."""
+    """Computes metrics over one set of rows: the objective's metrics and text metrics. `metric_names`: the text
+    metrics; by default the metrics in the settings."""
 
     model: TunedModel
     objective: Objective
@@ -99,8 +98,8 @@ class Evaluator:
         each = self._by_source(objective, stop)
         sums = all_together(list(each.values()))
         if not sums.values["units"]:
-            what = f"no reward judges any of the {sums.rows:,} evaluation rows"
-            raise DataError(what, "let a reward return numbers for evaluation rows", key="data.eval")
+            what = f"no reward returned a number for any of the {sums.rows:,} evaluation rows"
+            raise DataError(what, "change a reward so that it returns numbers for these rows", key="data.eval")
         choices, chosen, of_answers = self.queries.choices, tuple[str, ...](), dict[str, Mapping[str, list[Any]]]()
         if choices is not None:
             chosen = CHOICE_METRICS
@@ -134,7 +133,7 @@ class Evaluator:
         return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts, of_answers)
 
     def _pictures(self) -> list[NDArray[np.uint8]]:
-        """The images that the main rank generates for the report."""
+        """The images for the report, which only the main rank generates."""
         answering = self.objective.answering
         if not self.devices.is_main or answering is None or answering.report_pictures is None:
             return []
@@ -142,7 +141,7 @@ class Evaluator:
             return answering.report_pictures(self.model, self.progress)
 
     def _by_source(self, objective: Objective, stop: Callable[[], bool]) -> dict[str, EvaluationSums]:
-        """The sums of each source's rows."""
+        """The sums of each source's rows, by the source's name."""
         done = 0
 
         def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -159,7 +158,7 @@ class Evaluator:
         return sums
 
     def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> Tensor:
-        """The scores of the answers to choose from: (rows, choices) float64."""
+        """The scores of the possible answers: (rows, choices) float64."""
         return choice_scores(
             self.model,
             self.objective,
@@ -174,9 +173,9 @@ class Evaluator:
 
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
-    """The finite metrics of each source, if there are several sources. A source without units, such as one whose rows
-    have no rewards, has no metrics. Values computed from all rows (thresholds, KL) are the same for all sources. So the
-    losses of sources, weighted by units, add up to the loss of all rows."""
+    """The finite metrics of each source; None if there is only one source. A source without units (such as one whose
+    rows have no rewards) has no metrics. Values computed from all rows (thresholds, KL) are the same for all sources.
+    So the losses of sources, weighted by units, add up to the loss of all rows."""
     if len(each) < 2:
         return None
     by_source = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}
@@ -189,11 +188,10 @@ def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[s
 def queries_of(
     rows: RowSet, settings: EvaluationSection, metric_names: Sequence[str], data: DataSection | None = None
 ) -> Queries:
-    """The prompts and questions of an evaluation. If a metric needs generated answers, there is a prompt for each row,
-    else only for the rows in the report. Questions are made if there are choices; `from_data` takes the choices from
-    the answers of `data`.
-    The rows are read now, because the files may have moved by the time of an evaluation.
-    """
+    """The prompts and questions of an evaluation. If a metric needs generated answers, there is a prompt for each row;
+    otherwise only for the rows in the report. Questions are made if the settings contain choices. With `from_data`, the
+    choices are the answers in the rows of `data`.
+    The rows are read now, because the files may have moved when an evaluation starts."""
     names = [*rows.objective.loss.metrics, *metric_names]
     shown = settings.samples if rows.objective.answering is not None else 0
     needed = None if any(needs_generation(name) for name in names) else shown
@@ -201,32 +199,34 @@ def queries_of(
     choices = choices_of(settings, rows.objective, data)
     if choices is None:
         if settings.content_free_prompt is not None:
-            raise RecipeError("there are no choices to calibrate", "add evaluation.choices or remove this key", key=KEY)
+            raise RecipeError(
+                "there are no choices to calibrate", "add evaluation.choices, or remove this key", key=KEY
+            )
         return Queries(prompts)
     return Queries(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective.rows))
 
 
 def check_choices(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
-    """Check evaluation rows before a model is loaded. Raises: DataError naming each row whose answer is not a
-    choice."""
+    """Check the answers of evaluation rows before a model is loaded. Raises: DataError that lists the rows whose answer
+    is not a choice."""
     choices = choices_of(settings, rows.objective, data)
     if choices is not None and rows.evaluation is not None:
         of_every_row(rows.evaluation_examples(), lambda row: choices.place_of(row.example))
 
 
 def choices_of(settings: EvaluationSection, objective: Objective, data: DataSection | None) -> Choices | None:
-    """The answers to choose from; None if the recipe has none. Raises: RecipeError if the objective's rows have no
-    answers to choose."""
+    """The possible answers in the settings; None if there are none. Raises: RecipeError if the objective's rows have no
+    prompts with answers."""
     texts = settings.choices
     if texts is None:
         return None
     if not objective.rows.has_choices:
-        what = f"rows of the objective {objective.name} have no prompt with an answer to choose"
+        what = f"multiple choice needs prompts with answers, and rows of the objective {objective.name} have none"
         raise RecipeError(what, "leave evaluation.choices out", key="evaluation.choices")
     if texts == FROM_DATA:
         if data is None:
             raise RecipeError(
-                "from_data takes the answers from a recipe's rows, but there is no recipe",
+                "from_data takes the choices from the rows of a recipe, but there is no recipe",
                 "list the answers",
                 key="evaluation.choices",
             )
@@ -235,13 +235,13 @@ def choices_of(settings: EvaluationSection, objective: Objective, data: DataSect
 
 
 def calibration_notes(settings: EvaluationSection) -> list[str]:
-    """A note that describes the calibration of choices and its cost."""
+    """A note that describes how choices are calibrated, and what this costs."""
     if settings.choices is None or settings.content_free_prompt is None:
         return []
     texts = ", ".join(map(repr, CONTENT_FREE))
     return [
         f"choices are calibrated by {settings.content_free_prompt!r} with {texts} in place of {{}}: "
-        f"each evaluation scores {len(CONTENT_FREE)} prompts more than it has rows"
+        f"each evaluation scores {len(CONTENT_FREE)} prompts in addition to its rows"
     ]
 
 
@@ -263,9 +263,8 @@ def adapter_losses(
     devices: Devices,
     settings: EvaluationSection,
 ) -> dict[str | None, float]:
-    """The token-weighted mean loss of each adapter; the key None is the base alone.
-    Raises: ModelError if rows do not fit the model.
-    """
+    """The mean loss of each adapter, weighted by tokens. The key None has the loss of the base without an adapter.
+    Raises: ModelError if rows do not fit the model."""
     losses: dict[str | None, float] = {}
     for name in (None, *adapters.adapters):
         adapters.switch(name)

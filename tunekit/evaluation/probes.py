@@ -1,5 +1,5 @@
-"""Checks of a loaded model. They compare packed rows with single rows, our log-probabilities with the model's, and the
-adapted model with its base."""
+"""Checks of a loaded model: packed rows against single rows, our log-probabilities against the model's, and the adapted
+model against its base."""
 
 from dataclasses import replace
 
@@ -17,9 +17,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 
 
 def packing_leak(model: TunedModel, ids: Tensor) -> float:
-    """The relative difference of a row's hidden states between two cases: packed after another row, and alone. Both
-    rows have random ids from `ids`, with a fixed seed. The difference is 0, up to rounding, if position ids alone
-    separate packed rows."""
+    """The relative difference between a row's hidden states when it is packed after another row, and when it is alone.
+    If position ids alone separate packed rows, the difference is 0, up to rounding. The rows have random ids from
+    `ids`, with a fixed seed."""
     first, second = _probe_ids(ids, 0), _probe_ids(ids, 1)  # (1, T) each
     positions = torch.arange(PROBE_TOKENS)[None]
     with undisturbed(model):
@@ -30,8 +30,8 @@ def packing_leak(model: TunedModel, ids: Tensor) -> float:
 
 
 def logprob_difference(model: TunedModel, inputs: dict[str, Tensor]) -> float:
-    """The largest difference between our chunked losses and losses from the model's own logits, relative to the largest
-    loss. Both are computed on the same row of random ids from `inputs`."""
+    """The largest difference between our chunked losses and losses from the model's own logits, divided by the largest
+    loss. Both losses are computed on a row of random ids from `inputs`."""
     family = model.base.family
     assert family.ids is not None  # a model that answers has ids
     ids = _probe_ids(inputs[family.ids], 2)  # (1, T)

@@ -1,5 +1,5 @@
-"""Records the loss of each evaluation row under a name that is the same in every run, so that runs can be compared.
-Also records the text of the rows with the highest losses."""
+"""Records the loss of each evaluation row under a name that is the same in every run, so that runs can be compared row
+by row. Also records the text of the rows with the highest losses."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ MOST_STRETCHES, MOST_TRAINED, MOST_OTHERS = 6, 320, 140  # text pieces of a row;
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Evaluation rows and their names, which are the same in every run."""
+    """Evaluation rows, with names that identify the same row in every run."""
 
     rows: Rows
     objective: Objective
@@ -45,11 +45,10 @@ class RowLosses:
         earlier: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """The record of an evaluation. `rows`, `digests`, `units`, `losses` and `before` are lists with one value per
-        row; `worst` lists the rows with the highest losses as text. `metrics`: {digests, values} of each metric that is
-        a mean over rows.
-        `answers`: the metrics of generated and chosen answers. `earlier`: the record of the previous evaluation, from
-        which the losses before training are copied.
-        """
+        row; `worst` lists the rows with the highest losses as text. `metrics` has {digests, values} for each metric
+        that is a mean over rows.
+        `answers`: the metrics of generated and chosen answers. `earlier`: the record of the previous evaluation. The
+        losses before training are copied from it."""
         now = [_short(sums.row_losses[number]) for number in range(len(self.rows))]
         before = None if earlier is None else earlier["losses" if earlier["step"] == 0 else "before"]
         metrics = dict(answers)
@@ -63,7 +62,7 @@ class RowLosses:
         return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
 
     def _shown(self, number: int) -> dict[str, Any]:
-        """A row as text: {number, text: [[piece, whether the piece is trained on]]}."""
+        """A row as text: {number, text: [[piece, trained]]}. `trained` states whether the piece is trained on."""
         text: list[tuple[str, bool]] = []
         for part in self.objective.rows.spans(self.rows[number]):
             gap, more = "\n" if text else "", " [...]" if len(part.title) > MOST_OTHERS else ""
@@ -81,15 +80,15 @@ def unit_counts(rows: Rows | list[Row], objective: Objective) -> list[float]:
 
 
 def segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
-    """Pieces of a row's text, each with a flag: whether it is trained on. A piece is decoded as a whole, so that
-    characters of several tokens are shown correctly."""
+    """Pieces of a row's text, each with a flag that states whether it is trained on. A piece is decoded as a whole,
+    because one character may have several tokens."""
     if tokenizer is None:
         return []
     return [(tokenizer.decode(ids), trained) for ids, trained in _pieces(part)]
 
 
 def short_segments(part: Span, tokenizer: Tokenizer | None) -> list[tuple[str, bool]]:
-    """The pieces of `segments`. From a long piece, only whole tokens at its beginning and end are kept."""
+    """The pieces of `segments`, with long pieces shortened to whole tokens at their beginning and end."""
     if tokenizer is None:
         return []
     limits = {True: MOST_TRAINED, False: MOST_OTHERS}
@@ -106,7 +105,7 @@ def _pieces(part: Span) -> list[tuple[list[int], bool]]:
 
 
 def text_digest(*parts: str | bytes) -> str:
-    """A hash of texts, which identifies a row in every run."""
+    """A hash of texts that identifies the same row in every run."""
     digest = blake2b(digest_size=8)
     for part in parts:
         content = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
@@ -123,14 +122,14 @@ def _digest(row: Row) -> str:
 
 
 def _short(loss: float) -> float | None:
-    """The loss with seven digits, the precision of float32. None if it is not finite, because JSON cannot represent
-    that."""
+    """The loss with seven digits, the precision of float32. None if the loss is not finite, because JSON has no such
+    numbers."""
     return float(f"{loss:.7g}") if math.isfinite(loss) else None
 
 
 def _shortened(ids: list[int], tokenizer: Tokenizer, characters: int) -> str:
-    """The text of the tokens. If it is long: about as many characters as allowed, in whole tokens from its beginning
-    and end. Incomplete characters are left out."""
+    """The text of the tokens. A long text is shortened to about `characters` characters: whole tokens from its
+    beginning and its end. Incomplete characters are left out."""
     text = tokenizer.decode(ids)
     if len(text) <= characters:
         return text

@@ -25,12 +25,12 @@ LAID_END_TO_END = (ROW_LOSSES, ROW_RIGHT, ROW_VALUES, NUMBERS)
 
 
 class EvaluationStopped(Exception):
-    """A stop signal came during an evaluation. The evaluation is repeated after the resume."""
+    """A stop signal came during an evaluation. When the run is resumed, the evaluation is repeated."""
 
 
 @dataclass(frozen=True)
 class EvaluationSums:
-    """Sums over all evaluation rows: the objective's sums, and the numbers of rows and tokens."""
+    """Sums over all evaluation rows: the objective's sums, the number of rows and the number of tokens."""
 
     values: dict[str, Any]  # float64 numbers, or lists of them
     tokens: int
@@ -39,21 +39,21 @@ class EvaluationSums:
     row_right: dict[int, float] = field(default_factory=dict)  # 1 where all labels are right; empty without labels
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
-        """The named metrics of metrics/, computed from the sums."""
+        """The metrics with these names, computed from the sums."""
         return {name: import_module(f"tunekit.metrics.{name}").from_sums(self.values) for name in names}
 
 
 @contextmanager
 def undisturbed(model: TunedModel) -> Iterator[None]:
-    """A context manager: the model is in eval mode and computes no gradients. At the end, the mode and every random
-    state are restored."""
+    """A context manager that sets the model to eval mode and disables gradients. At its end, the mode and all random
+    states are restored."""
     call = replace(current_call(), fuses=True)  # a caller may have bypassed the adapter
     with forked_random(model.device), torch.no_grad(), model.training_mode(False), calling(call):
         yield
 
 
 def prepared(model: TunedModel, objective: Objective, batch: Batch) -> Batch:
-    """The batch, prepared by the objective like the batches of a step."""
+    """The batch after the objective has prepared it, in the same way as the batches of a training step."""
     return objective.prepare(ModelRun(model, objective.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
 
 
@@ -65,12 +65,12 @@ def summed_evaluation(
     stop: Callable[[], bool] = lambda: False,
     on_split: Callable[[Batch], None] = lambda batch: None,
 ) -> EvaluationSums:
-    """The sums of all batches; each rank computes some batches.
+    """The sums of all batches. The batches are divided among the ranks.
 
-    Sums are in float64, so the batch size changes them only by the rounding of a forward.
+    Sums are in float64, so the batch size changes them only by the rounding errors of a forward.
     `on_split`: called for each batch that ran out of memory and is evaluated in two halves.
-    Raises: EvaluationStopped if `stop` returns true on any rank; ResourceError if a single document does not fit;
-    RewardError, on all ranks, if a reward had an invalid result on one rank.
+    Raises: EvaluationStopped if `stop` returns true on any rank; ResourceError if a single document does not fit into
+    memory; RewardError, on all ranks, if a reward function returned an invalid result on one rank.
     """
     sums: Sums = {}
     stopped, failed = False, None
@@ -124,7 +124,7 @@ def added(one: Sums, other: Sums) -> Sums:
 
 
 def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:
-    """The sums of the batch. If it runs out of memory, the sums of its halves are added."""
+    """The sums of the batch. If the batch runs out of memory, the sum of its two halves."""
     try:
         batch = prepared(model, objective, batch)
         sums = objective.loss.sums(model.output(batch.inputs), batch)
@@ -143,7 +143,7 @@ def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_sp
 
 
 def _halves(batch: Batch, rows: RowKind, reason: str, on_split: Callable[[Batch], None]) -> tuple[Batch, Batch]:
-    """The halves of a batch that ran out of memory. Raises: ResourceError for a single document."""
+    """The two halves of a batch that ran out of memory. Raises: ResourceError if the batch is a single document."""
     halves = split_batch(batch, rows)
     if halves is None:
         raise document_too_large(batch, reason)
@@ -154,24 +154,23 @@ def _halves(batch: Batch, rows: RowKind, reason: str, on_split: Callable[[Batch]
 
 @dataclass
 class MeasuringRun(ModelRun):
-    """The ModelRun that is passed to LossKind.measuring. A batch that runs out of memory is scored in two halves.
-    `read` returns S numbers for each of P rows: the first number of every row, then the second number of every row, and
-    so on.
-    """
+    """A ModelRun that is passed to LossKind.measuring. If a batch runs out of memory, it is scored in two halves.
+    `read` returns S numbers for each of P rows, in this order: the first number of every row, the second number of
+    every row, and so on."""
 
     on_split: Callable[[Batch], None] = lambda batch: None
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The scores by the policy, as in ModelRun."""
+        """The policy's scores, as in ModelRun."""
         return [self._in_halves(batch, read, reference=False) for batch in batches]
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The scores by the policy at step 0, as in ModelRun."""
+        """The scores of the reference (the policy at step 0), as in ModelRun."""
         return [self._in_halves(batch, read, reference=True) for batch in batches]
 
     def _in_halves(self, batch: Batch, read: Read, *, reference: bool) -> Tensor:
-        """The values that `read` returns for a batch; if memory runs out, for each half of it. Returns (S P,): S values
-        of P rows."""
+        """The values that `read` returns for a batch; if the batch runs out of memory, for its two halves, joined.
+        Shape (S P,): S values of P rows."""
         try:
             return self.model.score_batches([batch], read, reference=reference)[0]
         except Exception as error:

@@ -10,7 +10,7 @@ MOST_SHOWN = 12
 
 
 def class_facts(classes: Mapping[str, Any]) -> JsonObject:
-    """The class counts of an evaluation, extended by `per_class`: a line for each label, computed from its `counts`
+    """The class counts of an evaluation, with `per_class` added: a line for each label, computed from its `counts`
     (predicted right, predicted, true). If `per_class` already exists, nothing is changed.
     A share with denominator 0 is 0, as in scikit-learn's classification_report."""
     if "per_class" in classes:

@@ -1,4 +1,4 @@
-"""Mean number of tokens of the completions for evaluation rows."""
+"""Mean number of tokens of the greedy completions of evaluation rows."""
 
 from tunekit.metrics.loss import mean_of
 

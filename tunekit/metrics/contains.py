@@ -1,4 +1,4 @@
-"""Share of answers that contain their reference, ignoring white space at both ends of the reference."""
+"""Share of answers that contain their reference. White space at both ends of the reference is ignored."""
 
 from tunekit.metrics.pairs import MeanOfPairs
 

@@ -1,4 +1,4 @@
-"""Share of answers equal to their reference, ignoring white space at both ends."""
+"""Share of answers that equal their reference. White space at both ends is ignored."""
 
 from tunekit.metrics.pairs import MeanOfPairs
 

@@ -1,10 +1,10 @@
-"""Expected calibration error. Rows are divided into bins by the probability of the predicted label; the metric is
-the mean difference, over bins, between this probability and the accuracy."""
+"""Expected calibration error: how far predicted probabilities differ from accuracy. Rows are divided into bins by their
+largest probability. The metric is the mean over bins, weighted by rows, of |mean probability - accuracy|."""
 
 from collections.abc import Mapping
 from typing import Any
 
-DESCRIPTION = "mean difference between the probability of the predicted label and its accuracy, over 15 equal bins"
+DESCRIPTION = "mean difference between the predicted label's probability and the accuracy, over 15 equal bins"
 NEEDS = ("calibration",)
 HIGHER_IS_BETTER = False
 BINS = 15  # bins of equal width; the upper bound is included
@@ -12,7 +12,7 @@ BINS = 15  # bins of equal width; the upper bound is included
 
 def from_sums(sums: Mapping[str, Any]) -> float:
     """The sum over bins of |sum of probabilities - number of right rows|, divided by the number of all rows. Raises
-    ValueError without rows.
+    ValueError if there are no rows.
 
     `calibration`: for each bin, the number of its rows, the sum of their largest probabilities, and the number of right
     rows.

@@ -1,4 +1,4 @@
-"""Mean negative log-likelihood of the supervised tokens, from its sum."""
+"""The mean negative log-likelihood of the supervised tokens, computed from its sum."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,9 +9,9 @@ HIGHER_IS_BETTER = False
 
 
 def mean_of(name: str, counted: str = "units") -> tuple[tuple[str, str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a metric that is a mean: the sum `name`, divided by the number of units (tokens,
-    labels, pairs). `counted`: the name of the sum that counts these units, because some metrics have a value for
-    only some units."""
+    """The constant NEEDS and the function `from_sums` of a metric that is a mean: the sum `name` divided by a number of
+    units (tokens, labels, pairs). `counted`: the sum that counts the units. It is not always `units`, because some
+    metrics have a value for only some units."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
         """The mean; NaN if no unit has a value. Raises ValueError without units."""

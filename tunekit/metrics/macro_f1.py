@@ -5,7 +5,7 @@ from typing import Any
 
 from tunekit.metrics.classes import f1
 
-DESCRIPTION = "F1 of each label, averaged over the labels that occur or are predicted"
+DESCRIPTION = "mean F1 of the labels that occur or are predicted; rare labels count as much as frequent ones"
 NEEDS = ("label_counts",)
 HIGHER_IS_BETTER = True
 
@@ -13,8 +13,8 @@ HIGHER_IS_BETTER = True
 def from_sums(sums: Mapping[str, Any]) -> float:
     """The mean over labels of 2 TP / (2 TP + FP + FN), as in scikit-learn's f1_score(average="macro").
 
-    `label_counts`: for each label, the number of rows predicted right, predicted, and labelled. Labels that are
-    neither predicted nor true are left out. The result is 0 if no label remains.
+    `label_counts`: for each label, the number of rows predicted right, predicted, and labelled. Labels that are neither
+    predicted nor true are left out. If no label remains, the result is 0.
     """
     counts = sums["label_counts"]
     scores = [f1(right, predicted, there) for right, predicted, there in counts if predicted + there]

@@ -17,10 +17,11 @@ Measure = Callable[[Column, Column], float]
 
 
 def mean_of_outputs(measure: Measure) -> tuple[tuple[str], Callable[[Mapping[str, Any]], float]]:
-    """NEEDS and `from_sums` of a regression metric: `measure` of each output of the head, averaged over the outputs."""
+    """The constant NEEDS and the function `from_sums` of a regression metric: the value of `measure` for each output of
+    the head, averaged over outputs."""
 
     def from_sums(sums: Mapping[str, Any]) -> float:
-        """The mean; NaN if the measure is undefined for one of the outputs. Raises ValueError without rows."""
+        """The mean; NaN if the measure is undefined for an output. Raises ValueError if there are no rows."""
         columns = _columns(sums[ROW_VALUES])
         if not columns:
             raise ValueError("no rows with numbers")
@@ -30,7 +31,8 @@ def mean_of_outputs(measure: Measure) -> tuple[tuple[str], Callable[[Mapping[str
 
 
 def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonObject]:
-    """A line of metrics for each output of the head. The correlation with a constant is None."""
+    """A line of metrics for each output of the head. A correlation is None if the scores or the numbers are
+    constant."""
     lines = []
     for label, (scores, numbers) in zip(labels, _columns(values), strict=True):
         found = {"mse": squared_error(scores, numbers), "pearson": pearson(scores, numbers)}
@@ -41,7 +43,7 @@ def output_table(labels: Sequence[str], values: Sequence[Column]) -> list[JsonOb
 
 
 def _columns(rows: Sequence[Column]) -> list[tuple[Column, Column]]:
-    """For each output of the head: its scores and its true numbers in all rows."""
+    """For each output of the head: the scores of all rows, and the true numbers of all rows."""
     columns = list(zip(*rows, strict=True))
     half = len(columns) // 2
     return list(zip(columns[:half], columns[half:], strict=True))
@@ -74,7 +76,7 @@ def _less_mean(values: Column) -> list[float]:
 
 
 def _ranks(values: Column) -> list[float]:
-    """The rank of each value, starting at 1. Equal values all get the mean of their ranks."""
+    """The rank of each value, starting at 1. Equal values get the mean of their ranks."""
     order, ranks, before = sorted(range(len(values)), key=values.__getitem__), [0.0] * len(values), 0
     for _, group in groupby(order, key=values.__getitem__):
         places = list(group)

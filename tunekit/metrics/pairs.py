@@ -1,4 +1,4 @@
-"""Metrics that are a mean over pairs (answer, reference)."""
+"""Metrics that are a mean over pairs of an answer and its reference."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MeanOfPairs:
-    """A metric's function `score`: the mean of `of_pair`(answer, reference) over all pairs."""
+    """The function `score` of a metric: the mean of `of_pair`(answer, reference) over all pairs."""
 
     of_pair: Callable[[str, str], float]
 
@@ -15,7 +15,7 @@ class MeanOfPairs:
         return [float(self.of_pair(*pair)) for pair in zip(predictions, references, strict=True)]
 
     def __call__(self, predictions: Sequence[str], references: Sequence[str]) -> float:
-        """The mean over all pairs. Raises: ValueError without pairs, or if the lengths differ."""
+        """The mean over all pairs. Raises: ValueError if there are no pairs, or if the lengths differ."""
         scores = self.of_each(predictions, references)
         if not scores:
             raise ValueError("no answers to compare")

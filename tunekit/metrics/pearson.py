@@ -2,6 +2,6 @@
 
 from tunekit.metrics.outputs import mean_of_outputs, pearson
 
-DESCRIPTION = "Pearson correlation of scores and numbers; for rows with several numbers, the mean over the numbers"
+DESCRIPTION = "Pearson correlation of predicted and true numbers; with several numbers per row, the mean"
 HIGHER_IS_BETTER = True
 NEEDS, from_sums = mean_of_outputs(pearson)

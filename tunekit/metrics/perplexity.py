@@ -12,7 +12,7 @@ HIGHER_IS_BETTER = False
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """exp(sums["loss"] / sums["units"]), infinite if it overflows. Raises ValueError without tokens."""
+    """exp(sums["loss"] / sums["units"]), or infinity if this overflows. Raises ValueError if there are no tokens."""
     try:
         return math.exp(loss.from_sums(sums))
     except OverflowError:

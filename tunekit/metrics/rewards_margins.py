@@ -1,4 +1,4 @@
-"""Mean difference between the rewards of the preferred and the rejected answer."""
+"""Mean difference between the reward of the preferred and the reward of the rejected answer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,5 +11,5 @@ NEEDS = ("rewards_chosen", "rewards_rejected", "units")
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """Mean reward of chosen answers minus mean reward of rejected answers. Raises ValueError without units."""
+    """Mean reward of chosen answers minus mean reward of rejected answers. Raises ValueError if there are no units."""
     return rewards_chosen.from_sums(sums) - rewards_rejected.from_sums(sums)

@@ -1,4 +1,4 @@
-"""Mean reward of the rejected answers: beta times the log-ratio of policy to reference."""
+"""Mean reward of the rejected answers. The reward is beta times the log-ratio of policy to reference."""
 
 from tunekit.metrics.loss import mean_of
 

@@ -4,15 +4,16 @@ import unicodedata
 
 from tunekit.metrics.pairs import MeanOfPairs
 
-DESCRIPTION = "mean F1 of the longest common subsequence of words of answer and reference"
+DESCRIPTION = "mean F1 of the longest common subsequence of words in answer and reference"
 HIGHER_IS_BETTER = True
 
 
 def _f1(prediction: str, reference: str) -> float:
-    """F1 = 2 LCS / (words of answer + words of reference); 1 if neither text has words.
+    """F1 = 2 LCS / (words of answer + words of reference), where LCS is the length of the longest common subsequence; 1
+    if neither text has words.
 
-    Words are runs of letters, marks and digits, case-folded and not stemmed. For ASCII text they are the same as in
-    rouge_score.
+    Words are runs of letters, marks and digits, case-folded and not stemmed. For ASCII text, the words are the same as
+    in rouge_score.
     Source: Lin 2004, with beta = 1.
     """
     words, others = _words(prediction), _words(reference)

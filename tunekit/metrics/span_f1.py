@@ -5,7 +5,7 @@ from typing import Any
 
 from tunekit.metrics.classes import f1
 
-DESCRIPTION = "F1 of spans of tags (B-X, I-X); a span is right if its kind, first word and last word are right"
+DESCRIPTION = "F1 of tagged spans (B-X, I-X); a span is right if its kind, first word and last word are right"
 NEEDS = ("spans",)
 HIGHER_IS_BETTER = True
 
@@ -14,7 +14,8 @@ OUTSIDE = ("O", "")
 
 
 def from_sums(sums: Mapping[str, Any]) -> float:
-    """2 right / (predicted + true) over the spans of all kinds, as in seqeval's f1_score; 0 without spans.
+    """2 right / (predicted + true) over the spans of all kinds, as in seqeval's f1_score. If there are no spans, the
+    result is 0.
     `spans`: for each kind, the number of spans predicted right, predicted, and true."""
     right, predicted, there = map(sum, zip(*sums["spans"], strict=True)) if sums["spans"] else (0, 0, 0)
     return f1(right, predicted, there)
@@ -26,9 +27,10 @@ def kinds_of(tags: Sequence[str]) -> list[str]:
 
 
 def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
-    """The spans in a row's tags, each (kind, first word, last word), as in seqeval's get_entities in its default mode.
+    """The spans in a row's tags, each as (kind, first word, last word), as in seqeval's get_entities in its default
+    mode.
 
-    A span ends before O, before B- or S-, before a tag of another kind, and after E- or S-. A tag I- or E- without a
+    A span ends before O, before B- or S-, before a tag of a different kind, and after E- or S-. A tag I- or E- with no
     span before it starts a span.
     """
     first, before = 0, OUTSIDE
@@ -40,6 +42,6 @@ def find_spans(tags: Sequence[str]) -> Iterator[TaggedSpan]:
 
 
 def _parts(tag: str) -> tuple[str, str]:
-    """The prefix and the kind of a tag: B-PER -> (B, PER), B -> (B, _). Other texts -> OUTSIDE."""
+    """The prefix and the kind of a tag: B-PER -> (B, PER), B -> (B, _). Any other text gives OUTSIDE."""
     letter, dash, kind = tag[:1], tag[1:2], tag[2:]
     return (letter, kind or "_") if letter in ("B", "I", "E", "S") and dash in ("", "-") else OUTSIDE

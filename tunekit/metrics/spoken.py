@@ -8,16 +8,17 @@ LIBRARY = ("jiwer", "tunekit[speech]")  # the module that counts errors, and the
 
 
 def error_rate(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
-    """A metric's function `score`, computed by jiwer's function `name`: the errors in all pairs, divided by the
-    units (words or characters) of all references. A pair is left out if its reference has no word, because its error
-    rate is undefined."""
+    """The function `score` of a metric, computed by jiwer's function `name`: errors in all pairs, divided by the units
+    (words or characters) of all references. Pairs whose reference has no word are left out, because their error rate is
+    undefined."""
 
     def score(predictions: Sequence[str], references: Sequence[str]) -> float:
-        """The error rate over all pairs. Raises: ValueError if no pair remains; InputError without jiwer."""
+        """The error rate over all pairs. Raises: ValueError if no pair remains; InputError if jiwer is not
+        installed."""
         try:
             import jiwer
         except ImportError:
-            what = f"{name} is counted by {LIBRARY[0]}, which is not installed"
+            what = f"{name} is computed by the package {LIBRARY[0]}, which is not installed"
             raise InputError(what, f"run: pip install '{LIBRARY[1]}'") from None
 
         pairs = [pair for pair in zip(references, predictions, strict=True) if pair[0].strip()]

@@ -1,4 +1,4 @@
-"""Share of supervised tokens to which the model gives the highest probability, given the true tokens before them."""
+"""Share of supervised tokens that the model predicts as most likely, given the true tokens before them."""
 
 from tunekit.metrics.loss import mean_of
 

@@ -1,4 +1,4 @@
-"""F1 of the words that answer and reference have in common, in any order."""
+"""F1 of the words that an answer has in common with its reference, in any order."""
 
 import string
 from collections import Counter
@@ -11,7 +11,8 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def _f1(prediction: str, reference: str) -> float:
-    """F1 = 2 common / (words of answer + words of reference), where words are multisets; 1 if neither text has words.
+    """F1 = 2 common / (words of answer + words of reference). A word counts as often as it occurs. If neither text has
+    words, the result is 1.
     Words are separated by white space, lower-cased, without ASCII punctuation.
     Source: Rajpurkar et al. 2016, but articles are not removed."""
     words, others = _words(prediction), _words(reference)

@@ -11,7 +11,7 @@ from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 
 
 def make(settings: AudioClassifySettings, processor: AudioProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: recordings with labels, and the loss of the problem type."""
+    """Make the objective. Rows are recordings with labels; the loss depends on the head's problem type."""
     settings = settings_of_head(settings, facts)
     fingerprint = row_fingerprint(settings, processor)
     labels = given_labels(settings, facts, problem_type=settings.problem_type)

@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 def row_fingerprint(settings: ObjectiveSettings, processor: Processor | Tokenizer) -> str:
-    """The fingerprint of rows that depend on all settings of the objective."""
+    """A hash that identifies encoded rows, for an objective whose rows depend on all its settings."""
     return hash_of([settings.model_dump(mode="json"), processor.fingerprint])
 
 
@@ -17,7 +17,8 @@ def make_objective(
 ) -> Objective:
     """Make the objective that `settings.method` names.
 
-    `facts`: the objective's facts saved with a trained adapter; `options`: how rows are encoded.
+    `facts`: values that the objective saved with a trained adapter, such as its labels; `options`: how rows are
+    encoded.
     """
     module = importlib.import_module(f"tunekit.objectives.{settings.method}")
     return module.make(settings, processor, facts or {}, options or EncodeOptions())

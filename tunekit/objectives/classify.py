@@ -10,7 +10,7 @@ from tunekit.recipe.objectives.classify import ClassifySettings
 
 
 def make(settings: ClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: texts with labels, and the loss of the problem type."""
+    """Make the objective. Rows are texts with labels; the loss depends on the head's problem type."""
     settings = settings_of_head(settings, facts)
     labels = given_labels(settings, facts, tokenizer.pad_id, settings.problem_type)
     pairs = facts.get("pairs")  # only a trained adapter has this fact

@@ -10,7 +10,7 @@ from tunekit.recipe.objectives.cpo import CpoSettings
 
 
 def make(settings: CpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and a loss of the difference of their scores."""
+    """Make the objective. Rows are pairs of answers; the loss depends on the difference of the answers' scores."""
     formula, averages = partial(contrastive, settings=settings), settings.loss_type == "ipo"
     loss = PairLoss(formula, settings.beta, averages=averages, likelihood=settings.cpo_alpha)
     return pair_objective(settings, tokenizer, options, loss)

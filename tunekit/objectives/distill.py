@@ -1,4 +1,4 @@
-"""`objective: distill`: the student learns the next-token distribution of a teacher."""
+"""`objective: distill`: the student model learns to imitate the next-token distributions of a teacher model."""
 
 from tunekit.contracts import CompanionSpec, EncodeOptions, Facts, Objective, Tokenizer
 from tunekit.files.cache_folder import hash_of
@@ -11,8 +11,8 @@ TEACHER = "objective.teacher"
 
 
 def make(settings: DistillSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: sequences, a divergence loss, and the teacher as a companion. Rows do not depend on the
-    teacher."""
+    """Make the objective: rows are token sequences, the loss is a divergence, and the teacher is a companion model. The
+    rows do not depend on the teacher."""
     rows = SequenceRows(tokenizer, hash_of([settings.method, tokenizer.fingerprint]), options)
     teacher = CompanionSpec("teacher", TEACHER, settings)
     loss, answering = DivergenceLoss(settings, TEACHER), text_answering(tokenizer)

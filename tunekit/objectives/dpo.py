@@ -1,4 +1,4 @@
-"""`objective: dpo`: the policy learns the preferred one of two answers, compared with the model at step 0.
+"""`objective: dpo`: the policy learns to prefer the better of two answers. The reference is the model at step 0.
 
 Source: Rafailov et al. 2023.
 """
@@ -13,7 +13,8 @@ from tunekit.recipe.objectives.dpo import DpoSettings
 
 
 def make(settings: DpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and a weighted sum of losses that compare the policy with the reference."""
+    """Make the objective. Rows are pairs of answers; the loss is a weighted sum of losses that compare the policy with
+    the reference."""
     loss = PairLoss(
         partial(weighted_losses, settings=settings),
         settings.beta,

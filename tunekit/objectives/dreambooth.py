@@ -15,12 +15,12 @@ from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
 # settings that are saved with the adapter, because its use needs them
 FACTS = ("resolution", "aspect_ratio_buckets", "train_text_encoder", "prediction_type")
-CUT = "a micro-batch with images of several buckets is split, because the network takes images of one bucket at a time"
+CUT = "a micro-batch whose images have several bucket sizes is split, because the network processes one size at a time"
 
 
 def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: images with prompts, and the loss of the predicted noise. Raises: RecipeError for settings that do
-    not fit the pipeline; ModelError for a pipeline of a different kind."""
+    """Make the objective. Rows are images with prompts; the loss is the error of the predicted noise.
+    Raises: RecipeError for settings that do not fit the pipeline; ModelError for an unsupported pipeline."""
     settings = _completed(settings, processor, facts)
     if settings.prediction_type != "auto" and not processor.flows:
         processor = replace(processor, predicts=settings.prediction_type)
@@ -49,7 +49,8 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
 
 
 def _completed(settings: DreamboothSettings, processor: PipelineProcessor, facts: Facts) -> DreamboothSettings:
-    """The settings, with a resolution filled in. Saved facts of a trained adapter replace the recipe's values."""
+    """The settings, with values saved with a trained adapter if there are any, and with a default for a missing
+    resolution."""
     stated = {name: facts[name] for name in FACTS if name in facts}
     if isinstance(buckets := stated.get("aspect_ratio_buckets"), list):
         stated["aspect_ratio_buckets"] = tuple((high, wide) for high, wide in buckets)
@@ -66,7 +67,7 @@ def _schedule(processor: PipelineProcessor) -> NoiseSchedule:
 def _section(
     settings: DreamboothSettings, processor: PipelineProcessor, model: ModelSection, seed: int = 0
 ) -> ModelSection:
-    """The base's model section, extended by the parts of the pipeline that are trained."""
+    """The base's model section, with the names of the pipeline's trained parts added."""
     encoders = [name for name in processor.tokenizers if name != "text_encoder_3"]
     parts = (PIPELINES[processor.kind], *(encoders if settings.train_text_encoder else ()))
     return PipelineModel.of(model, family=settings.family, trained=parts, stays=not settings.caches)

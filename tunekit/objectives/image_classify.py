@@ -12,8 +12,8 @@ from tunekit.recipe.objectives.image_classify import ImageClassifySettings
 
 
 def make(settings: ImageClassifySettings, processor: PixelProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: images with labels, and the loss of the problem type. `facts`: saved facts of a trained
-    adapter, which include the resolution."""
+    """Make the objective. Rows are images with labels; the loss depends on the head's problem type. `facts`: values
+    saved with a trained adapter, including the resolution."""
     settings = settings.model_copy(update={key: facts[key] for key in ("resolution",) if key in facts})
     if settings.resolution is not None:
         processor = replace(processor, side=settings.resolution)

@@ -1,4 +1,4 @@
-"""`objective: kto`: single answers, each marked as good or bad, compared with the model at step 0."""
+"""`objective: kto`: tuning on single answers marked as good or bad. The reference is the model at step 0."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +13,8 @@ from tunekit.recipe.objectives.kto import KtoSettings
 
 
 def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: single answers marked as good or bad. Its function `learning` reads the lengths of all rows. It
-    adds a note if the weights do not balance good and bad answers."""
+    """Make the objective. Rows are single answers marked as good or bad. The objective's `learning` reads the lengths
+    of all rows, and adds a note if the weights do not balance good and bad answers."""
     rows = AnswerRows(
         tokenizer,
         row_fingerprint(settings, tokenizer),

@@ -1,5 +1,5 @@
-"""`objective: orpo`: supervised tuning on chosen answers. The same loss also contains the odds ratio of both
-answers."""
+"""`objective: orpo`: supervised tuning on chosen answers. The loss also includes the odds ratio of the chosen and the
+rejected answer."""
 
 from functools import partial
 
@@ -11,8 +11,8 @@ from tunekit.recipe.objectives.orpo import OrpoSettings
 
 
 def make(settings: OrpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and the loss of their odds ratio. As in trl, prompts of chosen answers are
-    also trained on."""
+    """Make the objective. Rows are pairs of answers; the loss includes their odds ratio. As in trl, the prompts of
+    chosen answers are also trained on."""
     formula = partial(odds_ratio, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=1.0, prompts=True)
     return pair_objective(settings, tokenizer, options, loss, prompts=True)

@@ -1,4 +1,4 @@
-"""`objective: reward`: a reward model. It learns to give the preferred one of two answers the higher score."""
+"""`objective: reward`: a reward model, which learns to give the better of two answers the higher score."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,8 +13,8 @@ LABEL = "LABEL_0"  # transformers' name for the one score of a head
 
 
 def make(settings: RewardSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and a loss on their scores. `facts`: saved facts of a trained adapter, or
-    facts of the base; they contain the label of the head, if there is one."""
+    """Make the objective. Rows are pairs of answers; the loss reads their scores. `facts`: values saved with a trained
+    adapter, or facts of the base. They contain the labels of the head, if there is one."""
     head = facts.get("labels") or facts.get("head", ())
     labels = tuple(head) if len(head) == 1 else (LABEL,)
     return Objective(

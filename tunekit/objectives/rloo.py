@@ -1,4 +1,4 @@
-"""`objective: rloo`: reinforcement learning. A completion's advantage is its reward less the mean reward of the other
+"""`objective: rloo`: reinforcement learning. A completion's advantage is its reward minus the mean reward of the other
 completions of its prompt."""
 
 from tunekit.contracts import EncodeOptions, Facts, Objective, Tokenizer
@@ -8,5 +8,6 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 
 
 def make(settings: RlooSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: prompts, and a loss that compares each completion with the other completions of its group."""
+    """Make the objective. Rows are prompts; the loss compares each completion with the other completions of its
+    prompt."""
     return sampled_objective(LeaveOneOut.of(settings, tokenizer), options)

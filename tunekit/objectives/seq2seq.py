@@ -9,6 +9,6 @@ from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 
 
 def make(settings: Seq2seqSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: sources with answers, and cross entropy."""
+    """Make the objective. Rows are sources with answers; the loss is cross entropy on the answers."""
     rows = SourceRows(tokenizer, row_fingerprint(settings, tokenizer), options)
     return Objective(settings.method, settings.family, rows, TokenLoss(own_positions), text_answering(tokenizer))

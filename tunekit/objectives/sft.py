@@ -9,6 +9,6 @@ from tunekit.recipe.objectives.sft import SftSettings
 
 
 def make(settings: SftSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: sequences, and cross entropy."""
+    """Make the objective. Rows are token sequences; the loss is cross entropy on supervised tokens."""
     rows = SequenceRows(tokenizer, row_fingerprint(settings, tokenizer), options)
     return Objective(settings.method, settings.family, rows, TokenLoss(), text_answering(tokenizer))

@@ -1,5 +1,5 @@
-"""`objective: simpo`: preference tuning without a reference model. The mean
-log-probabilities of two answers should differ by more than a margin."""
+"""`objective: simpo`: preference tuning without a reference model. The chosen answer's mean log-probability should be
+higher, by a margin, than the rejected answer's mean log-probability."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from tunekit.recipe.objectives.simpo import SimpoSettings
 
 
 def make(settings: SimpoSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: pairs of answers, and a loss of their mean log-probabilities."""
+    """Make the objective. Rows are pairs of answers; the loss reads their mean log-probabilities."""
     formula = partial(simple, settings=settings)
     loss = PairLoss(formula, settings.beta, averages=True, likelihood=settings.cpo_alpha)
     return pair_objective(settings, tokenizer, options, loss)

@@ -15,7 +15,8 @@ from tunekit.recipe.objectives.speech import SpeechSettings
 
 
 def make(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: recordings with transcripts, and cross entropy. `facts`: saved settings of a trained adapter.
+    """Make the objective. Rows are recordings with transcripts; the loss is cross entropy. `facts`: saved settings of a
+    trained adapter.
 
     Raises: RecipeError for a language that the model does not know.
     """
@@ -53,7 +54,7 @@ def _checked(settings: SpeechSettings, processor: SpeechProcessor, facts: Facts)
 
 
 def _generation(settings: SpeechSettings, processor: SpeechProcessor) -> Mapping[str, Any]:
-    """Generation settings for a merged model. With these, its answers start with the trained language and task."""
+    """Generation settings to save in a merged model, so that its answers start with the trained language and task."""
     if not processor.padded:
         return {}
     if not processor.multilingual or settings.language is None:

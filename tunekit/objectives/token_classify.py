@@ -9,6 +9,6 @@ from tunekit.recipe.objectives.token_classify import TokenClassifySettings
 
 
 def make(settings: TokenClassifySettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
-    """The objective: rows of words with tags, and cross entropy."""
+    """Make the objective. Rows are words with tags; the loss is cross entropy on the tags."""
     labels, fingerprint = given_labels(settings, facts, tokenizer.pad_id), row_fingerprint(settings, tokenizer)
     return label_objective(settings, TaggedWords(settings, tokenizer, fingerprint, options, labels), TagLoss())

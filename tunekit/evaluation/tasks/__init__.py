@@ -1,2 +1,2 @@
-"""Tasks of EleutherAI's lm-eval (the extra `tunekit[evals]`), computed by our own model. Only this package imports
+"""Runs tasks of EleutherAI's lm-eval (the extra `tunekit[evals]`) on tunekit's own models. Only this package imports
 lm_eval."""

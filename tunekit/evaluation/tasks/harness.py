@@ -1,5 +1,4 @@
-"""Makes a loaded model usable by lm-eval: log-probabilities of continuations and of whole texts, and generated
-answers."""
+"""Wraps a loaded model for lm-eval: log-probabilities of continuations and of whole texts, and generated answers."""
 
 from __future__ import annotations
 
@@ -32,7 +31,8 @@ SAMPLING_NAMES = {"until", "do_sample", "temperature", "top_p", "top_k", *LENGTH
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
-    """A causal language model with its adapter. Requests and results are the same as in lm-eval's own class HFLM."""
+    """A causal language model with its adapter, as lm-eval calls it. Requests and results are the same as in lm-eval's
+    class HFLM."""
 
     backend = "causal"
 
@@ -59,12 +59,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """The id in front of a text without a context."""
+        """The id that is put before a text that has no context."""
         return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """The name in lm-eval's cache of requests, which is not used here."""
+        """The name of the tokenizer in lm-eval's cache of requests. tunekit does not use this cache."""
         return self.text.fingerprint
 
     @property
@@ -76,8 +76,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return int(next(iter(lengths), stated if stated < UNLIMITED else LONGEST)) - self.model.virtual_tokens
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
-        """The token ids of a text. By default, the tokenizer's special tokens are added, unless the text already has
-        them."""
+        """The token ids of a text. By default, the tokenizer's special tokens are added, unless the text already begins
+        with them."""
         bos = self.tokenizer.decode(self.prefix_token_id)
         if add_special_tokens is None and string.startswith(bos):
             add_special_tokens = False
@@ -85,13 +85,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return list(self.tokenizer.encode(string, **options))
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template's text, which lm-eval writes into its results."""
+        """The text of the chat template, which lm-eval writes into its results."""
         return self.template or self.text.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[JsonObject], add_generation_prompt: bool = True) -> str:
-        """The messages as one text. Without a generation prompt the last message is continued.
+        """The messages as one text. Without a generation prompt, the answer continues the last message.
 
-        A template that refuses a system message gets the conversation without it, as in HFLM.
+        If the template refuses a system message, the conversation is rendered without it, as in HFLM.
         """
         try:
             return self._rendered(chat_history, add_generation_prompt)
@@ -108,7 +108,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         text = self.text.render([*messages[:-1], last], template=self.template)
         place = text.rfind(CONTINUED.strip())
         if place < 0:
-            raise DataError("the chat template leaves out the start of an answer", "choose another template")
+            raise DataError("the chat template drops the given start of an answer", "choose a different chat template")
         return text[:place] if text[place:].startswith(CONTINUED) else text[:place].rstrip()  # as transformers does
 
     def _loglikelihood_tokens(
@@ -116,12 +116,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     ) -> list[tuple[float, bool]]:
         """The score of each continuation. A context that is too long loses its first tokens.
 
-        Raises: InputError for a continuation without tokens, which would have the highest score, or with too many.
+        Raises: InputError for a continuation that has too many tokens, or none (it would have the highest score).
         """
         room = self.max_length + 1  # the last token of a continuation is only predicted
         lengths = [len(end) for *_, end in requests]
         if wrong := [length for length in lengths if not 0 < length < room]:
-            what = f"a task has a continuation of {wrong[0]} tokens, but the model reads 1 to {self.max_length}"
+            what = f"a task has a continuation of {wrong[0]} tokens, but the model needs 1 to {self.max_length}"
             raise InputError(what, "remove this document from the task")
         pairs = [(context[-max(1, room - len(end)) :], end) for _, context, end in requests]
         return continuation_scores(
@@ -129,7 +129,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text, in windows that do not overlap."""
+        """The log-probability of each whole text. Long texts are divided into windows that do not overlap."""
         windows = list[tuple[object, list[int], list[int]]]()
         counts = []
         for request in requests:
@@ -154,15 +154,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         return [answers[number] for number in range(len(requests))]
 
     def _answers(self, texts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-        """The answers to requests that have the same settings of lm-eval. Raises: InputError for a setting that has no
-        effect here."""
+        """The answers to requests with equal settings of lm-eval. Raises: InputError for a setting that this class does
+        not support."""
         unknown = sorted(set(settings) - SAMPLING_NAMES)
         if unknown:
-            raise InputError(f"a task asks for {', '.join(unknown)} in its generation_kwargs", "remove it in the task")
+            raise InputError(
+                f"a task has unsupported generation_kwargs: {', '.join(unknown)}",
+                "remove them from the task's YAML file",
+            )
         count = next((int(settings[name]) for name in LENGTH_NAMES if settings.get(name) is not None), NEW_TOKENS)
         room = self.max_length - count
         if room < 1:
-            what = f"a task asks for {count} new tokens, but the model has {self.max_length} positions"
+            what = f"a task requests {count} new tokens, but the model has only {self.max_length} positions"
             raise InputError(what, "lower max_gen_toks in the task")
         until = [] if settings.get("until") is None else settings["until"]
         ends = [until] if isinstance(until, str) else list(until)
@@ -188,7 +191,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
 
 
 def sampling_of(settings: Mapping[str, Any]) -> Sampling:
-    """The sampling settings that a task states; greedy by default."""
+    """The sampling settings that a task states. Without settings, decoding is greedy."""
     temperature = float(settings.get("temperature") or 0.0)
     if not settings.get("do_sample", temperature > 0):
         return GREEDY
@@ -202,7 +205,7 @@ class _StopTexts:
         self.tokenizer, self.texts = tokenizer, [text for text in texts if text]
 
     def ended(self, ids: Sequence[int]) -> bool:
-        """Whether an answer with these ids is complete. A stop text may be the name of a special token."""
+        """Whether an answer with these ids contains a stop text. A stop text may be the name of a special token."""
         text = self.tokenizer.decode(ids) if self.texts else ""
         return any(stop in text for stop in self.texts)
 

@@ -1,4 +1,4 @@
-"""Measures tasks with a tuned model and with its base."""
+"""Scores a tuned model and its base on tasks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tunekit.tuned.model import TunedModel
 
 @dataclass(frozen=True)
 class TaskResults:
-    """The scores of a model on tasks. `before`: the scores of its base, if they were measured."""
+    """The scores of a model on tasks. `before`: the scores of its base; empty if the base was not scored."""
 
     scores: Sequence[TaskScore]
     before: Sequence[TaskScore] = ()
 
     @property
     def differences(self) -> list[TaskDifference]:
-        """The changes of the scores by tuning."""
+        """For each metric, how much tuning changed it."""
         return task_differences(self.before, self.scores)
 
     def values(self) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def measure_tasks(
     template: str | None = None,
     progress: Progress = no_progress,
 ) -> TaskResults:
-    """The scores of the model. `compares`: also measure its base, with the adapter bypassed. `template`: a chat
-    template that replaces the tokenizer's own."""
+    """Score the model on tasks. `compares`: also score its base, by bypassing the adapter. `template`: a chat template
+    that replaces the tokenizer's own."""
     before: Sequence[TaskScore] = ()
     if compares:
         with calling(replace(current_call(), bypassed=True)):

@@ -38,8 +38,8 @@ NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A metric of a task. `documents`: a number for each document, with `value` as their mean; empty for metrics that
-    are not functions of means."""
+    """The value of a metric of a task. `documents`: one number for each document, whose mean is `value`; empty for
+    metrics that are not functions of means."""
 
     task: str
     metric: str
@@ -52,8 +52,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskDifference:
-    """The change of a metric by tuning, over the same documents: after minus before. `low` to `high` is a 95 %
-    interval."""
+    """How tuning changed a metric over the same documents. `low` to `high` is a 95 % interval of after minus before."""
 
     task: str
     metric: str
@@ -65,7 +64,7 @@ class TaskDifference:
 
     @property
     def verdict(self) -> str:
-        """better, worse, or no clear difference."""
+        """The result in words: better, worse, or no clear difference."""
         if self.low <= 0 <= self.high:
             return "no clear difference"
         return "better" if (self.low > 0) == self.higher_is_better else "worse"
@@ -91,7 +90,8 @@ class Tasks:
 def load_tasks(settings: EvaluationSection) -> Tasks:
     """Find the tasks that `settings` names. lm-eval's own 14,000 files are read only if a task is named without a file.
 
-    Raises: InputError for an unknown name, a missing file, or the file of a group; or if lm-eval is not installed.
+    Raises: InputError for an unknown name, a missing file, a YAML file of a group of tasks, or if lm-eval is not
+    installed.
     """
     require_harness()
     from lm_eval.tasks import TaskManager
@@ -104,7 +104,7 @@ def load_tasks(settings: EvaluationSection) -> Tasks:
         manager = TaskManager(include_defaults=len(files) < len(settings.tasks), metadata=metadata)
     for name in settings.tasks:
         if name not in files and name not in manager.all_tasks:
-            how = "write a name of lm-eval, or the path of a task's YAML file"
+            how = "write the name of a task of lm-eval, or the path of a task's YAML file"
             raise InputError(f"lm-eval has no task {name!r}", how, key=KEY)
     return Tasks(settings, manager, [files.get(name, name) for name in settings.tasks])
 
@@ -118,10 +118,11 @@ def run_tasks(
     progress: Progress = no_progress,
     template: str | None = None,
 ) -> list[TaskScore]:
-    """The scores of `tasks`. `objective`: an objective whose rows are texts. `template`: a chat template that replaces
-    the tokenizer's own.
+    """Score the model on the tasks. `objective`: an objective whose rows are texts. `template`: a chat template that
+    replaces the tokenizer's own.
 
-    Raises: ModelError for a model that is not causal, or for a missing chat template that the settings request.
+    Raises: ModelError if the model is not a causal language model, or if the settings request a chat template and there
+    is none.
     """
     family, settings = model.base.family, tasks.settings
     if not family.answers or family.reads_source or not family.reads_ids:
@@ -149,14 +150,14 @@ def run_tasks(
 
 
 def _read_task(path: Path) -> dict[str, Any]:
-    """The content of a task's YAML file. Raises: InputError for a missing file, or the file of a group."""
+    """The content of a task's YAML file. Raises: InputError for a missing file, or a YAML file of a group of tasks."""
     if not path.is_file():
         raise InputError(f"{path}: no such file", "check the path", key=KEY)
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = dict(load_yaml(path, resolve_func=True))
     if "group" in config:  # lm-eval reads these only from its own folders
-        raise InputError(f"{path} is the file of a group of tasks", "name the files of its tasks", key=KEY)
+        raise InputError(f"{path} describes a group of tasks", "write the files of the group's tasks", key=KEY)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if files is not None:
         config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
@@ -164,7 +165,7 @@ def _read_task(path: Path) -> dict[str, Any]:
 
 
 def _near(files: object, folder: Path) -> object:
-    """The paths of a task's data files. A relative path starts at the task's folder if the file exists there."""
+    """The paths of a task's data files. A relative path is resolved in the task's folder if the file exists there."""
     if isinstance(files, Mapping):
         return {name: _near(value, folder) for name, value in files.items()}
     if isinstance(files, str):
@@ -206,11 +207,11 @@ def _group_samples(results: Mapping[str, Any], name: str) -> Iterator[Any]:
 
 
 def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:
-    """One number for each document, with `value` as their mean; nothing if the metric is not a function of means.
+    """One number for each document, so that their mean is `value`; empty if the metric is not a function of means.
 
     A perplexity is a function of means over documents. It uses log-probabilities x, or pairs of x and a number of words
-    or bytes n. Its numbers are the first-order change of the metric by each document (the delta method): e^-mean(x) (1
-    - x + mean(x)), and with the rate r = sum(x) / sum(n): e^-r (1 - (x - r n) / mean(n)).
+    or bytes n. A document's number is the first-order change that it causes in the metric (the delta method):
+    e^-mean(x) (1 - x + mean(x)), and with the rate r = sum(x) / sum(n): e^-r (1 - (x - r n) / mean(n)).
     """
     entries = [tuple(each) if isinstance(each, tuple | list) else (each,) for each in documents]
     if len({len(each) for each in entries}) != 1 or not all(
@@ -225,13 +226,13 @@ def _numbers(documents: Sequence[object], value: float) -> tuple[float, ...]:
 
 
 def _means(values: FloatArray) -> Iterator[FloatArray]:
-    """The number of each document for a mean, or for the perplexity of a mean. Shapes: (documents,) -> (documents,)."""
+    """Each document's number for a mean, then for the perplexity of a mean. Shapes: (documents,) -> (documents,)."""
     yield values
     yield np.exp(-values.mean()) * (1 - values + values.mean())
 
 
 def _rates(pairs: FloatArray) -> Iterator[FloatArray]:
-    """The number of each document for a perplexity by word or byte, or for its bits. Shapes: (documents, 2) ->
+    """Each document's number for a perplexity per word or byte, then for bits per byte. Shapes: (documents, 2) ->
     (documents,)."""
     rate = pairs[:, 0].sum() / pairs[:, 1].sum()
     changes = (pairs[:, 0] - rate * pairs[:, 1]) / pairs[:, 1].mean()
@@ -240,7 +241,8 @@ def _rates(pairs: FloatArray) -> Iterator[FloatArray]:
 
 
 def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) -> list[TaskDifference]:
-    """The change of each metric that has a number for each document, with an interval from the paired differences."""
+    """The change of each metric that has a number for each document. The 95 % interval is computed from the differences
+    of the documents' numbers."""
     earlier = {(score.task, score.metric): score for score in before}
     results = []
     for score in after:

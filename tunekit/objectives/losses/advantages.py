@@ -1,5 +1,5 @@
-"""Functions for policy losses: statistics of rewards, metrics of a step, and the values of tokens that a loss reads.
-A reward of NaN means that the completion has no reward."""
+"""Functions for policy losses (GRPO, RLOO): statistics of rewards, metrics of a step, and per-token values. A reward of
+NaN means that the completion has no reward."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,22 +42,24 @@ def teaches_nothing(rewards: Rewards, axis: int | None = None) -> NDArray[np.boo
 
 
 def scaled(values: Rewards, deviation: Rewards) -> Rewards:
-    """Advantages divided by a standard deviation, which may be 0."""
+    """Divide advantages by a standard deviation, which may be 0."""
     return values / (deviation + MINIMUM_SPREAD)
 
 
 def weighted_sum(scores: Rewards, weights: Sequence[float]) -> Rewards:
-    """Sums of rewards, weighted by reward function. A NaN is left out; a sum is NaN if all its rewards are NaN.
+    """The sum of each completion's rewards, weighted by reward function. NaN rewards are left out; the sum is NaN if
+    all are NaN.
     Shapes: (..., F) -> (...)."""
     total = np.nansum(scores * np.array(weights, np.float64), axis=-1)
     return np.where(np.isnan(scores).all(axis=-1), np.nan, total)
 
 
 def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal: NDArray[np.bool_]) -> dict[str, float]:
-    """Mean and standard deviation of the total reward, and of each function's rewards. Also two shares: groups whose
-    rewards are all equal, and completions without a reward.
+    """Mean and standard deviation of the total reward, and of each function's rewards. Also the share of groups whose
+    rewards are all equal, and the share of completions without a reward.
 
-    Shapes: scores (A, G, F), total (A, G), equal (A,).
+    Shapes: scores (A, G, F), total (A, G), equal (A,), for A prompts, G completions of each prompt, and F reward
+    functions.
     """
     numbers = {name: function(total) for name, function in (("reward", mean), ("reward_std", spread))}
     numbers |= {"frac_reward_zero_std": equal.mean(), "frac_reward_none": np.isnan(total).mean()}
@@ -67,8 +69,9 @@ def reward_metrics(names: Sequence[str], scores: Rewards, total: Rewards, equal:
 
 
 def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str, float]:
-    """Lengths of the step's completions in tokens, and the share of completions without a stop token. Shapes:
-    lengths, ended (A, G)."""
+    """The mean, minimum and maximum length in tokens of the step's completions, and the share of completions without a
+    stop token.
+    Shapes: lengths, ended (A, G), for A prompts and G completions of each prompt."""
     complete = lengths[ended]
     return {
         "completions_mean_length": float(lengths.mean()),
@@ -80,8 +83,8 @@ def length_metrics(lengths: NDArray[Any], ended: NDArray[np.bool_]) -> dict[str,
 
 
 def clipping(ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """For each ratio: whether it is clipped, so that it has no gradient. The keys name the lower clip, the upper
-    clip, and either of them."""
+    """Whether each ratio is clipped, so that it has no gradient: at the lower limit, at the upper limit, and at either
+    limit."""
     below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
     return dict(zip(CLIPPED, (below, above, below | above), strict=True))
 
@@ -90,8 +93,8 @@ class Tokens(NamedTuple):
     """Values of all tokens in a batch's completions, shape (N,). `counts` (G P,): the number of tokens of each
     completion.
 
-    `log_ratio`: the log-probability less the log-probability at sampling. `share`: the weight of a token in a mean
-    over tokens. `prepared`: values of tokens or completions that the loss's `prepare` added.
+    `log_ratio`: the token's log-probability minus its log-probability at sampling. `share`: the weight of a token in a
+    mean over tokens. `prepared`: values of tokens or completions that the loss's `prepare` added.
     """
 
     logps: Tensor

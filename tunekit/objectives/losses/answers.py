@@ -15,8 +15,8 @@ from tunekit.objectives.losses.logprobs import at_temperature, log_probabilities
 class AnswerLoss(LossKind):
     """loss = sum over rows of `compared`, divided by the step's number of rows.
 
-    `prepare` reads the whole step on all ranks to compute values that depend on several rows. Therefore the division
-    into micro-batches does not change the loss.
+    `prepare` reads the whole step on all ranks to compute values that depend on several rows. So the loss does not
+    depend on how the step is divided into micro-batches.
     """
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
@@ -29,21 +29,21 @@ class AnswerLoss(LossKind):
         return Loss(losses.sum()[None], metrics=metrics)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over rows: loss, units and the logged values."""
+        """The sums over rows: `loss`, `units` (the number of rows), and the logged values."""
         losses, metrics = self.compared(output, batch)
         wide = losses.to(summing_dtype(losses.device))
         return {"loss": wide.sum(), ROW_LOSSES: wide, "units": self.units(batch)[0], **metrics}
 
 
 def predicted(output: ModelOutput, batch: Batch, temperature: float = 1.0, entropies: Tensor | None = None) -> Tensor:
-    """The log-probability of each predicted token, shape (N,). The entropies of the distributions are written to
-    `entropies` (N,)."""
+    """The log-probability of each predicted token, shape (N,). If `entropies` (N,) is given, the function writes each
+    token's entropy to it."""
     tempered = at_temperature(output, temperature)
     return log_probabilities(tempered, batch.targets["index"], batch.targets["ids"], entropies)
 
 
 def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
-    """The sum of values in each sequence. The order of addition is fixed, and the same on every device.
+    """The sum of the values of each sequence, added in a fixed order, which is the same on every device.
 
     Shapes: values (N,), counts (S,) -> (S,).
     """
@@ -51,18 +51,19 @@ def by_sequence(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def by_row(scores: Tensor, sides: int) -> Array:
-    """The scores with one line for each row. Shapes: (S P,) -> (P, S)."""
+    """Reshape the scores of P rows with S answers each to one line per row. Shapes: (S P,) -> (P, S)."""
     return scores.numpy().reshape(sides, -1).T
 
 
 def reference_scores(
     run: RunView, batches: Sequence[Batch], read: Read, *, keeps: str | bool, further: Sequence[Batch] = ()
 ) -> list[Tensor]:
-    """The reference's scores, shape (S P,), for each of `batches`, then for each of `further`. Scores of `further` are
-    not cached.
+    """The reference model's scores, shape (S P,) for S answers of P rows, for each of `batches`, then for each of
+    `further`. Scores of `further` are not cached.
 
-    `keeps`: whether scores are cached by row. If so, each row is scored alone, so that its scores do not depend on
-    the step. auto: cache on a CPU, where this costs little time, if the run repeats its rows.
+    `keeps`: whether each row's scores are cached. A row whose scores are cached is computed alone, so that its scores
+    do not depend on the step. auto: cache only on a CPU (where this costs little time), and only if the run repeats its
+    rows.
     """
     if keeps == "auto":
         keeps = run.model.repeats_rows and run.model.device.type == "cpu"

@@ -12,13 +12,14 @@ from tunekit.objectives.losses.logprobs import scores_of_positions
 
 @dataclass(frozen=True)
 class ChoiceLoss(LossKind):
-    """The scores of answers, for evaluation only. `shape`: the shape of the scores, (questions, answers)."""
+    """Computes the scores of answers, for evaluation only. `shape`: the shape of the scores, (questions, answers)."""
 
     shape: tuple[int, int]
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """`scores` (questions, answers): the sum of each answer's log-probabilities. `hits` (questions, answers):
-        how many of its tokens have the highest probability. Both are 0 for answers that are not in this batch."""
+        """`scores` (questions, answers): the sum of each answer's log-probabilities. `hits` (questions, answers): how
+        many tokens of each answer have the highest probability. Answers that are not in this batch have 0 in both
+        arrays."""
         losses, correct = scores_of_positions(output, batch.targets["index"], batch.targets["labels"])  # (S,) each
         cells = to_device(batch.targets["cells"], losses.device)
         scores, hits = torch.zeros((2, *self.shape), dtype=summing_dtype(losses.device), device=losses.device)

@@ -13,7 +13,7 @@ MOST_CONFUSED = 1000  # maximum number of labels of a confusion matrix; its size
 def label_sums(scores: Tensor, labels: Tensor) -> Sums:
     """The sums of a batch:
 
-    - `correct`, `units`: the number of rows predicted right, and of all rows
+    - `correct`: the number of rows predicted right; `units`: the number of all rows
     - `labelled` (2,): the same two numbers
     - `label_counts` (C, 3): for each label, the number of rows predicted right, predicted, and labelled
     - `confusion` (C, C), unless there are too many labels: a line for each true label, a column for each predicted

@@ -22,10 +22,10 @@ HIDDEN = "teacher"  # part of a prepared row, (N, D): the teacher's last hidden 
 @dataclass(frozen=True)
 class DivergenceLoss(LossKind):
     """loss = sum over supervised tokens of w (k D(teacher, student) - (1 - k) log p(token)), k = kd_ratio; divided by
-    the step's sum of w.
+    the step's sum of w, the token weights.
 
-    D: KL(t | s) at beta 0, KL(s | t) at beta 1, else beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t;
-    both distributions at `temperature`.    Source: Agarwal et al. 2024, eq. 1.
+    D: KL(t | s) at beta 0, KL(s | t) at beta 1, else beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t.
+    t and s are the teacher's and the student's distributions at `temperature`.    Source: Agarwal et al. 2024, eq. 1.
     """
 
     settings: DistillSettings
@@ -33,9 +33,8 @@ class DivergenceLoss(LossKind):
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with the teacher's last hidden states added to each row. The loss computes the teacher's logits
-        from these, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no
-        mask."""
+        """Add the teacher's last hidden states to each row of the step. From these the loss computes the teacher's
+        logits, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask."""
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
         hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
         parts = []
@@ -58,7 +57,8 @@ class DivergenceLoss(LossKind):
         return Loss(total)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over tokens: loss, correct and units."""
+        """The sums over tokens: `loss`, `correct` (tokens predicted right) and `units` (all tokens). Tokens count with
+        their weights."""
         sums, share = sums_of_positions(output, *next_tokens(batch), batch), self.settings.kd_ratio
         values = self._divergences(output, batch)  # (N,)
         return sums | {
@@ -84,7 +84,7 @@ def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:
 
 
 def _raw(hidden: Tensor) -> Tensor:
-    """The values as a numpy array. bfloat16 is viewed as int16, because numpy has no bfloat16."""
+    """The same tensor in a dtype that numpy has: bfloat16 is viewed as int16."""
     return hidden.view(torch.int16) if hidden.dtype == torch.bfloat16 else hidden
 
 

@@ -1,8 +1,9 @@
-"""Group relative policy optimization: the model writes completions, and learns those with higher rewards.
+"""Group relative policy optimization: the model writes completions and learns to prefer those with higher rewards.
 
 Source: Shao et al. 2024 (GRPO), Yu et al. 2025 (DAPO), Liu et al. 2025 (Dr. GRPO), MiniMax 2025 (CISPO), Zheng et al.
 2025 (GSPO). Names and formulas are the same as in trl 1.16, with two differences. The loss is a mean over the whole
-step on all ranks; trl's grpo and dr_grpo average over micro-batches. The model samples and scores without dropout."""
+step on all ranks; trl's grpo and dr_grpo average over micro-batches. The model samples and scores without dropout.
+"""
 
 from dataclasses import dataclass
 
@@ -34,15 +35,15 @@ class GroupRelative(SampledLoss):
     """loss = sum over completions of the weighted sum over tokens of -min(r A, clip(r, 1 - e, 1 + e') A) + beta KL.
 
     r is the ratio of the token's probability to its probability at sampling. A is the completion's advantage. KL (k3)
-    is exp(d) - d - 1, where d is the reference's log-probability less the policy's. With use_bias_correction_kl, KL is
+    is exp(d) - d - 1, where d is the reference's log-probability minus the policy's. With use_bias_correction_kl, KL is
     multiplied by r, which makes its gradient unbiased.
     """
 
     settings: GrpoSettings
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
-        """(reward - mean of the group) / (s + 1e-4), where s is the standard deviation of the group or of the step.
-        With scale_rewards: none, there is no division."""
+        """(reward - mean of the group) / (s + 1e-4), where s is the standard deviation of the rewards in the group or
+        in the step. With scale_rewards: none, the difference is not divided."""
         centred = local - mean(local, axis=1)[:, None]
         scale = self.settings.scale_rewards
         if scale == "none":
@@ -51,22 +52,22 @@ class GroupRelative(SampledLoss):
         return scaled(centred, deviation)
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """For each group, whether all its advantages are 0. If advantages are divided by the step's standard
-        deviation: one value for all groups."""
+        """Whether all advantages of each group are 0. If advantages are divided by the standard deviation of the step,
+        the result has one value, for the whole step."""
         if self.settings.scale_rewards == "batch":
             return teaches_nothing(step)[None]
         return super().equal_groups(step)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """The weight depends on loss_type. grpo: 1 / the completion's tokens; dr_grpo: 1 / max_completion_length;
-        dapo and cispo: 1 / the mean number of tokens of the step's completions."""
+        """The weight of each token of a completion. loss_type grpo: 1 / the completion's number of tokens; dr_grpo: 1 /
+        max_completion_length; dapo and cispo: 1 / the mean number of tokens of the step's completions."""
         if self.settings.loss_type == "grpo":
             return 1 / np.maximum(counts, 1.0)
         longest = float(self.settings.max_completion_length)
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
-        """The window with the reference's log-probability added for each token of the completions."""
+        """Add the reference's log-probability of each completion token to the step's rows."""
         scores = run.reference(window.batches, self.token_scores)
         return prompt_rows(run).with_tokens(window, "reference", scores), None
 
@@ -104,8 +105,8 @@ class GroupRelative(SampledLoss):
         return -torch.min(ratio * advantages, clipped * advantages)
 
     def _clipped(self, ratio: Tensor, advantages: Tensor, share: Tensor | None) -> Sums:
-        """The number of clipped ratios. The ratio of a token counts as the token's `share`, the ratio of a
-        completion as 1."""
+        """The number of clipped ratios. A token's ratio counts with the weight `share`; a completion's ratio (`share`
+        None) counts as 1."""
         settings = self.settings
         if settings.loss_type == "cispo":
             marks = {"cispo_clip_ratio": (ratio > settings.clip_high) & (advantages > 0)}

@@ -1,10 +1,11 @@
-"""Kahneman-Tversky optimization: single answers, each marked as good or bad, compared with the model at step 0.
+"""Kahneman-Tversky optimization: tuning on single answers marked as good or bad. The reference is the model at step 0.
 
 Source: Ethayarajh et al. 2024, eq. 7. Names and formulas are the same as in trl 1.16, with three differences:
 
-- One KL is estimated for the whole step on all ranks, or for all rows of an evaluation. trl estimates one for each
+- One KL is estimated for the whole step on all ranks, or for all rows of an evaluation. trl estimates one KL for each
   micro-batch.
-- A mismatched row combines a prompt with the answer of the previous row in the order of the files, not of the batch.
+- A mismatched row combines a prompt with the answer of the previous row of the files. In trl, it is the previous row of
+  the batch.
 - The policy's KL is computed without dropout.
 """
 
@@ -36,8 +37,8 @@ class KtoLoss(AnswerLoss):
     s is the logistic function, r the log-ratio of policy to reference, w the weight of good or bad answers. With
     apo_zero_unpaired, kl is 0.
     `balance`: the result of `_balance` for all evaluation rows; None: `prepare` computes it for each step.
-    `lengths`: the lengths of all prompts and of all answers, in descending order. A simulated step makes mismatched
-    rows of these lengths.
+    `lengths`: the lengths of all prompts and the lengths of all answers, in descending order. A simulated step makes
+    mismatched rows of these lengths.
     """
 
     settings: KtoSettings
@@ -48,7 +49,8 @@ class KtoLoss(AnswerLoss):
     logged: Sequence[str] = LOGGED
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> KtoLoss:
-        """The loss with the KL of all evaluation rows, so that the KL does not depend on the division into batches."""
+        """A copy of the loss with one KL for all evaluation rows, so that metrics do not depend on the division into
+        batches."""
 
         def before(row: Row) -> IdsAndMarks:
             return _answer(rows[(row.number - 1) % len(rows)])
@@ -63,7 +65,7 @@ class KtoLoss(AnswerLoss):
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with three values added to each row: its reference score, the step's KL, and the two factors of
+        """Add three values to each row of the step: its reference score, the step's KL, and the two factors of
         `_balance`. The factors turn a mean over all rows into a mean over the good rows, or over the bad rows."""
         estimated = self.settings.loss_type == "kto" and self.balance is None
         mismatched = self._mismatched_window(run, window) if estimated else []
@@ -80,8 +82,8 @@ class KtoLoss(AnswerLoss):
         return run.rows.with_parts(window, parts)
 
     def _mismatched_window(self, run: RunView, window: Window) -> list[Batch]:
-        """The batches after answers are exchanged: each row gets the answer of the row with the next lower number in
-        the step, over all ranks."""
+        """The step's batches with exchanged answers: each row gets the answer of the previous row, by row number, among
+        the step's rows on all ranks."""
         if run.is_simulated and self.lengths is not None:
             return [_longest(run, batch, self.lengths) for batch in window.batches]
         local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
@@ -105,7 +107,8 @@ class KtoLoss(AnswerLoss):
         return losses, {name: values.sum() for name, values in zip(LOGGED, columns, strict=True)}
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over all answers, and the numbers of good and of bad answers, by which their means are divided."""
+        """The sums over all answers, and the number of good and of bad answers. Means over good or bad answers are
+        divided by these numbers."""
         good, facts = batch.targets["label"][:, 0], batch.targets["facts"].double()
         counts = {"chosen_units": (good * facts[:, 1]).nansum(), "rejected_units": (~good * facts[:, 2]).nansum()}
         return {**super().sums(output, batch), **counts}
@@ -131,7 +134,7 @@ def balance_notes(settings: KtoSettings, rows: Rows) -> tuple[str, ...]:
     ratio = settings.desirable_weight * good / (settings.undesirable_weight * bad) if bad else math.inf
     if 1 / MOST_RATIO <= ratio <= MOST_RATIO or not good + bad:
         return ()
-    what = "choose weights so that desirable_weight * good is about undesirable_weight * bad"
+    what = "choose weights so that desirable_weight * (good answers) is about undesirable_weight * (bad answers)"
     return (f"{good:,} good and {bad:,} bad answers: {what}",)
 
 
@@ -140,8 +143,8 @@ def _labels(batch: Batch) -> list[bool]:
 
 
 def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...]:
-    """The KL and two factors. The KL is the mean log-ratio of mismatched answers, at least 0. The factors: the
-    number of all rows divided by the number of good rows, and divided by the number of bad rows."""
+    """The KL and two factors. The KL is the mean log-ratio of mismatched answers, but at least 0. The factors are the
+    number of all rows divided by the number of good rows, and by the number of bad rows."""
     count, good = len(labels), sum(labels)
     sides = (count / side if side else math.inf for side in (good, count - good))
     return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides
@@ -154,8 +157,8 @@ def _answer(row: Row) -> IdsAndMarks:
 
 
 def _mismatched(run: RunView, batch: Batch, other: Callable[[Row], IdsAndMarks]) -> Batch:
-    """The batch after each row has got the answer that `other` returns. Joined rows are truncated only at
-    data.max_length and at the model's number of positions."""
+    """The batch with exchanged answers: each row gets the answer that `other` returns for it. Rows are truncated only
+    at data.max_length and at the model's number of positions."""
     rows, longest = run.rows, _most_tokens(run)
 
     def joined(row: Row) -> Row:

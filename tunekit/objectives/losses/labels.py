@@ -21,8 +21,8 @@ ReadScores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
 
 
 def row_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores and labels of rows. Either the model returns the scores of a row, or the head is applied to the `last`
-    token of each row, so that rows can be packed.
+    """Scores and labels of rows. The model returns a row's scores, or the head is applied to the row's `last` token. In
+    the second case, rows can be packed.
     Shapes: output.logits (R, C), or output.hidden (B, T, D) -> scores (R, C), labels (R,)."""
     if output.logits is not None:
         return output.logits.float(), to_device(batch.targets["labels"], output.logits.device)
@@ -51,8 +51,8 @@ def word_scores(output: ModelOutput, batch: Batch) -> tuple[Tensor, Tensor]:
 class LabelLoss(LossKind):
     """Cross entropy on labels. `scores`: a function that returns scores (N, C) float32 and label indices (N,), on the
     device. `problem_type`: transformers' name of this loss, which is saved in a merged model's configuration.
-    `weights`: the weight of each label; empty: 1 each. `smoothing`: the share of a target that is spread over all
-    labels. Both are used in training only, so that evaluation losses can be compared between runs."""
+    `weights`: the weight of each label; if empty, every weight is 1. `smoothing`: the share of a target that is spread
+    over all labels. Evaluation ignores weights and smoothing, so that its losses can be compared between runs."""
 
     scores: ReadScores = row_scores
     labels: tuple[str, ...] = ()
@@ -63,11 +63,11 @@ class LabelLoss(LossKind):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Notes for the user that are needed to interpret the metrics."""
+        """Notes for the user on how to interpret the metrics."""
         return ()
 
     def evaluation_copy(self) -> Self:
-        """The loss without weights and smoothing."""
+        """A copy of the loss without label weights and label smoothing."""
         return replace(self, weights=(), smoothing=0.0)
 
     def units(self, batch: Batch) -> Tensor:
@@ -108,7 +108,7 @@ class TagLoss(LabelLoss):
     problem_type: str | None = None
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums of LabelLoss, and `spans` (kinds, 3): for each kind of span, the number predicted right,
+        """The sums of LabelLoss, and `spans` (kinds, 3): for each kind of span, the number of spans predicted right,
         predicted, and true."""
         scores, _ = self.scores(output, batch)
         kinds = kinds_of(self.labels)

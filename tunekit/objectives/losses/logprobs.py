@@ -27,11 +27,11 @@ LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
 
 @runtime_checkable
 class PartedHead(Protocol):
-    """A head whose weights are on the device only in part: for one range of the vocabulary at a time."""
+    """A head whose weights are copied to the device in parts: one range of the vocabulary at a time."""
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-        """For each range: its first id, its size, and a function that computes its logits, (N, D) -> (N, v) in
-        float32."""
+        """Yields for each range of the vocabulary: its first token id, its size v, and a function that computes its
+        float32 logits, (N, D) -> (N, v)."""
 
 
 def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class _SummedLoss(torch.autograd.Function):
     """Sum of -log softmax(head(h))[target]; the gradient is computed in the forward, chunk by chunk.
 
     d loss / d logits = softmax(logits) - onehot(target), written into the logits' buffer. The head's autograd graph,
-    with its soft cap, scale or adapter, propagates it to the hidden states and the head's trained parameters.
+    with its soft cap, scale or adapter, propagates this to the hidden states and the head's trained parameters.
     """
 
     @staticmethod
@@ -148,12 +148,12 @@ def _by_vocabulary(
 
 
 def _columns(place: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The column of each target in a range (n, 1) int64, and whether the range contains it (n,) float32, 0 or 1."""
+    """Each target's column in a range of the vocabulary, (n, 1) int64; and 1 if the target is in the range, else 0."""
     return place.clamp(0, size - 1)[:, None], ((place >= 0) & (place < size)).float()
 
 
 def _position_chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of positions. The float32 logits of a slice, for `size` tokens, need at most CHUNK_BYTES."""
+    """Slices of positions. The float32 logits of a slice, over `size` tokens, need at most CHUNK_BYTES."""
     step = max(1, CHUNK_BYTES // (4 * size))
     return (slice(start, start + step) for start in range(0, count, step))
 
@@ -171,7 +171,7 @@ def summed_loss(
 class _LogProbabilities(torch.autograd.Function):
     """log softmax(head(h))[target] of each position under a frozen head.
 
-    d l_n / d h_n depends only on position n. The forward computes it, and the backward scales its rows.
+    d l_n / d h_n depends only on position n. The forward computes these gradients, and the backward scales them.
     """
 
     @staticmethod
@@ -247,7 +247,7 @@ def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float
     """The divergence between the distributions of two sets of logits. At beta 0: KL(t | s); at beta 1: KL(s | t); else
     beta KL(t | m) + (1 - beta) KL(s | m), m = (1 - beta) s + beta t. Agarwal et al. 2024, eq. 1.
 
-    Shapes: student, teacher (N, V) -> (N,). Heads may differ in unused last rows; the smaller V is used.
+    Shapes: student, teacher (N, V) -> (N,). One head may have unused last rows; the smaller V is used.
     """
     width = min(student.shape[-1], teacher.shape[-1])
     student_log, teacher_log = (
@@ -309,7 +309,7 @@ def divergences(
 
 
 def _checkpointed(of_chunk: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Call `of_chunk` with gradient checkpointing. The backward calls it again with the same model.call.Call."""
+    """Call `of_chunk` with gradient checkpointing. The backward calls it again with the same current_call()."""
     call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -371,19 +371,19 @@ def loss_sums(losses: Tensor, batch: Batch) -> Sums:
 
 
 def scores_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The result of `scored_positions` at positions `index` (N,) of the flattened (B, T)."""
+    """The result of `scored_positions` at positions `index` (N,) of the flattened (B, T) output."""
     hidden, targets, head = _selected(output, index, targets)
     return scored_positions(hidden, targets, head, output.chunk_tokens)
 
 
 def logits_at(output: ModelOutput, index: Tensor) -> Tensor:
-    """The float32 logits (N, V) at positions `index` (N,) of the flattened (B, T)."""
+    """The float32 logits (N, V) at positions `index` (N,) of the flattened (B, T) output."""
     assert output.head is not None
     return output.head.logits(hidden_at(output, index))
 
 
 def hidden_at(output: ModelOutput, index: Tensor) -> Tensor:
-    """The hidden states (N, D) at positions `index` (N,) of the flattened (B, T)."""
+    """The hidden states (N, D) at positions `index` (N,) of the flattened (B, T) output."""
     assert output.hidden is not None
     return output.hidden.flatten(0, 1).index_select(0, to_device(index, output.hidden.device))
 

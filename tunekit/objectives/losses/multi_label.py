@@ -21,7 +21,7 @@ THRESHOLD = 0.5
 @dataclass(frozen=True)
 class MultiLabelLoss(LabelLoss):
     """The loss of a row is the mean of -y log p - (1 - y) log(1 - p) over the labels, where p = sigmoid(score). The
-    step's sum is divided by the number of rows. The result is the same mean over labels and rows as in transformers.
+    step's sum is divided by the number of rows, as in transformers.
 
     A label is predicted if its probability is at least its threshold: `thresholds` (C,), or 0.5. `fits`: each
     evaluation first chooses the thresholds on all its rows.
@@ -40,11 +40,11 @@ class MultiLabelLoss(LabelLoss):
     @property
     def notes(self) -> Sequence[str]:
         """A note: F1 on the evaluation rows is too optimistic, because the thresholds are chosen on these rows."""
-        chosen = "thresholds of labels are chosen on these evaluation rows, so F1 on other rows is lower"
+        chosen = "label thresholds are chosen on these evaluation rows, so expect a lower F1 on other rows"
         return (chosen,) if self.fits else ()
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> Self:
-        """The loss; if `fits`, with the thresholds that give the best F1 on all evaluation rows."""
+        """The loss. If `fits` is set, a copy with the thresholds that give the best F1 on all evaluation rows."""
         if not self.fits:
             return self
 

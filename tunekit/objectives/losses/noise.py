@@ -32,11 +32,11 @@ DrawKey = tuple[int | str, ...]  # key of random draws: seed, step, row, and the
 @dataclass(frozen=True, eq=False)
 class DiffusionLoss(LossKind):
     """loss = sum over images of w_t |prediction - target|^2 + prior_loss_weight |prediction' - target'|^2; divided by
-    the step's number of images. |.|^2 is a mean over numbers, and ' marks a class image.  Source: Ruiz et al. 2023;
-    diffusers' scripts.
+    the step's number of images. |.|^2 is the mean of the squared elements, and ' marks a class image.  Source: Ruiz et
+    al. 2023; diffusers' scripts.
 
-    The base generates the class images, so that the trained model does not forget how the class looks. `measures`:
-    the loss is for evaluation, at fixed times with fixed noise, without class images or weights.
+    The base generates the class images, so that the trained model does not forget what the class looks like.
+    `measures`: the loss is for evaluation, at fixed diffusion times with fixed noise, without class images or weights.
     """
 
     settings: DreamboothSettings
@@ -44,16 +44,16 @@ class DiffusionLoss(LossKind):
     measures: bool = False
 
     def evaluation_copy(self) -> DiffusionLoss:
-        """The loss for evaluation, at fixed times."""
+        """A copy of the loss for evaluation, at fixed diffusion times."""
         return replace(self, measures=True)
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> DiffusionLoss:
-        """The loss for evaluation, at fixed times."""
+        """A copy of the loss for evaluation, at fixed diffusion times."""
         return self.evaluation_copy()
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window after noisy latents, their times and their targets are added to each row. A row that already
-        has latents is not changed."""
+        """Add noisy latents, their diffusion times and their targets to each row of the step. A row that already has
+        latents is not changed."""
         return draw_rows(run.rows, window, partial(self._prepared, run))
 
     def _prepared(self, run: RunView, row: Row, place: DrawKey) -> Row:
@@ -62,7 +62,8 @@ class DiffusionLoss(LossKind):
         return self._at_fixed_times(run, row) if self.measures else self._at_drawn_time(run, row, place)
 
     def _at_drawn_time(self, run: RunView, row: Row, place: DrawKey) -> Row:
-        """The row with noisy latents at random times: of its image and, with prior preservation, of a class image."""
+        """The row with noisy latents of its image at a random diffusion time. With prior preservation, also noisy
+        latents of a class image."""
         settings, size, prompts = self.settings, bucket_of(row), [prompt_of(row)]
         pictures = [self._sample(run, pixels_of(row), row.parts["original"].tolist(), size, (*place, 0))]
         weights = [1.0]
@@ -82,8 +83,8 @@ class DiffusionLoss(LossKind):
         return self._with(run, row, pictures, weights, prompts)
 
     def _at_fixed_times(self, run: RunView, row: Row) -> Row:
-        """The row with noisy latents of its image at evenly spaced times of the schedule, always with the same
-        noise."""
+        """The row with noisy latents of its image at evenly spaced diffusion times. The noise is the same in every
+        evaluation."""
         count = self.settings.validation_draws
         pictures = []
         for draw in range(count):
@@ -160,7 +161,7 @@ class DiffusionLoss(LossKind):
         return Loss(self.losses(output, batch).sum()[None])
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over rows: loss and units."""
+        """The sums over rows: `loss` and `units` (the number of rows)."""
         losses = self.losses(output, batch)
         units = torch.tensor(float(len(batch.rows)), dtype=torch.float64)
         return {**loss_sums(losses, batch), "units": units}
@@ -172,12 +173,12 @@ def setting_problems(settings: DreamboothSettings, flows: bool) -> Iterator[Prob
         for key, value in (("snr_gamma", settings.snr_gamma), ("prediction_type", settings.prediction_type)):
             if value not in (None, "auto"):
                 what = "applies to diffusion schedules, but this pipeline was trained by flow matching"
-                yield Problem(what, "remove it", key=f"objective.{key}")
+                yield Problem(what, "remove this key", key=f"objective.{key}")
     elif settings.weighting_scheme != "none":
         what = "applies to flow matching, but this pipeline has a diffusion schedule"
-        yield Problem(what, "remove it", key="objective.weighting_scheme")
+        yield Problem(what, "remove this key", key="objective.weighting_scheme")
     if settings.cache_latents is True and settings.varies:
-        what = "random crops and flips change an image in every step"
+        what = "images cannot be cached, because random crops and flips change them in every step"
         yield Problem(what, "write auto, or remove random crops and flips", key="objective.cache_latents")
 
 
@@ -278,5 +279,6 @@ def drawn_noise(shape: Sequence[int], offset: float, *parts: int | str) -> Tenso
 
 
 def _each(values: Tensor, steps: Tensor) -> Tensor:
-    """The values at these steps, shaped to be multiplied with rows. Shapes: values (S,), steps (B,) -> (B, 1, 1, 1)."""
+    """The values at these steps, with three dimensions added to multiply images. Shapes: values (S,), steps (B,) -> (B,
+    1, 1, 1)."""
     return values[steps].view(-1, 1, 1, 1)

@@ -20,9 +20,9 @@ PREPARED = ("reference", "share", "matched")  # parts that `prepare` adds to a r
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of P pairs, each of shape (P,). An answer's score is the sum or mean of its tokens'
-    log-probabilities. If there is no reference, the reference's scores are 0. `likelihood`: the supervised loss of
-    the chosen answer. `matched`: the reference's preference with which the pair is compared (aot)."""
+    """The scores of P pairs, each of shape (P,). An answer's score is the sum or mean of its tokens' log-probabilities.
+    Without a reference model, the reference's scores are 0. `likelihood`: the supervised loss of the chosen answer.
+    `matched`: the reference's preference that loss aot compares with the policy's preference."""
 
     chosen: Tensor
     rejected: Tensor
@@ -45,7 +45,7 @@ class Scores:
 
     @property
     def margin(self) -> Tensor:
-        """The log-ratio of the chosen answer less the log-ratio of the rejected answer, shape (P,)."""
+        """The log-ratio of the chosen answer minus the log-ratio of the rejected answer, shape (P,)."""
         return self.chosen_ratio - self.rejected_ratio
 
 
@@ -54,13 +54,13 @@ class PairLoss(AnswerLoss):
     """loss = sum over pairs of formula(Scores) + likelihood; divided by the step's number of pairs.
 
     `averages`: whether an answer's score is the mean over its tokens, instead of the sum.
-    `likelihood`: the weight of the mean loss of the step's chosen answers; `prompts`: that mean includes prompt tokens.
-    `token_weights`: function counts (S P,) -> (N,) that weights tokens in the scores; None: 1 each.
-    `matches`: each pair is compared with the reference's preference of the same rank in the step (aot).
+    `likelihood`: the weight of the mean loss of the step's chosen answers; `prompts`: the mean includes prompt tokens.
+    `token_weights`: a function counts (S P,) -> (N,) that returns each token's weight in the scores; None: 1 each.
+    `matches`: the policy's preferences are compared with the reference's preferences of equal rank (loss aot).
     `keeps`: whether the reference's scores of each row are cached; auto: as in `reference_scores`.
 
-    `share` (pairs per token of `likelihood`) and `matched` (by row number) are values for all evaluation rows. None:
-    `prepare` computes them for each step.
+    An evaluation sets `share` (pairs per token of `likelihood`) and `matched` (by row number) once for all its rows. If
+    they are None, `prepare` computes them for each step.
     """
 
     formula: Callable[[Scores], Tensor]
@@ -78,7 +78,8 @@ class PairLoss(AnswerLoss):
     matched: Mapping[int, float] | None = None
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> PairLoss:
-        """The loss with `share` and `matched` of all evaluation rows, so that these do not depend on the batches."""
+        """A copy of the loss whose `share` and `matched` are computed from all evaluation rows, so that they do not
+        depend on the division into batches."""
         if not (self.likelihood or self.matches):
             return self
         counts, preferences = list[tuple[int, int]](), list[tuple[int, float, float]]()
@@ -97,7 +98,7 @@ class PairLoss(AnswerLoss):
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with up to three values added to each row: the reference's scores, the weight of each token in
+        """Add up to three values to each row of the step: the reference's scores, the weight of each token in
         `likelihood`, and the matched preference."""
         if self.reference:
             scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
@@ -117,8 +118,8 @@ class PairLoss(AnswerLoss):
         return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
     def _with_matches(self, run: RunView, window: Window) -> Window:
-        """The window with a preference of the reference added to each row. Among the reference's preferences in the
-        step it has the same rank as the row's preference among the policy's."""
+        """For each row of the step, find the rank of its preference among the policy's preferences. Add the reference's
+        preference of the same rank to the row."""
         if self.matched is None:
             preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
             local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none
@@ -164,13 +165,13 @@ class PairLoss(AnswerLoss):
 
 
 def preference(scores: Tensor) -> Array:
-    """The score of each chosen answer less the score of the rejected answer. Shapes: (2 P,) -> (P,)."""
+    """The score of each chosen answer minus the score of the rejected answer. Shapes: (2 P,) -> (P,)."""
     return np.subtract(*scores.numpy().reshape(2, -1))
 
 
 def same_rank(local: Array, policy: Sequence[float], reference: Sequence[float]) -> Array:
-    """For each value of `local`: its rank among the values of `policy` is computed, and the value of `reference`
-    with this rank is returned. The lists need not be sorted. Shape: (P,)."""
+    """For each value of `local`: find its rank among the values of `policy`, and return the value of `reference` at
+    this rank. The lists need not be sorted. Shape: (P,)."""
     order, ranks = np.argsort(local, kind="stable"), np.empty(len(local), np.int64)
     equals = np.arange(len(local)) - np.searchsorted(local[order], local[order])  # number of earlier equal values
     ranks[order] = np.searchsorted(np.sort(policy), local[order]) + equals
@@ -183,7 +184,7 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
 
 
 def reward_sums(chosen: Tensor, rejected: Tensor, *more: Tensor) -> Sums:
-    """Sums over pairs, named by REWARDS: the chosen reward, the rejected reward, their difference, and whether the
-    chosen reward is higher. Then the sums of `more`."""
+    """Sums over pairs, named by REWARDS: the chosen reward, the rejected reward, their difference, and the number of
+    pairs whose chosen reward is higher. The sums of `more` follow."""
     columns = zip(REWARDS, (chosen, rejected, chosen - rejected, chosen > rejected, *more), strict=False)
     return {name: values.sum(dtype=summing_dtype(values.device)) for name, values in columns}

@@ -1,4 +1,4 @@
-"""The loss of each problem type of a head."""
+"""Chooses the loss for the problem type of a head: one label, any number of labels, or numbers (regression)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from tunekit.recipe.bases.label_settings import HeadSettings
 
 
 def label_loss(settings: HeadSettings, facts: Mapping[str, Any], scores: ReadScores = row_scores) -> LabelLoss:
-    """The loss of the problem type in the settings. `facts`: saved facts of a trained head; `scores`: as in
+    """The loss for the problem type in the settings. `facts`: values saved with a trained head; `scores`: see
     LabelLoss."""
     if settings.problem_type == REGRESSION:
         return RegressionLoss(scores)

@@ -18,8 +18,8 @@ from tunekit.objectives.rows.label_kinds import numbers_text
 
 @dataclass(frozen=True)
 class RegressionLoss(LabelLoss):
-    """The loss of a row is the mean of (score - number)^2 over its numbers. The step's sum is divided by the number
-    of rows. The result is the same mean over numbers and rows as in transformers."""
+    """The loss of a row is the mean of (score - number)^2 over its numbers. The step's sum is divided by the number of
+    rows, as in transformers."""
 
     metrics: Sequence[str] = ("loss", "pearson", "spearman")
     problem_type: str | None = REGRESSION

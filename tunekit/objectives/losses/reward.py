@@ -1,4 +1,4 @@
-"""The loss of reward models: the preferred one of two answers should get the higher score.
+"""The loss of reward models: the better of two answers should get the higher score.
 
 Source: Bradley and Terry 1952. Names and formulas are the same as in trl 1.16. The lowest and the highest score of a
 batch are not logged, because they are not sums over pairs.
@@ -55,10 +55,10 @@ def score_sequences(pad_id: int, model: Model, sequences: Sequence[Sequence[int]
 def scores_at(output: ModelOutput, last: Tensor) -> Tensor:
     """The scores at the last token of each answer.
 
-    Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32. Raises: ModelError for
-    an encoder.
+    Shapes: output.hidden (B, T, D), last (N,) into its flattened positions -> (N,) float32. Raises: ModelError if the
+    model is an encoder.
     """
     if output.hidden is None:
         what = "the base is an encoder, whose head cannot score each answer of a pair separately"
-        raise ModelError(what, "choose a decoder", key="model.name_or_path")
+        raise ModelError(what, "choose a decoder model", key="model.name_or_path")
     return logits_at(output, last)[:, 0]

@@ -1,5 +1,5 @@
-"""REINFORCE leave-one-out (RLOO): a completion's advantage is its reward less the mean reward of the other completions
-for the same prompt.
+"""REINFORCE leave-one-out (RLOO): a completion's advantage is its reward minus the mean reward of the other completions
+of the same prompt.
 
 Source: Ahmadian et al. 2024. Names and formulas are the same as in trl 1.16: the KL is summed over a completion's
 tokens and subtracted from its reward, and each completion has a single ratio.
@@ -22,13 +22,13 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 @dataclass(frozen=True)
 class LeaveOneOut(SampledLoss):
     """loss = sum over completions of -min(r A, clip(r, 1 - e, 1 + e') A). r is the ratio of the completion's
-    probability to its probability at sampling, and A its advantage."""
+    probability to its probability at sampling, and A is the completion's advantage."""
 
     settings: RlooSettings
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
-        """Each reward less the mean of the other rewards in its group. With normalize_advantages they are scaled to
-        mean 0 and standard deviation 1 over the step."""
+        """Each reward minus the mean of the other rewards in its group. With normalize_advantages, the results are
+        scaled to mean 0 and standard deviation 1 over the step."""
         plain = _less_the_others(local)
         if not self.settings.normalize_advantages:
             return plain
@@ -36,8 +36,8 @@ class LeaveOneOut(SampledLoss):
         return scaled(plain - mean(of_step), spread(of_step))
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
-        """The window with the KL of each token added, and for each completion beta times its KL. The KL (k1) is the
-        policy's log-probability less the reference's."""
+        """Add the KL of each token to the step's rows. Also return beta times the KL of each completion, as a penalty
+        on its reward. The KL (k1) is the policy's log-probability minus the reference's."""
         rows, read = prompt_rows(run), self.token_scores
         policy, reference = run.score(window.batches, read), run.reference(window.batches, read)
         apart = [ours.float() - theirs.float() for ours, theirs in zip(policy, reference, strict=True)]  # (N,) each
@@ -60,8 +60,8 @@ class LeaveOneOut(SampledLoss):
 
 
 def _less_the_others(rewards: Rewards) -> Rewards:
-    """Each reward less the mean of the group's other rewards. A NaN is left out of the mean; without other rewards the
-    result is NaN.
+    """Each reward minus the mean of the other rewards in its group. A NaN is left out of the mean; if there are no
+    other rewards, the result is NaN.
     Shapes: (P, G) -> (P, G)."""
     count = np.sum(~np.isnan(rewards), axis=1, keepdims=True) - 1  # (P, 1)
     others = (np.nansum(rewards, axis=1, keepdims=True) - rewards) / np.where(count > 0, count, np.nan)

@@ -1,5 +1,5 @@
-"""The base class of losses on the model's own completions: these are sampled, scored by rewards, and trained on or
-evaluated."""
+"""The base class of losses on the model's own completions. Completions are sampled and scored by reward functions, then
+used for training or evaluation."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class SampledLoss(LossKind):
     Subclasses define `loss`.
 
     `prepare` samples the completions with the seed hash(seed, step, row, completion), and computes advantages from the
-    rewards of the whole step on all ranks. Steps that reuse samples learn from the same completions.
+    rewards of the whole step on all ranks. If several steps reuse samples, they learn from the same completions.
 
     `measures`: the loss is for evaluation, with one greedy completion of each row.
     """
@@ -78,33 +78,34 @@ class SampledLoss(LossKind):
         return cls(settings, tokenizer, logged, settings.beta > 0, settings.num_iterations)
 
     def evaluation_copy(self) -> Self:
-        """The loss for evaluation, with one greedy completion of each prompt."""
+        """A copy of the loss for evaluation, with one greedy completion of each prompt."""
         return replace(self, measures=True)
 
     def advantages(self, local: Rewards, step: Rewards) -> Rewards:
         """The advantages of this rank's completions; NaN where there is no reward. `step`: the rewards of all ranks.
-        Shapes: local (P, G), step (A, G) -> (P, G)."""
+        Shapes: local (P, G), step (A, G) -> (P, G), for P prompts of this rank, A prompts of all ranks, and G
+        completions of each."""
         raise NotImplementedError
 
     def equal_groups(self, step: Rewards) -> NDArray[np.bool_]:
-        """For each group, shape (A,): whether it teaches nothing, because its rewards are equal or absent."""
+        """Whether each group, shape (A,), has zero advantages, because its rewards are equal or missing."""
         return teaches_nothing(step, axis=1)
 
     def token_weights(self, counts: Rewards, tokens: float) -> Rewards:
-        """The weight in the loss that each token of a completion has. Shapes: counts (P, G) -> (P, G).
+        """The weight in the loss of each token of a completion. Shapes: counts (P, G) -> (P, G).
         `counts`: the number of trained tokens of each completion; `tokens`: the mean of all counts in the step."""
         return np.ones_like(counts)
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards] | None]:
-        """The window with the scores of the model at step 0 added; and for each batch a penalty (P, G), which is
-        subtracted from the rewards, or None. Called only if the loss has a KL."""
+        """Add the scores of the reference (the model at step 0) to the step's rows. Also return a penalty (P, G) for
+        each batch, which is subtracted from the rewards, or None. Called only if the loss has a KL."""
         raise NotImplementedError
 
     def prepare(self, run: RunView, window: Window) -> Window:
-        """The window with completions for each prompt, and with the values that the loss needs.
+        """Sample completions of the step's prompts, and add them with all values that the loss needs.
 
         A simulated or dry-run step does not sample. It uses completions of the maximum length, and calls no rewards.
-        Raises: RewardError on every rank if a reward fails on one rank.
+        Raises: RewardError on every rank if a reward function fails on one rank.
         """
         kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
         if not (dry or self.measures) and window.step % self.updates_per_sampling:
@@ -188,7 +189,7 @@ class SampledLoss(LossKind):
         return weighted_sum(scores, [source.weight for source in self.settings.reward])
 
     def _measured(self, run: RunView, window: Window, groups: Sequence[Sequence[Sample]], scores: Rewards) -> Window:
-        """The window with values added for evaluation: the reward and the length of each row's only completion."""
+        """Add values for evaluation to each row: the reward and the length of its single completion."""
         rewarded = iter(zip(self._summed(scores), groups, strict=True))  # (P, 1) and its completion
 
         def parts(batch: Batch) -> dict[str, Array]:
@@ -211,7 +212,8 @@ class SampledLoss(LossKind):
         scores: Rewards,
         penalties: Sequence[Rewards] | None,
     ) -> tuple[Window, dict[str, float]]:
-        """The window with advantages and token weights added for each completion, and the metrics of the step."""
+        """Add the advantages and token weights of its completions to each row of the step. Also return the metrics of
+        the step."""
         sides = prompt_rows(run).answers.sides
         shape = (-1, len(sides))
         marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]
@@ -238,7 +240,7 @@ class SampledLoss(LossKind):
     def _shown(
         self, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], scores: Rewards, window: Window
     ) -> list[dict[str, Any]]:
-        """The first completions of the first rows, as the report shows them."""
+        """The first completions of the step's first rows, for the report."""
         learnt, names = [row for batch in window.batches for row in batch.rows], reward_names(self.settings.reward)
         samples = []
         for at, (row, group) in enumerate(zip(rows[:SHOWN_ROWS], groups, strict=False)):
@@ -267,7 +269,8 @@ class SampledLoss(LossKind):
 
 
 def sampled_objective(loss: SampledLoss, options: EncodeOptions) -> Objective:
-    """The objective: prompts, this loss, and the companions for sampling and rewards."""
+    """Make the objective: rows are prompts, the loss is `loss`, and companions sample completions and compute
+    rewards."""
     settings, tokenizer = loss.settings, loss.tokenizer
     count, longest = settings.num_generations, settings.max_completion_length
     rows = PromptRows(
@@ -287,7 +290,7 @@ def sampled_objective(loss: SampledLoss, options: EncodeOptions) -> Objective:
         loss,
         text_answering(tokenizer),
         (CompanionSpec("rewards", REWARD, settings.reward), CompanionSpec("sampling", SAMPLING, settings)),
-        notes=(f"each prompt counts as {count} completions of the maximum length, {longest:,} tokens",),
+        notes=(f"batches are planned for {count} completions of {longest:,} tokens (the maximum) for each prompt",),
     )
 
 

@@ -46,5 +46,6 @@ class TokenLoss(LossKind):
         return loss_of_positions(output, *self.supervised(batch))
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
-        """The sums over tokens: loss, correct and units."""
+        """The sums over tokens: `loss`, `correct` (tokens predicted right) and `units` (all tokens). Tokens count with
+        their weights."""
         return sums_of_positions(output, *self.supervised(batch), batch)

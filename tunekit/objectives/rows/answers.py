@@ -36,21 +36,21 @@ from tunekit.recipe.bases.pair_settings import PairSettings
 SIDES = ("chosen", "rejected")
 NO_PROMPT = "no prompt"
 EMPTY_ANSWER = "an empty answer"
-EQUAL = "chosen and rejected are the same"
-NOT_ANSWERED = "an answer that does not end with a turn of the assistant"
+EQUAL = "the chosen and the rejected answer are the same"
+NOT_ANSWERED = "an answer whose last message is not from the assistant"
 Places = dict[tuple[int, str], NDArray[Any]]  # (T,) positions in the flattened ids, by row number and side
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRows(TextRows):
     """Rows with one or more answers, called sides. Parts for each side: `SIDE` (T,), the ids of prompt and answer;
-    `SIDE_trained` (T,), marks of the answer's ids.
+    `SIDE_trained` (T,), whether each id is trained on.
 
-    The sides of a row are packed into one line if a line of the batch has several rows, or if the model separates
-    packed documents. Each side is then a document with its prompt. Otherwise each side is a padded line.
+    All sides of a row are packed into one line of the batch if the model separates packed documents, or if lines have
+    several rows. Each side is then a document with its prompt. Otherwise each side is a padded line.
     `shares_prefixes`: the common beginning of packed sides is computed once.
 
-    `sides`: an example's fields that are answers; `further`: dtypes of an example's other fields, which have one value;
+    `sides`: names of an example's fields with answers; `further`: dtypes of other fields with one value each;
     `unusable`: error or drop, the recipe's value of `unusable_key`; `prompts`: the prompt of the first side is
     predicted too;
     `scored`: a head scores each side at its last token, and no token is predicted.
@@ -67,18 +67,18 @@ class AnswerRows(TextRows):
     shares_prefixes: bool = False
     packable = True
     allowed_options = (
-        ("train_on", "assistant", "the objective compares the answers"),
-        ("excess_length", "drop, truncate or error", "a later piece of an answer has no prompt before it"),
+        ("train_on", "assistant", "this objective compares answers, so it trains only on the assistant's text"),
+        ("excess_length", "drop, truncate or error", "if an answer were split, its later pieces would have no prompt"),
     )
 
     @cached_property
     def layout(self) -> RowLayout:
-        """The layout of a row: every side with its marks, then the further values."""
+        """The layout of a row: the ids and marks of every side, then the fields in `further`."""
         parts = {name: kind for side in self.sides for name, kind in ((side, "<i4"), (f"{side}_trained", "?"))}
         return RowLayout({**parts, **self.further}, self.sides, len(self.sides), paired=len(self.sides) > 1)
 
     def encode(self, example: PromptedExample, origin: str) -> Row:
-        """The row of an example. Raises: Dropped or DataError, as the recipe chooses, if the example is unusable."""
+        """The row of an example. Raises: Dropped or DataError (the recipe chooses which) if the example is unusable."""
         answers = [getattr(example, side) for side in self.sides]
         self._check_usable(example.prompt, answers)
         before = self.notices.copy()
@@ -108,7 +108,7 @@ class AnswerRows(TextRows):
             raise DataError(what, f"correct the row, or write objective.{self.unusable_key}: drop")
 
     def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
-        """For each answer, its number of tokens together with its prompt."""
+        """For each answer, the number of tokens of the answer and its prompt."""
         return tuple(len(parts[side]) for side in self.sides)
 
     def units_in(self, parts: RowParts) -> int:
@@ -120,18 +120,18 @@ class AnswerRows(TextRows):
         return self.renderer.prompt(example.answered(getattr(example, self.sides[0])))
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> AnswerRows:
-        """The rows; if `end_to_end`, all sides of a row are in one line, otherwise each side is a line."""
+        """A copy of the rows with a new layout. If `end_to_end`, all sides of a row are in one line; otherwise each
+        side has its own line."""
         shares = end_to_end and shares_prefixes and len(self.sides) > 1
         return replace(self, end_to_end=end_to_end, shares_prefixes=shares)
 
     def shared(self, row: Row) -> int:
-        """The number of tokens that the later sides share with the first side, so that the model computes them only
-        once."""
+        """The number of tokens that later sides share with the first side, and that the model therefore need not
+        compute again."""
         return self.prefix(row) * (len(self.sides) - 1)
 
     def prefix(self, row: Row) -> int:
-        """The number of first tokens that all sides share and that are computed once. At least one token of each
-        side is not counted."""
+        """The length of the prefix that all sides share and that is computed once. It is shorter than every side."""
         if not self.shares_prefixes:
             return 0
         if "prompt_size" in row.parts:
@@ -141,20 +141,21 @@ class AnswerRows(TextRows):
         return int(np.argmin(np.append(first == second, False)))
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with the tokens from start to stop-1 of every side."""
+        """The row with the tokens from start to stop-1 of each side."""
         names = [name for side in self.sides for name in (side, f"{side}_trained")]
         cut = {name: row.parts[name][start:stop] for name in names}
         return self.make_row({**row.parts, **cut}, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """A row whose sides all have this size, are trained on from the start, and share almost no prefix."""
+        """A row whose sides all have this size. All its tokens are trained on, and the sides share almost no prefix."""
         row, parts = next(rows), dict[str, Array]()
         for side, way in zip(self.sides, (1, -1), strict=False):  # the second side backwards
             parts |= {side: np.resize(row.parts[side][::way], size), f"{side}_trained": np.ones(size, np.bool_)}
         return [self.make_row({**row.parts, **parts}, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. A row's further parts, and parts that a step added, become targets (P, ...)."""
+        """Make the batch. Fields in `further`, and values that a step added to the rows, become targets (P, ...), for P
+        rows."""
         batch = self.laid(sequences)
         rows, sides = batch.rows, {name for side in self.sides for name in (side, f"{side}_trained")}
         names = [name for name in rows[0].parts if name not in sides]
@@ -162,9 +163,9 @@ class AnswerRows(TextRows):
         return replace(batch, targets={**batch.targets, **further})
 
     def laid(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch, whose targets come only from the sides.
+        """Make the batch, with targets for the sides' tokens only.
 
-        Shapes: input_ids, position_ids (B, T), or (S P, T) where each of the S sides of P rows is a line.
+        Shapes: input_ids, position_ids (B, T), or (S P, T) if each of the S sides of P rows is a line.
         """
         rows = [row for sequence in sequences for row in sequence]
         lines = self._lines(sequences)
@@ -198,9 +199,9 @@ class AnswerRows(TextRows):
         ]
 
     def _predicted(self, rows: Sequence[Row], places: Places) -> Tensors:
-        """The targets `counts`, `index` and `ids`. `counts` (S P,): the number of predicted tokens in all first
-        answers, then in all second answers, and so on; then in all prompts, if prompts are predicted. `index`, `ids`
-        (N,): the positions and ids of these tokens, in this order."""
+        """The targets `counts`, `index` and `ids`. They list all first answers, then all second answers, and so on;
+        then all prompts, if prompts are predicted. `counts` (S P,): the number of predicted tokens of each answer or
+        prompt. `index`, `ids` (N,): the positions and ids of these tokens."""
         groups = [(number, side, True) for side in self.sides for number in range(len(rows))]
         groups += [(number, self.sides[0], False) for number in range(len(rows))] if self.prompts else []
         index, targets = list[NDArray[Any]](), list[NDArray[Any]]()
@@ -223,7 +224,8 @@ class AnswerRows(TextRows):
         return {"last": torch.tensor(last)}
 
     def spans(self, row: Row) -> list[Span]:
-        """The sides of the row; titles state the further values. The first token of a side is never predicted."""
+        """The sides of the row, for preview. Each title states the fields in `further`. A side's first token is never
+        predicted."""
         values = "".join(f", {name}: {row.parts[name][0]}" for name in self.further)
         marks = {side: row.parts[f"{side}_trained"] for side in self.sides}
         predicted = {
@@ -239,13 +241,14 @@ def last_token(ids: Sequence[int] | Array, pad_id: int) -> int:
 
 
 def pair_rows(settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions) -> AnswerRows:
-    """Rows of a preferred and a rejected answer."""
+    """Rows of pairs: a preferred and a rejected answer to the same prompt."""
     return AnswerRows(tokenizer, row_fingerprint(settings, tokenizer), options, unusable=settings.unusable_pairs)
 
 
 def pair_objective(
     settings: PairSettings, tokenizer: Tokenizer, options: EncodeOptions, loss: LossKind, *, prompts: bool = False
 ) -> Objective:
-    """An objective whose rows are pairs of answers, and whose model answers with text. `prompts`: as in AnswerRows."""
+    """Make an objective whose rows are pairs of answers, and whose model generates text. `prompts`: as in
+    AnswerRows."""
     rows = replace(pair_rows(settings, tokenizer, options), prompts=prompts)
     return Objective(settings.method, settings.family, rows, loss, text_answering(tokenizer))

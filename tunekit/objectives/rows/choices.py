@@ -1,7 +1,7 @@
-"""Rows to choose between the answers of a question: each answer is scored by its log-probability.
+"""Rows for multiple choice: each possible answer to a question is scored by its log-probability.
 
-A causal model reads the prompt once, followed by all answers; with a mask, each answer sees only the prompt and
-itself. An encoder reads the prompt once, and its decoder reads one sequence for each answer.
+A causal model reads the prompt once, followed by all answers; with a mask, each answer sees only the prompt and itself.
+In an encoder-decoder, the encoder reads the prompt once, and the decoder reads one sequence for each answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from tunekit.model.attention.documents import as_bias
 
 
 class Answer(NamedTuple):
-    """The ids of an answer, and marks of scored ids. The ids start at the first position where a question's answers
-    differ."""
+    """The ids of an answer, and marks of the ids whose log-probabilities count. The ids start at the first position
+    where the answers of a question differ."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and all answers to choose from. `right`: the index of the reference answer; 0 if there is none."""
+    """A prompt, and the possible answers to it. `right`: the index of the reference answer; 0 if there is none."""
 
     prompt: Array  # (P,) ids
     answers: tuple[Answer, ...]
@@ -46,8 +46,8 @@ class Question:
 
 
 def make_question(rows: Sequence[Row], right: int = 0) -> Question:
-    """A question from rows that differ only in their answers. The prompt is the common beginning of the rows, at
-    most up to the first trained token. The remaining ids are the answers."""
+    """Make a question from rows that differ only in their answers. The prompt is the rows' common beginning, up to the
+    first trained token at most. All later ids belong to the answers."""
     if "source" in rows[0].parts:
         ends = [row.parts["answer"] for row in rows]
         answers = [Answer(tuple(ids.tolist()), (False, *[True] * (len(ids) - 1))) for ids in ends]
@@ -67,7 +67,7 @@ def make_question(rows: Sequence[Row], right: int = 0) -> Question:
 
 def split_question(question: Question, number: int, most: int, *, apart: bool) -> Iterator[Row]:
     """Distribute the question's answers over rows. A row gets as many answers as fit into `most` positions. `apart`:
-    each answer repeats the prompt."""
+    whether the prompt is repeated for each answer."""
     prompt, sizes = len(question.prompt), [len(answer.ids) for answer in question.answers]
     held: list[int] = []
     for at, size in enumerate(sizes):
@@ -81,8 +81,8 @@ def split_question(question: Question, number: int, most: int, *, apart: bool) -
 
 
 def _row(question: Question, number: int, held: Sequence[int], apart: bool) -> Row:
-    """A row with some answers of a question. Its part `cells` has each answer's index in the flattened (questions,
-    answers)."""
+    """A row with some answers of a question. Its part `cells` contains each answer's index in the flattened scores
+    (questions, answers)."""
     answers = [question.answers[at] for at in held]
     lengths, prompt = [len(answer.ids) for answer in answers], len(question.prompt)
     parts = {
@@ -105,8 +105,8 @@ class SideBySideRows(RowKind):
     dtype: torch.dtype
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. The position ids of each answer continue from the prompt's. An answer's last token is not read,
-        only predicted. If a row has several answers, a mask separates them.
+        """Make the batch. The position ids of each answer continue the position ids of the prompt. An answer's last
+        token is predicted, but not an input. If a row has several answers, a mask separates them.
 
         Shapes: input_ids, position_ids (B, T), attention_mask (B, 1, T, T); index, labels, cells (S,).
         """
@@ -142,10 +142,9 @@ class LineByLineRows(RowKind):
     tokenizer: Tokenizer
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. `source_rows`: for each answer, the index of its source.
+        """Make the batch. `source_rows`: the index of each answer's source.
 
-        Shapes: input_ids, attention_mask (B, S); decoder_input_ids (N, A), source_rows (N,); index, labels, cells
-        (S,).
+        Shapes: input_ids, attention_mask (B, S); decoder_input_ids (N, A), source_rows (N,); index, labels, cells (S,).
         """
         rows = [row for (row,) in sequences]
         pad = self.tokenizer.pad_id
@@ -172,7 +171,7 @@ class LineByLineRows(RowKind):
 
 
 def _places(lengths: Array) -> tuple[Array, Array]:
-    """For each token of concatenated answers: the number of its answer, and its index in that answer.
+    """For each token of concatenated answers: the number of the token's answer, and its index in this answer.
     Shapes: (n,) -> (A,) each."""
     branch = np.repeat(np.arange(len(lengths)), lengths)
     return branch, np.arange(len(branch)) - (np.cumsum(lengths) - lengths)[branch]

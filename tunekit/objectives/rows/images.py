@@ -36,7 +36,8 @@ LARGEST = 2  # before random crops, images are reduced to at most this multiple 
 
 
 class ImagePrompt(NamedTuple):
-    """An image (side, side, 3) as the model's image processor returns it, and its original height and width."""
+    """An image (side, side, 3) in the form that the model's image processor returns, and its original height and
+    width."""
 
     seen: Pixels
     original: Size
@@ -44,9 +45,9 @@ class ImagePrompt(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages(RowKind):
-    """Rows of images with labels. Parts: `seen`, the image as the model's image processor returns it; `original`,
-    its size; `label` as UTF-8. For random crops also `pixels`, the image to crop, and `shape`, the shape of
-    `pixels`."""
+    """Rows of images with labels. Parts: `seen`, the image in the form that the model's image processor returns;
+    `original`, the image's size in the file; `label` as UTF-8. For random crops also `pixels`, the image to crop, and
+    `shape`, the shape of `pixels`."""
 
     example = "image_label"
     layout = RowLayout(
@@ -118,17 +119,17 @@ class LabelledImages(RowKind):
         return ImagePrompt(self.processor.visible_pixels(pixels), (pixels.shape[0], pixels.shape[1]))
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
-        """The row with the part `view`: the image, randomly augmented for this step."""
+        """The row with the part `view` added: the image after this step's random augmentation."""
         pixels = row.parts["pixels"].reshape(*row.parts["shape"], 3) if row.parts["pixels"].size else self._seen(row)
         view = self.augmentation.changed(pixels, seed_for("augmentation", *key))
         return replace(row, parts={"view": view, "label": row.parts["label"]})
 
     def evaluation_copy(self) -> Self:
-        """The rows for evaluation, without augmentation."""
+        """A copy of the rows for evaluation, without augmentation."""
         return replace(self, draws=False)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. A row without a `view` shows the image as the model's image processor returns it.
+        """Make the batch. Its images are the rows' parts `view`, or `seen` if a row was not augmented.
         Shapes: pixel_values (R, 3, side, side) float32; labels (R, ...)."""
         rows = [row for sequence in sequences for row in sequence]
         views = np.stack([row.parts["view"] if "view" in row.parts else self._seen(row) for row in rows])
@@ -142,14 +143,14 @@ class LabelledImages(RowKind):
         return row.parts["seen"].reshape(self.processor.resolution, self.processor.resolution, 3)
 
     def spans(self, row: Row) -> list[Span]:
-        """The label, the image's original size, and the image without augmentation."""
+        """The label, the image's original size, and the image before augmentation, for preview."""
         height, width = row.parts["original"].tolist()
         title = f"label: {label_of(row)} ({width} x {height} pixels)"
         return [Span(title=title, image=self._seen(row))]
 
 
 def read_pixels(image: Media, notices: Counter[str]) -> Pixels:
-    """The pixels of an image. If it had to be converted, `notices` counts that."""
+    """Read the pixels of an image. `notices` counts images that had to be converted."""
     counts = Counter[str]()
     pixels = read_image(image.path if image.data is None else image.data, counts)
     notices.update(+counts)

@@ -23,7 +23,7 @@ class LabelSets(Labels):
         name."""
         value = _listed(value)
         if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
-            how = 'write a list of names, such as ["first", "second"], or [] for no label; in a CSV file, write JSON'
+            how = 'write a list of label names, such as ["first", "second"], or [] for no label; in a CSV file, as JSON'
             raise DataError(f"the label {_shown(value)} is not a list of names", how)
         names = list[str]()
         for label in map(str, value):
@@ -69,7 +69,9 @@ class Quantities(Labels):
         if not numbers:
             raise DataError("the label is an empty list", "write the row's numbers")
         if self.names and len(numbers) != len(self.names):
-            what = f"the row has {_counted(len(numbers))}, but the head has {len(self.names)} ({self.text(self.names)})"
+            what = (
+                f"the row has {_counted(len(numbers))}, but the head needs {len(self.names)} ({self.text(self.names)})"
+            )
             raise DataError(what, "write one number for each output of the head")
         return json.dumps(numbers)
 
@@ -93,8 +95,9 @@ class Quantities(Labels):
         return [float(value) for value in json.loads(text)]
 
     def refuse_other_counts(self, texts: Iterable[tuple[str, str]]) -> int:
-        """Returns how many numbers each row has. `texts`: for each row, its label text and its origin. Raises:
-        DataError for a row whose count differs from the first row's."""
+        """Check that all rows have equally many numbers, and return their count. `texts`: for each row, its label text
+        and its origin.
+        Raises: DataError for a row whose count differs from the first row's count."""
         count, first = 0, ""
         for text, origin in texts:
             numbers, first = len(self.values_in(text)), first or origin
@@ -109,13 +112,13 @@ LABEL_KINDS: dict[str, type[Labels]] = {SINGLE_LABEL: Labels, MULTI_LABEL: Label
 
 
 def numbers_text(values: Iterable[float]) -> str:
-    """The numbers as text, with six digits each; a JSON list if there are several."""
+    """The numbers as text, with six significant digits; a JSON list if there are several numbers."""
     texts = [f"{value:.6g}" for value in values]
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
 def _listed(value: LabelValue) -> LabelValue:
-    """The value. If it is a text with a JSON list (from a CSV file), the parsed list."""
+    """The label itself. If the label is a text with a JSON list (from a CSV file): the parsed list."""
     if not (isinstance(value, str) and value.startswith("[")):
         return value
     try:
@@ -130,7 +133,7 @@ def _number(value: str | float) -> float:
     except ValueError:
         raise DataError(f"the label {_shown(value)} is not a number", "write a number, or leave the row out") from None
     if not math.isfinite(number) or abs(number) > LARGEST:
-        raise DataError(f"the label {number:g} is not a finite number that can be learned", "leave the row out")
+        raise DataError(f"the label {number:g} is infinite, NaN or too large to be learned", "leave the row out")
     return number
 
 

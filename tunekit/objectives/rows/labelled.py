@@ -37,15 +37,15 @@ from tunekit.recipe.bases.label_settings import LabelSettings
 UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # in files of these data sets, this label means that a pair has no label
 TWO_TEXTS = 'give both texts with --prompts FILE.jsonl: {"sentence1": "...", "sentence2": "..."} in each line'
 JOINED = (
-    "warning: pairs of texts without a separator: this tokenizer puts nothing between two texts; "
+    "warning: the two texts of a pair are joined without a separator, because this tokenizer has none; "
     "add a separator to the rows, such as a line break at the end of the first text"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts(RowKind):
-    """Rows of texts with labels. Parts: `ids` (T,), with the tokenizer's special tokens around the text; `second`,
-    where the second text of a pair begins, (1,), or (0,) for a single text; `label` as UTF-8."""
+    """Rows of texts with labels. Parts: `ids` (T,), with the tokenizer's special tokens around the text; `second`, the
+    index where the second text of a pair begins, (1,), or (0,) for a single text; `label` as UTF-8."""
 
     example = "label"
     allowed_options = never_split("text")  # because a split could be in the middle of a span
@@ -70,7 +70,7 @@ class LabelledTexts(RowKind):
     @cached_property
     def padding(self) -> int:
         """The padding id. It differs from the ids at the end of a text, because the heads of T5 and BART search for
-        these. Padding is masked."""
+        those end ids. Padding is masked."""
         ends = self.around[1]
         ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
         return next(each for each in ids if each not in ends)
@@ -79,7 +79,7 @@ class LabelledTexts(RowKind):
         """The row of an example. Raises: Dropped for a text without a token; DataError for an unlisted label."""
         assert isinstance(example, LabelExample)
         if self.pairs not in (None, example.second is not None):
-            raise DataError(*other_kind(not self.pairs, "the rows that the model learns from are each"))
+            raise DataError(*other_kind(not self.pairs, "each row that the model learns from is"))
         ids = self._ids_of(example.text, example.second)
         if not example.text.strip() or len(ids) == sum(map(len, self.around)):
             raise Dropped(EMPTY_TEXT)
@@ -89,7 +89,8 @@ class LabelledTexts(RowKind):
         return self.make_row(_parts(ids, utf8(label)), origin)
 
     def _check_pair(self, label: str) -> None:
-        """Raises: DataError for a pair whose label means that it has none (-1 or '-')."""
+        """Check the label of a pair, and count a notice if the tokenizer has no separator.
+        Raises: DataError if the label means that the pair is unlabelled (-1 or '-')."""
         for name in UNLABELLED.keys() & set(self.labels.listed_in(label)) - set(self.labels.names):
             what = f"the label is {name}; in files of {UNLABELLED[name]}, this means that a pair has no label"
             raise DataError(what, f"leave the row out, or list '{name}' under objective.labels if it is a class")
@@ -109,14 +110,15 @@ class LabelledTexts(RowKind):
         return self.cut_ids(ids), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> list[int]:
-        """The ids of a text with special tokens, truncated like rows. Raises: InputError if rows are pairs of texts."""
+        """The ids of a text with special tokens, truncated in the same way as rows. Raises: InputError if rows are
+        pairs of texts."""
         if self.pairs:
             raise InputError("the prompt is a single text, but the model was trained on pairs of texts", TWO_TEXTS)
         return self.cut_ids(self.tokenizer.encode_source(text))
 
     def question_of_pair(self, first: str, second: str) -> list[int]:
-        """The ids of a pair of texts with special tokens, truncated like rows. Raises: InputError if rows are single
-        texts."""
+        """The ids of a pair of texts with special tokens, truncated in the same way as rows. Raises: InputError if rows
+        are single texts."""
         if self.pairs is False:
             what = f"the prompt is a pair of texts ('{first[:40]}' ...), but the model was trained on single texts"
             raise InputError(what, 'write {"prompt": "..."}')
@@ -127,8 +129,8 @@ class LabelledTexts(RowKind):
         return self.tokenizer.decode(prompt)
 
     def unlabelled(self, model: Model, prompts: Sequence[Sequence[int]]) -> list[Row]:
-        """Rows for texts whose labels are not known. Raises: InputError for an empty text; DataError for a text that
-        is longer than the model's positions."""
+        """Rows for texts whose labels are not known. Raises: InputError for an empty text; DataError for a text that is
+        longer than the model's maximum number of positions."""
         if not all(prompts):
             raise InputError(
                 "a text is empty, and this tokenizer adds no tokens to it",
@@ -138,17 +140,17 @@ class LabelledTexts(RowKind):
         return [self.make_row(self.first_label(ids), "") for ids in prompts]
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The parts of a row with these ids. Its unknown label is replaced by the first label."""
+        """The arrays (parts) of a row with these ids. The first label stands in for the row's unknown label."""
         return _parts(ids, utf8(self.labels.placeholder))
 
     def cut_ids(self, ids: list[int]) -> list[int]:
-        """The ids of a prompt, truncated like rows."""
+        """The ids of a prompt, truncated in the same way as rows."""
         cut = self.options.excess_length == "truncate" and len(ids) > self.options.max_length
         return self.sized(ids, self.options.max_length) if cut else ids
 
     def sized(self, ids: Sequence[int] | Array, size: int) -> list[int]:
-        """The ids of a text, cut or repeated to `size` ids. Its final special tokens are kept, because heads search for
-        these.
+        """The ids of a text, cut or repeated to `size` ids. The special tokens at its end are kept, because heads
+        search for these tokens.
 
         Shapes: ids (T,).
         """
@@ -163,8 +165,8 @@ class LabelledTexts(RowKind):
         return [self.resized(next(rows), size)]
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with its first tokens, and with the special tokens at the end of a text. Rows are never cut at
-        their beginning."""
+        """The row with its first `stop` tokens, including the special tokens at the end. Rows are never cut at their
+        beginning, so `start` is ignored."""
         return self.resized(row, min(stop, row.size))
 
     def resized(self, row: Row, size: int) -> Row:
@@ -173,8 +175,8 @@ class LabelledTexts(RowKind):
         return self.make_row(parts, row.origin, row.number)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Its targets are the labels of all rows, in order, and the flattened positions at which labels are
-        predicted (named by `places`).
+        """Make the batch. Its targets are the labels of all rows, in order, and the positions at which labels are
+        predicted. `places` names the target with these positions, which index the flattened (B, T).
 
         Shapes: input_ids, position_ids (B, T); attention_mask if there is padding; token_type_ids for pairs, if the
         tokenizer has types; labels, last (R,).
@@ -210,7 +212,7 @@ class LabelledTexts(RowKind):
         return types_of(self.tokenizer.pairing, ids) if isinstance(ids, PairIds) else np.zeros(len(ids), np.int64)
 
     def spans(self, row: Row) -> list[Span]:
-        """The text, or both texts of a pair, with the label as title. No token is predicted."""
+        """The text, or both texts of a pair, for preview. The title states the label. No token is predicted."""
         ids, title = _ids_in(row), f"label: {label_of(row)}"
         if not isinstance(ids, PairIds):
             return [Span(row.parts["ids"], np.zeros(len(ids), np.bool_), title=title)]
@@ -224,7 +226,7 @@ class LabelledTexts(RowKind):
 
 
 def _ids_in(row: Row) -> PairIds | list[int]:
-    """The ids of a row; PairIds if the row has two texts."""
+    """The ids of a row. If the row has two texts, the result is a PairIds."""
     ids = row.parts["ids"]
     return PairIds(ids, int(row.parts["second"][0])) if is_pair(row) else ids.tolist()
 

@@ -18,7 +18,7 @@ from tunekit.objectives.rows.labels import label_of, never_split, utf8
 from tunekit.objectives.rows.recordings import SOUND_PARTS, Clip, RecordingRows, lasts, longer_than
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 
-TRUNCATE = "cut the file, or write data.excess_length: truncate, which keeps its beginning"
+TRUNCATE = "cut the file, or write data.excess_length: truncate to use only its beginning"
 UNHEARD: dict[str, Array] = {
     "features": np.zeros(0, np.float32),
     "place": utf8(""),
@@ -28,7 +28,8 @@ UNHEARD: dict[str, Array] = {
 
 @dataclass(frozen=True)
 class LabelledClip:
-    """The first part of a recording, as long as the model can hear; or, if `beyond`, the rest after that part."""
+    """The first part of a recording, as long as the model's input allows. If `beyond`: the later part, which the model
+    never reads."""
 
     clip: Clip
     label: LabelValue
@@ -60,9 +61,10 @@ class LabelledRecordings(RecordingRows):
         )
 
     def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
-        """The recording. If it is cut, the rest follows as a second example, which is not trained on but counts as cut
-        data.
-        Raises: Dropped or DataError for a recording that is longer than the model's input and may not be cut."""
+        """The recording. If it is truncated, its later part follows as a second example, which is not trained on but
+        counts as cut data.
+        Raises: Dropped or DataError for a recording that is longer than the model's input, unless the recipe truncates
+        recordings."""
         processor = self.processor
         with opened(example.audio) as sound:
             stop, cut = self._stop(sound), sound.seconds > processor.seconds
@@ -86,7 +88,7 @@ class LabelledRecordings(RecordingRows):
         return self.make_row({**parts, "label": utf8(label)}, origin, sizes=(example.frames,))
 
     def units_in(self, parts: RowParts) -> int:
-        """1; or 0 for the rest of a recording after the cut."""
+        """1; or 0 for the later part of a truncated recording."""
         return int(parts["features"].size > 0 or parts["place"].size > 0)
 
     def prompt(self, example: AudioLabelExample) -> tuple[Clip, str]:
@@ -94,9 +96,9 @@ class LabelledRecordings(RecordingRows):
         return self._prompt(example.audio), self.labels.written(self.labels.read(example.label))
 
     def question(self, text: str) -> Clip:
-        """The recording, read from the file whose path is `text`.
+        """Read the recording in the file whose path is `text`.
 
-        Raises: DataError if it is longer than the model's input and may not be cut.
+        Raises: DataError if the recording is longer than the model's input, unless the recipe truncates recordings.
         """
         return self._prompt(Media(text))
 
@@ -121,7 +123,7 @@ class LabelledRecordings(RecordingRows):
         return self.make_row(parts, "", sizes=(self.processor.frames,))
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Shapes: input_features (B, M, F); labels (B,)."""
+        """Make the batch. Shapes: input_features (B, M, F); labels (B,)."""
         rows = [row for (row,) in sequences]
         inputs = {"input_features": self.features_of(rows)}
         targets = {"labels": self.labels.targets(map(label_of, rows))}

@@ -45,31 +45,31 @@ Settings = TypeVar("Settings", bound=LabelSettings)
 
 
 def settings_of_head(settings: Settings, facts: Mapping[str, Any]) -> Settings:
-    """The settings. If there is a trained head, its problem type replaces the recipe's."""
+    """The settings. If there is a trained head, its problem type replaces the problem type in the recipe."""
     return settings.model_copy(update={key: facts[key] for key in ("problem_type",) if key in facts})
 
 
 def given_labels(
     settings: LabelSettings, facts: Mapping[str, Any], pad_id: int | None = None, problem_type: str = SINGLE_LABEL
 ) -> Labels:
-    """The labels in the facts of a trained head; without these, the labels in the recipe."""
+    """The labels of a trained head, read from `facts`; without a trained head, the labels in the recipe."""
     names = facts.get("labels") or settings.labels
     return LABEL_KINDS[problem_type](tuple(map(str, names)), tuple(facts.get("head", ())), pad_id)
 
 
 def never_split(unit: str) -> tuple[tuple[str, str, str]]:
-    """The allowed_options of row kinds whose rows are never split. `unit`: the content of a row, such as text."""
+    """The `allowed_options` of rows that are never split. `unit`: the content of a row, such as text."""
     return (
         (
             "excess_length",
             "truncate, drop or error",
-            f"the labels of a {unit} may be wrong for a piece of it",
+            f"a {unit} is not split, because its label may be wrong for a piece of the {unit}",
         ),
     )
 
 
 def utf8(text: str) -> Array:
-    """The text as UTF-8 bytes, to be stored as a part of a row."""
+    """The text as an array of UTF-8 bytes, to be stored in a row."""
     return np.frombuffer(text.encode(), np.uint8)
 
 
@@ -81,7 +81,7 @@ def label_of(row: Row) -> str:
 def label_objective(
     settings: LabelSettings, rows: RowKind, loss: LabelLoss, processor: Processor | None = None, **facts: object
 ) -> Objective:
-    """The objective of rows with labels. `facts`: facts to save besides the labels and the problem type."""
+    """Make the objective of rows with labels. `facts`: values to save besides the labels and the problem type."""
     if loss.problem_type not in (None, SINGLE_LABEL):
         facts = {"problem_type": loss.problem_type, **loss.measured_facts, **facts}
     answering = Answering("label", processor=processor)
@@ -102,8 +102,9 @@ def _with_labels(
     notes: Sequence[str] = (),
     bias: Sequence[float] = (),
 ) -> Objective:
-    """The objective with the labels `names`. `unlabelled`: the rows' fingerprint without labels; the labels are
-    added, because they decide which rows are wrong. `bias`: the bias of a new head."""
+    """The objective with the labels `names`. `unlabelled`: the fingerprint of the rows without labels. The new
+    fingerprint includes the labels, because the labels decide which rows are invalid. `bias`: the bias of a new
+    head."""
     labels, loss = replace(objective.rows.labels, names=names), replace(loss, labels=names)
     rows = replace(objective.rows, labels=labels, fingerprint=hash_of([unlabelled, *names]))  # type: ignore[type-var]
     labelled = replace(
@@ -128,8 +129,8 @@ def headed_section(
     seed: int = 0,
     bias: tuple[float, ...] = (),
 ) -> ModelSection:
-    """The base's model section, extended by a head with one score per label. The base's own head is kept if it has
-    these labels."""
+    """The base's model section, extended by a head with one score per label. If the base has a head with these labels,
+    this head is kept."""
     new = bool(labels.head) and labels.head != labels.names
     head = {"new_head": new, "labels": labels.names, "head_seed": seed, "head_pad_id": labels.pad_id}
     meaning = {} if loss is None else {"problem_type": loss.problem_type, **loss.measured_facts}
@@ -139,10 +140,10 @@ def headed_section(
 def _learn(
     objective: Objective, loss: LabelLoss, unlabelled: str, weights: ClassWeights, rows: Sequence[Rows]
 ) -> Objective:
-    """The objective with the labels that occur in the rows, unless the recipe lists labels. If the base's head has the
-    same labels, their order is the head's.
-    Raises: DataError for fewer than two labels, or for one number in two spellings. Also for an unlisted label that
-    occurs only in evaluation rows from a different file."""
+    """The objective with the labels that occur in the rows, or with the recipe's list of labels. If the base's head has
+    the same labels, they are in the order of the head.
+    Raises: DataError for fewer than two labels, for one number in two spellings, or for an unlisted label that occurs
+    only in evaluation rows from a different file."""
     objective = _with_pairs(objective, rows) if objective.rows.reads_pairs else objective
     kind = objective.rows
     if isinstance(kind.labels, Quantities):
@@ -161,7 +162,7 @@ def _learn(
         _refuse_unseen(unseen, train)
     names = listed or same or tuple(sorted(present, key=_by_number))
     if not names:
-        raise DataError("no row of data.train has a label", "add rows that have some")
+        raise DataError("no row of data.train has a label", "add rows with labels")
     labels_to_learn = names if listed or same else tuple(taught)
     if len(labels_to_learn) < 2 and loss.problem_type != MULTI_LABEL:
         what = f"all training rows have the label '{labels_to_learn[0]}'"
@@ -172,7 +173,7 @@ def _learn(
         counts[known.head_name(label)] += count
     words = Counter(label for row in train for label in kind.labels_of(row))
     notes = [*_note_baseline(kind, loss, words, held), *loss.notes]
-    notes += [f"the label '{label}' occurs in the evaluation rows only" for label in names if label in other]
+    notes += [f"the label '{label}' occurs only in the evaluation rows" for label in names if label in other]
     notes += _note_rare([label for label in names if counts[label] == 1])
     if present and not present & set(names) and names == default_labels(len(names)):
         notes.append(
@@ -182,8 +183,8 @@ def _learn(
         notes.append(f"the head of the base is kept, with its labels: {Labels.text(names)}")
     if head and head != names:
         notes.append(
-            f"the base's own head ({Labels.text(head)}) is not used, and a new one trained for {Labels.text(names)}; "
-            "to keep it, list its labels in the order of its rows under objective.labels"
+            f"the base's head ({Labels.text(head)}) is not used; a new head is trained for {Labels.text(names)}; "
+            "to keep the base's head, list its labels in the order of its rows under objective.labels"
         )
     if weights is not None:
         occurring = Counter[str]()
@@ -198,8 +199,8 @@ def _learn(
 
 
 def _with_pairs(objective: Objective, rows: Sequence[Rows]) -> Objective:
-    """The objective, after it is known whether rows are pairs of texts. Pairs are recorded in the facts of the
-    adapter's folder.
+    """The objective after a check whether its rows are pairs of texts. If they are pairs, the facts saved with the
+    adapter state this.
 
     Raises: DataError if only some rows are pairs.
     """
@@ -212,14 +213,15 @@ def _learn_outputs(
     objective: Objective, loss: LabelLoss, labels: Quantities, unlabelled: str, rows: Sequence[Rows]
 ) -> Objective:
     """The objective with a name for each number of a row: from the recipe, else transformers' default names. A note
-    states the error of always answering the mean. Raises: DataError for a row with a different count of numbers."""
+    states the error of a baseline that always answers the mean.
+    Raises: DataError if rows have different counts of numbers."""
     train, *held = ([(label_of(row), row.origin) for row in map(some.__getitem__, range(len(some)))] for some in rows)
     count = labels.refuse_other_counts([*train, *chain(*held)])
     names = labels.names or default_labels(count)
     notes = [f"the head of the base is kept: {Labels.text(names)}"] if labels.head == names else []
     if labels.head and labels.head != names:
-        what = f"the base's own head ({Labels.text(labels.head)}) is not used, and a new one trained"
-        notes.append(f"{what}; to keep it, list its labels under objective.labels")
+        what = f"the base's head ({Labels.text(labels.head)}) is not used, and a new head is trained"
+        notes.append(f"{what}; to keep the base's head, list its labels under objective.labels")
     mean = labels.targets(text for text, _ in train).double().mean(dim=0)  # (C,)
     if held:
         squares = (labels.targets(text for text, _ in held[0]).double() - mean).square().mean()
@@ -228,8 +230,8 @@ def _learn_outputs(
 
 
 def _refuse_unseen(unseen: Mapping[str, Row], train: Sequence[Row]) -> None:
-    """Raises: DataError for a label that occurs only in evaluation rows. If evaluation rows are taken from the
-    training files, this is allowed: they may contain a label's only row."""
+    """Raises: DataError for a label that occurs only in evaluation rows. Evaluation rows taken from the training files
+    are exempt, because they may contain a label's only row."""
     files = {row.origin.rpartition(":")[0] for row in train}
     for label, row in sorted(unseen.items(), key=lambda pair: pair[1].number):
         file, _, line = row.origin.rpartition(":")
@@ -250,10 +252,11 @@ def _note_baseline(kind: RowKind, loss: LabelLoss, taught: Counter[str], held: S
 
 
 def _note_rare(labels: Sequence[str]) -> list[str]:
-    """Notes on labels with a single row: one note per label, or a common note if there are many labels."""
+    """Notes on labels with a single training row: one note per label, or one note for all if there are many such
+    labels."""
     if len(labels) <= MOST_NOTES:
-        return [f"the label '{label}' has one row to train on" for label in labels]
-    return [f"{len(labels):,} labels have one row each to train on ({Labels.text(labels)})"]
+        return [f"the label '{label}' has only one training row" for label in labels]
+    return [f"{len(labels):,} labels have only one training row each ({Labels.text(labels)})"]
 
 
 def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[Row]) -> None:
@@ -269,9 +272,10 @@ def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[
         label = numbers[0]
     elif len(counts) > MOST_ALONE and max(counts.values()) == 1:
         label = next(iter(counts))
-        what = f"each of the {len(counts):,} labels is in one row only, such as '{label[:60]}'"
+        what = f"each of the {len(counts):,} labels occurs in only one row, for example '{label[:60]}'"
         how = (
-            f"map the column of labels under data.train[].columns; numbers are for objective.problem_type: {REGRESSION}"
+            f"name the column of labels under data.train[].columns; to learn numbers, write objective.problem_type: "
+            f"{REGRESSION}"
         )
     else:
         return
@@ -281,13 +285,14 @@ def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[
 
 
 def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) -> tuple[float, ...]:
-    """The weight of each label: from the recipe, or as in scikit-learn's `balanced`: rows / (number of labels that
-    occur * rows of this label). Raises: RecipeError for a weight of an unknown label."""
+    """The weight of each label: from the recipe, or as in scikit-learn's `balanced`: (number of rows) / (number of
+    labels that occur * number of rows with this label).
+    Raises: RecipeError for a weight of an unknown label."""
     if isinstance(written, Mapping):
         other = next((label for label in written if label not in labels.head_rows), None)
         if other is not None:
             what = f"'{other}' is not among the labels ({Labels.text(labels.names)})"
-            raise RecipeError(what, "name labels of the data", key="objective.class_weights")
+            raise RecipeError(what, "use only labels that occur in the data", key="objective.class_weights")
         by_name = {labels.head_name(label): weight for label, weight in written.items()}
         return tuple(by_name.get(name, 1.0) for name in labels.names)
     occurring = sum(map(bool, counts))
@@ -295,8 +300,8 @@ def _weights_of(written: ClassWeights, labels: Labels, counts: Sequence[int]) ->
 
 
 def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError if two labels are the same number (1 and 1.0, or 01), or if some labels are numbers and
-    others truth values."""
+    """Raises: DataError if two labels are the same number (1 and 1.0, or 01), or if some labels are numbers and other
+    labels are true or false."""
     spellings, wrong = dict[float, str](), ("", "", "")
     for label in sorted(labels, key=lambda label: (len(label), label)):
         if not re.fullmatch(NUMBER, label):
@@ -306,8 +311,8 @@ def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) 
             wrong = label, f"is the same number as the label '{first}' in other rows", f"write '{first}' in all rows"
     truth = sorted(labels & {"true", "false"})
     if spellings and truth:
-        what = f"is a truth value, but the label '{min(spellings.values())}' in other rows is a number"
-        wrong = truth[0], what, "write labels of one kind"
+        what = f"is a boolean, but the label '{min(spellings.values())}' in other rows is a number"
+        wrong = truth[0], what, "write all labels as numbers, or all labels as booleans"
     if wrong[0]:
         row = next(row for row in rows if wrong[0] in kind.labels_of(row))
         file, _, line = row.origin.rpartition(":")
@@ -315,10 +320,10 @@ def _refuse_two_spellings(labels: set[str], kind: RowKind, rows: Sequence[Row]) 
 
 
 def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any], limits: AnswerLimits) -> list[str]:
-    """The most likely label for each prompt; for tagged words, all tags with blanks between them.
+    """The most likely label for each prompt; if words are tagged, all tags separated by blanks.
     Raises: InputError if answers should be sampled."""
     if limits.sampling.temperature:
-        what = "a classifier answers with the most likely label and samples nothing"
+        what = "a classifier always answers with the most likely label, so nothing is sampled"
         raise InputError(what, "leave --temperature out")
     answers, unlabelled = list[str](), rows.unlabelled(model, prompts)
     for start in range(0, len(unlabelled), limits.batch_size):
@@ -330,6 +335,6 @@ def _write(rows: RowKind, loss: LabelLoss, model: Model, prompts: Sequence[Any],
 
 
 def _by_number(label: str) -> tuple[bool, int, str]:
-    """The key to sort labels: whole numbers come first, in numeric order, then names in alphabetical order."""
+    """Sort key of a label: whole numbers come first, in numeric order, then names in alphabetical order."""
     number = re.fullmatch("-?[0-9]{1,18}", label)
     return (number is None, int(label) if number else 0, label)

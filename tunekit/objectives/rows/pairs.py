@@ -26,8 +26,9 @@ def is_pair(row: Row) -> bool:
 
 
 def are_pairs(rows: Iterable[Row]) -> bool | None:
-    """Whether the rows are pairs of texts; None without rows. Raises: DataError if only some rows are pairs, because
-    all rows of a micro-batch must have the same head and token types."""
+    """Whether the rows are pairs of texts; None if there are no rows.
+    Raises: DataError if only some rows are pairs, because all rows of a micro-batch must have the same head and token
+    types."""
     first: Row | None = None
     for row in rows:
         first = first or row
@@ -39,7 +40,7 @@ def are_pairs(rows: Iterable[Row]) -> bool | None:
 
 
 def other_kind(pair: bool, others: str) -> tuple[str, str]:
-    """The error message and the advice for a row that is a pair while `others` are single texts, or the reverse."""
+    """What is wrong and how to mend it, for a row that is a pair while `others` are single texts, or the reverse."""
     how = "write both texts in every row, as sentence1 and sentence2, or one text in every row"
     return f"the row is {KINDS[pair]}, but {others} {KINDS[not pair]}", how
 
@@ -53,8 +54,8 @@ def join_texts(tokenizer: Tokenizer, first: str, second: str) -> PairIds:
 
 
 def sized_pair(pairing: Pairing, pair: PairIds, size: int) -> PairIds:
-    """The pair with exactly `size` ids: truncated as by transformers' longest_first, or extended by repeating the
-    second text."""
+    """The pair with exactly `size` ids. A longer pair is truncated as in transformers' longest_first; in a shorter
+    pair, the second text is repeated."""
     first, second = _texts(pairing, pair)
     room = max(size - len(pairing.before) - len(pairing.between) - len(pairing.after), 0)
     sizes = cut_sizes(len(first), len(second), room)
@@ -64,8 +65,8 @@ def sized_pair(pairing: Pairing, pair: PairIds, size: int) -> PairIds:
 
 def cut_sizes(first: int, second: int, room: int) -> tuple[int, int]:
     """The sizes of two texts after truncation to `room` tokens in total, as in tokenizers' LongestFirst. The longer
-    text is cut first, then both equally. If `room` is odd, the longer text keeps one token more; the second text, if
-    both are equally long."""
+    text is cut first, then both texts equally. If `room` is odd, the longer text keeps one more token; if the texts
+    have equal sizes, the second text does."""
     if first + second <= room:
         return first, second
     short = min(first, second)

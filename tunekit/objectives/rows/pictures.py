@@ -1,9 +1,9 @@
-"""Rows of images with prompts. An image is trained on at the size of the bucket with the nearest aspect ratio. This
-module also generates images for prompts.
+"""Rows of images with prompts. An image is trained on at the size of a bucket: the bucket with the nearest aspect
+ratio. This module also generates images for prompts.
 
-Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket). Unlike there,
-only the quotient of the aspect ratios decides which bucket is nearest. If an image is too small for its bucket,
-`auto` selects a smaller bucket; if the recipe lists the buckets, the image is enlarged.
+Source of the buckets: diffusers' training_utils (generate_aspect_ratio_buckets, find_nearest_bucket). Unlike in
+diffusers, the nearest bucket is chosen only by the quotient of the aspect ratios. If an image is too small for its
+bucket, `auto` selects a smaller bucket; if the recipe lists the buckets, the image is enlarged.
 """
 
 import math
@@ -45,8 +45,9 @@ PREPARED = ("latents", "target", "times", "weights", "sizes")  # parts that the 
 
 @dataclass(frozen=True, eq=False)
 class PictureRows(RowKind):
-    """Rows of images with prompts. Parts: `pixels`, the image resized so that it just covers its bucket and each step
-    can crop it differently; `shape` of the pixels; `original`, the size in the file; `bucket`; `prompt` as UTF-8.
+    """Rows of images with prompts. Parts: `pixels`, the image resized so that it just covers its bucket (each step can
+    crop it differently); `shape` of the pixels; `original`, the size in the file; `bucket`, the size to train at;
+    `prompt` as UTF-8.
 
     In each step the loss replaces `pixels` by the parts PREPARED, and adds the inputs made from each prompt
     (`text_parts`).
@@ -74,10 +75,10 @@ class PictureRows(RowKind):
         """The row of an example. Raises: Dropped for an animated or tiny image; DataError for an unreadable image."""
         prompt = example.text or self.instance_prompt
         if not prompt:
-            raise DataError("the image has no 'text'", "write one, or objective.instance_prompt for all images")
+            raise DataError("the image has no 'text'", "add a 'text' to the row, or write objective.instance_prompt")
         pixels = read_pixels(example.image, self.notices)
         for cut in self.processor.cut_prompts([prompt]):
-            self.notices[f"has a prompt that is too long for CLIP, which does not see its end ({cut[:40]}...)"] += 1
+            self.notices[f"has a prompt that is too long for CLIP, so its end is ignored ({cut[:40]}...)"] += 1
         size = fitting_bucket(pixels.shape[:2], (self.buckets, *self.smaller))
         if len(self.buckets) > 1:
             self.notices[f"trained on at {size[1]} x {size[0]} pixels"] += 1
@@ -99,7 +100,7 @@ class PictureRows(RowKind):
         return text
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Its inputs and targets are empty if the loss has not prepared the rows yet.
+        """Make the batch. Its inputs and targets are empty if the loss has not prepared the rows yet.
 
         Shapes: latents, target (N, C, H, W); times, weights, of_row (N,); sizes (N, 6). N is the number of images in
         all rows.
@@ -138,7 +139,8 @@ def prompt_of(row: Row) -> str:
 
 
 def text_parts(texts: Sequence[RowParts]) -> dict[str, Array]:
-    """Parts to add to a prepared row: the network's inputs for each prompt, as "NUMBER NAME"."""
+    """The parts to add to a prepared row: the network's inputs for each of its prompts, under the name "NUMBER
+    NAME"."""
     return {f"{place} {name}": values for place, text in enumerate(texts) for name, values in text.items()}
 
 
@@ -160,8 +162,8 @@ def buckets_of(settings: DreamboothSettings, processor: PipelineProcessor) -> tu
 
 
 def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
-    """Buckets for all RATIOS. Each has about as many pixels as a square of the resolution, and its sides are
-    multiples of `multiple`."""
+    """Buckets for all RATIOS. Each bucket has about the same number of pixels as a square with side `resolution`, and
+    its sides are multiples of `multiple`."""
     sizes = dict[float, Size]()
     for one, other in RATIOS:
         sides = (resolution * math.sqrt(one / other), resolution * math.sqrt(other / one))
@@ -172,15 +174,15 @@ def made_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
 
 
 def nearest_bucket(size: Sequence[int], buckets: Sequence[Size]) -> Size:
-    """The bucket whose aspect ratio is nearest to the image's, compared by quotient; the first of several equally
-    near buckets."""
+    """The bucket whose aspect ratio is nearest to the image's, compared by quotient. If several are equally near, the
+    first of these buckets."""
     ratio = size[0] / size[1]
     return min(buckets, key=lambda bucket: round(abs(math.log(ratio * bucket[1] / bucket[0])), 9))
 
 
 def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) -> tuple[tuple[Size, ...], ...]:
-    """Sets of `auto` buckets for small images, from larger to smaller buckets. Empty if the recipe lists the
-    buckets."""
+    """Sets of `auto` buckets for small images. Each set has smaller buckets than the set before. Empty if the recipe
+    lists the buckets."""
     if not isinstance(settings.aspect_ratio_buckets, str) or settings.resolution is None:
         return ()
     sides = range(settings.resolution - processor.multiple, 0, -processor.multiple)
@@ -188,35 +190,35 @@ def smaller_buckets(settings: DreamboothSettings, processor: PipelineProcessor) 
 
 
 def fitting_bucket(size: Sequence[int], sets: Sequence[tuple[Size, ...]]) -> Size:
-    """The first bucket that the image covers, among the nearest buckets of each set. If there is none: the nearest
-    bucket of the last set."""
+    """The first bucket that the image is large enough to cover, among the nearest bucket of each set. If no bucket is
+    small enough: the nearest bucket of the last set."""
     nearest = [nearest_bucket(size, buckets) for buckets in sets]
     return next((bucket for bucket in nearest if size[0] >= bucket[0] and size[1] >= bucket[1]), nearest[-1])
 
 
 def size_problems(settings: DreamboothSettings, processor: PipelineProcessor) -> Iterator[Problem]:
-    """Problems: sizes that the denoiser cannot process, and buckets that no image would use."""
+    """Problems in the recipe: sizes that the denoiser cannot process, and buckets that no image would use."""
     most, side, multiple = processor.max_side, settings.resolution, processor.multiple
     assert side is not None
     if most is not None and side > most:
         what = f"{side} is too large: the denoiser has positions for {most} pixels per side"
-        yield Problem(what, "write a smaller one", key="objective.resolution")
+        yield Problem(what, "write a smaller resolution", key="objective.resolution")
     if side % multiple:
-        what = f"{side} is not a multiple of {multiple}, the denoiser's factor"
+        what = f"{side} is not a multiple of {multiple}, which the denoiser requires"
         yield Problem(what, f"write a multiple of {multiple}", key="objective.resolution")
     if settings.aspect_ratio_buckets is None:
         return
     ratios = dict[float, Size]()
     for size in buckets_of(settings, processor):
         if any(side % multiple for side in size):
-            what = f"a side of {list(size)} is not a multiple of {multiple}, the denoiser's factor"
+            what = f"a side of {list(size)} is not a multiple of {multiple}, which the denoiser requires"
             yield Problem(what, f"write multiples of {multiple}", key=KEY)
         if most is not None and max(size) > most:
             what = f"{list(size)} is too large: the denoiser has positions for {most} pixels per side"
-            yield Problem(what, "write smaller sides, or, for auto, a smaller objective.resolution", key=KEY)
+            yield Problem(what, "write smaller sides; with auto, write a smaller objective.resolution", key=KEY)
         if (same := ratios.setdefault(size[0] / size[1], size)) is not size:
             what = f"{list(size)} has the same aspect ratio as {list(same)}, so no image would use it"
-            yield Problem(what, "leave one out", key=KEY)
+            yield Problem(what, "remove one of them", key=KEY)
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,6 @@ class Artist:
 
 
 def drawing_of(settings: DreamboothSettings) -> Drawing:
-    """The settings to generate square images, with the resolution as their side."""
+    """The settings for generating square images whose side is the resolution."""
     assert settings.resolution is not None
     return Drawing(settings.num_inference_steps, settings.guidance_scale, settings.resolution, settings.resolution)

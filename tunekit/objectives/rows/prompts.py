@@ -1,4 +1,4 @@
-"""Rows of prompts, before and after the model has written completions for them."""
+"""Rows of prompts, before and after the model has generated their completions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PER_ROW = ("share", "rewards", "ended", "lengths")
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion that the model generated: its ids, including a stop token if there is one, and its text. `ended`:
-    whether a stop token ended it."""
+    """A completion that the model generated: its text and its ids, with the stop token if there is one. `ended`:
+    whether a stop token ended the completion."""
 
     ids: list[int]
     ended: bool
@@ -37,9 +37,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion as reward functions read it: the row's prompt (a text or messages), the row's columns, and the
-    completion's text. `origin`: the row's file and line, for errors; `ids`: the completion's ids with the stop
-    token, None if no tokenizer is loaded."""
+    """A completion in the form that reward functions read: the row's prompt (a text or messages), the row's columns,
+    and the completion's text. `origin`: the row's file and line, for errors; `ids`: the completion's ids with the stop
+    token, or None if no tokenizer is loaded."""
 
     prompt: str | list[JsonObject]
     columns: Mapping[str, Any]
@@ -55,8 +55,8 @@ class Completion:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PromptRows(TextRows):
-    """Rows of prompts. Parts: `prompt` (T,), its ids; `context`, the JSON that reward functions read. A prompt with its
-    completions (a group) becomes one row of the kind `answers`, so that micro-batches never split a group.
+    """Rows of prompts. Parts: `prompt` (T,), the prompt's ids; `context`, the JSON that reward functions read. A prompt
+    with its completions (a group) becomes one row of the kind `answers`, so that micro-batches never split a group.
 
     `count`: the number of completions for a prompt; `longest`: the maximum number of tokens in a completion;
     `unusable`: error or drop, for a row without a prompt; `masks_truncated`: whether the loss ignores completions
@@ -72,7 +72,7 @@ class PromptRows(TextRows):
     packable = True
     room = " with room for objective.max_completion_length"
     allowed_options = (
-        ("train_on", "assistant", "the model learns from its own completions"),
+        ("train_on", "assistant", "the model learns from its own completions, not from the text of the rows"),
         ("excess_length", "drop or error", "a truncated prompt is a different question"),
     )
 
@@ -82,7 +82,8 @@ class PromptRows(TextRows):
         return RowLayout({"prompt": "<i4", "context": "u1"}, ("prompt",), self.count, paired=True)
 
     def encode(self, example: PromptExample, origin: str) -> Row:
-        """The row of an example. Raises: Dropped or DataError, as the recipe chooses, if it has no prompt."""
+        """The row of an example. Raises: Dropped or DataError (the recipe chooses which) if the example has no
+        prompt."""
         if not example.prompt:
             if self.unusable == "drop":
                 raise Dropped(NO_PROMPT)
@@ -111,21 +112,23 @@ class PromptRows(TextRows):
         return self.count if "prompt" in parts else len(self.answers.sides)
 
     def evaluation_copy(self) -> PromptRows:
-        """The rows for evaluation, with one completion for each prompt."""
+        """A copy of the rows for evaluation, with one completion for each prompt."""
         return replace(self, answers=replace(self.answers, sides=self.answers.sides[:1]))
 
     def laid_out(self, end_to_end: bool, shares_prefixes: bool = False) -> PromptRows:
-        """The rows, whose completions are laid out as RowKind.laid_out describes."""
+        """A copy of the rows. Its completions are laid out in the same way as in AnswerRows.laid_out."""
         return replace(self, answers=self.answers.laid_out(end_to_end, shares_prefixes))
 
     def shared(self, row: Row) -> int:
-        """If the prompt is computed only once: its tokens times the number of further completions; else 0."""
+        """The prompt's tokens times the number of completions after the first. 0 if the prompt is computed for each
+        completion."""
         if "prompt" not in row.parts:
             return self.answers.shared(row)
         return len(row.parts["prompt"]) * (len(self.answers.sides) - 1) if self.answers.shares_prefixes else 0
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with a prompt cut so that prompt and completion have at most this size. A run never cuts prompts."""
+        """The row with a shorter prompt, so that prompt and completion have at most this size. A training run never
+        cuts prompts."""
         longest = min(self.longest, max(stop - start - 1, 0))
         return self._with_prompt(row, row.parts["prompt"][start : max(stop - longest, start + 1)])
 
@@ -138,14 +141,14 @@ class PromptRows(TextRows):
         return self.make_row({**row.parts, "prompt": ids}, row.origin, row.number)
 
     def spans(self, row: Row) -> list[Span]:
-        """The prompt, which is not trained on. The title states the columns that reward functions read."""
+        """The prompt, for preview. It is not trained on. The title states the columns that reward functions read."""
         columns = {name: value for name, value in read_context(row)["columns"].items() if value is not None}
         values = "".join(f", {name}: {value}" for name, value in columns.items())
         ids = row.parts["prompt"]
         return [Span(ids, np.zeros(len(ids), np.bool_), title=f"prompt{values}")]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch, laid out as `answers` rows. A prompt without completions gets completions of the maximum
+        """Make the batch, in the layout of `answers` rows. A prompt without completions gets completions of the maximum
         length."""
         if any("prompt" in row.parts for row in sequences[0]):
             completed = [[self.completed(row, self.longest_samples(row)) for row in some] for some in sequences]
@@ -170,7 +173,7 @@ class PromptRows(TextRows):
         return self.make_row(parts, row.origin, row.number)
 
     def with_tokens(self, window: Window, name: str, values: Sequence[Tensor]) -> Window:
-        """The window, with a value added for each predicted token. Shapes: values (N,) for each batch."""
+        """Add a value for each predicted token to the step's rows. Shapes: values (N,) for each batch."""
         parts = []
         for batch, numbers in zip(window.batches, values, strict=True):
             split = [part.numpy() for part in torch.split(numbers.float(), batch.targets["counts"].tolist())]
@@ -179,8 +182,8 @@ class PromptRows(TextRows):
         return self.with_parts(window, parts)
 
     def _prepared(self, rows: Sequence[Row]) -> Tensors:
-        """The parts that a step added, as tensors: (N,) for tokens and (G P,) for completions, in the order of the
-        predicted tokens; (P, ...) for rows."""
+        """The values that a step added to the rows, as tensors: (N,) for tokens and (G P,) for completions, in the
+        order of the predicted tokens; (P, ...) for rows."""
         parts, sides, prepared = rows[0].parts, self.answers.sides, dict[str, Array]()
         for name in (name for name in PER_TOKEN if f"{sides[0]}_{name}" in parts):
             prepared[name] = np.concatenate([row.parts[f"{side}_{name}"] for side in sides for row in rows])
@@ -201,7 +204,7 @@ def completions_of(rows: Sequence[Row], groups: Sequence[Sequence[Sample]]) -> l
 
 
 def context_json(example: PromptExample) -> str:
-    """The JSON of an example's prompt and columns. The row stores it for reward functions."""
+    """The JSON of an example's prompt and columns, which is stored in the row for reward functions."""
     columns = {"answer": example.answer, **example.columns}
     return json.dumps({"prompt": example.prompt_value, "columns": columns}, default=str, ensure_ascii=False)
 

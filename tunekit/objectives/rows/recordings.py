@@ -1,4 +1,4 @@
-"""Rows of recordings. A row stores a recording's features, or the place in a file from which they are computed.
+"""Rows of recordings. A row stores the recording's features, or the file and range from which they are computed.
 SpecAugment masks are drawn for each step."""
 
 import json
@@ -24,7 +24,7 @@ from tunekit.objectives.rows.labels import utf8
 from tunekit.objectives.rows.spec_augment import drawn_masks, masked
 
 SILENT = "silent recording"
-COMPUTED = "recordings are read again in each step, because less than 5 GiB of the cache's disk are free"
+COMPUTED = "recordings are read again in each step, because the cache's disk has less than 5 GiB of free space"
 MIN_FREE_BYTES = 5 * 2**30  # free space of the cache's disk: features of 30 s take about 1 MB
 SOUND_PARTS = {"features": "<f4", "place": "u1", "samples": "<i4"}
 MASKS = "masks"  # a part that `draw` adds
@@ -52,9 +52,9 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class RecordingRows(RowKind):
-    """The base class of rows of recordings. Parts SOUND_PARTS: `features`, or the `place` in a file from which they
-    are computed; and `samples`, their number at the model's rate. `draws`: whether SpecAugment masks frames and
-    frequencies."""
+    """The base class of rows of recordings. Parts SOUND_PARTS: `features`; or `place`, the file and range from which
+    features are computed; and `samples`, the number of samples at the model's rate. `draws`: whether SpecAugment masks
+    frames and frequencies."""
 
     settings: Any  # the objective's settings, with the fields of SpecAugmentSettings
     processor: FeatureExtractor
@@ -64,7 +64,7 @@ class RecordingRows(RowKind):
     draws: bool = False
 
     def sound_parts(self, clip: Clip) -> dict[str, Array]:
-        """The parts SOUND_PARTS for a clip. `notices` counts clips whose features are not stored. Raises: Dropped
+        """The parts SOUND_PARTS of a clip's row. `notices` counts clips whose features are not stored. Raises: Dropped
         for a silent clip."""
         with opened(clip.media) as sound:
             samples = heard(sound, clip.start, clip.stop, self.processor.rate)
@@ -77,7 +77,8 @@ class RecordingRows(RowKind):
         return {"features": self.processor.features(samples).reshape(-1), "place": utf8(""), "samples": count}
 
     def features_of(self, rows: Sequence[Row]) -> Tensor:
-        """Features (B, M, F), padded as by the model's feature extractor and 0 where masked; or samples (B, N)."""
+        """Features (B, M, F), padded as the model's feature extractor pads them, and 0 where masked; or samples (B,
+        N)."""
         return torch.from_numpy(np.stack([masked(self._features(row), row.parts.get(MASKS)) for row in rows]))
 
     def _features(self, row: Row) -> Array:
@@ -98,15 +99,15 @@ class RecordingRows(RowKind):
         return row.with_parts({MASKS: drawn_masks(self.settings, row, self.processor.bands, key[:3])})
 
     def evaluation_copy(self) -> Self:
-        """The rows for evaluation, without masks."""
+        """A copy of the rows for evaluation, without masks."""
         return replace(self, draws=False)
 
 
 def lasts(sound: Sound, maximum: float) -> str:
     """The error message for a recording that is too long."""
-    return f"{sound.name} lasts {sound.seconds:,.1f} s, but the model can hear at most {maximum:g} s at once"
+    return f"{sound.name} lasts {sound.seconds:,.1f} s, but the model's input is at most {maximum:g} s"
 
 
 def longer_than(maximum: float) -> str:
-    """The reason why a recording that is too long was dropped."""
+    """The reason for dropping a recording that is too long."""
     return f"recording longer than {maximum:g} s, the model's maximum"

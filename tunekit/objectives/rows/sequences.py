@@ -1,4 +1,4 @@
-"""Rows for causal models: each row is one sequence of ids, with marks on the ids that are trained on."""
+"""Rows for causal models: each row is one sequence of ids, with a mark on each id that is trained on."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ UNWEIGHTED = np.empty(0, np.float32)
 
 @dataclass(frozen=True, eq=False)
 class SequenceRows(TextRows):
-    """Rows for causal models. Parts: `ids` (T,); `trained` (T,), marks; `weights` (T,), empty if all trained tokens
-    have weight 1. Token 0 is never predicted, so it is never trained on."""
+    """Rows for causal models. Parts: `ids` (T,); `trained` (T,), whether each id is trained on; `weights` (T,), empty
+    if all trained tokens have weight 1. Token 0 is never predicted, so it is never trained on."""
 
     example = "text"
     has_choices = True
@@ -27,8 +27,8 @@ class SequenceRows(TextRows):
     layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 
     def examples(self, example: Example) -> Sequence[Example]:
-        """The example itself. With `data.rewritten_answers: each`: one example for each answer of a conversation;
-        the turns before the answer are the original turns."""
+        """The example itself. With `data.rewritten_answers: each`, one example for each answer of a conversation, after
+        the original turns."""
         return self.renderer.as_given(example) if self.options.rewritten_answers == "each" else [example]
 
     def encode(self, example: Example, origin: str) -> Row:
@@ -48,16 +48,16 @@ class SequenceRows(TextRows):
         return self.make_row(sequence_parts(*parts), row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """Rows that, packed together, have this size."""
+        """Rows whose sizes sum to this size, to be packed together."""
         return fill_with(rows, size, self)
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Position ids restart at 0 for each row. No mask is needed: padding comes last, and a causal model
-        does not read later tokens.
+        """Make the batch. Position ids restart at 0 for each row. No mask is needed: padding comes last, and a causal
+        model does not read later tokens.
 
-        Shapes: input_ids, position_ids, labels, and weights if any is not 1, (B, T); a row's first token is never a
-        label. Parts that a step added become targets (N, ...), where N is the number of supervised tokens in all
-        rows.
+        Shapes: input_ids, position_ids, labels (B, T); weights (B, T) if a weight is not 1. A row's first token is
+        never a label. Values that a step added to the rows become targets (N, ...), where N is the number of supervised
+        tokens in all rows.
         """
         rows = [row for sequence in sequences for row in sequence]
         targets = {"labels": lay_end_to_end([[_labels(row) for row in some] for some in sequences], IGNORED)}
@@ -75,17 +75,17 @@ class SequenceRows(TextRows):
         return Batch(inputs, targets, tuple(map(tuple, sequences)))
 
     def spans(self, row: Row) -> list[Span]:
-        """The sequence. The title states the weights if a trained token has a weight other than 1."""
+        """The sequence, for preview. The title states the weights if a trained token has a weight other than 1."""
         marked, weights = _labels(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
         return [Span(row.parts["ids"], marked, weights_title(weights[marked[: len(weights)]]))]
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
-        """Rows in which all answers follow one prompt, and the loss that scores the answers."""
+        """Rows in which all possible answers follow one prompt, and the loss that scores the answers."""
         return SideBySideRows(self.tokenizer, dtype), ChoiceLoss(shape)
 
 
 def weights_title(weights: Array) -> str:
-    """A title that states the weights of trained tokens and their counts; empty if all weights are 1."""
+    """A title that states each weight and the number of trained tokens with this weight; empty if all weights are 1."""
     if (weights == 1).all():
         return ""
     counted = zip(*np.unique(weights, return_counts=True), strict=True)
@@ -93,7 +93,7 @@ def weights_title(weights: Array) -> str:
 
 
 def sequence_parts(ids: Array, trained: Array, weights: Array = UNWEIGHTED) -> dict[str, Array]:
-    """The parts of a row. Shapes: (T,) each. Empty `weights` mean that all weights are 1."""
+    """The arrays (parts) of a row, by name. Shapes: (T,) each. Empty `weights` mean that all weights are 1."""
     weights = UNWEIGHTED if (weights[trained[: len(weights)]] == 1).all() else weights
     return {"ids": ids, "trained": trained, "weights": weights}
 

@@ -20,24 +20,24 @@ from tunekit.objectives.rows.text import TextRows, fill_with, put_around
 
 EMPTY_SOURCE = "empty prompt, so the encoder has nothing to read"
 ONLY_LAST_ANSWER = (
-    "conversations with several answers: only the last answer is trained on; the encoder reads the other answers"
+    "conversations with several answers: only the last answer is trained on; the encoder reads the earlier answers"
 )
 
 
 @dataclass(frozen=True, eq=False)
 class SourceRows(TextRows):
     """Rows for encoder-decoders. Parts: `source` (S,), ids with the tokenizer's special tokens around the text;
-    `answer` (A + 1,), whose first token begins every answer and is not predicted; `weight` (1,) of every predicted
-    token."""
+    `answer` (A + 1,), ids whose first token begins every answer and is not predicted; `weight` (1,), the weight of each
+    predicted token."""
 
     example = "text"
     has_choices = True
     allowed_options = (
-        ("train_on", "assistant or last", "the prompt is read by an encoder, which predicts nothing"),
+        ("train_on", "assistant or last", "the encoder reads the prompt, so prompt tokens cannot be trained on"),
         (
             "excess_length",
             "drop, truncate or error",
-            "the later pieces of a row would have no source for the encoder to read",
+            "if a row were split, its later pieces would have no source for the encoder to read",
         ),
     )
     layout = RowLayout({"source": "<i4", "answer": "<i4", "weight": "<f4"}, ("source", "answer"), sizes=2)
@@ -45,7 +45,7 @@ class SourceRows(TextRows):
     def encode(self, example: Example, origin: str) -> Row:
         """The row of an example.
         Raises: Dropped if nothing can be trained on; DataError if the example is wrong; ModelError if the base's
-        configuration does not name the first token of answers."""
+        configuration does not state the token that begins every answer."""
         if isinstance(example, TextExample):
             raise DataError("running text has no prompt for the encoder to read", "give a prompt and its completion")
         if isinstance(example, ChatExample):
@@ -57,10 +57,10 @@ class SourceRows(TextRows):
         start = self.tokenizer.answer_start_id
         if start is None:
             what, how = (
-                "the configuration of the base does not name the first token of answers",
-                "write decoder_start_token_id into",
+                "the configuration of the base does not state the token that begins every answer",
+                "add decoder_start_token_id to",
             )
-            raise ModelError(what, f"{how} its config.json", key="model.name_or_path")
+            raise ModelError(what, f"{how} the base's config.json", key="model.name_or_path")
         source, answer = prompt[0], self.tokenizer.encode_answer(prompt[1])
         if not source:
             raise Dropped(EMPTY_SOURCE)
@@ -100,21 +100,24 @@ class SourceRows(TextRows):
         return self.tokenizer.encode_source(text)
 
     def _as_source(self, ids: list[int]) -> list[int]:
-        """The ids, with the special tokens that the tokenizer puts around a text."""
+        """The ids, with the special tokens that the tokenizer puts before and after a text. Tokens that are already
+        there are not added again."""
         before, after = put_around(self.tokenizer)
         before = [] if ids[: len(before)] == before else before  # the template may already have written these tokens
         after = [] if ids[len(ids) - len(after) :] == after else after
         return [*before, *ids, *after]
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
-        """The row with the tokens from start to stop-1 of source and answer, counted as one sequence."""
+        """The row with the tokens from start to stop-1. Tokens are counted through the source, then through the
+        answer."""
         source, answer = row.parts["source"], row.parts["answer"]
         left = slice(max(start - len(source), 0), max(stop - len(source), 0) + 1)
         parts = {**row.parts, "source": source[start:stop], "answer": answer[left]}
         return self.make_row(parts, row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """A row of this size. Nearly all its tokens are in the source (part 0), or in the answer (part 1)."""
+        """A row of this size. Nearly all its tokens are in the source if `part` is 0, or in the answer if `part` is
+        1."""
         some = fill_with(rows, size, self)
         ids = np.concatenate([row.parts[name] for row in some for name in ("source", "answer")])
         source = size - 1 if part == 0 else 1
@@ -122,10 +125,10 @@ class SourceRows(TextRows):
         return [self.make_row(source_parts(filled[:source], filled[source:]), some[0].origin, some[0].number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Sources and answers are padded separately. Answers need no mask, because padding comes last.
+        """Make the batch. Sources and answers are padded separately. Answers need no mask, because padding comes last.
 
-        Shapes: input_ids, attention_mask (B, S); decoder_input_ids, labels (B, A): position a predicts labels[a];
-        weights (B, A) if any is not 1.
+        Shapes: input_ids, attention_mask (B, S); decoder_input_ids, labels (B, A), where position a predicts labels[a];
+        weights (B, A) if a weight is not 1.
         """
         rows = [row for (row,) in sequences]
         pad, answers = self.tokenizer.pad_id, [row.parts["answer"] for row in rows]
@@ -160,5 +163,5 @@ def answer_weight(example: ChatExample | CompletionExample) -> float:
 
 
 def source_parts(source: Array, answer: Array, weight: float = 1.0) -> dict[str, Array]:
-    """The parts of a row. Shapes: source (S,), answer (A + 1,)."""
+    """The arrays (parts) of a row, by name. Shapes: source (S,), answer (A + 1,)."""
     return {"source": source, "answer": answer, "weight": np.array([weight], np.float32)}

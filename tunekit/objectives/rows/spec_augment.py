@@ -14,11 +14,11 @@ TIME, BANDS = 0, 1
 
 
 def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[int, ...]) -> NDArray[np.int32]:
-    """The masks, shape (masks, 3): each has a kind (0 for frames, 1 for frequencies), a start, and an end (exclusive).
-    `key`: seed, step, row.
-    The number of masks is as in transformers' Whisper: floor(prob * size / length + u), with u from [0, 1). `size`
-    counts frames without padding.    Source: Park et al. 2019; the counts agree with transformers'
-    _compute_mask_indices."""
+    """Masks of shape (masks, 3): each mask has a kind (0 for frames, 1 for frequencies), a start, and an end
+    (exclusive). `key`: seed, step, row.
+    The number of masks is floor(prob * size / length + u), with a random u from [0, 1). `size` counts frames without
+    padding. Source: Park et al. 2019; the numbers agree with transformers' _compute_mask_indices, which Whisper
+    uses."""
     kinds = [
         (TIME, row.sizes[0], settings.mask_time_prob, settings.mask_time_length, settings.mask_time_min_masks),
         (BANDS, bands, settings.mask_feature_prob, settings.mask_feature_length, settings.mask_feature_min_masks),
@@ -36,7 +36,7 @@ def drawn_masks(settings: SpecAugmentSettings, row: Row, bands: int, key: tuple[
 
 
 def masked(features: NDArray[np.float32], masks: NDArray[Any] | None) -> NDArray[np.float32]:
-    """The features, after masked values are set to 0 in place. Shapes: (bands, frames)."""
+    """Set masked values of the features to 0 in place, and return the features. Shapes: (bands, frames)."""
     for kind, start, stop in [] if masks is None else masks.tolist():
         if kind == TIME:
             features[:, start:stop] = 0.0

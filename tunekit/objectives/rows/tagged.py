@@ -24,7 +24,7 @@ class WordIds(list[int]):
 
 @dataclass(frozen=True, eq=False)
 class TaggedWords(LabelledTexts):
-    """Rows of words with tags. Parts: `ids` (T,), for the words with blanks between them and special tokens around
+    """Rows of words with tags. Parts: `ids` (T,), the ids of the words joined by blanks, with special tokens around
     them; `firsts` (N,), the position where each word begins; `tags` as UTF-8."""
 
     example = "tags"
@@ -40,8 +40,8 @@ class TaggedWords(LabelledTexts):
         return self.labels_of(row)
 
     def encode(self, example: TagsExample, origin: str) -> Row:
-        """The row of an example. Raises: Dropped if no word has a token; DataError for an unlisted tag, or if one of
-        the words has no token."""
+        """The row of an example. Raises: Dropped if no word has a token; DataError for an unlisted tag, or if some
+        words have no token."""
         if not self.tokenizer.encode(" ".join(example.words), special_tokens_in_text=False):
             raise Dropped(EMPTY_TEXT)
         tags = self._names(example.tags)
@@ -54,21 +54,21 @@ class TaggedWords(LabelledTexts):
         return len(parts["firsts"])
 
     def prompt(self, example: TagsExample) -> tuple[list[int], str]:
-        """The ids of the words, and the words' tags with blanks between them."""
+        """The ids of the words, and their tags separated by blanks."""
         ids = self._cut_words(example.words)
         return ids, " ".join(map(self.labels.head_name, self._names(example.tags)[: len(ids.firsts)]))
 
     def question(self, text: str) -> list[int]:
-        """The ids of a text, truncated like rows. Blanks separate its words."""
+        """The ids of a text, truncated in the same way as rows. The text's words are separated by blanks."""
         return self._cut_words(text.split())
 
     def first_label(self, ids: Sequence[int]) -> dict[str, Array]:
-        """The parts of a row with these ids. Every word has the first label, because its tag is unknown."""
+        """The arrays (parts) of a row with these ids. The first label stands in for the unknown tag of every word."""
         assert isinstance(ids, WordIds)
         return _parts(ids, ids.firsts, [self.labels.names[0]] * len(ids.firsts))
 
     def word_ids(self, words: Sequence[str]) -> WordIds:
-        """The ids of the words. Raises: DataError if no token begins in one of the words."""
+        """The ids of the words, joined by blanks. Raises: DataError for a word in which no token begins."""
         text, (before, after) = " ".join(words), self.around
         starts = np.cumsum([0, *(len(word) + 1 for word in words)])  # (words + 1,)
         inner, offsets = self.tokenizer.encode_with_offsets(text, special_tokens_in_text=False)
@@ -80,7 +80,7 @@ class TaggedWords(LabelledTexts):
                 firsts.setdefault(owner, len(before) + place)
         missing = next((word for number, word in enumerate(words) if number not in firsts), None)
         if missing is not None:
-            raise DataError(f"no token begins in the word {missing!r}", "remove the word and its tag")
+            raise DataError(f"no token of the text begins in the word {missing!r}", "remove the word and its tag")
         ids = WordIds([*before, *inner, *after])
         ids.firsts = [firsts[number] for number in range(len(words))]
         return ids
@@ -98,7 +98,7 @@ class TaggedWords(LabelledTexts):
         listed = self.settings.labels or next(unnamed, ())
         for tag in tags:
             if isinstance(tag, int) and not 0 <= tag < len(listed):
-                what = f"the tag {tag} is not the number of a label, because objective.labels has {len(listed)} names"
+                what = f"the tag {tag} is not the number of a label: objective.labels has {len(listed)} names"
                 raise DataError(what, "list the names of all tags in objective.labels, in the order of their numbers")
         return [listed[tag] if isinstance(tag, int) else tag for tag in tags]
 
@@ -114,7 +114,8 @@ class TaggedWords(LabelledTexts):
         return row.parts["firsts"]
 
     def spans(self, row: Row) -> list[Span]:
-        """The words, with their tags as title. Marks show the tokens at which tags are predicted."""
+        """The words, for preview. The title states their tags, and marks show the tokens at which tags are
+        predicted."""
         ids = row.parts["ids"]
         marks = np.zeros(len(ids), np.bool_)
         marks[row.parts["firsts"]] = True

@@ -26,12 +26,13 @@ class TextRows(RowKind):
         return Renderer(self.tokenizer, self.options.train_on, self.options.template, self.notices)
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
-        """The ids before the last answer, from which generation continues, and the answer's text; None for running
-        text."""
+        """The ids before the last answer (generation continues from them), and the answer's text. None for running
+        text, which has no prompt."""
         return self.renderer.prompt(example)
 
     def question(self, text: str) -> list[int]:
-        """The ids of the text as a user's turn, if there is a chat template; otherwise as a text to continue."""
+        """The ids of the text: rendered as a user's turn if there is a chat template, otherwise as a text to
+        continue."""
         return self.renderer.question(text)
 
     def readable(self, prompt: Sequence[int]) -> str:
@@ -40,7 +41,7 @@ class TextRows(RowKind):
 
 
 def text_answering(tokenizer: Tokenizer) -> Answering:
-    """The Answering of models that generate text: an answer continues its prompt."""
+    """The Answering of models that generate text, whose answers continue their prompts."""
     return Answering("text", write=partial(_continuations, tokenizer))
 
 
@@ -62,7 +63,7 @@ def _continuations(
 
 
 def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before a complete text, and after it."""
+    """The special tokens that the tokenizer puts before a complete text, and the special tokens after the text."""
     inner, whole = tokenizer.encode("a"), tokenizer.encode_source("a")
     starts = [at for at in range(len(whole)) if whole[at : at + len(inner)] == inner]
     return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and starts else ([], [])

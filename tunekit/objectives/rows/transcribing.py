@@ -17,7 +17,7 @@ from tunekit.objectives.rows.recordings import Clip
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording to transcribe or translate. `timestamps`: whether the text includes times."""
+    """A recording to transcribe or translate. `timestamps`: whether the generated text includes times."""
 
     media: Media
     language: str | None
@@ -28,8 +28,8 @@ class Recording:
 def write_transcripts(
     processor: SpeechProcessor, model: Model, prompts: Sequence[Recording], limits: AnswerLimits
 ) -> list[str]:
-    """The text of each recording, in order. A recording that is longer than the model's input is cut at quiet
-    places, and the texts of its parts are joined. Raises: DataError, which names the file."""
+    """The text of each recording, in order. A recording that is longer than the model's input is cut at quiet places,
+    and the texts of its parts are joined. Raises: DataError that names the file."""
     clips = [(number, clip) for number, prompt in enumerate(prompts) for clip in _clips(prompt, processor)]
     kinds: dict[tuple[str | None, str, bool], list[int]] = {}
     for place, (number, _) in enumerate(clips):
@@ -62,7 +62,7 @@ def write_transcripts(
 
 
 def _keywords(processor: SpeechProcessor, language: str | None, task: str) -> dict[str, str]:
-    """Language and task as keyword arguments of transformers' generate; empty for English-only models.
+    """Language and task as keyword arguments for transformers' generate; empty for an English-only model.
 
     Raises: InputError for a language or task that the model does not know.
     """

@@ -37,12 +37,12 @@ class TranscriptPart:
 @dataclass(frozen=True, eq=False)
 class TranscriptRows(RecordingRows):
     """Rows of recordings with transcripts. Parts: SOUND_PARTS; `answer` (A + 1,), ids whose first token begins every
-    answer and is not predicted; and the answer's `text`. Tokens of language and task are predicted too, as in
+    answer and is not predicted; and `text`, the answer's text. Tokens of language and task are predicted too, as in
     transformers."""
 
     example = "transcript"
     allowed_options = (
-        ("train_on", "assistant", "rows of recordings train on the transcript"),
+        ("train_on", "assistant", "rows of recordings are always trained on the transcript"),
         (
             "excess_length",
             "drop, split or error",
@@ -55,7 +55,7 @@ class TranscriptRows(RecordingRows):
 
     @cached_property
     def layout(self) -> RowLayout:
-        """The layout: frames and tokens are two sizes, padded separately."""
+        """The layout, with two sizes that are padded separately: the number of frames and the number of tokens."""
         padded = self.processor.padded
         return RowLayout(
             {**SOUND_PARTS, "answer": "<i4", "text": "u1"},
@@ -69,7 +69,8 @@ class TranscriptRows(RecordingRows):
 
     def examples(self, example: TranscriptExample) -> Sequence[TranscriptPart]:
         """The whole recording; or its parts, if it is longer than the model's input.
-        Raises: Dropped or DataError for a long recording that may not or cannot be cut."""
+        Raises: Dropped or DataError for a recording that is longer than the model's input, if the recipe does not split
+        recordings, or if this recording has no segments."""
         maximum = self.processor.seconds
         with opened(example.audio) as sound:
             if sound.seconds <= maximum:
@@ -107,10 +108,10 @@ class TranscriptRows(RecordingRows):
             beyond_model = f"transcript longer than the {maximum} tokens that the model can write"
             raise Dropped(TOO_LONG if maximum < longest else beyond_model)
         what = f"the transcript has {tokens} tokens, but an answer may have at most {maximum}"
-        raise DataError(what, "cut the recording, or leave the row out")
+        raise DataError(what, "cut the recording into shorter ones, or leave the row out")
 
     def _row(self, parts: RowParts, frames: int, origin: str, number: int = 0) -> Row:
-        """A row of these parts. Parts that a step added are left out."""
+        """A row with these arrays, but without arrays that a step added."""
         parts = {name: parts[name] for name in self.layout.parts}
         return self.make_row(parts, origin, number, (frames, self.units_in(parts)))
 
@@ -118,14 +119,14 @@ class TranscriptRows(RecordingRows):
         return max(len(parts["answer"]) - 1, 0)
 
     def _text_ids(self, example: TranscriptExample, start: float) -> list[int]:
-        """The ids of the text; or, with timestamps, of its segments, each between the tokens of its start and end
-        times. Times are counted from `start`."""
+        """The ids of the text. With timestamps: the ids of its segments, each between a token for its start time and a
+        token for its end time. Times are counted from `start`."""
         processor = self.processor
         if not self.settings.timestamps:
             return processor.text_ids(example.text)
         if not example.segments:
             raise DataError(
-                "the row has no 'segments' for objective.timestamps",
+                "the row has no 'segments', which objective.timestamps needs",
                 "write segments: [{start, end, text}]",
             )
         ids: list[int] = []
@@ -153,8 +154,8 @@ class TranscriptRows(RecordingRows):
         return self._row(parts, row.sizes[0], row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
-        """A row with a recording of the maximum length, and an answer of `size` tokens, or of the maximum number if
-        `size` is larger."""
+        """A row with a recording of the maximum length. Its answer has `size` tokens, but at most as many as the model
+        can write."""
         row, processor = next(rows), self.processor
         parts = {**row.parts, "answer": np.resize(row.parts["answer"], min(size, processor.longest_answer) + 1)}
         if not processor.padded:
@@ -163,10 +164,10 @@ class TranscriptRows(RecordingRows):
         return [self._row(parts, processor.frames, row.origin, row.number)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """The batch. Answers need no mask, because padding comes last.
+        """Make the batch. Answers need no mask, because padding comes last.
 
-        Shapes: input_features (B, M, F) or input_values (B, N); decoder_input_ids, labels (B, A): position a predicts
-        labels[a].
+        Shapes: input_features (B, M, F) or input_values (B, N); decoder_input_ids, labels (B, A), where position a
+        predicts labels[a].
         """
         rows = [row for (row,) in sequences]
         answers = [row.parts["answer"] for row in rows]
@@ -185,7 +186,7 @@ class TranscriptRows(RecordingRows):
 
 
 def _split(example: TranscriptExample, sound: Sound, maximum: float) -> list[TranscriptPart]:
-    """The parts of a recording, each with complete segments. Cuts are made at the quietest place between two
+    """The parts of a long recording. Each part has complete segments, and ends at the quietest place between two
     segments."""
     parts: list[TranscriptPart] = []
     start, inside = 0.0, list[Segment]()
