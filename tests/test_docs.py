@@ -51,7 +51,7 @@ SEARCHED = {  # words that people type, and the page that the search must list
     "12GB": "guide/cards",
     "ner": "tutorials/token-classify",
     "GGUF": "guide/elsewhere",
-    "SLURM": "guide/several-gpus",
+    "SLURM": "guide/cluster",
     "lm-eval": "guide/evaluating",
     "wandb": "working",
     "licence": "guide/privacy",
