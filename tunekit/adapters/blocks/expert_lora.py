@@ -73,7 +73,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
 
 def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """Conflicts with the layers or fused parameters, for Method.conflicts."""
+    """Lists the settings that do not fit these layers or fused parameters. Used as Method.conflicts."""
     problems = start_conflicts(settings, targets, file)
     if not settings.target_parameters:
         return problems

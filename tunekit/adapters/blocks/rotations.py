@@ -38,8 +38,8 @@ def cayley_neumann(q: Tensor, terms: int) -> Tensor:
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x R: each b consecutive numbers of x (..., I) are multiplied by their block of (blocks, b, b). A single block is
-    used for all."""
+    """Computes x R for a block-diagonal R: each b consecutive numbers of x (..., I) are multiplied by their block of
+    `blocks` (blocks, b, b). If there is a single block, it is used for all of them."""
     size = blocks.shape[-1]
     parts = x.reshape(*x.shape[:-1], -1, 1, size)  # (..., I / b, 1, b)
     return (parts @ blocks).flatten(-3)
