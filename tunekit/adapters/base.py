@@ -260,8 +260,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         return None
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The merged matrix (O, I) in float32: a plain layer with this matrix computes the same as the adapted layer.
-        The result is on the device of `weight`, the base's matrix.
+        """The merged matrix (O, I) in float32: a layer without adapter that has this matrix computes the same as the
+        adapted layer. The result is on the device of `weight`, the base's matrix.
 
         Raises: NotMergeable.
         """
@@ -269,8 +269,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The merged weight (O, I) and bias (O,) in float32: a plain layer with both computes the same as the adapted
-        layer.
+        """The merged weight (O, I) and bias (O,) in float32: a layer without adapter that has both computes the same as
+        the adapted layer.
 
         Raises: NotMergeable.
         """
