@@ -1,5 +1,5 @@
-"""Regular expressions over module names. They are untrusted: a hostile expression is refused instead of running without
-end."""
+"""Matches regular expressions with module names. The expressions are untrusted, so an expression that would run almost
+without end is refused."""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ SHORTEST = 1e-3  # minimum time for a pattern, in seconds
 
 @dataclass
 class Patterns:
-    """The patterns of one adapter: their file and key for messages, and their total processor time.
+    """Compiles and matches the patterns of one adapter. Their file and settings key appear in messages, and their total
+    processor time is limited.
 
     Raises: `error` if a pattern is invalid or refused (see compile_pattern), or if the time is used up.
     """
