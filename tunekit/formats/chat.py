@@ -81,7 +81,8 @@ def _read_part(part: object, label: str) -> str:
 
 
 def _read_weight(value: Fields, label: str, role: str) -> float:
-    """The weight of a message. Raises: DataError if it is invalid, or if the message is not the assistant's."""
+    """The weight of a message in the loss. Raises: DataError if the weight is invalid, or if the message is not the
+    assistant's."""
     fields = [name for name in WEIGHTS if value.get(name) is not None]
     if len(fields) > 1:
         raise DataError(f"'{label}' has both weight and train", "keep one")
@@ -99,7 +100,7 @@ def _read_weight(value: Fields, label: str, role: str) -> float:
 
 
 def read_tool_calls(value: object, label: str) -> list[JsonObject]:
-    """Tool calls with their arguments as an object, because templates print them with `tojson`."""
+    """Reads tool calls. Their arguments become objects, because chat templates print them with `tojson`."""
     calls = read_json(value, label)
     if not isinstance(calls, list):
         raise DataError(f"'{label}' must be a list, not {type(calls).__name__}", "")
@@ -119,7 +120,7 @@ def _read_tool_call(call: object, label: str) -> JsonObject:
 
 
 def read_tools(value: object) -> tuple[JsonObject, ...] | None:
-    """The tools of a row: a list of JSON schemas, or that list as JSON text."""
+    """The tools of a row, given as a list of JSON schemas, or as a text that contains this list as JSON."""
     if value is None or value == [] or value == "":
         return None
     tools = read_json(value, "tools")

@@ -32,12 +32,12 @@ def named_nearly(value: object, known: Iterable[str]) -> str:
 
 
 def read_optional_text(row: Fields, name: str) -> str:
-    """The text of the field `name`; the empty text if it is missing or null."""
+    """Reads a text from the field `name`. A missing or null field counts as the empty text."""
     return "" if row.get(name) is None else check_text(row[name], name)
 
 
 def check_text(value: object, label: str) -> str:
-    """`value` if it is text that a tokenizer can read."""
+    """Returns `value`. Raises: DataError if it is not a text that a tokenizer can read."""
     if not isinstance(value, str):
         kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
         raise DataError(f"'{label}' must be text, not {kind}", "write it in quotes, or leave the row out")

@@ -54,7 +54,8 @@ def make_example(row: Fields) -> PromptExample:
 
 
 def _read_answer(row: Fields, name: str) -> str | None:
-    """The answer, from a text, turns or a whole number. None for any other value, which is only a column."""
+    """Reads the reference answer from a text, turns or a whole number. Returns None for any other value; such a column
+    is not an answer."""
     value = row[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
