@@ -70,7 +70,7 @@ def combine_verb(
     else:
         write_linear(place, folders, mixture, facts)
     console.warn(*facts.notes)
-    console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(numbers, folders, strict=True))}")
+    console.info(f"method {kind}: {' and '.join(f'{w:g} x {f}' for w, f in zip(numbers, folders, strict=True))}")
     console.info(f"written to {place}")
 
 
@@ -112,7 +112,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
         updates = reduced
     write_lora(place, facts, lora, updates)
     ranks = sorted({update.rank for update in updates.values()})
-    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))}, {len(updates)} layers")
+    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))} for {len(updates)} layers")
     console.info(f"written to {place}")
 
 
@@ -130,7 +130,7 @@ def _convert_method(
         _tell_losses(console, losses, rank)
     write_lora(place, base_of([config], base), lora, lora.updates)
     ranks = sorted({update.rank for update in lora.updates.values()})
-    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))}, {len(lora.updates)} layers")
+    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))} for {len(lora.updates)} layers")
     console.info(f"written to {place}")
 
 

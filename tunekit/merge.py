@@ -42,7 +42,7 @@ def merge_verb(
         adds = (
             ""
             if difference.written is None
-            else "; a larger difference than in the line above is rounding in this computation"
+            else "; if this is more than in the line above, the cause is rounding in this computation"
         )
         console.info(
             f"computed in {result.computed_in}, as the adapter runs here: logits differ by {difference.largest:.3g} at "

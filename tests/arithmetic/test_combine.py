@@ -350,7 +350,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
             lambda t: {key: value for key, value in t.items() if "layers.0.self_attn.q_proj.lora_B" not in key},
             "exactly one pair",
         ),
-        (lambda t: {key: value[:3] if "lora_A" in key else value for key, value in t.items()}, "is not rank 4"),
+        (lambda t: {key: value[:3] if "lora_A" in key else value for key, value in t.items()}, "do not have rank 4"),
         (lambda t: {key: value.to(torch.int8) for key, value in t.items()}, "have type I8"),
         (lambda t: {key: value * float("nan") for key, value in t.items()}, "contains NaN or infinity"),
         (lambda t: {key.replace("base_model.model.", ""): value for key, value in t.items()}, "is not a tensor"),

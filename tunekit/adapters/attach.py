@@ -83,7 +83,7 @@ class AttachedAdapter:
         return dict(sorted(tensors.items()))
 
     def load_state(self, tensors: Mapping[str, Tensor], kinds: Sequence[str] = KINDS) -> None:
-        """Copy `tensors` into the adapter's own tensors, in place. Names and shapes must match exactly.
+        """Copy `tensors` into the adapter's own tensors, in place. The names and shapes of both must be equal.
 
         Raises: AdapterError with every missing, extra or misshaped tensor, before anything is changed.
         """
@@ -105,8 +105,8 @@ class AttachedAdapter:
 
     @contextmanager
     def with_state(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """A block in which the adapter computes with these tensors instead of its state. No tensor is copied. After
-        the block the adapter computes with its state again."""
+        """A block in which the adapter computes with these tensors instead of its own. No tensor is copied. After the
+        block the adapter computes with its own tensors again."""
         state = self._tensors(KINDS)
         before = {name: tensor.data for name, tensor in state.items()}
         try:

@@ -19,8 +19,8 @@ from tunekit.model.quantized.weights import weight_of
 
 
 class TrainedCopy(Wrapper, AdapterPart):
-    """A module that computes with trained float32 copies of its parameters: of all parameters, or of the parameters in
-    `only`.
+    """A module that computes with trained float32 copies of its parameters. `only`: the parameters to copy; by default
+    all.
 
     Shapes: those of the module. Starts as the identity: copies equal the originals. The copies are cast to the dtype of
     the originals for each forward. Weight decay does not apply to vectors and embeddings.

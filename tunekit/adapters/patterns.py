@@ -33,7 +33,8 @@ class Patterns:
         return self._match(text, r"(?:.*\.)?(?:{})$", name)
 
     def matches_as_before(self, text: str, name: str) -> bool:
-        """re.match(rf".*\\.{text}$", name): PEFT's matching of these patterns before 0.15, without a group."""
+        """re.match(rf".*\\.{text}$", name): how PEFT matched these patterns before 0.15, without grouping
+        alternatives."""
         return self._match(text, r"(?:.*\.{}$)(?s:.*)", name)
 
     def _match(self, text: str, template: str, name: str) -> bool:

@@ -22,7 +22,7 @@ from tunekit.errors import AdapterError
 
 RowNames = tuple[str | None, ...]  # the adapter of each row; None: the base
 FindWrapper = Callable[[str], nn.Module | None]  # adapter's name -> its wrapper of a module
-MOST_ROWS = 3  # of an adapter in the batched product, which computes as many rows for each adapter
+MOST_ROWS = 3  # an adapter with more rows is not in the batched product, which pads all adapters to the same number
 CACHED_ROUTES = 2
 PROBE_SHAPE = (2, 3)  # rows and tokens
 

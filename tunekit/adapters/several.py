@@ -68,7 +68,7 @@ class ActiveAdapter:
 
 
 class Switch(Wrapper):
-    """A module of the base with the wrappers of several adapters for it."""
+    """Replaces a module of the base. It contains the wrappers that several adapters have for this module."""
 
     def __init__(self, base: nn.Module, choice: ActiveAdapter, copies: CopyMemory) -> None:
         super().__init__(base)

@@ -1,9 +1,9 @@
 """Finds the layers of the base that an adapter adapts, and the rank and alpha of each layer.
 
 Layers are found by structure and by full names, also on the meta device and with adapters attached. Entries without a
-match are reported with the nearest names. `all-linear` is every linear layer except the output head, gates of one row,
-and layers on which an adapter would have no effect. A list contains full names or endings after a dot; a text that is
-not a list is one regular expression for the full name.
+match are reported with the nearest names. `all-linear` is every linear layer except the output head, layers with a
+single output (gates), and layers on which an adapter would have no effect. A list contains full names or endings after
+a dot; a text that is not a list is one regular expression for the full name.
 """
 
 import dataclasses
@@ -201,8 +201,8 @@ class Search:
         return matches
 
     def _all_linear(self) -> set[str]:
-        """The layers of `all-linear`: all linear layers except gates of one row and layers on which an adapter has no
-        effect."""
+        """The layers of `all-linear`: all linear layers except the output head, layers with a single output (gates),
+        and layers on which an adapter has no effect."""
         linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
         refused = refused_by_peft(self.net, self.modules) if self.method.peft.refuses_kernel_layers else set()
         passed_over = uncalled_layers(self.modules) | refused

@@ -1,6 +1,6 @@
 """Combines several adapters of one base into one adapter, with the methods of PEFT's add_weighted_adapter.
 
-The results have the same digits as PEFT's.
+The results are the same as PEFT's, digit for digit.
 """
 
 import math
@@ -45,7 +45,8 @@ class Combined:
     """The result of a combination: the new updates, and the other new tensors (`rest`).
 
     `distance`: the relative error of the new update over all layers, |new - sum of w D| / |sum of w D|, with the
-    weights w and updates D of the adapters. `worst`: the layer with the largest relative error, and this error.
+    weights w and updates D of the adapters.
+    `worst`: the layer with the largest relative error, and this error.
     """
 
     updates: dict[str, LowRank]
@@ -198,7 +199,7 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
         return tensors[0]
     problem = None
     if key.endswith(BASE_COPY):
-        problem = "is a copy of the base's weight, but the copies differ"
+        problem = "is a copy of the base's weight, but differs between the adapters"
     elif len(tensors) != len(adapters):
         problem = f"is fully trained by only {len(tensors)} of the {len(adapters)} adapters"
     elif any(tensor.shape != tensors[0].shape for tensor in tensors):
@@ -210,7 +211,9 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
     elif not math.isclose(sum(mixture.weights), 1.0, abs_tol=1e-6):
         problem = f"is fully trained, so the weights must sum to 1, but they sum to {sum(mixture.weights):g}"
     if problem:
-        how = "linear, cat and svd average such tensors, if all adapters have them and the weights sum to 1"
+        how = (
+            "the methods linear, cat and svd average such tensors if all adapters contain them and the weights sum to 1"
+        )
         raise AdapterError(f"'{key}' {problem}", how, file=next(iter(copies)))
     return weighted("linear", [tensor.float() for tensor in tensors], mixture.weights)
 

@@ -92,7 +92,7 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     for key, value in here.items():
         if not same_value(_plain(value), _plain(there.get(key))):
             what = f"{key} is {printable(there.get(key))}, but {printable(value)} in {name}"
-            raise AdapterError(what, "only adapters of the same settings can be added", file=file)
+            raise AdapterError(what, "only adapters with the same settings can be added", file=file)
     for key in sorted(tensors.keys() | other_tensors.keys()):
         left, right = tensors.get(key), other_tensors.get(key)
         if left is None or right is None or left.shape != right.shape:

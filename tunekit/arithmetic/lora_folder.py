@@ -169,7 +169,7 @@ def _check_shapes(
                 wrong.append(f"the factors of '{module}' have type {NAMES[entry.dtype]}, expected {expected}")
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
-            wrong.append(f"the factors of '{module}' have shapes {shapes}, which is not rank {rank}")
+            wrong.append(f"the factors of '{module}' have shapes {shapes}, which do not have rank {rank}")
     _raise(wrong, file)
 
 

@@ -45,7 +45,8 @@ def merge(target: TargetSpec, output: Path, onto: str | None = None, dtype: torc
     `output`.
 
     After a failure, the temporary folder is removed. `dtype`: the dtype of the written weights; None: the dtype of the
-    base. Raises: AdapterError if the adapter does not change weights; InputError for an invalid option or folder;
+    base.
+    Raises: AdapterError if the adapter does not change weights; InputError for an invalid option or folder;
     ResourceError if the disk is too small.
     """
     if target.adapter is None and target.kind == "run":

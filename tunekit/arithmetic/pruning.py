@@ -1,6 +1,6 @@
 """Weighted sums of tensors after pruning by size or at random, or after removal of conflicting signs.
 
-The definitions and the order of operations equal those of PEFT's add_weighted_adapter.
+The definitions and the order of operations are the same as in PEFT's add_weighted_adapter.
 """
 
 from collections.abc import Sequence

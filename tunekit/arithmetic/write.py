@@ -130,7 +130,10 @@ def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | 
         return
     here, there = (_located(first), first.revision), (_located(other), other.revision)
     if named is None and any(a and b and a != b for a, b in zip(here, there, strict=True)):
-        what = f"was trained on {there[0]} (revision {there[1]}), but {first.folder} on {here[0]} (revision {here[1]})"
+        what = (
+            f"was trained on {there[0]} (revision {there[1]}), but {first.folder} was trained on {here[0]} "
+            f"(revision {here[1]})"
+        )
         raise AdapterError(what, "if these are the same base, name it with --base", file=str(other.folder))
 
 

@@ -41,7 +41,10 @@ def _read_message(value: object, label: str) -> Message:
     calls = value.get("tool_calls")
     if calls:
         if role != "assistant":
-            raise DataError(f"'{label}' has tool_calls, but its role is {role!r}", "only the assistant calls tools")
+            raise DataError(
+                f"'{label}' has tool_calls, but its role is {role!r}",
+                "only messages of the assistant can have tool_calls",
+            )
         extra["tool_calls"] = read_tool_calls(calls, f"{label}.tool_calls")
     for name, part in value.items():
         if part not in (None, "", [], {}) and name not in ("role", "content", "tool_calls", *WEIGHTS):
@@ -95,7 +98,7 @@ def _read_weight(value: Fields, label: str, role: str) -> float:
         weight = read_weight(value["weight"], f"{label}.weight")
     if role != "assistant" and (weight not in (0.0, 1.0) or value.get("train")):
         what = f"'{label}' has {fields[0]}: {str(value[fields[0]]).lower()}, but its role is {role!r}"
-        raise DataError(what, "remove it; only the assistant's messages are trained on")
+        raise DataError(what, "remove this field; only the assistant's messages are trained on")
     return weight
 
 

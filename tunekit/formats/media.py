@@ -47,7 +47,8 @@ def read_media(row: Fields, field: str) -> Media:
 
 
 def renamed(row: Fields, aliases: Mapping[str, str]) -> Fields:
-    """The row with aliased columns under their standard names. A column with the standard name has priority."""
+    """The row with alternative column names replaced by the standard names. A column that has a standard name already
+    has priority."""
     return {**row, **{aliases[name]: value for name, value in row.items() if aliases.get(name, name) not in row}}
 
 

@@ -43,7 +43,7 @@ def make_example(row: Fields) -> PromptExample:
         row = {**row, other: row[name]} if row.get(name) is not None and row.get(other) is None else row
     prompt = read_prompt(row)
     if prompt is None:
-        raise DataError(f"no prompt; this row has {listed(row)}", "add one, or map a column to 'prompt'")
+        raise DataError(f"no prompt; this row has {listed(row)}", "add a prompt, or map a column to 'prompt'")
     column = next((name for name in ANSWERS if row.get(name) is not None), None)
     answer = _read_answer(row, column) if column else None
     if answer is None and not isinstance(prompt, str) and prompt and prompt[-1].role == "assistant":

@@ -28,7 +28,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class TranscriptExample:
-    """A recording and its transcript. `language`, `task`: None if the row has none. `segments`: the text with times."""
+    """A recording and its transcript. `language`, `task`: None if the row has none. `segments`: the parts of the
+    transcript with their times."""
 
     audio: Media
     text: str

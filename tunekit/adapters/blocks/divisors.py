@@ -18,4 +18,4 @@ def divisor_conflicts(key: str, value: int, targets: Sequence[Target], *, inputs
         target.name for target in targets if target.out_features % value or (inputs and target.in_features % value)
     ]
     how = f"use {common} or one of its divisors, which divide the sizes of all layers; or adapt fewer layers"
-    return [Conflict(key, f"{value} does not divide the sides of '{failing[0]}' ({len(failing)} such layers)", how)]
+    return [Conflict(key, f"{value} does not divide the sizes of '{failing[0]}' ({len(failing)} such layers)", how)]

@@ -25,6 +25,6 @@ def kaiming_uniform(
 
 
 def ternary(shape: tuple[int, ...], generator: Generator, sparsity: float) -> Tensor:
-    """Random numbers -1, 0 and 1, of which one in `sparsity` is not 0."""
+    """Random numbers -1, 0 and 1. On average, one in `sparsity` of them is not 0."""
     uniform = torch.rand(shape, generator=generator)
     return (uniform > 1 - 1 / (2 * sparsity)).float() - (uniform < 1 / (2 * sparsity)).float()

@@ -23,8 +23,8 @@ def cayley(q: Tensor) -> Tensor:
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:
     """I + 2 Q + 2 Q^2 + ... + Q^last, in Horner's form: the truncated series of (I + Q) (I - Q)^-1.
 
-    With one term the result is I, with two I + 2 Q. With more, the last power is max(3, terms - 1) and has the factor
-    1, as in peft.
+    With one term the result is I, with two terms I + 2 Q. With more terms, the last power is max(3, terms - 1) and has
+    the factor 1, as in peft.
     """
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if terms == 1:

@@ -36,8 +36,8 @@ def is_adapter(place: Path) -> bool:
 
 
 def adapter_in(path: Path) -> Path | None:
-    """The adapter folder at a path: the folder itself or, for a run folder, its subfolder `adapter`. None if both are
-    no adapters."""
+    """The adapter folder at a path: the folder itself or, for a run folder, its subfolder `adapter`. None if neither is
+    an adapter folder."""
     return next((place for place in (path, path / "adapter") if is_adapter(place)), None)
 
 
@@ -77,10 +77,7 @@ class AdapterConfig:
         return [name for name, digest in self.files if sha256_of(self.folder / name) != digest]
 
     def check_files(self) -> None:
-        """Refuse changed files.
-
-        Raises: AdapterError.
-        """
+        """Raises: AdapterError if a file of the folder was changed after tunekit wrote it."""
         for name in self.changed_files():
             how = f"restore the file, or delete {FACTS_NAME} to accept the changed folder"
             raise AdapterError("is different from the file that tunekit wrote", how, file=str(self.folder / name))

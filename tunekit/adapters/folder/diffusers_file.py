@@ -161,7 +161,7 @@ def kohya_tensors(
         module, _, matrix = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if matrix not in MATRICES:
             what = f"kohya's format can only contain LoRA, but the adapter also has {printable(key, 200)}"
-            raise AdapterError(what, "use the adapter's folder itself, or merge it")
+            raise AdapterError(what, "use the adapter folder itself, or merge the adapter")
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         if part not in KOHYA_PARTS:
             raise AdapterError(f"kohya's format has no name for layers of '{part}'", "use diffusers' file")
@@ -218,7 +218,7 @@ def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str
         if name not in names:
             raise AdapterError(
                 f"'{printable(key, 200)}' is not a linear layer of this pipeline",
-                "choose a LoRA of this pipeline that adapts no convolution",
+                "choose a LoRA of this pipeline that does not adapt convolutions",
                 file=file,
             )
         matrix = suffix.removesuffix(".weight")

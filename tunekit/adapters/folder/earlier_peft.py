@@ -33,5 +33,7 @@ def refuse_changed_patterns(config: AdapterConfig, layers: Mapping[str, RankAndA
                     f"gives '{name}' rank {sizes[0]} and alpha {sizes[1]}, but rank {earlier[0]} and alpha "
                     f"{earlier[1]} in peft before 0.15, and the file does not state its peft_version"
                 )
-                how = 'add "peft_version" if peft 0.15 or later wrote it; otherwise write one pattern for each layer'
+                how = (
+                    'add "peft_version" if peft 0.15 or later wrote the file; otherwise write a pattern for each layer'
+                )
                 raise AdapterError(what, how, file=config.file, key=patterns.key)

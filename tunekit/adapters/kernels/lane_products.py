@@ -3,7 +3,8 @@ rows; grouped products compute the low-rank updates of all runs.
 
 For run k with rows x_k: y_k = W x_k + B_k A_k x_k, with the run's scaling in B_k. With g_k = dL/dy_k:
 dx_k = g_k W + (g_k B_k) A_k, dB_k = g_k^T (x_k A_k^T), dA_k = (g_k B_k)^T x_k.
-Ranks are padded with zeros, which changes no number. Runs with equally many rows use batched products.
+Ranks are padded with zeros, which changes no number. If all runs have the same number of rows, batched products are
+used.
 """
 
 from collections.abc import Sequence

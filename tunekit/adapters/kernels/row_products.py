@@ -98,8 +98,8 @@ class FactorBank:
         self.names = [None if other == name else other for other in self.names]
 
     def keep(self, names: Collection[str]) -> None:
-        """Drop the copies of all adapters that are not in `names`. Memory is freed only if the unused end is at least
-        half of it, so that frequent changes of adapters cause few allocations."""
+        """Drop the copies of all adapters that are not in `names`. The memory shrinks only if at least its last half is
+        unused, so that frequent changes of adapters cause few allocations."""
         self.names = [name if name in names else None for name in self.names]
         used = max((place for place, name in enumerate(self.names, start=1) if name is not None), default=0)
         if 2 * used <= len(self.names):

@@ -160,7 +160,8 @@ class RankBudget(SharedPart[AdaloraSettings]):
     Until step `tinit`, the budget is the number of all ranks. From step total - tfinal on, it is the target. Between
     these steps, it is target + (start - target) (1 - (step - tinit) / (total - tfinal - tinit))^3. A removed triplet
     can grow again until the next allocation; after the last allocation it stays zero. With tfinal 0, the last step
-    reaches the target. Source: Zhang et al. 2023, eq. 12; ties are removed together, as in PEFT's RankAllocator.
+    reaches the target.
+    Source: Zhang et al. 2023, eq. 12; ties are removed together, as in PEFT's RankAllocator.
     """
 
     layers: list[Adalora]  # the layers that share the budget

@@ -19,8 +19,9 @@ class BaseWeights(ModelAdapter[FullSettings]):
     """Trains the base's own parameters. A tied parameter is trained once. The original values are not kept, so this
     adapter cannot be bypassed.
 
-    A float32 parameter is trained in place. A 16-bit parameter has a float32 master copy. Its gradient is added to the
-    master's gradient as soon as it is computed. After each update the parameter gets the master's rounded value.
+    A float32 parameter is trained in place. A 16-bit parameter has a float32 master copy. As soon as the parameter's
+    gradient is computed, it is added to the master's gradient. After each update the parameter gets the master's
+    rounded value.
     Shapes: those of the base. Weight decay does not apply to vectors.
     """
 
@@ -50,7 +51,7 @@ class BaseWeights(ModelAdapter[FullSettings]):
             self.register_parameter(attribute, master)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Do nothing: the values are those of the base."""
+        """Do nothing: the initial values are the base's values."""
 
     @torch.no_grad()
     def check_state(self) -> None:

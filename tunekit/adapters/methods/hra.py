@@ -20,8 +20,8 @@ class Hra(LayerAdapter[HraSettings]):
     therefore multiplied by two thin matrices instead of R reflections.
     Shapes: x (..., I) -> y (..., O); U (I, R). At the start each vector occurs twice, so that the layer equals the base
     up to rounding. This does not hold if R is odd or the vectors are made orthogonal. Weight decay does not apply,
-    because it would only change the size of U. Source: Yuan et al. 2024, eq. 4 and 7; the compact form is from
-    Schreiber and Van Loan 1989.
+    because it would only change the size of U.
+    Source: Yuan et al. 2024, eq. 4 and 7; the compact form is from Schreiber and Van Loan 1989.
     """
 
     starts_as_identity = False

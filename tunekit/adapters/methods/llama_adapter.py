@@ -29,7 +29,7 @@ MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  #
 
 
 class FileLlamaAdapterSettings(LlamaAdapterSettings):
-    """The settings of a folder, with the folder's name for attention modules."""
+    """The settings that a folder contains, with the name of the attention modules that the folder states."""
 
     _target_modules: str | None = None
 

@@ -1,8 +1,9 @@
 """Prefix tuning: each layer attends to P trained keys and values, which come before the keys and values of its tokens.
 
-o_t = softmax(q_t [K_prefix; K_1..t]^T) [V_prefix; V_1..t], with the tokens at the positions P, P + 1 and so on. Shapes:
-(P, L * 2 * H * D) for L layers of H key heads of width D. A row contains the keys and values of one virtual token,
-layer by layer. A prefix that is initialised from a text starts as the base after this text. Source: Li and Liang 2021.
+o_t = softmax(q_t [K_prefix; K_1..t]^T) [V_prefix; V_1..t], with the tokens at the positions P, P + 1 and so on.
+Shapes: (P, L * 2 * H * D) for L layers of H key heads of width D. A row contains the keys and values of one virtual
+token, layer by layer. A prefix that is initialised from a text starts as the base after this text.
+Source: Li and Liang 2021.
 
 With a projection the trained state is an embedding E (P, H * D) and two layers: prefix = W2 tanh(W1 E + b1) + b2;
 checkpoints contain this state. PEFT's files contain only the resulting prefix, and are read without a projection.

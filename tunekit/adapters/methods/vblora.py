@@ -29,12 +29,12 @@ class VectorBank(SharedPart[VbloraSettings]):
 
 
 class Vblora(LowRankLayer[VbloraSettings]):
-    """Low-rank update from a vector bank: y = W x + B A x, each piece of A and B a mixture of k vectors of the bank.
+    """Low-rank update from a vector bank: y = W x + B A x, where each piece of A and B is a mixture of k vectors of the
+    bank.
 
     Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R). At the start it
     already changes the output: if A or B were zero, the bank and the logits of the other factor would get no gradient.
-    Source: Li et
-    al. 2024, eq. 4 and 5.
+    Source: Li et al. 2024, eq. 4 and 5.
     """
 
     starts_as_identity = False

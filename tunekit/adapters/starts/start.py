@@ -1,5 +1,5 @@
-"""Initialisation of A and B in LoRA-like layers. A "start" is an initialisation method, after the setting `start` in
-recipes.
+"""Initialisation of A and B in LoRA-like layers. A "start" is an initialisation method; the name comes from the setting
+`start` in recipes.
 
 Some starts need evidence: data, or the unquantized weight. Without evidence they return the values of `default`;
 `initialise_all` calls them again with the evidence before step 1.
