@@ -51,8 +51,8 @@ Slots = dict[str, Slot]  # attribute -> slot of the tensor with this attribute
 
 
 class AdapterPart(nn.Module):
-    """The base class of all objects with adapter state. A subclass declares its tensors in `slots`, and has an
-    attribute for each of them."""
+    """The base class of all parts of an adapter that have tensors. A subclass declares its tensors in `slots`, and has
+    an attribute for each of them."""
 
     starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
     file_prefix: ClassVar[str] = "base_model.model."
@@ -103,13 +103,13 @@ class AdapterPart(nn.Module):
         return {name: tensor.detach() for name, tensor in self.state(("trained", "saved")).items()}
 
     def file_fields(self) -> PeftConfig:
-        """Fields of PEFT's configuration that depend on the state."""
+        """Fields of PEFT's configuration whose values depend on the adapter's tensors."""
         return {}
 
     def check_state(self) -> None:
-        """Called after the state was loaded.
+        """Called after the tensors were loaded.
 
-        Raises: AdapterError if untrained values, such as indices, are invalid.
+        Raises: AdapterError if tensors that are not trained, such as indices, are invalid.
         """
 
     @classmethod

@@ -1,5 +1,5 @@
-"""What merging a model and merging a pipeline have in common: checks of the output folder, the changes of weights, and
-the report."""
+"""Code for merging models and for merging pipelines: checks of the output folder, the changes of weights, and the
+report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -207,7 +207,7 @@ def _layers(
 
 
 def _without_experts(factors: dict[str, Tensors], config: AdapterConfig) -> dict[str, Tensors]:
-    """The factors of plain layers. Fused experts are left out: one tensor contains the factors of all experts."""
+    """The factors of all layers except fused experts, where one tensor contains the factors of all experts."""
     ranks, r = Resolved(config, "rank_pattern"), config.low_rank.r
     return {name: pair for name, pair in factors.items() if "A" in pair and len(pair["A"]) == ranks.of(name, r)}
 

@@ -16,7 +16,7 @@ from tunekit.formats.preference import PromptedExample, conversation, read_promp
 
 ALIASES = {"messages": "conversations"}
 ANSWERS = ("answer", "completion", "output")
-DESCRIPTION = "prompt: text or messages; answer, other columns: optional, for the reward"
+DESCRIPTION = "prompt: text or messages; answer and other columns: optional, used by the reward"
 FIELDS = (*preference.PROMPTS, "input", *ALIASES, *ANSWERS, "system", "tools")
 REQUIRED = ()
 EXAMPLE = "prompt"

@@ -38,7 +38,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     @classmethod
     def file_key(cls, name: str) -> str:
-        """The key without the parameter's own name, which PEFT's files omit."""
+        """The tensor's key in PEFT's file. PEFT omits the parameter's own name."""
         wrapped, _, factor = name.rpartition(".lora_")
         inner = wrapped
         while inner.endswith(".base_layer"):

@@ -83,11 +83,11 @@ class AdapterConfig:
             raise AdapterError("is different from the file that tunekit wrote", how, file=str(self.folder / name))
 
     def base_location(self) -> str | None:
-        """Where the base is: a path that the configuration names, a folder of the same name nearby, or a hub id. None
-        if unknown.
+        """The location of the base: a path that the configuration names, a folder of the same name nearby, or a hub id.
+        None if unknown.
 
-        Among several existing paths, the path whose fingerprint equals the base's is returned. A nearby folder is
-        returned only if its fingerprint is equal.
+        If several paths exist, the path whose fingerprint equals the base's fingerprint is preferred. A nearby folder
+        is returned only if its fingerprint is equal.
         """
         name = self.base_name_or_path
         if not name:
