@@ -93,7 +93,7 @@ def test_heads_of_two_sizes_are_not_compared(
     capsys.readouterr()
     diff_verb(str(run / "adapter"), str(other / "adapter"), None, None, None, None, None)
     shown = capsys.readouterr().out
-    assert "2 not compared, because their shapes in A and B differ: " in shown
+    assert "2 tensors that are not compared, because their shapes in A and B differ: " in shown
     assert "classifier.bias" not in shown.partition("not compared")[0]
 
 

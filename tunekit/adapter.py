@@ -29,7 +29,7 @@ from tunekit.records import bytes_text, with_article
 from tunekit.targets.export import export_checkpoint
 from tunekit.targets.target import base_override, trained_base
 
-LEFT_OUT = "tensors that differ are left out, because a LoRA cannot contain them"
+LEFT_OUT = "tensors that differ are left out, because a LoRA cannot change them"
 
 
 def show_verb(adapter: str, json_file: str | None) -> None:
@@ -66,11 +66,11 @@ def combine_verb(
         _combine_loras(console, folders, mixture, facts, place)
     elif len(methods) > 1:
         what = f"the adapters have different methods: {', '.join(sorted(methods))}"
-        raise AdapterError(what, "convert each to LoRA first: tunekit adapter convert --rank R")
+        raise AdapterError(what, "first convert each adapter to a LoRA: tunekit adapter convert --rank R")
     else:
         write_linear(place, folders, mixture, facts)
     console.warn(*facts.notes)
-    console.info(f"{kind} of {' and '.join(f'{w:g} x {f}' for w, f in zip(numbers, folders, strict=True))}")
+    console.info(f"method {kind}: {' and '.join(f'{w:g} x {f}' for w, f in zip(numbers, folders, strict=True))}")
     console.info(f"written to {place}")
 
 
@@ -82,14 +82,14 @@ def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, fact
     console.info(f"{len(combined.updates)} layers of rank {', '.join(map(str, ranks))}")
     name, worst = combined.worst
     console.info(
-        f"the update differs from the weighted sum of the adapters' updates by {combined.distance:.2%} of its norm "
-        f"(at most {worst:.2%}, in {name})"
+        f"the combined update differs from the weighted sum of the adapters' updates by {combined.distance:.2%} of "
+        f"its norm (in the worst layer, {name}, by {worst:.2%})"
     )
 
 
 def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str | None, output: str) -> None:
-    """Convert the adapter to plain LoRA. Raises: AdapterError if that is impossible, or if it needs a missing
-    option."""
+    """Convert the adapter to plain LoRA. Raises: AdapterError if this is impossible, or if it needs an option that was
+    not given."""
     console = Console()
     folder = adapter_folder(adapter)
     if rank is not None and rank < 1:
@@ -112,14 +112,15 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
         updates = reduced
     write_lora(place, facts, lora, updates)
     ranks = sorted({update.rank for update in updates.values()})
-    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))}, {len(updates)} layers")
+    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))} for {len(updates)} layers")
     console.info(f"written to {place}")
 
 
 def _convert_method(
     console: Console, config: AdapterConfig, rank: int | None, initial: str | None, base: str | None, place: Path
 ) -> None:
-    """Convert an adapter of another method to LoRA: to an equal LoRA, or to the nearest LoRA of this rank."""
+    """Convert an adapter whose method is not LoRA: to a LoRA that computes the same or, with `rank`, to the nearest
+    LoRA of this rank."""
     method = config.settings.method
     if initial is not None:
         raise InputError(f"--initial has no effect on {with_article(method)} adapter", "remove it", key="--initial")
@@ -129,7 +130,7 @@ def _convert_method(
         _tell_losses(console, losses, rank)
     write_lora(place, base_of([config], base), lora, lora.updates)
     ranks = sorted({update.rank for update in lora.updates.values()})
-    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))}, {len(lora.updates)} layers")
+    console.info(f"plain LoRA of rank {', '.join(map(str, ranks))} for {len(lora.updates)} layers")
     console.info(f"written to {place}")
 
 
@@ -146,8 +147,8 @@ def export_checkpoint_verb(checkpoint: str, base: str | None, output: str) -> No
 
 
 def adopt_verb(file: str, base: str | None, output: str) -> None:
-    """Convert a LoRA file to an adapter folder. Raises: InputError if the file or the pipeline is missing, or they
-    differ."""
+    """Convert a LoRA file to an adapter folder. Raises: InputError if the file or the pipeline is missing, or if the
+    file does not fit the pipeline."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise InputError(f"there is no file {file}", "name a .safetensors file of diffusers or kohya")
@@ -168,7 +169,7 @@ def diff_verb(
     json_file: str | None,
     output: str | None,
 ) -> None:
-    """Compare two adapters or two models. Raises: InputError for an adapter and a model."""
+    """Compare two adapters or two models. Raises: InputError if one is an adapter and the other is a model."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("extracting a LoRA needs a rank and a folder", "give --extract-rank R --output DIR")
@@ -205,7 +206,7 @@ def _diff_adapters(
     _tell_differences(console, "updates of layers", differences)
     others = [compare(key, first.rest.get(key), second.rest.get(key)) for key in sorted({*first.rest, *second.rest})]
     if others:
-        _tell_differences(console, "tensors trained whole", others)
+        _tell_differences(console, "fully trained tensors", others)
     if rank is not None and place is not None:
         lora, losses = extract(first, second, rank)
         _list(console, LEFT_OUT, [other.name for other in others if not other.equal])
@@ -236,15 +237,15 @@ def _write_extracted(
 ) -> None:
     _tell_losses(console, losses, rank)
     write_lora(place, facts, lora, lora.updates)
-    console.info(f"A with this adapter is near B; written to {place}")
+    console.info(f"A plus this adapter approximates B; the adapter is written to {place}")
 
 
 def _tell_differences(console: Console, what: str, differences: list[TensorDifference]) -> None:
-    """Print the tensors that differ, and the difference of all tensors in total. For tensors with unequal shapes no
-    difference is computed."""
+    """Print the tensors that differ, and the difference over all tensors. Tensors with unequal shapes are only listed,
+    not compared."""
     shapes = [d.name for d in differences if d.distance is None and None not in (d.left, d.right)]
     if shapes:
-        _list(console, "not compared, because their shapes in A and B differ", shapes)
+        _list(console, "tensors that are not compared, because their shapes in A and B differ", shapes)
     differences = [d for d in differences if d.name not in shapes]
     if shapes and not differences:
         return
@@ -260,7 +261,7 @@ def _tell_differences(console: Console, what: str, differences: list[TensorDiffe
 
 
 def _tell_losses(console: Console, losses: Mapping[str, RankLoss], rank: int) -> None:
-    """Print the error caused by the lower rank, for each layer and in total."""
+    """Print the error that the lower rank causes, for each layer and in total."""
     ordered = sorted(losses.values(), key=lambda loss: in_order(loss.name))
     rows = [(loss.name, loss.norm, f"{loss.share:.2%}", f"{loss.kept:.2%}") for loss in ordered]
     console.table(["layer", "norm of the update", "error", "energy kept"], rows)

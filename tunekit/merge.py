@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def merge_verb(
     adapter: str, output: str, base: str | None, onto: str | None, overrides: Sequence[str], dtype: str | None = None
 ) -> None:
-    """Merge, and print how much the result differs from the running adapter.
+    """Merge an adapter, and print how much the result differs from the unmerged adapter.
 
     Raises: TunekitError; the command line returns its exit code.
     """
@@ -26,27 +26,31 @@ def merge_verb(
     console = Console()
     target = find_plain_target(adapter, base, overrides)
     console.info(*target.rewrites)
-    with StopSignals(announce=False) as signals, signals.at_once("in the merge; its partial output was removed"):
+    with StopSignals(announce=False) as signals, signals.at_once("during the merge; the unfinished output was removed"):
         result = merge(target, Path(output), onto, DTYPES.get(dtype or ""))
     difference = result.difference
     tokens = f"{difference.tokens} tokens of " if difference.tokens else ""  # models of images have no tokens
-    console.info(f"merged onto {result.onto}, written in {result.dtype}: {result.reason}")
-    measured = f"(their spread is {difference.spread:.3g}), on {tokens}{difference.rows}"
+    console.info(f"merged into the {result.onto} weights of the base, written in {result.dtype}: {result.reason}")
+    measured = f"(standard deviation of all logits: {difference.spread:.3g}), measured on {tokens}{difference.rows}"
     if difference.written is not None:
-        rounding = f", {difference.rounding:.3g} of it from rounding the weights" if difference.rounding else ""
+        rounding = f", of which rounding the weights causes {difference.rounding:.3g}" if difference.rounding else ""
         console.info(
-            f"weights in {result.dtype}, computed in float32: logits differ from the running adapter's by "
+            f"weights in {result.dtype}, computed in float32: logits differ from the unmerged adapter's logits by "
             f"{difference.written:.3g} at most{rounding} {measured}"
         )
     if difference.written is None or result.computed_in != "float32":
-        adds = "" if difference.written is None else "; any excess over the line above is rounding in this computation"
+        adds = (
+            ""
+            if difference.written is None
+            else "; if this is more than in the line above, the cause is rounding in this computation"
+        )
         console.info(
             f"computed in {result.computed_in}, as the adapter runs here: logits differ by {difference.largest:.3g} at "
             f"most and {difference.mean:.3g} on average {measured}{adds}"
         )
     if difference.running_loss is not None:
         console.info(
-            f"mean loss over all of these tokens, also those not trained on, in {result.computed_in}: "
+            f"mean loss over all of these tokens, including tokens that are not trained on, in {result.computed_in}: "
             f"{difference.running_loss:.5f} with the adapter, {difference.merged_loss:.5f} merged"
         )
     if result.note:

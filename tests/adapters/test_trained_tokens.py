@@ -178,7 +178,7 @@ def test_training_goes_on_from_a_folder(tiny_llama: Path, tmp_path: Path) -> Non
     load_into(second, tmp_path / "a")
     assert all(torch.equal(second.state()[name], tensor) for name, tensor in first.state().items())
     for asked in ((9, 40), (40, 8), ()):
-        with pytest.raises(AdapterError, match="the trained tokens in the folder differ"):
+        with pytest.raises(AdapterError, match="the trained tokens of the folder and of the recipe differ"):
             load_into(attach(load(tiny_llama), asked), tmp_path / "a")
 
 

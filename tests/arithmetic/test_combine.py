@@ -290,7 +290,7 @@ def edit(folder: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("words", "options"),
     [
-        ("there is no method 'sum'", {"kind": "sum"}),
+        ("there is no combination method 'sum'", {"kind": "sum"}),
         ("1 weights for 2 adapters", {"weights": "1"}),
         ("is not a list of numbers", {"weights": "a,b"}),
         ("a number other than 0", {"weights": "nan,1"}),
@@ -300,9 +300,9 @@ def edit(folder: Path, **fields: Any) -> Path:
         ("a density has no effect", {"density": 0.5}),
         ("follows from the adapters' ranks", {"rank": 4}),
         ("rank must be at least 1", {"kind": "svd", "rank": 0}),
-        ("is no majority", {"sign": "most"}),
-        ("a majority has no effect with cat", {"sign": "frequency"}),
-        ("a seed has no effect with ties", {"kind": "ties", "density": 0.5, "seed": 3}),
+        ("is not a majority sign", {"sign": "most"}),
+        ("a majority sign has no effect with the method cat", {"sign": "frequency"}),
+        ("a seed has no effect with the method ties", {"kind": "ties", "density": 0.5, "seed": 3}),
     ],
 )
 def test_options_that_mean_nothing_are_refused(words: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
             lambda t: {key: value for key, value in t.items() if "layers.0.self_attn.q_proj.lora_B" not in key},
             "exactly one pair",
         ),
-        (lambda t: {key: value[:3] if "lora_A" in key else value for key, value in t.items()}, "is not rank 4"),
+        (lambda t: {key: value[:3] if "lora_A" in key else value for key, value in t.items()}, "do not have rank 4"),
         (lambda t: {key: value.to(torch.int8) for key, value in t.items()}, "have type I8"),
         (lambda t: {key: value * float("nan") for key, value in t.items()}, "contains NaN or infinity"),
         (lambda t: {key.replace("base_model.model.", ""): value for key, value in t.items()}, "is not a tensor"),
@@ -431,5 +431,5 @@ def test_layers_that_peft_reads_as_parameters_are_combined_and_converted(tmp_pat
 
 def test_a_start_that_moved_weights_is_converted_first(tmp_path: Path) -> None:
     folders = [write(tmp_path / "a", 1), edit(write(tmp_path / "b", 2), init_lora_weights="pissa")]
-    with pytest.raises(TunekitError, match=r"init_lora_weights: .* write plain LoRA with: tunekit adapter convert"):
+    with pytest.raises(TunekitError, match=r"init_lora_weights: .* to plain LoRA with: tunekit adapter convert"):
         call(tmp_path / "new", folders, "cat")

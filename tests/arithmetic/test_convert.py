@@ -106,7 +106,7 @@ def test_a_start_is_computed_again_from_the_base(
     expected = trained_by_peft(tmp_path, start, family)
     new = convert(tmp_path / "trained", tmp_path / "new", base=bases(family))
     torch.testing.assert_close(logits_here(new, family), expected, rtol=0, atol=5e-5)
-    assert f"the start {start} is recomputed from {bases(family)}" in capsys.readouterr().out
+    assert f"the initialisation {start} is recomputed from {bases(family)}" in capsys.readouterr().out
 
 
 def test_ranks_by_pattern_are_doubled_each(tmp_path: Path) -> None:
@@ -135,7 +135,9 @@ def test_what_is_needed_is_said(tmp_path: Path, bases: Callable[[str], Path]) ->
         convert(final, new)
     for start in ("corda", "lora_ga", "pissa_niter_16"):
         edit(final, init_lora_weights=start)
-        with pytest.raises(TunekitError, match=f"the start {start} moved .* cannot be recomputed; give --initial"):
+        with pytest.raises(
+            TunekitError, match=f"the initialisation {start} moved .* cannot be recomputed; give --initial"
+        ):
             convert(final, new, base=bases("llama"))
     convert(final, tmp_path / "with_initial", initial=initial)
     edit(final, init_lora_weights="loftq")
@@ -302,7 +304,7 @@ def test_what_no_lora_can_do_is_refused(bases: Callable[[str], Path], tmp_path: 
     with pytest.raises(TunekitError, match=r"belongs to ../gone, which was not found; name it with --base"):
         convert(loha, tmp_path / "new", 4)
     biases = trained(tmp_path / "b", "gpt2", BitfitSettings(), str(bases("gpt2")))
-    with pytest.raises(TunekitError, match="whole modules but no layer"):
+    with pytest.raises(TunekitError, match="only whole modules, but a LoRA only changes layers"):
         convert(biases, tmp_path / "new", 4)
     assert not (tmp_path / "new").exists()
 

@@ -125,7 +125,7 @@ def test_tensors_trained_whole_are_compared_too(tmp_path: Path, capsys: pytest.C
     told = diff(a, b, tmp_path, rank=8)
     key = "base_model.model.lm_head.weight"
     check_numbers(told[key], *(load_file(f / "adapter_model.safetensors")[key] for f in (a, b)))
-    assert f"1 tensors that differ are left out, because a LoRA cannot contain them: {key}" in capsys.readouterr().out
+    assert f"1 tensors that differ are left out, because a LoRA cannot change them: {key}" in capsys.readouterr().out
     assert json.loads((tmp_path / "new" / CONFIG).read_text())["modules_to_save"] is None
 
 
@@ -176,7 +176,7 @@ def test_every_kind_of_layer_is_extracted_and_the_rest_is_told(
     net.save_pretrained(str(tmp_path / "model"))
     diff(bases("gpt2"), tmp_path / "model", tmp_path, rank=32)
     assert (
-        "1 tensors that differ are left out, because a LoRA cannot contain them: transformer.ln_f.weight"
+        "1 tensors that differ are left out, because a LoRA cannot change them: transformer.ln_f.weight"
         in capsys.readouterr().out
     )
     with torch.no_grad():

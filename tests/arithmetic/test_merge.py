@@ -284,10 +284,10 @@ def test_the_certificate_of_a_half_precision_run_says_what_is_rounding(
     assert told["largest_logit_difference_unrounded"] < 1e-3 < told["largest_logit_difference"]
     printed = capsys.readouterr().out
     assert re.search(
-        r"^weights in bfloat16, computed in float32: .*, \S+ of it from rounding the weights", printed, re.M
+        r"^weights in bfloat16, computed in float32: .*, of which rounding the weights causes \S+", printed, re.M
     )
     assert "computed in bfloat16, as the adapter runs here: logits differ by" in printed
-    with pytest.raises(InputError, match="packed weights cannot have another dtype"):
+    with pytest.raises(InputError, match="quantized weights cannot be written in another dtype"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, "quantized", [], "float16")
     with pytest.raises(InputError, match="--dtype int8 is unknown; choose float32"):
         merge_verb(str(adapter), str(tmp_path / "packed"), None, None, [], "int8")
@@ -386,7 +386,7 @@ def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     )
     ended = in_child(lambda: merge_verb(str(adapter), str(tmp_path / "merged"), None, None, []), tmp_path / "merge.log")
     assert ended.code == 143, ended.output
-    assert "stopped by SIGTERM in the merge; its partial output was removed" in ended.output
+    assert "stopped by SIGTERM during the merge; the unfinished output was removed" in ended.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merge.log"]
 
 

@@ -154,7 +154,7 @@ def test_a_folder_is_continued_where_it_holds_what_was_trained(name: str, tmp_pa
     move_from_start(list(first.trained().values()), 0.2)
     folder = saved(first, tmp_path / "a")
     if name in COMPUTED:
-        with pytest.raises(AdapterError, match="contains only results that were computed from the trained values"):
+        with pytest.raises(AdapterError, match="contains only values computed from the trained tensors"):
             load_into(second, folder)
     else:
         load_into(second, folder)

@@ -187,5 +187,5 @@ def test_every_problem_is_named_and_the_rest_counted(
     assert [line.removeprefix("error: ") for line in lines] == [
         f"{path}:2: a number, not an object (15 more: line 3, 4, 5, 6, 7, ...); write {{...}}",
         f"{path}:17: no field 'completion'; this row has 'prompt' (1 more: line 18); "
-        "add it, or map a column to it under data.train[].columns",
+        "add this field, or map a column to it under data.train[].columns",
     ]

@@ -127,7 +127,7 @@ def test_other_names_of_the_column_are_recognised(column: str, bert: Path, tmp_p
     plan, prepared = plan_of(recipe, f"data.train={tmp_path / 'train.csv'}", "data.eval=null")
     assert prepared.rows.objective.facts["labels"] == ["no", "yes"]
     assert not [note for note in plan.notes if "does not read" in note]
-    with pytest.raises(TunekitError, match="both 'category' and 'intent' could be the label"):
+    with pytest.raises(TunekitError, match="'category' and 'intent' could both be the label"):
         labels_format.make_example({"text": "a", "category": "x", "intent": "y"})
     assert labels_format.make_example({"text": "a", "category": "x", "label": "y"}).label == "y"
 

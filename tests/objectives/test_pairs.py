@@ -365,7 +365,7 @@ def test_report_and_merged_folder_show_that_rows_are_pairs(
     assert titles[1] == "\nsecond text, token type 1\n"
     merge_verb(str(run / "adapter"), str(tmp_path / "merged"), None, None, [])
     note = json.loads((tmp_path / "merged" / "merge_report.json").read_text("utf-8"))["note"]
-    assert note.startswith("trained on pairs of texts: call the tokenizer with both")
+    assert note.startswith("this model reads pairs of texts: pass both to the tokenizer")
     assert note in " ".join(capsys.readouterr().err.split())
 
 
@@ -396,7 +396,7 @@ def test_init_writes_a_length_for_which_the_model_has_positions(bases: dict[str,
         ({"premise": "", "hypothesis": "bad", "label": "yes"}, "'premise' is empty, and a pair needs two texts"),
         ({"sentence1": "good", "sentence2": None, "label": "yes"}, "'sentence2' must be text, not null"),
         ({"sentence1": "good", "label": "yes"}, "no field 'sentence2'; this row has 'sentence1', 'label'"),
-        ({"text": "a", "premise": "b", "sentence2": "c", "label": "x"}, "both 'text' and 'premise' could be sentence1"),
+        ({"text": "a", "premise": "b", "sentence2": "c", "label": "x"}, "'text' and 'premise' could both be sentence1"),
         ({"sentence1": "good", "sentence2": "bad", "label": -1}, "the label is -1; in files of GLUE, this means"),
         ({"sentence1": "good", "sentence2": "bad", "gold_label": "-"}, "the label is -; in files of SNLI, this means"),
     ],

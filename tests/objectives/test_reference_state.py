@@ -244,7 +244,7 @@ def test_a_resume_needs_no_folder_of_the_continued_adapter(base: Path, supervise
 OTHER = [
     ({"r": 8}, "has rank 4 and alpha 32.0 in the folder, but 8 and 32.0 in the recipe"),
     ({"target_modules": ["q_proj"]}, "is adapted in the folder but not in the recipe"),
-    ({"modules_to_save": ["lm_head"]}, "lm_head is trained whole in the recipe but not in the folder"),
+    ({"modules_to_save": ["lm_head"]}, "lm_head is fully trained in the recipe but not in the folder"),
 ]
 
 

@@ -185,7 +185,7 @@ def test_training_goes_on_from_a_folder_of_full_ranks_alone(tmp_path: Path) -> N
     again = attach_adapter(LLAMA.make(), settings(LLAMA.attention, tinit=0, beta1=0.5), seed=0, head_name="lm_head")
     load_into(again, tmp_path / "whole")
     assert all(torch.equal(again.state()[name], tensor) for name, tensor in whole.trained().items())
-    with pytest.raises(AdapterError, match="k_proj has 196 numbers in the folder, but 294 in the recipe"):
+    with pytest.raises(AdapterError, match="k_proj has 196 parameters in the folder, but 294 in the recipe"):
         load_into(again, tmp_path / "cut")
 
 

@@ -58,7 +58,7 @@ def adapter_of_peft(base: Path, folder: Path, fields: dict[str, Any]) -> torch.T
 def test_it_is_read_and_merged(base: Path, case: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     theirs = adapter_of_peft(base, tmp_path / "a", CASES[case])
     if case == "adapted" and "untied" in request.node.name:
-        with pytest.raises(AdapterError, match="but none of the head; save it again"):
+        with pytest.raises(AdapterError, match="but none of the head; save the adapter again"):
             attach_adapter_folder(LlamaForCausalLM.from_pretrained(base), tmp_path / "a", head_name="lm_head")
         return
     model = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=torch.device("cpu"))

@@ -292,7 +292,7 @@ def test_merge_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
 
     ended = in_child(merge, tmp_path / "merge.log")
     assert ended.code == 2, ended.output
-    assert "a prompt adapter is not a change of weights and cannot be merged" in ended.output
+    assert "a prompt adapter does not change weights and cannot be merged" in ended.output
     assert not (tmp_path / "merged").exists()
 
 

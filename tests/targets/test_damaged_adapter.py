@@ -49,7 +49,7 @@ def flip(path: Path) -> None:
 DAMAGES: dict[Callable[[Path], None], str] = {
     cut: rf"{NAME}: is truncated or has extra bytes: \d+ bytes of tensors, \d+ in the file; fetch it again$",
     cut_header: rf"{NAME}: is truncated or not a safetensors file \(50 bytes\); fetch it again$",
-    flip: rf"{NAME}: is different from the file that tunekit wrote; restore it, or delete tunekit.json",
+    flip: rf"{NAME}: is different from the file that tunekit wrote; restore the file, or delete tunekit.json",
 }
 VERBS: dict[str, Callable[[str, str, Path], Any]] = {  # the adapter, its base, a new path
     "merge": lambda adapter, base, new: merge_verb(adapter, str(new), base, None, []),

@@ -1,4 +1,5 @@
-"""Attaches an adapter to a base, and gives access to it: state by name, optimizer groups, hooks, and detaching."""
+"""Attaches an adapter to a base model. The attached adapter gives access to its tensors by name, its optimizer groups
+and its hooks, and can be detached."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ from tunekit.records import Target
 
 
 class AttachedAdapter:
-    """An attached adapter. Only its tensors require a gradient; all names are sorted."""
+    """An adapter that is attached to a base model. Only the adapter's tensors require a gradient. Names are always
+    sorted."""
 
     def __init__(self, net: nn.Module, settings: AdapterSettings, method: Method, targets: list[Target]) -> None:
         self.net, self.settings, self.method, self.targets = net, settings, method, targets
@@ -47,7 +49,7 @@ class AttachedAdapter:
                 self._parents.setdefault(id(child), []).append((parent, attribute))
 
     def parts(self) -> list[AdapterPart]:
-        """All parts with state."""
+        """All parts of the adapter that have tensors."""
         network_parts = [part for part in (self.shared, self.model_adapter) if part is not None]
         return [
             *network_parts,
@@ -58,7 +60,7 @@ class AttachedAdapter:
         ]
 
     def slots(self) -> dict[str, tuple[type[AdapterPart], Slot]]:
-        """Every declared tensor of the state, by full name."""
+        """The declarations (shape, kind, initial value) of all tensors of the adapter, by full tensor name."""
         declared = {part.name_of(slot): (type(part), slot) for part in self.parts() for slot in part.declared.values()}
         return dict(sorted(declared.items()))
 
@@ -68,12 +70,12 @@ class AttachedAdapter:
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
     def state(self, kinds: Sequence[str] = KINDS) -> Tensors:
-        """The state's tensors of these kinds (trained, saved, resume), sorted by name. They are detached, but not
-        copied."""
+        """The adapter's tensors of these kinds (trained, saved, resume), sorted by name. They are detached from
+        autograd, but not copied."""
         return {name: tensor.detach() for name, tensor in self._tensors(kinds).items()}
 
     def file_tensors(self) -> Tensors:
-        """The tensors of the adapter's file, by name."""
+        """The tensors that the adapter's file contains, by name."""
         return {name: tensor for part in self.parts() for name, tensor in part.file_tensors().items()}
 
     def _tensors(self, kinds: Sequence[str]) -> Tensors:
@@ -81,7 +83,7 @@ class AttachedAdapter:
         return dict(sorted(tensors.items()))
 
     def load_state(self, tensors: Mapping[str, Tensor], kinds: Sequence[str] = KINDS) -> None:
-        """Fill the state in place. `tensors` must have exactly the names and shapes of the state.
+        """Copy `tensors` into the adapter's own tensors, in place. The names and shapes of both must be equal.
 
         Raises: AdapterError with every missing, extra or misshaped tensor, before anything is changed.
         """
@@ -103,8 +105,8 @@ class AttachedAdapter:
 
     @contextmanager
     def with_state(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """A block in which the adapter computes with these tensors instead of its state. No tensor is copied. After
-        the block the adapter computes with its state again."""
+        """A block in which the adapter computes with these tensors instead of its own. No tensor is copied. After the
+        block the adapter computes with its own tensors again."""
         state = self._tensors(KINDS)
         before = {name: tensor.data for name, tensor in state.items()}
         try:
@@ -116,11 +118,10 @@ class AttachedAdapter:
                 tensor.data = before[name]
 
     def groups(self, training: TrainingSection) -> list[tuple[tuple[str, ...], float, bool]]:
-        """Optimizer groups (names, learning-rate multiplier, whether weight decay applies): every trained name
-        occurs once. LoRA+ (Hayou et al. 2024) multiplies the rate of the output-side matrices. The factors of an
-        embedding are a separate group without this multiplier: an embedding's input is one-hot, so LoRA+'s argument
-        about wide layers does not apply.
-        """
+        """Optimizer groups as (names, learning-rate multiplier, whether weight decay applies). Every trained name
+        occurs once. LoRA+ (Hayou et al. 2024) multiplies the learning rate of the output-side matrices. The factors of
+        an embedding are a separate group without this multiplier: an embedding's input is one-hot, so LoRA+'s argument
+        about wide layers does not apply."""
         grouped: dict[tuple[str, bool], list[str]] = {}
         for name, (_, slot) in self.slots().items():
             if slot.kind == "trained":
@@ -132,11 +133,12 @@ class AttachedAdapter:
         ]
 
     def starts_as_identity(self) -> bool:
-        """Whether the model without the adapter equals the model at step 0."""
+        """Whether the freshly initialised adapter changes nothing, so that at step 0 the model computes the same as the
+        base."""
         return all(part.starts_as_identity for part in self.parts())
 
     def penalty(self) -> Tensor | None:
-        """() float32: the sum of the parts' penalties, or None."""
+        """The sum of the penalties of all adapter parts, a float32 scalar tensor. None if no part has a penalty."""
         return total_penalty(self.parts())
 
     def after_backward(self) -> None:
@@ -145,31 +147,33 @@ class AttachedAdapter:
             part.after_backward()
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Called after the update of `step` (0-based)."""
+        """Called after the optimizer update of step `step`, counted from 0."""
         for part in self.parts():
             part.after_step(step, total_steps)
 
     def inputs(self, inputs: Tensors) -> Tensors:
-        """The network's inputs after the changes of a whole-model adapter, such as a prompt."""
+        """The network's inputs as a whole-model adapter, such as a prompt, changes them. Other adapters leave them
+        unchanged."""
         if self.model_adapter is None or current_call().bypassed:
             return inputs
         return self.model_adapter.inputs(self.net, inputs)
 
     @property
     def virtual_tokens(self) -> int:
-        """The number of virtual tokens before each row. They count towards the network's maximum length."""
+        """The number of virtual tokens that the adapter puts before each row. They count towards the network's maximum
+        length."""
         if self.model_adapter is None or current_call().bypassed:
             return 0
         return self.model_adapter.virtual_tokens(self.settings)
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D), or logits, without the positions of virtual tokens."""
+        """Removes the positions of virtual tokens from hidden states (B, T, D) or logits."""
         if self.model_adapter is None or current_call().bypassed:
             return hidden
         return self.model_adapter.outputs(hidden)
 
     def put(self, name: str, wrapper: nn.Module) -> None:
-        """Replace the module with this name, everywhere in the base, by a wrapper."""
+        """Replace the module of this name by a wrapper, everywhere in the base."""
         module = self.net.get_submodule(name)
         wrapper.train(module.training)
         for parent, attribute in self._parents[id(module)]:
@@ -181,7 +185,8 @@ class AttachedAdapter:
         return [(parent, attribute, getattr(parent, attribute)) for parent, attribute, _ in self._replaced]
 
     def detach(self) -> None:
-        """Detach the adapter: the base has its own modules again. The state stays in this object."""
+        """Detach the adapter, so that the base has its original modules again. The adapter's tensors stay in this
+        object."""
         for parent, attribute, module in reversed(self._replaced):
             setattr(parent, attribute, module)
         self._replaced.clear()
@@ -189,14 +194,14 @@ class AttachedAdapter:
             self.model_adapter.detach(self.net)
 
     def free(self) -> None:
-        """Free the memory of a detached adapter, which cannot be used any more. Its parts refer to each other, so that
-        Python would free them much later."""
+        """Free the memory of a detached adapter, which is unusable afterwards. Its parts refer to each other, so Python
+        alone would free them much later."""
         for part in self.parts():
             part.__dict__.clear()
 
 
 def total_penalty(parts: Iterable[AdapterPart]) -> Tensor | None:
-    """() float32: the sum of the parts' penalties, or None."""
+    """The sum of the penalties of these adapter parts, a float32 scalar tensor. None if no part has a penalty."""
     penalties = [penalty for part in parts for penalty in [part.penalty()] if penalty is not None]
     return torch.stack(penalties).sum() if penalties else None
 
@@ -216,9 +221,9 @@ def attach_adapter(
     """Freeze the base and attach a new adapter to it, in place.
 
     Each tensor's initial value depends only on the seed and its module's name. `device`: the device of the adapter's
-    tensors; by default the base's device (tensors of a meta base have no values). `from_folder`: allocate only the
-    state that adapter folders contain.
-    `loads_state`: the caller loads the whole state afterwards.
+    tensors, by default the base's device. On the meta device the tensors have no values. `from_folder`: allocate only
+    the tensors that adapter folders contain.
+    `loads_state`: initialise nothing, because the caller loads all tensors afterwards.
     Raises: RecipeError if an entry of the settings matches no module.
     """
     method = method or load_method(settings.method)
@@ -242,14 +247,14 @@ def attach_adapter(
 
 
 def _base_device(part: AdapterPart, net: nn.Module) -> torch.device:
-    """The device of the part's module or parameter in the base."""
+    """The device of the base module or base parameter that this part adapts."""
     if isinstance(part, ParameterAdapter):
         return part.parameter.device
     return _device_of(part.base_layer if isinstance(part, Wrapper) else net)
 
 
 def _build(attached: AttachedAdapter, meta: bool, from_folder: bool) -> None:
-    """Make every part and put the wrappers in place."""
+    """Create all parts of the adapter, and replace the adapted modules of the base by wrappers."""
     net, settings, method, targets = attached.net, attached.settings, attached.method, attached.targets
     copied, rows = method.copied_modules(base_modules(net), settings, targets), token_rows(net, settings)
     if method.shared is not None:

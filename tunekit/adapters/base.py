@@ -51,8 +51,8 @@ Slots = dict[str, Slot]  # attribute -> slot of the tensor with this attribute
 
 
 class AdapterPart(nn.Module):
-    """The base class of all objects with adapter state. A subclass declares `slots`, and has an attribute for each
-    tensor."""
+    """The base class of all parts of an adapter that have tensors. A subclass declares its tensors in `slots`, and has
+    an attribute for each of them."""
 
     starts_as_identity: ClassVar[bool] = True  # False: the adapted model differs from the base before any step
     file_prefix: ClassVar[str] = "base_model.model."
@@ -103,13 +103,13 @@ class AdapterPart(nn.Module):
         return {name: tensor.detach() for name, tensor in self.state(("trained", "saved")).items()}
 
     def file_fields(self) -> PeftConfig:
-        """Fields of PEFT's configuration that depend on the state."""
+        """Fields of PEFT's configuration whose values depend on the adapter's tensors."""
         return {}
 
     def check_state(self) -> None:
-        """Called after the state was loaded.
+        """Called after the tensors were loaded.
 
-        Raises: AdapterError if untrained values, such as indices, are invalid.
+        Raises: AdapterError if tensors that are not trained, such as indices, are invalid.
         """
 
     @classmethod
@@ -118,7 +118,7 @@ class AdapterPart(nn.Module):
         return cls.file_prefix + name
 
     def penalty(self) -> Tensor | None:
-        """() float32 added to the step's loss, or None."""
+        """The penalty that is added to the step's loss, a float32 scalar tensor, or None."""
         return None
 
     def after_backward(self) -> None:
@@ -145,7 +145,7 @@ class SharedPart(AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, targets: Sequence[Target]) -> Slots:
-        """The slots of the shared state. They depend only on settings and targets."""
+        """Declares the shared tensors. They depend only on settings and targets."""
         raise NotImplementedError
 
     def take_layers(self, layers: Mapping[str, LayerAdapter[Any]]) -> None:
@@ -197,8 +197,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, target: Target) -> Slots:
-        """The slots of one layer. They depend only on settings and shapes, so a file can be checked before it is
-        read."""
+        """Declares the tensors of one layer. They depend only on settings and shapes, so a file can be checked before
+        it is read."""
         raise NotImplementedError
 
     def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
@@ -217,7 +217,7 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         return self.base_layer(x)
 
     def apply_dropout(self, x: Tensor) -> Tensor:
-        """x with the settings' dropout, in training mode."""
+        """Applies the dropout of the settings to x, in training mode only."""
         return F.dropout(x, getattr(self.settings, "dropout", 0.0), self.training)
 
     def update(self, x: Tensor) -> Tensor:
@@ -231,7 +231,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @property
     def is_additive(self) -> bool:
-        """Whether the output is the base's plus `update`, so that several adapters can share the base's product."""
+        """Whether the layer's output is the base layer's output plus `update(x)`. Several such adapters can share one
+        computation of the base layer's output."""
         return type(self).adapted is LayerAdapter.adapted
 
     @property
@@ -251,16 +252,16 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
 
     def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
-        """A (R, I) and B (O, R), whose product B A is the whole change of the matrix; for an embedding, A (R, V) and B
-        (D, R). None if the method has no such form.
+        """The whole change of the layer's matrix as two factors, A (R, I) and B (O, R), whose product is B A. For an
+        embedding: A (R, V) and B (D, R). None if the method has no such form.
 
-        `base_matrix`: reads the base's matrix (O, I) in float32, for a change that depends on it.
+        `base_matrix`: reads the base's matrix (O, I) in float32, for a change that depends on this matrix.
         """
         return None
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """The matrix (O, I), float32, of the unadapted layer that computes the same as this adapted one. It is on the
-        device of the base's `weight`.
+        """The merged matrix (O, I) in float32: a layer without adapter that has this matrix computes the same as the
+        adapted layer. The result is on the device of `weight`, the base's matrix.
 
         Raises: NotMergeable.
         """
@@ -268,7 +269,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
     @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Weight (O, I) and bias (O,), float32, of the unadapted layer that computes the same as this adapted one.
+        """The merged weight (O, I) and bias (O,) in float32: a layer without adapter that has both computes the same as
+        the adapted layer.
 
         Raises: NotMergeable.
         """
@@ -281,8 +283,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 class ModelAdapter(AdapterPart, Generic[Settings]):
     """An adapter of the whole network, such as a prompt: it changes the network's inputs and outputs.
 
-    A subclass defines `slots` and `initialise`, and any of the other methods. If the call bypasses adapters, `inputs`
-    and `outputs` are not used. `from_folder`: the adapter is made from a folder and has only the state that folders
+    A subclass defines `slots` and `initialise`, and any of the other methods. A forward that bypasses adapters does not
+    call `inputs` and `outputs`. `from_folder`: the adapter is read from a folder, and has only the tensors that folders
     contain.
     """
 
@@ -297,28 +299,29 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, net: nn.Module) -> Slots:
-        """The slots of the state during training. They depend only on settings and the network's shapes."""
+        """Declares the tensors that exist during training. They depend only on settings and the network's shapes."""
         raise NotImplementedError
 
     @classmethod
     def file_slots(cls, settings: Settings, net: nn.Module) -> Slots:
-        """The slots of the adapter's folder. They differ from `slots` if `file_tensors` computes the folder's
-        tensors."""
+        """Declares the tensors of the adapter's folder. They differ from `slots` if `file_tensors` computes the
+        folder's tensors."""
         return {attribute: slot for attribute, slot in cls.slots(settings, net).items() if slot.kind != "resume"}
 
     @classmethod
     def virtual_tokens(cls, settings: Settings) -> int:
-        """The number of virtual tokens before each row. They count towards the network's maximum length."""
+        """The number of virtual tokens that the adapter puts before each row. They count towards the network's maximum
+        length."""
         return 0
 
     def continued_state(self, tensors: Tensors) -> Tensors:
-        """The initial state by name, made from the state in init_from's folder."""
+        """The initial tensors by name, computed from the tensors of the folder that the recipe's `init_from` names."""
         return tensors
 
     @classmethod
     def may_differ(cls, settings: Settings) -> frozenset[str]:
-        """Names of settings that may differ from the settings in init_from's folder, because `continued_state`
-        handles them."""
+        """Names of settings whose values may differ between the recipe and the folder in `init_from`, because
+        `continued_state` handles them."""
         return frozenset()
 
     def attach(self, net: nn.Module) -> None:
@@ -330,16 +333,17 @@ class ModelAdapter(AdapterPart, Generic[Settings]):
             hook.remove()
 
     def inputs(self, net: nn.Module, inputs: Tensors) -> Tensors:
-        """The network's inputs (embeddings, mask, positions); in generation, for the first step only."""
+        """The changed inputs of the network (embeddings, mask, positions). In generation only the first step is
+        changed."""
         return inputs
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D), or logits, without the positions of virtual tokens."""
+        """Removes the positions of virtual tokens from hidden states (B, T, D) or logits."""
         return hidden
 
 
 class Casts:
-    """A cache of factors cast to the compute dtype, valid while no weight changes."""
+    """A cache of factors that are cast to the compute dtype. It is valid as long as no weight changes."""
 
     def __init__(self) -> None:
         self._cache: dict[Hashable, Tensor] | None = None
@@ -354,7 +358,7 @@ class Casts:
             self._cache = None
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """The cached value under this key, or the result of `make`."""
+        """The cached value of this key. If there is none, the result of `make`."""
         if self._cache is None:
             return make()
         if key not in self._cache:
@@ -363,5 +367,5 @@ class Casts:
 
 
 def slot_count(slots: Iterable[Slot]) -> int:
-    """The number of trained values in these slots."""
+    """The number of trained values in these declared tensors."""
     return sum(math.prod(slot.shape) for slot in slots if slot.kind == "trained")

@@ -1,6 +1,7 @@
 """Modules whose parameters are trained directly: heads, embeddings, norms, biases.
 
-A wrapper computes with float32 copies of the parameters and keeps the originals for bypass.
+A wrapper computes with float32 copies of the parameters. It keeps the original parameters for forwards that bypass the
+adapter.
 """
 
 import difflib
@@ -18,8 +19,8 @@ from tunekit.model.quantized.weights import weight_of
 
 
 class TrainedCopy(Wrapper, AdapterPart):
-    """A module that computes with trained float32 copies of its parameters: of all parameters, or of the parameters in
-    `only`.
+    """A module that computes with trained float32 copies of its parameters. `only`: the parameters to copy; by default
+    all.
 
     Shapes: those of the module. Starts as the identity: copies equal the originals. The copies are cast to the dtype of
     the originals for each forward. Weight decay does not apply to vectors and embeddings.
@@ -32,7 +33,7 @@ class TrainedCopy(Wrapper, AdapterPart):
 
     @classmethod
     def slots(cls, base: nn.Module, name: str, only: Sequence[str] | None = None) -> Slots:
-        """One slot per parameter; attributes are numbered, because a parameter's own name may contain dots."""
+        """Declares one tensor per parameter. Attributes are numbered, because a parameter's name can contain dots."""
         names = [
             parameter_name for parameter_name, _ in base.named_parameters() if only is None or parameter_name in only
         ]
@@ -59,7 +60,7 @@ class TrainedCopy(Wrapper, AdapterPart):
             )  # on a meta base the values are loaded afterwards
 
     def cast_copies(self) -> Tensors:
-        """The copies in the dtype of the originals, by the module's parameter names."""
+        """The copies, cast to the dtypes of the original parameters, by the parameters' names in the module."""
         return {
             slot.suffix: getattr(self, attribute).to(self.base_layer.get_parameter(slot.suffix).dtype)
             for attribute, slot in self.declared.items()
@@ -72,8 +73,8 @@ class TrainedCopy(Wrapper, AdapterPart):
 
 
 def wrong_entries(modules: Modules, entries: Sequence[str], in_file: bool) -> list[tuple[str, str]]:
-    """Invalid entries: (fault, remedy) pairs. In a file an entry may match no module, because PEFT lists possible
-    heads."""
+    """The invalid entries of modules_to_save, as pairs (problem, advice). An entry of a file may match no module,
+    because PEFT lists heads that the base may not have."""
     wrong = []
     for entry in entries:
         if not named_copies(modules, [entry]) and not in_file:

@@ -1,7 +1,7 @@
-"""Adapters of a parameter that is not the weight of a layer: the fused weights of all experts (E, O, I) of a mixture,
+"""Adapters of a parameter that is not the weight of a layer: the fused weights (E, O, I) of all experts of a mixture,
 or a router's matrix (O, I).
 
-A wrapper of the module that owns the parameter W makes it read W + delta in place of W.
+The module that owns the parameter W is wrapped. During its forward it reads W + delta in place of W.
 """
 
 from __future__ import annotations
@@ -48,27 +48,29 @@ class ParameterAdapter(AdapterPart, Generic[Settings]):
 
     @classmethod
     def slots(cls, settings: Settings, target: Target) -> Slots:
-        """The slots. They depend only on settings and shapes; `target.experts` is E."""
+        """Declares the tensors. They depend only on settings and shapes; `target.experts` is the number of experts
+        E."""
         raise NotImplementedError
 
     def factors(self, index: Index) -> Factors | None:
-        """Float32 factors L (..., P, R) and R (..., R, Q), whose product is the change of parameter[index]. None: use
-        `delta`."""
+        """Two float32 factors, L (..., P, R) and R (..., R, Q), whose product is the change of parameter[index]. None
+        if the change has no factors; then `delta` computes it."""
         return None
 
     def delta(self, index: Index) -> Tensor:
-        """The change of parameter[index], in the adapter's float32."""
+        """The change of parameter[index], in float32."""
         factors = self.factors(index)
         assert factors is not None, "a subclass defines factors or delta"
         return factors[0] @ factors[1]
 
     def merged(self, parameter: Tensor) -> Tensor:
-        """The complete changed parameter (E, O, I) from the float32 `parameter`."""
+        """The whole parameter (E, O, I) with the adapter's change. `parameter`: the base's values in float32."""
         return parameter + self.delta(EVERYTHING).detach().to(parameter.device)
 
 
 class ParameterHost(Wrapper):
-    """Wraps the owning module; during its forward, reading the named parameters gives changed ones."""
+    """Wraps the module that owns the adapted parameters. When the module's forward reads such a parameter, it gets the
+    changed parameter."""
 
     def __init__(self, base: nn.Module, adapters: dict[str, ParameterAdapter[Any]]) -> None:
         super().__init__(base)
@@ -120,7 +122,7 @@ class ChangedParameter:
 
     @property
     def original(self) -> Tensor:
-        """W[index], (..., P, Q), or (..., Q, P) if transposed."""
+        """The base's W[index], without the adapter's change: (..., P, Q), or (..., Q, P) if transposed."""
         parameter: Tensor = self.adapter.parameter
         weight = parameter if self.index is EVERYTHING else parameter[self.index]
         return weight.transpose(-2, -1) if self.is_transposed else weight
@@ -145,7 +147,8 @@ class ChangedParameter:
         return self.materialise()[index]
 
     def transpose(self, first: int, second: int) -> Tensor | ChangedParameter:
-        """The parameter with two dimensions exchanged. If these are the last two, the change stays factored."""
+        """The parameter with two dimensions exchanged. If these are the last two, its change is still stored as
+        factors."""
         if {first, second} == {-2, -1}:
             return ChangedParameter(self.adapter, self.index, not self.is_transposed)
         return self.materialise().transpose(first, second)
@@ -177,7 +180,7 @@ class ChangedParameter:
 
 
 def _product(function: Callable[..., Any], inputs: Sequence[Any], named: Mapping[str, Any]) -> Tensor | None:
-    """The product of an input and a changed parameter, or None if the call is something else."""
+    """Computes the product of an input and a changed parameter. Returns None if the call is not such a product."""
     if len(inputs) < 2 or isinstance(inputs[0], ChangedParameter) == isinstance(inputs[1], ChangedParameter):
         return None
     second = isinstance(inputs[1], ChangedParameter)
@@ -201,8 +204,8 @@ def _product(function: Callable[..., Any], inputs: Sequence[Any], named: Mapping
 
 
 def _align(left: Tensor, right: Tensor) -> Factors:
-    """The same factors (E, P, R) and (E, R, Q), with R padded with zeros, in the memory layout of the grouped
-    product."""
+    """Pads the rank R of the factors (E, P, R) and (E, R, Q) with zeros, and gives both the memory layout that torch's
+    grouped product requires."""
     missing = -left.shape[-1] % ALIGNED_RANK
     left = F.pad(left, (0, missing)).contiguous()
     return left, F.pad(right.transpose(-2, -1), (0, missing)).contiguous().transpose(-2, -1)

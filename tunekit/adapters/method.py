@@ -1,5 +1,5 @@
-"""The class Method, which describes a method of adaptation to the rest of the program, and functions that find methods
-by name."""
+"""Defines the class Method, which describes a method of adaptation to the rest of the program, and functions that find
+a method by its name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ Copies = dict[str, tuple[str, ...] | None]  # module name -> its copied paramete
 
 @dataclass(frozen=True)
 class Conflict:
-    """A setting that does not suit the layers: the key in the recipe, the fault, and the advice."""
+    """A setting that does not fit the adapted layers: its key in the recipe, the problem, and the advice."""
 
     key: str
     what: str
@@ -39,8 +39,8 @@ def saved_modules(settings: AdapterSettings) -> Sequence[str]:
 
 
 def needs_reference_state(objective: Objective, settings: AdapterSettings, *, exported: bool = False) -> bool:
-    """Whether the loss compares with the policy at step 0, and this policy is not simply the base with the adapter
-    bypassed.
+    """Whether training must keep a copy of the policy at step 0. That is the case if the loss compares with this
+    policy, and the policy is not simply the base with the adapter bypassed.
 
     `exported`: answer for the exported folder. There the base again has the weights that an initialisation such as
     PiSSA moved into the adapter.
@@ -53,7 +53,7 @@ def needs_reference_state(objective: Objective, settings: AdapterSettings, *, ex
 
 
 def always_linear(settings: AdapterSettings) -> bool:
-    """Returns True: Method.is_linear for methods whose update is linear in the tensors with all settings."""
+    """Returns True. It is Method.is_linear for methods whose update is linear in the tensors with any settings."""
     return True
 
 
@@ -62,17 +62,16 @@ class Method:
     """A method of adaptation: its classes and its properties. Each file in adapters/methods defines one as METHOD.
 
     `layer`, `parameter`, `model`: the classes for layers, for fused 3-D parameters, and for the whole network.
-    `only_copies`: for methods that only copy modules, a function: the base's modules, settings -> copied parameters.
-    `copy`: the class of these copies, and of modules that are fully trained next to other methods.
-    `tensors`: the names of tensors in PEFT's files after the module's name, if code outside of adapters needs them.
-    `is_linear`: whether the update is linear in the tensors with these settings, so that adapters can be added;
+    `only_copies`: for methods that only train copies of modules: (the base's modules, settings) -> copied parameters.
+    `copy`: the class of these copies, and of the modules that other methods train fully (modules_to_save).
+    `tensors`: the tensor names that follow the module's name in PEFT's files, if code outside of adapters needs them.
+    `is_linear`: whether, with these settings, the update is linear in the tensors, so that adapters can be added.
     `neutral`: the value of the trained tensors with which the adapter changes nothing.
-    `unbinding`: settings that do not change the computation, so a folder to continue from may have other values.
-    `conflicts`: a function of settings, targets, and whether the settings come from a file; `run_conflicts`: a function
-    of settings and optimizer steps.
-    `with_tokenizer`: a function that returns the settings with their texts as token ids.
-    `read_as`: the name of another method that differs only in training. Folders of this method are read as folders of
-    that method.
+    `unbinding`: settings that do not change the computation. The recipe may change them when it continues from a
+    folder. `conflicts`: (settings, targets, whether the settings come from a file) -> conflicts.
+    `run_conflicts`: (settings, number of optimizer steps) -> conflicts.
+    `with_tokenizer`: (settings, tokenizer) -> the settings with their texts as token ids.
+    `read_as`: the name of another method that differs only in training; folders are read as folders of that method.
     `in_diffusers_file`: whether a pipeline's adapter is saved in diffusers' file instead of PEFT's.
     """
 
@@ -97,12 +96,14 @@ class Method:
     in_diffusers_file: bool = False
 
     def groups(self, net: nn.Module, settings: AdapterSettings, targets: Sequence[Target]) -> list[LayerGroup]:
-        """The groups of layers that will be computed together on this base; empty without a kernel."""
+        """The groups of layers that will be computed together on this base. Empty if the method has no joined
+        computation."""
         modules = dict(net.named_modules(remove_duplicate=False))
         return [] if self.kernel is None else self.kernel.groups(net, modules, settings, targets)
 
     def copied_modules(self, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]) -> Copies:
-        """All modules to copy. With `bias: all`, every module with a bias is included, except adapted layers."""
+        """All modules whose parameters are trained as copies. With `bias: all`, the biases of all modules that are not
+        adapted are included."""
         fully_trained = named_copies(modules, saved_modules(settings))
         copied: Copies = dict.fromkeys(fully_trained)
         if getattr(settings, "bias", "none") == "all":
@@ -115,8 +116,8 @@ class Method:
         return dict(sorted(copied.items()))
 
     def copy_class(self, settings: AdapterSettings, name: str) -> type[TrainedCopy]:
-        """The class of this module's copy: `copy`. If the method itself only copies modules, modules of
-        `modules_to_save` get a plain TrainedCopy."""
+        """The class of this module's copy: the method's `copy`. If the method itself only copies modules, modules of
+        `modules_to_save` get the base class TrainedCopy."""
         fully_trained = self.only_copies is not None and bool(named_copies([name], saved_modules(settings)))
         return TrainedCopy if fully_trained else self.copy
 

@@ -1,5 +1,5 @@
-"""Finds the base's own modules and fused parameters, even if adapters are attached, and matches entries of settings
-with their names."""
+"""Finds the modules and fused parameters of the base, even if adapters are attached, and matches the entries of
+settings with their names."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj
 
 
 def base_modules(net: nn.Module) -> dict[str, nn.Module]:
-    """The base's own modules by name, without wrappers and additions of adapters; shared modules once."""
+    """The base's own modules by name, without the wrappers and additions of adapters. A shared module occurs once."""
     modules: dict[str, nn.Module] = {}
     visited: set[int] = set()
 
@@ -44,9 +44,10 @@ def parameter_names(net: nn.Module) -> list[str]:
 
 
 def fused_parameters(net: nn.Module, dimensions: tuple[int, ...] = (3,)) -> dict[str, tuple[nn.Module, nn.Parameter]]:
-    """3-D parameters by name with their owners: the experts of a mixture. The kernels of convolutions are excluded.
+    """The base's 3-D parameters by name, each with the module that owns it. These are the experts of a mixture; the
+    kernels of convolutions are excluded.
 
-    `dimensions`: 2 includes matrices, such as those of layers and routers.
+    `dimensions`: 2 includes matrices, such as the weights of layers and routers.
     """
     return {
         f"{name}.{parameter_name}": (module, parameter)
@@ -63,7 +64,7 @@ def endings(name: str) -> list[str]:
 
 
 def is_fused_in(entry: str, parameter_name: str) -> bool:
-    """Whether the entry's last name is fused into the parameter: gate_proj is a part of gate_up_proj."""
+    """Whether the layer that the entry names is fused into this parameter: gate_proj is a part of gate_up_proj."""
     parameter_parts = parameter_name.rpartition(".")[2]
     entry_parts = entry.rpartition(".")[2]
     entry_parts = OLD_EXPERT_NAMES.get(entry_parts, entry_parts)
@@ -81,8 +82,8 @@ def is_within(name: str, outer: Sequence[str]) -> bool:
 
 
 def plain_entries(names: Sequence[str], modules: Modules) -> list[str] | None:
-    """The shortest list for modules_to_save that PEFT reads as exactly `names`; PEFT compares the ends of names. None
-    if there is no such list."""
+    """The shortest list for modules_to_save with which PEFT finds exactly `names`. PEFT compares the ends of names.
+    None if there is no such list."""
     for entries in ({name.rpartition(".")[2] for name in names}, set(names)):
         if {name for name in modules if name and name.endswith(tuple(entries))} == set(names):
             return sorted(entries)
@@ -108,19 +109,20 @@ def chosen_layers(settings: AdapterSettings) -> tuple[int, ...] | None:
 
 
 def layer_patterns(settings: AdapterSettings) -> tuple[str, ...]:
-    """Names of the lists of layers; if empty, the first number in a name counts."""
+    """The names of the lists that contain the numbered layers (layers_pattern). If empty, the first number in a
+    module's name is its layer number."""
     patterns = getattr(settings, "layers_pattern", None)
     return (patterns,) if isinstance(patterns, str) else patterns or ()
 
 
 def in_chosen_layers(names: Iterable[str], settings: AdapterSettings) -> set[str]:
-    """The names of modules inside chosen layers; modules outside the numbered layers are left out."""
+    """The names of modules that are inside the chosen layers. Modules outside of numbered layers are left out."""
     wanted, patterns = chosen_layers(settings), layer_patterns(settings)
     return {name for name in names if wanted is None or layer_number(name, patterns) in wanted}
 
 
 def check_layer_numbers(names: Iterable[str], settings: AdapterSettings) -> tuple[list[int], list[int]]:
-    """The chosen numbers without a layer in the base, and all numbers that have one."""
+    """Two lists: the chosen layer numbers that the base does not have, and all layer numbers that the base has."""
     existing = {
         number for name in names for number in [layer_number(name, layer_patterns(settings))] if number is not None
     }

@@ -1,5 +1,5 @@
-"""Regular expressions over module names. They are untrusted: a hostile expression is refused instead of running without
-end."""
+"""Matches regular expressions with module names. The expressions are untrusted, so an expression that would run almost
+without end is refused."""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ SHORTEST = 1e-3  # minimum time for a pattern, in seconds
 
 @dataclass
 class Patterns:
-    """The patterns of one adapter: their file and key for messages, and their total processor time.
+    """Compiles and matches the patterns of one adapter. Their file and settings key appear in messages, and their total
+    processor time is limited.
 
     Raises: `error` if a pattern is invalid or refused (see compile_pattern), or if the time is used up.
     """
@@ -32,7 +33,8 @@ class Patterns:
         return self._match(text, r"(?:.*\.)?(?:{})$", name)
 
     def matches_as_before(self, text: str, name: str) -> bool:
-        """re.match(rf".*\\.{text}$", name): PEFT's matching of these patterns before 0.15, without a group."""
+        """re.match(rf".*\\.{text}$", name): how PEFT matched these patterns before 0.15, without grouping
+        alternatives."""
         return self._match(text, r"(?:.*\.{}$)(?s:.*)", name)
 
     def _match(self, text: str, template: str, name: str) -> bool:

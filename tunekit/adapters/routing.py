@@ -1,7 +1,8 @@
-"""Computes a module in a forward whose rows have different adapters. The base's product is computed once for all rows.
+"""Computes one module of a network in a forward whose rows have different adapters. The base module's output is
+computed once for all rows.
 
-An additive adapter adds its update to the product in its rows. Other adapters, such as DoRA, compute the complete
-output of their rows.
+An additive adapter adds its update to the output of its rows. Other adapters, such as DoRA, compute the complete output
+of their rows.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from tunekit.errors import AdapterError
 
 RowNames = tuple[str | None, ...]  # the adapter of each row; None: the base
 FindWrapper = Callable[[str], nn.Module | None]  # adapter's name -> its wrapper of a module
-MOST_ROWS = 3  # of an adapter in the batched product, which computes as many rows for each adapter
+MOST_ROWS = 3  # an adapter with more rows is not in the batched product, which pads all adapters to the same number
 CACHED_ROUTES = 2
 PROBE_SHAPE = (2, 3)  # rows and tokens
 
 
 @dataclass(frozen=True)
 class Route:
-    """How one module computes rows of several adapters.
+    """The plan with which one module computes rows of several adapters.
 
-    `separate`: wrappers of adapters that are not additive, with their rows. `others`: all other rows, which use the
-    base's product; None if there are none. `order`: reorders the outputs of `separate` and `others` to the order of the
-    batch; None if `separate` is empty.
-    `single`: additive layers that compute their update alone, with their rows. `joined`: layers of the batched product,
-    and `segments` their rows.
+    `separate`: the wrappers of adapters that are not additive, with the numbers of their rows.
+    `others`: all other rows, which use the base module's output; None if there are none.
+    `order`: reorders the outputs of `separate` and `others` to the order of the batch; None if `separate` is empty.
+    `single`: additive layers whose update is computed separately, with the numbers of their rows.
+    `joined`: layers whose updates one batched product computes; `segments`: the rows of these layers.
     """
 
     separate: list[tuple[nn.Module, Tensor]]
@@ -57,7 +58,8 @@ class Route:
         return y
 
     def _products(self, x: Tensor, base: nn.Module) -> Tensor:
-        """The module's output before additive updates: the base's product, and the outputs of the separate wrappers."""
+        """The module's output before additive updates: the outputs of the separate wrappers, and of the base module for
+        all other rows."""
         if self.order is None:
             return base(x)
         parts = [wrapper(x.index_select(0, rows)) for wrapper, rows in self.separate]
@@ -67,7 +69,8 @@ class Route:
 
 
 def make_route(names: RowNames, find: FindWrapper, bank: FactorBank, device: torch.device) -> Route:
-    """The route for these adapters of the rows. `find`: returns an adapter's wrapper of this module."""
+    """Plans how one module computes a batch. `names`: the adapter of each row. `find`: returns an adapter's wrapper of
+    the module."""
     layers = {name: wrapper for name in dict.fromkeys(names) if name is not None and (wrapper := find(name))}
     rows: dict[str | None, list[int]] = {}
     for number, name in enumerate(names):
@@ -97,7 +100,7 @@ def _joins(layer: LayerAdapter[Any]) -> bool:
 
 
 class Router:
-    """Computes one module for rows of several adapters. It caches the routes and the copies of factors."""
+    """Computes one module for rows of several adapters. It caches the plans (Route) and the copies of factors."""
 
     def __init__(self, copies: CopyMemory) -> None:
         self.bank = FactorBank(copies)
@@ -109,7 +112,10 @@ class Router:
         self._routes.clear()
 
     def __call__(self, x: Tensor, names: RowNames, base: nn.Module, find: FindWrapper) -> Tensor:
-        """The module's output for x (B, T, I), or ids (B, T). Raises: AdapterError if x has different rows."""
+        """The module's output for x (B, T, I), or for ids (B, T).
+
+        Raises: AdapterError if x has a different number of rows than the call.
+        """
         if len(x) != len(names):
             raise AdapterError(f"the call has the adapters of {len(names)} rows, but a layer's input has {len(x)} rows")
         key = names, base.training, x.device
@@ -120,16 +126,16 @@ class Router:
 
 
 def can_route(wrapper: nn.Module) -> bool:
-    """Whether the wrapper computes the rows of a tensor independently, provided that its module does."""
+    """Whether the wrapper computes each row of a tensor independently, provided that the wrapped module does."""
     return isinstance(wrapper, LayerAdapter | TrainedCopy | TrainedTokens)
 
 
 @torch.no_grad()
 def row_modules(net: nn.Module) -> set[nn.Module]:
-    """The modules without children whose only input is one tensor with the rows of the net's ids (B, T). A forward
-    finds them.
+    """The modules without children whose only input is one tensor with the same rows and tokens as the net's ids (B,
+    T). A test forward shows which modules these are.
 
-    Experts, for example, get single tokens of all rows.
+    Experts, for example, are not among them: they get single tokens of all rows.
     """
     fitting, unfit = set[nn.Module](), set[nn.Module]()
 

@@ -1,4 +1,5 @@
-"""Several adapters on one base at the same time, with any methods and targets: each call uses one of them, or none.
+"""Several adapters on one base at the same time, with any methods and targets. Each call uses one of them, one adapter
+per row, or none.
 
 A Switch replaces each module that an adapter wraps. The Call names the adapter of all rows, or one adapter for each
 row. The Switch passes the rows to the wrapper of their adapter, or to the base's module. LoRA layers inside a Switch do
@@ -24,7 +25,7 @@ from tunekit.model.call import calling, current_call
 
 
 class ActiveAdapter:
-    """The adapter in use: the adapter that the call names, otherwise the active adapter (None: the base)."""
+    """The adapter in use: the adapter that the call names or, if it names none, the active adapter (None: the base)."""
 
     def __init__(self) -> None:
         self.active: str | None = None
@@ -49,9 +50,9 @@ class ActiveAdapter:
         return name
 
     def of_rows(self) -> RowNames | None:
-        """The adapter of each row; None if one adapter is in use.
+        """The adapter of each row. None if all rows use one adapter.
 
-        Raises: AdapterError if hooks of a whole-model adapter are in the net: they would change all rows.
+        Raises: AdapterError if hooks of a whole-model adapter are in the net, because they would change all rows.
         """
         call = current_call()
         if call.adapter_of_row is not None and not call.bypassed and self.hooked is not None:
@@ -60,14 +61,14 @@ class ActiveAdapter:
         return None if call.bypassed else call.adapter_of_row
 
     def check(self, name: str) -> None:
-        """Refuse a name that is not loaded."""
+        """Raises: AdapterError if no adapter of this name is loaded."""
         if name not in self.names:
             known = ", ".join(sorted(self.names)) or "none"
             raise AdapterError(f"no adapter '{name}' is loaded", f"loaded: {known}")
 
 
 class Switch(Wrapper):
-    """A module of the base with the wrappers of several adapters for it."""
+    """Replaces a module of the base. It contains the wrappers that several adapters have for this module."""
 
     def __init__(self, base: nn.Module, choice: ActiveAdapter, copies: CopyMemory) -> None:
         super().__init__(base)
@@ -83,7 +84,7 @@ class Switch(Wrapper):
         self._router.forget(name)
 
     def keep_copies(self, names: Collection[str]) -> None:
-        """Free the copies of factors, except for the adapters `names`."""
+        """Free the copies of factors. Only copies of the adapters `names` are kept."""
         self._router.bank.keep(names)
 
     def find(self, name: str) -> nn.Module | None:
@@ -105,9 +106,10 @@ class Switch(Wrapper):
 
 
 class AdapterSet:
-    """The adapters of one net. The net must have no adapter at first; `remove` and `detach` restore its own modules.
+    """The adapters that are loaded on one net. The net must have no adapter at first. `remove` and `detach` give it
+    back its original modules.
 
-    `copies`: the memory for copies of factors in forwards with rows of several adapters.
+    `copies`: the memory for copies of factors, in forwards whose rows have several adapters.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -117,11 +119,12 @@ class AdapterSet:
         self._guards: list[Any] = []
 
     def add(self, name: str, attach: Callable[[], AttachedAdapter]) -> AttachedAdapter:
-        """Add an adapter. `attach`: attaches it to the net, from which all other adapters are removed meanwhile.
+        """Add an adapter. `attach`: a function that attaches the adapter to the net. All other adapters are removed
+        from the net while it runs.
 
         Raises: AdapterError if the name is taken, or if a loaded adapter enlarged the vocabulary; AdapterConflict if
-        the adapter copies a module inside which another adapter has layers; and the errors of `attach`. The other
-        adapters are then unchanged.
+        the adapter copies a module inside which another adapter has layers; and the errors of `attach`. In these cases
+        the other adapters stay unchanged.
         """
         if not name or name in self.adapters:
             raise AdapterError(f"an adapter '{name}' is loaded already" if name else "an adapter needs a name")
@@ -160,7 +163,7 @@ class AdapterSet:
         return self.adapters.pop(name)
 
     def switch(self, name: str | None) -> None:
-        """Make this adapter the active one, which a call uses if it names no adapter. None: the base."""
+        """Make this adapter active: calls that name no adapter use it. With None, such calls use the base alone."""
         if name is not None:
             self.choice.check(name)
         self.choice.active = name
@@ -181,7 +184,7 @@ class AdapterSet:
     @contextmanager
     def using_rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """A block in which row i of a forward uses the adapter names[i] (None: the base). `shares_forwards` must be
-        true for all of these adapters. Weights of adapters must not change between such blocks."""
+        true for all of these adapters. Weights of adapters must not change from one such block to the next."""
         for name in {*names} - {None}:
             if not self.shares_forwards(str(name)):
                 raise AdapterError(f"'{name}' cannot share a forward with other adapters", "use its rows alone")
@@ -194,13 +197,13 @@ class AdapterSet:
             self._hook(hooked)
 
     def keep_copies(self, names: Collection[str]) -> None:
-        """Free the copies of factors that `using_rows` has made, except for the adapters `names`."""
+        """Free the copies of factors that `using_rows` has made. Only copies of the adapters `names` are kept."""
         for _, switch in self._switches.values():
             switch.keep_copies(names)
 
     def shares_forwards(self, name: str) -> bool:
-        """Whether rows of this adapter can be in one forward with rows of other adapters. This is so if every module
-        that it wraps gets all rows in one tensor."""
+        """Whether rows of this adapter can be in one forward with rows of other adapters. That is the case if every
+        module that the adapter wraps gets all rows in one tensor."""
         self.choice.check(name)
         wrapped = [(switch.base_layer, switch.find(name)) for _, switch in self._switches.values()]
         fits = all(can_route(wrapper) and base in self._row_modules for base, wrapper in wrapped if wrapper)
@@ -223,7 +226,8 @@ class AdapterSet:
 
     # A whole-model adapter works through hooks, which are in the net only while the adapter is in use.
     def _hook(self, name: str | None) -> None:
-        """Remove all hooks, then install the hooks of this adapter, if it has any. None: only remove."""
+        """Remove all hooks of whole-model adapters from the net. Then install the hooks of the adapter `name`, if it
+        has any."""
         before, after = (self.adapters[n].model_adapter if n else None for n in (self.choice.hooked, name))
         if before is not None:
             before.detach(self.net)
@@ -243,7 +247,7 @@ class AdapterSet:
         return hooked
 
     def _install(self) -> None:
-        """Replace every module that has a wrapper by its Switch. A module that occurs twice in the net has two
+        """Replace every module that has a wrapper by its Switch. A module that occurs at two places in the net gets two
         Switches."""
         for (_, attribute), (parent, switch) in self._switches.items():
             setattr(parent, attribute, switch)
@@ -251,7 +255,8 @@ class AdapterSet:
             self._guards.append(decoder(self.net).register_forward_pre_hook(lambda *_: self._guard()))
 
     def _switch(self, parent: nn.Module, attribute: str) -> Switch:
-        """The Switch of a module, made at the first call. The net must have its own modules."""
+        """The Switch of a module, which is created at the first call. At that time the net must have its original
+        modules."""
         place = id(parent), attribute
         if place not in self._switches:
             base = getattr(parent, attribute)
@@ -259,14 +264,20 @@ class AdapterSet:
         return self._switches[place][1]
 
     def _guard(self) -> None:
-        """Raises: AdapterError if the forward's adapter and the adapter with hooks differ. Runs before every
-        forward, because a whole-model adapter may have no Switch."""
+        """Check, before every forward, that the adapter in use is the adapter whose hooks are in the net. A whole-model
+        adapter may have no Switch that would check this.
+
+        Raises: AdapterError if they differ.
+        """
         if self.choice.of_rows() is None:
             self.choice.name()
 
     def _refuse_nested(self, name: str, attached: AttachedAdapter) -> None:
-        """Raises: AdapterConflict if one adapter copies a module inside which another adapter adapts layers. The copied
-        module runs with replaced parameters by name, and a Switch inside the module would change these names."""
+        """Refuse two adapters if one copies a module inside which the other adapts layers. The copied module runs with
+        parameters that are replaced by name, and a Switch inside it would change these names.
+
+        Raises: AdapterConflict.
+        """
         for other_name, other in [*self.adapters.items(), (name, attached)]:
             for one, two in ((attached, other), (other, attached)):
                 for copied in one.copies if one is not two else ():

@@ -1,9 +1,9 @@
-"""The layers of the base that an adapter adapts, with the rank and alpha of each.
+"""Finds the layers of the base that an adapter adapts, and the rank and alpha of each layer.
 
 Layers are found by structure and by full names, also on the meta device and with adapters attached. Entries without a
-match are reported with the nearest names. `all-linear` is every linear layer except the output head, gates of one row,
-and layers on which an adapter would have no effect. A list contains full names or endings after a dot; any other text
-is one regular expression for the full name.
+match are reported with the nearest names. `all-linear` is every linear layer except the output head, layers with a
+single output (gates), and layers on which an adapter would have no effect. A list contains full names or endings after
+a dot; a text that is not a list is one regular expression for the full name.
 """
 
 import dataclasses
@@ -50,8 +50,9 @@ def find_targets(
 ) -> list[Target]:
     """Every layer (and fused parameter) that the adapter will adapt, sorted by name.
 
-    `file`: the adapter configuration that the settings come from. In a file, an entry without a match is allowed,
-    because tensors are compared in both directions. Two patterns for one module are refused as ambiguous.
+    `file`: the adapter configuration that the settings come from. Then an entry without a match is allowed, because the
+    file's tensors are compared with the targets in both directions. Two patterns with different values for one module
+    are refused as ambiguous.
     Raises: RecipeError (AdapterError with `file`) with all problems.
     """
     search = Search(net, settings, method or load_method(settings.method), head_name, file)
@@ -63,7 +64,7 @@ def find_targets(
     if not targets and not search.problems and (search.method.layer or search.method.parameter):
         head = [*search.copies, *([head_name] if head_name else [])]
         others = [name for name in search._adaptable_names() if not is_within(name, head)]
-        how = "name other layers" if others else "none of its layers are linear; write method: full"
+        how = "name other layers" if others else "the base has no linear layer; write method: full"
         search.report("target_modules", "the base has no layer to adapt", how)
     if not search.problems:
         for conflict in search.method.conflicts(settings, targets, file is not None):
@@ -74,7 +75,8 @@ def find_targets(
 
 
 def unreached_experts(net: nn.Module, settings: AdapterSettings, targets: Sequence[Target]) -> list[str]:
-    """Names of fused expert parameters that are not adapted although target_modules contains such a name."""
+    """Names of fused expert parameters that are not adapted, although an entry of target_modules names layers that are
+    fused into them."""
     entries = getattr(settings, "target_modules", ())
     entries = None if isinstance(entries, str) else entries
     adapted = {target.name for target in targets}
@@ -86,13 +88,13 @@ def unreached_experts(net: nn.Module, settings: AdapterSettings, targets: Sequen
 
 
 def trained_count(method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Number of trained parameters of an adapter, in its layers and in parts that layers share."""
+    """The number of trained parameters in an adapter's layers and in the parts that the layers share."""
     shared = slot_count(method.shared.slots(settings, targets).values()) if method.shared else 0
     return shared + sum(target.trainable_parameters for target in targets)
 
 
 def copied_parameters(net: nn.Module, method: Method, settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Number of trained parameters in copied modules and in token rows, without the targets' parameters; allocates
+    """The number of trained parameters in copied modules and in trained token rows, not in the targets. Allocates
     nothing."""
     modules = base_modules(net)
     copies = method.copied_modules(modules, settings, targets)
@@ -101,7 +103,7 @@ def copied_parameters(net: nn.Module, method: Method, settings: AdapterSettings,
 
 
 class Search:
-    """A search for targets in a base. `problems` collects problems with entries."""
+    """A search for an adapter's targets in a base. `problems` collects the entries that cannot be used."""
 
     def __init__(
         self, net: nn.Module, settings: AdapterSettings, method: Method, head_name: str | None, file: str | None
@@ -120,19 +122,19 @@ class Search:
                 self.by_ending.setdefault(ending, []).append(name)
 
     def report(self, key: str, what: str, how: str) -> None:
-        """Add a problem of one settings key."""
+        """Add a problem with a setting. `key`: the setting; `what`: the problem; `how`: the advice."""
         self.problems.append(Problem(what, how, self.file, None, self._full_key(key)))
 
     def _full_key(self, key: str) -> str:
         return key if self.file else f"adapter.{key}"
 
     def _patterns_of(self, key: str) -> Patterns:
-        """The pattern matcher. Its messages name the settings key `key` from now on."""
+        """The pattern matcher. From now on its messages name the setting `key`."""
         self.patterns.key = self._full_key(key)
         return self.patterns
 
     def layers(self) -> list[Target]:
-        """Targets of the method's layer class."""
+        """The targets that the method adapts as layers."""
         if self.method.layer is None:
             return []
         excluded = self._match("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
@@ -146,7 +148,7 @@ class Search:
         return [self._layer_target(name, name) for name in sorted(names)]
 
     def _refuse_experts(self, names: Collection[str]) -> None:
-        """Report layers that peft reads as parameters, if the method adapts only layers."""
+        """Report layers that peft reads as fused expert parameters, if the method can only adapt layers."""
         unreadable = sorted(read_as_experts(self.net, names)) if self.method.peft.takes_experts else []
         if unreadable and self.method.parameter is None and not self.file:
             which = f"'{unreadable[0]}'{_more(unreadable)}"
@@ -154,7 +156,7 @@ class Search:
             self.report("target_modules", what, "exclude such layers, or write method: lora")
 
     def parameters(self) -> list[Target]:
-        """Targets of the method's class for parameters; the weight of a layer becomes a layer target."""
+        """The targets that target_parameters names. The weight of a layer becomes an ordinary layer target."""
         names = {
             name
             for entry in (getattr(self.settings, "target_parameters", ()) if self.method.parameter else ())
@@ -181,7 +183,8 @@ class Search:
         return in_chosen_layers(names, self.settings)
 
     def _match(self, key: str, entries: str | Sequence[str]) -> set[str]:
-        """Names of adaptable layers (for exclude_modules: of any modules) that the entries match."""
+        """The names of layers that match the entries and that the method can adapt. For exclude_modules: the names of
+        any modules that match."""
         targets = key == "target_modules"
         if targets and entries == ALL_LINEAR:
             return self._all_linear()
@@ -198,8 +201,8 @@ class Search:
         return matches
 
     def _all_linear(self) -> set[str]:
-        """The layers of `all-linear`: all linear layers except gates of one row and layers on which an adapter has no
-        effect."""
+        """The layers of `all-linear`: all linear layers except the output head, layers with a single output (gates),
+        and layers on which an adapter has no effect."""
         linear, head = self.kinds & {"linear", "conv1d"}, [self.head_name] if self.head_name else []
         refused = refused_by_peft(self.net, self.modules) if self.method.peft.refuses_kernel_layers else set()
         passed_over = uncalled_layers(self.modules) | refused
@@ -261,8 +264,8 @@ class Search:
         return self._nearest_of(entry, names) or f"its layers are {', '.join(last[:12])}"
 
     def _nearest_of(self, entry: str, names: Iterable[str]) -> str:
-        """A question with the names most similar to the entry, or with all names if there are few; empty if there are
-        none."""
+        """A question that suggests the names most similar to the entry, or all names if there are few. Empty if there
+        are none."""
         known = sorted({ending for name in names for ending in endings(name) if ending.count(".") <= entry.count(".")})
         similar = difflib.get_close_matches(entry, known, n=3, cutoff=0.5) if len(entry) <= 200 else []
         similar = similar or (known if len(known) <= 3 else [])
@@ -295,7 +298,7 @@ class Search:
         return self._with_size(target)
 
     def _with_size(self, target: Target) -> Target:
-        """The target with its number of trained parameters; a rank larger than the matrix is a problem."""
+        """The target with its number of trained parameters. A rank larger than the matrix is recorded as a problem."""
         kind = self.method.parameter if target.kind == "parameter" else self.method.layer
         assert kind is not None
         smallest, largest = sorted((target.in_features, target.out_features))
@@ -321,10 +324,11 @@ class Search:
         return self._by_pattern("rank_pattern", name, r), self._by_pattern("alpha_pattern", name, alpha)
 
     def _by_pattern(self, key: str, name: str, default: Value | None) -> Value | None:
-        """The value of the longest pattern that matches, by PEFT's matching. PEFT itself takes the first match in the
-        file.
+        """The value of the longest matching pattern, or the default. Names match as in PEFT, but PEFT takes the first
+        match in the file.
 
-        Two different values are a problem in an adapter file, and in a recipe if the patterns are equally long.
+        Matches with two different values are a problem in an adapter file. In a recipe they are a problem only if the
+        patterns are equally long.
         """
         patterns: dict[str, Value] = getattr(self.settings, key, {})
         matching = sorted((p for p in patterns if self._patterns_of(key).matches_ending(p, name)), key=len)

@@ -1,6 +1,6 @@
-"""Trains single rows of an embedding or a head, such as those of new tokens. All other rows stay frozen.
+"""Trains single rows of an embedding or a head, such as the rows of new tokens. All other rows stay frozen.
 
-A wrapper of the module has one trained row per token id.
+The module is wrapped, and the wrapper has one trained row per token id.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ Fault = tuple[str, str]  # the fault, and the advice
 
 
 class TrainedTokens(Wrapper, AdapterPart):
-    """The module with its rows `ids` replaced by trained rows: W'[ids[n]] = rows[n].
+    """Wraps a module and replaces the rows `ids` of its matrix by trained rows: W'[ids[n]] = rows[n].
 
-    Shapes: rows (N, D) float32, cast to the output's dtype; for an embedding ids (...) -> (..., D), for a head (...,
-    D) -> (..., V). Starts as the identity: rows = W[ids]. Weight decay does not apply. No other row gets a gradient,
-    and no second matrix is allocated. `owner`: a tied module whose trained rows are used; then no rows are stored.
+    Shapes: rows (N, D) float32, cast to the output's dtype; for an embedding ids (...) -> (..., D), for a head (..., D)
+    -> (..., V). Starts as the identity: rows = W[ids]. Weight decay does not apply. No other row gets a gradient, and
+    no second matrix is allocated. `owner`: a tied module whose trained rows this module uses, instead of storing its
+    own rows.
     """
 
     rows: nn.Parameter
@@ -83,7 +84,7 @@ class TrainedTokens(Wrapper, AdapterPart):
         return self._embed(x, y) if self.embedding else self._project(x, y)
 
     def _embed(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (..., D), in which the embeddings of trained ids are replaced by the trained rows."""
+        """Replaces the embeddings of trained ids in y (..., D) by the trained rows."""
         nearest = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # (...)
         trained = F.embedding(self.order[nearest], self.rows.to(y.dtype), self.padding)  # (..., D)
         scale = getattr(self.base_layer, "embed_scale", None)  # Gemma multiplies its embeddings
@@ -91,7 +92,7 @@ class TrainedTokens(Wrapper, AdapterPart):
         return torch.where((self.ids[nearest] == x)[..., None], trained, y)
 
     def _project(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (..., V), in which the logits of trained ids are replaced by those of the trained rows."""
+        """Replaces the logits of trained ids in y (..., V) by logits that are computed with the trained rows."""
         bias = getattr(self.base_layer, "bias", None)
         rows = self.rows[self.order].to(x.dtype)  # (N, D), in the order of ids
         trained = F.linear(x, rows, None if bias is None else bias[self.ids].to(x.dtype))  # (..., N)
@@ -104,7 +105,8 @@ class TrainedTokens(Wrapper, AdapterPart):
 
 
 def token_slots(net: nn.Module, settings: AdapterSettings) -> dict[str, Slots]:
-    """The state of trained rows by module name, without modules that share the rows of another module."""
+    """Declares the trained rows of each module, by module name. Modules that use the rows of a tied module are left
+    out."""
     places, modules = token_rows(net, settings), base_modules(net)
     return {name: TrainedTokens.slots(modules[name], rows) for name, rows in places.items() if rows.owner is None}
 
@@ -112,7 +114,8 @@ def token_slots(net: nn.Module, settings: AdapterSettings) -> dict[str, Slots]:
 def written_indices(
     settings: AdapterSettings, tokens: Mapping[str, TrainedTokens]
 ) -> list[int] | dict[str, list[int]] | None:
-    """PEFT's field: ids in the order of their rows, by full module names if the settings name modules."""
+    """The value of PEFT's field trainable_token_indices: the ids in the order of their rows. If the settings name
+    modules, it maps full module names to ids."""
     indices = getattr(settings, KEY)
     if not indices:
         return None
@@ -123,7 +126,8 @@ def written_indices(
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows `ids` of one module's matrix; `owner`: the tied module whose trained rows this module uses, if any."""
+    """The ids of the rows to train in one module. `owner`: the tied module whose trained rows this module uses, if
+    any."""
 
     ids: tuple[int, ...]
     owner: str | None = None
@@ -132,8 +136,8 @@ class TokenRows:
 def token_rows(net: nn.Module, settings: AdapterSettings) -> dict[str, TokenRows]:
     """Every module with trained rows, sorted by name.
 
-    Modules that share the input embedding's matrix, such as a tied head, also share its trained rows, unless the
-    settings list others for them, as in PEFT.
+    Modules that share the input embedding's matrix, such as a tied head, also share its trained rows. As in PEFT, they
+    do not share them if the settings list different ids for such a module.
     """
     modules, indices = base_modules(net), getattr(settings, KEY, ())
     named = (
@@ -159,7 +163,7 @@ def embedding_name(net: nn.Module, modules: Modules) -> str:
 
 
 def tied_with(modules: Modules, name: str) -> list[str]:
-    """Modules that share the matrix of `name`, including itself."""
+    """The names of all modules that share the matrix of `name`, including `name`."""
     weight = modules[name].weight
     return [other for other, module in modules.items() if getattr(module, "weight", None) is weight]
 
@@ -167,8 +171,8 @@ def tied_with(modules: Modules, name: str) -> list[str]:
 def wrong_tokens(
     net: nn.Module, settings: AdapterSettings, targets: Sequence[str], copies: Sequence[str]
 ) -> list[Fault]:
-    """Faults in the setting of trained tokens: entries that match no module, matrices without a row per token, too
-    large ids, and rows that are trained twice."""
+    """Problems with the setting trainable_token_indices: entries that match no module, matrices without one row per
+    token, ids that are too large, and rows that are trained twice."""
     modules, indices = base_modules(net), getattr(settings, KEY, ())
     faults: list[Fault] = []
     for entry in indices if isinstance(indices, Mapping) else ():
@@ -180,7 +184,7 @@ def wrong_tokens(
             )
     rows = token_rows(net, settings)
     if indices and not isinstance(indices, Mapping) and not rows:
-        faults.append(("the base has no token embedding of its own", "name the module: {MODULE: [ids]}"))
+        faults.append(("the token embedding of the base was not found", "name the module: {MODULE: [ids]}"))
     for name, places in rows.items():
         faults += _wrong_module(name, modules, places.ids)
         for used, how in ((targets, "target_modules"), (copies, "modules_to_save")):

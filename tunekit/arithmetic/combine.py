@@ -1,6 +1,6 @@
 """Combines several adapters of one base into one adapter, with the methods of PEFT's add_weighted_adapter.
 
-The results have the same digits as PEFT's.
+The results are the same as PEFT's, digit for digit.
 """
 
 import math
@@ -25,9 +25,12 @@ MAY_ADD_COPIES = ("linear", "cat", "svd")  # methods that can combine trained co
 
 @dataclass(frozen=True)
 class Mixture:
-    """Settings of a combination. `rank`: the rank of the svd methods; None: the largest rank of the adapters.
-    `majority_sign`: how the ties methods choose the majority's sign; None: total. `seed`: the seed of random
-    pruning; None: 0."""
+    """The settings of a combination.
+
+    `rank`: the rank of the svd methods; by default the largest rank of the adapters.
+    `majority_sign`: how the ties methods determine the majority's sign; by default `total`.
+    `seed`: the seed of random pruning; by default 0.
+    """
 
     kind: str
     weights: tuple[float, ...]
@@ -41,7 +44,8 @@ class Mixture:
 class Combined:
     """The result of a combination: the new updates, and the other new tensors (`rest`).
 
-    `distance`: the relative error |new - sum of w D| / |sum of w D| over all layers, with weights w and updates D.
+    `distance`: the relative error of the new update over all layers, |new - sum of w D| / |sum of w D|, with the
+    weights w and updates D of the adapters.
     `worst`: the layer with the largest relative error, and this error.
     """
 
@@ -51,10 +55,8 @@ class Combined:
     worst: tuple[str, float]
 
     def like(self, adapters: Sequence[LoraFolder]) -> LoraFolder:
-        """An adapter with the settings of the new adapter, from the first adapter that has the same layers.
-
-        If no adapter has the same layers, the settings are those of the first adapter.
-        """
+        """The adapter whose settings the combined adapter gets: the first adapter with the same layers, or else the
+        first adapter. `rest` is replaced by the combined tensors."""
         same = (adapter for adapter in adapters if adapter.updates.keys() == self.updates.keys())
         conv1d = any(adapter.fan_in_fan_out for adapter in adapters)
         parameters = frozenset[str]().union(*(adapter.parameters for adapter in adapters))
@@ -62,9 +64,11 @@ class Combined:
 
 
 def check_mixture(mixture: Mixture, count: int) -> None:
-    """Raises: InputError with the option, if the settings of a combination are invalid."""
+    """Raises: InputError that names the option, if the settings of a combination are invalid."""
     if mixture.kind not in KINDS:
-        raise InputError(f"there is no method '{mixture.kind}'", f"choose {', '.join(KINDS)}", key="--method")
+        raise InputError(
+            f"there is no combination method '{mixture.kind}'", f"choose {', '.join(KINDS)}", key="--method"
+        )
     if count < 2:
         raise InputError("there is only one adapter, so there is nothing to combine", "name two or more")
     if len(mixture.weights) != count:
@@ -73,17 +77,19 @@ def check_mixture(mixture: Mixture, count: int) -> None:
     if not all(math.isfinite(weight) and weight != 0 for weight in mixture.weights):
         raise InputError("a weight must be a number other than 0", "remove the adapter instead", key="--weights")
     if mixture.majority_sign not in (None, *SIGNS):
-        what = f"'{mixture.majority_sign}' is no majority"
+        what = f"'{mixture.majority_sign}' is not a majority sign"
         raise InputError(what, "choose total or frequency", key="--majority-sign")
     if mixture.majority_sign is not None and "ties" not in mixture.kind:
-        raise InputError(f"a majority has no effect with {mixture.kind}", "leave it out", key="--majority-sign")
+        raise InputError(
+            f"a majority sign has no effect with the method {mixture.kind}", "leave it out", key="--majority-sign"
+        )
     if mixture.seed is not None and not mixture.kind.startswith("dare"):
-        raise InputError(f"a seed has no effect with {mixture.kind}", "leave it out", key="--seed")
+        raise InputError(f"a seed has no effect with the method {mixture.kind}", "leave it out", key="--seed")
     prunes = mixture.kind.removesuffix("_svd") in PRUNING
     if prunes and (mixture.density is None or not 0 < mixture.density <= 1):
         raise InputError(f"{mixture.kind} needs a density above 0 and up to 1", "such as 0.5", key="--density")
     if not prunes and mixture.density is not None:
-        raise InputError(f"a density has no effect with {mixture.kind}", "leave it out", key="--density")
+        raise InputError(f"a density has no effect with the method {mixture.kind}", "leave it out", key="--density")
     if mixture.rank is not None and not mixture.kind.endswith("svd"):
         raise InputError(f"the rank of {mixture.kind} follows from the adapters' ranks", "leave it out", key="--rank")
     if mixture.rank is not None and mixture.rank < 1:
@@ -150,9 +156,10 @@ def _combine_layer(
 def _factor_wise(
     name: str, updates: Sequence[LowRank], weights: Sequence[float], members: Sequence[int], mixture: Mixture
 ) -> LowRank:
-    """An update whose A is the sum of all A, and whose B is the sum of all B.
+    """Combines factors separately: the new A is the sum of all A, and the new B is the sum of all B.
 
-    Each A and each B is multiplied by the square root of |w s| (weight w, scaling s). A also takes the sign of w s.
+    Each A and each B is first multiplied by the square root of |w s| (weight w, scaling s). A also takes the sign of w
+    s.
     """
     scales = [weight * update.scaling for weight, update in zip(weights, updates, strict=True)]
     roots = [math.sqrt(abs(scale)) for scale in scales]
@@ -177,10 +184,12 @@ def _generator(mixture: Mixture, name: str, factor: str, index: int) -> Generato
 
 
 def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) -> Tensor:
-    """The combination of a trained copy or bias. If it differs between adapters, the weights must sum to 1.
+    """Combines a fully trained tensor, such as a module's copy or a bias. If it differs between adapters, the weights
+    must sum to 1.
 
     A copy is the base's tensor plus a change. If the weights sum to 1, the weighted copies sum to the base's tensor
-    plus the weighted changes. An untrained copy of the base's embedding must be equal in all adapters that have it.
+    plus the weighted changes. A copy of the base's embedding that was not trained must be equal in all adapters that
+    contain it.
     """
     copies: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
     tensors = list(copies.values())
@@ -190,7 +199,7 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
         return tensors[0]
     problem = None
     if key.endswith(BASE_COPY):
-        problem = "is a copy of the base's weight, but the copies differ"
+        problem = "is a copy of the base's weight, but differs between the adapters"
     elif len(tensors) != len(adapters):
         problem = f"is fully trained by only {len(tensors)} of the {len(adapters)} adapters"
     elif any(tensor.shape != tensors[0].shape for tensor in tensors):
@@ -202,7 +211,9 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
     elif not math.isclose(sum(mixture.weights), 1.0, abs_tol=1e-6):
         problem = f"is fully trained, so the weights must sum to 1, but they sum to {sum(mixture.weights):g}"
     if problem:
-        how = "linear, cat and svd average such tensors, if all adapters have them and the weights sum to 1"
+        how = (
+            "the methods linear, cat and svd average such tensors if all adapters contain them and the weights sum to 1"
+        )
         raise AdapterError(f"'{key}' {problem}", how, file=next(iter(copies)))
     return weighted("linear", [tensor.float() for tensor in tensors], mixture.weights)
 

@@ -1,4 +1,4 @@
-"""Comparison of two adapters A and B, layer by layer, and extraction of B - A as a LoRA.
+"""Compares two adapters A and B, layer by layer, and extracts B - A as a LoRA.
 
 The base is read only if an adapter's method needs it.
 """
@@ -26,10 +26,11 @@ Update = LowRank | Tensor  # the update of one layer, as factors or as a matrix 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """The difference of two tensors or updates A and B: |A|, |B|, |B - A|, and the cosine of their angle.
+    """The difference of two tensors or updates A and B: |A|, |B|, |B - A|, and the cosine of the angle between A and B.
 
-    `left`, `right`: None if the tensor is missing. `distance`: None if A and B cannot be compared, because one is
-    missing or their shapes differ. `cosine`: None if they cannot be compared, or one is 0.
+    `left`, `right`: the norms |A| and |B|; None if the tensor is missing. `distance`: |B - A|; None if A and B cannot
+    be compared, because one is missing or their shapes differ. `cosine`: None if they cannot be compared, or if one of
+    them is 0.
     """
 
     name: str
@@ -46,9 +47,9 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class AdapterChanges:
-    """The updates of an adapter by module, and its other trained tensors (`rest`).
+    """All changes that an adapter makes: its updates of layers, and its other trained tensors (`rest`).
 
-    `of`: returns the update of one layer, or None for a layer without update.
+    `of`: a function that returns the update of the layer with this name, or None if the adapter does not change it.
     """
 
     config: AdapterConfig
@@ -60,7 +61,8 @@ class AdapterChanges:
 
 
 def read_changes(folder: Path, base: str | None) -> AdapterChanges:
-    """The changes of an adapter folder. LoRA is read from its file; other methods also need the matrices of the base.
+    """Reads all changes of an adapter folder. A LoRA's changes are read from its file; other methods also need the
+    matrices of the base.
 
     Raises: AdapterError or ModelError if the adapter or the base cannot be read.
     """
@@ -86,7 +88,7 @@ def read_changes(folder: Path, base: str | None) -> AdapterChanges:
 
 
 def compare(name: str, left: Update | None, right: Update | None) -> TensorDifference:
-    """The difference of two updates of a layer, or of two tensors. Low-rank updates are compared without their full
+    """Compares two updates of one layer, or two tensors. Low-rank updates are compared without computing their full
     matrices."""
     if left is None or right is None or left.shape != right.shape:
         return TensorDifference(name, _norm(left), _norm(right), None, None)
@@ -110,14 +112,14 @@ def _norm(change: Update | None) -> float | None:
 
 
 def _sum(left: Tensor, right: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """The sum of `of(left, right)` over all elements in float64, computed in slices, so that no whole tensor is
-    copied."""
+    """The sum of `of(left, right)` over all elements. It is computed in float64 and in slices, so that no whole tensor
+    is copied."""
     pieces = zip(torch.split(left.reshape(-1), PIECE), torch.split(right.reshape(-1), PIECE), strict=True)
     return sum(float(of(one.double(), two.double()).sum()) for one, two in pieces)
 
 
 def together(differences: list[TensorDifference]) -> TensorDifference:
-    """The difference over all layers, taken together as one vector. A missing update counts as 0."""
+    """The difference over all layers, as if all of their elements were one vector. A missing update counts as 0."""
     left = math.hypot(*(d.left or 0.0 for d in differences))
     right = math.hypot(*(d.right or 0.0 for d in differences))
     distance = math.hypot(*(d.distance if d.distance is not None else (d.left or d.right or 0.0) for d in differences))
@@ -126,8 +128,8 @@ def together(differences: list[TensorDifference]) -> TensorDifference:
 
 
 def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """The LoRA of a given rank that is nearest to B - A, and the error of each layer. Layers that do not differ get no
-    update.
+    """The LoRA of a given rank that is nearest to B - A, and the error of each layer. Layers that are equal in A and B
+    get no update.
 
     Raises: AdapterError if the shapes of a layer differ, or if nothing differs.
     """

@@ -1,4 +1,5 @@
-"""Weighted sums of adapters of methods other than LoRA whose update is a linear function of the adapter's tensors."""
+"""Weighted sums of adapters whose method is not LoRA, but whose update is a linear function of the adapter's
+tensors."""
 
 import math
 from collections.abc import Sequence
@@ -22,14 +23,16 @@ LinearFolder = tuple[AdapterConfig, Tensors]  # an adapter of such a method, wit
 
 
 def read_linear(folder: Path) -> LinearFolder:
-    """The configuration and all tensors of the folder of an adapter whose method is linear.
+    """Reads the configuration and all tensors of an adapter folder whose method is linear.
 
-    Raises: AdapterError if the method is not linear, or if the file has a tensor that does not belong to it.
+    Raises: AdapterError if the method is not linear, or if the file has a tensor that does not belong to the adapter.
     """
     config = read_adapter_config(folder)
     if not config.method.is_linear(config.settings):
         what = f"{config.settings.method} adapters cannot be added: their update is not linear in their tensors"
-        raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R", file=config.file)
+        raise AdapterError(
+            what, "first convert each adapter to a LoRA: tunekit adapter convert --rank R", file=config.file
+        )
     path = tensors_path(folder)
     header = adapter_header(path)
     endings = tuple(f".{name}" for name in config.method.tensors)
@@ -41,8 +44,8 @@ def read_linear(folder: Path) -> LinearFolder:
 
 
 def combine_linear(adapters: Sequence[LinearFolder], weights: Sequence[float]) -> Tensors:
-    """The tensors of the combined adapter, n + sum of w (t - n): weights w, tensors t, and the value n that has no
-    effect in the method. Their update is the weighted sum of the adapters' updates.
+    """The tensors of the combined adapter, n + sum of w (t - n), with the weights w and the adapters' tensors t. n is
+    the value with which a tensor has no effect. The combined update is the weighted sum of the adapters' updates.
 
     Raises: AdapterError if the adapters differ in more than their trained values.
     """
@@ -75,7 +78,7 @@ def write_linear(place: Path, folders: Sequence[Path], mixture: Mixture, facts: 
     parts = [read_linear(folder) for folder in folders]
     config, _ = parts[0]
     if mixture.kind != "linear":
-        what = f"{config.settings.method} adapters can only be combined by linear, not by {mixture.kind}"
+        what = f"{config.settings.method} adapters can only be combined with the method linear, not {mixture.kind}"
         raise AdapterError(what, "use --method linear, or convert each adapter to a LoRA first", key="--method")
     tensors = combine_linear(parts, mixture.weights)
     fields = {key: value for key, value in config.fields.items() if key in ("target_modules", "fan_in_fan_out")}
@@ -89,14 +92,16 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     for key, value in here.items():
         if not same_value(_plain(value), _plain(there.get(key))):
             what = f"{key} is {printable(there.get(key))}, but {printable(value)} in {name}"
-            raise AdapterError(what, "only adapters of the same settings can be added", file=file)
+            raise AdapterError(what, "only adapters with the same settings can be added", file=file)
     for key in sorted(tensors.keys() | other_tensors.keys()):
         left, right = tensors.get(key), other_tensors.get(key)
         if left is None or right is None or left.shape != right.shape:
             raise AdapterError(f"'{key}' is missing or has a different shape in this adapter or in {name}", file=file)
         if not left.is_floating_point() and not torch.equal(left, right):
             what = f"'{key}' has different indices than in {name}"
-            raise AdapterError(what, "make a LoRA of each first: tunekit adapter convert --rank R", file=file)
+            raise AdapterError(
+                what, "first convert each adapter to a LoRA: tunekit adapter convert --rank R", file=file
+            )
 
 
 def _plain(value: object) -> object:

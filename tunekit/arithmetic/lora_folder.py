@@ -31,7 +31,8 @@ SHOWN_PROBLEMS = 6
 
 @dataclass(frozen=True)
 class LoraFolder:
-    """A LoRA adapter without its base. `rest`: trained copies, biases and the base's embeddings, by file key."""
+    """A LoRA adapter without its base. `rest`: all tensors other than LoRA's factors (trained copies, biases, copies of
+    the base's embeddings), by file key."""
 
     config: AdapterConfig
     updates: dict[str, LowRank]
@@ -54,7 +55,7 @@ def plain_lora_method() -> Method:
 def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFolder:
     """Read a LoRA folder completely, with factors in float32.
 
-    `instead`: fields that replace those of the file, as in read_adapter_config.
+    `instead`: configuration fields that replace fields of the file, as in read_adapter_config.
     Raises: AdapterError for a method other than LoRA, and for all tensors that are missing, unexpected, of a wrong
     shape or type, or not finite.
     """
@@ -80,7 +81,7 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
 
 
 def read_tensors(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> Tensors:
-    """All tensors of the folder's file.
+    """Reads all tensors of the folder's tensor file.
 
     Raises: AdapterError if the file was changed after tunekit wrote it, or contains NaN or infinity.
     """
@@ -96,7 +97,7 @@ def _is_embedding(key: str) -> bool:
 
 
 def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The keys of LoRA's factors as module -> factor -> key, and the keys of all other tensors.
+    """Sorts the file's keys: LoRA's factors as module -> factor -> key, and a list of all other keys.
 
     Raises: AdapterError for tensors that the configuration does not allow.
     """
@@ -124,9 +125,9 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
 
 
 def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> bool:
-    """Whether the configuration allows this tensor besides LoRA's factors.
+    """Whether the configuration allows this tensor, which is not a factor of LoRA.
 
-    Allowed are copies of modules in modules_to_save, trained rows and biases, and copies of the base's embedding.
+    It allows copies of modules in modules_to_save, trained rows and biases, and copies of the base's embedding.
     """
     if not key.startswith(PREFIX):
         return False
@@ -142,7 +143,10 @@ def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> b
 
 
 def _parameters(config: AdapterConfig, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
-    """Layers that the configuration names as parameters. Raises: AdapterError if one of them is fused experts."""
+    """The layers that the configuration lists as parameters (target_parameters).
+
+    Raises: AdapterError if one of them is a fused expert parameter.
+    """
     ranks, entries = Resolved(config, "rank_pattern"), config.low_rank.target_parameters
     named = {module for module in shapes if any(f".{module}.weight".endswith(f".{entry}") for entry in entries)}
     of_layers = all(entry.endswith(".weight") for entry in entries)
@@ -165,7 +169,7 @@ def _check_shapes(
                 wrong.append(f"the factors of '{module}' have type {NAMES[entry.dtype]}, expected {expected}")
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
-            wrong.append(f"the factors of '{module}' have shapes {shapes}, which is not rank {rank}")
+            wrong.append(f"the factors of '{module}' have shapes {shapes}, which do not have rank {rank}")
     _raise(wrong, file)
 
 
@@ -176,8 +180,8 @@ def _raise(wrong: list[str], file: str) -> None:
 
 
 class Resolved:
-    """The values of rank_pattern or alpha_pattern by layer. Patterns with different values must not match the same
-    layer, because programs would choose different values."""
+    """Looks up the values of rank_pattern or alpha_pattern for a layer. Patterns with different values must not match
+    the same layer, because programs would choose different values."""
 
     def __init__(self, config: AdapterConfig, key: str) -> None:
         self.values: Mapping[str, float] = getattr(config.settings, key)

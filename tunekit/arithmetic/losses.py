@@ -1,4 +1,4 @@
-"""Losses of a base without adapter and with each of two adapters, on the same rows."""
+"""Computes the loss of a base without adapter, and with each of two adapters, on the same rows."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +14,8 @@ from tunekit.targets.target import find_target, load_base
 
 
 def losses_on_rows(folders: Sequence[Path], data: str, base: str | None) -> list[float]:
-    """The losses of the base, of adapter A and of adapter B on the same rows. The base is loaded once."""
+    """Returns three losses on the same rows: of the base alone, of adapter A and of adapter B. The base is loaded
+    once."""
     target = find_target(str(folders[0]), base, [])
     source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
     template = None if target.template_file is None else str(target.template_file)

@@ -1,4 +1,4 @@
-"""The low-rank update of one layer, D = s B A, and computations that do not need the matrix D.
+"""The low-rank update D = s B A of one layer, and computations with it that do not need the matrix D.
 
 Norms and inner products are computed in float64 from R x R matrices.
 """
@@ -18,8 +18,8 @@ EXTRA_DIRECTIONS, POWER_STEPS = 32, 8  # settings of the random projections
 
 @dataclass(frozen=True)
 class LowRank:
-    """The low-rank update D = s B A of a layer. Shapes: A (R, I); B (O, R); D (O, I). In an embedding, D^T is added
-    to the matrix."""
+    """The low-rank update D = s B A of a layer. Shapes: A (R, I); B (O, R); D (O, I). For an embedding, the transpose
+    of D is added to the matrix."""
 
     a: Tensor
     b: Tensor
@@ -41,9 +41,9 @@ class LowRank:
         return self.b @ self.a * self.scaling
 
     def inner(self, other: LowRank) -> float:
-        """The sum of all elements of D * E, with the other update E = s' B' A'.
+        """The inner product of D with another update E = s' B' A': the sum of all elements of D * E.
 
-        It is computed as s s' times the sum of (B^T B') * (A A'^T).
+        It is computed as s s' times the sum of all elements of (B^T B') * (A A'^T).
         """
         left = self.b.double().t() @ other.b.double()  # (R, R')
         right = self.a.double() @ other.a.double().t()  # (R, R')
@@ -58,7 +58,7 @@ class LowRank:
         return LowRank(self.a, self.b * self.scaling, 1.0, self.embedding) if self.scaling != 1.0 else self
 
     def padded(self, rank: int) -> LowRank:
-        """The same D at a higher rank, with zeros in the factors and the same s."""
+        """The same D with a higher rank: the factors are padded with zeros, and s is unchanged."""
         more = rank - self.rank
         a = torch.cat([self.a, self.a.new_zeros(more, self.a.shape[1])])
         b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], more)], dim=1)
@@ -76,9 +76,10 @@ def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
 
 
 def reduce_rank(update: LowRank, rank: int) -> LowRank:
-    """The nearest update of rank `rank`, from the singular values of s B A, computed by QR of both factors.
+    """The update of rank `rank` that is nearest to s B A, from the singular values of s B A. The matrix D is not
+    computed; QR decompositions of both factors suffice.
 
-    Both new factors contain the square roots of the singular values; s = 1. The matrix D is not computed.
+    Each new factor contains the square roots of the singular values; s = 1.
     """
     left, upper = torch.linalg.qr(update.b.double())  # (O, R), (R, R)
     right, lower = torch.linalg.qr(update.a.double().t())  # (I, R), (R, R)
@@ -103,7 +104,8 @@ def decompose(matrix: Tensor, rank: int, *, embedding: bool = False) -> LowRank:
 
 
 def _balanced(u: Tensor, values: Tensor, vh: Tensor, rank: int, embedding: bool) -> LowRank:
-    """The update U S V^T, truncated to `rank`, float32."""
+    """The update U S V^T in float32, truncated to `rank`. Each factor contains the square roots of the singular
+    values."""
     root = values[:rank].clamp_min(0).sqrt()
     a, b = (vh[:rank] * root[:, None]).float(), (u[:, :rank] * root).float()
     return LowRank(a.contiguous(), b.contiguous(), 1.0, embedding)

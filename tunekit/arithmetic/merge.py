@@ -1,4 +1,5 @@
-"""Merges an adapter into its base, as a model or pipeline folder, and compares the result with the unmerged adapter."""
+"""Merges an adapter into its base, writes the result as a model or pipeline folder, and compares it with the unmerged
+adapter."""
 
 import gc
 from dataclasses import replace
@@ -28,7 +29,9 @@ from tunekit.tuned.network import prepare_network
 SPARE_SHARE = 1.5  # needed memory, relative to the float32 weights: activations, logits and a temporary matrix
 NetInputs = dict[str, torch.Tensor]  # the inputs of a net for one row
 MAX_ROWS, MAX_TOKENS = 8, 64
-PAIRS_NOTE = 'trained on pairs of texts: call the tokenizer with both, tokenizer(first, second, return_tensors="pt")'
+PAIRS_NOTE = (
+    'this model reads pairs of texts: pass both to the tokenizer, tokenizer(first, second, return_tensors="pt")'
+)
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "def add(first, second):\n    return first + second\n",
@@ -41,7 +44,8 @@ def merge(target: TargetSpec, output: Path, onto: str | None = None, dtype: torc
     """Write the merged base to a temporary folder, compare it with the unmerged adapter, and rename the folder to
     `output`.
 
-    After a failure, the temporary folder is removed. `dtype`: the dtype of the written weights; None: that of the base.
+    After a failure, the temporary folder is removed. `dtype`: the dtype of the written weights; None: the dtype of the
+    base.
     Raises: AdapterError if the adapter does not change weights; InputError for an invalid option or folder;
     ResourceError if the disk is too small.
     """
@@ -64,7 +68,7 @@ def _merge_model(
 ) -> MergeResult:
     chosen, reason = choose_onto(target, onto)
     if chosen == "quantized" and dtype is not None:
-        raise InputError("packed weights cannot have another dtype", "leave --dtype out", key="--dtype")
+        raise InputError("quantized weights cannot be written in another dtype", "leave --dtype out", key="--dtype")
     source = find_source(target.model, weights=True)
     processor = processor_of(target)
     target, objective = with_objective(target, processor)
@@ -90,7 +94,7 @@ def _merge_model(
 
 
 def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
-    """The kind of base weights into which to merge ("full", "dequantized" or "quantized"), and the reason.
+    """Which base weights the adapter is merged into ("full", "dequantized" or "quantized"), and the reason.
 
     Raises: InputError if `onto` does not fit the quantization of the base.
     """
@@ -102,12 +106,18 @@ def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
     if onto in (None, "dequantized"):
         return "dequantized", f"the adapter was trained on the {kind} weights, and these are their exact values"
     if onto == "full":
-        return "full", f"requested; the adapter was trained on {kind} weights, so the result differs by their rounding"
+        return (
+            "full",
+            f"as requested; the adapter was trained on {kind} weights, so the result differs by their rounding",
+        )
     if onto != "quantized":
         raise InputError(f"--onto {onto} is unknown", "choose dequantized, full or quantized", key="--onto")
     if kind not in ("nf4", "fp4"):
-        raise InputError(f"--onto quantized writes nf4 and fp4, but this base is {kind}", "choose dequantized or full")
-    return "quantized", f"requested; rounding the merged weights to {kind} again loses a part of the adapter"
+        raise InputError(
+            f"--onto quantized can only write nf4 and fp4 weights, but this base is {kind}",
+            "choose dequantized or full",
+        )
+    return "quantized", f"as requested; rounding the merged weights to {kind} again loses a part of the adapter"
 
 
 def measure_difference(target: TargetSpec, merged: Path, rewriter: Rewriter, changes: Changes) -> LogitDifference:
@@ -146,10 +156,10 @@ def _without_rounding(
     changes: Changes,
     rows: list[NetInputs],
 ) -> LogitDifference:
-    """The same difference, plus the share of it that is due to rounding of the weights.
+    """Adds to the measured difference the share that is due to rounding of the weights.
 
-    The merged model as written, the merged model before rounding, and the unmerged adapter are compared in float32. The
-    difference is returned unchanged if memory is too small, or if the vocabulary grew.
+    Three models are compared in float32: the merged model as written, the merged model before rounding, and the
+    unmerged adapter. The difference is returned unchanged if memory is too small, or if the vocabulary grew.
     """
     device = torch.device("cpu")
     free = available_bytes(device)
@@ -175,10 +185,10 @@ def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
 
 
 def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
-    """The inputs of the rows for the comparison, and a description of these rows.
+    """The network's inputs for the rows of the comparison, and a description of these rows.
 
-    The rows are up to MAX_ROWS evaluation rows of the run, each cut to MAX_TOKENS ids. Without readable evaluation
-    rows, the rows are fixed texts, or one row of noise for a model that reads no text.
+    The rows are up to MAX_ROWS evaluation rows of the run, each cut to MAX_TOKENS ids. If the run has no readable
+    evaluation rows, they are fixed texts, or one row of noise for a model that does not read text.
     """
     base, objective = loaded.model.base, loaded.objective
     family = base.family

@@ -1,4 +1,5 @@
-"""Checks, weight changes and the report, for merging a model and for merging a pipeline."""
+"""Code for merging models and for merging pipelines: checks of the output folder, the changes of weights, and the
+report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ SPARE_BYTES = 64 * 2**20  # disk space for configuration, tokenizer and report
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Absolute differences between the logits of the unmerged adapter and of the merged model, and both mean token
-    losses.
+    """Absolute differences between the logits of the unmerged adapter and the logits of the merged model, and the mean
+    token loss of both.
 
     `spread`: the standard deviation of the logits, for comparison.
     """
@@ -43,8 +44,8 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """The result of a merge. `onto`, `reason`: the kind of base weights, and why. `difference`: the difference from
-    the unmerged adapter."""
+    """The result of a merge. `onto`, `reason`: which base weights the adapter was merged into, and why. `difference`:
+    how much the merged model differs from the unmerged adapter."""
 
     folder: Path
     onto: str
@@ -56,7 +57,8 @@ class MergeResult:
 
 
 def check_output(output: Path, sources: list[Path]) -> None:
-    """Raises: InputError or AdapterError unless `output` is new or empty, and separate from base and adapter."""
+    """Raises: InputError or AdapterError unless `output` is a new or empty folder that does not overlap with the
+    folders that the merge reads."""
     for source in sources:
         real, place = source.resolve(), output.resolve()
         if place == real or real in place.parents or place in real.parents:
@@ -78,7 +80,9 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
     Raises: AdapterError for a method that changes inputs or outputs instead of weights.
     """
     if attached.model_adapter is not None:
-        raise AdapterError("a prompt adapter is not a change of weights and cannot be merged", "use it as an adapter")
+        raise AdapterError(
+            "a prompt adapter does not change weights and cannot be merged", "use it unmerged, as an adapter"
+        )
     parameters: dict[str, ParameterChange] = {name: adapter.merged for name, adapter in attached.parameters.items()}
     for copy in attached.copies.values():
         parameters |= {name: partial(_replaced, tensor.detach()) for name, tensor in copy.state().items()}
@@ -94,7 +98,7 @@ def collect_changes(attached: AttachedAdapter) -> Changes:
 
 
 def _enlarged(rows: torch.Tensor, then: ParameterChange | None, old: torch.Tensor) -> torch.Tensor:
-    """The matrix with `rows` appended, then changed by `then`."""
+    """Appends `rows` to the matrix, and then applies the change `then`, if there is one."""
     larger = torch.cat([old, rows.to(old)])
     return larger if then is None else then(larger)
 

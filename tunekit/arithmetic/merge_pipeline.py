@@ -1,4 +1,5 @@
-"""Merges an adapter into its diffusion pipeline, and compares predictions with those of the unmerged adapter."""
+"""Merges an adapter into its diffusion pipeline, and compares the predictions of the merged pipeline and of the
+unmerged adapter."""
 
 import shutil
 from dataclasses import replace
@@ -44,8 +45,8 @@ def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch
 def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None) -> MergeResult:
     """Write the pipeline into a folder: trained components are merged, other components are copied.
 
-    `loaded`: the pipeline with the adapter, in float32. `dtype`: the dtype of the written components; None: that of
-    their files.
+    `loaded`: the pipeline with the adapter, in float32. `dtype`: the dtype of the written components; None: the dtype
+    of their files.
     """
     net, processor = loaded.model.base.net, loaded.processor
     assert isinstance(net, PipelineNet)
@@ -71,7 +72,7 @@ def write_merged(loaded: LoadedTarget, staging: Path, dtype: torch.dtype | None)
     parts = list(written)
     after = _predicted(load_net(staging, parts, torch.float32), processor)
     unrounded, rounding = (float((one - other).abs().max()) for one, other in ((exact, before), (after, exact)))
-    gap, rows = (after - before).abs(), f"predictions of noise at {len(TIMES)} times"
+    gap, rows = (after - before).abs(), f"predicted noise at {len(TIMES)} diffusion timesteps"
     largest, mean, spread = float(gap.max()), float(gap.mean()), float(before.std())
     difference = LogitDifference(
         largest, mean, spread, rows, 0, written=largest, unrounded=unrounded, rounding=rounding
@@ -103,7 +104,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def _predicted(net: PipelineNet, processor: PipelineProcessor) -> torch.Tensor:
-    """The pipeline's predictions (B, C, H, W) for noise at the times TIMES, for one prompt."""
+    """The pipeline's predictions (B, C, H, W) for random latents at the diffusion timesteps TIMES, for one prompt."""
     side, count = processor.multiple * 2, len(TIMES)
     generator = torch.Generator("cpu").manual_seed(SEED)
     ids = {f"{IDS}{name}": torch.from_numpy(each).repeat(count, 1) for name, each in processor.ids(PROMPTS).items()}

@@ -1,4 +1,4 @@
-"""Comparison of two models A and B, tensor by tensor, and extraction of B - A as a LoRA."""
+"""Compares two models A and B, tensor by tensor, and extracts B - A as a LoRA."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +19,8 @@ from tunekit.model.storage.shards import ShardReader
 
 
 def compare_models(left: Path, right: Path) -> Iterator[TensorDifference]:
-    """The differences of all tensors of both folders, in the order of A's files. Integer tensors (packed weights) have
-    no norm."""
+    """The difference of each tensor of the two folders, in the order of A's files. Integer tensors (packed weights)
+    have no norm."""
     one, two = ShardReader(left), ShardReader(right)
     for name in [*one, *(name for name in two if name not in one.headers)]:
         yield _compare_tensors(name, _read(one, name), _read(two, name))
@@ -39,10 +39,11 @@ def _compare_tensors(name: str, left: Tensor | None, right: Tensor | None) -> Te
 
 
 def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFolder, dict[str, RankLoss], list[str]]:
-    """The LoRA of rank `rank` that is nearest to B - A, the error of each layer, and the differing tensors left out.
+    """Returns the LoRA of rank `rank` that is nearest to B - A, the error of each layer, and the names of differing
+    tensors that a LoRA cannot change.
 
-    All linear layers, embeddings and heads that differ get an update; other tensors that differ are left out.
-    A tied head gets a separate update, because an adapter of the embedding does not change the head.
+    All linear layers, embeddings and heads that differ get an update; other tensors that differ are left out. A tied
+    head gets a separate update, because an adapter of the embedding does not change the head.
     Raises: AdapterError if the models have different modules, or if no matrix differs.
     """
     modules = base_modules(left.net)

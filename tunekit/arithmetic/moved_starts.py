@@ -1,6 +1,7 @@
-"""Conversion to plain LoRA of PEFT's LoRA folders whose initialisation moved a part of the base into the adapter.
+"""Converts PEFT's LoRA folders to plain LoRA if their initialisation (such as PiSSA) moved a part of the base's weights
+into the adapter.
 
-The base was W - s B0 A0 at the start of training. So the trained adapter adds s (B A - B0 A0) to W. This is a low-rank
+The base was W - s B0 A0 at the start of training, so the trained adapter adds s (B A - B0 A0) to W. This is a low-rank
 update with the factors [B, -B0] and [A; A0], of twice the rank, as in PEFT's path_initial_model_for_weight_conversion.
 """
 
@@ -31,7 +32,8 @@ def _starts() -> dict[str, StartSettings]:
 
 
 def start_of(folder: Path) -> str | None:
-    """The name of the folder's initialisation, in lower case, if it moved weights of the base; else None.
+    """The name of the folder's initialisation in lower case, if this initialisation moved weights of the base into the
+    adapter. Otherwise None.
 
     Raises: AdapterError for LoftQ, which replaced the weights of the base.
     """
@@ -42,7 +44,7 @@ def start_of(folder: Path) -> str | None:
     start, known = start.lower(), _starts()
     if start in known and known[start].looks_at == "original":
         what = "LoftQ starts from a quantized base, and the adapter is an update of exactly this base"
-        how = "load the base with the same quantization, and write true for this field"
+        how = "load the base with the same quantization, and set this field to true"
         raise AdapterError(what, how, file=str(folder / CONFIG_NAME), key=START)
     return start if start.startswith(tuple(name for name in known if known[name].moves_weights)) else None
 
@@ -97,31 +99,33 @@ def subtract_start(trained: LoraFolder, start: StartSettings, matrix_of: Callabl
 def untouched_updates(
     lora: LoraFolder, start: str | None, initial: Path | None, base: Mapping[str, str]
 ) -> tuple[dict[str, LowRank], str | None]:
-    """The updates relative to the original base, and a note on the origin of the initial factors B0 and A0.
+    """The updates relative to the original base, and a note that says where the initial factors B0 and A0 come from.
 
     `base`: the base that --base names. Raises: AdapterError if B0 and A0 can neither be read nor computed.
     """
     if initial is not None:
-        note = f"the part of the base in the adapter is read from {initial}"
+        note = f"the initial factors of the adapter, which contain a part of the base, are read from {initial}"
         return subtract_initial(lora, read_lora_folder(initial, {START: True})), note  # read like plain LoRA
     if start is None:
         return lora.updates, None
     settings = _starts().get(start)
     if settings is None or settings.looks_at:  # it needs more than the base's weights
-        what = f"the start {start} moved weights of the base into the adapter, and cannot be recomputed"
+        what = f"the initialisation {start} moved weights of the base into the adapter, and cannot be recomputed"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
     how = f"{HOW}, or give --base MODEL, from which {start} can be recomputed"
     section = base_section(lora.config, base, how)
     if section.quantization != "none":
-        what = f"the start {start} on a {section.quantization} base cannot be recomputed"
+        what = f"the initialisation {start} on a {section.quantization} base cannot be recomputed"
         raise AdapterError(what, HOW, file=lora.config.file, key=START)
     rewriter = Rewriter(section, "full")
     if lora.config.base_fingerprint and lora.config.base_fingerprint != rewriter.fingerprint():
-        raise AdapterError("was trained on another base", "name the right base with --base", file=lora.config.file)
+        raise AdapterError(
+            "was trained on a different base than this one", "name the right base with --base", file=lora.config.file
+        )
     absent = [name for name in lora.updates if name not in rewriter.modules]
     if absent:
         what = f"adapts '{absent[0]}', which {section.name_or_path} does not have"
         raise AdapterError(what, "name the right base with --base", file=lora.config.file)
-    right = "this is right only if training began from exactly these weights, not quantized"
-    note = f"the start {start} is recomputed from {section.name_or_path}: {right}"
+    right = "this is correct only if training started from exactly these weights, unquantized"
+    note = f"the initialisation {start} is recomputed from {section.name_or_path}: {right}"
     return subtract_start(lora, settings, lambda name: rewriter.trained_on(name)[0]), note

@@ -22,16 +22,16 @@ from tunekit.records import with_article
 
 BaseLayer = Callable[[str], tuple[Tensor, Tensor | None]]  # module name -> matrix (O, I) and bias (O,), float32
 SAME = 1e-6  # a smaller relative change of a bias is rounding
-HOW = "merge it, or write the nearest LoRA of a rank, with its error: tunekit adapter convert --rank R"
+HOW = "merge it, or write the nearest LoRA of rank R, and see its error: tunekit adapter convert --rank R"
 
 
 class NotLowRank(InputError):
-    """The adapter has no exact low-rank form, but can be merged."""
+    """Raised if an adapter has no exact low-rank form. The adapter can still be merged."""
 
 
 @dataclass(frozen=True)
 class RankLoss:
-    """The error of a LoRA L that replaces a layer's update D: |D| and |D - L|."""
+    """The error of a LoRA L that replaces a layer's update D. `norm`: |D|; `error`: |D - L|."""
 
     name: str
     norm: float
@@ -44,14 +44,14 @@ class RankLoss:
 
     @property
     def kept(self) -> float:
-        """The share of |D|^2 that L contains."""
+        """The share of |D|^2 that remains in L."""
         return 1.0 - self.share**2
 
 
 def layer_change(
     attached: AttachedAdapter, name: str, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The update (O, I) of one layer in float32 (for an embedding (D, V)), and its new bias (O,)."""
+    """The update of one layer in float32, (O, I), or (D, V) for an embedding; and the layer's new bias (O,)."""
     layer = attached.layers[name]
     changed, new_bias = layer.merged(weight, bias)
     delta = (changed - weight).t() if layer.target.kind == "embedding" else changed - weight
@@ -61,17 +61,19 @@ def layer_change(
 def nearest_lora(
     attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int | None
 ) -> tuple[LoraFolder, dict[str, RankLoss]]:
-    """The LoRA that computes the same as the adapter, or the nearest LoRA of rank `rank`; and the error of each layer.
-    Trained copies, rows and biases are copied.
+    """The LoRA that computes the same as the adapter or, with `rank`, the nearest LoRA of this rank; and the error of
+    each layer. Trained copies, rows and biases are copied.
 
     Raises: NotLowRank if `rank` is None and the method has no low-rank form; AdapterError for methods that change
     something other than the weights of layers.
     """
     if attached.model_adapter is not None:
-        raise AdapterError("a prompt does not change weights, so it has no nearest LoRA", "use it as an adapter")
+        raise AdapterError(
+            "a prompt adapter does not change weights, so it has no nearest LoRA", "use it without conversion"
+        )
     if attached.parameters or not attached.layers:
-        what = "expert parameters" if attached.parameters else "whole modules but no layer"
-        raise AdapterError(f"the adapter changes {what}, which a LoRA of layers cannot change", "merge it instead")
+        what = "fused expert parameters" if attached.parameters else "only whole modules"
+        raise AdapterError(f"the adapter changes {what}, but a LoRA only changes layers", "merge it instead")
     updates, losses, other_tensors, moved = layer_updates(attached, config, base_layer, rank)
     settings = lora_settings(attached.settings, moved)
     targets = concrete_targets(list(updates), list(base_modules(attached.net)))
@@ -84,8 +86,8 @@ def nearest_lora(
 def layer_updates(
     attached: AttachedAdapter, config: AdapterConfig, base_layer: BaseLayer, rank: int | None
 ) -> tuple[dict[str, LowRank], dict[str, RankLoss], Tensors, bool]:
-    """The update of each layer and its error, all other trained tensors by file key, and whether the adapter changes
-    biases (rotating a layer's outputs changes its bias too).
+    """Returns the update of each layer, the error of each update, all other trained tensors by file key, and whether
+    the adapter changes biases. (Rotating a layer's outputs, for example, also changes its bias.)
 
     Raises: NotLowRank if `rank` is None and the method has no low-rank form.
     """
@@ -151,6 +153,6 @@ def loss_between(name: str, update: LowRank, lower: LowRank) -> RankLoss:
 
 
 def total(losses: Mapping[str, RankLoss]) -> RankLoss:
-    """The error over all layers together."""
+    """The error over all layers, as if their updates were one vector."""
     norm = sum(loss.norm**2 for loss in losses.values()) ** 0.5
     return RankLoss("all layers", norm, sum(loss.error**2 for loss in losses.values()) ** 0.5)

@@ -1,8 +1,8 @@
-"""Converts adapters of tunekit or PEFT to plain low-rank pairs that other programs can read: exactly, unless a rank is
-given.
+"""Converts adapters of tunekit or PEFT to plain low-rank pairs that other programs can read. The conversion is exact
+unless a rank is given.
 
-Programs differ in what they read: many ignore rsLoRA and patterns, some require one rank, and few read methods other
-than LoRA.
+Programs read different formats: many ignore rsLoRA and patterns, some require the same rank in all layers, and few read
+methods other than LoRA.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ MERGE = "merge it instead"
 class PlainAdapter:
     """An adapter as low-rank updates B A in float32, without scaling: s = 1, alpha = rank.
 
-    `pairs`: the updates by module name; where transformers renames modules, by the name in the base's files. Each
+    `pairs`: the updates by module name. If transformers renames a module, the name in the base's files is used. Each
     expert of a fused parameter is a module, such as model.layers.0.mlp.experts.3.gate_proj.
     `rest`: all other trained tensors, by PEFT's key: copies of modules, rows of embeddings, biases, added rows. A
     format that cannot hold these tensors must refuse the adapter.
@@ -59,7 +59,7 @@ class PlainAdapter:
 
     @property
     def tied_pairs(self) -> list[str]:
-        """Which of embedding and head the adapter changes, if the base ties them; otherwise empty."""
+        """Which of the two modules, embedding and head, the adapter changes if the base ties them. Otherwise empty."""
         return [name for name in (self.embedding, self.head) if self.tied and name is not None and name in self.pairs]
 
     @property
@@ -68,14 +68,15 @@ class PlainAdapter:
         return [name for name in self.pairs if ".experts." in name]
 
     def padded(self, rank: int | None = None) -> "PlainAdapter":
-        """The same adapter with all pairs padded with zeros to one rank; by default the highest rank."""
+        """The same adapter with all pairs padded with zeros to the same rank. By default, this is the highest rank."""
         size = self.rank if rank is None else rank
         return replace(self, pairs={name: pair.padded(size) for name, pair in self.pairs.items()})
 
 
 def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
-    """The target that find_target finds for TARGET. A PEFT adapter whose initialisation moved weights of the base, such
-    as PiSSA, is first converted to plain LoRA in a temporary folder.
+    """Finds the model and adapter that the argument TARGET names, as find_target does. If the initialisation of a PEFT
+    adapter moved weights of the base, as PiSSA does, the adapter is first converted to plain LoRA in a temporary
+    folder.
 
     Raises: InputError as find_target does; AdapterError if the initialisation cannot be computed again.
     """
@@ -97,10 +98,11 @@ def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> 
 
 
 def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
-    """The target's adapter as low-rank pairs. They are exact, or, with `rank`, the nearest pairs of at most this rank.
+    """The target's adapter as low-rank pairs. Without `rank` they are exact; with `rank` they are the nearest pairs of
+    at most this rank.
 
-    `target`: with the model section of its objective. Raises: NotLowRank if there is no exact form and no rank was
-    given, so that only a merged model computes the same; AdapterError for prompts, which do not change weights.
+    `target`: with the model section of its objective. Raises: NotLowRank if no rank was given and there is no exact
+    low-rank form, so that only a merged model computes the same; AdapterError for prompts, which do not change weights.
     """
     assert target.adapter is not None
     config = read_adapter_config(target.adapter)
@@ -136,8 +138,8 @@ def normalise(target: TargetSpec, rank: int | None = None) -> PlainAdapter:
 def _parameter_pairs(
     adapter: ParameterAdapter[Any], net: nn.Module, name: str, stored_name: str, file: str
 ) -> dict[str, LowRank]:
-    """The low-rank pairs of an adapted parameter: one pair for a matrix (O, I), or one pair for each expert's module in
-    the base's files.
+    """The low-rank pairs of an adapted parameter: one pair for a matrix (O, I), or one pair for each module of an
+    expert in the base's files.
 
     Raises: NotLowRank if the base's files store all experts in one tensor, so that no module can be named.
     """
@@ -149,7 +151,7 @@ def _parameter_pairs(
         return {stored_name.removesuffix(".weight"): LowRank(right.contiguous(), left.contiguous(), 1.0)}
     matrices = None if adapter.target.transposed else StoredPieces(net, name, ()).matrices()
     if matrices is None:
-        what = f"the base's files store the experts of '{name}' in a form that names no module (O, I) for each"
+        what = f"the base's files do not store each expert of '{name}' as a separate module (O, I)"
         raise NotLowRank(what, MERGE, file=file)
     return {
         key.removesuffix(".weight"): LowRank(
@@ -160,7 +162,8 @@ def _parameter_pairs(
 
 
 def write_plain(output: Path, target: TargetSpec, plain: PlainAdapter) -> int:
-    """Write a PEFT folder with these pairs, and one rank for all; returns its size in bytes. `rest` is not written."""
+    """Write a PEFT folder with these pairs, all padded to one rank. Returns its size in bytes. `rest` is not
+    written."""
     assert target.adapter is not None
     config, method = read_adapter_config(target.adapter), plain_lora_method()
     lora = LoraFolder(replace(config, method=method, settings=method.peft.settings()), {}, {}, None, plain.conv1d)

@@ -1,4 +1,5 @@
-"""Attaches an adapter folder to its base on the meta device. The base's matrices are read one at a time."""
+"""Attaches the adapter of a folder to its base on the meta device. The base's matrices are read one at a time, when
+needed."""
 
 from functools import partial
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Weighted sums of tensors after pruning by size or at random, or after removal of conflicting signs.
 
-The definitions and the order of operations equal those of PEFT's add_weighted_adapter.
+The definitions and the order of operations are the same as in PEFT's add_weighted_adapter.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ def weighted(
 
 
 def keep_largest(tensor: Tensor, density: float) -> Tensor:
-    """The tensor with only a share `density` of its elements, those with the largest absolute values; others are 0."""
+    """The tensor in which only a share `density` of the elements, the elements with the largest absolute values, is
+    kept. All others are 0."""
     if density >= 1:
         return tensor
     mask = torch.zeros_like(tensor).reshape(-1)
@@ -54,7 +55,8 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def keep_random(tensor: Tensor, density: float, generator: Generator) -> Tensor:
-    """The tensor, divided by `density`, with each element set to 0 with probability 1 - density: its mean stays."""
+    """Sets each element to 0 with probability 1 - density, and divides the tensor by `density`, so that its expected
+    value stays the same."""
     if density >= 1:
         return tensor
     mask = torch.bernoulli(torch.full_like(tensor, density), generator=generator)

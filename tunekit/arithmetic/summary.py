@@ -1,4 +1,4 @@
-"""Summary of an adapter folder of any method, without its base. Faulty folders are summarised too.
+"""Summarises an adapter folder of any method, without its base. Faulty folders are summarised too.
 
 Files are read as strictly as for loading, but faults are reported instead of raised.
 """
@@ -59,7 +59,8 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Everything that `show` prints. `faults`: the reasons why tunekit refuses to load the folder, if any are found."""
+    """The content of the report that `tunekit adapter show` prints. `faults`: the reasons why tunekit refuses to load
+    the folder; empty if there are none."""
 
     folder: str
     method: str
@@ -93,7 +94,7 @@ class AdapterSummary:
         }
 
     def _settings_text(self) -> str:
-        """The settings that are not empty or false, as text. Long lists and mappings are given by their length."""
+        """The settings that are not empty or false, as text. For long lists and mappings only the length is given."""
         written = {key: value for key, value in self.settings.items() if value not in (None, [], {}, "", False)}
         short = {
             key: f"({len(value)})" if isinstance(value, list | dict) and len(value) > LISTED else value
@@ -150,7 +151,8 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
 
 
 def _configuration(folder: Path) -> tuple[AdapterConfig | None, list[str]]:
-    """The configuration and its faults: files that were changed later. If it is refused: None, and the reasons."""
+    """The configuration, and messages about files that were changed after tunekit wrote them. If the configuration is
+    refused: None, and the reasons."""
     try:
         config = read_adapter_config(folder)
         changed = config.changed_files()
@@ -172,14 +174,14 @@ def _summarise(name: str, entry: TensorEntry, tensor: Tensor) -> TensorSummary:
 
 @cache
 def _own_names() -> frozenset[str]:
-    """The first components, such as `lora_A`, of the methods' tensor names with a dot, such as `lora_A.weight`."""
+    """The first components of all tensor names of the methods that contain a dot: `lora_A` for `lora_A.weight`."""
     names = [name for method in all_methods() for name in method.tensors]
     return frozenset({"base_layer"} | {name.partition(".")[0] for name in names if "." in name})
 
 
 def split_name(key: str) -> tuple[str, str]:
-    """The module of the base and the tensor's name, from a key of the file. The method's names show where the module
-    ends."""
+    """Splits a key of the file into the name of the base's module and the tensor's name. The tensor names of the
+    methods show where the module's name ends."""
     parts = key.removeprefix(PREFIX).removeprefix("base_model.").split(".")
     first = next((index for index, part in enumerate(parts) if part in _own_names()), len(parts) - 1)
     return ".".join(parts[:first]), ".".join(parts[first:])
@@ -188,7 +190,8 @@ def split_name(key: str) -> tuple[str, str]:
 def _layers(
     tensors: list[TensorSummary], factors: Mapping[str, Mapping[str, Tensor]], norms: Mapping[str, float]
 ) -> list[LayerSummary]:
-    """The summaries by module. Tensors without a module (shared tensors, prompts) are listed under their own names."""
+    """The summaries of all modules. Tensors that belong to no module (shared tensors, prompts) are listed under their
+    own names."""
     by_module: dict[str, list[TensorSummary]] = {}
     for tensor in tensors:
         module, own = split_name(tensor.name)
@@ -204,7 +207,7 @@ def _layers(
 
 
 def _without_experts(factors: dict[str, Tensors], config: AdapterConfig) -> dict[str, Tensors]:
-    """The factors of plain layers. Fused experts are left out: one tensor contains the factors of all experts."""
+    """The factors of all layers except fused experts, where one tensor contains the factors of all experts."""
     ranks, r = Resolved(config, "rank_pattern"), config.low_rank.r
     return {name: pair for name, pair in factors.items() if "A" in pair and len(pair["A"]) == ranks.of(name, r)}
 

@@ -1,4 +1,5 @@
-"""Writes an adapter that was computed from other adapter folders, with these folders' facts about the base."""
+"""Writes an adapter that was computed from other adapter folders, and copies the information about the base from these
+folders."""
 
 import os
 import re
@@ -27,7 +28,8 @@ BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_qua
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The facts about the base in the new folder. `notes`: facts in which the source folders differ."""
+    """The information about the base that the new folder contains. `notes`: messages about differences between the
+    source folders."""
 
     name: str | None  # a hub id, or an absolute path
     revision: str | None = None
@@ -42,7 +44,7 @@ class BaseFacts:
 
 
 def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
-    """The absolute path of `output`.
+    """Check a folder that shall be written, and return its absolute path.
 
     Raises: AdapterError unless `output` is new or an empty folder, and contains none of the source folders.
     """
@@ -50,15 +52,20 @@ def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise AdapterError("exists and is not a folder", "choose another --output", file=str(output))
     if output.exists() and any(output.iterdir()):
-        raise AdapterError("is not empty", "choose another --output, or empty the folder", file=str(output))
+        raise AdapterError(
+            "is not empty", "choose another --output, or delete the files in this folder", file=str(output)
+        )
     for source in sources:
         if output.resolve() in (source.resolve(), *source.resolve().parents):
-            raise AdapterError(f"contains {source}, which is an input", "choose another --output", file=str(output))
+            raise AdapterError(
+                f"contains {source}, which the command reads", "choose another --output", file=str(output)
+            )
     return output
 
 
 def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
-    """The common base of all these adapters. `named`: the value of --base, which replaces the name in the adapters.
+    """The information about the common base of these adapters. `named`: the value of --base, which replaces the name in
+    the adapters.
 
     Raises: AdapterError if the adapters have different bases or tasks.
     """
@@ -73,7 +80,7 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
         values = {getattr(config, own) for config in configs} - {None}
         known[fact] = values.pop() if len(values) == 1 else None
         if len(values) > 0:
-            notes.append(f"the adapters were trained on bases of different {fact}")
+            notes.append(f"the adapters were trained on bases with different values of {fact}")
     files = [config.folder / TEMPLATE_NAME for config in configs]
     templates = [read_small(file).decode("utf-8", "replace") if file.exists() else None for file in files]
     if len(set(templates)) > 1:
@@ -91,8 +98,8 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
 
 
 def _objective_of(configs: Sequence[AdapterConfig]) -> Mapping[str, Any] | None:
-    """The objective of the first folder that states one. For several folders, thresholds are left out, because they
-    fit only the scores of one adapter."""
+    """The objective of the first folder that states an objective. For several folders, its thresholds are left out,
+    because they fit only the scores of one adapter."""
     objective = next((config.objective for config in configs if config.objective), None)
     if objective is None or len(configs) == 1:
         return objective
@@ -123,7 +130,10 @@ def _refuse_other_base(first: AdapterConfig, other: AdapterConfig, named: str | 
         return
     here, there = (_located(first), first.revision), (_located(other), other.revision)
     if named is None and any(a and b and a != b for a, b in zip(here, there, strict=True)):
-        what = f"was trained on {there[0]} (revision {there[1]}), but {first.folder} on {here[0]} (revision {here[1]})"
+        what = (
+            f"was trained on {there[0]} (revision {there[1]}), but {first.folder} was trained on {here[0]} "
+            f"(revision {here[1]})"
+        )
         raise AdapterError(what, "if these are the same base, name it with --base", file=str(other.folder))
 
 
@@ -136,7 +146,7 @@ def _located(config: AdapterConfig) -> str | None:
 def write_without_base(
     output: Path, base: BaseFacts, config: AdapterConfig, tensors: Mapping[str, Tensor], fields: PeftConfig
 ) -> int:
-    """Write the adapter folder, without reading the base. Returns its size in bytes.
+    """Write an adapter folder without reading the base. Returns the folder's size in bytes.
 
     `fields`: PEFT's fields that do not follow from the settings.
     """
@@ -186,9 +196,10 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
 
 
 def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:
-    """The updates, and one alpha for all of them, if they have equal ranks and scalings and alpha is a whole number.
+    """The updates, and the alpha that fits all of them, if they have equal ranks and scalings and this alpha is a whole
+    number.
 
-    Otherwise alpha is None, and each scaling is multiplied into its update, so that alpha = rank is right.
+    Otherwise alpha is None, and each update is multiplied by its scaling, so that alpha = rank is correct.
     """
     kinds = Counter((update.rank, update.scaling) for update in updates.values())
     rank, scaling = next(iter(kinds))

@@ -42,7 +42,7 @@ def _plain_prompt(system: str, instruction: str, extra_input: str) -> str:
 
 
 def _read_history(value: object) -> list[Message]:
-    """Earlier exchanges as [[question, answer], ...]."""
+    """Reads earlier exchanges, given as [[question, answer], ...]."""
     messages: list[Message] = []
     history = value or []
     for index, pair in enumerate(history if isinstance(history, Iterable) else [history]):

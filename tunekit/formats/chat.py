@@ -41,7 +41,10 @@ def _read_message(value: object, label: str) -> Message:
     calls = value.get("tool_calls")
     if calls:
         if role != "assistant":
-            raise DataError(f"'{label}' has tool_calls, but its role is {role!r}", "only the assistant calls tools")
+            raise DataError(
+                f"'{label}' has tool_calls, but its role is {role!r}",
+                "only messages of the assistant can have tool_calls",
+            )
         extra["tool_calls"] = read_tool_calls(calls, f"{label}.tool_calls")
     for name, part in value.items():
         if part not in (None, "", [], {}) and name not in ("role", "content", "tool_calls", *WEIGHTS):
@@ -81,7 +84,8 @@ def _read_part(part: object, label: str) -> str:
 
 
 def _read_weight(value: Fields, label: str, role: str) -> float:
-    """The weight of a message. Raises: DataError if it is invalid, or if the message is not the assistant's."""
+    """The weight of a message in the loss. Raises: DataError if the weight is invalid, or if the message is not the
+    assistant's."""
     fields = [name for name in WEIGHTS if value.get(name) is not None]
     if len(fields) > 1:
         raise DataError(f"'{label}' has both weight and train", "keep one")
@@ -94,12 +98,12 @@ def _read_weight(value: Fields, label: str, role: str) -> float:
         weight = read_weight(value["weight"], f"{label}.weight")
     if role != "assistant" and (weight not in (0.0, 1.0) or value.get("train")):
         what = f"'{label}' has {fields[0]}: {str(value[fields[0]]).lower()}, but its role is {role!r}"
-        raise DataError(what, "remove it; only the assistant's messages are trained on")
+        raise DataError(what, "remove this field; only the assistant's messages are trained on")
     return weight
 
 
 def read_tool_calls(value: object, label: str) -> list[JsonObject]:
-    """Tool calls with their arguments as an object, because templates print them with `tojson`."""
+    """Reads tool calls. Their arguments become objects, because chat templates print them with `tojson`."""
     calls = read_json(value, label)
     if not isinstance(calls, list):
         raise DataError(f"'{label}' must be a list, not {type(calls).__name__}", "")
@@ -119,7 +123,7 @@ def _read_tool_call(call: object, label: str) -> JsonObject:
 
 
 def read_tools(value: object) -> tuple[JsonObject, ...] | None:
-    """The tools of a row: a list of JSON schemas, or that list as JSON text."""
+    """The tools of a row, given as a list of JSON schemas, or as a text that contains this list as JSON."""
     if value is None or value == [] or value == "":
         return None
     tools = read_json(value, "tools")

@@ -42,7 +42,7 @@ class CompletionExample:
 
 @dataclass(frozen=True)
 class TextExample:
-    """Running text, trained on completely."""
+    """Running text. All of its tokens are trained on."""
 
     text: str
     weight: float = 1.0

@@ -20,7 +20,7 @@ def read_value(row: Fields, name: str, *, where: str = "") -> object:
     """The value of the field `name`. Raises: DataError if the row does not have this field."""
     if name not in row:
         what = f"no field '{where}{name}'; this row has {listed(row)}"
-        raise DataError(what, "add it, or map a column to it under data.train[].columns")
+        raise DataError(what, "add this field, or map a column to it under data.train[].columns")
     return row[name]
 
 
@@ -32,17 +32,20 @@ def named_nearly(value: object, known: Iterable[str]) -> str:
 
 
 def read_optional_text(row: Fields, name: str) -> str:
-    """The text of the field `name`; the empty text if it is missing or null."""
+    """Reads a text from the field `name`. A missing or null field counts as the empty text."""
     return "" if row.get(name) is None else check_text(row[name], name)
 
 
 def check_text(value: object, label: str) -> str:
-    """`value` if it is text that a tokenizer can read."""
+    """Returns `value`. Raises: DataError if it is not a text that a tokenizer can read."""
     if not isinstance(value, str):
         kind = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        raise DataError(f"'{label}' must be text, not {kind}", "write it in quotes, or leave the row out")
+        raise DataError(f"'{label}' must be text, not {kind}", "write the value in quotes, or leave the row out")
     if "\x00" in value:
-        raise DataError(f"'{label}' contains a NUL character", "remove it; it often means UTF-16 or binary data")
+        raise DataError(
+            f"'{label}' contains a NUL character",
+            "remove this character; it often means that the file is UTF-16 or binary data",
+        )
     if not value.isascii():
         check_encodable(value, label)
     return value

@@ -17,7 +17,7 @@ MEDIA = ("image",)
 
 @dataclass(frozen=True)
 class ImageExample:
-    """An image and its caption. If `text` is None, the recipe's caption for all images is used."""
+    """An image and its caption. If `text` is None, the recipe's caption (objective.instance_prompt) is used."""
 
     image: Media
     text: str | None

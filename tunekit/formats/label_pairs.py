@@ -55,8 +55,8 @@ def _read_side(row: Fields, field: str) -> str:
     aliases = aliases_of(row)
     named = [field] if field in row else [name for name in row if aliases.get(name) == field]
     if len(named) > 1:
-        what = f"both '{named[0]}' and '{named[1]}' could be {field}"
-        raise DataError(what, f"map the right one under data.train[].columns, for example {{{named[0]}: {field}}}")
+        what = f"the columns '{named[0]}' and '{named[1]}' could both be {field}"
+        raise DataError(what, f"map the right column under data.train[].columns, for example {{{named[0]}: {field}}}")
     name = named[0] if named else field
     text = read_text(row, name)
     if not text.strip():

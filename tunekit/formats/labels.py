@@ -47,18 +47,21 @@ def make_example(row: Fields) -> LabelExample:
 
 
 def label_text(value: str | int) -> str:
-    """A label as text, without blanks around it. Truth values become `true` and `false`, in every spelling."""
+    """A label as text, without spaces around it. Truth values, in any spelling, become `true` and `false`."""
     text = str(value).strip()
     return text.lower() if text.lower() in ("true", "false") else text
 
 
 def label_field(row: Fields, weaker: Sequence[str] = ()) -> str:
-    """The name of the column with the label. The names `weaker` are tried only after all others. Raises: DataError if
-    two columns could be the label."""
+    """The name of the column with the label. Columns named in `weaker` are used only if no other column can be the
+    label.
+
+    Raises: DataError if two columns could be the label.
+    """
     named = ["label"] if "label" in row else [name for name in row if name in ALIASES]
     if len(named) > 1:
-        what = f"both '{named[0]}' and '{named[1]}' could be the label"
-        raise DataError(what, f"map the right one under data.train[].columns, for example {{{named[0]}: label}}")
+        what = f"the columns '{named[0]}' and '{named[1]}' could both be the label"
+        raise DataError(what, f"map the right column under data.train[].columns, for example {{{named[0]}: label}}")
     return next(iter([*named, *(name for name in weaker if name in row)]), "label")
 
 
@@ -69,14 +72,16 @@ def read_label(row: Fields, weaker: Sequence[str] = ()) -> LabelValue:
 
 
 def label_value(value: object, field: str) -> LabelValue:
-    """The label, or the tuple of labels, for a value from a file. Raises: DataError for other values."""
+    """Converts a value from a file to a label, or to a tuple of labels. Raises: DataError for values that cannot be
+    labels."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(_one_label(each, field) for each in value)
     return _one_label(value, field)
 
 
 def of_cell(value: object) -> object:
-    """The list or number that a text, such as a cell of a CSV file, contains as JSON; any other value unchanged."""
+    """Parses a text, such as a cell of a CSV file, if it is JSON of a list or a number. Any other value is returned
+    unchanged."""
     if not isinstance(value, str) or not re.match(r"\s*[-\[0-9]", value):
         return value
     with suppress(ValueError, RecursionError):

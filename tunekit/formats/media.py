@@ -1,4 +1,5 @@
-"""Recordings and images in rows: a path, or {"bytes": ..., "path": ...}, as `datasets` has undecoded columns.
+"""Recordings and images in rows: a path, or {"bytes": ..., "path": ...}, which is how `datasets` stores files that are
+not decoded.
 
 The files are read later.
 """
@@ -17,7 +18,7 @@ AUDIO_FIELDS = ("audio", *AUDIO_ALIASES)  # columns that may contain a recording
 
 @dataclass(frozen=True)
 class Media:
-    """A file: its path, or its bytes with the original path."""
+    """A recording or image of a row: its path, or the bytes of the file with the original path."""
 
     path: str
     data: bytes | None = None
@@ -33,10 +34,10 @@ def read_media(row: Fields, field: str) -> Media:
     value = read_value(row, field)
     if isinstance(value, Mapping) and {"array", "sampling_rate"} <= set(value):
         what = f"'{field}' is decoded already"
-        raise DataError(what, "keep the column undecoded: a path, or {bytes, path}")
+        raise DataError(what, "give the undecoded file: a path, or {bytes, path}")
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (None, value)
     if data is not None and not isinstance(data, bytes):
-        raise DataError(f"'{field}' has bytes that are {type(data).__name__}", "store the file's bytes")
+        raise DataError(f"the bytes of '{field}' have the type {type(data).__name__}", "store the file's bytes")
     if data is not None:
         return Media(str(path or ""), data)
     text = check_text(path, field)
@@ -46,7 +47,8 @@ def read_media(row: Fields, field: str) -> Media:
 
 
 def renamed(row: Fields, aliases: Mapping[str, str]) -> Fields:
-    """The row with aliased columns under their standard names. A column with the standard name has priority."""
+    """The row with alternative column names replaced by the standard names. A column that has a standard name already
+    has priority."""
     return {**row, **{aliases[name]: value for name, value in row.items() if aliases.get(name, name) not in row}}
 
 

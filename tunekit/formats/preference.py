@@ -17,7 +17,8 @@ from tunekit.formats.example import ChatExample, CompletionExample, Example, Mes
 from tunekit.formats.fields import Fields, check_text, listed, read_optional_text
 
 DESCRIPTION = (
-    "chosen, rejected: text or messages; prompt: the same, or their common beginning; system, tools, margin: optional"
+    "chosen, rejected: text or messages; prompt: text or messages, by default the common beginning of both answers; "
+    "system, tools, margin: optional"
 )
 PROMPTS = ("prompt", "question", "instruction", "conversations")
 FIELDS = (*PROMPTS, "input", "chosen", "rejected", "system", "tools", "margin")
@@ -30,7 +31,7 @@ TextOrTurns = str | Turns
 
 @dataclass(frozen=True)
 class PromptedExample:
-    """A prompt: a text, or turns of a conversation."""
+    """A prompt, either as a text or as turns of a conversation."""
 
     prompt: TextOrTurns
     tools: tuple[JsonObject, ...] | None = field(default=None, kw_only=True)
@@ -45,7 +46,8 @@ class PromptedExample:
 
 @dataclass(frozen=True)
 class PreferenceExample(PromptedExample):
-    """A prompt with a chosen and a rejected answer, all of one type. `margin`: how much better the chosen one is."""
+    """A prompt with a chosen and a rejected answer; all three are texts, or all three are turns. `margin`: how much
+    better the chosen answer is."""
 
     chosen: TextOrTurns
     rejected: TextOrTurns
@@ -68,7 +70,8 @@ def is_pair(row: Fields) -> bool:
 
 
 def conversation(row: Fields, prompt: TextOrTurns, *answers: TextOrTurns) -> tuple[TextOrTurns, ...]:
-    """The prompt, with the row's system text before it, and the answers. All are texts, or all are turns."""
+    """Returns the prompt, with the row's system text before it, and the answers. All of them are texts, or all are
+    turns."""
     if not all(isinstance(side, str) for side in (prompt, *answers)):
         prompt, answers = _as_turns(prompt, "user"), tuple(_as_turns(answer, "assistant") for answer in answers)
     return _after(read_optional_text(row, "system"), prompt), *answers
@@ -78,12 +81,12 @@ def _read_margin(row: Fields) -> float:
     value = row.get("margin")
     value = 0.0 if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"'margin' must be a number, not {str(value)[:40]!r}", "write a number, or leave it out")
+        raise DataError(f"'margin' must be a number, not {str(value)[:40]!r}", "write a number, or leave margin out")
     return float(value)
 
 
 def read_prompt(row: Fields) -> TextOrTurns | None:
-    """The prompt from any of its columns, or None if the row has no prompt."""
+    """Reads the prompt from the column that contains it. None if the row has no prompt."""
     columns = [name for name in PROMPTS if row.get(name) is not None]
     if len(columns) > 1:
         raise DataError(f"'{columns[0]}' and '{columns[1]}' are both prompts", "keep one")
@@ -103,9 +106,12 @@ def _after(system: str, prompt: TextOrTurns) -> TextOrTurns:
 
 
 def read_side(row: Fields, name: str) -> TextOrTurns:
-    """A text, or messages. null and [] are the empty text."""
+    """Reads a field that contains a text or messages. null and [] count as the empty text."""
     if name not in row:
-        raise DataError(f"no field '{name}'; this row has {listed(row)}", "add it, or map a column to it")
+        raise DataError(
+            f"no field '{name}'; this row has {listed(row)}",
+            "add this field, or map a column to it under data.train[].columns",
+        )
     value = row[name]
     if value is None or value == []:
         return ""
@@ -118,10 +124,11 @@ def read_side(row: Fields, name: str) -> TextOrTurns:
 
 
 def _split(chosen: TextOrTurns, rejected: TextOrTurns) -> tuple[TextOrTurns, TextOrTurns, TextOrTurns]:
-    """The prompt of a row without a prompt (the common beginning of both answers), and the rest of both answers.
+    """Splits two answers of a row without a prompt: their common beginning becomes the prompt. Returns the prompt and
+    the two remaining answers.
 
     A space before the first difference belongs to the answers, as in TRL. If one conversation contains all turns of the
-    other, the last common turn is an answer.
+    other, the last common turn belongs to the answers.
     """
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError("'chosen' and 'rejected' must both be text or both be messages", "")
@@ -136,5 +143,5 @@ def _split(chosen: TextOrTurns, rejected: TextOrTurns) -> tuple[TextOrTurns, Tex
 
 
 def _as_turns(side: TextOrTurns, role: str) -> Turns:
-    """Turns without changes, or a text as one turn of this role."""
+    """A text becomes one turn of this role; turns are returned unchanged."""
     return side if isinstance(side, tuple) else (Message(role, side),) if side else ()

@@ -16,7 +16,7 @@ from tunekit.formats.preference import PromptedExample, conversation, read_promp
 
 ALIASES = {"messages": "conversations"}
 ANSWERS = ("answer", "completion", "output")
-DESCRIPTION = "prompt: text or messages; answer, other columns: optional, for the reward"
+DESCRIPTION = "prompt: text or messages; answer and other columns: optional, used by the reward"
 FIELDS = (*preference.PROMPTS, "input", *ALIASES, *ANSWERS, "system", "tools")
 REQUIRED = ()
 EXAMPLE = "prompt"
@@ -43,7 +43,7 @@ def make_example(row: Fields) -> PromptExample:
         row = {**row, other: row[name]} if row.get(name) is not None and row.get(other) is None else row
     prompt = read_prompt(row)
     if prompt is None:
-        raise DataError(f"no prompt; this row has {listed(row)}", "add one, or map a column to 'prompt'")
+        raise DataError(f"no prompt; this row has {listed(row)}", "add a prompt, or map a column to 'prompt'")
     column = next((name for name in ANSWERS if row.get(name) is not None), None)
     answer = _read_answer(row, column) if column else None
     if answer is None and not isinstance(prompt, str) and prompt and prompt[-1].role == "assistant":
@@ -54,7 +54,8 @@ def make_example(row: Fields) -> PromptExample:
 
 
 def _read_answer(row: Fields, name: str) -> str | None:
-    """The answer, from a text, turns or a whole number. None for any other value, which is only a column."""
+    """Reads the reference answer from a text, turns or a whole number. Returns None for any other value; such a column
+    is not an answer."""
     value = row[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

@@ -29,9 +29,12 @@ def make_example(row: Fields) -> Example:
     """The conversation of a row."""
     turns = row.get("conversations")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        state = f"a list of turns, not {type(turns).__name__}" if "conversations" in row else "there"
+        state = f"a list of turns, not {type(turns).__name__}" if "conversations" in row else "present"
         state = "a list of turns, not an empty one" if turns == [] else state
-        raise DataError(f"'conversations' must be {state}; this row has {listed(row)}", "map a column to it")
+        raise DataError(
+            f"'conversations' must be {state}; this row has {listed(row)}",
+            "map a column to conversations under data.train[].columns",
+        )
     messages = read_turns(turns, "conversations")
     system = read_optional_text(row, "system")
     if system and messages[0].role != "system":

@@ -30,7 +30,7 @@ def make_example(row: Fields) -> TagsExample:
 
 
 def read_tags(row: Fields, words: str, tags: str) -> TagsExample:
-    """The words and tags from the columns with these names, which are lists of equal length."""
+    """Reads the words and the tags of a row from these two columns, which must be lists of equal length."""
     pairs = _read_list(row, words), _read_list(row, tags)
     if len(pairs[0]) != len(pairs[1]):
         what = f"{len(pairs[0])} {words}, but {len(pairs[1])} {tags}"
@@ -38,7 +38,7 @@ def read_tags(row: Fields, words: str, tags: str) -> TagsExample:
     texts = [check_text(word, f"{words}[{at}]") for at, word in enumerate(pairs[0])]
     blank = next((at for at, word in enumerate(texts) if not word.strip()), None)
     if blank is not None:
-        raise DataError(f"'{words}[{blank}]' is empty", "leave the word and its tag out")
+        raise DataError(f"'{words}[{blank}]' is empty", "remove the empty word and its tag")
     return TagsExample(tuple(texts), tuple(_read_tag(tag, f"{tags}[{at}]") for at, tag in enumerate(pairs[1])))
 
 

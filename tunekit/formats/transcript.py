@@ -28,7 +28,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class TranscriptExample:
-    """A recording and its transcript. `language`, `task`: None if the row has none. `segments`: the text with times."""
+    """A recording and its transcript. `language`, `task`: None if the row has none. `segments`: the parts of the
+    transcript with their times."""
 
     audio: Media
     text: str
@@ -52,11 +53,11 @@ def make_example(row: Fields) -> TranscriptExample:
 
 
 def _segments(value: object) -> tuple[Segment, ...]:
-    """Segments in order of time, without overlap."""
+    """Reads the segments of a transcript. They must be in order of time and must not overlap."""
     if value is None or value == []:
         return ()
     if not isinstance(value, list):
-        raise DataError("'segments' must be a list of {start, end, text}", "leave it out if there are none")
+        raise DataError("'segments' must be a list of {start, end, text}", "leave segments out if there are none")
     segments: list[Segment] = []
     for number, each in enumerate(value):
         where = f"segments[{number}]."
@@ -68,7 +69,7 @@ def _segments(value: object) -> tuple[Segment, ...]:
             what = (
                 f"'segments[{number}]' lasts from {start:g} to {end:g} s, but the segment before ends at {before:g} s"
             )
-            raise DataError(what, "give them in order, without overlap")
+            raise DataError(what, "give the segments in order of time, without overlap")
         segments.append(Segment(start, end, read_text(each, "text", where=where)))
     return tuple(segments)
 

@@ -29,7 +29,7 @@ class UnpairedExample(PromptedExample):
 
 
 def make_example(row: Fields) -> UnpairedExample:
-    """The answer of a row, with its prompt. A missing text is empty."""
+    """Reads an answer, its prompt and its rating. A missing text counts as empty."""
     if is_pair(row):  # is read twice, once with each label
         pair, label = preference.make_example(row), read_value(row, "label")
         return UnpairedExample(pair.prompt, pair.chosen if label else pair.rejected, bool(label), tools=pair.tools)
@@ -45,7 +45,7 @@ def make_example(row: Fields) -> UnpairedExample:
 
 
 def _read_answered(row: Fields) -> tuple[TextOrTurns, TextOrTurns]:
-    """The prompt and its answer. If the row has only a conversation, the last turn is the answer."""
+    """Reads the prompt and the answer. If the row contains only a conversation, its last turn is the answer."""
     prompt, alone = read_prompt(row) or "", row.get("completion") is None
     turns = prompt if alone else "" if prompt else read_side(row, "completion")
     if not isinstance(turns, str) and turns[-1].role == "assistant":

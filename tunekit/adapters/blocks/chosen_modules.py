@@ -1,4 +1,4 @@
-"""Selects modules by `target_modules`, for methods that adapt other modules than linear layers."""
+"""Selects modules by the setting `target_modules`, for methods that adapt modules other than linear layers."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,8 @@ from tunekit.errors import AdapterError
 
 
 def chosen_names(names: Sequence[str], entries: str | Sequence[str], everything: str, what: str) -> list[str]:
-    """All names if `entries` is `everything`; otherwise the names that match a list of endings, or an expression.
+    """The names that `entries` selects: names with one of the listed endings, or names that match a regular expression.
+    The entry `everything` selects all names.
 
     Raises: AdapterError if an entry matches nothing.
     """

@@ -30,7 +30,7 @@ class DeltaLayer(LayerAdapter[Settings]):
 def delta_product(x: Tensor, make: Callable[..., Tensor], *factors: Tensor) -> Tensor:
     """y = x D^T with D = make(*factors), which is computed again in the backward pass.
 
-    Shapes: x (..., I); D (O, I) -> y (..., O). D is computed in the factors' dtype and cast to that of x.
+    Shapes: x (..., I); D (O, I) -> y (..., O). D is computed in the factors' dtype, and then cast to the dtype of x.
     """
     return _DeltaProduct.apply(x, make, *factors)  # type: ignore[no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""Checks settings that must divide the sides of every adapted layer, and lists valid values."""
+"""Checks settings that must divide the input and output sizes of every adapted layer, and suggests valid values."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from tunekit.records import Target
 
 
 def divisor_conflicts(key: str, value: int, targets: Sequence[Target], *, inputs: bool) -> list[Conflict]:
-    """A conflict if `value` does not divide the output size (and, with `inputs`, the input size) of every target."""
+    """Returns a conflict if `value` does not divide the output size (and, with `inputs`, the input size) of every
+    target."""
     sides = {target.out_features for target in targets} | {t.in_features for t in targets if inputs}
     common = math.gcd(*sides)
     if common % value == 0:
@@ -16,5 +17,5 @@ def divisor_conflicts(key: str, value: int, targets: Sequence[Target], *, inputs
     failing = [
         target.name for target in targets if target.out_features % value or (inputs and target.in_features % value)
     ]
-    how = f"use {common} or one of its divisors, which fit all layers; or adapt fewer layers"
-    return [Conflict(key, f"{value} does not divide the sides of '{failing[0]}' ({len(failing)} such layers)", how)]
+    how = f"use {common} or one of its divisors, which divide the sizes of all layers; or adapt fewer layers"
+    return [Conflict(key, f"{value} does not divide the sizes of '{failing[0]}' ({len(failing)} such layers)", how)]

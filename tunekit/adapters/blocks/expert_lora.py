@@ -38,7 +38,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
     @classmethod
     def file_key(cls, name: str) -> str:
-        """The key without the parameter's own name, which PEFT's files omit."""
+        """The tensor's key in PEFT's file. PEFT omits the parameter's own name."""
         wrapped, _, factor = name.rpartition(".lora_")
         inner = wrapped
         while inner.endswith(".base_layer"):
@@ -73,7 +73,7 @@ class ExpertLora(ParameterAdapter[LowRankSettings]):
 
 
 def conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """Conflicts with the layers or fused parameters, for Method.conflicts."""
+    """Lists the settings that do not fit these layers or fused parameters. Used as Method.conflicts."""
     problems = start_conflicts(settings, targets, file)
     if not settings.target_parameters:
         return problems

@@ -1,4 +1,4 @@
-"""Fields of PEFT's LoraConfig, and conflicts with the layers, shared by all methods of peft_type LORA."""
+"""Fields of PEFT's LoraConfig, and checks that settings fit the layers, shared by all methods of peft_type LORA."""
 
 from collections.abc import Mapping, Sequence
 
@@ -47,9 +47,9 @@ LORA_FIXED: Fixed = {  # the value that is written, then other accepted values, 
 LORA_REMEDIES = {
     "alora_invocation_tokens": "an activated LoRA acts only after its invocation tokens, but here it would act on "
     "all tokens",
-    "layer_replication": "it repeats layers of the base; merge it with peft, and name the merged model",
-    "init_lora_weights": "such a start may have moved weights of the base; "
-    "write plain LoRA with: tunekit adapter convert",
+    "layer_replication": "this adapter repeats layers of the base; merge it with peft, and use the merged model",
+    "init_lora_weights": "this initialisation may have changed weights of the base; "
+    "convert the adapter to plain LoRA with: tunekit adapter convert",
 }
 
 
@@ -65,13 +65,13 @@ def lora_side(
 
 
 def _without_dropout(settings: object, targets: object, config: Mapping[str, object]) -> dict[str, float]:
-    """The fields without dropout if a parameter is adapted: PEFT cannot apply it there, and refuses such a file."""
+    """Returns lora_dropout 0 if a parameter is adapted: PEFT cannot apply dropout there, and refuses such a file."""
     return {"lora_dropout": 0.0} if config["target_parameters"] else {}
 
 
 def start_conflicts(settings: LowRankSettings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """Conflicts with layers that the initialisation method (`start`) cannot initialise, for Method.conflicts. A file
-    has no such conflicts, because its layers already have values."""
+    """Lists the layers that the initialisation method (`start`) cannot initialise, as conflicts for Method.conflicts. A
+    file has no such conflicts, because its layers already have values."""
     start, linear = settings.start, [target for target in targets if target.kind in LINEAR]
     if file:
         return []

@@ -36,14 +36,15 @@ def as_plain_lora(form: WrittenForm) -> WrittenForm:
 
 
 def _target(target: Target, settings: LowRankSettings) -> Target:
-    """The target with its rank as ordinary LoRA: 2R, or the smaller side of the matrix if that is less than 2R."""
+    """The target with the rank that it gets as ordinary LoRA: 2R, or the smaller side of the matrix if that is less
+    than 2R."""
     old, alpha = target.r or 0, target.alpha or 0.0
     rank = min(2 * old, target.in_features, target.out_features)
     return replace(target, r=rank, alpha=alpha_for_rank(settings, alpha, old, rank))
 
 
 def alpha_for_rank(settings: LowRankSettings, alpha: float, old: int, new: int) -> float:
-    """The alpha with which rank `new` has the same scaling as rank `old` with `alpha`."""
+    """The alpha that gives rank `new` the same scaling that `alpha` gives rank `old`."""
     return alpha * (math.sqrt(new / old) if settings.use_rslora else new / old)
 
 

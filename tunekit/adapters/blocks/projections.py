@@ -1,4 +1,5 @@
-"""Frozen random matrices, drawn exactly as in PEFT. A file that omits them therefore gives the same adapter in both."""
+"""Frozen random matrices, drawn exactly as PEFT draws them. A file that omits them therefore gives the same adapter in
+tunekit and in PEFT."""
 
 import math
 
@@ -9,8 +10,8 @@ from tunekit.adapters.base import Slot
 
 
 def projection_slot(saved: bool, suffix: str, shape: tuple[int, ...]) -> Slot:
-    """A slot that is in the adapter's file if `saved`, otherwise only in checkpoints, because the seed determines
-    it."""
+    """Declares a random matrix that the seed determines. `saved`: the adapter's file contains it; otherwise only
+    checkpoints contain it."""
     return Slot(suffix, shape, kind="saved" if saved else "resume")
 
 
@@ -24,6 +25,6 @@ def kaiming_uniform(
 
 
 def ternary(shape: tuple[int, ...], generator: Generator, sparsity: float) -> Tensor:
-    """Random numbers -1, 0 and 1, of which one in `sparsity` is not 0."""
+    """Random numbers -1, 0 and 1. On average, one in `sparsity` of them is not 0."""
     uniform = torch.rand(shape, generator=generator)
     return (uniform > 1 - 1 / (2 * sparsity)).float() - (uniform < 1 / (2 * sparsity)).float()

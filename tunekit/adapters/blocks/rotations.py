@@ -23,8 +23,8 @@ def cayley(q: Tensor) -> Tensor:
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:
     """I + 2 Q + 2 Q^2 + ... + Q^last, in Horner's form: the truncated series of (I + Q) (I - Q)^-1.
 
-    With one term the result is I, with two I + 2 Q. With more, the last power is max(3, terms - 1) and has the factor
-    1, as in peft.
+    With one term the result is I, with two terms I + 2 Q. With more terms, the last power is max(3, terms - 1) and has
+    the factor 1, as in peft.
     """
     identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if terms == 1:
@@ -38,8 +38,8 @@ def cayley_neumann(q: Tensor, terms: int) -> Tensor:
 
 
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """x R: each b consecutive numbers of x (..., I) are multiplied by their block of (blocks, b, b). A single block is
-    used for all."""
+    """Computes x R for a block-diagonal R: each b consecutive numbers of x (..., I) are multiplied by their block of
+    `blocks` (blocks, b, b). If there is a single block, it is used for all of them."""
     size = blocks.shape[-1]
     parts = x.reshape(*x.shape[:-1], -1, 1, size)  # (..., I / b, 1, b)
     return (parts @ blocks).flatten(-3)

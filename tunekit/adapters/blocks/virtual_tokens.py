@@ -1,4 +1,5 @@
-"""Shared code of prompt methods: vectors before each row's embeddings, their initialisation, and PEFT's fields."""
+"""Code that all prompt methods share: trained vectors before each row's embeddings, their initialisation, and PEFT's
+fields."""
 
 import itertools
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ class VirtualTokens(ModelAdapter[Settings]):
         self.__dict__["real"] = None  # (B, T): positions of the last call's tokens; None: after all vectors
         if is_encoder_decoder(net) and self.net.get_output_embeddings() is None:
             what = (
-                f"{type(net).__name__} needs token ids to find the position that it reads, but a prompt passes "
-                "embeddings"
+                f"{type(net).__name__} needs token ids to find the position whose hidden state it reads, but a prompt "
+                "passes embeddings"
             )
             raise AdapterError(what, "use a method that adapts layers, such as lora", key="adapter.method")
 
@@ -62,7 +63,8 @@ class VirtualTokens(ModelAdapter[Settings]):
 
     @classmethod
     def vector_count(cls, settings: Settings) -> int:
-        """The number of vectors in the file: twice the setting, if both halves of an encoder-decoder have vectors."""
+        """The number of vectors in the file. It is twice the setting if both the encoder and the decoder get
+        vectors."""
         return cls.virtual_tokens(settings) * int(getattr(settings, "num_transformer_submodules", 1))
 
     @classmethod
@@ -70,12 +72,12 @@ class VirtualTokens(ModelAdapter[Settings]):
         return {"prompt": Slot(IN_FILES, (cls.vector_count(settings), width_of(net)), decays=False)}
 
     def vectors(self, tasks: Tensor | None) -> Tensor:
-        """The vectors (P, D), or (B, P, D) if they differ between rows; 2 P vectors if the decoder has separate
-        vectors."""
+        """The vectors (P, D), or (B, P, D) if they differ between rows. If the decoder has separate vectors, there are
+        2 P of them."""
         return self.prompt
 
     def file_tensors(self) -> Tensors:
-        """The computed vectors, under the name of their tensor in PEFT."""
+        """The computed vectors, under the tensor name that PEFT uses."""
         return {IN_FILES: self.vectors(None).detach()}
 
     def inputs(self, net: nn.Module, inputs: Tensors) -> Tensors:
@@ -97,12 +99,16 @@ class VirtualTokens(ModelAdapter[Settings]):
         return changed
 
     def _embed(self, inputs: Tensors, ids: str, embeddings: str) -> Tensor:
-        """The embeddings of the ids, which are removed from the inputs. Without ids, the embeddings in the inputs."""
+        """Takes the token ids out of the inputs and returns their embeddings. Without ids, returns the embeddings in
+        the inputs."""
         tokens = inputs.pop(ids, None)
         return inputs[embeddings] if tokens is None else self.net.get_input_embeddings()(tokens)
 
     def _before_decoder(self, inputs: Tensors, vectors: Tensor) -> None:
-        """Put the decoder's vectors before its tokens. Raises: AdapterError if the call passes no decoder inputs."""
+        """Put the decoder's vectors before the decoder's tokens.
+
+        Raises: AdapterError if the call passes no decoder inputs.
+        """
         if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
             raise AdapterError("the decoder has its own virtual tokens, but the call passes no decoder_input_ids")
         rows = self._embed(inputs, "decoder_input_ids", "decoder_inputs_embeds")
@@ -118,8 +124,8 @@ class VirtualTokens(ModelAdapter[Settings]):
         return length if both and self.prompts_decoder and is_encoder_decoder(self.net) else 0
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, T, D) without the positions of the vectors. A classifier's logits (B, labels) have no
-        positions."""
+        """Removes the positions of the vectors from hidden states (B, T, D). A classifier's logits (B, labels) have no
+        positions and stay unchanged."""
         if hidden.dim() < 3:
             return hidden
         if is_encoder_decoder(self.net):
@@ -129,7 +135,7 @@ class VirtualTokens(ModelAdapter[Settings]):
         return hidden.gather(1, self.real[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
     def file_fields(self) -> PeftConfig:
-        """Fields about the base in PEFT's configuration."""
+        """The fields of PEFT's configuration that describe the base."""
         config = text_config(self.net)
         layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", None)
         heads = getattr(config, "num_attention_heads", None)
@@ -172,8 +178,8 @@ def embeddings_of(net: nn.Module, ids: Sequence[int] | Tensor) -> Tensor:
 
 
 def initial_vectors(net: nn.Module, settings: StartedTokenSettings, vectors: int, generator: Generator) -> Tensor:
-    """Initial vectors, (vectors, D) float32. Depending on `init`: embeddings of uniformly drawn ids, random values
-    from N(0, 1), or embeddings of a text."""
+    """Initial vectors (vectors, D) in float32. The setting `init` selects their source: embeddings of random token ids,
+    random values from N(0, 1), or the embeddings of a text."""
     if settings.init == "random":
         return torch.randn(vectors, width_of(net), generator=generator)
     if settings.init == "vocabulary":
@@ -190,15 +196,17 @@ def cycled_ids(ids: Sequence[int], count: int) -> list[int]:
 
 
 def with_text_ids(settings: StartedTokenSettings, tokenizer: Tokenizer) -> StartedTokenSettings:
-    """The settings with init_text as ids. Special tokens are encoded only if the text contains them."""
+    """Returns the settings with init_text encoded as token ids. Special tokens are encoded only if the text contains
+    them."""
     if settings.init != "text" or settings.init_ids is not None or settings.init_text is None:
         return settings
     return settings.model_copy(update={"init_ids": tuple(tokenizer.encode(settings.init_text))})
 
 
 def _order(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """Order of the vectors and a row's tokens, with left padding first: (B, P + T) the index into [vectors; row] at
-    each position, and (B, T) the new position of each token. None without a mask (B, T): the vectors come first."""
+    """Computes the order of P vectors and T tokens if a row's left padding stays first. Returns two tensors: for each
+    position, the index into [vectors; row] (B, P + T); and each token's new position (B, T). Both are None without a
+    mask (B, T): then the vectors come first."""
     if mask is None or mask.dim() != 2:
         return None, None
     padding = (mask == 0).to(torch.int64).cumprod(dim=1).sum(dim=1, keepdim=True)  # (B, 1) on the left
@@ -210,8 +218,8 @@ def _order(mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | No
 
 
 def _join(before: Tensor, rows: Tensor, order: Tensor | None) -> Tensor:
-    """Concatenates `before` and `rows` along the tokens, rearranged by `order`. Shapes: (B, P, ...) and (B, T, ...) ->
-    (B, P + T, ...)."""
+    """Concatenates `before` and `rows` along the token dimension, and rearranges them by `order`. Shapes: (B, P, ...)
+    and (B, T, ...) -> (B, P + T, ...)."""
     joined = torch.cat([before.to(rows), rows], dim=1)
     if order is None:
         return joined

@@ -1,5 +1,5 @@
-"""Reads the configuration of an adapter folder of tunekit or peft, adapter_config.json and tunekit.json, strictly and
-before any tensor."""
+"""Reads and strictly checks the configuration of an adapter folder that tunekit or peft wrote: adapter_config.json and
+tunekit.json. No tensor is read."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -31,18 +31,20 @@ FORMAT_VERSION = 1  # of tunekit.json
 
 
 def is_adapter(place: Path) -> bool:
-    """Whether a folder has an adapter's configuration."""
+    """Whether the folder contains an adapter's configuration file."""
     return (place / CONFIG_NAME).exists()
 
 
 def adapter_in(path: Path) -> Path | None:
-    """The adapter folder of a path: the folder itself, or the adapter of a run."""
+    """The adapter folder at a path: the folder itself or, for a run folder, its subfolder `adapter`. None if neither is
+    an adapter folder."""
     return next((place for place in (path, path / "adapter") if is_adapter(place)), None)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter folder's configuration. Values from tunekit.json are None in a folder written by peft."""
+    """The configuration of an adapter folder. Values that come from tunekit.json are None in a folder written by
+    peft."""
 
     folder: Path
     method: Method
@@ -66,7 +68,7 @@ class AdapterConfig:
 
     @property
     def low_rank(self) -> LowRankSettings:
-        """The settings, with the type of methods of the LoRA family."""
+        """The settings, typed as the settings of a method of the LoRA family."""
         assert isinstance(self.settings, LowRankSettings)
         return self.settings
 
@@ -75,20 +77,17 @@ class AdapterConfig:
         return [name for name, digest in self.files if sha256_of(self.folder / name) != digest]
 
     def check_files(self) -> None:
-        """Refuse changed files.
-
-        Raises: AdapterError.
-        """
+        """Raises: AdapterError if a file of the folder was changed after tunekit wrote it."""
         for name in self.changed_files():
-            how = f"restore it, or delete {FACTS_NAME} to accept the changed folder"
+            how = f"restore the file, or delete {FACTS_NAME} to accept the changed folder"
             raise AdapterError("is different from the file that tunekit wrote", how, file=str(self.folder / name))
 
     def base_location(self) -> str | None:
-        """The place of the base: a path that the folder names, a folder of this name nearby, or a hub id; None if
-        unknown.
+        """The location of the base: a path that the configuration names, a folder of the same name nearby, or a hub id.
+        None if unknown.
 
-        If several places exist, the place with the base's fingerprint is returned. A place that the folder does not
-        name is returned only if its fingerprint is equal.
+        If several paths exist, the path whose fingerprint equals the base's fingerprint is preferred. A nearby folder
+        is returned only if its fingerprint is equal.
         """
         name = self.base_name_or_path
         if not name:
@@ -112,10 +111,10 @@ def _fingerprint_of(place: Path) -> str | None:
 
 
 def read_adapter_config(folder: Path, method: Method | None = None, instead: PeftConfig | None = None) -> AdapterConfig:
-    """Read and check both configuration files and the header of the tensors; by default `method` follows from
-    peft_type.
+    """Read and check both configuration files and the header of the tensor file. By default, the file's peft_type
+    determines `method`.
 
-    `instead`: values that replace the file's values, for a caller that interprets the file's values itself.
+    `instead`: values that replace values of the file, for a caller that interprets the file's values itself.
     Raises: AdapterError that names everything missing, malformed, truncated or unsupported. No tensor is read.
     """
     folder = Path(folder)
@@ -141,8 +140,8 @@ def read_adapter_config(folder: Path, method: Method | None = None, instead: Pef
 
 
 def _with_heads(settings: AdapterSettings, keys: Iterable[str]) -> AdapterSettings:
-    """The settings with the heads that the file contains. Early releases of PEFT, such as 0.10, do not name these
-    heads."""
+    """The settings, with modules_to_save extended by the heads that the file contains. Early releases of PEFT, such as
+    0.10, do not list these heads."""
     saved: tuple[str, ...] = tuple(getattr(settings, "modules_to_save", ()))
     stored = {head for head in HEADS for key in keys if key.startswith(f"{AdapterPart.file_prefix}{head}.")}
     return settings.model_copy(update={"modules_to_save": (*saved, *sorted(stored.difference(saved)))})
@@ -162,7 +161,8 @@ def read_fields(folder: Path) -> PeftConfig:
 
 
 def method_of(fields: PeftConfig, file: str) -> Method:
-    """The method with this peft_type. If several fit, the method with the most matching claims (see PeftSide)."""
+    """The method with the file's peft_type. If several methods fit, it is the method with the most distinguishing
+    fields in the file (PeftSide.claims)."""
     wanted = fields.get("peft_type")
     methods = [method for method in all_methods() if method.peft.peft_type]
     fitting = [
@@ -195,7 +195,7 @@ def _tunekit_facts(folder: Path) -> JsonObject:
     facts = parse_json(read_small(path), str(path))
     version = facts.get("format_version")
     if type(version) is not int or version < 1:
-        raise AdapterError("has no format_version", "delete it to read the folder like peft", file=str(path))
+        raise AdapterError("has no format_version", "delete this file to read the folder as peft does", file=str(path))
     if version > FORMAT_VERSION:
         raise AdapterError(f"has format version {version}", "update tunekit", file=str(path))
     base, files = facts.get("base"), facts.get("files")
@@ -206,7 +206,9 @@ def _tunekit_facts(folder: Path) -> JsonObject:
         or not {TENSORS_NAME, DIFFUSERS_NAME} & set(files)
         or set(files) - {TEMPLATE_NAME, DIFFUSERS_NAME, CONFIG_NAME, TENSORS_NAME}
     ):
-        raise AdapterError("is malformed: base or files", "delete it to read the folder like peft", file=str(path))
+        raise AdapterError(
+            "is malformed: base or files", "delete this file to read the folder as peft does", file=str(path)
+        )
     double = base.get("double_quantization")
     return {
         "base_path": _text(base, "path", path),
@@ -227,13 +229,16 @@ def _sha256(entry: object, path: Path) -> str:
 
 
 def tensors_path(folder: Path) -> Path:
-    """The file of the folder's tensors: PEFT's, or diffusers' for a LoRA of a pipeline."""
+    """The path of the folder's tensor file: PEFT's file, or diffusers' file for the LoRA of a pipeline."""
     peft_file, diffusers_file = folder / TENSORS_NAME, folder / DIFFUSERS_NAME
     return diffusers_file if not os.path.lexists(peft_file) and os.path.lexists(diffusers_file) else peft_file
 
 
 def adapter_header(path: Path) -> dict[str, TensorEntry]:
-    """The header of a folder's tensors, by PEFT's keys. Raises: AdapterError."""
+    """The header of an adapter's tensor file: PEFT's key -> shape, type and position of the tensor.
+
+    Raises: AdapterError.
+    """
     header = read_tensor_header(path)
     return peft_keys(path, header) if path.name == DIFFUSERS_NAME else header
 
@@ -247,7 +252,7 @@ def refuse_pickle(folder: Path) -> None:
         if pickle.exists() or pickle.is_symlink():
             raise AdapterError(
                 "is a pickle, which can run code when it is read; tunekit reads safetensors only",
-                "convert it in a sandbox",
+                "convert the file to safetensors in a sandbox",
                 file=str(pickle),
             ) from error
         raise AdapterError(f"contains no {TENSORS_NAME}", file=str(folder)) from error

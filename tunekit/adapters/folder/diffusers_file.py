@@ -1,7 +1,8 @@
-"""LoRA of a diffusion pipeline in foreign files: diffusers' pytorch_lora_weights.safetensors, and kohya's.
+"""Reads and writes the LoRA of a diffusion pipeline in the formats of other programs: diffusers'
+pytorch_lora_weights.safetensors, and kohya's files.
 
-Converts tensors between PEFT's keys and the other tool's, in both directions. diffusers reads alphas only from the
-header (default: the rank); kohya's files store them as tensors.
+The keys of tensors are converted from PEFT's names to the other format's names, and back. diffusers reads alphas only
+from the header (default: the rank); kohya's files store them as tensors.
 """
 
 import json
@@ -51,22 +52,22 @@ _SDXL_OTHERS = {
 
 @dataclass(frozen=True)
 class ForeignLora:
-    """Tensors by PEFT's keys, and each layer's alpha."""
+    """A LoRA read from another program's file: tensors by PEFT's keys, and the alpha of each layer."""
 
     tensors: Tensors
     alphas: dict[str, float]
 
 
 def diffusers_tensors(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Tensors by diffusers' keys. These are PEFT's keys without the prefix. CLIP's layers have the names that all
-    versions know."""
+    """The tensors under diffusers' keys, which are PEFT's keys without the prefix. Layers of CLIP text encoders get the
+    names that all versions of diffusers know."""
     return {FLAT.sub(r"\1.text_model.", key.removeprefix(PREFIX)): value for key, value in tensors.items()}
 
 
 def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The header of a file of diffusers, with PEFT's keys in place of its own. See diffusers_header.
+    """Returns the header of a diffusers LoRA file with PEFT's keys instead of diffusers' keys.
 
-    Raises: AdapterError if the header names no adapted layers.
+    Raises: AdapterError if the file's metadata (see diffusers_header) do not name the adapted layers.
     """
     text = (read_raw_header(path)[2].get("__metadata__") or {}).get(METADATA)
     if not isinstance(text, str):
@@ -83,7 +84,8 @@ def peft_keys(path: Path, header: Mapping[str, TensorEntry]) -> dict[str, Tensor
 
 
 def diffusers_header(claims: Mapping[str, Any], settings: AdapterSettings, targets: Sequence[Target]) -> dict[str, str]:
-    """The file's header: for each part the arguments of peft's LoraConfig, including the method's claims."""
+    """The metadata for a diffusers LoRA file: for each part of the pipeline, the arguments of peft's LoraConfig.
+    `claims`: fields of PEFT's configuration that distinguish the method."""
     fields: dict[str, Any] = {}
     for part in sorted({target.name.partition(".")[0] for target in targets}):
         part_targets = {
@@ -106,7 +108,7 @@ def diffusers_header(claims: Mapping[str, Any], settings: AdapterSettings, targe
 
 
 def _numbers(target: Target) -> tuple[int, float]:
-    """Rank and alpha; a whole alpha as an integer."""
+    """The rank and alpha of a layer. An alpha without fraction is returned as an integer."""
     assert target.r is not None
     assert target.alpha is not None
     return target.r, int(target.alpha) if target.alpha == int(target.alpha) else target.alpha
@@ -115,8 +117,8 @@ def _numbers(target: Target) -> tuple[int, float]:
 def sdxl_name(layer: str, layers_per_block: int) -> str:
     """The name of a layer of SDXL's UNet in the original (SGM) code, from its name in diffusers.
 
-    kohya's scripts, A1111 and Forge know only these names for SDXL. `layers_per_block`: this field of the UNet's
-    configuration. Source: kohya-ss/sd-scripts, sdxl_model_util.make_unet_conversion_map.
+    kohya's scripts, A1111 and Forge know only these names for SDXL. `layers_per_block`: the field of this name in the
+    UNet's configuration. Source: kohya-ss/sd-scripts, sdxl_model_util.make_unet_conversion_map.
     """
     match = _SDXL_BLOCK.fullmatch(layer)
     if match is None:
@@ -141,11 +143,13 @@ def kohya_tensors(
     targets: Sequence[Target],
     sdxl_layers: int | None = None,
 ) -> Tensors:
-    """Tensors by kohya's keys, with an alpha for each layer that gives the adapter's scale.
+    """Tensors by kohya's keys. Each layer also gets an alpha, with which kohya's format scales the layer as the adapter
+    does.
 
-    diffusers reads one alpha per part. If ranks or alphas differ, all layers are therefore written with the largest
-    rank R and with alpha R. B is multiplied by the layer's scale, and smaller ranks are padded with zeros.
-    `sdxl_layers`: layers_per_block of the UNet of an SDXL pipeline, whose layers have other names.
+    diffusers reads only one alpha for each part of the pipeline. If ranks or alphas differ, all layers are therefore
+    written with the largest rank R and with alpha R. B is multiplied by the layer's scale, and smaller ranks are padded
+    with zeros.
+    `sdxl_layers`: layers_per_block of the UNet of an SDXL pipeline, whose layers have other names in kohya's files.
     Raises: AdapterError for parts that kohya's format cannot name, and for tensors other than A and B.
     """
     numbers = {target.name: _numbers(target) for target in targets}
@@ -157,7 +161,7 @@ def kohya_tensors(
         module, _, matrix = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if matrix not in MATRICES:
             what = f"kohya's format can only contain LoRA, but the adapter also has {printable(key, 200)}"
-            raise AdapterError(what, "use the adapter's folder itself, or merge it")
+            raise AdapterError(what, "use the adapter folder itself, or merge the adapter")
         part, _, layer = FLAT.sub(r"\1.text_model.", module).partition(".")
         if part not in KOHYA_PARTS:
             raise AdapterError(f"kohya's format has no name for layers of '{part}'", "use diffusers' file")
@@ -182,7 +186,10 @@ def _with_rank(matrix: Tensor, axis: int, rank: int) -> Tensor:
 
 
 def read_foreign(path: Path, modules: Sequence[str]) -> ForeignLora:
-    """The LoRA of a file of diffusers or kohya for a pipeline with these modules. Raises: AdapterError."""
+    """Reads a LoRA from a file of diffusers or kohya. `modules`: the names of the pipeline's modules.
+
+    Raises: AdapterError.
+    """
     header = read_tensor_header(path)
     tensors = {key: read_tensor(path, entry).float() for key, entry in header.items()}
     if any(key.startswith(("lora_unet", "lora_te")) for key in tensors):
@@ -211,7 +218,7 @@ def _from_kohya(tensors: Mapping[str, Tensor], modules: Sequence[str], file: str
         if name not in names:
             raise AdapterError(
                 f"'{printable(key, 200)}' is not a linear layer of this pipeline",
-                "choose a LoRA of this pipeline that adapts no convolution",
+                "choose a LoRA of this pipeline that does not adapt convolutions",
                 file=file,
             )
         matrix = suffix.removesuffix(".weight")

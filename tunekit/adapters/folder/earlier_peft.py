@@ -1,4 +1,4 @@
-"""Folders of earlier releases of peft, in which some fields have a different meaning than in the present release."""
+"""Checks folders of earlier releases of peft, in which some fields have a different meaning than today."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,11 @@ RankAndAlpha = tuple[float | None, float | None]
 
 
 def refuse_changed_patterns(config: AdapterConfig, layers: Mapping[str, RankAndAlpha]) -> None:
-    """Refuse patterns of ranks and alphas to which an earlier release of PEFT may have given a different meaning.
+    """Refuse rank and alpha patterns to which an earlier release of PEFT may have given a different meaning.
 
-    Before 0.15 the first key of both patterns that matched a layer decided its rank and its alpha, and alternatives
-    (a|b) were not grouped. The release is stated since 0.18; before that, only LoRA's field corda_config shows 0.15.
+    Before 0.15, PEFT took the first key that matched a layer, and looked up both rank and alpha under this key. It also
+    did not group alternatives (a|b). Files state their release since 0.18. In older files, only LoRA's field
+    corda_config shows that the release is 0.15 or later.
     Raises: AdapterError.
     """
     fields = config.fields
@@ -32,5 +33,7 @@ def refuse_changed_patterns(config: AdapterConfig, layers: Mapping[str, RankAndA
                     f"gives '{name}' rank {sizes[0]} and alpha {sizes[1]}, but rank {earlier[0]} and alpha "
                     f"{earlier[1]} in peft before 0.15, and the file does not state its peft_version"
                 )
-                how = 'add "peft_version" if it was 0.15 or later; otherwise write one pattern for each layer'
+                how = (
+                    'add "peft_version" if peft 0.15 or later wrote the file; otherwise write a pattern for each layer'
+                )
                 raise AdapterError(what, how, file=config.file, key=patterns.key)

@@ -1,5 +1,5 @@
-"""The tensors that an adapter file must contain. They depend only on configuration and base, and are compared with the
-file's header."""
+"""Lists the tensors that an adapter file must contain, and compares them with the file's header. The list depends only
+on the configuration and the base."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -34,8 +34,8 @@ SHOWN_PROBLEMS = 8
 
 @dataclass
 class ExpectedTensors:
-    """The tensors that a file must contain: slot and state name by file key. Also the copies of base weights that peft
-    may have added to the file."""
+    """The tensors that an adapter file must contain. `slots`, `names`: the declaration and the name of each tensor, by
+    its key in the file. `base_copies`: copies of base weights that peft may have added to the file."""
 
     slots: Slots = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -44,14 +44,15 @@ class ExpectedTensors:
     base_names: frozenset[str] = frozenset()  # the base's own parameters
 
     def add(self, part: type[AdapterPart], module_name: str, slots: Mapping[str, Slot]) -> None:
-        """Expect the tensors of these slots that are saved with the adapter."""
+        """Add the declared tensors of one part to the expected tensors, except those that only checkpoints contain."""
         for slot in slots.values():
             if slot.kind != "resume":
                 name = full_name(module_name, slot.suffix)
                 self.slots[part.file_key(name)], self.names[part.file_key(name)] = slot, name
 
     def check(self, header: Mapping[str, TensorEntry], file: str) -> dict[str, str]:
-        """Compare in both directions; returns the base copies in the file, key -> module.
+        """Compare the expected tensors with the header, in both directions. Returns the copies of base weights in the
+        file: key -> module.
 
         Raises: AdapterError with every missing, extra, misshaped and mistyped tensor.
         """
@@ -91,7 +92,7 @@ class ExpectedTensors:
 def _loss(key: str) -> str:
     """A possible reason for a missing tensor; empty if there is none."""
     lost = key.endswith(".base_layer.bias")
-    return " (peft 0.6, and 0.15 with bias: lora_only, do not save it)" if lost else ""
+    return " (peft 0.6 does not save this bias, nor does 0.15 with bias: lora_only)" if lost else ""
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], file: str) -> None:

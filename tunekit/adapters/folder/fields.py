@@ -1,5 +1,5 @@
-"""Converts a method's settings to and from PEFT's adapter_config.json: fields that correspond to a setting, and fields
-that must be off.
+"""Converts a method's settings to and from PEFT's adapter_config.json. Some of PEFT's fields correspond to a setting;
+all others must have a fixed value.
 
 A written file contains every field that PEFT 0.21.2 writes.
 """
@@ -56,17 +56,18 @@ OFF: tuple[Any, ...] = (None, False, [], {}, "")  # an unknown field with one of
 
 @dataclass(frozen=True)
 class PeftSide(Generic[Settings]):
-    """How one method's settings are written in PEFT's configuration.
+    """How the settings of one method are written to, and read from, PEFT's configuration.
 
-    `peft_type`: "" for a method whose result is not an adapter folder.
+    `peft_type`: PEFT's name of the method; "" if the method's result is not an adapter folder.
     `fields`: PEFT's name -> (our setting, PEFT's default for an absent field).
-    `fixed`: PEFT's name -> accepted values, the first of which is written; any other value is refused by name.
+    `fixed`: PEFT's name -> accepted values. The first of them is written. A file with any other value is refused.
     `claims`: fields that distinguish this method from others of the same peft_type.
     `remedies`: PEFT's name -> the advice for a refused value.
-    `absent`: fields of MODULES that PEFT's class does not have and would warn about.
-    `refuses_kernel_layers`: whether PEFT refuses layers whose weights a kernel reads; `takes_experts`: whether PEFT
-    treats layers as parts of fused experts if they have the names that experts had in earlier models (both: see
-    peft_models.py).
+    `absent`: common fields (MODULES) that PEFT's class for this method does not have. PEFT warns if a file contains
+    them.
+    `refuses_kernel_layers`: whether PEFT refuses layers whose weights a compiled kernel reads directly.
+    `takes_experts`: whether PEFT treats layers with the former names of expert modules as parts of fused experts.
+    See peft_models.py for the last two.
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
     `stored`: (settings, the shapes of the file's tensors) -> the settings with which PEFT computed those tensors.
     """
@@ -84,13 +85,13 @@ class PeftSide(Generic[Settings]):
     stored: Callable[[Any, Mapping[str, tuple[int, ...]]], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Add the fields that have the same name in PEFT as in our settings."""
+        """Add the fields that have the same name in PEFT and in tunekit's settings."""
         unlisted = self.settings.model_fields.keys() - self.fields.keys() - self.fixed.keys() - self.absent
         added = {name: (name, default) for name, default in SAME_NAMED.items() if name in unlisted}
         object.__setattr__(self, "fields", {**added, **self.fields})
 
     def write(self, settings: Settings) -> PeftConfig:
-        """PEFT's fields for `settings`: all fields that PEFT 0.21.2 writes for this type."""
+        """Returns PEFT's fields for `settings`: all fields that PEFT 0.21.2 writes for this method."""
         fixed_fields = {**COMMON, **MODULES, **self.fixed}
         written = {name: values[0] for name, values in fixed_fields.items() if name not in self.absent}
         ours = self.fields.items()
@@ -98,9 +99,9 @@ class PeftSide(Generic[Settings]):
         return {**written, **self.claims, "peft_type": self.peft_type}
 
     def read(self, config: PeftConfig, file: str) -> Settings:
-        """Our settings for PEFT's fields.
+        """Returns the settings that correspond to PEFT's fields.
 
-        Raises: AdapterError with every field that is malformed, or unsupported although it changes the result.
+        Raises: AdapterError with every field that is malformed, or that is unsupported and changes the result.
         """
         problems = [
             Problem(
@@ -144,13 +145,13 @@ class PeftSide(Generic[Settings]):
 
 
 def same_names(**defaults: object) -> PeftFields:
-    """The `fields` of a PeftSide for settings with the same name in PEFT. `defaults`: PEFT's defaults."""
+    """Builds PeftSide.fields for settings that have the same name in PEFT. `defaults`: PEFT's defaults."""
     return {name: (name, default) for name, default in defaults.items()}
 
 
 def json_value(value: object, default: object = None) -> object:
-    """A setting as a JSON value: a whole float as an integer (lora_alpha) unless PEFT's default is a float; a tuple as
-    a sorted list."""
+    """Converts a setting to a JSON value. A float without fraction, such as lora_alpha, becomes an integer, unless
+    PEFT's default is a float. A tuple becomes a sorted list."""
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         return int(value)
     if isinstance(value, tuple):

@@ -1,5 +1,5 @@
-"""Layers that PEFT treats specially in some architectures: it refuses some, and reads others as experts. As of PEFT
-0.21.2."""
+"""Finds layers that PEFT 0.21.2 treats specially in some architectures: it refuses to adapt some, and reads others as
+experts."""
 
 from collections.abc import Collection
 

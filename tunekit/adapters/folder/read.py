@@ -1,4 +1,5 @@
-"""Reads adapter folders of tunekit or peft. Every tensor is checked by name, shape and type before it is read."""
+"""Reads adapter folders that tunekit or peft wrote. Every tensor's name, shape and type is checked before the tensor is
+read."""
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -42,19 +43,24 @@ def attach_adapter_folder(
     method: Method | None = None,
     shares_base: bool = False,
 ) -> AttachedAdapter:
-    """Attach the folder's adapter, ours or peft's, to the base.
+    """Attach the adapter of a folder, written by tunekit or peft, to the base.
 
-    `base_weight(module name)`: the base's matrix (O, I) if the net itself is on the meta device; only called for
-    peft's files with a copy of an embedding. `method`: by default found from the folder's peft_type.
-    `shares_base`: other adapters use the same net, before or after this one.
-    Raises: AdapterError for everything that does not fit the configuration exactly, before the base is touched.
+    `base_weight`: a function that returns a module's base matrix (O, I), for a net on the meta device. It is called
+    only for peft's files with a copy of an embedding.
+    `method`: by default, the folder's peft_type determines the method.
+    `shares_base`: whether other adapters use the same net, before or after this adapter.
+    Raises: AdapterError for everything that does not fit the configuration exactly, before the base is changed.
     """
     config = _as_peft_reads(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
     rows = added_rows(net, head_name, tensors_path(config.folder))
     if rows and shares_base:
         what = "enlarges the vocabulary of the base, which other adapters use too"
-        raise AdapterError(what, "name it alone, as the TARGET of the command", file=str(tensors_path(config.folder)))
+        raise AdapterError(
+            what,
+            "load no other adapter: name only this adapter, as the TARGET of the command",
+            file=str(tensors_path(config.folder)),
+        )
     enlarge(net, rows)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
@@ -75,8 +81,8 @@ def attach_adapter_folder(
 
 
 def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """The configuration with all modules that PEFT copies. PEFT compares an entry of modules_to_save with the end of a
-    name, so `classifier` includes DistilBERT's `pre_classifier`. PEFT also adds tied modules."""
+    """The configuration, with modules_to_save extended by all modules that PEFT would copy. PEFT compares an entry with
+    the end of each name, so `classifier` includes DistilBERT's `pre_classifier`. PEFT also adds tied modules."""
     saved = tuple(saved_modules(config.settings))
     modules = [name for name in base_modules(net) if name]
     named = named_copies(modules, saved)
@@ -88,8 +94,8 @@ def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None)
 
 
 def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """The configuration with PEFT's additions for ensure_weight_tying: if the embedding is adapted or copied, so is
-    a tied head, and vice versa. PEFT's files contain the tensors of both."""
+    """The configuration with the modules that PEFT adds for ensure_weight_tying: if the embedding is adapted or copied,
+    the tied head is too, and vice versa. PEFT's files contain the tensors of both."""
     modules = base_modules(net)
     embedding = embedding_name(net, modules)
     if not config.fields.get("ensure_weight_tying") or head_name not in tied_with(modules, embedding):
@@ -103,9 +109,9 @@ def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | 
 
 
 def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
-    """Load a folder's state into an adapter with the same layers, ranks and scaling, to continue its training.
+    """Load a folder's tensors into an adapter with the same layers, ranks and scaling, to continue its training.
 
-    Raises: AdapterError as attach_adapter_folder does, or with the differences.
+    Raises: AdapterError if the folder is invalid, or with all differences between folder and adapter.
     """
     _check_fingerprint(read_adapter_config(folder), base_fingerprint)
     config, targets = continued_folder(attached, folder)
@@ -116,9 +122,10 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
 
 
 def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterConfig, list[Target]]:
-    """Configuration and targets of a folder to continue from; the adapter need not be attached yet.
+    """The configuration and targets of a folder from which training shall continue. The adapter need not be attached
+    yet.
 
-    Raises: AdapterError with the differences.
+    Raises: AdapterError with all differences between the folder and the recipe's adapter.
     """
     config = read_adapter_config(folder)
     if attached.method.read_as and load_method(attached.method.read_as) is config.method:
@@ -133,10 +140,10 @@ def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterCo
 
 
 def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets: list[Target]) -> None:
-    """Raises: AdapterError if the folder's adapter differs from the recipe's."""
+    """Raises: AdapterError if the folder's adapter differs from the recipe's adapter."""
     if attached.method is not config.method:
         raise AdapterError(
-            "contains an adapter of a different method than the recipe's",
+            "contains an adapter of a different method than the recipe",
             "change adapter.method",
             file=config.file,
         )
@@ -152,8 +159,8 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
             )
             if (here.r, here.alpha) == (there.r, there.alpha):
                 text = (
-                    f"{name} has {there.trainable_parameters} numbers in the folder, but {here.trainable_parameters} "
-                    "in the recipe"
+                    f"{name} has {there.trainable_parameters} parameters in the folder, but "
+                    f"{here.trainable_parameters} in the recipe"
                 )
             differences.append(text)
     model = attached.method.model
@@ -166,26 +173,29 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
     modules, sides = base_modules(attached.net), ((config.settings, targets), (attached.settings, attached.targets))
     there_copied, here_copied = (set(attached.method.copied_modules(modules, *side)) for side in sides)
     differences += [
-        f"{name} is trained whole in the folder but not in the recipe" for name in there_copied - here_copied
+        f"{name} is fully trained in the folder but not in the recipe" for name in there_copied - here_copied
     ]
     differences += [
-        f"{name} is trained whole in the recipe but not in the folder" for name in here_copied - there_copied
+        f"{name} is fully trained in the recipe but not in the folder" for name in here_copied - there_copied
     ]
     if token_rows(attached.net, config.settings) != token_rows(attached.net, attached.settings):
-        differences.append("the trained tokens in the folder differ from the recipe's, or have a different order")
+        differences.append("the trained tokens of the folder and of the recipe differ, or have a different order")
     if differences:
-        how = "write the values of init_from's folder into the recipe"
+        how = "write the values of the init_from folder into the recipe"
         raise AdapterError.of([Problem(text, how, config.file) for text in differences[:6]])
 
 
 def _refuse_computed(attached: AttachedAdapter, config: AdapterConfig) -> None:
-    """Raises: AdapterError if the folder contains only values computed from the trained state, not the state itself."""
+    """Raises: AdapterError if the folder contains only values that were computed from the trained tensors, not the
+    trained tensors themselves."""
     model = attached.method.model
     if model is None or attached.method is not config.method:
         return
     trained = {slot.suffix for slot in model.slots(attached.settings, attached.net).values() if slot.kind == "trained"}
     if not trained <= {slot.suffix for slot in model.file_slots(attached.settings, attached.net).values()}:
-        what = "cannot be continued, because it contains only results that were computed from the trained values"
+        what = (
+            "cannot be continued, because it contains only values computed from the trained tensors, not these tensors"
+        )
         raise AdapterError(what, "train again, or resume the run from its checkpoints", file=str(config.folder))
 
 
@@ -206,7 +216,7 @@ def _read_tensors(
     base_weight: BaseWeight | None,
     enlarged: Collection[str] = (),
 ) -> Tensors:
-    """All expected tensors by state name, after checks of header, names, shapes, types and hashes.
+    """Reads all expected tensors, by name, after checks of header, names, shapes, types and hashes.
 
     `enlarged`: modules whose complete matrices are in the file, because the adapter adds rows to these matrices.
     """
@@ -232,8 +242,8 @@ def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: Ba
     """Check the copy of the base's embeddings that peft adds to the file if embeddings are adapted. The copy is not
     used.
 
-    Raises: AdapterError if the copy differs from this base's embeddings. The comparison is in the coarser of the two
-    dtypes, because one of the tensors was rounded to it.
+    Raises: AdapterError if the copy differs from this base's embeddings. One of the two may have been rounded, so they
+    are compared in the dtype with the lower precision.
     """
     weight = weight_of(module)
     base_matrix = base_weight(name) if base_weight else None

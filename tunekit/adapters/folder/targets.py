@@ -1,4 +1,5 @@
-"""Writes an adapter's targets into PEFT's configuration, as sorted entries that PEFT reads as exactly these layers."""
+"""Writes an adapter's targets into PEFT's configuration, as sorted entries with which PEFT finds exactly these
+layers."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -12,10 +13,11 @@ from tunekit.records import JsonObject
 def concrete_targets(
     names: Collection[str], all_names: Collection[str], depths: Sequence[int] = (1,)
 ) -> list[str] | str:
-    """The shortest sorted list that PEFT reads as exactly `names`. Its entries are the last parts of the names
-    (q_proj), otherwise full names. If both fail: a regular expression.
+    """The shortest sorted list of entries with which PEFT finds exactly the layers `names`. The entries are the last
+    parts of the names (q_proj) or, if these match other layers too, full names. If full names also match other layers,
+    a regular expression is returned.
 
-    `depths`: how many last parts a shortened name may have.
+    `depths`: the numbers of last parts to try for short entries.
     """
     wanted = set(names)
     shortened = [{".".join(name.split(".")[-depth:]) for name in names} for depth in depths]
@@ -27,8 +29,8 @@ def concrete_targets(
 
 
 def entries_for(names: Collection[str], all_names: Collection[str], entries: list[str] | str) -> list[str] | str:
-    """Those `entries` that PEFT reads as exactly `names`, for fields where PEFT compares the ends of names; a regular
-    expression if there are none."""
+    """The entries from `entries` with which PEFT finds exactly the layers `names`, for fields where PEFT compares the
+    ends of names. If no such entries exist, a regular expression is returned."""
     if isinstance(entries, list):
         chosen = tuple(entry for entry in entries if any(name.endswith(entry) for name in names))
         if {name for name in all_names if name.endswith(chosen)} == set(names):
@@ -37,11 +39,12 @@ def entries_for(names: Collection[str], all_names: Collection[str], entries: lis
 
 
 def concrete_pattern(pattern: Mapping[str, Any], resolved: Mapping[str, Any], default: object) -> JsonObject:
-    """A rank or alpha pattern that PEFT reads as `resolved` (layer -> value), whatever the order of its keys.
+    """A rank or alpha pattern with which PEFT gives each layer its value in `resolved`, independent of the order of the
+    keys.
 
     PEFT takes the first key that matches, and may sort the keys when it saves. The recipe's keys are written unless two
-    keys with different values match one layer. In that case every layer whose value is not the default gets a separate
-    key, anchored and escaped.
+    keys with different values match one layer. In that case, every layer whose value is not the default gets its own
+    anchored and escaped key.
     """
     patterns = Patterns()
     for name, value in resolved.items():

@@ -38,13 +38,13 @@ def added_rows(net: nn.Module, head_name: str | None, path: Path) -> Tensors:
     if len(rows) == 1 and head_name not in (None, embedding):
         (name,) = rows
         other = "the head" if name == embedding else "tokens"
-        how = "save it again with peft and save_embedding_layers=True"
+        how = "save the adapter again with peft and save_embedding_layers=True"
         raise AdapterError(f"contains {len(rows[name])} new rows of '{name}' but none of {other}", how, file=str(path))
     return rows
 
 
 def enlarge(net: nn.Module, rows: Mapping[str, Tensor]) -> None:
-    """Append the rows to the matrices of these modules, which are then no longer tied."""
+    """Append the rows to the matrices of these modules. The matrices are then no longer tied."""
     for name, added in rows.items():
         module = base_modules(net)[name]
         matrix = module.get_parameter("weight").detach()

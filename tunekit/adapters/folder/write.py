@@ -1,5 +1,5 @@
-"""Writes adapter folders in PEFT's format, completely or not at all, with tunekit's additional information in
-tunekit.json.
+"""Writes adapter folders in PEFT's format, with additional information in tunekit.json. A folder is written completely
+or not at all.
 
 peft loads such a folder without a warning, and the same adapter gives the same bytes.
 """
@@ -50,13 +50,12 @@ def save_adapter_folder(
     objective: Mapping[str, Any] | None = None,
     of_pipeline: bool = False,
 ) -> int:
-    """Write the folder completely or not at all; returns its bytes.
+    """Write the folder completely or not at all. Returns its size in bytes.
 
-    `chat_template`: the text of a template that replaces the base's; it then belongs to the adapter. `objective`: the
-    training objective, with values that later use of the adapter needs, such as labels. `of_pipeline`: the base is a
-    diffusion pipeline, whose LoRA
-    is written in diffusers' file instead of PEFT's.
-    Raises: AdapterError if the folder contains files that are not an adapter's; ResourceError, RunFolderError.
+    `chat_template`: the text of a template that replaces the base's template and is saved with the adapter.
+    `objective`: the training objective, with values that later use of the adapter needs, such as labels.
+    `of_pipeline`: whether the base is a diffusion pipeline, whose LoRA is written to diffusers' file instead of PEFT's.
+    Raises: AdapterError if the folder contains files that do not belong to an adapter; ResourceError, RunFolderError.
     """
     folder = Path(os.path.abspath(folder))
     plain = copy.copy(attached)
@@ -91,11 +90,11 @@ def write_adapter_folder(
     objective: Mapping[str, Any] | None = None,
     file: TensorsFile = (TENSORS_NAME, {"format": "pt"}),
 ) -> int:
-    """Write tensors by file key, PEFT's configuration and tunekit.json, completely or not at all; returns their
-    bytes.
+    """Write tensors (by file key), PEFT's configuration and tunekit.json, completely or not at all. Returns their size
+    in bytes.
 
-    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base. `file`: the name
-    of the tensors' file, and the entries of its header.
+    `base`: path, fingerprint, revision, dtype, quantization and double_quantization of the base.
+    `file`: the name of the tensor file, and the metadata in its header.
     Raises: as save_adapter_folder.
     """
     with _replacing(folder) as temporary:
@@ -127,7 +126,7 @@ def _write(path: Path, content: bytes) -> JsonObject:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder for the block to fill; it replaces `folder`, or is removed if the block fails."""
+    """Yields a new folder to fill. After the `with` block it replaces `folder`; if the block fails, it is removed."""
     _refuse_foreign_files(folder)
     _remove_leftovers(folder)
     temporary = durable.temporary_name(folder)
@@ -144,7 +143,8 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def peft_config(attached: AttachedAdapter) -> PeftConfig:
-    """All fields of PEFT's configuration, with explicit targets. The order of keys in its patterns does not matter."""
+    """All fields of PEFT's configuration, with explicit targets. Rank and alpha patterns give the same values in any
+    order of their keys."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
     named = named_copies(base_modules(attached.net), saved_modules(settings))
@@ -185,8 +185,8 @@ def base_names(base_name: str, folder: Path) -> tuple[str, str | None]:
     """The base's name for PEFT (a hub id or an absolute path), and the path of a local base relative to the adapter
     folder.
 
-    PEFT resolves a relative path from its working directory; the second path finds a base that moved together with the
-    folder.
+    PEFT resolves a relative path from its working directory; the relative path finds a base that was moved together
+    with the adapter folder.
     """
     base = Path(base_name).expanduser()
     if not base.is_absolute():
@@ -195,7 +195,7 @@ def base_names(base_name: str, folder: Path) -> tuple[str, str | None]:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    """Raises: AdapterError if replacing the folder would remove files that are not an adapter's."""
+    """Raises: AdapterError if replacing the folder would remove files that do not belong to an adapter."""
     if not os.path.lexists(folder):
         return
     if not durable.is_real_folder(folder):
@@ -206,7 +206,7 @@ def _refuse_foreign_files(folder: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove unfinished folders of killed processes; folders with other files are left alone."""
+    """Remove unfinished folders that killed processes have left. A folder that contains other files is kept."""
     for other in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.part-*")):
         if durable.is_real_folder(other) and set(os.listdir(other)) <= OUR_FILES:
             durable.remove_tree(other)

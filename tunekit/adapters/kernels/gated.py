@@ -43,6 +43,6 @@ def _computes_gated(kind: type[nn.Module]) -> bool:
 
 
 def _forms(expression: str) -> list[str]:
-    """The code of function bodies that return the expression."""
+    """The accepted function bodies: they return the expression directly, or through one variable with a usual name."""
     named = [f"{name} = {expression}\nreturn {name}" for name in ("down_proj", "output", "hidden_states", "x")]
     return [f"return {expression}", *named]

@@ -4,8 +4,8 @@ The functions compute the same outputs as the layers, with less memory and fewer
 they save the input and a handle of the base layer, and for the MLP also the outputs of `gate` and `up`. They never save
 a dense W of a quantized layer, a base output, a low-rank product, or a value between `gate` and `down`; these are
 recomputed.
-Results equal those of the module's own forward (the plain path) up to the order of sums, with the same dropout masks. A
-module that does not fit, such as one with hooks, takes the plain path.
+Results equal those of the module's own forward, with the same dropout masks, except for the order of sums. A module
+that the functions cannot compute, such as a module with hooks, runs its own forward.
 """
 
 from collections import Counter
@@ -33,15 +33,15 @@ LayerGroup = tuple[str, ...]  # names of layers that are computed together
 
 @dataclass(frozen=True)
 class JoinedProducts:
-    """The kernel of a method whose layers compute y = W x + s B A x. `layer`: the class of these layers. A layer with
-    tensors other than A and B runs its own forward."""
+    """The joined computation of layers y = W x + s B A x, for one method. `layer`: the class of these layers. A layer
+    with tensors other than A and B runs its own forward."""
 
     layer: type[LayerAdapter[Any]]
 
     def groups(
         self, net: nn.Module, modules: Modules, settings: AdapterSettings, targets: Sequence[Target]
     ) -> list[LayerGroup]:
-        """The groups of layers that are computed together. `modules`: target name -> layer of the base."""
+        """The groups of layers that are computed together. `modules`: the base's layer for each target name."""
         children: dict[str, set[str]] = {}
         for target in targets:
             plain = target.kind == "linear" and set(self.layer.slots(settings, target)) == {"A", "B"}
@@ -70,7 +70,7 @@ class JoinedProducts:
         targets: Sequence[Target],
         casts: Casts,
     ) -> list[LayerGroup]:
-        """Make the attached layers of `net` compute in groups. Returns the groups."""
+        """Make the attached layers of `net` compute in groups, and return the groups."""
         groups = self.groups(net, {name: layer.base_layer for name, layer in layers.items()}, settings, targets)
         for group in groups:
             members = [layers[name] for name in group]
@@ -95,12 +95,12 @@ def _factors(layers: Sequence[LayerAdapter[LowRankSettings]]) -> list[Tensor]:
 
 
 def _dropout(layer: LayerAdapter[LowRankSettings]) -> float:
-    """The dropout rate of the layer's inputs in this call."""
+    """The dropout rate that applies to the layer's inputs now: 0 outside of training."""
     return float(layer.settings.dropout) if layer.training else 0.0
 
 
 def _has_hooks(layer: LayerAdapter[LowRankSettings]) -> bool:
-    """Whether hooks need the inputs and outputs of the layer or its base."""
+    """Whether hooks are registered that need the inputs or outputs of the layer or of its base layer."""
     return any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         for module in (layer, layer.base_layer)

@@ -3,7 +3,8 @@ rows; grouped products compute the low-rank updates of all runs.
 
 For run k with rows x_k: y_k = W x_k + B_k A_k x_k, with the run's scaling in B_k. With g_k = dL/dy_k:
 dx_k = g_k W + (g_k B_k) A_k, dB_k = g_k^T (x_k A_k^T), dA_k = (g_k B_k)^T x_k.
-Ranks are padded with zeros, which changes no number. Runs with equally many rows use batched products.
+Ranks are padded with zeros, which changes no number. If all runs have the same number of rows, batched products are
+used.
 """
 
 from collections.abc import Sequence
@@ -65,8 +66,7 @@ class LaneProducts(Wrapper):
         return a, self.casts.get((id(self), "b", dtype), lambda: self._stack([b.t() for b in factors[1::2]], dtype))
 
     def _stack(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The factors (R_k, ...) of the runs that adapt the module, stacked for all runs: (K, R, ...), with zeros
-        elsewhere."""
+        """Stacks the factors (R_k, ...) of all runs to (K, R, ...). Runs that do not adapt the module get zeros."""
         rank = -(-max(map(len, factors)) // RANK_MULTIPLE) * RANK_MULTIPLE
         stack, left = factors[0].new_zeros(len(self.layers), rank, factors[0].shape[1], dtype=dtype), iter(factors)
         for lane, layer in enumerate(self.layers):
@@ -112,7 +112,7 @@ def obstacle_to_lanes(layers: Sequence[LayerAdapter[Any]]) -> str | None:
     for layer in layers:
         plain = layer.target.kind == "linear" and multiplies_exactly(layer.base_layer)
         if not (layer.is_additive and layer.is_thin and plain):
-            return f"{layer.settings.method} is not an update B A x of linear layers"
+            return f"the method {layer.settings.method} does not compute an update B A x of linear layers"
         if getattr(layer.settings, "dropout", 0.0):
             return "adapter.dropout is on"
     return None

@@ -1,4 +1,5 @@
-"""Use of liger-kernel for norms and gated products. On the meta device, substitutes save tensors of the same size."""
+"""Makes norms and gated products use liger-kernel. On the meta device, where its kernels cannot run, substitutes save
+tensors of the same size for the backward pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def liger_places(net: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def use_liger(net: nn.Module) -> None:
-    """Make norms and fused MLPs use liger's kernels, on a GPU. The adapter must be attached before."""
+    """Make norms and fused MLPs use liger's kernels, on a GPU. The adapter must already be attached."""
     norms, mlps = liger_places(net)
     for norm in norms:
         norm.forward = partial(_liger_norm, norm)

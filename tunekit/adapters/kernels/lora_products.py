@@ -21,7 +21,7 @@ from tunekit.recipe.bases.low_rank import LowRankSettings
 
 @dataclass(frozen=True, eq=False)
 class DropMasks:
-    """Dropout masks of the layers' input: (N, I) bool for each layer; () without dropout."""
+    """Dropout masks of the layers' inputs: one bool mask (N, I) for each layer. Without dropout, `masks` is empty."""
 
     masks: tuple[Tensor, ...] = ()
     scale: float = 1.0  # 1 / (1 - p)
@@ -49,7 +49,7 @@ class Products:
         self.casts = casts
 
     def _joined_a(self, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The A of all layers, stacked along the rows: (sum of R, I)."""
+        """The factors A of all layers, stacked to one matrix (sum of R, I)."""
         if len(self.bases) == 1:
             return self._cast(factors[0], (id(self), "a"), dtype)
         return self.casts.get((id(self), "a", dtype), lambda: torch.cat([a.detach() for a in factors[::2]]).to(dtype))

@@ -1,7 +1,8 @@
-"""Use of the compiled kernels for norms, gated products and attention with bfloat16 on a CPU. All other tensors, such
-as those on the meta device, use torch's operations.
+"""Makes norms, gated products and attention use compiled kernels, for bfloat16 tensors on a CPU. All other tensors,
+such as tensors on the meta device, use torch's operations.
 
-Differences to torch's operations: the order of the sums in norms and attention, and the last bit of exponentials.
+Results differ from torch's operations only in the order of the sums in norms and attention, and in the last bit of
+exponentials.
 """
 
 import ctypes
@@ -22,16 +23,16 @@ from tunekit.model.pretrained import config_of
 
 
 def has_native_places(net: nn.Module) -> bool:
-    """Whether the network has a module that the kernels can replace: a norm with Llama's code, or attention of
+    """Whether the network has a module that the kernels can replace: a norm with Llama's code, or attention over packed
     documents."""
     return bool(liger_places(net)[0]) or str(config_of(net)._attn_implementation) == PRODUCTS
 
 
 def use_native(net: nn.Module) -> None:
-    """Make norms, fused MLPs with SiLU and attention of documents use the compiled kernels. The adapter must be
-    attached before.
+    """Make norms, fused MLPs with SiLU, and attention over packed documents use the compiled kernels. The adapter must
+    already be attached.
 
-    Raises: ModelError if this machine cannot compile them, but the run was planned with them.
+    Raises: ModelError if the run was planned with these kernels, but this machine cannot compile them.
     """
     try:
         load_kernels()
@@ -53,7 +54,8 @@ def _fits(*tensors: Tensor) -> bool:
 
 
 def _run(kernel: str, *values: Tensor | float) -> None:
-    """Call a kernel: tensors are passed as addresses, integers as `long`, and the number of threads last."""
+    """Call a compiled kernel. Tensors are passed as addresses, integers as C's `long`; the last argument is the number
+    of threads."""
     arguments: list[object] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -77,7 +79,7 @@ class NativeNorm(LightNorm):
 
 
 class _NativeNorm(torch.autograd.Function):
-    """The norm; it saves x and r (..., 1), as _LightNorm does."""
+    """The norm as an autograd function. For the backward pass it saves x and r (..., 1), like _LightNorm."""
 
     @staticmethod
     def forward(ctx: Context[None], x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

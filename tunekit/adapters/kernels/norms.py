@@ -1,6 +1,6 @@
 """Root-mean-square norms that save their input in its own dtype for the backward pass instead of a float32 copy.
 
-Forward values are equal to those of the module's own code, bit for bit.
+Forward values equal the values of the module's own code, bit for bit.
 
   y = w * n,  n = x r,  r = (mean(x^2) + e)^(-1/2);   with g = w * dL/dy:  dL/dx = r (g - n mean(g n))
 

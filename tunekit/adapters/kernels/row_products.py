@@ -1,8 +1,8 @@
-"""Updates B A x of a batch in which rows have different adapters: one batched product computes all updates.
+"""Computes the updates B A x of a batch whose rows have different adapters, with one batched product.
 
-The product needs the factors of the adapters next to each other in memory, so an adapter's factors are copied there
-when its first rows arrive. If no memory is left to keep the copies, each forward copies the factors again, module by
-module.
+The product needs the factors of all adapters next to each other in memory, so an adapter's factors are copied there
+when its first rows arrive. If too little memory is left to keep the copies, each forward copies the factors again,
+module by module.
 """
 
 import math
@@ -21,9 +21,9 @@ NamedLayers = Mapping[str, LayerAdapter[Any]]  # adapter's name -> its layer, al
 
 @dataclass(frozen=True)
 class RowSegments:
-    """The rows of K adapters, N rows per adapter. An adapter with fewer rows repeats its first row.
+    """The rows of K adapters in a batch, with N rows per adapter. An adapter with fewer rows repeats its first row.
 
-    `rows` (K N,): row numbers; None: all rows of the batch in order. `places`: the positions in `rows` that are not
+    `rows` (K N,): the row numbers; None: all rows of the batch in order. `places`: the positions in `rows` that are not
     repetitions.
     """
 
@@ -32,7 +32,7 @@ class RowSegments:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]], count: int, device: torch.device) -> "RowSegments":
-        """The segments of a batch of `count` rows. `rows`: for each adapter, the numbers of its rows."""
+        """Builds the RowSegments of a batch of `count` rows. `rows`: for each adapter, the numbers of its rows."""
         longest = max(map(len, rows))
         padded = [
             numbers[place] if place < len(numbers) else numbers[0] for numbers in rows for place in range(longest)
@@ -44,7 +44,7 @@ class RowSegments:
 
 @dataclass(eq=False)
 class CopyMemory:
-    """The memory that the FactorBanks of all modules use together, and its limit."""
+    """The memory that the FactorBanks of all modules use in total, and its limit."""
 
     limit_bytes: float = math.inf
     used_bytes: int = 0
@@ -55,8 +55,8 @@ class FactorBank:
     """Copies of A (K, R, I) and the transposed B (K, R, O) of one module's adapters, in the compute dtype. Lower ranks
     are padded with zeros.
 
-    The copies are valid while the adapters' weights do not change. `forget` drops one adapter's copy; `keep` frees
-    memory.
+    The copies are valid while the adapters' weights do not change. `forget` drops the copy of one adapter; `keep` drops
+    all copies but those of some adapters, and frees memory.
     """
 
     total: CopyMemory = field(default_factory=CopyMemory)
@@ -71,8 +71,8 @@ class FactorBank:
         return [staying.get(place) or next(others) for place in range(len(names))]
 
     def stack(self, layers: NamedLayers, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The factors of these layers, in this order. Only factors that are not yet at their position in the bank are
-        copied."""
+        """Returns the stacked factors of these layers, in this order. Only factors that are not yet at their position
+        in the bank are copied."""
         if torch.is_grad_enabled():
             return _stacked(layers, dtype)
         names = list(layers)
@@ -98,8 +98,8 @@ class FactorBank:
         self.names = [None if other == name else other for other in self.names]
 
     def keep(self, names: Collection[str]) -> None:
-        """Drop the copies of all other adapters. Memory is freed only if its unused end is at least half of it, so that
-        frequent changes of adapters cause few allocations."""
+        """Drop the copies of all adapters that are not in `names`. The memory shrinks only if at least its last half is
+        unused, so that frequent changes of adapters cause few allocations."""
         self.names = [name if name in names else None for name in self.names]
         used = max((place for place, name in enumerate(self.names, start=1) if name is not None), default=0)
         if 2 * used <= len(self.names):
@@ -139,7 +139,7 @@ def _factors(layer: LayerAdapter[Any], dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _stacked(layers: NamedLayers, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """New copies of the factors of these layers, with their gradients."""
+    """Copies and stacks the factors of these layers. The copies pass gradients to the factors."""
     pairs = [_factors(layer, dtype) for layer in layers.values()]
     rank = max(len(a) for a, _ in pairs)
     padded = [[F.pad(factor, (0, 0, 0, rank - len(factor))) for factor in pair] for pair in pairs]

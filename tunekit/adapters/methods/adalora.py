@@ -74,8 +74,8 @@ class Adalora(LowRankLayer[AdaloraSettings]):
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Update two moving averages after a step: of s = |value * gradient| (sensitivity), and of the distance between
-        s and its average (uncertainty)."""
+        """Update two moving averages after a step: the sensitivity, an average of s = |value * gradient|, and the
+        uncertainty, an average of the distance between s and the sensitivity."""
         for factor in FACTORS:
             parameter, gradient = getattr(self, factor), getattr(self, factor).grad
             sensitivity, uncertainty = getattr(self, f"{factor}_sensitivity"), getattr(self, f"{factor}_uncertainty")
@@ -84,8 +84,8 @@ class Adalora(LowRankLayer[AdaloraSettings]):
             uncertainty.copy_(beta2 * uncertainty + (1 - beta2) * (now - sensitivity).abs())
 
     def scores(self) -> Tensor:
-        """The importance (R,) of each triplet: the score of its entry of E plus the mean scores of its row of A and
-        column of B."""
+        """The importance of each triplet, (R,): the score of its entry of E, plus the mean scores of its row of A and
+        of its column of B."""
         a, e, b = (
             getattr(self, f"{factor}_sensitivity") * getattr(self, f"{factor}_uncertainty") for factor in FACTORS
         )
@@ -99,12 +99,12 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         return {a: state[a][present], e: state[e][present], b: state[b][:, present]}
 
     def present(self) -> Tensor:
-        """Which triplets are saved in a file, (R,) bool. Between two allocations a triplet that is not kept may be
-        non-zero."""
+        """One bool for each triplet, (R,): whether files contain it. Between two allocations, a triplet that is not
+        kept can be non-zero."""
         return self.kept | (self.E.detach()[:, 0] != 0)
 
     def rank_pattern(self) -> list[bool]:
-        """PEFT's rank_pattern of this layer: for each initial rank, whether it still exists."""
+        """PEFT's rank_pattern of this layer: one bool for each initial rank, which is true if the rank still exists."""
         present = iter(self.present().tolist())
         before = self.settings.kept.get(pattern_key(self.module_name), (True,) * self.settings.init_r)
         return [existed and next(present) for existed in before]
@@ -155,11 +155,12 @@ FIXED: Fixed = {
 
 
 class RankBudget(SharedPart[AdaloraSettings]):
-    """Removes the least important ranks of all layers together.
+    """Removes the least important ranks, compared across all layers.
 
-    Until step `tinit`, the budget is all ranks. From step total - tfinal on, it is the target. Between these steps, it
-    is target + (start - target) (1 - (step - tinit) / (total - tfinal - tinit))^3. A removed triplet can grow again
-    until the next allocation; after the last allocation it stays zero. With tfinal 0, the last step reaches the target.
+    Until step `tinit`, the budget is the number of all ranks. From step total - tfinal on, it is the target. Between
+    these steps, it is target + (start - target) (1 - (step - tinit) / (total - tfinal - tinit))^3. A removed triplet
+    can grow again until the next allocation; after the last allocation it stays zero. With tfinal 0, the last step
+    reaches the target.
     Source: Zhang et al. 2023, eq. 12; ties are removed together, as in PEFT's RankAllocator.
     """
 
@@ -192,7 +193,8 @@ class RankBudget(SharedPart[AdaloraSettings]):
             self._allocate(int((start - target) * remaining**3 + target))
 
     def _allocate(self, budget: int) -> None:
-        """Keep the triplets whose score is above the highest score that the budget excludes."""
+        """Keep the `budget` triplets with the highest scores. Triplets whose score equals the first score beyond the
+        budget are removed too."""
         scores = [layer.scores() for layer in self.layers]
         all_scores = torch.cat([score.to(self.total_steps.device) for score in scores])
         beyond = len(all_scores) - budget
@@ -208,7 +210,7 @@ class RankBudget(SharedPart[AdaloraSettings]):
             layer.E.masked_fill_(~layer.kept[:, None], 0.0)
 
     def file_fields(self) -> PeftConfig:
-        """rank_pattern if a rank was removed, and a total_step with which PEFT accepts the schedule."""
+        """PEFT's rank_pattern if a rank was removed, and a total_step with which PEFT accepts the schedule."""
         patterns = {pattern_key(layer.module_name): layer.rank_pattern() for layer in self.layers}
         minimum = self.settings.tinit + self.settings.tfinal + 1
         return {

@@ -1,7 +1,7 @@
-"""BitFit, for every module of a base that owns a bias, quantized or not.
+"""BitFit, for every module of a base that has a bias, quantized or not.
 
-PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit reads. Its tensors have the base's own
-names after PEFT's prefix, which makes comparisons with other tools' biases easy.
+PEFT has no such type: `peft_type: BITFIT` marks a folder that only tunekit reads. After PEFT's prefix, its tensors have
+the names that they have in the base, so they are easy to compare with biases from other tools.
 """
 
 from tunekit.adapters.blocks.chosen_modules import chosen_names

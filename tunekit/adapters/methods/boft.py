@@ -19,7 +19,7 @@ class Boft(LayerAdapter[BoftSettings]):
 
     Shapes: x (..., I) -> y (..., O); Q (m, blocks, b, b), blocks * b = I (only the skew-symmetric part of Q is used); s
     (O, 1). F_i joins halves of blocks that are 2^(i - 1) blocks apart, so that m factors mix b 2^(m - 1) inputs. Starts
-    as the identity: Q = 0, s = 1. s does not decay. Raises: AdapterError if blocks do not fit.
+    as the identity: Q = 0, s = 1. Weight decay does not apply to s. Raises: AdapterError if blocks do not fit.
     Source: Liu et al. 2024, eq. 4 and figure 3.
     """
 

@@ -15,7 +15,7 @@ from tunekit.records import Target
 
 
 class C3a(LayerAdapter[C3aSettings]):
-    """Circulant blocks: y = W x + D x, D with blocks of side S with block[i, j] = k[(j - i) mod S] / I.
+    """Circulant blocks: y = W x + D x, where D consists of blocks of side S, block[i, j] = k[(j - i) mod S] / I.
 
     Shapes: x (..., I) -> y (..., O); kernels k (O / S, I / S, S). Starts as the identity: k = 0. The product is
     computed with float32 Fourier transforms along S. Source: Chen et al. 2025, eq. 5.

@@ -27,8 +27,8 @@ PAPER_WIDTH = 2048  # the hidden size for which the paper gives the bounds
 class Cpt(prompts.VirtualTokens[CptSettings]):
     """P = E + projected(delta), with the base's embeddings E of the examples; |delta_i| <= epsilon_i.
 
-    Shapes: P, E, delta (P, D); epsilon (P,). Not the identity at the start: the examples come before each row. The
-    projection passes the gradient unchanged; vectors that may not move get gradient 0.
+    Shapes: P, E, delta (P, D); epsilon (P,). At the start it already changes the output, because the examples come
+    before each row. The projection passes the gradient unchanged. Vectors that must not change get gradient 0.
     Source: Blau et al. 2024, algorithm 1.
     """
 
@@ -59,7 +59,7 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
         self.context.copy_(prompts.embeddings_of(self.net, self.settings.token_ids or ()))
 
     def bounds(self) -> Tensor:
-        """(P,) float32: the maximum norm of each vector's change."""
+        """The maximum norm of each vector's change: (P,) float32."""
         scale = math.sqrt(prompts.width_of(self.net) / PAPER_WIDTH)
         types = torch.tensor(self.settings.token_types)  # (P,)
         within = types.remainder(TYPES)
@@ -68,7 +68,7 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
         return to_device(torch.where(within == OUTPUT, SMALLEST, bounds).clamp(min=SMALLEST), self.delta.device)
 
     def _shrink(self) -> Tensor:
-        """(P, 1) without gradient: the factor that brings each row of delta within its bound."""
+        """The factor that scales each row of delta to a norm within its bound: (P, 1), without gradient."""
         bounds = self.bounds()
         return (bounds / torch.maximum(self.delta.detach().norm(dim=1), bounds))[:, None]
 
@@ -81,7 +81,7 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
         return self.context + delta + (delta * (self._shrink() - 1)).detach()
 
     def after_step(self, step: int, total_steps: int) -> None:
-        """Bring delta within its bounds, as PEFT does before each forward."""
+        """Scale delta to its bounds, as PEFT does before each forward."""
         with torch.no_grad():
             self.delta.mul_(self._shrink())
 
@@ -92,7 +92,7 @@ class Cpt(prompts.VirtualTokens[CptSettings]):
 
 
 def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings:
-    """The settings with the examples as token ids, and the type of each token."""
+    """Returns the settings with the examples encoded as token ids, and with the type of each token."""
     if settings.token_ids is not None:
         return settings
     if not settings.examples:
@@ -104,7 +104,7 @@ def with_context_ids(settings: CptSettings, tokenizer: Tokenizer) -> CptSettings
 
 
 def _pieces(settings: CptSettings) -> Iterator[tuple[str, int]]:
-    """The texts of the examples in order, each with its type."""
+    """The texts of the examples in order. Each text comes with its type."""
     for number, example in enumerate(settings.examples):
         first = TYPES * number + 1
         for template, text, kind in (
@@ -116,10 +116,10 @@ def _pieces(settings: CptSettings) -> Iterator[tuple[str, int]]:
 
 
 class CptSide(PeftSide[CptSettings]):
-    """PEFT's fields, with num_virtual_tokens as the length of token_ids."""
+    """Converts to and from PEFT's fields. PEFT's num_virtual_tokens is the length of token_ids."""
 
     def read(self, config: PeftConfig, file: str) -> CptSettings:
-        """Our settings for PEFT's fields.
+        """Returns the settings that correspond to PEFT's fields.
 
         Raises: AdapterError.
         """

@@ -15,8 +15,8 @@ SMALLEST_NORM = 1e-4  # smaller norms of factors are raised to this value, becau
 class Delora(LowRankLayer[DeloraSettings]):
     """Decoupled update: y = W x + (strength / r) sum over i of (b_i / |b_i|) (a_i / |a_i|)^T (c * x).
 
-    Shapes: x (..., I) -> y (..., O); A (R, I) with rows a_i; B (O, R) with columns b_i; strength (1,); c (I,) the
-    norms of W's columns, computed once and saved. Starts as the identity: B = 0. The strength does not decay.
+    Shapes: x (..., I) -> y (..., O); A (R, I) with rows a_i; B (O, R) with columns b_i; strength (1,); c (I,) the norms
+    of W's columns, computed once and saved. Starts as the identity: B = 0. Weight decay does not apply to the strength.
     Source: Bini et al. 2025, eq. 6 and 8.
     """
 

@@ -20,8 +20,8 @@ class Dora(Lora):
     """Magnitude and direction: y = (m / n) (W + s B A) x + bias, n = |W + s B A| per output.
 
     Shapes: those of LoRA; m (O,), n (O,), for an embedding (D,). Starts as the identity: B = 0 and m = |W|. n is
-    computed in float32 from the stored matrix, and is constant for the gradient (section 4.3). Weight decay never
-    applies to m. Dropout acts only on the update's input.
+    computed in float32 from the stored matrix, and the gradient treats it as a constant (section 4.3). Weight decay
+    never applies to m. Dropout acts only on the update's input.
     Source: Liu et al. 2024, eq. 5 and 11.
     """
 

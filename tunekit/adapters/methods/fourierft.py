@@ -47,8 +47,8 @@ def _conflicts(settings: FourierftSettings, targets: Sequence[Target], file: boo
     smallest = min(target.in_features * target.out_features for target in targets)
     if settings.n_frequency <= smallest:
         return []
-    what = f"{settings.n_frequency} is too many for the smallest layer"
-    return [Conflict("n_frequency", what, f"at most {smallest}")]
+    what = f"{settings.n_frequency} frequencies are too many for the smallest layer"
+    return [Conflict("n_frequency", what, f"use at most {smallest}")]
 
 
 FIELDS = same_names(n_frequency=1000, scaling=150.0, random_loc_seed=777)

@@ -16,11 +16,12 @@ from tunekit.recipe.adapters.full import FullSettings
 
 
 class BaseWeights(ModelAdapter[FullSettings]):
-    """Trains the parameters of the base; a tied parameter occurs once. The original values are not kept, so the adapter
-    cannot be bypassed.
+    """Trains the base's own parameters. A tied parameter is trained once. The original values are not kept, so this
+    adapter cannot be bypassed.
 
-    A float32 parameter is trained in place. A 16-bit parameter has a float32 master copy. Its gradient is added to the
-    master's gradient as soon as it is computed. After each update the parameter gets the master's rounded value.
+    A float32 parameter is trained in place. A 16-bit parameter has a float32 master copy. As soon as the parameter's
+    gradient is computed, it is added to the master's gradient. After each update the parameter gets the master's
+    rounded value.
     Shapes: those of the base. Weight decay does not apply to vectors.
     """
 
@@ -28,7 +29,7 @@ class BaseWeights(ModelAdapter[FullSettings]):
 
     @classmethod
     def slots(cls, settings: FullSettings, net: nn.Module) -> Slots:
-        """One slot per parameter; attributes are numbered, because names of parameters contain dots."""
+        """Declares one tensor per parameter. Attributes are numbered, because names of parameters contain dots."""
         return {
             f"weight_{number}": Slot(name, tuple(tensor.shape), decays=tensor.dim() > 1)
             for number, (name, tensor) in enumerate(chosen_parameters(net, settings).items())
@@ -50,7 +51,7 @@ class BaseWeights(ModelAdapter[FullSettings]):
             self.register_parameter(attribute, master)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Do nothing: the values are those of the base."""
+        """Do nothing: the initial values are the base's values."""
 
     @torch.no_grad()
     def check_state(self) -> None:
@@ -62,7 +63,8 @@ class BaseWeights(ModelAdapter[FullSettings]):
 
 
 def _move_gradient(master: nn.Parameter, parameter: Tensor) -> None:
-    """Add the parameter's new gradient to its master's, and free it."""
+    """Add the parameter's new gradient to the gradient of its float32 master copy, and free the parameter's
+    gradient."""
     assert parameter.grad is not None
     master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
     parameter.grad = None

@@ -19,7 +19,8 @@ class Gralora(LayerAdapter[GraloraSettings]):
 
     Shapes: x (..., I) -> y (..., O); A (k, I / k, R): (input block n, its inputs, output block j and rank); B (k, R, O
     / k): (output block j, input block n and rank, its outputs). hybrid_r adds an ordinary LoRA, (H, I) and (O, H).
-    Starts as the identity: B = 0. Raises: AdapterError if k does not divide. Source: Jung et al. 2025, eq. 6.
+    Starts as the identity: B = 0. Raises: AdapterError if k does not divide R, I and O. Source: Jung et al. 2025, eq.
+    6.
     """
 
     A: nn.Parameter
@@ -30,7 +31,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
         k, rank, inputs, outputs = settings.k, settings.r, target.in_features, target.out_features
         if inputs % k or outputs % k or rank % k:
             what = f"k {k} does not divide r {rank}, or '{target.name}' ({outputs} x {inputs})"
-            raise AdapterError(what, "choose a divisor of all three", key="adapter.k")
+            raise AdapterError(what, "choose a k that divides all three numbers", key="adapter.k")
         slots = {
             "A": Slot("gralora_A", (k, inputs // k, rank)),
             "B": Slot("gralora_B", (k, rank, outputs // k), rate="b"),
@@ -54,7 +55,7 @@ class Gralora(LayerAdapter[GraloraSettings]):
         return self.settings.alpha / (self.settings.r + self.settings.hybrid_r)
 
     def _blockwise(self, x: Tensor) -> Tensor:
-        """The blocks' output for inputs (..., I), without dropout and scale: (..., O)."""
+        """The output (..., O) of all blocks for inputs (..., I), without dropout and scale."""
         k = self.settings.k
         blocks = x.reshape(*x.shape[:-1], k, -1)  # (..., n, I / k)
         low = torch.einsum("...ni,nir->...nr", blocks, self.A.to(x.dtype))

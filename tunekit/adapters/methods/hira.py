@@ -34,7 +34,7 @@ class Hira(DeltaLayer[HiraSettings]):
             nn.init.normal_(self.B, generator=generator)
 
     def make(self, a: Tensor, b: Tensor) -> Tensor:
-        """The update W * (B A) (O, I) of this layer's matrix."""
+        """The update W * (B A) of this layer's matrix, (O, I)."""
         return self.base_weight().read(a.dtype) * (b @ a)
 
     def update(self, x: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from tunekit.records import Target
 class Hra(LayerAdapter[HraSettings]):
     """Reflected inputs: y = W H_1 ... H_R x, H_i = 1 - 2 u_i u_i^T with unit vectors u_i.
 
-    The chain is 1 - U M^-1 U^T, M = 1/2 + strict upper triangle of U^T U (or, with orthogonal vectors, U^T U / 2). x
-    is therefore multiplied by two thin matrices instead of R reflections.
-    Shapes: x (..., I) -> y (..., O); U (I, R). Start: each vector twice, which equals the base up to rounding, unless
-    R is odd or the vectors are made orthogonal. Weight decay would only change the size of U, so it does not apply.
+    The chain is 1 - U M^-1 U^T, M = 1/2 + strict upper triangle of U^T U (or, with orthogonal vectors, U^T U / 2). x is
+    therefore multiplied by two thin matrices instead of R reflections.
+    Shapes: x (..., I) -> y (..., O); U (I, R). At the start each vector occurs twice, so that the layer equals the base
+    up to rounding. This does not hold if R is odd or the vectors are made orthogonal. Weight decay does not apply,
+    because it would only change the size of U.
     Source: Yuan et al. 2024, eq. 4 and 7; the compact form is from Schreiber and Van Loan 1989.
     """
 
@@ -36,7 +37,7 @@ class Hra(LayerAdapter[HraSettings]):
             self.u.data = self.u.data[:, ::2].repeat_interleave(2, 1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """U with unit columns (I, R), and M^-1 U^T (R, I)."""
+        """Two factors: U with unit columns, (I, R), and M^-1 U^T, (R, I)."""
         unit = self.u / self.u.norm(dim=0)
         products = unit.t() @ unit  # (R, R)
         half = torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device) / 2

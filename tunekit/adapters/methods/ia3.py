@@ -52,7 +52,8 @@ def is_feedforward(entries: str | tuple[str, ...] | None, name: str) -> bool:
 
 
 def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> list[Conflict]:
-    """A conflict for each feed-forward entry that matches no adapted layer. For a file, shapes are checked instead."""
+    """Returns a conflict for each entry of feedforward_modules that matches no adapted layer. For a file, shapes are
+    checked instead."""
     entries = settings.feedforward_modules
     how = "name layers that are also in target_modules"
     return [
@@ -64,7 +65,8 @@ def _conflicts(settings: Ia3Settings, targets: Sequence[Target], file: bool) -> 
 
 
 def _resolve(settings: Ia3Settings, targets: Sequence[Target], config: PeftConfig) -> PeftConfig:
-    """The value of feedforward_modules: PEFT requires entries of target_modules if that is a list."""
+    """The value of feedforward_modules in the file. If target_modules is a list, PEFT requires feedforward_modules to
+    be entries of that list."""
     inputs = {target.name for target in targets if is_feedforward(settings.feedforward_modules, target.name)}
     return {"feedforward_modules": entries_for(inputs, [t.name for t in targets], config["target_modules"])}
 

@@ -1,7 +1,8 @@
-"""LLaMA-Adapter, PEFT's adaption prompt: the upper layers attend to trained tokens separately from all others.
+"""LLaMA-Adapter, which PEFT calls adaption prompt: the upper layers attend to trained tokens, in a second attention
+beside their own.
 
-y_t = y0_t + W_o gate * softmax(q_t (W_k P)^T / sqrt(D)) (W_v P), with the layer's trained tokens P and its own
-attention y0. Keys of P have no position; queries have theirs. Shapes: P (1, N, hidden); gate (1,). Starts as the
+y_t = y0_t + W_o gate * softmax(q_t (W_k P)^T / sqrt(D)) (W_v P), with the layer's trained tokens P and the output y0 of
+its own attention. Keys of P have no position; queries have theirs. Shapes: P (1, N, hidden); gate (1,). Starts as the
 identity: gate = 0. Source: Zhang et al. 2023, eq. 3 to 8, with PEFT's single gate for all heads.
 
 For GPT-2 the output is added without W_o, as in PEFT.
@@ -28,7 +29,7 @@ MODULE_NAMES = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  #
 
 
 class FileLlamaAdapterSettings(LlamaAdapterSettings):
-    """The settings of a folder, with the folder's name for attention modules."""
+    """The settings that a folder contains, with the name of the attention modules that the folder states."""
 
     _target_modules: str | None = None
 
@@ -135,7 +136,9 @@ def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention
     if wanted is not None and wanted > len(places):
         what = f"{wanted} layers are requested, but the base has {len(places)}"
         error = AdapterError if file else RecipeError
-        raise error(what, "remove it to adapt all layers", key="adapter_layers" if file else "adapter.adapter_layers")
+        raise error(
+            what, "remove this setting to adapt all layers", key="adapter_layers" if file else "adapter.adapter_layers"
+        )
     if file and file._target_modules not in (None, MODULE_NAMES[kind]):
         what = f"names modules that are not {kind}'s attention ({MODULE_NAMES[kind]})"
         raise AdapterError(what, "name the right base with --base", key="target_modules")
@@ -146,10 +149,10 @@ def _upper(settings: LlamaAdapterSettings, net: nn.Module) -> list[SelfAttention
 
 
 class LlamaAdapterSide(PeftSide[FileLlamaAdapterSettings]):
-    """PEFT's fields; the name of the attention modules is compared with the base later."""
+    """Converts to and from PEFT's fields. The name of the attention modules is compared with the base later."""
 
     def read(self, config: PeftConfig, file: str) -> FileLlamaAdapterSettings:
-        """Our settings for PEFT's fields.
+        """Returns the settings that correspond to PEFT's fields.
 
         Raises: AdapterError.
         """

@@ -53,7 +53,7 @@ class Lokr(LayerAdapter[LokrSettings]):
 
 
 def _slots(name: str, rows: int, columns: int, rank: int) -> Slots:
-    """The slots of a full matrix, or of its two factors if `rank` is not 0."""
+    """Declares the tensors of a full matrix, or of its two factors if `rank` is not 0."""
     first = 0.0 if name == "w1" else None
     if not rank:
         return {name: Slot(f"lokr_{name}", (rows, columns), first=first)}
@@ -64,7 +64,8 @@ def _slots(name: str, rows: int, columns: int, rank: int) -> Slots:
 def divisors(size: int, bound: int) -> tuple[int, int]:
     """Two numbers m and n with m n = size.
 
-    m is `bound` if it divides `size`. Otherwise m is the largest divisor up to `bound` (-1: no bound) and sqrt(size).
+    If `bound` divides `size`, m is `bound`. Otherwise m is the largest divisor that exceeds neither `bound` nor
+    sqrt(size). A `bound` of -1 means no bound.
     """
     if bound > 0 and size % bound == 0:
         return bound, size // bound
@@ -85,7 +86,8 @@ FIXED: Fixed = {
 
 @dataclass(frozen=True)
 class LokrSide(PeftSide[LokrSettings]):
-    """PEFT's fields. Before 0.14, which added rank_dropout_scale, PEFT did not scale the product."""
+    """Converts to and from PEFT's fields. Before PEFT 0.14, which added rank_dropout_scale, PEFT did not scale the
+    product."""
 
     def read(self, config: PeftConfig, file: str) -> LokrSettings:
         settings = super().read(config, file)

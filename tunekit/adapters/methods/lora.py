@@ -64,8 +64,8 @@ class Lora(LayerAdapter[LowRankSettings]):
             self.own_bias.data.copy_(torch.zeros_like(self.own_bias) if bias.is_meta else bias.detach())
 
     def initialise_from(self, generator: torch.Generator, evidence: object) -> None:
-        """Initialise A and B with the recipe's `start`. If it moves a part of W into A and B, also save their initial
-        values."""
+        """Initialise A and B by the recipe's `start`. If `start` moves a part of W into A and B, their initial values
+        are saved too."""
         (rank, inputs), outputs = self.A.shape, self.B.shape[0]
         weight = self.base_weight().read
         layer = StartLayer(self.target.name, inputs, outputs, rank, self.scaling, generator, weight, evidence)
@@ -80,10 +80,10 @@ class Lora(LayerAdapter[LowRankSettings]):
         return scaling_of(self.target, self.settings.r, self.settings.alpha, self.settings.use_rslora)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B. If the initialisation A', B' moved weights, factors of B A - B' A': [A; A - A'] (2R, I), [B - B',
-        B'] (O, 2R).
+        """The factors A and B of the update. If the initialisation moved a part of W into A' and B', the update is B A
+        - B' A'. Its factors are [A; A - A'] (2R, I) and [B - B', B'] (O, 2R).
 
-        In this form nothing large cancels, in any precision of the product.
+        In this form, no large terms cancel, in any precision of the product.
         """
         if "start_A" not in self.declared:
             return self.A, self.B
@@ -111,7 +111,7 @@ class Lora(LayerAdapter[LowRankSettings]):
         return a, b * self.scaling
 
     def delta(self) -> Tensor:
-        """s B A as a change of the matrix: (O, I), for an embedding (V, D); on the device of A and B."""
+        """The change s B A of the layer's matrix, (O, I), or (V, D) for an embedding; on the device of A and B."""
         a, b = self.factors()
         delta = b @ a * self.scaling
         return delta.t() if self.target.kind == "embedding" else delta
@@ -120,7 +120,7 @@ class Lora(LayerAdapter[LowRankSettings]):
         return self.thin_factors()
 
     def effective_bias(self) -> Tensor | None:
-        """The bias (O,) that is used: the trained bias, else the base's."""
+        """The bias (O,) that the layer uses: the trained bias if there is one, otherwise the base's bias."""
         return self.own_bias if "own_bias" in self.declared else getattr(self.base_layer, "bias", None)
 
     def base_output(self, x: Tensor) -> Tensor:

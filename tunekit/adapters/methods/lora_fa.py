@@ -18,7 +18,7 @@ class LoraFa(Lora):
     """LoRA with its random A frozen: y = W x + s B A x, only B is trained.
 
     The backward pass saves A x (..., R) instead of x (..., I). An embedding is excluded: its A starts as 0 and would
-    stay 0. The result is saved as a LoRA folder, because folders do not show which factors were trained.
+    stay 0. The result is saved as an ordinary LoRA folder, because folders do not record which factors were trained.
     Source: Zhang et al. 2023, section 3.1.
     """
 

@@ -52,7 +52,7 @@ class Miss(LayerAdapter[MissSettings]):
         return x @ self.shard().to(x.dtype)
 
     def bat(self, s: Tensor) -> Tensor:
-        """The update (O, I) of this layer's own matrix."""
+        """The update (O, I) of this layer's matrix W, in the variant `bat`."""
         return _bat(self.base_weight().read(s.dtype), s)
 
     def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -78,8 +78,8 @@ def _bat(weight: Tensor, s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MissSide(PeftSide[MissSettings]):
-    """PEFT's fields; `init_weights` names the variant: `true` is MiSS without a variant, and `false` differs from
-    `true` only in the initialisation."""
+    """Converts to and from PEFT's fields. PEFT's `init_weights` names the variant: `true` is MiSS without a variant;
+    `false` differs from `true` only in the initialisation."""
 
     def write(self, settings: MissSettings) -> PeftConfig:
         written = super().write(settings)

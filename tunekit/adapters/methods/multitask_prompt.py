@@ -66,7 +66,8 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
         return frozenset() if settings.init_from_tasks == "all" else frozenset({"num_tasks"})
 
     def continued_state(self, tensors: Tensors) -> Tensors:
-        """The initial state from the tensors of a folder, by `init_from_tasks`.
+        """The initial tensors, computed from the tensors of a folder. The setting `init_from_tasks` selects the
+        folder's tasks to use.
 
         A number is PEFT's EXACT_SOURCE_TASK, "average" is AVERAGE_SOURCE_TASKS, and "none" is ONLY_SOURCE_SHARED.
 

@@ -44,7 +44,8 @@ class Oft(LayerAdapter[OftSettings]):
 
 
 def block_size(settings: OftSettings, inputs: int) -> int:
-    """b: the setting, or the divisor of `inputs` nearest to it (the smaller of two), as in peft."""
+    """The block size b, as in peft: the divisor of `inputs` that is nearest to the setting (if two are equally near,
+    the smaller one)."""
     wanted = min(settings.block_size or settings.blocks, inputs)
     divisor = min((d for d in range(1, inputs + 1) if inputs % d == 0), key=lambda d: (abs(d - wanted), d))
     return divisor if settings.block_size else inputs // divisor
@@ -65,13 +66,15 @@ FIXED: Fixed = {
 
 @dataclass(frozen=True)
 class OftSide(PeftSide[OftSettings]):
-    """PEFT's fields. Before version 0.16, which added `use_cayley_neumann`, PEFT computed a different method under the
-    same name."""
+    """Converts to and from PEFT's fields. Before version 0.16, which added `use_cayley_neumann`, PEFT computed a
+    different method under the same name."""
 
     def read(self, config: PeftConfig, file: str) -> OftSettings:
         if "use_cayley_neumann" not in config:
             what = "was written by peft before 0.16, whose OFT has other tensors and another formula"
-            raise AdapterError(what, "merge it into the base with that peft", file=file, key="peft_type")
+            raise AdapterError(
+                what, "merge the adapter into its base with the peft release that wrote it", file=file, key="peft_type"
+            )
         return super().read(config, file)
 
 

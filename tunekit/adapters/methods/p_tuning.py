@@ -72,7 +72,7 @@ class PTuning(prompts.VirtualTokens[PTuningSettings]):
         return rows
 
     def file_tensors(self) -> Tensors:
-        """The prompt vectors, computed without dropout in all modes."""
+        """The prompt vectors, computed without dropout even in training mode."""
         return {prompts.IN_FILES: self._encode(0.0).detach()}
 
     def file_fields(self) -> PeftConfig:

@@ -2,7 +2,8 @@
 
 o_t = softmax(q_t [K_prefix; K_1..t]^T) [V_prefix; V_1..t], with the tokens at the positions P, P + 1 and so on.
 Shapes: (P, L * 2 * H * D) for L layers of H key heads of width D. A row contains the keys and values of one virtual
-token, layer by layer. If initialised from a text, it starts as the base after that text. Source: Li and Liang 2021.
+token, layer by layer. A prefix that is initialised from a text starts as the base after this text.
+Source: Li and Liang 2021.
 
 With a projection the trained state is an embedding E (P, H * D) and two layers: prefix = W2 tanh(W1 E + b1) + b2;
 checkpoints contain this state. PEFT's files contain only the resulting prefix, and are read without a projection.
@@ -30,7 +31,8 @@ SHAPES = ("token_dim", "num_attention_heads", "num_layers", "num_transformer_sub
 
 
 class FilePrefixSettings(PrefixSettings):
-    """The settings of a folder, and the properties of the base that it states; they are compared with the real base."""
+    """The settings of a folder, and the properties of the base that the folder states. These are later compared with
+    the real base."""
 
     _facts: tuple[tuple[str, int], ...] = ()
 
@@ -92,7 +94,7 @@ class Prefix(ModelAdapter[PrefixSettings]):
         self._computed_prefix = self._compute() if self.projected and not current_call().bypassed else None
 
     def _compute(self) -> Tensor:
-        """The prefix (P, L * 2 * H * D), as in files."""
+        """The prefix (P, L * 2 * H * D), in the form that files contain."""
         if not self.projected:
             return self.prefix
         return F.linear(torch.tanh(F.linear(self.embedding, self.inner, self.inner_bias)), self.outer, self.outer_bias)
@@ -100,8 +102,8 @@ class Prefix(ModelAdapter[PrefixSettings]):
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """The keys and values of one layer, each (H, P, D).
 
-        In an encoder-decoder, PEFT assigns entries of the prefix to self-attention and cross-attention in turn, and
-        ignores the entries for cross-attention. So layer i has the entry 2 i (modulo the number of layers).
+        In an encoder-decoder, PEFT gives the entries of the prefix alternately to self-attention and cross-attention,
+        and ignores the entries of cross-attention. So layer i uses entry 2 i (modulo the number of layers).
         """
         prefix = self._computed_prefix
         if prefix is None or (torch.is_grad_enabled() and not prefix.requires_grad):  # computed without a gradient
@@ -136,7 +138,8 @@ class Prefix(ModelAdapter[PrefixSettings]):
             nn.init.uniform_(bias, -bound, bound, generator=generator)
 
     def _from_text(self) -> Tensor:
-        """The base's keys and values (P, L * 2 * H * D) for the text's tokens, which are repeated or cut to P."""
+        """The keys and values (P, L * 2 * H * D) that the base computes for the tokens of the text. The tokens are
+        repeated or cut to P."""
         ids = self.settings.init_ids
         if ids is None:
             what = "the prefix's text has not been tokenized"
@@ -163,8 +166,8 @@ def _facts(net: nn.Module, places: list[SelfAttention]) -> dict[str, int]:
 
 
 def _compare(settings: PrefixSettings, net: nn.Module, places: list[SelfAttention]) -> None:
-    """Raises: AdapterError with every property in the folder's configuration that does not match this base;
-    RecipeError for an invalid start."""
+    """Raises: AdapterError with every property in the folder's configuration that does not match this base; RecipeError
+    if the prefix cannot be initialised as requested."""
     facts = _facts(net, places)
     if isinstance(settings, FilePrefixSettings):
         wrong = [
@@ -183,7 +186,8 @@ def _compare(settings: PrefixSettings, net: nn.Module, places: list[SelfAttentio
 
 
 def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSettings:
-    """The settings with init_text as ids, after the tokenizer's begin token if it adds one to texts."""
+    """Returns the settings with init_text encoded as token ids. If the tokenizer adds a begin token to texts, the ids
+    start with this token."""
     if settings.first_values != "text" or settings.init_ids is not None:
         return settings
     ids = tokenizer.encode(settings.init_text or INIT_TEXT)
@@ -195,10 +199,10 @@ def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSett
 
 
 class PrefixSide(PeftSide[FilePrefixSettings]):
-    """PEFT's fields. Some of them describe the base and are compared with the real base later."""
+    """Converts to and from PEFT's fields. Some fields describe the base and are compared with the real base later."""
 
     def read(self, config: PeftConfig, file: str) -> FilePrefixSettings:
-        """Our settings for PEFT's fields.
+        """Returns the settings that correspond to PEFT's fields.
 
         Raises: AdapterError.
         """

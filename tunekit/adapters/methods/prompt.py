@@ -10,9 +10,11 @@ from tunekit.recipe.adapters.prompt import PromptSettings
 
 
 class PromptTuning(prompts.VirtualTokens[PromptSettings]):
-    """Prompt tuning: the prompt vectors are trained directly. An encoder-decoder has them before the encoder's input.
+    """Prompt tuning: the prompt vectors are trained directly. In an encoder-decoder they come before the encoder's
+    input.
 
-    Shapes: (P, D). Not the identity at the start, because vectors come before each row. Source: Lester et al. 2021.
+    Shapes: (P, D). At the start they already change the output, because they come before each row. Source: Lester et
+    al. 2021.
     """
 
     @classmethod

@@ -34,7 +34,7 @@ class Road(LayerAdapter[RoadSettings]):
         return {"theta": Slot("road_theta", (size,), decays=False), "alpha": alpha}
 
     def columns(self) -> tuple[Tensor, Tensor]:
-        """The factors (O,) of each output and of its partner."""
+        """Two factors (O,) for each output: one for the output itself, one for its partner."""
         half = self.settings.group_size // 2
         theta: Tensor = self.theta
         alpha: Tensor = self.alpha

@@ -28,7 +28,7 @@ class Shira(DeltaLayer[ShiraSettings]):
         inputs, outputs = target.in_features, target.out_features
         count = (target.r or settings.r) * (inputs + outputs)
         if count > inputs * outputs:
-            what = f"r {settings.r} needs {count} of the {inputs * outputs} numbers of '{target.name}'"
+            what = f"r {settings.r} needs {count} positions, but '{target.name}' has only {inputs * outputs} weights"
             limit = inputs * outputs // (inputs + outputs)
             raise AdapterError(what, f"use at most {limit}", key="adapter.r")
         places = Slot("shira_indices", (2, count), kind="saved", dtype=torch.int32)

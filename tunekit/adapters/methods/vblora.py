@@ -29,12 +29,12 @@ class VectorBank(SharedPart[VbloraSettings]):
 
 
 class Vblora(LowRankLayer[VbloraSettings]):
-    """Low-rank update from a vector bank: y = W x + B A x, each piece of A and B a mixture of k vectors of the bank.
+    """Low-rank update from a vector bank: y = W x + B A x, where each piece of A and B is a mixture of k vectors of the
+    bank.
 
-    Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R). Not the
-    identity at the start: if A or B were zero, the bank and the logits of the other factor would get no gradient.
-    Source: Li et
-    al. 2024, eq. 4 and 5.
+    Shapes: x (..., I) -> y (..., O); logits of A (R, I / L, H), of B (O / L, R, H); A (R, I); B (O, R). At the start it
+    already changes the output: if A or B were zero, the bank and the logits of the other factor would get no gradient.
+    Source: Li et al. 2024, eq. 4 and 5.
     """
 
     starts_as_identity = False
@@ -55,7 +55,8 @@ class Vblora(LowRankLayer[VbloraSettings]):
             nn.init.normal_(logits, 0, self.settings.init_logits_std, generator=generator)
 
     def mix(self, logits: Tensor) -> Tensor:
-        """Mixtures (..., L) of the k vectors with the largest of `logits` (..., H)."""
+        """Mixes vectors of the bank: for each of the `logits` (..., H), the k vectors with the largest logits. Returns
+        (..., L)."""
         largest, indices = logits.topk(self.settings.topk, dim=-1)
         vectors = self.shared.vectors.to(logits.device)[indices]  # (..., k, L)
         return (F.softmax(largest, dim=-1).unsqueeze(-1) * vectors).sum(-2)

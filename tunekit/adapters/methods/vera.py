@@ -14,7 +14,8 @@ from tunekit.records import Target
 
 
 class VeraProjections(SharedPart[VeraSettings]):
-    """The frozen random A (R, maximum I) and B (maximum O, R); a layer uses the part that fits it."""
+    """The frozen random matrices A (R, maximum I) and B (maximum O, R) that all layers share. Each layer uses the part
+    that has its size."""
 
     A: Tensor
     B: Tensor

@@ -14,8 +14,8 @@ MAX_DAMPING = 1e6
 
 
 class CordaStatistics:
-    """C (I, I) = mean over rows of X^T X, with each row's X (T, I) divided by its largest element, as in the authors'
-    code."""
+    """The covariance C (I, I) of a layer's inputs: the mean over rows of X^T X. As in the authors' code, each row's X
+    (T, I) is first divided by its largest element."""
 
     def __init__(self, settings: CordaSettings, target: Target) -> None:
         self.count = 0
@@ -42,10 +42,10 @@ def statistics_bytes(settings: CordaSettings, target: Target) -> int:
 
 
 def make_start(settings: CordaSettings, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
-    """s B A = the R largest (`ipm`) or smallest (`kpm`) parts of W C = U S V^T, multiplied by C^-1.
+    """s B A = the R largest (`ipm`) or smallest (`kpm`) singular components of W C = U S V^T, multiplied by C^-1.
 
-    A (R, I) = sqrt(S / s) V^T C^-1, B (O, R) = U sqrt(S / s); C is damped until it is invertible. In float64. Source:
-    Yang et al. 2024, eq. 3 to 6.
+    A (R, I) = sqrt(S / s) V^T C^-1, B (O, R) = U sqrt(S / s); C is damped until it is invertible. The computation is in
+    float64. Source: Yang et al. 2024, eq. 3 to 6.
     """
     weight = as_float64(layer.weight())
     covariance, inverse = _invertible(layer.evidence.to(weight.device, weight.dtype), layer.name)

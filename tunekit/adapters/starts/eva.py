@@ -1,4 +1,5 @@
-"""EVA initialisation of LoRA: A from a layer's inputs, batch by batch, and the distribution of ranks over layers."""
+"""EVA initialisation of LoRA: computes A from a layer's inputs, batch by batch, and distributes the total rank over the
+layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -49,7 +50,7 @@ class EvaStatistics:
         self.count += count
 
     def finish(self) -> Tensors:
-        """Components (C, I), their singular values (C,) and their shares of the variance (C,)."""
+        """The components (C, I), their singular values (C,), and each component's share of the variance (C,)."""
         values = torch.linalg.vector_norm(self.parts, dim=1)
         tiny = torch.finfo(torch.float64).tiny
         shares = values.square() / max(self.squares, tiny)
@@ -57,7 +58,7 @@ class EvaStatistics:
 
 
 def component_count(settings: EvaSettings, target: Target) -> int:
-    """C: the maximum rank of a layer."""
+    """The number of components C, which is the maximum rank of a layer."""
     assert target.r is not None
     return min(round(target.r * settings.rho), target.in_features, target.out_features)
 
@@ -81,8 +82,8 @@ def _leading(matrix: Tensor, count: int) -> Tensor:
 def share_ranks(
     settings: EvaSettings, targets: Sequence[Target], evidence: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, int]:
-    """Distributes the total rank over layers; returns layer -> rank. Components with the largest shares of their
-    layer's variance are chosen.
+    """Distributes the total rank over the layers; returns layer -> rank. The components that explain the largest shares
+    of their layer's variance are chosen.
 
     Source: Paischer et al. 2024, section 3.3.
     """
@@ -102,8 +103,8 @@ def share_ranks(
 
 
 def alpha_of(settings: LowRankSettings, target: Target, rank: int) -> float | None:
-    """A layer's alpha after its rank has changed. Alpha changes too, so that the scaling stays the same, unless the
-    recipe disables that."""
+    """A layer's alpha after its rank has changed. Alpha changes with the rank, so that the scaling stays the same,
+    unless the recipe disables this."""
     assert isinstance(settings.start, EvaSettings)
     if not settings.start.adjust_alpha or target.alpha is None or not target.r:
         return target.alpha

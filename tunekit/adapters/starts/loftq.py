@@ -7,10 +7,10 @@ from tunekit.adapters.starts.start import StartLayer
 
 
 def make_start(settings: object, layer: StartLayer[Tensor]) -> tuple[Tensor, Tensor]:
-    """s B A = the R largest parts of D = W - dequantized(W), D = U S V^T.
+    """s B A = the R largest singular components of D = W - dequantized(W), with D = U S V^T.
 
-    A (R, I) = sqrt(S / s) V^T, B (O, R) = U sqrt(S / s). This is the first round of the paper's algorithm. Its further
-    rounds would quantize W - s B A again; here the base's packing does not change, because other adapters share it.
+    A (R, I) = sqrt(S / s) V^T, B (O, R) = U sqrt(S / s). This is the first round of the paper's algorithm. Further
+    rounds would quantize W - s B A again. Here the quantized base does not change, because other adapters share it.
     Evidence: W (O, I). Source: Li et al. 2023, algorithm 1.
     """
     packed = layer.weight()

@@ -17,7 +17,7 @@ class LoraGaStatistics:
         self.gradient = torch.zeros(0)
 
     def add(self, activations: LayerActivations) -> None:
-        """Add one micro-batch, whose loss is divided by the number of units in all micro-batches."""
+        """Add the gradient of one micro-batch, whose loss is divided by the number of units in all micro-batches."""
         assert activations.gradients is not None
         product = activations.gradients.t() @ activations.inputs
         self.gradient = product if not self.gradient.numel() else self.gradient.add_(product)
@@ -50,7 +50,7 @@ def make_start(settings: LoraGaSettings, layer: StartLayer[Tensor]) -> tuple[Ten
 
 
 def _places(direction: str, rank: int) -> tuple[slice, slice]:
-    """The numbers of the singular vectors that initialise A, and of those that initialise B."""
+    """The slice of singular vectors that initialise A, and the slice of singular vectors that initialise B."""
     first, second = slice(0, rank), slice(rank, 2 * rank)
     if direction == "ArBr":
         return slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)

@@ -1,5 +1,5 @@
-"""Initialisation of A and B in LoRA-like layers. A "start" is an initialisation method, after the setting `start` in
-recipes.
+"""Initialisation of A and B in LoRA-like layers. A "start" is an initialisation method; the name comes from the setting
+`start` in recipes.
 
 Some starts need evidence: data, or the unquantized weight. Without evidence they return the values of `default`;
 `initialise_all` calls them again with the evidence before step 1.
@@ -24,10 +24,11 @@ LINEAR = ("linear", "conv1d")  # the kinds of layers that a start initialises
 
 @dataclass(frozen=True)
 class StartLayer(Generic[Evidence]):
-    """The data about one layer that a start can use: sizes, the scaling s, W as used in the forward, and the collected
-    evidence.
+    """The data about one layer that an initialisation method can use: sizes, the scaling s, the matrix W that the
+    forward uses, and the collected evidence.
 
-    `experts`: for a fused parameter, whose A (R E, I) and B (O, R E) contain the factors of all experts.
+    `experts`: the number of experts of a fused parameter, whose A (R E, I) and B (O, R E) contain the factors of all E
+    experts.
     """
 
     name: str
@@ -43,10 +44,10 @@ class StartLayer(Generic[Evidence]):
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """The activations of one layer in one micro-batch, real tokens only.
+    """The activations of one layer in one micro-batch, without padding tokens.
 
-    Shapes: inputs (N, I) float32; rows (N,), the sequence of each token; supervised (N,), whether the token has a
-    loss; gradients (N, O) float32, of the loss with respect to the layer's output, if requested.
+    Shapes: inputs (N, I) float32; rows (N,), the number of each token's sequence; supervised (N,), whether the token
+    has a loss; gradients (N, O) float32, of the loss with respect to the layer's output, if requested.
     """
 
     inputs: Tensor
@@ -61,7 +62,8 @@ def start_module(name: str) -> ModuleType:
 
 
 def make_factors(settings: StartSettings, layer: StartLayer[Any]) -> tuple[Tensor, Tensor]:
-    """The factors A (R, I) and B (O, R); the default factors if the start needs evidence that is not collected yet."""
+    """The factors A (R, I) and B (O, R). If the initialisation needs evidence that is not collected yet, the default
+    factors."""
     name = "default" if settings.looks_at and layer.evidence is None else settings.method
     with torch.no_grad():
         factors: tuple[Tensor, Tensor] = start_module(name).make_start(settings, layer)
@@ -69,7 +71,8 @@ def make_factors(settings: StartSettings, layer: StartLayer[Any]) -> tuple[Tenso
 
 
 def initialise_all(layers: Mapping[str, LayerAdapter[Any]], seed: int, evidence: Callable[[str], Any]) -> None:
-    """Initialise the layers of a start that needs evidence; a layer without evidence (None) keeps its first values."""
+    """Initialise the layers again, with the evidence that the initialisation method needs. A layer without evidence
+    (None) keeps its first values."""
     for name, layer in sorted(layers.items()):
         layer_evidence = evidence(name)
         if layer.target.kind in LINEAR and layer_evidence is not None:
