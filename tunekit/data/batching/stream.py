@@ -51,7 +51,7 @@ class StreamedSource:
     kind: RowKind
 
     def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[Row, float]]:
-        """Endless rows with their epochs. The epoch includes a fraction: the share of the shards that were read.
+        """Endless rows, each with its epoch, such as 1.5: one complete pass, and half of the shards in the second pass.
 
         Raises: DataError listing the wrong rows of a buffer, or if no row can be trained on.
         """
@@ -68,7 +68,7 @@ class StreamedSource:
                 raise DataError("no row of this source can be trained on", "", file=self.sharded.source.path)
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
-        """The encoded rows of one epoch, in buffers. With each buffer: the share of the epoch's shards read so far."""
+        """The encoded rows of one epoch, as (buffer of rows, share of the epoch's shards that were read before)."""
         problems, name = Problems(), self.sharded.source.path
         started = [0]
         make_example = format_maker(self.format_name, name)

@@ -81,6 +81,7 @@ def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
             if text.strip():
                 answers.setdefault(text.strip(), text)
     if not 2 <= len(answers) <= MOST_ANSWERS:
-        how = "at least two are needed" if len(answers) < 2 else f"at most {MOST_ANSWERS} are possible; list them"
+        most = f"at most {MOST_ANSWERS} answers are possible; list them"
+        how = "at least two answers are needed" if len(answers) < 2 else most
         raise DataError(f"the rows have {len(answers):,} different answers: {how}", key=KEY)
     return tuple(answers[label] for label in sorted(answers))

@@ -46,7 +46,8 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     notices = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
-        raise DataError(f"there is no image {file}", "check the path, which starts at the folder of its table")
+        how = "check the path; a relative path starts at the folder of the table"
+        raise DataError(f"there is no image {file}", how)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -90,14 +91,16 @@ def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
 
 
 def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """A function for an image with one channel of over 8 bits: it converts a block to (H, W, 1) levels of 8 bits."""
+    """Returns a function that converts a block of the image to (H, W, 1) levels of 8 bits. The image has one channel of
+    more than 8 bits.
+    """
     notices[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
     scale = 1.0 if np.asarray(image).max(initial=0) <= 255 else BIT_DEPTH_STEP
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 
 def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """A function for an image with 8 bits per channel: it converts a block to (H, W, 3) RGB pixels."""
+    """Returns a function that converts a block of the image, with 8 bits per channel, to (H, W, 3) RGB pixels."""
     from PIL import Image
 
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):

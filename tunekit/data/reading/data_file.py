@@ -47,8 +47,8 @@ class DataFile:
 
 
 def inspect_file(path: Path) -> DataFile:
-    """The checked data file at a path. Raises: DataError if it is not a regular file, is empty, or has other content
-    than its name says."""
+    """The checked data file at a path. Raises: DataError if it is not a regular file, if it is empty, or if its
+    content does not match its name."""
     size = _regular_size(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
@@ -69,8 +69,8 @@ def _regular_size(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise DataError(_why_unreachable(path, error), "check data.train and data.eval", file=str(path)) from None
     kinds = (
-        (stat.S_ISDIR, "a folder", "name the file in it"),
-        (stat.S_ISFIFO, "a pipe", "write it to a file first"),
+        (stat.S_ISDIR, "a folder", "name a file in this folder"),
+        (stat.S_ISFIFO, "a pipe", "write its content to a file first"),
         (stat.S_ISCHR, "a device", "name a file"),
         (stat.S_ISBLK, "a device", "name a file"),
         (stat.S_ISSOCK, "a socket", "name a file"),

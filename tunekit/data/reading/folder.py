@@ -46,7 +46,7 @@ def with_table(source: Source) -> Source:
 
 
 def media_folder(path: str) -> Path:
-    """The folder that relative paths in the rows of a source start from."""
+    """The folder to which paths in the rows of a source are relative."""
     return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
@@ -86,7 +86,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def passed_over(folder: Path) -> str | None:
-    """A note that lists the unread files of a folder: those that are no recordings or images. None if all files are
+    """A note that lists the unread files of a folder, which are neither recordings nor images. None if all files are
     read."""
     others = [place for place in _files(folder) if not is_media(place.name)]
     if not others:

@@ -54,7 +54,7 @@ def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
             try:
                 raw = stream.readline(LONGEST_LINE_BYTES + 1)
             except (OSError, EOFError) as error:
-                problems.add(name, number, f"the rest of the file cannot be read: {error}", "it may be cut short")
+                problems.add(name, number, f"the rest of the file cannot be read: {error}", "the file may be cut short")
                 return
             if not raw:
                 return
