@@ -18,10 +18,11 @@ def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answer
     """Compare p, the log-probabilities of a program, with q, those of torch, over all tokens of all rows.
 
     largest = max |p - q|, mean = mean |p - q|, over all log-probabilities that the program gives.
-    perplexity = exp(-mean p(x[t + 1])), torch_perplexity = exp(-mean q(x[t + 1])), over all t but the last of a row.
+    perplexity = exp(-mean p(x[t + 1])), torch_perplexity = exp(-mean q(x[t + 1])), over all t except the
+    last of each row.
     greedy_differences counts the t with argmax p != argmax q.
     Shapes: expected[i] (T, V) float32.    Units: p, q and their differences in nats.
-    Raises: NumericsError for a program with other tokens, or with values that are not finite.
+    Raises: NumericsError if the program's vocabulary has a different size, or if values are not finite.
     """
     distances, following, torch_following, changed = [], [], [], 0
     for row, wanted, answer in zip(rows, expected, answers, strict=True):

@@ -36,7 +36,7 @@ def complete(path: Path, epsilon: float | None) -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Convert a model and return nothing; or return all log-probabilities of the rows."""
+    """Convert a model and return nothing, or return all log-probabilities of rows, as the request says."""
     if "output" in request:
         converter = FullConverter(request["model"], copy_files=request["files"], low_cpu_mem_usage=True)
         converter.rope = request["rope"]
