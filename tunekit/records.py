@@ -261,11 +261,12 @@ class ReportFacts:
 
 
 def calibration_text(facts: Mapping[str, object]) -> str:
-    """A sentence about the pass over the data before step 1: the number of micro-batches and passes, and the time."""
+    """A sentence about the data that an adapter's initialisation read before step 1: micro-batches, passes and time."""
     backward = f" and {facts['backward_passes']:,} backward" if facts["backward_passes"] else ""
     return (
-        f"start: {facts['start']} looked at {facts['micro_batches']:,} micro-batches ({facts['tokens']:,} tokens) "
-        f"before step 1: {facts['forward_passes']:,} forward{backward} passes in {facts['seconds']:.1f} s"
+        f"the initialisation {facts['start']} looked at {facts['micro_batches']:,} micro-batches "
+        f"({facts['tokens']:,} tokens) before step 1: {facts['forward_passes']:,} forward{backward} passes "
+        f"in {facts['seconds']:.1f} s"
     )
 
 

@@ -1,4 +1,4 @@
-"""A base model, or a base with an adapter, for export: everything that a format needs to know about it."""
+"""A base model, or a base with an adapter, with everything that an export format needs to know about it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

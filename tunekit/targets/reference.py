@@ -1,4 +1,4 @@
-"""Loads the reference model of a finished run, if it is the adapter at step 0 instead of the bare base."""
+"""Loads the reference model of a finished run, if the reference is the adapter at step 0 and not the bare base."""
 
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
