@@ -1,5 +1,5 @@
-"""`tunekit audit`: re-executes parts of a run in a temporary folder, and compares the resulting bytes with those of the
-run.
+"""`tunekit audit`: re-executes parts of a run in a temporary folder, and compares the resulting bytes with the
+run's bytes.
 
 A part of a run is the steps from one checkpoint to the next. For each part, the audit resumes a copy of the run at the
 first of the two checkpoints, like `train --resume`.
@@ -155,7 +155,7 @@ def _reads_every_row(values: RunValues, loaded: LoadedRecipe, last: int) -> bool
 
 
 def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Sequence[JsonObject]) -> None:
-    """Raises: InputError with every reason why equal bits are not guaranteed. `facts`: the facts of the checkpoints."""
+    """Raises: InputError with every reason why equal bits are not guaranteed. `facts`: values of each checkpoint."""
     if is_held(values.path):
         raise RunFolderError(f"{values.path} is running", "start the audit when the run has ended")
     environment, kind = values.environment, devices.device.type
@@ -205,8 +205,8 @@ def _not_promised(values: RunValues, loaded: LoadedRecipe, facts: Sequence[JsonO
 def _repeat(
     part: RunPart, run: Path, facts: JsonObject | None, devices: Devices, signals: StopSignals
 ) -> dict[str, Any]:
-    """Resume a copy of the run at the start of a part, and compare it with the run at the end of the part. `facts`: the
-    facts of the checkpoint at the start."""
+    """Resume a copy of the run at the start of a part, and compare it with the run at the end of the part. `facts`:
+    values of the checkpoint at the start."""
     gc.collect()  # the model of the part before
     with temporary_folder() as folder:
         repeat = Path(folder) / "run"

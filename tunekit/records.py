@@ -1,6 +1,6 @@
-"""Plain records that several folders use: the plan and its parts, a step, an evaluation, the facts of a report.
+"""Plain data classes that several packages use: the plan and its parts, a step, an evaluation, the values of a report.
 
-They are frozen dataclasses of plain values and of other records, so that `dataclasses.asdict` makes JSON of them.
+They contain only plain values and other records, so that `dataclasses.asdict` makes JSON of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The facts of the base model, after every `auto` has been resolved."""
+    """The properties of the base model, after every `auto` has been resolved."""
 
     name_or_path: str
     revision: str | None

@@ -90,7 +90,7 @@ class RowSet:
         return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
-        """One rank's micro-batches of every optimizer step. Rows of each source are drawn by its weight."""
+        """One rank's micro-batches of every optimizer step. Rows are drawn from each source by the source's weight."""
         if self.streams:
             return StreamedWindows(self.streams, self.objective.rows, settings, rank=rank, world=world)
         return TrainingWindows(self.train, self.objective.rows, settings, rank=rank, world=world, draws=self.draws)
@@ -167,7 +167,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
     if isinstance(data.eval, float):
         raise RecipeError(f"{STREAMED}, so no fraction can be held out", OWN_EVALUATION, key="data.eval")
     if not objective.complete:
-        what = f"{STREAMED}, and its first rows may not contain every label"
+        what = f"{STREAMED}, and its first rows can lack some of the labels"
         raise RecipeError(what, "list all labels", key="objective.labels")
     if objective.counts_rows is not None:
         what = f"{STREAMED}, so its rows cannot be counted before training"

@@ -78,8 +78,8 @@ class Difference:
     """The differences between a program's log-probabilities and torch's, over `tokens` positions.
 
     `largest` and `mean`: the largest and the mean absolute difference in nats. `perplexity` and `torch_perplexity`: the
-    program's and torch's, on the same tokens. `greedy_differences`: the number of positions at which the most probable
-    token differs.
+    program's and torch's perplexity on the same tokens. `greedy_differences`: the number of positions
+    at which the most probable token differs.
     """
 
     largest: float

@@ -1,4 +1,4 @@
-"""A folder for `ollama create`: GGUF files and a Modelfile with the chat template, the stops and the settings.
+"""A folder for `ollama create`: GGUF files and a Modelfile with the chat template, the stop texts and the settings.
 
 The adapter is a .gguf file too: Ollama's own conversion of adapters has another order of rows than llama.cpp.
 """

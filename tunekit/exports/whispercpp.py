@@ -1,4 +1,4 @@
-"""A GGML file for whisper.cpp: the whole Whisper model in whisper.cpp's older layout, which it still reads."""
+"""A GGML file for whisper.cpp: the whole Whisper model in an older layout that whisper.cpp still reads."""
 
 import re
 import struct

@@ -63,7 +63,7 @@ def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[in
 
 
 def read_small(path: Path, kind: FileKind = ADAPTER_FILE) -> bytes:
-    """The bytes of a file that is not larger than the kind's limit for JSON.
+    """The bytes of a file that has at most `kind.json_bytes` bytes.
 
     Raises: `kind.error`.
     """
@@ -146,7 +146,7 @@ def refuse_constant(text: str) -> None:
 
 
 def same_value(left: object, right: object) -> bool:
-    """Whether both have the same type and value: 0 is not False."""
+    """Whether `left` and `right` have the same type and value: 0 is not False."""
     return type(left) is type(right) and bool(left == right)
 
 

@@ -54,7 +54,7 @@ class Exportable:
 
 
 def make_exportable(target: TargetSpec) -> Exportable:
-    """The target with its base's facts; weights are not read. Raises: ModelError, AdapterError or DataError."""
+    """The target with its base's properties; weights are not read. Raises: ModelError, AdapterError or DataError."""
     family, processor = family_of(target), processor_of(target)
     target, objective = with_objective(target, processor)
     source, config = find_source(target.model, weights=True), JsonObject()

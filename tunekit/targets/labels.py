@@ -105,7 +105,7 @@ def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...
 
 
 def _refuse_other_problem_type(config: AdapterConfig, trained: JsonObject, settings: ObjectiveSettings) -> None:
-    """Raises: RecipeError if the recipe's problem type differs from the one that the adapter's folder states."""
+    """Raises: RecipeError if the recipe's problem type differs from the problem type in the adapter's folder."""
     here, there = getattr(settings, "problem_type", SINGLE_LABEL), trained.get("problem_type", SINGLE_LABEL)
     if config.objective is not None and here != there:
         what = f"is {here}, but {config.folder} was trained for {there}"

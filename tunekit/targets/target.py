@@ -56,8 +56,8 @@ class TargetSpec:
 
     @property
     def template_file(self) -> Path | None:
-        """A chat template that replaces the tokenizer's own: the one in the adapter's folder, otherwise the
-        recipe's."""
+        """A chat template that replaces the tokenizer's own: the template in the adapter's folder, otherwise the
+        recipe's template."""
         exported = None if self.adapter is None else self.adapter / TEMPLATE_NAME
         configured = None if self.recipe is None else self.recipe.data.chat_template
         if exported is not None and exported.exists():

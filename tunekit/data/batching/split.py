@@ -1,4 +1,5 @@
-"""Splits a micro-batch into two halves. The losses and gradients of the halves add up to those of the micro-batch."""
+"""Splits a micro-batch into two halves. The losses and gradients of the halves add up to the
+loss and gradient of the micro-batch."""
 
 from tunekit.contracts import Batch, Row, RowKind
 

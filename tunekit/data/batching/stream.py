@@ -1,7 +1,7 @@
 """Training on data larger than memory: rows are encoded as they are read, and shuffled by shard and by buffer.
 
-Only one buffer per source is in memory. The order depends only on (sources, settings, seed). A resumed run encodes
-again all rows before its step.
+Only one buffer per source is in memory. The order depends only on (sources, settings, seed). A resumed run
+encodes all earlier rows again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -122,7 +122,7 @@ class StreamedWindows:
         self._rank, self._world = rank, world
 
     def windows(self, first_step: int) -> Iterator[Window]:
-        """This rank's share of each step from `first_step` on."""
+        """Yields this rank's micro-batches of each step, from `first_step` on."""
         window: list[tuple[StreamedSequence, ...]] = []
         step = 0
         for micro_batch in cut_micro_batches(self._groups(), self._sizes_of, self._settings):
@@ -170,7 +170,7 @@ class StreamedWindows:
                 yield StreamedRow(replace(row, number=block * DRAWS + offset), epoch)
 
     def _groups(self) -> Iterator[StreamedSequence]:
-        """Sequences of one row each; with packing, packs. PACKED_WINDOWS windows of rows are packed at a time."""
+        """Sequences of one row; with packing, packs of rows. The rows of PACKED_WINDOWS windows are packed together."""
         settings = self._settings
         if not settings.packing:
             for row in self._rows():

@@ -26,8 +26,8 @@ STEP_ROUNDING = 1e-9  # tolerance for rounding: 0.1 * 30 is not exactly 3
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """The settings that decide the windows. Either micro_batch_size or micro_batch_tokens is set, and either epochs or
-    max_steps."""
+    """The settings that decide how rows are batched. Either micro_batch_size or micro_batch_tokens is set, and
+    either epochs or max_steps."""
 
     micro_batch_size: int | None
     micro_batch_tokens: int | None
@@ -43,7 +43,7 @@ class BatchSettings:
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
-    """Sequences of one row each; with packing, packs. `order`: row numbers. `lengths`: the lengths of these rows."""
+    """Sequences of one row; with packing, packs of rows. `order`: row numbers. `lengths`: the rows' lengths."""
     if not settings.packing:
         return [(int(row),) for row in order]
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
@@ -131,7 +131,7 @@ class TrainingWindows:
         return self._kind.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
 
     def windows(self, first_step: int) -> Iterator[Window]:
-        """This rank's share of each step from `first_step` on, up to `steps`."""
+        """Yields this rank's micro-batches of each step, from `first_step` on, up to `steps`."""
         epoch, before = 0, 0
         while before + self._epoch_steps(epoch) <= first_step:
             before += self._epoch_steps(epoch)
@@ -164,7 +164,9 @@ class TrainingWindows:
         return self._kind.layout.key_of(self._rows[group[0]])
 
     def _epoch_steps(self, epoch: int) -> int:
-        """Number of steps of an epoch, including the last, partial window. With packing it can differ by epoch."""
+        """Number of steps of an epoch, including the last, partial window. With packing, the
+        number can differ between epochs.
+        """
         while len(self._steps_of) <= epoch:
             if self._steps_of and not self._varies:
                 self._steps_of.append(self._steps_of[0])

@@ -20,7 +20,8 @@ NEARLY = 0.85  # minimum similarity of a column's name to a field that it may mi
 def format_note(
     name: str, format_name: str, reason: str, columns: Sequence[str], caller_columns: Container[str] = ()
 ) -> str:
-    """A note with the source's format and its unread columns; a warning if an unread column may be meant as a field.
+    """A note with the source's format and its unread columns; a warning if an unread column is perhaps a misspelled
+    field.
 
     `reason`: why the source has this format. `caller_columns`: columns that the caller reads.
     """

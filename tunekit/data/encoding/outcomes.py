@@ -52,7 +52,7 @@ class SourceEncoder:
 
 
 def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]:
-    """The outcome of each row. The notices of `source.kind` are complete after the last row.
+    """(line, encoded rows or error) of each row, in order. `source.kind.notices` is complete after the last row.
 
     Raises: ResourceError if an encoding process was killed.
     """

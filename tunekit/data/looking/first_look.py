@@ -73,7 +73,7 @@ def proposed_objectives() -> list[type[ObjectiveSettings]]:
 
 
 def look_at(data: str) -> Look | None:
-    """A look at the first rows of a file; None for the name of a hub data set, which is not downloaded.
+    """A summary of the first rows of a file; None for the name of a hub data set, which is not downloaded.
 
     Raises: DataError if the file cannot be read or has no known format.
     """
@@ -87,7 +87,7 @@ def look_at(data: str) -> Look | None:
     values = [row.values for row in islice(rows, LOOKED_AT + 1)]
     problems.raise_if_any()
     if not values:
-        raise DataError("the file contains no row", "", file=data)
+        raise DataError("the file contains no rows", "", file=data)
     objective, format_name, columns = _kind(values, data)
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
@@ -103,7 +103,7 @@ def _longest(lengths: Sequence[int]) -> int:
 
 
 def measured(look: Look, source: Source, kind: RowKind) -> Look:
-    """The look with tokens counted as in training. `kind`: the encoding of the rows."""
+    """The summary, with lengths counted by the model's tokenizer. `kind`: the encoding of the rows."""
     from tunekit.data.encoding.outcomes import SourceEncoder  # imports torch
 
     encoder = SourceEncoder(format_maker(look.format_name, source.path), kind, source.path)

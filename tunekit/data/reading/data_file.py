@@ -88,7 +88,7 @@ def _why_unreachable(path: Path, error: OSError | ValueError) -> str:
     reasons = {
         errno.ENOENT: "no such file",
         errno.ELOOP: "this link points to itself",
-        errno.EACCES: "no permission to read it",
+        errno.EACCES: "no permission to read the file",
         errno.ENOTDIR: "no such file (a part of the path is not a folder)",
     }
     return reasons.get(number or 0, f"cannot be read: {getattr(error, 'strerror', None) or error}")
@@ -123,7 +123,7 @@ def _check_content(file: DataFile) -> None:
             raise DataError(f"the content is {what}", f"rename it to {ending}" if ending else _KNOWN, file=name)
     if file.kind == "parquet":
         if not start.startswith(b"PAR1"):
-            raise DataError("the name says Parquet, but the content does not", "rename the file", file=name)
+            raise DataError("the name ends in .parquet, but the content is not Parquet", "rename the file", file=name)
     elif start.startswith(_OTHER_UNICODE):
         raise DataError("the file is UTF-16 or UTF-32", "save it as UTF-8", file=name, line=1)
     elif file.kind == "jsonl" and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
@@ -131,7 +131,7 @@ def _check_content(file: DataFile) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of the file's bytes. Raises: OSError unless it is a regular file: a device may never end."""
+    """sha256 of the file's bytes. Raises: OSError if it is not a regular file: a device could be endless."""
     if not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.sha256()

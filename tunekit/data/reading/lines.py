@@ -17,7 +17,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row of a source. `line`: the number of its line, from 1 (of the row, in a Parquet file or a hub data set)."""
+    """One row of a source. `line`: its line number, from 1; in a Parquet file or a hub data set, its row number."""
 
     line: int
     values: dict[str, Any]
@@ -74,7 +74,7 @@ def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterat
     try:
         value, end = parse_json(stripped)
         if end != len(stripped):
-            raise JsonFault(f"more text after the JSON value (character {end + 1})")
+            raise JsonFault(f"there is more text after the JSON value (character {end + 1})")
     except JsonFault as fault:
         problems.add(name, number, str(fault), fault.how or "write one JSON object per line")
         return

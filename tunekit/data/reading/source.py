@@ -128,7 +128,7 @@ def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 
 def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """The rows of a CSV file, by the header's names. The line of a row is the line where it begins."""
+    """The rows of a CSV file, with the header's names as columns. A row's line number is its first line."""
     name = str(file.path)
     tabs = ".tsv" in [suffix.lower() for suffix in file.path.suffixes]
     csv.field_size_limit(sys.maxsize)

@@ -28,7 +28,7 @@ REASONING = (
     "reasoning",
     "tool_plan",
 )  # names of the field with the reasoning, in different models
-THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
+THOUGHTLESS = "answers trained on without their reasoning, which the chat template leaves out"
 SHORTENED = "answers that the chat template changes"
 _OPENING, _CLOSING = "\ue001", "\ue002"
 Tools = Sequence[JsonObject] | None  # the tools of a row

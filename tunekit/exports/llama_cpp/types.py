@@ -64,7 +64,7 @@ VALUES = ("v", "qkv", "kv")
 
 @dataclass(frozen=True)
 class Structure:
-    """Facts about the model, besides names and shapes, that decide the types. `queries_per_key`: attention heads per
+    """Properties of the model, besides names and shapes, that decide the types. `queries_per_key`: attention heads per
     key-value head of the first layer. `experts`: 0 for a dense model."""
 
     architecture: str  # as in the file, such as llama
@@ -74,7 +74,7 @@ class Structure:
 
     @property
     def is_70b(self) -> bool:
-        """Whether llama.cpp treats the model as one of 70 billion parameters, because of its number of layers."""
+        """Whether llama.cpp treats the model as a model of 70 billion parameters, because of its number of layers."""
         grouped = self.queries_per_key > 1 or self.architecture == "qwen2"
         return self.layers == 80 and grouped and self.architecture in ("llama", "qwen2")
 

@@ -29,7 +29,7 @@ def named_pre_tokenizer(tokenizer: Definition) -> str:
     if steps in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[steps]
     what = f"llama.cpp has no name for this tokenizer's pre-tokenizer ({', '.join(str(kind) for kind, _ in steps)})"
-    raise ModelError(what, "it would split texts differently; choose another --to")
+    raise ModelError(what, "llama.cpp would split texts differently; choose another --to")
 
 
 def _step(part: Definition) -> tuple[str | None, Any]:

@@ -22,8 +22,8 @@ from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, prog
 
 
 def main() -> int:
-    """Install programs. Returns 0; 1 if an installation failed; 2 if a name is unknown, or a folder is not from this
-    script."""
+    """Install programs. Returns 0; 1 if an installation failed; 2 if a name is unknown, or if a folder was not made
+    by this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true")

@@ -10,8 +10,8 @@ from ctranslate2.converters import TransformersConverter
 
 
 class FullConverter(TransformersConverter):  # type: ignore[misc]
-    """CTranslate2's converter, which also writes two numbers of Llama 3's position scaling, `rope`, that CTranslate2
-    reads."""
+    """CTranslate2's converter, extended. It also writes two numbers of Llama 3's position scaling (`rope`), which
+    CTranslate2 reads."""
 
     rope: dict[str, Any] | None = None
 
