@@ -69,7 +69,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     except Exception as error:  # PIL's decoders raise all kinds of exceptions for damaged files
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"
-        raise DataError(what, f"repair or remove the file; supported formats are {', '.join(FORMATS)}") from None
+        raise DataError(what, f"repair or remove the file; the supported formats are {', '.join(FORMATS)}") from None
 
 
 def _named(file: str | None) -> str:
