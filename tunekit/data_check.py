@@ -126,7 +126,7 @@ def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
         raise InputError(f"--fix {fix}: there is no folder {target.parent}", "make the folder, or name another file")
     refuse_to_replace("--fix", fix, loaded)
     if target.resolve().is_relative_to(Path(loaded.recipe.output.dir).resolve()):
-        raise InputError(f"--fix {fix} is inside output.dir of the recipe", f"{how} outside of it")
+        raise InputError(f"--fix {fix} is inside output.dir of the recipe", f"{how} outside of output.dir")
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         raise InputError(f"--fix {fix}: the file exists", f"{how}, or add --overwrite to replace it")
 

@@ -81,7 +81,7 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
             how = f"programs read the model's folder itself; check it with: {command}"
         raise InputError(what, how, key="--to")
     wrong = [
-        Problem(f"{to} does not read --{name}", "leave it out", key=f"--{name}")
+        Problem(f"{to} does not read --{name}", f"leave --{name} out", key=f"--{name}")
         for name in options.given()
         if name not in format.OPTIONS
     ]

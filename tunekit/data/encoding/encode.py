@@ -88,7 +88,7 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
     if length <= most:
         return [row]
     if options.excess_length == "error":
-        how = "raise it, or set data.excess_length: drop|truncate|split"
+        how = "raise data.max_length, or set data.excess_length: drop|truncate|split"
         raise DataError(f"the row has {length} tokens{kind.room}, but data.max_length is {most}", how)
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG + kind.room)

@@ -65,7 +65,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         what = "has too many pixels for an image"
-        raise DataError(f"{_named(file)} {what}", "make it smaller") from None
+        raise DataError(f"{_named(file)} {what}", "make the image smaller") from None
     except Exception as error:  # PIL's decoders raise all kinds of exceptions for damaged files
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"

@@ -51,7 +51,7 @@ def drawn_notes(name: str, source: Source) -> list[str]:
     if source.max_rows is None:
         return []
     if source.draw_seed is None:
-        return [f"{name}: its first {source.max_rows:,} rows (max_rows, draw_seed: null)"]
+        return [f"{name}: only its first {source.max_rows:,} rows are read (max_rows, draw_seed: null)"]
     how = "draw_seed: null takes the first rows"
     return [f"{name}: {source.max_rows:,} rows, drawn from all rows (max_rows, draw_seed: {source.draw_seed}; {how})"]
 
@@ -66,7 +66,9 @@ def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[
     """Warnings about dropped rows, with advice. Dropped training rows are mentioned only if there are many."""
     longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens)"
     cures = {TOO_LONG: f"{longer}, or set data.excess_length: truncate or split", NO_TARGET_LEFT: longer}
-    cures |= {reason: f"{longer}, or lower the other" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")}
+    cures |= {
+        reason: f"{longer}, or lower the other length" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")
+    }
     return [
         f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
         + cures.get(reason, "correct these rows, or remove them from the file")

@@ -41,7 +41,9 @@ def with_table(source: Source) -> Source:
         return source
     tables = [name for name in TABLES if os.path.isfile(os.path.join(source.path, name))]
     if len(tables) > 1:
-        raise DataError(f"the folder contains {' and '.join(tables)}", "keep one of them", file=source.path)
+        raise DataError(
+            f"the folder contains {' and '.join(tables)}", "keep only one of these tables", file=source.path
+        )
     return source.model_copy(update={"path": os.path.join(source.path, tables[0])}) if tables else source
 
 

@@ -58,7 +58,9 @@ class Sound:
                 self.stream.seek(start)
             samples: NDArray[np.float32] = self.stream.read(count, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-            raise DataError(f"the rest of {self.name} cannot be read: {_said(error)}", "it may be damaged") from None
+            raise DataError(
+                f"the rest of {self.name} cannot be read: {_said(error)}", "the file may be damaged"
+            ) from None
         if len(samples) < count:
             what = (
                 f"{self.name} ends after {(start + len(samples)) / self.rate:.1f} s, but should last "
