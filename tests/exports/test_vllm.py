@@ -88,7 +88,7 @@ MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
     "embedding": (
         "qwen2",
         {"target_modules": ["embed_tokens"]},
-        "no adapter of model.embed_tokens in Qwen2",
+        "no adapter of the module model.embed_tokens in Qwen2",
     ),
     "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "no adapters for GPT2LMHeadModel"),
 }
