@@ -101,7 +101,7 @@ def test_an_honest_run_is_proved_and_not_touched(case: Path) -> None:
     assert [part["records"] for part in proof["parts"]] == [6, 3]  # with the evaluations of steps 0, 3 and 6
     assert proof["equal"]
     assert proof["every_training_row_was_read"]
-    assert "prove nothing" not in ended.output
+    assert "not computed again" not in ended.output
     assert proof["proved_steps"] == proof["steps"] == 6
     weights = hashlib.sha256((case / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert proof["parts"][1]["weights"] == {"adapter/adapter_model.safetensors": weights}
@@ -122,7 +122,7 @@ def test_a_stopped_run_is_audited_to_its_checkpoint(case: Path) -> None:
 
 
 def test_a_seed_without_parts_is_refused() -> None:
-    with pytest.raises(InputError, match="--seed draws the parts of --parts, but --parts is missing"):
+    with pytest.raises(InputError, match="--seed decides which parts --parts draws, but --parts is missing"):
         audit.audit_verb("runs/none", None, 3, None)
 
 
@@ -249,7 +249,7 @@ def test_an_evaluation_that_is_not_computed_again_is_named(case: Path) -> None:
     change_records(case, lambda lines: [*lines, {"step": 5, "eval": {"loss": 0.1}}])
     ended, proof = audited(case)
     assert ended.code == 0
-    assert "steps 5 to 6: the evaluations after steps 5 were not computed again and prove nothing" in ended.output
+    assert "steps 5 to 6: the evaluations after steps 5 were not computed again, so" in ended.output
     assert proof["parts"][1]["not_compared"] == [5]
 
 

@@ -1,8 +1,8 @@
-"""`tunekit audit`: re-executes parts of a run in a temporary folder, and compares the resulting bytes with those of the
-run.
+"""`tunekit audit`: re-executes parts of a run in a temporary folder, and compares the resulting bytes with the
+run's bytes.
 
-A part is the steps from one checkpoint to the next. Like `train --resume`, the audit resumes a copy of the run at the
-first checkpoint.
+A part of a run is the steps from one checkpoint to the next. For each part, the audit resumes a copy of the run at the
+first of the two checkpoints, like `train --resume`.
 """
 
 import gc
@@ -52,13 +52,13 @@ from tunekit.training.session import Session
 
 COPIED = ("plan.json", "environment.json", METRICS_NAME)  # files of the run that a resume reads
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
-HOW = "audit on the machine of the run, or on an equal one"
+HOW = "run the audit on the machine that computed the run, or on an equal machine"
 EVALUATIONS = {
-    "not_compared": "the evaluations after steps {} were not computed again and prove nothing",
-    "not_recorded": "the run has no record of the evaluations after steps {}, which its recipe makes",
+    "not_compared": "the evaluations after steps {} were not computed again, so their values are not proved",
+    "not_recorded": "the run has no record of the evaluations after steps {}, which its recipe requires",
 }
-ROWS_UNREAD = "these steps may not have read every training row; a row that they did not read is not proved"
-TASKS_UNPROVED = f"{TASKS_NAME}: the scores of tasks were not computed again and prove nothing"
+ROWS_UNREAD = "perhaps these steps did not read every training row; the audit proves nothing about unread rows"
+TASKS_UNPROVED = f"{TASKS_NAME}: the scores of tasks were not computed again, so they are not proved"
 
 
 @dataclass(frozen=True, order=True)
@@ -75,12 +75,12 @@ class RunPart:
 
 
 def audit_verb(run: str, count: int | None, seed: int | None, json_file: str | None) -> None:
-    """Re-execute `count` parts of the run, drawn by `seed` (None: all parts), and write what was proved.
+    """Re-execute `count` parts of the run, drawn by `seed` (None: all parts), and write the proved parts.
 
     Raises: NumericsError if a number differs; InputError if the run cannot be audited here.
     """
     if count is None and seed is not None:
-        raise InputError("--seed draws the parts of --parts, but --parts is missing", "add --parts N")
+        raise InputError("--seed decides which parts --parts draws, but --parts is missing", "add --parts N")
     path, devices, seed = Path(run), make_devices(), seed or 0
     values = read_run(path)
     loaded = load_recipe(path / "recipe.yaml")
@@ -144,7 +144,8 @@ def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
 
 
 def _reads_every_row(values: RunValues, loaded: LoadedRecipe, last: int) -> bool:
-    """Whether the run has read all training rows after step `last`. Streamed epochs may end before their last row."""
+    """Whether the run has read all training rows by the end of step `last`. False if this is unknown: for streamed
+    sources, and for sources with a weight below 1."""
     if any(source.weight < 1 or source.streaming for source in loaded.recipe.data.train):
         return False
     return any(record.count("step") == last and (record.number("epoch") or 0.0) >= 1 for record in values.steps)
@@ -154,9 +155,9 @@ def _reads_every_row(values: RunValues, loaded: LoadedRecipe, last: int) -> bool
 
 
 def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Sequence[JsonObject]) -> None:
-    """Raises: InputError with every reason why equal bits are not guaranteed. `facts`: the facts of the checkpoints."""
+    """Raises: InputError with every reason why equal bits are not guaranteed. `facts`: values of each checkpoint."""
     if is_held(values.path):
-        raise RunFolderError(f"{values.path} is running", "audit it when it has ended")
+        raise RunFolderError(f"{values.path} is running", "start the audit when the run has ended")
     environment, kind = values.environment, devices.device.type
     past = environment.part("fingerprint")
     if not past:
@@ -204,8 +205,8 @@ def _not_promised(values: RunValues, loaded: LoadedRecipe, facts: Sequence[JsonO
 def _repeat(
     part: RunPart, run: Path, facts: JsonObject | None, devices: Devices, signals: StopSignals
 ) -> dict[str, Any]:
-    """Resume a copy of the run at the start of a part, and compare it with the run at the end of the part. `facts`: the
-    facts of the checkpoint at the start."""
+    """Resume a copy of the run at the start of a part, and compare it with the run at the end of the part. `facts`:
+    values of the checkpoint at the start."""
     gc.collect()  # the model of the part before
     with temporary_folder() as folder:
         repeat = Path(folder) / "run"

@@ -35,7 +35,7 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     try:
         import rensa  # noqa: F401
     except ImportError as error:
-        raise InputError("finding near duplicates needs rensa", "pip install 'tunekit[data]'") from error
+        raise InputError("finding near duplicates needs the package rensa", "pip install 'tunekit[data]'") from error
     refuse_to_replace("--json", json_file, loaded)
     if fix is not None:
         _refuse(fix, loaded, overwrite)
@@ -78,13 +78,14 @@ def _write_fixed(fix: str, trained: Sequence[Found], sources: Sequence[Source], 
     formats = list(dict.fromkeys(each.format for each in trained))
     if len(formats) > 1:
         what = f"--fix writes one file, but the sources have the formats {' and '.join(formats)}"
-        raise InputError(what, "leave sources of one format in the recipe, such as with ~data.train.1")
+        raise InputError(what, "remove the sources of other formats from the recipe, for example with ~data.train.1")
     passed, fields = list[JsonObject](), media_fields(formats[0])
     for each, source in zip(trained, sources, strict=True):
         folder = media_folder(with_table(source).path).absolute()
         values = [row.get(name) for row in each.passed for name in fields]
         if any(isinstance(value, Mapping) and value.get("bytes") is not None for value in values):
-            raise InputError(f"--fix: the rows of {each.name} contain files, and JSONL cannot", "remove --fix")
+            what = f"--fix: the rows of {each.name} contain files, but JSONL cannot contain files"
+            raise InputError(what, "remove --fix")
         near = folder == Path(fix).absolute().parent  # the paths of files are relative to the folder of the rows
         passed += each.passed if near else [dict(located(row, fields, folder)) for row in each.passed]
     write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
@@ -95,7 +96,7 @@ def _write_fixed(fix: str, trained: Sequence[Found], sources: Sequence[Source], 
         if source.max_rows is not None:
             console.info(f"{each.name}: max_rows ({source.max_rows:,}) left some rows unread; these are not in {fix}")
         if source.weight != 1:
-            console.info(f"{each.name}: weight ({source.weight:g}) is not in {fix}, which has each row once")
+            console.info(f"{each.name}: weight ({source.weight:g}) is not in {fix}, which contains each row once")
 
 
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
@@ -109,7 +110,7 @@ def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
     except TunekitError as error:
         kind, why = None, f"cannot be used: {error.problems[0].what}"
     if recipe.objective.medium is not None:
-        return kind, [] if kind is not None else [f"{name} {why}, so rows that it would drop are not reported"]
+        return kind, [] if kind is not None else [f"{name} {why}, so rows that training would drop are not reported"]
     if kind is None:
         return None, [f"the tokenizer of {name} {why}; the number of tokens is estimated from the script of the text"]
     return kind, [f"tokens are counted with the tokenizer of {name}, including its chat template"]
@@ -122,10 +123,10 @@ def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
     if not fix.endswith(".jsonl"):
         raise InputError(f"--fix {fix}: the rows are written as JSONL", f"name a file such as {fix}.jsonl")
     if not target.absolute().parent.is_dir():
-        raise InputError(f"--fix {fix}: there is no folder {target.parent}", "make it, or name another file")
+        raise InputError(f"--fix {fix}: there is no folder {target.parent}", "make the folder, or name another file")
     refuse_to_replace("--fix", fix, loaded)
     if target.resolve().is_relative_to(Path(loaded.recipe.output.dir).resolve()):
-        raise InputError(f"--fix {fix} is inside output.dir of the recipe", f"{how} outside of it")
+        raise InputError(f"--fix {fix} is inside output.dir of the recipe", f"{how} outside of output.dir")
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         raise InputError(f"--fix {fix}: the file exists", f"{how}, or add --overwrite to replace it")
 

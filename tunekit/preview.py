@@ -21,7 +21,7 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
 
 TRAINED = "trained on"
-FIRST = "not trained on: no token before the first one can predict it"
+FIRST = "not trained on: the first token, because no earlier token can predict it"
 PROMPT = "not trained on: prompt"
 BETWEEN = "not trained on: another turn, or the template's own text"
 AFTER = "not trained on: after the last answer"

@@ -1,6 +1,6 @@
-"""Plain records that several folders use: the plan and its parts, a step, an evaluation, the facts of a report.
+"""Plain data classes that several packages use: the plan and its parts, a step, an evaluation, the values of a report.
 
-They are frozen dataclasses of plain values and of other records, so that `dataclasses.asdict` makes JSON of them.
+They contain only plain values and other records, so that `dataclasses.asdict` makes JSON of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ class RowCounts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The facts of the base model, after every `auto` has been resolved."""
+    """The properties of the base model, after every `auto` has been resolved."""
 
     name_or_path: str
     revision: str | None
@@ -261,11 +261,12 @@ class ReportFacts:
 
 
 def calibration_text(facts: Mapping[str, object]) -> str:
-    """A sentence about the pass over the data before step 1: the number of micro-batches and passes, and the time."""
+    """A sentence about the data that an adapter's initialisation read before step 1: micro-batches, passes and time."""
     backward = f" and {facts['backward_passes']:,} backward" if facts["backward_passes"] else ""
     return (
-        f"start: {facts['start']} looked at {facts['micro_batches']:,} micro-batches ({facts['tokens']:,} tokens) "
-        f"before step 1: {facts['forward_passes']:,} forward{backward} passes in {facts['seconds']:.1f} s"
+        f"the initialisation {facts['start']} looked at {facts['micro_batches']:,} micro-batches "
+        f"({facts['tokens']:,} tokens) before step 1: {facts['forward_passes']:,} forward{backward} passes "
+        f"in {facts['seconds']:.1f} s"
     )
 
 

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[str, bytes | Write, int | None, str]] = {
     "csv_tabs": ("d.csv", b"prompt\tcompletion\na\tb\n", 1, "name the file .tsv"),
     "csv_column_twice": ("d.csv", b"prompt,prompt\na,b\n", 1, "twice"),
     "csv_not_utf8": ("d.csv", b"prompt,completion\na,\xff\n", 2, "not UTF-8"),
-    "csv_only_header": ("d.csv", b"prompt,completion\n", None, "no row in it; add rows to it, or name another file"),
+    "csv_only_header": ("d.csv", b"prompt,completion\n", None, "the source has no rows; add rows to it, or name"),
     "parquet_by_name_only": ("d.parquet", GOOD, None, "not"),
     "parquet_cut_short": ("d.parquet", b"PAR1" + b"\0" * 100, 1, "damaged"),
     "parquet_named_jsonl": ("d.jsonl", b"PAR1" + b"\0" * 100, None, "Parquet"),

@@ -49,7 +49,7 @@ def test_a_turned_picture_is_put_upright(tmp_path: Path, orientation: int) -> No
     stored = np.ascontiguousarray(undo[orientation](COLOURS))  # as a camera that was held so has it
     path = saved(tmp_path, "turned.png", Image.fromarray(stored), exif=exif)
     assert np.array_equal(read_image(path, notices), COLOURS)
-    assert notices["was turned upright, as its EXIF data states"] == 1
+    assert notices["images turned upright, as their EXIF data states"] == 1
 
 
 def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) -> None:
@@ -70,9 +70,9 @@ def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) ->
     grey = saved(tmp_path, "grey.png", Image.fromarray(COLOURS[..., 0]))
     assert np.array_equal(read_image(grey, notices), np.repeat(COLOURS[..., :1], 3, axis=2))
     assert +notices == {
-        "is CMYK, converted to RGB": 1,
-        "has one deep channel (I;16), scaled to 8 bits": 1,
-        "is partly transparent, and was placed on a white background": 1,
+        "images converted from CMYK to RGB": 1,
+        "images with one deep channel (I;16), scaled to 8 bits": 1,
+        "partly transparent images, placed on a white background": 1,
     }
 
 

@@ -181,7 +181,7 @@ def test_tool_calls_are_trained_as_the_template_writes_them(name: str) -> None:
     ("name", "field", "hint"),
     [
         ("gptoss", "thinking", None),
-        ("gptoss", "tool_plan", "it reads 'thinking': rename the field"),
+        ("gptoss", "tool_plan", "the template reads 'thinking': rename the field"),
         ("qwen3", "reasoning_content", None),
         ("qwen2_5", "reasoning_content", "remove the field"),
         ("cohere2", "timestamp", "remove the field"),

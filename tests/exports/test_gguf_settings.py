@@ -266,7 +266,7 @@ def test_a_space_in_front_of_texts_alone(tmp_path: Path, opens: bool) -> None:
     (base / "chat_template.jinja").write_text(f"{token if opens else ''}{{{{ messages[0]['content'] }}}}", "utf-8")
     assert around(exportable(base)).space is not opens
     (note,) = token_notes(exportable(base))
-    assert ("outside a conversation" if opens else "also after each special token") in note
+    assert ("outside a conversation" if opens else "after each special token") in note
 
 
 def test_spaces_after_tokens_are_removed_by_the_name_of_phi_3() -> None:

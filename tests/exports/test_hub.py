@@ -49,7 +49,7 @@ def test_an_adapter_folder_has_a_card_and_no_path_of_this_machine(
     assert f"| loss | {report['base_eval_loss']:.4g} | {report['eval_loss']:.4g} |" in card.text
     assert "95 % interval over rows" in card.text
     assert "| quantization of the base | none |" in card.text
-    assert "The licence of the base small-base: apache-2.0." in card.text
+    assert "The licence of the base model small-base: apache-2.0." in card.text
     for file in folder.iterdir():
         assert file.suffix == ".safetensors" or str(run.parent) not in file.read_text()
     assert read_adapter_config(folder).changed_files() == []  # tunekit.json has the hash of the new configuration

@@ -81,14 +81,14 @@ def test_an_adapter_is_written_as_mlx_reads_it(name: str, tmp_path: Path) -> Non
 
 
 MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "tied embedding": ("llama", {"target_modules": ["embed_tokens"], "base": TIED}, "changes model.embed_tokens alone"),
-    "biases": ("qwen2", {"bias": "lora_only"}, "it trains model.layers.0.self_attn.q_proj.base_layer.bias"),
+    "tied embedding": ("llama", {"target_modules": ["embed_tokens"], "base": TIED}, "changes only model.embed_tokens"),
+    "biases": ("qwen2", {"bias": "lora_only"}, "the adapter trains model.layers.0.self_attn.q_proj.base_layer.bias"),
     "a base that mlx reads wrongly": ("qwen2", {}, "does not read rope_parameters, and computes with rope_theta"),
     "a base without n_ctx": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2 needs n_ctx"),
     "other names": (
         "gpt_neox",
         {"target_modules": ["query_key_value"], "base": {"intermediate_size": 256}},
-        "names of gpt_neox",
+        "name the layers of gpt_neox",
     ),
 }
 

@@ -84,13 +84,13 @@ def test_what_vllm_admits_is_written_as_one_rank(name: str, tmp_path: Path, caps
 
 MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dora": ("llama", {"use_dora": True}, "a dora adapter cannot be converted to LoRA exactly"),
-    "saved head": ("llama", {"modules_to_save": ["lm_head"]}, "besides low-rank updates it trains lm_head.weight"),
+    "saved head": ("llama", {"modules_to_save": ["lm_head"]}, "the adapter trains lm_head.weight"),
     "embedding": (
         "qwen2",
         {"target_modules": ["embed_tokens"]},
-        "no adapter of model.embed_tokens in Qwen2",
+        "no adapter of the module model.embed_tokens in Qwen2",
     ),
-    "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "no adapters of GPT2LMHeadModel"),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "no adapters for GPT2LMHeadModel"),
 }
 
 
@@ -122,7 +122,7 @@ def test_an_adapter_of_packed_weights_is_written_with_a_warning(
 ) -> None:
     adapter, running = prepared(tmp_path, "llama", quantization="nf4")
     export_verb(str(adapter), "vllm", str(tmp_path / "out"), certify=False)
-    assert "trained on nf4 weights, so on the full base it differs" in " ".join(capsys.readouterr().out.split())
+    assert "trained on nf4 weights, so on the full base its results differ" in " ".join(capsys.readouterr().out.split())
     export_verb(str(adapter), "vllm", str(tmp_path / "merged"), options=Options(merged=True), certify=False)
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5)
 
@@ -141,7 +141,7 @@ def test_an_adapter_of_a_gguf_base_is_merged_next_to_it(
     base, out = str(tmp_path / "base.gguf"), tmp_path / "out"
     export_verb(str(stories), "gguf", base, options=Options(type="F32"), certify=False)
     export_verb(str(adapter), "vllm", str(out), base=base, certify=False, overrides=FLOAT32)
-    assert "only adapters of a text model that is a folder of safetensors" in " ".join(capsys.readouterr().out.split())
+    assert "the base is not a text model in a folder of safetensors files" in " ".join(capsys.readouterr().out.split())
     torch.testing.assert_close(merged_logits(out), logits_of(model.net), rtol=0, atol=2e-5)
 
 

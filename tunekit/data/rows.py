@@ -90,7 +90,7 @@ class RowSet:
         return prompts
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
-        """The training windows of one rank; each source is drawn by its weight."""
+        """One rank's micro-batches of every optimizer step. Rows are drawn from each source by the source's weight."""
         if self.streams:
             return StreamedWindows(self.streams, self.objective.rows, settings, rank=rank, world=world)
         return TrainingWindows(self.train, self.objective.rows, settings, rank=rank, world=world, draws=self.draws)
@@ -167,7 +167,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
     if isinstance(data.eval, float):
         raise RecipeError(f"{STREAMED}, so no fraction can be held out", OWN_EVALUATION, key="data.eval")
     if not objective.complete:
-        what = f"{STREAMED}, and its first rows may not contain every label"
+        what = f"{STREAMED}, and its first rows can lack some of the labels"
         raise RecipeError(what, "list all labels", key="objective.labels")
     if objective.counts_rows is not None:
         what = f"{STREAMED}, so its rows cannot be counted before training"
@@ -225,7 +225,9 @@ def _whole(source: EncodedSource) -> Part:
 
 
 def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) -> tuple[list[Part], list[Part]]:
-    """Training rows and held-out rows of each source. The hash of a row decides, so equal rows stay together."""
+    """Training rows and held-out rows of each source. The hash of a row decides where it goes, so
+    equal rows stay together.
+    """
     if fraction is None:
         return [_whole(source) for source in sources], []
     train, held = [], []
@@ -305,7 +307,7 @@ def _fingerprint(
 
 
 def _examples(sources: Sequence[EncodedSource], parts: Sequence[Part], objective: Objective) -> Iterator[Written]:
-    """The examples of the parts' rows."""
+    """The examples of the rows that `parts` select, read from their files. `parts`: one part per source."""
     for source, part in zip(sources, parts, strict=True):
         numbers = set(source.store.records["number"][part.chosen].tolist())
         for line, example in read_examples(source.source, objective.rows.example, numbers):

@@ -62,7 +62,7 @@ def model_card(exportable: Exportable, run: RunValues | None, what: str, name: s
     lines += ["", "```python", *_usage(auto_class, name, shown, what), "```"]
     for section in () if run is None else (_training(run), _results(run), _costs(run)):
         lines += section
-    lines += ["", "## Licences", "", f"The licence of the base {escape(shown)}: {licence or NOT_STATED}."]
+    lines += ["", "## Licences", "", f"The licence of the base model {escape(shown)}: {licence or NOT_STATED}."]
     for path, place in _sources(run):
         lines.append(f"The licence of the data {escape(_shown(path))}: {_data_licence(place) or NOT_STATED}.")
     return "\n".join([*lines, "", f"Made with tunekit {__version__}.", ""])

@@ -1,4 +1,4 @@
-"""Compares the log-probabilities that another program computes with those of torch."""
+"""Compares another program's log-probabilities with torch's."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,13 +15,14 @@ SHOWN = 5  # tokens in a warning
 
 
 def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answers: Sequence[NextTokens]) -> Difference:
-    """Compare p, the log-probabilities of a program, with q, those of torch, over all tokens of all rows.
+    """Compare a program's log-probabilities p with torch's log-probabilities q, over all tokens of all rows.
 
     largest = max |p - q|, mean = mean |p - q|, over all log-probabilities that the program gives.
-    perplexity = exp(-mean p(x[t + 1])), torch_perplexity = exp(-mean q(x[t + 1])), over all t but the last of a row.
+    perplexity = exp(-mean p(x[t + 1])), torch_perplexity = exp(-mean q(x[t + 1])), over all t except the
+    last of each row.
     greedy_differences counts the t with argmax p != argmax q.
     Shapes: expected[i] (T, V) float32.    Units: p, q and their differences in nats.
-    Raises: NumericsError for a program with other tokens, or with values that are not finite.
+    Raises: NumericsError if the program's vocabulary has a different size, or if values are not finite.
     """
     distances, following, torch_following, changed = [], [], [], 0
     for row, wanted, answer in zip(rows, expected, answers, strict=True):
@@ -57,8 +58,8 @@ def compare_parts(
     answers: Callable[[Path, IdRows, Path | None], list[NextTokens]],
     name: str = "merged",
 ) -> dict[str, Difference]:
-    """The differences from torch. A whole model gives one entry, `name`; an adapter gives two: the base, and base +
-    adapter.
+    """The differences between the program and torch. A whole model gives one entry, `name`. An adapter gives
+    two entries: the base, and base + adapter.
 
     `answers`: returns the program's answers for a model, rows, and an adapter or None.
     """

@@ -110,8 +110,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
 
 
 def left_out(config: Configuration) -> JsonObject:
-    """Facts of a base that the converter does not write: the epsilon of its norms, and the position scaling of Llama
-    3."""
+    """Settings of the base that the converter does not write: the epsilon of norms, and Llama 3's position scaling."""
     config = complete_config(config)
     rope = config.get("rope_parameters") or {}
     epsilon = next((config[name] for name in EPSILONS if name in config), None)

@@ -1,4 +1,4 @@
-"""The values that every export format reads and returns, and the formats by name: one file of this folder each."""
+"""Values that export formats read and return, and a list of the formats. Each format is one file of this folder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +19,8 @@ from tunekit.targets.exportable import Exportable
 class Options:
     """The options of the export command that only some formats read. `type`: the type of the weights, by the
     format's name for it: Q4_K_M in gguf, int8 in ctranslate2. `merged`: write a merged model even if the format can
-    hold the adapter. `imatrix`: weigh the quantization error by the run's own rows. `push`: upload the export."""
+    hold the adapter. `imatrix`: quantize with an importance matrix, measured on the run's rows. `push`: upload the
+    export."""
 
     type: str | None = None
     merged: bool = False
@@ -77,8 +78,8 @@ class Difference:
     """The differences between a program's log-probabilities and torch's, over `tokens` positions.
 
     `largest` and `mean`: the largest and the mean absolute difference in nats. `perplexity` and `torch_perplexity`: the
-    program's and torch's, on the same tokens. `greedy_differences`: the number of positions at which the most probable
-    token differs.
+    program's and torch's perplexity on the same tokens. `greedy_differences`: the number of positions
+    at which the most probable token differs.
     """
 
     largest: float
@@ -104,10 +105,10 @@ class Certificate:
 
 
 class Format(Protocol):
-    """A module of this folder, which writes one format. `TAKES`: the kinds of exportables that it exports.
+    """A module of this folder, which writes one format. `TAKES`: the kinds of targets that it exports.
     `OPTIONS`: the options that it reads. `SUFFIX`: the ending of the file that it writes; empty for a folder.
-    `PROGRAM`: the program that certifies the export, by its name in scripts/certify. Without a program it is empty,
-    and `certify` is never called."""
+    `PROGRAM`: the program that certifies the export, by its name in scripts/certify. If `PROGRAM` is empty, `certify`
+    is never called."""
 
     TAKES: frozenset[str]
     OPTIONS: frozenset[str]
@@ -134,7 +135,7 @@ class Format(Protocol):
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """The names of all formats, sorted: the files of this folder that define TAKES."""
+    """The sorted names of all formats. Each file of this folder that defines TAKES is a format."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return tuple(file.stem for file in files if "\nTAKES" in file.read_text("utf-8"))
 

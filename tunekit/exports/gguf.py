@@ -62,7 +62,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     if options.imatrix and options.type in (None, *FLOATS):
         wrong.append(
             Problem(
-                f"--imatrix needs a quantized type{f', and {options.type} is none' if options.type else ''}",
+                f"--imatrix needs a quantized type{f', but {options.type} is not quantized' if options.type else ''}",
                 "add --type Q4_K_M",
                 key="--imatrix",
             )
@@ -82,7 +82,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
 
 
 def writes_adapter(exportable: Exportable, options: Options) -> bool:
-    """Whether the file contains an adapter alone: the target is an adapter, without --merged and --type."""
+    """Whether to write only an adapter: the target is an adapter, and neither --merged nor --type is given."""
     return exportable.kind == "adapter" and not options.merged and options.type is None
 
 
@@ -97,17 +97,17 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     if options.imatrix:
         rows, described = evidence.rows(ROWS, TOKENS)
         squares = column_squares(exportable.target, rows)
-        notes.append(f"the importance of the weights is from {described}")
+        notes.append(f"the importance matrix was measured on {described}")
     types, unmeasured = _write_model(exportable, path, options.type, squares)
     if unmeasured:
-        notes.append(f"no importance was measured for {unmeasured[0]} ({len(unmeasured)} such matrices)")
+        notes.append(f"the importance matrix lacks {unmeasured[0]} ({len(unmeasured)} such matrices)")
     counts = Counter(types.values()).most_common()
     notes.append(f"tensors by type: {', '.join(f'{count} {name}' for name, count in counts)}")
     return Exported(path, exportable.whole, (*notes, f"run it with: llama-server -m {path}"))
 
 
 def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[str, ...]:
-    """A note about facts that the base's GGUF file must state; empty if there are none, or if the file states them."""
+    """A note about metadata that the base's GGUF file must have; empty if there is none, or if the file has it."""
     if exportable.gguf_file is not None:
         with imported() as converter:
             fields = converter.gguf.GGUFReader(exportable.folder / exportable.gguf_file).fields
@@ -136,9 +136,9 @@ def write_base(exportable: Exportable, path: Path) -> None:
 def _write_model(
     exportable: Exportable, path: Path, file_type: str | None, squares: Mapping[str, Array] | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Write the base with the adapter's changes. Returns the type of each tensor, and the names of quantized block
-    tensors that `squares` does not cover. By default the weights keep the base's type, which is exact for a base
-    without an adapter (float64 becomes F32)."""
+    """Write the base with the adapter's changes. Returns the type of each tensor, and the names of the quantized
+    tensors of layers that `squares` lacks. By default the weights keep the base's type, which is exact for a base
+    without an adapter (but float64 becomes F32)."""
     rewriter, changes = _rewriter(exportable)
     with _files(exportable, rewriter, changes) as folder, imported() as converter:
         architecture = exportable.architecture
@@ -173,8 +173,8 @@ def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
 def _by_tensor(
     make: Callable[[], ConvertedModel], rewriter: Rewriter, squares: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """The column importance, (I,) or (E, I), by the name of the file's tensor. As in llama.cpp, only tensors in the
-    blocks are included."""
+    """The column importance, (I,) or (E, I), by the name of the file's tensor. As in llama.cpp, only tensors of layers
+    are included."""
     shapes, values, transposed = {}, {}, []
     for module_name, importance in squares.items():
         name = f"{module_name}.weight"
@@ -218,7 +218,7 @@ def _files(exportable: Exportable, rewriter: Rewriter, changes: Changes) -> Iter
 
 
 def _remove_code(folder: Path) -> None:
-    """Remove the names of the model's own classes: the converter would download and run their code without asking."""
+    """Remove the names of custom model classes: the converter would download and run their code without asking."""
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         values = read_json(path) if path.is_file() else {}
         if values.pop("auto_map", None) is not None:
@@ -248,8 +248,8 @@ def certify(
 def certify_files(
     written: Exported, exportable: Exportable, program: Program, base: Path, compared: Questions, options: Options
 ) -> Certificate:
-    """Compare llama.cpp's log-probabilities and token ids with torch's. `base`: the file that an exported adapter
-    changes. Rows are cut to the length up to which llama.cpp computes the model correctly."""
+    """Compare llama.cpp's log-probabilities and token ids with torch's. `base`: the GGUF
+    file of the base, if the export is an adapter. Rows are cut to the length up to which llama.cpp is correct."""
     name, limit = f"{written.what} {options.type or ''}".strip(), right_up_to(exportable.config)
     if limit is not None:
         compared = compared.cut(limit[0])

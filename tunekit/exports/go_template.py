@@ -1,5 +1,5 @@
-"""A chat template as a template of Go's text/template, which Ollama uses: derived from the output of the Jinja
-template.
+"""Translates a chat template from Jinja to Go's text/template, which Ollama uses. The translation is derived from the
+Jinja template's output.
 
 A Jinja template is a program, but most chat templates only put fixed texts around each message. These texts are found
 by rendering conversations with known contents. The result is used only if it reproduces further conversations exactly.
@@ -20,8 +20,8 @@ ROLES = ("system", "user", "assistant")
 class TurnTexts:
     """The fixed texts of a chat template. `before` and `after`: the texts around a message, by role. `opening`: the
     text before a conversation without a system message. `answer`: the text after the last message, where the model's
-    answer begins. Without the role "system", the template refuses system messages. `trims`: whether it changes
-    spaces around a content."""
+    answer begins. If `before` lacks the role "system", the template does not write system messages separately.
+    `trims`: whether the template changes spaces around a message's content."""
 
     before: dict[str, str]
     after: dict[str, str]
@@ -95,8 +95,7 @@ def derive_turns(render: Render) -> TurnTexts | None:
 
 
 def _with_system(turns: TurnTexts, render: Render, system: JsonObject, user: JsonObject) -> TurnTexts:
-    """The texts of all roles: the texts around a system message are added, if the template writes this message
-    separately."""
+    """Add the texts around a system message to `turns`, if the template writes such a message separately."""
     try:
         before, rest = _around(render([system, user], False), system)
         between, _ = _around(rest, user)
@@ -107,7 +106,7 @@ def _with_system(turns: TurnTexts, render: Render, system: JsonObject, user: Jso
 
 
 def _around(text: str, message: JsonObject) -> tuple[str, str]:
-    """The texts before and after the message's content. Raises: ValueError unless the content occurs exactly once."""
+    """The texts before and after the message's content. Raises: ValueError unless `text` has it exactly once."""
     before, after = text.split(message["content"])
     return before, after
 

@@ -38,7 +38,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
         if name.endswith(".gguf"):
             return [Problem(f"{name} is one file and not a model folder", "upload the file itself", key="--to")]
         states = [path.name for pattern in TRAINING_STATE for path in folder.glob(pattern)]
-        how = "move it elsewhere, or merge or copy the model into a new folder"
+        how = "move this file elsewhere, or merge or copy the model into a new folder"
         return [Problem(f"{folder} contains {state}, which is the state of a training", how) for state in states]
     if options.push and not options.merged and hub_name(name) is None:
         what = f"the base {name} is on this machine only: others cannot load the adapter"
@@ -110,4 +110,4 @@ def _leaks(folder: Path, private: list[Path]) -> Iterator[Problem]:
             leak = match[0] if match else "a secret" if holds_secret(line) else None
             if leak is not None:
                 what, where = f"contains {redact(leak)}, which is private", str(file.relative_to(folder))
-                yield Problem(what, "remove it from this file of the exported folder", file=where, line=number)
+                yield Problem(what, "remove this text from the file in the exported folder", file=where, line=number)

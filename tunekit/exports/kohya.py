@@ -31,9 +31,9 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     extra = [key for key in adapter_header(tensors_path(exportable.adapter)) if not LORA.search(key)]
     if attached.method.in_diffusers_file and not extra:
         return []
-    what = f"kohya's format holds LoRA, and this adapter is {attached.settings.method}"
+    what = f"kohya's format can hold only LoRA, but this adapter is {attached.settings.method}"
     how = "use the adapter's folder itself, which diffusers reads, or merge it with: tunekit merge"
-    return [Problem(f"{what}: programs compute its other tensors differently" if extra else what, how)]
+    return [Problem(f"{what}: programs do not agree how to compute its other tensors" if extra else what, how)]
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:

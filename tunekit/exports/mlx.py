@@ -43,19 +43,19 @@ LAYER = re.compile(r".*?\.(?:layers|h)\.\d+\.")  # the part of a module's name t
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
-    """Reasons not to export: not a text model, a prompt as adapter, a model that mlx-lm computes wrongly, or
-    separate matrices for embedding and head where mlx-lm has one."""
+    """Reasons not to export: not a text model, an adapter that is a prompt, a model that mlx-lm computes wrongly,
+    or separate matrices for embedding and head where mlx-lm has only one."""
     if exportable.family != "causal":
         return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
     if not wrong and kind in ALWAYS_TIED.split() and merging_unties(exportable):
-        what = f"mlx-lm's {kind} uses its embedding as head, and the adapter changes one of them alone"
+        what = f"mlx-lm's {kind} uses its embedding as head, but the adapter changes only one of the two"
         wrong.append(Problem(what, OTHER_PROGRAM))
     return wrong
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
-    """Write the low-rank pairs, padded to one rank and with scale 1, or the merged model."""
+    """Write the low-rank pairs, padded to the same rank and with scale 1, or the merged model."""
     limits = limit_notes(exportable, READER)
     plain, reason = plain_or_reason(exportable, options, READER, partial(refusal, exportable.config))
     if plain is None:
@@ -85,9 +85,9 @@ def refusal(config: JsonObject, plain: PlainAdapter) -> str:
     """Why mlx-lm cannot hold these low-rank pairs; an empty text if it can."""
     kind = config.get("model_type")
     if kind not in SAME_NAMES.split():
-        return f"mlx-lm's names of {kind} are not known to be those of transformers"
+        return f"mlx-lm may name the layers of {kind} differently from transformers"
     if plain.tied_pairs:
-        return f"mlx-lm changes embedding and head together, and the adapter changes {plain.tied_pairs[0]} alone"
+        return f"mlx-lm changes embedding and head together, but the adapter changes only {plain.tied_pairs[0]}"
     return "mlx-lm stores all experts in one module" if plain.experts else ""
 
 

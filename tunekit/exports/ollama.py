@@ -1,6 +1,6 @@
-"""A folder for `ollama create`: GGUF files and a Modelfile with the chat template, the stops and the settings.
+"""A folder for `ollama create`: GGUF files and a Modelfile with the chat template, the stop texts and the settings.
 
-The adapter is a .gguf file too: Ollama's own conversion of adapters orders rows in another way than llama.cpp.
+The adapter is a .gguf file too: Ollama's own conversion of adapters has another order of rows than llama.cpp.
 """
 
 import json
@@ -30,8 +30,10 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     message."""
     wrong = gguf.problems(exportable, options)
     if _has_template(exportable) and _turns(exportable) is None:
-        what = "its chat template writes more than fixed texts around each message, which Ollama's TEMPLATE cannot say"
-        how = "train with a template that does not (data.chat_template: FILE), or use --to gguf with llama.cpp"
+        what = (
+            "the chat template writes more than fixed texts around each message, which Ollama's TEMPLATE cannot express"
+        )
+        how = "train with a simpler template (data.chat_template: FILE), or use --to gguf with llama.cpp"
         wrong.append(Problem(what, how, key="--to"))
     return wrong
 
@@ -58,18 +60,19 @@ def _template_notes(turns: TurnTexts | None) -> tuple[str, ...]:
     if turns is not None and "system" not in turns.before:
         notes.append("the chat template has no system message, so Ollama leaves out SYSTEM and system messages")
     if turns is not None and turns.trims:
-        notes.append("the chat template removes spaces around a message, and Ollama does not: send messages without")
+        what = "the chat template removes spaces around a message, and Ollama does not"
+        notes.append(f"{what}: send messages without such spaces")
     return tuple(notes)
 
 
 def certify(
     written: Exported, exportable: Exportable, program: Program, questions: Callable[[], Questions], options: Options
 ) -> Certificate:
-    """Compare llama.cpp's answers with torch's, because Ollama runs llama.cpp. The template was compared when it was
-    derived."""
+    """Compare llama.cpp's answers with torch's, because Ollama runs llama.cpp. The template was compared when it
+    was derived."""
     file = replace(written, path=written.path / (ADAPTER if written.what == "adapter" else MODEL))
     certificate = gguf.certify_files(file, exportable, program, written.path / BASE, questions(), options)
-    return replace(certificate, note="Ollama itself was not run: it computes with llama.cpp, which was.")
+    return replace(certificate, note="llama.cpp was run in place of Ollama, which computes with llama.cpp.")
 
 
 def _settings(exportable: Exportable) -> list[str]:

@@ -17,8 +17,8 @@ from tunekit.targets.exportable import Exportable
 
 
 def unwritable(exportable: Exportable, program: str) -> list[Problem]:
-    """Reasons why the adapter can be neither written nor merged. The adapter is a prompt, which does not change
-    weights; or the program does not know the model, or computes it wrongly."""
+    """Reasons why the adapter can be neither written nor merged: the adapter is a prompt, which does not change
+    weights, or the program does not know the model, or computes it wrongly."""
     reading = _reading(exportable, program)
     if reading.unsupported:
         return [Problem(f"{program} {reading.version} {reading.unsupported}", "choose another --to", key="--to")]
@@ -36,7 +36,7 @@ def unwritable(exportable: Exportable, program: str) -> list[Problem]:
 
 
 def _reading(exportable: Exportable, program: str) -> FolderReading:
-    """How a program reads the base: what it does not support, and what it computes differently."""
+    """How a program reads the base: the features that it does not support, or computes differently."""
     every = readings(replace(read_model_files(exportable.folder), config=exportable.config))
     return next(reading for reading in every if reading.program == program)
 
@@ -56,7 +56,7 @@ def plain_or_reason(
     if options.merged:
         return None, "asked for with --merged"
     if exportable.family != "causal" or exportable.gguf_file is not None:
-        return None, "only adapters of a text model that is a folder of safetensors are read"
+        return None, "the base is not a text model in a folder of safetensors files"
     for finding in _reading(exportable, program).findings:
         if not finding.limit:  # the merged model is written in the portable form
             return None, f"with this base {program} {finding.what}"
@@ -69,12 +69,12 @@ def plain_or_reason(
 
 
 def _left_out(plain: PlainAdapter) -> str:
-    """The reason if low-rank pairs do not contain all trained tensors, or there are no pairs; otherwise an empty
-    text."""
+    """The reason why low-rank pairs cannot hold the adapter: it trains other tensors too, or has no pairs. Otherwise an
+    empty text."""
     if plain.rest:
         key = next(iter(plain.rest)).removeprefix("base_model.model.")
-        return f"besides low-rank updates it trains {key} ({len(plain.rest)} such tensors)"
-    return "" if plain.pairs else "it has no low-rank update"
+        return f"besides low-rank updates, the adapter trains {key} ({len(plain.rest)} such tensors)"
+    return "" if plain.pairs else "the adapter has no low-rank updates"
 
 
 def merging_unties(exportable: Exportable) -> bool:
@@ -94,5 +94,5 @@ def quantization_note(exportable: Exportable) -> tuple[str, ...]:
     kind = exportable.target.model.quantization
     if kind == "none":
         return ()
-    what = f"the adapter was trained on {kind} weights, so on the full base it differs by their rounding"
-    return (f"{what}; --merged writes the weights that it was trained on",)
+    what = f"the adapter was trained on {kind} weights, so on the full base its results differ by rounding errors"
+    return (f"{what}; with --merged, the base has the weights of the training",)

@@ -26,14 +26,14 @@ MOST_VALUES = 2**26  # log-probabilities of all rows of one model, so that large
 
 
 class NotComparable(InputError):
-    """The model cannot be compared token by token on this machine, whichever program reads the export."""
+    """The error for a model that cannot be compared token by token on this machine, with any program."""
 
 
 def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) -> tuple[list[list[int]], str]:
     """Token ids of at most `count` rows of the run, each cut to `tokens`, and a description of the rows.
 
-    `held_out`: take evaluation rows if there are any; otherwise training rows. If the target has no data or its files
-    are gone, the rows are fixed texts.
+    `held_out`: prefer evaluation rows to training rows. If the target has no data, or if its data files are missing,
+    fixed texts are used instead of rows.
     Raises: NotComparable for a model that reads no text.
     """
     objective, tokenizer = exportable.objective, exportable.processor.tokenizer
@@ -53,9 +53,9 @@ def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) 
 
 
 def make_questions(exportable: Exportable, *, with_base: bool = False, past_window: bool = True) -> Questions:
-    """The rows, and torch's float32 log-probabilities of the model with its adapter. `with_base`: also those of the
-    base alone; only one model is in memory at a time. `past_window`: one row is longer than the sliding window, if this
-    is short.
+    """The rows, and torch's float32 log-probabilities of the model with its adapter. `with_base`: also
+    compute log-probabilities of the base without the adapter; only one model is in memory at a time. `past_window`:
+    make one row longer than a short sliding window.
 
     Raises: NotComparable for a model that does not predict tokens, or that is too large for the memory.
     """

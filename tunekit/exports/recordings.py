@@ -29,7 +29,7 @@ class Recordings:
 
 
 def make_recordings(exportable: Exportable) -> Recordings:
-    """Recordings of the run, or one of noise, and torch's float32 log-probabilities of the whole model."""
+    """Recordings of the run (without data: one recording of noise), and torch's float32 log-probabilities for them."""
     processor = exportable.processor
     assert isinstance(processor, SpeechProcessor)  # a problem of the format otherwise
     section = exportable.target.model.model_copy(update={"dtype": "float32"})
@@ -55,7 +55,7 @@ def make_recordings(exportable: Exportable) -> Recordings:
 
 
 def without_timestamps(processor: SpeechProcessor, row: list[int]) -> list[int]:
-    """The ids of a transcript without timestamps. After its prefix, they contain the token for "no timestamps"."""
+    """Remove timestamps from the ids of a transcript, and add the token for "no timestamps" after the prefix."""
     if processor.no_timestamps in row:
         return row
     count = 3 if processor.multilingual else 1  # start, language and task
@@ -63,8 +63,8 @@ def without_timestamps(processor: SpeechProcessor, row: list[int]) -> list[int]:
 
 
 def _inputs(exportable: Exportable) -> tuple[list[Tensors], str]:
-    """The model's inputs for evaluation rows of the run, or else training rows, and a description of the rows. If
-    the rows cannot be read: no inputs, and the reason."""
+    """(inputs, description): the model's inputs for evaluation rows of the run, or for training rows if there are no
+    evaluation rows. If the rows cannot be read: ([], reason)."""
     loaded, reason = readable_rows(exportable.target, exportable.objective)
     if loaded is None:
         return [], reason

@@ -1,4 +1,4 @@
-"""Settings of a base that a program ignores: the export would not compute the same as the model."""
+"""Settings of a base that a program ignores. With such settings, the export would compute something else."""
 
 from collections.abc import Iterable, Mapping
 

@@ -20,7 +20,7 @@ OPTIONS = frozenset({"merged"})
 SUFFIX = ""
 PROGRAM = "vllm"
 READER = "vLLM"  # its name in model/storage/programs.py
-NOTE = "vLLM returns only the 20 largest log-probabilities of a position: the differences are of these alone"
+NOTE = "vLLM returns only the 20 largest log-probabilities of a position; only these were compared"
 NAME = "tuned"  # of the adapter, in requests
 # Classes of vLLM 0.32 with SupportsLoRA, without "ForCausalLM"; the first ones also adapt embedding and head.
 WITH_EMBEDDINGS = (
@@ -51,22 +51,22 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     flags = f"--enable-lora --max-lora-rank {max_lora_rank(plain.rank)} --lora-modules {NAME}={path}"
     flags += " --enable-mixed-moe-lora-format" if plain.experts else ""
     command = f"vllm serve {exportable.target.model.name_or_path} {flags}"
-    return Exported(path, "adapter", (command, f"requests name the model {NAME}", *quantization_note(exportable)))
+    return Exported(path, "adapter", (command, f"in requests, set model to {NAME}", *quantization_note(exportable)))
 
 
 def refusal(architecture: str, plain: PlainAdapter) -> str:
     """Why vLLM would refuse these low-rank pairs; an empty text if it accepts them."""
     name = architecture.removesuffix("ForCausalLM")
     if name not in f"{WITH_EMBEDDINGS} {LAYERS_ONLY}".split():
-        return f"vLLM takes no adapters of {architecture or 'this architecture'}"
+        return f"vLLM supports no adapters for {architecture or 'this architecture'}"
     ends = [module for module in (plain.embedding, plain.head) if module in plain.pairs]
     if ends and name not in WITH_EMBEDDINGS.split():
-        return f"vLLM takes no adapter of {ends[0]} in {architecture}"
+        return f"vLLM supports no adapter of the module {ends[0]} in {architecture}"
     if plain.rank > RANKS[-1]:
-        return f"its rank is {plain.rank}, and vLLM takes at most {RANKS[-1]}"
+        return f"the adapter's rank is {plain.rank}, and vLLM supports at most {RANKS[-1]}"
     parts = {tuple(module.rsplit(".", 2)[::2]) for module in plain.experts}  # (module of the experts, matrix)
     if len(parts) != EXPERT_MATRICES * len({experts for experts, _ in parts}):
-        return "it adapts some matrices of its experts, and vLLM takes all or none"
+        return "the adapter changes only some matrices of the experts, and vLLM supports all or none"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""A GGML file for whisper.cpp: the whole Whisper model in whisper.cpp's older layout, which it still reads."""
+"""A GGML file for whisper.cpp: the whole Whisper model in an older layout that whisper.cpp still reads."""
 
 import re
 import struct
@@ -55,7 +55,7 @@ RENAMED = (  # transformers' names -> whisper.cpp's
 )
 POSITIONS, CONVOLUTION_BIAS = ".positional_embedding", r"^encoder\.conv\d\.bias$"
 LENGTH = struct.Struct("<i")
-NOTE = "whisper.cpp keeps matrices and its cache in float16; it got torch's log-mel features"
+NOTE = "whisper.cpp keeps matrices and its cache in float16; its inputs were torch's log-mel features"
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
@@ -68,7 +68,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     config, frequencies = exportable.config, len(processor.extractor.mel_filters)
     wrong, widths = packed_problems(exportable), {config["encoder_ffn_dim"], config["decoder_ffn_dim"]}
     if widths != {WIDENING * config["d_model"]}:
-        what = f"its feed-forward layers have {' and '.join(map(str, sorted(widths)))} units"
+        what = f"the model's feed-forward layers have {' and '.join(map(str, sorted(widths)))} units"
         wrong.append(Problem(f"{what}, and whisper.cpp has {WIDENING * config['d_model']}", "choose another --to"))
     if frequencies != FREQUENCIES:
         what = f"the features have {frequencies} frequencies, and whisper.cpp computes {FREQUENCIES}"
@@ -96,8 +96,8 @@ def _write_filters(file: BinaryIO, processor: SpeechProcessor) -> None:
 
 
 def _write_vocabulary(file: BinaryIO, processor: SpeechProcessor) -> None:
-    """Write the bytes of each token, up to the last token that is not special. whisper.cpp itself names the later
-    tokens."""
+    """Write the bytes of each token, up to the last token that is not special. whisper.cpp itself names the tokens
+    after it."""
     backend = processor.tokenizer.backend
     special = {number: token.content.encode() for number, token in backend.get_added_tokens_decoder().items()}
     vocabulary = {number: token for token, number in backend.get_vocab().items() if number not in special}
@@ -108,8 +108,8 @@ def _write_vocabulary(file: BinaryIO, processor: SpeechProcessor) -> None:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte for each character in GPT-2's spelling: a printable byte is its own character; the others begin at
-    256."""
+    """The byte of each character in GPT-2's spelling. A printable byte is spelled as the character with its number;
+    other bytes are spelled as characters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [number for number in range(256) if number not in printable]
     return {chr(number): number for number in printable} | {chr(256 + i): number for i, number in enumerate(others)}
@@ -125,7 +125,7 @@ def _tensors(reader: ShardReader) -> Iterator[tuple[str, Tensor]]:
         name, tensor = stored, reader.read(stored)
         if stored == HEAD:
             if not torch.equal(tensor, reader.read(EMBEDDING)):
-                what = "whisper.cpp uses the embedding as head, and the adapter changes one of them alone"
+                what = "whisper.cpp uses the embedding as head, but the adapter changes only one of the two"
                 raise InputError(what, "choose another --to")
             continue
         for pattern, replacement in RENAMED:

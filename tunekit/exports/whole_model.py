@@ -1,4 +1,4 @@
-"""The folder that a program's own converter reads: the merged model, or the base with config keys of older programs."""
+"""A model folder for a program's own converter: the merged model, or the base with config keys of older programs."""
 
 import shutil
 from collections.abc import Collection, Iterator
@@ -15,20 +15,20 @@ from tunekit.targets.exportable import Exportable
 
 
 def packed_problems(exportable: Exportable) -> list[Problem]:
-    """A problem if a base is exported without adapter, but the recipe quantizes it: the export has its full weights,
-    and the run would compute with other weights."""
+    """A problem if a base is exported without an adapter, but the recipe quantizes the base: the export would have the
+    full weights, and the run would compute with the quantized weights."""
     packing = exportable.target.model.quantization
     if exportable.kind == "adapter" or packing == "none":
         return []
-    what = f"the recipe loads the base as {packing}, and the export has its full weights"
+    what = f"the recipe loads the base as {packing}, but the export would have the base's full weights"
     return [Problem(what, "add model.quantization=none to the command")]
 
 
 def conversion_problems(
     exportable: Exportable, program: str, families: Collection[str], model_types: Collection[str]
 ) -> list[Problem]:
-    """Reasons why the converter of a program cannot read the model. `families`, `model_types`: those that it
-    supports."""
+    """Reasons why the converter of a program cannot read the model. `families`, `model_types`: the families and
+    model types that the converter supports."""
     wrong = packed_problems(exportable)
     if find_program(program) is None:
         how = f"install it with: {INSTALL} {program}"

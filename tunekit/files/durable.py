@@ -36,7 +36,7 @@ def perform(kind: str, path: Path, action: Callable[[], T]) -> T:
 
 
 def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> TunekitError:
-    """The user's error for an OSError: exit code 4 if a resource is missing, 2 for a wrong folder."""
+    """The error to show for an OSError: with exit code 4 if a resource is missing, and 2 if a folder is wrong."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL:
         wanted = f"{bytes_text(size_bytes)} ({size_bytes} bytes) for " if size_bytes else ""
@@ -47,7 +47,7 @@ def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> Tunek
     if error.errno in FORBIDDEN:
         return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a place that you may write to")
     if error.errno in BROKEN:
-        return ResourceError(f"cannot {kind} {path}: {reason}", "the disk or the system failed; see its log")
+        return ResourceError(f"cannot {kind} {path}: {reason}", "the disk or the system failed; see the system's log")
     return RunFolderError(f"cannot {kind} {path}: {reason}")
 
 
@@ -142,7 +142,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a new folder. Its name becomes durable with sync(parent)."""
+    """Make a new folder. A crash can still undo this until sync(parent) is called."""
     effect("mkdir", folder, lambda: os.mkdir(folder))
 
 
@@ -185,7 +185,8 @@ def is_real_file(path: Path) -> bool:
 
 
 def is_own(path: Path) -> bool:
-    """Whether the path belongs to this process's user. True on Windows, where each user has a temporary folder."""
+    """Whether the path belongs to this process's user. True on Windows, where users do not share a
+    temporary folder."""
     return not hasattr(os, "getuid") or path.lstat().st_uid == os.getuid()
 
 
@@ -223,7 +224,8 @@ def atomic_file(path: Path) -> Iterator[DurableFile]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that is filled under a temporary name and then renamed, without syncs. An existing folder stays.
+    """A folder that is filled under a temporary name and then renamed, without syncs. An existing folder is not
+    replaced.
 
     Raises: OSError, after removing the temporary folder.
     """
@@ -257,9 +259,10 @@ def json_result(name: str | None) -> Callable[[object], None]:
         return lambda value: print(json_bytes(value).decode("ascii"), end="")
     path = Path(name)
     if path.is_dir():
-        raise RunFolderError(f"{path} is a folder", "name a file in it")
+        raise RunFolderError(f"{path} is a folder", "name a file in this folder")
     if not path.parent.is_dir():
-        raise RunFolderError(f"there is no folder {path.parent} for {path.name}", "make it, or name another file")
+        what = f"there is no folder {path.parent} for {path.name}"
+        raise RunFolderError(what, "make the folder, or name another file")
     temporary = temporary_name(path)
     write_bytes(temporary, b"")
     unlink(temporary)
@@ -267,7 +270,7 @@ def json_result(name: str | None) -> Callable[[object], None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, as `write_bytes`. An unpaired surrogate, which UTF-8 cannot encode, is escaped."""
+    """Write a text in UTF-8, completely or not at all. An unpaired surrogate, which UTF-8 cannot encode, is escaped."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -284,5 +287,5 @@ def json_bytes(value: object) -> bytes:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as a JSON file, as `write_bytes`."""
+    """Write a value as a JSON file, completely or not at all."""
     write_bytes(path, json_bytes(value))

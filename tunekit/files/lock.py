@@ -59,7 +59,8 @@ class FolderLock:
         self._lock.release()
 
     def remove(self) -> None:
-        """Remove the lock file (first, if possible) and release the lock. A failed start then leaves no trace."""
+        """Remove the lock file and release the lock, so that a failed start leaves no trace. On Windows the file is
+        removed after the release."""
         with contextlib.suppress(OSError):
             self.path.unlink()
         self._lock.release()

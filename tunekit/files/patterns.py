@@ -34,8 +34,8 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
     - back references, flags, conditions and atomic groups
     - syntax that only `regex` knows: fuzzy counts such as {e<=1}, and POSIX classes
 
-    The matcher remembers where a repeat has failed, so almost no other pattern is slow. Callers also set a timeout. It
-    is in processor seconds of this process, so it does not depend on the load of the machine.
+    The matcher remembers where a repeat has failed, so almost no other pattern is slow. Callers also set a timeout.
+    The timeout counts processor seconds of this process, so it does not depend on the load of the machine.
     Raises: ValueError with the reason for a refusal.
     """
     if len(text) > MAX_PATTERN_CHARACTERS:
@@ -52,8 +52,8 @@ def compile_pattern(text: str, template: str = "{}") -> regex.Pattern[str]:
 
 @dataclass
 class _Repeats:
-    """Counts for a part of a pattern: its open repeats, how deep they are nested, and its copies after counted repeats
-    are expanded."""
+    """Counts for a part of a pattern: its open repeats, their nesting depth, and its copies after counted repeats are
+    expanded."""
 
     count: int = 0
     depth: int = 0
@@ -66,7 +66,7 @@ class _Repeats:
         if quantifier[0] in "*+" or quantifier.rstrip("?+").endswith(",}"):
             self.count, self.depth = self.count + 1, self.depth + 1
         if self.count > MAX_OPEN_REPEATS or self.depth > MAX_OPEN_DEPTH or self.copies > MAX_COPIES:
-            raise ValueError("can take too many steps: it repeats too much, or repeats inside repeats")
+            raise ValueError("can take too many steps, because it has too many repeats, or repeats inside repeats")
 
 
 def _refuse_costly(text: str) -> None:
@@ -96,11 +96,11 @@ def _refuse_costly(text: str) -> None:
         else:
             parts[-1].append(_Repeats())
     if sum(part.count for group in parts for part in group) > MAX_OPEN_REPEATS:
-        raise ValueError("can take too many steps: it repeats too much")
+        raise ValueError("can take too many steps, because it has too many repeats")
 
 
 def compile_expression(text: str) -> regex.Pattern[str]:
-    """Compile an expression with Python's syntax and meaning. It searches a model's output, with a timeout.
+    """Compile an expression with Python's syntax and meaning, for searching a model's output with a timeout.
 
     Everything that `re` compiles is allowed, since the timeout ends slow searches; only the size is limited.
     Raises: ValueError.

@@ -63,7 +63,7 @@ class TensorEntry:
 def read_raw_header(path: Path, kind: FileKind = ADAPTER_FILE) -> tuple[int, int, dict[str, Any]]:
     """The start and end of the tensors' data in a file, and the parsed header.
 
-    Raises: the kind's error.
+    Raises: `kind.error`.
     """
     file = str(path)
     with open_regular(path, kind) as (number, size_bytes):
@@ -84,7 +84,7 @@ def read_tensor_header(path: Path, kind: FileKind = ADAPTER_FILE) -> dict[str, T
     """The entries of all tensors, in the order of the file. The tensors' data are not read.
 
     Checks the header's length, strict JSON, types and shapes, and that the byte ranges fill the file without overlap.
-    Raises: the kind's error.
+    Raises: `kind.error`.
     """
     file = str(path)
     start, size_bytes, header = read_raw_header(path, kind)
@@ -123,7 +123,7 @@ def _entry(name: str, value: object, path: Path, start: int, kind: FileKind) -> 
 def read_tensor(path: Path, entry: TensorEntry, kind: FileKind = ADAPTER_FILE) -> Tensor:
     """One tensor in new memory.
 
-    Raises: the kind's error if the file has become shorter.
+    Raises: `kind.error` if the file has become shorter.
     """
     with open_regular(path, kind) as (number, _):
         return _read(number, entry, path, kind)
@@ -134,7 +134,7 @@ def iterate_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a header from read_tensor_header, in the order of the file.
 
-    Raises: the kind's error if the file has changed since the header was read.
+    Raises: `kind.error` if the file has changed since the header was read.
     """
     with open_regular(path, kind) as (number, size_bytes):
         if header and size_bytes != max(entry.offset_bytes + entry.size_bytes for entry in header.values()):
@@ -152,7 +152,7 @@ def _read(number: int, entry: TensorEntry, path: Path, kind: FileKind) -> Tensor
 def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: FileKind) -> None:
     """Fill `target` with the bytes of an open file from `offset` on. `target` is contiguous, on the CPU.
 
-    Raises: the kind's error if the file is too short.
+    Raises: `kind.error` if the file is too short.
     """
     done, memory = 0, tensor_bytes(target)
     with open(number, "rb", buffering=0, closefd=False) as file:
@@ -160,7 +160,7 @@ def fill_from_file(number: int, offset: int, target: Tensor, path: Path, kind: F
         while done < len(memory):
             count = file.readinto(memory[done : done + READ_BYTES])
             if not count:
-                raise kind.error("ends before its tensors do", DAMAGED_HOW, file=str(path))
+                raise kind.error("ends before its last tensor", DAMAGED_HOW, file=str(path))
             done += count
 
 

@@ -23,8 +23,8 @@ MAX_NUMBER_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class FileKind:
-    """Rules for reading one kind of file. `error`: the class of all errors ("the kind's error"). `follows_links`: allow
-    links. `json_bytes`: the maximum size of JSON."""
+    """Rules for reading one kind of file. `error`: the class of all errors. `follows_links`: allow links. `json_bytes`:
+    the maximum size of JSON."""
 
     error: type[InputError]
     follows_links: bool = False
@@ -41,7 +41,7 @@ RUN_RECORD = FileKind(RunFolderError, follows_links=True, json_bytes=100_000_000
 def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[int, int]]:
     """The descriptor and size of a regular file. A pipe is refused at once, although opening it could block.
 
-    Raises: the kind's error.
+    Raises: `kind.error`.
     """
     try:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
@@ -63,9 +63,9 @@ def open_regular(path: Path, kind: FileKind = ADAPTER_FILE) -> Iterator[tuple[in
 
 
 def read_small(path: Path, kind: FileKind = ADAPTER_FILE) -> bytes:
-    """The bytes of a file that is not larger than the kind's limit for JSON.
+    """The bytes of a file that has at most `kind.json_bytes` bytes.
 
-    Raises: the kind's error.
+    Raises: `kind.error`.
     """
     with open_regular(path, kind) as (number, size_bytes):
         if size_bytes > kind.json_bytes:
@@ -76,7 +76,7 @@ def read_small(path: Path, kind: FileKind = ADAPTER_FILE) -> bytes:
 def sha256_of(path: Path, kind: FileKind = ADAPTER_FILE) -> str:
     """Hex digest of a regular file.
 
-    Raises: the kind's error.
+    Raises: `kind.error`.
     """
     with open_regular(path, kind) as (number, _), open(number, "rb", closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,7 +85,7 @@ def sha256_of(path: Path, kind: FileKind = ADAPTER_FILE) -> str:
 def read_exactly(number: int, size_bytes: int, path: Path, kind: FileKind) -> bytes:
     """The next bytes of an open file.
 
-    Raises: the kind's error if it ends too early.
+    Raises: `kind.error` if it ends too early.
     """
     pieces, left = [], size_bytes
     while left and (piece := os.read(number, left)):
@@ -146,7 +146,7 @@ def refuse_constant(text: str) -> None:
 
 
 def same_value(left: object, right: object) -> bool:
-    """Whether both have the same type and value: 0 is not False."""
+    """Whether `left` and `right` have the same type and value: 0 is not False."""
     return type(left) is type(right) and bool(left == right)
 
 

@@ -18,7 +18,7 @@ TEMPORARY_PREFIX = "tunekit-"
 @contextmanager
 def work_folder(path: Path) -> Iterator[Path]:
     """A new folder next to `path`, removed after the block. Folders that killed processes left for the same `path` are
-    removed first; a lock file in each folder names its process.
+    removed first; a lock file in each folder contains the id of its process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent, f".{path.name}.part-")
@@ -44,8 +44,8 @@ def _lock(folder: Path) -> None:
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove the folders of killed processes, but not those of other users, who share the system's temporary folder. A
-    folder that cannot be removed must not stop the command."""
+    """Remove the folders of this user's killed processes. Other users' folders in a shared temporary folder stay. A
+    folder that cannot be removed is not an error."""
     for folder in parent.glob(f"{glob.escape(prefix)}*"):
         ours = is_real_folder(folder) and is_real_file(folder / LOCK_NAME) and is_own(folder)
         if ours and not is_held(folder):
@@ -54,9 +54,10 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
 
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """A temporary path, at which the block writes a new file or folder; it is flushed and moved to `path`.
+    """A temporary path, where the block writes a new file or folder. After the block, the result is flushed to the disk
+    and moved to `path`.
 
-    After a failure nothing of it remains. Raises: ResourceError that names `path` if the disk is full.
+    A failed block leaves no files behind. Raises: ResourceError that names `path` if the disk is full.
     """
     with work_folder(path) as work:
         temporary = work / path.name

@@ -43,8 +43,8 @@ def export_adapter(
     fingerprint: str | None,
     measured: JsonObject | None = None,
 ) -> int:
-    """Write the adapter's folder completely or not at all; returns its bytes. `chat_template`: the text of the
-    recipe's template; `measured`: facts that an evaluation decided."""
+    """Write the adapter's folder completely or not at all; returns its size in bytes. `chat_template`: the
+    text of the recipe's template; `measured`: values that an evaluation computed for the adapter's folder."""
     return save_adapter_folder(
         adapter,
         folder,
@@ -71,7 +71,7 @@ def export_model(
     answering: Answering | None,
 ) -> int:
     """Write the trained base completely or not at all, in the dtype of its files, with one shard at a time in memory;
-    returns its bytes. `chat_template`: the text of the recipe's template."""
+    returns its size in bytes. `chat_template`: the text of the recipe's template."""
     rewriter = Rewriter(section, "full", loaded=base)
     with atomic_model_folder(folder) as staging:
         rewriter.write(staging, rewriter.as_changes(adapter.trained()))
@@ -85,8 +85,8 @@ def _objective_facts(objective: Objective, adapter: AttachedAdapter, measured: J
 
 
 def facts_for_export(adapter: AttachedAdapter, objective: Objective, measured: JsonObject) -> dict[str, Any]:
-    """The facts about an adapter that a checkpoint stores besides tensors: settings, targets and objective. All values
-    are resolved."""
+    """The values that a checkpoint stores for the export of its adapter, besides tensors: settings, targets and
+    objective. Each `auto` is replaced by its value."""
     return {
         "settings": adapter.settings.model_dump(mode="json", exclude={"init_from"}),
         "targets": [asdict(target) for target in adapter.targets],
@@ -103,7 +103,7 @@ def _require_base(section: ModelSection) -> None:
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) -> int:
-    """Write the adapter folder that the run would have exported after this step; returns its bytes.
+    """Write the adapter folder that the run would have exported after this step; returns its size in bytes.
 
     `model`: overrides of the recipe's model section.
     Raises: RunFolderError, ModelError.
@@ -111,7 +111,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     recipe_file = checkpoint.parent.parent / "recipe.yaml"
     if not recipe_file.exists():
         what = f"{checkpoint} is not in a run folder: {recipe_file} is missing"
-        raise RunFolderError(what, "leave checkpoints where the run wrote them")
+        raise RunFolderError(what, "move the checkpoint back to the folder where the run wrote it")
     recipe = load_recipe(recipe_file).recipe
     if recipe.adapter.trains_base:
         what = f"{checkpoint} contains no adapter: the run trains its base, and writes a model only at its end"
@@ -119,7 +119,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
     saved = load_checkpoint(checkpoint)
     facts = saved.facts.get("export")
     if facts is None:
-        what = f"{checkpoint} is of an older tunekit and cannot be exported"
+        what = f"{checkpoint} was written by an older tunekit, and cannot be exported"
         raise RunFolderError(what, "finish the run with --resume")
     section = recipe.model.model_copy(update=model)
     _require_base(section)

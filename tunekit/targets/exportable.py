@@ -1,4 +1,4 @@
-"""A base model, or a base with an adapter, for export: everything that a format needs to know about it."""
+"""A base model, or a base with an adapter, with everything that an export format needs to know about it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ class Exportable:
 
 
 def make_exportable(target: TargetSpec) -> Exportable:
-    """The target with its base's facts; weights are not read. Raises: ModelError, AdapterError or DataError."""
+    """The target with its base's properties; weights are not read. Raises: ModelError, AdapterError or DataError."""
     family, processor = family_of(target), processor_of(target)
     target, objective = with_objective(target, processor)
     source, config = find_source(target.model, weights=True), JsonObject()

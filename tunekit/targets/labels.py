@@ -1,4 +1,4 @@
-"""Finds the labels of a trained head, one per row of its last matrix, from the base's own head or from an adapter."""
+"""Finds the labels of a trained head, one per row of its last matrix, in the base's files or in an adapter."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from tunekit.records import JsonObject
 
 
 def start_facts(recipe: Recipe) -> JsonObject:
-    """A classifier's initial facts. `head`: the labels of the base's own head. `labels`: the labels of the adapter that
-    training continues.
+    """The labels that are known before a classifier is trained. `head`: labels of the base's own head. `labels`: labels
+    of the adapter that training continues.
 
-    Raises: AdapterError; RecipeError if the recipe lists other labels than the head has, or another order.
+    Raises: AdapterError; RecipeError if the recipe's labels, or their order, differ from the head's.
     """
     start, settings = recipe.adapter.init_from, recipe.objective
     if not settings.has_head:
@@ -43,8 +43,8 @@ def start_facts(recipe: Recipe) -> JsonObject:
 
 
 def adapter_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
-    """The facts about the objective in the adapter's folder, without the method. For another tool's adapter: the labels
-    of its head."""
+    """Values of the objective that the adapter's folder stores, without the method's name. For another tool's adapter:
+    the labels of its head."""
     if config.objective is not None:
         return {key: value for key, value in config.objective.items() if key != "method"}
     return head_facts(config, base)
@@ -66,10 +66,10 @@ def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
 
 
 def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
-    """The facts of a head, with the user's labels for its outputs. Raises: RecipeError if the counts differ."""
+    """`facts` of a head, with the user's labels for its outputs. Raises: RecipeError if the counts differ."""
     if labels and len(labels) != (rows := len(facts.get("labels", ()))):
         what = f"names {len(labels)} labels, but the adapter's head has {rows} rows"
-        raise RecipeError(what, "name one for each row, in their order", key="objective.labels")
+        raise RecipeError(what, "name one label for each row, in the order of the rows", key="objective.labels")
     return {**facts, "labels": labels} if labels else facts
 
 
@@ -97,15 +97,15 @@ def _head_labels(base: ModelSection, family: str) -> tuple[str, ...]:
 
 
 def _as_listed(labels: Sequence[str], listed: tuple[str, ...]) -> tuple[str, ...]:
-    """The recipe's labels if they equal the head's labels apart from the spelling of true and false, or if the head has
-    equally many rows with default names. Otherwise the head's labels."""
+    """The recipe's labels if they differ from the head's labels only in the spelling of true and false, or if the head
+    has the same number of labels with default names. Otherwise the head's labels."""
     names = tuple(map(str, labels))
     same = names == default_labels(len(names)) or tuple(map(label_text, names)) == listed
     return listed if len(names) == len(listed) and same else names
 
 
 def _refuse_other_problem_type(config: AdapterConfig, trained: JsonObject, settings: ObjectiveSettings) -> None:
-    """Raises: RecipeError if the recipe's problem type differs from the one that the adapter's folder states."""
+    """Raises: RecipeError if the recipe's problem type differs from the problem type in the adapter's folder."""
     here, there = getattr(settings, "problem_type", SINGLE_LABEL), trained.get("problem_type", SINGLE_LABEL)
     if config.objective is not None and here != there:
         what = f"is {here}, but {config.folder} was trained for {there}"

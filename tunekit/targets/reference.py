@@ -1,4 +1,4 @@
-"""Loads the reference model of a finished run, if it is the adapter at step 0 instead of the bare base."""
+"""Loads the reference model of a finished run, if the reference is the adapter at step 0 and not the bare base."""
 
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
@@ -20,8 +20,7 @@ def load_reference(loaded: LoadedTarget) -> None:
     saved = with_prefix(load_checkpoint(checkpoints[0][1]).tensors, REFERENCE_PREFIX) if checkpoints else {}
     state = model.adapter.state()
     if any(name not in saved or saved[name].shape != tensor.shape for name, tensor in state.items()):
-        what = (
-            f"{loaded.objective.name} compares this adapter with its state at step 0, which only its run's checkpoints"
-        )
-        raise InputError(f"{what} have", "name the run, with an unchanged folder 'checkpoints'")
+        name = loaded.objective.name
+        what = f"{name} compares this adapter with its state at step 0, which only its run's checkpoints contain"
+        raise InputError(what, "name the run, with an unchanged folder 'checkpoints'")
     model.reference_state = {name: saved[name].to(tensor.device) for name, tensor in state.items()}

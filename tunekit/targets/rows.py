@@ -1,4 +1,4 @@
-"""Reads the rows of the run that made a target. They are optional: comparisons also work without them."""
+"""Reads the rows of the run that made a target. Missing rows are no error: comparisons then use other inputs."""
 
 from tunekit.contracts import Objective
 from tunekit.data.rows import RowSet, load_rows
@@ -7,8 +7,8 @@ from tunekit.targets.target import TargetSpec
 
 
 def readable_rows(target: TargetSpec, objective: Objective | None) -> tuple[RowSet | None, str]:
-    """The rows of the target's run, and "". If the data files are missing or unreadable: None, and the reason as text,
-    because a run can be used without its data."""
+    """(rows of the target's run, ""); (None, reason as text) if the data files are missing or unreadable, because a run
+    can be used without its data."""
     if target.data is None or objective is None:
         return None, ""
     try:

@@ -56,8 +56,8 @@ class TargetSpec:
 
     @property
     def template_file(self) -> Path | None:
-        """A chat template that replaces the tokenizer's own: the one in the adapter's folder, otherwise the
-        recipe's."""
+        """A chat template that replaces the tokenizer's own: the template in the adapter's folder, otherwise the
+        recipe's template."""
         exported = None if self.adapter is None else self.adapter / TEMPLATE_NAME
         configured = None if self.recipe is None else self.recipe.data.chat_template
         if exported is not None and exported.exists():
@@ -118,7 +118,7 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
     """Resolve TARGET from its files; nothing is loaded.
 
     Raises: InputError if TARGET cannot be resolved, or if an adapter's base cannot be found; AdapterError if an
-    adapter's file is damaged, because the base takes long to load.
+    adapter's file is damaged. (This is checked first, because the base takes long to load.)
     """
     parsed = load_target_overrides(overrides)
     parsed.model.update(base_override(base))
@@ -220,7 +220,7 @@ def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: Target
 
 
 def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides) -> TargetSpec:
-    """The state of a run after the checkpoint's step."""
+    """The target for a run's checkpoint, with the adapter after the checkpoint's step."""
     holder = temporary_folder()
     adapter = Path(holder.name) / "adapter"
     export_checkpoint(checkpoint, adapter, parsed.model)
@@ -230,7 +230,7 @@ def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides) -> TargetSpec:
 
 
 def _from_adapter(folder: Path, parsed: TargetOverrides) -> TargetSpec:
-    """An adapter folder; inside a run folder it also has that run's data."""
+    """The target for an adapter folder. If the folder is in a run folder, the target also has the run's data."""
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
         return replace(_from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, parsed), run=run)
@@ -261,7 +261,7 @@ def base_section(config: AdapterConfig, overrides: Mapping[str, Any], how: str) 
         facts |= {"name_or_path": config.base_location(), "revision": config.revision}
         if facts["name_or_path"] is None:
             wanted = config.base_name_or_path or "an unnamed base"
-            raise ModelError(f"{config.folder} belongs to {wanted}, which was not found", how)
+            raise ModelError(f"the adapter {config.folder} belongs to {wanted}, which was not found", how)
     stated = {name: value for name, value in facts.items() if value is not None}
     return ModelSection.model_validate({**stated, **overrides})
 
@@ -352,7 +352,7 @@ def load_base(
 def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
     """Load the base, its adapter and its processor, ready for evaluation.
 
-    The base's weights are streamed, and MLPs computed in tiles, if the recipe states it.
+    If the recipe says so, the base's weights are streamed and MLPs are computed in tiles.
     """
     choice, attach = target.choice, None
     target, base, processor, objective = load_base(target, device, choice)
@@ -365,7 +365,7 @@ def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
 
 
 def _refuse_random(target: TargetSpec, model: TunedModel) -> None:
-    """Refuse an adapter whose base has random modules: neither the base's files nor the adapter contain their weights.
+    """Refuse an adapter with random modules: neither the base's files nor the adapter contain their weights.
 
     Raises: ModelError.
     """

@@ -1,6 +1,7 @@
 """Random order without state: each permutation or draw depends only on a seed and on names such as the epoch.
 
-They are the same on every machine and with every version of numpy, because only the raw Philox stream is used.
+The results are the same on every machine and with every version of numpy, because only numpy's raw Philox stream is
+used.
 """
 
 import hashlib
@@ -26,8 +27,8 @@ def permutation(count: int, *parts: int | str) -> Indices:
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of one source: start .. stop-1. An epoch has floor(weight) copies of each row. A random share of the
-    rows, as large as the fraction of the weight, gets one more copy.
+    """The rows of one source: start .. stop-1. An epoch has floor(weight) copies of each row, and one more copy of
+    some randomly drawn rows: with weight 2.3, of 30 % of the rows.
     """
 
     start: int
@@ -51,9 +52,9 @@ def epoch_rows(shares: tuple[Share, ...], *, seed: int, epoch: int, shuffle: boo
 
 
 def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """(rows,) whether each row is held out. The number of held-out rows is `fraction`, rounded, and at least one.
+    """(rows,) whether each row is held out. `fraction`: the held-out share of the rows; at least one row.
 
-    Rows are ordered by a seeded hash of their content. A group of equal rows at the border goes to training.
+    Rows are ordered by a seeded hash of their content. Equal rows stay together: all of them are held out, or none.
     """
     if len(digests) == 0:
         return np.zeros(0, dtype=np.bool_)

@@ -27,7 +27,7 @@ def lay_end_to_end(sequences: Arrays, fill: int, kind: type[np.generic] = np.int
 def positions(sizes: Sequence[Sequence[int]], firsts: Sequence[Sequence[int]] | None = None) -> Tensor:
     """(B, T) int64: each token's position in its part of the sequence, from 0 or from `firsts`. Padding counts from 0.
 
-    `sizes`: for each sequence, the sizes of its parts, such as packed rows.
+    `sizes`: for each sequence, the sizes of its parts, such as packed rows. `firsts`: the first position of each part.
     """
     width = max((sum(parts) for parts in sizes), default=0)
     firsts = [[0] * len(parts) for parts in sizes] if firsts is None else firsts

@@ -1,10 +1,11 @@
-"""Splits a micro-batch into two halves. The losses and gradients of the halves add up to those of the micro-batch."""
+"""Splits a micro-batch into two halves. The losses and gradients of the halves add up to the
+loss and gradient of the micro-batch."""
 
 from tunekit.contracts import Batch, Row, RowKind
 
 
 def split_batch(batch: Batch, kind: RowKind) -> tuple[Batch, Batch] | None:
-    """The two halves of a batch. A batch with a single sequence is split between its rows; None for a single row.
+    """The two halves of a batch. A single sequence of packed rows is split between two rows; None for a single row.
 
     Each half is padded to its own longest sequence. The rows keep their order.
     """

@@ -1,7 +1,7 @@
 """Training on data larger than memory: rows are encoded as they are read, and shuffled by shard and by buffer.
 
-Only one buffer per source is in memory. The order depends only on (sources, settings, seed). A resumed run encodes
-again all rows before its step.
+Only one buffer per source is in memory. The order depends only on (sources, settings, seed). A resumed run
+encodes all earlier rows again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ class StreamedSource:
     kind: RowKind
 
     def rows(self, seed: int, shuffle: bool) -> Iterator[tuple[Row, float]]:
-        """Endless rows with their epochs. The epoch includes a fraction: the share of the shards that were read.
+        """Endless rows, each with its epoch, such as 1.5: one complete pass, and half of the shards in the second pass.
 
         Raises: DataError listing the wrong rows of a buffer, or if no row can be trained on.
         """
@@ -68,7 +68,7 @@ class StreamedSource:
                 raise DataError("no row of this source can be trained on", "", file=self.sharded.source.path)
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
-        """The encoded rows of one epoch, in buffers. With each buffer: the share of the epoch's shards read so far."""
+        """The encoded rows of one epoch, as (buffer of rows, share of the epoch's shards that were read before)."""
         problems, name = Problems(), self.sharded.source.path
         started = [0]
         make_example = format_maker(self.format_name, name)
@@ -122,7 +122,7 @@ class StreamedWindows:
         self._rank, self._world = rank, world
 
     def windows(self, first_step: int) -> Iterator[Window]:
-        """This rank's share of each step from `first_step` on."""
+        """Yields this rank's micro-batches of each step, from `first_step` on."""
         window: list[tuple[StreamedSequence, ...]] = []
         step = 0
         for micro_batch in cut_micro_batches(self._groups(), self._sizes_of, self._settings):
@@ -170,7 +170,7 @@ class StreamedWindows:
                 yield StreamedRow(replace(row, number=block * DRAWS + offset), epoch)
 
     def _groups(self) -> Iterator[StreamedSequence]:
-        """Sequences of one row each; with packing, packs. PACKED_WINDOWS windows of rows are packed at a time."""
+        """Sequences of one row; with packing, packs of rows. The rows of PACKED_WINDOWS windows are packed together."""
         settings = self._settings
         if not settings.packing:
             for row in self._rows():

@@ -26,8 +26,8 @@ STEP_ROUNDING = 1e-9  # tolerance for rounding: 0.1 * 30 is not exactly 3
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """The settings that decide the windows. Either micro_batch_size or micro_batch_tokens is set, and either epochs or
-    max_steps."""
+    """The settings that decide how rows are batched. Either micro_batch_size or micro_batch_tokens is set, and
+    either epochs or max_steps."""
 
     micro_batch_size: int | None
     micro_batch_tokens: int | None
@@ -43,7 +43,7 @@ class BatchSettings:
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
-    """Sequences of one row each; with packing, packs. `order`: row numbers. `lengths`: the lengths of these rows."""
+    """Sequences of one row; with packing, packs of rows. `order`: row numbers. `lengths`: the rows' lengths."""
     if not settings.packing:
         return [(int(row),) for row in order]
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
@@ -82,7 +82,7 @@ def cut_by_key(
     sizes_of: Callable[[Cut], Sizes],
     settings: BatchSettings,
 ) -> list[tuple[Cut, ...]]:
-    """The rows of a step in new micro-batches. All groups of a micro-batch have the same key."""
+    """Form new micro-batches from the rows of a step, so that all groups of a micro-batch have the same key."""
     keys: dict[bytes, list[Cut]] = {}
     for group in chain.from_iterable(micro_batches):
         keys.setdefault(key_of(group), []).append(group)
@@ -115,7 +115,7 @@ class TrainingWindows:
         self.micro_batches_per_epoch = len(self.micro_batches(0))
         self.steps_per_epoch = self._epoch_steps(0)
         if self.steps_per_epoch == 0:
-            raise DataError("with these weights an epoch has no row", "raise data.train[].weight")
+            raise DataError("with these weights of the sources, an epoch has no rows", "raise data.train[].weight")
         self.steps = settings.max_steps if settings.max_steps is not None else self._count_steps(settings.epochs or 1.0)
 
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
@@ -131,7 +131,7 @@ class TrainingWindows:
         return self._kind.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
 
     def windows(self, first_step: int) -> Iterator[Window]:
-        """This rank's share of each step from `first_step` on, up to `steps`."""
+        """Yields this rank's micro-batches of each step, from `first_step` on, up to `steps`."""
         epoch, before = 0, 0
         while before + self._epoch_steps(epoch) <= first_step:
             before += self._epoch_steps(epoch)
@@ -164,7 +164,9 @@ class TrainingWindows:
         return self._kind.layout.key_of(self._rows[group[0]])
 
     def _epoch_steps(self, epoch: int) -> int:
-        """Number of steps of an epoch, including the last, partial window. With packing it can differ by epoch."""
+        """Number of steps of an epoch, including the last, partial window. With packing, the
+        number can differ between epochs.
+        """
         while len(self._steps_of) <= epoch:
             if self._steps_of and not self._varies:
                 self._steps_of.append(self._steps_of[0])
@@ -189,8 +191,8 @@ class TrainingWindows:
 
 
 def evaluation_batches(rows: Rows, kind: RowKind, *, batch_size: int) -> Iterator[Batch]:
-    """Batches of all rows, longest first. So batches have little padding, and if memory is too small, the first
-    batch fails.
+    """Batches of all rows, longest rows first. This order keeps padding small. If memory is too small, already the
+    first batch fails.
     """
     order = np.argsort(-np.asarray(rows.lengths), kind="stable")  # (rows,)
     waiting: dict[bytes, list[Group]] = {}
@@ -214,8 +216,8 @@ def largest_evaluation_batch(rows: Rows, kind: RowKind, *, batch_size: int) -> B
 
 
 def filled_batch(rows: Rows, kind: RowKind, settings: BatchSettings) -> Batch:
-    """A micro-batch whose sequences have exactly max_length tokens, made from the longest rows. No micro-batch of a
-    stream, whose rows are not known in advance, needs more memory."""
+    """A micro-batch whose sequences have exactly max_length tokens, made from the longest rows. It needs at least as
+    much memory as any micro-batch of a stream, whose rows are not known in advance."""
     capacity = settings.max_length
     count = settings.micro_batch_size or max((settings.micro_batch_tokens or 1) // capacity, 1)
     longest = np.argsort(-np.asarray(rows.lengths), kind="stable").tolist()

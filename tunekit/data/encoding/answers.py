@@ -74,13 +74,14 @@ def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
     answers: dict[str, str] = {}
     for source in (*data.train, *evaluation):
         if must_stream(source, machine_memory_bytes()):
-            what = f"{source.path} is streamed, and its first rows may not contain every answer"
+            what = f"{source.path} is streamed, and its first rows can lack some of the answers"
             raise RecipeError(what, "list the answers", key=KEY)
         for _, example in read_examples(source, kind, range(LARGEST_COUNT)):
             text = answer_of(example) or ""
             if text.strip():
                 answers.setdefault(text.strip(), text)
     if not 2 <= len(answers) <= MOST_ANSWERS:
-        how = "at least two are needed" if len(answers) < 2 else f"at most {MOST_ANSWERS} are possible; list them"
+        most = f"at most {MOST_ANSWERS} answers are possible; list the answers"
+        how = "at least two answers are needed" if len(answers) < 2 else most
         raise DataError(f"the rows have {len(answers):,} different answers: {how}", key=KEY)
     return tuple(answers[label] for label in sorted(answers))

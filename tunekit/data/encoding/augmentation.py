@@ -1,6 +1,7 @@
-"""Image augmentation: random changes that depend on a seed only, and give pixels of the trained size.
+"""Image augmentation: random changes that depend only on a seed, and give images of the size to train on.
 
-torchvision's transforms use torch's global generator. It is seeded for a call, and then restored.
+torchvision's transforms use torch's global generator. Each call seeds this generator, and restores
+its state afterwards.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ def transforms() -> Any:
 @dataclass(frozen=True)
 class Augmentation:
     """Settings of the augmentation. `crop_scale`: minimum and maximum share of the image's area in a random crop; None:
-    no crop, because images already have the trained size."""
+    no crop, because images already have the size to train on."""
 
     resolution: int
     crop_scale: tuple[float, float] | None

@@ -25,8 +25,8 @@ Fill = Callable[[StoreWriter], SourceFacts]
 def cached_store(
     folder: Path, key: str, layout: RowLayout, fill: Fill, facts: Sequence[str] = ()
 ) -> tuple[TokenStore, SourceFacts]:
-    """The cache entry `key`. `fill` makes the entry if it is absent, damaged, or without one of `facts` (which older
-    code did not write). If the folder cannot be written, the entry stays in memory.
+    """The cache entry `key`. `fill` makes a new entry if there is none, if the files are damaged, or if a value named
+    in `facts` is missing (older versions did not write it). If the folder cannot be written, the entry stays in memory.
     """
     place = folder / "tokens" / key
     found = _load_entry(place, layout, facts)

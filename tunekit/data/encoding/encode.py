@@ -1,4 +1,4 @@
-"""Encodes the rows of a source: cuts them to data.max_length, and counts them."""
+"""Cuts the encoded rows of a source to data.max_length, and counts them."""
 
 import hashlib
 from collections import Counter
@@ -31,7 +31,7 @@ class SourceCounts:
 
 
 class Encoded(NamedTuple):
-    """A row or a piece of a split row, with its place in the source. Rows of a JSON array can share a line."""
+    """A row, or a piece of a split row, with its place in the source. Rows of a JSON array can have the same line."""
 
     row: Row
     line: int
@@ -88,7 +88,7 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
     if length <= most:
         return [row]
     if options.excess_length == "error":
-        how = "raise it, or set data.excess_length: drop|truncate|split"
+        how = "raise data.max_length, or set data.excess_length: drop|truncate|split"
         raise DataError(f"the row has {length} tokens{kind.room}, but data.max_length is {most}", how)
     if options.excess_length == "drop":
         raise Dropped(TOO_LONG + kind.room)

@@ -35,8 +35,8 @@ BIT_DEPTH_STEP = 257.0  # 65535 / 255
 def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixels:
     """(H, W, 3) the upright pixels of an image. `source`: the path or the bytes. `notices`: counts of conversions.
 
-    Raises: Dropped for an animated or tiny image; DataError for a damaged image or another file; InputError if Pillow
-        is not installed.
+    Raises: Dropped for an animated or tiny image; DataError if the file is damaged or not an image; InputError if
+        Pillow is not installed.
     """
     try:
         from PIL import Image, ImageOps
@@ -46,7 +46,8 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     notices = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
-        raise DataError(f"there is no image {file}", "check the path, which starts at the folder of its table")
+        how = "check the path; a relative path starts at the folder of the table"
+        raise DataError(f"there is no image {file}", how)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -56,20 +57,19 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
                 if getattr(opened, "n_frames", 1) > 1:
                     raise Dropped(ANIMATED)
                 opened.load()
-                notices["was turned upright, as its EXIF data states"] += opened.getexif().get(ORIENTATION) in range(
-                    2, 9
-                )
+                turned = opened.getexif().get(ORIENTATION) in range(2, 9)
+                notices["images turned upright, as their EXIF data states"] += turned
                 ImageOps.exif_transpose(opened, in_place=True)
                 return _as_pixels(opened, notices)
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         what = "has too many pixels for an image"
-        raise DataError(f"{_named(file)} {what}", "make it smaller") from None
+        raise DataError(f"{_named(file)} {what}", "make the image smaller") from None
     except Exception as error:  # PIL's decoders raise all kinds of exceptions for damaged files
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"
-        raise DataError(what, f"repair or remove it; the supported formats are {', '.join(FORMATS)}") from None
+        raise DataError(what, f"repair or remove the file; the supported formats are {', '.join(FORMATS)}") from None
 
 
 def _named(file: str | None) -> str:
@@ -90,21 +90,23 @@ def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
 
 
 def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """A function for an image with one channel of over 8 bits: it converts a block to (H, W, 1) levels of 8 bits."""
-    notices[f"has one deep channel ({image.mode}), scaled to 8 bits"] += 1
+    """Returns a function that converts a block of the image to (H, W, 1) levels of 8 bits. The image has one channel of
+    more than 8 bits.
+    """
+    notices[f"images with one deep channel ({image.mode}), scaled to 8 bits"] += 1
     scale = 1.0 if np.asarray(image).max(initial=0) <= 255 else BIT_DEPTH_STEP
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 
 def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
-    """A function for an image with 8 bits per channel: it converts a block to (H, W, 3) RGB pixels."""
+    """Returns a function that converts a block of the image, with 8 bits per channel, to (H, W, 3) RGB pixels."""
     from PIL import Image
 
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
-        notices[f"is {image.mode}, converted to RGB"] += 1
+        notices[f"images converted from {image.mode} to RGB"] += 1
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return lambda block: np.asarray(block.convert("RGB"))
-    notices["is partly transparent, and was placed on a white background"] += 1
+    notices["partly transparent images, placed on a white background"] += 1
     white = (255, 255, 255, 255)
     return lambda block: np.asarray(
         Image.alpha_composite(Image.new("RGBA", block.size, white), block.convert("RGBA")).convert("RGB")
@@ -114,7 +116,7 @@ def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
 def covering(pixels: Pixels, size: Size) -> Pixels:
     """(H, W, 3) the image, resized to the smallest size that covers `size`. The aspect ratio stays the same.
 
-    For a square `size`, the result equals that of torchvision's Resize(side) for a PIL image.
+    For a square `size`, this equals torchvision's Resize(side) for a PIL image.
     """
     height, width = pixels.shape[:2]
     is_wide = size[0] * width >= size[1] * height  # wider than `size`, so the height decides the scale

@@ -20,7 +20,8 @@ NEARLY = 0.85  # minimum similarity of a column's name to a field that it may mi
 def format_note(
     name: str, format_name: str, reason: str, columns: Sequence[str], caller_columns: Container[str] = ()
 ) -> str:
-    """A note with the source's format and its unread columns; a warning if an unread column may be meant as a field.
+    """A note with the source's format and its unread columns; a warning if an unread column is perhaps a misspelled
+    field.
 
     `reason`: why the source has this format. `caller_columns`: columns that the caller reads.
     """
@@ -50,7 +51,7 @@ def drawn_notes(name: str, source: Source) -> list[str]:
     if source.max_rows is None:
         return []
     if source.draw_seed is None:
-        return [f"{name}: its first {source.max_rows:,} rows (max_rows, draw_seed: null)"]
+        return [f"{name}: only its first {source.max_rows:,} rows are read (max_rows, draw_seed: null)"]
     how = "draw_seed: null takes the first rows"
     return [f"{name}: {source.max_rows:,} rows, drawn from all rows (max_rows, draw_seed: {source.draw_seed}; {how})"]
 
@@ -65,7 +66,9 @@ def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[
     """Warnings about dropped rows, with advice. Dropped training rows are mentioned only if there are many."""
     longer = f"raise data.max_length (the longest row has {counts.longest_tokens:,} tokens)"
     cures = {TOO_LONG: f"{longer}, or set data.excess_length: truncate or split", NO_TARGET_LEFT: longer}
-    cures |= {reason: f"{longer}, or lower the other" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")}
+    cures |= {
+        reason: f"{longer}, or lower the other length" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")
+    }
     return [
         f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
         + cures.get(reason, "correct these rows, or remove them from the file")

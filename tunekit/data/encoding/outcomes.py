@@ -43,7 +43,7 @@ class SourceEncoder:
     name: str
 
     def outcome(self, raw: RawRow) -> Outcome:
-        """The line of a raw row, with the encoded rows or the reason why there are none."""
+        """(line, encoded rows) of a raw row; (line, error) if it cannot be encoded or is dropped."""
         try:
             examples = self.kind.examples(self.make_example(raw.values))
             return raw.line, [self.kind.encode(example, f"{self.name}:{raw.line}") for example in examples]
@@ -52,7 +52,7 @@ class SourceEncoder:
 
 
 def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]:
-    """The outcome of each row. The notices of `source.kind` are complete after the last row.
+    """(line, encoded rows or error) of each row, in order. `source.kind.notices` is complete after the last row.
 
     Raises: ResourceError if an encoding process was killed.
     """
@@ -80,7 +80,7 @@ def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]
 def _in_order(
     pool: ProcessPoolExecutor, rows: Iterable[RawRow], ahead: int
 ) -> Iterator[tuple[list[Outcome], Counter[str]]]:
-    """Encoded chunks with their notices, in order. `ahead`: how many chunks are encoded at the same time."""
+    """Encoded chunks of rows with their notices, in order. `ahead`: how many chunks may wait in the pool."""
     pending: deque[Future[tuple[list[Outcome], Counter[str]]]] = deque()
     rest = iter(rows)
     for chunk in iter(lambda: list(islice(rest, CHUNK_ROWS)), []):

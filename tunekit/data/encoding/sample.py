@@ -21,7 +21,7 @@ SAMPLE_ROWS = 1000
 
 
 def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedSource, EncodedSource]:
-    """A streamed source, and its first rows. Their counts are scaled to the whole source if its length is known.
+    """A streamed source, and its first rows. If the length of the source is known, counts are scaled to all its rows.
 
     Raises: DataError if the first rows are wrong.
     """
@@ -30,7 +30,7 @@ def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedS
     rows = first_rows(sharded, SAMPLE_ROWS, problems)
     problems.raise_if_any()
     if not rows:
-        raise DataError("there is no row in it", "add rows to it, or name another file", file=source.path)
+        raise DataError("the source has no rows", "add rows to it, or name another file", file=source.path)
     format_name, reason = choose_format(source.format, rows[0].values, kind.example)
     counting = kind.counting()
     streams = memory_streams(kind.layout)

@@ -76,7 +76,8 @@ def heard(sound: Sound, start: int, stop: int, wanted: int) -> torch.Tensor:
 
 
 def quietest(samples: torch.Tensor, rate: int, first: int, last: int) -> int:
-    """The index of the quietest place between samples `first` and `last`; if several are equal, the last of them.
+    """The index of the quietest place between samples `first` and `last`; if several places are equal,
+    the last of them.
 
     Shapes: (samples,).
     """

@@ -137,7 +137,7 @@ def _media_hash(source: Source, example: str) -> str | None:
 
 
 def encoding_facts(source: Source, kind: RowKind) -> list[object]:
-    """Everything besides the content that decides ids: reading options, kind of rows, tokenizer, encoding options."""
+    """Everything that decides ids, except the content: reading options, kind of rows, tokenizer, encoding options."""
     reading = source.model_dump(mode="json", include={"format", "columns", "max_rows"})
     if source.max_rows is not None and source.draw_seed is not None:
         reading["draw_seed"] = source.draw_seed
@@ -158,8 +158,8 @@ def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> SourceFa
 
 
 def read_examples(source: Source, kind: str, numbers: Container[int]) -> Iterator[tuple[int, Example]]:
-    """Selected examples of a source, each with its line. `kind`: the kind of the examples. `numbers`: the indices of
-    their rows, from 0."""
+    """Selected examples of a source, as (line, example). `kind`: the kind of the examples. `numbers`: the indices of
+    the selected rows, from 0."""
     problems = Problems()
     rows, _, format_name, _ = open_rows(source, kind, problems)
     make_example = format_maker(format_name, source.path)

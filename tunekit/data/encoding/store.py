@@ -156,12 +156,12 @@ class ChosenRows:
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """(rows,) the hash of each complete row. Equal rows have equal hashes. So do all pieces of a split row."""
+        """(rows,) the hash of each complete row. All pieces of a split row have the same hash."""
         return self._column("digest", np.uint64)
 
 
 def by_source(rows: Rows) -> dict[str, Rows]:
-    """The rows of each source, by its name; sources of equal names are numbered, and empty sources are left out.
+    """The rows of each source, by the source's name. Equal names get numbers; sources without rows are left out.
 
     Rows without sources are returned under the name "".
     """

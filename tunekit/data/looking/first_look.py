@@ -73,7 +73,7 @@ def proposed_objectives() -> list[type[ObjectiveSettings]]:
 
 
 def look_at(data: str) -> Look | None:
-    """A look at the first rows of a file; None for the name of a hub data set, which is not downloaded.
+    """A summary of the first rows of a file; None for the name of a hub data set, which is not downloaded.
 
     Raises: DataError if the file cannot be read or has no known format.
     """
@@ -87,7 +87,7 @@ def look_at(data: str) -> Look | None:
     values = [row.values for row in islice(rows, LOOKED_AT + 1)]
     problems.raise_if_any()
     if not values:
-        raise DataError("the file contains no row", "", file=data)
+        raise DataError("the file contains no rows", "", file=data)
     objective, format_name, columns = _kind(values, data)
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
@@ -103,7 +103,7 @@ def _longest(lengths: Sequence[int]) -> int:
 
 
 def measured(look: Look, source: Source, kind: RowKind) -> Look:
-    """The look with tokens counted as in training. `kind`: the encoding of the rows."""
+    """The summary, with lengths counted by the model's tokenizer. `kind`: the encoding of the rows."""
     from tunekit.data.encoding.outcomes import SourceEncoder  # imports torch
 
     encoder = SourceEncoder(format_maker(look.format_name, source.path), kind, source.path)
@@ -123,7 +123,8 @@ def _names(kind: str, value: object) -> bool:
 def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
     """Columns that may contain labels, with their numbers of different values. Usual names of labels come first.
 
-    Such a column is not the text. It has few different values, which are short and are in several rows on average.
+    Such a column has few different values. The values are short, and an average value is in several rows. The column
+    "text" is excluded.
     """
     counts = {}
     for name in (name for name in rows[0] if name != "text"):
@@ -134,7 +135,7 @@ def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
 
 
 def number_columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """The columns, other than the text, that contain only numbers, some of them with a fraction."""
+    """The columns that contain only numbers, at least one with a fraction. The column "text" is excluded."""
     values = {
         name: [of_cell(row.get(name)) for row in rows] for name in rows[0] if name not in ("text", "sample_weight")
     }
@@ -184,7 +185,7 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
 
 
 def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str:
-    """The only column that may contain the label of two texts. Raises: DataError if no column, or several, may."""
+    """The column with the label of two texts. Raises: DataError unless exactly one column may contain labels."""
     columns = [name for name in {**label_columns(rows), **dict.fromkeys(number_columns(rows))} if name not in ALIASES]
     if len(columns) == 1:
         return columns[0]

@@ -142,7 +142,7 @@ def look_at_rows(
             finding, place = like[0], f"as line {like[2]}" + ("" if like[1] == findings.name else f" of {like[1]}")
             if like[3] != label:
                 finding = "contrary" if finding == "exact" else finding
-                place += f", where it is {like[3]}, not {label}"
+                place += f", where the label is {like[3]}, not {label}"
             findings.add(finding, row.line, place)
         else:
             train_index.add(mine, findings.name, row.line, label)
@@ -156,7 +156,7 @@ def look_at_rows(
 
 
 def _signed(parsed: object, text: str) -> RowSignature:
-    """The signature that rows are compared by: from the row's text, or from its file (recording, image) and text."""
+    """The signature of a row, for comparisons: from the row's text, or from its recording or image with its text."""
     if not isinstance(parsed, FileExample):
         if isinstance(parsed, LabelExample):
             return signed(parsed.text) if parsed.second is None else signed_pair(parsed.text, parsed.second)
@@ -170,8 +170,8 @@ def _signed(parsed: object, text: str) -> RowSignature:
 
 
 def _of_the_shorter(values: dict[str, Any]) -> int:
-    """Estimated tokens of the shorter answer of a preference pair, 0 for rows with one answer. A row's length counts
-    only the longer answer.
+    """Estimated tokens of the shorter answer of a preference pair; 0 for rows with one answer. They are subtracted from
+    the row's length, which counts only the longer answer.
     """
     if "rejected" not in values:
         return 0

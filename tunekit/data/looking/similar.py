@@ -61,8 +61,8 @@ class SimilarityIndex:
 
 @dataclass(frozen=True)
 class RowSignature:
-    """The signature of a row. `key`: the hash of its plain text. `signature`: the MinHash of its word pairs. `bands`:
-    the hash of each band of the MinHash."""
+    """The signature of a row. `key`: the hash of its normalised text. `signature`: the MinHash of its word
+    pairs. `bands`: the hash of each band of the MinHash."""
 
     key: int
     signature: WordPairs | None = None
@@ -87,10 +87,10 @@ def signed(text: str, beside: str = "") -> RowSignature:
 
 
 def signed_pair(first: str, second: str) -> RowSignature:
-    """The signature of two texts. Equal pairs have equal texts in the same order.
+    """The signature of a pair of texts. Two pairs are equal if their texts are equal, in the same order.
 
-    Nearly equal pairs have the same longer text and nearly equal shorter texts, in any order. An equal long text alone
-    is not enough: it is often part of many pairs, such as a premise.
+    Two pairs are nearly equal if their longer texts are equal and their shorter texts nearly equal, in any order. Equal
+    longer texts alone are not enough: a premise, for example, is often part of many pairs.
     """
     shorter, longer = sorted((first, second), key=len)
     return replace(signed(shorter, f"{_plain(longer)}\n"), key=hash((_plain(first), _plain(second))))

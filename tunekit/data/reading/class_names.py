@@ -21,7 +21,7 @@ def class_names(features: object) -> ClassNames:
 
 
 def _of_each(feature: object) -> object:
-    """The feature of the items, if a feature is a list: `{"feature": ...}` or `[...]`; None if it is not a list."""
+    """The feature of a list's items. A list feature is `{"feature": ...}` or `[...]`; None for any other feature."""
     if isinstance(feature, list) and len(feature) == 1:
         return feature[0]
     return feature.get("feature") if isinstance(feature, Mapping) else None

@@ -47,8 +47,8 @@ class DataFile:
 
 
 def inspect_file(path: Path) -> DataFile:
-    """The checked data file at a path. Raises: DataError if it is not a regular file, is empty, or has other content
-    than its name says."""
+    """The checked data file at a path. Raises: DataError if it is not a regular file, if it is empty, or if its
+    content does not match its name."""
     size = _regular_size(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
@@ -69,8 +69,8 @@ def _regular_size(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise DataError(_why_unreachable(path, error), "check data.train and data.eval", file=str(path)) from None
     kinds = (
-        (stat.S_ISDIR, "a folder", "name the file in it"),
-        (stat.S_ISFIFO, "a pipe", "write it to a file first"),
+        (stat.S_ISDIR, "a folder", "name a file in this folder"),
+        (stat.S_ISFIFO, "a pipe", "write its content to a file first"),
         (stat.S_ISCHR, "a device", "name a file"),
         (stat.S_ISBLK, "a device", "name a file"),
         (stat.S_ISSOCK, "a socket", "name a file"),
@@ -88,7 +88,7 @@ def _why_unreachable(path: Path, error: OSError | ValueError) -> str:
     reasons = {
         errno.ENOENT: "no such file",
         errno.ELOOP: "this link points to itself",
-        errno.EACCES: "no permission to read it",
+        errno.EACCES: "no permission to read the file",
         errno.ENOTDIR: "no such file (a part of the path is not a folder)",
     }
     return reasons.get(number or 0, f"cannot be read: {getattr(error, 'strerror', None) or error}")
@@ -123,7 +123,7 @@ def _check_content(file: DataFile) -> None:
             raise DataError(f"the content is {what}", f"rename it to {ending}" if ending else _KNOWN, file=name)
     if file.kind == "parquet":
         if not start.startswith(b"PAR1"):
-            raise DataError("the name says Parquet, but the content does not", "rename the file", file=name)
+            raise DataError("the name ends in .parquet, but the content is not Parquet", "rename the file", file=name)
     elif start.startswith(_OTHER_UNICODE):
         raise DataError("the file is UTF-16 or UTF-32", "save it as UTF-8", file=name, line=1)
     elif file.kind == "jsonl" and start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
@@ -131,7 +131,7 @@ def _check_content(file: DataFile) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 of the file's bytes. Raises: OSError unless it is a regular file: a device may never end."""
+    """sha256 of the file's bytes. Raises: OSError if it is not a regular file: a device could be endless."""
     if not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.sha256()

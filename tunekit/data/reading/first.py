@@ -29,15 +29,15 @@ ASKED, TOLD = ("question", "query", "input", "prompt"), ("answer", "response", "
 
 
 def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterator[RawRow], RawRow, str, str]:
-    """All raw rows of a source, its first row again, the format, and the reason for this format.
+    """(all raw rows of a source, its first row, its format, the reason for this format).
 
-    Raises: DataError if there is no row.
+    Raises: DataError if the source has no rows.
     """
     rows = read_source(source, problems)
     first = next(rows, None)
     if first is None:
         problems.raise_if_any()
-        raise DataError("there is no row in it", "add rows to it, or name another file", file=source.path)
+        raise DataError("the source has no rows", "add rows to it, or name another file", file=source.path)
     rows = chain([first], rows)
     if example == "unpaired" and is_pair(first.values) and source.format in ("auto", "unpaired"):
         return _singles(rows), first, "unpaired", "the first row is a pair, and each pair becomes two rows"
@@ -51,7 +51,7 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
 
 
 def _singles(rows: Iterator[RawRow]) -> Iterator[RawRow]:
-    """The rows, with each preference pair as two rows: one for the chosen answer and one for the rejected answer."""
+    """Split each preference pair into two rows: one for the chosen and one for the rejected answer. Keep other rows."""
     for row in rows:
         labels = ({"label": label} for label in (True, False)) if is_pair(row.values) else ({},)
         yield from (RawRow(row.line, {**row.values, **label}) for label in labels)
@@ -131,7 +131,7 @@ def columns_meant(values: Fields) -> dict[str, str]:
 
 
 def _mapped(values: Fields, fitting: Sequence[str]) -> str:
-    """Advice on how to read a row whose columns fit no format: a mapping of columns to fields, or missing fields."""
+    """Advice for a row whose columns fit no format: how to map its columns to fields, or which fields are missing."""
     kind = next((kind for kind in MEDIA if is_media(str(values.get(kind) or ""), kind)), "")
     if set(values) <= {kind, "label"}:  # rows made from the files of a folder, which lack fields
         wanted = [facts_of("formats", name).REQUIRED for name in fitting]

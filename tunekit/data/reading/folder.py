@@ -41,12 +41,14 @@ def with_table(source: Source) -> Source:
         return source
     tables = [name for name in TABLES if os.path.isfile(os.path.join(source.path, name))]
     if len(tables) > 1:
-        raise DataError(f"the folder contains {' and '.join(tables)}", "keep one of them", file=source.path)
+        raise DataError(
+            f"the folder contains {' and '.join(tables)}", "keep only one of these tables", file=source.path
+        )
     return source.model_copy(update={"path": os.path.join(source.path, tables[0])}) if tables else source
 
 
 def media_folder(path: str) -> Path:
-    """The folder that relative paths in the rows of a source start from."""
+    """The folder to which paths in the rows of a source are relative."""
     return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
@@ -86,7 +88,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def passed_over(folder: Path) -> str | None:
-    """A note that lists the unread files of a folder: those that are no recordings or images. None if all files are
+    """A note that lists the unread files of a folder, which are neither recordings nor images. None if all files are
     read."""
     others = [place for place in _files(folder) if not is_media(place.name)]
     if not others:

@@ -17,7 +17,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row of a source. `line`: the number of its line, from 1 (of the row, in a Parquet file or a hub data set)."""
+    """One row of a source. `line`: its line number, from 1; in a Parquet file or a hub data set, its row number."""
 
     line: int
     values: dict[str, Any]
@@ -54,7 +54,7 @@ def read_json_lines(file: DataFile, problems: Problems) -> Iterator[RawRow]:
             try:
                 raw = stream.readline(LONGEST_LINE_BYTES + 1)
             except (OSError, EOFError) as error:
-                problems.add(name, number, f"the rest of the file cannot be read: {error}", "it may be cut short")
+                problems.add(name, number, f"the rest of the file cannot be read: {error}", "the file may be cut short")
                 return
             if not raw:
                 return
@@ -74,7 +74,7 @@ def parse_line(raw: bytes, number: int, name: str, problems: Problems) -> Iterat
     try:
         value, end = parse_json(stripped)
         if end != len(stripped):
-            raise JsonFault(f"more text after the JSON value (character {end + 1})")
+            raise JsonFault(f"there is more text after the JSON value (character {end + 1})")
     except JsonFault as fault:
         problems.add(name, number, str(fault), fault.how or "write one JSON object per line")
         return

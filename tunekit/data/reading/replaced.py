@@ -11,12 +11,16 @@ from tunekit.recipe.reading.paths import named_paths
 
 
 def refuse_to_replace(option: str, name: str | None, loaded: LoadedRecipe) -> None:
-    """Raises: InputError if the file of an option is the recipe, or a file that the recipe names."""
+    """Raises: InputError if an option would overwrite the recipe, or a file that the recipe names. `name`: the option's
+    file.
+    """
     refuse_to_replace_named(option, name, loaded.recipe.model_dump(mode="json"), loaded.path)
 
 
 def refuse_to_replace_named(option: str, name: str | None, values: Mapping[str, object], file: Path) -> None:
-    """`refuse_to_replace`, for a recipe as plain values. `values`: its sections. `file`: the recipe's file."""
+    """Does the check of `refuse_to_replace` for a recipe as plain values. `values`: the recipe's sections. `file`: the
+    recipe's file.
+    """
     if name is None or name == "-":
         return
     if _same(Path(name), file):

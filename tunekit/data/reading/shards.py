@@ -82,7 +82,7 @@ def shard_source(source: Source) -> Sharded:
     file = inspect_file(Path(source.path))
     if file.kind in ("json", "text"):
         kind = "JSON array" if file.kind == "json" else "text file"
-        raise DataError(f"a {kind} cannot be streamed", "write it as JSON Lines", file=source.path)
+        raise DataError(f"a {kind} cannot be streamed", "write the data as JSON Lines", file=source.path)
     shards, lines, content = _scan(file)
     if file.kind == "parquet":
         shards, lines = _row_groups(file)

@@ -58,7 +58,9 @@ class Sound:
                 self.stream.seek(start)
             samples: NDArray[np.float32] = self.stream.read(count, dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-            raise DataError(f"the rest of {self.name} cannot be read: {_said(error)}", "it may be damaged") from None
+            raise DataError(
+                f"the rest of {self.name} cannot be read: {_said(error)}", "the file may be damaged"
+            ) from None
         if len(samples) < count:
             what = (
                 f"{self.name} ends after {(start + len(samples)) / self.rate:.1f} s, but should last "
@@ -74,7 +76,7 @@ class Sound:
 def opened(media: Media) -> Iterator[Sound]:
     """The open recording; a context manager that closes it.
 
-    Raises: DataError if the file is no recording, or is empty; InputError if soundfile is not installed.
+    Raises: DataError if the file is not a recording, or is empty; InputError if soundfile is not installed.
     """
     try:
         import soundfile
@@ -83,7 +85,7 @@ def opened(media: Media) -> Iterator[Sound]:
     name, place = media.name, Path(media.path)
     if media.data is None and not place.is_file():
         what = "is no file" if place.exists() else "does not exist"
-        raise DataError(f"{media.path} {what}", "check the path; a relative path starts at the folder of its table")
+        raise DataError(f"{media.path} {what}", "check the path; a relative path starts at the folder of the table")
     source = str(place) if media.data is None else io.BytesIO(media.data)
     try:
         stream = soundfile.SoundFile(source)

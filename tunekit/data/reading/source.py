@@ -24,7 +24,8 @@ from tunekit.errors import DataError
 from tunekit.formats.fields import Fields
 from tunekit.recipe.data import Source
 
-SEPARATORS = {";": "save the file with commas", "\t": "name the file .tsv"}  # of other files that are called .csv
+# Separators of files that are wrongly called .csv -> advice
+SEPARATORS = {";": "save the file with commas between columns", "\t": "name the file .tsv"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -74,7 +75,9 @@ def _drawn(source: Source) -> Iterable[bool]:
 
 
 def _count_rows(source: Source) -> int:
-    """Number of rows of a source, after a pass over them. Raises: DataError for a source streamed over the network."""
+    """The number of rows of a source, counted by reading them. Raises: DataError for a source that is streamed over
+    the network.
+    """
     if is_data_set(source.path):
         if source.streaming and not is_saved(source.path):
             what = "max_rows draws from all rows, but the rows of a streamed data set of the hub cannot be counted"
@@ -108,7 +111,7 @@ def _check_columns(source: Source, row: RawRow) -> None:
         written = ", ".join(f"{column}: {field}" for column, field in turned.items())
         what = f"data.train[].columns maps the column '{absent[0]}', which does not exist; the first row has {there}"
         how = f"columns maps columns of the file to fields of the format; write columns: {{{written}}}"
-        how = how if set(turned) <= set(row.values) else "name a column that is there"
+        how = how if set(turned) <= set(row.values) else "name a column that the file has"
         raise DataError(what, how, file=source.path, line=row.line)
 
 
@@ -125,7 +128,7 @@ def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 
 def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
-    """The rows of a CSV file, by the header's names. The line of a row is the line where it begins."""
+    """The rows of a CSV file, with the header's names as columns. A row's line number is its first line."""
     name = str(file.path)
     tabs = ".tsv" in [suffix.lower() for suffix in file.path.suffixes]
     csv.field_size_limit(sys.maxsize)
@@ -143,7 +146,7 @@ def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
             except (csv.Error, OSError, EOFError) as error:
                 reason = "a quote is never closed" if "end of data" in str(error) else error
                 what = f"not valid CSV: {reason}; this row and all rows after it are not read"
-                problems.add(name, start, what, "close its quotes, and double quotes inside of a quoted text")
+                problems.add(name, start, what, "close the quotes, and write each quote inside a quoted text twice")
                 return
             if cells is None:
                 return
@@ -153,7 +156,7 @@ def _read_csv(file: DataFile, problems: Problems) -> Iterator[RawRow]:
             if header is None:
                 header = _check_header(cells, name)
             elif len(cells) != len(header):
-                what = f"{len(cells)} fields, but the header has {len(header)}"
+                what = f"the row has {len(cells)} fields, but the header has {len(header)}"
                 problems.add(name, line, what, "quote commas in text")
             else:
                 yield RawRow(line, dict(zip(header, cells, strict=True)))

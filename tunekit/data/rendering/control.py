@@ -27,7 +27,7 @@ class ControlTokens:
         return text if self._pattern is None else re.sub(rf"(?:{self._pattern.pattern})\Z", "", text)
 
     def neutral_fields(self, values: Mapping[str, object]) -> dict[str, object]:
-        """The fields of an object, neutralized as in `neutralized`."""
+        """The fields of an object, with `neutralized` values."""
         return {str(self.neutralized(key)): self.neutralized(part) for key, part in values.items()}
 
     def neutralized(self, value: object) -> object:

@@ -26,7 +26,7 @@ EMPTY_ANSWER = "empty answer"
 EMPTY_TEXT = "empty text"
 NO_ANSWER = "no answer to train on"
 NO_WEIGHT = "sample_weight 0"
-NO_TEMPLATE = "rows written as a plain prompt with its answer, because the tokenizer has no chat template"
+NO_TEMPLATE = "rows encoded as a plain prompt and answer, because the tokenizer has no chat template"
 EOS_ADDED = "rows that got an end-of-sequence token, because the chat template does not end their last turn"
 SPELLED = (
     "warning: rows that spell a special token; it stays text, because only a chat template makes special tokens; "
@@ -78,7 +78,7 @@ class Renderer:
         return ids, weights * np.float32(example.weight)
 
     def as_given(self, example: Example) -> list[Example]:
-        """One or more examples, so that each answer of a conversation is trained on as the row has it.
+        """The example, split if needed, so that each answer of a conversation is trained on as the row has it.
 
         Some templates rewrite earlier answers when more turns follow. Then the conversation becomes one example per
         answer, which ends with this answer and trains on it only. Other examples are returned unchanged.
@@ -119,7 +119,7 @@ class Renderer:
         return prompt, None, completion
 
     def question(self, text: str) -> list[int]:
-        """The ids of a user's turn, up to the start of the answer; the ids of the plain text without a template."""
+        """The ids of a user's turn, up to the start of the answer; without a template, the ids of the text alone."""
         return self.turns([Message("user", text)]) if self.has_template else self.plain(text)
 
     def turns(
@@ -179,8 +179,8 @@ class Renderer:
     def _check_length(self, text: str, most: int) -> None:
         """Raises: LengthError if the text certainly has more than `most` tokens.
 
-        The text is tokenized in pieces, because a tokenizer blocks all other threads. Cutting can add a few tokens to
-        a piece, up to CUT_TOKENS, which are subtracted.
+        The text is tokenized in pieces, because a tokenizer blocks all other threads. Cutting can add up to
+        CUT_TOKENS tokens to a piece, so this number is subtracted from each piece.
         """
         count = 0
         for start in range(0, len(text), PIECE_CHARACTERS):
@@ -200,7 +200,8 @@ class Renderer:
             if name in UNSAID or reads_field(written, name):
                 continue
             other = next((other for other in REASONING if name in REASONING and reads_field(written, other)), None)
-            how = f"it reads '{other}': rename the field" if other else "remove the field, or give another template"
+            how = "remove the field, or give another template"
+            how = f"the template reads '{other}': rename the field" if other else how
             raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
     def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Weights]:
@@ -231,8 +232,8 @@ class Renderer:
     def _plain_sequence(self, prompt: str, trained_text: str, empty: str) -> tuple[list[int], Weights]:
         """Ids and loss weights of a prompt and a text to train on, without a template.
 
-        The beginning-of-sequence and end-of-sequence tokens are added, unless the text already spells them there. The
-        end-of-sequence token is trained on. Other special tokens that the text spells stay text.
+        The beginning-of-sequence and end-of-sequence tokens are added, unless the text begins or ends with them.
+        The end-of-sequence token is trained on. Other special tokens that the text spells stay text.
         `empty`: the reason for dropping the row if nothing is left to train on.
         """
         if not trained_text:

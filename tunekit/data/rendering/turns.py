@@ -19,7 +19,7 @@ from tunekit.records import JsonObject
 
 ONLY_LAST = (
     "rows that train only on the last answer, because the chat template rewrites earlier turns "
-    "(data.rewritten_answers: each trains on all of them)"
+    "(set data.rewritten_answers: each to train on all answers)"
 )
 TOOLS_IGNORED = "rows whose tools the chat template leaves out"
 REASONING = (
@@ -28,7 +28,7 @@ REASONING = (
     "reasoning",
     "tool_plan",
 )  # names of the field with the reasoning, in different models
-THOUGHTLESS = "answers trained on without their thinking, which the chat template leaves out"
+THOUGHTLESS = "answers trained on without their reasoning, which the chat template leaves out"
 SHORTENED = "answers that the chat template changes"
 _OPENING, _CLOSING = "\ue001", "\ue002"
 Tools = Sequence[JsonObject] | None  # the tools of a row
@@ -104,7 +104,7 @@ class TurnFinder:
         return self._tokenizer.render(rows, tools=tools, add_generation_prompt=add_generation_prompt, template=template)
 
     def find(self, example: ChatExample, train_on: str) -> Conversation:
-        """The rendered conversation with the spans of its answers. Raises: DataError if a span cannot be determined."""
+        """The rendered conversation with the spans of its answers. Raises: DataError if a span is not found."""
         messages, tools = example.messages, example.tools
         text = self.render(messages, tools)
         wanted = answer_indices(messages, train_on) if train_on != "all" else []
@@ -208,7 +208,7 @@ class TurnFinder:
     def _check(
         self, messages: Sequence[Message], wanted: Sequence[int], spans: Sequence[TurnSpan], text: str, tools: Tools
     ) -> None:
-        """Check that the template writes all content of the row. Omitted tool calls are an error; others are counted.
+        """Check that the template writes all content of the row. Omitted content is counted in the notices.
 
         Raises: DataError if the template leaves out tool calls.
         """
@@ -217,7 +217,7 @@ class TurnFinder:
             for call in messages[index].extra.get("tool_calls", ()):
                 if call["function"]["name"] not in turn:
                     what = "the chat template leaves out tool calls"
-                    raise DataError(what, "give one that does", key="data.chat_template")
+                    raise DataError(what, "give a template that writes them", key="data.chat_template")
             if messages[index].content.strip() not in turn:
                 self._notices[SHORTENED] += 1
             thoughts = (messages[index].extra.get(name) for name in REASONING)

@@ -1,5 +1,5 @@
-"""A LoRA adapter as a GGUF file: the factors of each layer, with llama.cpp's names and its order of rows and
-columns."""
+"""Writes a LoRA adapter as a GGUF file: the factors of each layer, with llama.cpp's names and llama.cpp's order of
+rows and columns."""
 
 import json
 from functools import partial
@@ -39,12 +39,12 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
     lost = list(dict.fromkeys(lost))  # a tied embedding is in two of these
     if not lost:
         return []
-    return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such)", MERGE)]
+    return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such changes)", MERGE)]
 
 
 def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
-    """Write the factors in float32, padded to one rank; alpha = rank, so the scale is 1. Returns the facts that the
-    base's file must state, but that llama.cpp's converter does not write."""
+    """Write the factors in float32, padded to the same rank; alpha = rank, so the scale is 1. Returns metadata that
+    the base's GGUF file must have, but that llama.cpp's converter does not write."""
     plain = normalise(exportable.target).padded()
     with imported() as converter:
         placed, architecture, facts = _placed(converter, exportable, plain)
@@ -71,8 +71,8 @@ def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
 def _placed(
     converter: Converter, exportable: Exportable, plain: PlainAdapter
 ) -> tuple[dict[str, Placed], str, dict[str, object]]:
-    """The places of the updates in the file, llama.cpp's name of the architecture, and facts to add to the base's
-    file."""
+    """The places of the updates in the file, llama.cpp's name of the architecture, and metadata that the base's file
+    must have."""
     meta = make_meta_model(exportable.target.model, device=torch.device("cpu"))
     modules = dict(meta.net.named_modules())
     shapes = {f"{name}.weight": pair.shape for name, pair in plain.pairs.items()}

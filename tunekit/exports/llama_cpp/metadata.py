@@ -1,4 +1,4 @@
-"""Facts that llama.cpp reads but its converter does not write, and the length up to which llama.cpp is correct."""
+"""Metadata that llama.cpp reads but its converter does not write, and the text length up to which it is correct."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ FACTORS = {"llama3": "rope_freqs", "longrope": "rope_factors_long"}  # kind of s
 
 
 class FactsWriter(Protocol):
-    """The methods of the converter's writer that state a fact under its name."""
+    """The methods of the converter's writer that add one value to the file's metadata."""
 
     arch: str
     tensors: list[dict[str, Any]]
@@ -56,19 +56,19 @@ def right_up_to(config: Mapping[str, Any]) -> tuple[int, str] | None:
 
 
 def limit_notes(config: Mapping[str, Any]) -> Iterator[str]:
-    """Notes for the user: the limit that `right_up_to` returns; and for gpt-oss, that llama.cpp rounds the bounds of
-    yarn."""
+    """Notes for the user: the length up to which llama.cpp is correct; and for gpt-oss, that llama.cpp rounds the
+    bounds of yarn."""
     if (limit := right_up_to(config)) is not None:
         yield f"right for up to {limit[0]:,} tokens: llama.cpp ignores {limit[1]}"
     config = complete_config(config)
     if config.get("model_type") == "gpt_oss" and (config.get("rope_parameters") or {}).get("truncate") is False:
-        what = "llama.cpp rounds the bounds of yarn, and this base does not (truncate is false)"
+        what = "llama.cpp rounds the bounds of yarn, but this base does not (truncate is false)"
         yield f"{what}: the answers differ, and more so in long texts"
 
 
 def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
-    """State the facts that the converter leaves out: rotary positions, groups of layers with sliding windows, and a
-    context length up to which llama.cpp is correct. The tensors' names must be known.
+    """Add metadata that the converter leaves out: rotary positions, groups of layers with sliding windows, and a
+    context length up to which llama.cpp is correct. `writer` must already have the names of the tensors.
 
     Raises: ModelError for a scaling of positions that the converter does not write.
     """
@@ -89,7 +89,7 @@ def complete_facts(writer: FactsWriter, config: Mapping[str, Any]) -> None:
 
 
 def _complete_positions(writer: FactsWriter, rope: Mapping[str, Any]) -> None:
-    """State the base theta and the scaling of rotary positions."""
+    """Add the base theta and the scaling of rotary positions."""
     prefix, kind, facts = f"{writer.arch}.rope", rope.get("rope_type"), writer.kv_data[0]
     if "rope_theta" in rope and f"{prefix}.freq_base" not in facts:
         writer.add_rope_freq_base(rope["rope_theta"])
@@ -102,7 +102,7 @@ def _complete_positions(writer: FactsWriter, rope: Mapping[str, Any]) -> None:
         if abs(ratio - 1) > 1e-6 and f"{prefix}.scaling.yarn_log_multiplier" not in facts:
             writer.add_float32(f"{prefix}.scaling.attn_factor", ratio)
     if kind in FACTORS and not any(name.startswith(FACTORS[kind]) for name in writer.tensors[0]):
-        what = f"llama.cpp's converter does not write the {kind} scaling of positions of {writer.arch}"
+        what = f"llama.cpp's converter does not write the {kind} scaling of positions that {writer.arch} uses"
         raise ModelError(what, "choose another --to")
 
 

@@ -24,7 +24,7 @@ def write_model(
     """Write the file. Returns the type of each tensor. `imatrix`: mean squares of the columns' activations, by tensor.
 
     The file begins with the names, shapes and types of all tensors, so these are computed first, without values.
-    Raises: InputError if a tensor cannot have a suitable type, or if the converter fails; ResourceError if the disk has
+    Raises: InputError if no suitable type exists for a tensor, or if the converter fails; ResourceError if the disk has
     too little space.
     """
     gguf = converter.gguf
@@ -54,14 +54,14 @@ def write_model(
 def _stored(
     gguf: ModuleType, info: TensorInfo, chosen: str | None, weights: Array | None, threads: ThreadPoolExecutor
 ) -> Array:
-    """The tensor's values as the file stores them. They are read now, and kept nowhere else."""
+    """The tensor's values as the file stores them. They are read by this call and not kept."""
     values = gguf.LazyNumpyTensor.to_eager(info.tensor)
     info.tensor = None
     return values if chosen is None else quantized(values, chosen, weights, threads)
 
 
 def structure_of(writer: Writer) -> Structure:
-    """The facts about the model that decide the types of tensors, from the file's metadata."""
+    """The model's properties that decide the types of tensors, from the file's metadata."""
     values = {key.partition(".")[2]: entry.value for key, entry in writer.kv_data[0].items()}
 
     def first(key: str) -> int:

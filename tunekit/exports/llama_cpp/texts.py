@@ -22,8 +22,8 @@ MESSAGES = ({"role": "user", "content": "Hello, who are you?"},)
 
 class Around(NamedTuple):
     """The tokens and spaces that a tokenizer adds around a text: a first token, a last token, and a space before the
-    text and after each special token. `strips`: whether it removes spaces after tokens where llama.cpp can also do
-    so."""
+    text and after each special token. `strips`: whether it removes the spaces after added tokens, and
+    llama.cpp can do the same."""
 
     first: bool = False
     last: bool = False
@@ -37,8 +37,8 @@ NOTHING = Around()
 def around(exportable: Exportable) -> Around:
     """The first token, last token and spaces that the tokenizer of a text model adds around a text.
 
-    If it adds a space only in front of a text, `space` is true unless conversations begin with an added token: no space
-    follows such a token.
+    Some tokenizers add a space only at the start of a text, and none if the text starts with an added token. Then
+    `space` is false if conversations start with an added token.
     """
     tokenizer = _tokenizer(exportable)
     ids, values = tokenizer.encode_source("a"), json.loads(tokenizer.backend.to_str())
@@ -53,19 +53,20 @@ def _opens(exportable: Exportable) -> bool:
 
 
 def token_notes(exportable: Exportable) -> Iterator[str]:
-    """Notes on tokens that llama.cpp reads differently from the tokenizer, and that no fact in a GGUF file can
-    correct."""
+    """Notes on tokens that llama.cpp reads differently from the tokenizer, if metadata in a GGUF file cannot correct
+    this."""
     tokenizer = _tokenizer(exportable)
     values = json.loads(tokenizer.backend.to_str())
     wrong = list(_misread(tokenizer, strips=strips_as_phi3(values)))
     if wrong:
-        what = "llama.cpp keeps the spaces around such a token, and also finds it inside a word"
-        yield f"llama.cpp finds {wrong[0]!r} ({len(wrong)} such tokens) where the tokenizer does not: {what}"
+        what = "llama.cpp keeps the spaces around the token, and also finds the token inside words"
+        yield f"llama.cpp reads {wrong[0]!r} ({len(wrong)} such tokens) differently from the tokenizer: {what}"
     if space_scheme(values) == "first":
         if _opens(exportable):
-            yield "the tokenizer puts a space in front of a text outside a conversation; llama.cpp needs it in the text"
+            what = "outside a conversation, the tokenizer puts a space in front of a text, and llama.cpp does not"
+            yield f"{what}: write the space into the text"
         else:
-            yield "llama.cpp puts a space also after each special token, where the tokenizer puts none"
+            yield "llama.cpp puts a space after each special token, and the tokenizer does not"
 
 
 def sample_texts(exportable: Exportable) -> list[str]:
@@ -76,8 +77,8 @@ def sample_texts(exportable: Exportable) -> list[str]:
 
 
 def _misread(tokenizer: LoadedTokenizer, *, strips: bool) -> Iterator[str]:
-    """The added tokens that llama.cpp finds in other places of a text. `strips`: llama.cpp removes the spaces after
-    tokens."""
+    """The added tokens that llama.cpp finds at other places of a text than the tokenizer. `strips`: whether llama.cpp
+    removes the spaces after added tokens."""
     normalizer = tokenizer.backend.normalizer
     for token in tokenizer.backend.get_added_tokens_decoder().values():
         changed = token.normalized and normalizer and normalizer.normalize_str(token.content) != token.content

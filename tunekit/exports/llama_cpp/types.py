@@ -64,7 +64,7 @@ VALUES = ("v", "qkv", "kv")
 
 @dataclass(frozen=True)
 class Structure:
-    """Facts about the model, besides names and shapes, that decide the types. `queries_per_key`: attention heads per
+    """Properties of the model, besides names and shapes, that decide the types. `queries_per_key`: attention heads per
     key-value head of the first layer. `experts`: 0 for a dense model."""
 
     architecture: str  # as in the file, such as llama
@@ -74,7 +74,7 @@ class Structure:
 
     @property
     def is_70b(self) -> bool:
-        """Whether llama.cpp treats the model as one of 70 billion parameters, because of its number of layers."""
+        """Whether llama.cpp treats the model as a model of 70 billion parameters, because of its number of layers."""
         grouped = self.queries_per_key > 1 or self.architecture == "qwen2"
         return self.layers == 80 and grouped and self.architecture in ("llama", "qwen2")
 
@@ -85,14 +85,14 @@ def choose_types(
     """The type of every tensor, by name. `shapes`: (..., O, I). `weighted`: the names of the tensors in the importance
     matrix; None without this matrix.
 
-    Raises: InputError for a matrix that cannot have any suitable type, or that needs an importance matrix.
+    Raises: InputError if no suitable type exists for a matrix, or if the type needs an importance matrix.
     """
     choice = _Choice(file_type, shapes, structure, weighted)
     return {name: choice.of(name, shapes[name]) for name in sorted(shapes, key=_layer_and_name)}
 
 
 def _layer_and_name(name: str) -> tuple[int, str]:
-    """A sort key for llama.cpp's order of tensors, which decides the layers that count as the first of a category."""
+    """A sort key for llama.cpp's order of tensors, in which the layers of each category of tensors are counted."""
     match = re.match(r"blk\.(\d+)\.", name)
     return (-1 if match is None else int(match[1])), name
 
@@ -107,8 +107,8 @@ def category_of(name: str) -> str:
 
 
 class _Choice:
-    """Chooses the types of the tensors in llama.cpp's order, and counts the tensors of some categories that it has
-    passed."""
+    """Chooses the types of the tensors in llama.cpp's order. It counts the passed tensors of some categories, because
+    later types depend on these counts."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class _Choice:
         if columns % block_size(wanted) == 0:
             return wanted
         if wanted not in FALLBACKS:
-            what = f"{name} has rows of {columns} numbers, and {wanted} takes blocks of {block_size(wanted)}"
+            what = f"{name} has rows of {columns} numbers, and {wanted} needs a multiple of {block_size(wanted)}"
             raise InputError(what, "choose F16, BF16 or F32", key="--type")
         return FALLBACKS[wanted] if columns % block_size(FALLBACKS[wanted]) == 0 else "F16"
 
@@ -275,7 +275,7 @@ class _Choice:
         return _layer_and_name(name)[0] if self.structure.experts > 1 else counted
 
     def _more_bits(self, layer: int, layers: int) -> bool:
-        """Whether the layer is in the first eighth, in the last eighth, or one of every third layer in between."""
+        """Whether the layer is in the first or last eighth of the layers, or is every third layer between them."""
         return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 

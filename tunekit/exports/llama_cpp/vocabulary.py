@@ -1,4 +1,4 @@
-"""Facts of a tokenizer.json that llama.cpp needs and that its converter cannot find for unknown tokenizers."""
+"""Properties of a tokenizer.json that llama.cpp needs, and that its converter cannot find for unknown tokenizers."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def named_pre_tokenizer(tokenizer: Definition) -> str:
     if steps in PRE_TOKENIZERS:
         return PRE_TOKENIZERS[steps]
     what = f"llama.cpp has no name for this tokenizer's pre-tokenizer ({', '.join(str(kind) for kind, _ in steps)})"
-    raise ModelError(what, "it would split texts differently; choose another --to")
+    raise ModelError(what, "llama.cpp would split texts differently; choose another --to")
 
 
 def _step(part: Definition) -> tuple[str | None, Any]:
@@ -45,8 +45,8 @@ def _step(part: Definition) -> tuple[str | None, Any]:
 
 
 def merge_scores(tokenizer: Definition, tokens: Sequence[bytes]) -> list[float]:
-    """The score of each token. llama.cpp first merges to the token with the highest score; these scores give the
-    order of merges in tokenizer.json."""
+    """The score of each token. llama.cpp first makes the merge whose token has the highest score, so these scores give
+    the order of merges in tokenizer.json."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(tokenizer["model"]["merges"]):
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
@@ -55,9 +55,9 @@ def merge_scores(tokenizer: Definition, tokens: Sequence[bytes]) -> list[float]:
 
 def added_kinds(tokenizer: Definition, kinds: Sequence[int]) -> dict[int, int]:
     """The kinds of the added tokens, by id. A tokenizer searches a text for added tokens before it splits the text. The
-    converter marks those that are also in the vocabulary as normal tokens, which are not searched for.
+    converter marks added tokens that are also in the vocabulary as normal tokens, for which llama.cpp does not search.
 
-    A token with the sign for spaces stays normal: no text has it, and llama.cpp would print the sign.
+    A token with SPACE, the sign for a space, stays normal: texts do not contain it, and llama.cpp would print it.
     """
     return {
         token["id"]: CONTROL if token["special"] else USER_DEFINED
@@ -76,8 +76,8 @@ def space_scheme(tokenizer: Definition) -> str:
 
 
 def strips_as_phi3(tokenizer: Definition) -> bool:
-    """Whether the tokenizer removes the same spaces as llama.cpp does for a file with "phi-3" in its name: after
-    each added token except NEVER_STRIPPED, which must all exist."""
+    """Whether the tokenizer removes the spaces after all added tokens except NEVER_STRIPPED, as llama.cpp does for a
+    model with "phi-3" in its name. The tokens NEVER_STRIPPED must exist."""
     added = {token["content"]: token for token in tokenizer.get("added_tokens", ())}
     names = {*added, *tokenizer["model"]["vocab"]} if isinstance(tokenizer["model"].get("vocab"), Mapping) else {*added}
     strips = all(token["rstrip"] == (name not in NEVER_STRIPPED) for name, token in added.items())

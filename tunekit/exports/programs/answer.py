@@ -39,7 +39,7 @@ def ask_script(
     environment: Mapping[str, str] | None = None,
 ) -> list[NextTokens]:
     """Run a script of inside/ on a model, with an adapter if there is one, and return the answer for each row.
-    `options` and `arrays`: further values of the request.
+    `options` and `arrays` are added to the request.
 
     The script returns `values.N` for row N. If it gives only the K largest values, it returns `tokens.N` and
     `following.N` too.

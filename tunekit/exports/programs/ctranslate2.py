@@ -15,7 +15,7 @@ def convert(
     program: Program, folder: Path, output: Path, quantization: str, copied: list[str], left_out: JsonObject
 ) -> None:
     """Write a model folder in CTranslate2's layout. `copied`: the names of files to copy. `quantization`: float32, int8
-    ... `left_out`: facts that the converter leaves out, and that the script adds.
+    ... `left_out`: settings that the converter leaves out, and that the script adds.
 
     Raises: InputError with the converter's log if the conversion fails.
     """

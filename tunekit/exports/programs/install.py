@@ -1,11 +1,11 @@
-"""Install programs that certify exports, each with pinned packages into an environment of its own.
+"""Install programs that certify exports. Each program gets a separate environment with pinned packages.
 
     python -m tunekit.exports.programs.install NAME...      in a checkout also: scripts/certify NAME...
     python -m tunekit.exports.programs.install --list       the programs, their packages, and which are installed
 
-The environments are in $TUNEKIT_PROGRAMS, else in programs/ of tunekit's cache folder; they get the Python that runs
-this. An installed program is left as it is. An environment is made anew if it is for other versions, or if its
-installation was not completed or its Python is missing.
+The environments are in $TUNEKIT_PROGRAMS, else in programs/ of tunekit's cache folder; they use the Python that runs
+this script. An installed program is left as it is. An environment is made anew if it has other versions, if its
+installation was not completed, or if its Python is missing.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, prog
 
 
 def main() -> int:
-    """Install programs. Returns 0; 1 if an installation failed; 2 if a name is unknown, or a folder is not from this
-    script."""
+    """Install programs. Returns 0; 1 if an installation failed; 2 if a name is unknown, or if a folder was not made
+    by this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--list", action="store_true")

@@ -107,8 +107,8 @@ def run_script(
 def running(
     program: Program, command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process of the program during a block. After the block, an error or Ctrl-C, it is killed with its
-    children."""
+    """Run a process of the program during a block. After the block, an error or Ctrl-C, the process and
+    its children are killed."""
     values = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     with log.open("wb") as stream:
         process = _start(command, stream, {**values, **ENVIRONMENT, **environment})

@@ -10,8 +10,8 @@ from ctranslate2.converters import TransformersConverter
 
 
 class FullConverter(TransformersConverter):  # type: ignore[misc]
-    """CTranslate2's converter, which also writes two numbers of Llama 3's position scaling, `rope`, that CTranslate2
-    reads."""
+    """CTranslate2's converter, extended. It also writes two numbers of Llama 3's position scaling (`rope`), which
+    CTranslate2 reads."""
 
     rope: dict[str, Any] | None = None
 
@@ -36,7 +36,7 @@ def complete(path: Path, epsilon: float | None) -> None:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Convert a model and return nothing; or return all log-probabilities of the rows."""
+    """Convert a model and return nothing, or return all log-probabilities of rows, as the request says."""
     if "output" in request:
         converter = FullConverter(request["model"], copy_files=request["files"], low_cpu_mem_usage=True)
         converter.rope = request["rope"]

@@ -10,8 +10,8 @@ from ctranslate2.models import Whisper
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """All log-probabilities of the rows, which begin with the token for "no timestamps".
 
-    CTranslate2 also gives the logits for the part of a prompt after this token, so one call gives the logits after each
-    token of a row.
+    The row is a part of the prompt. CTranslate2 also gives logits for prompt tokens after "no timestamps", so one call
+    gives the logits after each token of the row.
     """
     model = Whisper(request["model"], device="cpu", compute_type="default")
     answers = {}

@@ -10,7 +10,7 @@ NUMBERS = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Convert a model and return nothing; or return all log-probabilities of the rows."""
+    """Convert a model and return nothing, or return all log-probabilities of rows, as the request says."""
     if "output" in request:
         from optimum.exporters.onnx import main_export
 
