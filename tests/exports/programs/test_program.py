@@ -214,6 +214,6 @@ def test_a_stopped_certificate(tiny_whisper: Path, tmp_path: Path, monkeypatch: 
     tunekit.send_signal(signal.SIGTERM)
     _, error = tunekit.communicate(timeout=60)
     assert (tunekit.returncode, (tmp_path / "model.bin").exists()) == (143, True)
-    assert "stopped by SIGTERM before it was certified" in error
+    assert "stopped by SIGTERM before the export was certified" in error
     assert ended(int((tmp_path / "pid").read_text()))
     assert list(temporary.iterdir()) == []
