@@ -87,7 +87,7 @@ class Verb(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> NoReturn:
-        """Import the verb's module, and call the verb."""
+        """Import the module of the command, and run the command."""
         if self.name not in LIGHT:
             from tunekit.machine.threads import thread_settings
 

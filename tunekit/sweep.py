@@ -270,8 +270,8 @@ def _train_lanes(
 
 
 def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, named: bool) -> LoopSteps:
-    """Train one lane to its end, or to the step `end`, and yield its windows. If an error occurs, it is stored in the
-    lane. `named`: printed lines begin with the lane's name.
+    """Train one lane (trial) to its end, or to the step `end`. Yields each window (the micro-batches of a step), which
+    the caller runs. An error is stored in the lane. `named`: printed lines begin with the lane's name.
 
     Raises: Stopped after a stop signal.
     """
@@ -308,7 +308,7 @@ def _train_by_halves(
     limits: Limits | None,
 ) -> None:
     """Train all lanes to a common comparison, end the worse half of the settings, and repeat this for each comparison.
-    Returns early if a lane failed and must be resumed. `rungs`: the settings that comparisons before a resume ended.
+    Returns early if a lane (trial) failed and must be resumed. `rungs`: the settings that earlier comparisons ended.
 
     Raises: Stopped after a stop signal.
     """

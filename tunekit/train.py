@@ -115,7 +115,8 @@ def train_session(
 def session_steps(
     session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
 ) -> LoopSteps:
-    """A generator form of `train_session`: yields each window for the caller to run."""
+    """A generator form of `train_session`: yields each window (the
+    micro-batches of a step), which the caller runs."""
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)
