@@ -65,7 +65,7 @@ def test_what_tunekit_keeps_is_known_as_its_own(monkeypatch: pytest.MonkeyPatch,
 def test_a_full_disk_is_a_finding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "free_bytes", lambda path: 1000)
     doctor.doctor_verb(False, None)
-    assert "the checkpoints of a run may not fit" in capsys.readouterr().err
+    assert "perhaps too little for a run's checkpoints" in capsys.readouterr().err
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -150,7 +150,7 @@ def test_merged_needs_an_adapter(base: Path) -> None:
 def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:
     assert "kohya" in known_formats()
     write_tiny_llama(tmp_path / "base")
-    with pytest.raises(InputError, match="kohya takes a pipeline adapter, and TARGET is a model"):
+    with pytest.raises(InputError, match="kohya takes a pipeline adapter, and the target is a model"):
         export_verb(str(tmp_path / "base"), "kohya", str(tmp_path / "new.safetensors"))
     with pytest.raises(InputError, match=r"mlx takes an adapter, .*programs read the model's folder itself; .*doctor"):
         export_verb(str(tmp_path / "base"), "mlx", str(tmp_path / "new"))

@@ -329,7 +329,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(InputError, match="cannot be listened on"):
+        with pytest.raises(InputError, match="cannot listen on"):
             serve_verb(str(tiny_llama), None, [], [], "127.0.0.1", taken.getsockname()[1], None, 16, 8)
 
 

@@ -1,4 +1,4 @@
-"""Plain values that folders of all levels use: JSON objects, sizes as text, and facts about an objective for the screen
+"""Plain values that all parts of tunekit use: JSON objects, sizes as text, and facts about an objective for the screen
 and the report.
 
 They are separate from records.py for speed: `validate` needs only these, and defining a frozen dataclass takes a

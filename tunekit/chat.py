@@ -44,7 +44,9 @@ class Chat:
             return
         word, _, argument = text[1:].partition(" ")
         if word not in COMMANDS:
-            raise InputError(f"there is no command /{word}", f"there are: {', '.join('/' + name for name in COMMANDS)}")
+            raise InputError(
+                f"there is no command /{word}", f"the commands are: {', '.join('/' + name for name in COMMANDS)}"
+            )
         getattr(self, word)(argument.strip())
 
     def send(self, text: str) -> None:
@@ -77,7 +79,7 @@ class Chat:
         seconds = time.perf_counter() - started
         self.console.write(flow.end() + "\n")
         if reply.reason == "length":
-            self.console.info(f"[ended at {self.max_new_tokens} tokens; /set max_new_tokens N]")
+            self.console.info(f"[ended at {self.max_new_tokens} tokens; /set max_new_tokens N changes this limit]")
         elif reply.reason == "interrupted":
             self.console.info("[stopped]")
         if reply.new_tokens:
@@ -171,11 +173,11 @@ COMMANDS = {  # methods of Chat, and the arguments after their names
 def _setting(name: str, value: str) -> float:
     kind = SETTINGS.get(name)
     if kind is None:
-        raise InputError(f"there is no setting '{name}'", f"there are: {', '.join(SETTINGS)}")
+        raise InputError(f"there is no setting '{name}'", f"the settings are: {', '.join(SETTINGS)}")
     try:
         number: float = kind(value)
     except ValueError:
-        raise InputError(f"'{value}' is not a number, which {name} needs", f"write /set {name} 1") from None
+        raise InputError(f"'{value}' is not a number, but {name} needs a number", f"write /set {name} 1") from None
     allowed = {"top_p": 0 < number <= 1, "max_new_tokens": number >= 1}.get(name, number >= 0)
     if not allowed:
         raise InputError(f"{name} {value} is out of range", "/set without an argument shows the settings")

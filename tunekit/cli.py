@@ -87,7 +87,7 @@ class Verb(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> NoReturn:
-        """Import the verb's module, and call the verb."""
+        """Import the module of the command, and run the command."""
         if self.name not in LIGHT:
             from tunekit.machine.threads import thread_settings
 
@@ -111,8 +111,8 @@ class Verb(TyperCommand):
 
 
 def _say(error: BaseException) -> int:
-    """Print an error, and return its exit code. Ranks other than the main rank print only errors that may not exist on
-    the main rank."""
+    """Print an error, and return its exit code. Ranks other than the main rank do not print errors that the main rank
+    prints anyway."""
     (text, code), rank = exit_message(error), os.environ.get("RANK", "0")
     alone = code in (EXIT_FAULT, ResourceError.exit_code) or getattr(error, "alone", False)
     if rank == "0" or alone:

@@ -45,7 +45,8 @@ FEATURES = {  # feature -> (modules that it needs, the command that installs the
 
 
 def doctor_verb(clear: bool, json_file: str | None) -> None:
-    """Print the facts; with `clear`, empty the cache. Raises: RunFolderError if a cache entry cannot be removed."""
+    """Print the facts about this machine; with `clear`, empty tunekit's cache. Raises: RunFolderError if a cache entry
+    cannot be removed."""
     console, write_result = Console(json_file=json_file), json_result(json_file)
     versions, (values, shown, findings) = library_versions(), machine_facts()
     caches = {str(path): size for path, size in cache_sizes().items()}
@@ -82,7 +83,7 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
     findings = []
     if values["free_disk_bytes"] < 2**30:
         findings.append(
-            f"{bytes_text(values['free_disk_bytes'])} free in this folder: the checkpoints of a run may not fit"
+            f"{bytes_text(values['free_disk_bytes'])} free in this folder: perhaps too little for a run's checkpoints"
         )
     if device.type == "cpu" and find_spec("bitsandbytes") is None:
         findings.append("bitsandbytes is missing, and model.quantization: int8 needs it; pip install bitsandbytes")
@@ -111,7 +112,10 @@ def model_verb(model: str, fix: str | None, json_file: str | None) -> int:
     results = _readings(folder)
     _print_readings(console, folder, results)
     if output is not None:
-        with StopSignals(announce=False) as signals, signals.at_once("in the copy; its partial output was removed"):
+        with (
+            StopSignals(announce=False) as signals,
+            signals.at_once("while the copy was written; the partial copy was removed"),
+        ):
             write_portable_copy(folder, output)
         results = _readings(output)
         _print_readings(console, output, results)
@@ -131,7 +135,7 @@ def _model_folder(model: str, *, weights: bool) -> Path:
         raise InputError(f"{model} is an adapter, and doctor checks model folders", how)
     source = find_source(target.model, weights=weights)
     if source.gguf_file is not None or not (source.folder / "config.json").is_file():
-        what = f"{model} has no config.json, and doctor checks folders of a model with one"
+        what = f"{model} has no config.json, so it is not a model folder, which doctor needs"
         raise InputError(what, "name a model's folder")
     return source.folder.resolve()
 

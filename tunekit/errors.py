@@ -31,7 +31,7 @@ def holds_secret(text: str) -> bool:
 
 
 def first_lines(lines: Sequence[object]) -> list[str]:
-    """The first MAX_LINES lines; if there are more, also a line that states how many are left out."""
+    """The first MAX_LINES lines; if there are more, also a line that states the number of omitted lines."""
     shown = [str(line) for line in lines[:MAX_LINES]]
     return shown if len(lines) <= MAX_LINES else [*shown, f"... and {len(lines) - MAX_LINES:,} more like these"]
 
@@ -86,8 +86,8 @@ class TunekitError(Exception):
         return error
 
     def without_file(self, removed: Path) -> TunekitError:
-        """A copy of the error for the case that the file `removed` is not kept. Problems in this file no longer name
-        the file or its lines."""
+        """A copy of the error for a file `removed` that was not written. The copy states this, and names no lines of
+        the file."""
         problems = [
             replace(each, file=None, line=None) if each.file and Path(each.file) == removed else each
             for each in self.problems
@@ -100,7 +100,8 @@ class TunekitError(Exception):
 
 
 class InputError(TunekitError):
-    """The recipe or another input is wrong. `resume_advice`: printed if a run with a checkpoint ended because of it."""
+    """The recipe or another input is wrong. `resume_advice`: the advice to print if this error ended a run
+    that has a checkpoint."""
 
     exit_code = 2
     resume_advice = "repair it, and continue with --resume"
@@ -115,7 +116,7 @@ class DataError(InputError):
 
 
 class LengthError(InputError):
-    """A text has more tokens than the model reads, or than there is room for."""
+    """A text has more tokens than the model can read, or than the memory has room for."""
 
 
 class ModelError(InputError):
@@ -127,7 +128,7 @@ class AdapterError(InputError):
 
 
 class AdapterConflict(InputError):
-    """An adapter cannot be in memory together with a different one; each of them can be alone."""
+    """Two adapters cannot be in memory together, although each of them can be loaded alone."""
 
 
 class RewardError(InputError):
@@ -191,7 +192,10 @@ def exit_message(error: BaseException) -> tuple[str, int]:
         place = error.filename2 if full and error.filename2 is not None else error.filename  # of a copy
         named = f"{place}: " if place is not None else ""
         if full:
-            return f"{named}no space left; free some, or choose another place", ResourceError.exit_code
+            return (
+                f"{named}no space left on the disk; free some space, or choose another folder",
+                ResourceError.exit_code,
+            )
         if named:
             return f"{named}{error.strerror}; check the path and its permissions", InputError.exit_code
     words = " ".join(str(error).split())[:300]

@@ -1,5 +1,5 @@
 """`tunekit export`: writes a model or an adapter in the format of another program. It can also compare the program's
-results with ours."""
+results with torch's."""
 
 import os
 import shlex
@@ -36,10 +36,10 @@ def export_verb(
     certify: bool | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Write the export completely or not at all. `certify`: whether to run the other program and compare its results
-    with torch's. True: yes, and the program must be installed; None: only if the program is installed; False: no.
+    """Write the export completely or not at all. `certify`: whether to run the program, and compare its results
+    with torch's. True: the program must be installed; None: only if the program is installed; False: no.
 
-    Raises: InputError for everything that the format cannot hold, before anything is written.
+    Raises: InputError, before anything is written, if the format cannot represent the target.
     """
     console, format, options = Console(), load_format(to), options or Options()
     spec = find_plain_target(target, base, overrides)
@@ -49,7 +49,7 @@ def export_verb(
     _check(to, format, exportable, options, path, certify=bool(certify))
     run = _run_of(exportable)
     evidence = Evidence(partial(row_ids, exportable, held_out=False), None if run is None else read_run(run), path.name)
-    stopped = "in the export; the partial output was removed"
+    stopped = "while the export was written; the partial export was removed"
     with StopSignals(announce=False) as signals, signals.at_once(stopped), new_path(path) as partial_path:
         written = format.write(exportable, partial_path, evidence, options)
     notes = tuple(note.replace(str(partial_path), shlex.quote(str(path))) for note in written.notes)
@@ -59,8 +59,10 @@ def export_verb(
     if options.push:
         console.info(f"uploaded to {upload_folder(path, path.name)}")
     if certify is not False and format.PROGRAM:
-        stopped = f"before the export was certified; {path} is complete"
-        with StopSignals(announce=False) as signals, signals.at_once(stopped):
+        with (
+            StopSignals(announce=False) as signals,
+            signals.at_once(f"before the export was certified; {path} is complete"),
+        ):
             _certify(to, format, written, exportable, options, required=bool(certify))
 
 
@@ -74,11 +76,11 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
     """Raises: InputError with all problems that prevent this export."""
     if exportable.kind not in format.TAKES:
         takes = " or ".join(map(with_article, sorted(format.TAKES)))
-        what = f"{to} takes {takes}, and TARGET is {with_article(exportable.kind)}"
+        what = f"{to} takes {takes}, and the target is {with_article(exportable.kind)}"
         how = "choose another --to"
         if exportable.kind == "model" and "adapter" in format.TAKES:
             command = f"tunekit doctor {shlex.quote(str(exportable.folder))}"
-            how = f"programs read the model's folder itself; check it with: {command}"
+            how = f"other programs read the model's folder itself; check the folder with: {command}"
         raise InputError(what, how, key="--to")
     wrong = [
         Problem(f"{to} does not read --{name}", f"leave --{name} out", key=f"--{name}")
@@ -104,8 +106,8 @@ def _check(to: str, format: Format, exportable: Exportable, options: Options, pa
 def _certify(
     to: str, format: Format, written: Exported, exportable: Exportable, options: Options, *, required: bool
 ) -> None:
-    """Run the program on the export, print a comparison of its results with torch's, and write the comparison next to
-    the export. An impossible comparison is an error if `required`, else a note.
+    """Run the program on the export, compare its results with torch's, and print and save the differences. If the
+    comparison is impossible, this is an error if `required`, else a note.
 
     Raises: InputError if the program cannot read the export.
     """

@@ -322,7 +322,7 @@ def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampli
 
 
 def _objective_of(loaded: LoadedTarget) -> Objective:
-    """The target's objective, with which prompts are encoded by the rules of the target's data section."""
+    """The target's objective, which encodes prompts by the rules of the target's data section."""
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)

@@ -52,7 +52,7 @@ def runs_verb(folder: str, json_file: str | None) -> None:
 
 
 def clean_verb(folder: str, yes: bool) -> None:
-    """Remove the checkpoints of finished runs, and all but the newest of other runs, after confirmation.
+    """Remove the checkpoints of finished runs, and all but the newest checkpoint of other runs, after confirmation.
 
     Raises: InputError if there is nobody to ask and no --yes.
     """
@@ -80,9 +80,9 @@ def clean_verb(folder: str, yes: bool) -> None:
         for path, checkpoints, size in removals
     ]
     console.table(["run", "removed checkpoints", "size"], rows)
-    console.info("RUN@STEP of these will no longer exist; adapter/ and the reports stay.")
+    console.info("Commands can then no longer use RUN@STEP for these checkpoints; adapter/ and the reports stay.")
     if not yes and not console.confirm(f"remove {total}?"):
-        raise InputError("nothing was removed", "answer yes, or use --yes if nobody can answer")
+        raise InputError("nothing was removed", "answer yes, or add --yes if no user can answer")
     for path, checkpoints, _ in removals:
         with RunFolder.open_resume(path) as run:
             remove_checkpoints(run, checkpoints)
@@ -90,7 +90,7 @@ def clean_verb(folder: str, yes: bool) -> None:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Every run folder at or below this one, by name. Raises: InputError if it is not a folder."""
+    """All run folders at or below `folder`, sorted by name. Raises: InputError if it is not a folder."""
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}", "name the folder that your runs are in")
     runs = []

@@ -44,9 +44,9 @@ HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # time limits for a client to send a 
 
 
 async def read_request(request: Request) -> bytes:
-    """The body of a request. Raises: ProtocolError if the body is too large or not declared as JSON.
+    """The body of a request. Raises: ProtocolError if the body is too large, or its content type is not JSON.
 
-    A foreign web page can make a browser send requests to this server, but not with this content type.
+    A foreign web page can make a browser send requests to this server, but not with the content type of JSON.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ProtocolError(415, "the body must be JSON: send it with Content-Type: application/json")
@@ -64,8 +64,8 @@ def model_entry(name: str, created: int) -> dict[str, object]:
 
 
 def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = True) -> Starlette:
-    """The endpoint as an ASGI application. `key`: the API key that clients must send; None: no key. `only_local`:
-    whether only this machine can reach it."""
+    """The HTTP server as an ASGI application. `key`: the API key that clients must send; None: no key. `only_local`:
+    whether only this machine can reach the server."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
@@ -177,10 +177,11 @@ def serve_verb(
 
 
 def make_desk(speaker: Speaker, slots: int, cache_bytes: int, console: Console) -> Desk:
-    """A desk whose cache fits into the memory. Raises: InputError if the memory is too small for any answer."""
+    """A request queue (desk) whose cache fits into `cache_bytes`. Raises: InputError if the memory is too small for any
+    answer."""
     tokens, used_bytes = speaker.slot_tokens(slots, cache_bytes)
     if tokens < MIN_TOKENS:
-        what = f"{bytes_text(cache_bytes)} of cache are {tokens} tokens for each of {slots} answers"
+        what = f"{bytes_text(cache_bytes)} of cache have room for only {tokens} tokens in each of {slots} answers"
         raise InputError(what, "set a larger --cache-memory or a smaller --batch-size")
     size = f", {bytes_text(used_bytes)} of cache" if used_bytes else ""
     console.info(f"up to {slots} answers at once, each with up to {tokens:,} tokens of prompt and answer{size}")
@@ -204,7 +205,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise InputError(f"{host}:{port} cannot be listened on ({error.strerror})", "choose another --port") from error
+        raise InputError(
+            f"the server cannot listen on {host}:{port} ({error.strerror})", "choose another --port"
+        ) from error
 
 
 def make_server(desk: Desk, app: Starlette) -> Server:
@@ -235,8 +238,8 @@ def make_server(desk: Desk, app: Starlette) -> Server:
 
 def make_connection_class(limit: int) -> type[asyncio.Protocol]:
     """uvicorn's connection class with two additions. A client must send header and body before a deadline, because
-    uvicorn waits forever. Beyond `limit` connections, the connection is closed that has kept the server waiting
-    longest."""
+    uvicorn waits forever. If there are more than `limit` connections, it closes the connection that has kept
+    the server waiting longest."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     deadlines: dict[Connection, asyncio.TimerHandle] = {}  # of connections without a complete request, the oldest first

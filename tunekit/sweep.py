@@ -1,6 +1,6 @@
 """`tunekit sweep`: trains the trials of a recipe one after another over one loaded base, and compares their results.
 
-A trial is a run like any other, in its own folder. Its result has the same bytes as that of `tunekit train`.
+A trial is a run like any other, in its own folder. Its result has the same bytes as the result of `tunekit train`.
 """
 
 import gc
@@ -84,7 +84,7 @@ def automatic_verb(
     loaded: LoadedRecipe, path: str, overrides: Sequence[str], minutes: float, resume: bool, json_file: str | None
 ) -> None:
     """Choose rates, ranks and lengths of training by the time of measured steps, and sweep them by halving within
-    `minutes`. `path`, `overrides`: of the recipe, which is `loaded`.
+    `minutes`. `loaded`: the recipe, read from `path` with `overrides`.
 
     Raises: TunekitError, also if the time is too short for two runs.
     """
@@ -111,7 +111,9 @@ def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[Automat
         plan, prepared = plan_session(session)
         costs = measure_costs(session, plan, prepared, base.load)
     if costs is None:
-        raise InputError("the recipe's own numbers are not finite in its first steps", "lower training.learning_rate")
+        raise InputError(
+            "the recipe's loss or gradient is not finite in the first steps", "lower training.learning_rate"
+        )
     choice = choose_values(recipe, plan, costs, seconds - process_seconds())
     if choice is None:
         one = time_text(costs.of_run(plan, recipe))
@@ -268,8 +270,8 @@ def _train_lanes(
 
 
 def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, named: bool) -> LoopSteps:
-    """Train one lane to its end, or to the step `end`, and yield its windows. If an error occurs, it is stored in the
-    lane. `named`: printed lines begin with the lane's name.
+    """Train one lane (trial) to its end, or to the step `end`. Yields each window (the micro-batches of a step), which
+    the caller runs. An error is stored in the lane. `named`: printed lines begin with the lane's name.
 
     Raises: Stopped after a stop signal.
     """
@@ -306,7 +308,7 @@ def _train_by_halves(
     limits: Limits | None,
 ) -> None:
     """Train all lanes to a common comparison, end the worse half of the settings, and repeat this for each comparison.
-    Returns early if a lane failed and must be resumed. `rungs`: the settings that comparisons before a resume ended.
+    Returns early if a lane (trial) failed and must be resumed. `rungs`: the settings that earlier comparisons ended.
 
     Raises: Stopped after a stop signal.
     """
@@ -315,7 +317,7 @@ def _train_by_halves(
     for left in range(rung_count(len(settings)) - len(rungs), 0, -1):
         ends = {lane.trial.name: rung_of(lane, left) for lane in lanes}
         if not rungs and all(end is None for end in ends.values()):
-            what = "halving compares evaluations from before the end, and there is none"
+            what = "halving compares evaluations before the last step, and the trials have none"
             raise RecipeError(what, "lower training.eval_steps", key="sweep.strategy")
         _train_lanes(lanes, base, console, resume, ends)
         if _unfinished(lanes):
@@ -349,13 +351,14 @@ def _compare(sweep: LoadedSweep, folder: Path, lanes: Sequence[Lane]) -> SweepRe
 
 
 def _unfinished(lanes: Sequence[Lane]) -> list[TunekitError]:
-    """The errors of those lanes that can be resumed."""
+    """The errors of the lanes (trials) that can be resumed."""
     errors = [lane.error for lane in lanes if lane.error is not None]
     return [error for error in errors if not isinstance(error, NumericsError)]
 
 
 def _raise_errors(lanes: Sequence[Lane]) -> None:
-    """Raises: the error of the lanes that can be resumed; NumericsError if all lanes ended with invalid numbers."""
+    """Raises: the error of the lanes (trials) that can be resumed; NumericsError if all lanes ended with invalid
+    numbers."""
     errors, unfinished = [lane.error for lane in lanes if lane.error is not None], _unfinished(lanes)
     if unfinished:
         more = Problem(f"{len(unfinished)} of {len(lanes)} trials are not finished", "continue with --resume")

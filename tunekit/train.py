@@ -85,7 +85,7 @@ def train_verb(
                 Path(loaded.recipe.output.dir),
             )
             if dry_run:
-                with signals.at_once("in the dry run; nothing was written"):
+                with signals.at_once("during the dry run; nothing was written"):
                     result = _try_out(session)
             elif devices.from_main(devices.is_main and resume and run_files.is_run_finished(session)):
                 console.info(f"{path} contains a finished run; nothing to do")
@@ -116,7 +116,8 @@ def train_session(
 def session_steps(
     session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
 ) -> LoopSteps:
-    """A generator form of `train_session`: yields each window for the caller to run."""
+    """A generator form of `train_session`: yields each window (the
+    micro-batches of a step), which the caller runs."""
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)
@@ -252,10 +253,13 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
 
 
 def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run: Run, *, compares: bool) -> None:
-    """Write the scores of evaluation.tasks into the run folder. `compares`: also the scores of the base."""
+    """Compute the tasks of evaluation.tasks, and write their scores into the run folder. `compares`: also the scores of
+    the base."""
     console, settings = session.console, session.loaded.recipe.evaluation
     if session.devices.world > 1:
-        console.warn("evaluation.tasks are computed in one process: use tunekit eval RUN --tasks")
+        console.warn(
+            "a run of several processes does not compute evaluation.tasks; compute them with: tunekit eval RUN --tasks"
+        )
         return
     objective, tokenizer = measuring_objective(run.model.base, prepared.processor), prepared.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)  # plan refuses tasks for other models

@@ -70,8 +70,8 @@ def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[
 
 
 def _since(metrics: Path, reported: list[LoggedLine]) -> tuple[int, list[LoggedLine]]:
-    """The number of reported lines that are unchanged, and the lines after them. If lines were only added to the log,
-    only these are read."""
+    """The number of reported lines that are unchanged, and the lines after them. If the log has only grown, only its
+    new lines are read."""
     try:
         grown = list(records_from(metrics, reported[-2][0])) if len(reported) > 1 else []
     except RunFolderError:  # the position is inside another line

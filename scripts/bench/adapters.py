@@ -1,11 +1,12 @@
-"""Adapter folders of other programs, and what tunekit makes of them.
+"""Loads adapter folders that other programs wrote, and compares tunekit's logits with theirs.
 
     scripts/bench/run adapters [--makers NAME,...] [--kinds NAME,...] [--work FOLDER] [--output FOLDER]
 
-Each maker writes folders with random trained values on tiny random bases, and its logits: peft 0.6, 0.10 and 0.15 with
-transformers 4, peft 0.21, transformers' own add_adapter, and programs that write single files for diffusion pipelines.
-tunekit loads each folder as `tunekit eval` does. A row is the largest difference of the logits, or the reason of a
-refusal. A row that is in adapters.json is made again only if it is named by --kinds.
+Each maker (a program that writes adapters) writes folders with random trained values on tiny random bases, and the
+logits that it computes: peft 0.6, 0.10 and 0.15 with transformers 4, peft 0.21, transformers' own add_adapter, and
+programs that write single files for diffusion pipelines. tunekit loads each folder like `tunekit eval`. A row of the
+result is the largest difference of the logits, or the reason of a refusal. A row that is already in adapters.json is
+made again only if --kinds names it.
 
 Older releases of peft are in FOLDER/peft/VERSION of $TUNEKIT_PROGRAMS, next to transformers4 (scripts/certify):
 pip install --no-deps --target FOLDER/peft/VERSION peft==VERSION accelerate==1.6.0 psutil
@@ -81,7 +82,7 @@ compute it with the installed transformers. transformers 4.57.6 imports peft 0.1
 
 
 def write_bases(folder: Path) -> dict[str, dict[str, Any]]:
-    """Random bases: name -> folder, transformers' class, and the input of every comparison."""
+    """Write the random bases: name -> folder, class in transformers, and input of all comparisons."""
     from transformers import AutoTokenizer
 
     from tests.conftest import write_tiny_llama
@@ -127,7 +128,7 @@ def write_bases(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _move_vectors(net: torch.nn.Module) -> None:
-    """Biases and norms that are neither 0 nor 1."""
+    """Change the biases and norms, so that they are neither 0 nor 1."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -136,7 +137,7 @@ def _move_vectors(net: torch.nn.Module) -> None:
 
 
 def kinds_of(maker: str) -> dict[str, Kind]:
-    """The kinds that this maker's release knows."""
+    """The kinds of adapters that this maker's release supports."""
     release, injected = MAKERS[maker]
     return {
         name: kind
@@ -146,7 +147,7 @@ def kinds_of(maker: str) -> dict[str, Kind]:
 
 
 def python_of(maker: str) -> tuple[Path, dict[str, str]] | None:
-    """The interpreter of a maker with its environment; None if it is not installed."""
+    """The Python interpreter of a maker, and its environment variables; None if the maker is not installed."""
     release, _ = MAKERS[maker]
     if release == (0, 21):
         return Path(sys.executable), {}
@@ -156,7 +157,7 @@ def python_of(maker: str) -> tuple[Path, dict[str, str]] | None:
 
 
 def make_folders(maker: str, kinds: dict[str, Kind], bases: dict[str, Any], work: Path) -> Path | None:
-    """Let the maker write the folders that are not there yet; the place of all its folders."""
+    """Let the maker write the folders that do not exist yet; returns the folder that contains all of them."""
     found, place = python_of(maker), work / maker.replace(" ", "-")
     if found is None:
         return None
@@ -218,14 +219,14 @@ def saves_rows(folder: Path) -> bool:
 
 
 def _cut(values: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The last positions and the first tokens that both have."""
+    """The part of `values` that `other` has too: the last positions and the first tokens."""
     if values.ndim == 3:
         values = values[:, -min(values.shape[1], other.shape[1]) :]
     return values[..., : min(values.shape[-1], other.shape[-1])]
 
 
 def check_bases(bases: dict[str, Any], place: Path) -> None:
-    """The maker computes the bases as we do; their logits are added to them."""
+    """Check that the maker computes the same logits of the bases as tunekit; the logits are added to `bases`."""
     for name, base in bases.items():
         if (place / f"{name}.npy").exists():
             theirs = np.load(place / f"{name}.npy")
@@ -237,7 +238,7 @@ def check_bases(bases: dict[str, Any], place: Path) -> None:
 
 
 def verdict(unit: dict[str, Any]) -> str:
-    """not made, wrong, right or refused."""
+    """The verdict on a row: not made, wrong, right or refused."""
     if "not_made" in unit:
         return "not made"
     if unit["refused"]:

@@ -1,21 +1,21 @@
-"""Run the benchmarks that the documents quote, and write their newest figures next to earlier ones.
+"""Run the benchmarks that the documents quote, and write their newest figures next to earlier figures.
 
     scripts/bench/run all [--minutes N] [--only NAME,NAME] [--again] [--page]
 
-A benchmark declares itself by a literal FIGURES in its own file (see compare.py), and no other list names it:
+A benchmark is included if its file contains a literal FIGURES (see compare.py); there is no other list:
 
-    minutes    how long it takes; it is not started if fewer minutes are left
+    minutes    its duration; the benchmark is not started if fewer minutes are left
     options    its command line. $NAME is read from the environment; $RESULTS is scripts/results
     result     the JSON file that it writes there
     figures    name -> {what, unit, ours, theirs (optional), digits, divisor}
 
 `ours` and `theirs` lead to a number in the result: keys with a slash between them; {PATH} in a key is replaced by the
 text at that path. Every measurement is added to all.json as soon as it is made, so the command can be stopped: the next
-call continues with those that were not measured with this code on this processor. Failures and benchmarks that were
-left out are printed; with a failure the exit code is 1. The page is all.md.
+call continues with the benchmarks that were not measured with this code on this processor. Failures and benchmarks that
+were left out are printed; with a failure the exit code is 1. The page is all.md.
 
 Documents quote a figure as <!--figure NAME.FIGURE SIDE-->42<!--/figure-->. SIDE is ours, theirs, ratio, date or
-processor. The command fills these in too; --page does only that.
+processor. The command also fills in these figures; with --page it does nothing else.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_figures(declaration: Declaration, results: Path) -> dict[str, dict[str,
 
 
 def code_hash(package: Path) -> str:
-    """The sha256 of the package's sources, by which a measurement is known to be of this code."""
+    """The sha256 of the package's source files. It shows whether a measurement was made with this code."""
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
@@ -171,7 +171,7 @@ def write_documents(declared: dict[str, Declaration], measured: Measurements) ->
 
 
 def measure(name: str, declaration: Declaration, folder: Path, results: Path, code: str) -> Record:
-    """Run one benchmark. Raises: RuntimeError if it fails, or if it leaves an earlier result as it was."""
+    """Run one benchmark. Raises: RuntimeError if the benchmark fails, or writes no new result."""
     variables = {**os.environ, "RESULTS": str(results)}
     options = [re.sub(r"\$(\w+)", lambda match: variables[match[1]], each) for each in declaration["options"].split()]
     started, load = time.time(), os.getloadavg()[0]
@@ -208,7 +208,7 @@ def left_out(declaration: Declaration, minutes: float) -> str | None:
 
 
 def run_all(settings: argparse.Namespace, folder: Path, results: Path, code: str) -> int:
-    """Measure what is due, least recently measured first; the number of failures."""
+    """Run the benchmarks that are due, least recently measured first; returns the number of failures."""
     declared, measured = declarations(folder), Measurements(results)
     ends, failures, processor = time.monotonic() + 60 * settings.minutes, 0, hardware()["processor"]
     wanted = set(settings.only.split(",")) if settings.only else set(declared)
@@ -237,7 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing that would end later")
     parser.add_argument("--only", help="names of benchmarks, with commas")
-    parser.add_argument("--again", action="store_true", help="also what was measured with this code")
+    parser.add_argument(
+        "--again", action="store_true", help="measure again also the benchmarks that were measured with this code"
+    )
     parser.add_argument("--page", action="store_true", help="measure nothing; write all.md and the documents")
     settings = parser.parse_args()
     folder = Path(__file__).resolve().parent

@@ -75,7 +75,7 @@ MODELS: dict[str, dict[str, Any]] = {  # as the families' published config.json 
 
 @dataclass(frozen=True)
 class Case:
-    """A training step. `quantization`: of the base. `method`: lora or full. `streaming`: off or host."""
+    """A simulated training step. `quantization`: of the base. `method`: lora or full. `streaming`: off or host."""
 
     model: str
     method: str = "lora"
@@ -116,7 +116,7 @@ LADDER: list[tuple[str, dict[str, Any]]] = [  # each step keeps the changes of t
 
 
 def ladder() -> list[tuple[str, Case]]:
-    """The steps of the page on running out of memory, each with its case."""
+    """The steps of the page "Out of memory", each with its text and its case."""
     steps, case = [], FIRST
     for text, changes in LADDER:
         case = replace(case, **changes)
@@ -130,13 +130,13 @@ def table_models() -> list[str]:
 
 
 def cases() -> list[Case]:
-    """All cases of both pages: the steps first, then small models."""
+    """All cases of both pages: first the steps of "Out of memory", then the tables of cards, small models first."""
     table = [Case(model, **settings) for model in table_models() for settings in METHODS.values()]
     return list(dict.fromkeys([*(case for _, case in ladder()), *table]))
 
 
 def micro_batch(case: Case, objective: Objective) -> Batch:
-    """`rows` sequences of `length` tokens; the model learns the second half of each."""
+    """A micro-batch of `rows` sequences of `length` tokens; the model learns the second half of each sequence."""
     ids = np.arange(case.length, dtype=np.int32) % 500 + 3  # (T,)
     trained = np.arange(case.length) >= case.length // 2  # (T,)
     rows = [[objective.rows.make_row(sequence_parts(ids, trained), f"row {at}")] for at in range(case.rows)]
@@ -144,7 +144,7 @@ def micro_batch(case: Case, objective: Objective) -> Batch:
 
 
 def simulated(case: Case) -> dict[str, int]:
-    """Peak bytes by part, and the bytes of the layers that wait on the host if the base is streamed."""
+    """The predicted peak bytes by part, and the bytes of the layers that stay on the host if the base is streamed."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(MODELS[case.model]), encoding="utf-8")
         section = ModelSection(name_or_path=folder, dtype="bfloat16", quantization=case.quantization)  # type: ignore[arg-type]
@@ -192,7 +192,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def best_table(known: dict[str, dict[str, int]]) -> str:
-    """For each model and card, the first of METHODS whose prediction fits."""
+    """A table with the first of METHODS that is predicted to fit, for each model and card."""
     rows = []
     for model in table_models():
         totals = {method: known[Case(model, **settings).name]["total"] for method, settings in METHODS.items()}
@@ -205,17 +205,18 @@ def best_table(known: dict[str, dict[str, int]]) -> str:
 
 
 def methods_table(known: dict[str, dict[str, int]]) -> str:
-    """For each model, the predicted GiB of all methods, and of the host's memory if it is streamed."""
+    """A table with the predicted GiB of all methods for each model, and with the host's memory if the base is
+    streamed."""
     rows = []
     for model in table_models():
         results = [known[Case(model, **settings).name] for settings in METHODS.values()]
         hosts = f"{gib(results[3]['layers'])}, {gib(results[4]['layers'])}"
         rows.append([model, *(gib(result["total"]) for result in results), hosts])
-    return _table(["model", *METHODS, "host, if streamed: LoRA, QLoRA"], rows)
+    return _table(["model", *METHODS, "host memory, if streamed: LoRA, QLoRA"], rows)
 
 
 def ladder_table(known: dict[str, dict[str, int]]) -> str:
-    """Predicted GiB after each step of the page on running out of memory, and what the step saved."""
+    """A table for the page "Out of memory": the predicted GiB after each step, and the GiB that the step saved."""
     rows, before = [], None
     for number, (text, case) in enumerate(ladder()):
         total = known[case.name]["total"]

@@ -1,9 +1,9 @@
-"""Rows a second of choosing one of many answers: over one shared prompt, and by one forward for each answer.
+"""Measures rows per second of multiple choice, with one shared prompt for all answers, and with one forward per answer.
 
     scripts/bench/run choices --model MODEL --data FILE.csv [--rows 48] [--plain-rows 4] [--batch-size 8] [--json FILE]
 
-The file has a text and the name of its class in each line, such as Banking77's. One thread, float32, process CPU time.
-Both ways must give the same log-probabilities up to rounding.
+Each line of the file has a text and its class, as in Banking77. One thread, float32, CPU time of the process. Both ways
+must give the same log-probabilities up to rounding.
 """
 
 from __future__ import annotations

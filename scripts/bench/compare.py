@@ -1,4 +1,4 @@
-"""tunekit against TRL's SFTTrainer and against peft with a plain loop, on one core: speed, memory, start-up, loss.
+"""Compares tunekit with TRL's SFTTrainer and with peft in a plain loop, on one core: speed, memory, start-up, loss.
 
     scripts/bench/run compare [--repeats 3] [--steps 6] [--only NAME,NAME] [--gate-only | --skip-gate]
                           [--first-step-only] [--best NAME] [--venv FOLDER] [--work FOLDER] [--data FILE]
@@ -7,13 +7,14 @@
 
 SmolLM2-135M-Instruct, LoRA r16 on all linear layers, bfloat16, 8 rows of instructions to an optimizer step, the same
 rows in the same order. Every run is a fresh process on one core with one thread; runs are interleaved, and judged on
-ratios of CPU time. Ours is the real `tunekit train`; theirs run from an environment that this script makes.
-The parity gate comes first: no timing counts unless it passes. Everything goes to cpu.json, the page to cpu.md.
+ratios of CPU time. tunekit is run as the real `tunekit train`; the other tools run in an environment that this script
+makes. First the parity gate compares losses: timings count only if it passes. Results are in cpu.json and cpu.md.
 
-tokens per CPU second = tokens that are not padding, of step 3 to the last / CPU seconds (user and system) between the
-end of step 2 and the end of the last step.
-memory above the weights = peak resident bytes - what a fresh process holds that has imported the same modules and
-nothing else - bytes of the base's file.
+tokens per CPU second = non-padding tokens of all steps from step 3 on / CPU seconds (user and system) between the end
+of step 2 and the end of the last step.
+
+memory above the weights = peak resident bytes - resident bytes of a fresh process that has only imported the same
+modules - bytes of the base's file.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def find_rows(named: str | None) -> Path:
 
 
 def timed_runs(bench: Bench, best: str) -> list[dict]:
-    """Every competitor, several times."""
+    """Run every competitor several times."""
     loop = {"dtype": "bfloat16", "rows_per_step": ROWS_PER_STEP, "steps": bench.settings.steps, "learning_rate": RATE}
     sides = {
         "tunekit": lambda: bench.ours("tunekit"),
@@ -151,8 +152,8 @@ def timed_runs(bench: Bench, best: str) -> list[dict]:
 
 
 def first_steps(bench: Bench) -> list[dict]:
-    """From the command to the end of the first optimizer step, all 427 rows as text, caches of rows warm on both sides
-    after the first, which does not count."""
+    """Measure the time from the command to the end of the first optimizer step, with all 427 rows as text. The first
+    run of each side fills its cache of rows, and does not count."""
     runs = []
     for repeat in range(-1, bench.settings.repeats):
         ours = bench.ours("first step: tunekit", rows="chat", training={"max_steps": 1})
@@ -163,8 +164,9 @@ def first_steps(bench: Bench) -> list[dict]:
 
 
 def smoke_steps(bench: Bench) -> list[dict]:
-    """The same of recipes/smoke.yaml: a random base of 115,000 parameters and 12 rows, so that nearly all is start-up.
-    tunekit also evaluates the base before step 1, as the recipe says. What both write to a cache is there already."""
+    """Measure the time to the first step of recipes/smoke.yaml: a random base of 115,000 parameters and 12 rows, so
+    nearly all of the time is start-up. tunekit also evaluates the base before step 1, as the recipe states. Both caches
+    are filled."""
     model, rows = tiny_model_folder(TINY_LLAMA), REPOSITORY / "recipes" / "data" / "smoke"
     config = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 128}
     runs = []

@@ -1,11 +1,13 @@
-"""Tokens a CPU second of greedy decoding: tunekit, transformers' generate and continuous batching, and llama.cpp (F16).
+"""Measures tokens per CPU second of greedy decoding: tunekit, transformers' generate and continuous batching, and
+llama.cpp (F16).
 
     scripts/bench/run decoder MODEL [--rows 1,4,32] [--tokens 16,64,512] [--dtypes float32,bfloat16] [--output FOLDER]
 
-All have the same weights and lengths, end at no token, and use one thread. The time is the CPU time of the process for
-prompts and new tokens, the best of --repeats in turns; llama.cpp has a process of its own (scripts/certify llama.cpp),
-and is left out where it is not installed. "Products" is the limit: only the linear products of the same forwards.
---resume keeps the cells of an earlier call. Results: decoder.json and decoder.md.
+All sides have the same weights and lengths, do not stop at an end token, and use one thread. The time is the CPU time
+of the process for prompts and new tokens: the best of --repeats, measured in turns. llama.cpp runs in a separate
+process (scripts/certify llama.cpp), and is left out if it is not installed. "Products" is the limit of the speed: only
+the linear products of the same forwards. --resume keeps the cells of an earlier call. Results: decoder.json and
+decoder.md.
 """
 
 from __future__ import annotations
@@ -76,7 +78,8 @@ Made by `scripts/bench/run decoder`; the numbers are in [decoder.json](decoder.j
 
 
 def products(net: Any, rows: int, prompt_tokens: int, count: int) -> None:
-    """The linear products of a prompt and `count` tokens; the head's only for one position of each forward."""
+    """Compute the linear products of a prompt and of `count` tokens. The head is computed for one position per
+    forward."""
     layers = [module for module in net.modules() if isinstance(module, torch.nn.Linear)]
     head = net.get_output_embeddings()
     for tokens in [prompt_tokens, *[1] * (count - 1)]:
@@ -89,7 +92,7 @@ def products(net: Any, rows: int, prompt_tokens: int, count: int) -> None:
 
 
 def works(options: argparse.Namespace, dtype: str) -> Callable[[int, int], dict[str, Callable[[], object]]]:
-    """Load the weights once; returns what each side does for a number of rows and of new tokens."""
+    """Load the weights once; returns a function for each side, which decodes a number of rows and of new tokens."""
     section = ModelSection(name_or_path=options.model, dtype=dtype)
     base, tokenizer = load_model(section, device=torch.device("cpu")), load_tokenizer(section)
     net, draw = plain_copy(base.net), torch.Generator().manual_seed(0)

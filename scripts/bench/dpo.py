@@ -1,4 +1,4 @@
-"""tunekit's dpo against TRL's DPOTrainer, on one core: tokens per CPU second, and memory above the weights.
+"""Compares tunekit's dpo with TRL's DPOTrainer on one core: tokens per CPU second, and memory above the weights.
 
     scripts/bench/run dpo [--lengths 256,1024] [--steps 3] [--repeats 2] [--only NAME,NAME] [--best NAME]
                       [--venv FOLDER] [--work FOLDER] [--data FILE] [--output FOLDER] [--core N] [--force]
@@ -6,10 +6,10 @@
 SmolLM2-135M-Instruct in float32, LoRA r16 on all linear layers, 8 pairs to an optimizer step, the same token ids in the
 same order from the same initial adapter. Sequences end at the length, as both tools truncate them; pairs whose prompt
 leaves no room for either answer are left out. Runs, tokens and memory as in `scripts/bench/run compare`; a token of a
-prompt counts once for each of the two answers, on both sides. The reference is counted where it is computed: in the
-first epoch, also where TRL computes it before its first step, and in no later epoch of a run that keeps it.
-The losses of all runs must be the same within 1e-3: no timing counts otherwise. Everything goes to dpo.json and dpo.md;
-a length that is not asked for stays there as it was.
+prompt counts once for each of the two answers, on both sides. The time of the reference is counted in the first epoch,
+also if TRL computes the reference before its first step. Later epochs of a run that caches the reference do not count
+it. Timings count only if the losses of all runs agree within 1e-3. Results are in dpo.json and dpo.md; lengths that are
+not measured again keep their results.
 """
 
 from __future__ import annotations
@@ -106,13 +106,14 @@ HEAD = (
 
 
 class Pairs:
-    """The two sides over rows of one length."""
+    """Runs both sides on rows of one length."""
 
     def __init__(self, bench: Bench, length: int) -> None:
         self.bench, self.length, self.say, self.initial = bench, length, bench.say, ""
 
     def ours(self, name: str, micro_batch: int = 1, before: str = "", kept: bool = False, **training: Any) -> dict:
-        """One real `tunekit train`; `kept`: two epochs with the reference of the first; the second counts."""
+        """Run `tunekit train` once. `kept`: train two epochs with a cached reference, and count only the second
+        epoch."""
         steps = self.bench.settings.steps
         file = self.bench.work / f"pairs-{self.length}.jsonl"
         return self.bench.ours(
@@ -146,7 +147,7 @@ class Pairs:
         return run
 
     def measured(self) -> dict:
-        """Both sides, TRL with its fastest flags too."""
+        """Measure both sides; TRL also with its fastest flags."""
         self.say(f"length {self.length}: the initial adapter")
         begin = self.ours(
             "initial", max_steps=1, warmup_steps=1, gradient_accumulation_steps=1
@@ -176,14 +177,14 @@ class Pairs:
 
 
 def differences(runs: list[dict]) -> float:
-    """The most by which two runs' losses of one step differ."""
+    """The largest difference between the losses of two runs at the same step."""
     curves = [run["losses"] for run in runs if run.get("losses")]
     return max(abs(one - other) for losses in zip(*curves, strict=False) for one in losses for other in losses)
 
 
 def write_rows(source: Path, bench: Bench, length: int) -> None:
-    """pairs-N.jsonl: the first pairs that can be trained on; ids-N.jsonl: the same as tunekit encodes them, cut at the
-    length and at each answer's end."""
+    """Write pairs-N.jsonl, the first pairs that can be trained on, and ids-N.jsonl, their token ids as tunekit encodes
+    and cuts them at the length."""
     data = DataSection(
         train=[{"path": str(source), "format": "preference"}], max_length=length, excess_length="truncate"
     )

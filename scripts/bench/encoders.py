@@ -1,19 +1,19 @@
-"""Encoders on one core against transformers' Trainer with peft: text classification with MiniLM, and Whisper.
+"""Compares tunekit with transformers' Trainer and peft on one core: text classification with MiniLM, and Whisper.
 
     scripts/bench/run encoders --minilm FOLDER --whisper FOLDER [--only minilm,whisper] [--repeats 5] [--venv FOLDER]
                            [--work FOLDER] [--output FOLDER] [--core N] [--force]
 
 minilm: all-MiniLM-L6-v2 on rows of Banking77, 32 rows to a step, LoRA r16 on the layers that peft's all-linear names.
-whisper: Whisper base on spoken digits, 4 recordings to a step, LoRA r16 on q_proj and v_proj, without SpecAugment.
-The rows and the initial adapter are the same on both sides, and so is their order, but for group_by_length. Ours is the
-real `tunekit train`; theirs are the published loops (beside/trainer.py), with their defaults and with the fastest of
-the flags in CANDIDATES. Every run is a fresh process with one thread; sides are run in turn.
+whisper: Whisper base on spoken digits, 4 recordings to a step, LoRA r16 on q_proj and v_proj, without SpecAugment. Both
+sides have the same rows, the same initial adapter and the same order of rows, except with group_by_length. tunekit is
+run as the real `tunekit train`, the other side as the published loops (beside/trainer.py), with their defaults and with
+the fastest of the flags in CANDIDATES. Every run is a fresh process with one thread; the sides run in turns.
 
-First both sides train in float32 without dropout: their losses must be equal within 1e-4. CPU seconds per row are those
-between the end of the warm steps and the end of the last step (user and system), by the share of the tokens; Whisper's
-rows all have one size. Memory above the weights: peak resident bytes less those of a process that has imported the same
-modules, less the weights in the dtype of the run. Everything goes to encoders.json, the page to encoders.md; with
---only, the other task stays there as it was.
+First both sides train in float32 without dropout: their losses must be equal within 1e-4. CPU seconds per row are the
+user and system seconds between the end of the warm-up steps and the end of the last step, divided by the rows. If rows
+differ in length, a row counts by its tokens. Memory above the weights: peak resident bytes minus the bytes of a process
+that has imported the same modules, minus the weights in the run's dtype. Results: encoders.json and encoders.md; with
+--only, the results of the other task are kept.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Task:
-    """`rows`: writes ours.jsonl and theirs.jsonl, and returns the recipe's objective. `by_size`: whether rows differ in
-    size, so that time counts by token."""
+    """A task to compare. `rows`: a function that writes ours.jsonl and theirs.jsonl, and returns the recipe's
+    objective. `by_size`: whether rows differ in size, so that time is divided by tokens."""
 
     told: str
     kind: str
@@ -131,7 +131,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def banking_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
-    """Rows of Banking77 that are drawn by seed."""
+    """Write rows of Banking77, drawn by a seed; returns the recipe's objective."""
     from transformers import AutoTokenizer
 
     with (shared() / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
@@ -151,8 +151,8 @@ def banking_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
 
 
 def digit_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
-    """Recordings of spoken digits. A label of theirs is what Whisper predicts after its first token. A transcript
-    begins with a space, as in Whisper's training data."""
+    """Write recordings of spoken digits; returns the recipe's objective. In theirs.jsonl, the labels are the tokens
+    that Whisper predicts after its first token. A transcript begins with a space, as in Whisper's training data."""
     from transformers import WhisperProcessor
 
     folder = shared() / "audio_digits_fsdd"
@@ -168,7 +168,7 @@ def digit_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
 
 
 def at_whispers_rate(recording: Path, place: Path) -> Path:
-    """The recording with 16,000 samples a second: each side has a resampler of its own."""
+    """The recording with 16,000 samples per second, resampled here because the resamplers of both sides differ."""
     import numpy as np
     import soxr
 
@@ -215,7 +215,7 @@ TASKS = {
 
 
 class Side:
-    """One task: the folder with its rows, and a run of either side."""
+    """The folder with the rows of one task, and methods that run each side."""
 
     def __init__(self, bench: Bench, name: str, model: Path) -> None:
         self.bench, self.task, self.model = bench, TASKS[name], model
@@ -266,7 +266,7 @@ class Side:
         return self._counted(run, widened=0.5 if dtype == "bfloat16" else 1.0)
 
     def _counted(self, run: dict, widened: float) -> dict:
-        """The run with its CPU seconds per row. `widened`: the weights in memory by those in the file."""
+        """The run with its CPU seconds per row. `widened`: bytes of the weights in memory / in the file."""
         size, warm, steps = self.task.rows_per_step, self.task.warm, run["steps"]
         if len(steps) > warm:
             seconds = steps[-1]["cpu_seconds"] - steps[warm - 1]["cpu_seconds"]
@@ -279,7 +279,7 @@ class Side:
 
 
 def without_dropout(model: Path, folder: Path, names: tuple[str, ...]) -> Path:
-    """A copy of the model whose dropout is off, for the comparison of losses."""
+    """Write a copy of the model without dropout, for the comparison of losses."""
     if not names:
         return model
     shutil.copytree(model, folder)
@@ -300,7 +300,7 @@ def gate(side: Side) -> dict[str, Any]:
 
 
 def fastest(side: Side) -> tuple[str, list[dict]]:
-    """Every candidate once; the name of the fastest."""
+    """Run every candidate once; returns the name of the fastest one."""
     runs = []
     for name, changes in side.task.candidates.items():
         try:
@@ -313,7 +313,7 @@ def fastest(side: Side) -> tuple[str, list[dict]]:
 
 
 def measured(side: Side) -> dict[str, Any]:
-    """The gate, the candidates, and the timed runs of one task."""
+    """Compare the losses of one task, choose the fastest flags, and measure both sides."""
     checked = gate(side)
     side.bench.say(f"largest difference of a loss in float32: {checked['difference']:.1e}")
     if checked["difference"] > SAME:
@@ -337,7 +337,7 @@ def measured(side: Side) -> dict[str, Any]:
 
 
 def summary(runs: list[dict], names: list[str]) -> dict[str, Any]:
-    """Medians and ranges of each side. A factor compares runs of one repeat."""
+    """The medians and ranges of each side. A factor compares two runs of the same repeat."""
     mine = {run["repeat"]: run["seconds_per_row"] for run in runs if run["name"] == names[0]}
     table = {}
     for name in names:
@@ -350,7 +350,7 @@ def summary(runs: list[dict], names: list[str]) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> list[float]:
-    """The least, the median and the most."""
+    """The minimum, the median and the maximum."""
     return [min(values), statistics.median(values), max(values)]
 
 

@@ -1,13 +1,17 @@
-"""Predicted against measured peak memory on a CPU: every shipped recipe with a random model, and drawn recipes.
+"""Compares predicted with measured peak memory on a CPU, for all shipped recipes with a random model, and for random
+recipes.
 
     scripts/bench/run estimate [--only NAME] [--drawn N] [--budgets N] [--accumulated N,N] [--seed N] [--dtype NAME]
         [--json FILE] [--work FOLDER]
 
-For each row: a seeded random model of 100M to 200M parameters is written (its own process), the recipe is planned (its
-own process), then a fresh process imports what planning had imported, notes its resident memory and trains a few steps.
-measured = VmHWM - resident memory after imports; error = predicted / measured - 1.  One thread, one row at a time.
-Rows with a budget are given a share of what their recipe needs without one: kept says whether measured <= budget.
---accumulated: the same 64 micro-batches of rows of many lengths, so many of them to a step.
+For each row (a measured run), three processes run one after another: the first writes a seeded random model of 100M to
+200M parameters; the second plans the recipe; the third imports the same modules as planning, records its resident
+memory, and trains a few steps.
+
+measured = VmHWM - resident memory after imports; error = predicted / measured - 1. One thread, one row at a time.
+
+The budget of a row is a share of the memory that its recipe needs without a budget; `kept` states whether measured <=
+budget. --accumulated: the numbers of micro-batches per step to try, for the same 64 micro-batches of various lengths.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ STEPS, ACCUMULATED = 3, 64
 
 @dataclass(frozen=True)
 class Row:
-    """One judged run: a recipe, what is overridden in it, and the model that takes the base's place."""
+    """One measured run: a recipe, its overrides, and the model that replaces its base."""
 
     name: str
     recipe: str
@@ -44,7 +48,7 @@ FAMILIES = {"gpt2": "gpt2", "Qwen": "qwen2", "flan-t5": "t5"}  # word in a recip
 
 
 def shipped_rows() -> list[Row]:
-    """Every shipped recipe; accumulation 1 and a few steps, since neither changes the peak."""
+    """A row for every shipped recipe, with accumulation 1 and few steps, because neither changes the peak."""
     found = []
     for path in sorted((REPOSITORY / "recipes").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
@@ -60,7 +64,8 @@ def shipped_rows() -> list[Row]:
 
 
 def drawn_rows(count: int, seed: int, folder: Path) -> list[Row]:
-    """Random settings over rows that are all as long as max_length, so that any batch is the longest."""
+    """Rows with random settings. All data rows are as long as max_length, so every batch is as long as the longest
+    one."""
     draw = random.Random(seed)
     found = []
     for number in range(count):
@@ -101,7 +106,7 @@ def drawn_rows(count: int, seed: int, folder: Path) -> list[Row]:
 
 
 def budget_rows(count: int, seed: int, folder: Path) -> list[Row]:
-    """Drawn rows in batches of 4, with a share of the memory that they need."""
+    """Random rows in batches of 4, whose budget is a share of the memory that they need."""
     draw = random.Random(f"budget {seed}")
     found = []
     for row in drawn_rows(count, seed + 1000, folder / "budget"):
@@ -115,7 +120,8 @@ def budget_rows(count: int, seed: int, folder: Path) -> list[Row]:
 
 
 def accumulated_rows(counts: list[int], folder: Path) -> list[Row]:
-    """One recipe whose 64 micro-batches make steps of so many micro-batches; 2 rows of 32 to 256 tokens in each."""
+    """One recipe for each of the `counts` micro-batches per step. There are 64 micro-batches, each of 2 rows of 32 to
+    256 tokens."""
     found = []
     for count in counts:
         model = {"family": "llama", "layers": 4, "hidden": 384, "vocabulary": 8192, "file_dtype": "bfloat16"}
@@ -136,7 +142,7 @@ def accumulated_rows(counts: list[int], folder: Path) -> list[Row]:
 
 
 def make_row(name: str, recipe: dict, model: dict[str, object], rows: dict[str, int], folder: Path) -> Row:
-    """A row of a recipe that is written into `folder`, over written data."""
+    """A row whose recipe and data are written into `folder`."""
     place = folder / name
     place.mkdir(parents=True, exist_ok=True)
     (place / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
@@ -222,8 +228,8 @@ def run_python(code: str, *arguments: str) -> dict:
 
 
 def write_rows(path: Path, count: int, tokens: int, least: int | None = None) -> None:
-    """Rows of exactly `tokens` bytes, which are tokens of the byte-level tokenizer, with their end; with `least`, of
-    lengths from there on."""
+    """Write rows of exactly `tokens` tokens of the byte-level tokenizer, with their end token. With `least`: of `least`
+    to `tokens` tokens."""
     longest, shortest = tokens, tokens if least is None else least
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -275,7 +281,7 @@ def judge(row: Row, folder: Path) -> dict:
 
 
 def budget_text(result: dict) -> str:
-    """Of a row with a budget: what it was, whether it was kept, and what plan chose."""
+    """A text about a row with a budget: the budget, whether it was kept, and the settings that plan chose."""
     if result["budget"] is None:
         return ""
     kept = "kept" if result["kept"] else "EXCEEDED"

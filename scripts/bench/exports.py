@@ -1,4 +1,4 @@
-"""Every kind of adapter in every format, read back by the program that runs the format.
+"""Exports every kind of adapter in every format, and compares the programs' results with torch's.
 
     scripts/bench/run exports --tokenizer MODEL [--speech MODEL] [--formats gguf,mlx,...] [--shapes llama,...]
                               [--cases plain,...] [--seed N --cells N] [--minutes N] [--page] [--work FOLDER]
@@ -6,14 +6,14 @@
     scripts/bench/run exports --run RUN [--exports F16,Q8_0,Q4_K_M,mlx,vllm]
 
 The bases are random and tiny, with the tokenizer of MODEL (whose pre-tokenizer llama.cpp's converter must know), or the
-files of a Whisper; peft writes the adapters. transformers4 is no format: it reads the merged folder for the hub. In the
-formats kohya and diffusers, diffusers reads tiny pipelines: kohya's file, or the run's own file and merged pipelines.
-A cell is one `tunekit export`: the largest difference of log-probabilities from torch, or what the
-format refuses, and then the merged model. A finished cell is in exports.json and is never made again. --cells: only so
-many, drawn with --seed. Programs that are not installed (scripts/certify) leave their cells out.
+files of a Whisper; peft writes the adapters. `transformers4` is not a format: transformers 4 reads the merged folder
+for the hub. In the formats kohya and diffusers, diffusers reads tiny pipelines: kohya's file, or the run's own file and
+merged pipelines. A cell is one `tunekit export`: the largest difference of log-probabilities from torch, or the reason
+of a refusal and then the result of the merged model. A finished cell is in exports.json and is never made again.
+--cells N: only N cells, drawn with --seed. The cells of programs that are not installed (scripts/certify) are left out.
 
---run: the exports of a run answer its evaluation rows. A row is exact if the most probable token is the row's own at
-each trained position, after the row's own tokens before it: then a greedy answer is the row's, token by token.
+--run: the exports of a run are evaluated on its evaluation rows. A row is exact if, at each trained position, the most
+probable token after the row's earlier tokens is the row's next token. Then the greedy answer equals the row's answer.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def fits(form: str, shape: str, case: str) -> bool:
 
 
 def write_base(shape: str, source: Path, folder: Path) -> None:
-    """A random base whose answers are not nearly uniform. `source`: has its tokenizer, of Whisper all small files."""
+    """Write a random base with uneven probabilities. `source`: the folder of the tokenizer, or of Whisper's files."""
     kind, sizes, _, _ = SHAPES[shape]
     torch.manual_seed(0)
     if shape == "whisper":
@@ -151,7 +151,7 @@ def adapter_config(case: str, shape: str) -> PeftConfig:
 
 
 def write_adapter(case: str, shape: str, base: Path, folder: Path) -> None:
-    """An adapter with random values, as training could have left it."""
+    """Write an adapter with random values, like the values after training."""
     kind = AutoModelForSpeechSeq2Seq if shape == "whisper" else AutoModelForCausalLM
     model = get_peft_model(kind.from_pretrained(base), adapter_config(case, shape))
     torch.manual_seed(1)
@@ -163,7 +163,7 @@ def write_adapter(case: str, shape: str, base: Path, folder: Path) -> None:
 
 
 def run_cell(target: Path, form: str, case: str, place: Path) -> dict[str, Any]:
-    """Export and certify. A refused adapter is merged, and what was refused is kept."""
+    """Export and certify. If the format refuses the adapter, export a merged model, and keep the reason."""
     quantized, format = case in ("Q8_0", "Q4_K_M"), load_format("hub" if form == "transformers4" else form)
     attempts = [Options(merged="merged" in format.OPTIONS, type=case if quantized else None)]
     if case != "merged" and not quantized and form != "transformers4":
@@ -237,7 +237,7 @@ def image_cell(form: str, shape: str, case: str, place: Path) -> dict[str, Any]:
 
 
 def cell_text(unit: dict[str, Any]) -> str:
-    """The largest difference of what the program computed from the export, and whether a model had to be merged."""
+    """The text of a cell: the largest difference of the program's results, and whether the export is a merged model."""
     if not unit["parts"]:
         return "refused"
     largest = max(part["largest"] for part in unit["parts"].values())
@@ -245,7 +245,7 @@ def cell_text(unit: dict[str, Any]) -> str:
 
 
 def run_rows(run: str) -> list[tuple[list[int], list[bool]]]:
-    """Ids of the run's evaluation rows, and which of them are trained. Raises: InputError if there are none."""
+    """Token ids of the run's evaluation rows, and which are trained on. Raises: InputError if there are no rows."""
     target = find_target(run, None, [])
     objective = make_exportable(target).objective
     rows = None
@@ -336,7 +336,7 @@ def page(units: dict[str, dict[str, Any]]) -> str:
 
 
 def measured(form: str, shape: str, case: str, work: Path, source: Path) -> dict[str, Any]:
-    """The unit of a cell; base and adapter are made once."""
+    """The result of one cell. Base and adapter are made only once."""
     if shape in IMAGE_SHAPES:
         return image_cell(form, shape, case, work / "cell")
     base, adapter = work / "bases" / shape, work / "adapters" / f"{shape}-{case}"
@@ -370,7 +370,7 @@ def main() -> None:
 
 
 def measure(asked: argparse.Namespace, rows: list[tuple[list[int], list[bool]]]) -> None:
-    """Every cell that exports.json lacks, or with --run the export of `rows`; then the page."""
+    """Measure all cells that exports.json lacks, or with --run the exports on `rows`; then write the page."""
     results, started = Results(asked.output / "exports.json"), time.monotonic()
     lists = (asked.formats.split(","), asked.shapes.split(","), asked.cases.split(","))
     cells = [cell for cell in itertools.product(*lists) if fits(*cell)]

@@ -1,11 +1,11 @@
-"""Fifty rows, an answer from a list: tunekit against a plain loop of peft and torch's AdamW, paired by seed.
+"""Compares tunekit with a plain loop of peft and torch's AdamW on fifty rows of multiple choice, paired by seed.
 
     scripts/bench/run few_rows --model MODEL [--data sentiment,banking] [--seeds 0-9] [--sides 'NAME|NAME']
                           [--schedules constant,cosine] [--minutes N] [--work FOLDER] [--output FOLDER]
 
-Each unit is one run of eight epochs at 5e-4 from the same rows, the same initial adapter and the same order on every
-side, and is scored by the same code. It is written to few_rows.json as soon as it is finished and never made again.
-The rows are those of TUNEKIT_SHARED/data. One thread.
+A unit is one run of eight epochs at learning rate 5e-4. All sides have the same rows, the same initial adapter and the
+same order, and are scored by the same code. A unit is written to few_rows.json when it is finished, and is never
+measured again. The rows come from TUNEKIT_SHARED/data. One thread.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ DATA = {"sentiment": sentiment, "banking": banking}
 
 
 def initial_factor(name: str, seed: int, like: torch.Tensor) -> torch.Tensor:
-    """A of tunekit's adapter before any step, which depends on the seed and the module's name alone."""
+    """The matrix A of tunekit's adapter before step 1. It depends only on the seed and the module's name."""
     a = torch.empty(like.shape)
     torch.nn.init.kaiming_uniform_(
         a, a=math.sqrt(5), generator=torch.Generator("cpu").manual_seed(seed_for("adapter", seed, name))
@@ -117,7 +117,7 @@ def initial_factor(name: str, seed: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def plain_loop(base: str, dtype: str, schedule: str, rows: list[dict], seed: int, place: Path) -> list[float]:
-    """peft, AdamW and nothing else; writes place/adapter, returns the loss of each step."""
+    """Train with peft and AdamW only; writes place/adapter, and returns the loss of each step."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     net = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     net = get_peft_model(net, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -157,7 +157,7 @@ def plain_loop(base: str, dtype: str, schedule: str, rows: list[dict], seed: int
 
 
 def ours(base: str, side: dict, schedule: str, seed: int, place: Path) -> list[float]:
-    """One `tunekit train`; writes place/run, returns the loss of each step."""
+    """Run `tunekit train`; writes place/run, and returns the loss of each step."""
     recipe = {
         "model": {"name_or_path": base, "dtype": side["dtype"]},
         "data": {"train": [{"path": str(place / "train.jsonl"), "format": "prompt_completion"}], "max_length": 128},
@@ -181,7 +181,8 @@ def ours(base: str, side: dict, schedule: str, seed: int, place: Path) -> list[f
 
 
 def scored(base: str, dtype: str, adapter: Path | None, held: list[dict]) -> dict[str, float]:
-    """Accuracy on the held-out rows: by sums of log-probabilities, by means, without the end token, calibrated."""
+    """Accuracies on the held-out rows, for four scores of a choice: the sum of its log-probabilities, the mean, the sum
+    without the end token, and the calibrated score."""
     target = find_target(str(adapter or base), base if adapter else None, [f"model.dtype={dtype}"])
     loaded = load_target(target, torch.device("cpu"))
     form = "{}\n" + held[0]["prompt"].rpartition("\n")[2]
@@ -201,7 +202,7 @@ def scored(base: str, dtype: str, adapter: Path | None, held: list[dict]) -> dic
 
 
 def run_unit(name: str, data: Path, base: str, work: Path) -> dict:
-    """One run, and what it scores. `name`: data, side, schedule and seed, with a bar between them."""
+    """Train one unit and score it. `name`: data, side, schedule and seed, separated by bars."""
     kind, side_name, schedule, seed = name.split("|")
     side, place, started = SIDES[side_name], work / name.replace("|", "-").replace(" ", "_"), time.process_time()
     place.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ def run_unit(name: str, data: Path, base: str, work: Path) -> dict:
 
 
 def interval(values: list[float]) -> str:
-    """Mean, and the 95 % interval of the mean by Student's t."""
+    """The mean, and its 95 % interval by Student's t."""
     if len(values) < 2:
         return f"{values[0]:.3f}"
     wide = T_QUANTILES[min(len(values), 10) - 2] * statistics.stdev(values) / len(values) ** 0.5
@@ -227,7 +228,7 @@ def interval(values: list[float]) -> str:
 
 
 def page(units: dict[str, dict]) -> str:
-    """The table of what is finished; each difference is of the seeds that both sides have."""
+    """The table of the finished units. A difference uses the seeds that both sides have."""
     lines, groups = [HEAD], dict[tuple[str, str, str], dict[str, dict]]()
     for name, unit in units.items():
         kind, side, schedule, seed = name.split("|")

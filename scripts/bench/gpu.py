@@ -1,15 +1,15 @@
-"""Full-size random models on one GPU: memory, tokens per second and loss, beside peft's on the same card.
+"""Measures full-size random models on one GPU: memory, tokens per second and loss, next to peft's on the same card.
 
     scripts/bench/run gpu --dry-run                        the plan of every row; needs no GPU
     scripts/bench/run gpu [--rows NAME,...] [--minutes 10] [--json FILE]
-    scripts/bench/run gpu --table [--json FILE]            scripts/results/gpu.md from what FILE holds
+    scripts/bench/run gpu --table [--json FILE]            writes scripts/results/gpu.md from FILE
     scripts/bench/run gpu --rehearse [--rows NAME,...]     the same, tiny, on the simulated device of tests/devices
 
-tests/gpu runs first, then the card's ceilings are measured. Each row runs in a process of its own, for ten minutes at
-most; out of memory is a result. FILE (scripts/results/gpu.json) is written after every row, and rows that it holds are
-not run again unless named: so the whole fits in pieces of ten minutes. A row that is expected to take longer than what
-is left of --minutes waits for the next call. What peft does is measured anew in every call beside which it is held.
-`--device cpu` runs the doubles, which have the same code and a tiny model.
+First tests/gpu runs, then the card's highest speeds (ceilings) are measured. Each row (a measured run) has its own
+process and at most ten minutes; out of memory is a result too. FILE (scripts/results/gpu.json) is written after every
+row. Rows that are in FILE do not run again unless --rows names them, so several calls of ten minutes can share the
+work. If a row is expected to take longer than the rest of --minutes, it waits for the next call. peft's rows are
+measured again in each call that compares with them. `--device cpu` runs stand-ins: the same code with a tiny model.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def card(device: torch.device) -> dict[str, Any]:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """{card, ceilings, rows by name} of a results file; empty where there is none."""
+    """The results in a file: {card, ceilings, rows by name}; empty if there is no file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": {}}
 
 
@@ -114,7 +114,7 @@ def write_results(file: Path, results: dict[str, Any]) -> None:
 
 
 def known_ceilings(results: dict[str, Any]) -> Ceilings:
-    """Those measured, else an H100's."""
+    """The measured ceilings of the card, or those of an H100 if none were measured."""
     found = results.get(CEILINGS)
     return Ceilings.of(found) if found and "product_flops" in found else Ceilings()
 
@@ -180,9 +180,10 @@ def mib(size: float) -> str:
 def run_rows(
     rows: list[Row], known: dict[str, Row], device: torch.device, file: Path, minutes: float, *, again: bool
 ) -> None:
-    """Tests, ceilings, then each row in a process of its own, as far as the minutes go; beside a row its rival, once.
+    """Run the tests, measure the ceilings, then run each row in its own process while minutes are left. The rival
+    (peft's row) of a row runs once.
 
-    This process takes nothing of the card, so that each row has all of it.
+    This process itself uses no memory of the card, so that each row can use all of it.
     """
     ends, results, done = time.monotonic() + 60.0 * minutes, read_results(file), set[str]()
     if device.type == "cuda" and "tests" not in results:
@@ -216,7 +217,8 @@ def run_rows(
 
 
 def print_faults() -> None:
-    """Of a rehearsal: what the simulated device saw that a real device would compute wrongly."""
+    """After a rehearsal, print the faults that the simulated device found: operations that a real device would compute
+    wrongly."""
     if REHEARSES:
         from tests.devices.plugin import faults
 
@@ -225,19 +227,20 @@ def print_faults() -> None:
 
 
 def minutes_of(row: Row, device: torch.device, results: dict[str, Any]) -> float:
-    """That a row is expected to take."""
+    """The minutes that a row is expected to take."""
     from planning import expected_minutes
 
     return expected_minutes(row, device, known_ceilings(results))
 
 
 def run_tests(file: Path, seconds: float) -> dict[str, dict[str, Any]]:
-    """The outcome of each test of tests/gpu, also of earlier calls with these results."""
+    """Run tests/gpu. Returns the outcome of each test, also from earlier calls with the same results."""
     return run_suite(file.with_suffix(".tests"), seconds, plugins=("tests.devices.plugin",) if REHEARSES else ())
 
 
 def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dict[str, Any]:
-    """What the child wrote; how it ended, if it did not finish."""
+    """Run a row in a child process. Returns the results that the child wrote; if it did not finish, also how it
+    ended."""
     answer = file.with_name(f".{name}-of-{file.name}")
     answer.unlink(missing_ok=True)
     answer.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +266,8 @@ def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dic
 
 
 def run_child(name: str, known: dict[str, Row], device: torch.device, answer: Path) -> None:
-    """One row (or the ceilings). `answer` always contains what is known, so that a child that is stopped leaves it."""
+    """Measure one row, or the ceilings. The file `answer` always contains the results so far, so they remain if the
+    child is stopped."""
     from tunekit.errors import TunekitError
 
     result: dict[str, Any] = {"card": card(device)}
@@ -286,7 +290,8 @@ def run_child(name: str, known: dict[str, Row], device: torch.device, answer: Pa
 def child_work(
     name: str, known: dict[str, Row], device: torch.device, answer: Path, keep: Callable[[dict[str, Any]], None]
 ) -> Iterator[dict[str, Any]]:
-    """The work of a child by its name: first the plan, then what was measured; `keep` gets the steps of a row."""
+    """Do the work of a child: yields first the plan, then the measurements. `keep` is called with the steps of a
+    row."""
     if name == CARD:
         return
     from planning import linear_shapes, plan_row

@@ -1,15 +1,16 @@
-"""tunekit's grpo against TRL's GRPOTrainer, on one core: tokens per CPU second of training, memory above the weights.
+"""Compares tunekit's grpo with TRL's GRPOTrainer on one core: tokens per CPU second of training, and memory above the
+weights.
 
     scripts/bench/run grpo [--prompts 128] [--completions 128] [--steps 3] [--repeats 2] [--only NAME,NAME]
                        [--venv FOLDER] [--work FOLDER] [--data FILE] [--output FOLDER] [--core N] [--force]
 
 SmolLM2-135M-Instruct in float32, LoRA r16 on all linear layers, one prompt with 8 completions to an optimizer step, the
-same token ids, rewards and initial adapter. Neither side samples: TRL gets the completions through its rollout
-function, tunekit in the place of its own; sampling is compared by `scripts/bench/run sampling`. Prompts have about
---prompts tokens, completions half to once and a half as many as --completions. A token of a prompt counts once for
-each completion, on both sides. Runs and memory as in `scripts/bench/run compare`. Losses and gradient norms of all runs
-must be the same within 1e-3: no timing counts otherwise. Everything goes to grpo.json and grpo.md; with --only, the
-runs of others stay there as they were.
+same token ids, rewards and initial adapter. Neither side samples: TRL gets given completions through its
+rollout function, and tunekit gets the same completions in place of its own. `scripts/bench/run sampling` compares
+sampling. Prompts have about --prompts tokens; completions have between half and one and a half times --completions
+tokens. A token of a prompt counts once for each completion, on both sides. Runs and memory are measured as in
+`scripts/bench/run compare`. Timings count only if the losses and gradient norms of all runs agree within 1e-3. Results
+are in grpo.json and grpo.md; with --only, the results of the other competitors are kept.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ HEAD = (
 
 
 def ours(bench: Bench, name: str, **training: object) -> dict:
-    """One real `tunekit train` whose completions are given."""
+    """Run `tunekit train` with given completions."""
     rows, code = bench.work / "groups.jsonl", bench.work / "rewards.py"
     longest = max(len(ids) for group in completions_of(rows) for ids in group)
     return bench.ours(
@@ -124,14 +125,14 @@ def ours(bench: Bench, name: str, **training: object) -> dict:
 
 
 def theirs(bench: Bench, name: str, initial: str, **config: object) -> dict:
-    """One run of GRPOTrainer, whose rollouts are given."""
+    """Run GRPOTrainer with given completions."""
     own = {"bf16": False, "model_init_kwargs": {"dtype": "float32"}, "shuffle_dataset": False, "num_generations": GROUP}
     own |= {"max_length": None, "train_sampling_strategy": None, **config}
     return bench.theirs(name, "grpo", rows="groups", config=own, init=initial)
 
 
 def measured(bench: Bench, kept: list[dict]) -> dict:
-    """Both sides in turns; `kept`: runs of before, of which those of a competitor that runs now are left out."""
+    """Run both sides in turns. `kept`: earlier runs; those of a competitor that runs again are dropped."""
     bench.say("the initial adapter")
     begin = ours(bench, "initial", max_steps=1, warmup_steps=1)  # a warm-up's first step has learning rate 0
     initial = str(Path(begin["place"]) / "run" / "adapter")
@@ -169,7 +170,7 @@ def norms_of(run: dict) -> list[float]:
 
 
 def differences(curves: list[list[float]], share: bool = False) -> float:
-    """The most by which two runs' numbers of one step differ; `share`: of the number itself."""
+    """The largest difference between the numbers of two runs at the same step. `share`: the relative difference."""
     every = [(one, other) for values in zip(*curves, strict=True) for one in values for other in values]
     return max(abs(one - other) / (abs(other) if share else 1.0) for one, other in every)
 
@@ -179,7 +180,8 @@ def completions_of(rows: Path) -> list[list[list[int]]]:
 
 
 def write_rows(source: Path, bench: Bench, prompt_tokens: int, completion_tokens: int) -> None:
-    """prompts.jsonl, as tunekit reads them; groups.jsonl: their ids, with those of completions cut from answers."""
+    """Write prompts.jsonl, which tunekit reads, and groups.jsonl: the token ids of the prompts and of their
+    completions, which are cut from answers."""
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(bench.model)))
     lines = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
     texts = " ".join(str(turn["content"]) for row in lines for turn in row["chosen"])

@@ -1,11 +1,12 @@
-"""Sweeps that choose: halving of 16 settings against the full grid, and `sweep --auto` against the recipe of `init`.
+"""Compares sweeps that choose settings: halving of 16 settings with the full grid, and `sweep --auto` with the recipe
+of `init`.
 
     scripts/bench/run halving --model MODEL [--text-model MODEL] [--shows halving,auto] [--seeds 0-2] [--minutes N]
                               [--auto-minutes 15] [--data NAME,NAME] [--page] [--work FOLDER] [--output FOLDER]
 
-MODEL: all-MiniLM-L6-v2; --text-model: SmolLM2-135M-Instruct, for the orders of the quickstart. The other rows are those
-of TUNEKIT_SHARED/data, drawn by seed. Each unit is written to halving.json
-as soon as it is finished and never made again. --minutes: begin no unit after so many; --page: write only halving.md.
+MODEL: all-MiniLM-L6-v2; --text-model: SmolLM2-135M-Instruct, for the orders of the quickstart. The other rows are drawn
+from TUNEKIT_SHARED/data by seed. A unit (one sweep or run) is written to halving.json when it is finished, and is never
+measured again. --minutes N: start no unit after N minutes; --page: only write halving.md.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ which is too wide rather than too narrow.
 
 
 def banking(data: Path, draw: random.Random, train: int, held: int) -> tuple[list[Row], list[Row]]:
-    """So many rows of each of the 77 intents."""
+    """`train` training rows and `held` held-out rows of each of the 77 intents."""
     parts = []
     for name, count in (("train", train), ("test", held)):
         texts: dict[str, list[str]] = {}
@@ -83,7 +84,7 @@ def banking(data: Path, draw: random.Random, train: int, held: int) -> tuple[lis
 
 
 def sentiment(data: Path, draw: random.Random, train: int, held: int) -> tuple[list[Row], list[Row]]:
-    """So many rows of each of the two labels."""
+    """`train` training rows and `held` held-out rows of each of the two labels."""
     parts = []
     for name, count in (("train", train), ("test", held)):
         rows = [
@@ -105,7 +106,7 @@ def orders(data: Path, draw: random.Random, train: int, held: int) -> tuple[list
 
 
 def tunekit(place: Path, *words: str) -> tuple[float, float]:
-    """CPU seconds and seconds of a command, which must succeed."""
+    """Run a command, which must succeed; returns its CPU seconds and its seconds."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     with (place / "output.txt").open("a", encoding="utf-8") as output:
         subprocess.run(
@@ -129,7 +130,7 @@ def write_rows(place: Path, train: Sequence[Row], test: Sequence[Row]) -> None:
 
 
 def halving_unit(strategy: str, seed: int, data: Path, model: str, place: Path) -> dict[str, Any]:
-    """One sweep: its CPU seconds, and the loss and accuracy of each finished setting."""
+    """Run one sweep. Returns its CPU seconds, and the loss and accuracy of each finished setting."""
     train, held = banking(data, random.Random(seed), TRAIN, HELD)
     write_rows(place, train, held)
     batches = min(KEYS["training.micro_batch_size"]), max(KEYS["training.micro_batch_size"])
@@ -173,7 +174,8 @@ def halving_unit(strategy: str, seed: int, data: Path, model: str, place: Path) 
 
 
 def auto_unit(name: str, seed: int, data: Path, model: str, place: Path, minutes: float) -> dict[str, Any]:
-    """The recipe of init as it is, and after sweep --auto, on test rows that neither has seen."""
+    """Run the recipe of `init`, and `sweep --auto` from it, and evaluate both results on test rows that neither has
+    seen."""
     rows = {"banking": banking, "sentiment": sentiment, "orders": orders}[name]
     train, test = rows(data, random.Random(seed), *FEW.get(name, (0, 0)))
     metric = "exact_match" if name == "orders" else "accuracy"
@@ -263,7 +265,7 @@ def table(columns: Sequence[str]) -> str:
 
 
 def page(units: dict[str, dict]) -> str:
-    """The tables of what is finished."""
+    """The page with the tables of the finished units."""
     train, held = 77 * TRAIN, 77 * HELD
     text = HEAD.format(train=train, held=held, epochs=EPOCHS, comparisons=COMPARISONS) + table(COLUMNS)
     lines = halving_lines(units)

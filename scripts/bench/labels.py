@@ -1,11 +1,12 @@
-"""Classifiers of texts, of pairs, of several labels and of numbers on real data: before and after, beside baselines.
+"""Measures classifiers of texts, pairs, several labels and numbers on real data, before and after training, next to
+baselines.
 
     scripts/bench/run labels --model MODEL [--tasks intents,sentiment,pairs,overlap,several] [--seeds 0-2] [--minutes N]
                              [--page] [--work FOLDER] [--output FOLDER]
 
-MODEL: all-MiniLM-L6-v2. The rows are those of TUNEKIT_SHARED/data, drawn by seed; tests are drawn from the test files.
-Every unit is one `tunekit train` in a fresh process with one thread, and is written to labels.json as soon as it is
-finished and never made again. --minutes: begin no unit after so many; --page: write only labels.md.
+MODEL: all-MiniLM-L6-v2. Rows are drawn from TUNEKIT_SHARED/data by seed, and test rows from the test files. A unit is
+one `tunekit train` in a fresh process with one thread. It is written to labels.json when it is finished, and is never
+measured again. --minutes N: start no unit after N minutes; --page: only write labels.md.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, by the number of seed
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a seed, and what simple answers score on `test`."""
+    """The rows of a seed, and the scores of simple baselines on `test`."""
 
     train: list[Row]
     test: list[Row]
@@ -47,7 +48,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Task:
-    """`rows`: from the data folder and a seed. `metrics`: the first is that of the baselines."""
+    """A task. `rows`: a function of the data folder and a seed. `metrics`: the measured metrics, first the metric of
+    the baselines."""
 
     told: str
     rows: Callable[[Path, random.Random], Rows]
@@ -90,7 +92,8 @@ def copied(train: Sequence[Row], text: str) -> Row:
 
 
 def overlap(first: str, second: str) -> float:
-    """The words of both over the words of either, in lower case and without the signs at their ends."""
+    """The number of words in both texts, divided by the number of words in either text. Words are in lower case,
+    without punctuation at their ends."""
     a, b = ({word.strip(".,?!'\"").lower() for word in text.split()} for text in (first, second))
     return len(a & b) / len(a | b)
 
@@ -134,7 +137,8 @@ def paired(data: Path, draw: random.Random) -> list[list[Row]]:
 
 
 def pairs(data: Path, draw: random.Random) -> Rows:
-    """Do both texts have the same intent? Beside it: the overlap of words, with the cut that is best in training."""
+    """Pairs labelled by whether both texts have the same intent. Baseline: the overlap of words, with the threshold
+    that is best on the training rows."""
     train, test = paired(data, draw)
 
     def right(rows: Sequence[Row], cut: float) -> float:
@@ -146,7 +150,7 @@ def pairs(data: Path, draw: random.Random) -> Rows:
 
 
 def overlaps(data: Path, draw: random.Random) -> Rows:
-    """How large is the overlap of words of both texts, from 0 to 1?"""
+    """Pairs labelled by the overlap of their words, from 0 to 1."""
     train, test = paired(data, draw)
     for row in [*train, *test]:
         row["label"] = round(overlap(row["sentence1"], row["sentence2"]), 4)
@@ -155,7 +159,8 @@ def overlaps(data: Path, draw: random.Random) -> Rows:
 
 
 def several(data: Path, draw: random.Random) -> Rows:
-    """Two texts of two of 12 intents in a row: which intents? Copy: the labels of the training row with most words."""
+    """Rows of two joined texts with two of 12 intents as labels. The baseline `copy` predicts the labels of the
+    training row that shares most words."""
     names, *texts = intents_of(data, draw, 12)
     rows = []
     for one, count in zip(texts, (500, 200), strict=True):
@@ -189,7 +194,7 @@ TASKS = {
 
 
 def run_unit(task: Task, seed: int, data: Path, model: str, place: Path) -> dict[str, Any]:
-    """One training run, and what its evaluations say."""
+    """Run one training; returns the results of its evaluations."""
     rows = task.rows(data, random.Random(seed))
     place.mkdir(parents=True, exist_ok=True)
     for name, some in (("train", rows.train), ("test", rows.test)):

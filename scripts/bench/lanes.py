@@ -1,18 +1,19 @@
-"""Eight trials of a sweep over one streamed base against eight `tunekit train`: CPU seconds and peak memory.
+"""Compares eight trials of a sweep over one streamed base with eight `tunekit train`: CPU seconds and peak memory.
 
     scripts/bench/run lanes [--tokens 4,16,32,64,80,256] [--lanes 8] [--layers 22] [--steps 4]
         [--quantization nf4] [--joined] [--json FILE] [--work FOLDER]
 
-The base is TinyLlama's shape (1.1B parameters, random weights), streamed from disk; each step has one row of so many
-tokens; LoRA r16 on all linear layers; one thread. Both sides are fresh processes of the real verbs. One `train` is
-measured and counted eight times: the eight differ only in their learning rate.
+The base is TinyLlama's shape (1.1B parameters, random weights), streamed from disk; each step has one row of
+--tokens tokens; LoRA r16 on all linear layers; one thread. Both sides are fresh processes of the real commands. One
+`train` is measured and counted eight times, because the eight runs differ only in their learning rate.
 
-- a step: CPU seconds from the end of one window to the end of the next, without the first; of all trials together
+- a step: CPU seconds of all trials together, from the end of one step to the end of the next, without the first step
 - a process: all CPU seconds, with imports, planning, loading and the export
 - memory: the peak of the process. The bar is the peak of one run, and for each further trial its adapter, gradient,
   moments and the hidden states between layers, plus 10 %.
 
-Held: the adapter of every trial that runs lane by lane equals the one of its `train`, byte for byte (two are compared).
+Checked: the adapter of a trial that runs lane by lane equals the adapter of its `train`, byte for byte (two trials are
+compared).
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def losses_of(run: Path) -> list[float]:
 
 
 def write_recipe(folder: Path, tokens: int, options: argparse.Namespace) -> Path:
-    """The recipe of rows of so many tokens."""
+    """Write the recipe and rows of `tokens` tokens each."""
     rows = str(folder / "rows.jsonl")
     write_rows(Path(rows), options.steps, tokens)
     training = {"max_steps": options.steps, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_ratio": 0}

@@ -1,11 +1,12 @@
-"""Anonymous host memory and time of loading a quantized base: a random llama of 1.1B parameters in bfloat16 shards.
+"""Measures anonymous host memory and time of loading a quantized base: a random llama of 1.1B parameters in bfloat16
+shards.
 
     scripts/bench/run load [--quantization nf4] [--layers 22] [--json FILE] [--work FOLDER]
 
-The base (TinyLlama's shape, 2.2 GB for 22 layers) is written shard by shard and loaded in fresh processes: first
-packed, then mapped from the sidecar, then packed with a cache folder that cannot be written, so that all is held.
-RssAnon is sampled every 10 ms from before the load to after a forward pass of 8 tokens; `held` is what it has grown by
-afterwards.  The bar: growth under the packed size + 300 MB.
+The base (TinyLlama's shape, 2.2 GB for 22 layers) is written shard by shard and loaded in fresh processes: first it is
+quantized, then mapped from the cache file, then quantized with a read-only cache folder, so that all weights stay in
+memory. RssAnon is sampled every 10 ms from before the load to after a forward pass of 8 tokens; `held` is its growth at
+the end of the load.  The bar: growth under the packed size + 300 MB.
 """
 
 from __future__ import annotations

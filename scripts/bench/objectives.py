@@ -1,13 +1,14 @@
-"""What each objective learns from few rows: its metric before and after on rows never trained on, with baselines.
+"""Measures what each objective learns from few rows: its metric on held-out rows before and after training, next to
+baselines.
 
     scripts/bench/run objectives [--only NAME,NAME] [--seeds 3] [--folds 5] [--minutes N] [--page] [--work FOLDER]
                              [--output FOLDER] [--core N]
 
-Every unit, a seed (of pairs: a seed and a fold), is one real `tunekit train` in a fresh process on one core with one
-thread, of at most five CPU minutes. It is written to objectives.json as soon as it is finished and never made again, so
-that the command goes on where it was stopped; --minutes: begin no unit after so many. The page is objectives.md;
---page writes only that. Nothing is chosen by the held-out rows: no checkpoint, no setting. The rows are those of
-TUNEKIT_SHARED/data; the bases SmolLM2-135M-Instruct, and all-MiniLM-L6-v2 for tags (TUNEKIT_MINILM, its folder).
+A unit has one seed (for pairs: one seed and one fold). It is one real `tunekit train` in a fresh process on one core
+with one thread, of at most five CPU minutes. A unit is written to objectives.json when it is finished, and is never
+measured again, so a stopped command can be continued. --minutes N: start no unit after N minutes. --page: only write
+the page, objectives.md. The held-out rows choose neither a checkpoint nor a setting. The rows come from
+TUNEKIT_SHARED/data. The base is SmolLM2-135M-Instruct; for tags, it is all-MiniLM-L6-v2 (in the folder TUNEKIT_MINILM).
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ MOST_SECONDS = 300
 
 
 class Results:
-    """Finished units by name; each is on disk before the next one begins."""
+    """The finished units by name. Each unit is on disk before the next one starts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.units: dict[str, dict] = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     def add(self, name: str, unit: dict) -> None:
-        """Keep it, whatever happens next."""
+        """Add a unit, and write it to the disk at once."""
         self.units[name] = unit
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
@@ -45,7 +46,7 @@ class Results:
 
 
 def run_unit(task: Task, split: Split, base: Path, work: Path, core: int) -> dict:
-    """One training run, and what it says."""
+    """Run one training; returns its results."""
     place = work / "units" / split.name
     place.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", split.train), ("held", split.held)):
@@ -119,7 +120,7 @@ def page(units: dict[str, dict]) -> str:
 
 
 def pooled(units: list[dict], seed: int, key: str) -> float | None:
-    """Of all folds of a seed, weighted by their held-out rows."""
+    """The mean of a value over all folds of a seed, weighted by their held-out rows."""
     own = [unit for unit in units if unit["seed"] == seed]
     if any(unit[key] is None for unit in own):
         return None
@@ -131,12 +132,12 @@ def mean(values: list) -> float:
 
 
 def most(units: list[dict], key: str) -> float:
-    """The largest; of memory on the device."""
+    """The largest value of all units; for memory, the value on the device."""
     return max(value if isinstance(value := unit[key], int) else max(value.values()) for unit in units)
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a share of so many rows."""
+    """Wilson's interval of a share of `count` rows."""
     middle, wide = share + z**2 / (2 * count), z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
     return (middle - wide) / (1 + z**2 / count), (middle + wide) / (1 + z**2 / count)
 

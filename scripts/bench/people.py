@@ -1,9 +1,10 @@
-"""What a person waits for: answers of chat and serve, the report's page, data check, the progress view and watch.
+"""Measures the times that a person waits: answers of chat and serve, the report's page, data check, the progress view
+and watch.
 
     scripts/bench/run people chat|serve|report|data|shipped|progress [--model FILE] [--json FILE]
 
-CPU seconds of the process and ratios of paired rounds, since other programs may run beside. `shipped` reads the texts
-of TUNEKIT_SHARED too, where there are some; `report` needs chromium. Results: scripts/results/people.md.
+CPU seconds of the process and ratios of paired rounds are measured, because other programs may be running. `shipped`
+also reads the texts of TUNEKIT_SHARED if there are any; `report` needs chromium. Results: scripts/results/people.md.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def _cpu(work: Callable[[], object]) -> float:
 
 
 def serve(model: Path, tokens: int = 24, short: int = 8) -> dict[str, Any]:
-    """Eight clients against one after another; then 200 requests by eight clients, the server restarted between."""
+    """Measure eight requests at once against eight requests one after another; then 200 requests of eight clients, with
+    a restart of the server in between."""
     import psutil
     import torch
 
@@ -123,7 +125,8 @@ def serve(model: Path, tokens: int = 24, short: int = 8) -> dict[str, Any]:
 
 
 def _batched(process: Any, port: int, questions: list[str], tokens: int) -> dict[str, Any]:
-    """CPU and wall seconds of the server: one after another, then all at once; the median ratio of three rounds."""
+    """The server's CPU and wall seconds for requests one after another and all at once, and the median ratio of three
+    rounds."""
     rounds = []
     for _ in range(3):
         spent = []
@@ -148,7 +151,8 @@ def _ask(port: int, text: str, tokens: int, key: str = "secret") -> str:
 
 
 def _errors(port: int) -> dict[str, Any]:
-    """The status and code of a bad key, of what is no JSON, and of a prompt that is too long."""
+    """The status and error code of three bad requests: a wrong key, a body that is not JSON, and a prompt that is too
+    long."""
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
 
@@ -170,7 +174,7 @@ def _errors(port: int) -> dict[str, Any]:
 
 @contextmanager
 def _serving(model: Path) -> Iterator[tuple[int, int]]:
-    """A server of its own process, and its port."""
+    """A server in a separate process, and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -199,7 +203,7 @@ def _serving(model: Path) -> Iterator[tuple[int, int]]:
 
 
 def report(model: Path) -> dict[str, Any]:
-    """Bytes of a page of 20,000 steps, and how long chromium takes until it is drawn."""
+    """The bytes of a report page of 20,000 steps, and the seconds until chromium has drawn the page."""
     from playwright.sync_api import sync_playwright
 
     from tests.artifacts.test_html_browser import browser_path
@@ -223,7 +227,7 @@ def report(model: Path) -> dict[str, Any]:
 
 
 def data(model: Path) -> dict[str, Any]:
-    """Rows a second and memory of `data check` on rows with planted faults, and which of them it finds."""
+    """Rows per second and memory of `data check` on rows with planted faults, and the faults that it finds."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows, planted = _rows(ROWS)
@@ -244,7 +248,7 @@ def data(model: Path) -> dict[str, Any]:
 
 
 def _cpu_of_child(work: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of the processes that it starts, and what it returns."""
+    """The result of `work`, and the CPU seconds of the processes that it starts."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     value = work()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -310,7 +314,7 @@ def _check(file: Path, objective: str) -> dict[str, list[int]]:
 
 
 def progress(model: Path) -> dict[str, Any]:
-    """CPU microseconds of the progress view for a step on a terminal, and of `watch` while a run goes on."""
+    """CPU microseconds per step of the progress view in a terminal, and of `watch` during a run."""
     from tests.support.run_case import write_run
     from tunekit.console import Console
     from tunekit.console.progress import StepProgress

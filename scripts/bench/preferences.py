@@ -1,11 +1,12 @@
-"""DPO after supervised tuning: on the same adapter, on the merged model, and without it; held-out pairs in five folds.
+"""Measures DPO after supervised tuning: on the same adapter, on the merged model, and without supervised tuning.
+Held-out pairs in five folds.
 
     scripts/bench/run preferences [--folds 5] [--page] [--work FOLDER] [--output FOLDER] [--core N]
 
 SmolLM2-135M-Instruct. Every pair is held out once; 32 pairs of the other folds train. Supervised tuning (SFT) sees the
-chosen answers of the same 32 pairs, so that no way has more data. Every run is one real `tunekit train` in a fresh
-process on one core with one thread; a finished fold is in preferences.json and is never made again. The page is
-preferences.md; --page writes only that.
+chosen answers of the same 32 pairs, so all ways have the same data. Every run is one real `tunekit train` in a fresh
+process on one core with one thread. A finished fold is in preferences.json, and is never measured again. --page: only
+write the page, preferences.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ Recipe = dict[str, Any]
 
 
 def train(recipe: Recipe, place: Path, core: int) -> tuple[Path, Recipe]:
-    """The run's folder, and what its files say."""
+    """Train a recipe; returns the run's folder and the results in its files."""
     place.mkdir(parents=True, exist_ok=True)
     recipe = {**recipe, "output": {"dir": str(place / "run")}}
     (place / "recipe.yaml").write_text(json.dumps(recipe, indent=1), "utf-8")  # JSON is YAML
@@ -136,7 +137,7 @@ def page(folds: dict[str, Recipe]) -> str:
 
 
 def difference(apart: list[float]) -> str:
-    """Mean of the folds, with its interval where there are several."""
+    """The mean over the folds, with its interval if there are several folds."""
     middle = statistics.mean(apart)
     if len(apart) == 1:
         return f"{middle:+.3f}"

@@ -1,7 +1,7 @@
-"""What plan foresees on a GPU beside what other tools publish, and beside this project's own goals:
-scripts/results/forecast.md. No GPU is needed.
+"""Compares the memory that plan predicts for a GPU with the figures that other tools publish, and with this project's
+goals: scripts/results/forecast.md. No GPU is needed.
 
-Where a tool does not say how it measured, the settings here are guessed, and the table says which.
+If a tool does not state its settings, they are guessed here, and the table names the guessed settings.
 usage: scripts/bench/run published
 """
 
@@ -28,7 +28,7 @@ CARD = torch.device("cuda")
 
 @dataclass(frozen=True)
 class Published:
-    """Bytes that a tool names, and the row by which tunekit would do the same."""
+    """The bytes that a tool publishes, and the row (a planned run) with which tunekit would do the same."""
 
     tool: str
     what: str
@@ -104,8 +104,8 @@ def goal_lines() -> Iterator[str]:
 
 
 def head_share(row: Row, plan: dict[str, Any]) -> float:
-    """What a streamed head costs of a step without it, at half of the card's products: logits made once more, and bytes
-    over the bus as if nothing were computed meanwhile."""
+    """The cost of a streamed head as a share of a step without it, at half of the card's speed of products: the logits
+    are computed once more, and the copies over the bus overlap with nothing."""
     size, ceilings = planning.model_size(row.model, CARD), Ceilings()
     flops = ceilings.product_flops * planning.LIKELY_SHARE
     again = 2.0 * size.head * row.step_tokens * planning.supervised_share(row) / flops

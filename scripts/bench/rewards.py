@@ -1,17 +1,19 @@
-"""GRPO, RLOO, a reward model and distillation on sums: held-out exact answers before and after, over several seeds.
+"""Measures GRPO, RLOO, a reward model and distillation on sums: exact answers to held-out questions before and after,
+over several seeds.
 
     scripts/bench/run rewards [--only NAME,NAME] [--seeds 3] [--minutes N] [--page] [--work FOLDER] [--output FOLDER]
                           [--core N]
 
 Questions, answers and the score of an answer are reasoning-gym's (chain_sum: two numbers of one or two digits, added or
-taken from each other). SmolLM2-135M-Instruct is tuned on 60 answers and merged; GRPO goes on from there with samples of
-its own to 1,000 other questions, each seed in a run of its own. RLOO and GRPO by a reward model are short runs that
-show that they work. Distilled is the untuned model, by the merged result of the first GRPO run; beside it supervised
-training on the same rows. The 300 held-out questions decided nothing: settings were chosen by 150 others.
+subtracted). SmolLM2-135M-Instruct is tuned on 60 answers and merged. GRPO then trains this model on its own samples for
+1,000 other questions, in one run per seed. RLOO, and GRPO with a reward model, are short runs that show that they work.
+Distillation trains the untuned model with the merged result of the first GRPO run as the teacher; supervised training
+on the same rows is measured for comparison. The 300 held-out questions chose nothing: settings were chosen on 150
+others.
 
-Every unit is one real `tunekit train` in a fresh process on one core with one thread, of some five CPU minutes. It is
-written to rewards.json as soon as it is finished and never made again, so that the command goes on where it was
-stopped; --minutes: begin no unit after so many. The page is rewards.md; --page writes only that.
+A unit is one real `tunekit train` in a fresh process on one core with one thread, of about five CPU minutes. It is
+written to rewards.json when it is finished, and is never measured again, so a stopped command can be continued.
+--minutes N: start no unit after N minutes. --page: only write the page, rewards.md.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ Recipe = dict[str, Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """One training run. `base`: the unit whose merged result it begins with, the untuned model where there is none."""
+    """One training run. `base`: the unit whose merged result is the start of the run; None: the untuned model."""
 
     name: str
     told: str
@@ -82,7 +84,7 @@ class Bench:
         return folder
 
     def checked(self, unit: Unit) -> dict[str, Any]:
-        """What `tunekit reward check` finds in the recipe of a unit, without samples."""
+        """The findings of `tunekit reward check` for the recipe of a unit, without samples."""
         path = self.work / f"{unit.name}-check.json"
         path.unlink(missing_ok=True)
         self._tunekit("reward", "check", self.work / f"{unit.name}.yaml", "--samples", 0, "--json", path, good=(0, 2))
@@ -91,7 +93,7 @@ class Bench:
         return {"means": means, "findings": found["findings"]}
 
     def _tunekit(self, *words: object, good: tuple[int, ...] = (0,)) -> None:
-        """One command in a process of its own, on the core."""
+        """Run a command in its own process, on the chosen core."""
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
         argv = ["taskset", "-c", str(self.core), sys.executable, "-m", "tunekit", *map(str, words)]
         done = subprocess.run(argv, env=environment, check=False)
@@ -102,7 +104,7 @@ class Bench:
         return [{"path": str(self.work / f"{name}.jsonl")}]  # type: ignore[list-item]
 
     def run(self, unit: Unit) -> dict[str, Any]:
-        """Train, and what the run's files say."""
+        """Train a unit; returns the results in the run's files."""
         base = self.merged(unit.base) if unit.base else find_base()
         usual = {"model": {"name_or_path": str(base)}, "adapter": LORA, "output": {"dir": str(self.run_of(unit.name))}}
         recipe = {**usual, **unit.recipe(self)}
@@ -138,7 +140,8 @@ class Bench:
 
 
 def write_rows(work: Path) -> None:
-    """The files, whose questions are all different; pairs of a right and a wrong answer for the reward model."""
+    """Write the data files, in which all questions are different, and the pairs of a right and a wrong answer for the
+    reward model."""
     import reasoning_gym
 
     seen: dict[str, str] = {}
@@ -174,7 +177,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def supervised(rows: str, objective: Recipe, *, seed: int = 0, **training: Any) -> Callable[[Bench], Recipe]:
-    """Answers are learned; the teacher of an objective is the unit that it names."""
+    """A recipe that trains on given answers. If the objective has a teacher, it names a unit."""
 
     def recipe(bench: Bench) -> Recipe:
         method = dict(objective)
@@ -191,7 +194,7 @@ def supervised(rows: str, objective: Recipe, *, seed: int = 0, **training: Any) 
 
 
 def sampled(steps: int, *, seed: int = 0, reward_model: str = "", **objective: Any) -> Callable[[Bench], Recipe]:
-    """The model's own samples are learned from."""
+    """A recipe that trains on the model's own samples."""
 
     def recipe(bench: Bench) -> Recipe:
         source: Recipe = {"function": str(bench.work / "rewards.py") + ":score", "allow_code": True}
@@ -222,7 +225,7 @@ def judging(bench: Bench) -> Recipe:
 
 
 def units(seeds: int) -> Iterator[Unit]:
-    """In the order in which they are made."""
+    """All units, in the order in which they run."""
     first = {"learning_rate": 1e-3, "epochs": 3}
     yield Unit("start", "supervised, 60 rows", supervised("supervised", {"method": "sft"}, **first))
     for seed in range(seeds):

@@ -1,10 +1,11 @@
-"""Tokens a CPU second of sampling groups of completions, beside transformers' own batched generation with a cache.
+"""Measures tokens per CPU second of sampling groups of completions, next to transformers' batched generation with a
+cache.
 
     scripts/bench/run sampling MODEL [--prompts 4] [--group 8] [--prompt-tokens 64] [--tokens 16,64] [--output FOLDER]
 
-Both sample from the same weights at temperature 1 and end at no token, so that all completions are equally long; the
-time is the process's own (one thread), the best of --repeats, in turns. Everything goes to sampling.json and
-sampling.md.
+Both sides sample from the same weights at temperature 1, and do not stop at an end token, so all completions have the
+same length. The time is the CPU time of the process (one thread): the best of --repeats, measured in turns. Results are
+in sampling.json and sampling.md.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def plain_copy(net: Any) -> Any:
-    """The same weights in a net as transformers makes it, with its own attention."""
+    """A model of transformers with the same weights, and with transformers' own attention."""
     config = deepcopy(net.config)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):

@@ -1,9 +1,10 @@
-"""A server and many clients: latency of short answers beside long ones, many adapters, clients that leave.
+"""Measures a server with many clients: latency of short answers next to long answers, many adapters, and clients that
+disconnect.
 
     scripts/bench/run serve --model FOLDER [--tree FOLDER] [--seconds 60] [--only equal,mixed,adapters,leaving]
                       [--resume] [--json FILE]
 
-The server is a process of its own, with one thread for torch. The clock is its CPU time, so that other programs on the
+The server runs in a separate process, with one thread for torch. Times are its CPU time, so that other programs on the
 machine do not count. `--tree`: an earlier checkout of tunekit, whose server is measured instead; its figures are under
 "before". `--resume`: measure only parts that the file does not have yet. Each part is written when it is complete, with
 a page next to the file. Results: scripts/results/serve.json and serve.md.
@@ -72,7 +73,7 @@ SUBJECTS = ("the sea", "bread", "trains", "a garden", "winter", "the moon", "a b
 
 @contextmanager
 def serving(tree: Path, model: Path, *options: str) -> Iterator[tuple[int, int]]:
-    """The process and the port of a server."""
+    """A server in a separate process: the process and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,7 +93,7 @@ def serving(tree: Path, model: Path, *options: str) -> Iterator[tuple[int, int]]
 
 @contextmanager
 def streamed(port: int, name: str, tokens: int, draw: Random) -> Iterator[http.client.HTTPResponse]:
-    """The response to a request of a greedy answer."""
+    """Request a streamed greedy answer; returns the response."""
     question = f"Tell me a long story about {draw.choice(SUBJECTS)} and {draw.choice(SUBJECTS)}."
     body = {"model": name, "messages": [{"role": "user", "content": question}], "max_tokens": tokens}
     body |= {"temperature": 0, "stream": True}
@@ -105,7 +106,7 @@ def streamed(port: int, name: str, tokens: int, draw: Random) -> Iterator[http.c
 
 
 def pieces(response: http.client.HTTPResponse) -> Iterator[str]:
-    """The pieces of text; nearly every token is one piece."""
+    """The pieces of text in a streamed response. Nearly every token is one piece."""
     for line in response:
         if line.startswith(b"data: {"):
             (choice,) = json.loads(line[6:])["choices"]
@@ -114,7 +115,7 @@ def pieces(response: http.client.HTTPResponse) -> Iterator[str]:
 
 
 def ask(port: int, name: str, tokens: int, draw: Random) -> int:
-    """The number of pieces of an answer."""
+    """Request an answer; returns the number of its pieces."""
     with streamed(port, name, tokens, draw) as response:
         return len(list(pieces(response)))
 
@@ -128,7 +129,7 @@ def clock_of(server: int) -> Callable[[], float]:
 
 
 def median_cost(clock: Callable[[], float], jobs: Iterable[Callable[[], object]]) -> float:
-    """The median of the CPU seconds of some jobs, one after another."""
+    """Run some jobs one after another; returns the median of their CPU seconds."""
     costs = []
     for job in jobs:
         before = clock()
@@ -138,7 +139,7 @@ def median_cost(clock: Callable[[], float], jobs: Iterable[Callable[[], object]]
 
 
 def equal(tree: Path, model: Path, count: int = 24) -> dict[str, Any]:
-    """Greedy answers of different lengths, 16 at once, and again each alone: how many are equal."""
+    """Request greedy answers of different lengths, 16 at once, then each one alone; returns how many are equal."""
     sizes = [2 + 5 * (number % 7) for number in range(count)]
 
     def answer(port: int, number: int) -> str:
@@ -153,9 +154,9 @@ def equal(tree: Path, model: Path, count: int = 24) -> dict[str, Any]:
 
 
 def mixed(tree: Path, model: Path, clients: int, seconds: float) -> dict[str, Any]:
-    """Clients that ask for answers of 2 to 500 tokens (log-uniform), each again and again.
+    """Measure clients that request answers of 2 to 500 tokens (log-uniform) again and again.
 
-    A short answer that has not ended with the measurement counts with the time so far.
+    If a short answer has not ended at the end of the measurement, its time so far counts.
     """
     short: list[float] = []
     running: dict[int, float] = {}  # client -> the start of its short answer
@@ -198,7 +199,7 @@ def mixed(tree: Path, model: Path, clients: int, seconds: float) -> dict[str, An
 
 
 def adapters(tree: Path, model: Path, count: int = 300, tokens: int = 8) -> dict[str, Any]:
-    """First tokens, throughput and memory with many adapters of rank 8, beside one of them."""
+    """Measure first tokens, throughput and memory with many adapters of rank 8, and with one of them for comparison."""
     import psutil
 
     with tempfile.TemporaryDirectory() as folder:
@@ -247,7 +248,8 @@ def write_adapters(model: Path, folder: Path, count: int) -> None:
 
 
 def leaving(tree: Path, model: Path, clients: int = 100) -> dict[str, Any]:
-    """Clients that leave after the first piece of a long answer: the CPU time of a short answer before and after."""
+    """Measure the CPU time of a short answer before and after many clients disconnect, each after the first piece of a
+    long answer."""
 
     def leave(port: int, number: int) -> None:
         with streamed(port, "base", LONG, Random(number)) as response:

@@ -1,8 +1,8 @@
-"""Whisper before and after a short LoRA run on spoken digits: word error rates on takes and speakers that were held
-back, dense and int8, over seeds: scripts/results/speech.md. Runs that are in speech.json already are not made again.
+"""Measures Whisper before and after a short LoRA run on spoken digits: word error rates on held-out takes and speakers,
+dense and int8, over seeds: scripts/results/speech.md. Runs that are already in speech.json are not repeated.
 
 Needs the digits of the shared data (TUNEKIT_SHARED) and folders of Whisper models. A model with a shorter window (the
-same weights, fewer encoder positions) makes a step on a CPU cheaper, and hears these clips of under a second as well.
+same weights, fewer encoder positions) makes a step on a CPU cheaper, and recognises these clips of under a second too.
 
 usage: scripts/bench/run speech NAME=FOLDER [NAME=FOLDER ...] [--quantization none int8] [--seeds 0 1 2] [--steps 30]
                             [--splits takes speakers]
@@ -39,7 +39,8 @@ Row = dict[str, Any]
 
 
 def split_rows(rows: Sequence[Row], split: str, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and rows held back: the second take of everything, or one speaker, another for each seed."""
+    """Training rows and held-out rows. Held out are the second take of each digit, or all rows of one speaker, which
+    the seed selects."""
     speakers = sorted({row["speaker"] for row in rows})
     held_speaker = speakers[seed % len(speakers)]
 
@@ -51,13 +52,13 @@ def split_rows(rows: Sequence[Row], split: str, seed: int) -> tuple[list[Row], l
 
 
 def tunekit(*words: str) -> str:
-    """What a command prints. Raises: CalledProcessError."""
+    """Run a command; returns its output. Raises: CalledProcessError."""
     command = [sys.executable, "-m", "tunekit", *words]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def answers(target: str, folder: Path, held: Sequence[Row], *overrides: str) -> list[str]:
-    """What the target writes down of each clip."""
+    """The target's transcript of each clip."""
     listed = folder / "clips.txt"
     listed.write_text("".join(f"{row['audio']}\n" for row in held), encoding="utf-8")
     said = tunekit("generate", target, "--prompts", str(listed), "evaluation.max_new_tokens=16", *overrides)
@@ -78,7 +79,7 @@ def errors(model: Path, held: Sequence[Row], said: Sequence[str]) -> dict[str, l
 
 
 def measure(model: Path, quantization: str, split: str, seed: int, steps: int) -> dict[str, Any]:
-    """One run: its errors before and after, clip by clip."""
+    """Run one training; returns the errors of each clip before and after."""
     data = Path(os.environ["TUNEKIT_SHARED"]) / DIGITS
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text("utf-8").splitlines()]
     for row in rows:
@@ -109,7 +110,7 @@ def measure(model: Path, quantization: str, split: str, seed: int, steps: int) -
 
 
 def interval(errors_of_clips: Sequence[int]) -> tuple[float, float, float]:
-    """Mean errors a word, and the 95 % interval of it over resamples of the clips (percentile bootstrap)."""
+    """The mean number of errors per word, and its 95 % interval over resamples of the clips (percentile bootstrap)."""
     values = np.asarray(errors_of_clips, dtype=np.float64)
     draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
     low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])

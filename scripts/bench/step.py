@@ -1,10 +1,10 @@
-"""CPU time of one packed micro-batch, forward and backward: a dense mask or documents one by one, LoRA layer by layer
-or in groups.
+"""Measures the CPU time of one packed micro-batch, forward and backward: with a dense mask or one document at a time,
+and with LoRA layer by layer or in groups.
 
     scripts/bench/run step --model FOLDER [--dtype bfloat16] [--tokens 2048] [--repeats 3] [--json FILE]
 
-One thread, process CPU time, the variants in turn, the least of the repeats.  Rows: lengths log-normal, median 180
-tokens, half of each supervised; random ids.  Losses are printed: they must agree up to rounding.
+One thread, CPU time of the process, variants in turns, the minimum of the repeats.  Rows: lengths log-normal, median
+180 tokens, half of each supervised; random ids.  Losses are printed: they must agree up to rounding.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def packed_batch(tokens: int, vocabulary: int, objective: Objective) -> Batch:
 
 
 class Switch:
-    """Turns the two techniques on and off in a model that has both."""
+    """Turns both techniques (documents one at a time, LoRA in groups) on and off in a model."""
 
     def __init__(self, model: TunedModel) -> None:
         assert model.adapter is not None

@@ -1,11 +1,11 @@
-"""A model larger than the memory it is given: 1.1B parameters trained on a CPU with streamed layers, under a limit.
+"""Trains a model that is larger than its memory limit: 1.1B parameters on a CPU, with streamed layers.
 
     scripts/bench/run stream [--limit 1.0] [--layers 22] [--tokens 512] [--only none|nf4] [--json FILE] [--work FOLDER]
 
 The base (TinyLlama's shape, bfloat16, 2.2 GB) is trained for three steps by the real `train`, in fresh processes: with
-memory.streaming: disk under RLIMIT_DATA = what the process has once everything is imported + the limit (GB), and with
+memory.streaming: disk under RLIMIT_DATA = the data size of the process after all imports + the limit (GB), and with
 memory.streaming: off without a limit. RLIMIT_DATA counts every private writable page; weights are mapped shared and
-read-only. RssAnon is sampled every 10 ms.  Held: adapter, optimizer state (the moments of the gradients) and losses
+read-only. RssAnon is sampled every 10 ms.  Checked: adapter, optimizer state (the moments of the gradients) and losses
 are equal bit for bit.
 """
 
@@ -95,7 +95,7 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """What two equal runs have in common."""
+    """The results of a run that must be equal in both runs."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     newest = max((run / "checkpoints").iterdir())
     return {

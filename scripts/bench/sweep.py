@@ -1,4 +1,5 @@
-"""CPU seconds and peak memory of `tunekit sweep` over learning rates, against one `tunekit train` for each rate.
+"""Measures CPU seconds and peak memory of `tunekit sweep` over learning rates, against one `tunekit train` for each
+rate.
 
     scripts/bench/run sweep RECIPE [--rates 1e-4,2e-4,4e-4,8e-4] [--rounds 3] [KEY=VALUE ...]
 

@@ -1,4 +1,5 @@
-"""Speed and CPU time of the quickstart's training steps by number of threads, wait policy and busy neighbours.
+"""Measures speed and CPU time of the quickstart's training steps, by number of threads, wait policy and number of busy
+neighbours (programs that use a processor all the time).
 
     scripts/bench/run threads --model FOLDER [--before CHECKOUT] [--sides NAME,...] [--neighbours 0,1] [--rounds 3]
                           [--again]
@@ -138,7 +139,8 @@ class Running:
         return float(times.user + times.system)
 
     def turn(self, steps: int, neighbours: list[subprocess.Popen[bytes]], realtime: bool) -> dict[str, object]:
-        """Let the run make `steps` steps; returns its tokens, seconds and CPU seconds between two ends of steps."""
+        """Let the run make `steps` steps; returns its tokens, seconds and CPU seconds from the end of one step to the
+        end of a later step."""
         policy, priority = (os.SCHED_FIFO, 1) if realtime else (os.SCHED_OTHER, 0)
         for task in os.listdir(f"/proc/{self.process.pid}/task"):
             os.sched_setscheduler(int(task), policy, os.sched_param(priority))
@@ -168,8 +170,8 @@ class Running:
         }
 
     def _clocks(self, neighbours: list[subprocess.Popen[bytes]]) -> tuple[float, ...]:
-        """Seconds: the clock, the run's CPU time, the CPU time of all other programs but the neighbours, CPU time and
-        wait for a processor of the run's main thread, and the wait of all its threads."""
+        """Seconds of: the clock; the run's CPU time; the CPU time of all other programs except the neighbours; CPU time
+        and waiting time of the run's main thread; the waiting time of all its threads."""
         cpu, machine = self.cpu_seconds(), psutil.cpu_times()
         beside = [psutil.Process(each.pid).cpu_times() for each in neighbours]
         busy = machine.user + machine.nice + machine.system + machine.softirq + machine.irq

@@ -1,4 +1,5 @@
-"""What the card can do: products (8192^3 and a model's real shapes), device copies, the bus from pinned memory."""
+"""Measures the highest speeds of the card: matrix products (8192^3 and a model's real shapes), copies on the device,
+and copies from pinned host memory."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def product_flops(tokens: int, inputs: int, outputs: int, device: torch.device) 
 
 
 def copied_bytes(size: int, device: torch.device) -> float:
-    """Bytes per second of a copy on the device, those read and those written."""
+    """Bytes per second of a copy on the device; bytes read and bytes written are added."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2.0 * size / timed(lambda _: target.copy_(source), device)
@@ -69,7 +70,7 @@ def bus_bytes(size: int, device: torch.device, *, to_device: bool, pinned: bool)
 def measure_ceilings(
     device: torch.device, shapes: dict[str, tuple[int, int]], *, small: bool = False
 ) -> dict[str, Any]:
-    """Every rate. `shapes`: (inputs, outputs) of a model's matrices by name; `small`: for the double on a CPU."""
+    """All speeds. `shapes`: (inputs, outputs) of a model's matrices by name; `small`: for the double on a CPU."""
     side, tokens, size = (256, 128, 2**22) if small else (8192, REAL_TOKENS, 2**30)
     return {
         "product_flops": product_flops(side, side, side, device),

@@ -1,4 +1,4 @@
-"""Memory of the process while a row runs, and how its numbers are put together."""
+"""Measures the memory of the process while a row (a measured run) runs, and computes speeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST_COUNTED = 3  # steps before it warm up
 
 
 class HostMemory(threading.Thread):
-    """Anonymous bytes of this process, sampled; what is pinned counts among them where the system counts it."""
+    """Samples the anonymous memory of this process. Pinned memory is included if the system counts it as anonymous."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -36,7 +36,7 @@ class HostMemory(threading.Thread):
 
 
 def anonymous_bytes() -> int:
-    """What of this process in memory is no file and not shared."""
+    """The bytes of this process's memory that are neither files nor shared."""
     memory = psutil.Process().memory_info()
     return memory.rss - memory.shared
 
@@ -49,7 +49,7 @@ def cap_memory(row: Row, device: torch.device) -> None:
 
 
 def device_peaks(device: torch.device) -> dict[str, int]:
-    """Peak allocated and reserved since the last reset; nothing on a CPU."""
+    """Peak bytes allocated and reserved since the last reset; empty on a CPU."""
     if device.type != "cuda":
         return {}
     return {
@@ -59,7 +59,7 @@ def device_peaks(device: torch.device) -> dict[str, int]:
 
 
 def reset_peaks(device: torch.device) -> dict[str, int]:
-    """Start new peaks; returns the peak of loading."""
+    """Reset the peaks; returns the peaks so far, which are those of loading."""
     if device.type != "cuda":
         return {}
     torch.cuda.synchronize(device)
@@ -70,7 +70,8 @@ def reset_peaks(device: torch.device) -> dict[str, int]:
 
 
 def speeds(tokens: Sequence[int], supervised: Sequence[int], seconds: Sequence[float]) -> dict[str, Any]:
-    """Non-padding and supervised tokens per second: median and least over the steps from FIRST_COUNTED on."""
+    """Tokens per second, of all non-padding and of supervised tokens: median and minimum over the steps from
+    FIRST_COUNTED on."""
     counted = range(min(FIRST_COUNTED - 1, len(seconds) - 1), len(seconds))
     rates = [tokens[step] / seconds[step] for step in counted]
     return {

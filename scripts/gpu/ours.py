@@ -1,4 +1,4 @@
-"""A row by tunekit: its own loop, engine, optimizer and objective over a random base."""
+"""Runs a row (a measured run) with tunekit: its own loop, engine, optimizer and objective, on a random base."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from tunekit.tuned.network import prepare_network
 def run_row(
     row: Row, device: torch.device, plan: dict[str, Any], keep: Callable[[dict[str, Any]], None] = lambda part: None
 ) -> dict[str, Any]:
-    """Build, train as the row's plan says, and say what it took. `keep` gets the load time and the steps so far."""
+    """Build the model, train as the row's plan states, and return the measurements. `keep` is called with the load time
+    and the steps so far."""
     cap_memory(row, device)
     host, started = HostMemory(), time.monotonic()
     host.start()
@@ -55,7 +56,7 @@ def run_row(
 
 
 def _curve(records: list[StepRecord]) -> dict[str, Any]:
-    """Losses, gradient norms and seconds of the steps."""
+    """The losses, gradient norms and seconds of all steps."""
     return {
         "losses": [record.loss for record in records],
         "gradient_norms": [record.grad_norm for record in records],

@@ -1,4 +1,5 @@
-"""A plugin of pytest that writes a line for each test to the file in TUNEKIT_OUTCOMES, as soon as it is known.
+"""A plugin of pytest that writes the outcome of each test to the file in TUNEKIT_OUTCOMES as soon as the test has
+ended.
 
 Tests with an outcome in that file do not run again. The others run in the order of suite.ORDER.
 """
@@ -25,7 +26,7 @@ def write(**record: Any) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests without an outcome, the most telling first."""
+    """Keep only the tests without an outcome, and put the most important tests first."""
     places = {name: place for place, name in enumerate(ORDER)}
     items.sort(key=lambda item: places.get(function_of(item.nodeid), len(places)))
     write(collected=[item.nodeid for item in items])
@@ -40,7 +41,8 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    """Write the outcome of the call, or of whatever else failed; stop where the device's state is broken."""
+    """Write the outcome of the test's call, or of its setup or teardown if that failed. Stop if the device's state is
+    broken."""
     report: pytest.TestReport = yield
     if report.when == "call" or report.outcome != "passed":
         properties = dict(report.user_properties)

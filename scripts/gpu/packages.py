@@ -1,4 +1,4 @@
-"""Which of tunekit's packages a machine lacks, and a folder of packages to carry to a machine without a network."""
+"""Lists the packages of tunekit that a machine lacks, and collects packages for a machine without a network."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def requirements() -> list[tuple[str, str]]:
 
 
 def missing() -> tuple[list[str], list[str]]:
-    """A line for each package that is absent or too old: those without which nothing runs, and the others."""
+    """A line for each package that is absent or too old. Two lists: the packages without which nothing runs, and the
+    others."""
     from packaging.version import Version
 
     needed, optional = [], []
@@ -65,7 +66,7 @@ def missing() -> tuple[list[str], list[str]]:
 def pack(folder: Path, python: str) -> int:
     """Install these packages, for this release of Python on Linux, into the folder. Returns the folder's bytes.
 
-    pip chooses releases that fit each other and everything that they import; the rest of that stays behind.
+    pip chooses releases that fit each other and their dependencies; the dependencies are not put into the folder.
     Raises: SystemExit if the folder is larger than CARRIED_BYTES.
     """
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--root-user-action=ignore", "--target", str(folder)]

@@ -1,4 +1,4 @@
-"""What was measured on a GPU next to what was predicted, as a page in Markdown: the page of scripts/gpu/first."""
+"""Writes the page of scripts/gpu/first in Markdown: the measurements on a GPU next to the predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PREDICTED_PEAK = ("predicted_bytes", "measured_bytes")  # properties of tests th
 
 
 def make_page(results: dict[str, Any]) -> str:
-    """Card, ceilings, memory, speed, tests."""
+    """The page, with the sections card, ceilings, memory, speed and tests."""
     calls = results.get("calls", [])
     card = calls[-1] if calls else results.get("ceilings", {}).get("card", {})
     versions = ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items())

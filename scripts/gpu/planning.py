@@ -1,4 +1,4 @@
-"""What a row will take, foreseen by tunekit's own estimate on the meta device, and the least time that it needs."""
+"""Predicts the memory of a row (a measured run) with tunekit's simulation on the meta device, and its minimum time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def training_section(row: Row) -> TrainingSection:
 
 
 def row_choice(row: Row, vocabulary_size: int, checkpointed: int) -> Choice:
-    """How the row computes; where weights are streamed every layer is recomputed in any case."""
+    """The settings with which the row computes. If weights are streamed, all layers are recomputed in any case."""
     streamed = row.engine != "resident"
     return Choice(
         logits_chunk_tokens=logits_chunk_tokens(vocabulary_size),
@@ -84,13 +84,13 @@ def row_choice(row: Row, vocabulary_size: int, checkpointed: int) -> Choice:
 
 @cache
 def meta_base(model: str, quantization: str, device: torch.device) -> LoadedModel:
-    """The model without weights, as it will run on `device`."""
+    """The model on the meta device, in the form that will run on `device`."""
     with configuration_folder(model) as folder:
         return make_meta_model(model_section(folder, quantization), device=device)
 
 
 def model_size(model: str, device: torch.device) -> Size:
-    """Parameters by what multiplies with them."""
+    """The parameters of the model, grouped by the part that multiplies with them."""
     base = meta_base(model, "none", device)
     net, family, config = base.net, base.family, text_config(base.net)
     tables = {name: net.get_submodule(name) for name in (family.head_name(net), family.embedding_name(net)) if name}
@@ -114,13 +114,14 @@ def linear_shapes(model: str, device: torch.device) -> dict[str, tuple[int, int]
 
 
 def layer_bytes(base: LoadedModel) -> list[int]:
-    """Bytes of each layer's blob, every tensor at a multiple of 64: what a slot holds and what crosses the bus."""
+    """The bytes of each layer as one block, in which every tensor starts at a multiple of 64. This block is copied over
+    the bus into a slot (a layer's place on the device)."""
     return [LayerBlob(frozen_tensors(layer)).size_bytes for _, layer in base.family.layers(base.net)]
 
 
 def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[str, int]:
-    """Peak bytes by part on `device`, for this number of recomputed layers; of streamed rows with their slots, and with
-    the layers' inputs on the host."""
+    """Predicted peak bytes by part on `device`, for this number of recomputed layers. For streamed rows, the slots of
+    layers are included, and the inputs of layers are on the host."""
     run_device = torch.device("cuda") if device.type != "cpu" else device
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
@@ -134,7 +135,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
 
 
 def chosen_layers(row: Row, device: torch.device) -> tuple[int, dict[str, int]]:
-    """How many layers are recomputed, as plan would choose: the fewest with which the step fits."""
+    """The number of layers to recompute: the smallest number with which the step fits, as plan chooses it."""
     layers = meta_base(row.model, row.quantization, device).facts.layers
     if row.checkpointing == "every" or row.engine != "resident":
         return layers, simulated_peak(row, device, layers)
@@ -157,7 +158,8 @@ def chosen_layers(row: Row, device: torch.device) -> tuple[int, dict[str, int]]:
 
 
 def expected_minutes(row: Row, device: torch.device, ceilings: Ceilings) -> float:
-    """With loading, every layer recomputed, at half of the product ceiling; nothing is simulated for it."""
+    """A rough estimate of the row's minutes with loading: all layers recomputed, at half the highest speed of
+    products."""
     base = meta_base(row.model, row.quantization, device)
     layers = sum(layer_bytes(base))
     minutes: float = _times(row, model_size(row.model, device), 1.0, layers, ceilings)["expected_minutes"]
@@ -165,13 +167,13 @@ def expected_minutes(row: Row, device: torch.device, ceilings: Ceilings) -> floa
 
 
 def supervised_share(row: Row) -> float:
-    """Supervised tokens of all tokens."""
+    """The share of supervised tokens among all tokens."""
     batch = micro_batch(row, 0, 0)
     return batch.supervised / batch.tokens
 
 
 def plan_row(row: Row, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
-    """Everything that is known of a row before it runs."""
+    """All predictions for a row before it runs."""
     base, size = meta_base(row.model, row.quantization, device), model_size(row.model, device)
     blobs = layer_bytes(base)
     facts: dict[str, Any] = {

@@ -33,7 +33,7 @@ NORMS = ("norm", "ln_", "layernorm", "layer_norm")
 
 @contextmanager
 def configuration_folder(model: str) -> Iterator[Path]:
-    """A model folder that holds nothing but config.json."""
+    """A model folder that contains only config.json."""
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "config.json").write_text(json.dumps(MODELS[model]), encoding="utf-8")
         yield Path(scratch)
@@ -45,7 +45,7 @@ def model_section(folder: Path, quantization: str) -> ModelSection:
 
 
 def random_matrix(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The weight of this name: ones of a norm, zeros of a bias, else normal x 0.02."""
+    """The weight with this name: ones for a norm, zeros for a bias, otherwise normal x 0.02."""
     own, _, kind = name.lower().rpartition(".")
     if kind == "bias":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -57,7 +57,8 @@ def random_matrix(name: str, shape: tuple[int, ...], device: torch.device, dtype
 
 
 def begin_alike(adapter: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill every A (R, I) of a LoRA by its name, so that all tools start from the same adapter; B is zero already."""
+    """Fill every matrix A (R, I) of a LoRA with values that depend on its name, so that all tools start from the same
+    adapter; B is zero already."""
     for name, values in adapter:
         own = name.removeprefix("base_model.model.").replace(".default", "")
         if own.endswith("lora_A.weight"):
@@ -66,7 +67,7 @@ def begin_alike(adapter: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def random_base(model: str, quantization: str, device: torch.device, home: torch.device | None = None) -> LoadedModel:
-    """The base in bf16, packed where asked. `home`: where the decoder layers lie; by default the device too."""
+    """The base in bf16, or quantized. `home`: the device of the decoder layers; default: `device`."""
     with configuration_folder(model) as folder:
         base = make_meta_model(model_section(folder, quantization), device=device)
     net, layers = base.net, dict(base.family.layers(base.net))
@@ -88,8 +89,8 @@ def random_base(model: str, quantization: str, device: torch.device, home: torch
 def _pack_all(
     layers: list[tuple[str, PackedLinear]], device: torch.device, home_of: Callable[[str], torch.device]
 ) -> None:
-    """Draw each matrix on the device and pack it on the CPU, a thread per core: one thread packs 1e8 numbers a second,
-    more than a minute for 8B. At most PACKERS dense matrices exist at a time."""
+    """Draw each matrix on the device, and quantize it on the CPU with one thread per core. One thread packs 1e8 numbers
+    per second, which takes more than a minute for 8B. At most PACKERS dense matrices exist at a time."""
 
     def pack(named: tuple[str, PackedLinear]) -> None:
         name, layer = named

@@ -1,5 +1,5 @@
-"""The same row by peft and a plain loop, at settings that its documentation recommends: bf16, fused AdamW, the 4 bits
-of bitsandbytes, recomputation where the step does not fit without."""
+"""Runs the same row (a measured run) with peft and a plain loop, at the settings that peft's documentation recommends:
+bf16, fused AdamW, bitsandbytes' 4 bits, and recomputation only if the step does not fit without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ ATTENTION = ("flash_attention_2", "sdpa", "eager")
 
 
 def attempts(row: Row) -> list[tuple[int, bool]]:
-    """Rows of one forward, and whether layers are recomputed, the fastest first: recomputing costs a third."""
+    """The settings to try, fastest first: rows per forward, and whether layers are recomputed, which costs a third of
+    the speed."""
     sizes = [row.rows]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
@@ -32,7 +33,7 @@ def attempts(row: Row) -> list[tuple[int, bool]]:
 
 
 def run_row(row: Row, device: torch.device) -> dict[str, Any]:
-    """The first attempt that fits is measured; those that did not are named."""
+    """Measure the first attempt that fits into memory; the result names the attempts that did not fit."""
     import peft
 
     cap_memory(row, device)
@@ -107,7 +108,7 @@ def _train(model: Any, row: Row, device: torch.device, size: int, recompute: boo
 
 
 def _summed_loss(model: Any, row: Row, batch: Batch, part: slice, device: torch.device) -> torch.Tensor:
-    """Of some rows, by transformers' own loss."""
+    """The summed loss of some rows, computed by transformers."""
     ids, labels = (tensor[part].to(device) for tensor in (batch.inputs["input_ids"], batch.targets["labels"]))
     if not row.reads_source:
         # Documents of a row see each other here: peft's loop has no packing of its own.
@@ -139,7 +140,7 @@ def random_net(row: Row, device: torch.device) -> tuple[Any, str]:
 
 
 def _meta_net(auto_class: Any, config: Any, device: torch.device) -> tuple[Any, str]:
-    """With the first attention that is there."""
+    """The model on the meta device, with the first attention implementation that is installed."""
     for attention in ATTENTION[1 if device.type == "cpu" else 0 :]:
         try:
             with torch.device("meta"):
@@ -151,7 +152,7 @@ def _meta_net(auto_class: Any, config: Any, device: torch.device) -> tuple[Any, 
 
 
 def _pack(net: Any, device: torch.device) -> None:
-    """bitsandbytes' Linear4bit in the place of every linear layer but the head."""
+    """Replace every linear layer except the head by bitsandbytes' Linear4bit."""
     from tunekit.model.quantized.codec import import_bitsandbytes
 
     library = import_bitsandbytes()

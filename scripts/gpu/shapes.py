@@ -89,17 +89,17 @@ class Row:
 
     @property
     def reads_source(self) -> bool:
-        """Whether an encoder reads a part of each row."""
+        """Whether the model has an encoder, which reads a part of each row."""
         return "num_decoder_layers" in MODELS[self.model]
 
     @property
     def source_tokens(self) -> int:
-        """Of a row, those that an encoder reads."""
+        """The number of tokens in a row that the encoder reads."""
         return self.length // 2 if self.reads_source else 0
 
     @property
     def passes(self) -> int:
-        """How often a step goes through streamed layers."""
+        """How often a step runs through all streamed layers."""
         return -(-self.micro_batches // self.pass_size)
 
 
@@ -115,8 +115,8 @@ PEFT = {"tool": "peft"}
 
 
 def _seed_table(name: str, model: str, *heads: str) -> list[Row]:
-    """Of one model of the seed table: streamed, in 4 bits, peft's. `heads`: of which rows the head is streamed, in as
-    few micro-batches as there may be, since it passes for each."""
+    """The rows of one model in the seed table: streamed, in 4 bits, and peft's. `heads`: the rows with a streamed head.
+    They have as few micro-batches as possible, because the head is copied for each micro-batch."""
     common, rival = {"model": model, **SEED}, f"{name}-peft"
     streamed = STREAMED | ({"rows": 8, "micro_batches": 1, "streamed_head": True} if "streamed" in heads else {})
     return [

@@ -1,4 +1,4 @@
-"""tests/gpu, the most telling tests first, with an outcome for each test as soon as it is known.
+"""Runs tests/gpu, the most important tests first, and records the outcome of each test as soon as it is known.
 
 A test that crashes the process, hangs, or breaks the state of the device costs only itself: another process continues
 with the tests that are left.
@@ -120,7 +120,8 @@ def stop(process: subprocess.Popen[Any]) -> None:
 
 
 def _blame(file: Path, problem: str, size: int) -> None:
-    """Give the test that was running when the process ended an outcome. `size`: the file's bytes before the process."""
+    """Record an outcome for the test that was running when the process ended. `size`: the file's bytes before the
+    process."""
     if not file.exists():
         return
     with file.open("r+b") as lines:

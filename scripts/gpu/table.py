@@ -1,4 +1,4 @@
-"""Results as a table in markdown."""
+"""Writes the results of scripts/bench/run gpu as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ HEAD = (
 
 
 def make_table(results: dict[str, Any], rows: list[Row]) -> str:
-    """Card, ceilings, a line for each row that was run or says why not."""
+    """The page: the card, its highest speeds, and a line for each row, with its result or the reason why it did not
+    run."""
     ceilings = results.get("ceilings", {})
     card = ceilings.get("card", {})
     lines = ["# Measured on one GPU", "", "`scripts/bench/run gpu`; weights are random, rows of random ids.", ""]

@@ -1,4 +1,5 @@
-"""The tokens of a row: the same for every tool, seeded by step and micro-batch."""
+"""The tokens of a row (a measured run). They depend only on step and micro-batch, so all tools compute with the same
+tokens."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ IDS_ONLY: Any = SimpleNamespace(pad_id=0, fingerprint="random ids")  # in the pl
 
 
 def objective_of(row: Row) -> Objective:
-    """What is minimised over the row's tokens."""
+    """The objective of the row."""
     return make_objective(Seq2seqSettings() if row.reads_source else SftSettings(), IDS_ONLY)
 
 
 def micro_batch(row: Row, step: int, number: int) -> Batch:
-    """`rows` sequences of `length` tokens, every token supervised; or of documents, the second half of each; or of a
-    source and an answer, which is supervised."""
+    """A micro-batch of `rows` sequences of `length` tokens. Supervised are all tokens; in packed documents, the second
+    half of each document; with a source, only the answer."""
     draw, vocabulary = np.random.default_rng([step, number]), MODELS[row.model]["vocab_size"]
     sequences = []
     for index in range(row.rows):
@@ -47,7 +48,8 @@ def micro_batch(row: Row, step: int, number: int) -> Batch:
 
 
 def _made_row(row: Row, ids: np.ndarray, origin: str) -> EncodedRow:
-    """Of a source and an answer, the first token behind the source is the one with which the answer begins."""
+    """A row from token ids. If it has a source and an answer, the answer begins with the first token after the
+    source."""
     kind = objective_of(row).rows
     if row.reads_source:
         return kind.make_row(source_parts(ids[: row.source_tokens], ids[row.source_tokens :]), origin)
@@ -70,7 +72,7 @@ def window(row: Row, step: int) -> Window:
 
 
 class Windows:
-    """WindowSource over a row's steps."""
+    """A WindowSource that yields the steps of a row."""
 
     def __init__(self, row: Row) -> None:
         self.row, self.steps = row, row.steps

@@ -1,7 +1,7 @@
-"""Look through a built site: every link and anchor leads somewhere in it, nothing is fetched from elsewhere, and no
-backtick is shown: the signs around code in Markdown, where the page should show the code.
+"""Check a built site: every link and anchor has a target in the site, no page fetches anything from elsewhere, and no
+page shows a backtick, which would mean that Markdown code was not rendered.
 
-usage: python scripts/site/check.py FOLDER      exits 1 and names each page and what is wrong in it
+usage: python scripts/site/check.py FOLDER      exits with 1, and prints each page with its faults
 """
 
 from __future__ import annotations

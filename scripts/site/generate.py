@@ -1,6 +1,6 @@
-"""The pages of the documentation that the code writes: keys, methods, formats, metrics, commands, errors, other tools.
+"""Generate the pages of the documentation that list keys, methods, formats, metrics, commands, errors and other tools.
 
-usage: python scripts/site/generate.py FOLDER      the written pages are copied there, the generated ones beside them
+usage: python scripts/site/generate.py FOLDER      copies the written pages to FOLDER, and adds the generated pages
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NO_NAMES = {"join", "list", "listed", "map", "repr", "show", "shown", "sorted", 
 
 
 def write(folder: Path) -> None:
-    """Write every page into the folder, in which nothing else stays."""
+    """Write all pages into the folder; its earlier content is removed."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(SITE / "pages", folder)
     for page in folder.rglob("*.md"):
@@ -52,7 +52,7 @@ def write(folder: Path) -> None:
 
 
 def pages() -> dict[str, str]:
-    """Every generated page by its file."""
+    """All generated pages: file name -> text."""
     return {
         "reference/recipe.md": recipe_page(),
         "reference/recipes.md": shipped_page(),
@@ -67,7 +67,7 @@ def pages() -> dict[str, str]:
 
 
 def with_recipes(page: str) -> str:
-    """A page with the shipped recipes that it names, as they are."""
+    """The page, with the text of each shipped recipe in place of the mark that names the recipe."""
 
     def shown(found: re.Match[str]) -> str:
         text = shipped_recipes()[found[1]].read_text(encoding="utf-8")
@@ -78,14 +78,14 @@ def with_recipes(page: str) -> str:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A table of Markdown; a cell is one line."""
+    """A Markdown table; each cell becomes one line."""
     cells = [[cell_text(cell) for cell in row] for row in rows]
     lines = [columns, ["---"] * len(columns), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def cell_text(cell: str) -> str:
-    """A cell in one line; in code a bar needs HTML, since a backslash before it would be shown."""
+    """The text of a cell in one line. Bars in code are written in HTML, because Markdown would show their backslash."""
     cell = " ".join(cell.split())
     if cell.startswith("`"):
         return f"<code>{html.escape(cell.strip('`'), quote=False).replace('|', '&#124;')}</code>"
@@ -93,23 +93,23 @@ def cell_text(cell: str) -> str:
 
 
 def keys_table(keys: list[Key]) -> str:
-    """Keys with type, default and meaning."""
+    """A table of keys with their types, defaults and meanings."""
     rows = [[f"`{key.name}`", f"`{key.type}`", f"`{key.default}`", escaped(key.meaning)] for key in keys]
     return table(["key", "value", "default", "meaning"], rows)
 
 
 def escaped(text: str) -> str:
-    """Text whose signs are no Markdown, but for code between backticks: as HTML, since a cell may begin with it."""
+    """The text with escaped Markdown signs. Code between backticks becomes HTML, because a cell can begin with code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"([*_\[\]])", r"\\\1", html.escape(text, quote=False)))
 
 
 def recipe_page() -> str:
-    """Every key of every section but the two that take a method."""
+    """The page of all keys, except those of `adapter` and `objective`, which have their own pages."""
     parts = [
         "# Every key of a recipe\n\nA recipe is a YAML file with these sections. `model.name_or_path`, `data.train` "
-        "and `output.dir` must be written; every other key has a default. The settings of `adapter` are "
-        "listed with the [methods](methods.md), those of `objective` with the [objectives](objectives.md).\n\n"
-        "`tunekit schema --reference` prints the same in a terminal, `tunekit schema` as JSON Schema.\n"
+        "and `output.dir` are required; every other key has a default. The keys of `adapter` are listed with "
+        "the [methods](methods.md), and the keys of `objective` with the [objectives](objectives.md).\n\n"
+        "`tunekit schema --reference` prints this list in a terminal; `tunekit schema` prints it as JSON Schema.\n"
     ]
     for name in Recipe.model_fields:
         if name not in DEFAULT_METHOD:
@@ -121,25 +121,27 @@ def recipe_page() -> str:
 
 
 def shipped_page() -> str:
-    """The recipes that come with it."""
+    """The page of the recipes that come with tunekit."""
     rows = [[f"`{name}`", escaped(first_comment(file))] for name, file in shipped_recipes().items()]
-    head = "# The recipes that come with tunekit\n\n`tunekit recipes NAME --copy my.yaml` copies one with its data.\n"
+    head = (
+        "# The recipes that come with tunekit\n\n`tunekit recipes NAME --copy my.yaml` copies a recipe with its data.\n"
+    )
     return f"{head}\n{table(['name', 'what it shows'], rows)}"
 
 
 def shared_keys() -> dict[str, Key]:
-    """The keys of every method whose layers can be chosen."""
+    """The keys that all methods with selectable layers have, by name."""
     return {key.name: key for key in reference_keys(TargetedSettings) if key.name != "method"}
 
 
 def methods_page() -> str:
-    """Every adapter method with what it has beside the shared keys, and every initialisation of LoRA."""
+    """The page of adapter methods: the shared keys, the other keys of each method, and LoRA's initialisations."""
     from tunekit.adapters.method import load_method
 
     shared = shared_keys()
     parts = [
-        "# Adapter methods\n\n`adapter: {method: NAME}` takes any of these; without the section it is `lora`. Keys "
-        "that most of them have are listed once, here; a method's own table has what is special to it.\n",
+        "# Adapter methods\n\n`adapter: {method: NAME}` selects a method; without the section `adapter`, the method "
+        "is `lora`. This table lists the keys that most methods have. The table of a method lists its other keys.\n",
         keys_table(list(shared.values())),
     ]
     for name in known_names("adapters"):
@@ -149,9 +151,9 @@ def methods_page() -> str:
         lines = [f"\n## {name}\n", f"{escaped(title)} {f'In PEFT: `{kind}`.' if kind else 'Not an adapter in PEFT.'}"]
         rate = getattr(owner, "default_learning_rate", None)
         if rate is not None:
-            lines.append(f"\n`training.learning_rate` is {rate.value:g} unless it is written ({escaped(rate.source)}).")
+            lines.append(f"\nThe default of `training.learning_rate` is {rate.value:g} ({escaped(rate.source)}).")
         own = [key for key in reference_keys(owner) if key.name != "method" and shared.get(key.name) != key]
-        lines.append(f"\n{keys_table(own)}" if own else "\nIt has no keys of its own.\n")
+        lines.append(f"\n{keys_table(own)}" if own else "\nThis method has only the shared keys.\n")
         parts.append("\n".join(lines))
     parts.append(
         "\n## Initialisations of LoRA\n\n`adapter: {method: lora, start: NAME}`, or a mapping `{method: NAME, ...}` "
@@ -161,13 +163,13 @@ def methods_page() -> str:
 
 
 def objectives_page() -> str:
-    """Every objective with its keys."""
+    """The page of all objectives with their keys."""
     head = "# Objectives\n\n`objective: NAME`, or a mapping with its keys: `objective: {method: dpo, beta: 0.1}`.\n"
     return "\n".join([head, *named_sections("objectives", "##")])
 
 
 def named_sections(kind: SettingsKind, level: str) -> Iterator[str]:
-    """Each name of a kind, what it is, and its keys."""
+    """A section for each name of a kind of settings: its description and its keys."""
     for name in known_names(kind):
         owner = settings_class(kind, name)
         own = [key for key in reference_keys(owner) if key.name != "method"]
@@ -175,23 +177,23 @@ def named_sections(kind: SettingsKind, level: str) -> Iterator[str]:
 
 
 def formats_page() -> str:
-    """What a row may look like."""
+    """The page of the data formats."""
     rows = []
     for name in known_names("formats"):
         facts = facts_of("formats", name)
         needed = escaped(", ".join(facts.REQUIRED))
         rows.append([f"`{name}`", escaped(facts.DESCRIPTION), needed, str(facts.EXAMPLE)])
     head = (
-        "# Data formats\n\nThe format of a source is found from the fields of its first row, and printed with the "
-        "reason. `format: NAME` in the source says it instead, and `columns: {question: prompt}` says that the "
-        "file's column `question` is the format's field `prompt`. Files may be JSONL, JSON, CSV, Parquet or text, or a "
-        "data set of the hub.\n"
+        "# Data formats\n\ntunekit recognises the format of a source by the fields of its first row, and prints the "
+        "format with the reason. `format: NAME` in the source sets the format instead. `columns: {question: prompt}` "
+        "states that the file's column `question` is the format's field `prompt`. A source can be a file (JSONL, JSON, "
+        "CSV, Parquet or text) or a data set of the hub.\n"
     )
-    return f"{head}\n{table(['format', 'a row', 'needs', 'for objectives that learn from'], rows)}"
+    return f"{head}\n{table(['format', 'a row', 'required fields', 'kind of example'], rows)}"
 
 
 def metrics_page() -> str:
-    """What can be measured."""
+    """The page of all metrics."""
     rows = []
     for name in known_names("metrics"):
         facts = facts_of("metrics", name)
@@ -199,14 +201,14 @@ def metrics_page() -> str:
         source = "the model's answers" if hasattr(facts, "score") else "the model's scores of the rows"
         rows.append([f"`{name}`", escaped(facts.DESCRIPTION), better, source])
     head = (
-        "# Metrics\n\nNamed in `evaluation: {metrics: [...]}` or by `tunekit eval TARGET --metric NAME`. `loss` is "
-        "always measured. Metrics of answers need `evaluation: {generate: true}` during training.\n"
+        "# Metrics\n\n`evaluation: {metrics: [...]}` or `tunekit eval TARGET --metric NAME` selects metrics. `loss` "
+        "is always measured. Metrics of answers need `evaluation: {generate: true}` during training.\n"
     )
     return f"{head}\n{table(['metric', 'what it is', 'better', 'computed from'], rows)}"
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options."""
+    """The page of all commands, with their arguments and options."""
     from typer.main import get_command
 
     from tunekit.cli import app
@@ -223,7 +225,7 @@ def commands_page() -> str:
 
 
 def shown_argument(argument: Any) -> str:
-    """As the help shows it."""
+    """The argument, written as in the command's help."""
     name = str(argument.metavar or argument.name.upper())
     return name if argument.required or name.startswith("[") else f"[{name}]"
 
@@ -241,7 +243,7 @@ def options_of(command: Any) -> str:
 
 
 def commands_of(group: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every command that does something, below a group, with the words that call it."""
+    """All commands of a group and of its subgroups, each with the words that call it."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands_of(command, (*path, name))
@@ -254,23 +256,23 @@ def errors_page() -> str:
     found = sorted(set(said_errors()), key=lambda each: (CLASSES.index(each[0]), each[1].lower()))
     parts = [
         "# Errors and how to repair them\n\nAn error is one line: `file:line: key: problem; repair`. All problems of a "
-        "recipe are printed together. In the lines below, words in braces stand for names or numbers from your "
-        "files. `tunekit --debug ...` adds the traceback, which helps in a report of a bug in tunekit.\n"
+        "recipe are printed together. On this page, words in braces stand for names or numbers from your "
+        "files. `tunekit --debug ...` adds the traceback; add it to a bug report.\n"
     ]
     for name in CLASSES:
         rows = [[escaped(what), escaped(how)] for kind, what, how in found if kind == name]
         owner = getattr(errors, name)
         code = "128 + the signal's number" if name == "Stopped" else str(owner.exit_code)
         summary = (owner.__doc__ or "").partition("`")[0].strip()  # without fields, which only code reads
-        summary = summary if name != "TunekitError" else "What is none of those below."
+        summary = summary if name != "TunekitError" else "Errors of no other class on this page."
         if rows:
             parts.append(f"\n## {name}\n\n{escaped(summary)} Exit code {code}.\n")
-            parts.append(table(["what is said", "how it is mended"], rows))
+            parts.append(table(["problem", "repair"], rows))
     return "\n".join(parts)
 
 
 def said_errors() -> Iterator[tuple[str, str, str]]:
-    """(class, what, how) of every error and problem whose words stand in the source; a Problem is a RecipeError."""
+    """(class, problem, repair) of every error whose text is in the source code. A Problem counts as a RecipeError."""
     for file in sorted((REPOSITORY / "tunekit").rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         words = {
@@ -291,7 +293,7 @@ def said_errors() -> Iterator[tuple[str, str, str]]:
 
 
 def text_of(node: ast.expr, words: dict[str, ast.expr], depth: int = 0) -> str:
-    """A text of the source; what is put in at run time as {words}."""
+    """The text of an expression in the source code; values that are inserted at run time appear as {name}."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):
@@ -310,14 +312,14 @@ def text_of(node: ast.expr, words: dict[str, ast.expr], depth: int = 0) -> str:
 
 
 def braced(node: ast.expr) -> str:
-    """A short name for what is put into a message."""
+    """A short name for a value that is inserted into a message."""
     parts = [part for part in ast.walk(node) if isinstance(part, ast.Attribute | ast.Name)]
     names = [part.attr if isinstance(part, ast.Attribute) else part.id for part in parts]
     return next((name for name in names if name not in NO_NAMES), "…").strip("_").replace("_", " ")
 
 
 def other_tools_page() -> str:
-    """What the keys of other tools become."""
+    """The page that maps the keys of other tools to keys of a recipe."""
     by_target: dict[str, list[str]] = {}
     nothing: list[str] = []
     for name in sorted(TOP_LEVEL):
@@ -337,12 +339,12 @@ def other_tools_page() -> str:
     return "\n".join(
         [
             intro,
-            "## Keys by what they become\n",
-            table(["here", "there"], rows),
+            "## Keys of other tools, by their key in a recipe\n",
+            table(["key of a recipe", "keys of other tools"], rows),
             "## PEFT's names inside `adapter:`\n",
-            table(["there", "here"], inside),
-            "## Keys that write nothing here\n\nThey change no result, or only one value of them can be obeyed; any "
-            "other value is an error that says what to write.\n",
+            table(["name in PEFT", "key of a recipe"], inside),
+            "## Keys without an equivalent\n\nThese keys change no result, or tunekit supports only one of their "
+            "values; any other value is an error that says what to write.\n",
             ", ".join(f"`{name}`" for name in nothing) + "\n",
             *tool_parts(),
         ]
@@ -350,15 +352,15 @@ def other_tools_page() -> str:
 
 
 def tool_parts() -> Iterator[str]:
-    """Of each tool by itself: names that only it has, and what it takes where a key is not written."""
+    """A section for each tool: the names that only this tool has, and its default values."""
     own = {tools.TORCHTUNE: torchtune.TABLE, tools.UNSLOTH: unsloth.SECTIONS, tools.SCRIPT: unsloth.OPTIONS}
     for tool, values in tools.DEFAULTS.items():
         yield f"## {tool}\n"
         if tool in own:
             named = [(name, alias.target) for name, alias in sorted(own[tool].items()) if alias.target]
             rows = [[f"`{name}`", f"`{dotted(target)}`"] for name, target in named]
-            yield table(["there", "here"], rows)
-        yield "What it takes where a key is not written, and `import` therefore writes:\n"
+            yield table(["name in the tool", "key of a recipe"], rows)
+        yield "The tool's default values. `import` writes them if the file does not set these keys:\n"
         yield table(["key", "value"], [[f"`{key}`", f"`{yaml_scalar(value)}`"] for key, value in values.items()])
 
 

@@ -24,15 +24,18 @@ def show(
 
 @group.command()
 def convert(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder, ours or peft's, or a run")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="an adapter folder of tunekit or peft, or a run")],
     output: Output,
     rank: Annotated[
-        int | None, typer.Option(metavar="R", help="approximate by this rank; default: exact, or refused")
+        int | None,
+        typer.Option(
+            metavar="R", help="approximate the adapter by a LoRA of rank R; default: only an exact conversion"
+        ),
     ] = None,
     initial: Annotated[
         str | None,
         typer.Option(
-            "--initial", metavar="DIR", help="for PiSSA, OLoRA, CorDA and LoRA-GA: the adapter before training"
+            "--initial", metavar="DIR", help="the adapter before training, needed for PiSSA, OLoRA, CorDA and LoRA-GA"
         ),
     ] = None,
     base: Base = None,
@@ -63,14 +66,18 @@ def combine(
     output: Output,
     weights: Annotated[
         str | None,
-        typer.Option("--weights", metavar="W,W...", help="such as 0.7,0.3; default: equal weights with sum 1"),
+        typer.Option(
+            "--weights",
+            metavar="W,W...",
+            help="the weight of each adapter, such as 0.7,0.3; default: equal weights with sum 1",
+        ),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
             "--method",
             metavar="NAME",
-            help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd",
+            help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; the last four also as NAME_svd",
         ),
     ] = "cat",
     density: Annotated[float | None, typer.Option(metavar="D", help="the share of values that pruning keeps")] = None,
@@ -80,11 +87,14 @@ def combine(
     majority_sign: Annotated[
         str | None,
         typer.Option(
-            "--majority-sign", metavar="total|frequency", help="how ties chooses the sign of a value; default: total"
+            "--majority-sign",
+            metavar="total|frequency",
+            help="for ties: how the sign of a value is chosen; default: total",
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="the seed of dare's random choice; default: 0")
+        int | None,
+        typer.Option("--seed", metavar="N", help="for dare: the seed of the random choice of values; default: 0"),
     ] = None,
     base: Base = None,
 ) -> None:
@@ -97,12 +107,16 @@ def combine(
 @group.command()
 def diff(
     left: Annotated[str, typer.Argument(metavar="A", help="an adapter folder, a run, or a model folder")],
-    right: Annotated[str, typer.Argument(metavar="B", help="the same kind as A")],
+    right: Annotated[str, typer.Argument(metavar="B", help="a second adapter folder, run or model folder, like A")],
     rank: Annotated[
         int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="the folder of that LoRA")] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="rows to measure both losses on")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="DIR", help="the new folder for the LoRA of --extract-rank")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="rows on which the losses of A and B are measured")
+    ] = None,
     base: Base = None,
     json_file: JsonFile = None,
     device: Device = None,
@@ -115,7 +129,9 @@ def diff(
 
 @group.command()
 def adopt(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="a LoRA of diffusers or kohya, .safetensors")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="a .safetensors file with a LoRA in the format of diffusers or kohya")
+    ],
     output: Output,
     base: Base = None,
 ) -> None:

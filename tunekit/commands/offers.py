@@ -22,14 +22,14 @@ def complete_shipped_name(prefix: str) -> Completions:
 
 
 def complete_name(key: str, prefix: str) -> list[str]:
-    """The possible values of a key, or of the items of its list, such as those of `evaluation.metrics`."""
+    """The possible values of a key; for a list such as `evaluation.metrics`, the possible values of its items."""
     field = _fields({}).get(key, {})
     return [name for name in _values(field.get("items", field)) if name.startswith(prefix)]
 
 
 def complete_override(prefix: str, recipe: str | None, earlier: Sequence[str] = ()) -> Completions:
-    """Completions of KEY=VALUE and ~KEY. `earlier`: the overrides before this one. Keys are offered if only one section
-    fits."""
+    """Completions of KEY=VALUE and ~KEY. `earlier`: the overrides before this one. If several sections
+    match, only their names are offered, without their keys."""
     written = _written(recipe, earlier)
     fields = _fields(written)
     key, equals, value = prefix.removeprefix("~").partition("=")
@@ -91,7 +91,7 @@ def _written(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _values(field: dict[str, Any], written: object = None) -> list[str]:
-    """Possible values of a key: the names that the schema lists, else the written value, else the default."""
+    """Possible values of a key: the names that the schema lists, else the value in the recipe, else the default."""
     names = list(dict.fromkeys(_names(field)))
     known = written if written is not None else field.get("default")
     plain = isinstance(known, str | int | float) and not isinstance(known, bool)
@@ -99,7 +99,7 @@ def _values(field: dict[str, Any], written: object = None) -> list[str]:
 
 
 def _names(field: dict[str, Any]) -> Iterator[str]:
-    """All plain values that the schema lists."""
+    """All values that the schema lists for a key: names, numbers, true, false and null."""
     if field.get("type") == "boolean":
         yield from ("true", "false")
     listed = [*field.get("enum", []), *([field["const"]] if "const" in field else [])]

@@ -12,7 +12,7 @@ RecipeFile = Annotated[str, RECIPE]
 
 
 def keys(help: str, *sections: str) -> object:
-    """KEY=VALUE arguments for keys of these sections; without sections, for all keys."""
+    """A command-line argument for KEY=VALUE words, for keys of these sections; without sections, for all keys."""
     return typer.Argument(metavar="KEY=VALUE", help=help, autocompletion=override(*sections))
 
 

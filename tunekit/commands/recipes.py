@@ -79,7 +79,7 @@ def schema(
 
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Check a recipe, and that its files exist. Loads nothing."""
+    """Check a recipe, and that its files exist. Loads no model and no rows."""
     from tunekit.validate import validate_verb
 
     validate_verb(recipe, overrides or [], json_file)

@@ -19,7 +19,7 @@ def report(
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="write the results as a table")] = None,
     json_file: JsonFile = None,
 ) -> int:
-    """Compare runs: different keys, results, curves. For a single run, rewrite its report page."""
+    """Compare runs: differing keys, results, curves. For a single run, rewrite its report page."""
     from tunekit.report import report_verb
 
     return report_verb(runs, html, json_file, csv)
@@ -64,10 +64,14 @@ def audit(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a run")],
     parts: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="compute N parts again, drawn by --seed; default: the whole run"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="compute only N parts of the run again, which --seed selects; default: the whole run",
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", min=0, help="the seed of the draw; default: 0")
+        int | None, typer.Option("--seed", metavar="N", min=0, help="the seed that selects the parts; default: 0")
     ] = None,
     json_file: JsonFile = None,
     device: Device = None,
@@ -81,19 +85,22 @@ def audit(
 @app.command()
 def doctor(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="a model folder: which programs would read it wrongly")
+        str | None,
+        typer.Argument(metavar="MODEL", help="a model folder; doctor states which programs would read it wrongly"),
     ] = None,
     fix: Annotated[
-        str | None, typer.Option("--fix", metavar="OUT", help="write a copy of MODEL that these programs read")
+        str | None, typer.Option("--fix", metavar="OUT", help="write a corrected copy of MODEL to this new folder")
     ] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="remove tunekit's cache: encoded rows, packed bases")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="remove tunekit's cache: encoded rows, quantized bases")
+    ] = False,
     json_file: JsonFile = None,
 ) -> int:
     """Check this machine, or a model folder for other programs."""
     if model is None and fix is not None:
         raise typer.BadParameter("write tunekit doctor MODEL --fix OUT")
     if model is not None and clear:
-        raise typer.BadParameter("--clear is for tunekit doctor without a model")
+        raise typer.BadParameter("--clear removes the cache, so it takes no MODEL")
     from tunekit.doctor import doctor_verb, model_verb
 
     if model is not None:

@@ -61,7 +61,8 @@ def serve(
         str | None, typer.Option(metavar="KEY", help="the key of clients; default: $TUNEKIT_API_KEY")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="the limit of an answer if the client sets none")
+        int,
+        typer.Option(metavar="N", min=1, help="the maximum number of tokens of an answer, if the client sets no limit"),
     ] = 512,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="the number of answers generated together")] = 8,
     cache_memory: Annotated[

@@ -17,7 +17,7 @@ def evaluate(
         list[str] | None,
         keys(
             "changes keys of model.*, evaluation.* and data.*, such as data.max_length=4096 or "
-            "data.eval.0.columns.question=prompt (COLUMN OF THE FILE=FIELD OF THE FORMAT)",
+            "data.eval.0.columns.question=prompt (the file's column question is the field prompt)",
             *("model.", "evaluation.", "data."),
         ),
     ] = None,
@@ -26,7 +26,10 @@ def evaluate(
     data_format: Annotated[
         str | None,
         typer.Option(
-            "--format", metavar="NAME", help="the format of its rows", autocompletion=named("data.train.0.format")
+            "--format",
+            metavar="NAME",
+            help="the format of the rows in --data",
+            autocompletion=named("data.train.0.format"),
         ),
     ] = None,
     metrics: Annotated[
@@ -40,7 +43,8 @@ def evaluate(
         typer.Option("--adapter-column", metavar="NAME", help="the column of --data that names each row's adapter"),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option("--tasks", metavar="NAME,FILE.yaml", help="tasks of lm-eval instead of rows")
+        str | None,
+        typer.Option("--tasks", metavar="NAME,FILE.yaml", help="evaluate these tasks of lm-eval instead of rows"),
     ] = None,
     json_file: JsonFile = None,
     device: Device = None,
@@ -86,7 +90,7 @@ def generate(
         int | None, typer.Option("--seed", metavar="N", min=0, help="the seed of sampling; default: 0")
     ] = None,
     score: Annotated[
-        str | None, typer.Option("--score", metavar="FILE", help="a file of answers for a reward model")
+        str | None, typer.Option("--score", metavar="FILE", help="a file of answers, which the reward model scores")
     ] = None,
     choices: Annotated[
         str | None, typer.Option(metavar="LIST", help="choose the answer from a list, such as '[yes, no]'")
@@ -146,13 +150,15 @@ def export(
         typer.Option("--type", metavar="TYPE", help="type of the weights, such as Q4_K_M, or int8 in ctranslate2"),
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="write a merged model instead of an adapter")] = False,
-    imatrix: Annotated[bool, typer.Option("--imatrix", help="quantize by the activations on the run's rows")] = False,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="weigh the quantization error by the activations on the run's rows")
+    ] = False,
     push: Annotated[bool, typer.Option("--push", help="upload the export to the hub")] = False,
     certify: Annotated[
         bool | None,
         typer.Option(
             "--certify/--no-certify",
-            help="compare what the target program computes with torch; default: if the program is installed",
+            help="compare the program's results with torch's; default: only if the program is installed",
         ),
     ] = None,
 ) -> None:

@@ -22,7 +22,7 @@ app.add_typer(reward, name="reward")
 
 
 def _checked(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
-    """The recipe, checked before the verb's module imports torch, which takes seconds."""
+    """Load and check the recipe before the command imports torch, because that import takes seconds."""
     from tunekit.validate import validate
 
     return validate(recipe, overrides or [])
@@ -60,7 +60,7 @@ def train(
         bool, typer.Option("--dry-run", help="load the model and run the longest batch; write nothing")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="start a new run; an existing one is moved to RUN.1, never deleted")
+        bool, typer.Option("--overwrite", help="start a new run; an existing run is moved to RUN.1, never deleted")
     ] = False,
     accepted: Annotated[
         list[str] | None,
@@ -92,10 +92,14 @@ def sweep(
     overrides: SweptOverrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the trials that are not finished")] = False,
     auto: Annotated[
-        bool, typer.Option("--auto", help="choose the values: rates, ranks and epochs that fit --minutes")
+        bool,
+        typer.Option(
+            "--auto", help="let tunekit choose the values: learning rates, ranks and epochs that fit into --minutes"
+        ),
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", metavar="N", min=0.1, help="with --auto: the time of all trials")
+        float | None,
+        typer.Option("--minutes", metavar="N", min=0.1, help="with --auto: the time limit of all trials together"),
     ] = None,
     json_file: JsonFile = None,
     device: Device = None,
@@ -105,7 +109,7 @@ def sweep(
     from tunekit.validate import validate_sweep
 
     if auto != (minutes is not None):
-        raise InputError("--auto and --minutes belong together", "write, for example, --auto --minutes 30")
+        raise InputError("--auto and --minutes need each other", "write, for example, --auto --minutes 30")
     if minutes is not None:
         checked = _checked(recipe, overrides)
         from tunekit.sweep import automatic_verb
@@ -166,7 +170,8 @@ def check_reward(
     recipe: RecipeFile,
     overrides: Overrides = None,
     samples: Annotated[
-        int, typer.Option(metavar="N", min=0, help="answers of the model before step 1; 0: do not load the model")
+        int,
+        typer.Option(metavar="N", min=0, help="also test N answers of the untrained model; 0: do not load the model"),
     ] = 32,
     device: Device = None,
     json_file: JsonFile = None,

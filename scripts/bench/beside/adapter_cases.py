@@ -12,9 +12,9 @@ LATEST = (99, 0)
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of adapter. `since`, `until`: the first and the last release of peft with it. `injected`: transformers'
-    add_adapter takes it too. `resize`: rows that are added to the vocabulary first. `spread`: of the trained values'
-    noise. `pickle`: the default of peft 0.6."""
+    """A kind of adapter. `since`, `until`: the first and the last release of peft that has it. `injected`: whether
+    transformers' add_adapter accepts it too. `resize`: rows that are first added to the vocabulary. `spread`: the
+    standard deviation of the noise in trained values. `pickle`: saved as pickle, which is the default of peft 0.6."""
 
     config: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Kind:
 
 
 def lora(since: tuple[int, int] = (0, 6), base: str = "llama", **fields: Any) -> Kind:
-    """LoRA of rank 4 on a decoder's attention, with changes."""
+    """LoRA of rank 4 on a decoder's attention; `fields` change its configuration."""
     options = {name: fields.pop(name) for name in ("resize", "injected", "until", "spread", "pickle") if name in fields}
     values = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, **CAUSAL, **fields}
     return Kind("LoraConfig", values, base, since, **options)

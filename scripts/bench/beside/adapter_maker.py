@@ -1,4 +1,5 @@
-"""Adapter folders, with their logits, made by peft or by transformers. Any release's own Python runs it.
+"""Makes adapter folders and their logits with peft or transformers. It runs in the Python of the release that is
+compared.
 
     adapter_maker.py REQUEST      (a JSON file that adapters.py writes)
 
@@ -24,13 +25,14 @@ import transformers.integrations.peft
 
 
 def load_base(base: dict[str, Any]) -> Any:
-    """The base in float32; `dtype` has had an older name."""
+    """Load the base in float32. Older releases have another name for the argument `dtype`."""
     torch.manual_seed(0)
     return getattr(transformers, base["class"]).from_pretrained(base["folder"]).float().eval()
 
 
 def make_adapter(case: dict[str, Any], model: Any, injected: bool) -> Any:
-    """The model with an adapter whose trained values have got noise, as training could have left them."""
+    """The model with an adapter. Noise is added to the trained values, so that they are like the values after
+    training."""
     if case["resize"]:
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + case["resize"])
     config = getattr(peft, case["config"])(**case["fields"])
@@ -58,7 +60,7 @@ def answer(model: Any, base: dict[str, Any]) -> np.ndarray:
 
 
 def make_case(case: dict[str, Any], base: dict[str, Any], injected: bool, place: Path) -> None:
-    """The case's folder, and its logits as the last file."""
+    """Write the case's folder; its logits are the last file."""
     place.mkdir(parents=True, exist_ok=True)
     try:
         model = make_adapter(case, load_base(base), injected)

@@ -1,13 +1,13 @@
-"""The parity gate: no timing counts unless these hold on the very model and rows that are timed.
+"""The parity gate: checks on the timed model and rows. Timings count only if all checks pass.
 
 The result is {"passed", "checks": [{"what", "found", "limit", "passed"}]}, with all loss curves.
 
-The same initial adapter: ours is exported by a run of one step whose learning rate is 0 (a warm-up's first step), and
-peft loads it. 20 steps of 2 rows, AdamW at a constant rate, gradient norm clipped at 1.
+Both sides start from the same adapter: a tunekit run of one step with learning rate 0 (the first step of a warm-up)
+exports it, and peft loads it. 20 steps of 2 rows, AdamW at a constant rate, gradient norm clipped at 1.
 AdamW's first updates are almost the gradient's signs, so that rounding moves numbers whose gradient is near zero. So
-both sides' change of the adapter is compared with that of a peft that computes in float64, after 5 steps: ours may be
-1.2 times as far from it as peft in float32, whose cross entropy is taken in float64 as well. That limit is the stricter
-one: torch's in float32 sums 49,152 terms with a bias (found at step 1, with equal weights: 3e-6 of the loss).
+the change of the adapter after 5 steps is compared with a run of peft in float64. tunekit's distance from that run must
+be at most 1.2 times the distance of peft in float32 with a cross entropy in float64. A float64 cross entropy makes the
+limit stricter: in float32, torch sums 49,152 terms with a bias (3e-6 of the loss at step 1, with equal weights).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARGIN = 1.2  # of peft's own rounding error
 
 
 def run_gate(bench: Any) -> dict:
-    """Every check, each said as it is made."""
+    """Run all checks, and print each result at once."""
     bench.say("parity gate")
     few = {"learning_rate": RATE, "max_steps": STEPS, "micro_batch_size": ROWS}
     wide, narrow = {"dtype": "float32"}, {"dtype": "bfloat16"}
@@ -77,13 +77,13 @@ def _check(what: str, found: float, limit: float) -> dict:
 
 
 def _relative(one: list[float], other: list[float]) -> float:
-    """Largest relative difference of two curves."""
+    """The largest relative difference of two loss curves."""
     assert len(one) == len(other) == STEPS
     return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
 
 
 def _error(curve: list[float], reference: list[float]) -> float:
-    """Root of the mean squared difference."""
+    """The root mean square difference of two loss curves."""
     return float(np.sqrt(np.mean(np.square(np.array(curve) - np.array(reference)))))
 
 

@@ -1,4 +1,5 @@
-"""How both sides of a comparison are run: ours as the real `tunekit train`, theirs as a script in its own environment.
+"""Runs both sides of a comparison: tunekit as the real `tunekit train`, the other tool as a script in its own
+environment.
 
 Every run is a fresh process on one core with one thread (watch.py), and its result is a dict of plain values.
 """
@@ -55,7 +56,7 @@ print(json.dumps(memory()))
 
 
 class Bench:
-    """Where things lie, and how each side is run."""
+    """The files and settings of a comparison, and methods that run each side."""
 
     def __init__(self, settings: argparse.Namespace, warm_steps: int = WARM_STEPS) -> None:
         self.settings, self.warm_steps = settings, warm_steps
@@ -78,7 +79,8 @@ class Bench:
 
     def ours(self, name: str, *, rows: str = "few", before: str = "", warm: int | None = None, **changes: dict) -> dict:
         """One real `tunekit train`. `changes`: sections of the recipe, merged into the usual ones; `before`: code that
-        the process runs first; `warm`: steps that do not count, where they are others than usual."""
+        the process runs first; `warm`: the number of first steps that do not count, if it differs from the usual
+        number."""
         place = self.place(name)
         recipe = {
             "model": {"name_or_path": str(self.model), "dtype": "bfloat16"},
@@ -126,7 +128,7 @@ class Bench:
     def theirs(
         self, name: str, kind: str, *, rows: str = "ids", script: str = "rival.py", **specification: object
     ) -> dict:
-        """One run of a script of the other side. `rows`: a file in the work folder, or a path; without its ending
+        """Run a script of the other side once. `rows`: a file in the work folder, or a path, without the suffix
         .jsonl."""
         place = self.place(name)
         log = place / "steps.jsonl"
@@ -180,7 +182,7 @@ class Bench:
         return found
 
     def imported_bytes(self, run: dict, python: Path) -> dict:
-        """What a process holds that has imported the modules of this run and nothing else."""
+        """The memory of a process that has only imported the modules of this run."""
         argv = [str(python), "-c", IMPORTS, str(Path(run["place"]) / "modules.json")]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
@@ -188,7 +190,7 @@ class Bench:
 
 
 def make_environment(venv: Path) -> None:
-    """The rivals' own environment, with the torch and transformers that tunekit has."""
+    """Make the environment of the other tools, with the same torch and transformers as tunekit."""
     if (venv / "bin" / "python").exists():
         return
     print(f"making {venv}", flush=True)
@@ -219,7 +221,7 @@ def hardware() -> dict:
 
 
 def find_base() -> Path:
-    """SmolLM2-135M-Instruct: a GGUF file or a model folder. The file is fetched where neither is there."""
+    """The path of SmolLM2-135M-Instruct, a GGUF file or a model folder. If neither exists, the file is downloaded."""
     named = os.environ.get("TUNEKIT_SMOLLM2")
     if named and Path(named).exists():
         return Path(named)
@@ -244,7 +246,7 @@ def make_parser(told: str | None, candidates: dict[str, dict], steps: int) -> ar
 
 
 def start(settings: argparse.Namespace, warm_steps: int = WARM_STEPS) -> Bench:
-    """On a machine that does nothing else, or where that is not asked for."""
+    """Prepare a comparison. Exits if the machine is busy, unless --force is set."""
     bench = Bench(settings, warm_steps)
     if bench.load[0] > MOST_LOAD and not settings.force:
         sys.exit(f"the load average is {bench.load[0]:.2f}, more than {MOST_LOAD}: wait, or give --force")
@@ -269,7 +271,7 @@ def facts(bench: Bench) -> dict:
 
 
 def ended(bench: Bench) -> dict:
-    """What is known when all is measured."""
+    """The facts to record after all measurements."""
     return {"load_after": os.getloadavg(), "minutes": (time.monotonic() - bench.started) / 60}
 
 
@@ -287,7 +289,7 @@ def keep(bench: Bench, result: dict, name: str) -> Path:
 
 
 def best_flags(bench: Bench, kind: str, candidates: dict[str, dict]) -> tuple[str, list[dict]]:
-    """Every candidate once; the name of the fastest."""
+    """Run every candidate once; returns the name of the fastest one."""
     runs = []
     for name, changes in candidates.items():
         try:
@@ -300,7 +302,8 @@ def best_flags(bench: Bench, kind: str, candidates: dict[str, dict]) -> tuple[st
 
 
 def interleaved(bench: Bench, sides: dict[str, Callable[[], dict]]) -> list[dict]:
-    """Every competitor that is asked for once, then all again; but for those of a rival that do not run here."""
+    """Run every selected competitor once, then all of them again. A competitor that cannot run on this machine is left
+    out."""
     wanted, runs = set(bench.settings.only.split(",")) if bench.settings.only else None, []
     for repeat in range(bench.settings.repeats):
         for name, run in list(sides.items()):
@@ -317,7 +320,8 @@ def interleaved(bench: Bench, sides: dict[str, Callable[[], dict]]) -> list[dict
 
 
 def memory_above(bench: Bench, runs: list[dict], widened: int = 1) -> dict[str, dict]:
-    """Of each competitor, from its first run. `widened`: how much larger the base is in memory than its file."""
+    """The memory above the weights of each competitor, from its first run. `widened`: the size of the base in memory
+    divided by the size of its file."""
     found, weights = {}, widened * (bench.model / "model.safetensors").stat().st_size
     for run in (run for run in runs if "failed" not in run):
         if run["name"] not in found:
@@ -329,7 +333,7 @@ def memory_above(bench: Bench, runs: list[dict], widened: int = 1) -> dict[str, 
 
 
 def summary(runs: list[dict]) -> dict[str, dict]:
-    """Medians and extremes of each competitor."""
+    """The median, minimum and maximum of each competitor."""
     table = {}
     for name in dict.fromkeys(run["name"] for run in runs if "failed" not in run):
         own = [run for run in runs if run["name"] == name]

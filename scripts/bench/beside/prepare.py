@@ -1,4 +1,5 @@
-"""What both sides read: the base as a bfloat16 safetensors folder, the rows as chat files and as token ids.
+"""Writes the files that both sides read: the base as a bfloat16 safetensors folder, the rows as chat files and as token
+ids.
 
     prepare.py GGUF ROWS FOLDER ROWS_TO_TRAIN
 

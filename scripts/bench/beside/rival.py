@@ -1,4 +1,4 @@
-"""The other side: a script with TRL's trainers, or peft with a plain loop. Runs in the benchmark's own environment.
+"""The other side of a comparison: TRL's trainers, or peft with a plain loop. Runs in the benchmark's own environment.
 
     rival.py SPECIFICATION      (a JSON file that compare/bench.py writes)
 
@@ -7,8 +7,9 @@ dpo prompt_ids, chosen_ids and rejected_ids; of grpo prompt_ids, completion_ids 
 losses.  For trl, dpo and grpo: config (fields of SFTConfig, DPOConfig or GRPOConfig).  For trl: adapters (default, or
 "bfloat16": in the base's dtype).  For dpo, grpo and loop: init (an adapter folder to begin from).
 For loop: dtype, rows_per_step, steps, learning_rate, exact_loss (taken in float64) and save (the adapter's folder).
-For dpo with precompute_ref_log_probs: reference.json gets the CPU seconds of that.
-Nothing but the import of what is used, the usual lines, and one line in steps_log after each optimizer step.
+For dpo with precompute_ref_log_probs: reference.json gets the CPU seconds of computing the reference.
+The script only imports the modules that it uses, trains as the tools' documentation shows, and adds a line to steps_log
+after each optimizer step.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def run_trl() -> list[float]:
 
 
 def run_grpo() -> list[float]:
-    """Of completions that are there already; the gradient norms go to norms.json."""
+    """Train GRPO on completions that exist already; the gradient norms are written to norms.json."""
     from datasets import Dataset
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -102,7 +103,8 @@ def run_grpo() -> list[float]:
     model = PeftModel.from_pretrained(base, SPECIFICATION["init"], is_trainable=True)
 
     def rollout(prompts, trainer):  # type: ignore[no-untyped-def]
-        """Each prompt is the number of a group, as often in a row as this has completions."""
+        """The completions of each prompt. A prompt is the number of a group, repeated once for each of its
+        completions."""
         chosen = [groups[int(prompt)] for prompt in prompts]
         size = len(chosen[0]["completion_ids"])
         completions = [group["completion_ids"][at % size] for at, group in enumerate(chosen)]

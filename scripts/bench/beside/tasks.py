@@ -1,6 +1,6 @@
 """The rows and recipes of scripts/bench/objectives.py, each made from files of the shared data by rules.
 
-They follow from the folder of the data and a seed. A Split has rows to train on, rows held out, and baselines.
+The rows depend only on the data folder and a seed. A Split has training rows, held-out rows and baselines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one unit. `baselines`: the metric of what needs no training, on the same held-out rows."""
+    """The rows of one unit (one training run). `baselines`: the metric of answers that need no training, on the same
+    held-out rows."""
 
     name: str
     seed: int
@@ -66,7 +67,7 @@ class Task:
 
 
 def share_of_largest(answers: list[Any]) -> float:
-    """Accuracy of always giving the most frequent one."""
+    """The accuracy of always giving the most frequent answer."""
     return Counter(answers).most_common(1)[0][1] / len(answers)
 
 
@@ -75,7 +76,7 @@ def lines_of(path: Path) -> list[Row]:
 
 
 def sentiment(data: Path, seed: int, folds: int) -> Iterator[Split]:
-    """Fifty training rows, as many of either label as come; the first 300 test rows."""
+    """Fifty training rows, drawn without balancing the labels, and the first 300 test rows."""
     folder = data / "sentiment_2way"
 
     def asked(row: Row) -> Row:
@@ -116,7 +117,7 @@ def banking(data: Path, seed: int, folds: int) -> Iterator[Split]:
 def tags(data: Path, seed: int, folds: int) -> Iterator[Split]:
     """Word problems whose amounts of money, quantities and names are tagged by rules; 150 to train on, 200 held out.
 
-    Copy: each word has the tag that it had most often among the training rows, O where it was not among them.
+    The baseline `copy` gives each word its most frequent tag in the training rows, or O if the word is not in them.
     """
     folder = data / "gsm8k"
     train = random.Random(seed).sample(lines_of(folder / "train_1000.jsonl"), 150)
@@ -131,8 +132,8 @@ def tags(data: Path, seed: int, folds: int) -> Iterator[Split]:
 
 
 def tagged(text: str) -> Row:
-    """MONEY: a number behind a dollar sign. QUANTITY: another number, with the word in small letters behind it. NAME:
-    words that begin with a capital letter, but for the first of a sentence."""
+    """The words of a text with their tags. MONEY: a number after a dollar sign. QUANTITY: any other number, with a
+    following word in small letters. NAME: words with a capital letter, except the first word of a sentence."""
     words, found = text.split(), list[str]()
     for at, word in enumerate(words):
         before = words[at - 1] if at else "."
@@ -155,7 +156,7 @@ def tagged(text: str) -> Row:
 
 
 def span_f1(tags: list[list[str]], guessed: list[list[str]]) -> float:
-    """Of whole spans, micro-averaged."""
+    """The micro-averaged F1 of whole spans."""
     true, said = (
         {(number, *span) for number, line in enumerate(lines) for span in find_spans(line)} for lines in (tags, guessed)
     )
@@ -163,7 +164,8 @@ def span_f1(tags: list[list[str]], guessed: list[list[str]]) -> float:
 
 
 def pairs(name: str, words: int = 120, rows: int = PAIR_ROWS) -> Callable[[Path, int, int], Iterator[Split]]:
-    """Folds of the pairs whose prompt leaves room for an answer; so many of the other folds' rows to train on."""
+    """Folds of the pairs whose prompt is short enough to leave room for an answer. `rows`: the number of training rows,
+    taken from the other folds."""
 
     def splits(data: Path, seed: int, folds: int) -> Iterator[Split]:
         file = data / "preference_dpo" / "dpo_280.jsonl"
@@ -185,7 +187,7 @@ def _words(turns: list[Row]) -> int:
 
 
 def paired_accuracy(run: Path, held: Path, length: int) -> float:
-    """How often a trained policy prefers the chosen answer more than its base does."""
+    """The share of pairs in which the trained policy prefers the chosen answer more strongly than its base does."""
     import torch
 
     from tunekit.data.batching.windows import evaluation_batches
@@ -218,7 +220,8 @@ PAIR_TRAINING = {
 
 
 def pair_task(told: str, objective: Row, **evaluation: Any) -> Task:
-    """A preference objective; its metric is how often the chosen answer of a held-out pair is preferred."""
+    """The task of a preference objective. Its metric is the share of held-out pairs whose chosen answer is
+    preferred."""
     name = objective["method"]
     drop = {"unusable_rows" if name == "kto" else "unusable_pairs": "drop"}
     epochs = 1 if name == "kto" else 2  # its KL takes as many forwards again; a unit is of five CPU minutes at most

@@ -1,4 +1,5 @@
-"""The other side of encoders.py: transformers' Trainer with peft. Runs in the benchmark's own environment.
+"""The tool that encoders.py compares with tunekit: transformers' Trainer with peft. Runs in the benchmark's own
+environment.
 
     trainer.py SPECIFICATION      (a JSON file)
 
@@ -39,7 +40,7 @@ STEP = {"count": 0}
 
 
 class Noting(TrainerCallback):
-    """Writes a line to the log after each step."""
+    """A callback that writes a line to the log after each step."""
 
     def on_step_end(self, arguments, state, control, **named):  # type: ignore[no-untyped-def]
         with open(SPECIFICATION["steps_log"], "a", encoding="utf-8") as file:
@@ -47,7 +48,7 @@ class Noting(TrainerCallback):
 
 
 def classifier():  # type: ignore[no-untyped-def]
-    """The parts of a Trainer for text classification."""
+    """The arguments of a Trainer for text classification."""
     labels = 1 + max(row["label"] for row in ROWS)
     dtype = getattr(torch, SPECIFICATION["dtype"])
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -59,7 +60,8 @@ def classifier():  # type: ignore[no-untyped-def]
 
 
 def speech():  # type: ignore[no-untyped-def]
-    """The parts of a Seq2SeqTrainer for Whisper; features are computed before the training, as in the notebook."""
+    """The arguments of a Seq2SeqTrainer for Whisper. Features are computed before the training, as in PEFT's
+    notebook."""
     processor = WhisperProcessor.from_pretrained(SPECIFICATION["model"])
     dtype = getattr(torch, SPECIFICATION["dtype"])
     model = WhisperForConditionalGeneration.from_pretrained(SPECIFICATION["model"], dtype=dtype)
@@ -82,7 +84,7 @@ def speech():  # type: ignore[no-untyped-def]
 
 
 def read(path: str) -> np.ndarray:
-    """The samples of a recording of 16 bits, at Whisper's rate."""
+    """The samples of a 16-bit recording at Whisper's sample rate."""
     with wave.open(path) as file:
         return np.frombuffer(file.readframes(file.getnframes()), np.int16).astype(np.float32) / 32_768
 
@@ -95,7 +97,7 @@ def main() -> None:
     config = {key: value for key, value in SPECIFICATION["config"].items() if value is not None}
 
     class Counting(kind):  # type: ignore[misc,valid-type]
-        """Counts when a batch is computed: batches are made one step ahead."""
+        """Counts a batch when it is computed, because batches are made one step ahead."""
 
         def training_step(self, model, inputs, *others):  # type: ignore[no-untyped-def]
             mask = inputs.get("attention_mask")

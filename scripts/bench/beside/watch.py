@@ -1,4 +1,5 @@
-"""Run a command in a fresh process on one core and sample it: CPU time, resident memory, when each step was done.
+"""Runs a command in a fresh process on one core, and samples its CPU time, its resident memory and the ends of its
+steps.
 
 The process appends a line to a log after each optimizer step. Every 10 ms this reads user and system time, anonymous
 and file memory, and the log's new lines. CPU time of a step is read when its line is seen. The peak is the kernel's
@@ -30,7 +31,7 @@ ENVIRONMENT = {
 
 
 def watch(argv: list[str], log: Path, output: Path, *, core: int, environment: dict[str, str] | None = None) -> dict:
-    """Raises: RuntimeError with the end of the process's output where it fails."""
+    """Run the command, and return its measurements. Raises: RuntimeError with the end of its output if it fails."""
     log.unlink(missing_ok=True)
     started = time.monotonic()
     with output.open("w", encoding="utf-8") as stream:
@@ -49,7 +50,7 @@ def watch(argv: list[str], log: Path, output: Path, *, core: int, environment: d
 
 
 def _confine(core: int) -> None:
-    """What the process begins with, before its program does."""
+    """Set core and limits in the new process, before its program starts."""
     os.sched_setaffinity(0, {core})
     most = int(MOST_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
@@ -87,7 +88,7 @@ def _sample(pid: int, log: Path, started: float) -> dict:
 
 
 def _memory(process: psutil.Process) -> dict[str, int]:
-    """Bytes in memory of its own and of files; nothing where the process has just ended."""
+    """The process's bytes of anonymous memory and of mapped files; empty if the process has just ended."""
     try:
         memory = process.memory_info()
     except psutil.Error:
