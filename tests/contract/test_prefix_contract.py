@@ -135,7 +135,7 @@ def test_a_settings_contradiction_is_told() -> None:
 def test_only_attention_that_takes_a_cache_can_be_entered() -> None:
     net: Any = BASE.make()
     net.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(ModelError, match="llama .*: it has layers with chunked_attention"):
+    with pytest.raises(ModelError, match=r"llama .*: it has layers with chunked_attention"):
         attach(net, "random")
     net = BASE.make()
     net.config.head_dim = 5

@@ -270,7 +270,7 @@ def test_a_processor_that_needs_a_library_names_the_extra(
     lacking = ImportError("Siglip2ImageProcessor requires the Torchvision library but it was not found")
     monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", Mock(side_effect=lacking))
     monkeypatch.setattr(image_classifier, "find_spec", lambda name: None if name == "torchvision" else object())
-    with pytest.raises(InputError, match=r"image processors need torchvision, .*tunekit\[images\]"):
+    with pytest.raises(InputError, match=r"not installed: torchvision; .*tunekit\[images\]"):
         make_plan(load_recipe(str(write(tmp_path, vit, pictures))))
 
 

@@ -120,5 +120,5 @@ def _check_known(config: PreTrainedConfig, family: Family, section: ModelSection
     """Check that transformers has a model of this family for the configuration. Raises: ModelError."""
     if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
-    what = f"transformers knows no class for {section.name_or_path} ({config.model_type}) as {family.text}"
+    what = f"{section.name_or_path} ({config.model_type}) is not {family.text} for which transformers has a class"
     raise ModelError(what, "choose another base, or a newer transformers", key="model.name_or_path")

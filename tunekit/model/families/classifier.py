@@ -45,9 +45,7 @@ class ClassifierFamily(Family):
             what = f"{config.model_type} reads the last token before the padding, but its config names no padding token"
             raise ModelError(what, "write pad_token_id into the base's config.json")
         if "token_type_ids" in inputs and getattr(config, "type_vocab_size", 0) == 1:
-            what = (
-                f"the tokenizer marks the second text of a pair by token type 1, but {config.model_type} has only 0"
-            )
+            what = f"the tokenizer marks the second text of a pair by token type 1, but {config.model_type} has only 0"
             raise ModelError(what, "use the tokenizer that belongs to the base", key="model.name_or_path")
         return super().logits(net, {name: value for name, value in inputs.items() if name != "position_ids"})
 
