@@ -109,7 +109,7 @@ def test_fused_experts_that_stay_dense_are_said(tmp_path: Path) -> None:
 
     make_net("mixtral").save_pretrained(tmp_path / "base")
     model = load_model(section(tmp_path / "base", quantization="nf4"), device=CPU)
-    assert any("experts stay unquantized" in note for note in model.notes)
+    assert any("experts are not quantized" in note for note in model.notes)
 
 
 def test_sharded_folder_equals_the_whole(tiny_llama: Path, tmp_path: Path) -> None:
