@@ -1,5 +1,5 @@
-"""Loads a base from disk, dense or packed, frozen and in eval mode. It can also make the same modules on the meta
-device."""
+"""Loads a base from disk, dense or packed (quantized), frozen and in eval mode. It can also make the same net on the
+meta device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class LoadedModel:
 def load_model(
     section: ModelSection, *, device: torch.device, streamed: bool = False, streamed_head: bool = False
 ) -> LoadedModel:
-    """Load the base from safetensors or GGUF, pack it if the section quantizes it, freeze it, and move it to `device`.
+    """Load the base from safetensors or GGUF, quantize it if the section requests this, freeze it, and move it to
+    `device`.
 
     `streamed`: keep the layers on the host, as views of files. `streamed_head`: keep the token embedding and the output
     projection there too. Everything else is moved to `device`.
@@ -122,10 +123,10 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> Loade
 
 
 def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
-    """Make the modules of load_model on the meta device, from the configuration alone. `device`: the device of the
-    planned run.
+    """Make the same net as load_model, but on the meta device, from the configuration alone. `device`: the device of
+    the planned run.
 
-    Raises: ModelError like load_model, except for faults of the weights.
+    Raises: ModelError in the same cases as load_model, except for defects of the weights.
     """
     source = find_source(section, weights=False)
     indexed = inspection.indexed_family(source)
@@ -152,7 +153,8 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
 def _load_indexed(
     family: Family, source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
 ) -> LoadedModel:
-    """Load a base whose family has its own loader, with the trained modules on the device. `meta`: without weights.
+    """Load a base whose family has a separate loader, such as a diffusion pipeline, with the trained modules on the
+    device. `meta`: without weights.
 
     Raises: ModelError if the section has keys that only language models support.
     """
@@ -176,7 +178,7 @@ def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
 
 
 def _pack_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str]) -> list[str]:
-    """Pack the net's layers if the section quantizes it; returns notes."""
+    """Quantize the net's layers if the section requests this. Returns notes."""
     return [] if spec.is_dense else quantize_layers(net, spec, device, new_modules)
 
 

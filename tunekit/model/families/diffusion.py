@@ -80,7 +80,7 @@ def _as_pipeline(net: nn.Module) -> PipelineNet:
 
 
 def _check(section: ModelSection, family: str) -> None:
-    """Refuse recipe keys that pipelines do not have. Raises: ModelError."""
+    """Raise ModelError for settings that diffusion pipelines do not support."""
     wrong = (
         ("family", section.family not in ("auto", family), "diffusion or auto"),
         ("quantization", section.quantization != "none", "none"),

@@ -14,7 +14,7 @@ from tunekit.model.pretrained import as_pretrained, config_of, text_config
 
 @dataclass(frozen=True)
 class TextHead:
-    """logits = cap * tanh(scale * head(h) / cap) + offset; models without a cap or an offset skip it.
+    """logits = cap * tanh(scale * head(h) / cap) + offset; models without a cap or an offset skip that step.
 
     Shapes: h (N, D) -> (N, V). The module is looked up at each call, so that an adapter around it is included.
     """

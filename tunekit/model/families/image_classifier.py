@@ -182,7 +182,7 @@ class PixelProcessor:
         first = str(error).strip().partition("\n")[0]
         what = f"the image processor cannot be loaded ({first})"
         absent = isinstance(error, ImportError) or "could be imported" in first  # a package such as timm
-        how = "install the package that this class needs" if absent else "fetch the model again"
+        how = "install the package that this image processor needs" if absent else "fetch the model again"
         return ModelError(what, how, file=str(self.folder / CONFIG))
 
     def save(self, folder: Path) -> None:

@@ -61,8 +61,8 @@ class SpeechFamily(Family):
         return {"input_features": noise_features(net), "decoder_input_ids": ids}
 
     def with_head(self, modules: Set[str]) -> Family:
-        """The audio classifier family, if an adapter contains its head. PEFT's adapter folders have no task type for
-        it."""
+        """The audio classifier family, if the adapter contains the head of an audio classifier. PEFT's adapter folders
+        have no task type for this head."""
         return audio_classifier.FAMILY if set(audio_classifier.FAMILY.head_parts) <= modules else self
 
 

@@ -217,7 +217,7 @@ class FileBlocks:
         import gguf
 
         if source.gguf_file is None:
-            what = f"quantization kept uses the blocks of a .gguf file, but {source.folder} is a folder"
+            what = f"quantization kept reads the blocks of a .gguf file, but {source.folder} is a folder"
             raise ModelError(what, "name a .gguf file, or write nf4", key="model.quantization")
         facts = read_facts(source)
         self.tensors = facts.tensors

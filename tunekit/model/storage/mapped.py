@@ -43,7 +43,7 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
     sidecar, notes = cached_base(base)
     if notes:
         what = f"streaming needs a cache file with the weights in the compute dtype, but {notes[0]}"
-        raise ResourceError(what, f"free space in the cache folder, set TUNEKIT_CACHE to another, or {HOW}")
+        raise ResourceError(what, f"free disk space in the cache folder, set TUNEKIT_CACHE to another folder, or {HOW}")
     return net, base.notes, sidecar is not None
 
 

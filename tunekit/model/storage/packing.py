@@ -22,8 +22,8 @@ from tunekit.recipe.model import ModelSection
 
 
 def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str] = ()) -> list[str]:
-    """Pack every linear layer except the head. Layers are packed one at a time, so that only one layer is in memory
-    twice. Returns notes."""
+    """Quantize every linear layer except the head. This is done one layer at a time, so that only one layer is in
+    memory twice. Returns notes."""
     section, dense_layers = spec.section, list[str]()
     file_blocks = FileBlocks(spec.source, net) if section.quantization == "kept" else None
     for name in packable_layers(net, spec.family, new_modules):
@@ -54,7 +54,7 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
 
 
 def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
-    """Names of the layers to pack: all linear layers except layers of the head, layers in new modules (which are
+    """Names of the layers to quantize: all linear layers except layers of the head, layers in new modules (which are
     trained), and layers whose matrix the model's code uses without calling the layer."""
     head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules))
     modules = dict(net.named_modules())

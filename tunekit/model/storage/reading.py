@@ -145,7 +145,7 @@ class BaseReader:
         return self._tensors[name].dtype
 
     def is_mapped(self, name: str) -> bool:
-        """Whether the net can use a view of the file: the file contains the tensor in one piece and in the net's
+        """Whether the net can use the file directly: the file contains the tensor in one piece and in the net's
         dtype."""
         name = self._groups[name]
         stored = self._stored.get(name)
@@ -264,8 +264,8 @@ def missing_modules(net: nn.Module, headers: dict[str, TensorEntry], modules: It
 
 
 def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a tensor cannot be used directly from its mapped file. Its dtype is not the compute dtype, or it is not
-    aligned to 64 bytes. On a CPU, this alignment changes the last bit of products of single rows."""
+    """Whether a tensor must be copied from its mapped file: its dtype is not the compute dtype, or, on a CPU, it is not
+    aligned to 64 bytes. Alignment changes the last bit of products of single rows."""
     return any(
         (header.dtype.is_floating_point and header.dtype != dtype)
         or (device.type == "cpu" and header.offset_bytes % ALIGNMENT != 0)

@@ -97,6 +97,6 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def cumulative_sums(probabilities: Tensor) -> Tensor:
-    """Cumulative sums of probabilities (B, V), as int64 in units of 2^-52. Sums of integers do not depend on
-    the order of the elements, which varies on a GPU."""
+    """Cumulative sums of probabilities (B, V), as int64 in units of 2^-52. Sums of integers are the same in any
+    order of the elements. On a GPU this order varies."""
     return (probabilities * PROBABILITY_UNITS).to(torch.int64).cumsum(dim=-1)

@@ -107,8 +107,8 @@ class Prefill:
         return (end - start) * len(self.rows)
 
     def _reuse(self, states: States) -> None:
-        """Copy the given keys and values for the prefix that `states` and the prompt have in common, so that it is not
-        computed again. The prompt's last token is always computed."""
+        """Copy the keys and values of the prefix that `states` and the prompt have in common, so that this prefix is
+        not computed again. The prompt's last token is always computed."""
         pairs = zip(states.ids, self.rows[0].continuation.prompt[:-1], strict=False)
         if shared := len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))):
             self.slots.put([[part[:, :, :shared] for part in layer] for layer in states.layers], 0, 0)

@@ -42,8 +42,8 @@ def render_template(
 ) -> str:
     """Apply the template to messages. Their content is text, and the arguments of tool calls are JSON objects.
 
-    If the template fails with these, it is tried again with the content as a list of text parts, and with the arguments
-    as JSON text.
+    If the template cannot read these, it is tried with other forms: the content as a list of text parts, and the
+    arguments as JSON text.
     Raises: DataError if the template refuses the messages, is invalid, takes too long or writes too much.
     """
     render = partial(

@@ -95,8 +95,8 @@ class LoadedTokenizer:
         return self._encode_whole(text, "text")
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of a complete answer for a decoder, with special tokens around it. They can differ from those of a
-        source: some tokenizers mark the language of an answer differently."""
+        """Token ids of a complete answer for a decoder, with special tokens around the answer. These special tokens can
+        differ from the tokens around a source, for example to mark a language."""
         return self._encode_whole(text, "text_target")
 
     @cached_property
@@ -160,7 +160,7 @@ class LoadedTokenizer:
         return " " + decoded if spelled.startswith("\u2581") and not decoded.startswith(" ") else decoded
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files into a folder. The base's own files are copied unchanged, unless it is a GGUF
+        """Write the tokenizer's files into a folder. Files of the base are copied unchanged, unless the base is a GGUF
         file."""
         if self.source is not None and self.source.gguf_file is None:
             for name in FILES:

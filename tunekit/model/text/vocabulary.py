@@ -15,6 +15,6 @@ def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int, largest_used_id:
         return
     beyond = range(embedding_rows, tokenizer.vocabulary_size)
     examples = ", ".join(repr(tokenizer.token_text(token_id)) for token_id in beyond[:5])
-    missing = f"{len(beyond)} tokens ({examples}) without a row in the model's embedding of {embedding_rows} rows"
+    missing = f"{len(beyond)} tokens without a row in the model's embedding of {embedding_rows} rows ({examples})"
     how = "use the tokenizer that belongs to the base, or a base whose vocabulary was resized for these tokens"
     raise ModelError(f"the tokenizer has {missing}", how, key="model.name_or_path")

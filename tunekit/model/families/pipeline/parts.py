@@ -213,7 +213,9 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"it cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY) from error
+        raise ModelError(
+            f"the model cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY
+        ) from error
     missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name])
     if missing:
         what = f"the folder lacks weights that its configuration declares ({', '.join(missing[:3])})"
