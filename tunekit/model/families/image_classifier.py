@@ -177,7 +177,7 @@ class PixelProcessor:
     def _unusable(self, error: Exception) -> TunekitError:
         lacking = [name for module, name in LIBRARIES.items() if find_spec(module) is None]
         if isinstance(error, ImportError) and lacking:
-            what = f"image processors need packages that are not installed: {', '.join(lacking)}"
+            what = f"image processors need packages that are not installed: {' and '.join(lacking)}"
             return InputError(what, "run: pip install 'tunekit[images]'")
         first = str(error).strip().partition("\n")[0]
         what = f"the image processor cannot be loaded ({first})"
