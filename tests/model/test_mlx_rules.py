@@ -125,16 +125,28 @@ def test_a_copy_has_the_keys_that_follow_from_the_others(name: str) -> None:
 
 
 LIMITS: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "mistral": ("mistral", {"sliding_window": 200}, "right up to 200 tokens: mlx-lm ignores the sliding window"),
-    "gemma2": ("gemma2", {"sliding_window": 200}, "right up to 200 tokens: mlx-lm ignores the sliding window"),
+    "mistral": (
+        "mistral",
+        {"sliding_window": 200},
+        "results are right up to 200 tokens: mlx-lm ignores the sliding window",
+    ),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 200},
+        "results are right up to 200 tokens: mlx-lm ignores the sliding window",
+    ),
     "longer than any text": ("mistral", {"sliding_window": 512}, None),
-    "qwen2": ("qwen2", {"sliding_window": 200, "use_sliding_window": True}, "right up to 200 tokens"),
+    "qwen2": ("qwen2", {"sliding_window": 200, "use_sliding_window": True}, "results are right up to 200 tokens"),
     "not used": ("qwen2", {"sliding_window": 200, "use_sliding_window": False}, None),
     "not asked for": ("qwen3", {"sliding_window": 200}, None),
     "no layer": ("qwen2", {"sliding_window": 200, "use_sliding_window": True, "max_window_layers": 4}, None),
     "layers": ("mistral", {"sliding_window": 200, "layer_types": [FULL] * 4}, None),
     "a window of its own": ("olmo3", {"sliding_window": 200, "layer_types": PATTERN}, None),
-    "long factors": ("phi3", {"rope_scaling": {**LONG, "short_factor": [1.0]}}, "right only above 64 tokens"),
+    "long factors": (
+        "phi3",
+        {"rope_scaling": {**LONG, "short_factor": [1.0]}},
+        "results are right only above 64 tokens",
+    ),
     "same factors": ("phi3", {"rope_scaling": {**LONG, "short_factor": [2.0]}}, None),
 }
 

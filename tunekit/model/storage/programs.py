@@ -160,7 +160,7 @@ def _rope_of_mlx(files: ModelFiles) -> Iterator[str]:
             yield from _other_rope(place, part, defaults, ("rope_theta", "rope_local_base_freq", "rope_scaling"))
         missing = [key for key in ("rope_theta", "rotary_emb_base") if key in older_rope(part) and key not in part]
         if kind in supported.MLX_LM_NEEDS_THETA and missing:
-            yield f"the model is refused: mlx-lm's {kind} does not read rope_parameters, and needs {place}{missing[-1]}"
+            yield f"the model is refused: mlx-lm's {kind} needs {place}{missing[-1]}, and does not read rope_parameters"
 
 
 def _length_of_mlx(files: ModelFiles) -> Iterator[str]:
