@@ -211,7 +211,7 @@ def test_another_size_is_kept_by_the_adapter_and_the_merged_model(
     saved = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
     assert saved["size"] == {"height": side, "width": side}
     warned = " ".join("".join(capsys.readouterr()).split())
-    assert f"trained on {side} pixels, but the base has positions for {SIDE}" in warned
+    assert f"trained on images of {side} pixels, but the base has positions for {SIDE} pixels" in warned
     assert "interpolate_pos_encoding=True" in warned
 
 
