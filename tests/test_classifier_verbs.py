@@ -103,5 +103,5 @@ def test_an_undefined_correlation_is_left_out(capsys: pytest.CaptureFixture[str]
 
 
 def test_an_encoder_without_a_head_is_not_called_unknown(bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(TunekitError, match="architecture BertModel, which has no head for this objective"):
+    with pytest.raises(TunekitError, match="architecture BertModel has no head for this objective"):
         make_plan(load_recipe(write_recipe(tmp_path, bert, objective="sft", data={"eval": None})))

@@ -102,7 +102,7 @@ def test_a_folder_is_checked_and_mended_in_a_copy(
     wrong = {each["program"] for each in result["programs"] for finding in each["findings"]}
     assert wrong == {"transformers 4", "ONNX (optimum)", "transformers 5", "mlx-lm", "Ollama"}
     assert "--fix OUT" in printed.err
-    assert "transformers 4, mlx-lm, Ollama, ONNX (optimum): does not read rope_parameters" in printed.err
+    assert "transformers 4, mlx-lm, Ollama, ONNX (optimum): rope_parameters is not read" in printed.err
 
     assert doctor.model_verb(str(base), str(output), "-") == 0
     result = json.loads(capsys.readouterr().out)

@@ -151,9 +151,9 @@ def test_plan_counts_the_layers_that_stay_in_their_blocks(
         (
             "mixtral",
             {"num_local_experts": 4, "sliding_window": None},
-            r"states llama\.expert_count, which transformers",
+            r"sets llama\.expert_count, which transformers",
         ),
-        ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 48}, r"shapes that transformers does not expect"),
+        ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 48}, r"shapes transformers does not support"),
         ("gpt_oss", {"num_local_experts": 4, "head_dim": 16}, "gpt-oss, whose experts transformers does not read"),
         ("granite", {"logits_scaling": 4.0}, "architecture granite is not supported"),
         ("olmo2", {}, "architecture olmo2 is not supported"),
@@ -196,14 +196,19 @@ def llama_file(tmp_path_factory: pytest.TempPathFactory, installed: None) -> Pat
 @pytest.mark.parametrize(
     ("key", "value", "kind", "what"),
     [
-        ("llama.attention.value_length", struct.pack("<I", 8), NUMBER, "keys and values of different widths"),
-        ("llama.attention.causal", b"\0", TRUTH, r"states llama\.attention\.causal"),
+        ("llama.attention.value_length", struct.pack("<I", 8), NUMBER, "keys and values have different widths"),
+        ("llama.attention.causal", b"\0", TRUTH, r"sets llama\.attention\.causal"),
         ("llama.attention.causal", b"\1", TRUTH, None),
-        ("llama.attention.clamp_kqv", struct.pack("<I", 8), NUMBER, r"states llama\.attention\.clamp_kqv"),
-        ("llama.attention.sliding_window", struct.pack("<I", 8), NUMBER, r"states llama\.attention\.sliding_window"),
+        ("llama.attention.clamp_kqv", struct.pack("<I", 8), NUMBER, r"sets llama\.attention\.clamp_kqv"),
+        ("llama.attention.sliding_window", struct.pack("<I", 8), NUMBER, r"sets llama\.attention\.sliding_window"),
         ("llama.attention.sliding_window_pattern", struct.pack("<I", 2), NUMBER, "sliding_window_pattern"),
         ("llama.expert_count", struct.pack("<I", 0), NUMBER, None),
-        ("split.count", struct.pack("<H", 3), gguf.GGUFValueType.UINT16, "is one part of 3; join them"),
+        (
+            "split.count",
+            struct.pack("<H", 3),
+            gguf.GGUFValueType.UINT16,
+            "is only one of 3 parts of a model; join the parts",
+        ),
         ("llama.rope.scaling.type", struct.pack("<Q", 7) + b"dynamic", gguf.GGUFValueType.STRING, r"\(dynamic\)"),
     ],
 )
@@ -224,5 +229,5 @@ def test_a_file_that_ends_too_early_is_named(share: float, llama_file: Path, tmp
     data = llama_file.read_bytes()
     (tmp_path / "base.gguf").write_bytes(data[: int(share * len(data))])
     for read in (lambda: load_tokenizer(section(tmp_path / "base.gguf")), lambda: logits(tmp_path / "base.gguf")):
-        with pytest.raises(ModelError, match=r"base\.gguf.* is damaged, or ends too early"):
+        with pytest.raises(ModelError, match=r"base\.gguf.* the file is damaged, or ends too early"):
             read()

@@ -54,8 +54,8 @@ def test_positions_of_llama_3(theta: float, factor: float, context: int, tmp_pat
 @pytest.mark.parametrize(
     ("shape", "what"),
     [
-        ({"attention_bias": True}, r"transformers leaves out \(blk\.0\.attn_k\.bias"),
-        ({"mlp_bias": True}, r"transformers leaves out \(blk\.0\.ffn_down\.bias"),
+        ({"attention_bias": True}, r"transformers ignores \(blk\.0\.attn_k\.bias"),
+        ({"mlp_bias": True}, r"transformers ignores \(blk\.0\.ffn_down\.bias"),
         ({"rope_parameters": {**OTHER, "high_freq_factor": 8.0}}, r"scales positions \(rope_freqs\.weight\)"),
     ],
 )

@@ -156,7 +156,7 @@ def test_an_adapter_is_merged_and_exported_for_the_same_file(
 
 def test_only_a_gguf_file_has_blocks(file: Path, tmp_path: Path) -> None:
     folder = file.parent / "base"
-    with pytest.raises(ModelError, match=r"kept keeps the blocks of a \.gguf file"):
+    with pytest.raises(ModelError, match=r"kept reads the blocks of a \.gguf file"):
         load_model(section(folder), device=CPU)
     recipe = write_recipe(tmp_path, folder, model={"name_or_path": str(folder), "quantization": "kept"})
     problems = refuse_unsupported(load_recipe(recipe).recipe)

@@ -83,7 +83,11 @@ def test_an_adapter_is_written_as_mlx_reads_it(name: str, tmp_path: Path) -> Non
 MERGED: dict[str, tuple[str, dict[str, Any], str]] = {
     "tied embedding": ("llama", {"target_modules": ["embed_tokens"], "base": TIED}, "changes only model.embed_tokens"),
     "biases": ("qwen2", {"bias": "lora_only"}, "the adapter trains model.layers.0.self_attn.q_proj.base_layer.bias"),
-    "a base that mlx reads wrongly": ("qwen2", {}, "does not read rope_parameters, and computes with rope_theta"),
+    "a base that mlx reads wrongly": (
+        "qwen2",
+        {},
+        "rope_parameters is not read, so the model is computed with rope_theta",
+    ),
     "a base without n_ctx": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2 needs n_ctx"),
     "other names": (
         "gpt_neox",
@@ -121,7 +125,9 @@ def test_what_mlx_cannot_read_even_merged_is_refused(tmp_path: Path) -> None:
 def test_a_model_that_mlx_computes_otherwise_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another activation is refused; with a window, the length is printed up to which mlx-lm is right."""
     by_peft(tmp_path, "mistral", base={"hidden_act": "gelu"})
-    with pytest.raises(InputError, match="cannot compute this model: computes with silu instead of hidden_act gelu"):
+    with pytest.raises(
+        InputError, match="cannot compute this model: feed-forward layers use silu instead of hidden_act gelu"
+    ):
         export_verb(str(tmp_path / "adapter"), "mlx", str(tmp_path / "out"), certify=False, overrides=FLOAT32)
     adapter_by_peft(tmp_path / "window", "mistral", base={"sliding_window": 20})
     for merged in (False, True):
@@ -130,7 +136,7 @@ def test_a_model_that_mlx_computes_otherwise_is_refused(tmp_path: Path, capsys: 
             str(tmp_path / "window" / "adapter"), "mlx", str(output), None, options, certify=False, overrides=FLOAT32
         )
         printed = " ".join(capsys.readouterr().out.split())
-        assert "right for up to 20 tokens: mlx-lm ignores the sliding window" in printed
+        assert "right up to 20 tokens: mlx-lm ignores the sliding window" in printed
         assert (output / "adapter_config.json").exists() != merged
 
 

@@ -122,7 +122,7 @@ def test_memory_is_allocated_once_and_its_size_is_known(llama: LoadedModel) -> N
         while decoder.is_busy:
             decoder.step()
         assert places == [memory.data_ptr() for layer in layers for memory in layer.memory]
-        with pytest.raises(ValueError, match="a slot has 30"):
+        with pytest.raises(ValueError, match="is empty, or longer than 30"):
             decoder.add(Continuation([5, 6, 7], 29))
 
 

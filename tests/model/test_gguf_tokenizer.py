@@ -76,7 +76,7 @@ def test_words_are_split_as_the_file_states(name: str | None, text: str, tokens:
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="splits texts into words by 'other', which tunekit does not know"):
+    with pytest.raises(ModelError, match="uses the pre-tokenizer 'other', which tunekit does not know"):
         load(write(tmp_path / "base.gguf", "gpt2", {"pre": "other"}))
 
 

@@ -36,31 +36,35 @@ def yarn(**values: Any) -> dict[str, Any]:
 
 # type, its values, and what remains in a mended copy
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "activation": ("llama", {"hidden_act": "gelu"}, "computes with silu instead of hidden_act gelu"),
-    "of gemma": ("gemma2", {"hidden_activation": "silu"}, "computes with gelu instead of hidden_activation silu"),
-    "scaling": ("mixtral", {"rope_parameters": {**YARN, "rope_type": "linear"}}, "ignores the linear scaling"),
-    "attention factor": ("llama", yarn(attention_factor=0.8), "attention factor of 1.139 instead of 0.8"),
-    "one mscale": ("llama", yarn(mscale=2.0), "attention factor of 1.277 instead of 1.139"),
-    "truncate": ("llama", yarn(truncate=False), "rounds the borders of yarn's frequencies"),
-    "null": ("llama", yarn(beta_fast=None), "beta_fast of rope_parameters is null"),
+    "activation": ("llama", {"hidden_act": "gelu"}, "layers use silu instead of hidden_act gelu"),
+    "of gemma": ("gemma2", {"hidden_activation": "silu"}, "layers use gelu instead of hidden_activation silu"),
+    "scaling": (
+        "mixtral",
+        {"rope_parameters": {**YARN, "rope_type": "linear"}},
+        "the linear scaling in rope_parameters is ignored",
+    ),
+    "attention factor": ("llama", yarn(attention_factor=0.8), "attention factor 1.139 instead of 0.8"),
+    "one mscale": ("llama", yarn(mscale=2.0), "attention factor 1.277 instead of 1.139"),
+    "truncate": ("llama", yarn(truncate=False), "limits of yarn's frequencies are rounded"),
+    "null": ("llama", yarn(beta_fast=None), "beta_fast in rope_parameters is null"),
     "original length": (
         "llama",
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        "original_max_position_embeddings of 4096 instead of 512",
+        "original_max_position_embeddings 4096 instead of 512",
     ),
     "two frequencies": (
         "olmo3",
         {"rope_parameters": BOTH_ROPES, "layer_types": PATTERN},
-        "one rope_theta; rope_parameters has 50000.0 and 500000.0",
+        "one rope_theta, but rope_parameters has 50000.0 and 500000.0",
     ),
     "share of a head": ("glm", {"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
-    "layers": ("gemma3_text", {"layer_types": [FULL, SLIDING, FULL, SLIDING]}, "cannot compute layer_types"),
-    "no full layer": ("gpt_oss", {"layer_types": [SLIDING]}, "no layer of layer_types has full attention"),
+    "layers": ("gemma3_text", {"layer_types": [FULL, SLIDING, FULL, SLIDING]}, "layer_types cannot be computed"),
+    "no full layer": ("gpt_oss", {"layer_types": [SLIDING]}, "a layer with full attention, but layer_types has none"),
     "required": ("minimax", {}, "minimax needs shared_intermediate_size, rotary_dim"),
     "other package": ("olmo", {}, "olmo needs d_model"),
     "experts": ("gpt_oss", {"layer_types": PATTERN}, "reads only weights in the format mxfp4"),
     "width": ("gpt_neox", {"rotary_emb_base": 1e4, "intermediate_size": 128}, "always uses 4 times hidden_size"),
-    "biases": ("phimoe", {"attention_bias": True}, "cannot compute lm_head_bias: False"),
+    "biases": ("phimoe", {"attention_bias": True}, "lm_head_bias is False"),
     "soft caps": ("gemma2", {"attn_logit_softcapping": None}, "needs soft caps"),
     "of a part": (
         "llava",
@@ -104,7 +108,7 @@ MENDED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "period": (
         "gemma3_text",
         {"layer_types": PATTERN},
-        "gives full attention to every Nth layer with N = 6, but in layer_types N is 4",
+        "one of every 6 layers has full attention, but layer_types has one of every 4",
         {"sliding_window_pattern": 4},
     ),
 }
@@ -121,16 +125,28 @@ def test_a_copy_has_the_keys_that_follow_from_the_others(name: str) -> None:
 
 
 LIMITS: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "mistral": ("mistral", {"sliding_window": 200}, "right for up to 200 tokens: mlx-lm ignores the sliding window"),
-    "gemma2": ("gemma2", {"sliding_window": 200}, "right for up to 200 tokens: mlx-lm ignores the sliding window"),
+    "mistral": (
+        "mistral",
+        {"sliding_window": 200},
+        "results are right up to 200 tokens: mlx-lm ignores the sliding window",
+    ),
+    "gemma2": (
+        "gemma2",
+        {"sliding_window": 200},
+        "results are right up to 200 tokens: mlx-lm ignores the sliding window",
+    ),
     "longer than any text": ("mistral", {"sliding_window": 512}, None),
-    "qwen2": ("qwen2", {"sliding_window": 200, "use_sliding_window": True}, "right for up to 200 tokens"),
+    "qwen2": ("qwen2", {"sliding_window": 200, "use_sliding_window": True}, "results are right up to 200 tokens"),
     "not used": ("qwen2", {"sliding_window": 200, "use_sliding_window": False}, None),
     "not asked for": ("qwen3", {"sliding_window": 200}, None),
     "no layer": ("qwen2", {"sliding_window": 200, "use_sliding_window": True, "max_window_layers": 4}, None),
     "layers": ("mistral", {"sliding_window": 200, "layer_types": [FULL] * 4}, None),
     "a window of its own": ("olmo3", {"sliding_window": 200, "layer_types": PATTERN}, None),
-    "long factors": ("phi3", {"rope_scaling": {**LONG, "short_factor": [1.0]}}, "right only for more than 64 tokens"),
+    "long factors": (
+        "phi3",
+        {"rope_scaling": {**LONG, "short_factor": [1.0]}},
+        "results are right only above 64 tokens",
+    ),
     "same factors": ("phi3", {"rope_scaling": {**LONG, "short_factor": [2.0]}}, None),
 }
 

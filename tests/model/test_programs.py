@@ -21,7 +21,7 @@ OLD = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta
 TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "pad_token": "<pad>"}
 RIGHT = ModelFiles(OLD, TOKENIZER, {"eos_token_id": 2}, None, {}, IDS)
 BOTH = {"transformers 4", "ONNX (optimum)"}
-WRONG_THETA = "computes with rope_theta 10000.0 instead of 50000.0"
+WRONG_THETA = "the model is computed with rope_theta 10000.0 instead of 50000.0"
 
 
 def config(**changes: Any) -> ModelFiles:
@@ -42,13 +42,13 @@ CASES: dict[str, tuple[ModelFiles, set[str], str, bool]] = {
     "rope of a part": (
         typed("llava", "LlavaForConditionalGeneration", text_config={"model_type": "llama", "rope_parameters": ROPE}),
         {"transformers 4", "mlx-lm"},  # optimum has no llava
-        "text_config.rope_parameters, and " + WRONG_THETA,
+        "text_config.rope_parameters is not read, so " + WRONG_THETA,
         True,
     ),
     "scaling": (
         config(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
         {*BOTH, "mlx-lm", "Ollama"},
-        "computes without rope_scaling",
+        "computed without rope_scaling",
         True,
     ),
     "required": (typed("granite", "GraniteForCausalLM", rope_parameters=ROPE), {"mlx-lm"}, "granite needs", True),
@@ -84,11 +84,11 @@ CASES: dict[str, tuple[ModelFiles, set[str], str, bool]] = {
     "newer class": (tokenizer(tokenizer_class="Siglip2Tokenizer"), BOTH, "class Siglip2Tokenizer", False),
     "list": (tokenizer(extra_special_tokens=["<x>"]), BOTH, "extra_special_tokens is a list", True),
     "padding": (tokenizer(pad_token=None), {*BOTH, "transformers 5"}, "has no pad_token", True),
-    "template": (tokenizer("{{ new }}"), {"Ollama"}, "the template is in chat_template.jinja", True),
+    "template": (tokenizer("{{ new }}"), {"Ollama"}, "it is in chat_template.jinja", True),
     "other template": (
         tokenizer("{{ new }}", chat_template="{{ old }}"),
         {"Ollama", "llama.cpp's converter"},
-        "which differs from the one in chat_template.jinja",
+        "although chat_template.jinja has a different one",
         True,
     ),
     "endless": (

@@ -72,9 +72,9 @@ def test_the_configuration_tells_the_family(architecture: str, more: dict[str, A
     ("config", "family", "reason"),
     [
         ({"architectures": ["BertForMaskedLM"]}, "auto", "fills gaps"),
-        ({"architectures": ["BertModel"]}, "auto", "has the architecture BertModel"),
+        ({"architectures": ["BertModel"]}, "auto", "its architecture BertModel"),
         ({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}, "auto", "vision-language"),
-        ({"architectures": ["Wav2Vec2ForAudioClassification"]}, "auto", "is not a Whisper model"),
+        ({"architectures": ["Wav2Vec2ForAudioClassification"]}, "auto", "it is not a Whisper model"),
         ({"architectures": ["LlamaForCausalLM"]}, "diffusion", "contains no model_index.json"),
         ({"architectures": ["LlamaForCausalLM"]}, "seq2seq", "belongs to the family causal"),
     ],

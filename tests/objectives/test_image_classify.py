@@ -211,7 +211,7 @@ def test_another_size_is_kept_by_the_adapter_and_the_merged_model(
     saved = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text())
     assert saved["size"] == {"height": side, "width": side}
     warned = " ".join("".join(capsys.readouterr()).split())
-    assert f"trained on {side} pixels, but the base has positions for {SIDE}" in warned
+    assert f"trained on images of {side} pixels, but the base has positions for {SIDE} pixels" in warned
     assert "interpolate_pos_encoding=True" in warned
 
 
@@ -270,7 +270,7 @@ def test_a_processor_that_needs_a_library_names_the_extra(
     lacking = ImportError("Siglip2ImageProcessor requires the Torchvision library but it was not found")
     monkeypatch.setattr("transformers.AutoImageProcessor.from_pretrained", Mock(side_effect=lacking))
     monkeypatch.setattr(image_classifier, "find_spec", lambda name: None if name == "torchvision" else object())
-    with pytest.raises(InputError, match=r"image processors need torchvision, .*tunekit\[images\]"):
+    with pytest.raises(InputError, match=r"not installed: torchvision; .*tunekit\[images\]"):
         make_plan(load_recipe(str(write(tmp_path, vit, pictures))))
 
 

@@ -176,7 +176,5 @@ def test_a_net_that_reads_patches_of_any_number_is_refused_by_name(tmp_path: Pat
     config = CONFIG_MAPPING["siglip2"](vision_config=SIZES | {"patch_size": 8, "num_patches": 16}, text_config=TEXT)
     transformers.Siglip2Model(config).save_pretrained(tmp_path / "base")
     Siglip2ImageProcessor(patch_size=8, max_num_patches=16).save_pretrained(tmp_path / "base")
-    with pytest.raises(
-        InputError, match=r"Siglip2ImageProcessor does not make every image a tensor \(3, H, W\) of one size"
-    ):
+    with pytest.raises(InputError, match=r"Siglip2ImageProcessor must return tensors \(3, H, W\) of one size"):
         make_plan(load_recipe(str(recipe_of(tmp_path, tmp_path / "base", pictures, "lora")), []))

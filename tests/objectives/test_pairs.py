@@ -558,7 +558,9 @@ def test_a_net_without_a_second_type_is_refused(
     torch.manual_seed(0)
     made = CONFIG_MAPPING["roberta"](**{**config, "vocab_size": 80})
     transformers.RobertaModel(made).save_pretrained(tmp_path / "base")
-    with pytest.raises(TunekitError, match="gives the second text of a pair token type 1, but roberta has type 0 only"):
+    with pytest.raises(
+        TunekitError, match="marks the second text of a pair by token type 1, but roberta has only token type 0"
+    ):
         make_plan(load_recipe(write_pairs(tmp_path, tmp_path / "base")), device=CPU)
 
 

@@ -120,7 +120,7 @@ def test_bases_that_keys_cannot_be_put_into_are_refused_at_their_line(tiny_llama
     BloomForCausalLM(BloomConfig(vocab_size=270, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "b")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "b")
     recipe = recipe_of(tmp_path / "prefix", tmp_path / "b", "prefix")
-    assert "adapter.method: bloom gets its positions as a bias of fixed size" in problems_of(recipe)
+    assert "its positions are an attention bias of fixed size" in problems_of(recipe)
     recipe = recipe_of(tmp_path / "llama_adapter", tmp_path / "b", "llama_adapter")
     assert "bloom has no LLaMA-Adapter: PEFT defines it for llama, mistral, gpt2" in problems_of(recipe)
     assert "5 layers are requested, but the base has 2" in problems_of(

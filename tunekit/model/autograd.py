@@ -8,7 +8,7 @@ Value = TypeVar("Value")
 
 
 class Context(Protocol[Value]):
-    """`extra`: values other than tensors that the function keeps for its backward pass."""
+    """The `ctx` argument of an autograd function. `extra`: values that are not tensors, saved for the backward pass."""
 
     extra: Value
     saved_tensors: tuple[Tensor, ...]

@@ -49,9 +49,10 @@ class BaseSpec:
 
 
 def read_base_spec(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> BaseSpec:
-    """Read everything that is known before the weights.
+    """Read everything about the base except its weights. `weights`: also check the weights' files and compute their
+    fingerprint.
 
-    Raises: ModelError for an architecture, a stored quantization or code that cannot be loaded.
+    Raises: ModelError for an architecture, a stored quantization or remote code that cannot be loaded.
     """
     dtype = resolve_dtype(section, device)
     config, family = _read_configuration(source, section)
@@ -63,7 +64,7 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
 
 
 def default_config(kind: str, settings: Mapping[str, object] | None = None) -> JsonObject:
-    """The default settings of a model type, or `settings` completed by these defaults. Empty for a type that
+    """`settings` of a model type, with transformers' defaults for all settings that are missing. Empty for a type that
     transformers does not know."""
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -76,7 +77,7 @@ def default_config(kind: str, settings: Mapping[str, object] | None = None) -> J
 
 
 def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:
-    """The configuration object and the base's family, after checks of the architecture, stored quantization and remote
+    """Read the configuration and find the base's family. Check the architecture, the stored quantization and remote
     code."""
     from transformers import AutoConfig
 
@@ -119,5 +120,5 @@ def _check_known(config: PreTrainedConfig, family: Family, section: ModelSection
     """Check that transformers has a model of this family for the configuration. Raises: ModelError."""
     if type(config) in family.auto_class()._model_mapping or section.trust_remote_code:
         return
-    what = f"{section.name_or_path} ({config.model_type}) is not {family.text} that transformers knows"
+    what = f"{section.name_or_path} ({config.model_type}) is not {family.text} for which transformers has a class"
     raise ModelError(what, "choose another base, or a newer transformers", key="model.name_or_path")

@@ -18,12 +18,12 @@ OUTSIDE_LAYERS, AFTER_LAYERS, BETWEEN_STACKS = -1, -2, -3
 @dataclass(frozen=True)
 class Call:
     """Settings of one forward: whether adapters are bypassed, which of several adapters is used, the step and
-    micro-batch (for seeds), and the segments of packed rows.
+    micro-batch (for seeds), and the document boundaries in packed rows (`segments`).
 
     `adapter_of_row`: if rows use different adapters, the name of each row's adapter (None: the base alone).
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
-    `lanes`: if the forward (1, T) has tokens of several runs, the number of tokens of each run, in order; else ().
-    `fuses`: whether products with 4-bit weights may use a faster kernel with different rounding, for generation.
+    `lanes`: if several runs are trained in one forward (1, T), the number of tokens of each run, in order; else ().
+    `fuses`: whether products with 4-bit weights may use a faster kernel that rounds differently (for generation).
     """
 
     bypassed: bool = False
@@ -79,5 +79,6 @@ def seed_torch(*parts: int | str) -> None:
 
 
 def seed_layer(call: Call, number: int) -> None:
-    """Seed torch for layer `number` of this call. Constants such as BETWEEN_STACKS number the places outside layers."""
+    """Seed torch for layer `number` of this call. For code outside the layers, `number` is a constant such as
+    BETWEEN_STACKS."""
     seed_torch(call.seed, call.step, call.micro_batch, number)

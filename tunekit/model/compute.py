@@ -24,11 +24,11 @@ def resolve_dtype(section: ModelSection, device: torch.device) -> torch.dtype:
         return torch.float16 if device.type == "cuda" else torch.float32
     dtype = DTYPES[section.dtype]
     if dtype == torch.float16 and device.type == "cpu":
-        what = "float16 on a CPU is slow and overflows without a GPU's scaler"
+        what = "float16 is slow on a CPU, and it overflows there because loss scaling needs a GPU"
         raise ModelError(what, "write dtype: auto, bfloat16 or float32", key="model.dtype")
     if dtype == torch.bfloat16 and device.type != "cpu" and not computes_bfloat16(device):
         how = "write dtype: float16 or float32, or auto"
-        raise ModelError("this device only emulates bfloat16", how, key="model.dtype")
+        raise ModelError("this device computes bfloat16 only by slow emulation", how, key="model.dtype")
     return dtype
 
 
@@ -38,7 +38,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the operating system's kernel lists AVX512-BF16 or AMX-BF16 (x86) or the bf16 extension (ARM)."""
+    """Whether the CPU has AVX512-BF16 or AMX-BF16 (x86) or the bf16 extension (ARM), as the Linux kernel reports it."""
     flags = cpu_facts().get("flags") or cpu_facts().get("features", "")
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
@@ -60,6 +60,6 @@ def resolve_attention(
     if section.attention == "flash_attention_2" and device.type != "cuda":
         raise ModelError("flash_attention_2 needs a CUDA device", "write attention: auto", key="model.attention")
     if section.attention == "sdpa" and known and not has_sdpa:
-        what = f"{config.model_type} cannot use sdpa (it would leave out a part of its attention)"
+        what = f"{config.model_type} cannot use sdpa, because sdpa would leave out a part of this model's attention"
         raise ModelError(what, "write attention: auto or eager", key="model.attention")
     return section.attention

@@ -1,9 +1,9 @@
-"""Dropout on a CPU with 16-bit random numbers from numpy's SFC64 generator. torch draws larger numbers from a slower
-generator (8 ns per element, measured on a busy core). The rate is rounded to a multiple of 2^-16, and the scale matches
-the rounded rate.
+"""Faster dropout on a CPU, with 16-bit random numbers from numpy's SFC64 generator. torch draws larger numbers from a
+slower generator (8 ns per element, measured on a busy core). The dropout rate is rounded to a multiple of 2^-16, and
+the scale of the other elements matches the rounded rate.
 
-The numbers depend only on one draw from torch's generator, which is seeded for each layer, so a recomputed layer drops
-the same elements.
+numpy's generator is seeded by one number from torch's generator, which is seeded for each layer. A recomputed layer
+therefore drops the same elements.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ LEVELS = 2**16
 
 
 def quicken_dropout(net: nn.Module) -> None:
-    """Give all dropout modules of a net on the CPU the faster forward of this file."""
+    """Replace the forward of all dropout modules of a net by the faster dropout of this file, which works on a CPU."""
     for module in net.modules():
         if type(module) is nn.Dropout and 0 < module.p < 1:
             module.forward = partial(_dropped, module)  # type: ignore[method-assign]

@@ -1,5 +1,5 @@
-"""Loads a base from disk, dense or packed, frozen and in eval mode. It can also make the same modules on the meta
-device."""
+"""Loads a base from disk, dense or packed (quantized), frozen and in eval mode. It can also make the same net on the
+meta device."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ class LoadedModel:
 def load_model(
     section: ModelSection, *, device: torch.device, streamed: bool = False, streamed_head: bool = False
 ) -> LoadedModel:
-    """Load the base from safetensors or GGUF, pack it if the section quantizes it, freeze it, and move it to `device`.
+    """Load the base from safetensors or GGUF, quantize it if the section requests this, freeze it, and move it to
+    `device`.
 
     `streamed`: keep the layers on the host, as views of files. `streamed_head`: keep the token embedding and the output
     projection there too. Everything else is moved to `device`.
@@ -104,7 +105,7 @@ def load_model(
 
 
 def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> LoadedModel:
-    """The base with its layers, its head, or both in mapped files."""
+    """Load a base for streaming: its layers, its head, or both remain on the host, as views of mapped files."""
     family = spec.family
     with model_errors(spec.section), quiet(), no_fetched_code():
         net, notes, mapped = mapped_net(spec)
@@ -122,10 +123,10 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> Loade
 
 
 def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
-    """Make the modules of load_model on the meta device, from the configuration alone. `device`: the device of the
-    planned run.
+    """Make the same net as load_model, but on the meta device, from the configuration alone. `device`: the device of
+    the planned run.
 
-    Raises: ModelError like load_model, except for faults of the weights.
+    Raises: ModelError in the same cases as load_model, except for defects of the weights.
     """
     source = find_source(section, weights=False)
     indexed = inspection.indexed_family(source)
@@ -152,7 +153,8 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
 def _load_indexed(
     family: Family, source: ModelSource, section: ModelSection, device: torch.device, *, meta: bool = False
 ) -> LoadedModel:
-    """Load a base whose family has its own loader, with the trained modules on the device. `meta`: without weights.
+    """Load a base whose family has a separate loader, such as a diffusion pipeline, with the trained modules on the
+    device. `meta`: without weights.
 
     Raises: ModelError if the section has keys that only language models support.
     """
@@ -167,8 +169,8 @@ def _load_indexed(
 
 
 def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
-    """Names of the head's modules that the base's files lack. A module with packed layers is not among them: its layers
-    were read from the files."""
+    """Names of the head's modules that the base's files lack. Modules with packed layers are left out, because packed
+    layers are always read from the files."""
     packed = tuple(name for name, module in net.named_modules() if isinstance(module, PackedLinear))
     heads = spec.family.new_head(spec.section, net)
     names = [head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in packed)]
@@ -176,12 +178,12 @@ def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
 
 
 def _pack_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str]) -> list[str]:
-    """Pack the net's layers if the section quantizes it; returns notes."""
+    """Quantize the net's layers if the section requests this. Returns notes."""
     return [] if spec.is_dense else quantize_layers(net, spec, device, new_modules)
 
 
 def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
-    """Untie the head if the files contain other numbers for it than for the embedding, as transformers does."""
+    """Untie the head from the embedding if the files contain different numbers for the two, as transformers does."""
     stored = [f"{name}.weight" for name in (family.head_name(net), family.embedding_name(net)) if name is not None]
     if not family.tied(net) or not headers.keys() >= set(stored):
         return
@@ -207,7 +209,7 @@ def _headers(source: ModelSource) -> dict[str, TensorEntry]:
 
 
 def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
-    """Whether _from_files can read the base; assumed if the files are not on this machine yet."""
+    """Whether _from_files can read the base. True if the files are not on this machine yet, so that this is unknown."""
     if not spec.read_by_us:
         return False
     try:
@@ -220,7 +222,7 @@ def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
-    """A model folder with weights packed by bitsandbytes, read by transformers."""
+    """Load a model folder whose weights are packed by bitsandbytes. transformers reads the files."""
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
@@ -245,8 +247,10 @@ def base_fingerprint(section: ModelSection) -> str:
 
 
 def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
-    """The net on the CPU, read by transformers, and notes. Raises: ModelError if the checkpoint lacks weights, which
-    would be random."""
+    """Let transformers read the net, to the CPU. Returns the net and notes.
+
+    Raises: ModelError if the checkpoint lacks weights, because transformers would fill them with random numbers.
+    """
     section, source = spec.section, spec.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
@@ -261,10 +265,10 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             **arguments,
         )
     if shapes := sorted(str(name) for name, *_ in cast(Iterable[tuple[str, object]], loading["mismatched_keys"])):
-        what = f"{section.name_or_path} has weights in other shapes than its configuration declares"
-        how = "give the configuration that belongs to the weights"
+        what = f"{section.name_or_path} has weights whose shapes differ from its configuration"
+        how = "use the config.json that belongs to these weights"
         if source.gguf_file is not None:
-            what = f"{section.name_or_path} has tensors in shapes that transformers does not expect in a GGUF file"
+            what = f"{section.name_or_path} has tensors whose shapes transformers does not support in a GGUF file"
             how = FOLDER
         raise ModelError(f"{what} ({listed(shapes, 5)})", how, key="model.name_or_path")
     missing = sorted(map(str, loading["missing_keys"]))
@@ -274,14 +278,17 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             missing = [key for key in missing if not key.startswith(f"{head}.")]
     if missing:
         what = f"{section.name_or_path} lacks weights that its configuration declares ({listed(missing, 5)})"
-        raise ModelError(what, "they would be random; give a complete model", key="model.name_or_path")
+        raise ModelError(what, "these weights would be random; use a complete model", key="model.name_or_path")
     unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"the model does not use {len(unused)} tensors of the base, for example {unused[0]}"] if unused else []
 
 
 def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] | None:
-    """Read the net without transformers: tensor by tensor (packed or copied), or mapped from an earlier packing. None
-    if only transformers can read it, or if transformers can map the files without copies."""
+    """Read the net without transformers: tensor by tensor, or mapped from the cache of an earlier packing. Returns the
+    net, notes and the cache file.
+
+    None if only transformers can read the net, or if transformers can map the files without copies.
+    """
     if not spec.read_by_us:
         return None
     copied = spec.source.gguf_file is not None or needs_copies(
@@ -336,17 +343,17 @@ def _finish(
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Notes about randomly initialised modules, except a head for other labels, which has its own note."""
+    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
     names = [name for name in new_modules if name != replaced]
     if not names:
         return []
     what = f"the base's files do not contain {', '.join(names)}"
-    return [f"{what}: initialised at random, fully trained, and saved with the adapter or the model"]
+    return [f"{what}; these modules are initialised at random, fully trained, and saved with the adapter or model"]
 
 
 def _statistics_notes(net: nn.Module) -> list[str]:
-    """A note that batch normalisation stays in eval mode, unlike in a plain training loop."""
+    """A note for nets with batch normalisation: it stays in eval mode, unlike in an ordinary training loop."""
     if not modules_with_statistics(net):
         return []
     return ["batch normalisation uses the base's running statistics, which training does not change"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class AutoClass(Protocol):
-    """A class of transformers that makes or loads nets for one task from any configuration."""
+    """One of transformers' Auto classes, such as AutoModelForCausalLM: it makes or loads the nets of one task."""
 
     __name__: str
     _model_mapping: Mapping[type, type[nn.Module]]
@@ -32,7 +32,7 @@ def as_pretrained(net: nn.Module) -> PreTrainedModel:
 
 
 def input_embedding(net: nn.Module) -> nn.Module | None:
-    """The module that looks up or projects inputs; None if the net's class does not name it (convolutional nets)."""
+    """The module that embeds the net's inputs; None if the net's class does not declare one (convolutional nets)."""
     try:
         return as_pretrained(net).get_input_embeddings()
     except (AttributeError, NotImplementedError):

@@ -30,7 +30,7 @@ NOISY = ("transformers", "huggingface_hub", "bitsandbytes", "accelerate", "torch
 def quiet() -> Iterator[None]:
     """Context manager: silence the libraries, except with --verbose. Errors are still raised.
 
-    Blocks of several threads may overlap: the libraries are as before when the last block ends.
+    Blocks of several threads may overlap. The libraries print again after the last block ends.
     """
     if is_verbose():
         yield
@@ -100,8 +100,8 @@ def replaced(namespace: MutableMapping[str, T], **values: T) -> Iterator[None]:
 
 @contextmanager
 def no_fetched_code(*, gguf: bool = False) -> Iterator[None]:
-    """Context manager: the package `kernels` cannot be imported. With `gguf`, transformers also sees `kernels` as not
-    installed."""
+    """Context manager: prevent imports of the package `kernels`, which downloads code. `gguf`: also tell transformers'
+    GGUF reader that `kernels` is not installed."""
     with ExitStack() as stack:
         stack.enter_context(replaced(cast("dict[str, ModuleType | None]", sys.modules), kernels=None))
         for module in filter(None, map(_module, KERNEL_USERS if gguf else ())):
@@ -120,8 +120,8 @@ def _module(name: str) -> ModuleType | None:
 
 @contextmanager
 def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
-    """Context manager: convert errors of transformers into a one-line ModelError. `part`: the part of the model that is
-    being read, for the message."""
+    """Context manager: convert errors of transformers into a one-line ModelError. `part`: words that the message puts
+    before the model's name, such as "the tokenizer of "."""
     try:
         yield
     except (TunekitError, MemoryError, torch.OutOfMemoryError):
@@ -138,5 +138,5 @@ def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
 def refuse_code(error: Exception, file: Path) -> None:
     """Raise a ModelError if `error` means that a processor's file names remote code, which is never run."""
     if CODE_ARGUMENT in str(error):
-        what = "names a class with remote code, but code of processors is never run"
+        what = "the file names a class with remote code, but tunekit never runs the code of processors"
         raise ModelError(what, "choose another base", file=str(file), key="model.name_or_path") from error

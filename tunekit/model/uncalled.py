@@ -1,7 +1,8 @@
-"""Finds layers whose weight the model's own code multiplies directly, instead of calling the layer, such as Mamba's
-dt_proj.
+"""Finds layers that the model's code never calls, because it multiplies the layer's weight directly. An example is
+Mamba's dt_proj.
 
-An adapter on such a layer, or its packed form, would never be used. The layers are found by parsing the model's code.
+An adapter on such a layer would have no effect, and the layer cannot be quantized. The layers are found by parsing the
+model's source code.
 """
 
 import ast
@@ -20,7 +21,8 @@ PRODUCTS = ("linear", "matmul")  # functions that multiply
 
 
 def uncalled_layers(modules: Modules) -> set[str]:
-    """Names of the layers whose weight the net's code multiplies directly."""
+    """Names of layers that the net does not call, because its code multiplies their weight directly, and of layers in a
+    pooler whose output the net ignores."""
     split = ((name, *name.rpartition(".")[::2]) for name in modules if name)
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items()}
     multiplied = {
@@ -30,8 +32,8 @@ def uncalled_layers(modules: Modules) -> set[str]:
 
 
 def _unread_poolers(modules: Modules) -> set[str]:
-    """Names of the modules in a pooler whose output the net ignores. For example, SigLIP's classifier uses the mean of
-    the positions instead."""
+    """Names of the modules in a pooler, if the net ignores the pooler's output. For example, SigLIP's classifier uses
+    the mean of all positions instead."""
     kinds: dict[str, type] = {name: type(module) for name, module in modules.items() if not name}
     if not kinds or _reads_pooled(kinds[""]):
         return set()
@@ -52,7 +54,7 @@ def _reads_pooled(kind: type) -> bool:
 
 @cache
 def returns_several(kind: type) -> bool:
-    """Whether layers of this linear class return more than the product, as Llama 4's routers do."""
+    """Whether the forward of this linear class returns a tuple, as in Llama 4's routers, and not only the product."""
     if getattr(kind, "forward", None) is nn.Linear.forward:
         return False
     return any(isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) for node in ast.walk(_code(kind)))
@@ -60,7 +62,7 @@ def returns_several(kind: type) -> bool:
 
 @cache
 def _multiplied_weights(kind: type) -> frozenset[str]:
-    """Attributes of a class whose `weight` its code multiplies directly or reads."""
+    """Names of the attributes (layers) of a class whose `weight` is used directly in the code of the class."""
     factors = (factor for node in ast.walk(_code(kind)) for factor in _factors(node))
     return frozenset(match[1] for factor in factors for match in [OWN_WEIGHT.fullmatch(ast.unparse(factor))] if match)
 
@@ -72,8 +74,8 @@ def _code(kind: type) -> ast.AST:
 
 @cache
 def _classes(module_name: str) -> dict[str, ast.AST]:
-    """The classes of a source file by name. Empty unless the file reads a layer's weight or defines subclasses of
-    linear layers."""
+    """The syntax trees of the classes in a source file, by class name. Empty if the file neither reads a layer's weight
+    nor defines a subclass of nn.Linear."""
     try:
         source = inspect.getsource(sys.modules[module_name])
     except (KeyError, OSError, TypeError):

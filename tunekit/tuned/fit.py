@@ -1,4 +1,4 @@
-"""Checks whether a model suits an objective and its rows: family, vocabulary, positions."""
+"""Checks whether a model fits an objective and its rows: family, vocabulary and positions."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from tunekit.recipe.recipe import supervised_objective
 
 
 def check_family(base: LoadedModel, family: str) -> LoadedModel:
-    """The base, after a check that it belongs to the objective's family.
+    """Check that the base belongs to the family that the objective needs, and return the base.
 
     Raises: ModelError.
     """
@@ -22,7 +22,7 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
     if fitting is not None:
         how = f"write objective: {fitting.method}"
         raise ModelError(f"{what}, but the objective is for a different kind of model", how, key="objective")
-    what += ", for which this version has no objective: it can be loaded, adapted and called"
+    what += ", for which tunekit has no objective (it can only be loaded, adapted and called)"
     raise ModelError(what, "choose a causal language model or an encoder-decoder", key="model.name_or_path")
 
 
@@ -33,7 +33,7 @@ def row_problems(
     rows: Sequence[Rows],
     virtual_tokens: int = 0,
 ) -> list[Problem]:
-    """Problems of rows that the model cannot take: too long for its positions, or with ids beyond its embedding."""
+    """The problems of rows that the model cannot read: too long for its positions, or with ids beyond its embedding."""
     tokenizer = processor.tokenizer
     if base.text is None or tokenizer is None:
         return []
@@ -45,7 +45,8 @@ def row_problems(
 
 
 def longest_tokens(rows: Rows, layout: RowLayout | None = None) -> int:
-    """Tokens of the longest part in the rows. A part is a sequence in which positions start at 0."""
+    """The number of tokens in the longest sequence of the rows. A row can contain several sequences, such as a source
+    and an answer, whose positions each start at 0."""
     sizes = np.asarray(rows.sizes)  # (rows, sizes)
     if layout is not None and layout.token_sizes is not None:
         sizes = sizes[:, list(layout.token_sizes)]
@@ -53,7 +54,8 @@ def longest_tokens(rows: Rows, layout: RowLayout | None = None) -> int:
 
 
 def vocabulary_problems(base: LoadedModel, tokenizer: Tokenizer, rows: Rows, parts: Sequence[str]) -> Iterator[Problem]:
-    """A problem if rows contain ids beyond the model's embedding."""
+    """Yield a problem if a row contains a token id beyond the model's embedding. `parts`: the parts of a row with token
+    ids."""
     assert base.text is not None  # row_problems checked it
     size = base.text.vocabulary_size
     if tokenizer.vocabulary_size <= size or not parts:
@@ -69,13 +71,13 @@ def vocabulary_problems(base: LoadedModel, tokenizer: Tokenizer, rows: Rows, par
 
 
 def position_problems(base: LoadedModel, longest_tokens: int, virtual_tokens: int = 0) -> Iterator[Problem]:
-    """A problem if rows are longer than the model's learned table of positions. `longest_tokens` includes the
-    adapter's `virtual_tokens`."""
+    """Yield a problem if the longest row has more tokens than the model's learned table of positions. `longest_tokens`
+    includes the adapter's `virtual_tokens`."""
     table = base.family.learned_positions(base.net)
     if table is not None and longest_tokens > table:
-        virtual = f", {virtual_tokens} of them virtual" if virtual_tokens else ""
+        virtual = f" (including {virtual_tokens} virtual tokens of the adapter)" if virtual_tokens else ""
         what = f"the longest row has {longest_tokens} tokens{virtual}, too many for the model's {table} positions"
         if virtual_tokens >= table:
-            yield Problem(what, f"make the prompt shorter than {table} tokens", key="adapter.num_virtual_tokens")
+            yield Problem(what, f"set num_virtual_tokens to less than {table}", key="adapter.num_virtual_tokens")
         else:
             yield Problem(what, f"set data.max_length to at most {table - virtual_tokens}", key="data.max_length")

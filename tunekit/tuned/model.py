@@ -1,4 +1,4 @@
-"""A loaded base with its adapter, called by engines, evaluation and generation."""
+"""A loaded base with its adapter. Training engines, evaluation and generation call it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,7 +38,7 @@ from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 
 @dataclass
 class TunedModel:
-    """The network with its adapter in place (`adapter` None: the bare base)."""
+    """A network with its attached adapter. `adapter` None: the base without an adapter."""
 
     base: LoadedModel
     adapter: AttachedAdapter | None
@@ -59,7 +59,7 @@ class TunedModel:
         return self.base.device
 
     def output(self, inputs: Tensors) -> ModelOutput:
-        """The output that the objective reads. Rows may contain several documents: a new document begins where
+        """Compute the output that the objective reads. A row can contain several documents: a new document begins where
         positions restart."""
         with calling(self.call_for(inputs)):
             output = self.base.family.forward(self.base.net, self.prepare_inputs(inputs))
@@ -71,8 +71,8 @@ class TunedModel:
     def score_batches(
         self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, reference: bool = False
     ) -> list[Tensor]:
-        """The result of `score` for each batch, on the host, without gradient or dropout. `reference`: use the policy
-        at step 0. A streamed base copies its layers once for all batches."""
+        """Call `score` with the model's output for each batch, without gradient or dropout. Returns the results on the
+        host. `reference`: use the policy at step 0. A streamed base copies its layers once for all batches."""
         policy = self._at_step_0() if reference else nullcontext()
         with torch.no_grad(), self.training_mode(False), policy, self.unchanged_weights():
             single = (self.output(batch.inputs) for batch in batches)
@@ -81,14 +81,14 @@ class TunedModel:
         return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in scores]
 
     def keep_reference(self) -> None:
-        """Save the adapter's present state as the reference, the policy at step 0."""
+        """Save the current state of the adapter as the reference policy (the policy at step 0)."""
         assert self.adapter is not None
         self.reference_state = {name: tensor.clone() for name, tensor in self.adapter.state().items()}
 
     @contextmanager
     def _at_step_0(self) -> Iterator[None]:
-        """A block in which the model is the policy at step 0: the adapter with the saved state if there is one,
-        otherwise the base without adapter."""
+        """Context manager: the model is the policy at step 0. This is the adapter with the saved state, or the base
+        without adapter if no state was saved."""
         state = self.reference_state
         if state is None or self.adapter is None:
             with calling(replace(current_call(), bypassed=True)):
@@ -98,7 +98,7 @@ class TunedModel:
                 yield
 
     def _by_layer(self, batches: Sequence[Batch]) -> Iterator[ModelOutput]:
-        """The output of each batch, with every layer computing all batches before the next layer."""
+        """Yield the output of each batch. Each layer computes all batches before the next layer is needed."""
         stages = self.base.family.stages(self.base.net)
         assert self.slots is not None
         assert stages is not None  # plan refuses to stream such a base
@@ -125,8 +125,8 @@ class TunedModel:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """The generated ids for each prompt, up to and including a stop id. `seeds`: one per prompt, for sampling.
-        On the meta device all answers have the maximum length."""
+        """Generate token ids for each prompt, including the stop id that ends an answer. `seeds`: one per prompt, for
+        sampling. On the meta device, all answers have the maximum length."""
         if self.device.type == "meta":
             return [[int(prompt[-1])] * max_new_tokens for prompt in prompts]
         model_adapter = None if self.adapter is None else self.adapter.model_adapter  # it changes the inputs
@@ -146,7 +146,7 @@ class TunedModel:
             )
 
     def to_output(self, hidden: Tensor) -> ModelOutput:
-        """The output for last hidden states (B, T, D)."""
+        """Make the output for objectives from the last hidden states (B, T, D)."""
         text = self.base.text
         chunk = self.chunk_tokens or logits_chunk_tokens(1 if text is None else text.vocabulary_size)
         head = self.base.family.head(self.base.net)
@@ -156,24 +156,25 @@ class TunedModel:
         return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_heads=heads)
 
     def hidden(self, inputs: Tensors) -> Tensor:
-        """Last hidden states (B, T, D) after the final norm. Rows may contain several documents: a new document
-        begins where positions restart."""
+        """Last hidden states (B, T, D) after the final norm. A row can contain several documents: a new document begins
+        where positions restart."""
         with calling(self.call_for(inputs)):
             return self.real_positions(self.base.family.hidden(self.base.net, self.prepare_inputs(inputs)))
 
     def call_for(self, inputs: Tensors) -> Call:
-        """The current call with the documents, or the real tokens, of these inputs."""
+        """The current Call, with the boundaries of documents or of padding in these inputs."""
         real = None if self.virtual_tokens else real_tokens(inputs)
         return replace(current_call(), segments=self._segments(inputs), real_tokens=real)
 
     def prepare_inputs(self, inputs: Tensors) -> Tensors:
-        """The base's inputs, on the device; recordings and images in the compute dtype."""
+        """Prepare inputs for the network: move them to the device, cast recordings and images to the compute dtype, and
+        apply the adapter's changes."""
         moved = {name: to_device(tensor, self.device) for name, tensor in inputs.items()}
         floats = {name: tensor.to(self.base.dtype) for name, tensor in moved.items() if tensor.is_floating_point()}
         return self.adapt_inputs(moved | floats)
 
     def real_positions(self, hidden: Tensor) -> Tensor:
-        """The same hidden states (B, T, D), or logits, without the positions of the adapter's virtual tokens."""
+        """Remove the positions of the adapter's virtual tokens from hidden states (B, T, D) or logits."""
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
 
     def _segments(self, inputs: Tensors) -> Segments | None:
@@ -183,7 +184,8 @@ class TunedModel:
         return find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
 
     def adapt_inputs(self, inputs: Tensors) -> Tensors:
-        """The network's inputs after the adapter's changes; in generation, for the first step."""
+        """Apply the adapter's changes to the inputs of a forward. In generation, this is done only for the first
+        step."""
         return inputs if self.adapter is None else self.adapter.inputs(inputs)
 
     @property
@@ -192,17 +194,19 @@ class TunedModel:
         return 0 if self.adapter is None else self.adapter.virtual_tokens
 
     def own_logits(self, inputs: Tensors) -> Tensor:
-        """The logits (B, T, V) as the network itself computes them, not in chunks; only for a few tokens."""
+        """The logits (B, T, V) that the network itself computes, not in chunks. This needs much memory for many
+        tokens."""
         return self.real_positions(self.base.family.logits(self.base.net, self.prepare_inputs(inputs)))
 
     def unchanged_weights(self) -> AbstractContextManager[None]:
-        """A block in which no trained weight changes, so that each weight is cast to the compute dtype only once."""
+        """Context manager for code that changes no trained weight. Each weight is cast to the compute dtype only
+        once."""
         return nullcontext() if self.adapter is None else self.adapter.casts.caching()
 
     @contextmanager
     def clearing_on_failure(self) -> Iterator[None]:
-        """A block that releases the stored layer inputs after a failure: torch's queue may keep a broken graph
-        alive."""
+        """Context manager: if the block fails, release the stored layer inputs, because torch may keep the failed graph
+        in memory."""
         try:
             yield
         except BaseException:
@@ -216,7 +220,7 @@ class TunedModel:
                 parameter.grad.zero_()
 
     def head_parameters(self) -> list[Tensor]:
-        """Trained parameters inside the head; their gradient is computed in chunks with the loss."""
+        """Trained parameters inside the head. Their gradient is computed in chunks, together with the loss."""
         name = self.base.family.head_name(self.base.net)
         if self.adapter is None or name is None:
             return []
@@ -224,14 +228,14 @@ class TunedModel:
         return [parameter for parameter in inside if parameter.requires_grad]
 
     def training_mode(self, training: bool) -> AbstractContextManager[None]:
-        """Train or eval mode inside the block; each module's mode is restored after it."""
+        """Context manager: switch to train or eval mode, and restore the mode of each module afterwards."""
         return training_mode(self.base.net, training)
 
 
 @dataclass
 class ModelRun:
-    """A RunView of one model. It gives access to this model's companions (other models that the objective needs,
-    such as a teacher)."""
+    """A model as objectives see it during a run (a RunView). Companions are other models that the objective needs, such
+    as a teacher."""
 
     model: Model
     rows: RowKind
@@ -244,12 +248,12 @@ class ModelRun:
         return self.model.device.type == "meta"
 
     def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The values that `read` takes from the model's forward of each batch, on the host, without gradient or
-        dropout."""
+        """Run a forward of each batch without gradient or dropout. Returns the values that `read` takes from each
+        output, on the host."""
         return self.model.score_batches(batches, read)
 
     def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The values that `read` takes from forwards of the policy at step 0."""
+        """Like `score`, but with the policy at step 0."""
         return self.model.score_batches(batches, read, reference=True)
 
     def companion(self, key: str) -> Companion:

@@ -1,5 +1,5 @@
-"""Builds the network for training, measuring or simulation from a loaded base and the plan's choice, always in the
-same order. Also compiles decoder layers if the plan chose that."""
+"""Builds the network for training, measurement or simulation from a loaded base and the settings that plan chose. The
+order of steps is always the same. This module also compiles decoder layers if plan chose that."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -36,13 +36,13 @@ def prepare_network(
     *,
     planned_for: torch.device | None = None,
 ) -> TunedModel:
-    """Add the features that `choice` selects to the base's network: checkpointing, adapter, tiles, kernels, compiled
-    layers, streaming.
+    """Add the features that `choice` selects to the base's network, in this order: checkpointing, adapter, MLPs in
+    tiles, faster kernels, compiled layers, streaming.
 
-    `attach` attaches the adapter. It is called after layers have seeds and checkpointing as in the run, because an
-    initialisation with calibration data runs the layers. It is called before adapted layers are replaced or moved.
-    `planned_for`: the run's device, if the base is on the meta device. Then no layers are compiled, which needs no
-    more memory.
+    `attach` attaches the adapter. The layers already have seeds and checkpointing then, because an initialisation with
+    calibration data runs them. Adapted layers are replaced or moved only afterwards.
+    `planned_for`: the run's device, if the base is on the meta device. Then layers are not compiled, because that does
+    not change the memory.
     Raises: ModelError if an MLP cannot be computed in tiles, and the errors of `attach`.
     """
     layers, frozen = base.family.layers(base.net), layer_weights(base)
@@ -67,9 +67,9 @@ def prepare_network(
 
 
 def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
-    """The parts of the output projection, if it is streamed.
+    """Prepare the output projection for streaming in parts; None if it is not streamed.
 
-    Raises: ModelError if it cannot be streamed.
+    Raises: ModelError if this base's output projection cannot be streamed.
     """
     if not choice.streamed_head:
         return None
@@ -88,12 +88,12 @@ def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
 
 
 class LayerForward:
-    """A layer's forward, which can be compiled for training later.
+    """Replaces a layer's forward, so that it can be compiled for training later.
 
-    The compiled code is the model's own code of one layer (norms, residuals, rotary embeddings), compiled once for all
-    similar layers. Adapted, quantized and joined layers (see joined_lora.py) and attention over documents are not
-    compiled: each is already one autograd function or one kernel. Evaluation, generation and forwards before the
-    adapter is attached run uncompiled.
+    The model's own code of a layer (norms, residuals, rotary embeddings) is compiled once for all similar layers.
+    Adapted and quantized layers, layers of joined_lora.py, and attention per document are not compiled, because each is
+    already one autograd function or one kernel. Forwards without gradients (evaluation, generation) and forwards before
+    `compile_layers` run uncompiled.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -115,10 +115,10 @@ def wrap_forwards(layers: Sequence[nn.Module]) -> list[LayerForward]:
 
 
 def compile_layers(forwards: Sequence[LayerForward]) -> None:
-    """Compile from the next training forward on; the adapter must be attached.
+    """Use compiled layers from the next training forward on. The adapter must already be attached.
 
-    Sizes are symbolic from the first compilation on, so that kernels do not depend on the first batch: a resumed run
-    computes the same as an uninterrupted one.
+    Sizes are symbolic from the first compilation on, so that kernels do not depend on the first batch. A resumed run
+    therefore computes the same as an uninterrupted run.
     """
     if not forwards:
         return
@@ -135,8 +135,8 @@ def compile_layers(forwards: Sequence[LayerForward]) -> None:
 
 
 def _stays_uncompiled(module: nn.Module) -> bool:
-    """Whether compiled code must call this module uncompiled: it has an adapter, is quantized, or its forward was
-    replaced, such as by a fused MLP."""
+    """Whether compiled code must call this module uncompiled, because the module has an adapter, is quantized, or has a
+    replaced forward, such as a fused MLP."""
     forward = module.__dict__.get("forward")
     replaced = forward is not None and not isinstance(forward, LayerForward)
     return replaced or isinstance(module, Wrapper) or bool(packed_layers(module).get(""))

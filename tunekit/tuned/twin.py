@@ -10,8 +10,8 @@ from tunekit.model.pretrained import config_of
 
 
 def make_twin(base: LoadedModel) -> LoadedModel:
-    """A copy of the base with separate modules and configuration, but the same tensors. A run may replace and wrap
-    modules, but must not change values. The base must not have been prepared for a run."""
+    """Copy the base: new modules and a new configuration, but the same tensors. A run can replace and wrap modules of
+    the copy, but must not change values of tensors. Copy a base before it is prepared for a run."""
     shared: dict[int, object] = {}
     for module in base.net.modules():
         named = {**module._parameters, **module._buffers, **vars(module)}
@@ -21,13 +21,13 @@ def make_twin(base: LoadedModel) -> LoadedModel:
 
 
 class TensorVersions:
-    """Records the state of a base's tensors, to detect a run that changes them."""
+    """Records the versions and addresses of a base's tensors, to detect whether a run changes a tensor."""
 
     def __init__(self, base: LoadedModel) -> None:
         tensors = [*base.net.parameters(), *base.net.buffers()]
         self._tensors = [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
 
     def unchanged(self) -> bool:
-        """Whether no value was changed in place, and no tensor moved to different memory. Streamed layers always
-        move, so this works only for bases that stay on the device."""
+        """Whether no tensor was changed in place or moved in memory since the start. Streamed layers always move, so
+        this works only for bases that stay on the device."""
         return all(t._version == version and t.data_ptr() == pointer for t, version, pointer in self._tensors)

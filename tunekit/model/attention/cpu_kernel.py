@@ -5,12 +5,12 @@
 
 A document may share a prefix that is computed in another document; it then has more keys than queries.
 Queries are processed in blocks against the keys before them, in float32 for any input dtype, so that only the output
-is rounded, as in torch's kernel. No T x T matrix is kept: P is recomputed. Query heads that share a key head are rows
-of one product, so keys and values are never repeated.
+is rounded, as in torch's kernel. No T x T matrix is kept: P is recomputed. Query heads that share a key head are
+stacked as rows of one matrix product, so keys and values are never repeated.
 
-Milliseconds of this code and of torch's kernel, measured on one busy core with AVX512-BF16, 9 query heads and 3 key
-heads of 64, forward and backward. bfloat16: 2.2 and 4.0 (150 tokens), 19 and 22 (512 tokens), 62 and 55 (1,024 tokens).
-float32: 1.9 and 2.5 (150 tokens), 15 and 26 (512 tokens).
+Milliseconds of this code and of torch's kernel, forward and backward, measured on one busy core with AVX512-BF16, with
+9 query heads and 3 key heads of width 64. bfloat16: 2.2 and 4.0 (150 tokens), 19 and 22 (512 tokens), 62 and 55 (1,024
+tokens). float32: 1.9 and 2.5 (150 tokens), 15 and 26 (512 tokens).
 """
 
 import math
@@ -87,7 +87,10 @@ def _rows(tensor: Tensor, groups: int) -> Tensor:
 
 
 def _probabilities(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """softmax(scale Q K^T) of the last queries of a document. Shapes: (H, N, D), (G, L, D) -> (G, H / G * N, L)."""
+    """Attention probabilities softmax(scale Q K^T) for the last N queries of a document that has L keys so far.
+
+    Shapes: (H, N, D), (G, L, D) -> (G, H / G * N, L).
+    """
     groups, (heads, count, _), length = keys.shape[0], queries.shape, keys.shape[1]
     allowed = queries.new_zeros(count, length)  # (N, L)
     allowed[:, length - count :] = _future(queries.dtype, queries.device)[:count, :count]

@@ -1,9 +1,9 @@
 """Attention within each document of a packed row, without a T x T mask.
 
-transformers passes the result of its mask function to every layer. Ours returns a DocumentMask if the forward has
-segments; our attention functions then call the original function for each document. Scaling, grouped heads, soft caps
-and sinks therefore stay in that function, and a layer whose mask is not made by transformers' mask function keeps its
-own mask.
+transformers passes the result of its mask function to every layer. tunekit's mask function returns a DocumentMask if
+rows are packed. tunekit's attention functions then call the model's attention function once per document. The model's
+function still applies scaling, grouped heads, soft caps and sinks. A layer that does not use transformers' mask
+function keeps its own mask.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ PROVEN = frozenset(
 
 
 def keeps_documents_apart(net: nn.Module) -> bool:
-    """Whether documents of a row do not attend to each other: attention runs per document, in a tested family."""
+    """Whether documents in a packed row never attend to each other: attention runs per document, in a tested family."""
     return str(config_of(net)._attn_implementation).endswith(SUFFIX) and text_config(net).model_type in PROVEN
 
 
 def shares_prefixes(net: nn.Module, longest: int) -> bool:
-    """Whether documents of a row may share a prefix computed in another document: plain attention, and no window that
-    cuts documents of up to `longest` tokens."""
+    """Whether several documents of a row can use one copy of their common prefix. This needs attention per document
+    (not eager), and no sliding window that is shorter than `longest` tokens."""
     plain = not str(config_of(net)._attn_implementation).startswith(LOOPED[1])
     return plain and keeps_documents_apart(net) and within_windows(net, longest)
 
@@ -65,7 +65,8 @@ def within_windows(net: nn.Module, longest: int) -> bool:
 
 
 class DocumentMask:
-    """Replaces a layer's mask. `allowed`: the mask function inside a document; None: causal attention."""
+    """Replaces a layer's mask when rows are packed. `allowed`: transformers' mask function for use inside a document;
+    None: causal attention."""
 
     def __init__(self, segments: Segments, allowed: Callable[..., Tensor] | None, device: torch.device) -> None:
         self.segments, self.allowed, self.device = segments, allowed, device
@@ -74,10 +75,10 @@ class DocumentMask:
         self._key_indices: dict[int, Tensor] = {}
 
     def block(self, row: int, start: int, length: int, keys: int, dtype: torch.dtype = torch.bool) -> Tensor | None:
-        """Mask (1, 1, L, L) of one document: True (or 0 in a floating `dtype`) where a key is visible. None if it is
-        causal.
+        """Mask (1, 1, L, L) of one document: True (or 0 in a floating `dtype`) where a key is visible. A
+        document with a shared prefix has K > L keys, and its mask is (1, 1, L, K).
 
-        A document that shares a prefix with another document has K > L keys; its mask is (1, 1, L, K).
+        None for causal attention without a shared prefix, which needs no mask.
         """
         if self.allowed is None and keys == length:
             return None
@@ -105,7 +106,7 @@ class DocumentMask:
         return self._boundaries
 
     def keys_of(self, row: int, tensor: Tensor) -> Tensor:
-        """The keys or values that each document of a row reads, document by document: (G, T, D) -> (G, U, D)."""
+        """Gather the keys or values that each document of a row reads, document by document: (G, T, D) -> (G, U, D)."""
         if not self.segments.shared:
             return tensor
         if row not in self._key_indices:
@@ -125,7 +126,7 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make the net attend document by document, if its layers look up attention in transformers' table."""
+    """Make the net attend document by document, if its layers use transformers' table of attention functions."""
     config = config_of(net)
     plain = str(config._attn_implementation)
     if plain not in LOOPED or not getattr(net, "_supports_attention_backend", False):
@@ -139,8 +140,8 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
 
 
 def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
-    """Whether torch's variable-length kernel runs on `device` with this model's heads; assumed for a GPU that is not on
-    this machine."""
+    """Whether torch's variable-length attention kernel supports `device` and the size of this model's heads. A GPU that
+    is not on this machine is assumed to be new enough."""
     if capability(device) < CAPABILITY or _varlen() is None:
         return False
     text = config.get_text_config()
@@ -149,7 +150,7 @@ def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
 
 
 def uncompiled_attention() -> None:
-    """Exclude attention over documents from compiled layers: it is a kernel, or a loop of varying length."""
+    """Exclude attention per document from compilation, because it is one kernel call or a loop of varying length."""
     from transformers import AttentionInterface
 
     _register()
@@ -158,8 +159,8 @@ def uncompiled_attention() -> None:
 
 
 def may_be_packed(net: nn.Module) -> bool:
-    """Whether the net may keep packed rows apart: it attends document by document or makes its mask from positions, or
-    a meta forward cannot decide it."""
+    """False if the net surely mixes the documents of a packed row. True if it attends document by document, if it makes
+    its mask from positions, or if a trial on the meta device is impossible."""
     from transformers import masking_utils
 
     name, searches = "find_packed_sequence_indices", list[bool]()
@@ -218,9 +219,9 @@ def _functions() -> dict[str, Callable[..., AttentionOutput]]:
 
 
 def known_documents() -> AbstractContextManager[None]:
-    """Context manager: transformers learns from the current Call whether rows are packed.
+    """Context manager: transformers takes the boundaries of packed documents from the current Call.
 
-    transformers' own search reads from the device: this makes every forward wait, and is impossible on meta devices.
+    transformers itself would read positions from the device. This would delay every forward, and fail on meta devices.
     """
     from transformers import masking_utils
 
@@ -239,7 +240,8 @@ def _documents_of_tokens(segments: Segments, position_ids: Tensor) -> Tensor | N
 
 
 def _mask_function(plain: str) -> Callable[..., object]:
-    """A mask function for transformers: it returns a DocumentMask if the forward has segments, else `plain`'s mask."""
+    """Make a mask function for transformers. It returns a DocumentMask if rows are packed, otherwise the mask of the
+    attention implementation `plain`, such as sdpa."""
 
     def make_mask(*, mask_function: Callable[..., Tensor], device: torch.device | str, **named: object) -> object:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -267,7 +269,7 @@ def attend_by_sdpa(
 def _eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: LayerMask, **named: object
 ) -> AttentionOutput:
-    """Eager attention from the module's own file, which knows its soft cap and its sinks."""
+    """Call the eager attention function in the model's own source file, which applies the soft cap and the sinks."""
     from importlib import import_module
 
     plain = import_module(type(module).__module__).eager_attention_forward
@@ -335,8 +337,8 @@ def _products(
 
 @cache
 def _varlen() -> Callable[..., Tensor] | None:
-    """torch's variable-length attention, if this torch has it with the argument `scale` (its first version lacked
-    it)."""
+    """torch's variable-length attention function. None if this torch lacks the function or its arguments `scale` and
+    `window_size`."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -357,8 +359,8 @@ def _with_all_heads(
     enable_gqa: bool,
     **named: object,
 ) -> Tensor:
-    """Call `attend` with repeated key heads, for a torch that needs as many key heads as query heads. Shapes:
-    (T, H, D), (T, G, D), (T, G, D)."""
+    """Repeat key and value heads, then call `attend`: older torch versions need as many key heads as query heads.
+    Shapes: query (T, H, D), key and value (T, G, D)."""
     groups = query.shape[1] // key.shape[1]
     repeated = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return attend(query, *repeated, *others, **named)
@@ -387,7 +389,7 @@ def _each_document(
         for pieces in zip(parts[0].split(lengths, dim=1), *keys, strict=True):
             length, key_count = (piece.shape[1] for piece in pieces[:2])
             if bias is not None:
-                assert not mask.segments.shared, "no objective of an encoder-decoder lays pairs end to end"
+                assert not mask.segments.shared, "documents with a position bias cannot share a prefix"
                 place = slice(start, start + length)
                 named["position_bias"] = bias[row if bias.shape[0] > 1 else 0, :, place, place][None]
             block = mask.block(row, start, length, key_count, block_dtype)

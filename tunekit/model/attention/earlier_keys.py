@@ -2,7 +2,7 @@
 
 An attention module receives the learned keys and values as if they were in its cache, and its own code joins them with
 the tokens' keys and values. So scaling, grouped heads, soft caps and relative biases need no code here. The model's own
-cache does not contain the learned keys, so they also work without a cache and in a recomputed layer.
+cache does not contain the learned keys, so the learned keys also work without a cache and in a recomputed layer.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ Hooked = tuple[tuple[object, ...], dict[str, Any]]
 def enter(
     net: nn.Module, attentions: list[SelfAttention], length: int, keys_values: KeysAndValues
 ) -> list[RemovableHandle]:
-    """Put `length` keys and values before the tokens' own in every layer, at the positions 0 to `length` - 1.
+    """In every layer, put `length` learned keys and values before the keys and values of the tokens.
 
-    The tokens' positions then start at `length`. Returns the hooks; `remove()` of all hooks undoes the change.
+    The learned keys have the positions 0 to `length` - 1, and the tokens' positions start at `length`. Returns the
+    hooks; call `remove()` on all of them to undo the change.
     """
     masks: MaskCache = {}
     entries = [_Entry(attention, length, keys_values, masks) for attention in attentions]
@@ -96,7 +97,7 @@ class _Entry:
             keys, first = past.get_mask_sizes(queries, self.attention.layer) if past is not None else (queries, 0)
             mask = _causal_mask(queries, keys, cached - first, self.attention.window, hidden.device)
         if not isinstance(mask, Tensor):
-            raise ModelError(f"a prefix cannot extend masks of the kind {type(mask).__name__}", key="model.attention")
+            raise ModelError(f"a prefix cannot extend a mask of type {type(mask).__name__}", key="model.attention")
         if mask.dim() == 2:  # a mask of tokens, as flash kernels take it
             return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
         visible = self._visible(positions, queries, cached, mask.device)
@@ -150,8 +151,8 @@ class EarlierPast:
 
 @torch.no_grad()
 def keys_and_values(net: nn.Module, attentions: list[SelfAttention], ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values (H, T, D) of the text `ids` (1, T) in every layer of the base without adapters, float32 on the
-    CPU."""
+    """Compute the keys and values (H, T, D) of the text `ids` (1, T) in every layer of a base without adapters. Returns
+    them in float32 on the CPU."""
     recorded: dict[int, tuple[Tensor, Tensor]] = {}
 
     def record(attention: SelfAttention) -> Callable[..., Hooked]:
@@ -198,8 +199,8 @@ def _join(learned: Tensor, states: Tensor) -> Tensor:
 
 
 def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: int) -> list[RemovableHandle]:
-    """Register hooks that add `length` to the positions of the tokens, on the module where this decoder makes
-    positions.
+    """Register hooks that add `length` to the positions of the tokens. Returns the hooks: none if the model computes
+    positions from the length of its cache.
 
     Raises: ModelError if the decoder makes positions in an unknown way.
     """
@@ -211,7 +212,7 @@ def _shift_positions(net: nn.Module, attentions: list[SelfAttention], length: in
     for name, table in outer.named_children():
         if "position" in name and "position_ids" in parameters_of(table):
             return [table.register_forward_pre_hook(_Shift(table, length), with_kwargs=True)]
-    raise no_way_in(decoder(net).config, "takes no position ids")
+    raise no_way_in(decoder(net).config, "it takes no position ids")
 
 
 class _Shift:

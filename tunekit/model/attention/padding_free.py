@@ -8,8 +8,8 @@ reads. This is done only on a CPU: elsewhere the number of real tokens would hav
   dV = drop(P)^T G,  S = scale P * (H - rowsum(H * P)),  dQ = S K,  dK = S^T Q
 
 Short rows of similar length attend in one padded product in float32, as torch's plain attention computes it. Longer
-rows go to torch's kernel one by one. Measured with 32 rows of Banking77 (16 tokens on average), 12 heads of 32, forward
-and backward of six layers on a busy core: 124 ms in groups of similar length, 191 ms as one group.
+rows go to torch's kernel one by one. Measured with 32 rows of Banking77 (16 tokens on average), 12 heads of width 32,
+forward and backward of six layers on a busy core: 124 ms in groups of similar length, 191 ms as one group.
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ class RowGroup:
         return torch.zeros(real.shape).masked_fill(~real, -math.inf)[:, None, None]
 
     def places(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Three index tensors for the heads of the group's tokens. (N * H,): places in the flattened (M * H) of all
-        tokens. (N * H,): places in the padded (B * H * T). (B * H * T,): for each padded place, a place among all
-        tokens (0 at padding)."""
+        """Three index tensors for copies between the tensor of all tokens, flattened to (M * H), and the group's padded
+        tensor, flattened to (B * H * T).
+
+        (N * H,): index of each head of the group's tokens among all tokens. (N * H,): its index in the padded tensor.
+        (B * H * T,): for each element of the padded tensor, the index among all tokens (0 at padding).
+        """
         if heads not in self._places:
             rows = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))  # (N,)
             positions = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)
@@ -84,8 +87,8 @@ class RealTokens:
 
     @cached_property
     def filled_index(self) -> Tensor:
-        """(M,): `index`, filled with zeros to a multiple of TOKENS. The zeros are copies of the first token, whose
-        outputs nothing reads, so their gradient is zero."""
+        """(M,): `index`, extended with zeros to a multiple of TOKENS. The added entries are copies of the first token.
+        Nothing reads the outputs of these copies, so their gradient is zero."""
         return F.pad(self.index, (0, -len(self.index) % TOKENS))
 
     @cached_property
@@ -174,7 +177,7 @@ def _attend(
 
 
 class _RowAttention(torch.autograd.Function):
-    """Autograd function: attention of each row to itself; zeros after the real tokens.
+    """Autograd function: attention of each row to itself. The output is zero after the real tokens.
 
     Shapes: query, key, value (M, H, D) -> (M, H, D).
     """

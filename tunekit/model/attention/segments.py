@@ -36,8 +36,8 @@ class Segments:
         return tuple(map(add, self.shared[row], self.rows[row])) if self.shared else self.rows[row]
 
     def key_indices(self, row: int) -> Tensor:
-        """(U,) indices in the row: the keys of each document, one document after the other. A shared prefix occurs
-        repeatedly."""
+        """(U,) indices in the row: the keys of each document, one document after the other. A shared prefix occurs once
+        for each document that uses the prefix."""
         indices, start, first = list[Tensor](), 0, 0
         for length, shared in zip(self.rows[row], self.shared[row], strict=True):
             first = first if shared else start

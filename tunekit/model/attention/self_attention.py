@@ -22,7 +22,8 @@ MASK_NAMES = ("attention_mask", "mask")
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """One layer's self-attention: H key and value heads of width D; `window`: the number of tokens it looks back."""
+    """One layer's self-attention: H key and value heads of width D. `window`: the size of its sliding window in tokens;
+    None: all earlier tokens."""
 
     name: str
     module: nn.Module
@@ -44,9 +45,9 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
         if isinstance(layer, int) and layer not in modules and parameter_of(module, CACHE_NAMES) is not None:
             modules[layer] = name, module  # a layer's cross-attention comes after its self-attention
     if not modules or not all(getattr(module, "is_causal", True) for _, module in modules.values()):
-        raise no_way_in(config, "has no causal self-attention")
+        raise no_way_in(config, "it has no causal self-attention")
     if sorted(modules) != list(range(int(config.num_hidden_layers))):
-        raise no_way_in(config, f"has attention in {len(modules)} of its {config.num_hidden_layers} layers only")
+        raise no_way_in(config, f"only {len(modules)} of its {config.num_hidden_layers} layers have attention")
     prefix = name_of(net, decoder(net))
     attentions = [
         _attention(config, f"{prefix}.{name}".lstrip("."), module, layer)
@@ -54,7 +55,7 @@ def self_attentions(net: nn.Module) -> list[SelfAttention]:
     ]
     sizes = {(attention.heads, attention.width) for attention in attentions}
     if len(sizes) > 1 or getattr(config, "num_kv_shared_layers", None):
-        raise no_way_in(config, "has keys that differ from layer to layer")
+        raise no_way_in(config, "not all of its layers have separate keys of one size")
     return attentions
 
 
@@ -72,10 +73,10 @@ def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: in
     if ("alibi" in parameters and getattr(config, "alibi", True)) or (
         "position_bias" in parameters and not hasattr(module, "compute_bias")
     ):
-        raise no_way_in(config, "gets its positions as a bias of fixed size")
+        raise no_way_in(config, "its positions are an attention bias of fixed size")
     kinds = getattr(config, "layer_types", None)
     if kinds and kinds[layer] not in ("full_attention", "sliding_attention"):
-        raise no_way_in(config, f"has layers of {kinds[layer]}")
+        raise no_way_in(config, f"it has layers with {kinds[layer]}")
     window = getattr(config, "sliding_window", None)
     varied = getattr(config, "per_layer_config", None)
     heads, width = heads_and_width(config if varied is None else varied[layer])
@@ -83,7 +84,7 @@ def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: in
     for projection in ("k_proj", "k"):
         outputs = getattr(getattr(module, projection, None), "out_features", heads * width)
         if outputs != heads * width:
-            raise no_way_in(config, f"has {outputs} outputs in {name}, not {heads} heads of width {width}")
+            raise no_way_in(config, f"{name} has {outputs} outputs, not {heads} heads of width {width}")
     return attention
 
 
@@ -97,15 +98,15 @@ def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
 
 def no_way_in(config: PreTrainedConfig, why: str) -> ModelError:
     """The error for a family that cannot have learned keys and values before its tokens, with the reason."""
-    what = f"{config.model_type} {why}, so no keys and values can be put before those of the tokens"
+    what = f"{config.model_type} cannot have learned keys and values before its tokens: {why}"
     return ModelError(what, "choose another adapter.method, such as lora or prompt", key=KEY)
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the module's forward, in order."""
+    """Parameter names of the module's `forward` method, in order."""
     return tuple(inspect.signature(module.forward).parameters)
 
 
 def parameter_of(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """The first of `names` that is a parameter of the module's forward; None if there is none."""
+    """The first of `names` that is a parameter of the module's `forward` method; None if there is none."""
     return next((name for name in names if name in parameters_of(module)), None)

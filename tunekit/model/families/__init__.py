@@ -1,4 +1,5 @@
-"""The families of models. Each file in this folder that defines FAMILY is a family; the others are shared code."""
+"""The families of models. Each file in this folder that defines FAMILY is one family; the other files are shared
+code."""
 
 import re
 from functools import cache

@@ -18,16 +18,16 @@ from tunekit.recipe.model import ModelSection
 PROJECTOR, CLASSIFIER = "projector", "classifier"
 MODEL_TYPES = ("whisper",)
 NOT_WHISPER = (
-    "is not a Whisper model. audio_classify trains only Whisper's encoder, which reads log-mel features. Models of "
-    "raw waveforms (Wav2Vec2, HuBERT, WavLM) or of other spectrograms (AST) are not supported"
+    "it is not a Whisper model. audio_classify trains only Whisper's encoder, which reads log-mel features. Models "
+    "that read raw waveforms (Wav2Vec2, HuBERT, WavLM) or other spectrograms (AST) are not supported"
 )
-MIXED = "mixes its layers with trained weights (use_weighted_layer_sum), which audio_classify does not train"
+MIXED = "its head mixes all layers with trained weights (use_weighted_layer_sum), which audio_classify does not train"
 
 
 @dataclass(frozen=True)
 class MeanHead(TextHead):
-    """logits = classifier(projector(m)), where m is the mean of a recording's hidden states. The net itself projects
-    each position and averages the projections, which gives the same logits.
+    """logits = classifier(projector(m)), where m is the mean of a recording's hidden states. The model's own forward
+    first projects each position and then averages, which gives the same logits.
 
     Shapes: m (N, D) -> (N, C).
     """
@@ -38,8 +38,8 @@ class MeanHead(TextHead):
 
 
 class AudioClassifierFamily(Family):
-    """Input: log-mel features, input_features (B, M, F). The encoder's hidden states are (B, T, D). A head reads their
-    mean: (D) -> (C), C labels."""
+    """Input: log-mel features, input_features (B, M, F). The encoder computes hidden states (B, T, D). A head maps the
+    mean over T to the logits of C labels: (B, D) -> (B, C)."""
 
     endings = ("ForAudioClassification",)
     class_name = "AutoModelForAudioClassification"
@@ -62,7 +62,7 @@ class AudioClassifierFamily(Family):
         config = {} if source.gguf_file is not None else read_config(source)
         why = self.obstacle(config) if config else None
         if why is not None:
-            what = f"{section.name_or_path} ({config.get('model_type', 'unknown')}) {why}"
+            what = f"{section.name_or_path} ({config.get('model_type', 'unknown')}) cannot be loaded: {why}"
             raise ModelError(what, "choose a Whisper model, such as openai/whisper-tiny", key="model.name_or_path")
         return AudioProcessor(*load_extractor(section))
 

@@ -9,7 +9,7 @@ from tunekit.recipe.model import ModelSection
 
 
 class CausalFamily(Family):
-    """A decoder. Bases whose configuration names no architecture belong to this family too."""
+    """Decoders that continue text. Bases whose configuration names no architecture also belong to this family."""
 
     endings = ("ForCausalLM", "LMHeadModel")
     class_name = "AutoModelForCausalLM"

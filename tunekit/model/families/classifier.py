@@ -27,25 +27,27 @@ class ClassifierFamily(Family):
         return load_tokenizer(section)
 
     def reads_rows(self, net: nn.Module) -> bool:
-        """True for encoders and encoder-decoders, whose heads differ from net to net."""
+        """True for encoders and encoder-decoders: their heads differ from net to net, so only the net itself can call
+        its head."""
         return not scores_tokens(net)
 
     def layers(self, net: nn.Module) -> NamedModules:
         return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """Logits (B, C). An encoder computes positions itself, because some encoders start at another number than 0.
+        """Logits (B, C). Position ids are not passed, because some encoders do not number positions from 0.
 
-        Raises: ModelError if a decoder could not distinguish padding from text, or if the net has no token type for the
-        second text of a pair.
+        Raises: ModelError for a decoder without a padding token, or if the net has no token type for the second text of
+        a pair.
         """
         config, rows = config_of(net), next(iter(inputs.values())).shape[0]
         if rows > 1 and scores_tokens(net) and getattr(config, "pad_token_id", None) is None:
-            what = f"{config.model_type} reads the last token of each row, but its configuration names no padding token"
+            what = f"{config.model_type} reads the last token before the padding, but its config names no padding token"
             raise ModelError(what, "write pad_token_id into the base's config.json")
         if "token_type_ids" in inputs and getattr(config, "type_vocab_size", 0) == 1:
             what = (
-                f"the tokenizer gives the second text of a pair token type 1, but {config.model_type} has type 0 only"
+                f"the tokenizer marks the second text of a pair by token type 1, but {config.model_type} has only "
+                "token type 0"
             )
             raise ModelError(what, "use the tokenizer that belongs to the base", key="model.name_or_path")
         return super().logits(net, {name: value for name, value in inputs.items() if name != "position_ids"})

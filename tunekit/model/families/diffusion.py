@@ -40,7 +40,7 @@ class DiffusionFamily(Family):
         return [(f"{part}.{name}", layer) for name, layer in denoising_layers(_as_pipeline(net).denoiser)]
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """The denoiser's prediction, (B, C, H, W) float32, without the variance that some denoisers also predict."""
+        """The denoiser's prediction, (B, C, H, W) float32. The variance that some denoisers also predict is removed."""
         pipeline = _as_pipeline(net)
         latents = inputs["latents"].to(pipeline.dtype)
         embeddings = {name: value for name, value in inputs.items() if name in ("prompt", "pooled")}
@@ -80,7 +80,7 @@ def _as_pipeline(net: nn.Module) -> PipelineNet:
 
 
 def _check(section: ModelSection, family: str) -> None:
-    """Refuse recipe keys that pipelines do not have. Raises: ModelError."""
+    """Raise ModelError for settings that diffusion pipelines do not support."""
     wrong = (
         ("family", section.family not in ("auto", family), "diffusion or auto"),
         ("quantization", section.quantization != "none", "none"),

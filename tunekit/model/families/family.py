@@ -56,7 +56,7 @@ class Family:
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether bases of this family, also merged ones, are folders of several models."""
+        """Whether each base or merged model of this family is a folder with several models."""
         return self.index_file is not None
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
@@ -64,11 +64,12 @@ class Family:
         return architecture.endswith(self.endings)
 
     def with_head(self, modules: Set[str]) -> Family:
-        """The family with which a base is loaded if an adapter also trains these modules."""
+        """The family as which a base is loaded for an adapter that also contains the fully trained `modules`."""
         return self
 
     def obstacle(self, config: Mapping[str, object]) -> str | None:
-        """The reason why a base with this config.json cannot be loaded as a model of this family; None if it can."""
+        """The reason why a base with this config.json cannot be loaded as a model of this family; None if there is
+        none."""
         return None
 
     def auto_class(self) -> AutoClass:
@@ -94,8 +95,8 @@ class Family:
         return self.stacks.layers(net)
 
     def forward(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
-        """The output that objectives read: logits if only the net itself can call its head, otherwise hidden states and
-        the head."""
+        """The output that objectives read: hidden states and the head, or logits if only the net itself can call its
+        head."""
         if self.reads_rows(net):
             return ModelOutput(logits=self.logits(net, inputs))
         return ModelOutput(hidden=self.hidden(net, inputs), head=self.head(net))
@@ -104,14 +105,14 @@ class Family:
         """Hidden states (B, T, D) after the final norm. Neither the head nor a cache is used.
 
         `inputs`: input_ids or inputs_embeds, position_ids, attention_mask; inputs that the base does not accept are
-        dropped. A decoder with a head of labels needs no mask, since padding comes last.
+        dropped. A decoder with a classification head gets no mask, because padding comes after the text.
         """
         omitted = "attention_mask" if self.labelled else ""
         return self.stacks.hidden(net, {name: tensor for name, tensor in inputs.items() if name != omitted})
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """The net's own complete logits: (B, T, V), for a classifier (B, C). Training uses hidden states and the head
-        instead."""
+        """The logits that the net itself computes: (B, T, V), or (B, C) for a classifier. Training uses hidden states
+        and the head instead, if possible."""
         return call_accepted(net, inputs).logits
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
@@ -123,28 +124,27 @@ class Family:
         return scores_tokens(net) if self.labelled else not self.reads_source
 
     def reads_rows(self, net: nn.Module) -> bool:
-        """Whether the head reads whole rows, so that only the net itself can call it."""
+        """Whether the head needs all hidden states of a row, so that only the net itself can call its head."""
         return False
 
     def trained_with(self, net: nn.Module) -> list[str]:
-        """Names of modules that are trained fully next to any adapter: the head, and the modules that PEFT trains with
-        it.
+        """Names of modules that are fully trained in addition to any adapter: the classification head, and the modules
+        that PEFT trains together with the head.
 
-        PEFT matches `classifier` in modules_to_save as the end of a name, which includes DistilBERT's
-        `pre_classifier`.
+        PEFT trains every module whose name ends with `classifier`, such as DistilBERT's `pre_classifier`.
         """
         head = self.head_name(net) if self.labelled else None
         return [] if head is None else [name for name, _ in net.named_children() if name.endswith(head)]
 
     def new_head(self, section: ModelSection, net: nn.Module) -> tuple[str, ...]:
-        """Names of the head's modules if the section trains a head, otherwise empty. The base's files may lack these
-        modules."""
+        """Names of the head's modules if the recipe trains a classification head, otherwise empty. The base's files
+        need not contain these modules."""
         if not isinstance(section, HeadedModel):
             return ()
         return tuple(dict.fromkeys([*modules_after_base(net), *self.trained_with(net)]))
 
     def head_modules(self, net: nn.Module) -> list[str]:
-        """Names of the output projection and of the fully trained modules; quantization never packs them."""
+        """Names of the output projection and of the fully trained modules, which are never quantized."""
         names = (self.head_name(net), *self.trained_with(net))
         return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -162,12 +162,12 @@ class Family:
                     set_bias(net.get_submodule(name), section.head_bias)
 
     def frozen_parts(self, net: nn.Module) -> list[nn.Module]:
-        """Modules outside the net that are needed only for some computations, and otherwise stay on the host."""
+        """Models that are not modules of the net, and that are on the host unless a computation needs them."""
         return []
 
     def facts(self, net: nn.Module) -> JsonObject:
-        """Facts that objectives of this family need: the labels of the head, and its problem type if this is not
-        single-label classification. `thresholds`: a label is predicted if its score is above its threshold."""
+        """Facts about a classification head for objectives: `labels`; `problem_type`, unless it is single-label
+        classification; `thresholds`, one per label: a label is predicted if its score is above its threshold."""
         if not self.labelled:
             return {}
         config = config_of(net)
@@ -183,22 +183,22 @@ class Family:
         return int(text_config(net).hidden_size)
 
     def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
-        """The net's inputs for one row of ids (1, T). `inputs`: a batch, whose first row supplies all inputs except the
-        ids."""
+        """The net's inputs for one row of ids (1, T). `inputs`: a batch; inputs other than ids, such as a recording,
+        are taken from its first row."""
         return {"input_ids": ids} | ({} if self.labelled else {"position_ids": torch.arange(ids.shape[1])[None]})
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        """Fixed inputs of one row for a test call of the net, for a family that does not read ids."""
+        """Fixed inputs (one row) for a test call of a net that does not read token ids."""
         raise NotImplementedError
 
     def scores(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """The head's scores for one row of inputs: (T, V) float32, for a classifier (1, C)."""
+        """The head's scores for one row of inputs: (T, V) float32, or (1, C) for a classifier."""
         if self.labelled or self.reads_rows(net):
             return self.logits(net, inputs).float()
         return self.head(net).logits(self.hidden(net, inputs)[0])
 
     def takes_positions(self, net: nn.Module) -> bool:
-        """Whether the base accepts position ids; without them rows cannot be packed or padded on the left."""
+        """Whether the base accepts position ids. Without position ids, rows cannot be packed or padded on the left."""
         return self.looks_back(net) and "position_ids" in accepted_names(base_of(net))
 
     def head(self, net: nn.Module) -> TextHead:
@@ -215,8 +215,8 @@ class Family:
         return label_head_name(net) if self.labelled else name_of(net, as_pretrained(net).get_output_embeddings())
 
     def exact_head(self, net: nn.Module) -> str | None:
-        """Name of the head if it computes in float32, because it predicts numbers (near 2000, bfloat16 has only
-        multiples of 8); None for other heads."""
+        """Name of the head if it predicts numbers and therefore computes in float32; None for other heads. bfloat16 is
+        too coarse: from 1024 to 2048 it has only multiples of 8."""
         numbers = self.labelled and getattr(config_of(net), "problem_type", None) == REGRESSION
         return self.head_name(net) if numbers else None
 
@@ -225,9 +225,9 @@ class Family:
         return name_of(net, as_pretrained(net).get_input_embeddings()) if self.ids else None
 
     def learned_positions(self, net: nn.Module) -> int | None:
-        """Usable rows of a learned table of positions; None if positions are computed.
+        """The number of usable rows in a learned table of positions; None if positions are computed.
 
-        In a table with a padding row (such as RoBERTa's), positions start after that row.
+        In a table with a padding row (such as RoBERTa's), the first position is after the padding row.
         """
         declared = getattr(text_config(net), "max_position_embeddings", None)
         if self.ids is None or not isinstance(declared, int):
@@ -250,6 +250,6 @@ class Family:
         return ours is not None and ours is getattr(net.get_submodule(embedding), "weight", None)
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net, divided for layer-by-layer execution with results equal to the normal forward bit for bit. None if
-        no test proves this equality, or if the head reads whole rows (then more than a norm follows the layers)."""
+        """The net, divided into stages that run layer by layer, with the same results as the normal forward, bit for
+        bit. None if no test proves these equal results, or if only the net itself can call its head."""
         return None if self.reads_rows(net) else self.stacks.stages(net)

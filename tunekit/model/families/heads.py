@@ -1,4 +1,4 @@
-"""The modules after the last layer: hidden states -> logits in float32, equal to the model's own."""
+"""Heads: the modules after the last layer, which map hidden states to float32 logits equal to the model's own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from tunekit.model.pretrained import as_pretrained, config_of, text_config
 
 @dataclass(frozen=True)
 class TextHead:
-    """logits = cap * tanh(scale * head(h) / cap) + offset; models without a cap or an offset skip it.
+    """logits = cap * tanh(scale * head(h) / cap) + offset; models without a cap or an offset skip that step.
 
     Shapes: h (N, D) -> (N, V). The module is looked up at each call, so that an adapter around it is included.
     """
@@ -32,7 +32,7 @@ class TextHead:
         return logits if self.offset_name is None else logits + self.net.get_buffer(self.offset_name)
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """The logits for all or some of the vocabulary, from the module's output: with scale and cap applied."""
+        """Apply the scale and the soft cap to the module's output, for the whole vocabulary or a part of it."""
         if self.divisor != 1.0:
             logits = logits / self.divisor
         if self.scale != 1.0:
@@ -61,8 +61,8 @@ def make_head(net: nn.Module, name: str) -> TextHead:
 
 
 def before_projection(net: nn.Module) -> list[nn.Module]:
-    """The module of the head that runs before the projection, if it is separate, as in ModernBERT's decoder. A list of
-    zero or one module."""
+    """The head's module before the output projection, if the head has one, as in ModernBERT's decoder. A list with zero
+    or one module."""
     head, projection = getattr(net, "lm_head", None), as_pretrained(net).get_output_embeddings()
     if not isinstance(head, nn.Module) or projection is None or projection in head.modules():
         return []
@@ -70,20 +70,21 @@ def before_projection(net: nn.Module) -> list[nn.Module]:
 
 
 def scores_tokens(net: nn.Module) -> bool:
-    """Whether the net is a decoder with a head of labels, `score`, which reads single hidden states."""
+    """Whether the net is a decoder with a classification head `score`, which reads one hidden state at a time."""
     return isinstance(getattr(net, "score", None), nn.Module)
 
 
 def label_head(net: nn.Module) -> TextHead:
-    """The head of a decoder: hidden states (D) -> scores (C). Raises: ModelError for other nets."""
+    """The classification head of a decoder: hidden states (N, D) -> scores (N, C). Raises: ModelError for other
+    nets."""
     if not scores_tokens(net):
-        raise ModelError(f"{type(net).__name__} gives one row of logits per text, not one per token", "read its logits")
+        raise ModelError(f"{type(net).__name__} computes logits once per text, not once per token", "read its logits")
     return TextHead(net, "score")
 
 
 def label_head_name(net: nn.Module) -> str | None:
-    """Name of the module next to the base that outputs one number per label. If there are several, it is the last one,
-    because an earlier projection may have the same width."""
+    """Name of the module outside the base that outputs one number per label. If several modules do, this is the last of
+    them, because an earlier projection may have the same width."""
     labels, base = int(config_of(net).num_labels), base_name(net)
     for name, module in reversed(list(net.named_children())):
         outputs = [getattr(inner, "out_features", None) for inner in module.modules()]
@@ -93,8 +94,8 @@ def label_head_name(net: nn.Module) -> str | None:
 
 
 def modules_after_base(net: nn.Module) -> list[str]:
-    """Names of the modules with parameters that a classifier has in addition to its base, and of the base's pooler. A
-    model that was saved for another task may lack them."""
+    """Names of a classifier's modules that have parameters and are outside its base, and of the base's pooler. The
+    files of a model that was saved for another task may lack these modules."""
     base = base_name(net)
     names = [name for name, _ in net.named_children() if name != base.partition(".")[0]]
     names += [f"{base}.pooler"] if isinstance(getattr(net.get_submodule(base), "pooler", None), nn.Module) else []
@@ -114,7 +115,7 @@ def draw_module(net: nn.Module, name: str, seed: int, dtype: torch.dtype) -> Non
 
 
 def compute_in_float32(head: nn.Module) -> None:
-    """Convert the head's weights to float32 now, and its inputs at each call."""
+    """Make the head compute in float32: convert its weights now, and its inputs at each call."""
     head.float().register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
 
 

@@ -46,8 +46,8 @@ class PixelProcessor:
     """Calls the model's own image processor, and measures its effect: the visible part of an image, the output size,
     and the scale of the values.
 
-    `side`: the side in pixels from the recipe, if it differs from the model's; all sizes in the processor's file are
-    scaled to it.
+    `side`: the image side in pixels that the recipe requests, if it differs from the model's. All sizes in the
+    processor's file are scaled accordingly.
     """
 
     folder: Path
@@ -57,8 +57,8 @@ class PixelProcessor:
 
     @cached_property
     def config(self) -> JsonObject:
-        """The content of the processor's file. Without a file: the processor of a vision transformer, with the image
-        size in the model's configuration.
+        """The content of the processor's file. If there is no file: the settings of a ViT processor for the image size
+        in the model's configuration.
 
         Raises: ModelError for an impossible size.
         """
@@ -70,7 +70,7 @@ class PixelProcessor:
             config = {"image_processor_type": PLAIN_KIND, "size": {"height": height, "width": width}}
         sides = [side for key in SIZES for side in _sides(config.get(key))]
         if any(isinstance(side, int | float) and not 0 < side <= MAX_SIDE for side in sides):
-            what = f"has a size outside 1 to {MAX_SIDE} pixels"
+            what = f"the file has a size that is not between 1 and {MAX_SIDE} pixels"
             raise ModelError(what, "correct the size", file=str(self.folder / CONFIG))
         return config
 
@@ -102,7 +102,7 @@ class PixelProcessor:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the processor's configuration and class: encoded rows depend on both."""
+        """sha256 of the processor's configuration and class name, on which encoded rows depend."""
         return hash_of([self.trained_config, type(self.processor).__name__])
 
     @cached_property
@@ -115,17 +115,17 @@ class PixelProcessor:
             shapes.add(tuple(values.shape))
         name, file = type(self.processor).__name__, str(self.folder / CONFIG)
         if len(shapes) > 1 or any(len(shape) != 3 or shape[0] != 3 for shape in shapes):
-            what = f"{name} does not make every image a tensor (3, H, W) of one size, but {sorted(shapes)}"
+            what = f"{name} must return tensors (3, H, W) of one size for all images, but it returns {sorted(shapes)}"
             raise ModelError(what, "choose another base", file=file)
         _, height, width = shapes.pop()
         if height != width:
-            what = f"makes images of {width} x {height} pixels, but only squares can be trained on"
+            what = f"{name} makes images of {width} x {height} pixels, but training needs square images"
             raise ModelError(what, "choose another base", file=file)
         self._check_scale(int(height))
         return int(height)
 
     def _check_scale(self, side: int) -> None:
-        """Check that each value depends only on its own pixel. Raises: ModelError."""
+        """Check that the processor scales each pixel independently of other pixels. Raises: ModelError."""
         scale, offset = self.scale
         pixels = np.random.default_rng(1).integers(0, 256, (*PROBES[0], 3), np.uint8)
         values, one_level = self.values(pixels), float(scale.abs().max())
@@ -133,21 +133,21 @@ class PixelProcessor:
             again = torch.from_numpy(self._unscaled(values, side)).float() @ scale.T + offset  # (side, side, 3)
             if float((again.permute(2, 0, 1) - values).abs().max()) <= one_level:
                 return
-        what = f"{type(self.processor).__name__} does not scale each pixel separately, which training requires"
+        what = f"{type(self.processor).__name__} does not scale each pixel separately, but training requires this"
         raise ModelError(what, "choose another base", file=str(self.folder / CONFIG))
 
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor]:
         """A matrix S (3, 3) and an offset b (3,). The model's own processor turns a pixel p (0 to 255) into S p + b.
 
-        Every processor scales each pixel separately: by a factor, by mean and deviation, or by reordering channels. So
-        four images of one colour determine S and b. Raises: ModelError.
+        Processors scale each pixel separately: by a factor, by mean and deviation, or by reordering channels. S and b
+        are therefore computed from four images that each have a single colour. Raises: ModelError.
         """
         black, *others = (self._of_plain(colour) for colour in PLAIN)
         return torch.stack([(value - black) / 255.0 for value in others], dim=1).float(), black.float()
 
     def _of_plain(self, colour: tuple[int, int, int]) -> Tensor:
-        """(3,) float64: the processor's output in the middle of an image of one colour."""
+        """(3,) float64: the processor's output at the central pixel of an image with a single colour."""
         values = self.values(np.full((SIDE, SIDE, 3), colour, np.uint8))
         return values[:, values.shape[1] // 2, values.shape[2] // 2].double()
 
@@ -161,8 +161,8 @@ class PixelProcessor:
         return values
 
     def visible_pixels(self, pixels: Pixels) -> Pixels:
-        """(side, side, 3): the pixels of an image (H, W, 3) that the processor uses, before their values are scaled.
-        They are computed back from the scaled values, which works for every processor."""
+        """The pixels (side, side, 3) that the processor makes from an image (H, W, 3) by cropping and resizing, before
+        it scales their values. They are computed back from the scaled values, which works for every processor."""
         return self._unscaled(self.values(pixels), self.resolution)
 
     def _unscaled(self, values: Tensor, side: int) -> Pixels:
@@ -171,18 +171,18 @@ class PixelProcessor:
 
     @cached_property
     def _unscale(self) -> Tensor:
-        """(3, 3): the inverse of the matrix of `scale`."""
+        """(3, 3): the inverse of the matrix S of `scale`."""
         return self.scale[0].double().inverse().float()
 
     def _unusable(self, error: Exception) -> TunekitError:
         lacking = [name for module, name in LIBRARIES.items() if find_spec(module) is None]
         if isinstance(error, ImportError) and lacking:
-            what = f"image processors need {' and '.join(lacking)}, which is not installed"
+            what = f"image processors need packages that are not installed: {' and '.join(lacking)}"
             return InputError(what, "run: pip install 'tunekit[images]'")
         first = str(error).strip().partition("\n")[0]
-        what = f"is not a usable image processor ({first})"
+        what = f"the image processor cannot be loaded ({first})"
         absent = isinstance(error, ImportError) or "could be imported" in first  # a package such as timm
-        how = "install the package that this class needs" if absent else "fetch the model again"
+        how = "install the package that this image processor needs" if absent else "fetch the model again"
         return ModelError(what, how, file=str(self.folder / CONFIG))
 
     def save(self, folder: Path) -> None:
@@ -224,8 +224,8 @@ class ImageClassifierFamily(Family):
         return True
 
     def layers(self, net: nn.Module) -> NamedModules:
-        """The layers in order, with their module names: the items of all lists of modules, since convolutional nets
-        have several lists of blocks or stages. Raises: ModelError for a net without lists."""
+        """The layers in order, with their module names. These are the items of all ModuleLists, because convolutional
+        nets have several lists of blocks or stages. Raises: ModelError for a net without a ModuleList."""
         lists = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.ModuleList)]
         layers: dict[str, nn.Module] = {}
         for name, module_list in lists:
@@ -234,7 +234,7 @@ class ImageClassifierFamily(Family):
                 layers |= {path: item for path, item in items if not isinstance(item, nn.ModuleList)}
         if not layers:
             what = f"{type(net).__name__} has no list of layers"
-            raise ModelError(what, "choose a ViT, DINOv2, Swin, ConvNeXt or the like", key="model.name_or_path")
+            raise ModelError(what, "choose a ViT, DINOv2, Swin, ConvNeXt or similar model", key="model.name_or_path")
         return list(layers.items())
 
     def hidden_size(self, net: nn.Module) -> int:
@@ -249,17 +249,17 @@ class ImageClassifierFamily(Family):
         return int(declared or widths[-1])
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """Logits (B, C). Positions are interpolated for images of another size than the model's."""
+        """Logits (B, C). Positions are interpolated if the images have a different size than the model's."""
         pixels = inputs["pixel_values"].to(next(net.parameters()).dtype)
         return call_accepted(net, {"pixel_values": pixels, "interpolate_pos_encoding": True}).logits
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
-        """A note for images of another size: positions are interpolated only if the caller requests it."""
+        """A note for models trained with a different image size: callers must request interpolated positions."""
         size, side = getattr(_vision_config(net), "image_size", None), PixelProcessor(folder).resolution
         if "interpolate_pos_encoding" not in accepted_names(net) or size in (None, side, [side, side]):
             return ""
         return (
-            f"trained on {side} pixels, but the base has positions for {size}: "
+            f"the model was trained on images of {side} pixels, but the base has positions for {size} pixels: "
             "call model(pixel_values, interpolate_pos_encoding=True); transformers' pipeline() does not pass this "
             "argument"
         )
@@ -271,7 +271,7 @@ class ImageClassifierFamily(Family):
 
 
 def _vision_config(net: nn.Module) -> PreTrainedConfig:
-    """The configuration of the vision model, which may be part of a larger model's."""
+    """The configuration of the vision model. It may be a part of a larger model's configuration."""
     config = config_of(net)
     return getattr(config, "vision_config", config)
 

@@ -13,7 +13,7 @@ from tunekit.recipe.model import ModelSection
 
 class Seq2SeqFamily(Family):
     """Inputs: tokens of the source (input_ids, attention_mask) and of the answer so far (decoder_input_ids,
-    decoder_attention_mask), or their embeddings. Hidden states are the decoder's, with a head (D) -> (V)."""
+    decoder_attention_mask), or their embeddings. The head reads the decoder's hidden states: (D) -> (V)."""
 
     endings = ("ForConditionalGeneration", "MTModel")  # MarianMTModel
     precedence = 1
@@ -30,7 +30,7 @@ class Seq2SeqFamily(Family):
         return load_tokenizer(section)
 
     def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
-        """Inputs with the same ids as source and as answer."""
+        """Inputs in which the source and the answer have the same ids."""
         return {"input_ids": ids, "decoder_input_ids": ids}
 
 

@@ -21,7 +21,7 @@ SAMPLES = 16_000  # length of the recording in trial inputs
 
 class SpeechFamily(Family):
     """Inputs: log-mel features (input_features (B, M, F)) or samples (input_values (B, N)), and the tokens of the
-    answer so far (decoder_input_ids). Hidden states are the decoder's, with a head (D) -> (V).
+    answer so far (decoder_input_ids). The head reads the decoder's hidden states: (D) -> (V).
 
     The encoder is called directly, so transformers' SpecAugment, which draws from numpy's global generator, never
     runs.
@@ -44,24 +44,25 @@ class SpeechFamily(Family):
         return load_speech_processor(section)
 
     def learned_positions(self, net: nn.Module) -> int | None:
-        """The decoder's learned positions, which limit the length of answers."""
+        """The number of the decoder's learned positions, which limits the length of answers."""
         return getattr(config_of(net), "max_target_positions", None)
 
     def inputs_of(self, ids: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensors:
-        """The net's inputs for one row of ids (1, T); the recording is the first row of `inputs`."""
+        """The net's inputs: the answer `ids` (1, T), and the recording in the first row of the batch `inputs`."""
         assert inputs is not None
         recording = {name: values[:1] for name, values in inputs.items() if name in INPUTS}
         return {**recording, "decoder_input_ids": ids}
 
     def trial_inputs(self, net: nn.Module) -> Tensors:
-        """A test input: seeded noise as the recording, and the first ids as its answer."""
+        """A test input: seeded noise as the recording, and the first ids of the vocabulary as the answer."""
         ids = torch.arange(min(16, config_of(net).vocab_size))[None]
         if as_pretrained(net).main_input_name == "input_values":
             return {"input_values": torch.randn(1, SAMPLES, generator=seeded_generator()), "decoder_input_ids": ids}
         return {"input_features": noise_features(net), "decoder_input_ids": ids}
 
     def with_head(self, modules: Set[str]) -> Family:
-        """The audio classifier family, because PEFT has no task type for a speech model's head."""
+        """The audio classifier family, if the adapter contains the head of an audio classifier. PEFT's adapter folders
+        have no task type for this head."""
         return audio_classifier.FAMILY if set(audio_classifier.FAMILY.head_parts) <= modules else self
 
 

@@ -43,7 +43,8 @@ class OneStack:
         return hidden
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net, divided for layer-by-layer execution; None if no test proves that the results are equal."""
+        """The net, divided into stages that run layer by layer. None if no test proves that the results are the same as
+        in a normal forward."""
         base, name = base_of(net), find_layers(net)[0]
         if not is_proven(net):
             return None
@@ -55,7 +56,7 @@ class OneStack:
 
 
 class TwoStacks:
-    """A net with an encoder, which reads a source, and a decoder of answers (inputs `decoder_...`)."""
+    """A net with an encoder, which reads a source, and a decoder, which reads answers (the inputs `decoder_...`)."""
 
     def layers(self, net: nn.Module) -> NamedModules:
         """The encoder's layers in order, then the decoder's, with their module names."""
@@ -67,8 +68,8 @@ class TwoStacks:
         ]
 
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """Hidden states (B, T, D) of the decoder after its final norm. `source_rows` (N,) in the inputs: the row of
-        each answer's source, if several answers share a source."""
+        """Hidden states (B, T, D) of the decoder after its final norm. If several answers share a source, the input
+        `source_rows` (N,) has the row number of the source for each answer."""
         encoder, decoder = _stacks(net)
         source = last_hidden(_read(encoder, inputs))  # (B, S, D)
         rows = inputs.get("source_rows")
@@ -79,7 +80,8 @@ class TwoStacks:
         return last_hidden(_answer(decoder, inputs, source))
 
     def stages(self, net: nn.Module) -> Stages | None:
-        """The net, divided for layer-by-layer execution; None if no test proves that the results are equal."""
+        """The net, divided into stages that run layer by layer. None if no test proves that the results are the same as
+        in a normal forward."""
         if not is_proven(net):
             return None
         encoder, decoder = _stacks(net)
@@ -91,7 +93,7 @@ ONE, TWO = OneStack(), TwoStacks()
 
 
 def stacks_of(net: nn.Module) -> OneStack | TwoStacks:
-    """The arrangement that the net's configuration declares."""
+    """OneStack or TwoStacks, as the net's configuration declares."""
     return TWO if getattr(config_of(net), "is_encoder_decoder", False) else ONE
 
 
@@ -108,7 +110,7 @@ def _answer(decoder: nn.Module, inputs: Tensors, source: Tensor | None) -> Model
 
 
 def _finish(stack: nn.Module) -> list[nn.Module]:
-    """The modules after a stack's last layer; empty if each layer normalises its output."""
+    """The modules after a stack's last layer, such as the final norm; empty if the stack has none."""
     modules = [getattr(stack, name, None) for name in FINISH]
     return [module for module in modules if isinstance(module, nn.Module)]
 
@@ -120,7 +122,7 @@ def _stacks(net: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def _layer_list(stack: nn.Module) -> tuple[str, nn.ModuleList]:
-    """A stack's list of layers, with its attribute name."""
+    """The attribute name of a stack's list of layers, and the list."""
     for name, module in stack.named_children():
         if isinstance(module, nn.ModuleList) and len(module):
             return name, module

@@ -1,7 +1,8 @@
-"""Divides a net into an embed stage and layers, for one stack or two, so that an engine can run it layer by layer.
+"""Divides a net into an embed stage and its layers, so that an engine can run the net layer by layer. An
+encoder-decoder has two such stacks.
 
-The embed stage runs the base's own forward with recorders in place of the layers. Masks and position embeddings are
-therefore made by the model's own code, in any version.
+The embed stage runs the model's own forward, in which a recorder replaces each layer. The model's own code therefore
+makes masks and position embeddings, in any version of transformers.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # setting
 
 
 class _LayerRecorder(nn.Module):
-    """Replaces a layer: records the arguments of the call and returns the hidden states unchanged."""
+    """Replaces a layer in the embed stage. It records the arguments of its call and returns the hidden states
+    unchanged."""
 
     def __init__(self, layer: nn.Module, side_outputs: int) -> None:
         super().__init__()
@@ -88,7 +90,8 @@ def _value(argument: object) -> object:
 
 
 def is_proven(net: nn.Module) -> bool:
-    """Whether tests prove that nets of this type and configuration compute the same layer by layer."""
+    """Whether tests prove that nets of this type give the same results if they run layer by layer. False if the
+    configuration skips layers at random."""
     config = text_config(net)
     drops = any(getattr(config, name, 0.0) > 0 for name in LAYER_DROPS)
     return config.model_type in PROVEN and not drops
@@ -101,7 +104,7 @@ def make_stack(
     run: Callable[[Tensors, Tensor | None], object],
     finish: Sequence[nn.Module],
 ) -> Stack:
-    """Make a stack of the layers in `parent`'s attribute with the name `attribute`.
+    """Make a stack of the layers in `parent.<attribute>`.
 
     `run(inputs, source)`: calls the model's code that embeds the inputs and passes them to the layers. `finish`: the
     modules after the last layer.
@@ -119,8 +122,8 @@ def make_stack(
 
 
 def _calls(recorders: Sequence[_LayerRecorder], source: SideInput | None) -> list[LayerCall]:
-    """The recorded call of each layer. `source` replaces its value among the arguments; side outputs that no layer
-    reads become None."""
+    """The recorded call of each layer. An argument that is the encoder's output is replaced by `source`. Side outputs
+    that no layer reads become None."""
 
     def linked(argument: object) -> object:
         return source if source is not None and argument is source.value else argument

@@ -1,4 +1,4 @@
-"""Finds modules of a net for all families, by structure and declared names, never by class names."""
+"""Finds modules of a net by its structure and by declared names, never by class names. All families use this."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def expert_layout(net: nn.Module) -> str | None:
-    """transformers 5 fuses the experts that older files store separately. Returns the architecture whose pattern it
-    uses for this model, or None."""
+    """The name of the pattern by which transformers 5 fuses the experts of this model, which older files store
+    separately; None if there is no pattern."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as PATTERNS
     except ImportError:
@@ -35,10 +35,11 @@ def expert_layout(net: nn.Module) -> str | None:
 
 
 def base_name(net: nn.Module) -> str:
-    """Module name of the net without its head. This is the module that the class declares, or a child that accepts the
-    net's main input (token ids, recordings or images).
+    """Module name of the base: the net without its head. This is the module that the net's class declares, or else the
+    child module that accepts the net's main input (token ids, recordings or images).
 
-    Llama 4's language model declares another model's name, and BART's decoder is wrapped in a module without arguments.
+    The declaration is wrong in some models: Llama 4's language model declares the name of a different model, and BART's
+    decoder is wrapped in a module without arguments.
     """
     name = str(getattr(net, "base_model_prefix", ""))
     declared = getattr(net, name, None) if name else None
@@ -50,7 +51,7 @@ def base_name(net: nn.Module) -> str:
     if len(candidates) == 1:
         return candidates[0] if inside is net else f"{name}.{candidates[0]}"
     if inside is net:
-        what = f"{type(net).__name__} has no base model apart from its head"
+        what = f"{type(net).__name__} has no separate module for the model without its head"
         raise ModelError(what, "choose a causal language model")
     return name
 
@@ -61,12 +62,12 @@ def base_of(net: nn.Module) -> nn.Module:
 
 
 def accepted_names(module: nn.Module) -> frozenset[str]:
-    """Names that the module's forward declares; names accepted only by **kwargs do not count."""
+    """Names of the arguments that the module's forward declares. Arguments accepted only by **kwargs are left out."""
     return frozenset(inspect.signature(module.forward).parameters)
 
 
 def call_accepted(module: nn.Module, inputs: Mapping[str, Tensor | bool | None]) -> ModelOutput:
-    """Call the module with the inputs that it accepts, ignoring the other `inputs`, and without a cache."""
+    """Call the module with those `inputs` that its forward declares, without a cache. The other inputs are ignored."""
     accepted = accepted_names(module)
     arguments = {key: value for key, value in inputs.items() if key in accepted}
     switches = {"use_cache": False} if "use_cache" in accepted else {}
@@ -83,8 +84,8 @@ def modules_with_statistics(net: nn.Module) -> list[nn.Module]:
 def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
     """Context manager: switch the net to train or eval mode, and restore each module's mode afterwards.
 
-    Batch normalisation stays in eval mode and uses the base's running statistics. With batch statistics, rows would
-    depend on their micro-batch, and no adapter folder could save the changed statistics.
+    Batch normalisation stays in eval mode and uses the base's running statistics. With batch statistics, a
+    row's result would depend on its micro-batch, and an adapter folder could not save the changed statistics.
     """
     before = {module: module.training for module in net.modules()}
     net.train(training)
@@ -98,7 +99,7 @@ def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
 
 
 def fixed_parameters(net: nn.Module) -> frozenset[str]:
-    """Names of parameters that the model's own class does not train, such as computed positions."""
+    """Names of parameters that the model's own class excludes from training, such as computed positions."""
     config: PreTrainedConfig | None = getattr(net, "config", None)
     make: Callable[..., nn.Module] = type(net)
     return frozenset() if config is None else _fixed_by(make, type(config).from_dict, config.to_json_string())
@@ -117,7 +118,7 @@ def last_hidden(output: ModelOutput | tuple[Tensor, ...]) -> Tensor:
 
 
 def name_of(net: nn.Module, module: nn.Module | None) -> str | None:
-    """The module's name in the net, also if an adapter is wrapped around it."""
+    """The module's name in the net; None if the net does not contain the module."""
     if module is None:
         return None
     return next((name for name, candidate in net.named_modules(remove_duplicate=False) if candidate is module), None)

@@ -24,15 +24,16 @@ class TokenClassifierFamily(Family):
         return load_tokenizer(section)
 
     def reads_rows(self, net: nn.Module) -> bool:
-        """Always true: the modules between the last layer and the scores, such as dropout, differ from net to net."""
+        """Always true: the modules after the last layer, such as dropout, differ from net to net, so only the net
+        itself can call its head."""
         return True
 
     def layers(self, net: nn.Module) -> NamedModules:
         return stacks_of(net).layers(net)
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
-        """Logits (B, T, C). A decoder needs no mask, since padding comes last, and separates packed rows by their
-        positions. An encoder computes positions itself, because some encoders start at another number than 0."""
+        """Logits (B, T, C). A decoder gets position ids, which separate packed rows, but no mask, because padding
+        comes last. An encoder gets no position ids, because some encoders do not number positions from 0."""
         omitted = "attention_mask" if scores_tokens(net) else "position_ids"
         return super().logits(net, {name: value for name, value in inputs.items() if name != omitted})
 

@@ -1,11 +1,11 @@
-"""Causal attention of documents by the compiled kernels. attention/cpu_kernel.py has the formulas.
+"""Causal attention inside documents, with the compiled kernels of kernels.c. attention/cpu_kernel.py has the formulas.
 
 Products, softmax and sums are in float32, as in cpu_kernel.py. The logarithm of each query's sum of exponentials is
 saved, (H, T) float32, so that the backward pass recomputes P without searching for the largest score again.
 
-Milliseconds of this kernel, of cpu_kernel.py and of torch's sdpa, measured on one busy core with AVX-512, 9 query heads
-and 3 key heads of 64, in bfloat16, forward and backward: 14, 31 and 66 (8 documents of 62 to 237 tokens); 15, 27 and 25
-(512 tokens); 59, 96 and 65 (1,024 tokens); 172, 283 and 161 (2,048 tokens).
+Milliseconds of this kernel, of cpu_kernel.py and of torch's sdpa, in bfloat16, forward and backward, measured on one
+busy core with AVX-512, with 9 query heads and 3 key heads of width 64: 14, 31 and 66 (8 documents of 62 to 237 tokens);
+15, 27 and 25 (512 tokens); 59, 96 and 65 (1,024 tokens); 172, 283 and 161 (2,048 tokens).
 """
 
 import ctypes
@@ -48,7 +48,8 @@ class _Attention(ctypes.Structure):
 def attend_natively(
     query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scale: float, key_lengths: Lengths | None = None
 ) -> Tensor:
-    """`attend_causally` by the compiled kernel, or by torch's operations if the kernel does not support the tensors."""
+    """Compute `attend_causally` with the compiled kernel, or with torch's operations if the kernel does not support the
+    tensors."""
     tensors, width = (query, key, value), query.shape[-1]
     fits = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] == width for t in tensors)
     if not fits or width % WIDTH_MULTIPLE:
@@ -86,7 +87,7 @@ class _NativeAttention(torch.autograd.Function):
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied if the numbers of a head are not contiguous."""
+    """The tensor itself if its last dimension (the width of a head) is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -103,7 +104,10 @@ def _run(
     sizes = len(documents), query.shape[0], key.shape[0], query.shape[2], query.shape[1]
     call = _Attention(documents, *sizes, scale, torch.get_num_threads(), *views, logarithms.data_ptr())
     if load_kernels()[kernel](ctypes.byref(call)):
-        raise ResourceError("no memory for the scores of a document", "use shorter rows, or stop other programs")
+        raise ResourceError(
+            "there is not enough memory for the attention scores of a document",
+            "use shorter rows, or stop other programs",
+        )
 
 
 @lru_cache(maxsize=64)

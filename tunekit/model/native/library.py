@@ -27,12 +27,12 @@ class NoKernels(Exception):
 
 @cache
 def load_kernels() -> ctypes.CDLL:
-    """The compiled kernels: from the cache folder, or compiled for this process if that folder cannot be used.
+    """Load the compiled kernels from the cache folder. If that folder cannot be used, compile them for this process.
 
     Raises: NoKernels.
     """
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise NoKernels("they are for Linux on x86-64")
+        raise NoKernels("the kernels need Linux on x86-64")
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise NoKernels("there is no C compiler")

@@ -1,4 +1,4 @@
-"""Matrices in the blocks of a GGUF file. Each row of a matrix is a sequence of blocks of 32 or 256 numbers.
+"""Unpacks matrices from the blocks of a GGUF file. Each row of a matrix is a sequence of blocks of 32 or 256 numbers.
 
 transformers can unpack most types of blocks. This module adds Q5_0 and Q5_1, which llama.cpp uses for short rows.
 """
@@ -14,7 +14,8 @@ BLOCK = 32  # numbers of a block of q5_0 and q5_1
 
 
 def block_size(kind: str) -> tuple[int, int] | None:
-    """The number of numbers and of bytes in a block of a type such as "q4_k"; None if this type cannot be unpacked."""
+    """The number of elements in a block of a type such as "q4_k", and the number of bytes. None if this type cannot be
+    unpacked."""
     from transformers.integrations.gguf.dequant import GGML_BLOCK
 
     sizes = {"q5_0": (BLOCK, 22), "q5_1": (BLOCK, 24)}
@@ -22,15 +23,15 @@ def block_size(kind: str) -> tuple[int, int] | None:
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """The number of bytes of a row in blocks of this type, which must be a type that can be unpacked."""
+    """The number of bytes of a row with this many columns, in blocks of type `kind`, which must be a supported type."""
     size = block_size(kind)
     assert size is not None
     return columns // size[0] * size[1]
 
 
 def unpack(packed: Tensor, shape: tuple[int, int], kind: str, dtype: torch.dtype) -> Tensor:
-    """Unpack a matrix to its dense form (O, I), computed in float32 and rounded once to `dtype`. On the meta device,
-    returns a meta tensor.
+    """Unpack a matrix to its dense form (O, I). It is computed in float32 and rounded once to `dtype`. On the meta
+    device, the result is a meta tensor.
 
     Shapes: packed (O, bytes of a row) uint8.
     """
@@ -45,7 +46,7 @@ def unpack(packed: Tensor, shape: tuple[int, int], kind: str, dtype: torch.dtype
 
 
 def _values(packed: Tensor, kind: str) -> Tensor:
-    """The unpacked numbers of complete rows, as a flat float32 array."""
+    """Unpack complete rows to a flat float32 tensor."""
     if kind in ("q5_0", "q5_1"):
         return _five_bits(packed.reshape(-1, row_bytes(kind, BLOCK)), offset=kind == "q5_1")
     from transformers.integrations.gguf.dequant import dequantize
@@ -55,11 +56,11 @@ def _values(packed: Tensor, kind: str) -> Tensor:
 
 
 def _five_bits(blocks: Tensor, offset: bool) -> Tensor:
-    """Unpack blocks of 5-bit numbers q (0 to 31): (blocks, bytes) -> (blocks, 32). The values are d q + m; if there is
-    no offset m, d (q - 16).
+    """Unpack blocks of 5-bit numbers q (0 to 31): (blocks, bytes) -> (blocks, 32). The values are d q + m, or d (q -
+    16) if the blocks have no offset m.
 
-    A block contains d, then m if there is an offset, then the fifth bits of all numbers, then the four lower bits of
-    all numbers. Byte i has the lower bits of the numbers i and i + 16. Source: ggml-quants.c, dequantize_row_q5_0 and
+    A block contains d, then m if it has an offset, then the fifth bit of every number, then the four lower bits of
+    every number. Byte i has the lower bits of the numbers i and i + 16. Source: ggml-quants.c, dequantize_row_q5_0 and
     dequantize_row_q5_1.
     """
     scales = blocks[:, : 4 if offset else 2].contiguous().view(torch.float16).float()  # (blocks, 1 or 2)
@@ -71,7 +72,7 @@ def _five_bits(blocks: Tensor, offset: bool) -> Tensor:
 
 
 def _type_number(kind: str) -> int:
-    """ggml's number of a type; -1 for an unknown type."""
+    """The number by which ggml identifies a type of blocks; -1 for an unknown type."""
     from gguf import GGMLQuantizationType
 
     return int(GGMLQuantizationType.__members__.get(kind.upper(), -1))

@@ -36,9 +36,9 @@ EIGHT_BIT = ("int8", "int8_weight_only")
 def import_bitsandbytes() -> ModuleType:
     """Import bitsandbytes without the side effects of its import.
 
-    On a CPU with AVX512-BF16 it would download and run native code through the package `kernels`, so that package
-    cannot be imported meanwhile. It also compiles two functions at import, which would load torch's compiler, so
-    torch.compile returns the function unchanged meanwhile.
+    On a CPU with AVX512-BF16, bitsandbytes would download and run native code through the package `kernels`. It also
+    compiles two functions, which loads torch's compiler. During the import, `kernels` therefore cannot be imported,
+    and torch.compile does nothing.
     """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
@@ -70,7 +70,7 @@ def has_bitsandbytes() -> bool:
 def packed_shapes(
     shape: tuple[int, int], quantization: str, double_quantization: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of the tensors of a packed (O, I) matrix, as pack() returns them."""
+    """The shapes and dtypes of the tensors that `pack` returns for an (O, I) matrix, by name."""
     out_features, in_features = shape
     if quantization not in FOUR_BIT:
         kind = torch.uint8 if quantization == "fp8" else torch.int8
@@ -89,7 +89,7 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
     because bitsandbytes' GPU kernels round differently. Raises: ModelError for the blocks of a GGUF file."""
     if quantization not in (*FOUR_BIT, *EIGHT_BIT, "fp8"):
         raise ModelError(
-            f"tunekit reads {quantization} blocks, but cannot pack numbers into them", "merge --onto dequantized"
+            f"tunekit can read {quantization} blocks, but cannot write them", "merge with --onto dequantized"
         )
     matrix = matrix.detach().contiguous()  # (O, I)
     if quantization in EIGHT_BIT:
@@ -101,8 +101,8 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
 
 
 def _pack_rows(matrix: Tensor) -> Tensors:
-    """Pack to int8 with one float32 scale per row: q = round(127 w / absmax(row)), as in LLM.int8. Processes a few rows
-    at a time."""
+    """Pack to int8 with one float32 scale per row: q = round(127 w / absmax(row)), as in LLM.int8. A few rows are
+    processed at a time."""
     packed = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)  # (O, I)
     absmax = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)  # (O,)
     rows = max(1, four_bit.CHUNK_ELEMENTS // max(1, matrix.shape[1]))
@@ -114,7 +114,7 @@ def _pack_rows(matrix: Tensor) -> Tensors:
 
 
 def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: str, dtype: torch.dtype) -> Tensor:
-    """Unpack to the dense (O, I) matrix in `dtype`. On the meta device, returns a meta tensor of that size."""
+    """Unpack to the dense (O, I) matrix in `dtype`. On the meta device, the result is a meta tensor of that shape."""
     packed = tensors["packed"]
     if "absmax" not in tensors:
         return blocks.unpack(packed, shape, quantization, dtype)
@@ -140,9 +140,11 @@ def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int], quantization: 
 def fused_product(
     x: Tensor, tensors: Tensors, shape: tuple[int, int], quantization: str, bias: Tensor | None
 ) -> Tensor | None:
-    """x (..., I) times a 4-bit (O, I) matrix -> (..., O), by bitsandbytes' kernel. The kernel decides by the number of
-    rows of x whether to unpack the matrix first. None if there is no such kernel, or if a block of weights continues in
-    the next row."""
+    """Multiply x (..., I) by a 4-bit (O, I) matrix -> (..., O), with bitsandbytes' fused kernel. The kernel decides by
+    the number of rows of x whether to unpack the matrix first.
+
+    None if the device has no such kernel, or if a block of weights continues in the next row of the matrix.
+    """
     bits = quantization in FOUR_BIT and shape[1] % BLOCK == 0
     if not bits or x.device.type in ("cpu", "meta") or not kind_of(x.device).bitsandbytes or not has_bitsandbytes():
         return None
@@ -160,8 +162,8 @@ def fused_product(
 
 
 def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """Product of LLM.int8: x (N, I) times packed (O, I) -> (N, O). Columns of x that reach `threshold` are not rounded
-    to int8."""
+    """Product of LLM.int8: x (N, I) times packed (O, I) -> (N, O). Columns of x with a magnitude of `threshold` or more
+    are not rounded to int8."""
     if x.is_meta:
         return _meta_product(x, packed, absmax)
     functional = import_bitsandbytes().functional
@@ -172,8 +174,8 @@ def outlier_product(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | No
 
 
 def _meta_product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
-    """(N, O) on the meta device. It makes the same allocations as bitsandbytes' product on a CPU, because a memory
-    forecast counts them.
+    """The product of LLM.int8 on the meta device, (N, O). It makes the same allocations as bitsandbytes on a CPU, so
+    that a memory forecast counts them.
 
     Source: bitsandbytes/backends/cpu/ops.py (int8_linear_matmul), backends/default/ops.py (int8_mm_dequant).
     """
@@ -185,8 +187,8 @@ def _meta_product(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
 
 
 def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
-    """Pack a (O, I) matrix to 4 bits in the form that transformers saves. Returns tensors by the suffix of the weight's
-    name."""
+    """Pack a (O, I) matrix to 4 bits as transformers saves it. Returns the tensors by the suffix that follows the
+    weight's name in the file."""
     tensors = pack(matrix, quantization, double_quantization)
     facts: dict[str, object] = {"quant_type": quantization, "blocksize": BLOCK}
     facts |= {"dtype": str(matrix.dtype).removeprefix("torch."), "shape": list(matrix.shape)}
@@ -201,12 +203,12 @@ def saved_form(matrix: Tensor, quantization: str, double_quantization: bool) -> 
 
 
 def tensors_of_state(packed: Tensor, state: QuantState) -> tuple[Tensors, str]:
-    """Convert a weight packed by bitsandbytes to our named tensors; returns these and the quantization.
+    """Convert a weight packed by bitsandbytes to tunekit's named tensors. Returns the tensors and the quantization.
 
-    Raises: ModelError for blocks of another size than ours.
+    Raises: ModelError for a block size that tunekit does not support.
     """
     if state.blocksize != BLOCK or (state.nested and state.state2.blocksize != NESTED_BLOCK):
-        raise ModelError(f"weights in blocks of {state.blocksize} cannot be read", f"pack them in blocks of {BLOCK}")
+        raise ModelError(f"4-bit weights in blocks of {state.blocksize} cannot be read", f"use blocks of {BLOCK}")
     tensors = {"packed": packed.reshape(-1, 1), "absmax": state.absmax}
     if state.nested:
         tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset}

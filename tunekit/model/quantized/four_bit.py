@@ -1,9 +1,9 @@
-"""NF4 and FP4 in torch operations on a CPU, with the same bits as bitsandbytes.
+"""Packs and unpacks NF4 and FP4 with torch operations on a CPU. The bits are the same as bitsandbytes'.
 
-A block of 64 numbers is divided by its largest magnitude, and each number becomes the nearest of 16 values. A byte
-contains two values, the first in the high half. With double quantization, the blocks' magnitudes minus their mean are
-packed too: 256 magnitudes share a scale, and each magnitude becomes the nearest of 256 values. Source: Dettmers et al.
-2023 (QLoRA), section 3.
+Each block of 64 numbers is divided by its largest magnitude (the block's scale), and each number is rounded to the
+nearest of 16 values. A byte contains the codes of two values, the first in the high half. Double quantization also
+packs the scales, after their mean is subtracted: 256 scales share a second scale, and are rounded to the nearest of 256
+values. Source: Dettmers et al. 2023 (QLoRA), section 3.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ FP4_VALUES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # divided by 12; the 
 
 @cache
 def values_of(quantization: str) -> Tensor:
-    """(16,) float32: the value that each 4-bit code stands for, before it is multiplied by its block's scale."""
+    """(16,) float32: the value of each 4-bit code, before multiplication by the scale of its block."""
     if quantization == "nf4":
         return torch.tensor(NF4_VALUES, dtype=torch.float32)
     positive = torch.tensor(FP4_VALUES, dtype=torch.float32) / max(FP4_VALUES)
@@ -41,12 +41,12 @@ def values_of(quantization: str) -> Tensor:
 
 @cache
 def nested_values(device: torch.device = torch.device("cpu")) -> Tensor:  # noqa: B008
-    """(256,) float32, ascending: the value that each code of a packed scale stands for, before its own scale is
-    applied. Cached per device.
+    """(256,) float32, ascending: the value of each code of a packed scale, before multiplication by the second scale.
+    Cached per device.
 
-    The values are 0, 1, and seven decades with both signs. Each decade has twice as many values as the decade below, at
-    the middles of equal steps from 0.1 to 1. Source: Dettmers 2015, 8-bit approximations for parallelism in deep
-    learning.
+    The values are 0, 1, and seven decades with both signs. A decade is divided into equal steps, whose middles are the
+    values. Each decade has twice as many steps as the next smaller decade. Source: Dettmers 2015, 8-bit approximations
+    for parallelism in deep learning.
     """
     levels = [0.0, 1.0]
     for decade in range(7):
@@ -74,10 +74,10 @@ def pack(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensor
 
 
 def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
-    """Divide (n,) numbers, float32, by the magnitudes of their blocks, which are written to `absmax`. The result is
-    padded to an even number of elements.
+    """Divide (n,) float32 numbers by the largest magnitude in their block, and write these magnitudes to `absmax`. The
+    result is padded to an even number of elements.
 
-    bitsandbytes multiplies whole blocks by the inverse but divides the remainder, so this function does the same.
+    Like bitsandbytes, this multiplies complete blocks by the inverse, but divides an incomplete last block.
     """
     blocks_end = part.numel() // BLOCK * BLOCK
     blocks = part[:blocks_end].view(-1, BLOCK)
@@ -94,11 +94,11 @@ def _scaled(part: Tensor, absmax: Tensor) -> Tensor:
 
 @cache
 def _rounding_tables(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Three tables for rounding to the 16 values. A float32 is looked up by its upper 16 bits.
+    """Three tables for rounding float32 numbers to the nearest of the 16 values, by the upper 16 bits of a number. A
+    search among the 15 bounds between the values would take ten times as long.
 
-    (65536,): how many of the 15 bounds between values are below all numbers with these upper bits. (65536,): the one
-    bound that may be among these numbers. (256,): the code byte for each byte of two ranks. Searching the 15 bounds for
-    every number would take ten times as long.
+    (65536,): how many bounds are below all numbers with these upper bits. (65536,): the only bound that can be between
+    such numbers. (256,): the byte with two codes, for each byte with the ranks of two values.
     """
     values = values_of(quantization)
     order = torch.argsort(values)  # rank -> half byte; NF4's values are in order
@@ -109,15 +109,15 @@ def _rounding_tables(quantization: str) -> tuple[Tensor, Tensor, Tensor]:
     lowest, highest = edges.aminmax(dim=0)
     below = torch.bucketize(lowest, bounds)
     if int((torch.bucketize(highest, bounds) - below).max()) > 1:
-        raise AssertionError("two bounds share the upper half of a float32")
+        raise AssertionError("two rounding bounds have the same upper 16 bits")
     bound = torch.cat([bounds, torch.tensor([ALWAYS_ABOVE])])[below]
     ranks = torch.arange(256)
     return below.float(), bound, ((order[ranks >> 4 & 15] << 4) | order[ranks & 15]).to(torch.uint8)
 
 
 def _halves(scaled: Tensor, quantization: str) -> Tensor:
-    """Round (n,) numbers from -1 to 1 to the nearest values; ties go to the lower value. Returns the codes, two per
-    byte, (n / 2,)."""
+    """Round (n,) numbers from -1 to 1 to the nearest of the 16 values, or to the lower value if two are equally near.
+    Returns bytes with two codes each, (n / 2,)."""
     below, bound, recoded = _rounding_tables(quantization)
     cell = scaled.view(torch.uint16)[1::2].to(torch.int32)  # (n,) upper halves; the machine is little-endian
     bounds = torch.index_select(bound, 0, cell)
@@ -139,7 +139,7 @@ def _nearest_nested() -> Tensor:
 def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Pack scales: (blocks,) float32 -> codes (blocks,) uint8 and magnitudes (blocks / 256,) float32.
 
-    A scale is first rounded to one of 65536 steps, as bitsandbytes 0.50 does on a CPU; between equal zeros, the first.
+    A scale is first rounded to one of 65536 equal steps, as in bitsandbytes 0.50 on a CPU.
     """
     blocks = -(-scales.numel() // NESTED_BLOCK)
     padded = torch.nn.functional.pad(scales, (0, blocks * NESTED_BLOCK - scales.numel())).view(blocks, NESTED_BLOCK)
@@ -152,7 +152,7 @@ def _pack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtype: torch.dtype) -> Tensor:
     """Unpack (elements,) numbers: value times scale in float32, rounded once to `dtype`.
 
-    On the meta device, only make the same allocations, because a memory forecast counts them.
+    On the meta device, this only makes the same allocations, so that a memory forecast counts them.
     """
     packed, absmax = tensors["packed"].reshape(-1), _scales(tensors)
     dense = torch.empty(elements, dtype=dtype, device=packed.device)
@@ -182,14 +182,14 @@ def unpack(tensors: Mapping[str, Tensor], elements: int, quantization: str, dtyp
 
 @cache
 def _pairs(quantization: str, device: torch.device) -> Tensor:
-    """(256,) int64: for each byte, the bits of its two float32 values, so that one look-up gives two numbers. Cached
-    per device."""
+    """(256,) int64: for each byte, its two values as the bits of two float32 numbers, so that one look-up unpacks both.
+    Cached per device."""
     values, byte = values_of(quantization), torch.arange(256)
     return torch.stack([values[byte >> 4], values[byte & 15]], dim=1).view(torch.int64).reshape(-1).to(device)
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
-    """(blocks,) float32 scales of the blocks; double-quantized scales are unpacked."""
+    """The float32 scale of each block, (blocks,). Double-quantized scales are unpacked first."""
     absmax = tensors["absmax"]
     if "nested_absmax" not in tensors:
         return absmax

@@ -1,8 +1,9 @@
-"""Weights in float8 (e4m3) with one scale per row. Products round their inputs in the same way, so they are
+"""Weights in float8 (e4m3) with one scale per row. A product also rounds its input to float8, so its result is
 approximate.
 
-On a GPU of compute capability 8.9 or more (RTX 40xx, L4, H100) the product runs on the float8 units. Elsewhere the same
-rounded numbers are multiplied in float32: a CPU gives the GPU's results up to the order of sums, for testing recipes.
+On a GPU of compute capability 8.9 or more (RTX 40xx, L4, H100), float8 units compute the product. Elsewhere the same
+rounded numbers are multiplied in float32. A CPU therefore gives the same results as a GPU, except for the order of
+sums.
 """
 
 import torch
@@ -18,7 +19,8 @@ CAPABILITY = (8, 9)
 
 
 def computes_fp8(device: torch.device) -> bool:
-    """Whether float8 products run natively on `device`; assumed for a GPU that is not on this machine."""
+    """Whether float8 products run natively on `device`. A GPU that is not on this machine is assumed to support
+    them."""
     return capability(device) >= CAPABILITY
 
 

@@ -1,5 +1,5 @@
-"""The interface to dense and packed matrices: a Weight reads and replaces a layer's matrix. Other modules need not know
-how the matrix is stored."""
+"""The interface to dense and packed matrices. A Weight reads and replaces a layer's matrix, so that other modules need
+not know how the matrix is stored."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ROUNDS_INPUTS = ("int8", "fp8")
 
 
 class UnpackedMatrices:
-    """A cache of unpacked matrices. It is valid only in a block in which no packed tensor changes, and its matrices
-    must not be modified."""
+    """A cache of unpacked matrices. Use it only while no packed tensor changes, and do not modify its matrices."""
 
     def __init__(self) -> None:
         self._cache: dict[tuple[int, torch.dtype], Tensor] | None = None
 
     @contextmanager
     def caching(self) -> Iterator[None]:
-        """Context manager: each matrix is unpacked once, for all products of all runs that use it."""
+        """Context manager: unpack each matrix only once, and use it for all products in the block, also of several
+        runs."""
         self._cache = {}
         try:
             yield
@@ -40,8 +40,8 @@ class UnpackedMatrices:
             self._cache = None
 
     def of(self, layer: PackedLinear, dtype: torch.dtype) -> Tensor:
-        """W (O, I) of a layer. Copies of the layer in other nets have the same packed tensors, so they share the cached
-        matrix."""
+        """The unpacked matrix (O, I) of a layer. Copies of the layer in other nets share its packed tensors, so they
+        also share the cached matrix."""
         if self._cache is None:
             return layer.dequantize(dtype)
         key = id(layer.get_buffer(layer.tensor_names[0])), dtype
@@ -54,16 +54,16 @@ UNPACKED = UnpackedMatrices()
 
 
 class NoMatrix:
-    """The value of `weight` in a packed layer, for models that read the dtype of a weight (T5, Hunyuan's router)."""
+    """Replaces `weight` in a packed layer, for models whose code reads `weight.dtype` (T5, Hunyuan's router)."""
 
     dtype = None
 
 
 class PackedLinear(nn.Module):
-    """Linear layer with a packed matrix: y = x W^T + b, with W = unpack(buffers) recomputed for every product.
+    """Linear layer with a packed matrix: y = x W^T + b. W is unpacked from the buffers for every product.
 
     Shapes: x (..., I) -> y (..., O). The matrix is frozen; the bias is a parameter.
-    The backward pass unpacks W again: it saves this module, never a dense W.
+    The backward pass unpacks W again, so no dense W is saved for it.
     """
 
     weight = NoMatrix()
@@ -102,7 +102,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.quantization}{double}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Move to a device, but never change the dtype: the scales stay float32."""
+        """Move the layer to a device, but never change the dtype of its tensors: the scales stay float32."""
         before = self.tensors()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
@@ -143,7 +143,8 @@ class _PackedProduct(torch.autograd.Function):
 def pack_linear(
     linear: nn.Module, quantization: str, double_quantization: bool, compute_dtype: torch.dtype
 ) -> nn.Module:
-    """A PackedLinear with the matrix of `linear` (nn.Linear or Conv1D), rounded to `compute_dtype` before packing.
+    """Pack the matrix of `linear` (nn.Linear or Conv1D) into a PackedLinear. The matrix is first rounded to
+    `compute_dtype`.
 
     Raises: ModelError if the matrix is not finite.
     """
@@ -162,8 +163,8 @@ def pack_linear(
 
 
 def kept_linear(linear: nn.Module, kind: str, packed: Tensor, compute_dtype: torch.dtype) -> PackedLinear:
-    """A PackedLinear with the blocks (O, bytes) of a GGUF file, in a type such as "q4_k", and with the bias of
-    `linear`."""
+    """Make a PackedLinear from the blocks (O, bytes) of a GGUF file and the bias of `linear`. `kind`: the type of the
+    blocks, such as "q4_k"."""
     weight = weight_of(linear)
     assert weight is not None
     bias = None if weight.bias is None else nn.Parameter(weight.bias.detach().to(compute_dtype), requires_grad=False)
@@ -171,10 +172,10 @@ def kept_linear(linear: nn.Module, kind: str, packed: Tensor, compute_dtype: tor
 
 
 def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) -> Tensors:
-    """The packed tensors of a matrix (O, I) of the base.
+    """Pack a matrix (O, I) of the base.
 
-    Raises: ModelError if the matrix is not finite. The check reads only the scales, so it needs no second copy of the
-    matrix.
+    Raises: ModelError if the matrix contains NaN or infinity. Only the scales are checked, which needs no second copy
+    of the matrix.
     """
     tensors = codec.pack(matrix, quantization, double_quantization)
     scales = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
@@ -184,8 +185,8 @@ def pack_matrix(matrix: Tensor, quantization: str, double_quantization: bool) ->
 
 
 def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every 4-bit layer of bitsandbytes by a PackedLinear with the same tensors, and cast all other parameters
-    to `dtype`, because transformers leaves them in their stored dtype."""
+    """Replace every 4-bit layer of bitsandbytes by a PackedLinear with the same tensors. Cast all other parameters to
+    `dtype`, because transformers keeps the dtype of the files."""
     kind = codec.import_bitsandbytes().nn.Linear4bit
     for name, module in [(name, module) for name, module in net.named_modules() if isinstance(module, kind)]:
         parameter = module.weight
@@ -204,8 +205,8 @@ def adopt_packed(net: nn.Module, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class Weight:
-    """Reads and replaces the matrix of one module. `shape`: (O, I) for any storage; (vocabulary, D) for an
-    embedding."""
+    """Reads and replaces the matrix of one module. `shape`: always (O, I), even if the matrix is packed or stored
+    transposed; (vocabulary, D) for an embedding."""
 
     module: nn.Module
     kind: str  # dense, nf4, fp4, int8, int8_weight_only, fp8, or a type of GGUF blocks such as q4_k
@@ -236,16 +237,17 @@ class Weight:
         return bias if isinstance(bias, Tensor) else None
 
     def read(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A copy of the matrix, (O, I), as the forward uses it."""
+        """A copy of the matrix (O, I) with the values that the forward uses."""
         if isinstance(self.module, PackedLinear):
             return self.module.dequantize(dtype)
         stored = _dense(self.module).detach()
         return (stored.t() if self.transposed else stored).to(dtype, copy=True).contiguous()
 
     def replace(self, matrix: Tensor) -> None:
-        """Replace the matrix by `matrix` (O, I), in the same dtype or packing. A tied module keeps the old matrix."""
+        """Replace the module's matrix by `matrix` (O, I), stored in the same dtype or packing. Modules that were tied
+        to it keep the old matrix."""
         if tuple(matrix.shape) != self.shape:
-            raise ModelError(f"a matrix of shape {tuple(matrix.shape)} cannot replace one of shape {self.shape}")
+            raise ModelError(f"a matrix of shape {tuple(matrix.shape)} cannot replace a matrix of shape {self.shape}")
         if isinstance(self.module, PackedLinear):
             layer = self.module
             packed = codec.pack(matrix.to(self.device), layer.quantization, layer.double_quantization)
@@ -258,19 +260,19 @@ class Weight:
 
 
 def multiplies_exactly(module: nn.Module) -> bool:
-    """Whether the module computes x W^T + b with W = product_matrix. False for subclasses, which may have their own
-    forward, and for LLM.int8 and fp8, which round x."""
+    """Whether the module computes exactly x W^T + b, with the W of `product_matrix`. False for subclasses of nn.Linear,
+    whose forward may differ, and for LLM.int8 and fp8, which round x."""
     return type(module) is nn.Linear or (isinstance(module, PackedLinear) and module.quantization not in ROUNDS_INPUTS)
 
 
 def product_matrix(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W (O, I) of a module that multiplies exactly, for a product in `dtype`: the stored matrix if it is dense,
-    otherwise an unpacked copy."""
+    """The matrix W (O, I) for a product in `dtype`, of a module that multiplies exactly (see `multiplies_exactly`). A
+    dense matrix is returned as stored, a packed matrix as an unpacked copy."""
     return UNPACKED.of(module, dtype) if isinstance(module, PackedLinear) else _dense(module).detach()
 
 
 def exact_product(module: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., I) -> x W^T + b (..., O) of a module that multiplies exactly. `bias`: in the dtype of x."""
+    """x (..., I) -> x W^T + b (..., O), for a module that multiplies exactly. `bias` has the dtype of x."""
     if isinstance(module, PackedLinear) and current_call().fuses:
         shape = module.out_features, module.in_features
         fused = codec.fused_product(x, module.tensors(), shape, module.quantization, bias)
@@ -286,7 +288,7 @@ def _dense(module: nn.Module) -> Tensor:
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """The kind of a layer by its structure: linear, conv1d or embedding; None for anything else."""
+    """The kind of a layer: linear, conv1d or embedding; None for any other module."""
     kind: type = type(module)
     if isinstance(module, PackedLinear | nn.Linear):
         return None if returns_several(kind) else "linear"
@@ -321,7 +323,6 @@ def stored_bytes(net: nn.Module) -> int:
 
 
 def element_count(net: nn.Module) -> int:
-    """The number of parameters of the model. Tied tensors count once. A packed matrix counts as many parameters as its
-    dense form."""
+    """The number of parameters of the model. Tied tensors count once. A packed matrix counts like its dense form."""
     dense = sum(parameter.numel() for parameter in net.parameters())
     return dense + sum(layer.in_features * layer.out_features for layer in packed_layers(net).values())

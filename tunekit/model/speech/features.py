@@ -25,11 +25,11 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """transformers' feature extractor, and its folder.
+    """A model's feature extractor from transformers, and its folder.
 
-    `padded`: whether all recordings are padded with silence to one length. If not, only recordings of equal length
+    `padded`: whether all recordings are padded with silence to one length. If not, only recordings of equal length can
     share a batch.
-    `input_name`: the net's name for features.
+    `input_name`: the name of the argument with which the net receives the features.
     """
 
     extractor: Any
@@ -44,12 +44,12 @@ class FeatureExtractor:
 
     @property
     def seconds(self) -> float:
-        """The maximum length of a recording."""
+        """The maximum length of a recording, in seconds."""
         return float(self.extractor.n_samples / self.rate)
 
     @property
     def frames(self) -> int:
-        """Frames of every padded recording."""
+        """The number of frames of a padded recording."""
         return int(self.extractor.nb_max_frames)
 
     @property
@@ -58,13 +58,14 @@ class FeatureExtractor:
         return int(self.extractor.feature_size)
 
     def frames_of(self, seconds: float) -> int:
-        """Frames of a recording of this length, without padding; at least one."""
+        """The number of frames of a recording of this length, without padding; at least 1."""
         return min(max(math.ceil(seconds * self.frames / self.seconds - 1e-9), 1), self.frames)
 
     def features(self, samples: Tensor) -> NDArray[np.float32]:
-        """The log-mel features (frames, bands) of a recording. Of its padding, only the first frame is included.
+        """Compute the log-mel features (frames, bands) of a recording. Only the first frame of the padding is included,
+        because all frames of the padding are equal.
 
-        Shapes: (samples,) at `rate`.
+        Shapes: samples (samples,), at the sampling rate `rate`.
         """
         extracted = self.extractor(samples.numpy(), sampling_rate=self.rate, return_tensors="np", truncation=True)
         padded: NDArray[np.float32] = extracted["input_features"][0].T  # (frames, bands)
@@ -116,6 +117,6 @@ def load_extractor(section: ModelSection) -> tuple[Any, Path]:
             str(source.folder), local_files_only=True, trust_remote_code=section.trust_remote_code
         )
     if not hasattr(extractor, "nb_max_frames") and read_config(source).get("model_type") != "moonshine":
-        what = f"{section.name_or_path} uses {type(extractor).__name__}, which is not supported"
+        what = f"{section.name_or_path} uses the feature extractor {type(extractor).__name__}, which is not supported"
         raise ModelError(what, "choose Whisper or Moonshine", key="model.name_or_path")
     return extractor, source.folder

@@ -1,4 +1,4 @@
-"""The processor of speech recognition models: recordings to features, and transcripts to ids."""
+"""The processor of speech recognition models, which converts recordings to features, and transcripts to token ids."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ class SpeechProcessor(FeatureExtractor):
 
     @property
     def answer_start(self) -> int:
-        """The id of the token with which an answer begins."""
+        """The id of the token with which every answer begins."""
         start = self.tokenizer.answer_start_id
         assert start is not None  # load_speech_processor checked it
         return start
@@ -63,8 +63,8 @@ class SpeechProcessor(FeatureExtractor):
         return self.tokenizer.encode(f"{self.blank}{text}", special_tokens_in_text=False) if text else []
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
-        """The first ids of an answer: the start token; language and task in multilingual models; the no-timestamps
-        token unless `timestamps`.
+        """The first ids of an answer: the start token, the tokens for language and task in a multilingual model, and
+        the token <|notimestamps|> unless `timestamps`.
 
         Raises: DataError for an unknown or missing language.
         """
@@ -80,8 +80,8 @@ class SpeechProcessor(FeatureExtractor):
         return ids if timestamps else [*ids, self.no_timestamps]
 
     def language_code(self, language: str) -> str:
-        """The code of a language, which may be given by its name, code or token. Raises: DataError with the known
-        languages."""
+        """The code of a language, such as "en". `language`: its name, code or token. Raises: DataError that lists the
+        known languages."""
         code, known = _code(language), self._languages
         if code not in known:
             raise DataError(f"unknown language '{language}'", f"write a name or a code: {listed(known, MAX_SHOWN)}")
@@ -111,7 +111,7 @@ class SpeechProcessor(FeatureExtractor):
         return int(token_id)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The transcript of ids: special tokens are left out, and times are written as <|1.08|>."""
+        """Decode ids to a transcript. Special tokens are left out, and timestamps are written as <|1.08|>."""
         first, parts, run = self.no_timestamps + 1, list[str](), list[int]()
         for token_id in [*ids, first]:
             if token_id < first:
@@ -123,8 +123,8 @@ class SpeechProcessor(FeatureExtractor):
 
     @cached_property
     def normalize(self) -> Callable[[str], str]:
-        """A function that makes different spellings of a word equal, for comparing texts. It is Whisper's normaliser
-        for English if the model has a file of spellings, otherwise the normaliser for all languages."""
+        """A function that normalises spelling before texts are compared. This is Whisper's normaliser for English if
+        the model has a file of English spellings, otherwise Whisper's normaliser for all languages."""
         from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
         path = self.folder / NORMALIZER
@@ -140,8 +140,11 @@ class SpeechProcessor(FeatureExtractor):
 
 @dataclass(frozen=True)
 class WaveProcessor(SpeechProcessor):
-    """Moonshine's processor: raw samples. Its encoder normalises over a whole recording, which padding would change,
-    so only recordings of equal length share a batch. It supports one language and no timestamps."""
+    """The processor of Moonshine, which reads raw samples. Moonshine supports one language and no timestamps.
+
+    Its encoder normalises over the whole recording, so padding would change the result. Therefore only recordings of
+    equal length share a batch.
+    """
 
     padded: ClassVar[bool] = False
     input_name: ClassVar[str] = "input_values"
@@ -161,7 +164,7 @@ class WaveProcessor(SpeechProcessor):
         return 1
 
     def features(self, samples: Tensor) -> NDArray[np.float32]:
-        """All samples, (samples, 1). Raises: DataError if there are too few for one frame."""
+        """The normalised samples, (samples, 1). Raises: DataError for a recording that is too short for one frame."""
         if len(samples) < MIN_SAMPLES:
             length, minimum = (count / self.rate for count in (len(samples), MIN_SAMPLES))
             what = f"the recording lasts {length:.3f} s, but the model needs at least {minimum:.3f} s"
@@ -174,8 +177,8 @@ class WaveProcessor(SpeechProcessor):
         return features.reshape(-1)
 
     def prefix(self, language: str | None, task: str, timestamps: bool) -> list[int]:
-        """The ids with which an answer begins: only the start token. Raises: DataError for a language, a task or
-        timestamps."""
+        """The first ids of an answer: only the start token. Raises: DataError if a language, timestamps, or a task
+        other than transcribe is requested."""
         if language is not None or task != "transcribe" or timestamps:
             what = "the model only transcribes the language that it was trained on, without timestamps"
             raise DataError(what, "remove language, task and timestamps, or choose Whisper")
@@ -186,7 +189,7 @@ class WaveProcessor(SpeechProcessor):
 
 
 def _code(language: str) -> str:
-    """The code of a language, which may be given by its name, code or token. Other texts are returned unchanged."""
+    """The code of a language that is given by its name, code or token. Other texts are returned in lower case."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     name = language.strip().lower().removeprefix("<|").removesuffix("|>")
@@ -194,12 +197,12 @@ def _code(language: str) -> str:
 
 
 def load_speech_processor(section: ModelSection) -> SpeechProcessor:
-    """The processor of a base, with its extractor, tokenizer and generation settings. Raises: ModelError if a part is
-    missing."""
+    """Load the processor of a base: feature extractor, tokenizer and generation settings. Raises: ModelError if one of
+    them is missing."""
     extractor, folder = load_extractor(section)
     tokenizer = load_tokenizer(section)
     if tokenizer.answer_start_id is None:
-        what = "the base does not define the token with which answers begin"
+        what = "the base does not name the token with which its answers begin"
         raise ModelError(what, "write decoder_start_token_id into its config.json", key="model.name_or_path")
     path, config = folder / "generation_config.json", read_json(folder / "config.json")
     generation = read_json(path) if path.exists() else {}

@@ -28,12 +28,12 @@ def transcribe(
     place: int = 0,
     sampling: Sampling = GREEDY,
 ) -> list[list[int]]:
-    """New ids of each recording, including special tokens. The model's own generation settings apply, except the
-    outdated forced_decoder_ids: language and task are passed by name instead.
+    """Generate the ids of each recording's transcript, including special tokens. The model's own generation settings
+    apply, except the outdated forced_decoder_ids, because language and task are passed by name.
 
     Shapes: features (B, M, F), or samples (B, N).
-    `language_and_task`: for multilingual models; `max_tokens`: maximum length of an answer; `place`: the batch's
-    number, for seeds.
+    `language_and_task`: arguments of transformers' generate, for multilingual models. `max_tokens`: the maximum length
+    of an answer. `place`: the number of the batch, for its seed.
     """
     settings = deepcopy(model.generation_config)
     assert settings is not None

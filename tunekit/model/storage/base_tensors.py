@@ -1,4 +1,4 @@
-"""The tensors of a base under the names of the net's parameters. They are read from the base's files, or from a net in
+"""The tensors of a base, by the names of the net's parameters. They are read from the base's files, or from a net in
 memory."""
 
 from pathlib import Path
@@ -12,10 +12,10 @@ from tunekit.model.storage.shards import ShardReader
 
 
 class BaseTensors:
-    """The base's tensors under the names of the net's parameters, read one at a time.
+    """The tensors in the base's files, by the names of the net's parameters, read one at a time.
 
-    A checkpoint may leave out the base model's prefix, or use the names of an older version. A tensor that is not a
-    parameter of the net keeps its name.
+    The names in a file can lack the base model's prefix, or come from an older version of transformers. A tensor that
+    is not a parameter of the net keeps its name.
     """
 
     def __init__(self, folder: Path, net: nn.Module) -> None:
@@ -38,8 +38,8 @@ class BaseTensors:
 
 
 class LoadedTensors:
-    """Like BaseTensors, but reads a net in memory, for a base that only transformers can read (GGUF). `dtype`: the
-    dtype to write."""
+    """Like BaseTensors, but the tensors come from a net in memory, for a base whose files do not match the net, such as
+    GGUF. `dtype`: the dtype to write."""
 
     def __init__(self, net: nn.Module, tied_head: str | None, dtype: torch.dtype) -> None:
         stored: Tensors = dict(net.state_dict(keep_vars=True))

@@ -1,6 +1,6 @@
-"""Built-in models that need no download. A name such as `builtin:tiny-llama` stands for a folder made on first use.
+"""Built-in models that need no download. The folder of a model such as `builtin:tiny-llama` is made at the first use.
 
-The weights are random, so such a model can only test whether a recipe runs.
+The weights are random, so a built-in model can only test whether a recipe runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_model_folder(name: str) -> Path | None:
-    """The folder of a built-in model, written now if it does not exist; None for any other name."""
+    """The folder of the built-in model with this name, written now if it does not exist; None for any other name."""
     if name != TINY_LLAMA:
         return None
     folder = default_cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{LAYOUT}"
@@ -65,7 +65,7 @@ def write_tiny_llama(folder: Path) -> None:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte and three special tokens, so that no text is unknown."""
+    """A tokenizer with one token per byte and three special tokens, which can encode every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
-"""Parameters that the net fuses from several tensors of a checkpoint (pieces), such as the experts of a mixture.
+"""Parameters that transformers fuses from several tensors of a checkpoint (pieces), such as the experts of a mixture.
 
-The positions of the pieces in the parameter come from transformers' own conversion, which joins them.
+The position of each piece in the fused parameter is derived from transformers' own conversion code.
 """
 
 import math
@@ -16,7 +16,7 @@ from tunekit.contracts import Tensors
 
 
 def stored_names(net: nn.Module) -> dict[str, str]:
-    """Maps names in the files to names in the net, for parameters that transformers renames while loading."""
+    """A mapping from the names in the files to the names in the net, for parameters that transformers renames."""
     tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in net.state_dict().items()}
     names = {id(tensor): name for name, tensor in tensors.items()}
     stored = revert_weight_conversion(net, tensors).items()
@@ -24,8 +24,8 @@ def stored_names(net: nn.Module) -> dict[str, str]:
 
 
 class StoredPieces:
-    """One parameter of the net, and the names of its pieces in the files. `names` is empty if the files do not contain
-    the pieces."""
+    """A fused parameter of the net and its pieces. `names`: the names of the pieces in the files; empty if the files do
+    not contain all pieces."""
 
     def __init__(self, net: nn.Module, parameter: str, stored: Collection[str]) -> None:
         self.net, self.parameter = net, parameter
@@ -36,12 +36,12 @@ class StoredPieces:
         self.names = sorted(pieces) if fits else []
 
     def split(self, parameter: Tensor) -> Tensors:
-        """Split the parameter into its pieces, by their names in the files."""
+        """Split a fused parameter into its pieces. Returns the pieces by their names in the files."""
         return revert_weight_conversion(self.net, {self.parameter: parameter})
 
     def matrices(self) -> dict[str, tuple[int, Tensor, Tensor]] | None:
-        """For each piece: its expert, and its rows (O,) and columns (I,) in the fused parameter (E, P, Q). None if a
-        piece is not a matrix (O, I) of one expert."""
+        """For each piece, a matrix (O, I) of one expert: the number of the expert, and the rows (O,) and columns (I,)
+        of the piece in the fused parameter (E, P, Q). None if a piece is not such a matrix."""
         count, rows, columns = self.shape
         # at each place of the parameter: the number of the row, and the number of the column
         row_of = torch.arange(count * rows).reshape(count, rows, 1).expand(count, rows, columns)
@@ -56,15 +56,15 @@ class StoredPieces:
         }
 
     def views(self, parameter: Tensor) -> Tensors | None:
-        """Views of `parameter` into which pieces can be read; None if a piece is not a contiguous part of
-        `parameter`."""
+        """The pieces as views of `parameter`, so that each can be read into its place. None if a piece is not a
+        contiguous part of `parameter`."""
         with _NoCopies():
             parts = self.split(parameter)
         root = parameter if parameter._base is None else parameter._base
         return parts if all(part is parameter or part._base is root for part in parts.values()) else None
 
     def join(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Join the pieces that `read` returns by name. Returns the parameter in float32."""
+        """Fuse the pieces, which `read` returns by name, to the parameter in float32."""
         joined = torch.empty(math.prod(self.shape))
         places = self.split(torch.arange(joined.numel(), dtype=torch.int32).reshape(self.shape))
         for name, place in places.items():
@@ -73,7 +73,7 @@ class StoredPieces:
 
 
 class _NoCopies(TorchFunctionMode):
-    """Context manager: `contiguous` returns its argument, so that splitting gives views."""
+    """Context manager: `Tensor.contiguous` does not copy, so that splitting a parameter returns views."""
 
     def __torch_function__(
         self, func: Callable[..., object], types: object, args: Any = (), kwargs: Any = None

@@ -1,5 +1,5 @@
-"""Reads a base from a GGUF file: parses the file only once, and reads tensor by tensor, unpacked or in the file's own
-blocks. If the net's tensors are not simply the file's tensors, transformers reads the whole file."""
+"""Reads a base from a GGUF file. The file is parsed only once, and read one tensor at a time, either unpacked or in the
+file's own quantized blocks. If tensors of the net differ from the file's tensors, transformers reads the whole file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ ROW_PROCESSORS = (
 
 
 def gguf_arguments(source: ModelSource) -> dict[str, Any]:
-    """Arguments with which transformers unpacks all weights, because it cannot train or merge packed ones."""
+    """Arguments with which transformers unpacks all weights. tunekit cannot train or merge weights that transformers
+    packed."""
     import transformers
 
     settings = getattr(transformers, "GgufConfig", None)  # older versions always unpack
@@ -47,7 +48,7 @@ def gguf_arguments(source: ModelSource) -> dict[str, Any]:
 
 @contextmanager
 def parsed_once(name_or_path: str) -> Iterator[None]:
-    """Context manager: cache the parsed file and its table of names, because transformers requests both repeatedly.
+    """Context manager: cache the parsed file and the table of its tensor names, which transformers reads repeatedly.
 
     Parsing SmolLM2's file takes more than two seconds, mostly for the strings of its tokenizer.
     """
@@ -63,10 +64,10 @@ def parsed_once(name_or_path: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of the file. `rows`: for each row of the net's tensor, the index of its row in the file; None if the
+    """A tensor of the file. `rows`: for each row of the net's tensor, the index of this row in the file; None if the
     order is the same.
 
-    `transposed`: whether the net's tensor is (I, O), and the file's (O, I).
+    `transposed`: whether the tensor is (I, O) in the net and (O, I) in the file.
     """
 
     entry: ReaderTensor
@@ -80,16 +81,17 @@ class FileTensor:
         return sizes if self.transposed else sizes[::-1]
 
     def data(self, first: int = 0, step: int | None = None) -> NDArray[np.uint8]:
-        """The stored numbers of `step` rows of the net's tensor, from row `first` on (None: all rows)."""
+        """The stored bytes of `step` rows of the net's tensor, starting with row `first`. `step` None: all following
+        rows."""
         part = slice(first, None if step is None else first + step)
         return np.array(self.entry.data[part if self.rows is None else self.rows[part]])
 
 
 class GgufFiles:
-    """The tensors of a GGUF file under the names of the net's parameters, with the same numbers that transformers
+    """The tensors of a GGUF file, by the names of the net's parameters. The numbers equal the numbers that transformers
     reads.
 
-    `processor`: transformers' object that converts vectors.
+    `processor`: transformers' object that converts vectors, such as norm weights.
     """
 
     mapped = False  # no tensor is a view of the file
@@ -126,9 +128,9 @@ class GgufFiles:
 
 
 def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
-    """The file's tensors for a net of transformers. None if a tensor of the net might differ from the file's tensor.
+    """The file's tensors for a net of transformers. None if transformers might convert tensors to other numbers.
 
-    Raises: ModelError if the file has tensors, such as biases, that transformers would leave out.
+    Raises: ModelError if the file has tensors, such as biases, that transformers would ignore.
     Source: load_gguf_checkpoint of transformers.
     """
     from transformers import modeling_gguf_pytorch_utils as legacy
@@ -146,7 +148,7 @@ def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
         return None
     known = {*names, *(f"{name}.weight" for name in names)}  # experts have no ending in the net
     if unread := [name for name in facts.tensors if name not in known and _is_computed_with(name, net)]:
-        raise facts.refuse(f"has tensors that transformers leaves out ({listed(unread, 3)})")
+        raise facts.refuse(f"the file has tensors that transformers ignores ({listed(unread, 3)})")
     if kind.__name__ not in ROW_PROCESSORS:
         return None
     tensors = {}
@@ -162,8 +164,8 @@ def gguf_files(source: ModelSource, net: nn.Module) -> GgufFiles | None:
 def _row_order(
     entry: ReaderTensor, processor: TensorProcessor, falcon: NDArray[np.int64] | None
 ) -> NDArray[np.int64] | None:
-    """For each row of the net's tensor, the index of its row in the file; None if the order is the same. The order is
-    found by letting transformers process a vector of row numbers."""
+    """For each row of the net's tensor, the index of this row in the file; None if the order is the same. transformers
+    processes a vector of row numbers, which shows the order."""
     if len(entry.shape) < 2:
         return None
     numbers = np.arange(int(entry.shape[-1]))
@@ -174,10 +176,10 @@ def _row_order(
 
 
 def _falcon_rows(config: PreTrainedConfig) -> NDArray[np.int64] | None:
-    """For each row of Falcon's fused projection in the net, the index of its row in the file. The net stores the
+    """For each row of Falcon's fused projection in the net, the index of this row in the file. The net stores the
     queries, keys and values of each group of heads together.
 
-    Source: FalconModel.modify_tensors in llama.cpp's converter, which this undoes.
+    Source: FalconModel.modify_tensors in llama.cpp's converter; this function reverses its order.
     """
     groups = config.num_kv_heads if config.new_decoder_architecture or not config.multi_query else 1
     heads, width = config.num_attention_heads, config.head_dim
@@ -188,15 +190,15 @@ def _falcon_rows(config: PreTrainedConfig) -> NDArray[np.int64] | None:
 
 
 def _is_computed_with(name: str, net: nn.Module) -> bool:
-    """Whether the net needs this tensor of the file: it is in one of the net's layers, and it is not a table of
-    rotations. Files may contain additional layers that the net does not have."""
+    """Whether the net needs this tensor: it belongs to a layer of the net, and is not a table of rotary embeddings.
+    Files may contain additional layers that the net does not have."""
     part, _, rest = name.removeprefix("blk.").partition(".")
     in_layer = name.startswith("blk.") and int(part) < text_config(net).num_hidden_layers
     return in_layer and not rest.startswith("attn_rot_embd")
 
 
 def _packed_architectures() -> Collection[str]:
-    """Architectures whose GGUF files transformers reads by newer, separate code."""
+    """Architectures whose GGUF files transformers reads with its newer, separate code."""
     try:
         from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
     except ImportError:  # older versions read all in the same way
@@ -205,7 +207,7 @@ def _packed_architectures() -> Collection[str]:
 
 
 class FileBlocks:
-    """The matrices of a GGUF file, packed in the file's own blocks. `net`: the net that transformers reads from this
+    """The matrices of a GGUF file in the file's own quantized blocks. `net`: the net that transformers made from this
     file.
 
     Raises: ModelError if the base is not a GGUF file.
@@ -215,7 +217,7 @@ class FileBlocks:
         import gguf
 
         if source.gguf_file is None:
-            what = f"kept keeps the blocks of a .gguf file, and {source.folder} is a folder"
+            what = f"quantization kept reads the blocks of a .gguf file, but {source.folder} is a folder"
             raise ModelError(what, "name a .gguf file, or write nf4", key="model.quantization")
         facts = read_facts(source)
         self.tensors = facts.tensors
@@ -223,11 +225,11 @@ class FileBlocks:
         self.names = gguf.get_tensor_name_map(number, text_config(net).num_hidden_layers)
 
     def layer(self, name: str, linear: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
-        """A PackedLinear with the file's blocks; None if the blocks have other numbers than `linear`, or cannot be
-        unpacked.
+        """A PackedLinear with the file's blocks. None if the blocks cannot be unpacked, or contain other numbers than
+        `linear`, the dense layer that transformers made from the file.
 
-        `linear`: the dense layer that transformers made from the file. For some architectures the file has the rows of
-        a matrix in another order, so the unpacked blocks are compared with `linear`, except on the meta device.
+        For some architectures the file has the rows of a matrix in a different order. The unpacked blocks are
+        therefore compared with `linear`, except on the meta device.
         """
         tensor = self.tensors.get(f"{self.names.get_name(name)}.weight")
         weight = weight_of(linear)

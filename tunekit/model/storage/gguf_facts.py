@@ -1,4 +1,4 @@
-"""Reads the settings and tensors that a GGUF file states, by llama.cpp's names."""
+"""Reads the settings and the tensors of a GGUF file, by the names that llama.cpp uses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 KEY = "model.name_or_path"
-FOLDER = "name the model's folder instead of the file"
+FOLDER = "use the original model's folder instead of the GGUF file"
 DAMAGE = (ValueError, IndexError, KeyError, OverflowError)  # gguf's errors for a file that ends too early
 
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """A parsed GGUF file. `settings`: values by llama.cpp's names, without the prefix of the architecture. `tensors`:
-    by name."""
+    """A parsed GGUF file. `settings`: values by llama.cpp's names without the prefix of the architecture. `tensors`: by
+    llama.cpp's names."""
 
     name: str
     architecture: str
@@ -29,8 +29,9 @@ class GgufFacts:
     tensors: dict[str, ReaderTensor]
 
     def refuse(self, what: str) -> ModelError:
-        """The error for a file whose model transformers would compute differently from llama.cpp."""
-        return ModelError(f"{self.name} {what}", FOLDER, key=KEY)
+        """The error for a file whose model transformers would compute differently from llama.cpp. `what`: the
+        reason."""
+        return ModelError(f"{self.name}: {what}", FOLDER, key=KEY)
 
 
 def read_facts(source: ModelSource) -> GgufFacts:
@@ -45,11 +46,11 @@ def read_facts(source: ModelSource) -> GgufFacts:
         reader = gguf.GGUFReader(str(path))
         architecture = str(reader.fields["general.architecture"].contents())
     except DAMAGE as error:
-        raise ModelError("is damaged, or ends too early", "fetch it again", file=str(path)) from error
+        raise ModelError("the file is damaged, or ends too early", "fetch it again", file=str(path)) from error
     parts = reader.fields.get("split.count")
     if parts is not None and parts.contents() > 1:
-        how = "join them: llama-gguf-split --merge FIRST_PART WHOLE_FILE"
-        raise ModelError(f"is one part of {parts.contents()}", how, file=str(path))
+        how = "join the parts: llama-gguf-split --merge FIRST_PART WHOLE_FILE"
+        raise ModelError(f"the file is only one of {parts.contents()} parts of a model", how, file=str(path))
     prefix = f"{architecture}."
     fields = {name: field for name, field in reader.fields.items() if name.startswith(prefix)}
     settings = {name.removeprefix(prefix): field.contents() for name, field in fields.items()}
@@ -58,8 +59,8 @@ def read_facts(source: ModelSource) -> GgufFacts:
 
 @contextmanager
 def damage_named(source: ModelSource) -> Iterator[None]:
-    """Context manager around code that reads the file. Raises: ModelError that names the damage, if a damaged file
-    caused the error."""
+    """Context manager for code that reads a base. If the code fails because a GGUF file is damaged, a ModelError that
+    states the damage replaces the error."""
     try:
         yield
     except Exception:

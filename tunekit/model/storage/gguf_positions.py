@@ -1,4 +1,4 @@
-"""Reads the rotary position embedding that a GGUF file states: its base frequency, its width and its scaling."""
+"""Reads the settings of the rotary position embedding in a GGUF file: base frequency, width and scaling."""
 
 import copy
 import math
@@ -23,7 +23,8 @@ YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
 def read_positions(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """Write the rotary embedding of the file into the configuration, because transformers reads only a part of it.
+    """Write the file's rotary embedding settings into the configuration. transformers reads only some of these
+    settings.
 
     Raises: ModelError for a rotary embedding that transformers does not compute.
     Source: llama_model_base::load_hparams of llama.cpp, and its converter.
@@ -39,21 +40,21 @@ def read_positions(facts: GgufFacts, config: PreTrainedConfig) -> None:
 
 
 def _set(parameters: dict[str, Any], name: str, stated: object) -> None:
-    """Set a parameter to the file's number, unless both are equal in float32."""
+    """Set a parameter to the number in the file, unless the parameter already has this value in float32."""
     value = float(str(stated))
     if not math.isclose(parameters.get(name) or 0.0, value, rel_tol=1e-6):
         parameters[name] = value
 
 
 def _set_width(facts: GgufFacts, config: PreTrainedConfig, parameters: dict[str, Any]) -> None:
-    """Write into the parameters how many numbers of each head are rotated."""
+    """Write into `parameters` how many dimensions of each head the rotary embedding rotates."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = int(str(facts.settings.get("rope.dimension_count", width)))
     if "partial_rotary_factor" in parameters:
         if int(width * parameters["partial_rotary_factor"]) != rotated:
             parameters["partial_rotary_factor"] = rotated / width
     elif rotated != width:
-        raise facts.refuse(f"rotates {rotated} of the {width} numbers of a head, and transformers rotates all")
+        raise facts.refuse(f"the file rotates {rotated} of {width} dimensions of a head, but transformers rotates all")
 
 
 def read_scaling(facts: GgufFacts, config: PreTrainedConfig) -> None:
@@ -77,13 +78,13 @@ def read_scaling(facts: GgufFacts, config: PreTrainedConfig) -> None:
         scaling = _longrope(facts, config)
     if scaling is None or not getattr(config, "rope_parameters", None):
         what = kind if kind != "none" else ", ".join(sorted(factors))
-        raise facts.refuse(f"scales positions ({what}) in a way that transformers does not read from a GGUF file")
+        raise facts.refuse(f"the file scales positions ({what}) in a way that transformers does not read")
     rope = config.rope_parameters
     rope.get("full_attention", rope).update(scaling)
 
 
 def _stated(facts: GgufFacts, kind: str) -> dict[str, Any] | None:
-    """The parameters of a linear or yarn scaling; None if the file has settings that transformers does not compute."""
+    """The parameters of a linear or yarn scaling. None if the file has a setting that transformers does not support."""
     values: dict[str, Any] = {
         name.removeprefix(SCALING): value for name, value in facts.settings.items() if name.startswith(SCALING)
     }
@@ -120,7 +121,7 @@ def _numbers(facts: GgufFacts, name: str) -> Tensor:
 
 
 def _llama3(config: PreTrainedConfig, factors: Tensor) -> dict[str, Any] | None:
-    """The parameters of Llama 3's scaling that give these factors (D/2,), float32; None if no parameters do."""
+    """Find the parameters of Llama 3's scaling that give the `factors` (D/2,), float32; None if there are none."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if "rope_theta" not in (getattr(config, "rope_parameters", None) or {}):
@@ -145,9 +146,9 @@ def _llama3(config: PreTrainedConfig, factors: Tensor) -> dict[str, Any] | None:
 
 
 def _contexts(plain: Tensor, factors: Tensor, factor: float) -> Iterator[int]:
-    """Yield lengths of the original context that may have given these factors.
+    """Yield candidates for the original context length from which Llama 3's scaling computed these factors.
 
-    Between two wavelengths the factor is 1 / ((1 - s) / F + s) with s = (context / wavelength - LOW) / (HIGH - LOW).
+    For medium wavelengths the factor is 1 / ((1 - s) / F + s) with s = (context / wavelength - LOW) / (HIGH - LOW).
     """
     yield CONTEXT
     for frequency, number in zip(plain.tolist(), factors.tolist(), strict=True):

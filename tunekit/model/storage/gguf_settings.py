@@ -1,4 +1,4 @@
-"""Reads the settings that a GGUF file states. transformers reads only some of them, and uses its own defaults for the
+"""Reads all settings of a GGUF file. transformers itself reads only some of the settings, and uses its defaults for the
 others."""
 
 import math
@@ -42,14 +42,14 @@ EXPERTS_UNREAD = ("gpt-oss", "gpt_oss")  # transformers' code for them fails, or
 
 
 def refuse_architecture(facts: GgufFacts) -> None:
-    """Refuse a type of model whose GGUF files transformers cannot read, although transformers claims support. Raises:
-    ModelError."""
+    """Raise ModelError for a model type whose GGUF files transformers reads wrongly, although it claims to support this
+    type."""
     if facts.architecture in EXPERTS_UNREAD:
-        raise facts.refuse("is of gpt-oss, whose experts transformers does not read from a GGUF file")
+        raise facts.refuse("the model is gpt-oss, whose experts transformers does not read from a GGUF file")
 
 
 def read_settings(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """Write every setting of the file into the configuration, as transformers made it from the file.
+    """Write every setting of the file into the configuration that transformers made from the file.
 
     Raises: ModelError with the name of a setting that transformers' model does not have.
     Source: load_hparams of the models of llama.cpp.
@@ -98,10 +98,10 @@ def _take(facts: GgufFacts, config: PreTrainedConfig, name: str, value: object) 
     if without_effect or (attribute is None and (name in OPTIONAL or name in _read_by_transformers(config))):
         return
     if attribute is None:
-        raise facts.refuse(f"states {facts.architecture}.{name}, which transformers does not read from a GGUF file")
+        raise facts.refuse(f"the file sets {facts.architecture}.{name}, which transformers does not read")
     if isinstance(value, list):
         if len(set(value)) > 1:
-            raise facts.refuse(f"states another {facts.architecture}.{name} for each layer")
+            raise facts.refuse(f"the layers in the file have different values of {facts.architecture}.{name}")
         value = value[0]
     if not _equal(getattr(config, attribute), value):
         setattr(config, attribute, value)
@@ -121,18 +121,18 @@ def _set_head_width(facts: GgufFacts, config: PreTrainedConfig) -> None:
         return
     mean = getattr(config, "hidden_size", 0) // (getattr(config, "num_attention_heads", 0) or 1)
     if len(widths) > 1:
-        raise facts.refuse(f"has keys and values of different widths ({', '.join(map(str, sorted(map(str, widths))))})")
+        raise facts.refuse(f"keys and values have different widths ({', '.join(map(str, sorted(map(str, widths))))})")
     width = widths.pop()
     if (getattr(config, "head_dim", None) or mean) != width:
         config.head_dim = width
 
 
 def _set_layers(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """Write into the configuration which layers have a sliding window. The last layer of each group has full
-    attention."""
+    """Write into the configuration which layers have a sliding window: all layers except the last layer of each group,
+    which has full attention."""
     if config.model_type not in GROUPS:
         if PATTERN in facts.settings:
-            raise facts.refuse(f"states {facts.architecture}.{PATTERN}, which transformers does not read")
+            raise facts.refuse(f"the file sets {facts.architecture}.{PATTERN}, which transformers does not read")
         return
     stated, count = facts.settings.get(PATTERN, GROUPS[config.model_type]), config.num_hidden_layers
     slides = stated if isinstance(stated, list) else [(layer + 1) % int(str(stated)) != 0 for layer in range(count)]
@@ -140,7 +140,8 @@ def _set_layers(facts: GgufFacts, config: PreTrainedConfig) -> None:
 
 
 def _set_falcon(facts: GgufFacts, config: PreTrainedConfig) -> None:
-    """Write Falcon's architecture into the configuration; the numbers of heads and of norms show it."""
+    """Write the variant of Falcon's architecture into the configuration. The numbers of heads and norms show which it
+    is."""
     norms = 2 if any(".attn_norm_2." in name for name in facts.tensors) else 1
     config.new_decoder_architecture = norms == 2 or config.num_kv_heads > 1
     config.num_ln_in_parallel_attn = norms if config.new_decoder_architecture else None

@@ -28,11 +28,11 @@ VOLATILE = (
     *("torch_dtype", "dtype", "use_cache", "_attn_implementation"),
 )
 OTHER_HEADS = {
-    "ForMaskedLM": "is a masked language model (it fills gaps and does not continue text)",
-    "ForQuestionAnswering": "is a question-answering model",
-    "ForSpeechSeq2Seq": "is a speech model",
-    "ForCTC": "is a speech model",
-    "ForPreTraining": "is a model with pre-training heads",
+    "ForMaskedLM": "it is a masked language model, which fills gaps and does not continue text",
+    "ForQuestionAnswering": "it is a question-answering model",
+    "ForSpeechSeq2Seq": "it is a speech model",
+    "ForCTC": "it is a speech model",
+    "ForPreTraining": "it is a model with pre-training heads",
 }
 CHOICES = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
 
@@ -43,7 +43,7 @@ def read_config(source: ModelSource) -> JsonObject:
     Raises: ModelError if it is missing or damaged, or if the folder is an adapter or a run.
     """
     if (source.folder / "adapter_config.json").exists():
-        how = "name the base in this key; adapter.init_from continues an adapter"
+        how = "name the adapter's base model here; to continue the adapter, name it in adapter.init_from"
         raise ModelError(f"{source.name_or_path} contains an adapter, not a base model", how, key=KEY)
     if (source.folder / "plan.json").exists() and (source.folder / "recipe.yaml").exists():
         command = f"tunekit merge {shlex.quote(source.name_or_path)} --output FOLDER"
@@ -55,7 +55,7 @@ def read_config(source: ModelSource) -> JsonObject:
             how = f"name the file itself, for example {source.folder / ggufs[0]}"
             raise ModelError(f"{source.name_or_path} contains GGUF files", how, key=KEY)
         if indexed := indexed_family(source):
-            what = f"{source.name_or_path} is {indexed.text}, but the objective trains another kind of model"
+            what = f"{source.name_or_path} is {indexed.text}, but this objective trains models of another kind"
             raise ModelError(what, "write objective: dreambooth, or choose another base", key=KEY)
     return read_json(source.folder / "config.json")
 
@@ -73,7 +73,7 @@ def unnamed_family() -> Family:
 
 
 def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
-    """Labels of a classifier's head, from the base's configuration; empty for a base of another family."""
+    """Labels of a classifier's head, from the base's configuration; empty if the base belongs to a different family."""
     raw = {} if source.gguf_file is not None else read_config(source)
     endings = make_family(family).endings
     if not any(str(name).endswith(endings) for name in raw.get("architectures") or ()):
@@ -84,7 +84,8 @@ def head_labels(source: ModelSource, family: str) -> tuple[str, ...]:
 
 
 def find_family(config: JsonObject, section: ModelSection) -> Family:
-    """The family of a base, from the architecture in its configuration; `model.family` must agree.
+    """Find the family of a base from the architecture in its configuration. `model.family` must be auto or the same
+    family.
 
     Raises: ModelError with the reason if no family fits.
     """
@@ -98,14 +99,12 @@ def find_family(config: JsonObject, section: ModelSection) -> Family:
     family = next((family for family in known_families() if family.recognises(architecture, config)), None)
     reason = _obstacle(config, architecture, family, requested, isinstance(section, HeadedModel))
     if reason:
-        raise ModelError(f"{name} {reason}", CHOICES, key=KEY)
+        raise ModelError(f"{name} cannot be loaded: {reason}", CHOICES, key=KEY)
     if requested is not None and isinstance(section, HeadedModel):
         return requested
     assert family is not None
     if requested not in (None, family):
-        what = (
-            f"{name} belongs to the family {family.name}, because of its architecture {architecture or '(none named)'}"
-        )
+        what = f"{name} belongs to the family {family.name} by its architecture {architecture or '(none named)'}"
         how = "write family: auto, or choose another base"
         raise ModelError(f"{what}, but model.family is {section.family}", how, key="model.family")
     return family
@@ -114,20 +113,21 @@ def find_family(config: JsonObject, section: ModelSection) -> Family:
 def _obstacle(
     config: JsonObject, architecture: str, family: Family | None, requested: Family | None, headed: bool
 ) -> str | None:
-    """The reason why a base cannot be loaded; None if it can."""
+    """The reason why a base cannot be loaded; None if there is none."""
     loaded_as = requested if requested is not None and headed else family
     parts = () if loaded_as is None else loaded_as.part_of
     if any(key in config for key in {"vision_config", "audio_config", "vq_config", "speech_config"}.difference(parts)):
-        return "is a vision-language or audio-language model"
+        return "it is a vision-language or audio-language model"
     if family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
-        return next(known, f"has the architecture {architecture}, which has no head for this objective or is unknown")
+        return next(known, f"its architecture {architecture} has no head for this objective, or is unknown")
     reasons = (candidate.obstacle(config) for candidate in (family, requested) if candidate is not None)
     return next((reason for reason in reasons if reason), None)
 
 
 def family_of_base(section: ModelSection) -> str:
-    """The family of a base according to its files; causal if they do not identify a family (loading reports that)."""
+    """The name of a base's family, from its files. If they do not identify a family, the name is causal, and an error
+    follows when the base is loaded."""
     source = find_source(section, weights=False)
     family = indexed_family(source)
     if family is None and source.gguf_file is None and (source.folder / "config.json").exists():
@@ -137,8 +137,8 @@ def family_of_base(section: ModelSection) -> str:
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
-    """The token with which the decoder of an encoder-decoder starts. None for other bases, or if the files do not name
-    it."""
+    """The id of the token with which an encoder-decoder starts its answer. None for other bases, or if the files do not
+    name this token."""
     path = source.folder / "config.json"
     if source.gguf_file is not None or not path.exists():
         return None
@@ -154,13 +154,14 @@ def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
 
 
 def is_packed_by_bitsandbytes(config: JsonObject) -> bool:
-    """Whether the weights are stored in bitsandbytes' 4 bits, as after a merge onto a quantized base."""
+    """Whether the files contain weights that bitsandbytes packed to 4 bits, such as after a merge with --onto
+    quantized."""
     stored = config.get("quantization_config")
     return isinstance(stored, dict) and bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
 
 
 def check_quantized(config: JsonObject, section: ModelSection) -> None:
-    """Refuse a base whose weights are stored quantized. The message depends on model.quantization.
+    """Refuse a base whose files contain quantized weights. The message depends on model.quantization.
 
     Raises: ModelError.
     """
@@ -169,18 +170,18 @@ def check_quantized(config: JsonObject, section: ModelSection) -> None:
         return
     method = str(stored.get("quant_method", "unknown")) if isinstance(stored, dict) else "unknown"
     if section.quantization != "none":
-        conflict = f"but model.quantization requests {section.quantization} on top"
+        conflict = f"so model.quantization cannot quantize it again to {section.quantization}"
         what = f"{section.name_or_path} is quantized already ({method}), {conflict}"
         raise ModelError(what, "choose the unquantized base", key="model.quantization")
-    what = f"{section.name_or_path} is stored quantized ({method}), which cannot be loaded"
-    how = "choose the unquantized base; model.quantization quantizes it while loading"
+    what = f"{section.name_or_path} has quantized weights ({method}), which tunekit does not load"
+    how = "choose the unquantized base, and set model.quantization to quantize it while it is loaded"
     raise ModelError(what, how, key=KEY)
 
 
 def fingerprint(source: ModelSource) -> str:
-    """sha256 of the base: configuration, every file's header and size, and samples of the data.
+    """sha256 of the base: configuration, every file's header and size, and samples of the files' data.
 
-    The same files give the same value in any folder. A change outside the samples does not change the value.
+    The same files give the same value in any folder. A change of data outside the samples is not detected.
     """
     digest = hashlib.sha256()
     if source.gguf_file is not None:
@@ -221,15 +222,14 @@ def _digest_samples(digest: hashlib._Hash, path: Path, start: int, head_bytes: i
 
 
 def check_gguf(source: ModelSource) -> None:
-    """Refuse a file that is not GGUF.
-
-    Raises: ModelError.
-    """
+    """Check that the base is a GGUF file. Raises: ModelError."""
     assert source.gguf_file is not None
     path = source.folder / source.gguf_file
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(b"version "):
-        raise ModelError("is a Git LFS pointer, not the weights", "run `git lfs pull` in its folder", file=str(path))
+        raise ModelError(
+            "the file is a Git LFS pointer, not the weights", "run `git lfs pull` in its folder", file=str(path)
+        )
     if not start.startswith(b"GGUF") or os.path.getsize(path) < 64:
-        raise ModelError("is not a GGUF file", "fetch it again", file=str(path))
+        raise ModelError("the file is not in the GGUF format", "fetch it again", file=str(path))

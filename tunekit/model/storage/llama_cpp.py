@@ -1,4 +1,4 @@
-"""Settings that llama.cpp fixes for an architecture, so a GGUF file cannot state them."""
+"""Settings that have a fixed value in llama.cpp's code for an architecture. A GGUF file does not contain them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,20 +10,20 @@ GROUPS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
 
 
 def _gemma_scale(config: Configuration) -> object:
-    """The width by which llama.cpp scales attention: the width of a head; for the 27B models, hidden size / number of
-    heads."""
+    """query_pre_attn_scalar as llama.cpp computes it: the width of a head, or for the 27B models the hidden size
+    divided by the number of heads."""
     is_27b = config.get("num_hidden_layers") in (46, 62)
     return config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
 
 
 def _without_positions(config: Configuration) -> object:
-    """For each layer, 1 if it has positions: every fourth layer has none (0)."""
+    """For each layer, 1 if it uses rotary positions, else 0. Every fourth layer uses none."""
     return [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
 
 
 def _last_of(count: int, others: str) -> Callable[[Configuration], object]:
-    """A function that gives the layer types: every `count`-th layer has full attention, the others have the type
-    `others`."""
+    """Make a function that returns the layer types: full attention in every `count`-th layer, and the type `others` in
+    all other layers."""
 
     def types(config: Configuration) -> object:
         layers = range(config["num_hidden_layers"])
@@ -33,7 +33,7 @@ def _last_of(count: int, others: str) -> Callable[[Configuration], object]:
 
 
 def _exaone_window(config: Configuration) -> object:
-    """The sliding window; None except for the 32B model, because only this model has windows."""
+    """The sliding window of the 32B model (64 layers); None for the other models, which have no windows."""
     return config["sliding_window"] if config["num_hidden_layers"] == 64 else None
 
 

@@ -1,5 +1,5 @@
-"""Loads a base for layer streaming. The weights stay in files: the net's parameters are views of a shared read-only
-mapping."""
+"""Loads a base for layer streaming. The weights remain in files: the net's parameters are views of read-only memory
+mappings, which several processes can share."""
 
 from dataclasses import replace
 
@@ -18,18 +18,19 @@ KEY = "memory.streaming"
 
 
 def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
-    """The net on the CPU, notes, and whether the weights are mapped. A small base is read into memory instead.
+    """Load a net on the CPU with mapped weights. Returns the net, notes, and whether the weights are mapped: a small
+    base is read into memory instead.
 
-    Raises: ModelError for a base that only transformers can read; ResourceError if the file of converted weights cannot
-    be written.
+    Raises: ModelError for a base that only transformers can read; ResourceError if the cache file with the converted
+    weights cannot be written.
     """
     if not spec.read_by_us:
-        what = "a base with remote code cannot be streamed: its tensors have other names than the net's"
+        what = "a base with remote code cannot be streamed: tensors in its files may have other names than in the net"
         raise ModelError(what, HOW, key=KEY)
     opened = open_net(spec)
     if opened is None:
-        what = f"{spec.section.name_or_path} stores its weights under other names or shapes than the net"
-        raise ModelError(f"{what}, so it cannot be streamed", HOW, key=KEY)
+        what = f"the weights of {spec.section.name_or_path} have other names or shapes than the net's parameters"
+        raise ModelError(f"{what}, so the base cannot be streamed", HOW, key=KEY)
     net, reader = opened
     if spec.is_dense and all(map(reader.is_mapped, reader.names)):
         _place_views(net, reader, spec.family)
@@ -41,14 +42,14 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
         base = packed_base(net, reader, spec)
     sidecar, notes = cached_base(base)
     if notes:
-        what = f"a streamed base needs a file with its weights in the compute dtype, but {notes[0]}"
-        raise ResourceError(what, f"free space in the cache folder (TUNEKIT_CACHE names another), or {HOW}")
+        what = f"streaming needs a cache file with the weights in the compute dtype, but {notes[0]}"
+        raise ResourceError(what, f"free disk space in the cache folder, set TUNEKIT_CACHE to another folder, or {HOW}")
     return net, base.notes, sidecar is not None
 
 
 def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
-    """Put views of the files into the net. A head that is not aligned to 64 bytes is copied, because products depend on
-    alignment. Layers are copied later, when they are streamed, and other tensors are not multiplied."""
+    """Put views of the files into the net. A head that is not aligned to 64 bytes is copied, because alignment changes
+    the last bit of products. Layers are copied later, when they are streamed. Other tensors are not multiplied."""
     head = tuple(f"{name}." for name in family.head_modules(net))
     for name in reader.names:
         view = reader.view(name)

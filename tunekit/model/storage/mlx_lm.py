@@ -1,7 +1,7 @@
-"""Rules on a model's configuration: which models mlx-lm 0.32.2 computes differently from transformers, or refuses.
+"""Rules about configurations with which mlx-lm 0.32.2 computes a model differently from transformers, or refuses it.
 
-Every table was read from the files mlx_lm/models of that version. A `type` is a model_type of config.json; its `file`
-is the file in mlx_lm/models that computes it.
+Every table was read from the files in mlx_lm/models of that version. A `type` is a model_type in config.json. The
+`file` of a type is the file in mlx_lm/models that contains the model's code.
 """
 
 import math
@@ -92,12 +92,12 @@ NEAR = 1e-3  # a relative difference of a factor that has no visible effect
 
 
 def cannot(config: ConfigPart, place: str = "") -> Iterator[str]:
-    """Messages for a configuration and its parts: what mlx-lm computes wrongly, or why it refuses the model."""
+    """Messages about settings that mlx-lm computes wrongly, or because of which it refuses the model."""
     return _of_parts((_activation, _scaling, _yarn, _share, _pattern, _required, _fixed), config, place)
 
 
 def limits(config: ConfigPart, place: str = "") -> Iterator[str]:
-    """Messages that name the lengths of text for which mlx-lm computes the same as transformers."""
+    """Messages about the text lengths for which mlx-lm computes the same as transformers."""
     return _of_parts((_window, _long_factors), config, place)
 
 
@@ -117,11 +117,11 @@ def _activation(place: str, part: ConfigPart) -> Iterator[str]:
     key = next((key for key in keys if isinstance(part.get(key), str)), None)
     for names, types in ACTIVATIONS:
         if key is not None and _kind(part) in types and part[key] not in names:
-            yield f"computes with {min(names, key=len)} instead of {place}{key} {part[key]}"
+            yield f"feed-forward layers use {min(names, key=len)} instead of {place}{key} {part[key]}"
 
 
 def _rope_scaling(part: ConfigPart) -> tuple[str, ConfigPart]:
-    """The type of scaling of rotary embeddings (`default`: no scaling), and its settings."""
+    """The type of the rotary embedding's scaling (`default`: no scaling), and the settings of this scaling."""
     scaling = older_rope(part).get("rope_scaling") or part.get("rope_scaling")
     if not isinstance(scaling, Mapping):
         return "default", {}
@@ -132,7 +132,7 @@ def _scaling(place: str, part: ConfigPart) -> Iterator[str]:
     form, kind = _rope_scaling(part)[0], _kind(part)
     known = () if kind in UNSCALED else SCALED.get(kind)
     if known is not None and form not in (*known, "default", "mrope"):
-        yield f"ignores the {form} scaling of {place}rope_parameters: mlx-lm's {kind} has none"
+        yield f"the {form} scaling in {place}rope_parameters is ignored, because mlx-lm's {kind} has no such scaling"
 
 
 def _yarn(place: str, part: ConfigPart) -> Iterator[str]:
@@ -141,20 +141,20 @@ def _yarn(place: str, part: ConfigPart) -> Iterator[str]:
         return
     nulls = [key for key in YARN_KEYS if key in scaling and scaling[key] is None]
     if nulls:
-        yield f"refuses the model: {nulls[0]} of {place}rope_parameters is null"
+        yield f"the model is refused, because {nulls[0]} in {place}rope_parameters is null"
         return
     theirs, ours = _attention_factors(scaling)
     if abs(theirs - ours) > NEAR * abs(ours):
-        yield f"computes yarn with an attention factor of {theirs:.4g} instead of {ours:.4g}"
+        yield f"yarn is computed with the attention factor {theirs:.4g} instead of {ours:.4g}"
     if scaling.get("truncate") is False:
-        yield f"rounds the borders of yarn's frequencies, although truncate of {place}rope_parameters is false"
+        yield f"the limits of yarn's frequencies are rounded, although {place}rope_parameters has truncate: false"
     length = part.get("max_position_embeddings")
     if YARN_KEYS[0] not in scaling and length != 4096:
-        yield f"computes yarn with an {YARN_KEYS[0]} of 4096 instead of {length}"
+        yield f"yarn is computed with {YARN_KEYS[0]} 4096 instead of {length}"
 
 
 def _attention_factors(scaling: ConfigPart) -> tuple[float, float]:
-    """Two numbers: the factor by which mlx-lm multiplies queries and keys, and the factor of transformers.
+    """The two factors by which mlx-lm and transformers multiply queries and keys.
 
     Source: YarnRoPE in mlx_lm/models/rope_utils.py, _compute_yarn_parameters in transformers.
     """
@@ -177,7 +177,7 @@ def _share(place: str, part: ConfigPart) -> Iterator[str]:
     share = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
     share = part.get("partial_rotary_factor", 0.5) if share is None else share
     if _kind(part) == "glm" and share != 1.0:
-        yield f"rotates all numbers of each head, although {place}partial_rotary_factor is {share}"
+        yield f"all dimensions of each head are rotated, although {place}partial_rotary_factor is {share}"
 
 
 def _pattern(place: str, part: ConfigPart) -> Iterator[str]:
@@ -185,24 +185,24 @@ def _pattern(place: str, part: ConfigPart) -> Iterator[str]:
     if kind in PERIODS and isinstance(kinds, list):
         period, theirs = period_of(kinds), part.get("sliding_window_pattern", PERIODS[kind])
         if period is None:
-            yield f"cannot compute {place}layer_types: mlx-lm's {kind} can only give full attention to every Nth layer"
+            yield f"{place}layer_types cannot be computed: mlx-lm's {kind} gives full attention to every Nth layer only"
         elif period != theirs:
-            yield f"gives full attention to every Nth layer with N = {theirs}, but in {place}layer_types N is {period}"
+            yield f"one of every {theirs} layers has full attention, but {place}layer_types has one of every {period}"
     if kind in LETTERS and isinstance(part.get("sliding_window_pattern"), int) and part["sliding_window_pattern"]:
-        yield f"refuses the model: {place}sliding_window_pattern is a number, but mlx-lm needs letters such as LLLG"
+        yield f"the model is refused: {place}sliding_window_pattern is a number, but mlx-lm needs letters such as LLLG"
     if kind in BOTH_KINDS and isinstance(kinds, list) and set(map(str, kinds)) == {"sliding_attention"}:
-        yield f"refuses the model: no layer of {place}layer_types has full attention"
+        yield f"the model is refused: mlx-lm needs a layer with full attention, but {place}layer_types has none"
 
 
 def _required(place: str, part: ConfigPart) -> Iterator[str]:
     kind = _kind(part)
     missing = [key for key in REQUIRED.get(kind, "").split() if part.get(key) is None]
     if missing:
-        yield f"refuses the model: {kind} needs {', '.join(place + key for key in missing)}"
+        yield f"the model is refused: mlx-lm's {kind} needs {', '.join(place + key for key in missing)}"
     packed = part.get("quantization_config")
     method = packed.get("quant_method") if isinstance(packed, Mapping) else None
     if kind in PACKED_ONLY and method != PACKED_ONLY[kind]:
-        yield f"refuses the model: mlx-lm's {kind} reads only weights in the format {PACKED_ONLY[kind]}"
+        yield f"the model is refused: mlx-lm's {kind} reads only weights in the format {PACKED_ONLY[kind]}"
 
 
 def _fixed(place: str, part: ConfigPart) -> Iterator[str]:
@@ -210,23 +210,23 @@ def _fixed(place: str, part: ConfigPart) -> Iterator[str]:
     for key, only, default in FIXED.get(kind, ()):
         value = part.get(key, default)
         if (value or None) != (only or None):
-            yield f"cannot compute {place}{key}: {value}: mlx-lm's {kind} has only {only}"
+            yield f"{place}{key} is {value}, but mlx-lm's {kind} computes only {only}"
     if kind in FOUR_TIMES:
         key, hidden = FOUR_TIMES[kind]
         hidden = "hidden_size" if hidden == key else hidden
         size, width = part.get(key), part.get(hidden)
         if isinstance(size, int) and isinstance(width, int) and size != 4 * width:
-            yield f"refuses the model: {place}{key} is {size}, but mlx-lm's {kind} always uses 4 times {hidden}"
+            yield f"the model is refused: {place}{key} is {size}, but mlx-lm's {kind} always uses 4 times {hidden}"
     if kind == "gemma2" and any(
         part.get(key, 1) is None for key in ("attn_logit_softcapping", "final_logit_softcapping")
     ):
-        yield "refuses the model: mlx-lm's gemma2 needs soft caps"
+        yield "the model is refused: mlx-lm's gemma2 needs soft caps"
 
 
 def _window(place: str, part: ConfigPart) -> Iterator[str]:
     window = sliding_window(part)
     if _kind(part) in WINDOWLESS and window is not None:
-        yield f"right for up to {window} tokens: mlx-lm ignores the sliding window"
+        yield f"results are right up to {window} tokens: mlx-lm ignores the sliding window"
 
 
 def _long_factors(place: str, part: ConfigPart) -> Iterator[str]:
@@ -234,4 +234,4 @@ def _long_factors(place: str, part: ConfigPart) -> Iterator[str]:
     if form not in ("longrope", "su") or scaling.get("short_factor") == scaling.get("long_factor"):
         return
     length = part.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings"))
-    yield f"right only for more than {length} tokens: mlx-lm uses the long factors of {form} for every length"
+    yield f"results are right only above {length} tokens: mlx-lm uses the long factors of {form} for every length"

@@ -1,4 +1,4 @@
-"""Writes a model folder completely or not at all. The caller writes the weights, and this module all other files."""
+"""Writes a model folder completely or not at all. The caller writes the weights; this module writes all other files."""
 
 import json
 import os
@@ -20,8 +20,8 @@ COPIED = ("generation_config.json", "LICENSE*", "LICENCE*", "USE_POLICY*", "NOTI
 
 @contextmanager
 def atomic_model_folder(output: Path) -> Iterator[Path]:
-    """Context manager: the body fills a folder under a temporary name, which is then flushed and renamed. After a
-    failure nothing remains."""
+    """Context manager: the body fills a folder with a temporary name. Afterwards the folder is flushed to disk and
+    renamed to `output`. After a failure nothing remains."""
     staging = temporary_name(output)
     if is_real_folder(staging):  # left by a killed process with the same id
         remove_tree(staging)
@@ -47,8 +47,8 @@ def copy_other_files(
     answering: Answering | None,
 ) -> None:
     """Copy the tokenizer or other processor, the chat template, the generation settings and the licence of a base. Copy
-    code files only if the base may run remote code. Finally rewrite the folder's small files for older programs
-    (make_portable).
+    code files only if the base may run remote code. Finally rewrite the folder's small files so that older
+    programs can read them (make_portable).
 
     `answering`: how the trained model answers. It may change the processor and the generation settings.
     """
@@ -103,8 +103,8 @@ def _linked(path: Path, place: Path) -> bool:
 
 
 def _name_padding(path: Path, tokenizer: Tokenizer) -> None:
-    """Write config.json's padding token into the tokenizer's file too, if the tokenizer's file names none. Other
-    programs pad with this token, and a decoder's head reads the last token before it."""
+    """If the tokenizer's file names no padding token, write the padding token of config.json into it. Other programs
+    pad with this token, and a decoder's classification head reads the last token before the padding."""
     settings, config = (read_json(file) if file.is_file() else {} for file in (path, path.parent / "config.json"))
     if settings and settings.get("pad_token") is None and config.get("pad_token_id") == tokenizer.pad_id:
         write_json(path, {**settings, "pad_token": tokenizer.token_text(tokenizer.pad_id)})

@@ -1,4 +1,4 @@
-"""The cache of packed bases: finds, writes and checks the cached file of a base."""
+"""The cache of packed (quantized or converted) bases: finds, writes and checks the cache file of a base."""
 
 import os
 import shutil
@@ -19,7 +19,8 @@ PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
 def can_be_cached(size_bytes: int) -> bool:
-    """Whether a packed base of this size can be cached, judged by its size, the folder and the free disk space."""
+    """Whether a packed base of this size can be cached: it is not too small, and the folder can be written and has
+    enough free disk space."""
     folder = _folder()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return (
@@ -35,8 +36,8 @@ def _folder() -> Path:
 
 
 def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
-    """Load the net's tensors from the cache, or pack them and write the cache. Returns the cache file
-    (None if there is none) and notes."""
+    """Load the net's tensors from the cache file, or pack them and write the cache file. Returns the opened cache file
+    (None if the base was not cached) and notes."""
     if sum(tensor.size_bytes for tensor in packed.layout) < files.MIN_BYTES:
         packed.fill()
         return None, []
@@ -62,10 +63,10 @@ def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
 
 
 def _names(spec: BaseSpec) -> tuple[str, str]:
-    """Two names: the prefix of all cache files of this base, and the key of its current content. The key changes with
-    everything that could change a byte of the cache file.
+    """The prefix of all cache files of this base, and the key of its current content. The key depends on everything
+    that could change a byte of the cache file.
 
-    The fingerprint only samples the files; their times and inodes reveal other changes.
+    The fingerprint reads only samples of the base's files, so the key also contains their times and inodes.
     """
     section, source = spec.section, spec.source
     how: dict[str, object] = {"quantization": [section.quantization, section.double_quantization]}

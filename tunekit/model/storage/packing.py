@@ -1,4 +1,5 @@
-"""Packs a base while it is loaded, one tensor at a time, and defines the order of the tensors of a packed base."""
+"""Packs (quantizes) a base while it is loaded, one tensor at a time, and defines the order of its tensors in the cache
+file."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,8 @@ from tunekit.recipe.model import ModelSection
 
 
 def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str] = ()) -> list[str]:
-    """Pack every linear layer except the head, one at a time, so that only one is in memory twice. Returns notes."""
+    """Quantize every linear layer except the head. This is done one layer at a time, so that only one layer is in
+    memory twice. Returns notes."""
     section, dense_layers = spec.section, list[str]()
     file_blocks = FileBlocks(spec.source, net) if section.quantization == "kept" else None
     for name in packable_layers(net, spec.family, new_modules):
@@ -41,15 +43,19 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
     gc.collect()
     trim_heap()
     if not packed_layers(net):
-        what = "the file has no blocks that can be kept" if file_blocks else "the model has no linear layer to quantize"
+        what = (
+            "the file has no blocks that tunekit can read"
+            if file_blocks
+            else "the model has no linear layer to quantize"
+        )
         raise ModelError(what, "write quantization: none", key="model.quantization")
-    notes = [f"{len(dense_layers)} layers stay dense ({listed(dense_layers, 2)}): the file has no blocks of them"]
+    notes = [f"{len(dense_layers)} layers stay dense ({listed(dense_layers, 2)}): the file has no blocks for them"]
     return [*(notes if dense_layers else []), *_left_dense(net, section)]
 
 
 def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
-    """Names of the layers to pack: all linear layers, except the head's, layers in new (and therefore trained) modules,
-    and layers whose matrix the model's code reads directly."""
+    """Names of the layers to quantize: all linear layers except layers of the head, layers in new modules (which are
+    trained), and layers whose matrix the model's code uses without calling the layer."""
     head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules))
     modules = dict(net.named_modules())
     uncalled = uncalled_layers(modules)
@@ -65,14 +71,14 @@ def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
     if not fused:
         return []
     count = sum(parameter.numel() for parameter in fused)
-    return [f"{count} parameters of fused experts stay unquantized: {section.quantization} packs linear layers only"]
+    return [f"{count} parameters of fused experts are not quantized: {section.quantization} packs only linear layers"]
 
 
 @dataclass
 class PackedBase:
-    """A base that will be packed. Its packed layers are on the meta device until `fill` or `map` is called.
+    """A base that will be packed. Its parameters are on the meta device until `fill` or `map` is called.
 
-    `layout`: all tensors, each once: first the tensors outside the layers, then layer by layer.
+    `layout`: the order of all tensors in the cache file: first the tensors outside the layers, then layer by layer.
     """
 
     net: nn.Module
@@ -83,7 +89,7 @@ class PackedBase:
     transposed: frozenset[str] = frozenset()  # packed layers that store (I, O)
 
     def iterate_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all tensors in the layout's order. Each is read and packed only when it is requested."""
+        """Yield all tensors in the order of `layout`. Each tensor is read and packed only when it is requested."""
         layers = packed_layers(self.net)
         packed: Tensors = {}
         for entry in self.layout:
@@ -97,7 +103,7 @@ class PackedBase:
             yield entry.name, packed.pop(tensor_name)
 
     def _pack(self, name: str, out_features: int, in_features: int) -> Tensors:
-        """The packed tensors of one layer."""
+        """Read and pack the matrix of one layer. Returns its packed tensors."""
         section = self.spec.section
         if section.quantization == "kept":
             return {"packed": self.reader.blocks(f"{name}.weight").to(self.spec.device)}
@@ -126,8 +132,8 @@ class PackedBase:
 
 
 def packed_base(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBase:
-    """Prepare packing of a net on the meta device. Later, the tensors are read by `reader` and packed on the base's
-    device."""
+    """Prepare a net on the meta device for packing. Later, `reader` reads the tensors, which are then packed and moved
+    to the base's device."""
     kinds = {
         name: layer_kind(net.get_submodule(name)) for name in packable_layers(net, spec.family, reader.new_modules)
     }
@@ -137,8 +143,8 @@ def packed_base(net: nn.Module, reader: BaseReader, spec: BaseSpec) -> PackedBas
 
 
 def layout_of(net: nn.Module, family: Family, new: frozenset[str]) -> list[StoredTensor]:
-    """All parameters and persistent buffers, each once: first the tensors outside the layers, then layer by layer.
-    `new`: names to leave out, because no file contains them."""
+    """The order of all parameters and persistent buffers in the cache file: first the tensors outside the layers, then
+    layer by layer. `new`: names to leave out, because no file contains them."""
     layers = {name: index for index, (name, _) in enumerate(family.layers(net))}
     tensors: dict[int, StoredTensor] = {}
     for name, tensor in net.state_dict(keep_vars=True).items():

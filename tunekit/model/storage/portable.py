@@ -1,7 +1,7 @@
 """Makes a model folder readable by older programs: transformers 4, mlx-lm, Ollama.
 
-transformers 5 writes only `rope_parameters`, and the chat template only into its own file. A reader that knows only
-the older places would silently compute other logits, or render other prompts.
+transformers 5 writes rotary settings only as `rope_parameters`, and the chat template only into a separate file. A
+program that reads only the older keys and files would silently compute other logits, or render other prompts.
 """
 
 import json
@@ -63,8 +63,8 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The content of the files in a model folder that state how to use its weights. A missing file is empty,
-    or None."""
+    """The content of the small files in a model folder, which state how to use its weights. A missing file is an empty
+    object, or None."""
 
     config: JsonObject
     tokenizer: JsonObject
@@ -96,8 +96,8 @@ class ModelFiles:
 
     @property
     def pad_token(self) -> str | None:
-        """The padding token. It is the token that the files name by its text, or else by its id, or else the token that
-        ends an answer."""
+        """The padding token: the token that the files name by text, otherwise the token that they name by id, otherwise
+        the end token of a model that generates text."""
         texts = {number: text for text, number in self.ids.items()}
         numbers = (self.generation.get("pad_token_id"), self.config.get("pad_token_id"))
         by_id = [texts[number] for number in numbers if isinstance(number, int) and number in texts]
@@ -165,7 +165,7 @@ def _special_ids(folder: Path, tokenizer: JsonObject) -> dict[str, int]:
 
 def make_portable(folder: Path) -> None:
     """Rewrite the folder's small files (configuration, tokenizer's configuration, generation settings, chat template)
-    in the form that every version reads."""
+    in the form that older and newer programs read."""
     files = read_model_files(folder)
     mended = portable(files)
     for name, old, new in (
@@ -180,7 +180,8 @@ def make_portable(folder: Path) -> None:
 
 
 def portable(files: ModelFiles) -> ModelFiles:
-    """The same files, with every fact in all places where a supported program looks for it."""
+    """The same files, with every setting also under the older keys and in the other files where a supported program
+    reads it."""
     generation = _generation(files)
     tokenizer = _older_tokenizer(files)
     template = files.template
@@ -194,8 +195,8 @@ def portable(files: ModelFiles) -> ModelFiles:
 
 
 def _generation(files: ModelFiles) -> JsonObject:
-    """The generation settings, with the ids of the end token and the padding token. If the file exists, transformers
-    does not look for these ids in config.json."""
+    """The generation settings, completed with the ids of the end token and the padding token. If generation_config.json
+    exists, transformers does not read these ids from config.json."""
     eos, generation = files.eos_ids, files.generation
     if eos is None or not (files.generates or generation):
         return generation
@@ -207,8 +208,8 @@ def _generation(files: ModelFiles) -> JsonObject:
 
 
 def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, including its parts, with `torch_dtype` in addition to `dtype`, `rope_theta`, `rope_scaling`
-    and similar keys in addition to `rope_parameters`, GPT-2's `n_ctx`, and other keys that older programs require."""
+    """The configuration, also its nested parts, with additional older keys: `torch_dtype` for `dtype`; `rope_theta`,
+    `rope_scaling` and others for `rope_parameters`; GPT-2's `n_ctx`; and other keys that older programs require."""
     parts = {name: with_older_keys(part) for name, part in config_parts(config)}
     dtype = {"torch_dtype": config["dtype"]} if isinstance(config.get("dtype"), str) else {}
     numbers = {name: untagged(value) for name, value in config.items()}
@@ -217,7 +218,7 @@ def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _required_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that older programs require but the configuration lacks. Their values follow from its other keys."""
+    """Keys that older programs require but the configuration lacks, with values computed from its other keys."""
     kind, kinds = str(config.get("model_type")), config.get("layer_types")
     required = {old: config[new] for old, new in RENAMED.get(kind, {}).items() if new in config}
     required |= CONSTANT.get(kind, {})
@@ -238,19 +239,20 @@ def _required_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def period_of(layer_types: list[Any]) -> int | None:
-    """N, if every Nth layer has full attention and the other layers have a sliding window; None for any other order."""
+    """The number N if every Nth layer has full attention and the other layers have a sliding window; otherwise None."""
     full = [each != "sliding_attention" for each in layer_types]
     period = full.index(True) + 1 if True in full else 0
     return period if period and full == [(index + 1) % period == 0 for index in range(len(full))] else None
 
 
 def needs_n_ctx(config: Mapping[str, Any]) -> bool:
-    """Whether this is a GPT-2 configuration without `n_ctx`, the older name of n_positions, which mlx-lm requires."""
+    """Whether this is a GPT-2 configuration that lacks `n_ctx`, the older name of n_positions. mlx-lm requires
+    `n_ctx`."""
     return config.get("model_type") == "gpt2" and "n_positions" in config and "n_ctx" not in config
 
 
 def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The nested configurations of a model's components with their keys, such as text_config."""
+    """The nested configurations of a model's components, such as text_config, each with its key."""
     parts = [(name, value) for name, value in config.items() if isinstance(value, Mapping)]
     return [
         (name, part)
@@ -260,8 +262,8 @@ def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]
 
 
 def untagged(value: object) -> object:
-    """The value with ordinary numbers in place of {"__float__": "Infinity"}, the form that transformers 5 writes; also
-    inside lists."""
+    """Replace {"__float__": "Infinity"}, the form in which transformers 5 writes special numbers, by the number itself,
+    also inside lists."""
     if isinstance(value, list):
         return [untagged(each) for each in value]
     if isinstance(value, dict) and value.keys() == {"__float__"}:
@@ -270,8 +272,8 @@ def untagged(value: object) -> object:
 
 
 def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The older keys that state the same as `rope_parameters`. Empty if `rope_scaling` is set, which transformers 5
-    reads first."""
+    """The older keys with the values of `rope_parameters`. Empty if the configuration has `rope_scaling`, which
+    transformers 5 reads first."""
     rope, kind = config.get("rope_parameters"), str(config.get("model_type"))
     if not isinstance(rope, Mapping) or config.get("rope_scaling") or rope.get("rope_type") == "axial":
         return {}  # image encoders use axial; older programs have no key for it
@@ -289,8 +291,8 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The older key `rope_scaling`. Its value is None without scaling, otherwise the type under both common names and
-    the numbers."""
+    """The older key `rope_scaling`. Its value is None if there is no scaling. Otherwise it contains the type, under the
+    names that older programs read, and the numbers."""
     numbers = {key: value for key, value in rope.items() if key not in (*TOP_LEVEL_KEYS, "rope_type", "type")}
     scaling_type = rope.get("rope_type", "default")
     if scaling_type == "default" and not numbers:
@@ -302,7 +304,7 @@ def _scaling(rope: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _older_tokenizer(files: ModelFiles) -> JsonObject:
-    """The tokenizer's configuration, with its class, special tokens, padding and chat template in the form that every
+    """The tokenizer's configuration, with class, special tokens, padding token and chat template in the form that every
     version reads."""
     if not files.tokenizer:
         return {}

@@ -1,6 +1,6 @@
-"""Rules about other programs: which small files of a model folder each program reads wrongly or refuses.
+"""Rules about other programs: which settings in a model folder's small files a program reads wrongly or refuses.
 
-Each rule was tried by running the program, or read in the source of the version named here. No code of the folder is
+Each rule was tested with the program, or read in the source of the version named here. No code in the folder is
 executed.
 """
 
@@ -52,7 +52,7 @@ PARTIAL = {  # transformers 4.57's defaults of partial_rotary_factor (or rotary_
 @dataclass(frozen=True)
 class Finding:
     """One reason why a program reads a folder wrongly or refuses it. `mendable`: whether `write_portable_copy` solves
-    the problem. `limit`: whether the program is right for some lengths of text, and wrong for others."""
+    the problem. `limit`: whether the problem occurs only for some text lengths."""
 
     program: str
     what: str
@@ -62,8 +62,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class FolderReading:
-    """How one program reads a model folder. `unsupported`: why the program cannot run this model at all; None if it
-    can."""
+    """The problems of one program with a model folder. `unsupported`: why the program cannot run the model at all; None
+    if it can."""
 
     program: str
     version: str
@@ -72,7 +72,7 @@ class FolderReading:
 
 
 def readings(files: ModelFiles) -> list[FolderReading]:
-    """How each known program reads a folder with these files."""
+    """The problems that each known program has with a folder of these files."""
     mended, results = portable(files), []
     for name, (its_version, support, rules) in PROGRAMS.items():
         unsupported = support(files)
@@ -86,7 +86,8 @@ def readings(files: ModelFiles) -> list[FolderReading]:
 
 
 def _type_in(names: Callable[[], frozenset[str]]) -> Support:
-    """A check for programs that choose their code by model_type: why the model is unsupported, or None."""
+    """Make a check for programs that choose their code by model_type. It returns why the model is unsupported, or
+    None."""
 
     def support(files: ModelFiles) -> str | None:
         kind = str(files.config.get("model_type"))
@@ -97,7 +98,8 @@ def _type_in(names: Callable[[], frozenset[str]]) -> Support:
 
 
 def _architecture_in(names: frozenset[str]) -> Support:
-    """A check for programs that choose their code by the first architecture: why the model is unsupported, or None."""
+    """Make a check for programs that choose their code by the first architecture. It returns why the model is
+    unsupported, or None."""
 
     def support(files: ModelFiles) -> str | None:
         name = files.architecture
@@ -126,15 +128,15 @@ def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Ma
 def _other_rope(
     place: str, part: Mapping[str, Any], defaults: Mapping[str, float], keys: tuple[str, ...]
 ) -> Iterator[str]:
-    """A message for a program that reads only `keys` at the top level, if it would compute other values than
-    rope_parameters states."""
+    """A message for a program that reads only the older `keys` instead of rope_parameters, if it would therefore use
+    other values."""
     wrong = []
     for key, value in older_rope(part).items():
         if key in keys and part.get(key, defaults.get(key)) != value:
             instead = part.get(key, defaults.get(key))
             wrong.append(f"without {key}" if isinstance(value, Mapping) else f"with {key} {instead} instead of {value}")
     if wrong:
-        yield f"does not read {place}rope_parameters, and computes {' and '.join(wrong)}"
+        yield f"{place}rope_parameters is not read, so the model is computed {' and '.join(wrong)}"
 
 
 def _older_rope_of_transformers_4(files: ModelFiles) -> Iterator[str]:
@@ -158,26 +160,26 @@ def _rope_of_mlx(files: ModelFiles) -> Iterator[str]:
             yield from _other_rope(place, part, defaults, ("rope_theta", "rope_local_base_freq", "rope_scaling"))
         missing = [key for key in ("rope_theta", "rotary_emb_base") if key in older_rope(part) and key not in part]
         if kind in supported.MLX_LM_NEEDS_THETA and missing:
-            yield f"refuses the model: {kind} needs {place}{missing[-1]}, because mlx-lm does not read rope_parameters"
+            yield f"the model is refused: mlx-lm's {kind} needs {place}{missing[-1]}, and does not read rope_parameters"
 
 
 def _length_of_mlx(files: ModelFiles) -> Iterator[str]:
     if needs_n_ctx(files.config):
-        yield "refuses the model: gpt2 needs n_ctx, the older name of n_positions"
+        yield "the model is refused: mlx-lm's gpt2 needs n_ctx, the older name of n_positions"
 
 
 def _others_of_mlx(files: ModelFiles) -> Iterator[str]:
     yield from mlx_lm.cannot(files.config)
     if files.prefixed:
         yield (
-            "refuses the model: mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, but the "
+            "the model is refused: mlx-lm's gpt2 reads tensors with names such as h.0.attn.c_attn.weight, but the "
             "base's names begin with transformer."
         )
 
 
 def _one_frequency(files: ModelFiles) -> Iterator[str]:
-    """A message for programs that use one base frequency for all layers, if the model's layer types have different
-    frequencies."""
+    """A message for programs that use one rotary base frequency for all layers, if the model's layer types have
+    different base frequencies."""
     for place, part in _parts(files.config):
         keys = next(
             (keys for start, keys in BY_LAYER_TYPE.items() if str(part.get("model_type")).startswith(start)), None
@@ -188,7 +190,7 @@ def _one_frequency(files: ModelFiles) -> Iterator[str]:
         each = [rope.get(name) for name in ("full_attention", "sliding_attention")]
         full, sliding = (one.get("rope_theta") if isinstance(one, Mapping) else None for one in each)
         if full != sliding and sliding is not None:
-            yield f"computes all layers with one rope_theta; {place}rope_parameters has {full} and {sliding}"
+            yield f"all layers are computed with one rope_theta, but {place}rope_parameters has {full} and {sliding}"
 
 
 def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
@@ -200,59 +202,59 @@ def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
 
 
 def _renamed(files: ModelFiles) -> Iterator[str]:
-    """Messages for keys that transformers 5 writes under a new name. transformers 4 would not find them and use its
-    defaults."""
+    """Messages for keys that transformers 5 writes under a new name. transformers 4 does not know the new name, and
+    uses its defaults."""
     for place, part in _parts(files.config):
         for old, new in RENAMED.get(str(part.get("model_type")), {}).items():
             if old == "num_experts" and new in part and old not in part:
-                yield f"does not read {place}{new}, the newer name of {old}"
+                yield f"{place}{new}, the newer name of {old}, is not read"
 
 
 def _newer_tokenizer(files: ModelFiles) -> Iterator[str]:
     name = str(files.tokenizer.get("tokenizer_class"))
     if name in NEWER_TOKENIZERS:
-        yield f"refuses the tokenizer: it does not know the class {name}"
+        yield f"the tokenizer is refused: its class {name} is unknown"
     if isinstance(files.tokenizer.get("extra_special_tokens"), list):
-        yield "refuses the tokenizer: extra_special_tokens is a list, but this program reads only a mapping"
+        yield "the tokenizer is refused: extra_special_tokens is a list, but must be a mapping"
 
 
 def _tagged_numbers(files: ModelFiles) -> Iterator[str]:
     for place, part in _parts(files.config):
         for key, value in part.items():
             if untagged(value) != value:
-                yield f"reads {place}{key} as {value}, which is not a number"
+                yield f"{place}{key} is read as {value}, which is not a number"
 
 
 def _endless(files: ModelFiles) -> Iterator[str]:
-    """A message if generation_config.json names no end token. Settings that were derived from config.json need no end
-    token, because programs derive them again while loading."""
+    """A message if generation_config.json names no end token. No message if its settings were derived from config.json,
+    because programs then derive them again while loading."""
     settings = files.generation
     named = settings.get("eos_token_id") is not None or settings.get("_from_model_config")
     if settings and files.generates and not named and files.eos_ids is not None:
-        yield "does not stop generating: generation_config.json has no eos_token_id"
+        yield "generation does not stop: generation_config.json has no eos_token_id"
 
 
 def _no_padding(files: ModelFiles) -> Iterator[str]:
     if files.tokenizer and files.tokenizer.get("pad_token") is None and not files.special.get("pad_token"):
-        yield "refuses to pad a batch of texts: tokenizer_config.json has no pad_token"
+        yield "a batch of texts cannot be padded: tokenizer_config.json has no pad_token"
 
 
 def _template_of_ollama(files: ModelFiles) -> Iterator[str]:
     if files.template is not None and files.own_template is None:
-        yield f"finds no chat template: Ollama reads only tokenizer_config.json, but the template is in {TEMPLATE}"
+        yield f"the chat template is not found: it is in {TEMPLATE}, but Ollama reads only tokenizer_config.json"
     yield from _other_template(files)
 
 
 def _other_template(files: ModelFiles) -> Iterator[str]:
     both = files.own_template is not None and files.template is not None
     if both and files.own_template != files.template:
-        yield f"uses the chat template in tokenizer_config.json, which differs from the one in {TEMPLATE}"
+        yield f"the chat template in tokenizer_config.json is used, although {TEMPLATE} has a different one"
 
 
 def _packed(files: ModelFiles) -> Iterator[str]:
     stored = files.config.get("quantization_config")
     if isinstance(stored, dict) and stored.get("quant_method") == "bitsandbytes":
-        yield "refuses weights that are packed by bitsandbytes; merge with --onto dequantized"
+        yield "weights packed by bitsandbytes are refused; merge with --onto dequantized"
 
 
 _ANSWERS = (_endless, _no_padding)

@@ -1,7 +1,7 @@
-"""Reads a base under the names of its net, one tensor at a time, directly from the safetensors or GGUF files.
+"""Reads the tensors of a base one at a time, directly from its safetensors or GGUF files, by their names in the net.
 
-transformers' from_pretrained holds the whole base at once. The results here are equal to its results bit for bit. If
-that is not certain (renamed or unknown tensors, remote code), `open_base` returns None and from_pretrained is used.
+transformers' from_pretrained needs the whole base in memory at once. This module gives the same values, bit for bit.
+If that is not certain (unknown tensors, remote code), `open_base` returns None, and from_pretrained is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^
 
 
 def unfilled_net(auto_class: AutoClass, config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
-    """Make a net from its configuration, with parameters on the meta device and buffers equal to from_pretrained's.
+    """Make a net from its configuration, with parameters on the meta device, and with the same buffers as a net of
+    from_pretrained.
 
     Tied parameters are one object. `auto_class`: transformers' class for the family. `config` is not modified.
     """
@@ -75,7 +76,7 @@ class MappedFiles:
         self._maps: dict[str, mmap.mmap] = {}
 
     def view(self, name: str) -> Tensor:
-        """A view of the tensor in its file. Writing to it would end the process."""
+        """The tensor as a view of its file. Never write to this view: that would crash the process."""
         header = self.headers[name]
         count = math.prod(header.shape)
         if not count:
@@ -86,7 +87,8 @@ class MappedFiles:
             return torch.frombuffer(mapping, dtype=header.dtype, count=count, offset=offset).reshape(header.shape)
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copy the stored tensor into `target` (same shape, any strides and dtype), one chunk of the file at a time."""
+        """Copy the stored tensor into `target` (same shape, any strides and dtype). The file is read in small
+        chunks."""
         header = self.headers[name]
         path = self.folder / header.file
         item_bytes = header.dtype.itemsize
@@ -113,9 +115,9 @@ class MappedFiles:
 
 
 class BaseReader:
-    """Reads a base's tensors by the names of its net's parameters and persistent buffers. Made by `open_base`.
+    """Reads a base's tensors by the names of the net's parameters and persistent buffers. `open_base` makes readers.
 
-    `names`: one name for each tensor, in the net's order. Methods also accept the other names of tied tensors.
+    `names`: one name for each tensor, in the net's order. If a tensor is tied, methods also accept its other names.
     """
 
     def __init__(
@@ -139,17 +141,18 @@ class BaseReader:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype in the net: the compute dtype, except where the model itself uses another."""
+        """Dtype in the net: the compute dtype, unless the model's own code sets a different dtype."""
         return self._tensors[name].dtype
 
     def is_mapped(self, name: str) -> bool:
-        """Whether `view` is a view of the file: the tensor is stored as one piece, in the net's dtype."""
+        """Whether the net can use the file directly: the file contains the tensor in one piece and in the net's
+        dtype."""
         name = self._groups[name]
         stored = self._stored.get(name)
         return self.files.mapped and stored is not None and self.files.headers[stored].dtype == self.dtype(name)
 
     def view(self, name: str) -> Tensor:
-        """The tensor in its stored dtype, as a view of a shared read-only mapping: never write to it.
+        """The tensor in its stored dtype, as a view of a shared read-only mapping. Never write to this view.
 
         A tensor that the files store in pieces is copied instead.
         """
@@ -166,7 +169,7 @@ class BaseReader:
         return target
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copy the tensor into `target`, which must have its shape, but may have any strides and floating dtype."""
+        """Copy the tensor into `target`, which has the same shape, and any strides and floating-point dtype."""
         name = self._groups[name]
         if name in self._stored:
             self.files.read_into(self._stored[name], target)
@@ -175,13 +178,13 @@ class BaseReader:
             self.files.read_into(self._pieces[name][piece], part)
 
     def blocks(self, name: str) -> Tensor:
-        """The blocks of a GGUF file's matrix, (O, bytes) uint8."""
+        """The quantized blocks of a matrix in a GGUF file, (O, bytes) uint8."""
         assert isinstance(self.files, GgufFiles)
         return self.files.blocks(self._stored[self._groups[name]])
 
     def _find(self, net: nn.Module) -> bool:
-        """Find the file's tensor for every name. Returns whether the files contain exactly the net's tensors, in their
-        shapes."""
+        """Find the stored tensor for every name. Returns whether the files contain exactly the tensors of the net, in
+        the same shapes."""
         stored_names = _StoredNames(net, self.files.headers)
         tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self._tensors.items()}
         as_stored = {id(tensor): name for name, tensor in revert_weight_conversion(net, tensors).items()}
@@ -203,7 +206,8 @@ class BaseReader:
         return not stored_names.ambiguous and covered == set(self.names) and not unknown
 
     def _find_pieces(self, net: nn.Module, name: str, stored_names: _StoredNames) -> None:
-        """Find the pieces of a parameter that the files store in pieces, if they contain all of them."""
+        """Find the pieces of a parameter that the files store in several pieces. Nothing is recorded if a piece is
+        missing."""
         pieces = StoredPieces(net, name, stored_names.all_forms)
         parts = pieces.views(torch.empty(pieces.shape, device="meta")) if pieces.names else None
         if parts is None:
@@ -215,7 +219,7 @@ class BaseReader:
 
 
 class _StoredNames:
-    """Finds the files' tensors by the net's names, with or without the base model's prefix."""
+    """Finds stored tensors by their names in the net. The stored names may have or lack the base model's prefix."""
 
     def __init__(self, net: nn.Module, headers: dict[str, TensorEntry]) -> None:
         self._headers, self._prefix = headers, str(getattr(net, "base_model_prefix", ""))
@@ -231,7 +235,7 @@ class _StoredNames:
         return [name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")]
 
     def take(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """The stored name of the tensor with this name and shape; None if there is none."""
+        """The stored name of the tensor with this name and shape, which then counts as used; None if there is none."""
         names = {form for form in self._forms(name) if form in self._headers}
         self.ambiguous |= len(names) > 1
         match = next((form for form in names if self._headers[form].shape == shape), None)
@@ -247,20 +251,21 @@ class _StoredNames:
 
 
 def _modules_of(heads: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """The modules that contain one of the tensors `names`. `heads`: names of modules, with a dot at the end."""
+    """Those modules that contain one of the tensors `names`. `heads`: the names of the modules, each with a final
+    dot."""
     return tuple(head.removesuffix(".") for head in heads if any(name.startswith(head) for name in names))
 
 
 def missing_modules(net: nn.Module, headers: dict[str, TensorEntry], modules: Iterable[str]) -> tuple[str, ...]:
-    """Those `modules` with a tensor that the files lack, or have in another shape than the net."""
+    """Those `modules` for which a tensor is missing in the files, or has a different shape there than in the net."""
     stored, tensors = _StoredNames(net, headers), net.state_dict(keep_vars=True)
     absent = [name for name, tensor in tensors.items() if stored.take(name, tuple(tensor.shape)) is None]
     return _modules_of([f"{name}." for name in modules], absent)
 
 
 def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a tensor cannot be used directly from its mapped file: its dtype is not the compute dtype, or, on a CPU,
-    it is not aligned to 64 bytes, which would change the last bit of products of single rows."""
+    """Whether a tensor must be copied from its mapped file: its dtype is not the compute dtype, or, on a CPU, it is not
+    aligned to 64 bytes. Alignment changes the last bit of products of single rows."""
     return any(
         (header.dtype.is_floating_point and header.dtype != dtype)
         or (device.type == "cpu" and header.offset_bytes % ALIGNMENT != 0)
@@ -269,8 +274,8 @@ def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device:
 
 
 def open_base(net: nn.Module, source: ModelSource, dtype: torch.dtype, head: Sequence[str] = ()) -> BaseReader | None:
-    """A reader that fills a net of `unfilled_net` from the base in `source`. None if the result might differ from
-    from_pretrained's.
+    """Make a reader that can fill a net of `unfilled_net` from the base in `source`. None if the values might differ
+    from the values that from_pretrained reads.
 
     `head`: names of the head's modules, which the files may lack.
     Raises: ModelError for damaged or missing files.
@@ -308,7 +313,8 @@ def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
 
 
 def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None:
-    """Put `tensor` into the net under all names of `name`. Parameters are frozen."""
+    """Put `tensor` into the net as the tensor `name`, also under the names of modules that are tied to it. Parameters
+    are frozen."""
     holder: dict[str, nn.Parameter] = {}
     for alias in reader.aliases(name):
         path, _, attribute = alias.rpartition(".")
@@ -320,14 +326,14 @@ def place(net: nn.Module, reader: BaseReader, name: str, tensor: Tensor) -> None
 
 
 def fill_net(net: nn.Module, reader: BaseReader) -> None:
-    """Give every parameter and persistent buffer its values: copies, each aligned to 64 bytes."""
+    """Fill every parameter and persistent buffer with a copy of the stored values, aligned to 64 bytes."""
     for name in reader.names:
         place(net, reader, name, reader.read(name))
 
 
 def load_generation_config(net: nn.Module, folder: Path) -> None:
-    """Give the net the generation settings that from_pretrained would use: from generation_config.json, else from
-    config.json, else (next to a GGUF file) from the net's configuration."""
+    """Give the net the generation settings that from_pretrained would use. They come from generation_config.json, or
+    else from config.json, or else (for a GGUF file) from the net's configuration."""
     from transformers import GenerationConfig
 
     pretrained = as_pretrained(net)

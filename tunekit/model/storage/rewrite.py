@@ -1,4 +1,5 @@
-"""Writes a copy of a base with changed matrices, tensor by tensor, computed in float32 and cast once at the end."""
+"""Writes a copy of a base with changed matrices, one tensor at a time. Changes are computed in float32 and cast
+once."""
 
 import json
 import math
@@ -36,8 +37,8 @@ MatrixChange = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes of a base: functions that change layers, by module name, and functions that change parameters, by name. A
-    parameter's change is applied before its layer's change."""
+    """Changes of a base. `layers`: functions that change a layer's weight and bias, by module name. `parameters`:
+    functions that change one parameter, by name; they are applied before the change of the layer."""
 
     layers: Mapping[str, MatrixChange]
     parameters: Mapping[str, Callable[[Tensor], Tensor]]
@@ -54,8 +55,8 @@ class Rewriter:
 
     `onto`: the weights that are changed: `full` (the base's own), `dequantized` (packed and unpacked again), or
     `quantized` (like dequantized, and packed again after the change).
-    `output_dtype`: the dtype of all written numbers; None: each tensor keeps its own.
-    `loaded`: the base, if it is already in memory. It is used only if the base's files do not match the written net.
+    `output_dtype`: the dtype of all written numbers; None: each tensor keeps its dtype.
+    `loaded`: the base, if it is already in memory. It is used only if the base's files do not match the net to write.
     """
 
     def __init__(
@@ -116,20 +117,21 @@ class Rewriter:
         return inspection.fingerprint(self.source)
 
     def base_weight(self, module_name: str) -> Tensor:
-        """The base's own matrix (O, I) of a module."""
+        """The unchanged matrix (O, I) of a module, from the base."""
         name = f"{module_name}.weight"
         stored = self.tensors.read(self.aliases.get(name, name))
         return stored.t() if layer_kind(self.modules[module_name]) == "conv1d" else stored
 
     def trained_on(self, module_name: str) -> tuple[Tensor, Tensor | None]:
-        """The matrix (O, I) and bias (O,), float32, that training used: for a packed layer, its unpacked numbers."""
+        """The matrix (O, I) and bias (O,) that training used, in float32. For a packed layer these are the unpacked
+        numbers."""
         matrix, bias_name = self.base_weight(module_name).float(), f"{module_name}.bias"
         bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
         return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
 
     def _find_aliases(self) -> dict[str, str]:
-        """Names of matrices that the files leave out because they are tied to another module's matrix, with its stored
-        name."""
+        """A mapping from matrices that the files leave out, because they are tied to another module's matrix, to the
+        stored name of that matrix."""
         parameters = [
             (f"{name}.{parameter_name}", module, tensor)
             for name, module in self.modules.items()
@@ -158,7 +160,8 @@ class Rewriter:
             self.generation_config.save_pretrained(str(folder))
 
     def as_changes(self, tensors: Mapping[str, Tensor]) -> Changes:
-        """Changes that replace the base's parameters, each under every name that it has in the files."""
+        """Changes that replace parameters of the base by `tensors`. A parameter that is stored under several names is
+        replaced under all of them."""
         aliases: dict[int, list[str]] = {}
         for name, parameter in self.net.named_parameters(remove_duplicate=False):
             aliases.setdefault(id(parameter), []).append(name)
@@ -179,11 +182,11 @@ class Rewriter:
             absent = [other for other in absent if other != name or not pieces.names]
         if absent:
             what = f"the base's files contain no tensor {absent[0]}, which the adapter changes ({len(absent)} missing)"
-            how = "the base stores this tensor in a form that cannot be merged; use the adapter with its base"
+            how = "the base stores this tensor in a form that cannot be merged; use the adapter without merging it"
             raise ModelError(what, how)
 
     def unties(self, changes: Changes) -> bool:
-        """Whether tied matrices differ after the changes. Tied matrices that all change in the same way stay tied."""
+        """Whether matrices that are tied in the base differ after the changes."""
         shared = set(self.aliases.values())
         groups = [{stored, *(name for name, its in self.aliases.items() if its == stored)} for stored in shared]
         if self.tied:
@@ -202,14 +205,14 @@ class Rewriter:
             net.get_submodule(self.head).weight = net.get_submodule(self.embedding).weight
 
     def output_bytes(self, changes: Changes) -> int:
-        """The number of bytes that `write` writes (the real number is smaller if weights are packed again)."""
+        """The number of bytes that `write` writes, or an upper bound if weights are packed again."""
         more = self.aliases.values() if self.unties(changes) else ()
         names = [*self.names, *more]
         return sum(self.tensors.meta[name].numel() * self.dtype_of_output(name).itemsize for name in names)
 
     def dtype_of_output(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is written: float32 in a head that predicts numbers, otherwise the output dtype
-        if set, or the base's own."""
+        """The dtype in which a tensor is written: float32 in a head that predicts numbers, otherwise `output_dtype`, or
+        the stored dtype if that is None."""
         if self.exact_head is not None and name.startswith(f"{self.exact_head}."):
             return torch.float32
         stored = self.tensors.meta[self.aliases.get(name, name)].dtype
@@ -221,7 +224,7 @@ class Rewriter:
         return any(dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize for dtype in dtypes)
 
     def fill(self, net: nn.Module, changes: Changes) -> None:
-        """Fill a float32 net with the numbers that `write` would write, but not rounded to the output dtype."""
+        """Fill a float32 net with the numbers that `write` would write, without rounding to the output dtype."""
         output_dtype, self.output_dtype = self.output_dtype, torch.float32
         places = dict(net.named_parameters(remove_duplicate=False))
         for name, tensor in self._outputs(changes):
@@ -234,7 +237,7 @@ class Rewriter:
         self.output_dtype = output_dtype
 
     def configuration(self, changes: Changes) -> JsonObject:
-        """The base's configuration, changed only as far as the new weights require."""
+        """The base's configuration, with only those changes that the new weights require."""
         if not self._writes_loaded_net:
             config = inspection.read_config(self.source)
         else:
@@ -266,10 +269,11 @@ class Rewriter:
         return config
 
     def outputs(self, changes: Changes) -> dict[str, tuple[torch.Size, Callable[[], Tensor]]]:
-        """The shape and a reader of every tensor that `write` would write, by the name that it would have in the files.
+        """For every tensor that `write` would write, by its name in the files: its shape, and a function that computes
+        it.
 
-        Tensors that are computed together, such as a layer's weight and bias, stay in memory until a different tensor
-        is read.
+        Tensors that are computed together, such as a layer's weight and bias, stay in memory until a tensor of a
+        different group is requested.
         Raises: ModelError if the base's files lack a changed tensor.
         """
         self._check(changes)
@@ -301,7 +305,7 @@ class Rewriter:
             yield from self._joint_outputs(name, changes)
 
     def _joint_outputs(self, name: str, changes: Changes) -> Iterator[tuple[str, Tensor]]:
-        """Yield a tensor of the new model, and the tensors that are computed together with it."""
+        """Yield a tensor of the new model, and all tensors that are computed together with this tensor."""
         module_name, _, suffix = name.rpartition(".")
         if name in self.pieces:
             pieces = self.pieces[name]
@@ -320,8 +324,7 @@ class Rewriter:
             yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
 
     def is_packed(self, module_name: str) -> bool:
-        """Whether the layer was packed in training, so that training used unpacked numbers instead of the
-        base's own."""
+        """Whether the layer was packed in training, so that training used the rounded numbers of the packed layer."""
         return self.section.quantization not in ("none", "kept") and module_name in self.packable_layers
 
     def _layer(
@@ -342,7 +345,9 @@ class Rewriter:
             had_bias = bias is not None
             matrix, bias = change(matrix, None if bias is None else bias.float())
             if (bias is not None) != had_bias:
-                raise ModelError(f"the adapter adds a bias to {module_name}, which has none", "it cannot be merged")
+                raise ModelError(
+                    f"the adapter adds a bias to {module_name}, which has none", "use the adapter without merging"
+                )
         if packed and self.onto == "quantized":
             _refuse_non_finite(name, matrix)
             saved = codec.saved_form(matrix.to(self.compute_dtype), *self._packing)
@@ -353,12 +358,12 @@ class Rewriter:
             yield f"{module_name}.bias", self._cast(f"{module_name}.bias", bias)
 
     def _through_packing(self, matrix: Tensor) -> Tensor:
-        """The matrix that training used, (O, I) float32: packed as in load_model, then unpacked."""
+        """The matrix that training used, (O, I) float32: packed as load_model packs it, then unpacked."""
         packed = codec.pack(matrix.to(self.compute_dtype), *self._packing)
         return codec.unpack(packed, (matrix.shape[0], matrix.shape[1]), self.section.quantization, torch.float32)
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
-        """Convert to the dtype in which the tensor is written. This is the only conversion."""
+        """Convert a tensor to the dtype in which it is written. No other step rounds the tensor."""
         result = tensor.to(self.dtype_of_output(name))
         if result.is_floating_point():
             _refuse_non_finite(name, result)
@@ -366,7 +371,7 @@ class Rewriter:
 
 
 def _replacement(tensor: Tensor, _old: Tensor) -> Tensor:
-    """A change that ignores the old tensor."""
+    """A change that replaces the old tensor by `tensor`."""
     return tensor.detach().float().cpu()
 
 

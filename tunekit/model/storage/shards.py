@@ -1,4 +1,4 @@
-"""Reads and writes safetensors folders one tensor at a time, in bounded memory."""
+"""Reads and writes folders of safetensors files one tensor at a time, in limited memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether the folder contains weights in any form, readable or not."""
+    """Whether the folder contains files with weights, also in formats that tunekit does not read."""
     return any(path.suffix in (*PICKLES, ".safetensors") for path in folder.iterdir())
 
 
@@ -31,30 +31,29 @@ def shard_files(folder: Path) -> list[str]:
         return [SINGLE]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
-        what = f"the weights in {folder} are a pickle ({pickles[0]}), which can run code when it is read"
-        how = "convert it to safetensors in a sandbox"
+        what = f"{folder} contains pickled weights ({pickles[0]}), and reading a pickle can run code"
+        how = "convert the file to safetensors in a sandbox"
     else:
         what, how = f"{folder} contains no {SINGLE}", "name a folder with safetensors weights, or a .gguf file"
     raise ModelError(what, how, key="model.name_or_path")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The index: tensor name -> file name, with all files inside the folder."""
+    """Read the index: tensor name -> file name. All files must be in the folder itself."""
     from tunekit.model.storage.source import read_json
 
     path = folder / INDEX
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError("contains no weight_map", "fetch it again", file=str(path))
+        raise ModelError("the index contains no weight_map", "fetch it again", file=str(path))
     for name in {str(value) for value in weight_map.values()}:
         if Path(name).name != name or "\\" in name or name in ("", ".", "..") or not name.endswith(".safetensors"):
-            raise ModelError(f"names the file {name!r}, which is not a safetensors file of its folder", file=str(path))
+            raise ModelError(f"the index names {name!r}, which is not a safetensors file of its folder", file=str(path))
     return {str(key): str(value) for key, value in weight_map.items()}
 
 
 def read_headers(folder: Path) -> dict[str, TensorEntry]:
-    """The file, dtype and shape of every tensor, from the files' headers. The headers are checked against the files'
-    sizes.
+    """Read the file, dtype and shape of every tensor from the headers of the files. The sizes of the files are checked.
 
     Raises: ModelError for a file that is truncated, damaged, not safetensors, or contradicts the index.
     """
@@ -64,13 +63,15 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
         for tensor, header in read_tensor_header(folder / name, MODEL_FILE).items():
             if tensor in headers:
                 raise ModelError(
-                    f"contains {tensor}, which {headers[tensor].file} contains too", file=str(folder / name)
+                    f"the tensor {tensor} is in this file and in {headers[tensor].file}", file=str(folder / name)
                 )
             headers[tensor] = header
     if files != [SINGLE]:
         for tensor, file in _read_index(folder).items():
             if tensor not in headers or headers[tensor].file != file:
-                raise ModelError(f"has no tensor {tensor}, which the index expects there", file=str(folder / file))
+                raise ModelError(
+                    f"the file lacks the tensor {tensor}, which the index expects there", file=str(folder / file)
+                )
     return headers
 
 
@@ -82,7 +83,7 @@ class ShardReader:
         self.headers = read_headers(folder)
 
     def __iter__(self) -> Iterator[str]:
-        """Names in the order of the files and of the data inside them."""
+        """The names of the tensors, in the order of the files and of the data in each file."""
         return iter(self.headers)
 
     def read(self, name: str) -> Tensor:
@@ -120,8 +121,8 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> list[str]:
-        """Write the remaining tensors. One shard becomes model.safetensors; several shards also get an index. Returns
-        the file names."""
+        """Write the remaining tensors, and give the files their final names. A single shard is named model.safetensors;
+        several shards also get an index. Returns the file names."""
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)

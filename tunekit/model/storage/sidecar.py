@@ -1,8 +1,8 @@
-"""Stores a packed base in one cache file (the sidecar), in its layout in memory, so that later runs can map the file.
+"""Stores a packed base in one cache file (the sidecar), so that later runs can map the file into memory.
 
-The file is safetensors. Each tensor starts at a multiple of 64 bytes and each layer at a page; filler tensors are
-between them, since the format allows no gaps. The header contains the key, and the last 32 bytes are the sha256 of all
-bytes before. If the key or the sha256 differs, the file is written again.
+The format is safetensors. Each tensor starts at a multiple of 64 bytes, and each layer at a page. Filler tensors are
+between them, because the format allows no gaps. The header contains the key, and the last 32 bytes are the sha256 of
+all bytes before. If the key or the sha256 differs, the file is written again.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the layout. `layer`: the module name of its layer; empty for a tensor outside the layers."""
+    """One tensor of the cache file. `layer`: the module name of its layer; empty for a tensor outside the layers."""
 
     name: str
     shape: tuple[int, ...]
@@ -76,7 +76,8 @@ def open_sidecar(path: Path, key: str, layout: list[StoredTensor]) -> Sidecar | 
 
 
 def write_sidecar(path: Path, key: str, layout: list[StoredTensor], tensors: Iterator[tuple[str, Tensor]]) -> Sidecar:
-    """Write the tensors to the file, and open it. The tensors arrive in the layout's order and are not kept in memory.
+    """Write the tensors to the file, then open the file. `tensors` yields them in the order of `layout`; none is kept
+    in memory.
 
     Raises: OSError or TunekitError if the file cannot be written; no partial file remains.
     """
@@ -90,7 +91,9 @@ def write_sidecar(path: Path, key: str, layout: list[StoredTensor], tensors: Ite
         position = 0
         for place, start, (name, tensor) in zip(layout, _starts(layout), tensors, strict=True):
             if (name, tuple(tensor.shape), tensor.dtype) != (place.name, place.shape, place.dtype):
-                raise ModelError(f"{name} {tuple(tensor.shape)} {tensor.dtype} was written at the position of {place}")
+                raise ModelError(
+                    f"{name} {tuple(tensor.shape)} {tensor.dtype} does not match its place in the cache file, {place}"
+                )
             file.write(bytes(start - position))
             file.write(tensor_bytes(tensor))
             position = start + place.size_bytes
@@ -99,7 +102,7 @@ def write_sidecar(path: Path, key: str, layout: list[StoredTensor], tensors: Ite
 
 
 def remove_others(path: Path, prefix: str) -> None:
-    """Remove other files with this prefix, which were made from an older version of the base."""
+    """Remove all other cache files with this prefix. They were made from older versions of the same base."""
     for other in path.parent.glob(f"{prefix}*.safetensors"):
         if other != path:
             with contextlib.suppress(OSError):
@@ -107,7 +110,7 @@ def remove_others(path: Path, prefix: str) -> None:
 
 
 def _starts(layout: list[StoredTensor]) -> list[int]:
-    """The offset of each tensor's data, counted from the data of the first tensor. Each layer starts at a page."""
+    """The offset of each tensor, counted from the start of the data section. Each layer starts at a page."""
     starts, position, layer = [], 0, ""
     for place in layout:
         position += -position % (ALIGNMENT_BYTES if place.layer == layer else LAYER_ALIGNMENT_BYTES)
@@ -117,8 +120,8 @@ def _starts(layout: list[StoredTensor]) -> list[int]:
 
 
 def _header(layout: list[StoredTensor], key: str) -> bytes:
-    """The first bytes of the file: the length of the header, and the header. The data after the header starts at a
-    page."""
+    """The first bytes of the file: the length of the header, and the header, padded so that the data after it starts at
+    a page."""
     entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     position = 0
     for place, start in zip(layout, _starts(layout), strict=True):

@@ -22,8 +22,8 @@ CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICEN
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base on this machine. `gguf_file`: the file's name inside `folder`; `commit`: the commit of a hub
-    repository."""
+    """The files of a base on this machine. `gguf_file`: the name of a GGUF file in `folder`. `commit`: the commit, if
+    the base comes from a hub repository."""
 
     name_or_path: str
     folder: Path
@@ -32,9 +32,9 @@ class ModelSource:
 
 
 def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
-    """Find the base that the section names. For a hub name, download the missing files (weights only if requested).
+    """Find the base that the section names. For a hub name, download missing files. `weights`: also download weights.
 
-    Paths are absolute or begin with a dot. `org/name` always means the hub, even if there is such a folder.
+    Paths are absolute or begin with a dot. `org/name` always means the hub, even if a folder with this name exists.
     Raises: ModelError if there is no such folder, file, repository or revision.
     """
     name = section.name_or_path
@@ -78,7 +78,7 @@ def is_here(section: ModelSection) -> bool:
 
 
 def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
-    """Download a hub repository into the hub's cache. Returns its folder there, with the commit."""
+    """Download a hub repository into the local cache of the hub. Returns the folder in the cache, and the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -94,7 +94,7 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
             elif patterns:
                 fetch(allow_patterns=patterns)
     except HFValidationError as error:
-        raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "check it", key=KEY) from error
+        raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "correct it", key=KEY) from error
     except LocalEntryNotFoundError as error:
         here = Path(section.name_or_path).exists()
         how = "name/write the folder's path as ./name/name" if here else "name a local folder"
@@ -108,7 +108,7 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
 
 
 def read_json(path: Path) -> JsonObject:
-    """A JSON object from a regular file of valid size.
+    """Read a JSON object from a regular file of valid size.
 
     Raises: ModelError for a file that is missing, not regular, too large, not JSON or not an object.
     """
@@ -116,7 +116,7 @@ def read_json(path: Path) -> JsonObject:
     try:
         value = json.loads(data.decode("utf-8-sig"))  # not parse_json: some models' configurations contain Infinity
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"cannot be read as JSON ({error})", "fetch it again", file=str(path)) from error
+        raise ModelError(f"the file cannot be read as JSON ({error})", "fetch it again", file=str(path)) from error
     if not isinstance(value, dict):
-        raise ModelError("does not contain a JSON object", "fetch it again", file=str(path))
+        raise ModelError("the file does not contain a JSON object", "fetch it again", file=str(path))
     return value

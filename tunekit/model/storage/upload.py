@@ -1,4 +1,4 @@
-"""Upload of a folder to a repository of the hub."""
+"""Uploads a folder to a repository on the hub."""
 
 import shlex
 from pathlib import Path
@@ -15,7 +15,7 @@ def upload_folder(folder: Path, name: str) -> str:
     """Upload the folder to the hub repository `name` or NAMESPACE/name. A new repository is made private. Returns its
     address.
 
-    The error of an interrupted upload contains a command that resumes it: the hub skips the files that it already has.
+    If an upload is interrupted, the error contains a command that resumes it. The hub skips files that it already has.
     Raises: InputError without permission; ResourceError if the network fails.
     """
     from huggingface_hub import HfApi

@@ -1,4 +1,4 @@
-"""Finds the sliding window of a configuration: how many tokens each token sees in layers with a window."""
+"""Finds the size of the sliding window in a model's configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,8 @@ ON_REQUEST = frozenset(["qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text"
 
 
 def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """The number W of tokens in the window; None if no layer has one, or if no row can be longer. In a row of W + 1
-    tokens, the last token does not see the first.
+    """The number W of tokens in the sliding window, which includes the current token. None if no layer has a window, or
+    if the window covers the model's maximum length. In a row of W + 1 tokens, the last token does not see the first.
 
     Source: the configuration classes of transformers 5.24.
     """

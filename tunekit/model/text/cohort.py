@@ -1,5 +1,5 @@
-"""Rows that start together (a cohort), for bases with an encoder or a recurrent state, whose rows cannot share slots.
-transformers itself prepares their inputs."""
+"""Decodes rows that start together (a cohort). This is for bases with an encoder or a recurrent state, whose rows
+cannot join at different times. transformers itself prepares the inputs of each step."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Steps = Generator[Tensor, Tensor, None]
 
 
 class Cohort:
-    """Rows that start together. `rows`: the rows that have not ended. Ended rows are still computed until all rows have
-    ended."""
+    """Rows that are decoded together from the start. `rows`: the rows that have not ended. The forward also computes
+    ended rows, until all rows have ended."""
 
     nbytes = 0  # transformers allocates their states token by token
 
@@ -57,17 +57,17 @@ class Cohort:
         return logits if len(self.rows) == self._size else logits[[self._places[row] for row in self.rows]]
 
     def remove(self, row: DecoderRow) -> None:
-        """End a row."""
+        """Remove a row that has ended."""
         self.rows.remove(row)
 
     def states(self, row: DecoderRow) -> States | None:
-        """Always None, because the states of these bases cannot be cut to a prefix."""
+        """Always None: the states of these bases cannot be reused for a prefix of the text."""
         return None
 
 
 def padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool, device: torch.device) -> Tensors:
-    """Ids and mask (B, T) of the prompts, padded on the left or right. An encoder counts positions from the start of
-    the row, so it needs its padding on the right."""
+    """Ids and mask (B, T) of the prompts. `left`: pad on the left. An encoder needs padding on the right, because it
+    counts positions from the start of the row."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)  # (B, T)
     mask = torch.zeros((len(prompts), width), dtype=torch.int64)  # (B, T)
@@ -78,9 +78,9 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool, device:
 
 
 def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> Steps:
-    """A generator that yields the scores (B, V) of the next token, and receives the chosen tokens (B,).
+    """A Python generator that yields the scores (B, V) of the next tokens, and then receives the chosen tokens (B,).
 
-    transformers prepares inputs, encoder and cache as for its own generation loop, and then calls this loop instead.
+    transformers prepares inputs, encoder and cache as usual, but runs this loop instead of its own generation loop.
     """
 
     def loop(
@@ -110,8 +110,8 @@ def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> St
 
 
 def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> GenerationConfig:
-    """transformers' generation settings, without processors that change scores, except for the forced tokens of an
-    encoder-decoder."""
+    """Generation settings for transformers that leave scores unchanged, except for the forced first and last tokens of
+    an encoder-decoder."""
     from transformers import GenerationConfig
 
     ends = _answer_ends(model) if model.family.reads_source else {}
@@ -128,7 +128,7 @@ def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> Genera
 
 
 def _answer_ends(model: LoadedModel) -> dict[str, int]:
-    """The tokens that start the answer of an encoder-decoder, and the token that ends a truncated answer.
+    """The settings that name the first tokens of an encoder-decoder's answer, and the last token of a truncated answer.
 
     Raises: ModelError if neither the configuration nor the generation settings name the start token.
     """
@@ -137,26 +137,27 @@ def _answer_ends(model: LoadedModel) -> dict[str, int]:
     values = [(name, getattr(holder, name, None)) for holder in holders for name in names]
     tokens = {name: int(value) for name, value in values if value is not None}
     if "decoder_start_token_id" not in tokens:
-        what = f"{model.facts.name_or_path} does not define the token with which answers begin"
+        what = f"{model.facts.name_or_path} does not name the token with which its answers begin"
         raise ModelError(what, "write decoder_start_token_id into its config.json")
     return tokens
 
 
 def keeps_state_in_modules(model: LoadedModel) -> bool:
-    """Whether the base stores its state in its modules, so that only one cohort can run at a time (recurrent_gemma)."""
+    """Whether the base stores its recurrent state in its modules, as recurrent_gemma does. Then only one cohort can run
+    at a time."""
     return any(hasattr(module, "_setup_cache") for module in model.net.modules())
 
 
 def reset_state(model: LoadedModel) -> None:
-    """Remove the previous rows' state from the modules, by a forward without a cache."""
+    """If modules store the state of previous rows, remove it by a forward without a cache."""
     if keeps_state_in_modules(model):
         model.net(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 @torch.no_grad()
 def rows_interact(model: LoadedModel, pad_id: int) -> bool:
-    """Whether a row's answer depends on the other rows of its cohort, because a state reads the padding
-    (xlstm, recurrent_gemma) or mixes rows (rwkv). Nets with a state or without a mask are tested with two rows."""
+    """Whether a row's answer depends on the other rows in its cohort: the recurrent state includes the padding (xlstm,
+    recurrent_gemma) or mixes rows (rwkv). Nets with such a state or without a mask are tested with two rows."""
     net = as_pretrained(model.net)
     if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
         return False
@@ -176,12 +177,12 @@ def rows_interact(model: LoadedModel, pad_id: int) -> bool:
 
 
 def _scored_prompt(model: LoadedModel, row: DecoderRow) -> list[Score]:
-    """The scores of the prompt's tokens from the second token on, by one forward of the whole prompt.
+    """Score the prompt's tokens from the second token on, in one forward of the whole prompt.
 
     Raises: ModelError if an encoder reads the prompt.
     """
     if model.family.reads_source:
-        raise ModelError(f"{model.facts.name_or_path} reads prompts with an encoder, which predicts no token of them")
+        raise ModelError(f"{model.facts.name_or_path} reads prompts with an encoder, which predicts no tokens")
     wanted = row.continuation
     ids = torch.tensor([list(wanted.prompt)], device=model.device)  # (1, T)
     logits = model.net(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)

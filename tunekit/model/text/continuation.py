@@ -1,4 +1,4 @@
-"""The input of the decoder (a prompt to continue), and its output for each new token."""
+"""The decoder's input (a prompt to continue), and its output (one object per new token)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Adapt = Callable[[Tensors], Tensors]
 
 @dataclass(frozen=True)
 class States:
-    """Keys and values of the tokens `ids`. `layers`: two tensors (1, H, T, D) for each layer."""
+    """The keys and values of the tokens `ids`. `layers`: for each layer, two tensors (1, H, T, D)."""
 
     ids: tuple[int, ...]
     layers: Sequence[tuple[Tensor, ...]]
@@ -26,13 +26,13 @@ class States:
 class Continuation:
     """A prompt that the decoder continues until it reaches `max_new_tokens` tokens or one of `stop_ids`.
 
-    `sampling`: settings with a seed of this continuation alone.
-    `allowed`: receives the new tokens so far, and returns which tokens may come next, (V,) bool; None: all tokens.
-    `top`: report the log-probabilities of each new token and of this many most likely tokens; None: no report. They are
-    the model's own, computed before temperature and `allowed` apply.
+    `sampling`: sampling settings, with a separate seed for this continuation.
+    `allowed`: a function from the new tokens so far to the tokens that can come next, (V,) bool; None: all tokens.
+    `top`: report the log-probability of each new token, and the `top` most likely tokens; None: no report. The
+    log-probabilities are the model's own, without temperature and `allowed`.
     `scores_prompt`: also report the log-probabilities of the prompt, from its second token on; needs `top`.
-    `adapter`: the name of the adapter that answers, passed to the decoder's `using`. `alone`: its forwards must not
-    contain rows of other adapters.
+    `adapter`: the name of the adapter that generates the answer, passed to the decoder's `using`. `alone`: a forward
+    with this adapter must not contain rows of other adapters.
     `adapt`: changes the inputs of the prompt's forward, for an adapter that adds `virtual_tokens` positions.
     `states`: the keys and values of a prefix of the prompt, from an earlier continuation with `keeps_states`.
     """
@@ -53,15 +53,16 @@ class Continuation:
 
     @property
     def columns(self) -> int:
-        """The maximum number of tokens whose keys and values are stored. The last new token needs none."""
+        """The maximum number of tokens whose keys and values are stored. The keys of the last new token are not
+        needed."""
         return self.virtual_tokens + len(self.prompt) + self.max_new_tokens - 1
 
 
 @dataclass(frozen=True)
 class NewToken:
-    """A new token of the continuation `handle`. `reason`: why the continuation ends with this token, "stop" or
-    "length"; None: more tokens follow. `states`: only with the last token, if the continuation keeps them and the base
-    allows it."""
+    """A new token of the continuation `handle`. `reason`: why the continuation ends with this token ("stop" or
+    "length"); None: more tokens follow. `states`: keys and values, only with the last token of a continuation that
+    keeps them."""
 
     handle: int
     id: int
@@ -73,8 +74,8 @@ class NewToken:
 
 @dataclass(eq=False)
 class DecoderRow:
-    """A continuation that waits or runs. `offset`: the first column of its keys and values. `position`: the position of
-    its last token. `prompt_scores`: the scores of the prompt's tokens; empty after they are reported."""
+    """A continuation that waits or runs. `offset`: the index of its first token in the key-value cache. `position`: the
+    position of its last token. `prompt_scores`: the scores of the prompt's tokens; empty after they are reported."""
 
     handle: int
     continuation: Continuation
@@ -86,17 +87,18 @@ class DecoderRow:
 
     @cached_property
     def key(self) -> tuple[object, ...]:
-        """A key that is equal for rows whose prompts have the same keys and values."""
+        """A key that is the same for two rows if their prompts have the same keys and values, so that one forward is
+        enough."""
         wanted = self.continuation
         return tuple(wanted.prompt), wanted.adapter, wanted.adapt is None, self.handle if self.is_special else None
 
     @property
     def group(self) -> tuple[bool, str | None]:
-        """A key that is equal for rows that can be in one forward."""
+        """A key that is the same for all rows that one forward can contain."""
         wanted = self.continuation
         return wanted.alone, wanted.adapter if wanted.alone else None
 
     @property
     def is_special(self) -> bool:
-        """Whether the forward of the row's prompt cannot be shared with other rows."""
+        """Whether the row's prompt needs a separate forward, without the prompts of other rows."""
         return self.continuation.scores_prompt or self.continuation.states is not None

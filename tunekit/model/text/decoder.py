@@ -1,10 +1,11 @@
 """The decoder for chat, serve, generate, evaluation and sampling. It continues many prompts at once, token by token.
 
-Rows join and leave at any token. The tokens that a row samples depend only on its own seed.
+Rows (prompts with their answers) can join and leave at any token. The tokens that a row samples depend only on its
+seed.
 
-Other engines do not replace it: the continuous batching of transformers 5.24 puts the tokens of all requests into one
-row (1, T), so that requests cannot have different unmerged adapters; vLLM 0.32 for CPUs reads neither bitsandbytes' nor
-GGUF's quantized bases, and needs another release of transformers.
+Other engines cannot replace this decoder. The continuous batching of transformers 5.24 puts the tokens of all requests
+into one row (1, T), so that requests cannot use different unmerged adapters. vLLM 0.32 for CPUs does not read bases
+quantized by bitsandbytes or in GGUF, and needs a different release of transformers.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ PIECE_TOKENS = 256  # prompt tokens that are computed between two tokens of the 
 
 
 class Decoder:
-    """Continues up to `slots` prompts at once. Each prompt with its new tokens has up to `tokens` keys and values.
+    """Continues up to `slots` prompts at once. The cache of each prompt has room for `tokens` tokens.
 
-    `piece_tokens`: how many prompt tokens one step computes at most, because running rows wait meanwhile.
-    `using`: makes a context manager in which the named adapters answer: one name per row of a forward, or one for all.
-    Use it inside `decoding`.
+    `piece_tokens`: the maximum number of prompt tokens that one step computes, because running rows wait meanwhile.
+    `using`: makes a context manager that activates adapters, from one adapter name per row of a forward, or one for all
+    rows.
+    Use a Decoder only inside the context manager `decoding`.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Decoder:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory for keys and values, which are allocated with the first prompt."""
+        """The bytes of memory for keys and values. This memory is allocated when the first prompt is computed."""
         return 0 if self._slot_batch is None else self._slot_batch.nbytes
 
     @property
@@ -75,16 +77,16 @@ class Decoder:
         return max(self.slots - len(self._running) - len(self._waiting), 0)
 
     def add(self, continuation: Continuation) -> int:
-        """Queue a continuation; returns its handle. Raises: ValueError if it is empty or does not fit into a slot."""
+        """Queue a continuation, and return its handle. Raises: ValueError if the continuation is empty or too long."""
         if not len(continuation.prompt) or continuation.max_new_tokens < 1 or continuation.columns > self.tokens:
-            raise ValueError(f"a continuation of {continuation.columns} tokens, but a slot has {self.tokens}")
+            raise ValueError(f"a continuation of {continuation.columns} tokens is empty, or longer than {self.tokens}")
         row = DecoderRow(next(self._numbers), continuation, TokenSampler(continuation.sampling))
         self._waiting.append(row)
         return row.handle
 
     def cancel(self, handle: int) -> States | None:
-        """End a continuation now, and return its states if it keeps them. A continuation that has already ended is
-        ignored."""
+        """End a continuation now. Returns its keys and values if it keeps them. Nothing happens if it has already
+        ended."""
         self._waiting = deque(row for row in self._waiting if row.handle != handle)
         for batch in self._batches:
             for row in [row for row in batch.rows if row.handle == handle]:
@@ -94,12 +96,12 @@ class Decoder:
         return None
 
     def forget(self, adapter: str | None) -> None:
-        """Drop the results computed with an adapter, whose weights may change now. The adapter must not be running."""
+        """Drop all results computed with an adapter, before its weights change. The adapter must not be running."""
         if self._slot_batch is not None:
             self._slot_batch.forget(adapter)
 
     def step(self) -> list[NewToken]:
-        """Compute the next token of each running row, and the first token of each row that joins."""
+        """Compute the next token of each running row, and the first token of each row that starts now."""
         tokens: list[NewToken] = []
         for batch in self._batches:
             if batch.rows:
@@ -125,7 +127,7 @@ class Decoder:
             return batch.logits()
 
     def _join(self, batch: SlotBatch) -> list[NewToken]:
-        """Compute waiting prompts, and choose the first token of each row that joins."""
+        """Compute waiting prompts, and choose the first token of each row whose prompt is complete."""
         tokens: list[NewToken] = []
         joined = batch.admit(self._waiting, self.piece_tokens)
         if joined:
@@ -135,8 +137,8 @@ class Decoder:
         return tokens
 
     def _start_cohorts(self) -> list[NewToken]:
-        """Start waiting rows together as a cohort, as soon as half of the slots are free. A cohort of one row costs as
-        much time as a large cohort."""
+        """Start waiting rows together as a cohort, as soon as half of the slots are free. Rows do not start one by one,
+        because a cohort of one row takes as much time as a large cohort."""
         tokens: list[NewToken] = []
         while self._waiting and not (self._is_single and self._cohorts):
             free = min(self.slots - len(self._running), self._cohort_size)
@@ -181,8 +183,8 @@ class Decoder:
 
 @contextmanager
 def decoding(net: nn.Module) -> Iterator[None]:
-    """Context manager for decoding: no gradients, eval mode, the cache on, no generation defaults. Modes, settings and
-    random state are restored afterwards."""
+    """Context manager for decoding: no gradients, eval mode, use of the cache, and none of the model's generation
+    defaults. Modes, settings and random state are restored afterwards."""
     from transformers import GenerationConfig
 
     holder = as_pretrained(net)

@@ -17,16 +17,16 @@ MIN_TEMPERATURE = 1e-5  # dividing logits by less would overflow; a lower temper
 
 
 class Score(NamedTuple):
-    """A token's log-probability, and the most likely tokens at its place with their log-probabilities, in descending
-    order."""
+    """The log-probability of a token. `top`: the most likely tokens at the same position, with their log-probabilities,
+    in descending order."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
 class TokenSampler:
-    """The random numbers of one row. They depend only on its seed and on how many tokens it has sampled, not on other
-    rows."""
+    """The random numbers of one row. They depend only on the row's seed and on the number of tokens sampled so far, not
+    on other rows."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling, self.is_greedy = sampling, sampling.temperature < MIN_TEMPERATURE
@@ -60,7 +60,7 @@ def choose(logits: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
 
 
 def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
-    """The scores of the given token of each row, with its `top` most likely tokens. Shapes: logits (B, V)."""
+    """Score one token per row, and list the `top` most likely tokens of each row. Shapes: logits (B, V)."""
     logprobs = logits.float().log_softmax(dim=-1)  # (B, V)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     values, places = (part.tolist() for part in logprobs.topk(min(top, logits.shape[-1]), dim=-1))
@@ -68,7 +68,7 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Score]:
 
 
 def _limited(scores: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """(B, V): scores divided by the temperature, and -inf for tokens that top_k or top_p excludes, as in
+    """Divide scores (B, V) by the temperature, and set tokens that top_k or top_p excludes to -inf, as in
     transformers."""
     scores = scores / temperature if temperature != 1 else scores
     if top_k:
@@ -78,8 +78,8 @@ def _limited(scores: Tensor, temperature: float, top_p: float, top_k: int) -> Te
 
 
 def _top_p(scores: Tensor, share: float) -> Tensor:
-    """(B, V): scores, and -inf for all tokens except the most likely tokens whose probabilities sum to `share`, as in
-    transformers' top_p."""
+    """Set the scores (B, V) of unlikely tokens to -inf. The most likely tokens, whose probabilities sum to `share`,
+    keep their scores, as in transformers' top_p."""
     ordered, places = scores.sort(dim=-1)
     unlikely = cumulative_sums(ordered.float().softmax(dim=-1)) <= int((1 - share) * PROBABILITY_UNITS)  # (B, V)
     unlikely[:, -1] = False
@@ -87,9 +87,9 @@ def _top_p(scores: Tensor, share: float) -> Tensor:
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
-    """(B, 1): for each row, the first token whose cumulative probability exceeds the row's number in [0, 1).
+    """Sample one token per row, (B, 1): the first token whose cumulative probability exceeds the row's random number.
 
-    Shapes: logits (B, V) float32, numbers (B,).
+    Shapes: logits (B, V) float32, numbers (B,) in [0, 1).
     """
     total = cumulative_sums(torch.softmax(logits, dim=-1))  # (B, V)
     reached = (numbers[:, None] * total[:, -1:].to(numbers.dtype)).to(torch.int64)  # (B, 1)
@@ -97,6 +97,6 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
 
 
 def cumulative_sums(probabilities: Tensor) -> Tensor:
-    """Cumulative sums of (B, V) float32 in units of 2^-52, as int64. A GPU has a fixed order of sums only for
-    integers."""
+    """Cumulative sums of probabilities (B, V), as int64 in units of 2^-52. Sums of integers are the same in any
+    order of the elements. On a GPU this order varies."""
     return (probabilities * PROBABILITY_UNITS).to(torch.int64).cumsum(dim=-1)

@@ -1,4 +1,4 @@
-"""Text generation for lists of prompts, greedy unless sampling is set, without changing the model."""
+"""Text generation for lists of prompts. It is greedy unless sampling is set, and does not change the model."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def generate_texts(
     keep_stop: bool = False,
     ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Generate new ids for each prompt, in order. The stop token that ended an answer is left out unless `keep_stop`.
+    """Generate new token ids for each prompt. The stop token that ended an answer is left out unless `keep_stop`.
 
-    Up to `batch_size` prompts are continued at once; when one ends, the next prompt starts. The base's own generation
-    defaults (penalties, top-k) are not used.
+    Up to `batch_size` prompts are continued at once; when one answer ends, the next prompt starts. The base's own
+    generation defaults (penalties, top-k) are not used.
     `stop_ids`: by default the ids of find_stop_ids. `template`: a chat template that replaces the tokenizer's.
     `adapt`: changes the inputs of the first step, for an adapter that adds `virtual_tokens` positions.
-    `seeds`: one per prompt; by default made from the seed of `sampling` and the prompt's number. A prompt's samples
-    depend only on its seed, not on other prompts. `ends`: returns whether the new ids so far are a complete answer.
-    Raises: DataError for an empty prompt, or one as long as the model's table of positions; ModelError for a base that
-    does not generate text.
+    `seeds`: one per prompt; by default made from the seed of `sampling` and the prompt's number. The sampled answer
+    depends only on the prompt and its seed. `ends`: returns whether the new ids so far are a complete answer.
+    Raises: DataError for a prompt that is empty or fills all positions of the model; ModelError for a base that does
+    not generate text.
     """
     if not prompts_ids:
         return []
@@ -79,9 +79,9 @@ def generate_texts(
 
 
 def answer_room(model: LoadedModel, virtual_tokens: int = 0) -> Callable[[Sequence[int]], int | None]:
-    """A function from a prompt to the number of new tokens for which positions remain; None: no limit.
+    """Make a function that returns, for a prompt, the number of positions that remain for new tokens; None: no limit.
 
-    The prompt of an encoder takes no positions of the answer.
+    In an encoder-decoder, the prompt takes no positions from the answer.
     Raises: ModelError for a base that does not generate text.
     """
     if not model.family.answers:
@@ -93,35 +93,35 @@ def answer_room(model: LoadedModel, virtual_tokens: int = 0) -> Callable[[Sequen
 
 
 def check_prompts(prompts_ids: Sequence[Sequence[int]], positions: int | None, others: int) -> None:
-    """Check that each prompt fits into `positions` (None: no limit) together with `others` tokens.
+    """Check that each prompt, with `others` additional tokens, fits into `positions` (None: no limit).
 
-    Raises: DataError for an empty prompt, or one that does not fit.
+    Raises: DataError for a prompt that is empty or too long.
     """
     for number, prompt in enumerate(prompts_ids, start=1):
         if not len(prompt):
             raise DataError(f"prompt {number} is empty", "write at least one character")
         if positions is not None and len(prompt) + others > positions:
             what = f"prompt {number} has {len(prompt)} tokens, too many for the model's {positions} positions"
-            raise DataError(what, "shorten it")
+            raise DataError(what, "shorten the prompt")
 
 
 def find_stop_ids(model: LoadedModel, tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """Ids that end an answer: the tokenizer's end token, the model's end tokens, and the token that ends a turn of the
-    template."""
+    """Ids that end an answer: the tokenizer's end token, the model's end tokens, and the token with which the chat
+    template ends a turn."""
     stops = {tokenizer.eos_id, *model_end_ids(model), *end_of_turn_ids(tokenizer, template)}
     return sorted(int(stop) for stop in stops if stop is not None)
 
 
 def model_end_ids(model: LoadedModel) -> list[int]:
-    """Ids at which transformers itself ends an answer: the end tokens of the generation settings."""
+    """The end tokens in the model's generation settings, at which transformers itself ends an answer."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = ids if isinstance(ids, list | tuple) else [ids]
     return [int(token) for token in ids if token is not None]
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """The special token that the chat template writes after the last answer, or, if there is none, after an earlier
-    answer. A list of zero or one id."""
+    """The id of the special token that the chat template writes after the last answer. If it writes none there: the
+    special token after an earlier answer. A list of zero or one id."""
     if template is None and tokenizer.chat_template is None:
         return []
     question = {"role": "user", "content": PROBE_QUESTION}
@@ -140,6 +140,6 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
 
 
 def sampling_settings(sampling: Sampling) -> dict[str, Any]:
-    """transformers' settings for choosing tokens."""
+    """The sampling settings as arguments of transformers' generate."""
     settings = {name: value for name, value in asdict(sampling).items() if name != "seed"}
     return {"do_sample": True, **settings} if sampling.temperature >= MIN_TEMPERATURE else {"do_sample": False}

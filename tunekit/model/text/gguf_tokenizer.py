@@ -1,5 +1,5 @@
-"""The tokenizer of a GGUF file, which splits a text at the same places as llama.cpp. transformers reads the file's
-tokens and merges, but only some of the steps that split a text before merging."""
+"""Loads the tokenizer of a GGUF file so that it splits texts in the same way as llama.cpp. transformers reads the
+file's tokens and merges, but not all rules that split a text before the merges."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ OWN_PIECES = ("gemma", "gemma2", "gemma3")  # their pieces have no space in fron
 
 @contextmanager
 def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path]:
-    """Context manager: the folder from which transformers reads a base's tokenizer. transformers would use tokenizer
-    files next to a GGUF file. If these have different tokens, the folder is a temporary one with only a link to the
-    GGUF file.
+    """Context manager: the folder from which transformers reads a base's tokenizer. Normally this is the base's folder.
 
-    `names`: names of tokenizer files. Raises: ModelError if links are not allowed.
+    transformers prefers tokenizer files to the tokenizer in a GGUF file. If such files next to a GGUF file have other
+    tokens, this is a temporary folder with only a link to the GGUF file.
+    `names`: names of tokenizer files. Raises: ModelError if the link cannot be made.
     """
     alone = source.gguf_file is None or not any((source.folder / name).exists() for name in names)
     if alone or _is_tokenizer_of(source.folder / TOKENIZER, source):
@@ -68,13 +68,13 @@ def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path
             file = source.folder / str(source.gguf_file)
             (Path(folder) / file.name).symlink_to(file.resolve())
         except OSError as error:
-            what = f"{source.name_or_path}: no link to it could be made in a temporary folder ({error.strerror})"
+            what = f"a link to {source.name_or_path} could not be made in a temporary folder ({error.strerror})"
             raise ModelError(what, FOLDER, key=KEY) from error
         yield Path(folder)
 
 
 def _is_tokenizer_of(path: Path, source: ModelSource) -> bool:
-    """Whether the tokenizer.json `path` exists and has the tokens of the GGUF file."""
+    """Whether the file `path`, a tokenizer.json, exists and has the same tokens as the GGUF file."""
     from tokenizers import Tokenizer
     from transformers.integrations.gguf import get_gguf_tokenizer
 
@@ -86,9 +86,9 @@ def _is_tokenizer_of(path: Path, source: ModelSource) -> bool:
 
 
 def split_as_llama_cpp(native: PreTrainedTokenizerBase, source: ModelSource) -> None:
-    """Give the tokenizer the steps by which llama.cpp splits a text into words or pieces.
+    """Set the rules by which the tokenizer splits a text into words or pieces, as in llama.cpp.
 
-    Raises: ModelError if the file names a method of splitting that neither tunekit nor transformers knows.
+    Raises: ModelError if the file names a splitting method that neither tunekit nor transformers knows.
     Source: llm_tokenizer_bpe, llm_tokenizer_spm_session and llama_vocab::impl::load of llama.cpp.
     """
     from tokenizers import normalizers
@@ -106,7 +106,7 @@ def split_as_llama_cpp(native: PreTrainedTokenizerBase, source: ModelSource) -> 
     if steps is not None:
         backend.pre_tokenizer = _words(steps)
     elif name not in _known_to_transformers():
-        what = f"{source.name_or_path} splits texts into words by {name!r}, which tunekit does not know"
+        what = f"{source.name_or_path} uses the pre-tokenizer {name!r}, which tunekit does not know"
         raise ModelError(what, FOLDER, key=KEY)
     if name in WHOLE_WORDS:
         backend.model.ignore_merges = True
@@ -115,8 +115,8 @@ def split_as_llama_cpp(native: PreTrainedTokenizerBase, source: ModelSource) -> 
 
 
 def _words(steps: tuple[str, ...]) -> PreTokenizer:
-    """A pre-tokenizer that splits by the regular expressions `steps`, and then writes the bytes of each word as
-    characters."""
+    """Make a pre-tokenizer that splits a text by the regular expressions `steps`, one after the other. It then encodes
+    each word at byte level."""
     from tokenizers import Regex, pre_tokenizers
 
     splits: Iterator[PreTokenizer] = (pre_tokenizers.Split(Regex(each), "isolated") for each in steps)
@@ -124,7 +124,7 @@ def _words(steps: tuple[str, ...]) -> PreTokenizer:
 
 
 def _values(source: ModelSource) -> Mapping[str, Any]:
-    """The metadata of the file by name, without its lists."""
+    """The metadata of the GGUF file by name, without lists such as the tokens."""
     from transformers.integrations.gguf import read_gguf_metadata
 
     values, _ = read_gguf_metadata(str(source.folder / str(source.gguf_file)))

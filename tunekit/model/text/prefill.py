@@ -1,4 +1,5 @@
-"""Computes the keys and values of prompts in chunks, so that running rows need not wait for a long prompt."""
+"""Computes the keys and values of prompts in chunks, so that a long prompt does not delay the rows that are already
+running."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Forward:
     def __call__(
         self, inputs: Tensors, mask: Tensor, positions: Tensor, slots: SlotMemory, *, last: bool = True
     ) -> Tensor:
-        """Logits (B, T, V), or (B, 1, V) if only the `last` token's are needed. Shapes: mask (B, columns), positions
+        """Logits (B, T, V). `last`: only the logits of the last token, (B, 1, V). Shapes: mask (B, columns), positions
         (B, T)."""
         named = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": int(last)}
         arguments = {name: value for name, value in named.items() if name in self._names}
@@ -40,11 +41,11 @@ class Forward:
 
 
 class Prefill:
-    """Computes the keys and values of some rows' prompts, which are padded on the left. `advance` computes the next
-    columns of all prompts.
+    """Computes the keys and values of several prompts, which are padded on the left. Each call of `advance` computes
+    the next tokens of all prompts.
 
-    `logits` (B, V): the logits after the last token of each prompt, when all columns are computed. `scores`: the scores
-    of the prompt's tokens, if there is a single prompt.
+    `logits` (B, V): the logits after the last token of each prompt, when all tokens are computed. `scores`: the scores
+    of the prompt's tokens, if its continuation requests them.
     """
 
     def __init__(self, forward: Forward, model: LoadedModel, rows: Sequence[DecoderRow], pad_id: int) -> None:
@@ -72,11 +73,11 @@ class Prefill:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all columns are computed."""
+        """Whether all tokens of all prompts are computed."""
         return self.columns.end == self.columns.capacity
 
     def length(self, row: DecoderRow) -> int:
-        """The number of columns of a row's prompt, including virtual tokens."""
+        """The number of tokens of a row's prompt in the cache, including virtual tokens."""
         return self._virtual_columns + len(row.continuation.prompt)
 
     @property
@@ -85,7 +86,7 @@ class Prefill:
         return [row.continuation.adapter for row in self.rows]
 
     def advance(self, tokens: int) -> int:
-        """Compute about `tokens` tokens of all prompts together. Returns the number of tokens computed."""
+        """Compute the next tokens, about `tokens` in all prompts together. Returns the number of tokens computed."""
         start, wanted = self.columns.end, self.rows[0].continuation
         count = max(tokens // len(self.rows), 1)
         count = min(count, SCORED_TOKENS) if wanted.scores_prompt else count
@@ -106,16 +107,16 @@ class Prefill:
         return (end - start) * len(self.rows)
 
     def _reuse(self, states: States) -> None:
-        """Write the given states of the prefix that they share with the prompt, so that it is not computed again. The
-        prompt's last token is always computed."""
+        """Copy the keys and values of the prefix that `states` and the prompt have in common, so that this prefix is
+        not computed again. The prompt's last token is always computed."""
         pairs = zip(states.ids, self.rows[0].continuation.prompt[:-1], strict=False)
         if shared := len(list(takewhile(lambda pair: pair[0] == pair[1], pairs))):
             self.slots.put([[part[:, :, :shared] for part in layer] for layer in states.layers], 0, 0)
             self.columns.end = shared
 
     def _score(self, logits: Tensor, start: int) -> None:
-        """Score the prompt's tokens after position `start`. `logits` (T, V) belong to the tokens from `start` on; each
-        row predicts the next token."""
+        """Score the prompt's tokens that follow position `start`. The first row of `logits` (T, V) is computed at
+        `start` and predicts the token after it."""
         wanted = self.rows[0].continuation
         first = max(-start, 0)  # virtual tokens come before
         following = list(wanted.prompt[start + first + 1 : start + len(logits) + 1])
@@ -124,8 +125,9 @@ class Prefill:
 
 
 def shared_prefill(waiting: Iterable[DecoderRow], count: int, tokens: int) -> list[DecoderRow]:
-    """Choose the next rows, at most `count`, whose different prompts can be computed together within `tokens` tokens.
-    The first row is always included. Rows whose inputs an adapter changes must have prompts of equal length."""
+    """Choose up to `count` waiting rows whose prompts can be computed together, with at most `tokens` tokens. Equal
+    prompts count once. The first row is always chosen. If an adapter changes inputs, all prompts must have the same
+    length."""
     first, *others = waiting
     rows, wanted = {first.key: first}, first.continuation
     width = len(wanted.prompt)

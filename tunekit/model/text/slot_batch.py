@@ -1,4 +1,4 @@
-"""Rows that share one memory of keys and values, and join and leave at any token."""
+"""Rows that are decoded in one batch with a common key-value cache, and can join and leave at any token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tunekit.model.text.continuation import DecoderRow, States
 from tunekit.model.text.prefill import Forward, Prefill, shared_prefill
 from tunekit.model.text.slots import Columns, SlotMemory
 
-# A block in which the named adapters answer: one for each row, or the same one.
+# Makes a context manager that activates the named adapters: one name per row, or one for all rows.
 Using = Callable[[Sequence[str | None]], AbstractContextManager[object]]
 
 
 class SlotBatch:
-    """Rows that share one memory of keys and values. `rows`: the rows in the order of their slots. Rows that can be in
-    one forward are next to each other."""
+    """Rows that share one key-value cache. `rows`: the rows in the order of their slots in the cache. Rows that one
+    forward can contain are next to each other."""
 
     def __init__(self, model: LoadedModel, pad_id: int, slots: int, tokens: int, using: Using) -> None:
         self.model, self.pad_id, self.using = model, pad_id, using
@@ -33,7 +33,7 @@ class SlotBatch:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory for keys and values."""
+        """The bytes of the key-value cache."""
         return self.slots.nbytes
 
     def logits(self) -> Tensor:
@@ -53,8 +53,8 @@ class SlotBatch:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def admit(self, waiting: Sequence[DecoderRow], tokens: int) -> list[tuple[DecoderRow, Tensor]]:
-        """Compute about `tokens` tokens of waiting prompts, or fewer when no slot is free. Returns the rows that have
-        joined, each with the logits (V,) of its first new token."""
+        """Compute about `tokens` tokens of waiting prompts, or fewer if no slot is free. Returns the rows whose prompts
+        are now in the cache, each with the logits (V,) of its first new token."""
         joined: dict[DecoderRow, Tensor] = {}
         while True:
             remaining = [row for row in islice(waiting, 2 * self.columns.slots) if row not in joined]
@@ -72,14 +72,14 @@ class SlotBatch:
                 tokens -= self._prefill.advance(tokens)
 
     def remove(self, row: DecoderRow) -> None:
-        """Free the row's slot; the last row moves into it."""
+        """Remove a row. The last row moves into the free slot."""
         slot, last = self.rows.index(row), self.rows.pop()
         if last is not row:
             self._copy(len(self.rows), slot, last.offset)
             self.rows[slot] = last
 
     def forget(self, adapter: str | None) -> None:
-        """Drop the results computed with an adapter, whose weights may change now."""
+        """Drop the results computed with an adapter, before its weights change."""
         if self._prefill is not None and adapter in self._prefill.adapters:
             self._prefill = None
 
@@ -92,7 +92,7 @@ class SlotBatch:
         return States(tuple([*wanted.prompt, *row.tokens][: self.columns.end - row.offset]), layers)
 
     def _inputs(self, rows: Sequence[DecoderRow]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Inputs of the next forward: the last token of each row, the mask of all columns, and the positions."""
+        """Inputs of the next forward: the last token of each row, the mask of cached tokens, and the positions."""
         columns, device = self.columns, self.model.device
         tokens = torch.tensor([[row.tokens[-1]] for row in rows], device=device)  # (B, 1)
         positions = torch.tensor([[row.position] for row in rows], device=device)  # (B, 1)
@@ -101,8 +101,8 @@ class SlotBatch:
         return {"input_ids": tokens}, visible.to(torch.int64), positions
 
     def _join(self, waiting: Sequence[DecoderRow]) -> dict[DecoderRow, Tensor]:
-        """Let waiting rows join whose prompts are computed: copy the keys and values of each prompt into a free slot.
-        Returns the logits (V,) of each row's first new token."""
+        """Start the waiting rows whose prompts are computed: copy the keys and values of each prompt into a free slot.
+        Returns the started rows, each with the logits (V,) of its first new token."""
         prefill, joined = self._prefill, dict[DecoderRow, Tensor]()
         if prefill is None or not prefill.is_complete:
             return joined
@@ -121,7 +121,7 @@ class SlotBatch:
         return joined
 
     def _sort(self) -> None:
-        """Reorder the rows so that the rows of each forward are next to each other."""
+        """Sort the rows so that the rows of one forward are next to each other."""
         groups = [row.group for row in self.rows]
         order = [group for group in dict.fromkeys(groups) for _ in range(groups.count(group))]
         for slot, group in enumerate(order):
@@ -131,7 +131,7 @@ class SlotBatch:
                 groups[slot], groups[other] = group, groups[slot]
 
     def _swap(self, slot: int, other: int) -> None:
-        """Exchange two rows with their keys and values."""
+        """Exchange the slots of two rows, with their keys and values."""
         first, second = self.rows[slot], self.rows[other]
         states = self.slots.read(slot, first.offset, self.columns.end)
         self._copy(other, slot, second.offset)
@@ -143,14 +143,14 @@ class SlotBatch:
         self.slots.copy(target, end, self.slots, source, end, end - offset)
 
     def _shift(self, columns: int) -> None:
-        """Move the keys and values of all rows by `columns`: to later columns, or to earlier ones if negative."""
+        """Move the keys and values of all rows by `columns` columns of the cache, to earlier columns if negative."""
         if columns:
             self.slots.shift(len(self.rows), min((row.offset for row in self.rows), default=0), columns)
             for row in self.rows:
                 row.offset += columns
 
     def _groups(self) -> Iterator[tuple[int, list[DecoderRow]]]:
-        """Yield the rows of each forward, with the slot of the first row."""
+        """Yield the rows of each forward, with the slot number of the first row."""
         first = 0
         for _, group in groupby(self.rows, key=lambda row: row.group):
             rows = list(group)

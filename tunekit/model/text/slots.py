@@ -1,8 +1,9 @@
-"""A memory, allocated once, for the keys and values of many rows. Each row has one slot, and all rows share the
-columns, one per token.
+"""A key-value cache that is allocated once for many rows. It is a table: each row has one slot, and each token of a row
+is in one column.
 
-Every forward writes all rows at the same column, so a row that joins later starts at a later column. Differences of
-columns then equal differences of positions, and the windows and masks of transformers remain correct.
+Every forward writes the new tokens of all rows into the same column, so a row that joins later starts at a later
+column. The distance of two columns equals the distance of the tokens' positions, as transformers' windows and masks
+require.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Columns:
-    """The part of the key-value cache that a forward pass uses: it reads the columns `start` to `end` of the cache's
-    `rows`, and writes from `end` on. `slots` and `capacity`: the number of rows and columns of the cache."""
+    """The part of the key-value cache that a forward uses. The forward reads the columns `start` to `end` of the slots
+    `rows`, and writes from column `end` on. `slots` and `capacity`: the numbers of slots and columns in the cache."""
 
     slots: int
     capacity: int
@@ -37,9 +38,10 @@ class Columns:
 
 
 class SlotLayer(DynamicLayer):  # type: ignore[misc]
-    """The keys and values of one layer: two tensors (slots, H, capacity, D), which are allocated once.
+    """The cached keys and values of one layer: two tensors (slots, H, capacity, D), which are allocated once.
 
-    Masked columns are multiplied with probabilities of 0, so the memory starts with zeros.
+    The tensors are initialised to zero, because attention multiplies masked columns by a probability of 0 (0 * NaN
+    would be NaN).
     """
 
     def __init__(self, columns: Columns) -> None:
@@ -50,8 +52,8 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *others: object, **named: object
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values. Returns the keys and values of all columns. Shapes: (B, H, T, D) ->
-        (B, H, columns, D)."""
+        """Write new keys and values. Returns the keys and values of all columns that the forward reads or writes.
+        Shapes: (B, H, T, D) -> (B, H, columns, D)."""
         self.allocate((key_states, value_states))
         columns, count = self.columns, key_states.shape[-2]
         for memory, states in zip(self.memory, (key_states, value_states), strict=True):
@@ -63,19 +65,20 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def allocate(self, like: Sequence[Tensor]) -> None:
-        """Allocate the memory, once, for keys and values with the sizes of `like` (B, H, T, D)."""
+        """Allocate the cache of this layer, once. `like`: keys and values (B, H, T, D) with the same heads and
+        widths."""
         if not self.memory:
             self.device, self.is_initialized = like[0].device, True
             slots, capacity = self.columns.slots, self.columns.capacity
             self.memory = tuple(part.new_zeros(slots, part.shape[1], capacity, part.shape[3]) for part in like)
 
     def get_seq_length(self) -> int:
-        """The number of columns before the columns that a forward writes."""
+        """The number of columns that a forward reads, before the columns that it writes."""
         return self.columns.end - self.columns.start
 
 
 class SlotMemory:
-    """The memory of all layers. `cache`: the object through which the net reads and writes the memory."""
+    """The key-value cache of all layers. `cache`: the object of transformers through which the net uses it."""
 
     def __init__(self, model: LoadedModel, columns: Columns) -> None:
         self.columns = columns
@@ -85,16 +88,16 @@ class SlotMemory:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the memory that is allocated."""
+        """The bytes of allocated memory."""
         return sum(memory.nbytes for layer in self.layers for memory in layer.memory)
 
     def read(self, row: int, start: int, end: int) -> list[tuple[Tensor, ...]]:
-        """Copies of the keys and values (1, H, T, D) of a row in each layer."""
+        """Copies of a row's keys and values (1, H, T, D) in the columns `start` to `end`, for each layer."""
         parts = (layer.memory for layer in self.layers)
         return [tuple(part[row : row + 1, :, start:end].clone() for part in memory) for memory in parts]
 
     def put(self, states: Sequence[Sequence[Tensor]], row: int, start: int) -> None:
-        """Write keys and values (1, H, T, D) of each layer into the columns of a row from `start` on."""
+        """Write the keys and values (1, H, T, D) of each layer into the slot `row`, from column `start` on."""
         for layer, parts in zip(self.layers, states, strict=True):
             if parts:  # a layer that uses the keys and values of another layer has none
                 layer.allocate(parts)
@@ -102,8 +105,8 @@ class SlotMemory:
                     memory[row : row + 1, :, start : start + part.shape[2]] = part
 
     def copy(self, row: int, end: int, source: SlotMemory, source_row: int, source_end: int, tokens: int) -> None:
-        """Copy the last `tokens` tokens of a row of `source` that end at column `source_end`, so that they end at
-        column `end` of `row`."""
+        """Copy the `tokens` columns of `source` that end at column `source_end` of its slot `source_row`. In this cache
+        they end at column `end` of the slot `row`."""
         for layer, other in zip(self.layers, source.layers, strict=True):
             if other.memory:
                 layer.allocate(other.memory)
@@ -111,7 +114,7 @@ class SlotMemory:
                 memory[row, :, end - tokens : end] = states[source_row, :, source_end - tokens : source_end]
 
     def shift(self, rows: int, start: int, columns: int) -> None:
-        """Move the first `rows` rows, from column `start` on, by `columns` to the right, or to the left if negative."""
+        """Move the first `rows` rows, from column `start` on, to the right by `columns`, or to the left if negative."""
         end = self.columns.end
         for layer in self.layers:
             for memory in layer.memory:
@@ -120,8 +123,8 @@ class SlotMemory:
 
 
 def shares_slots(model: LoadedModel) -> bool:
-    """Whether rows of different lengths can share columns. Every layer must store keys and values of single tokens, and
-    a mask must hide columns. Bases with an encoder or a state cannot."""
+    """Whether rows of different lengths can share a key-value cache. Every layer must cache keys and values per token,
+    and the net must accept a mask. This excludes bases with an encoder or a recurrent state."""
     net = as_pretrained(model.net)
     if model.family.reads_source or getattr(net, "_is_stateful", False):
         return False

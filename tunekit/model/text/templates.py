@@ -1,4 +1,4 @@
-"""Applies chat templates, which are untrusted code, in the sandbox of transformers, with limits on time and memory."""
+"""Applies chat templates, which are untrusted code, in transformers' sandbox, with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIXED_DAY = datetime(2024, 7, 26)
 
 
 class _Refusal(Exception):
-    """Raised if a template raised an error; contains its message."""
+    """The template raised an error. The text is the template's message."""
 
 
 Messages = Sequence[JsonObject]
@@ -40,11 +40,11 @@ def render_template(
     tools: Sequence[JsonObject] | None,
     add_generation_prompt: bool,
 ) -> str:
-    """Apply the template to messages, whose content is text and whose tool calls have JSON objects as arguments.
+    """Apply the template to messages. Their content is text, and the arguments of tool calls are JSON objects.
 
-    If the template fails with this form, it receives the content as a list of text parts, or the arguments as JSON
-    text.
-    Raises: DataError if the template refuses, is invalid, takes too long or writes too much.
+    If the template cannot read these, it is tried with other forms: the content as a list of text parts, and the
+    arguments as JSON text.
+    Raises: DataError if the template refuses the messages, is invalid, takes too long or writes too much.
     """
     render = partial(
         native.apply_chat_template,
@@ -73,7 +73,7 @@ def render_template(
 
 
 def _has_contents(messages: Messages, text: str) -> bool:
-    """Whether the text contains the messages' contents, and no arguments printed as a Python dict."""
+    """Whether the rendered text contains the content of a message, and no arguments printed as a Python dict."""
     contents = [message["content"].strip() for message in messages if isinstance(message.get("content"), str)]
     objects = [call["function"]["arguments"] for message in messages for call in message.get("tool_calls", ())]
     printed = any(part and isinstance(part, dict) and str(part) in text for part in objects)
@@ -94,7 +94,7 @@ def _with_text_arguments(message: JsonObject) -> JsonObject:
 
 
 def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: Messages) -> str:
-    """Apply the template to the messages in one form, within the limits."""
+    """Apply the template to messages in one form, with limits on time and memory."""
     try:
         with address_space_limit(LIMIT_EXTRA_BYTES), time_limit(LIMIT_SECONDS), _fixed_day(template):
             text = render(list(messages))
@@ -103,16 +103,17 @@ def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: M
     except MemoryError as error:
         raise DataError("the chat template asked for too much memory") from error
     except RecursionError as error:
-        raise DataError("the chat template, or the row, nests too deeply") from error
+        raise DataError("the chat template or the row is nested too deeply") from error
     except Exception as error:  # a template may raise anything
         raise _Refusal(str(error).strip() or type(error).__name__) from error
     if len(text) > LIMIT_CHARACTERS:
-        raise DataError(f"the chat template wrote {len(text)} characters")
+        raise DataError(f"the chat template wrote {len(text)} characters, more than {LIMIT_CHARACTERS}")
     return text
 
 
 def _fixed_day(template: str) -> AbstractContextManager[None]:
-    """Context manager: the template's clock shows a fixed day. transformers caches one compiled copy per template."""
+    """Context manager: the template's function strftime_now returns a fixed day, so that rows do not change
+    tomorrow."""
     from transformers.utils import chat_template_utils
 
     compile_template: Callable[[str], Any] | None = getattr(chat_template_utils, "_compile_jinja_template", None)

@@ -34,9 +34,9 @@ FILES = (
 
 
 class LoadedTokenizer:
-    """A tokenizer that never uses its own truncation, padding and automatic special tokens.
+    """A tokenizer that never truncates, never pads, and adds no special tokens by itself.
 
-    `native`: transformers' object. `backend`: a private copy of its fast tokenizer.
+    `native`: the tokenizer of transformers. `backend`: a private copy of its fast tokenizer.
     """
 
     def __init__(
@@ -65,44 +65,45 @@ class LoadedTokenizer:
 
     @property
     def tokenizer(self) -> LoadedTokenizer:
-        """This object: a text model needs no other processor."""
+        """This object itself, because the processor of a text model is its tokenizer."""
         return self
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
-        """Ids of `text`, without added special tokens. If special_tokens_in_text is False, names of special tokens in
+        """Token ids of `text`, without added special tokens. `special_tokens_in_text` False: names of special tokens in
         the text are encoded as plain text."""
         return self.encode_with_offsets(text, special_tokens_in_text=special_tokens_in_text)[0]
 
     def encode_with_offsets(
         self, text: str, *, special_tokens_in_text: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of `text`, and the [start, end) character offsets of each token."""
+        """Token ids of `text`, and for each token its character offsets [start, end) in the text."""
         self.backend.encode_special_tokens = not special_tokens_in_text
         try:
             encoding = self.backend.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
-            raise DataError("text contains characters that are not valid Unicode (a lone surrogate)") from error
+            raise DataError("the text contains a character that is not valid Unicode (a lone surrogate)") from error
         ids: list[int] = encoding.ids
         if not special_tokens_in_text and not self._forbidden_in_text.isdisjoint(ids):
             token = self.token_text(next(token_id for token_id in ids if token_id in self._forbidden_in_text))
-            what = f"text contains the special token {token!r}, which this tokenizer cannot encode as plain text"
-            raise DataError(what, "remove it from the row")
+            what = f"the text contains the special token {token!r}, which this tokenizer cannot encode as plain text"
+            raise DataError(what, "remove the token from the row")
         return ids, encoding.offsets
 
     def encode_source(self, text: str) -> list[int]:
-        """Ids of a complete text for an encoder, including the special tokens that the tokenizer puts around it."""
+        """Token ids of a complete text for an encoder, with the special tokens that the tokenizer puts around the
+        text."""
         return self._encode_whole(text, "text")
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of a complete answer for a decoder, like encode_source. Some tokenizers mark the language of an answer
-        differently."""
+        """Token ids of a complete answer for a decoder, with special tokens around the answer. These special tokens can
+        differ from the tokens around a source, for example to mark a language."""
         return self._encode_whole(text, "text_target")
 
     @cached_property
     def pairing(self) -> Pairing:
-        """The tokens and token types with which transformers joins two texts.
+        """The special tokens and token types with which transformers joins two texts to a pair.
 
-        Raises: ModelError for a tokenizer that joins them in an unusual order.
+        Raises: ModelError for a tokenizer that joins the texts in an unusual order.
         """
         joined = self.native("a", "a", truncation=False, padding=False, verbose=False)
         ids, types, owners = joined["input_ids"], joined.get("token_type_ids"), joined.sequence_ids(0)
@@ -115,8 +116,8 @@ class LoadedTokenizer:
         return Pairing(before, between, after, tuple(each[:1] if at % 2 else each for at, each in enumerate(marks)))
 
     def _encode_whole(self, text: str, name: str) -> list[int]:
-        """Encode a text, with transformers' special tokens around it. Names of special tokens inside the text are
-        encoded as plain text."""
+        """Encode a text, and put the special tokens around it that transformers puts there. Names of special tokens
+        inside the text are encoded as plain text. `name`: transformers' argument for the text."""
         ids = self.encode(text, special_tokens_in_text=False)
         plain = {"truncation": False, "padding": False, "verbose": False, "return_special_tokens_mask": True}
         encoding = self.native(**{name: text}, **plain)
@@ -139,7 +140,8 @@ class LoadedTokenizer:
     ) -> str:
         """Apply the chat template (or `template`) to messages. Returns the text.
 
-        Raises: DataError if there is no template, or if it refuses, takes too long or writes too much.
+        Raises: DataError if there is no template, or if the template refuses the messages, takes too long or writes
+        too much.
         """
         chosen = template if template is not None else self.chat_template
         if chosen is None:
@@ -147,7 +149,7 @@ class LoadedTokenizer:
         return render_template(self.native, chosen, messages, tools, add_generation_prompt)
 
     def token_text(self, token_id: int) -> str:
-        """One token as readable text. A token that is a part of a character is shown in the tokenizer's own
+        """One token as readable text. A token that is only a part of a character is written in the tokenizer's
         notation."""
         spelled: str | None = self.backend.id_to_token(int(token_id))
         if spelled is None:
@@ -158,7 +160,8 @@ class LoadedTokenizer:
         return " " + decoded if spelled.startswith("\u2581") and not decoded.startswith(" ") else decoded
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files; a local base's files are copied unchanged."""
+        """Write the tokenizer's files into a folder. Files of the base are copied unchanged, unless the base is a GGUF
+        file."""
         if self.source is not None and self.source.gguf_file is None:
             for name in FILES:
                 if (self.source.folder / name).is_file():
@@ -178,9 +181,9 @@ class LoadedTokenizer:
 
 
 def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
-    """The base's fast tokenizer.
+    """Load the base's fast tokenizer.
 
-    Raises: ModelError if there is none, if it is damaged, or if it would run code.
+    Raises: ModelError if the base has no fast tokenizer, or if the tokenizer is damaged or would run remote code.
     """
     from transformers import AutoTokenizer
 
@@ -197,15 +200,16 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
         if source.gguf_file is not None and not (folder / TOKENIZER).exists():
             split_as_llama_cpp(native, source)
     if getattr(native, "backend_tokenizer", None) is None:
-        how = "convert it once with transformers and save tokenizer.json in the model's folder"
-        raise ModelError(f"{section.name_or_path} has only a slow tokenizer", how, key="model.name_or_path")
+        how = "convert it once with transformers, and save tokenizer.json in the model's folder"
+        raise ModelError(f"{section.name_or_path} has only a slow (Python) tokenizer", how, key="model.name_or_path")
     return LoadedTokenizer(native, source, read_answer_start(source, section))
 
 
 def _make_backend(native: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the fast tokenizer without truncation, padding and post-processing; control tokens are marked special.
+    """Copy the fast tokenizer without truncation, padding and post-processing. Turn markers such as <|user|> are marked
+    special.
 
-    The post-processor adds special tokens and trims offsets; without it the offsets cover the whole text.
+    The post-processor adds special tokens and trims offsets. Without it, the offsets cover the whole text.
     """
     from tokenizers import Tokenizer
 
@@ -217,19 +221,19 @@ def _make_backend(native: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def _range_of(owners: Sequence[int | None], text: int) -> tuple[int, int]:
-    """The range [first, end) of the tokens of text number `text`; empty if it has no token. `owners`: for each token,
-    the number of its text."""
+    """The range [first, end) of the tokens that belong to text number `text`; an empty range if it has no tokens.
+    `owners`: for each token, the number of the text to which it belongs."""
     places = [at for at, owner in enumerate(owners) if owner == text]
     return (places[0], places[-1] + 1) if places else (len(owners), 0)
 
 
 def _is_marker(content: str) -> bool:
-    """Whether a token has the form <|name|> of a turn marker, which some tokenizers do not declare as special."""
+    """Whether a token looks like a turn marker, <|name|>. Some tokenizers do not declare turn markers as special."""
     return content.startswith("<|") and content.endswith("|>")
 
 
 def _one_template(template: str | dict[str, str] | None) -> str | None:
-    """The only template, or the template named default if there are several."""
+    """The template, or if there are several, the template with the name `default`."""
     if isinstance(template, dict):
         chosen = template.get("default")
         return chosen if isinstance(chosen, str) else None

@@ -1,6 +1,6 @@
-"""Generates images with a pipeline's parts, with or without an adapter, from prompts and seeds.
+"""Generates images from prompts and seeds with a diffusion pipeline, with or without an adapter.
 
-diffusers' own pipeline runs the sampling steps with the net's parts.
+diffusers' own pipeline class runs the sampling steps with the loaded models.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def draw_pictures(
 
 
 def decode_latents(net: PipelineNet, latents: Tensor) -> NDArray[np.uint8]:
-    """Decode latents (1, C, H, W) to pixels (H, W, 3), by the VAE in float32."""
+    """Decode latents (1, C, H, W) to pixels (H, W, 3) with the VAE, in float32."""
     vae = net.part("vae")
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     picture = vae.decode(latents.float() / vae.config.scaling_factor + shift, return_dict=False)[0]  # (1, 3, H, W)

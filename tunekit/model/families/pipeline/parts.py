@@ -1,7 +1,7 @@
-"""Loads the models of a diffusion pipeline (denoiser, VAE, text encoders) from diffusers' folder, with or without
-weights, into one net.
+"""Loads the models of a diffusion pipeline (denoiser, VAE, text encoders) from a folder saved by diffusers, with or
+without weights, into one net.
 
-Only trained models are modules of this net, so that adapters, optimizers and plans see nothing else.
+Only trained models are modules of this net, so that adapters, optimizers and plans do not see the other models.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ OF_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderMod
 
 @dataclass
 class PipelineConfig:
-    """The attributes of a configuration that other packages read. `part_configs`: the configuration of each of the
-    pipeline's models, by name."""
+    """The configuration of a pipeline, with the attributes that tunekit reads from a transformers configuration.
+    `part_configs`: the configuration of each model in the pipeline, by name."""
 
     model_type: str  # the pipeline's class
     hidden_size: int
@@ -56,7 +56,8 @@ class PipelineConfig:
 
 
 class PipelineNet(nn.Module):
-    """The trained parts as modules; the other parts are in `frozen_parts`, which is not part of the module tree."""
+    """A net whose modules are the trained models of a pipeline. The other models are in `frozen_parts`, outside the
+    module tree."""
 
     config: PipelineConfig
     frozen_parts: dict[str, nn.Module]
@@ -82,7 +83,7 @@ class PipelineNet(nn.Module):
         return getattr(self, PIPELINES[self.config.model_type])
 
     def part(self, name: str) -> Any:
-        """The model with this name, trained or not; None if the pipeline has none."""
+        """The model with this name, trained or frozen; None if the pipeline has no such model."""
         return self._modules.get(name) or self.frozen_parts.get(name)
 
     @property
@@ -106,8 +107,8 @@ class PipelineNet(nn.Module):
 
     @contextmanager
     def frozen_parts_on(self, device: torch.device, names: Sequence[str] | None = None) -> Iterator[None]:
-        """Context manager: move the frozen models, or only the frozen models `names`, to the device, and back
-        afterwards."""
+        """Context manager: move the frozen models to the device, and back afterwards. `names`: move only these
+        models."""
         moved = {name: part for name, part in self.frozen_parts.items() if names is None or name in names}
         before = {name: next(part.parameters()).device for name, part in moved.items()}
         for part in moved.values():
@@ -140,7 +141,7 @@ def read_index(folder: Path) -> dict[str, str]:
     if kind not in PIPELINES:
         known = ", ".join(PIPELINES)
         raise ModelError(
-            f"is a {printable(kind)}, which cannot be trained", f"known: {known}", file=str(folder / INDEX)
+            f"the pipeline class {printable(kind)} cannot be trained", f"known: {known}", file=str(folder / INDEX)
         )
     classes = {"": str(kind)}
     for name in (PIPELINES[str(kind)], "vae", *TEXT_ENCODERS):
@@ -148,18 +149,18 @@ def read_index(folder: Path) -> dict[str, str]:
         if not isinstance(entry, list) or len(entry) != 2 or entry[1] is None:
             continue
         if entry[1] not in (*OF_DIFFUSERS, *OF_TRANSFORMERS):
-            what = f"has a {printable(entry[1])} as its {name}, which cannot be loaded"
+            what = f"the pipeline's {name} is a {printable(entry[1])}, a class that tunekit does not load"
             raise ModelError(what, "choose another pipeline", file=str(folder / INDEX))
         classes[name] = str(entry[1])
     for name in (PIPELINES[str(kind)], "vae", "text_encoder"):
         if name not in classes:
-            raise ModelError(f"names no {name}", "give a complete pipeline", file=str(folder / INDEX))
+            raise ModelError(f"the index names no {name}", "use a complete pipeline", file=str(folder / INDEX))
     return classes
 
 
 def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
-    """Load the models of a pipeline's folder, frozen and in eval mode, in `dtype`. The VAE is in float32, because half
-    precision is too inaccurate for it. `meta`: without weights.
+    """Load the models of a pipeline's folder, frozen and in eval mode, in `dtype`. The VAE is always in float32,
+    because half precision makes its images inaccurate. `meta`: without weights.
 
     `trained`: names of the models that get an adapter. Raises: ModelError.
     """
@@ -179,7 +180,7 @@ def load_net(folder: Path, trained: Sequence[str], dtype: torch.dtype, *, meta: 
 
 
 def load_pipeline(folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool = False) -> PipelineNet:
-    """Load the net of a section. The section names the trained models, and states whether frozen models stay on the
+    """Load a pipeline as one net. `section` names the trained models, and states whether frozen models remain on the
     device. Raises: ModelError."""
     trained = section.trained if isinstance(section, PipelineModel) else (PIPELINES[read_index(folder)[""]],)
     net = load_net(folder, trained, dtype, meta=meta)
@@ -212,11 +213,13 @@ def _load_part(folder: Path, class_name: str, dtype: torch.dtype, meta: bool) ->
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY) from error
+        raise ModelError(
+            f"the model cannot be loaded ({first})", "fetch it again", file=str(folder), key=KEY
+        ) from error
     missing = sorted(str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name])
     if missing:
-        what = f"lacks weights that its configuration declares ({', '.join(missing[:3])})"
-        raise ModelError(what, "they would be random; give a complete pipeline", file=str(folder), key=KEY)
+        what = f"the folder lacks weights that its configuration declares ({', '.join(missing[:3])})"
+        raise ModelError(what, "these weights would be random; use a complete pipeline", file=str(folder), key=KEY)
     return part
 
 
@@ -229,8 +232,8 @@ def _width(config: Mapping[str, Any]) -> int:
 
 
 def denoising_layers(denoiser: nn.Module) -> NamedModules:
-    """The layers that may be recomputed, in the order in which they run: a UNet's residual and transformer blocks, as
-    diffusers recomputes them, or a transformer's blocks."""
+    """The layers that can be recomputed in the backward pass, in the order in which they run. For a UNet these are its
+    residual and transformer blocks, as in diffusers; for a transformer, its blocks."""
     blocks = getattr(denoiser, "transformer_blocks", None)
     if isinstance(blocks, nn.ModuleList):
         return [(f"transformer_blocks.{place}", block) for place, block in enumerate(blocks)]
@@ -245,8 +248,8 @@ def denoising_layers(denoiser: nn.Module) -> NamedModules:
 
 
 def _in_order(block: nn.Module, middle: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the residual blocks, each followed by its transformer blocks. The last residual block of the middle block
-    has none."""
+    """Yield the residual blocks of a UNet block, each followed by its transformer blocks. In the middle block, no
+    transformer blocks follow the last residual block."""
     resnets, attentions = (list(getattr(block, name, None) or ()) for name in ("resnets", "attentions"))
     for place, resnet in enumerate(resnets):
         yield f"resnets.{place}", resnet

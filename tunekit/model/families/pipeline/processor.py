@@ -42,7 +42,7 @@ class PipelineProcessor:
 
     @cached_property
     def configs(self) -> dict[str, JsonObject]:
-        """The configuration of each of the pipeline's models, and the scheduler's."""
+        """The configurations of the pipeline's models and of its scheduler, by name."""
         names = [name for name in read_index(self.folder) if name]
         configs = {name: read_json(self.folder / name / "config.json") for name in names}
         scheduler = read_json(self.folder / SCHEDULER)
@@ -72,13 +72,13 @@ class PipelineProcessor:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 refuse_code(error, folder)
                 first = str(error).partition("\n")[0]
-                what = f"is not a usable tokenizer ({first})"
+                what = f"the tokenizer cannot be loaded ({first})"
                 raise ModelError(what, "fetch the pipeline again", file=str(folder)) from error
         return tokenizers
 
     def ids(self, prompts: Sequence[str]) -> Ids:
-        """The ids of all prompts for each text encoder, truncated and padded to the encoder's full length, as in
-        diffusers."""
+        """Token ids of the prompts for each text encoder, truncated or padded to the maximum length of the encoder, as
+        in diffusers."""
         ids = {}
         for name, tokenizer in self.tokenizers.items():
             longest = T5_LENGTH if name == "text_encoder_3" else int(self.configs[name]["max_position_embeddings"])
@@ -87,7 +87,7 @@ class PipelineProcessor:
         return ids
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that are too long for a CLIP encoder, which would ignore their end."""
+        """The prompts that are too long for a CLIP text encoder, so that their end is truncated."""
         first = self.tokenizers["text_encoder"]
         longest = int(self.configs["text_encoder"]["max_position_embeddings"])
         return [prompt for prompt in prompts if len(first(prompt)["input_ids"]) > longest]
@@ -99,7 +99,7 @@ class PipelineProcessor:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent, along one side."""
+        """The number of image pixels along one side of one latent."""
         return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
 
     @property
@@ -109,14 +109,14 @@ class PipelineProcessor:
 
     @property
     def multiple(self) -> int:
-        """The sides of an image must be multiples of this number of pixels, so that the denoiser can halve them without
-        remainder."""
+        """The number of pixels by which both sides of an image must be divisible. Then the denoiser can halve the sides
+        without remainder."""
         patch = self.denoiser.get("patch_size")
         return self.vae_factor * (int(patch) if patch else 2 ** (len(self.denoiser["block_out_channels"]) - 1))
 
     @property
     def max_side(self) -> int | None:
-        """Maximum side in pixels for which the denoiser has positions; None: no limit."""
+        """The maximum image side in pixels for which the denoiser has positions; None: no limit."""
         limit = self.denoiser.get("pos_embed_max_size")
         return None if limit is None else int(limit) * self.multiple
 
@@ -143,27 +143,27 @@ class PipelineProcessor:
 
     @cached_property
     def sigmas(self) -> tuple[Tensor, Tensor]:
-        """Two tensors (S,) of a flow-matching schedule, as in diffusers: the noise shares, and the times passed to the
-        net."""
+        """Two tensors (S,) of a flow-matching schedule, as in diffusers: the fraction of noise at each step, and the
+        time that the denoiser receives."""
         with quiet():
             scheduler = import_diffusers().FlowMatchEulerDiscreteScheduler.from_config(self.configs["scheduler"])
         count = len(scheduler.timesteps)
         return scheduler.sigmas[:count].float(), scheduler.timesteps.float()
 
     def check(self) -> None:
-        """Refuse a scaling of noise or latents that this version does not support. Raises: ModelError."""
+        """Raise ModelError if the pipeline scales noise or latents in a way that tunekit does not support."""
         name = str(self.configs["scheduler"].get("_class_name"))
         if name.startswith(OTHERS) and not self.flows:
-            what, file = f"names {name}, whose scaling of noise cannot be trained", SCHEDULER
+            what, file = f"the scheduler {name} scales noise in a way that cannot be trained", SCHEDULER
         elif self.configs["vae"].get("latents_mean") or self.configs["vae"].get("latents_std"):
-            what, file = "scales latents by latents_mean and latents_std, which is not supported", "vae/config.json"
+            what, file = "scaling by latents_mean and latents_std is not supported", "vae/config.json"
         else:
             return
         raise ModelError(what, "choose another pipeline", file=str(self.folder / file))
 
     def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of encode_prompts' result for one prompt: (T, D), and (P,) if the denoiser takes a pooled
-        embedding."""
+        """Shapes of one prompt's embeddings, as encode_prompts computes them: `prompt` (T, D), and `pooled` (P,) if the
+        denoiser takes a pooled embedding."""
         clip = self.configs["text_encoder"]
         length = int(clip["max_position_embeddings"])
         if self.kind == "StableDiffusionPipeline":
@@ -185,7 +185,7 @@ class PipelineProcessor:
 
 
 def load_processor(section: ModelSection) -> PipelineProcessor:
-    """The processor of the section's base. Raises: ModelError if its folder is not a pipeline's."""
+    """The processor of the base. Raises: ModelError if the base is not a diffusion pipeline."""
     source = find_source(section, weights=False)
     if not (source.folder / INDEX).is_file():
         what = f"{section.name_or_path} contains no {INDEX}, so it is not a diffusion pipeline"

@@ -1,5 +1,5 @@
-"""Computes prompt embeddings for denoisers, from ids and the net's text encoders. They have a gradient if a text
-encoder is trained. Results are equal to diffusers' encode_prompt of each pipeline."""
+"""Computes prompt embeddings for a denoiser with the pipeline's text encoders. The embeddings have a gradient if a text
+encoder is trained. They are equal to the results of diffusers' encode_prompt."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,8 @@ from tunekit.model.families.pipeline.processor import T5_LENGTH
 
 
 def encode_prompts(net: PipelineNet, ids: Mapping[str, Tensor]) -> Tensors:
-    """Embeddings: `prompt` (B, T, D) and, except for Stable Diffusion 1 and 2, `pooled` (B, P). `ids`: (B, T) by text
-    encoder."""
+    """Compute the embeddings `prompt` (B, T, D) and, except for Stable Diffusion 1 and 2, `pooled` (B, P). `ids`: the
+    token ids (B, T) for each text encoder."""
     encoders = net.text_encoders
     if net.config.model_type == "StableDiffusionPipeline":
         return {"prompt": encoders["text_encoder"](ids["text_encoder"])[0]}
