@@ -34,6 +34,10 @@ def test_missing_features_name_their_command(
     doctor.doctor_verb(True, "-")
     assert json.loads(capsys.readouterr().out)["cleared_bytes"] >= 50_000
     assert not (tmp_path / "cache").exists()
+    assert "cache" in told.err
+    monkeypatch.setattr(doctor, "cache_sizes", dict)
+    doctor.doctor_verb(False, "-")
+    assert "cache" not in capsys.readouterr().err  # no empty table
 
 
 def test_clear_takes_nothing_that_was_not_kept_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def doctor_verb(clear: bool, json_file: str | None) -> None:
     missing = {name: how for name, (modules, how) in FEATURES.items() if not all(map(find_spec, modules))}
     console.panel("tunekit and its dependencies", versions | {"python": platform.python_version()})
     console.panel("this machine", shown)
-    console.table(["cache", "size"], [[path, bytes_text(size)] for path, size in caches.items()])
+    if caches:
+        console.table(["cache", "size"], [[path, bytes_text(size)] for path, size in caches.items()])
     console.table(["feature", "installed"], [[name, missing.get(name) or "yes"] for name in FEATURES])
     console.warn(*findings)
     cleared = sum(map(_bytes, cache_entries())) if clear else 0
