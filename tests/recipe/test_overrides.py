@@ -236,7 +236,7 @@ def test_the_advice_for_keys_that_exclude_each_other_works(written: str, overrid
 
 def test_a_wrong_item_does_not_make_a_list_something_else(tmp_path: Path) -> None:
     lines = problems_of(f"{SMALL}objective: {{method: classify, labels: [a, a]}}\n", tmp_path)
-    assert lines == ["recipe.yaml:4: objective.labels: names 'a' twice; each label is one row of the head"]
+    assert lines == ["recipe.yaml:4: objective.labels: names the label 'a' twice; each label is one output of the head"]
 
 
 def test_overrides_of_a_target() -> None:

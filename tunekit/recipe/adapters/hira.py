@@ -12,5 +12,5 @@ class HiraSettings(TargetedSettings):
     summary = "the base's matrix times a low-rank matrix, element by element"
     default_learning_rate = metamath_rate(4.5e-3, "hira/llama-3.2-3B-rank32-lr4.5e-3")
 
-    r: Count = Field(32, description="rank of that low-rank matrix")
+    r: Count = Field(32, description="rank of the low-rank matrix that scales the base's matrix")
     dropout: Fraction = fields.DROPOUT
