@@ -147,7 +147,7 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
         ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
         (
             "training: {scheduler: cosine, scheduler_settings: {min_lr: 1e-5}}",
-            "recipe.yaml:4: training.scheduler_settings: has 'min_lr'; those of cosine are: num_cycles",
+            "recipe.yaml:4: training.scheduler_settings: has 'min_lr'; the settings of cosine are: num_cycles",
         ),
         (
             "training: {scheduler: polynomial, scheduler_settings: {power: linear}}",

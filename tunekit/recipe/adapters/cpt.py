@@ -49,7 +49,9 @@ class CptSettings(AdapterSettings):
                 "embeddings; remove init_from"
             )
         if self.examples and self.token_ids is not None:
-            raise ValueError("examples cannot be combined with token_ids, because both contain the context; write one of them")
+            raise ValueError(
+                "examples cannot be combined with token_ids, because both contain the context; write one of them"
+            )
         for name in ("input_template", "output_template"):
             if getattr(self, name).count(SLOT) != 1:
                 raise ValueError(f"{name} must contain {SLOT} exactly once")

@@ -37,8 +37,9 @@ class OftSettings(BlockSettings):
     summary = "a block-diagonal rotation of each layer's inputs"
 
     block_size: CountOrZero = Field(
-        32, description="number of inputs rotated together; if it does not divide a layer's inputs, the nearest divisor is "
-        "used"
+        32,
+        description="number of inputs rotated together; if it does not divide a layer's inputs, the nearest divisor is "
+        "used",
     )
     block_share: bool = Field(False, description="all blocks of a layer share one rotation")
     use_cayley_neumann: bool = Field(

@@ -39,12 +39,14 @@ class PTuningSettings(AdapterSettings):
     def _what_the_encoder_has(self) -> PTuningSettings:
         if self.init_from is not None:
             raise ValueError(
-                "p_tuning cannot continue from init_from, because an adapter folder contains the vectors, not the network "
-                "that computes them; remove init_from"
+                "p_tuning cannot continue from init_from, because an adapter folder contains the vectors, not the "
+                "network that computes them; remove init_from"
             )
         lstm = self.encoder_reparameterization_type == "LSTM"
         if not lstm and (self.encoder_num_layers != MLP_LAYERS or self.encoder_dropout):
-            raise ValueError("encoder_num_layers needs encoder_reparameterization_type: LSTM, and so does encoder_dropout")
+            raise ValueError(
+                "encoder_num_layers needs encoder_reparameterization_type: LSTM, and so does encoder_dropout"
+            )
         if lstm and self.encoder_dropout and self.encoder_num_layers == 1:
             raise ValueError("encoder_dropout acts between layers of the LSTM, so encoder_num_layers must be 2 or more")
         return self

@@ -39,8 +39,8 @@ class PrefixSettings(AdapterSettings):
     init_ids: Several[CountOrZero] | None = Field(None, description="token ids instead of init_text")
     prefix_projection: bool = Field(
         False,
-        description="train a smaller matrix and two layers that compute the prefix from this matrix; the adapter's file "
-        "contains only the computed prefix",
+        description="train a smaller matrix and two layers that compute the prefix from this matrix; the adapter's "
+        "file contains only the computed prefix",
     )
     encoder_hidden_size: Count | None = Field(
         None,

@@ -17,7 +17,8 @@ class RandloraSettings(TargetedSettings):
     dropout: Fraction = fields.DROPOUT
     sparse: bool = Field(False, description="random matrices of -1, 0 and 1; two thirds of the numbers are 0")
     very_sparse: bool = Field(
-        False, description="random matrices of -1, 0 and 1; only one in sqrt(D) numbers is not 0. D: the layer's smaller side"
+        False,
+        description="random matrices of -1, 0 and 1; only one in sqrt(D) numbers is not 0. D: the layer's smaller side",
     )
     projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, drawn as in PEFT")
     save_projection: bool = Field(True, description="whether the adapter's file contains the frozen matrices")

@@ -12,5 +12,6 @@ class ShiraSettings(TargetedSettings):
     default_learning_rate = metamath_rate(3e-4, "shira/llama-3.2-3B-lr_0.0003-random_seed_42")
 
     r: Count = Field(
-        32, description="r * (inputs + outputs) numbers of each matrix are trained; LoRA of rank r trains the same number"
+        32,
+        description="r * (inputs + outputs) numbers of each matrix are trained; LoRA of rank r trains the same number",
     )

@@ -14,7 +14,9 @@ class VbloraSettings(TargetedSettings):
 
     r: Count = Field(4, description="rank")
     num_vectors: Count = Field(256, description="number of vectors in the bank")
-    vector_length: Count = Field(256, description="length of a vector; it must divide the inputs and outputs of every layer")
+    vector_length: Count = Field(
+        256, description="length of a vector; it must divide the inputs and outputs of every layer"
+    )
     topk: Count = Field(2, description="number of bank vectors mixed into each sub-vector of a factor")
     dropout: Fraction = fields.DROPOUT
     init_vector_bank_bound: Positive = Field(

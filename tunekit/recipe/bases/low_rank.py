@@ -58,12 +58,15 @@ class LowRankSettings(AdapterSettings):
     dropout: Fraction = fields.DROPOUT
     target_parameters: Several[Text] = Field(
         (),
-        description="fused expert weights to adapt, such as experts.down_proj; target_modules: [] adapts no other weights",
+        description="fused expert weights to adapt, such as experts.down_proj; target_modules: [] adapts no other "
+        "weights",
     )
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (rsLoRA)")
-    start: StartChoice = Field(DEFAULT_START, description="the initialisation of the LoRA matrices A and B in linear layers")
+    start: StartChoice = Field(
+        DEFAULT_START, description="the initialisation of the LoRA matrices A and B in linear layers"
+    )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="also train biases of the base: all biases, or the biases of layers with an adapter"
     )
@@ -74,7 +77,9 @@ class LowRankSettings(AdapterSettings):
     @model_validator(mode="after")
     def _what_goes_together(self) -> LowRankSettings:
         if not self.target_modules and not self.target_parameters:
-            raise ValueError("target_modules names no layer, and target_parameters is empty too; name a target in one of them")
+            raise ValueError(
+                "target_modules names no layer, and target_parameters is empty too; name a target in one of them"
+            )
         if self.layers_pattern is not None and not self.layers_to_transform:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         if self.init_from is not None and self.start.method != "default":
