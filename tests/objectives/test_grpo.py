@@ -432,7 +432,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
     ({"num_generations": 1}, "must be at least 2 \\(each completion is compared with the others"),
     ({"loss_type": "bnpo"}, "bnpo divides by the tokens of each micro-batch, so the result would depend"),
-    ({"loss_type": "cispo"}, "cispo needs epsilon_high, the cap of the ratio"),
+    ({"loss_type": "cispo"}, "cispo needs epsilon_high, the maximum of the probability ratio"),
     ({"temperature": 0.0}, "must be greater than 0"),
 ]
 
