@@ -237,7 +237,7 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
             {"choices": None, "best": None, "content_free_prompt": "{} Do:"},
             r"evaluation\.content_free_prompt: there are no choices to calibrate",
         ),
-        ({"choices": None}, r"evaluation\.best: accuracy is not among the metrics"),
+        ({"choices": None}, r"evaluation\.best: accuracy is not in evaluation\.metrics"),
         (
             {"choices": None, "best": None, "metrics": ["macro_f1"]},
             r"objective sft has no metric macro_f1; its metrics are .*evaluation\.choices",

@@ -122,7 +122,7 @@ def test_lines_of_keys(tmp_path: Path) -> None:
         ("output.dir.x=1", "output.dir.x: output.dir is 'out', not a mapping"),
         ("model=5", "model: must be a mapping or a name, not 5"),
         ("~training.epoch", "training.epoch: unknown key; did you mean 'epochs'?"),
-        ("~data.train.3", "data.train.3: there is no such item"),
+        ("~data.train.3", "data.train.3: the list has no such item"),
         ("~output.dir", "output.dir: is required; write dir: runs/first"),
         ("~", "'': is not a dotted key"),
         ("optim=adafactor", "optim: 'adafactor' has no exact translation"),

@@ -102,7 +102,8 @@ def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
 
 
 def _has_inner(key: KeyPath, keys: Sequence[KeyPath]) -> bool:
-    """Whether one of `keys` is inside `key`. Then its value is a mapping, which is not reported as a wrong word."""
+    """Whether one of `keys` is inside `key`. Then the value of `key` is a mapping, and is not reported as a wrong
+    word."""
     return any(len(other) > len(key) and other[: len(key)] == key for other in keys)
 
 
@@ -162,7 +163,7 @@ def _mend(what: str, value: object) -> str:
 
 
 def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -> KeyPath:
-    """The key where pydantic found an error, without the names of union members that pydantic adds."""
+    """The recipe's key for pydantic's error location, without the names of union members that pydantic adds."""
     value = draft.values
     key: list[str | int] = []
     for position, part in enumerate(loc):
