@@ -498,7 +498,7 @@ def test_a_recipe_without_its_adapter_section_says_what_that_means(tied_llama: P
     loaded = validate(str(full_recipe(tmp_path, tied_llama)), ["~adapter"])
     assert loaded.recipe.adapter.method == "lora"
     said = (
-        "adapter: the recipe has no such section, so lora is used with its defaults; adapter=full trains the base's own "
-        "weights"
+        "adapter: the recipe has no such section, so lora is used with its defaults; adapter=full trains the "
+        "base's own weights"
     )
     assert said in loaded.defaults
