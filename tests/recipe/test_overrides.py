@@ -187,16 +187,16 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
         ("lr_scheduler: one_cycle", "recipe.yaml:4: lr_scheduler: 'one_cycle' has no exact translation"),
         (
             "lr_scheduler: constant\nwarmup_steps: 5",
-            "recipe.yaml:4: lr_scheduler: the other tool's constant ignores the warm-up",
+            "recipe.yaml:4: lr_scheduler: the other tool's schedule `constant` ignores the warm-up",
         ),
-        ("val_set_size: 200", "recipe.yaml:4: val_set_size: is a number of rows; write a fraction"),
+        ("val_set_size: 200", "recipe.yaml:4: val_set_size: is a number of rows, not a fraction; write a fraction"),
         (
             "load_in_4bit: true\nload_in_8bit: true",
             "recipe.yaml:5: load_in_8bit: load_in_8bit and load_in_4bit (recipe.yaml:4)",
         ),
         ("load_in_4bit: no", "recipe.yaml:4: load_in_4bit: must be true or false, not 'no'"),
         ("load_in_4bit: false\nadapter: qlora", "recipe.yaml:4: load_in_4bit: false contradicts adapter: qlora"),
-        ("bnb_4bit_quant_type: fp4", "recipe.yaml:4: bnb_4bit_quant_type: nothing is loaded in 4 bits"),
+        ("bnb_4bit_quant_type: fp4", "recipe.yaml:4: bnb_4bit_quant_type: the model is not loaded in 4 bits"),
         ("bf16: true\nfp16: true", "recipe.yaml:5: fp16: contradicts bf16 (recipe.yaml:4)"),
         (
             "base_model: x",

@@ -8,7 +8,7 @@ from tunekit.recipe.reading.draft import KeyPath
 
 @dataclass(frozen=True)
 class Alias:
-    """The translation of another tool's key. `target`: tunekit's key; None: the key is never written to the recipe."""
+    """The translation of another tool's key. `target`: tunekit's key; None if tunekit has no such key."""
 
     target: KeyPath | None
     translate: Translate
@@ -16,7 +16,8 @@ class Alias:
 
 
 def to(dotted_key: str, *names: str, by: Translate = same) -> dict[str, Alias]:
-    """Table entries for one of tunekit's keys. `names`: other tools' names for it. `by`: translates the values."""
+    """Table entries for one of tunekit's keys. `names`: other tools' names for this key. `by`: translates the
+    values."""
     return dict.fromkeys(names, Alias(tuple(dotted_key.split(".")), by))
 
 

@@ -12,7 +12,7 @@ UNTRANSLATED = "it has no translation"
 
 
 def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
-    """Rewrite one key of another tool by its table entry. An empty value has no effect, as in the other tools."""
+    """Rewrite one key of another tool as its table entry says. An empty value has no effect, as in the other tools."""
     place, value = draft.place(key), draft.get(key)
     inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
     draft.remove(key)

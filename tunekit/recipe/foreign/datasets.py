@@ -69,13 +69,13 @@ def _descriptions(draft: Draft, folder: object) -> tuple[dict[str, Any], Path]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         what = f"names data sets in {DESCRIPTIONS}, which is not in {' or '.join(str(p.parent) for p in places[:2])}"
-        raise NotExact(what, f"write {FOLDER_KEY}: its folder, or data.train: FILE or hub name")
+        raise NotExact(what, f"write {FOLDER_KEY}: FOLDER OF THAT FILE, or data.train: FILE or hub name")
     try:
         known = json.loads(path.read_bytes()) if path.stat().st_size <= MOST_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        raise NotExact(f"{path} cannot be read ({error})", "mend it") from error
+        raise NotExact(f"{path} cannot be read ({error})", "mend the file") from error
     if not isinstance(known, dict):
-        raise NotExact(f"{path} is not a mapping of data sets", "mend it")
+        raise NotExact(f"{path} is not a mapping of data sets", "mend the file")
     return known, Path(os.path.normpath(path))
 
 
@@ -93,7 +93,7 @@ def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> 
         why = "only text is read" if lost[0].split(".")[-1] in MEDIA else "it has no translation"
         raise NotExact(f"{name}: {lost[0]} would be lost: {why}", "write the source under data.train")
     if not (entry.get("hf_hub_url") or entry.get("file_name")):
-        raise NotExact(f"{name} is neither a file nor on the Hugging Face hub", "download it, and name the file")
+        raise NotExact(f"{name} names neither a file nor a hub data set", "download the data, and name the file")
     where = entry.get("hf_hub_url") or str(path.parent / str(entry["file_name"]))
     source: dict[str, Any] = {"path": where}
     source |= {ours: entry[key] for key, ours in (("split", "split"), ("num_samples", "max_rows")) if entry.get(key)}

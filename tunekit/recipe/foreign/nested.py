@@ -39,11 +39,11 @@ class Theirs:
         write(self.draft, tuple(target.split(".")), value, place, name)
 
     def record(self, name: str, what: str) -> None:
-        """Record what a taken key was rewritten to."""
+        """Record the rewrite of a key that `take` removed. `what`: the key's new form, or `nothing` and the reason."""
         record(self.draft, self.places[name], name, what)
 
     def complain(self, name: str, what: str, how: str = "") -> None:
-        """Add a problem with a taken key."""
+        """Add a problem of a key that `take` removed."""
         complain(self.draft, self.places[name], name, what, how)
 
     def settle(self, table: Mapping[str, Alias]) -> None:

@@ -1,5 +1,5 @@
 """Rewrites other tools' keys to tunekit's keys, and records each rewrite with its place.
-Two keys for the same setting are a problem. So is a value without an exact translation.
+Two keys for the same setting are a problem, and also a value without an exact translation.
 """
 
 import json
@@ -116,7 +116,7 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
     kind = "nf4"
     for name, (value, place) in kinds:
         if value not in ("nf4", "fp4") or not four_bit:
-            what = f"must be nf4 or fp4, not {show(value)}" if four_bit else "nothing is loaded in 4 bits"
+            what = f"must be nf4 or fp4, not {show(value)}" if four_bit else "the model is not loaded in 4 bits"
             complain(draft, place, name, what, "write model.quantization: nf4 or fp4")
         else:
             kind = value
@@ -149,12 +149,12 @@ def _rewrite_precision(draft: Draft) -> None:
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
-    """Write warmup_ratio: 0 for the scheduler `constant`. In other tools it has no warm-up, but in tunekit it has."""
+    """Write warmup_ratio: 0 for the scheduler `constant`, which has a warm-up in tunekit but none in other tools."""
     place = draft.place(("training", "scheduler"))
     written = [name for name in ("warmup_ratio", "warmup_steps") if draft.has(("training", name))]
     if any(draft.get(("training", name)) for name in written):
         how = "write constant_with_warmup, or remove the warm-up"
-        complain(draft, place, spelled, "the other tool's constant ignores the warm-up", how)
+        complain(draft, place, spelled, "the other tool's schedule `constant` ignores the warm-up", how)
     elif not written:
         write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
 
@@ -163,7 +163,7 @@ def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
     """use_dora -> adapter.method: dora. In other tools, DoRA is an option of LoRA."""
     method = draft.get(METHOD, "lora")
     if method not in ("lora", "dora"):
-        complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
+        complain(draft, place, spelled, f"is an option of lora, but the method is {show(method)}", "remove one")
         return
     if draft.has(METHOD):
         draft.set(METHOD, "dora", draft.place(METHOD))
@@ -300,12 +300,15 @@ def _rewrite_template(draft: Draft, name: str) -> None:
     if value == "tokenizer_default" or any(word in base for words in bases for word in words):
         record(draft, place, name, "nothing (the tokenizer's own template is used; `tunekit preview` shows it)")
     else:
-        what = f"tunekit does not know the template {show(value)}, and the base's tokenizer may have another one"
+        what = (
+            f"tunekit does not know the template {show(value)}, and the base's tokenizer can have a different template"
+        )
         complain(draft, place, name, what, "write data.chat_template: FILE, or remove it")
 
 
 def _bits(value: object, meaning: int | None) -> int | None:
-    """The number of bits: 4, 8, or 0 for no quantization; None for an invalid value. `meaning`: the bits for `true`."""
+    """The number of bits that a value means: 4, 8, or 0 for no quantization; None for an invalid value. `meaning`: the
+    number of bits that `true` means; None if the value is a number of bits."""
     if meaning is None:
         return value if value in (4, 8) and not isinstance(value, bool) else None
     return (meaning if value else 0) if isinstance(value, bool) else None
