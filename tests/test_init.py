@@ -99,7 +99,7 @@ def test_little_memory_takes_a_packed_base(
     monkeypatch.setattr("tunekit.machine.memory.available_bytes", lambda device: 1000)
     init(write(tmp_path / "rows.jsonl", ROWS["sft"]), tmp_path / "new.yaml", tiny_llama)
     assert load_recipe(tmp_path / "new.yaml").recipe.model.quantization == "nf4"
-    assert "does not fit; set memory.budget" in capsys.readouterr().out
+    assert "does not fit in memory; set memory.budget" in capsys.readouterr().out
 
 
 def test_columns_that_hold_questions_and_answers_are_renamed(
@@ -345,7 +345,7 @@ def test_a_folder_of_files_is_no_text(
     assert f"2 {unit} of format" in text
     assert f"a folder of {unit}" in text
     assert ("quantization" in text) == (objective != "dreambooth")  # a pipeline's weights are never packed
-    assert ("[photos] would measure the loss on the training images" in text) == (objective == "dreambooth")
+    assert ("write [photos] to measure the loss on the training images" in text) == (objective == "dreambooth")
 
 
 def test_files_that_are_no_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

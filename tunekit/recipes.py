@@ -15,7 +15,8 @@ ENDINGS = (".yaml", ".yml")
 
 
 def recipes_verb(name: str | None, copy_to: str | None) -> None:
-    """List, print or copy recipes. Raises: RecipeError for an unknown name, or if a different file exists already."""
+    """List recipes, print a recipe, or copy a recipe. Raises: RecipeError for an unknown name, or if a different file
+    is already at the copy's path."""
     known = shipped_recipes()
     if name is None:
         if copy_to is not None:

@@ -21,15 +21,15 @@ from tunekit.recipe.reading.trials import LoadedSweep, load_sweep
 from tunekit.recipe.recipe import Recipe
 
 CHECKED = (
-    "checked: keys, values, that local files exist, and the first row of JSONL, CSV and text files; not checked: the "
-    "other rows and the model (`tunekit plan` checks both)"
+    "checked: keys, values, the existence of local files, and the first row of JSONL, CSV and text files; not checked: "
+    "the other rows and the model (`tunekit plan` checks both)"
 )
 READ_BY_LINE = ("jsonl", "csv", "text")  # kinds of files whose first row is fast to read
 CONFIG = "adapter_config.json"
 
 
 def _may_be_model(path: Path) -> bool:
-    """Whether the path may be a model: a name on the hub, a file, or a folder with a configuration."""
+    """Whether the path can be a model: a hub name, a file, or a folder with a JSON file."""
     return not path.is_absolute() or path.is_file() or any(path.glob("*.json"))
 
 
@@ -98,7 +98,7 @@ def validate_sweep(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedSwe
 
 
 def _refuse(recipes: Sequence[LoadedRecipe]) -> None:
-    """Raises: RecipeError if a recipe is unsupported, or if a file that it names does not exist."""
+    """Refuse unsupported recipes, and recipes that name a missing file. Raises: RecipeError with all problems."""
     refusals = [
         loaded.locate(problem)
         for loaded in recipes
@@ -109,7 +109,7 @@ def _refuse(recipes: Sequence[LoadedRecipe]) -> None:
 
 
 def _read_by_line(path: str) -> bool:
-    """Whether the first row of a source is fast to read. Raises: DataError if the path is not a source of rows."""
+    """Whether the first row of a source can be read fast. Raises: DataError if the path is not a source of rows."""
     return is_folder(path) or (not is_saved(path) and inspect_file(Path(path)).kind in READ_BY_LINE)
 
 
