@@ -180,7 +180,7 @@ def test_a_column_that_is_called_as_labels_are_is_learnt(
     assert (recipe.objective.method, recipe.data.train[0].format) == ("classify", "labels")
     assert recipe.data.train[0].columns == {"category": "label"}
     assert recipe.evaluation.metrics == ("loss", "accuracy", "macro_f1")
-    assert "the labels are the 2 values of category" in capsys.readouterr().out
+    assert "labels are the 2 values of category" in capsys.readouterr().out
     look, asked = look_at(str(tmp_path / "rows.csv")), list[str]()
     assert look is not None
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "no")  # type: ignore[func-returns-value]

@@ -202,7 +202,7 @@ def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
         ),
         (
             "{train: {path: a, columns: {q: text, p: text}}}",
-            "data.train.0.columns.p: a second column for the field 'text'",
+            "data.train.0.columns.p: is a second column for the field 'text'",
         ),
         ("{train: []}", "data.train: must not be empty"),
         ("{train: 'https://me:pass@host/x.jsonl'}", "data.train.0.path: looks like a secret"),
