@@ -38,8 +38,8 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
 
 
 def copy_recipe(recipe: Path, target: Path) -> list[Path]:
-    """Copy a shipped recipe and the files in its folder that it names, to the same relative paths. Returns the written
-    paths.
+    """Copy a shipped recipe, and the files that it names in its own folder, to the same relative paths. Returns the
+    written paths.
 
     The schema for editors is written into the same folder. No existing file is overwritten.
     """

@@ -343,7 +343,8 @@ def test_axolotl(folder: Path, changes: list[str], expected: tuple[str, dict[str
 def test_what_axolotl_would_do_otherwise_is_refused(folder: Path) -> None:
     rows = "datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"
     with pytest.raises(
-        RecipeError, match="tunekit counts steps, not epochs, and early stopping depends on them; write"
+        RecipeError,
+        match="tunekit evaluates by steps, not by epochs, and early stopping depends on the evaluations; write",
     ):
         load(folder, AXOLOTL, rows, "early_stopping_patience: 3")
     with pytest.raises(RecipeError, match="special_tokens: eos_token is taken from the base's tokenizer"):

@@ -697,7 +697,7 @@ output_dir: out
         ),
         ("eval_strategy: epoch\neval_steps: 7", {"training.eval_steps": 100}, "eval_steps -> nothing (eval_strategy: "),
         ("save_strategy: 'no'", {}, "save_strategy -> nothing"),
-        ("eos_token: <|im_end|>", {}, "eos_token -> nothing (the base's tokenizer has it)"),
+        ("eos_token: <|im_end|>", {}, "eos_token -> nothing (the base's tokenizer has the same token)"),
         ("special_tokens: {eos_token: <|im_end|>, pad_token: x}", {}, "special_tokens -> nothing"),
         ("max_steps: 9", {"training.max_steps": 9}, "num_epochs -> nothing (training.max_steps takes precedence)"),
         ("warmup_ratio: 0.1\nwarmup_steps: 0", {"training.warmup_ratio": 0.1}, "warmup_steps -> nothing (training.wa"),

@@ -59,8 +59,8 @@ ChoiceList = Annotated[
 
 
 class EvaluationSection(Section):
-    """`best: eval.loss` exports the checkpoint with the best value of this metric. `patience` counts the evaluations
-    in which the metric of `best` (by default eval.loss) does not improve."""
+    """Settings of evaluations. `best: eval.loss` exports the checkpoint with the best value of this metric. `patience`
+    counts the evaluations in which the metric of `best` (by default eval.loss) does not improve."""
 
     free_keys = ("before_training", "tasks", "task_documents", "task_lengths", "task_chat_template")
 
@@ -94,7 +94,7 @@ class EvaluationSection(Section):
         (), description="prompt lengths in tokens, for tasks that generate their prompts (RULER)"
     )
     task_chat_template: bool = Field(False, description="format the prompts of tasks with the chat template")
-    batch_size: Count = Field(8, description="rows per forward in evaluations; affects only memory and speed")
+    batch_size: Count = Field(8, description="number of rows in one forward pass; affects only memory and speed")
     best: Annotated[str, BeforeValidator(check_best)] | None = Field(
         None, description="export the checkpoint with the best value of this metric"
     )

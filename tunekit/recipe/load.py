@@ -158,7 +158,7 @@ class TargetOverrides:
 
 
 def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
-    """Read and check the overrides of eval, generate and merge. They may change model.*, evaluation.*,
+    """Read and check the overrides of eval, generate and merge. These can change model.*, evaluation.*,
     objective.labels and objective.problem_type; keys of other sections are refused.
 
     Paths are relative to the working folder, because there is no recipe file.

@@ -20,7 +20,7 @@ def _size(value: object) -> str:
 
 
 def size_bytes(text: str) -> int:
-    """8GiB -> 8589934592. Raises: ValueError if the text is not a size."""
+    """The number of bytes of a size such as 8GiB. Raises: ValueError if the text is not a size."""
     size = _SIZE.fullmatch(text)
     if size is None:
         raise ValueError(NO_SIZE)
@@ -54,7 +54,9 @@ class MemorySection(Section):
         description="number of tokens that an MLP computes at a time, for very long rows; changes the order of sums",
     )
     streaming: Literal["auto", "off", "host", "disk"] = Field(
-        "auto", description="where the base's weights are stored until a layer needs them; off: on the device"
+        "auto",
+        description="where the base's weights are stored until a layer needs them. off: on the device; auto: on the "
+        "device if the run fits",
     )
     streamed_head: bool = Field(
         False,

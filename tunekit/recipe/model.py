@@ -56,7 +56,8 @@ class ModelSection(Section):
 class HeadedModel(ModelSection):
     """Settings of a base that is loaded with a head, which has one output per label.
 
-    `new_head`: the head in the base's files has other labels, so a new head replaces it; `head_seed`: its seed;
+    `new_head`: the head in the base's files has other labels, so a new head replaces it; `head_seed`: the new
+    head's seed;
     `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task;
     `thresholds`: for several labels per row, the probability at which each label is predicted; empty: 0.5;
     `head_bias`: the initial biases of a new head; empty: 0.

@@ -9,7 +9,7 @@ from tunekit.recipe.evaluation import check_best
 
 
 class SweepSection(Section):
-    """Values to try; only `tunekit sweep` reads them. It trains one run per trial, in a folder below output.dir."""
+    """The values to try. Only `tunekit sweep` reads them; it trains one run per trial, in a folder below output.dir."""
 
     keys: dict[Text, Several[Any]] = Field(
         default_factory=dict, description="keys and their values, such as {training.learning_rate: [1e-4, 3e-4]}"

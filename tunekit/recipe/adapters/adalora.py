@@ -1,4 +1,4 @@
-"""`adapter: {method: adalora}` settings of AdaLoRA (Zhang et al. 2023)."""
+"""`adapter: {method: adalora}`: settings of AdaLoRA (Zhang et al. 2023)."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: bitfit}` settings of BitFit (Ben Zaken et al. 2022)."""
+"""`adapter: {method: bitfit}`: settings of BitFit (Ben Zaken et al. 2022)."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: boft}` settings of BOFT, orthogonal fine-tuning by butterflies (Liu et al. 2024)."""
+"""`adapter: {method: boft}`: settings of BOFT, orthogonal fine-tuning by butterflies (Liu et al. 2024)."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: c3a}` settings of C3A (Chen et al. 2025)."""
+"""`adapter: {method: c3a}`: settings of C3A (Chen et al. 2025)."""
 
 from pydantic import Field
 

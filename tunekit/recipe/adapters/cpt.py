@@ -1,4 +1,4 @@
-"""`adapter: {method: cpt}` settings of context-aware prompt tuning (Blau et al. 2024)."""
+"""`adapter: {method: cpt}`: settings of context-aware prompt tuning (Blau et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: dora}` settings of DoRA (Liu et al. 2024)."""
+"""`adapter: {method: dora}`: settings of DoRA (Liu et al. 2024)."""
 
 from tunekit.recipe.bases.low_rank import LowRankSettings
 

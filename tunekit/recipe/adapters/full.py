@@ -1,4 +1,4 @@
-"""`adapter: {method: full}` settings of full fine-tuning, which trains the base's own weights, without an adapter."""
+"""`adapter: {method: full}`: settings of full fine-tuning, which trains the base's own weights, without an adapter."""
 
 from pydantic import Field
 

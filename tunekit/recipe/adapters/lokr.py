@@ -1,4 +1,4 @@
-"""`adapter: {method: lokr}` settings of LoKr, the low-rank Kronecker product (Yeh et al. 2024; LyCORIS)."""
+"""`adapter: {method: lokr}`: settings of LoKr, the low-rank Kronecker product (Yeh et al. 2024; LyCORIS)."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ class LokrSettings(TargetedSettings):
         description="rank of the larger matrix; a rank of half its longer side or more leaves the matrix unfactorised",
     )
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
-    decompose_both: bool = Field(False, description="make the smaller matrix low-rank too")
+    decompose_both: bool = Field(False, description="also factorise the smaller matrix into low-rank factors")
     decompose_factor: Annotated[Whole, Field(ge=-1, le=LARGEST_COUNT)] = Field(
         -1, description="maximum side of the smaller matrix; -1: its sides are the divisors nearest to the square root"
     )

@@ -1,4 +1,4 @@
-"""`adapter: {method: lora_fa}` settings of LoRA-FA (Zhang et al. 2023)."""
+"""`adapter: {method: lora_fa}`: settings of LoRA-FA (Zhang et al. 2023)."""
 
 from tunekit.recipe.bases.low_rank import LowRankSettings
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: multitask_prompt}` settings of multitask prompt tuning (Wang et al. 2023)."""
+"""`adapter: {method: multitask_prompt}`: settings of multitask prompt tuning (Wang et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: oft}` settings of OFT, orthogonal fine-tuning (Qiu et al. 2023; OFTv2, Qiu et al. 2025)."""
+"""`adapter: {method: oft}`: settings of OFT, orthogonal fine-tuning (Qiu et al. 2023; OFTv2, Qiu et al. 2025)."""
 
 from __future__ import annotations
 

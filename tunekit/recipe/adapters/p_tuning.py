@@ -1,4 +1,4 @@
-"""`adapter: {method: p_tuning}` settings of p-tuning (Liu et al. 2021)."""
+"""`adapter: {method: p_tuning}`: settings of p-tuning (Liu et al. 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: prefix}` settings of prefix tuning (Li and Liang 2021)."""
+"""`adapter: {method: prefix}`: settings of prefix tuning (Li and Liang 2021)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class PrefixSettings(AdapterSettings):
 
     @property
     def first_values(self) -> str:
-        """The value of `init`; if the recipe has none, its default."""
+        """The value of `init`, or the default if the recipe has no `init`."""
         return self.init or ("random" if self.prefix_projection else "text")
 
     @property

@@ -1,4 +1,4 @@
-"""`adapter: {method: randlora}` settings of RandLoRA (Albert et al. 2025)."""
+"""`adapter: {method: randlora}`: settings of RandLoRA (Albert et al. 2025)."""
 
 from pydantic import Field
 
@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, NotNegati
 
 class RandloraSettings(TargetedSettings):
     """A sum of frozen random low-rank matrices, each scaled by trained diagonals. The sum has full rank. The defaults
-    are from PEFT's RandLoraConfig, which its MetaMathQA comparison used."""
+    are from PEFT's RandLoraConfig, as in PEFT's MetaMathQA comparison."""
 
     summary = "trained scales of many frozen random updates"
 

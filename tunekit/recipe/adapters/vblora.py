@@ -1,4 +1,4 @@
-"""`adapter: {method: vblora}` settings of VB-LoRA (Li et al. 2024)."""
+"""`adapter: {method: vblora}`: settings of VB-LoRA (Li et al. 2024)."""
 
 from pydantic import Field
 
@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import Count, Fraction, Positive, TargetedSett
 
 class VbloraSettings(TargetedSettings):
     """Both factors of every layer's update are mixtures of a few vectors from one shared bank. The defaults are from
-    PEFT's VBLoRAConfig, which its MetaMathQA comparison used."""
+    PEFT's VBLoRAConfig, as in PEFT's MetaMathQA comparison."""
 
     summary = "updates mixed from the vectors of one shared bank"
 

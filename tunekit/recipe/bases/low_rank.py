@@ -24,7 +24,8 @@ from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
 
 
 def _names_or_nothing(value: object) -> str | tuple[str, ...]:
-    """Converts target_modules to a text or a tuple. It may be empty if target_parameters are the only targets."""
+    """Converts target_modules to a text or a tuple. An empty list is allowed, because target_parameters can be the only
+    targets."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 

@@ -39,8 +39,8 @@ SHOWS = Shows(
             "frac_reward_zero_std",
             20,
             "for every prompt, all completions got the same reward or no reward",
-            "training continues, but the model learns nothing from them; check the rewards (`tunekit reward check`) "
-            "and the prompts (too easy, too hard), or raise objective.num_generations or objective.temperature",
+            "training continues, but the model learns nothing from these steps; check the rewards (`tunekit reward "
+            "check`) and the prompts (too easy, too hard), or raise objective.num_generations or objective.temperature",
         ),
         Stall(
             "frac_reward_none",
@@ -68,7 +68,7 @@ class RewardSource(Section):
         "the function gets only the arguments that its signature has",
     )
     allow_code: bool = Field(
-        False, description="allow tunekit to run the function's file; its code has all your rights"
+        False, description="allow tunekit to run the function's file; the code runs with all your permissions"
     )
     regex: Expression | None = Field(
         None, description="a regular expression; the reward is 1 if it matches anywhere in the completion, else 0"
@@ -90,7 +90,7 @@ class RewardSource(Section):
     limit_seconds: Positive | None = Field(
         None,
         description="for function, regex and extract: the time limit of one call for all completions of a step; null: "
-        "120 in training, 20 in `tunekit reward check`",
+        "120 s in training, 20 s in `tunekit reward check`",
     )
 
     @property
@@ -154,7 +154,8 @@ def several(value: int) -> int:
 
 
 class SampleSettings(ObjectiveSettings):
-    """Settings with TRL's names. Each row is a prompt, and the model writes a group of completions for it."""
+    """Settings of objectives that train on samples. The names are TRL's. Each row is a prompt, for which the model
+    writes a group of completions."""
 
     example = "prompt"
     shows = SHOWS

@@ -58,7 +58,7 @@ class PublishedRate:
 
 
 def metamath_rate(value: float, experiment: str) -> PublishedRate:
-    """The rate of an experiment of PEFT's MetaMathQA comparison, on Llama-3.2-3B."""
+    """The learning rate of an experiment in PEFT's MetaMathQA comparison (Llama-3.2-3B)."""
     return PublishedRate(value, f"huggingface/peft, method_comparison/MetaMathQA/experiments/{experiment}")
 
 
@@ -85,12 +85,12 @@ class AdapterSettings(MethodSettings):
 
     @property
     def initialisation(self) -> StartSettings | None:
-        """The settings of the initialisation, if the method has the key `start`."""
+        """The settings of the initialisation; None if the method has no key `start`."""
         return getattr(self, "start", None)
 
     @property
     def calibration(self) -> CalibratedStart | None:
-        """The initialisation, if it reads training data before step 1."""
+        """The settings of the initialisation if it reads training data before step 1; otherwise None."""
         return self.initialisation if isinstance(self.initialisation, CalibratedStart) else None
 
     @property

@@ -24,8 +24,8 @@ class StartedTokenSettings(AdapterSettings):
     num_transformer_submodules: Literal[1, 2] = NUM_TRANSFORMER_SUBMODULES
     modules_to_save: Several[Text] = MODULES_TO_SAVE
     init: str = "vocabulary"
-    init_text: Text | None = Field(None, description="with init: text, the text; repeated or cut to num_virtual_tokens")
-    init_ids: Several[CountOrZero] | None = Field(None, description="with init: text, token ids instead of init_text")
+    init_text: Text | None = Field(None, description="the text for init: text; repeated or cut to num_virtual_tokens")
+    init_ids: Several[CountOrZero] | None = Field(None, description="for init: text: token ids instead of init_text")
 
     @model_validator(mode="after")
     def _text_or_not(self) -> StartedTokenSettings:

@@ -61,7 +61,8 @@ def name_sources(draft: Draft) -> None:
 def _descriptions(draft: Draft, folder: object) -> tuple[dict[str, Any], Path]:
     """The content and the path of dataset_info.json.
 
-    Its folder is relative to the configuration, or to the working folder. Raises: NotExact if it cannot be read.
+    Its folder is relative to the configuration's folder, or else to the working folder. Raises: NotExact if the file
+    cannot be read.
     """
     beside = Path(os.path.abspath(draft.file)).parent
     asked = [str(folder)] if folder is not None else [".", "data"]

@@ -15,7 +15,7 @@ from tunekit.recipe.reading.draft import Draft, Place
 class Theirs:
     """The untranslated keys of another tool's configuration, as `section.key`.
 
-    `values`: value and place of each untranslated key; `places`: the places of taken keys, which `take` removed.
+    `values`: value and place of each untranslated key; `places`: the places of the keys that `take` removed.
     """
 
     draft: Draft
@@ -47,7 +47,7 @@ class Theirs:
         complain(self.draft, self.places[name], name, what, how)
 
     def settle(self, table: Mapping[str, Alias]) -> None:
-        """Translate every remaining key by the table. A key that is not in the table is a problem."""
+        """Translate every remaining key as the table says. A key that is not in the table is a problem."""
         for name in list(self.values):
             value = self.take(name)
             alias = table.get(name) or table.get(f"{name.partition('.')[0]}.*")

@@ -93,7 +93,7 @@ def _rewrite_quantization(draft: Draft) -> None:
         elif width == 0:
             if draft.get(METHOD) == "qlora" and name == "load_in_4bit":
                 complain(draft, place, name, "false contradicts adapter: qlora", "write adapter: lora")
-            record(draft, place, name, "nothing (it changes nothing here)")
+            record(draft, place, name, "nothing (this value has no effect in tunekit)")
         else:
             bits[name] = (width, place)
     if draft.get(METHOD) == "qlora":
@@ -186,7 +186,7 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         complain(draft, place, name, "there are no training sources", "write it under data.train")
     elif field == "columns" and value == "text":
-        record(draft, place, name, "nothing (it changes nothing here)")
+        record(draft, place, name, "nothing (this value has no effect in tunekit)")
     else:
         for index, _ in enumerate(sources):
             theirs = {str(value): "text"} if field == "columns" else value
@@ -203,7 +203,7 @@ def _rewrite_pissa(draft: Draft) -> None:
         write(draft, ("adapter", "start"), start, wanted[1], "pissa_init")
     for name, found in (("pissa_init", wanted), ("pissa_iter", iterations)):
         if found is not None and (name == "pissa_iter" or found[0] is not True):
-            record(draft, found[1], name, "nothing (it belongs to pissa_init)")
+            record(draft, found[1], name, "nothing (it needs pissa_init: true)")
 
 
 def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: Place) -> None:
@@ -230,7 +230,13 @@ def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: 
         how = f"write {ours}: {count}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
     best = ("early_stopping_patience", "metric_for_best_model", "load_best_model_at_end")
     if ours == "training.eval_steps" and any(draft.get((chosen,)) for chosen in best):
-        return complain(draft, place, name, "tunekit counts steps, not epochs, and early stopping depends on them", how)
+        return complain(
+            draft,
+            place,
+            name,
+            "tunekit evaluates by steps, not by epochs, and early stopping depends on the evaluations",
+            how,
+        )
     return record(draft, place, name, f"nothing (tunekit counts steps: {how})")
 
 
@@ -272,7 +278,7 @@ def _settle_special_tokens(draft: Draft) -> None:
     for key in written:
         token = own.get(key[-1])
         if draft.get(key) == (token.get("content") if isinstance(token, dict) else token):
-            record(draft, draft.place(key), dotted(key), "nothing (the base's tokenizer has it)")
+            record(draft, draft.place(key), dotted(key), "nothing (the base's tokenizer has the same token)")
             draft.remove(key)
 
 

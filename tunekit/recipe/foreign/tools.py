@@ -1,4 +1,4 @@
-"""Detects the tool that a configuration is for, and writes the tool's defaults for keys that are not in it.
+"""Detects the tool that a configuration is for, and writes the tool's defaults for keys that the configuration lacks.
 
 Sources of the defaults: TRL's SFTConfig, DPOConfig, RewardConfig and ModelConfig, transformers' TrainingArguments,
 LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders of torchtune.

@@ -257,7 +257,8 @@ def _write_sources(theirs: Theirs) -> None:
 
 
 def _write_share(theirs: Theirs) -> None:
-    """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval. Its rows are drawn at random."""
+    """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval. The evaluation rows are drawn at
+    random."""
     splits = [str(theirs.get(f"{section}.split", "")) for section in ("dataset", "dataset_val")]
     head, tail = HEAD.fullmatch(splits[0]), TAIL.fullmatch(splits[1])
     if head is None or tail is None or head.groups() != tail.groups():

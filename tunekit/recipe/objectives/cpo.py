@@ -13,7 +13,7 @@ from tunekit.recipe.bases.section import NotNegative, Number, Positive
 class CpoSettings(PairSettings):
     """Settings of CPO. The names and defaults are TRL's."""
 
-    summary = "chosen and rejected answers, without a reference model"
+    summary = "prefers chosen over rejected answers, without a reference model"
 
     beta: Positive = Field(
         0.1, description="scale of the difference between both answers' log-probabilities; for ipo, the paper's tau"

@@ -20,7 +20,7 @@ class DistillSettings(ObjectiveSettings):
     one_sequence = True
 
     teacher: ModelSection = Field(
-        description="the teacher, with the student's vocabulary: a name, or a mapping as in model"
+        description="the teacher, with the student's vocabulary: a name, or a mapping as in the section model"
     )
     teacher_streaming: Literal["off", "host", "disk"] = Field(
         "off",

@@ -45,7 +45,7 @@ LossTypes = Annotated[
 class DpoSettings(PairSettings):
     """Settings of DPO. The names and defaults are TRL's."""
 
-    summary = "chosen and rejected answers, close to the reference model"
+    summary = "prefers chosen over rejected answers, close to the reference model"
     reference = "policy at step 0"
     first_order = 50
 
@@ -67,7 +67,7 @@ class DpoSettings(PairSettings):
     )
     rpo_alpha: NotNegative | None = Field(
         None,
-        description="weight of the mean loss on the chosen answers' tokens, the same as loss_type sft with this weight",
+        description="weight of the mean loss on the chosen answers' tokens; equal to loss_type sft with this weight",
     )
     ld_alpha: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="weight of the longer answer's tokens beyond the length of the shorter answer; null: 1"

@@ -25,7 +25,8 @@ LEAST_SIDE, MOST_SIDE = 16, 4096  # pixels
 
 
 def _buckets(value: object) -> object:
-    """`auto`, or the sizes as tuples (height, width)."""
+    """Checks aspect_ratio_buckets: `auto`, or a list of sizes, which become tuples (height, width). Raises:
+    ValueError."""
     if value == "auto":
         return value
     pairs = value if isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) for pair in value) else ()

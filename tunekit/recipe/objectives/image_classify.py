@@ -27,7 +27,7 @@ class ImageClassifySettings(HeadSettings, LabelSettings):
     first_order = 30
 
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
-        None, description="side of the images in pixels; null: the value of the model's processor"
+        None, description="side of the images in pixels; null: the size that the model's image processor has"
     )
     random_resized_crop: bool = Field(True, description="train on a random part of each image, resized to `resolution`")
     crop_scale: Annotated[Several[Number], AfterValidator(_scale)] = Field(

@@ -14,7 +14,7 @@ LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen
 class KtoSettings(ObjectiveSettings):
     """Settings of KTO. The names and defaults are TRL's."""
 
-    summary = "answers marked as good or bad, close to the reference model"
+    summary = "learns from answers marked as good or bad, close to the reference model"
     example = "unpaired"
     shows = Shows(unit="answer")
     reference = "policy at step 0"

@@ -25,7 +25,7 @@ _ESCAPED = re.compile(
 def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False) -> str:
     """The recipe as YAML. Absolute paths are written relative to the folder of the new file.
 
-    `written_only`: leave out keys that have their defaults because nobody wrote them.
+    `written_only`: leave out keys that are not written in the recipe, so that they have their defaults.
     """
     return _dump(recipe.model_dump(mode="json", exclude_unset=written_only), relative_to)
 

@@ -1,5 +1,5 @@
-"""Finds the folder of the shipped recipes, their data and their schema. It is in the installed package, or next to the
-package in a clone."""
+"""Finds the folder of the shipped recipes, their data and their schema. This folder is in the installed package, or
+next to the package in a clone."""
 
 from pathlib import Path
 

@@ -83,5 +83,5 @@ def _start_problems(recipe: Recipe) -> Iterator[Problem]:
         what = f"{start.method} corrects the errors of quantization, and this base is not quantized"
         yield Problem(what, "write model.quantization: nf4, or another start", key="adapter.start")
     elif start.looks_at == "original" and recipe.model.name_or_path.endswith(".gguf"):
-        what = f"{start.method} needs the weights before quantization, and a GGUF file may not contain them"
-        yield Problem(what, "give the safetensors folder of the base, or another start", key="adapter.start")
+        what = f"{start.method} needs the weights before quantization, and a GGUF file can lack these weights"
+        yield Problem(what, "name the safetensors folder of the base, or write another start", key="adapter.start")

@@ -158,8 +158,8 @@ def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]]:
-    """Splits the overrides: those with one value, and a mapping KEY -> values of those with several (KEY=V1,V2). A
-    comma inside quotes or brackets does not separate values."""
+    """Returns the overrides with one value, and a mapping KEY -> values for overrides with several values (KEY=V1,V2).
+    A comma inside quotes or brackets does not separate values."""
     plain: list[str] = []
     swept: dict[str, list[object]] = {}
     for text in overrides:
@@ -192,9 +192,8 @@ def _make_trials(
     seed: int,
     written: Place,
 ) -> tuple[list[SweepTrial], dict[str, SweepSetting]]:
-    """Makes a trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the recipe's
-    seed;
-    `written`: the place where the recipe has sweep.seeds.
+    """Makes a trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the seed of the
+    recipe; `written`: the place where the recipe has sweep.seeds.
 
     Raises: RecipeError with the problems of all trials.
     """
