@@ -86,7 +86,9 @@ def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> 
         return {"path": name}
     entry = known.get(name)
     if not isinstance(entry, dict):
-        raise NotExact(f"{path} has no data set {show(name)}", did_you_mean(name, list(known), "add it there"))
+        raise NotExact(
+            f"{path} has no data set {show(name)}", did_you_mean(name, list(known), "add the data set to that file")
+        )
     lost = [key for key, value in entry.items() if value and key not in (*_ENTRY_KEYS, *_ELSEWHERE)]
     columns, tags = mapping_of(entry, "columns"), mapping_of(entry, "tags")
     lost += [f"columns.{key}" for key in columns if key not in (*ALPACA, *SHAREGPT, *JUDGED)]

@@ -184,7 +184,7 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
         draft.wrap(TRAIN, 0)
     sources = draft.get(TRAIN)
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
-        complain(draft, place, name, "there are no training sources", "write it under data.train")
+        complain(draft, place, name, "there are no training sources", "write the key under data.train")
     elif field == "columns" and value == "text":
         record(draft, place, name, "nothing (this value has no effect in tunekit)")
     else:
@@ -214,7 +214,7 @@ def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: 
     result does not depend on it.
     """
     if value == 0 and not isinstance(value, bool):
-        return record(draft, place, name, "nothing (0 is never)")
+        return record(draft, place, name, "nothing (0 means never)")
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         return complain(draft, place, name, f"must be a number above 0, not {show(value)}")
     sizes = [

@@ -49,7 +49,7 @@ OF_SAMPLES: dict[str, Alias] = {
     **nowhere(exactly(1.0), "repetition_penalty", "top_entropy_quantile"),
     **nowhere(lost("sampling has only temperature, top_p and top_k"), "min_p", "generation_kwargs"),
     **dropped("the report shows completions of every step", "log_completions", "num_completions_to_print"),
-    **dropped("it changes no result", "ds3_gather_for_generation", "log_unique_prompts"),
+    **dropped("this setting changes no result", "ds3_gather_for_generation", "log_unique_prompts"),
 }
 
 

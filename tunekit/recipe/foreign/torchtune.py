@@ -131,7 +131,7 @@ TABLE: dict[str, Alias] = {
     ),
     **nowhere(exactly(1, how="run torchrun"), "tensor_parallel_dim", "context_parallel_dim"),
     **dropped("the model's files define this setting", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
-    **dropped("it changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram"),
+    **dropped("this setting changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram"),
     **dropped("use --device", "device"),
     **dropped("every step is logged", "log_every_n_steps", "log_peak_memory_stats", "log_level", "metric_logger.*"),
     **nowhere(

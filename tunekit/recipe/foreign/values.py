@@ -221,5 +221,5 @@ def mapping_of(item: dict[str, Any], key: str) -> dict[Any, Any]:
     """The mapping under this key; empty if the key is absent. Raises: NotExact if the value is not a mapping."""
     value = item.get(key) or {}
     if not isinstance(value, dict):
-        raise NotExact(f"{key} must be a mapping, not {show(value)}", "mend it")
+        raise NotExact(f"{key} must be a mapping, not {show(value)}", "mend the value")
     return value

@@ -70,7 +70,7 @@ def make_reference() -> str:
             lines += _reference_of(name, owner)
             rate = getattr(owner, "default_learning_rate", None)
             if rate is not None:
-                lines[-1:] = [f"  training.learning_rate is {rate.value:g} unless written ({rate.source})", ""]
+                lines[-1:] = [f"  training.learning_rate is {rate.value:g} by default ({rate.source})", ""]
     for start in known_names("starts"):
         lines += _reference_of("adapter.start", settings_class("starts", start))
     lines += _reference_of("data.train.N", Source)

@@ -119,7 +119,7 @@ def _decode(data: bytes, file: str) -> str:
 
 
 def _syntax_words(error: yaml.MarkedYAMLError) -> str:
-    """One line for a syntax error."""
+    """Describes a YAML syntax error in one line."""
     problem = (error.problem or "cannot be read").replace("\n", " ")
     if "'\\t'" in problem:
         return "not valid YAML: a tab cannot indent; use spaces"
