@@ -53,7 +53,7 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
     except RecipeError as error:
         if json_file is not None and not _may_be_replaced(
             json_file
-        ):  # it may be a data file: an invalid recipe cannot tell
+        ):  # an invalid recipe cannot show whether this is a data file
             what = f"--json {json_file} exists and is not a result of tunekit validate"
             raise RecipeError.of([*error.problems, Problem(what, "name a new file")], error.notes) from None
         problems = [asdict(problem) for problem in error.problems]
@@ -90,7 +90,7 @@ def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def validate_sweep(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedSweep:
     """The trials of a recipe. Raises: RecipeError with the problems of all trials."""
     sweep = load_sweep(recipe_path, overrides)
-    divided = sweep.section.folds is not None  # the files of the folds are written later, from those of the settings
+    divided = sweep.section.folds is not None  # the files of the folds are written later; the settings' files exist
     _refuse(
         [setting.loaded for setting in sweep.settings.values()] if divided else [trial.loaded for trial in sweep.trials]
     )
@@ -126,7 +126,7 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
             if Path(source.path).is_absolute():
                 try:
                     if _read_by_line(with_table(source).path):
-                        # with max_rows, all rows would be read to draw some
+                        # with max_rows, all rows would be read for the random draw
                         first = source.model_copy(update={"max_rows": None})
                         open_rows(first, recipe.objective.example, Problems())
                 except DataError as error:

@@ -29,7 +29,7 @@ KINDS = ("function", "regex", "exact_match", "model")
 REWARDED = ("reward", "completions_mean_length", "completions_clipped_ratio")  # sums of an evaluation
 ANSWERS = (("prompt", "prompt"), ("reference answer", "answer"), ("completion", "completion"), ("ended", "ended"))
 SCORES = (("reward", "rewards"), ("advantage", "advantage"))
-SILENT_STEPS = 20  # so many consecutive steps without any reward are an error
+SILENT_STEPS = 20  # consecutive steps without any reward that end a run with an error
 SHOWS = Shows(
     unit="completion",
     headline=Headline("reward", "Mean reward of the model's samples", rises=True),

@@ -29,7 +29,7 @@ _KINDS = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
     "tuple_type": "must be a list",
 }
-# keys and values that people write from habit -> the ones that they mean
+# keys and values that people write from habit -> what tunekit calls them
 _MEANT_KEYS = {
     "lr": "learning_rate",
     "rank": "r",
