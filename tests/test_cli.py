@@ -421,7 +421,7 @@ def test_usage_errors() -> None:
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
     done = call("validate", "absent.yaml")
-    assert (done.returncode, done.stderr) == (2, "absent.yaml: no such file; `tunekit init` writes a start\n")
+    assert (done.returncode, done.stderr) == (2, "absent.yaml: no such file; `tunekit init` writes a first recipe\n")
 
 
 @pytest.mark.drawn

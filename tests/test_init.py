@@ -99,7 +99,7 @@ def test_little_memory_takes_a_packed_base(
     monkeypatch.setattr("tunekit.machine.memory.available_bytes", lambda device: 1000)
     init(write(tmp_path / "rows.jsonl", ROWS["sft"]), tmp_path / "new.yaml", tiny_llama)
     assert load_recipe(tmp_path / "new.yaml").recipe.model.quantization == "nf4"
-    assert "does not fit; set memory.budget" in capsys.readouterr().out
+    assert "does not fit in memory; set memory.budget" in capsys.readouterr().out
 
 
 def test_columns_that_hold_questions_and_answers_are_renamed(
@@ -180,7 +180,7 @@ def test_a_column_that_is_called_as_labels_are_is_learnt(
     assert (recipe.objective.method, recipe.data.train[0].format) == ("classify", "labels")
     assert recipe.data.train[0].columns == {"category": "label"}
     assert recipe.evaluation.metrics == ("loss", "accuracy", "macro_f1")
-    assert "the labels are the 2 values of category" in capsys.readouterr().out
+    assert "labels are the 2 values of category" in capsys.readouterr().out
     look, asked = look_at(str(tmp_path / "rows.csv")), list[str]()
     assert look is not None
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "no")  # type: ignore[func-returns-value]
@@ -345,7 +345,7 @@ def test_a_folder_of_files_is_no_text(
     assert f"2 {unit} of format" in text
     assert f"a folder of {unit}" in text
     assert ("quantization" in text) == (objective != "dreambooth")  # a pipeline's weights are never packed
-    assert ("[photos] would measure the loss on the training images" in text) == (objective == "dreambooth")
+    assert ("write [photos] to measure the loss on the training images" in text) == (objective == "dreambooth")
 
 
 def test_files_that_are_no_rows_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

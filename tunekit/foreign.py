@@ -64,8 +64,8 @@ def _of_recipe(path: str, output: str | None) -> Translation:
 
 
 def _of_adapter(path: Path) -> Translation:
-    """The recipe for PEFT's configuration of an adapter. Base and method are translated; rows and run folder are
-    placeholders.
+    """The recipe for PEFT's configuration of an adapter. It contains the base and the method; the rows and the run
+    folder are placeholders.
 
     Raises: RecipeError if the method is not known.
     """
@@ -111,7 +111,8 @@ def _of_adapter(path: Path) -> Translation:
 
 
 def _by_kind(rewrites: Sequence[str]) -> list[str]:
-    """The results under three titles: changed keys, keys without effect in tunekit, and defaults of the other tool."""
+    """Groups the rewrites under three titles: changed keys, keys without effect in tunekit, and the other tool's
+    defaults."""
     without = [line for line in rewrites if " -> nothing" in line]
     defaults = [line for line in rewrites if ": default of " in line]
     others = {*without, *defaults}

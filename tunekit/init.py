@@ -43,20 +43,20 @@ EVALUATIONS, MOST_STEPS = 10, 100  # evaluations of a run; maximum steps between
 SPLIT_LENGTH = 1024  # tokens of each piece, if the data is one long text
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 FULL_RATE, FULL_SHARE = 2e-5, 0.1  # full fine-tuning: maximum rate; share of an adapter's rate (TRL's advice)
-RATE_COMMENT = "the most important setting: also try a third and three times this value"
+RATE_COMMENT = "the most important setting: also try a third of this value, and three times this value"
 SAMPLED_ANSWERS: Sequence[Line] = (
-    ("  samples: 4", "number of generated answers in the report, before and after training"),
+    ("  samples: 4", "number of rows whose generated answers the report shows, before and after training"),
     ("  max_new_tokens: 64", "maximum length of each answer"),
 )
 LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
 NUMBER_METRICS: Sequence[Line] = (("  metrics: [loss, pearson, spearman]", ""),)
-LENGTH_COMMENT = {False: "tokens; longer rows are dropped and counted", True: "tokens of each piece of the text"}
-POSITIONS_COMMENT = "tokens, as many as the model has positions; longer rows are dropped and counted"
+LENGTH_COMMENT = {False: "maximum tokens; longer rows are dropped and counted", True: "tokens of each part of the text"}
+POSITIONS_COMMENT = "maximum tokens (the model's number of positions); longer rows are dropped and counted"
 
 
 @dataclass(frozen=True)
 class FirstRecipe:
-    """The choices that a first recipe is written from."""
+    """The user's choices and the facts about the data, from which a first recipe is written."""
 
     data: str
     model: str
@@ -79,8 +79,8 @@ class FirstRecipe:
 
     @property
     def length(self) -> int:
-        """data.max_length: the smallest usual length in which the rows fit, but at most the model's number of
-        positions."""
+        """The value of data.max_length: the smallest of LENGTHS in which the rows fit, but at most the model's number
+        of positions."""
         look, usual = self.look, 2048
         if look is not None:
             fitting = next((size for size in LENGTHS if size >= look.longest), LENGTHS[-1])
@@ -89,7 +89,7 @@ class FirstRecipe:
 
     @property
     def example(self) -> Recipe | None:
-        """The shipped recipe from which base, target modules and learning rate are copied; None for objectives on
+        """The shipped recipe with the base, target modules and learning rate for this objective; None for objectives on
         text."""
         return _example(self.objective)
 
@@ -97,7 +97,7 @@ class FirstRecipe:
 def init_verb(
     data: str | None, output: str, model: str | None, method: str | None, quantization: str, evaluation: float | None
 ) -> None:
-    """Write the recipe. Raises: TunekitError if an answer is wrong, or if the file exists already."""
+    """Write a first recipe to `output`. Raises: TunekitError if an answer is invalid, or if the file exists already."""
     console = Console()
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     target = Path(output) / "recipe.yaml" if os.path.isdir(output) else Path(output)
@@ -116,11 +116,11 @@ def init_verb(
     if asks and models and model is None:
         console.info("models on this machine: " + ", ".join(models[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", usual)
-    question = "Which method? lora, dora, ia3, full (every weight), or another"
+    question = "Which method? lora, dora, ia3, full (trains every weight), or another method"
     method = method or _ask(asks, question, DEFAULT_METHOD["adapter"])
     if method not in known_names("adapters"):
-        raise InputError(f"there is no method '{method}'", f"there are: {', '.join(known_names('adapters'))}")
-    question = "Which share of the rows to evaluate on?"
+        raise InputError(f"there is no method '{method}'", f"known methods: {', '.join(known_names('adapters'))}")
+    question = "Which share of the rows should be evaluation rows?"
     share = str(evaluation) if evaluation is not None else _ask(asks, question, eval_share(look))
     first = FirstRecipe(data, model, method, quantization, _share(share), look)
     write_text(target, recipe_text(first, target))
@@ -140,7 +140,7 @@ def init_verb(
 
 
 def eval_share(look: Look | None) -> str:
-    """The share of rows for evaluation, as text: EVAL_ROWS rows, but at most LARGEST_SHARE."""
+    """The share of the rows for evaluation, as text: EVAL_ROWS rows, but at most LARGEST_SHARE of all rows."""
     # a single text, or a few images of one subject
     if look is not None and (look.rows < 2 or look.settings.measures_training):
         return "0"
@@ -149,8 +149,8 @@ def eval_share(look: Look | None) -> str:
 
 
 def _labelled(look: Look, asks: bool) -> Look:
-    """`look`, changed to text classification if the rows have a label column and the user agrees. Without a terminal,
-    the column's name decides."""
+    """Returns the facts about the data, changed to text classification if the rows have a label column and the user
+    agrees. Without a terminal, the column's name decides."""
     columns = label_columns(look.sample) if look.format_name == "text" else {}
     for name, count in columns.items():
         usual = "yes" if name.lower() in LABEL_NAMES else "no"
@@ -158,7 +158,7 @@ def _labelled(look: Look, asks: bool) -> Look:
         if _ask(asks, question, usual).lower().startswith("y"):
             example = facts_of("formats", LABELS_FORMAT).EXAMPLE
             objective = next(each for each in proposed_objectives() if each.example == example)
-            note = f"the labels are the {count} values of {name}; to train on the text: objective: sft, format: text"
+            note = f"labels are the {count} values of {name}; to train on the text, write objective: sft, format: text"
             method = objective.model_fields["method"].default
             return replace(
                 look, objective=method, format_name=LABELS_FORMAT, columns={name: "label"}, notes=[note, *look.notes]
@@ -184,7 +184,8 @@ def _objective(look: Look | None) -> type[ObjectiveSettings]:
 
 @cache
 def _example(objective: type[ObjectiveSettings]) -> Recipe | None:
-    """The shipped recipe of an objective on recordings or images. Its base models differ too much for defaults."""
+    """The shipped recipe of an objective on recordings or images, because the base models of these objectives differ
+    too much for common defaults; None for objectives on text."""
     name = f"{objective.model_fields['method'].default.replace('_', '-')}-{DEFAULT_METHOD['adapter']}"
     return None if objective.medium is None else load_recipe(shipped_recipes()[name]).recipe
 
@@ -198,7 +199,7 @@ def _refuse(target: Path) -> None:
 
 
 def _ask(asks: bool, question: str, default: str) -> str:
-    """The user's answer, or the default if `asks` is False."""
+    """The user's answer to the question; the default if the answer is empty or `asks` is False."""
     return (input(f"{question} [{default}]: ").strip() or default) if asks else default
 
 
@@ -236,7 +237,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         method.append((f"  target_modules: [{', '.join(example.adapter.model_dump()['target_modules'])}]", ""))
     needed = objective.for_rows([rename_columns(dict(row), dict(look.columns)) for row in look.sample]) if look else {}
     chosen = [("objective:", ""), (f"  method: {name}", ""), *objective.first_lines]
-    chosen += [(f"  {key}: {value}", "the type of these labels") for key, value in needed.items()]
+    chosen += [(f"  {key}: {value}", "the type of the labels in the data") for key, value in needed.items()]
     length_of_run = [(f"  epochs: {3 if few else 1}", "")]
     if example and example.training.max_steps:
         keys = ("scheduler", "warmup_steps", "max_steps")
@@ -264,7 +265,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         ("  micro_batch_size: 2", "rows computed together: affects memory and speed, not the result"),
         (f"  gradient_accumulation_steps: {steps}", f"one step trains on 2 x {steps} rows"),
         *([(f"  eval_steps: {interval}", "")] if first.evaluation else []),
-        (f"  save_steps: {interval}", "tunekit train --resume continues from there"),
+        (f"  save_steps: {interval}", "tunekit train --resume continues from the last checkpoint"),
         *(_evaluation_lines(objective, needed) if first.evaluation else []),
         ("output:", ""),
         (f"  dir: {_quoted(f'runs/{target.stem}' if target.stem != 'recipe' else 'runs/first')}", ""),
@@ -297,7 +298,7 @@ def _evaluation_lines(objective: type[ObjectiveSettings], needed: Mapping[str, s
 
 
 def first_rate(first: FirstRecipe) -> float:
-    """The learning rate published for the objective; if there is none, for the method; otherwise the recipes'
+    """The learning rate of the first recipe: the rate published for the objective, or else for the method, or else the
     default."""
     adapter, objective, example = first.adapter, first.objective, first.example
     published = objective.default_learning_rate or (None if adapter.trains_base else adapter.default_learning_rate)
@@ -313,7 +314,7 @@ def _rate_text(rate: float) -> str:
 
 
 def _source_lines(data: str, look: Look | None) -> list[Line]:
-    """The lines of data.train: the path, and the columns to rename if there are any."""
+    """The lines of data.train: the path, and the columns to rename."""
     comment = "a file (JSONL, CSV ...) or a data set on the hub"
     if look and (medium := look.settings.medium):
         comment = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
@@ -332,7 +333,7 @@ def _evaluation_said(look: Look | None, data: str) -> str:
     """The comment for the key data.eval."""
     if look is None or not look.settings.measures_training:
         return "a share of the rows, or a file"
-    return f"[{_quoted(data)}] would measure the loss on the training images, with fixed noise"
+    return f"write [{_quoted(data)}] to measure the loss on the training images, with fixed noise"
 
 
 def _beside(name: str, target: Path) -> str:
@@ -347,7 +348,8 @@ def _quoted(text: str) -> str:
 
 
 def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]]:
-    """The recipe and notes about its plan. If the recipe does not fit this machine otherwise, its base is quantized.
+    """Plans the recipe, and returns it with notes about the plan. The base is quantized if the run does not fit this
+    machine's memory without quantization.
 
     Raises: TunekitError if planning fails for a reason other than memory or a missing model.
     """
@@ -355,7 +357,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     if not Path(first.model).exists() and first.model not in models_at_hand():
         return first, [
             f"{first.model} is not on this machine yet: the first run downloads it; `tunekit plan` reads its "
-            "facts on the hub"
+            "configuration from the hub"
         ]
     from tunekit.machine.devices import make_devices
     from tunekit.machine.memory import available_bytes
@@ -369,7 +371,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         first = replace(first, look=measured(first.look, recipe.data.train[0], kind))
     for quantization in dict.fromkeys((first.quantization, *(() if first.adapter.trains_base else ("nf4",)))):
         changed = quantization != first.quantization
-        note = "; without it the run does not fit this machine's memory" if changed else ""
+        note = "; without quantization the run does not fit this machine's memory" if changed else ""
         first = replace(first, quantization=quantization, note=note)
         write_text(target, recipe_text(first, target))
         plan, inputs = make_plan(load_recipe(target), device=devices.device)
@@ -392,6 +394,6 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         results.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))
     if not fits:
         results.append(
-            "warning: the run does not fit; set memory.budget, and `tunekit plan` looks for settings that fit"
+            "warning: the run does not fit in memory; set memory.budget, and `tunekit plan` looks for settings that fit"
         )
     return first, [*results, *(f"warning: {text}" for text in refused)]

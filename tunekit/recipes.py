@@ -15,7 +15,8 @@ ENDINGS = (".yaml", ".yml")
 
 
 def recipes_verb(name: str | None, copy_to: str | None) -> None:
-    """List, print or copy recipes. Raises: RecipeError for an unknown name, or if a different file exists already."""
+    """List recipes, print a recipe, or copy a recipe. Raises: RecipeError for an unknown name, or if a different file
+    is already at the copy's path."""
     known = shipped_recipes()
     if name is None:
         if copy_to is not None:
@@ -37,8 +38,8 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
 
 
 def copy_recipe(recipe: Path, target: Path) -> list[Path]:
-    """Copy a shipped recipe and the files in its folder that it names, to the same relative paths. Returns the written
-    paths.
+    """Copy a shipped recipe, and the files that it names in its own folder, to the same relative paths. Returns the
+    written paths.
 
     The schema for editors is written into the same folder. No existing file is overwritten.
     """

@@ -1,5 +1,5 @@
 """`tunekit schema`: writes all keys of recipes, as JSON Schema for an editor or as readable text.
-A file name that ends in .txt or .md means readable text.
+An output file with the ending .txt or .md gets the readable text.
 """
 
 from pathlib import Path
@@ -10,7 +10,8 @@ from tunekit.recipe.reading.schema import make_reference, schema_text
 
 
 def schema_verb(output: str | None, reference: bool) -> None:
-    """Write the schema, or the text. Raises: InputError if the output is an existing file of a different kind."""
+    """Write the JSON Schema or the readable text to `output`, or print it. Raises: InputError if `output` is an
+    existing file with other content."""
     as_text = reference or (output is not None and output.endswith((".txt", ".md")))
     text = make_reference() if as_text else schema_text()
     if output is None:

@@ -21,15 +21,15 @@ from tunekit.recipe.reading.trials import LoadedSweep, load_sweep
 from tunekit.recipe.recipe import Recipe
 
 CHECKED = (
-    "checked: keys, values, that local files exist, and the first row of JSONL, CSV and text files; not checked: the "
-    "other rows and the model (`tunekit plan` checks both)"
+    "checked: keys, values, the existence of local files, and the first row of JSONL, CSV and text files; not checked: "
+    "the other rows and the model (`tunekit plan` checks both)"
 )
 READ_BY_LINE = ("jsonl", "csv", "text")  # kinds of files whose first row is fast to read
 CONFIG = "adapter_config.json"
 
 
 def _may_be_model(path: Path) -> bool:
-    """Whether the path may be a model: a name on the hub, a file, or a folder with a configuration."""
+    """Whether the path can be a model: a hub name, a file, or a folder with a JSON file."""
     return not path.is_absolute() or path.is_file() or any(path.glob("*.json"))
 
 
@@ -53,7 +53,7 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
     except RecipeError as error:
         if json_file is not None and not _may_be_replaced(
             json_file
-        ):  # it may be a data file: an invalid recipe cannot tell
+        ):  # an invalid recipe cannot show whether this is a data file
             what = f"--json {json_file} exists and is not a result of tunekit validate"
             raise RecipeError.of([*error.problems, Problem(what, "name a new file")], error.notes) from None
         problems = [asdict(problem) for problem in error.problems]
@@ -90,7 +90,7 @@ def validate(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 def validate_sweep(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedSweep:
     """The trials of a recipe. Raises: RecipeError with the problems of all trials."""
     sweep = load_sweep(recipe_path, overrides)
-    divided = sweep.section.folds is not None  # the files of the folds are written later, from those of the settings
+    divided = sweep.section.folds is not None  # the files of the folds are written later; the settings' files exist
     _refuse(
         [setting.loaded for setting in sweep.settings.values()] if divided else [trial.loaded for trial in sweep.trials]
     )
@@ -98,7 +98,7 @@ def validate_sweep(recipe_path: str, overrides: Sequence[str] = ()) -> LoadedSwe
 
 
 def _refuse(recipes: Sequence[LoadedRecipe]) -> None:
-    """Raises: RecipeError if a recipe is unsupported, or if a file that it names does not exist."""
+    """Refuse unsupported recipes, and recipes that name a missing file. Raises: RecipeError with all problems."""
     refusals = [
         loaded.locate(problem)
         for loaded in recipes
@@ -109,7 +109,7 @@ def _refuse(recipes: Sequence[LoadedRecipe]) -> None:
 
 
 def _read_by_line(path: str) -> bool:
-    """Whether the first row of a source is fast to read. Raises: DataError if the path is not a source of rows."""
+    """Whether the first row of a source can be read fast. Raises: DataError if the path is not a source of rows."""
     return is_folder(path) or (not is_saved(path) and inspect_file(Path(path)).kind in READ_BY_LINE)
 
 
@@ -126,7 +126,7 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
             if Path(source.path).is_absolute():
                 try:
                     if _read_by_line(with_table(source).path):
-                        # with max_rows, all rows would be read to draw some
+                        # with max_rows, all rows would be read for the random draw
                         first = source.model_copy(update={"max_rows": None})
                         open_rows(first, recipe.objective.example, Problems())
                 except DataError as error:

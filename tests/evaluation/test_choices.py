@@ -225,19 +225,19 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
             {"choices": ["stop", "go"]},
             r"test\.jsonl:3: the answer 'wait' is not among evaluation\.choices \(stop, go\)",
         ),
-        ({"choices": ["stop"]}, r"evaluation\.choices: needs two answers or more"),
-        ({"choices": ["stop", "stop "]}, r"evaluation\.choices: names 'stop' twice"),
+        ({"choices": ["stop"]}, r"evaluation\.choices: needs at least two answers"),
+        ({"choices": ["stop", "stop "]}, r"evaluation\.choices: names the answer 'stop' twice"),
         ({"choices": "stop"}, r"evaluation\.choices: must be from_data or a list"),
         (
             {"content_free_prompt": "Say {} Do:"},
             r"test\.jsonl:1: the prompt 'red\. Do:' does not have the form of 'Say \{\} Do:'",
         ),
-        ({"content_free_prompt": "Do:"}, r"evaluation\.content_free_prompt: must be a text with \{\} once"),
+        ({"content_free_prompt": "Do:"}, r"evaluation\.content_free_prompt: must be a text with exactly one \{\}"),
         (
             {"choices": None, "best": None, "content_free_prompt": "{} Do:"},
             r"evaluation\.content_free_prompt: there are no choices to calibrate",
         ),
-        ({"choices": None}, r"evaluation\.best: accuracy is not among the metrics"),
+        ({"choices": None}, r"evaluation\.best: accuracy is not in evaluation\.metrics"),
         (
             {"choices": None, "best": None, "metrics": ["macro_f1"]},
             r"objective sft has no metric macro_f1; its metrics are .*evaluation\.choices",

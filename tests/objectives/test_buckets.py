@@ -251,7 +251,7 @@ NO_SIZES = r"must be auto, or a list of \[height, width\] in pixels, such as \[\
         ("sd", [[16]], NO_SIZES),
         ("sd", [[16, "24"]], NO_SIZES),
         ("sd", "all", NO_SIZES.replace("[^;]+$", "'all'")),
-        ("sd", [[8, 16]], "must have sides of 16 to 4096 pixels"),
+        ("sd", [[8, 16]], "has a side outside the range of 16 to 4096 pixels"),
     ],
 )
 def test_buckets_that_cannot_be_are_refused_by_key(

@@ -428,9 +428,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward": [{"regex": "a", "weight": 0}]}, "all weights are 0, so all rewards are equal"),
     ({"reward": None}, r"objective\.reward: must be a list, not empty"),
     ({"reward": [{"model": "absent"}]}, "absent: no such folder"),
-    ({"num_generations": 1}, "must be at least 2: a completion is compared with the others"),
+    ({"num_generations": 1}, "must be at least 2 \\(each completion is compared with the others"),
     ({"loss_type": "bnpo"}, "bnpo divides by the tokens of each micro-batch, so the result would depend"),
-    ({"loss_type": "cispo"}, "cispo needs epsilon_high, the cap of the ratio"),
+    ({"loss_type": "cispo"}, "cispo needs epsilon_high, the maximum of the probability ratio"),
     ({"temperature": 0.0}, "must be greater than 0"),
 ]
 
@@ -497,7 +497,7 @@ def test_equal_rewards_and_truncated_completions_are_said(base: Path, tmp_path: 
     run = train(write_prompts(tmp_path, base, objective=objective, training=training, data={"eval": None}))
     report = json.loads((run / "report.json").read_text("utf-8"))
     told = {each["probe"]: each["step"] for each in report["reactions"]}
-    assert told["all completions of each prompt had equal rewards or no rewards for 20 steps"] == 20
+    assert told["for every prompt, all completions got the same reward or no reward for 20 steps"] == 20
     assert any("reached max_completion_length" in probe for probe in told)
 
 

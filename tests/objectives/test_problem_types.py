@@ -369,10 +369,19 @@ def test_ten_thousand_labels_are_refused_or_learned(llama: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"problem_type": MULTI, "class_weights": "balanced"}, "class_weights: is for single_label_classification"),
-        ({"problem_type": NUMBERS, "label_smoothing": 0.1}, "label_smoothing: is for single_label_classification"),
-        ({"problem_type": NUMBERS, "fit_thresholds": True}, "fit_thresholds: is for multi_label_classification"),
-        ({"fit_thresholds": True}, "fit_thresholds: is for multi_label_classification"),
+        (
+            {"problem_type": MULTI, "class_weights": "balanced"},
+            "class_weights: needs problem_type: single_label_classification",
+        ),
+        (
+            {"problem_type": NUMBERS, "label_smoothing": 0.1},
+            "label_smoothing: needs problem_type: single_label_classification",
+        ),
+        (
+            {"problem_type": NUMBERS, "fit_thresholds": True},
+            "fit_thresholds: needs problem_type: multi_label_classification",
+        ),
+        ({"fit_thresholds": True}, "fit_thresholds: needs problem_type: multi_label_classification"),
         ({"problem_type": "several"}, "objective.problem_type"),
     ],
 )

@@ -42,7 +42,7 @@ def test_unknown_keys_of_inner_mappings_are_suggested(tmp_path: Path) -> None:
 def test_a_draw_needs_a_number_of_rows(tmp_path: Path) -> None:
     text = "model: m\ndata:\n  train: {path: a, draw_seed: null}\noutput: {dir: out}\n"
     assert problems_of(text, tmp_path) == [
-        "recipe.yaml:3: data.train.0.draw_seed: selects the rows of max_rows, and max_rows is not written; remove it"
+        "recipe.yaml:3: data.train.0.draw_seed: has an effect only with max_rows, which is not written; remove it"
     ]
     recipe = load(text.replace("path: a", "path: a, max_rows: 5"), tmp_path)
     assert recipe.data.train[0].draw_seed is None
@@ -60,7 +60,7 @@ def test_an_evaluation_fraction_of_zero_is_none(zero: str, tmp_path: Path) -> No
 def test_a_model_that_gives_no_answers_gives_no_samples(tmp_path: Path) -> None:
     text = "model: m\ndata: {train: a, eval: 0.1}\nobjective: reward\noutput: {dir: out}\nevaluation: {samples: 4}\n"
     assert problems_of(text, tmp_path) == [
-        "recipe.yaml:5: evaluation.samples: this objective's model gives no answers; remove it"
+        "recipe.yaml:5: evaluation.samples: a model of this objective writes no text; remove it"
     ]
 
 
@@ -137,7 +137,10 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
         ("adapter:", "recipe.yaml:4: adapter: must be a mapping or a name, not empty"),
         ("evaluation: {best: eval.loss}", "recipe.yaml:4: evaluation.best: needs evaluation rows; set data.eval"),
         ("evaluation: {patience: 2}", "recipe.yaml:4: evaluation.patience: needs evaluation rows; set data.eval"),
-        ("evaluation: {best: eval.rouge_l}", "recipe.yaml:4: evaluation.best: rouge_l is not among the metrics; add"),
+        (
+            "evaluation: {best: eval.rouge_l}",
+            "recipe.yaml:4: evaluation.best: rouge_l is not in evaluation.metrics; add",
+        ),
         (
             "evaluation: {metrics: [exact_match], generate: false}",
             "recipe.yaml:4: evaluation.generate: the metric exact_m",
@@ -147,7 +150,7 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
         ("memory: {budget: 8}", "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not 8"),
         (
             "training: {scheduler: cosine, scheduler_settings: {min_lr: 1e-5}}",
-            "recipe.yaml:4: training.scheduler_settings: has 'min_lr'; those of cosine are: num_cycles",
+            "recipe.yaml:4: training.scheduler_settings: has 'min_lr'; the settings of cosine are: num_cycles",
         ),
         (
             "training: {scheduler: polynomial, scheduler_settings: {power: linear}}",
@@ -191,7 +194,7 @@ def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
             "data.eval: a fraction of a streamed source cannot be split off",
         ),
         ("{train: a, eval: [{path: b, weight: 2}]}", "data.eval.0.weight: every evaluation row counts once"),
-        ("{train: a, eval: [{path: b, streaming: true}]}", "data.eval.0.streaming: evaluation rows are read whole"),
+        ("{train: a, eval: [{path: b, streaming: true}]}", "data.eval.0.streaming: evaluation rows cannot be streamed"),
         ("{train: {path: a, format: chta}}", "data.train.0.format: unknown format 'chta'; did you mean 'chat'?"),
         (
             "{train: {path: a, format: text, columns: {q: prompt}}}",
@@ -199,7 +202,7 @@ def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:
         ),
         (
             "{train: {path: a, columns: {q: text, p: text}}}",
-            "data.train.0.columns.p: a second column for the field 'text'",
+            "data.train.0.columns.p: is a second column for the field 'text'",
         ),
         ("{train: []}", "data.train: must not be empty"),
         ("{train: 'https://me:pass@host/x.jsonl'}", "data.train.0.path: looks like a secret"),
@@ -278,7 +281,7 @@ def test_a_budget_is_a_size(text: str, count: int, tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("training.epochs: 3", "recipe.yaml:4: training.epochs: unknown key; write training: {epochs: ...}"),
-        ('"a\\nb": 1', "recipe.yaml:4: the key 'a\\nb' is not a name; write KEY: VALUE"),
+        ('"a\\nb": 1', "recipe.yaml:4: the key 'a\\nb' is not printable; write KEY: VALUE"),
         ("? \n: x", "recipe.yaml:4: an empty key; write KEY: VALUE"),
         ("adapter: {method: [lora]}", "recipe.yaml:4: adapter.method: unknown adapter a list; known adapters: "),
         (

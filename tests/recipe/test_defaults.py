@@ -37,7 +37,7 @@ def test_an_adapter_brings_its_rate(name: str, tmp_path: Path) -> None:
     (line,) = loaded.defaults
     assert line.startswith(f"training.learning_rate {RATES[name].value:g}: the default of {name} (")
     assert RATES[name].source in line
-    assert f"training.learning_rate is {RATES[name].value:g} unless written ({RATES[name].source})" in make_reference()
+    assert f"training.learning_rate is {RATES[name].value:g} by default ({RATES[name].source})" in make_reference()
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_pissa(folder: Path, iterations: int | None, expected: int | None) -> No
 def test_dora_is_a_method(folder: Path) -> None:
     loaded = load(folder, FACTORY, "dataset: plain", "use_dora: true")
     assert (loaded.recipe.adapter.method, loaded.recipe.adapter.r) == ("dora", 12)  # type: ignore[attr-defined]
-    with pytest.raises(RecipeError, match="use_dora: is a switch of lora, and the method is 'ia3'"):
+    with pytest.raises(RecipeError, match="use_dora: is an option of lora, but the method is 'ia3'"):
         load(folder, FACTORY, "dataset: plain", "use_dora: true", "finetuning_type: ia3", "lora_rank:", "lora_target:")
     rows = "datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"
     assert load(folder, AXOLOTL, rows, "peft_use_dora: true").recipe.adapter.method == "dora"
@@ -280,7 +280,7 @@ def test_the_folder_of_the_descriptions_is_named(folder: Path) -> None:
         ("plane", r"has no data set 'plane'; did you mean 'plain'\?"),
         ("pictures", r"pictures: columns\.images would be lost: only text is read"),
         ("odd", "odd: no format reads messages with the tags"),
-        ("elsewhere", "elsewhere is neither a file nor on the Hugging Face hub"),
+        ("elsewhere", "elsewhere names neither a file nor a hub data set"),
         ("part", "part: subset would be lost"),
     ],
 )
@@ -343,7 +343,8 @@ def test_axolotl(folder: Path, changes: list[str], expected: tuple[str, dict[str
 def test_what_axolotl_would_do_otherwise_is_refused(folder: Path) -> None:
     rows = "datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"
     with pytest.raises(
-        RecipeError, match="tunekit counts steps, not epochs, and early stopping depends on them; write"
+        RecipeError,
+        match="tunekit evaluates by steps, not by epochs, and early stopping depends on the evaluations; write",
     ):
         load(folder, AXOLOTL, rows, "early_stopping_patience: 3")
     with pytest.raises(RecipeError, match="special_tokens: eos_token is taken from the base's tokenizer"):

@@ -402,8 +402,8 @@ def test_unsloths_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert values(recipe, *keys) == [24, True, "nf4", 40, 12]
     assert "run.sh:9: quantization -> nothing (run `tunekit merge` or `tunekit export` on the result)" in said
     for change, what in (
-        ({"--save_model": "--raw_text_file"}, "raw_text_file: .* texts are cut to data.max_length"),
-        ({"--r 24": "--r $RANK"}, r"run.sh:5: r: \$RANK is replaced by a shell"),
+        ({"--save_model": "--raw_text_file"}, "raw_text_file: .* tunekit cuts texts to data.max_length"),
+        ({"--r 24": "--r $RANK"}, r"run.sh:5: r: a shell would replace \$RANK"),
     ):
         with pytest.raises(RecipeError, match=what):
             import_verb(str(_written(folder, "run.sh", changed(SCRIPT, change))), None)
@@ -527,9 +527,9 @@ GRPO = (
     [
         ("--reward_funcs accuracy_reward", r"reward_funcs: .* write objective\.reward: \[\{function: FILE\.py:NAME"),
         ("--use_vllm", "use_vllm: .* the trained model generates the samples"),
-        ("--max_prompt_length 512", "max_prompt_length: .* a truncated prompt is a different question"),
-        ("--steps_per_generation 4", "steps_per_generation: .* each step samples its own completions"),
-        ("--per_device_train_batch_size 3", r"3 completions per step \(3 x 1\) is not a multiple of the group size 4"),
+        ("--max_prompt_length 512", "max_prompt_length: .* tunekit does not truncate prompts"),
+        ("--steps_per_generation 4", "steps_per_generation: .* each step samples new completions"),
+        ("--per_device_train_batch_size 3", r"3 completions per step \(3 x 1\) are not a multiple of the group size 4"),
         ("", r"objective\.reward: is required; write reward: "),
     ],
 )
@@ -656,7 +656,10 @@ def test_the_steps_of_each_epoch_are_those_of_all(folder: Path, capsys: pytest.C
     changes = {"max_steps_per_epoch: null": "max_steps_per_epoch: 30"}
     recipe, said = imported(folder, "theirs.yaml", changed(TORCHTUNE, changes), capsys)
     assert values(recipe, "training.max_steps", "training.epochs") == [60, None]
-    assert "epochs -> nothing (if an epoch has fewer than 30 steps, write it in place of max_steps)" in said
+    assert (
+        "epochs -> nothing (if an epoch has fewer than 30 steps, write training.epochs instead of training.max_steps)"
+        in said
+    )
 
 
 def test_the_teacher_is_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -684,9 +687,9 @@ output_dir: out
         (
             "push_to_hub: true",
             {},
-            "push_to_hub -> nothing (nothing is uploaded; `hf upload` takes the finished folder)",
+            "push_to_hub -> nothing (tunekit uploads nothing; use `hf upload` with the finished folder)",
         ),
-        ("fsdp: [full_shard]\nfsdp_config: {a: 1}", {}, "fsdp_config -> nothing (every device has the whole base;"),
+        ("fsdp: [full_shard]\nfsdp_config: {a: 1}", {}, "fsdp_config -> nothing (every device stores the whole base;"),
         (
             "save_strategy: epoch",
             {},
@@ -694,7 +697,7 @@ output_dir: out
         ),
         ("eval_strategy: epoch\neval_steps: 7", {"training.eval_steps": 100}, "eval_steps -> nothing (eval_strategy: "),
         ("save_strategy: 'no'", {}, "save_strategy -> nothing"),
-        ("eos_token: <|im_end|>", {}, "eos_token -> nothing (the base's tokenizer has it)"),
+        ("eos_token: <|im_end|>", {}, "eos_token -> nothing (the base's tokenizer has the same token)"),
         ("special_tokens: {eos_token: <|im_end|>, pad_token: x}", {}, "special_tokens -> nothing"),
         ("max_steps: 9", {"training.max_steps": 9}, "num_epochs -> nothing (training.max_steps takes precedence)"),
         ("warmup_ratio: 0.1\nwarmup_steps: 0", {"training.warmup_ratio": 0.1}, "warmup_steps -> nothing (training.wa"),

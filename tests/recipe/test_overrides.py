@@ -122,7 +122,7 @@ def test_lines_of_keys(tmp_path: Path) -> None:
         ("output.dir.x=1", "output.dir.x: output.dir is 'out', not a mapping"),
         ("model=5", "model: must be a mapping or a name, not 5"),
         ("~training.epoch", "training.epoch: unknown key; did you mean 'epochs'?"),
-        ("~data.train.3", "data.train.3: there is no such item"),
+        ("~data.train.3", "data.train.3: the list has no such item"),
         ("~output.dir", "output.dir: is required; write dir: runs/first"),
         ("~", "'': is not a dotted key"),
         ("optim=adafactor", "optim: 'adafactor' has no exact translation"),
@@ -187,16 +187,16 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
         ("lr_scheduler: one_cycle", "recipe.yaml:4: lr_scheduler: 'one_cycle' has no exact translation"),
         (
             "lr_scheduler: constant\nwarmup_steps: 5",
-            "recipe.yaml:4: lr_scheduler: the other tool's constant ignores the warm-up",
+            "recipe.yaml:4: lr_scheduler: the other tool's schedule `constant` ignores the warm-up",
         ),
-        ("val_set_size: 200", "recipe.yaml:4: val_set_size: is a number of rows; write a fraction"),
+        ("val_set_size: 200", "recipe.yaml:4: val_set_size: is a number of rows, not a fraction; write a fraction"),
         (
             "load_in_4bit: true\nload_in_8bit: true",
             "recipe.yaml:5: load_in_8bit: load_in_8bit and load_in_4bit (recipe.yaml:4)",
         ),
         ("load_in_4bit: no", "recipe.yaml:4: load_in_4bit: must be true or false, not 'no'"),
         ("load_in_4bit: false\nadapter: qlora", "recipe.yaml:4: load_in_4bit: false contradicts adapter: qlora"),
-        ("bnb_4bit_quant_type: fp4", "recipe.yaml:4: bnb_4bit_quant_type: nothing is loaded in 4 bits"),
+        ("bnb_4bit_quant_type: fp4", "recipe.yaml:4: bnb_4bit_quant_type: the model is not loaded in 4 bits"),
         ("bf16: true\nfp16: true", "recipe.yaml:5: fp16: contradicts bf16 (recipe.yaml:4)"),
         (
             "base_model: x",
@@ -236,7 +236,7 @@ def test_the_advice_for_keys_that_exclude_each_other_works(written: str, overrid
 
 def test_a_wrong_item_does_not_make_a_list_something_else(tmp_path: Path) -> None:
     lines = problems_of(f"{SMALL}objective: {{method: classify, labels: [a, a]}}\n", tmp_path)
-    assert lines == ["recipe.yaml:4: objective.labels: names 'a' twice; each label is one row of the head"]
+    assert lines == ["recipe.yaml:4: objective.labels: names the label 'a' twice; each label is one output of the head"]
 
 
 def test_overrides_of_a_target() -> None:

@@ -107,7 +107,7 @@ def test_a_small_recipe_in_any_encoding_of_lines(data: str, tmp_path: Path) -> N
         (SMALL + "x: " + "{a: " * 3000, "recipe.yaml:4: is nested more than 20 levels deep"),
         (SMALL + "? [a, b]\n: 1\n", "recipe.yaml:4: a key must be a name"),
         (SMALL + "output: {dir: b}\n", "recipe.yaml:4: output: is written twice (first in line 3)"),
-        (SMALL + "<<: {a: 1}\n", "recipe.yaml:4: <<: merge keys are not allowed"),
+        (SMALL + "<<: {a: 1}\n", "recipe.yaml:4: <<: merge keys (<<) are not allowed"),
         (SMALL + "memory: &here {budget: null}\n", "recipe.yaml:4: memory: the anchor &here is not allowed"),
         (SMALL + "memory: *here\n", "recipe.yaml:4: memory: the alias *here is not allowed"),
         (SMALL + "memory: !!python/object:os.system {}\n", "recipe.yaml:4: memory: the tag tag:yaml.org,2002:python/"),

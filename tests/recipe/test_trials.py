@@ -100,7 +100,7 @@ def test_each_source_is_left_out_once(tmp_path: Path) -> None:
     assert "sweep.leave_out: data.train has only one source" in lines[0]
     assert any("name evaluation sources" in line for line in lines)
     both = problems(path, sources, "data.eval=eval.jsonl", "data.train.0.weight=1,2")
-    assert any("the keys change data.train too" in line for line in both)
+    assert any("sweep.keys changes data.train too" in line for line in both)
 
 
 def test_each_fold_is_left_out_once(tmp_path: Path) -> None:
@@ -179,16 +179,24 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
         ("sweep: {keys: {adapter.r: []}}", [], ":5: sweep.keys.adapter.r: has no values"),
         ("sweep: {keys: {adapter.r: [4, 4]}}", [], ":5: sweep.keys.adapter.r: 4 is listed twice"),
         ("sweep: {keys: {output.dir: [a, b]}}", [], ":5: sweep.keys.output.dir: cannot differ between the trials"),
-        ("sweep: {keys: {training.seed: [1, 2]}, seeds: 2}", [], ":5: sweep.seeds: the keys have training.seed too"),
-        ("sweep: {keys: {adapter.r: [4]}, strategy: random}", [], ":5: sweep.strategy: random draws some"),
-        ("sweep: {keys: {adapter.r: [4]}, trials: 2}", [], ":5: sweep.trials: only random draws some"),
-        ("sweep: {keys: {adapter.r: [4]}, by: eval.bleu}", [], ":5: sweep.by: bleu is not among the metrics"),
+        ("sweep: {keys: {training.seed: [1, 2]}, seeds: 2}", [], ":5: sweep.seeds: sweep.keys has training.seed too"),
+        ("sweep: {keys: {adapter.r: [4]}, strategy: random}", [], ":5: sweep.strategy: random needs the number"),
+        ("sweep: {keys: {adapter.r: [4]}, trials: 2}", [], ":5: sweep.trials: has an effect only with"),
+        ("sweep: {keys: {adapter.r: [4]}, by: eval.bleu}", [], ":5: sweep.by: bleu is not in evaluation.metrics"),
         ("sweep: {keys: {training.max_steps: [4]}}", [], ":5: training.max_steps: excludes training.epochs"),
-        ("sweep: {keys: {adapter.r: [4]}, seeds: 2000}", [], ": sweep: 2,000 trials, and the maximum is 1,000"),
+        (
+            "sweep: {keys: {adapter.r: [4]}, seeds: 2000}",
+            [],
+            ": sweep: 2,000 trials are more than the maximum of 1,000",
+        ),
         ("sweep: {folds: 1}", [], ":5: sweep.folds: must be at least 2"),
         ("sweep: {fold_group: speaker}", [], ":5: sweep.fold_group: there are no folds"),
-        ("sweep: {folds: 2, leave_out: source}", [], ":5: sweep.folds: leave_out divides the rows by their sources"),
-        ("sweep: {folds: 2, keys: {data.eval: [0.1, 0.2]}}", [], ":5: sweep.folds: the keys change the rows too"),
+        (
+            "sweep: {folds: 2, leave_out: source}",
+            [],
+            ":5: sweep.folds: sweep.leave_out already selects the rows by source",
+        ),
+        ("sweep: {folds: 2, keys: {data.eval: [0.1, 0.2]}}", [], ":5: sweep.folds: sweep.keys changes the rows too"),
         ("sweep: {folds: 2}", ["data.train.0.streaming=true"], ":5: sweep.folds: streamed rows cannot be divided"),
         ("sweep: {strategy: best}", [], ":5: sweep.strategy: must be"),
         ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),

@@ -465,7 +465,7 @@ def test_a_run_that_died_in_its_export_writes_it_again(run: Path, tmp_path: Path
     [
         ("model.quantization=nf4", "full trains the base's own weights, and nf4 weights have no gradient"),
         ("memory.streaming=disk", "full trains the base's own weights, and a streamed base is read-only"),
-        ("training.loraplus_ratio=4", "there is no B that could be faster than A"),
+        ("training.loraplus_ratio=4", "there are no LoRA matrices A and B"),
         ("adapter.init_from=old", "there is no adapter to continue; name the model in model.name_or_path"),
     ],
 )
@@ -497,5 +497,8 @@ def test_plan_streams_nothing_by_itself_and_says_what_saves_memory(
 def test_a_recipe_without_its_adapter_section_says_what_that_means(tied_llama: Path, tmp_path: Path) -> None:
     loaded = validate(str(full_recipe(tmp_path, tied_llama)), ["~adapter"])
     assert loaded.recipe.adapter.method == "lora"
-    said = "adapter: without the section, lora with its defaults; adapter=full trains the base's own weights"
+    said = (
+        "adapter: the recipe has no such section, so lora is used with its defaults; adapter=full trains the "
+        "base's own weights"
+    )
     assert said in loaded.defaults

@@ -342,7 +342,7 @@ def test_texts_become_ids_before_anything_is_planned(tiny_llama: Path, tmp_path:
         (["adapter.init=text"], "init: text needs init_text"),
         (["adapter.init_text=hello"], "needs init: text"),
         (["adapter.opt_weighted_loss_type=decay"], "unknown key"),
-        (["adapter.method=p_tuning", "adapter.init_from=x"], "not the network that made them"),
+        (["adapter.method=p_tuning", "adapter.init_from=x"], "not the network that computes them"),
         (["adapter.method=p_tuning", "adapter.encoder_dropout=0.1"], "LSTM"),
         (["adapter.method=multitask_prompt", "adapter.task=1"], "counted from 0"),
         (["adapter.method=cpt", "~adapter.num_virtual_tokens"], "but there are none"),

@@ -19,11 +19,11 @@ class Source(Section):
         1.0, description="copies of each row per epoch; 1.5: each row once, and a random half of the rows once more"
     )
     columns: dict[Text, Text] = Field(
-        default_factory=dict, description="a mapping, COLUMN OF THE FILE: FIELD OF THE FORMAT"
+        default_factory=dict, description="renames columns, as {COLUMN OF THE FILE: FIELD OF THE FORMAT}"
     )
     split: Text = Field("train", description="split of a hub data set")
     revision: Text = Field("main", description="branch, tag or commit of a hub data set")
-    max_rows: Count | None = Field(None, description="use at most this many rows, drawn at random from all")
+    max_rows: Count | None = Field(None, description="use at most this many rows, drawn at random from all rows")
     draw_seed: Seed | None = Field(
         0, description="seed of max_rows' random draw, independent of training.seed; null: use the first rows"
     )
@@ -33,7 +33,8 @@ class Source(Section):
 
 
 def _eval_rows(value: object) -> object:
-    """The fraction or the sources. Raises: ValueError for true and for texts; a path is already a source here."""
+    """Checks the type of data.eval: a number or a list of sources. A path has already been replaced by a source.
+    Raises: ValueError for a bool, a text or another type."""
     if isinstance(value, bool) or not isinstance(value, int | float | list | tuple):
         raise ValueError("must be a fraction, a file, or a list of sources")
     return value
@@ -58,12 +59,13 @@ EvalRows = Annotated[
 class DataSection(Section):
     """Training and evaluation rows."""
 
-    train: Several[Source] = Field(min_length=1, description="a path, a source, or a list of either")
+    train: Several[Source] = Field(min_length=1, description="a path, a source, or a list of paths and sources")
     eval: Annotated[EvalRows | None, AfterValidator(_none_of_zero)] = Field(
         None, description="a fraction of each training source, or sources as in train; null or 0: no evaluation rows"
     )
     train_on: Literal["assistant", "last", "all"] = Field(
-        "assistant", description="the tokens to train on: all assistant turns, the last one, or all tokens"
+        "assistant",
+        description="the tokens to train on: assistant (all assistant turns), last (the last assistant turn) or all",
     )
     rewritten_answers: Literal["last", "each"] = Field(
         "last",
@@ -73,11 +75,13 @@ class DataSection(Section):
     chat_template: FilePath | None = Field(None, description="a Jinja file; null: the tokenizer's template")
     max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="the maximum number of tokens in a row")
     excess_length: Literal["drop", "truncate", "split", "error"] = Field(
-        "drop", description="what to do with longer rows; the report counts them"
+        "drop", description="the action for rows longer than max_length; the report counts these rows"
     )
     packing: bool = Field(
-        False, description="pack rows to max_length; micro_batch_size then counts packed rows, so a step has more rows"
+        False,
+        description="join rows to packed rows of up to max_length tokens; micro_batch_size then counts packed rows, "
+        "so a step contains more rows",
     )
     shuffle: bool = Field(
-        True, description="a random order that depends on seed and epoch; false: the order of the file"
+        True, description="read the rows in a random order, which depends on seed and epoch; false: in the file's order"
     )

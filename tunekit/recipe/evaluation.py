@@ -1,4 +1,4 @@
-"""`evaluation:` what is measured on the evaluation rows, and which checkpoint is exported."""
+"""`evaluation:` the metrics on the evaluation rows, and the choice of the checkpoint to export."""
 
 import re
 from typing import Annotated, Literal
@@ -25,26 +25,29 @@ def check_best(value: object) -> str:
 
 
 def _choices(value: object) -> object:
-    """A tuple of at least two different texts. Whole numbers become texts."""
+    """Converts the listed choices to a tuple of at least two different texts; whole numbers become texts. Raises:
+    ValueError for other values."""
     if value is None or value == FROM_DATA:
         return value
     if not isinstance(value, list | tuple):
         raise ValueError(f"must be {FROM_DATA} or a list, such as [positive, negative]")
     if not all(isinstance(each, str | int) and not isinstance(each, bool) and str(each).strip() for each in value):
-        raise ValueError("must be texts that are not empty; put true, false and numbers with a point in quotes")
+        raise ValueError(
+            "contains an empty text, or true, false or a decimal number without quotes; put them in quotes"
+        )
     texts = tuple(map(str, value))
     same = next((text for at, text in enumerate(texts) if text.strip() in map(str.strip, texts[:at])), None)
     if same is not None:
-        raise ValueError(f"names '{same.strip()}' twice")
+        raise ValueError(f"names the answer '{same.strip()}' twice; remove one")
     if len(texts) < 2:
-        raise ValueError("needs two answers or more to choose from")
+        raise ValueError("needs at least two answers to choose from")
     return texts
 
 
 def _content_free(value: object) -> str:
     if isinstance(value, str) and value.count("{}") == 1:
         return value
-    raise ValueError("must be a text with {} once, in place of a row's own text, such as 'Review: {} Sentiment:'")
+    raise ValueError("must be a text with exactly one {}, in place of the row's text, such as 'Review: {} Sentiment:'")
 
 
 ANSWERS = {"type": "array", "minItems": 2, "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}
@@ -56,24 +59,29 @@ ChoiceList = Annotated[
 
 
 class EvaluationSection(Section):
-    """`best: eval.loss` exports the checkpoint with the best value of this metric. `patience` counts the evaluations
-    in which the metric of `best` (by default eval.loss) does not improve."""
+    """Settings of evaluations. `best: eval.loss` exports the checkpoint with the best value of this metric. `patience`
+    counts the evaluations in which the metric of `best` (by default eval.loss) does not improve."""
 
     free_keys = ("before_training", "tasks", "task_documents", "task_lengths", "task_chat_template")
 
     choices: ChoiceList = Field(
-        None, description="compare these answers by their log-probability; from_data: all answers of the rows"
+        None,
+        description="the possible answers; the model's answer is the most probable one. from_data: all answers in the "
+        "rows",
     )
     choice_score: Literal["sum", "mean_per_token", "mean_per_byte"] = Field(
         "sum", description="the score of an answer: the sum of its log-probabilities, or their mean"
     )
     content_free_prompt: Annotated[str, BeforeValidator(_content_free)] | None = Field(
         None,
-        description="calibrate choices (Zhao et al. 2021): the prompt of the rows, with {} in place of a row's text",
+        description="the prompt of the rows with {} in place of a row's text; it calibrates the scores of `choices` "
+        "(Zhao et al. 2021)",
     )
     metrics: Several[Text] = Field(("loss",), description="the metrics of an evaluation; loss is always measured")
     before_training: bool = Field(True, description="also evaluate before the first step, for comparison")
-    generate: bool = Field(False, description="generate an answer to every evaluation row, for metrics of answers")
+    generate: bool = Field(
+        False, description="generate an answer to every evaluation row, for metrics that score answers"
+    )
     samples: CountOrZero = Field(
         0, description="each evaluation generates answers to this many rows for the report; metrics do not use them"
     )
@@ -83,10 +91,10 @@ class EvaluationSection(Section):
     )
     task_documents: Count | None = Field(None, description="use this many documents of each task; null: all")
     task_lengths: Several[Count] = Field(
-        (), description="how many tokens long the prompts of generated tasks (RULER) are"
+        (), description="prompt lengths in tokens, for tasks that generate their prompts (RULER)"
     )
-    task_chat_template: bool = Field(False, description="write the prompts of tasks as turns of a chat")
-    batch_size: Count = Field(8, description="rows per forward in evaluations; affects only memory and speed")
+    task_chat_template: bool = Field(False, description="format the prompts of tasks with the chat template")
+    batch_size: Count = Field(8, description="number of rows in one forward pass; affects only memory and speed")
     best: Annotated[str, BeforeValidator(check_best)] | None = Field(
         None, description="export the checkpoint with the best value of this metric"
     )

@@ -125,7 +125,7 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
     count_prompts(draft, of_tool=imported and tool in (AXOLOTL, TRL))
     if "~adapter" in overrides and not draft.has(("adapter",)):
         whole = [name for name in known_names("adapters") if adapter_class(name).trains_base]
-        default = f"adapter: without the section, {DEFAULT_METHOD['adapter']} with its defaults"
+        default = f"adapter: the recipe has no such section, so {DEFAULT_METHOD['adapter']} is used with its defaults"
         draft.defaults.append(f"{default}; adapter={whole[0]} trains the base's own weights")
     if tool is not None and not imported:
         command = f"tunekit import {shlex.quote(str(path))} --output RECIPE"
@@ -146,9 +146,9 @@ def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 @dataclass(frozen=True)
 class TargetOverrides:
-    """The parsed overrides of a target. `model`, `evaluation`: the fields that the user wrote. `rewrites`: sentences
-    about rewritten keys of other tools. For a head from another tool, `labels` are the names of its outputs, and
-    `problem_type` is the meaning of its scores."""
+    """The checked overrides of eval, generate and merge. `model`, `evaluation`: the values that the user wrote.
+    `rewrites`: sentences about rewritten keys of other tools. For a model whose head is from another tool, `labels` are
+    the names of the head's outputs, and `problem_type` is the meaning of its scores."""
 
     model: JsonObject
     evaluation: JsonObject
@@ -158,7 +158,7 @@ class TargetOverrides:
 
 
 def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
-    """Read and check the overrides of eval, generate and merge. They may change model.*, evaluation.*,
+    """Read and check the overrides of eval, generate and merge. These can change model.*, evaluation.*,
     objective.labels and objective.problem_type; keys of other sections are refused.
 
     Paths are relative to the working folder, because there is no recipe file.
@@ -170,7 +170,7 @@ def load_target_overrides(overrides: Sequence[str]) -> TargetOverrides:
     labels, problem_type = _take_head(draft)
     model, evaluation = draft.values.get("model", {}), draft.values.get("evaluation", {})
     for name in [name for name in draft.values if name not in ("model", "evaluation")]:
-        how = "only model.*, evaluation.*, objective.labels and objective.problem_type can; in eval also data.*"
+        how = "override only model.*, evaluation.*, objective.labels or objective.problem_type; in eval also data.*"
         draft.add_problem((name,), "cannot be overridden here", how)
     if isinstance(model, dict):
         draft.values["model"] = {"name_or_path": "any", **model}  # required, but an override need not write it
@@ -204,9 +204,9 @@ def _take_head(draft: Draft) -> tuple[tuple[str, ...], str | None]:
 
 
 def override_data(data: DataSection | None, overrides: Sequence[str], objective: str | None) -> DataSection:
-    """A data section with overrides of data.*; None: an empty section. If evaluation rows are named, the training rows
-    are not needed, and the section has the evaluation rows in their place. `objective`: the name of the objective that
-    measures the rows; None if it is not known yet.
+    """Applies overrides of data.* to a data section, or to an empty section if `data` is None. If data.eval names
+    sources, the result also has them as data.train, because no training rows are needed. `objective`: the name of the
+    objective that measures the rows; None if it is not known yet.
 
     Raises: RecipeError with all problems.
     """

@@ -20,7 +20,7 @@ def _size(value: object) -> str:
 
 
 def size_bytes(text: str) -> int:
-    """8GiB -> 8589934592. Raises: ValueError if the text is not a size."""
+    """The number of bytes of a size such as 8GiB. Raises: ValueError if the text is not a size."""
     size = _SIZE.fullmatch(text)
     if size is None:
         raise ValueError(NO_SIZE)
@@ -28,35 +28,43 @@ def size_bytes(text: str) -> int:
 
 
 class MemorySection(Section):
-    """`gradient_checkpointing`: auto (as many layers as the step needs, never the last one), true (all layers), false,
-    or the number of layers, counted from the first.
+    """Settings that save memory. `gradient_checkpointing`: the layers whose activations are recomputed in the backward
+    pass. auto: as few layers as memory allows, never the last layer; a number counts layers from the first.
 
     `activation_offload`: stores the inputs of recomputed layers in the host's memory. auto: on CUDA, inputs of at least
-    2 MiB and 512 tokens. true: all inputs, also on a CPU, where it saves nothing. The results are equal bit for bit.
+    2 MiB and 512 tokens. true: all inputs; on a CPU, this saves nothing. The results are equal bit for bit.
     `mlp_tile_tokens`: MLPs and norms compute this many tokens at a time. This changes the order of sums over tokens.
-    `budget`: on a GPU, the limit of the device's memory; on a CPU, the limit of the memory that the run adds to the
-    process. plan chooses the fastest setting within it: smaller micro-batches with the same rows per step, recomputed
-    layers, smaller chunks of logits.
+    `budget`: on a GPU, a limit for the device's memory; on a CPU, a limit for the memory that the run adds to the
+    process. The plan then uses the fastest settings that fit: smaller micro-batches with the same number of rows per
+    step, recomputed layers, or smaller chunks of logits.
     """
 
     gradient_checkpointing: AutoBoolOrCount = Field(
-        "auto", description="recompute activations: auto, true (all layers), false, or a number of layers"
+        "auto",
+        description="recompute activations in the backward pass: auto (in as few layers as memory allows), true (all "
+        "layers), false, or a number of layers",
     )
     activation_offload: AutoOrBool = Field(
-        "auto", description="store inputs of recomputed layers on the host: auto (large ones, on CUDA), true, false"
+        "auto",
+        description="store the inputs of recomputed layers in the host's memory: auto (only large inputs, on CUDA), "
+        "true, false",
     )
     mlp_tile_tokens: Count | None = Field(
-        None, description="tokens that an MLP computes at a time, for very long rows; changes the order of sums"
+        None,
+        description="number of tokens that an MLP computes at a time, for very long rows; changes the order of sums",
     )
     streaming: Literal["auto", "off", "host", "disk"] = Field(
-        "auto", description="where the base's weights are stored until a layer needs them; off: on the device"
+        "auto",
+        description="where the base's weights are stored until a layer needs them. off: on the device; auto: on the "
+        "device if the run fits",
     )
     streamed_head: bool = Field(
         False,
-        description="store output projection and token embedding on the host; the projection is copied in parts",
+        description="store the output projection and the token embedding in the host's memory; the projection is "
+        "copied to the device in parts",
     )
     budget: Annotated[str, BeforeValidator(_size)] | None = Field(
-        None, description="a memory limit, such as 8GiB: plan chooses the fastest setting that fits"
+        None, description="a memory limit, such as 8GiB; the run uses the fastest settings that fit"
     )
 
     @property

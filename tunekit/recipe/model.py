@@ -38,24 +38,26 @@ class ModelSection(Section):
         "other CUDA devices (T4, RTX 20xx), else float32",
     )
     quantization: Quantization = Field(
-        "none", description="the storage of the frozen base weights; kept: the blocks of a .gguf file"
+        "none", description="the storage of the frozen base weights; kept: the quantized blocks of the .gguf file"
     )
     double_quantization: bool = Field(True, description="also quantize the scales of nf4 and fp4")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
         "auto", description="attention implementation"
     )
-    trust_remote_code: bool = Field(False, description="run Python code from the model folder; read it first")
+    trust_remote_code: bool = Field(False, description="run Python code from the model folder; read the code first")
 
     @classmethod
     def of(cls, section: ModelSection, **facts: object) -> Self:
-        """A section of this class: the fields of `section`, and the facts that this class adds."""
+        """Makes a section of this class from the fields of `section` and from `facts`, the fields that this class
+        adds."""
         return cls.model_validate({**section.model_dump(), **facts})
 
 
 class HeadedModel(ModelSection):
-    """The section of a base that is loaded with a head of one score per label.
+    """Settings of a base that is loaded with a head, which has one output per label.
 
-    `new_head`: the head in the base's files has other labels, and is not used; `head_seed`: seed of a new head;
+    `new_head`: the head in the base's files has other labels, so a new head replaces it; `head_seed`: the new
+    head's seed;
     `head_pad_id`: the pad token, if the base's configuration has none; `problem_type`: transformers' name of the task;
     `thresholds`: for several labels per row, the probability at which each label is predicted; empty: 0.5;
     `head_bias`: the initial biases of a new head; empty: 0.
@@ -71,8 +73,8 @@ class HeadedModel(ModelSection):
 
 
 class PipelineModel(ModelSection):
-    """The section of a diffusion pipeline. `trained`: the parts with an adapter; `stays`: whether all steps need the
-    other parts too, so that they stay on the device."""
+    """Settings of a diffusion pipeline. `trained`: the names of the networks with an adapter; `stays`: whether the
+    other networks stay on the device, because every step needs them."""
 
     trained: tuple[str, ...] = ()
     stays: bool = False

@@ -9,7 +9,7 @@ from tunekit.recipe.bases.section import Section, Several
 
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "aim", "comet_ml", "clearml", "dvclive", "swanlab"
-]  # accelerate's
+]  # names from accelerate
 
 
 class OutputSection(Section):

@@ -18,12 +18,12 @@ DEFAULT_METHOD = {"adapter": "lora", "objective": "sft"}
 
 
 def make_adapter_settings(values: object) -> Any:
-    """{method: lora, r: 8} -> LoraSettings; settings pass as they are."""
+    """Converts {method: lora, r: 8} to LoraSettings. A settings object is returned unchanged."""
     return _named_settings("adapter", "adapters", values)
 
 
 def make_objective_settings(values: object) -> Any:
-    """{method: sft} -> SftSettings; settings pass as they are."""
+    """Converts {method: sft} to SftSettings. A settings object is returned unchanged."""
     return _named_settings("objective", "objectives", values)
 
 
@@ -37,9 +37,8 @@ def _named_settings(section: str, kind: SettingsKind, values: object) -> object:
 
 
 def supervised_objective(family: str, labels: int = 0) -> ObjectiveSettings | None:
-    """The objective that evaluates a model of this family if no recipe names an objective; None if there is none.
-    `labels`: the number of outputs of the model's head. A head with one output is evaluated by the objective of reward
-    models."""
+    """The objective that evaluates a model of this family if no recipe names an objective; None if no objective can.
+    `labels`: the number of outputs of the model's head. A model whose head has one output is a reward model."""
     for kind in map(objective_class, known_names("objectives")):
         if kind.single_score if labels == 1 else kind.family == family and kind.supervised:
             return kind()  # type: ignore[call-arg]

@@ -9,15 +9,15 @@ from tunekit.recipe.evaluation import check_best
 
 
 class SweepSection(Section):
-    """Values to try; only `tunekit sweep` reads them. It trains one run per trial, in a folder below output.dir."""
+    """The values to try. Only `tunekit sweep` reads them; it trains one run per trial, in a folder below output.dir."""
 
     keys: dict[Text, Several[Any]] = Field(
         default_factory=dict, description="keys and their values, such as {training.learning_rate: [1e-4, 3e-4]}"
     )
     strategy: Literal["grid", "random", "halving"] = Field(
         "grid",
-        description="grid: every combination of the values; random: some of them, drawn at random; halving: every "
-        "combination, but the worse half is stopped early, several times",
+        description="grid: every combination of the values; random: some combinations, drawn at random; halving: all "
+        "combinations start, and the worse half of the runs is stopped early, several times",
     )
     trials: Count | None = Field(
         None, description="number of combinations that the strategy random draws, with training.seed"
@@ -28,19 +28,19 @@ class SweepSection(Section):
     seeds: Count = Field(1, description="run every combination with this many seeds, starting with training.seed")
     joined: AutoOrBool = Field(
         False,
-        description="compute the rows of several trials in one forward: results equal separate runs up to rounding; "
-        "auto: where that is faster; false: each trial has the bytes of its own run",
+        description="compute the rows of several trials in one forward pass; results equal separate runs up to "
+        "rounding. auto: only where this is faster; false: each trial equals a separate run bit for bit",
     )
     folds: Annotated[Count, Field(ge=2)] | None = Field(
         None,
-        description="cross-validation: divide the rows of data.train into so many folds, and run every combination "
-        "once for each fold, which it does not train on and is evaluated on, in place of data.eval",
+        description="cross-validation: divide the rows of data.train into this number of folds. Every combination runs "
+        "once per fold: it trains on the other folds, and is evaluated on this fold instead of data.eval",
     )
     fold_group: Text | None = Field(
         None, description="a column of the rows (a speaker, a document): rows with equal values are in one fold"
     )
     leave_out: Literal["source"] | None = Field(
-        None, description="source: run every combination also without each of the sources of data.train"
+        None, description="source: for each source of data.train, also run every combination without this source"
     )
 
     @property

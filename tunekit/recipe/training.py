@@ -19,7 +19,8 @@ from tunekit.recipe.bases.section import (
     Text,
 )
 
-# each with its settings and their defaults, under transformers' names; None: from the warm-up, or the number of steps
+# settings of each scheduler and their defaults, with transformers' names; None: computed from warm-up or number of
+# steps
 SCHEDULERS: dict[str, dict[str, float | str | None]] = {
     "constant": {},
     "linear": {},
@@ -62,7 +63,8 @@ Threads = Annotated[
 
 
 class TrainingSection(Section):
-    """`gradient_accumulation_steps` micro-batches make one optimizer step, shared among the ranks.
+    """Settings of the optimizer and its steps. One step consists of `gradient_accumulation_steps` micro-batches, which
+    are shared among the ranks (processes).
 
     These pairs exclude each other: epochs and max_steps, warmup_ratio and warmup_steps, micro_batch_size and
     micro_batch_tokens. If the recipe sets one, the other is None instead of its default.
@@ -72,7 +74,8 @@ class TrainingSection(Section):
 
     learning_rate: NotNegative = Field(
         2e-4,
-        description="the maximum of the schedule; default: the published rate of the adapter's method, if there is one",
+        description="the maximum of the schedule; default: the published rate of the objective, or else of the adapter "
+        "method, if there is one",
     )
     scheduler: SchedulerName = Field(
         "cosine", description="the schedule after the warm-up; names and formulas of transformers"
@@ -93,20 +96,22 @@ class TrainingSection(Section):
     epochs: Positive | None = Field(1.0, description="passes over the training rows")
     max_steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
     micro_batch_size: Count | None = Field(
-        2, description="rows (or packed rows) of one forward; affects only memory and speed"
+        2, description="number of rows (or packed rows) in one forward pass; affects only memory and speed"
     )
     micro_batch_tokens: Count | None = Field(
-        None, description="padded tokens of one forward, instead of micro_batch_size"
+        None, description="maximum number of tokens, with padding, in one forward pass; instead of micro_batch_size"
     )
-    gradient_accumulation_steps: Count = Field(8, description="micro-batches of one step, shared among the ranks")
-    loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B over that of A")
+    gradient_accumulation_steps: Count = Field(
+        8, description="number of micro-batches in one step, shared among the ranks"
+    )
+    loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B divided by the rate of A")
     compile: AutoOrBool = Field(
-        False, description="decoder layers through torch.compile; auto: on a GPU, in runs of 500 steps or more"
+        False, description="compile decoder layers with torch.compile; auto: on a GPU, in runs of 500 steps or more"
     )
     kernels: Literal["auto", "none", "liger"] = Field(
         "auto",
-        description="auto: norms, SwiGLU and attention in C, for bfloat16 on a CPU with a C compiler; liger: norms and "
-        "SwiGLU by liger-kernel, on a GPU, where it is installed",
+        description="auto: C kernels for norms, SwiGLU and attention, in bfloat16 on a CPU with a C compiler; liger: "
+        "liger-kernel's norms and SwiGLU, on a GPU with liger-kernel installed",
     )
     deterministic: bool = Field(
         False,
@@ -114,10 +119,10 @@ class TrainingSection(Section):
     )
     threads: Threads | None = Field(
         None,
-        description="threads of a run on a CPU; null: one per core that the process may use, or OMP_NUM_THREADS; "
-        "adaptive: fewer from the next step on if other programs use the cores",
+        description="number of threads of a run on a CPU; null: OMP_NUM_THREADS, or one thread per core that the "
+        "process can use; adaptive: fewer threads, from the next step on, while other programs use the cores",
     )
-    seed: Seed = Field(0, description="of every random draw")
+    seed: Seed = Field(0, description="seed of every random draw")
     save_steps: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="number of newest checkpoints to keep, in addition to the best one")
     eval_steps: Count = Field(100, description="steps between evaluations")
@@ -128,7 +133,7 @@ class TrainingSection(Section):
         for name, value in written.items():
             if name not in known:
                 mine = ", ".join(known) or "none"
-                raise ValueError(f"scheduler_settings has '{name}'; those of {self.scheduler} are: {mine}")
+                raise ValueError(f"scheduler_settings has '{name}'; the settings of {self.scheduler} are: {mine}")
             if isinstance(value, str) != (name == "decay_type") or (isinstance(value, float) and value < 0):
                 raise ValueError(f"scheduler_settings has {name}: {value}, which is not a valid value")
         if {"min_lr", "min_lr_rate"} <= written.keys():

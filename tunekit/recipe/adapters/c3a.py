@@ -1,4 +1,4 @@
-"""`adapter: {method: c3a}` settings of C3A (Chen et al. 2025)."""
+"""`adapter: {method: c3a}`: settings of C3A (Chen et al. 2025)."""
 
 from pydantic import Field
 
@@ -12,4 +12,4 @@ class C3aSettings(TargetedSettings):
     summary = "an update of circulant blocks"
     default_learning_rate = metamath_rate(3e-1, "c3a/llama-3.2-3B-default")
 
-    block_size: Count = Field(64, description="side of a block; it must divide both sides of every layer")
+    block_size: Count = Field(64, description="side of a block; it must divide the inputs and outputs of every layer")

@@ -1,4 +1,4 @@
-"""`adapter: {method: cpt}` settings of context-aware prompt tuning (Blau et al. 2024)."""
+"""`adapter: {method: cpt}`: settings of context-aware prompt tuning (Blau et al. 2024)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class ContextExample(Section):
 
 
 class CptSettings(AdapterSettings):
-    """Examples before every row. Training may move the embeddings of their inputs and templates a little, but not of
-    their outputs. PEFT also adds the loss on the examples' outputs, with weights that decay from the last example to
-    the first (opt_weighted_loss_type); tunekit's loss is the loss of the rows alone."""
+    """Places examples before every row. Training moves the embeddings of the examples' inputs and templates by a
+    limited distance; the embeddings of their outputs stay fixed. PEFT also adds the loss on the examples' outputs,
+    with weights that decay from the last example to the first (opt_weighted_loss_type). tunekit's loss contains only
+    the rows."""
 
     summary = "examples before each row, with trained embeddings"
 
@@ -29,27 +30,33 @@ class CptSettings(AdapterSettings):
     token_ids: Several[CountOrZero] | None = Field(None, description="the examples as token ids, instead of `examples`")
     token_types: Several[CountOrZero] | None = Field(
         None,
-        description="the type of each of token_ids. For example k, counted from 0: 4 k + 1 input template, 4 k + 2 "
-        "input, 4 k + 3 output template, 4 k + 4 output; 0: any other token",
+        description="the type of each token in token_ids. With k as the number of its example, counted from 0: 4 k + 1 "
+        "for the input template, 4 k + 2 for the input, 4 k + 3 for the output template, 4 k + 4 for the output; 0 for "
+        "any other token",
     )
     opt_projection_epsilon: NotNegative = Field(
         0.1, description="maximum distance that an input's embedding may move, times sqrt(width / 2048)"
     )
-    opt_projection_format_epsilon: NotNegative = Field(0.1, description="the same maximum for templates")
+    opt_projection_format_epsilon: NotNegative = Field(
+        0.1, description="maximum distance that a template's embedding may move, times sqrt(width / 2048)"
+    )
 
     @model_validator(mode="after")
     def _examples_or_ids(self) -> CptSettings:
         if self.init_from is not None:
             raise ValueError(
-                "cpt cannot continue from init_from: a folder does not contain the original embeddings of the vectors"
+                "cpt cannot continue from init_from, because an adapter folder does not contain the vectors' original "
+                "embeddings; remove init_from"
             )
         if self.examples and self.token_ids is not None:
-            raise ValueError("examples and token_ids both contain the context; write one of them")
+            raise ValueError(
+                "examples cannot be combined with token_ids, because both contain the context; write one of them"
+            )
         for name in ("input_template", "output_template"):
             if getattr(self, name).count(SLOT) != 1:
                 raise ValueError(f"{name} must contain {SLOT} exactly once")
         if (self.token_ids is None) != (self.token_types is None):
-            raise ValueError("token_ids and token_types belong together")
+            raise ValueError("token_ids needs token_types, and token_types needs token_ids; write both")
         if self.token_ids is not None and not 0 < len(self.token_ids) == len(self.token_types or ()):
-            raise ValueError("token_ids and token_types must have the same length")
+            raise ValueError("token_ids must have the same length as token_types, and at least one token")
         return self

@@ -1,4 +1,4 @@
-"""`adapter: {method: delora}` settings of DeLoRA, decoupled low-rank adaptation (Bini et al. 2025)."""
+"""`adapter: {method: delora}`: settings of DeLoRA, decoupled low-rank adaptation (Bini et al. 2025)."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: fourierft}` settings of FourierFT (Gao et al. 2024)."""
+"""`adapter: {method: fourierft}`: settings of FourierFT (Gao et al. 2024)."""
 
 from pydantic import Field
 

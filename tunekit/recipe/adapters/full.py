@@ -1,4 +1,4 @@
-"""`adapter: {method: full}` settings of full fine-tuning, which trains the base's own weights, without an adapter."""
+"""`adapter: {method: full}`: settings of full fine-tuning, which trains the base's own weights, without an adapter."""
 
 from pydantic import Field
 
@@ -7,11 +7,11 @@ from tunekit.recipe.bases.section import AdapterSettings, Several, Text, TextOrT
 
 
 class FullSettings(AdapterSettings):
-    """Trains the base itself. Its trained weights are float32, even if the model computes in 16 bits. The run's result
-    is model/, not adapter/. Memory, without activations: 16 bytes per trained weight, or 18 if it computes in
-    16 bits."""
+    """Trains the base itself. The trained weights are stored in float32, even if the model computes in 16 bits. The
+    run's result is in model/, not in adapter/. Without activations, a trained weight takes 16 bytes of memory, or 18
+    bytes if the model computes in 16 bits."""
 
-    summary = "the base's own weights, of all modules or of chosen ones"
+    summary = "trains the base's own weights, in all modules or in chosen modules"
     default_learning_rate = metamath_rate(1e-5, "full-finetuning/llama-3.2-3B-lr_0.00001")
     trains_base = True
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: gralora}` settings of GraLoRA, granular low-rank adaptation (Jung et al. 2025)."""
+"""`adapter: {method: gralora}`: settings of GraLoRA, granular low-rank adaptation (Jung et al. 2025)."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: hira}` settings of HiRA, Hadamard high-rank adaptation (Huang et al. 2025)."""
+"""`adapter: {method: hira}`: settings of HiRA, Hadamard high-rank adaptation (Huang et al. 2025)."""
 
 from pydantic import Field
 
@@ -7,10 +7,10 @@ from tunekit.recipe.bases.section import Count, Fraction, TargetedSettings, meta
 
 
 class HiraSettings(TargetedSettings):
-    """A low-rank matrix that scales the base's matrix element by element."""
+    """A low-rank matrix scales the base's matrix element by element."""
 
     summary = "the base's matrix times a low-rank matrix, element by element"
     default_learning_rate = metamath_rate(4.5e-3, "hira/llama-3.2-3B-rank32-lr4.5e-3")
 
-    r: Count = Field(32, description="rank of that low-rank matrix")
+    r: Count = Field(32, description="rank of the low-rank matrix that scales the base's matrix")
     dropout: Fraction = fields.DROPOUT

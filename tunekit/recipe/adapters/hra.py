@@ -1,4 +1,4 @@
-"""`adapter: {method: hra}` settings of HRA, Householder reflection adaptation (Yuan et al. 2024)."""
+"""`adapter: {method: hra}`: settings of HRA, Householder reflection adaptation (Yuan et al. 2024)."""
 
 from pydantic import Field
 

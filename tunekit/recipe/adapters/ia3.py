@@ -1,4 +1,4 @@
-"""`adapter: {method: ia3}` settings of IA3 (Liu et al. 2022)."""
+"""`adapter: {method: ia3}`: settings of IA3 (Liu et al. 2022)."""
 
 from pydantic import Field
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: llama_adapter}` settings of LLaMA-Adapter, PEFT's adaption prompt (Zhang et al. 2023)."""
+"""`adapter: {method: llama_adapter}`: settings of LLaMA-Adapter, PEFT's adaption prompt (Zhang et al. 2023)."""
 
 from pydantic import Field
 
@@ -15,5 +15,5 @@ class LlamaAdapterSettings(AdapterSettings):
 
     adapter_len: Count = Field(100, description="number of trained tokens of each layer")
     adapter_layers: Count | None = Field(
-        None, description="number of layers with these tokens, counted from the top; all by default"
+        None, description="number of layers with these tokens, counted from the top; by default all layers"
     )

@@ -1,4 +1,4 @@
-"""`adapter: {method: ln_tuning}` settings of LN tuning (Zhao et al. 2023)."""
+"""`adapter: {method: ln_tuning}`: settings of LN tuning (Zhao et al. 2023)."""
 
 from pydantic import Field
 

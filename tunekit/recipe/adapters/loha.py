@@ -1,4 +1,4 @@
-"""`adapter: {method: loha}` settings of LoHa, the low-rank Hadamard product (Hyeon-Woo et al. 2022; LyCORIS)."""
+"""`adapter: {method: loha}`: settings of LoHa, the low-rank Hadamard product (Hyeon-Woo et al. 2022; LyCORIS)."""
 
 from pydantic import Field
 

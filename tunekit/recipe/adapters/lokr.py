@@ -1,4 +1,4 @@
-"""`adapter: {method: lokr}` settings of LoKr, the low-rank Kronecker product (Yeh et al. 2024; LyCORIS)."""
+"""`adapter: {method: lokr}`: settings of LoKr, the low-rank Kronecker product (Yeh et al. 2024; LyCORIS)."""
 
 from typing import Annotated
 
@@ -9,18 +9,19 @@ from tunekit.recipe.bases.section import LARGEST_COUNT, Count, Expression, NotNe
 
 
 class LokrSettings(TargetedSettings):
-    """The update is the Kronecker product of a smaller and a larger matrix, which may be low-rank themselves."""
+    """The update is the Kronecker product of a smaller and a larger matrix. Each of the two can be a full matrix or a
+    product of two low-rank factors."""
 
     summary = "a Kronecker product of two small matrices"
 
     r: Count = Field(
         8,
-        description="rank of the larger matrix; if it is half of the longer side or more, the matrix is not factorised",
+        description="rank of the larger matrix; a rank of half its longer side or more leaves the matrix unfactorised",
     )
     alpha: NotNegative = Field(8.0, description="the update is scaled by alpha / r")
-    decompose_both: bool = Field(False, description="make the smaller matrix low-rank too")
+    decompose_both: bool = Field(False, description="also factorise the smaller matrix into low-rank factors")
     decompose_factor: Annotated[Whole, Field(ge=-1, le=LARGEST_COUNT)] = Field(
-        -1, description="maximum of the smaller matrix's sides; -1: the divisor nearest to the square root"
+        -1, description="maximum side of the smaller matrix; -1: its sides are the divisors nearest to the square root"
     )
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN

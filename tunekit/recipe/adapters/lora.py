@@ -1,4 +1,4 @@
-"""`adapter: {method: lora}` settings of LoRA and rsLoRA (Hu et al. 2021; Kalajdzievski 2023)."""
+"""`adapter: {method: lora}`: settings of LoRA and rsLoRA (Hu et al. 2021; Kalajdzievski 2023)."""
 
 from pydantic import Field
 
@@ -11,4 +11,4 @@ class LoraSettings(LowRankSettings):
     summary = "a low-rank update of each targeted matrix"
     first_lines = (("  r: 16", "a higher rank can learn more and needs more memory"), ("  alpha: 32", ""))
 
-    lora_bias: bool = Field(False, description="the update of each layer has a trained bias; embeddings have none")
+    lora_bias: bool = Field(False, description="the update of each layer has a trained bias, except in embeddings")

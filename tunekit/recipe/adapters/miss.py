@@ -1,4 +1,4 @@
-"""`adapter: {method: miss}` settings of MiSS, matrix shard sharing (Kang and Yin 2024, also called Bone)."""
+"""`adapter: {method: miss}`: settings of MiSS, matrix shard sharing (Kang and Yin 2024, also called Bone)."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: multitask_prompt}` settings of multitask prompt tuning (Wang et al. 2023)."""
+"""`adapter: {method: multitask_prompt}`: settings of multitask prompt tuning (Wang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class MultitaskPromptSettings(StartedTokenSettings):
 
     init: Literal["vocabulary", "random", "text"] = Field(
         "random",
-        description="initial values of the shared vectors: random: normal numbers, as in PEFT; the others as for "
-        "method prompt",
+        description="initial values of the shared vectors. random: normal numbers, as in PEFT; vocabulary: embeddings "
+        "of random tokens; text: embeddings of a text",
     )
-    num_ranks: Count = Field(1, description="rank of the matrix of a task")
+    num_ranks: Count = Field(1, description="rank of each task's matrix")
     num_tasks: Count = Field(1, description="number of tasks, each of which has a matrix")
     task: CountOrZero = Field(0, description="the number of the task to which all rows belong, counted from 0")
     init_from_tasks: Literal["all", "average", "none"] | CountOrZero = Field(
@@ -34,12 +34,12 @@ class MultitaskPromptSettings(StartedTokenSettings):
     def _task_is_there(self) -> MultitaskPromptSettings:
         if self.task >= self.num_tasks:
             raise ValueError(
-                f"task is counted from 0, so with num_tasks: {self.num_tasks} it ends at {self.num_tasks - 1}"
+                f"task is counted from 0, so with num_tasks: {self.num_tasks} its maximum is {self.num_tasks - 1}"
             )
         if self.init_from is None and self.init_from_tasks != "all":
             raise ValueError("init_from_tasks needs init_from, which names the folder")
         if self.init_from_tasks not in ("all", "none") and self.num_tasks != 1:
             raise ValueError(
-                "init_from_tasks: a number or average initialises the matrix of one task, so num_tasks must be 1"
+                "init_from_tasks can be a number or average only with num_tasks: 1, because it initialises one matrix"
             )
         return self

@@ -1,4 +1,4 @@
-"""`adapter: {method: oft}` settings of OFT, orthogonal fine-tuning (Qiu et al. 2023; OFTv2, Qiu et al. 2025)."""
+"""`adapter: {method: oft}`: settings of OFT, orthogonal fine-tuning (Qiu et al. 2023; OFTv2, Qiu et al. 2025)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tunekit.recipe.bases.section import AdapterSettings, Count, CountOrZero, Se
 
 
 class BlockSettings(AdapterSettings):
-    """Rotations of blocks. Either their size or their number is given, and the other setting is 0."""
+    """Rotates blocks of inputs. A recipe sets either the size or the number of blocks; the other setting is 0."""
 
     modules_to_save: Several[Text] = fields.MODULES_TO_SAVE
     target_modules: TextOrTexts = fields.TARGET_MODULES
@@ -27,20 +27,22 @@ class BlockSettings(AdapterSettings):
     @model_validator(mode="after")
     def _exactly_one(self) -> BlockSettings:
         if bool(self.block_size) == bool(self.blocks):
-            raise ValueError("give block_size or blocks, not both and not neither")
+            raise ValueError("must have either block_size or blocks; set exactly one of them")
         return self
 
 
 class OftSettings(BlockSettings):
-    """A rotation of each layer's inputs, block by block. Either block_size or blocks is given, and the other is 0."""
+    """Rotates each layer's inputs block by block. A recipe sets either block_size or blocks; the other is 0."""
 
     summary = "a block-diagonal rotation of each layer's inputs"
 
     block_size: CountOrZero = Field(
-        32, description="number of inputs rotated together; the nearest divisor of a layer's inputs is used"
+        32,
+        description="number of inputs rotated together; if it does not divide a layer's inputs, the nearest divisor is "
+        "used",
     )
     block_share: bool = Field(False, description="all blocks of a layer share one rotation")
     use_cayley_neumann: bool = Field(
         True, description="a power series instead of the exact Cayley transform: faster, but only nearly orthogonal"
     )
-    num_cayley_neumann_terms: Count = Field(5, le=100, description="number of terms of that series")
+    num_cayley_neumann_terms: Count = Field(5, le=100, description="number of terms of the power series")

@@ -1,4 +1,4 @@
-"""`adapter: {method: prefix}` settings of prefix tuning (Li and Liang 2021)."""
+"""`adapter: {method: prefix}`: settings of prefix tuning (Li and Liang 2021)."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ class PrefixSettings(AdapterSettings):
     )
     init_text: Text | None = Field(
         None,
-        description="a text for the initial values, best about the task. It is repeated or truncated to "
-        "num_virtual_tokens; by default a general instruction",
+        description="a text for the initial values; a text about the task works best. It is repeated or truncated to "
+        "num_virtual_tokens tokens; by default a general instruction",
     )
     init_ids: Several[CountOrZero] | None = Field(None, description="token ids instead of init_text")
     prefix_projection: bool = Field(
         False,
-        description="train a smaller matrix and two layers that compute the prefix from it; files contain the prefix",
+        description="train a smaller matrix and two layers that compute the prefix from this matrix; the adapter's "
+        "file contains only the computed prefix",
     )
     encoder_hidden_size: Count | None = Field(
-        None, description="width between those two layers; by default the width of a layer's keys"
+        None,
+        description="with prefix_projection: the width between the two layers; by default the width of a layer's keys",
     )
 
     @model_validator(mode="after")
@@ -57,7 +59,7 @@ class PrefixSettings(AdapterSettings):
 
     @property
     def first_values(self) -> str:
-        """The value of `init`, or its default."""
+        """The value of `init`, or the default if the recipe has no `init`."""
         return self.init or ("random" if self.prefix_projection else "text")
 
     @property

@@ -1,4 +1,4 @@
-"""`adapter: {method: prompt}` settings of prompt tuning (Lester et al. 2021)."""
+"""`adapter: {method: prompt}`: settings of prompt tuning (Lester et al. 2021)."""
 
 from typing import Literal
 
@@ -19,5 +19,7 @@ class PromptSettings(StartedTokenSettings):
         200, description="number of vectors (200 in PEFT's MetaMathQA comparison); data.max_length does not count them"
     )
     init: Literal["vocabulary", "random", "text"] = Field(
-        "vocabulary", description="initial values: embeddings of random tokens, normal numbers, or embeddings of a text"
+        "vocabulary",
+        description="initial values. vocabulary: embeddings of random tokens; random: normal numbers; text: embeddings "
+        "of a text",
     )

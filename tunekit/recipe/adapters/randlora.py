@@ -1,4 +1,4 @@
-"""`adapter: {method: randlora}` settings of RandLoRA (Albert et al. 2025)."""
+"""`adapter: {method: randlora}`: settings of RandLoRA (Albert et al. 2025)."""
 
 from pydantic import Field
 
@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, NotNegati
 
 class RandloraSettings(TargetedSettings):
     """A sum of frozen random low-rank matrices, each scaled by trained diagonals. The sum has full rank. The defaults
-    are from PEFT's RandLoraConfig, which its MetaMathQA comparison used."""
+    are from PEFT's RandLoraConfig, as in PEFT's MetaMathQA comparison."""
 
     summary = "trained scales of many frozen random updates"
 
@@ -17,7 +17,8 @@ class RandloraSettings(TargetedSettings):
     dropout: Fraction = fields.DROPOUT
     sparse: bool = Field(False, description="random matrices of -1, 0 and 1; two thirds of the numbers are 0")
     very_sparse: bool = Field(
-        False, description="the same, but only one number in sqrt(D) is not 0, where D is the smaller side"
+        False,
+        description="random matrices of -1, 0 and 1; only one in sqrt(D) numbers is not 0. D: the layer's smaller side",
     )
     projection_prng_key: CountOrZero = Field(0, description="seed of the frozen random matrices, drawn as in PEFT")
     save_projection: bool = Field(True, description="whether the adapter's file contains the frozen matrices")

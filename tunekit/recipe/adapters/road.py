@@ -1,4 +1,4 @@
-"""`adapter: {method: road}` settings of RoAd (Liao and Monz 2024)."""
+"""`adapter: {method: road}`: settings of RoAd (Liao and Monz 2024)."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""`adapter: {method: vera}` settings of VeRA (Kopiczko et al. 2024)."""
+"""`adapter: {method: vera}`: settings of VeRA (Kopiczko et al. 2024)."""
 
 from pydantic import Field
 
@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, T
 
 class VeraSettings(TargetedSettings):
     """Two trained vectors per layer, which scale random matrices that all layers share. The defaults are from PEFT's
-    VeraConfig, which its MetaMathQA comparison used."""
+    VeraConfig, as in PEFT's MetaMathQA comparison."""
 
     summary = "trained scales of one frozen random update"
     default_learning_rate = metamath_rate(1e-3, "vera/llama-3.2-3B-default")

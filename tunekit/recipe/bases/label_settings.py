@@ -20,14 +20,14 @@ from tunekit.recipe.bases.section import Fraction, ObjectiveSettings, Positive, 
 
 
 def _label(value: object) -> object:
-    """The label as text, in the same form as labels of rows."""
+    """Converts a label of the recipe to text, in the form that labels of rows have."""
     return label_text(value) if isinstance(value, str | int) else value
 
 
 def _each_once(labels: tuple[str, ...]) -> tuple[str, ...]:
     twice = next((label for number, label in enumerate(labels) if label in labels[:number]), None)
     if twice is not None:
-        raise ValueError(f"names '{twice}' twice; each label is one row of the head")
+        raise ValueError(f"names the label '{twice}' twice; each label is one output of the head")
     return labels
 
 
@@ -37,7 +37,7 @@ Label = Annotated[
 
 
 def _weights(value: object) -> object:
-    """The weights, with labels in the same form as labels of rows."""
+    """Converts the labels in {label: weight} to text, in the form that labels of rows have."""
     if isinstance(value, Mapping):
         return {str(_label(label)): weight for label, weight in value.items()}
     if value in (None, BALANCED):
@@ -95,18 +95,18 @@ PROBLEM_TYPES: tuple[ProblemType, ...] = get_args(ProblemType)
 
 
 class HeadSettings(ObjectiveSettings):
-    """Settings of objectives with one vector of scores for each row: the meaning of these scores."""
+    """Settings of objectives whose head gives each row a vector of scores. They define the meaning of the scores."""
 
     problem_type: ProblemType = Field(
         "single_label_classification",
-        description="the kind of a row's label, with transformers' names: one name; a list of names, which may be "
-        "empty; or a number or a list of numbers",
+        description="the form of a row's label, with transformers' names. single_label_classification: one name; "
+        "multi_label_classification: a list of names, also an empty one; regression: a number or a list of numbers",
     )
 
     fit_thresholds: bool = Field(
         False,
-        description="for several labels per row: each evaluation chooses for each label the threshold of its "
-        "probability that gives the best F1 on the evaluation rows. false: 0.5 for all labels",
+        description="for several labels per row. true: each evaluation chooses a probability threshold for each label, "
+        "which gives the label's best F1 on the evaluation rows; false: the threshold of every label is 0.5",
     )
 
     @classmethod
@@ -129,12 +129,12 @@ class HeadSettings(ObjectiveSettings):
     @model_validator(mode="after")
     def _check_problem_type(self) -> Self:
         if self.fit_thresholds and self.problem_type != MULTI_LABEL:
-            raise ValueError(f"fit_thresholds is for {MULTI_LABEL}, and problem_type is {self.problem_type}; remove it")
+            raise ValueError(f"fit_thresholds needs problem_type: {MULTI_LABEL}, not {self.problem_type}; remove it")
         if self.problem_type == SINGLE_LABEL:
             return self
         for name in ("class_weights", "label_smoothing"):
             if getattr(self, name):
-                raise ValueError(f"{name} is for {SINGLE_LABEL}, and problem_type is {self.problem_type}; remove it")
+                raise ValueError(f"{name} needs problem_type: {SINGLE_LABEL}, not {self.problem_type}; remove it")
         return self
 
 

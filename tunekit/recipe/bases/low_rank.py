@@ -24,12 +24,13 @@ from tunekit.recipe.bases.start_choice import DEFAULT_START, StartChoice
 
 
 def _names_or_nothing(value: object) -> str | tuple[str, ...]:
-    """A text, a tuple of texts, or an empty tuple, because target_parameters may be the only targets."""
+    """Converts target_modules to a text or a tuple. An empty list is allowed, because target_parameters can be the only
+    targets."""
     return () if value is None or value == [] or value == () else text_or_texts(value)
 
 
 def _token_ids(value: object) -> object:
-    """A list of token ids without repetition, or a mapping of modules to such lists."""
+    """Checks trainable_token_indices: a list of different token ids, or a mapping of module names to such lists."""
     if isinstance(value, dict) and all(isinstance(name, str) and name for name in value):
         return {name: _listed_ids(ids) for name, ids in value.items()}
     return _listed_ids(value)
@@ -58,23 +59,28 @@ class LowRankSettings(AdapterSettings):
     dropout: Fraction = fields.DROPOUT
     target_parameters: Several[Text] = Field(
         (),
-        description="fused expert weights to adapt, such as experts.down_proj; with target_modules: [], only these",
+        description="fused expert weights to adapt, such as experts.down_proj; target_modules: [] adapts no other "
+        "weights",
     )
     rank_pattern: dict[Expression, Count] = fields.RANK_PATTERN
     alpha_pattern: dict[Expression, NotNegative] = fields.ALPHA_PATTERN
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (rsLoRA)")
-    start: StartChoice = Field(DEFAULT_START, description="the initialisation of A and B in linear layers")
+    start: StartChoice = Field(
+        DEFAULT_START, description="the initialisation of the LoRA matrices A and B in linear layers"
+    )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="also train biases of the base: all biases, or the biases of layers with an adapter"
     )
     trainable_token_indices: Annotated[tuple[int, ...] | dict[str, tuple[int, ...]], BeforeValidator(_token_ids)] = (
-        Field((), description="also train the embeddings of these token ids; or MODULE: ids")
+        Field((), description="also train the embeddings of these token ids: a list, or a mapping {MODULE: list}")
     )
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> LowRankSettings:
         if not self.target_modules and not self.target_parameters:
-            raise ValueError("target_modules names no layer, and there are no target_parameters")
+            raise ValueError(
+                "target_modules names no layer, and target_parameters is empty too; name a target in one of them"
+            )
         if self.layers_pattern is not None and not self.layers_to_transform:
             raise ValueError("layers_pattern has no effect without layers_to_transform")
         if self.init_from is not None and self.start.method != "default":

@@ -24,11 +24,11 @@ class PairSettings(ObjectiveSettings):
     shows = Shows(unit="pair")
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *REWARDS)
     default_learning_rate = PublishedRate(
-        5e-6, "huggingface/trl 1.16, LoRA example of trl/scripts/dpo.py: ten times the rate of full training"
+        5e-6, "huggingface/trl 1.16, LoRA example of trl/scripts/dpo.py: ten times the rate of full fine-tuning"
     )
 
     unusable_pairs: Literal["error", "drop"] = Field(
         "error",
         description="for a pair without a prompt, with an empty answer, with equal answers, or with an answer that "
-        "does not end with the assistant's turn: stop, or leave the pair out",
+        "does not end with the assistant's turn. error: stop; drop: leave the pair out",
     )

@@ -1,4 +1,5 @@
-"""Marks of settings that are paths. Functions that read, write, check or copy recipes find paths by these marks."""
+"""Type annotations that mark a setting as a path. Code that reads, writes, checks or copies recipes finds the paths in
+a recipe by these marks."""
 
 import os
 import re
@@ -17,13 +18,13 @@ def is_like_path(text: str) -> bool:
 
 
 def last_name(path: str) -> str:
-    """The last part of a path. The path may be one of Windows."""
+    """The last part of a path of Linux, macOS or Windows."""
     is_windows = "\\" in path and "/" not in path
     return (PureWindowsPath if is_windows else PurePosixPath)(path).name
 
 
 def relative_to(path: Path | str, folder: Path | str = ".") -> str:
-    """The path relative to a folder, with slashes; the same path if it is on another drive."""
+    """The path relative to a folder, with forward slashes; a path on a different drive is not changed."""
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:
@@ -32,10 +33,11 @@ def relative_to(path: Path | str, folder: Path | str = ".") -> str:
 
 @dataclass(frozen=True)
 class PathMark:
-    """`expected`: what must exist before a run; code: FILE.py:NAME; "": nothing, because the run may create it.
+    """Marks a setting as a path. `expected`: the kind of file or folder that must exist before a run ("code":
+    FILE.py:NAME). "": the run creates the path if it does not exist.
 
-    `endings`: a text with one of these endings is a path. Any other text is a hub name, unless it begins like a path
-    or exists. None: the text is always a path.
+    `endings`: a text with one of these endings is a path. Any other text is a hub name, unless it begins like a path,
+    or a file or folder of this name exists. None: the text is always a path.
     """
 
     expected: Literal["", "file", "folder", "code", "adapter", "model", "rows"] = ""

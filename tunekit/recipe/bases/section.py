@@ -22,7 +22,7 @@ LARGEST_COUNT = 10**9  # a larger count is a mistake; counts up to it are exact 
 class Section(BaseModel):
     """Frozen settings. An unknown key is an error, and values are not converted from other types (no "5" for 5).
 
-    `short`: if the mapping is written as a single text, this key gets the text.
+    `short`: if a recipe writes a single text instead of this mapping, the text becomes the value of this key.
     `free_keys`: keys that a resumed run may change, because no result depends on them.
     """
 
@@ -58,7 +58,7 @@ class PublishedRate:
 
 
 def metamath_rate(value: float, experiment: str) -> PublishedRate:
-    """The rate of an experiment of PEFT's MetaMathQA comparison, on Llama-3.2-3B."""
+    """The learning rate of an experiment in PEFT's MetaMathQA comparison (Llama-3.2-3B)."""
     return PublishedRate(value, f"huggingface/peft, method_comparison/MetaMathQA/experiments/{experiment}")
 
 
@@ -69,8 +69,8 @@ class AdapterSettings(MethodSettings):
     """Settings of every adapter method. The settings of one method are in recipe/adapters/NAME.py.
 
     `default_learning_rate`: the value of training.learning_rate if the recipe has none; None: the general default.
-    `trains_base`: the base's weights themselves are trained, so the result is a model, not an adapter.
-    `first_lines`: the lines that `tunekit init` writes below the method.
+    `trains_base`: whether the method trains the base's own weights, so that the result is a model, not an adapter.
+    `first_lines`: the lines that `tunekit init` writes below the key `method`.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -79,51 +79,51 @@ class AdapterSettings(MethodSettings):
 
     @property
     def less_memory(self) -> str:
-        """Advice: the change of the recipe that would save most memory."""
+        """Advice on the change of the recipe that would save the most memory."""
         quantize = "quantize the base with model.quantization: nf4"
         return "train an adapter, such as lora" if self.trains_base else quantize
 
     @property
     def initialisation(self) -> StartSettings | None:
-        """The settings of the initialisation, if the method has the key `start`."""
+        """The settings of the initialisation; None if the method has no key `start`."""
         return getattr(self, "start", None)
 
     @property
     def calibration(self) -> CalibratedStart | None:
-        """The initialisation, if it reads training data before step 1."""
+        """The settings of the initialisation if it reads training data before step 1; otherwise None."""
         return self.initialisation if isinstance(self.initialisation, CalibratedStart) else None
 
     @property
     def needs_base_first(self) -> bool:
-        """Whether the initial values are computed by a forward of the base."""
+        """Whether the base must be loaded first, because the initial values come from its forward pass."""
         return self.calibration is not None
 
     init_from: AdapterPath | None = Field(
-        None, description="continue to train this adapter: a run folder or an adapter folder, also of peft"
+        None, description="an adapter to continue training: a run folder, or an adapter folder of tunekit or PEFT"
     )
 
 
 class ObjectiveSettings(MethodSettings):
     """Settings and facts of every objective. The settings of one objective are in recipe/objectives/NAME.py.
 
-    - `family`: the family of the models that it trains
-    - `example`: the kind of example that it learns from; formats make such examples
+    - `family`: the family of the models that the objective trains
+    - `example`: the kind of training example; formats turn rows into this kind
     - `reference`: the model that the loss compares with: none, "policy at step 0" or "teacher"
     - `answers`: whether the model answers with text
-    - `sums`: the sums of an evaluation, from which metrics are computed
-    - `supervised`: whether it evaluates a model of its family if no recipe names an objective
-    - `samples`: whether it learns from texts that the model writes during training
-    - `shows`: facts for progress, report and preview
+    - `sums`: names of the sums over evaluation rows, from which metrics are computed
+    - `supervised`: whether this objective evaluates a model of its family if no recipe names an objective
+    - `samples`: whether the model learns from texts that it writes during training
+    - `shows`: units, charts and warnings for progress, report and preview
     - `needs_recipe`: whether an evaluation needs the recipe, because only the recipe names the teacher or the rewards
-    - `has_head`: whether it trains a head; `names_labels`: whether the outputs of the head have labels;
+    - `has_head`: whether the objective trains a head; `names_labels`: whether the outputs of the head have labels;
       `single_score`: whether the head has one output
-    - `measures_training`: whether evaluation rows are usually training rows too, so no warning is needed
-    - `default_learning_rate`: used before the adapter's default
+    - `measures_training`: whether evaluations usually use training rows, so that a warning about this is not needed
+    - `default_learning_rate`: takes precedence over the adapter's default
     - `required`: keys that must be written, and an example of each
     - `one_sequence`: whether a row is one sequence that contains all its answers
     - `medium`: audio or image, if rows name such files; None: text
     - `first_order`: the order in which `tunekit init` tries objectives on the first row; None: never tried
-    - `first_lines`: the lines that `tunekit init` writes below the method
+    - `first_lines`: the lines that `tunekit init` writes below the key `method`
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -148,17 +148,17 @@ class ObjectiveSettings(MethodSettings):
 
     @classmethod
     def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
-        """The settings that this objective needs for such rows. `tunekit init` writes them."""
+        """The settings that this objective needs to train on these rows, for the recipe of `tunekit init`."""
         return {}
 
     @property
     def needs_evaluation(self) -> tuple[str, ...]:
-        """The keys that have an effect only with evaluation rows."""
+        """The keys of the recipe that have an effect only if there are evaluation rows."""
         return ()
 
     @classmethod
     def sums_of(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        """The sums of an evaluation. `facts`: settings of the objective, or facts of a trained adapter."""
+        """Names of the sums over evaluation rows. `facts`: settings of the objective, or facts of a trained adapter."""
         return cls.sums
 
     @property
@@ -168,14 +168,14 @@ class ObjectiveSettings(MethodSettings):
 
 
 class StartSettings(MethodSettings):
-    """Settings and facts of every LoRA initialisation. The settings of one are in recipe/starts/NAME.py.
+    """Settings and facts of every LoRA initialisation. The settings of one initialisation are in recipe/starts/NAME.py.
 
-    `looks_at`: the data that it needs besides the layer's weight. "": nothing; "inputs", "gradients": those of the base
-    on the run's first batches; "original": the weight before quantization.
+    `looks_at`: the data that the initialisation needs in addition to a layer's weight: "inputs" or "gradients" of the
+    layer in the run's first batches, "original" for the weight before quantization, or "" for none.
     """
 
     needs_even_rank: ClassVar[bool] = False
-    needs_twice_the_rank: ClassVar[bool] = False  # the number of singular vectors that it needs
+    needs_twice_the_rank: ClassVar[bool] = False  # it needs 2 r singular vectors of each matrix
     fills_experts: ClassVar[bool] = False  # it also initialises A and B of fused expert parameters
     moves_weights: ClassVar[bool] = False  # a part of W moves into A and B; the rest of W is frozen
     divides_by_scaling: ClassVar[bool] = False  # alpha must not be 0
@@ -185,14 +185,15 @@ class StartSettings(MethodSettings):
 
 
 def _is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number, not a bool, and finite as a float. (math.isfinite overflows for integers above 1e308.)"""
+    """Whether the value is an int or a float (not a bool), and is finite as a float. math.isfinite cannot be used for
+    all, because it fails for integers above 1e308."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 10**300 if isinstance(value, int) else math.isfinite(value)
 
 
 def _number(value: object) -> float:
-    """The float of an int or a float. Raises: ValueError for a bool, NaN or infinity."""
+    """Converts an int or a float to a float. Raises: ValueError for a bool, NaN, infinity or another type."""
     if not _is_finite(value):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         raise ValueError("must be a finite number" if number else "must be a number")
@@ -200,7 +201,8 @@ def _number(value: object) -> float:
 
 
 def _whole(value: object) -> int:
-    """The int of an int, or of a float without a fraction such as 1e3. Raises: ValueError, also for a bool."""
+    """Converts an int, or a float without a fraction such as 1e3, to an int. Raises: ValueError for other values, also
+    for a bool."""
     if not _is_finite(value) or value != int(value):
         raise ValueError("must be a whole number")
     return int(value)
@@ -229,12 +231,13 @@ def _expression(text: str) -> str:
 
 
 def _one_or_several(value: object) -> object:
-    """Makes a tuple of a single number. Other values do not change; pydantic checks them."""
+    """Puts a single integer into a tuple. Other values are not changed; pydantic checks them."""
     return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def text_or_texts(value: object) -> str | tuple[str, ...]:
-    """The text, which is a regular expression, or a tuple of texts. Raises: ValueError if one is empty."""
+    """Returns a text after checking that it is a regular expression, or converts a list of texts to a tuple. Raises:
+    ValueError for other values and for empty texts."""
     if isinstance(value, str) and value:
         return _expression(value)
     if isinstance(value, list | tuple) and value and all(isinstance(item, str) and item for item in value):

@@ -15,7 +15,8 @@ DEFAULT_START: Any = settings_class("starts", "default")(method="default")
 
 
 def _named(value: object) -> object:
-    """Makes {method: pissa} of the text pissa. Other values do not change."""
+    """Turns a name such as pissa into {method: pissa}. Other values are not changed. Raises: ValueError for an invalid
+    value or an unknown name."""
     if isinstance(value, str):
         value = {"method": value}
     elif isinstance(value, dict) and "method" not in value:
@@ -28,7 +29,7 @@ def _named(value: object) -> object:
 
 
 def _shortest(start: StartSettings) -> object:
-    """The name of an initialisation that has no settings, else a mapping with all its settings."""
+    """The name of the initialisation if it has no settings; otherwise a mapping with the name and all settings."""
     values = start.model_dump(mode="json")
     return start.method if len(values) == 1 else values
 

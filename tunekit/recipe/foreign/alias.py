@@ -1,4 +1,4 @@
-"""The meaning of another tool's key: tunekit's key and a translation of the value, or the reason why none exists."""
+"""The meaning of another tool's key: tunekit's key and a translation of the value, or the reason why there is none."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,16 @@ from tunekit.recipe.reading.draft import KeyPath
 
 @dataclass(frozen=True)
 class Alias:
-    """The translation of another tool's key. `target`: tunekit's key; None: the key is never written to the recipe."""
+    """The translation of another tool's key. `target`: tunekit's key; None if tunekit has no such key."""
 
     target: KeyPath | None
     translate: Translate
-    why: str = "it changes nothing here"  # printed for values without effect
+    why: str = "it has no effect in tunekit"  # printed for values without effect
 
 
 def to(dotted_key: str, *names: str, by: Translate = same) -> dict[str, Alias]:
-    """Table entries for one of tunekit's keys. `names`: other tools' names for it. `by`: translates the values."""
+    """Table entries that translate to one of tunekit's keys. `names`: other tools' names for this key. `by`: translates
+    the values."""
     return dict.fromkeys(names, Alias(tuple(dotted_key.split(".")), by))
 
 

@@ -12,7 +12,7 @@ UNTRANSLATED = "it has no translation"
 
 
 def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
-    """Rewrite one key of another tool by its table entry. An empty value has no effect, as in the other tools."""
+    """Rewrite one key of another tool as its table entry says. An empty value has no effect, as in the other tools."""
     place, value = draft.place(key), draft.get(key)
     inner = [draft.place((*key, index)) for index in range(len(value) if isinstance(value, list) else 0)]
     draft.remove(key)
@@ -54,7 +54,7 @@ def write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: s
     draft.set(target, value, Place(place.file, place.line, spelled))
     if draft.places[target[:1]].spelled:  # an alias created the section, so it has no spelling
         draft.places[target[:1]] = place
-    text = "null" if value is None else show(value)  # as the recipe has it
+    text = "null" if value is None else show(value)  # as in the recipe
     shown = f": {text}" if translated and not isinstance(value, list | dict) else ""
     record(draft, place, spelled, f"{dotted(target)}{shown}")
     return True

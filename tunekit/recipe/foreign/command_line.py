@@ -68,4 +68,4 @@ def _set(draft: Draft, name: str, words: list[str], line: int) -> None:
     key, values = (name.replace("-", "_"),), [read_scalar(word) for word in words] or [True]
     draft.set(key, values[0] if len(values) == 1 else values, Place(draft.file, line))
     for word in [word for word in words if "$" in word or "`" in word][:1]:
-        draft.add_problem(key, f"{word} is replaced by a shell", "write the value itself")
+        draft.add_problem(key, f"a shell would replace {word}", "write the value itself")

@@ -61,7 +61,8 @@ def name_sources(draft: Draft) -> None:
 def _descriptions(draft: Draft, folder: object) -> tuple[dict[str, Any], Path]:
     """The content and the path of dataset_info.json.
 
-    Its folder is relative to the configuration, or to the working folder. Raises: NotExact if it cannot be read.
+    Its folder is relative to the configuration's folder, or else to the working folder. Raises: NotExact if the file
+    cannot be read.
     """
     beside = Path(os.path.abspath(draft.file)).parent
     asked = [str(folder)] if folder is not None else [".", "data"]
@@ -69,13 +70,13 @@ def _descriptions(draft: Draft, folder: object) -> tuple[dict[str, Any], Path]:
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         what = f"names data sets in {DESCRIPTIONS}, which is not in {' or '.join(str(p.parent) for p in places[:2])}"
-        raise NotExact(what, f"write {FOLDER_KEY}: its folder, or data.train: FILE or hub name")
+        raise NotExact(what, f"write {FOLDER_KEY}: FOLDER OF THAT FILE, or data.train: FILE or hub name")
     try:
         known = json.loads(path.read_bytes()) if path.stat().st_size <= MOST_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        raise NotExact(f"{path} cannot be read ({error})", "mend it") from error
+        raise NotExact(f"{path} cannot be read ({error})", "mend the file") from error
     if not isinstance(known, dict):
-        raise NotExact(f"{path} is not a mapping of data sets", "mend it")
+        raise NotExact(f"{path} is not a mapping of data sets", "mend the file")
     return known, Path(os.path.normpath(path))
 
 
@@ -85,7 +86,9 @@ def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> 
         return {"path": name}
     entry = known.get(name)
     if not isinstance(entry, dict):
-        raise NotExact(f"{path} has no data set {show(name)}", did_you_mean(name, list(known), "add it there"))
+        raise NotExact(
+            f"{path} has no data set {show(name)}", did_you_mean(name, list(known), "add the data set to that file")
+        )
     lost = [key for key, value in entry.items() if value and key not in (*_ENTRY_KEYS, *_ELSEWHERE)]
     columns, tags = mapping_of(entry, "columns"), mapping_of(entry, "tags")
     lost += [f"columns.{key}" for key in columns if key not in (*ALPACA, *SHAREGPT, *JUDGED)]
@@ -93,7 +96,7 @@ def _source(name: str, known: dict[str, Any], path: Path, *, raw_text: bool) -> 
         why = "only text is read" if lost[0].split(".")[-1] in MEDIA else "it has no translation"
         raise NotExact(f"{name}: {lost[0]} would be lost: {why}", "write the source under data.train")
     if not (entry.get("hf_hub_url") or entry.get("file_name")):
-        raise NotExact(f"{name} is neither a file nor on the Hugging Face hub", "download it, and name the file")
+        raise NotExact(f"{name} names neither a file nor a hub data set", "download the data, and name the file")
     where = entry.get("hf_hub_url") or str(path.parent / str(entry["file_name"]))
     source: dict[str, Any] = {"path": where}
     source |= {ours: entry[key] for key, ours in (("split", "split"), ("num_samples", "max_rows")) if entry.get(key)}

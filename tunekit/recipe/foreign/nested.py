@@ -15,7 +15,7 @@ from tunekit.recipe.reading.draft import Draft, Place
 class Theirs:
     """The untranslated keys of another tool's configuration, as `section.key`.
 
-    `values`: value and place of each untranslated key; `places`: the places of taken keys, which `take` removed.
+    `values`: value and place of each untranslated key; `places`: the places of the keys that `take` removed.
     """
 
     draft: Draft
@@ -39,15 +39,15 @@ class Theirs:
         write(self.draft, tuple(target.split(".")), value, place, name)
 
     def record(self, name: str, what: str) -> None:
-        """Record what a taken key was rewritten to."""
+        """Record the rewrite of a key that `take` removed. `what`: the key's new form, or `nothing` and the reason."""
         record(self.draft, self.places[name], name, what)
 
     def complain(self, name: str, what: str, how: str = "") -> None:
-        """Add a problem with a taken key."""
+        """Add a problem of a key that `take` removed."""
         complain(self.draft, self.places[name], name, what, how)
 
     def settle(self, table: Mapping[str, Alias]) -> None:
-        """Translate every remaining key by the table. A key that is not in the table is a problem."""
+        """Translate every remaining key as the table says. A key that is not in the table is a problem."""
         for name in list(self.values):
             value = self.take(name)
             alias = table.get(name) or table.get(f"{name.partition('.')[0]}.*")

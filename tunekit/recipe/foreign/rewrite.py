@@ -1,5 +1,5 @@
 """Rewrites other tools' keys to tunekit's keys, and records each rewrite with its place.
-Two keys for the same setting are a problem. So is a value without an exact translation.
+Two keys for the same setting are a problem, and also a value without an exact translation.
 """
 
 import json
@@ -93,7 +93,7 @@ def _rewrite_quantization(draft: Draft) -> None:
         elif width == 0:
             if draft.get(METHOD) == "qlora" and name == "load_in_4bit":
                 complain(draft, place, name, "false contradicts adapter: qlora", "write adapter: lora")
-            record(draft, place, name, "nothing (it changes nothing here)")
+            record(draft, place, name, "nothing (this value has no effect in tunekit)")
         else:
             bits[name] = (width, place)
     if draft.get(METHOD) == "qlora":
@@ -116,7 +116,7 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
     kind = "nf4"
     for name, (value, place) in kinds:
         if value not in ("nf4", "fp4") or not four_bit:
-            what = f"must be nf4 or fp4, not {show(value)}" if four_bit else "nothing is loaded in 4 bits"
+            what = f"must be nf4 or fp4, not {show(value)}" if four_bit else "the model is not loaded in 4 bits"
             complain(draft, place, name, what, "write model.quantization: nf4 or fp4")
         else:
             kind = value
@@ -149,12 +149,12 @@ def _rewrite_precision(draft: Draft) -> None:
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:
-    """Write warmup_ratio: 0 for the scheduler `constant`. In other tools it has no warm-up, but in tunekit it has."""
+    """Write warmup_ratio: 0 for the scheduler `constant`, which has a warm-up in tunekit but none in other tools."""
     place = draft.place(("training", "scheduler"))
     written = [name for name in ("warmup_ratio", "warmup_steps") if draft.has(("training", name))]
     if any(draft.get(("training", name)) for name in written):
         how = "write constant_with_warmup, or remove the warm-up"
-        complain(draft, place, spelled, "the other tool's constant ignores the warm-up", how)
+        complain(draft, place, spelled, "the other tool's schedule `constant` ignores the warm-up", how)
     elif not written:
         write(draft, ("training", "warmup_ratio"), 0.0, place, f"{spelled}: constant")
 
@@ -163,7 +163,7 @@ def _settle_dora(draft: Draft, spelled: str, place: Place) -> None:
     """use_dora -> adapter.method: dora. In other tools, DoRA is an option of LoRA."""
     method = draft.get(METHOD, "lora")
     if method not in ("lora", "dora"):
-        complain(draft, place, spelled, f"is a switch of lora, and the method is {show(method)}", "remove one")
+        complain(draft, place, spelled, f"is an option of lora, but the method is {show(method)}", "remove one")
         return
     if draft.has(METHOD):
         draft.set(METHOD, "dora", draft.place(METHOD))
@@ -184,9 +184,9 @@ def _rewrite_source_key(draft: Draft, name: str, field: str) -> None:
         draft.wrap(TRAIN, 0)
     sources = draft.get(TRAIN)
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
-        complain(draft, place, name, "there are no training sources", "write it under data.train")
+        complain(draft, place, name, "there are no training sources", "write the key under data.train")
     elif field == "columns" and value == "text":
-        record(draft, place, name, "nothing (it changes nothing here)")
+        record(draft, place, name, "nothing (this value has no effect in tunekit)")
     else:
         for index, _ in enumerate(sources):
             theirs = {str(value): "text"} if field == "columns" else value
@@ -203,7 +203,7 @@ def _rewrite_pissa(draft: Draft) -> None:
         write(draft, ("adapter", "start"), start, wanted[1], "pissa_init")
     for name, found in (("pissa_init", wanted), ("pissa_iter", iterations)):
         if found is not None and (name == "pissa_iter" or found[0] is not True):
-            record(draft, found[1], name, "nothing (it belongs to pissa_init)")
+            record(draft, found[1], name, "nothing (it needs pissa_init: true)")
 
 
 def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: Place) -> None:
@@ -214,7 +214,7 @@ def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: 
     result does not depend on it.
     """
     if value == 0 and not isinstance(value, bool):
-        return record(draft, place, name, "nothing (0 is never)")
+        return record(draft, place, name, "nothing (0 means never)")
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         return complain(draft, place, name, f"must be a number above 0, not {show(value)}")
     sizes = [
@@ -230,7 +230,13 @@ def _settle_per_epoch(draft: Draft, name: str, ours: str, value: object, place: 
         how = f"write {ours}: {count}, rounded up (a step has {rows} rows; `tunekit plan` counts ROWS)"
     best = ("early_stopping_patience", "metric_for_best_model", "load_best_model_at_end")
     if ours == "training.eval_steps" and any(draft.get((chosen,)) for chosen in best):
-        return complain(draft, place, name, "tunekit counts steps, not epochs, and early stopping depends on them", how)
+        return complain(
+            draft,
+            place,
+            name,
+            "tunekit evaluates by steps, not by epochs, and early stopping depends on the evaluations",
+            how,
+        )
     return record(draft, place, name, f"nothing (tunekit counts steps: {how})")
 
 
@@ -272,7 +278,7 @@ def _settle_special_tokens(draft: Draft) -> None:
     for key in written:
         token = own.get(key[-1])
         if draft.get(key) == (token.get("content") if isinstance(token, dict) else token):
-            record(draft, draft.place(key), dotted(key), "nothing (the base's tokenizer has it)")
+            record(draft, draft.place(key), dotted(key), "nothing (the base's tokenizer has the same token)")
             draft.remove(key)
 
 
@@ -300,12 +306,15 @@ def _rewrite_template(draft: Draft, name: str) -> None:
     if value == "tokenizer_default" or any(word in base for words in bases for word in words):
         record(draft, place, name, "nothing (the tokenizer's own template is used; `tunekit preview` shows it)")
     else:
-        what = f"tunekit does not know the template {show(value)}, and the base's tokenizer may have another one"
+        what = (
+            f"tunekit does not know the template {show(value)}, and the base's tokenizer can have a different template"
+        )
         complain(draft, place, name, what, "write data.chat_template: FILE, or remove it")
 
 
 def _bits(value: object, meaning: int | None) -> int | None:
-    """The number of bits: 4, 8, or 0 for no quantization; None for an invalid value. `meaning`: the bits for `true`."""
+    """The number of bits that a value means: 4, 8, or 0 for no quantization; None for an invalid value. `meaning`: the
+    number of bits that `true` means; None if the value is a number of bits."""
     if meaning is None:
         return value if value in (4, 8) and not isinstance(value, bool) else None
     return (meaning if value else 0) if isinstance(value, bool) else None

@@ -18,13 +18,13 @@ OF_SAMPLES: dict[str, Alias] = {
     **same_names("objective", "mask_truncated_completions", "use_bias_correction_kl", "normalize_advantages"),
     **to("data.shuffle", "shuffle_dataset"),
     **nowhere(
-        lost("a reward is named by its file", "write objective.reward: [{function: FILE.py:NAME, allow_code: true}]"),
+        lost("tunekit needs the reward's file", "write objective.reward: [{function: FILE.py:NAME, allow_code: true}]"),
         *("reward_funcs", "reward_model_name_or_path", "reward_processing_classes"),
     ),
-    **nowhere(lost("each reward has its weight", "write weight: in objective.reward"), "reward_weights"),
+    **nowhere(lost("each reward has a separate weight", "write weight: in objective.reward"), "reward_weights"),
     **nowhere(
         lost(
-            "a truncated prompt is a different question", "write data.max_length: the limit of prompt plus completion"
+            "tunekit does not truncate prompts", "write data.max_length: the maximum tokens of prompt plus completion"
         ),
         "max_prompt_length",
     ),
@@ -38,15 +38,18 @@ OF_SAMPLES: dict[str, Alias] = {
         *("vllm_importance_sampling_clip_min", "use_transformers_continuous_batching", "use_transformers_paged"),
     ),
     **nowhere(
-        lost("each step samples its own completions", "write objective.num_iterations: steps per sample"),
+        lost(
+            "each step samples new completions, unless objective.num_iterations is above 1",
+            "write objective.num_iterations: the number of steps that use the same completions",
+        ),
         *("steps_per_generation", "generation_batch_size"),
     ),
     **nowhere(lost("an evaluation generates one greedy completion per prompt"), "num_generations_eval"),
     **nowhere(exactly("sum_then_normalize"), "multi_objective_aggregation"),
     **nowhere(exactly(1.0), "repetition_penalty", "top_entropy_quantile"),
-    **nowhere(lost("samples are drawn by temperature, top_p and top_k"), "min_p", "generation_kwargs"),
+    **nowhere(lost("sampling has only temperature, top_p and top_k"), "min_p", "generation_kwargs"),
     **dropped("the report shows completions of every step", "log_completions", "num_completions_to_print"),
-    **dropped("it changes no result", "ds3_gather_for_generation", "log_unique_prompts"),
+    **dropped("this setting changes no result", "ds3_gather_for_generation", "log_unique_prompts"),
 }
 
 
@@ -69,7 +72,7 @@ def count_prompts(draft: Draft, of_tool: bool) -> None:
         return  # invalid values are reported by other checks
     place, rows = draft.place(SIZE), written * steps
     if rows % group:
-        what = f"{rows} completions per step ({written} x {steps}) is not a multiple of the group size {group}"
+        what = f"{rows} completions per step ({written} x {steps}) are not a multiple of the group size {group}"
         draft.add_problem(SIZE, what, "write training.micro_batch_size and gradient_accumulation_steps in prompts")
         return
     prompts = rows // group

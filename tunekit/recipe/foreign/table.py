@@ -1,4 +1,5 @@
-"""The keys of Axolotl, LLaMA-Factory, TRL and PEFT, by their place in the configuration, and tunekit's key for each."""
+"""Tables from the keys of Axolotl, LLaMA-Factory, TRL and PEFT to tunekit's keys: TOP_LEVEL for keys outside sections,
+IN_ADAPTER for keys of the section `adapter`."""
 
 from tunekit.recipe.foreign import values as values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, same_names, to
@@ -23,9 +24,9 @@ _OPTIMIZERS = one_of(
 _SWITCH = these(True, False)
 _ATTENTION = one_of({"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"})
 _STRATEGY = one_of({"steps": NOTHING, "epoch": NOTHING, "no": NOTHING, "best": NOTHING, False: NOTHING})
-_SHARDED = "every device has the whole base; memory.streaming and model.quantization make it smaller"
-_UPLOADED = "nothing is uploaded; `hf upload` takes the finished folder"
-_TOKENS = "rows end with the end token of the base's tokenizer, and chat turns as its template ends them"
+_SHARDED = "every device stores the whole base; memory.streaming and model.quantization reduce its memory"
+_UPLOADED = "tunekit uploads nothing; use `hf upload` with the finished folder"
+_TOKENS = "rows end with the end token of the base's tokenizer; the chat template defines the end of chat turns"
 PRECISION_KEYS = ("bf16", "fp16")
 SOURCE_KEYS = {"max_samples": "max_rows", "dataset_train_split": "split", "dataset_text_field": "columns"}
 TEMPLATE_KEYS = ("template", "chat_template")
@@ -51,7 +52,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("model.quantization", "bnb_4bit_quant_type", "quantization_type"),
     **to("model.dtype", *PRECISION_KEYS),
     **to("memory.gradient_checkpointing", "gradient_checkpointing", by=_SWITCH),
-    **dropped("it is always non-reentrant", "gradient_checkpointing_kwargs"),
+    **dropped("recomputation is always non-reentrant", "gradient_checkpointing_kwargs"),
     **to("data.train", "datasets", by=values.dataset_list),
     **to("data.train", "dataset", by=values.dataset_files),
     **to("data.train", "dataset_name"),
@@ -78,7 +79,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("adapter.use_rslora", "use_rslora", "peft_use_rslora"),
     **to("adapter.init_from", "lora_model_dir", "adapter_name_or_path"),
     **to("adapter.modules_to_save", "lora_modules_to_save"),
-    **nowhere(lost("DoRA is a separate method", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
+    **nowhere(lost("in tunekit, DoRA is a separate method", "write adapter.method: dora"), "use_dora", "peft_use_dora"),
     **to("objective.method", "stage", by=values.stage),
     **to("objective.method", "rl", by=these(*known_names("objectives"))),
     **to("objective.beta", "beta", "rl_beta", "pref_beta"),
@@ -89,12 +90,15 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("objective.desirable_weight", "desirable_weight", "kto_desirable_weight", "kto_chosen_weight"),
     **to("objective.undesirable_weight", "undesirable_weight", "kto_undesirable_weight", "kto_rejected_weight"),
     **to("objective.center_rewards_coefficient", "center_rewards_coefficient"),
-    **nowhere(lost("it averages per answer", "write objective.rpo_alpha, a mean over the step"), "pref_ftx"),
+    **nowhere(
+        lost("pref_ftx is a mean for each answer", "write objective.rpo_alpha, which is a mean over the step"),
+        "pref_ftx",
+    ),
     **OF_SAMPLES,
     **to("objective.precompute_ref_log_probs", "precompute_ref_log_probs"),
     **nowhere(exactly("reverse_kl"), "f_divergence_type"),
-    **nowhere(lost("pairs are not weighted"), "use_weighting"),
-    **nowhere(lost("the reference is the model at step 0"), "sync_ref_model"),
+    **nowhere(lost("tunekit does not weight pairs"), "use_weighting"),
+    **nowhere(lost("the reference model is always the model at step 0"), "sync_ref_model"),
     **to("training.epochs", "num_epochs", "num_train_epochs"),
     **to("training.max_steps", "max_steps", by=values.unset_by_negative),
     **to("training.micro_batch_size", "micro_batch_size", "per_device_train_batch_size"),
@@ -125,31 +129,36 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("rows are cached by their content", "preprocessing_num_workers", "dataset_processes"),
     **dropped("rows are ready before training begins", "dataloader_num_workers", "dataloader_pin_memory"),
     **dropped("rows are ready before training begins", "dataloader_prefetch_factor", "remove_unused_columns"),
-    **dropped("metrics.jsonl holds every number", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name"),
-    **dropped("metrics.jsonl holds every number", "wandb_run_id", "wandb_log_model", "run_name", "trackio_space_id"),
-    **dropped("metrics.jsonl holds every number", "trackio_project_name", "trackio_run_name", "wandb_mode"),
-    **dropped("the run folder holds everything", "logging_dir"),
+    **dropped("metrics.jsonl contains all metrics", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name"),
+    **dropped("metrics.jsonl contains all metrics", "wandb_run_id", "wandb_log_model", "run_name", "trackio_space_id"),
+    **dropped("metrics.jsonl contains all metrics", "trackio_project_name", "trackio_run_name", "wandb_mode"),
+    **dropped("the run folder contains all files of the run", "logging_dir"),
     **dropped("padding changes no result", "pad_to_sequence_len", "pad_to_multiple_of"),
     **dropped("sequences are concatenated without padding", "group_by_length", "length_column_name", "padding_free"),
-    **dropped("it changes no result", "strict", "local_rank", "debug", "ddp_timeout", "use_cache"),
+    **dropped("this setting changes no result", "strict", "local_rank", "debug", "ddp_timeout", "use_cache"),
     **dropped("checkpoints are safetensors", "save_safetensors", "save_only_model"),
     **dropped("use `tunekit train --overwrite`", "overwrite_output_dir"),
-    **dropped("matrix products keep their precision", "tf32"),
+    **dropped("tunekit does not turn on TF32", "tf32"),
     **dropped("gradients are summed without DistributedDataParallel", "ddp_find_unused_parameters"),
     **dropped("the fast tokenizer is always used", "use_fast_tokenizer"),
     **nowhere(
-        lost("its file may name an optimizer and a precision", "write training.optimizer and model.dtype instead"),
+        lost(
+            "a DeepSpeed file can set an optimizer and a precision", "write training.optimizer and model.dtype instead"
+        ),
         "deepspeed",
     ),
     **dropped(_SHARDED, "fsdp", "fsdp_config", "fsdp_version", "fsdp_transformer_layer_cls_to_wrap"),
     **nowhere(lost("tunekit does not train models that read images and write text"), "processor_type"),
-    **nowhere(lost("rows are always prepared"), "skip_prepare_dataset"),
-    **nowhere(lost("tunekit trains whole modules only", "write adapter"), "unfrozen_parameters"),
+    **nowhere(lost("tunekit always prepares rows"), "skip_prepare_dataset"),
+    **nowhere(lost("tunekit trains only whole modules", "write adapter"), "unfrozen_parameters"),
     **nowhere(same, "evals_per_epoch", "saves_per_epoch", "dataset_dir"),  # rewrite.py, datasets.py
     **nowhere(same, "pissa_init", "pissa_iter"),  # rewrite.py
     **dropped("run `tunekit adapter convert` on the result", "pissa_convert"),
     **nowhere(values.tokens_of_padding, "special_tokens"),
-    **nowhere(lost(_TOKENS, "remove it if it is the same token; else set eos_token in the base's files"), "eos_token"),
+    **nowhere(
+        lost(_TOKENS, "remove the key if its token is the same; otherwise set eos_token in the base's files"),
+        "eos_token",
+    ),
     **nowhere(same, "dataset_test_split"),  # rewrite.py
     **nowhere(exactly("default", how="write the source under data.train"), "dataset_config"),
     **nowhere(exactly("bfd", how="write data.excess_length: split"), "packing_strategy"),
@@ -175,16 +184,16 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("evaluation.max_new_tokens", "eval_max_new_tokens"),
     **dropped("the tokenizer's own class is used", "tokenizer_type"),
     **dropped("rows of an evaluation are never packed", "eval_sample_packing"),
-    **dropped("a warning names the rows of a rising loss", "loss_watchdog_threshold", "loss_watchdog_patience"),
+    **dropped("if the loss rises, a warning names the rows", "loss_watchdog_threshold", "loss_watchdog_patience"),
     **dropped("no table of answers is uploaded", "eval_table_size"),
-    **dropped("the layer determines it", "lora_fan_in_fan_out"),
-    **nowhere(lost("tunekit has no embedding noise"), "neftune_noise_alpha"),
+    **dropped("the kind of layer determines this setting", "lora_fan_in_fan_out"),
+    **nowhere(lost("tunekit adds no noise to embeddings"), "neftune_noise_alpha"),
     **dropped(_UPLOADED, "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"),
     **dropped("the environment's HF_TOKEN is used", "hub_token"),
-    **dropped("the metric determines it", "greater_is_better"),
+    **dropped("the metric determines this setting", "greater_is_better"),
     **to("evaluation.best", "load_best_model_at_end", by=switch("eval.loss")),
     **nowhere(exactly(True, False), "do_eval"),
-    **nowhere(lost("resuming is an option of the command", "run `tunekit train --resume`"), "resume_from_checkpoint"),
+    **nowhere(lost("--resume is an option of the command", "run `tunekit train --resume`"), "resume_from_checkpoint"),
 }
 IN_ADAPTER: dict[str, Alias] = {
     **to("adapter.method", "peft_type", by=one_of({"LORA": "lora"})),
@@ -192,7 +201,7 @@ IN_ADAPTER: dict[str, Alias] = {
     **to("adapter.dropout", "lora_dropout"),
     **nowhere(exactly("CAUSAL_LM"), "task_type"),
     **nowhere(exactly(True, how="write adapter.start"), "init_lora_weights"),
-    **dropped("the layer determines it", "fan_in_fan_out"),
+    **dropped("the kind of layer determines this setting", "fan_in_fan_out"),
     **nowhere(exactly(False), "inference_mode"),
     "use_dora": TOP_LEVEL["use_dora"],
 }

@@ -1,4 +1,4 @@
-"""Detects the tool that a configuration is for, and writes the tool's defaults for keys that are not in it.
+"""Detects the tool that a configuration is for, and writes the tool's defaults for keys that the configuration lacks.
 
 Sources of the defaults: TRL's SFTConfig, DPOConfig, RewardConfig and ModelConfig, transformers' TrainingArguments,
 LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders of torchtune.
@@ -99,7 +99,8 @@ def rate_of(method: str) -> float:
 
 
 def trains_base(draft: Draft, tool: str | None) -> bool:
-    """Whether the tool would train all weights, because the configuration has no adapter. `draft`: before rewrites."""
+    """Whether the tool would train all weights, because the configuration has no adapter. `draft`: the configuration
+    before its keys are rewritten."""
     asked = draft.get(("adapter",)) if tool == AXOLOTL else draft.get(("use_peft",)) is True
     return tool in (AXOLOTL, TRL) and not asked
 
@@ -136,7 +137,8 @@ def drop_unknown(draft: Draft, tool: str) -> None:
 
 
 def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
-    """Write the tool's defaults that differ from tunekit's, in place. `every_weight`: whether the base is trained."""
+    """Write the tool's defaults that differ from tunekit's, in place. `every_weight`: whether the tool trains all
+    weights of the base."""
     defaults = dict(DEFAULTS.get(tool, {}))
     if every_weight:
         defaults["adapter.method"] = "full"

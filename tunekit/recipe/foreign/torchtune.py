@@ -108,7 +108,7 @@ TABLE: dict[str, Alias] = {
     f"loss.{COMPONENT}": Alias(
         ("objective", "method"),
         component(LOSSES, "write objective", "the loss "),
-        "the mean over supervised tokens is always the loss",
+        "the loss is always the mean over supervised tokens",
     ),
     **to("objective.beta", "loss.gamma"),  # RSOLoss
     **to("objective.beta", DISTILLATION, by=component(DIVERGENCES, "write objective.beta", "the loss ")),
@@ -116,23 +116,28 @@ TABLE: dict[str, Alias] = {
     **to("objective.teacher", TEACHER, by=lambda value: {"name_or_path": value}),
     **nowhere(exactly(0.5, how="write training.scheduler"), "lr_scheduler.num_cycles"),
     **to("training.warmup_steps", "lr_scheduler.num_warmup_steps"),
-    **nowhere(lost("an adapter is continued by adapter.init_from", "write it"), "checkpointer.adapter_checkpoint"),
+    **nowhere(
+        lost("adapter.init_from names an adapter to continue", "write adapter.init_from"),
+        "checkpointer.adapter_checkpoint",
+    ),
     **nowhere(lost("the tokenizer's own template is used", "write data.chat_template"), "tokenizer.prompt_template"),
     **nowhere(lost("tunekit has no quantization-aware training"), "quantizer.*"),
-    **dropped("the teacher's files define it", "teacher_model.*", "teacher_checkpointer.*"),
+    **dropped("the teacher's files define this setting", "teacher_model.*", "teacher_checkpointer.*"),
     **dropped("logits are computed in chunks", "loss.num_output_chunks", "kd_loss.num_output_chunks"),
-    **dropped("a mask, not a label, marks the other tokens", "loss.ignore_index", "loss.mask_ignored_tokens"),
-    **dropped("a mask, not a label, marks the other tokens", "kd_loss.ignore_index"),
+    **dropped("a mask, not a label, marks tokens without loss", "loss.ignore_index", "loss.mask_ignored_tokens"),
+    **dropped("a mask, not a label, marks tokens without loss", "kd_loss.ignore_index"),
     **dropped(
         TOP_LEVEL["fsdp"].why, "fsdp.*", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "custom_sharded_layers"
     ),
     **nowhere(exactly(1, how="run torchrun"), "tensor_parallel_dim", "context_parallel_dim"),
-    **dropped("the model's files define it", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
-    **dropped("it changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram"),
+    **dropped("the model's files define this setting", "checkpointer.*", "tokenizer.*", "ref_checkpointer.*"),
+    **dropped("this setting changes no result", "optimizer.fused", "optimizer_in_bwd", "compile", "low_cpu_ram"),
     **dropped("use --device", "device"),
     **dropped("every step is logged", "log_every_n_steps", "log_peak_memory_stats", "log_level", "metric_logger.*"),
-    **nowhere(lost("training.max_steps counts the steps of all epochs", "write it"), "max_steps_per_epoch"),
-    **dropped("the run folder holds everything", "save_adapter_weights_only"),
+    **nowhere(
+        lost("training.max_steps counts the steps of all epochs", "write training.max_steps"), "max_steps_per_epoch"
+    ),
+    **dropped("the run folder contains all files of the run", "save_adapter_weights_only"),
     **dropped("report.json has the time and memory of each part", "profiler.*"),
 }
 
@@ -224,7 +229,10 @@ def _write_steps(theirs: Theirs) -> None:
     theirs.take("max_steps_per_epoch")
     theirs.write("max_steps_per_epoch", "training.max_steps", steps * epochs)
     if theirs.take("epochs") is not None:
-        theirs.record("epochs", f"nothing (if an epoch has fewer than {steps} steps, write it in place of max_steps)")
+        theirs.record(
+            "epochs",
+            f"nothing (if an epoch has fewer than {steps} steps, write training.epochs instead of training.max_steps)",
+        )
 
 
 def _write_sources(theirs: Theirs) -> None:
@@ -249,7 +257,8 @@ def _write_sources(theirs: Theirs) -> None:
 
 
 def _write_share(theirs: Theirs) -> None:
-    """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval. Its rows are drawn at random."""
+    """Translate the splits `train[:95%]` and `train[95%:]` to a fraction in data.eval. The evaluation rows are drawn at
+    random."""
     splits = [str(theirs.get(f"{section}.split", "")) for section in ("dataset", "dataset_val")]
     head, tail = HEAD.fullmatch(splits[0]), TAIL.fullmatch(splits[1])
     if head is None or tail is None or head.groups() != tail.groups():

@@ -58,7 +58,7 @@ SECTIONS: dict[str, Alias] = {
             *("optim", "lr_scheduler_type", "output_dir"),
         )
     },
-    **dropped("metrics.jsonl holds every number", "logging.*"),
+    **dropped("metrics.jsonl contains all metrics", "logging.*"),
     **dropped("`tunekit chat` and `generate` have their own options", "inference.*"),
 }
 OPTIONS: dict[str, Alias] = {  # options of unsloth-cli.py: TRL's keys and these
@@ -75,7 +75,9 @@ OPTIONS: dict[str, Alias] = {  # options of unsloth-cli.py: TRL's keys and these
     **dropped("run `tunekit merge` or `tunekit export` on the result", "save_model", "save_method", "save_gguf"),
     **dropped("run `tunekit merge` or `tunekit export` on the result", "save_path", "quantization"),
     **dropped(TOP_LEVEL["push_to_hub"].why, "push_model", "push_gguf", "hub_path"),
-    **nowhere(lost("texts are cut to data.max_length", "write data.train"), "raw_text_file", "chunk_size", "stride"),
+    **nowhere(
+        lost("tunekit cuts texts to data.max_length", "write data.train"), "raw_text_file", "chunk_size", "stride"
+    ),
 }
 
 

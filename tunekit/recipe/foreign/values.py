@@ -41,7 +41,7 @@ def same(value: object) -> object:
 
 
 def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
-    """A translation by a table of values. true and false are not equal to 1 and 0."""
+    """A translation that looks up values in a table. In this table, true and false are not equal to 1 and 0."""
 
     def translate(value: object) -> object:
         for known, ours in choices.items():
@@ -136,7 +136,7 @@ def evaluation_share(value: object) -> object:
     if value == 0:
         return NOTHING
     if value >= 1:
-        raise NotExact("is a number of rows", "write a fraction below 1, or data.eval: FILE")
+        raise NotExact("is a number of rows, not a fraction", "write a fraction below 1, or data.eval: FILE")
     return value
 
 
@@ -185,12 +185,12 @@ def _dataset(item: dict[str, Any]) -> dict[str, Any]:
         if key not in _DATASET_KEYS and found not in (None, False):
             raise NotExact(f"'{key}' would be lost", "write the source under data.train")
     if item.get("trust_remote_code"):
-        raise NotExact("a data set's own code is never run", "convert it to JSONL")
+        raise NotExact("tunekit never runs the code of a data set", "convert the data set to JSONL")
     source = {key: item[key] for key in ("path", "split", "revision") if item.get(key) is not None}
     kind, ending = item.get("type"), item.get("ds_type")
     endings = DATA_ENDINGS if ending == "json" else (f".{ending}",)
     if ending is not None and not str(item.get("path")).endswith(endings):
-        raise NotExact(f"ds_type {ending} does not follow from the file name", "rename the file")
+        raise NotExact(f"ds_type is {ending}, but the file name has a different ending", "rename the file")
     if kind is not None:
         if not isinstance(kind, str) or kind not in _DATASET_TYPES:
             raise NotExact(f"the type {show(kind)} has no exact translation", f"known: {', '.join(_DATASET_TYPES)}")
@@ -221,5 +221,5 @@ def mapping_of(item: dict[str, Any], key: str) -> dict[Any, Any]:
     """The mapping under this key; empty if the key is absent. Raises: NotExact if the value is not a mapping."""
     value = item.get(key) or {}
     if not isinstance(value, dict):
-        raise NotExact(f"{key} must be a mapping, not {show(value)}", "mend it")
+        raise NotExact(f"{key} must be a mapping, not {show(value)}", "mend the value")
     return value

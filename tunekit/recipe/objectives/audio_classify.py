@@ -6,7 +6,7 @@ from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 
 
 class AudioClassifySettings(SpecAugmentSettings, HeadSettings, LabelSettings):
-    """One label per recording, predicted by Whisper's encoder."""
+    """Settings of audio classification. Whisper's encoder predicts one label for each recording."""
 
     summary = "cross entropy on a label for each recording"
     family = "audio_classifier"

@@ -5,9 +5,10 @@ from tunekit.recipe.bases.label_settings import HeadSettings, LabelSettings
 
 
 class ClassifySettings(HeadSettings, LabelSettings):
-    """One label for each text; with another `problem_type`, several labels or numbers."""
+    """Settings of text classification. Each text has one label; with another `problem_type`, several labels or
+    numbers."""
 
-    summary = "one label for each text, several labels, or numbers"
+    summary = "predicts one label, several labels or numbers for each text"
     family = "classifier"
     example = "label"
     first_order = 70

@@ -11,15 +11,17 @@ UnitShare = Annotated[Number, Field(ge=0, le=1)]
 
 
 class DistillSettings(ObjectiveSettings):
-    """The names are TRL's. The default of beta is 0 instead of 1, because the tokens come from the data, not the
-    student."""
+    """Settings of knowledge distillation. The names are TRL's. The default of beta is 0 instead of TRL's 1, because the
+    tokens come from the data, not from the student."""
 
-    summary = "a teacher model's probabilities of the next token"
+    summary = "learns a teacher model's probabilities of the next token"
     free_keys = ("teacher_streaming",)
     needs_recipe = True
     one_sequence = True
 
-    teacher: ModelSection = Field(description="a model with the same vocabulary: a name, or a mapping as in model")
+    teacher: ModelSection = Field(
+        description="the teacher, with the student's vocabulary: a name, or a mapping as in the section model"
+    )
     teacher_streaming: Literal["off", "host", "disk"] = Field(
         "off",
         description="where the teacher's layers are stored; host or disk: each layer is copied to the device "
@@ -30,7 +32,7 @@ class DistillSettings(ObjectiveSettings):
         description="0: forward KL(teacher | student); 1: reverse KL; between 0 and 1: generalised "
         "Jensen-Shannon divergence",
     )
-    temperature: Positive = Field(1.0, description="the temperature of both distributions")
+    temperature: Positive = Field(1.0, description="the temperature of the teacher's and the student's distribution")
     kd_ratio: UnitShare = Field(
         1.0,
         description="weight of the divergence; 1 - kd_ratio is the weight of the cross entropy on the data's tokens",

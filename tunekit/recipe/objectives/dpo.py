@@ -43,9 +43,9 @@ LossTypes = Annotated[
 
 
 class DpoSettings(PairSettings):
-    """The names and defaults are TRL's."""
+    """Settings of DPO. The names and defaults are TRL's."""
 
-    summary = "chosen and rejected answers, close to the reference model"
+    summary = "prefers chosen over rejected answers, close to the reference model"
     reference = "policy at step 0"
     first_order = 50
 
@@ -55,9 +55,11 @@ class DpoSettings(PairSettings):
     loss_type: LossTypes = Field(("sigmoid",), description="one loss, or several losses that are added")
     loss_weights: Several[Number] | None = Field(None, description="one weight for each loss; null: every weight is 1")
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="for robust and aot: the assumed share of swapped pairs; for exo_pair: its epsilon, above 0"
+        0.0,
+        description="for robust and aot: the assumed share of pairs whose answers are swapped; for exo_pair: the "
+        "loss's epsilon, above 0",
     )
-    discopop_tau: Positive = Field(0.05, description="for discopop: the temperature with which it blends two losses")
+    discopop_tau: Positive = Field(0.05, description="for discopop: the temperature that blends its two losses")
     precompute_ref_log_probs: AutoOrBool = Field(
         "auto",
         description="compute the reference model's log-probabilities once per row, for all epochs and evaluations; "
@@ -65,7 +67,7 @@ class DpoSettings(PairSettings):
     )
     rpo_alpha: NotNegative | None = Field(
         None,
-        description="weight of the mean loss on the chosen answers' tokens, the same as loss_type sft with this weight",
+        description="weight of the mean loss on the chosen answers' tokens; equal to loss_type sft with this weight",
     )
     ld_alpha: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None, description="weight of the longer answer's tokens beyond the length of the shorter answer; null: 1"
@@ -89,12 +91,12 @@ class DpoSettings(PairSettings):
         if changed and "discopop" not in self.loss_type:
             raise ValueError("discopop_tau has an effect only with loss_type discopop; remove it")
         if self.rpo_alpha is not None and "sft" in self.loss_type:
-            raise ValueError("rpo_alpha and loss_type sft are the same term; keep one")
+            raise ValueError("rpo_alpha adds the same term as loss_type sft; keep one of them")
         if self.label_smoothing and not set(self.loss_type) & set(SMOOTHED):
             raise ValueError(
                 f"label_smoothing has an effect only with {', '.join(SMOOTHED)}; remove it, or choose one of "
                 "these losses"
             )
         if "exo_pair" in self.loss_type and not self.label_smoothing:
-            raise ValueError("exo_pair needs label_smoothing above 0 (its paper: 1e-3)")
+            raise ValueError("exo_pair needs label_smoothing above 0; the paper uses 1e-3")
         return self

@@ -25,7 +25,8 @@ LEAST_SIDE, MOST_SIDE = 16, 4096  # pixels
 
 
 def _buckets(value: object) -> object:
-    """`auto`, or the sizes as tuples (height, width)."""
+    """Checks aspect_ratio_buckets: `auto`, or a list of sizes, which become tuples (height, width). Raises:
+    ValueError."""
     if value == "auto":
         return value
     pairs = value if isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) for pair in value) else ()
@@ -33,7 +34,7 @@ def _buckets(value: object) -> object:
     if not sides or any(len(pair) != 2 for pair in pairs) or not all(type(side) is int for side in sides):
         raise ValueError("must be auto, or a list of [height, width] in pixels, such as [[512, 512], [512, 768]]")
     if not all(LEAST_SIDE <= side <= MOST_SIDE for side in sides):
-        raise ValueError(f"must have sides of {LEAST_SIDE} to {MOST_SIDE} pixels")
+        raise ValueError(f"has a side outside the range of {LEAST_SIDE} to {MOST_SIDE} pixels")
     return tuple((height, width) for height, width in pairs)
 
 
@@ -47,7 +48,8 @@ Buckets = Annotated[
 
 
 class DreamboothSettings(ObjectiveSettings):
-    """The names and defaults are those of diffusers, except center_crop: diffusers crops at random."""
+    """Settings of DreamBooth. The names and defaults are from diffusers, except center_crop: diffusers crops at
+    random."""
 
     summary = "a diffusion model learns the subject of a few images"
     family = "diffusion"
@@ -59,7 +61,7 @@ class DreamboothSettings(ObjectiveSettings):
     medium = "image"
     first_order = 40
     first_lines = (
-        ("  instance_prompt: a photo of sks thing", "replace `thing` by the kind of subject; keep the rare word sks"),
+        ("  instance_prompt: a photo of sks thing", "replace `thing` with the kind of subject; keep the rare word sks"),
     )
     sums = ("loss", "units")
     default_learning_rate = PublishedRate(
@@ -67,7 +69,7 @@ class DreamboothSettings(ObjectiveSettings):
     )
 
     instance_prompt: Text | None = Field(
-        None, description="text for all images that have no text in the data, with a rare word: a photo of sks dog"
+        None, description="text for images without a text in the data; it contains a rare word: a photo of sks dog"
     )
     resolution: Annotated[Count, Field(ge=LEAST_SIDE, le=MOST_SIDE)] | None = Field(
         None, description="side of the training images in pixels; null: the resolution that the pipeline was made for"
@@ -76,34 +78,35 @@ class DreamboothSettings(ObjectiveSettings):
         None,
         description="sizes to train on, a list of [height, width]. Each image is resized to the size with the nearest "
         "aspect ratio; `resolution` is then used for generated images only. auto: sizes of the usual aspect ratios "
-        "with as many pixels as a square of `resolution`, or fewer for smaller images; null: only that square",
+        "with the area of a square of `resolution`, or smaller for smaller images; null: only the square of "
+        "`resolution`",
     )
     center_crop: bool = Field(
-        True, description="train on the middle of each image; false: on a different random part in each step"
+        True, description="train on the middle of each image; false: train on a new random part in each step"
     )
     random_flip: bool = Field(False, description="mirror each image in half of the steps")
     train_text_encoder: bool = Field(False, description="also train an adapter for the text encoders")
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
         "auto",
-        description="the quantity that the denoiser predicts; auto: the one in the configuration of the "
+        description="the quantity that the denoiser predicts; auto: the prediction type in the configuration of the "
         "pipeline's scheduler",
     )
     snr_gamma: Positive | None = Field(
-        None, description="weight the loss by min(SNR, gamma), as Hang et al. 2023; usually 5"
+        None, description="gamma of the loss weight min(SNR, gamma) (Hang et al. 2023); usually 5"
     )
     noise_offset: NotNegative = Field(
         0.0, description="strength of extra noise that is constant within each channel; usually 0.1"
     )
     weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = Field(
         "none",
-        description="for pipelines with flow matching: the distribution of times and the weights of their losses",
+        description="for pipelines with flow matching: the distribution of the timesteps, and the loss weight of each",
     )
-    logit_mean: Number = Field(0.0, description="for logit_normal: mean of the logit of the time")
-    logit_std: Positive = Field(1.0, description="for logit_normal: standard deviation of the logit of the time")
-    mode_scale: NotNegative = Field(1.29, description="for mode: the scale of its curve")
+    logit_mean: Number = Field(0.0, description="for logit_normal: mean of the timestep's logit")
+    logit_std: Positive = Field(1.0, description="for logit_normal: standard deviation of the timestep's logit")
+    mode_scale: NotNegative = Field(1.29, description="for mode: the scale s of its distribution (Esser et al. 2024)")
     class_prompt: Text | None = Field(
         None,
-        description="prior preservation: the prompt of images that the base itself generates, such as a photo of dog",
+        description="prior preservation: the prompt with which the base generates class images, such as a photo of dog",
     )
     class_data_dir: NewPath | None = Field(
         None, description="folder of the class images; the base generates missing images before step 1"
@@ -112,7 +115,7 @@ class DreamboothSettings(ObjectiveSettings):
     prior_loss_weight: NotNegative = Field(1.0, description="weight of the loss on the class images")
     cache_latents: AutoOrBool = Field(
         "auto",
-        description="encode each image once, before step 1; auto: if images are neither cropped at random nor mirrored",
+        description="encode each image once, before step 1; auto: unless images are cropped at random or mirrored",
     )
     validation_prompts: Several[Text] = Field(
         (), description="prompts of images that each evaluation generates for the report"
@@ -129,7 +132,7 @@ class DreamboothSettings(ObjectiveSettings):
     def _class_pictures_have_a_place(self) -> DreamboothSettings:
         if (self.class_prompt is None) != (self.class_data_dir is None):
             raise ValueError(
-                "prior preservation needs class_prompt, the text of its images, and class_data_dir, their folder"
+                "prior preservation needs class_prompt and class_data_dir (the folder of the class images); write both"
             )
         return self
 

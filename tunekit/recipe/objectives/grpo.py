@@ -23,18 +23,20 @@ def _not_by_micro_batch(value: object) -> object:
 
 
 class GrpoSettings(SampleSettings):
-    """The names and defaults are TRL's. All completions of a step are one batch, independent of micro-batches."""
+    """Settings of GRPO. The names and defaults are TRL's. All completions of a step are one batch, independent of
+    micro-batches."""
 
     summary = "samples of the model, each compared with the other samples for its prompt"
 
     loss_type: Annotated[GrpoLossType, BeforeValidator(_not_by_micro_batch)] = Field(
         "dapo",
-        description="the normalisation. grpo: mean over tokens, then over completions; dapo: mean over all tokens of "
-        "the step; dr_grpo: sum over tokens, divided by max_completion_length; cispo: as dapo, with a capped ratio "
-        "that gets no gradient",
+        description="the normalisation of the loss. grpo: mean over tokens, then over completions; dapo: mean over all "
+        "tokens of the step; dr_grpo: sum over tokens, divided by max_completion_length; cispo: mean as with dapo, but "
+        "the probability ratio is capped and gets no gradient",
     )
     importance_sampling_level: Literal["token", "sequence"] = Field(
-        "token", description="sequence: one ratio for each completion (GSPO)"
+        "token",
+        description="token: one probability ratio for each token; sequence: one for each completion (GSPO)",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
@@ -43,11 +45,12 @@ class GrpoSettings(SampleSettings):
     )
     use_bias_correction_kl: bool = Field(
         True,
-        description="with beta above 0: multiply the KL estimate (k3) by the ratio, which makes its gradient unbiased",
+        description="with beta above 0: multiply the KL estimate (k3) by the probability ratio, so that the gradient "
+        "of the KL is unbiased",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> GrpoSettings:
         if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("cispo needs epsilon_high, the cap of the ratio, such as 5.0")
+            raise ValueError("cispo needs epsilon_high, the maximum of the probability ratio, such as 5.0")
         return self

@@ -11,12 +11,13 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Number, S
 
 def _scale(value: tuple[float, ...]) -> tuple[float, ...]:
     if len(value) != 2 or not 0 < value[0] <= value[1] <= 1:
-        raise ValueError("must be two numbers above 0 and at most 1, the smaller number first")
+        raise ValueError("needs two numbers above 0 and at most 1, the smaller number first")
     return value
 
 
 class ImageClassifySettings(HeadSettings, LabelSettings):
-    """One label per image. In training, torchvision's transforms augment each image differently in each step."""
+    """Settings of image classification. In training, torchvision's transforms augment an image differently in each
+    step."""
 
     summary = "cross entropy on a label for each image"
     family = "image_classifier"
@@ -26,7 +27,7 @@ class ImageClassifySettings(HeadSettings, LabelSettings):
     first_order = 30
 
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
-        None, description="side of the images in pixels; null: the value of the model's processor"
+        None, description="side of the images in pixels; null: the size that the model's image processor has"
     )
     random_resized_crop: bool = Field(True, description="train on a random part of each image, resized to `resolution`")
     crop_scale: Annotated[Several[Number], AfterValidator(_scale)] = Field(

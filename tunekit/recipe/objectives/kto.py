@@ -12,9 +12,9 @@ LOGGED = ("rewards_chosen", "rewards_rejected", "rewards_margins", "logps_chosen
 
 
 class KtoSettings(ObjectiveSettings):
-    """The names and defaults are TRL's."""
+    """Settings of KTO. The names and defaults are TRL's."""
 
-    summary = "answers marked as good or bad, close to the reference model"
+    summary = "learns from answers marked as good or bad, close to the reference model"
     example = "unpaired"
     shows = Shows(unit="answer")
     reference = "policy at step 0"
@@ -25,7 +25,8 @@ class KtoSettings(ObjectiveSettings):
     beta: Positive = Field(0.1, description="how strongly the model is kept close to the reference")
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
         "kto",
-        description="apo_zero_unpaired: without the KL; use it if the good answers are better than the model's own",
+        description="apo_zero_unpaired: a loss without the KL; use it if the good answers are better than the model's "
+        "answers",
     )
     precompute_ref_log_probs: AutoOrBool = Field(
         "auto",
@@ -35,5 +36,5 @@ class KtoSettings(ObjectiveSettings):
     desirable_weight: Positive = Field(1.0, description="weight of the loss of good answers")
     undesirable_weight: Positive = Field(1.0, description="weight of the loss of bad answers")
     unusable_rows: Literal["error", "drop"] = Field(
-        "error", description="for a row without a prompt or with an empty answer: stop with an error, or drop the row"
+        "error", description="for a row without a prompt or with an empty answer. error: stop; drop: leave the row out"
     )

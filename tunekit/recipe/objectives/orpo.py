@@ -8,7 +8,7 @@ from tunekit.recipe.bases.section import Positive
 
 
 class OrpoSettings(PairSettings):
-    """The names and defaults are TRL's."""
+    """Settings of ORPO. The names and defaults are TRL's."""
 
     summary = "supervised tuning on chosen answers, plus a loss on the odds ratio of both answers"
 

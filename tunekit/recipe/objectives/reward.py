@@ -10,9 +10,9 @@ SCORES = REWARDS[:4]  # metrics that need only the two scores
 
 
 class RewardSettings(PairSettings):
-    """The names and defaults are TRL's."""
+    """Settings of reward models. The names and defaults are TRL's."""
 
-    summary = "a score for each answer, higher for chosen answers"
+    summary = "gives each answer a score, higher for chosen answers"
     family = "classifier"
     sums = ("loss", "units", *SCORES)
     answers = False
@@ -21,5 +21,5 @@ class RewardSettings(PairSettings):
     default_learning_rate = PublishedRate(1e-4, "huggingface/trl 1.16, the default of its RewardConfig")
 
     center_rewards_coefficient: Positive | None = Field(
-        None, description="weight of the squared sum of both scores, which keeps scores near 0; usually 0.01"
+        None, description="weight of the penalty (sum of both scores)^2, which keeps scores near 0; usually 0.01"
     )

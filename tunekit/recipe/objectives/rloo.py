@@ -10,7 +10,7 @@ from tunekit.recipe.bases.section import NotNegative, Whole
 
 
 class RlooSettings(SampleSettings):
-    """The names and defaults are TRL's."""
+    """Settings of RLOO. The names and defaults are TRL's."""
 
     summary = "samples of the model, each compared with the mean of the other samples"
 
@@ -18,7 +18,9 @@ class RlooSettings(SampleSettings):
         2, description="number of completions of each prompt (its group)"
     )
     beta: NotNegative = Field(
-        0.05, description="weight of the KL to the model at step 0 in the reward; 0 needs no reference model"
+        0.05,
+        description="weight of the KL divergence from the model at step 0, which is subtracted from the reward; 0 "
+        "needs no reference model",
     )
     normalize_advantages: bool = Field(
         False, description="normalise advantages to mean 0 and standard deviation 1 over the step"

@@ -5,7 +5,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class Seq2seqSettings(ObjectiveSettings):
-    """The objective has no other settings."""
+    """Settings of supervised fine-tuning of encoder-decoders. `method` is the only setting."""
 
     summary = "cross entropy on the answers of encoder-decoders"
     supervised = True

@@ -4,7 +4,7 @@ from tunekit.recipe.bases.section import ObjectiveSettings
 
 
 class SftSettings(ObjectiveSettings):
-    """The objective has no other settings."""
+    """Settings of supervised fine-tuning. `method` is the only setting."""
 
     summary = "next-token cross entropy on the supervised tokens"
     supervised = True

@@ -5,7 +5,7 @@ from tunekit.recipe.bases.label_settings import LabelSettings
 
 
 class TokenClassifySettings(LabelSettings):
-    """One tag per word."""
+    """Settings of token classification: one tag for each word."""
 
     summary = "cross entropy on a tag for each word"
     family = "token_classifier"

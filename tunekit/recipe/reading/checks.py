@@ -1,4 +1,4 @@
-"""Checks that need more than one key of the recipe. They run before anything is loaded."""
+"""Checks that combine several keys of the recipe. They run before the model and the data are loaded."""
 
 from collections.abc import Mapping, Sequence
 
@@ -65,8 +65,8 @@ def settle_generation(draft: Draft) -> None:
 
 
 def settle_learning_rate(draft: Draft) -> None:
-    """If the recipe writes no learning rate, use the published rate of the objective, otherwise of the adapter method.
-    Without a published rate, the default stays."""
+    """If the recipe has no learning rate, set the published rate of the objective or, if the objective has none, of the
+    adapter method. Without a published rate, the default stays."""
     training = draft.values.get("training", {})
     if not isinstance(training, dict) or "learning_rate" in training:
         return
@@ -92,7 +92,7 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
         _check_rewritten_answers(draft, objective)
         _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
         if not draft.has(("data", "eval")) and draft.get(("training", "eval_steps")) is not None:
-            what = "warning: training.eval_steps has no effect, for there are no evaluation rows"
+            what = "warning: training.eval_steps has no effect, because there are no evaluation rows"
             draft.defaults.append(f"{what}; write data.eval: a fraction or a file")
         for name in written.needs_evaluation if data.eval is None and isinstance(written, ObjectiveSettings) else ():
             draft.add_problem(("objective", name), "needs evaluation rows", "set data.eval")
@@ -109,14 +109,14 @@ def check_secrets(draft: Draft, value: object = None, key: KeyPath = ()) -> None
     """Refuse access tokens and passwords, because a run saves its recipe unchanged."""
     value = draft.values if not key else value
     if isinstance(value, str) and holds_secret(value):
-        draft.add_problem(key, "looks like a secret, and a run saves its recipe", "set HF_TOKEN instead")
+        draft.add_problem(key, "looks like a secret, but a run saves its recipe as text", "set HF_TOKEN instead")
     for part, inner in inner_items(value):
         check_secrets(draft, inner, (*key, part))
 
 
 def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -> None:
-    """Check `rewritten_answers: each`, which makes several rows from one conversation. It needs an objective with one
-    sequence per row, and a loss on all answers and on nothing else."""
+    """Check `rewritten_answers: each`, which makes several rows from one conversation. This setting needs an objective
+    with one sequence per row, and a loss on all assistant turns but on no other tokens."""
     key, train_on = ("data", "rewritten_answers"), draft.get(("data", "train_on")) or "assistant"
     if draft.get(key) == "each" and not objective.one_sequence:
         draft.add_problem(key, "a row of this objective has at most one answer to train on", "remove it")
@@ -125,7 +125,8 @@ def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -
 
 
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
-    """The settings class of the recipe's objective. If it names no known objective: of the default objective."""
+    """The settings class of the recipe's objective; if the recipe names no known objective, of the default
+    objective."""
     written = draft.values.get("objective")
     method = written.get("method") if isinstance(written, dict) else written
     return objective_class(method if method in known_names("objectives") else DEFAULT_METHOD["objective"])
@@ -141,7 +142,9 @@ def _check_sources(draft: Draft, data: DataSection, formats: Sequence[str]) -> N
         _check_streaming(draft, ("data", "train", streamed[0], "streaming"), data)
     for index, source in enumerate(evaluation):
         if source.streaming:
-            draft.add_problem(("data", "eval", index, "streaming"), "evaluation rows are read whole", "use max_rows")
+            draft.add_problem(
+                ("data", "eval", index, "streaming"), "evaluation rows cannot be streamed", "use max_rows"
+            )
         if source.weight != 1:
             draft.add_problem(("data", "eval", index, "weight"), "every evaluation row counts once", "remove it")
 
@@ -156,7 +159,7 @@ def _check_streaming(draft: Draft, key: KeyPath, data: DataSection) -> None:
 
 def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[str]) -> None:
     if source.max_rows is None and source.draw_seed != Source.model_fields["draw_seed"].default:
-        draft.add_problem((*key, "draw_seed"), "selects the rows of max_rows, and max_rows is not written", "remove it")
+        draft.add_problem((*key, "draw_seed"), "has an effect only with max_rows, which is not written", "remove it")
     if source.format != "auto" and source.format not in formats:
         known = source.format in known_names("formats")
         what = "the objective does not learn from the format" if known else "unknown format"
@@ -171,7 +174,7 @@ def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[
             how = did_you_mean(field, fields, "its fields are")
             draft.add_problem((*key, "columns", column), f"'{field}' is not a field of the format {source.format}", how)
         elif field in taken:
-            draft.add_problem((*key, "columns", column), f"a second column for the field '{field}'", "keep one")
+            draft.add_problem((*key, "columns", column), f"is a second column for the field '{field}'", "keep one")
         taken.add(field)
 
 
@@ -192,12 +195,12 @@ def _check_metrics(
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
         elif needs_generation(name) and not objective.answers:
-            what = f"the metric {name} needs answers, and the model of this objective gives no answers"
+            what = f"the metric {name} needs text answers, but a model of this objective writes no text"
             draft.add_problem(key, what, "remove it")
         elif wrong := unmeasurable(name, objective, settings, chosen=chosen):
             draft.add_problem(key, *wrong)
     if evaluation.samples and not objective.answers:
-        draft.add_problem(("evaluation", "samples"), "this objective's model gives no answers", "remove it")
+        draft.add_problem(("evaluation", "samples"), "a model of this objective writes no text", "remove it")
     _check_best(draft, ("evaluation", "best"), evaluation.best or "eval.loss", evaluation)
 
 
@@ -206,7 +209,7 @@ def _check_best(draft: Draft, key: KeyPath, name: str, evaluation: EvaluationSec
     metric, known, chosen = name.removeprefix("eval."), known_names("metrics"), evaluation.choices is not None
     if metric != "loss" and metric not in (*evaluation.metrics, *(CHOICE_METRICS if chosen else ())):
         how = f"add {metric} to evaluation.metrics" if metric in known else did_you_mean(metric, known, "known metrics")
-        draft.add_problem(key, f"{metric} is not among the metrics", how)
+        draft.add_problem(key, f"{metric} is not in evaluation.metrics", how)
 
 
 def _check_leave_out(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
@@ -219,7 +222,7 @@ def _check_leave_out(draft: Draft, sweep: SweepSection, data: DataSection) -> No
         what = "a fraction would select different rows in each trial, so trials could not be compared"
         draft.add_problem(key, what, "name evaluation sources in data.eval")
     if any(f"{name}.".startswith("data.train.") for name in sweep.keys):
-        draft.add_problem(key, "the keys change data.train too", "remove one of them")
+        draft.add_problem(key, "sweep.keys changes data.train too", "remove one of them")
 
 
 def _check_folds(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
@@ -229,11 +232,11 @@ def _check_folds(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
             draft.add_problem(("sweep", "fold_group"), "there are no folds", "write sweep.folds, or remove it")
         return
     if sweep.leave_out is not None:
-        draft.add_problem(key, "leave_out divides the rows by their sources", "remove one of them")
+        draft.add_problem(key, "sweep.leave_out already selects the rows by source", "remove one of them")
     if any(f"{name}.".startswith(("data.train.", "data.eval.")) for name in sweep.keys):
-        draft.add_problem(key, "the keys change the rows too", "remove one of them")
+        draft.add_problem(key, "sweep.keys changes the rows too", "remove one of them")
     if any(source.streaming for source in data.train):
-        draft.add_problem(key, "streamed rows cannot be divided", "write streaming: false, or remove it")
+        draft.add_problem(key, "streamed rows cannot be divided into folds", "write streaming: false, or remove it")
 
 
 def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evaluation: Section | None) -> None:
@@ -243,11 +246,13 @@ def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evalua
     if sweep.has_trials and sweep.folds is None and isinstance(data, DataSection) and data.eval is None:
         draft.add_problem(("sweep", "by"), "trials are compared on evaluation rows", "set data.eval")
     if sweep.strategy == "random" and sweep.trials is None:
-        draft.add_problem(("sweep", "strategy"), "random draws some of the combinations", "write sweep.trials")
+        draft.add_problem(
+            ("sweep", "strategy"), "random needs the number of combinations to draw", "write sweep.trials"
+        )
     if sweep.strategy != "random" and sweep.trials is not None:
-        draft.add_problem(("sweep", "trials"), "only random draws some of the combinations", "write strategy: random")
+        draft.add_problem(("sweep", "trials"), "has an effect only with the strategy random", "write strategy: random")
     if sweep.seeds > 1 and SEED in sweep.keys:
-        draft.add_problem(("sweep", "seeds"), f"the keys have {SEED} too", "remove one of them")
+        draft.add_problem(("sweep", "seeds"), f"sweep.keys has {SEED} too", "remove one of them")
     if sweep.leave_out is not None and isinstance(data, DataSection):
         _check_leave_out(draft, sweep, data)
     if isinstance(data, DataSection):

@@ -14,18 +14,18 @@ from tunekit.recipe.reading.yaml_reader import read_scalar
 from tunekit.recipe.recipe import Recipe
 
 _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
-MAX_COMMENT = 300  # characters of a line
-_BREAKS = {ord(mark): " " for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"}  # would end a comment
+MAX_COMMENT = 300  # maximum characters of a line
+_BREAKS = {ord(mark): " " for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"}  # they would end a comment
 _TAKEN_FOR_BOOLEAN = {"y", "n", "yes", "no", "on", "off"}  # by readers of YAML 1.1
 _ESCAPED = re.compile(
     "[\x7f-\xa0\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
-)  # some reverse the text of a terminal
+)  # some of these reverse the text in a terminal
 
 
 def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False) -> str:
     """The recipe as YAML. Absolute paths are written relative to the folder of the new file.
 
-    `written_only`: leave out keys that have their defaults because nobody wrote them.
+    `written_only`: leave out keys that are not written in the recipe, so that they have their defaults.
     """
     return _dump(recipe.model_dump(mode="json", exclude_unset=written_only), relative_to)
 
@@ -34,7 +34,7 @@ def dump_draft(draft: Draft, problems: Sequence[Problem], relative_to: Path) -> 
     """A draft as YAML, without the keys that have problems."""
     for problem in reversed(
         problems
-    ):  # from the last item of a list on, so that the numbers of earlier items do not change
+    ):  # the last item of a list first, so that the indices of earlier items do not change
         if draft.has(key := _key(problem, spelled=False)):
             draft.remove(key)
     return _dump(draft.values, relative_to)

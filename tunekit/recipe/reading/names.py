@@ -34,7 +34,7 @@ def known_names(kind: Kind) -> tuple[str, ...]:
 
 
 def facts_of(kind: Kind, name: str) -> ModuleType:
-    """The module of a known name. Importing it does not import torch."""
+    """The module that defines a known name. Importing this module does not import torch."""
     folder = kind if kind in ("formats", "metrics") else f"recipe.{kind}"
     return import_module(f"tunekit.{folder}.{name}")
 
@@ -75,7 +75,7 @@ def unmeasurable(
     known = known_names("metrics")
     measurable = [name for name in known if _follows(name, sums) and (objective.answers or not needs_generation(name))]
     with_choices = objective.example == "text" and _follows(metric, {*sums, *CHOICE_SUMS})
-    how = f"; where answers are chosen from a list (evaluation.choices), also {metric}" if with_choices else ""
+    how = f"; with evaluation.choices (answers chosen from a list), also {metric}" if with_choices else ""
     return f"objective {method} has no metric {metric}", f"its metrics are {', '.join(measurable)}{how}"
 
 

@@ -112,7 +112,7 @@ def _remove(draft: Draft, name: str, changed: set[KeyPath]) -> None:
         draft.remove(key)
     elif isinstance(key[-1], int) or key[-1] not in fields_at(key[:-1], draft):
         if isinstance(key[-1], int):
-            _complain(draft, dotted(key), "there is no such item", "")
+            _complain(draft, dotted(key), "the list has no such item", "")
         else:
             draft.places[key] = HERE
             draft.problems.append(unknown_key(key, draft))
@@ -122,8 +122,8 @@ def _remove(draft: Draft, name: str, changed: set[KeyPath]) -> None:
 def parse_key(name: str, draft: Draft) -> KeyPath | None:
     """`data.train.0.path` -> ("data", "train", 0, "path"); None if a part is empty.
 
-    The inner keys of rank_pattern and columns are names that may contain dots. So the text after such a key is one
-    name.
+    The keys inside rank_pattern and columns are names, which can contain dots. So the text after rank_pattern or
+    columns is one name.
     """
     parts = name.split(".")
     if not all(parts) or not name.isprintable() or any(part != part.strip() for part in parts):

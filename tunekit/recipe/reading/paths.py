@@ -111,7 +111,7 @@ def relative_path(path: str, folder: Path) -> str:
 def _fault(text: str) -> str | None:
     """The reason why a text cannot be a file name, or is probably a mistake; None if it is a valid file name."""
     if "\0" in text:
-        return "a path cannot contain NUL"
+        return "contains a NUL character, which no path can contain"
     if control := _CONTROL.search(text):
         escape = "in double quotes a backslash begins an escape: use single quotes, or / in paths"
         return f"contains the character U+{ord(control.group()):04X}; {escape}"

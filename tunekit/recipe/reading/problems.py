@@ -29,7 +29,7 @@ _KINDS = {
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be a mapping"),
     "tuple_type": "must be a list",
 }
-# keys and values that people write from habit -> the ones that they mean
+# keys and values that people write from habit -> what tunekit calls them
 _MEANT_KEYS = {
     "lr": "learning_rate",
     "rank": "r",
@@ -102,7 +102,8 @@ def _is_echo(finding: ErrorDetails, section: KeyPath, draft: Draft) -> bool:
 
 
 def _has_inner(key: KeyPath, keys: Sequence[KeyPath]) -> bool:
-    """Whether one of `keys` is inside `key`. Then its value is a mapping, which is not reported as a wrong word."""
+    """Whether one of `keys` is inside `key`. Then the value of `key` is a mapping, and is not reported as a wrong
+    word."""
     return any(len(other) > len(key) and other[: len(key)] == key for other in keys)
 
 
@@ -162,7 +163,7 @@ def _mend(what: str, value: object) -> str:
 
 
 def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -> KeyPath:
-    """The key where pydantic found an error, without the names of union members that pydantic adds."""
+    """The recipe's key for pydantic's error location, without the names of union members that pydantic adds."""
     value = draft.values
     key: list[str | int] = []
     for position, part in enumerate(loc):

@@ -70,13 +70,13 @@ def make_reference() -> str:
             lines += _reference_of(name, owner)
             rate = getattr(owner, "default_learning_rate", None)
             if rate is not None:
-                lines[-1:] = [f"  training.learning_rate is {rate.value:g} unless written ({rate.source})", ""]
+                lines[-1:] = [f"  training.learning_rate is {rate.value:g} by default ({rate.source})", ""]
     for start in known_names("starts"):
         lines += _reference_of("adapter.start", settings_class("starts", start))
     lines += _reference_of("data.train.N", Source)
     for kind in ("formats", "metrics"):
         lines += [f"{kind}:", *(f"  {name:<20} {facts_of(kind, name).DESCRIPTION}" for name in known_names(kind)), ""]
-    lines.append("names of other tools, accepted where they put them:")
+    lines.append("keys of other tools, accepted at the same places as in those tools:")
     targets = {name: alias_target(name) for name in sorted(TOP_LEVEL)}
     lines += [f"  {name:<30} {dotted(target)}" for name, target in targets.items() if target]
     return "\n".join(lines) + "\n"
@@ -147,7 +147,7 @@ def _add_source_shorthands(data: JsonSchema) -> None:
 
 def _alias_schema(name: str) -> JsonSchema:
     target = alias_target(name)
-    description = f"another tool's name of {dotted(target)}" if target else "another tool's"
+    description = f"another tool's name for {dotted(target)}" if target else "a key of another tool"
     return {"deprecated": True, "description": description}
 
 

@@ -1,5 +1,5 @@
-"""Finds the folder of the shipped recipes, their data and their schema. It is in the installed package, or next to the
-package in a clone."""
+"""Finds the folder of the shipped recipes, their data and their schema. This folder is in the installed package, or
+next to the package in a clone."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def shipped_folder() -> Path:
     for folder in (package / "shipped_recipes", package.parent / "recipes"):
         if folder.is_dir():
             return folder
-    raise InputError(f"the shipped recipes are not next to {package}", "install tunekit again")
+    raise InputError(f"the folder of the shipped recipes is missing in {package}", "install tunekit again")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -32,7 +32,8 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def first_comment(recipe: Path) -> str:
-    """The comment in the line after the schema's name; empty if that line is not a comment."""
+    """The recipe's description: the comment in its first line, or after the line that names the schema; empty if there
+    is none."""
     with recipe.open(encoding="utf-8") as opened:
         lines = (line.strip() for line in opened)
         line = next((line for line in lines if not line.startswith(SCHEMA_MARK)), "")

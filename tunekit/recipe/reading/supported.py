@@ -1,4 +1,5 @@
-"""Refuses combinations of valid keys that tunekit cannot run. A message names the keys: no key is ignored."""
+"""Refuses combinations of valid keys that tunekit cannot run. The messages name the keys: no key is silently
+ignored."""
 
 from collections.abc import Iterator
 
@@ -36,7 +37,7 @@ def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
         ("model.quantization", quantization != "none", f", and {quantization} weights have no gradient", dense),
         ("memory.streaming", streams, ", and a streamed base is read-only", "write off, or train an adapter"),
         ("memory.streamed_head", recipe.memory.streamed_head, ", and a streamed head is read-only", "write false"),
-        ("training.loraplus_ratio", ratio is not None, ": there is no B that could be faster than A", "remove it"),
+        ("training.loraplus_ratio", ratio is not None, ": there are no LoRA matrices A and B", "remove it"),
         ("adapter.init_from", adapter.init_from is not None, ": there is no adapter to continue", base),
     )
     for key, is_wrong, why, how in checks:
@@ -45,15 +46,15 @@ def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Problems of settings that save the memory of activations: they have no effect, or they would change results."""
+    """Problems of settings for the memory of activations that have no effect here, or would change results."""
     memory = recipe.memory
     recomputed = memory.gradient_checkpointing
     if memory.activation_offload is True and recomputed is not True and recomputed in (0, 1):  # False is 0
-        what = "this offloads the inputs of all recomputed layers except the last one, and there is no other one"
+        what = "true offloads the inputs of all recomputed layers except the last, but at most one layer is recomputed"
         how = "write auto, or memory.gradient_checkpointing: auto"
         yield Problem(what, how, key="memory.activation_offload")
     if memory.mlp_tile_tokens is not None and recipe.model.quantization == "int8":
-        what = "LLM.int8 rounds over all tokens of a call, so tiles would change its results"
+        what = "int8 (LLM.int8) rounds all tokens of a call together, so dividing them into tiles would change results"
         how = "remove it, or write model.quantization: int8_weight_only"
         yield Problem(what, how, key="memory.mlp_tile_tokens")
 
@@ -62,7 +63,8 @@ def _kept_problems(recipe: Recipe) -> Iterator[Problem]:
     """A problem if the recipe keeps the base's quantized blocks, but the base is not a .gguf file."""
     name = recipe.model.name_or_path
     if recipe.model.quantization == "kept" and not name.lower().endswith(".gguf"):
-        what, how = f"kept keeps the blocks of a .gguf file, and the base is {name}", "name a .gguf file, or write nf4"
+        what = f"kept uses the quantized blocks of a .gguf file, but the base is {name}"
+        how = "name a .gguf file, or write nf4"
         yield Problem(what, how, key="model.quantization")
 
 
@@ -81,5 +83,5 @@ def _start_problems(recipe: Recipe) -> Iterator[Problem]:
         what = f"{start.method} corrects the errors of quantization, and this base is not quantized"
         yield Problem(what, "write model.quantization: nf4, or another start", key="adapter.start")
     elif start.looks_at == "original" and recipe.model.name_or_path.endswith(".gguf"):
-        what = f"{start.method} needs the weights before quantization, and a GGUF file may not contain them"
-        yield Problem(what, "give the safetensors folder of the base, or another start", key="adapter.start")
+        what = f"{start.method} needs the weights before quantization, and a GGUF file can lack these weights"
+        yield Problem(what, "name the safetensors folder of the base, or write another start", key="adapter.start")

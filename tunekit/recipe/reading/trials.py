@@ -29,7 +29,7 @@ Axis = tuple[str, list[tuple[object, Place]]]  # a dotted key, and its values wi
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """One run of a sweep. `name`: its folder. `setting`: the name without its seed and its fold."""
+    """One run of a sweep. `name`: the name of its folder. `setting`: this name without the seed and the fold."""
 
     name: str
     setting: str
@@ -39,7 +39,8 @@ class SweepTrial:
 
 @dataclass(frozen=True)
 class SweepSetting:
-    """The values of a setting, and its recipe for use after the sweep, without folds and with the recipe's own seed."""
+    """The values of a setting, and a recipe with these values for use after the sweep. This recipe has no folds, and
+    the original seed."""
 
     values: dict[str, object]
     loaded: LoadedRecipe
@@ -57,8 +58,8 @@ class LoadedSweep:
 
 @dataclass(frozen=True)
 class Automatic:
-    """The values that `sweep --auto` tries. `length`: the key that sets the length of a run. `eval_steps`: length ->
-    training.eval_steps, so that all runs have equally many evaluations."""
+    """The values that `sweep --auto` tries. `length`: the key that sets the length of a run. `eval_steps`: the value of
+    training.eval_steps for each length, which gives all runs the same number of evaluations."""
 
     keys: dict[str, list[object]]
     length: str
@@ -67,8 +68,8 @@ class Automatic:
 
 @dataclass(frozen=True)
 class _Variant:
-    """The values of one combination. `left_out`: the number of the source that is left out. `follows`: derived values,
-    which the trial's name does not contain."""
+    """The values of one combination. `left_out`: the index of the source that is left out. `follows`: values that are
+    computed from these, and are not part of the trial's name."""
 
     values: dict[str, tuple[object, Place]]
     left_out: int | None = None
@@ -82,7 +83,7 @@ def fold_file(folder: str, source: int, fold: int) -> str:
 
 def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | None = None) -> LoadedSweep:
     """Read a recipe and make the recipe of every trial. An override KEY=V1,V2 replaces the values of sweep.keys.KEY.
-    `automatic`: the values to try; the recipe must then have no values of its own.
+    `automatic`: the values that --auto tries; the recipe must then list no values to try.
 
     Raises: RecipeError with the problems of all trials.
     """
@@ -107,8 +108,8 @@ def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | 
     left_out = [None, *range(len(loaded.recipe.data.train))] if section.leave_out else [None]
     trials = count * section.seeds * (section.folds or 1) * len(left_out)
     if trials > MOST_TRIALS:
-        what = f"{trials:,} trials, and the maximum is {MOST_TRIALS:,}"
-        raise RecipeError(what, "write strategy: random and trials, or fewer values", file=path, key="sweep")
+        what = f"{trials:,} trials are more than the maximum of {MOST_TRIALS:,}"
+        raise RecipeError(what, "write strategy: random with trials, or fewer values", file=path, key="sweep")
     numbers = range(total) if count == total else sorted(random.Random(seed).sample(range(total), count))
     written = draft.place(("sweep", "seeds"))
     del draft.values["sweep"]
@@ -119,14 +120,14 @@ def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | 
 
 
 def _set_automatic(draft: Draft, automatic: Automatic, path: str) -> None:
-    """Write the values that --auto tries into the draft. Raises: RecipeError if the recipe has its own values."""
+    """Write the values that --auto tries into the draft. Raises: RecipeError if the recipe lists values to try."""
     section = draft.values["sweep"]
     others = [
         name for name in ("keys", "trials", "folds", "leave_out") if isinstance(section, dict) and section.get(name)
     ]
     if others:
         how = f"remove sweep.{others[0]} (~sweep.{others[0]}), or leave out --auto"
-        raise RecipeError("--auto chooses what to try", how, file=path, key=f"sweep.{others[0]}")
+        raise RecipeError("--auto chooses the values to try", how, file=path, key=f"sweep.{others[0]}")
     draft.set(("sweep", "keys"), automatic.keys, HERE)
     draft.set(("sweep", "strategy"), "halving", HERE)
 
@@ -157,7 +158,8 @@ def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]]:
-    """Overrides with one value; and key -> values for KEY=V1,V2. A comma in quotes or brackets separates no values."""
+    """Returns the overrides with one value, and a mapping KEY -> values for overrides with several values (KEY=V1,V2).
+    A comma inside quotes or brackets does not separate values."""
     plain: list[str] = []
     swept: dict[str, list[object]] = {}
     for text in overrides:
@@ -190,8 +192,8 @@ def _make_trials(
     seed: int,
     written: Place,
 ) -> tuple[list[SweepTrial], dict[str, SweepSetting]]:
-    """A trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the recipe's seed;
-    `written`: the place of sweep.seeds.
+    """Makes a trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the seed of the
+    recipe; `written`: the place where the recipe has sweep.seeds.
 
     Raises: RecipeError with the problems of all trials.
     """
@@ -236,8 +238,8 @@ def _load_trial(
     left_out: int | None,
     folds: tuple[int, int] | None = None,
 ) -> LoadedRecipe:
-    """The checked recipe of one trial. `left_out`: the number of the source that is removed; `folds`: the number of
-    folds, and the fold to evaluate on."""
+    """The checked recipe of one trial. `left_out`: the index of the source to remove; `folds`: the number of folds, and
+    the number of the fold to evaluate on."""
     draft = copy.deepcopy(draft)
     apply_values(draft, {key: (copy.deepcopy(value), place) for key, (value, place) in values.items()})
     if left_out is not None:
@@ -263,7 +265,7 @@ def _divide_rows(draft: Draft, folder: str, count: int, fold: int, place: Place)
 
 
 def _new_name(values: Mapping[str, object], names: set[str]) -> str:
-    """A readable name for a folder, such as learning_rate=0.0001,r=8. It is added to `names`."""
+    """Makes a readable name for a folder, such as learning_rate=0.0001,r=8, and adds the name to `names`."""
     leaves = [key.rpartition(".")[2] for key in values]
     short = len(set(leaves)) == len(leaves)
     parts = [

@@ -41,14 +41,14 @@ def read_recipe_file(path: Path) -> Draft:
         empty = draft.values is None
         raise RecipeError(
             "the file is empty" if empty else f"the recipe is {kind}, not a mapping",
-            "write at least model, data and output; `tunekit init` writes a start",
+            "write at least model, data and output; `tunekit init` writes a first recipe",
             file=file,
         )
     return draft
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file of bounded size. Raises: RecipeError."""
+    """Read the text of a regular file of at most 1 MiB. Raises: RecipeError if this is not possible."""
     return _decode(_read_bytes(path), str(path))
 
 
@@ -89,7 +89,7 @@ def read_scalar(text: str) -> object:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The bytes of a file of bounded size. Folders, pipes and devices are never opened."""
+    """Read a regular file of at most 1 MiB. Folders, pipes and devices are not opened. Raises: RecipeError."""
     file = str(path)
     try:
         facts = path.stat()
@@ -99,7 +99,7 @@ def _read_bytes(path: Path) -> bytes:
         with path.open("rb") as opened:
             data = opened.read(LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise RecipeError("no such file", "`tunekit init` writes a start", file=file) from None
+        raise RecipeError("no such file", "`tunekit init` writes a first recipe", file=file) from None
     except (OSError, ValueError) as error:
         what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise RecipeError(what, file=file if len(file) <= 200 and file.isprintable() else f"{file[:80]!r}...") from None
@@ -119,7 +119,7 @@ def _decode(data: bytes, file: str) -> str:
 
 
 def _syntax_words(error: yaml.MarkedYAMLError) -> str:
-    """One line for a syntax error."""
+    """Describes a YAML syntax error in one line."""
     problem = (error.problem or "cannot be read").replace("\n", " ")
     if "'\\t'" in problem:
         return "not valid YAML: a tab cannot indent; use spaces"
@@ -165,7 +165,9 @@ class _Reader:
             plain = event.style is None and event.tag is None
             return read_scalar(event.value) if plain else self._text(event, key)
         if len(key) >= DEEPEST_LEVEL:
-            self._fail(event, f"is nested more than {DEEPEST_LEVEL} levels deep", "a recipe needs no more than four")
+            self._fail(
+                event, f"is nested more than {DEEPEST_LEVEL} levels deep", "a recipe needs no more than four levels"
+            )
         return self._list(key) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(key)
 
     def _text(self, event: yaml.ScalarEvent, key: KeyPath) -> str:
@@ -189,11 +191,11 @@ class _Reader:
             inner = (*key, name)
             if not name.isprintable() or not name:
                 self._note(
-                    event, key, f"the key {name!r} is not a name" if name else "an empty key", "write KEY: VALUE"
+                    event, key, f"the key {name!r} is not printable" if name else "an empty key", "write KEY: VALUE"
                 )
                 self._skip(next(self._events))
             elif name == "<<" and event.style is None:
-                self._note(event, inner, "merge keys are not allowed", "write the keys out")
+                self._note(event, inner, "merge keys (<<) are not allowed", "write the keys out")
                 self._skip(next(self._events))
             elif name in values:
                 first = self.draft.places[inner].line

@@ -1,4 +1,5 @@
-"""`start: corda`: A and B are a part of each matrix, weighted by the covariance of its inputs (Yang et al. 2024)."""
+"""`start: corda`: A and B are a low-rank part of each matrix, chosen by the covariance of its inputs (Yang et al.
+2024)."""
 
 from typing import Literal
 
@@ -8,15 +9,15 @@ from tunekit.recipe.bases.section import CalibratedStart
 
 
 class CordaSettings(CalibratedStart):
-    """Singular value decomposition of W C, where C is the covariance of the inputs."""
+    """A and B come from the singular value decomposition of W C, where C is the covariance of the inputs."""
 
-    summary = "a part of W, weighted by the covariance of its inputs"
+    summary = "a low-rank part of W, chosen by the covariance of its inputs"
     looks_at = "inputs"
     moves_weights = True
     divides_by_scaling = True
 
     mode: Literal["ipm", "kpm"] = Field(
         "ipm",
-        description="ipm: train the r largest directions, to learn from these data; kpm: train the r smallest "
-        "directions, to keep the knowledge about these data",
+        description="ipm: train the r largest singular directions, to learn from these data; kpm: train the r "
+        "smallest, to keep the model's knowledge about these data",
     )

@@ -4,7 +4,7 @@ from tunekit.recipe.bases.section import StartSettings
 
 
 class DefaultSettings(StartSettings):
-    """A is uniform, B is 0."""
+    """The default initialisation of LoRA: A is uniform, B is 0."""
 
     summary = "A is uniform, B is 0"
     fills_experts = True

@@ -4,7 +4,7 @@ from tunekit.recipe.bases.section import StartSettings
 
 
 class GaussianSettings(StartSettings):
-    """A is normal, B is 0."""
+    """An initialisation of LoRA: A is normal, B is 0."""
 
     summary = "A is normal with standard deviation 1 / r, B is 0"
     fills_experts = True

@@ -4,8 +4,8 @@ from tunekit.recipe.bases.section import StartSettings
 
 
 class LoftqSettings(StartSettings):
-    """The best correction of rank r for the error of a quantized base."""
+    """B A is the best correction of rank r for the quantization error of each matrix."""
 
-    summary = "the r largest singular values of W - dequantized(W)"
+    summary = "the r largest singular values and vectors of W - dequantized(W)"
     divides_by_scaling = True
     looks_at = "original"

@@ -1,11 +1,12 @@
-"""`start: olora`: A and B are the first r columns and rows of each matrix's QR decomposition (Büyükakyüz 2024)."""
+"""`start: olora`: B is the first r columns of Q, and A the first r rows of R, from the QR decomposition of each matrix
+(Büyükakyüz 2024)."""
 
 from tunekit.recipe.bases.section import StartSettings
 
 
 class OloraSettings(StartSettings):
-    """B is orthonormal, from a QR decomposition of W."""
+    """With W = Q R, B is the first r columns of Q, so its columns are orthonormal; A is the first r rows of R."""
 
-    summary = "the first r columns and rows of W = Q R"
+    summary = "B: the first r columns of Q; A: the first r rows of R; W = Q R"
     moves_weights = True
     depends_on_layout = True

@@ -1,4 +1,4 @@
-"""`start: orthogonal`: A and B are not 0, but B A is 0, because they span orthogonal halves of the rank."""
+"""`start: orthogonal`: A and B are not 0, but B A is 0, because A and B use orthogonal subspaces of dimension r / 2."""
 
 from tunekit.recipe.bases.section import StartSettings
 

@@ -1,4 +1,4 @@
-"""`start: pissa`: A and B contain the r largest singular values of each matrix (Meng et al. 2024)."""
+"""`start: pissa`: A and B contain the r largest singular values and vectors of each matrix (Meng et al. 2024)."""
 
 from pydantic import Field
 
@@ -6,12 +6,14 @@ from tunekit.recipe.bases.section import Count, StartSettings
 
 
 class PissaSettings(StartSettings):
-    """The principal part of W, from an exact or a fast singular value decomposition."""
+    """B A is the principal part of W, from an exact or a fast singular value decomposition."""
 
-    summary = "the r largest singular values of W"
+    summary = "the r largest singular values and vectors of W"
     moves_weights = True
     divides_by_scaling = True
 
     iterations: Count | None = Field(
-        None, description="number of power iterations of a fast, randomized decomposition (4 to 16); null: exact"
+        None,
+        description="number of power iterations (4 to 16) of a fast, randomized decomposition; null: an exact, slow "
+        "decomposition",
     )
