@@ -157,6 +157,18 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
             "recipe.yaml:4: training.scheduler_settings: has power: linear, which",
         ),
         (
+            "training: {scheduler: cosine_with_min_lr, scheduler_settings: {min_lr_rate: 10}}",
+            "recipe.yaml:4: training.scheduler_settings: has min_lr_rate: 10.0, which is above 1; write a share",
+        ),
+        (
+            "training: {scheduler: warmup_stable_decay, scheduler_settings: {num_decay_steps: 0.5}}",
+            "recipe.yaml:4: training.scheduler_settings: has num_decay_steps: 0.5, which is not a number of steps",
+        ),
+        (
+            "training: {scheduler: polynomial, learning_rate: 1e-4, scheduler_settings: {lr_end: 1e-3}}",
+            "recipe.yaml:4: training.scheduler_settings: has lr_end: 0.001, which is above training.learning_rate",
+        ),
+        (
             "training: {scheduler: cosine_with_min_lr, scheduler_settings: {min_lr: 0, min_lr_rate: 0}}",
             "recipe.yaml:4: training.scheduler_settings: has min_lr and min_lr_rate, which set the same value",
         ),

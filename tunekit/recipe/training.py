@@ -31,6 +31,9 @@ SCHEDULERS: dict[str, dict[str, float | str | None]] = {
     "inverse_sqrt": {"timescale": None},
     "warmup_stable_decay": {"num_decay_steps": None, "decay_type": "cosine", "min_lr_ratio": 0.0, "num_cycles": 0.5},
 }
+_SHARES = ("min_lr_rate", "min_lr_ratio")  # of the learning rate
+_STEP_COUNTS = ("num_decay_steps", "timescale")
+_RATES = ("min_lr", "lr_end")
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 
 
@@ -39,6 +42,21 @@ def _scheduler(value: object) -> str:
     if not isinstance(value, str) or value not in (*SCHEDULERS, "constant_with_warmup"):
         raise PydanticCustomError("literal_error", "unknown scheduler", {"expected": ", ".join(SCHEDULERS)})
     return value.removesuffix("_with_warmup")
+
+
+def _problem_of(name: str, value: float | str, learning_rate: float | None) -> str:
+    """The end of a message about a wrong setting of a schedule; empty for a valid setting."""
+    if isinstance(value, str) or name == "decay_type":
+        return "" if isinstance(value, str) and name == "decay_type" else "is not a valid value"
+    if value < 0:
+        return "is below 0"
+    if name in _SHARES and value > 1:
+        return "is above 1; write a share of the learning rate"
+    if name in _STEP_COUNTS and (value < 1 or value % 1):
+        return "is not a number of steps"
+    if name in _RATES and learning_rate is not None and value > learning_rate:
+        return f"is above training.learning_rate ({learning_rate:g})"
+    return ""
 
 
 MOST_THREADS = 1024  # more than any machine has
@@ -134,8 +152,8 @@ class TrainingSection(Section):
             if name not in known:
                 mine = ", ".join(known) or "none"
                 raise ValueError(f"scheduler_settings has '{name}'; the settings of {self.scheduler} are: {mine}")
-            if isinstance(value, str) != (name == "decay_type") or (isinstance(value, float) and value < 0):
-                raise ValueError(f"scheduler_settings has {name}: {value}, which is not a valid value")
+            if problem := _problem_of(name, value, self.learning_rate):
+                raise ValueError(f"scheduler_settings has {name}: {value}, which {problem}")
         if {"min_lr", "min_lr_rate"} <= written.keys():
             raise ValueError("scheduler_settings has min_lr and min_lr_rate, which set the same value; keep one")
         return self
