@@ -301,7 +301,7 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
         train_verb(loaded, False, False, accepted=["objective.reward"])
     train_verb(loaded, True, False, accepted=["objective.reward"])
     report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
-    accepted = {"probe": "objective.reward.0.function: its files changed since the run", "step": 2}
+    accepted = {"probe": "objective.reward.0.function: its files have changed since the run started", "step": 2}
     assert accepted.items() <= report["reactions"][0].items()
     assert "resumed with the changed files, as --accept-changed allows" in capsys.readouterr().err
     assert len([record for record in records(tmp_path / "run") if "loss" in record]) == 4
