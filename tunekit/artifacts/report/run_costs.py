@@ -1,4 +1,4 @@
-"""The sections of a run's report about memory, time, rows and size, and the tiles above them."""
+"""The sections of a run's report about memory, time, rows and size. Also the tiles with the most important numbers."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -26,7 +26,7 @@ ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "token
 
 
 def overview(run: RunValues) -> Iterator[ReportSection]:
-    """The most important numbers of a run, as tiles at the top of the page."""
+    """The most important numbers of a run, as tiles for the top of the page."""
     report, shows, tiles = run.report, run.shows, list[tuple[str, str, str]]()
     result = run.exported.numbers("eval")
     first = run.evaluations[0].numbers("eval") if run.evaluations and run.evaluations[0]["step"] == 0 else {}
@@ -68,7 +68,7 @@ def duration_text(seconds: float) -> str:
 
 
 def memory(run: RunValues) -> Iterator[ReportSection]:
-    """The section that compares the predicted peak, by part, with the measured peak."""
+    """The section that compares the predicted peak and its parts with the measured peak."""
     peak, report = run.plan.numbers("peak_bytes"), run.report
     if not peak:
         return
@@ -128,7 +128,7 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
 
 
 def rows(run: RunValues) -> Iterator[ReportSection]:
-    """The section about rows: how many rows of the sources were trained on, dropped and truncated, and why."""
+    """The section about rows: how many rows of the sources were used for training, dropped and truncated, and why."""
     planned, shows = run.plan.part("rows"), run.shows
     if not planned:
         return

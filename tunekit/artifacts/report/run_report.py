@@ -69,7 +69,7 @@ def _next_steps(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _curves(run: RunValues) -> Iterator[ReportSection]:
-    """The section with the change of the headline value over the run, and the charts."""
+    """The section with the charts, and with the change of the most important metric over the run."""
     headline, charts = run.shows.headline, charts_of([run])
     first, final = run.report.number(f"first_{headline.name}"), run.report.number(f"final_{headline.name}")
     paragraphs, warnings = [], []
@@ -83,7 +83,7 @@ def _curves(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _result(run: RunValues) -> Iterator[ReportSection]:
-    """The table of evaluations, and which weights were exported."""
+    """The section with the table of evaluations. It also says which weights were exported."""
     best, exported = run.report.get("best_step"), run.report.get("best_step", run.report.get("final_step"))
     why = "the last" if best is None else "the best evaluation"
     text = [] if exported is None else [f"The exported weights are those after step {exported:,}, {why}."]
@@ -103,7 +103,7 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _better_elsewhere(run: RunValues) -> Iterator[str]:
-    """If the loss chose the exported step, a note on each metric that was better at a different step."""
+    """If the exported step was chosen by its loss, a note on each metric that was better at a different step."""
     if run.recipe.part("evaluation").get("best") != "eval.loss" or "best_step" not in run.report:
         return
     values = run.exported.numbers("eval")
@@ -123,7 +123,7 @@ def _better_elsewhere(run: RunValues) -> Iterator[str]:
 
 
 def _few(records: Sequence[Values], best: object) -> list[Values]:
-    """About MOST_EVALUATIONS of the records: the first, the last, the best, and others at equal distances."""
+    """About MOST_EVALUATIONS records: the first, the last, the best, and others at equal distances."""
     stride, last = -(-len(records) // MOST_EVALUATIONS), len(records) - 1
     return [record for at, record in enumerate(records) if at % stride == 0 or at == last or record["step"] == best]
 
@@ -133,9 +133,8 @@ def _step_label(step: int, best: object) -> str:
 
 
 def _labels(run: RunValues) -> Iterator[ReportSection]:
-    """A table with a line for each label. If there are many labels, a table of the worst labels comes first. If there
-    are few, the confusion matrix follows.
-    """
+    """The section with a table that has a line for each label. If there are many labels, a table of the worst labels
+    comes first. If there are few, the confusion matrix follows."""
     facts = run.report.part("classes")
     if not facts:
         return
@@ -153,7 +152,7 @@ def _labels(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _pictures(run: RunValues) -> Iterator[ReportSection]:
-    """Images for the validation prompts, generated before training and with the exported weights."""
+    """The section with images for the validation prompts, generated before training and with the exported weights."""
     prompts = [str(prompt) for prompt in run.recipe.part("objective").items_of(run.shows.draws)]
     pictures = before_and_after(run.path, prompts, run.exported_step)
     if pictures:
@@ -162,7 +161,8 @@ def _pictures(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _answers(run: RunValues) -> Iterator[ReportSection]:
-    """The answers to the first evaluation rows, before training and with the exported weights, and the reference."""
+    """The section with answers to the first evaluation rows, before training and with the exported weights, next to the
+    reference."""
     records = [record for record in run.evaluations if record.parts("samples")]
     if not records:
         return
@@ -177,12 +177,13 @@ def _answers(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _end_of(prompt: str) -> str:
-    """The prompt, or the last words of a long prompt. The answer follows these words."""
+    """The prompt, or only the end of a long prompt, because the answer continues there."""
     return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
 
 
 def _panels(run: RunValues) -> Iterator[ReportSection]:
-    """The sections that only this objective has: examples from the first and the last step that recorded examples."""
+    """The sections that exist only for this objective: examples from the first and from the last step that recorded
+    examples."""
     for panel in run.shows.panels:
         records = [record for record in run.steps if record.parts(panel.key)]
         shown = records if len(records) < 2 else [records[0], records[-1]]
@@ -200,7 +201,8 @@ def _panel_table(panel: Panel, title: str, examples: Sequence[Values]) -> Report
 
 
 def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
-    """The evaluation rows with the highest loss per unit. The trained part of each row is marked."""
+    """The section with the evaluation rows that have the highest loss per unit. The trained part of each row is
+    marked."""
     rows, units = run.row_losses, run.shows.units
     counts, losses, before = map(rows.column, ("units", "losses", "before"))
     if not rows.parts("worst"):
@@ -221,7 +223,7 @@ def _mean(loss: float | None, units: float | None) -> float | None:
 
 
 def _reactions(run: RunValues) -> Iterator[ReportSection]:
-    """Checks that changed the course of the run, and skipped steps."""
+    """The section about checks that changed the course of the run, and about skipped steps."""
     if not run.report:
         return
     skipped, reactions = run.report.count("skipped_steps"), run.report.parts("reactions")
@@ -243,7 +245,8 @@ def _tasks(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _exports(run: RunValues) -> Iterator[ReportSection]:
-    """The section that compares other programs with torch on the exported files: the figures, and the compared rows."""
+    """The section that compares other programs with torch on the exported files: the measured differences, and the
+    compared rows."""
     head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
     lines = []
     texts = ["Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."]
@@ -281,7 +284,7 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _files(run: RunValues) -> Iterator[ReportSection]:
-    """The section with the texts of the recipe and of the environment."""
+    """The section with the text of the recipe and the environment."""
     shown = {name: value for name, value in run.environment.items() if name != "fingerprint"}
     environment = json.dumps(shown, indent=2, sort_keys=True)[:MOST_ENVIRONMENT] if shown else ""
     files = [("recipe.yaml", run.recipe_text), ("Machine and versions", environment)]
