@@ -62,7 +62,7 @@ def test_the_evaluation_loss_rises() -> None:
     text = evaluation_rises(make_run(evaluations=up))
     assert text is not None
     assert "rises since step 20 (1.5 to 1.9)" in text
-    assert "evaluation.best: eval.loss exports step 20; training.epochs: 2" in text
+    assert "to export step 20, set evaluation.best: eval.loss; to end a run there, set training.epochs: 2" in text
     chosen = evaluation_rises(make_run(evaluations=up, recipe={"evaluation": {"best": "eval.loss"}}))
     assert chosen is not None
     assert "exports" not in chosen
@@ -128,7 +128,9 @@ def test_memory_for_twice_the_micro_batch() -> None:
     facts |= {"peak_bytes": {"activations": 2 << 30, "logits": 1 << 30}, "budget_bytes": 8 << 30}
     text = memory_is_left(make_run(**facts))
     assert text is not None
-    assert text.startswith("4.0 GiB of the budget was free: training.micro_batch_size: 4 with ")
+    assert text.startswith(
+        "4.0 GiB of the budget was free: to make the same steps faster, set training.micro_batch_size: 4 and "
+    )
     assert "training.gradient_accumulation_steps: 4" in text
     for change in ({"device": "cpu"}, {"budget_bytes": 6 << 30}, {"budget_bytes": None}):
         assert memory_is_left(make_run(**facts | change)) is None

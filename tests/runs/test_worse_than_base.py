@@ -93,7 +93,7 @@ def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
     page = (run / "report.md").read_text().replace("\\", "")
     assert report["verdict"].capitalize() in page
-    assert "It did not fall." in page
+    assert "Training loss did not fall." in page
     assert f"warning: a learning rate of {RATE:g} is very high" in ended.output
 
 

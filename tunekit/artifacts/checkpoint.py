@@ -179,7 +179,7 @@ def find_checkpoint(name: str) -> Path | None:
         return steps[step]
     if not steps:
         raise RunFolderError(f"{start} has no checkpoint yet", "")
-    why = "evaluation.best of the recipe makes one" if which == "best" else "older ones are removed during a run"
+    why = "set evaluation.best to save the best one" if which == "best" else "older ones are removed during a run"
     there = f"it has {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
     raise RunFolderError(f"{start} has no checkpoint '{which}'", there)
 

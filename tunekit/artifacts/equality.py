@@ -95,12 +95,12 @@ def compare_checkpoints(ours: Path, theirs: Path) -> Iterator[Mismatch]:
     ]
     if names:
         more = f" and {len(names) - MOST_TENSORS} more" if len(names) > MOST_TENSORS else ""
-        yield Mismatch(before.step, f"the checkpoint has other bytes in {', '.join(names[:MOST_TENSORS])}{more}")
+        yield Mismatch(before.step, f"the checkpoint has different bytes in {', '.join(names[:MOST_TENSORS])}{more}")
     facts = [dict(flat_values(checkpoint.facts, free=UNRELATED)) for checkpoint in (before, after)]
     for name in {**facts[0], **facts[1]}:
         was, is_ = (_text(values, name) for values in facts)
         if was != is_:
-            yield Mismatch(before.step, f"the checkpoint has another value: {name} was {was}, is {is_}")
+            yield Mismatch(before.step, f"a value in the checkpoint differs: {name} was {was}, is {is_}")
 
 
 def result_hashes(run: Path) -> dict[str, str]:
@@ -125,9 +125,9 @@ def compare_results(run: Path, repeat: Path, step: int) -> Iterator[Mismatch]:
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             missing = "is missing" if name in theirs else "is not part of this result"
-            yield Mismatch(step, f"{name} {'has other bytes' if name in ours and name in theirs else missing}")
+            yield Mismatch(step, f"{name} {'has different bytes' if name in ours and name in theirs else missing}")
     for name, places in MOVED.items():
         before, after = (dict(flat_values(read_json(folder / name) or {}, free=places)) for folder in (run, repeat))
         if keys := [key for key in {**before, **after} if _text(before, key) != _text(after, key)]:
             shown = [f"{key} was {_text(before, key)}, is {_text(after, key)}" for key in keys if key]
-            yield Mismatch(step, f"{name} has other values: {'; '.join(shown[:MOST_VALUES])}")
+            yield Mismatch(step, f"{name} has different values: {'; '.join(shown[:MOST_VALUES])}")

@@ -91,7 +91,7 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
         differences.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         differences.append(("model", "the base model's files differ"))
-    differences += [(key, "it has other content") for key in changed_files(old, new)]
+    differences += [(key, "its content is different") for key in changed_files(old, new)]
     differences += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         differences.append(("device", f"was {old.get('device')}, is {new.get('device')}"))

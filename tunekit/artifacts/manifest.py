@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises: DamagedError if it is missing or invalid; RunFolderError if a newer tunekit wrote it.
     """
     if not durable.is_real_folder(folder):
-        raise DamagedError("is not a folder, or is a symbolic link, which is not followed")
+        raise DamagedError("is not a folder, or is a symbolic link (links are not followed)")
     path = folder / MANIFEST
     if not durable.is_real_file(path):
         raise DamagedError(f"{MANIFEST} is missing")

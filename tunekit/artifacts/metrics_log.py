@@ -75,7 +75,7 @@ def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
             if torn:
                 return
             how, at = f"remove the line ({error})", number if all_lines else None
-            raise RunFolderError("not a record of metrics", how, file=str(path), line=at) from None
+            raise RunFolderError("this line is not a metrics record", how, file=str(path), line=at) from None
         if torn:
             return
         offset += len(line) + 1

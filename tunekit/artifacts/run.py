@@ -93,7 +93,7 @@ class RunFolder:
         only after the new one is complete. Raises: ResourceError."""
         free, needed = durable.free_bytes(self.path), 2 * estimated_bytes
         if free < needed:
-            what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)}"
+            what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, but the run needs {bytes_text(needed)}"
             how = "free disk space, choose another output.dir, or lower training.keep_checkpoints"
             raise ResourceError(f"{what} ({needed} bytes) for its checkpoints and results", how)
 
@@ -217,11 +217,11 @@ def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> N
     Raises: RunFolderError if a run cannot use it.
     """
     if path.is_symlink() and not path.exists():
-        raise RunFolderError(f"{path} is a symbolic link to a missing file", "remove it or mend it")
+        raise RunFolderError(f"{path} is a symbolic link to a missing file", "remove or repair the link")
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is not a folder", "choose another output.dir")
     if (path / "checkpoints").is_symlink():
-        raise RunFolderError(f"{path / 'checkpoints'} is a symbolic link", "make output.dir a link instead")
+        raise RunFolderError(f"{path / 'checkpoints'} is a symbolic link", "make output.dir a symbolic link instead")
     ours = ours or (path / LOCK_NAME).exists()
     if resume and (ours or any(os.path.lexists(path / name) for name in RUN_SIGNS)):
         return
@@ -235,7 +235,7 @@ def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> N
         return
     foreign = [name for name in (*FILES, *FOLDERS) if os.path.lexists(path / name)]
     if foreign:
-        what = f"{path} contains {', '.join(foreign)}, which a run would overwrite; no run wrote this"
+        what = f"{path} contains {', '.join(foreign)}, which a run would overwrite, but no run wrote these files"
         raise RunFolderError(what, "choose another output.dir")
 
 

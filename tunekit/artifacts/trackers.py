@@ -78,7 +78,9 @@ class Trackers:
         except Exception as error:
             self.close(error)
             what = f"{name} could not start: {' '.join(str(error).split())[:300] or type(error).__name__}"
-            raise InputError(what, "see the tracker's documentation, or remove it", key="output.report_to") from error
+            raise InputError(
+                what, "see the tracker's documentation, or remove the tracker", key="output.report_to"
+            ) from error
         if identity is not None and self._ids.get(name) != identity:
             self._ids[name] = identity
             write_json(self._ids_file, self._ids)

@@ -65,12 +65,14 @@ def evaluation_rises(run: RunValues) -> str | None:
     (best, lowest), (last, loss) = min(losses, key=lambda pair: pair[1]), losses[-1]
     if best in (0, last) or loss <= (1 + CHANGE) * lowest or not _training_fell(run, best):
         return None
-    rise = f"the evaluation loss rises since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
+    rise = (
+        f"the evaluation loss has risen since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
+    )
     per_epoch = run.plan.part("rows").count("steps_per_epoch")
     shorter = f"training.epochs: {best / per_epoch:.2g}" if per_epoch else f"training.max_steps: {best}"
     if run.recipe.part("evaluation").get("best") == "eval.loss":
-        return f"{rise}: evaluation.patience ends a run there, or {shorter}"
-    return f"{rise}: evaluation.best: eval.loss exports step {best:,}; {shorter} ends there"
+        return f"{rise}: to end a run there, set evaluation.patience or {shorter}"
+    return f"{rise}: to export step {best:,}, set evaluation.best: eval.loss; to end a run there, set {shorter}"
 
 
 def evaluation_falls(run: RunValues) -> str | None:
@@ -117,8 +119,8 @@ def loss_is_flat(run: RunValues) -> str | None:
     why = f"; gradients were clipped in {clipped:.0%} of the steps" if clipped > CLIPPED else ""
     tried = ",".join(f"{each:.2g}" for each in (rates[::-1] if why else rates))
     return (
-        f"the training loss is flat ({first:.4g} to {last:.4g}){why}: compare other rates with tunekit sweep and "
-        f"training.learning_rate={tried}"
+        f"the training loss is flat ({first:.4g} to {last:.4g}){why}: compare other learning rates with tunekit "
+        f"sweep and training.learning_rate={tried}"
     )
 
 
@@ -146,7 +148,7 @@ def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str 
         return None
     return (
         f"{len(losses):,} evaluation rows measure the loss to within {reach:.2g}: smaller differences between runs are "
-        "noise, unless tunekit report compares them row by row"
+        "noise, unless tunekit report compares the runs row by row"
     )
 
 
@@ -165,8 +167,8 @@ def memory_is_left(run: RunValues) -> str | None:
     if needed > budget:
         return None
     return (
-        f"{bytes_text(budget - measured)} of the budget was free: training.micro_batch_size: {2 * rows} with "
-        f"training.gradient_accumulation_steps: {windows // 2} makes the same steps faster"
+        f"{bytes_text(budget - measured)} of the budget was free: to make the same steps faster, set "
+        f"training.micro_batch_size: {2 * rows} and training.gradient_accumulation_steps: {windows // 2}"
     )
 
 
@@ -179,7 +181,7 @@ def nothing_measured(run: RunValues) -> str | None:
     return None if run.evaluations else NO_ROWS
 
 
-NO_ROWS = "no evaluation rows measure the result: data.eval: 0.1 sets a tenth of the rows aside"
+NO_ROWS = "no evaluation rows measure the result: set data.eval: 0.1 to evaluate on a tenth of the rows"
 AFTER_TRAINING = (
     *(learned_at_once, evaluation_rises, evaluation_falls, loss_is_flat),
     *(rows_are_few, nothing_measured, memory_is_left),
@@ -197,9 +199,9 @@ def after_plan(plan: Plan, recipe: Path, *, overridden: bool) -> list[str]:
 
 CURES = {  # kind of finding -> what to do, most important first
     "secret": "remove the secrets from these rows, and revoke them: a model can repeat what it was trained on",
-    "leak": "remove these training rows, or the evaluation loss is too low",
+    "leak": "remove training rows that equal evaluation rows, because they make the evaluation loss too low",
     "broken": "correct the rows that cannot be read",
-    "contrary": "decide on one label for each repeated row",
+    "contrary": "give rows with the same text the same label",
     "long": "raise data.max_length, or set data.excess_length: truncate or split",
 }
 

@@ -119,7 +119,7 @@ def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> li
 
 def heading(than: str) -> list[str]:
     """The column headings of the table with `PairedDifference.texts` as lines. `than`: the name of the first run."""
-    losses = [f"loss of {than} on them", "loss of the run on them"]
+    losses = [f"loss of {than} on these rows", "loss of the run on these rows"]
     return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 

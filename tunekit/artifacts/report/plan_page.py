@@ -9,9 +9,9 @@ ATTENTION = {
     "products_per_document": "matrix products, separately for each document of a row; sdpa if they do not fit",
     "sdpa_per_document": "sdpa, separately for each document of a row",
     "eager_per_document": "eager, separately for each document of a row",
-    "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it cannot be used",
+    "varlen_per_document": "one kernel for all documents of a row; if it cannot be used, sdpa for each document",
 }
-WEIGHTS = {"none": "not quantized", "kept": "the blocks of the file"}
+WEIGHTS = {"none": "not quantized", "kept": "the quantized blocks of the file"}
 SMALLEST_LOGITS = 1024  # bytes; for a denoiser nothing counts as logits, for a classifier often only the loss
 
 
@@ -86,5 +86,5 @@ def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
     lines: list[list[object]] = [[name, bytes_text(size)] for name, size in shown.items()]
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:
-        lines.append(["the process; freed blocks that malloc keeps; loading", bytes_text(kept)])
+        lines.append(["the process, freed memory that malloc keeps, and loading", bytes_text(kept)])
     return [*lines, ["peak", bytes_text(plan.peak_bytes.total) + (free and f" of {free}")]]

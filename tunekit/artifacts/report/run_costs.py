@@ -45,7 +45,7 @@ def overview(run: RunValues) -> Iterator[ReportSection]:
     if left is not None and state_of(run) == "running":
         tiles.append(("time left", duration_text(left), f"at the pace of the last {len(pace):,} steps"))
     if seconds := report.numbers("seconds"):
-        note = f"{duration_text(seconds.get('train', 0))} of it in steps"
+        note = f"{duration_text(seconds.get('train', 0))} of this in training steps"
         tiles.append(("time", duration_text(sum(seconds.values())), note))
     if written := report.number("adapter_bytes"):
         share = written / max(report.count("base_bytes"), 1)
@@ -136,7 +136,7 @@ def rows(run: RunValues) -> Iterator[ReportSection]:
     shown = {"tokens": shows.sizes, "supervised_tokens": shows.units, "longest_tokens": "longest"}
     lines = [[shown.get(name, name), *(counts.get(name) for counts in kinds.values())] for name in ROW_NAMES]
     text = [
-        f"Dropped of the {kind} rows: {count:,} {reason}."
+        f"{count:,} {kind} rows were dropped: {reason}."
         for kind, counts in kinds.items()
         for reason, count in sorted(counts.numbers("dropped_reasons").items())
     ]

@@ -77,7 +77,7 @@ def _curves(run: RunValues) -> Iterator[ReportSection]:
         means = f"{first:.4g} over the first tenth of the steps, {final:.4g} over the last"
         paragraphs.append(f"{headline.title}: {means}.")
         if len(run.steps) > 2 and (final <= first if headline.rises else final >= first):
-            warnings.append(f"It did not {'rise' if headline.rises else 'fall'}.")
+            warnings.append(f"{headline.title} did not {'rise' if headline.rises else 'fall'}.")
     if paragraphs or charts:
         yield ReportSection("Over the steps", [*paragraphs, *binned_text([run])], warnings, charts=charts)
 
@@ -85,8 +85,8 @@ def _curves(run: RunValues) -> Iterator[ReportSection]:
 def _result(run: RunValues) -> Iterator[ReportSection]:
     """The section with the table of evaluations. It also says which weights were exported."""
     best, exported = run.report.get("best_step"), run.report.get("best_step", run.report.get("final_step"))
-    why = "the last" if best is None else "the best evaluation"
-    text = [] if exported is None else [f"The exported weights are those after step {exported:,}, {why}."]
+    why = "the last step" if best is None else "which had the best evaluation"
+    text = [] if exported is None else [f"The exported weights are the weights after step {exported:,}, {why}."]
     if not run.evaluations:
         none = "There are no evaluation rows." if run.report else "Nothing has been evaluated yet."
         yield ReportSection("Result", [none, *text])
@@ -115,9 +115,9 @@ def _better_elsewhere(run: RunValues) -> Iterator[str]:
         best, record = choose(measured, key=lambda pair: pair[0])
         if best != values[name]:
             step = record.count("step")  # the state before training is never exported
-            how = f" To choose by it, set evaluation.best: eval.{name}." if step else ""
+            how = f" To export the step with the best {name}, set evaluation.best: eval.{name}." if step else ""
             yield (
-                f"The loss chose this step, but {name} was better at step {_step_label(step, None)}: "
+                f"This step had the best loss, but {name} was better at step {_step_label(step, None)}: "
                 f"{best:.4g} instead of {values[name]:.4g}.{how}"
             )
 
@@ -144,7 +144,7 @@ def _labels(run: RunValues) -> Iterator[ReportSection]:
     if len(lines) > MOST_LABELS and "f1" in columns:
         worst = sorted(facts.parts("per_class"), key=lambda line: line.number("f1") or 0.0)[:MOST_LABELS]
         shown = [[line.get(name) for name in columns] for line in worst]
-        tables.insert(0, ReportTable(columns, shown, f"The {len(shown)} labels of lowest F1"))
+        tables.insert(0, ReportTable(columns, shown, f"The {len(shown)} labels with the lowest F1"))
     confusion = confusion_table(facts)
     if confusion is not None:
         tables.append(ReportTable(*confusion, "Confusion"))
@@ -214,7 +214,9 @@ def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
         means = (_mean(values[at], counts[at]) for values in (before, losses) if values)
         text = [(str(each[0]), bool(each[1])) for each in row.items_of("text") if isinstance(each, list)]
         lines.append([rows.items_of("rows")[at], counts[at], *means, MarkedText(text)])
-    why = f"The worst of {len(counts):,} rows, by mean loss over {units}. Look for wrong labels and odd formats."
+    why = (
+        f"The rows with the highest mean loss over {units}, of {len(counts):,} rows. Look for wrong labels and formats."
+    )
     yield ReportSection("Evaluation rows with the highest loss", [why], tables=[ReportTable(head, lines)])
 
 
@@ -229,7 +231,7 @@ def _reactions(run: RunValues) -> Iterator[ReportSection]:
     skipped, reactions = run.report.count("skipped_steps"), run.report.parts("reactions")
     text = [f"{skipped_text(skipped)}."] if skipped else []
     if not reactions and not skipped:
-        text.append("None: all checks at the start passed, and the run followed its plan.")
+        text.append("No reactions: all checks at the start passed, and the run followed its plan.")
     lines = [[item["probe"], item["action"], item["step"]] for item in reactions]
     tables = [ReportTable(["check", "what was done", "at step"], lines)] if lines else []
     yield ReportSection("Reactions", text, tables=tables)
@@ -239,7 +241,7 @@ def _tasks(run: RunValues) -> Iterator[ReportSection]:
     """The section with lm-eval's scores, for the exported weights and for the base."""
     scores, changes = run.tasks.parts("scores"), run.tasks.parts("changes")
     if scores:
-        tables = [ReportTable(*score_table(scores, run.tasks.parts("before")), "Of the exported weights")]
+        tables = [ReportTable(*score_table(scores, run.tasks.parts("before")), "Scores of the exported weights")]
         tables += [ReportTable(*change_table(changes), "Changes by tuning, on the same documents")] if changes else []
         yield ReportSection("Tasks", [], forgetting(changes), tables=tables)
 
@@ -249,7 +251,9 @@ def _exports(run: RunValues) -> Iterator[ReportSection]:
     compared rows."""
     head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
     lines = []
-    texts = ["Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."]
+    texts = [
+        "The log-probabilities (nats) of each program are compared with those of torch in float32, on the same tokens."
+    ]
     for export in run.exports:
         certificate = export.part("certificate")
         program = f"{certificate.get('program')} {certificate.get('version')}"
@@ -277,9 +281,9 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
     if not full:
         commands.append(f"tunekit merge {place}/adapter --output {place}/merged")
     if run.shows.draws:
-        commands.append('# a LoRA in adapter/ is diffusers\' too: pipeline.load_lora_weights("adapter") loads it')
+        commands.append('# diffusers can load a LoRA in adapter/: pipeline.load_lora_weights("adapter")')
     elif not full:
-        commands.append('# adapter/ is in PEFT\'s format: PeftModel.from_pretrained(base, "adapter") loads it too')
+        commands.append('# PEFT can load adapter/: PeftModel.from_pretrained(base, "adapter")')
     yield ReportSection("Use it", commands=commands)
 
 

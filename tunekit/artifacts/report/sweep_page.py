@@ -31,7 +31,7 @@ def sweep_page(
 def _trials(results: SweepResults) -> ReportSection:
     name = results.metric.removeprefix("eval ")
     text = (
-        f"Intervals ({LEVEL:.0%}) of the difference of the {name} on the evaluation rows that both trials evaluated. "
+        f"{LEVEL:.0%} intervals of the difference from the best trial in {name}, on rows that both trials evaluated. "
         "If an interval contains 0, the difference may be by chance."
     )
     head, lines = results.table()
@@ -49,7 +49,7 @@ def _curves(results: SweepResults) -> Iterator[ReportSection]:
     if len(shown) < len(results.settings):
         texts.append(f"The curves of the {len(shown)} best of {len(results.settings)} settings.")
     if several:
-        texts.append(f"The first run of each setting; its other {results.over} are not shown.")
+        texts.append(f"Only the first run of each setting is shown, not its other {results.over}.")
     if charts := charts_of(runs) if runs else []:
         yield ReportSection("Over the steps", texts, charts=charts)
 
@@ -58,7 +58,7 @@ def _runs(results: SweepResults) -> ReportSection:
     runs = [run for setting in results.settings for run in setting.runs if run.evaluations]
     outcome = outcome_table(runs)
     lines = [[_spaced(name), *cells] for name, *cells in outcome.texts()]
-    text = "The evaluation of each run's exported weights; of a run that ended early, its last evaluation."
+    text = "Values of the exported weights; if a run ended early, values of its last evaluation."
     return ReportSection("Runs", [text], tables=[ReportTable(["run", *outcome.labels], lines)])
 
 
@@ -87,7 +87,7 @@ def _coordinates(results: SweepResults, values: Mapping[str, Mapping[str, object
     for at, (setting, height) in enumerate(zip(results.settings, heights, strict=True)):
         points = [ticks[repr(columns[key][at])][1] for key, ticks in placed.items()]
         lines.append(AxisLine(_label(results, setting), [*points, height], _kind(results, setting)))
-    text = "A line is a setting. It crosses each axis at its value; the best metric is at the top of the last axis."
+    text = "Each line is a setting and crosses each axis at its value; the best metric is at the top of the last axis."
     drawn = ParallelAxes([*axes, metric], lines[::-1])  # the best one last, above the others
     yield ReportSection("Values and results", [text], axes=drawn)
 

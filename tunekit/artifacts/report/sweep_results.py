@@ -83,7 +83,7 @@ class SweepResults:
             why = f"; at the last comparison of halving, {self.earlier}" if self.earlier else ""
             return f"only {self.best.name} is finished: {self.metric} {number_text('', self.best.mean)}{why}"
         if len(compared) < len(finished) - 1:
-            what = "the runs have no values of the same rows to compare"
+            what = "the runs have no values for the same rows"
             return f"{first}; there is no interval, because {what}"
         rows = min(difference.rows for difference in compared)
         equal = [setting.name for setting in self.unclear]
@@ -95,7 +95,7 @@ class SweepResults:
     def table(self) -> tuple[list[str], list[list[object]]]:
         """The headings and the lines of the table of settings."""
         several = max(len(setting.runs) for setting in self.settings) > 1
-        less = f"{self.metric.removeprefix('eval ')} less the best's"
+        less = f"{self.metric.removeprefix('eval ')} minus the best's"
         head = ["trial", self.metric, *([f"over {self.over}"] if several else []), less, "state"]
         lines: list[list[object]] = []
         for setting in self.settings:

@@ -31,7 +31,7 @@ def forgetting(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """A warning for each task on which the tuned model is worse than its base and chance is unlikely to explain it."""
     return [
         f"Worse than the base: {each['task']} {each['metric']}, {each['after']:.4g} instead of {each['before']:.4g} "
-        f"(95 % interval of the difference: {_interval(each)}). Training on other data may restore it."
+        f"(95 % interval of the difference: {_interval(each)}). Training on other data may restore the score."
         for each in changes
         if each["verdict"] == "worse"
     ]

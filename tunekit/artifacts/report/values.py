@@ -139,7 +139,7 @@ def damage_named(path: Path) -> Iterator[None]:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         what = f"{path} is damaged: {type(error).__name__}: {printable(' '.join(str(error).split()), MOST_NAME)}"
-        raise RunFolderError(what, "restore its files; tunekit --debug shows where the error is") from error
+        raise RunFolderError(what, "restore the run's files; tunekit --debug shows where the error is") from error
 
 
 def read_run(path: Path) -> RunValues:
