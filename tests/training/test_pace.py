@@ -99,7 +99,7 @@ def test_more_threads_than_processors_are_stated(tiny_llama: Path, monkeypatch: 
     case, warnings = case_with(tiny_llama, monkeypatch, [BUSY] * 3)
     monkeypatch.setattr(pace, "cpu_quota", lambda: 0.5)
     case.run()
-    assert "the number of processors for this process is 1; start with training.threads: 1" in warnings[0]
+    assert "this process may use only 1 of the processors; start with training.threads: 1" in warnings[0]
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -180,7 +180,7 @@ def find_checkpoint(name: str) -> Path | None:
     if not steps:
         raise RunFolderError(f"{start} has no checkpoint yet", "")
     why = "set evaluation.best to save the best one" if which == "best" else "older ones are removed during a run"
-    there = f"it has {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
+    there = f"its checkpoints are {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
     raise RunFolderError(f"{start} has no checkpoint '{which}'", there)
 
 

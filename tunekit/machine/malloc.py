@@ -33,7 +33,7 @@ def trim_heap() -> None:
 
 @cache
 def settle_heap() -> None:
-    """Set fixed thresholds in malloc, which would otherwise change them, and reserve chunks for small objects. Only the
+    """Make malloc's thresholds constant (otherwise malloc adapts them), and reserve chunks for small objects. Only the
     first call in a process has an effect."""
     library = _library()
     if library is None:

@@ -95,7 +95,7 @@ def reset_peaks(device: torch.device) -> None:
 
 
 def release_cached() -> None:
-    """Return memory that the accelerator's allocator has cached but does not use to the driver."""
+    """Give unused cached memory of the accelerator's allocator back to the driver."""
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 

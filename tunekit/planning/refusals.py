@@ -111,7 +111,7 @@ def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iter
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
         yield (
-            f"warning: the longest row has {longest} tokens, but the model was trained with at most {trained}; "
+            f"warning: the longest row has {longest} tokens, but the model was made for at most {trained}; "
             "longer rows may give bad results"
         )
 
@@ -202,6 +202,6 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
             "by rounding"
         )
     if recipe.model.quantization == "int8" and device.type != "cpu":
-        yield "int8: in each layer, bitsandbytes searches the inputs for large values, and the host waits for it"
+        yield "int8: in each layer, bitsandbytes searches the inputs for large values, so the host waits"
     if kind_of(device).own_memory:
         yield "the predicted peak counts only tensors; the GPU's allocator reserves more memory, which is not predicted"

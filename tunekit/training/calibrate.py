@@ -115,7 +115,7 @@ def calibrate(
 ) -> tuple[JsonObject, JsonObject]:
     """Run the calibration. Returns the statistics of each layer, by module name, and the cost of the calibration.
 
-    Raises: RecipeError if no token reaches one of the layers.
+    Raises: RecipeError if a layer gets no tokens.
     """
     started = time.monotonic()
     model, watch = TunedModel(base, None, companions=companions or {}), StatisticsCollector(start, targets)

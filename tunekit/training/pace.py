@@ -56,7 +56,7 @@ def _statement(times: CpuTimes, threads: int, fewer: int) -> tuple[str, str]:
     allowed = processors() if quota is None else min(processors(), math.ceil(quota))
     if threads > allowed:
         return (
-            f"{why}: the number of processors for this process is {allowed:,}",
+            f"{why}: this process may use only {allowed:,} of the processors",
             f"start with training.threads: {allowed}",
         )
     cure = f", or start with training.threads: adaptive (or {fewer})" if threads > 1 else ""

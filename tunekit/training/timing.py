@@ -120,11 +120,11 @@ class TimeForecast:
         separate = sum(self.trials.values())
         total = (separate if self.halved is None else self.halved) / self.gain
         alone = separate + count * (self.start + self.costs.load)
-        halved = "" if self.halved is None else " if each comparison ends half of the trials"
+        halved = "" if self.halved is None else " if each comparison ends half of them"
         same = "" if self.gain > 1 else ". A step takes as long as in `tunekit train`"
         return [
-            f"predicted time: {time_text(one)} for one trial, {time_text(total)} for {count}{halved}, estimated from "
-            f"{STEPS} steps of {self.measured}",
+            f"predicted time: {time_text(one)} for one trial, {time_text(total)} for {count} trials{halved}, "
+            f"estimated from {STEPS} steps of {self.measured}",
             f"{count} separate runs of `tunekit train`: {time_text(alone)}; each would start Python "
             f"({self.start:.1f} s) and load the base ({self.costs.load:.1f} s){same}",
         ]

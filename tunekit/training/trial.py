@@ -30,10 +30,10 @@ def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state
     leak = packing_leak(model, batch.inputs["input_ids"])
     if leak <= TOLERANCE[model.base.dtype]:
         return prepared
-    what = f"attend to each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
+    what = f"packed rows attend to each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
     if settings.packing:
-        raise ModelError(f"packed rows {what}", "set data.packing: false", key="data.packing")
-    reaction = Reaction(f"packed rows {what}", "rows are padded instead", state.step)
+        raise ModelError(what, "set data.packing: false", key="data.packing")
+    reaction = Reaction(what, "rows are padded instead", state.step)
     state.reactions.append(asdict(reaction))
     session.console.warn(f"{reaction.probe}; {reaction.action}")
     objective = prepared.rows.objective.laid_out(end_to_end=False)

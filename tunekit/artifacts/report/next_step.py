@@ -201,7 +201,7 @@ CURES = {  # kind of finding -> what to do, most important first
     "secret": "remove the secrets from these rows, and revoke them: a model can repeat what it was trained on",
     "leak": "remove training rows that equal evaluation rows, because they make the evaluation loss too low",
     "broken": "correct the rows that cannot be read",
-    "contrary": "give rows with the same text the same label",
+    "contrary": "give rows with the same input the same label",
     "long": "raise data.max_length, or set data.excess_length: truncate or split",
 }
 
