@@ -31,7 +31,7 @@ def checkpoint_tensors(
 
 
 def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> JsonObject:
-    """All values except tensors that an exact resume needs."""
+    """All values that an exact resume needs, except tensors."""
     return {
         "loop": asdict(state),
         "layout": optimizer.layout(),

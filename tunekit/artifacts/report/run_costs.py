@@ -114,9 +114,8 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
     text = [f"{report.count('tokens'):,} {sizes} were seen, with {report.count('supervised_tokens'):,} {units}."]
     if lines:
         text.append(
-            f"{sizes.capitalize()} are counted without padding; the loss is computed over the {units}. The rates "
-            "divide "
-            "by the time of optimizer steps, without loading, evaluation and saving."
+            f"{sizes.capitalize()} are counted without padding; the loss is computed over the {units}. The "
+            "rates count only the time of optimizer steps, without loading, evaluation and saving."
         )
     if calibration := report.part("calibration"):
         text.append(f"{calibration_text(calibration).capitalize()}.")

@@ -59,7 +59,7 @@ def _verdict(run: RunValues) -> str:
         return f"{str(run.report['verdict']).capitalize()}."
     if before is None or after is None or run.shows.headline != Headline():  # else the loss means little
         return ""
-    return f"Evaluation loss {before:.4g} before training, {after:.4g} of the exported weights."
+    return f"Evaluation loss {before:.4g} before training, {after:.4g} with the exported weights."
 
 
 def _next_steps(run: RunValues) -> Iterator[ReportSection]:
@@ -140,7 +140,7 @@ def _labels(run: RunValues) -> Iterator[ReportSection]:
         return
     columns = columns_of(facts)
     lines = [[line.get(name) for name in columns] for line in facts.parts("per_class")]
-    tables = [ReportTable(columns, lines, "Each label, of the exported weights")]
+    tables = [ReportTable(columns, lines, "Each label, with the exported weights")]
     if len(lines) > MOST_LABELS and "f1" in columns:
         worst = sorted(facts.parts("per_class"), key=lambda line: line.number("f1") or 0.0)[:MOST_LABELS]
         shown = [[line.get(name) for name in columns] for line in worst]

@@ -20,9 +20,8 @@ from tunekit.training.engines.window import Piece, WindowEngine, WindowRequest, 
 class Together:
     """Runs windows (the micro-batches of one optimizer step) of several runs together.
 
-    `base`: returns the loaded base, which is not prepared for a single run. `joined`: the settings of a network that
-    computes the rows of all runs at once; None: the runs compute one after another in each layer. `warn`: prints a
-    warning.
+    `base`: returns the loaded base, without the adapter of any run. `joined`: the settings of a network that computes
+    the rows of all runs at once; None: the runs compute one after another in each layer. `warn`: prints a warning.
     """
 
     def __init__(
