@@ -241,7 +241,7 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         "| tokens per second | 1,234 |",
         "are counted without padding",
         "| dropped | 10 |",
-        "10 longer than max\\_length",
+        "10 training rows were dropped: longer than max\\_length",
         "1.00% of the base's 200.0 MiB",
         "| longest batch | micro-batches are split in two | 0 |",
         "tunekit generate ",

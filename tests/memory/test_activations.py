@@ -230,7 +230,7 @@ def test_what_is_not_token_wise_is_refused_by_name() -> None:
     )
     assert "(WithResidual) needs other inputs than hidden states" in tiled_error(layer_with("mlp", WithResidual(8, 8)))
     assert "(WithScores) does not return just hidden states" in tiled_error(layer_with("ffn", WithScores(8, 8)))
-    assert "(Linear) returns more" in tiled_error(layer_with("mlp", nn.Linear(8, 9)))
+    assert "(Linear) does not return just hidden states" in tiled_error(layer_with("mlp", nn.Linear(8, 9)))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "starcoder2", "mixtral", "gpt2", "gpt_neox", "phi"])
