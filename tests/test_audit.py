@@ -146,7 +146,7 @@ def test_a_flipped_byte_of_a_checkpoint_is_named(case: Path) -> None:
     forge_manifests(case)
     ended, proof = audited(case)
     assert ended.code == 3
-    assert "error: step 4: the checkpoint has other bytes in " in ended.output
+    assert "error: step 4: the checkpoint has different bytes in " in ended.output
     assert proof["parts"][0]["differences"][0]["step"] == 4
 
 
@@ -154,7 +154,7 @@ def test_a_flipped_byte_of_the_result_is_named(case: Path) -> None:
     flip(case / "adapter" / "adapter_model.safetensors", -2)
     ended, _ = audited(case)
     assert ended.code == 3
-    assert "step 6: adapter/adapter_model.safetensors has other bytes" in ended.output
+    assert "step 6: adapter/adapter_model.safetensors has different bytes" in ended.output
 
 
 @pytest.mark.drawn
@@ -269,7 +269,7 @@ def test_changed_files_next_to_the_weights_are_named(case: Path) -> None:
     ended, _ = audited(case)
     assert ended.code == 3
     assert "step 6: adapter/chat_template.jinja is not part of this result" in ended.output
-    assert "step 6: adapter/tunekit.json has other values: settings.alpha was 64.0, is " in ended.output
+    assert "step 6: adapter/tunekit.json has different values: settings.alpha was 64.0, is " in ended.output
 
 
 @pytest.mark.drawn

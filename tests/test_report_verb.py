@@ -109,7 +109,7 @@ def test_the_result_is_that_of_the_exported_weights_everywhere(
     tiles = page[page.index("evaluation loss") :][:600]
     assert "2.125" in tiles
     assert "0.875" in tiles
-    assert "Evaluation loss 2.6 before training, 2.125 of the exported weights." in page
+    assert "Evaluation loss 2.6 before training, 2.125 with the exported weights." in page
     assert "of step 20" in page
     report_verb([str(folder), str(write_run(tmp_path / "other"))], None, str(tmp_path / "both.json"), None)
     outcome = json.loads((tmp_path / "both.json").read_text("utf-8"))["runs"][0]["outcome"]

@@ -151,7 +151,7 @@ def test_completions_continue_the_text(api: Any) -> None:
         ({"prompt": [10**6]}, "ids that are not in the vocabulary"),
         ({"prompt": [-1]}, "ids that are not in the vocabulary"),
         ({"prompt": "x" * 900}, "reads at most 512"),
-        ({"prompt": ["x"] * 97, "n": 2}, "194 choices are more than 192"),
+        ({"prompt": ["x"] * 97, "n": 2}, "194 choices are more than 192, the maximum"),
         ({"prompt": [5] * 512}, "leave no room for an answer"),
         ({"seed": 0.5}, "'seed' must be a whole number"),
         ({"logprobs": 21}, "'logprobs' must be a number from 0 to 20"),

@@ -234,7 +234,9 @@ def test_folds_evaluate_each_row_once(recipe: Path, tmp_path: Path) -> None:
     more = ("sweep.folds=3", "~sweep.keys.adapter.method", "data.train.0.max_rows=20")
     ended = sweep(recipe, folder, *more)
     assert ended.code == 0, ended.output
-    assert "each trial leaves out one of 3 folds, and is evaluated on it; data.eval is not used" in ended.output
+    assert (
+        "each trial trains without one of 3 folds, and is evaluated on this fold; data.eval is not used" in ended.output
+    )
     best, other = results_of(folder)["settings"]
     assert [run["name"] for run in best["runs"]] == [f"{best['setting']},fold={fold}" for fold in (1, 2, 3)]
     outcomes = [run["outcome"] for run in best["runs"]]
@@ -290,7 +292,7 @@ def test_halving_ends_the_worse_half(save: int | None, recipe: Path, tmp_path: P
     assert "4 of 4 trials have ended already" in again.output
     other = sweep(recipe, folder, *more, "adapter.r=4,8", resume=True)
     assert other.code == 2
-    assert "halving compared other trials" in other.output
+    assert "halving compared the trials of a different sweep" in other.output
     late = sweep(recipe, tmp_path / "late", *more[:-1], "training.eval_steps=8")
     assert late.code == 2
     assert "lower training.eval_steps" in late.output

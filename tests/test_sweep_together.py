@@ -197,7 +197,10 @@ def test_joined_trials_agree_with_their_solo_runs(recipe: Path, tmp_path: Path) 
     assert sizes_of(ended)
     for rank in (4, 8):
         run = tmp_path / "all" / f"r={rank}"
-        assert "joined with other trials of a sweep, 2 in all" in json.loads((run / "plan.json").read_text())["notes"]
+        assert (
+            "the rows of this run are joined with other trials of a sweep, 2 in all"
+            in json.loads((run / "plan.json").read_text())["notes"]
+        )
         alone = train_in_child(recipe, tmp_path / str(rank), *more, f"adapter.r={rank}")
         assert alone.code == 0, alone.output
         losses = [[entry["loss"] for entry in records(each) if "loss" in entry] for each in (run, tmp_path / str(rank))]

@@ -121,6 +121,6 @@ def test_a_refusal_names_all_differences_with_their_lines() -> None:
 
 def test_code_that_is_known_on_one_side_only_is_not_the_same() -> None:
     known, unknown = {"code": {"objective.reward.0.function": "1"}}, {"code": {}}
-    expected = [("objective.reward.0.function", "it has other content")]
+    expected = [("objective.reward.0.function", "its content is different")]
     assert compare_fingerprints(known, unknown) == compare_fingerprints(unknown, known) == expected
     assert compare_fingerprints({}, {"files": {"objective.class_data_dir": "1"}}) == [], "it was not read yet"

@@ -61,11 +61,11 @@ def test_the_evaluation_loss_rises() -> None:
     up = {0: 3.0, 10: 2.0, 20: 1.5, 30: 1.9}
     text = evaluation_rises(make_run(evaluations=up))
     assert text is not None
-    assert "rises since step 20 (1.5 to 1.9)" in text
-    assert "evaluation.best: eval.loss exports step 20; training.epochs: 2" in text
+    assert "risen since step 20 (1.5 to 1.9)" in text
+    assert "to export step 20, set evaluation.best: eval.loss; to end a run there, set training.epochs: 2" in text
     chosen = evaluation_rises(make_run(evaluations=up, recipe={"evaluation": {"best": "eval.loss"}}))
     assert chosen is not None
-    assert "exports" not in chosen
+    assert "to export" not in chosen
     assert evaluation_rises(make_run(FALLING[::-1], evaluations=up)) is None  # the training loss rises too
     assert evaluation_rises(make_run(evaluations=up | {30: 1.51})) is None  # by less than 1 %
     assert evaluation_rises(make_run(evaluations={0: 1.0, 10: 2.0, 30: 3.0})) is None  # never below the start
@@ -128,7 +128,9 @@ def test_memory_for_twice_the_micro_batch() -> None:
     facts |= {"peak_bytes": {"activations": 2 << 30, "logits": 1 << 30}, "budget_bytes": 8 << 30}
     text = memory_is_left(make_run(**facts))
     assert text is not None
-    assert text.startswith("4.0 GiB of the budget was free: training.micro_batch_size: 4 with ")
+    assert text.startswith(
+        "4.0 GiB of the budget was free: to make the same steps faster, set training.micro_batch_size: 4 and "
+    )
     assert "training.gradient_accumulation_steps: 4" in text
     for change in ({"device": "cpu"}, {"budget_bytes": 6 << 30}, {"budget_bytes": None}):
         assert memory_is_left(make_run(**facts | change)) is None
@@ -155,7 +157,7 @@ def test_after_a_data_check_and_an_evaluation() -> None:
         "tunekit preview 'my recipe.yaml' shows which tokens are trained on"
     ]
     steps = after_data_check([{"near": [3], "long": [4]}, {"leak": [7]}], recipe, fixes=True)
-    assert steps[0].startswith("remove these training rows")
+    assert steps[0].startswith("remove training rows that equal evaluation rows")
     assert steps[1].startswith("--fix FILE")
     even, units = np.full(50, 2.0), np.ones(50)
     assert after_evaluation("mine.yaml", "recipe", even, units) == [

@@ -209,7 +209,8 @@ def test_a_metric_that_was_better_at_another_step_is_noted(run: RunFolder, best:
     facts, plan = dataclasses.replace(FACTS, evaluations=evaluations), make_plan()
     page = written(run, facts, dataclasses.replace(plan, recipe={**plan.recipe, "evaluation": {"best": best}}))
     noted = (
-        "accuracy was better at step 3: 0.8125 instead of 0.75. To choose by it, set evaluation.best: eval.accuracy."
+        "accuracy was better at step 3: 0.8125 instead of 0.75. To export the step with "
+        "the best accuracy, set evaluation.best: eval.accuracy."
     )
     assert (noted in page.replace("\\", "")) == (best == "eval.loss")
     assert "perplexity was better" not in page
@@ -234,13 +235,13 @@ def test_the_page_tells_all_of_it(run: RunFolder) -> None:
         "| 2 (best) | 1 | 0.75 |",
         "| 4 | 1.5 | 0.5 |",
         "Training loss: 3 over the first tenth of the steps, 1.25 over the last.",
-        "those after step 2, the best evaluation",
+        "the weights after step 2, which had the best evaluation",
         "| activations | 40.0 MiB |",
         "| cpu | 110.0 MiB | 100.0 MiB | +10.0% |",
         "| tokens per second | 1,234 |",
         "are counted without padding",
         "| dropped | 10 |",
-        "10 longer than max\\_length",
+        "10 training rows were dropped: longer than max\\_length",
         "1.00% of the base's 200.0 MiB",
         "| longest batch | micro-batches are split in two | 0 |",
         "tunekit generate ",
@@ -291,11 +292,11 @@ def test_a_bare_run_has_a_page_without_holes(run: RunFolder) -> None:
     plan = make_plan(rows=rows, recipe={"adapter": {"method": "full"}, "objective": {"method": "dpo"}})
     page = written(run, facts, plan)
     assert "There are no evaluation rows." in page
-    assert "data.eval: 0.1 sets a tenth of the rows aside" in page
+    assert "set data.eval: 0.1 to evaluate on a tenth of the rows" in page
     assert " pairs." in page
-    assert "None" not in page.replace("None: all checks", "")
+    assert "None" not in page
     assert "nan" not in page.lower()
-    assert "those after step 4, the last" in page
+    assert "the weights after step 4, the last step" in page
     assert "merge" not in page
     assert "## Size" not in page
 

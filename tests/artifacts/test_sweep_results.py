@@ -73,7 +73,7 @@ def test_the_interval_is_of_the_sums_over_seeds(tmp_path: Path) -> None:
     difference = results.settings[1].difference
     assert difference is not None
     assert (difference.low, difference.high) == pytest.approx(paired_interval(sums["a"], sums["b"], units))
-    assert results.table()[0] == ["trial", "eval loss", "over seeds", "loss less the best's", "state"]
+    assert results.table()[0] == ["trial", "eval loss", "over seeds", "loss minus the best's", "state"]
 
 
 def test_the_direction_of_a_metric(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_rows_of_a_metric_are_compared(tmp_path: Path) -> None:
     assert difference is not None
     ends = paired_interval(np.array(good), np.array(bad), np.ones(30))
     assert (difference.low, difference.high) == pytest.approx(ends)
-    assert results.table()[0][2] == "exact match less the best's"
+    assert results.table()[0][2] == "exact match minus the best's"
     only = sweep_results("eval.exact_match", {name: runs[name] for name in "ab"})
     assert "it is higher than all others on 30 evaluation rows" in only.verdict()
 

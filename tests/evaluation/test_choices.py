@@ -210,7 +210,7 @@ def test_a_run_is_steered_and_reported_by_what_it_chooses(tmp_path: Path) -> Non
     confusion = report["classes"]["confusion"]
     assert after["classes"]["confusion"] == [[confusion[row][column] for column in order] for row in order]
     assert [line["rows"] for line in after["classes"]["per_class"]] == [3, 3, 3]
-    assert "Each label, of the exported weights" in (run / "report.md").read_text("utf-8")
+    assert "Each label, with the exported weights" in (run / "report.md").read_text("utf-8")
     target = load_target(find_target(str(run), None, ['evaluation.choices=[" stop", " go"]']), CPU)
     choices = Choices((" stop", " go"), "sum")
     expected = choose(target.model, target.objective, choices, ["red. Do:"], 1, make_devices())

@@ -136,7 +136,7 @@ def test_an_adapter_is_merged_and_exported_for_the_same_file(
     run = tmp_path / "run"
     ended = train_in_child(recipe, run, "training.max_steps=3")
     assert ended.code == 0
-    assert "weights in the blocks of the file;" in " ".join(ended.output.split())
+    assert "weights in the quantized blocks of the file;" in " ".join(ended.output.split())
     target = find_target(str(run), None, [])
     merge(target, tmp_path / "merged")
     merge(find_target(str(run), None, ["model.quantization=none"]), tmp_path / "dense")

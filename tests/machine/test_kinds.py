@@ -42,7 +42,7 @@ def test_a_device_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyP
         make_devices()
     monkeypatch.setattr(devices, "is_here", lambda device: True)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
-    with pytest.raises(RecipeError, match="torch sees 1 of them"):
+    with pytest.raises(RecipeError, match="torch finds only 1 of these devices"):
         make_devices()
 
 

@@ -225,10 +225,12 @@ def layer_with(name: str, mlp: nn.Module) -> nn.Module:
 
 def test_what_is_not_token_wise_is_refused_by_name() -> None:
     assert "model.layers.0 (Module) has no MLP" in tiled_error(layer_with("attention", nn.Linear(8, 8)))
-    assert "model.layers.0.mlp (Mixing) does not act token by token" in tiled_error(layer_with("mlp", Mixing(8, 8)))
-    assert "(WithResidual) does not take hidden states alone" in tiled_error(layer_with("mlp", WithResidual(8, 8)))
-    assert "(WithScores) returns more than hidden states" in tiled_error(layer_with("ffn", WithScores(8, 8)))
-    assert "(Linear) returns more" in tiled_error(layer_with("mlp", nn.Linear(8, 9)))
+    assert "model.layers.0.mlp (Mixing) does not compute each token separately" in tiled_error(
+        layer_with("mlp", Mixing(8, 8))
+    )
+    assert "(WithResidual) needs other inputs than hidden states" in tiled_error(layer_with("mlp", WithResidual(8, 8)))
+    assert "(WithScores) does not return just hidden states" in tiled_error(layer_with("ffn", WithScores(8, 8)))
+    assert "(Linear) does not return just hidden states" in tiled_error(layer_with("mlp", nn.Linear(8, 9)))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "starcoder2", "mixtral", "gpt2", "gpt_neox", "phi"])

@@ -477,7 +477,7 @@ def test_what_cannot_be_is_refused(whisper: Path, recordings: Path, tmp_path: Pa
         ),
         (
             "adapter={method: bitfit}",
-            "bitfit cannot train modules besides the adapter, but this objective trains the head",
+            "bitfit cannot train modules outside the adapter, but this objective trains the head",
         ),
         ("data.packing=true", "rows of this objective cannot be packed"),
         ("data.excess_length=split", "its label may be wrong for a piece of the recording"),

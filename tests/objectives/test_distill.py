@@ -171,7 +171,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_llama: Path, teacher: P
     lose_the_end(run)
     other = write_tiny_llama(tmp_path / "other", layers=3, hidden=96, seed=6)
     with pytest.raises(
-        RunFolderError, match=r"objective\.teacher\.name_or_path: changed since the run: it has other content"
+        RunFolderError, match=r"objective\.teacher\.name_or_path: changed since the run: its content is different"
     ) as caught:
         train_verb(
             load_recipe(tmp_path / "recipe.yaml", [*overrides, f"objective.teacher.name_or_path={other}"]), True, False

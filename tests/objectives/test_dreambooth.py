@@ -283,7 +283,7 @@ def test_other_class_images_refuse_a_resume(tmp_path: Path, pipeline: Path, phot
         (run / name).unlink()
     shutil.rmtree(run / "adapter")
     write_photos(tmp_path / "classes", 3, seed=10)
-    with pytest.raises(InputError, match="class_data_dir: changed since the run: it has other content"):
+    with pytest.raises(InputError, match="class_data_dir: changed since the run: its content is different"):
         trained(recipe, run, resume=True)
     write_photos(tmp_path / "classes", 3, seed=9)
     trained(recipe, run, resume=True)

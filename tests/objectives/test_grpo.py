@@ -268,7 +268,7 @@ def test_a_changed_reward_file_is_not_resumed(base: Path, tmp_path: Path) -> Non
     lose_the_end(train(recipe))
     changed = CODE.replace("10", "20") + f"\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
     (tmp_path / "rewards.py").write_text(changed, encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: it has other"):
+    with pytest.raises(RunFolderError, match=r"objective\.reward\.0\.function: changed since the run: its content is"):
         train(recipe, resume=True)
     assert not (tmp_path / "ran").exists(), "a run that is refused runs none of the code"
 
@@ -287,7 +287,9 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
         train(recipe)
     (tmp_path / "judge.py").write_text(judge.format(""), encoding="utf-8")
     sys.modules.pop("judge")
-    said = r"objective\.reward\.0\.function: changed since the run: it has other content; undo the change \(also in "
+    said = (
+        r"objective\.reward\.0\.function: changed since the run: its content is different; undo the change \(also in "
+    )
     with pytest.raises(
         RunFolderError, match=said + r"files that it loads\), accept it with --accept-changed objective\.reward"
     ):
@@ -301,7 +303,7 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
         train_verb(loaded, False, False, accepted=["objective.reward"])
     train_verb(loaded, True, False, accepted=["objective.reward"])
     report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
-    accepted = {"probe": "objective.reward.0.function: its files changed since the run", "step": 2}
+    accepted = {"probe": "objective.reward.0.function: its files have changed since the run started", "step": 2}
     assert accepted.items() <= report["reactions"][0].items()
     assert "resumed with the changed files, as --accept-changed allows" in capsys.readouterr().err
     assert len([record for record in records(tmp_path / "run") if "loss" in record]) == 4

@@ -274,7 +274,7 @@ def test_plan_counts_the_frozen_copy(base: Path, supervised: Path, tmp_path: Pat
     plan, _ = make_plan(load_recipe(write_recipe(tmp_path / "continued", base, adapter=adapter)), device=CPU)
     copied = 4 * plan.trainable_parameters
     assert plan.peak_bytes.adapter - fresh.peak_bytes.adapter == pytest.approx(copied, rel=0.05)
-    assert any("reference model is the base with the adapter of step 0" in note for note in plan.notes)
+    assert any("reference model is the base with the adapter at step 0" in note for note in plan.notes)
 
 
 @pytest.mark.slow

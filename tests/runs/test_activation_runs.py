@@ -72,6 +72,6 @@ def test_plan_says_when_nothing_waits(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe", tiny_llama)
     plan, _ = make_plan(load_recipe(recipe, ["memory.activation_offload=true"]), device=CPU)
     assert plan.choice.checkpointed_layers == 0
-    assert any("no input is offloaded" in note for note in plan.notes)
+    assert any("no inputs of layers are offloaded" in note for note in plan.notes)
     plan, _ = make_plan(load_recipe(recipe, []), device=CPU)
     assert not [note for note in plan.notes if "wait" in note or "MLPs" in note]

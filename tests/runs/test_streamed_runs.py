@@ -151,7 +151,7 @@ def test_a_budget_too_small_for_the_base_streams_it(
     plan = plan_of(recipe)
     assert not plan.refusals
     assert plan.choice.streaming == "disk"
-    assert any("break-even" in note for note in plan.notes)
+    assert any("speed of streaming" in note for note in plan.notes)
 
 
 def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
     report = json.loads((run / "report.json").read_text())
     assert report["eval_loss"] == pytest.approx(UNIFORM)
     assert report["eval_loss"] > 1.5 * report["base_eval_loss"]
-    assert report["verdict"].startswith("worse than the base: eval loss ")
+    assert report["verdict"].startswith("the exported weights are worse than the base: eval loss ")
     assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
     assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")
@@ -88,12 +88,12 @@ def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None
     run, ended = trained(recipe, "diverged")
     report = json.loads((run / "report.json").read_text())
     assert "base_eval_loss" not in report
-    assert report["verdict"].startswith("worse than it began: training loss ")
+    assert report["verdict"].startswith("the run ended worse than it began: training loss ")
     assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
     page = (run / "report.md").read_text().replace("\\", "")
     assert report["verdict"].capitalize() in page
-    assert "It did not fall." in page
+    assert "Training loss did not fall." in page
     assert f"warning: a learning rate of {RATE:g} is very high" in ended.output
 
 
@@ -111,7 +111,7 @@ def test_a_last_step_that_is_far_worse_than_those_before_is_told_with_what_to_do
     losses = [record["loss"] for record in records(run)]
     assert losses[-1] > 100 * max(losses[-4:-1])
     report = json.loads((run / "report.json").read_text())
-    assert report["verdict"].startswith(f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is ")
+    assert report["verdict"].startswith(f"the run ended on a spike: the loss {losses[-1]:.4g} of the last step is ")
     (reaction,) = report["reactions"]
     assert reaction["step"] == 30
     assert "this was the last step, and its weights are exported; with evaluation.best: eval.loss" in reaction["action"]

@@ -238,7 +238,7 @@ def test_requests_to_many_adapters_share_forwards(speaker: Speaker, tiny_llama: 
 def test_wrong_names_and_folders(speaker: Speaker, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no adapter 'none'"):
         speaker.adapters.load("none")
-    with pytest.raises(InputError, match="another model named 'one'"):
+    with pytest.raises(InputError, match="the name of its adapter 'one' is already in use"):
         speaker.adapters.add_folder(str(folder))
     shutil.copytree(folder / "one", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"x")

@@ -93,7 +93,7 @@ def test_all_wrong_adapters_are_named_before_the_first_answer(
     other = shutil.copytree(folder / "run" / "adapter", tmp_path / "template")
     (other / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
     monkeypatch.setattr(Speaker, "answering", lambda *_: pytest.fail("a row was answered"))
-    with pytest.raises(TunekitError, match=r"(?s)wide.*broken.*template: has a chat template of its own"):
+    with pytest.raises(TunekitError, match=r"(?s)wide.*broken.*template: has its own chat template"):
         answer_with_adapters(
             load(tiny_llama, *SETTINGS), read_prompts(write(folder, [None, str(wide), "one", str(broken), str(other)]))
         )

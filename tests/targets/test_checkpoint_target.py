@@ -72,7 +72,7 @@ def test_a_checkpoint_answers_and_is_merged_and_exported(
 def test_what_is_no_checkpoint_is_said_with_those_that_there_are(stopped: Path, tmp_path: Path) -> None:
     with pytest.raises(
         RunFolderError,
-        match=r"run has no checkpoint '99'; it has 1, 2, 3.* \(older ones are removed.*; write .*run@STEP",
+        match=r"run has no checkpoint '99'; its checkpoints are 1, 2, 3.* \(older ones are removed.*; write .*run@STEP",
     ):
         find_target(f"{stopped}@99", None, [])
     with pytest.raises(RunFolderError, match="has no checkpoint 'first'"):

@@ -34,7 +34,7 @@ def test_a_spike_is_told_with_what_it_is_compared_with() -> None:
     losses = [2 + draw.gauss(0, 0.1) for _ in range(60)]
     losses[40] = 6.0
     assert list(told(losses)) == [41]
-    assert "the loss 6 is far above that of the 40 steps before (1.989 on average)" in told(losses)[41]
+    assert "the loss 6 is far above the mean loss 1.989 of the previous 40 steps" in told(losses)[41]
 
 
 def test_a_run_that_diverges_at_once_is_told_once() -> None:
@@ -65,21 +65,25 @@ def test_a_run_that_ends_worse_than_it_began_is_told_and_noise_is_not(noise: flo
     for _ in range(20):
         why = rise([drawn(2.5), *(drawn(2.5 * (1 + 8 * noise)) for _ in range(100))])
         assert why is not None
-        assert why.startswith("worse than it began: training loss ")
+        assert why.startswith("the run ended worse than it began: training loss ")
 
 
 def test_the_jumps_of_a_run_that_diverged_are_no_noise() -> None:
     jumps = [2.99, 3.4, 9.1, 4.2, 8.8, 5.0, 10.2, 4.1, 9.0, 6.5]
-    assert rise(jumps) == "worse than it began: training loss 6.5 over the last tenth of the steps, 2.99 at step 1"
+    assert (
+        rise(jumps)
+        == "the run ended worse than it began: training loss 6.5 over the last tenth of the steps, 2.99 at step 1"
+    )
     assert rise([2.99, 4.0, 6.5]) is not None
     assert rise([2.99, 2.5, 5.9]) is None, "three noisy steps"
 
 
 def test_a_jump_from_near_zero_is_told_whatever_the_loss_was_before_it_fell() -> None:
     falling = [6.1, 2.7, 1.0, 0.4, 0.15, 0.02, *[0.002, 0.001, 0.0004, 0.0009] * 11]
-    assert told([*falling, 0.3]) == {51: "the loss 0.3 is 333 times that of the steps just before (0.0009)"}
+    assert told([*falling, 0.3]) == {51: "the loss 0.3 is 333 times the loss of the steps just before (0.0009)"}
     assert last_jump([*falling, 0.3]) == (
-        "it ended on a spike: the loss 0.3 of the last step is 333 times that of the steps just before (0.0009)"
+        "the run ended on a spike: the loss 0.3 of the last step is 333 times the loss of the steps just before "
+        "(0.0009)"
     )
     for few in ([2.0, 0.5, 0.001, 0.001, 0.3], [2.0, 0.001, 0.3], [0.001, 0.1]):
         assert list(told(few)) == [len(few)]

@@ -99,6 +99,6 @@ def test_a_resume_refuses_other_rows(tmp_path: Path) -> None:
     first = divided(sweep)
     assert divided(sweep, resume=True) == first
     (tmp_path / "a.jsonl").write_text(lines([{"text": str(at)} for at in range(7)]), encoding="utf-8")
-    with pytest.raises(RunFolderError, match="not those of the interrupted sweep"):
+    with pytest.raises(RunFolderError, match="differ from the rows in the interrupted sweep"):
         divided(sweep, resume=True)
     assert divided(sweep) != first

@@ -99,7 +99,7 @@ def test_more_threads_than_processors_are_stated(tiny_llama: Path, monkeypatch: 
     case, warnings = case_with(tiny_llama, monkeypatch, [BUSY] * 3)
     monkeypatch.setattr(pace, "cpu_quota", lambda: 0.5)
     case.run()
-    assert "this process may use only 1; start with training.threads: 1" in warnings[0]
+    assert "this process may use only 1 of the processors; start with training.threads: 1" in warnings[0]
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -108,7 +108,7 @@ def test_an_adaptive_run_lowers_its_threads_and_records_it(tiny_llama: Path, mon
     state = case.run()
     assert [record.threads for record in case.records if isinstance(record, StepRecord)] == [2, 2, 2, 1, 1, 1]
     assert [(reaction["step"], reaction["action"]) for reaction in state.reactions][:1] == [
-        (3, "1 thread from the next step on, as training.threads: adaptive says")
+        (3, "training.threads: adaptive continues with 1 thread")
     ]
     assert len(warnings) == len(state.reactions) == 1
     what = "2 threads computed for 18 CPU seconds in 18 seconds: other programs use the processors"

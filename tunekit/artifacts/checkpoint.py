@@ -1,4 +1,4 @@
-"""Checkpoints: the complete state for an exact resume. They are written atomically, and verified before use.
+"""Checkpoints: the complete state that an exact resume needs. They are written atomically, and verified before use.
 
 checkpoints/step-000100/ contains tensors.safetensors, state.json and manifest.json.
 """
@@ -42,7 +42,7 @@ REPLACED_NAME = re.compile(r"\.replaced-(step-\d{6,})-\d+(-\d+)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `tensors`: CPU tensors by name; `facts`: the other values of the state."""
+    """A verified checkpoint. `tensors`: CPU tensors by name; `facts`: all other values of the state."""
 
     step: int
     tensors: Tensors
@@ -84,7 +84,7 @@ def save_checkpoint(
 
 
 def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """Write and flush the tensors, the state and then the manifest. If the manifest exists, the other files are
+    """Write and flush the tensors, the state and finally the manifest. So if the manifest exists, the other files are
     complete."""
     size, digest = write_tensors(folder / TENSORS, tensors)
     files = {TENSORS: {"bytes": size, "sha256": digest}}
@@ -97,8 +97,8 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: 
 
 
 def _put_in_place(run: RunFolder, temporary: Path, folder: Path) -> None:
-    """Rename the temporary folder to its final name. An older checkpoint of this step is moved aside first. If the
-    rename fails, the older checkpoint is moved back."""
+    """Rename the temporary folder to its final name. If this step already has a checkpoint, it is moved aside first,
+    and moved back if the renaming fails."""
     if not os.path.lexists(folder):
         durable.rename(temporary, folder)
         return
@@ -135,8 +135,8 @@ def _remove_temporary(folder: Path) -> None:
 
 
 def tidy_checkpoints(run: RunFolder) -> None:
-    """Repair the folder after a killed run: remove half-written and half-deleted checkpoints, and rename a
-    checkpoint that was moved aside back to its name."""
+    """Repair the folder after a run was killed: remove half-written and half-deleted checkpoints. A checkpoint that was
+    moved aside gets its name back."""
     if not durable.is_real_folder(run.checkpoints):
         return
     for entry in sorted(run.checkpoints.iterdir()):
@@ -151,7 +151,8 @@ def tidy_checkpoints(run: RunFolder) -> None:
 
 
 def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every entry with the name of a checkpoint, newest first. The checkpoints are not verified."""
+    """(step, folder) of every entry whose name is that of a checkpoint, newest first. The checkpoints are not
+    verified."""
     if not durable.is_real_folder(checkpoints):
         return []
     found = [(int(match[1]), entry) for entry in checkpoints.iterdir() if (match := STEP_NAME.fullmatch(entry.name))]
@@ -159,7 +160,7 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(name: str) -> Path | None:
-    """The checkpoint folder for RUN@120, RUN@best, RUN@last or the path of a checkpoint; None for other names.
+    """The checkpoint folder for a name: RUN@120, RUN@best, RUN@last or the path of a checkpoint. None for other names.
 
     Raises: RunFolderError if the run has no such checkpoint.
     """
@@ -178,8 +179,8 @@ def find_checkpoint(name: str) -> Path | None:
         return steps[step]
     if not steps:
         raise RunFolderError(f"{start} has no checkpoint yet", "")
-    why = "evaluation.best of the recipe makes one" if which == "best" else "older ones are removed during a run"
-    there = f"it has {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
+    why = "set evaluation.best to save the best one" if which == "best" else "older ones are removed during a run"
+    there = f"its checkpoints are {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
     raise RunFolderError(f"{start} has no checkpoint '{which}'", there)
 
 
@@ -211,7 +212,7 @@ def _load(folder: Path) -> Checkpoint:
 
 
 def load_newest(run: RunFolder) -> Checkpoint | None:
-    """The newest complete checkpoint, or None if the run has no checkpoint.
+    """Load the newest complete checkpoint; None if the run has no checkpoint.
 
     A damaged checkpoint is skipped with a warning. Raises: RunFolderError if all checkpoints are damaged.
     """
@@ -233,9 +234,8 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
 
 
 def removable(checkpoints: Path, finished: bool) -> list[Path]:
-    """The checkpoints that a run no longer needs, newest first. A finished run needs none; any other run needs its
-    newest complete checkpoint. Folders that tunekit did not write are never included.
-    """
+    """The checkpoints that can be deleted, newest first. A finished run needs no checkpoints; any other run needs its
+    newest complete checkpoint. Folders that tunekit did not write are not included."""
     ours = [folder for _, folder in list_checkpoints(checkpoints) if is_ours(folder)]
     return ours if finished else ours[next((at for at, each in enumerate(ours, 1) if _is_whole(each)), len(ours)) :]
 
@@ -252,11 +252,11 @@ def _is_whole(folder: Path) -> bool:
 
 
 def rotate(run: RunFolder, step: int, *, keep: int, protect: Collection[int]) -> None:
-    """Delete checkpoints up to `step`, except the `keep` newest and the protected ones. Never delete folders that
-    tunekit did not write.
+    """Delete checkpoints up to `step`, except the `keep` newest and those in `protect`. Folders that tunekit did not
+    write are never deleted.
 
-    Checkpoints after `step` stay. These are damaged checkpoints that the run skipped when it resumed, and the run will
-    reach their steps again.
+    Checkpoints after `step` are not deleted. They are damaged, so the run skipped them when it resumed; it will write
+    these steps again.
     """
     ours = {number: at for number, at in list_checkpoints(run.checkpoints) if number <= step and is_ours(at)}
     newest = [number for number, folder in ours.items() if has_sizes(folder)][: max(keep, 1)]
@@ -272,8 +272,8 @@ def remove_checkpoints(run: RunFolder, folders: Collection[Path]) -> None:
 
 
 def _delete(run: RunFolder, folder: Path, name: str) -> None:
-    """Rename first, so that a half-deleted folder never looks like a checkpoint. A failure is a warning, not an error:
-    the new checkpoint is already durable."""
+    """Delete a checkpoint. It is renamed first, so that a half-deleted folder never looks like a checkpoint. A failure
+    is only a warning, because the new checkpoint is already safe on disk."""
     deleting = _free_name(run.checkpoints / f".deleting-{name}-{os.getpid()}")
     try:
         durable.rename(folder, deleting)

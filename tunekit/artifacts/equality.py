@@ -1,4 +1,5 @@
-"""Compares a re-executed part of a run with the run's own files: the records, the checkpoint and the result."""
+"""Compares a run with a repetition of a part of the run: the metrics records, the checkpoint and the exported
+result."""
 
 import json
 import math
@@ -27,16 +28,18 @@ MOST_TENSORS, MOST_VALUES = 3, 3  # that one message names
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A value that the re-execution did not reproduce. `step`: the step after which it was recorded."""
+    """A value that the repetition did not reproduce. `step`: the step after which it was recorded."""
 
     step: int
     what: str
 
 
 class RecordComparison(NamedTuple):
-    """The comparison of a run's records with those of its re-execution. `compared`: the number of compared records.
-    `not_repeated`: the steps of evaluations that the re-execution did not compute, because a resume may change
-    eval_steps. `not_recorded`: the steps of evaluations that only the re-execution computed."""
+    """The comparison of a run's metrics records with those of its repetition.
+
+    `compared`: the number of compared records. `not_repeated`: the steps of evaluations that only the run computed,
+    because a resume may change eval_steps. `not_recorded`: the steps of evaluations that only the repetition computed.
+    """
 
     compared: int
     differences: list[Mismatch]
@@ -45,7 +48,8 @@ class RecordComparison(NamedTuple):
 
 
 def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> RecordComparison:
-    """Compare metrics.jsonl after step `start` up to `end` (None: the last step). Every step must be in both files."""
+    """Compare the records in metrics.jsonl after step `start` up to `end` (None: the last step). The record of each
+    step must be in both files."""
     ours, repeated = _records(run, start, end), dict(_records(repeat, start, end))
     keys = {key for key, _ in ours}
     ours += [(key, {}) for key in repeated if key not in keys and not key[1]]
@@ -63,8 +67,8 @@ def compare_records(run: Path, repeat: Path, start: int, end: int | None) -> Rec
 
 
 def _records(run: Path, start: int, end: int | None) -> list[tuple[tuple[int, bool], Record]]:
-    """The records after step `start` up to `end`, each with (step, whether it is an evaluation), without measured
-    time and memory."""
+    """The records after step `start` up to `end`, without measured time and memory. Each has the key (step, whether it
+    is an evaluation)."""
     first = start or -math.inf  # the evaluation before training has step 0
     return [
         ((record["step"], "eval" in record), {name: value for name, value in record.items() if name not in MEASURED})
@@ -78,7 +82,7 @@ def _text(values: dict[str, object], name: str) -> str:
 
 
 def compare_checkpoints(ours: Path, theirs: Path) -> Iterator[Mismatch]:
-    """Compare weights, optimizer and loop state of two checkpoints of the same step."""
+    """Yields the differences between two checkpoints of the same step: weights, optimizer and loop state."""
     before, after = load_checkpoint(ours), load_checkpoint(theirs)
     names = [
         name
@@ -91,12 +95,12 @@ def compare_checkpoints(ours: Path, theirs: Path) -> Iterator[Mismatch]:
     ]
     if names:
         more = f" and {len(names) - MOST_TENSORS} more" if len(names) > MOST_TENSORS else ""
-        yield Mismatch(before.step, f"the checkpoint has other bytes in {', '.join(names[:MOST_TENSORS])}{more}")
+        yield Mismatch(before.step, f"the checkpoint has different bytes in {', '.join(names[:MOST_TENSORS])}{more}")
     facts = [dict(flat_values(checkpoint.facts, free=UNRELATED)) for checkpoint in (before, after)]
     for name in {**facts[0], **facts[1]}:
         was, is_ = (_text(values, name) for values in facts)
         if was != is_:
-            yield Mismatch(before.step, f"the checkpoint has another value: {name} was {was}, is {is_}")
+            yield Mismatch(before.step, f"a value in the checkpoint differs: {name} was {was}, is {is_}")
 
 
 def result_hashes(run: Path) -> dict[str, str]:
@@ -115,15 +119,15 @@ def _file_hashes(run: Path) -> dict[str, str]:
 
 
 def compare_results(run: Path, repeat: Path, step: int) -> Iterator[Mismatch]:
-    """Compare both exported results byte by byte. In files that contain the base's path, only the values that do not
-    depend on this path are compared."""
+    """Yields the differences between both exported results, byte by byte. In files that contain the base's path, only
+    values that do not depend on this path are compared."""
     ours, theirs = (_file_hashes(folder) for folder in (run, repeat))
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             missing = "is missing" if name in theirs else "is not part of this result"
-            yield Mismatch(step, f"{name} {'has other bytes' if name in ours and name in theirs else missing}")
+            yield Mismatch(step, f"{name} {'has different bytes' if name in ours and name in theirs else missing}")
     for name, places in MOVED.items():
         before, after = (dict(flat_values(read_json(folder / name) or {}, free=places)) for folder in (run, repeat))
         if keys := [key for key in {**before, **after} if _text(before, key) != _text(after, key)]:
             shown = [f"{key} was {_text(before, key)}, is {_text(after, key)}" for key in keys if key]
-            yield Mismatch(step, f"{name} has other values: {'; '.join(shown[:MOST_VALUES])}")
+            yield Mismatch(step, f"{name} has different values: {'; '.join(shown[:MOST_VALUES])}")

@@ -1,5 +1,5 @@
-"""The fingerprint of a run: the facts that must be equal, so that a resumed run repeats every bit. Also messages
-about differences between fingerprints. The number of processes is not included, because results do not depend on it."""
+"""The fingerprint of a run: everything that must be equal so that a resumed run repeats every bit. Also messages about
+differences between fingerprints. The number of processes is not included, because results do not depend on it."""
 
 import os
 from collections.abc import Collection, Container, Iterator, Mapping
@@ -23,7 +23,7 @@ def make_fingerprint(
     threads: int,
     code: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
-    """The fingerprint of one run.
+    """Make the fingerprint of a run.
 
     `recipe`: Recipe.model_dump(mode="json"); `device`: cpu or cuda; `code`: recipe key -> sha256 of a Python file that
     the run executes, or of the teacher's files.
@@ -42,7 +42,7 @@ def make_fingerprint(
 
 
 def recipe_values(recipe: Mapping[str, object]) -> dict[str, object]:
-    """The values that a resume must not change, by their dotted keys."""
+    """The recipe's values that a resume must not change, by their dotted keys."""
     owners = {name: section_class(name, values) for name, values in recipe.items()}
     free = [f"{name}.{key}" for name, owner in owners.items() if owner is not None for key in owner.free_keys]
     return dict(sorted(flat_values(recipe, free=free)))
@@ -62,7 +62,8 @@ def _part(values: Mapping[str, object], name: str) -> Mapping[str, object]:
 
 
 def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iterator[tuple[str, object]]:
-    """(dotted key, plain value) of every value in nested mappings and lists. An empty mapping or list is a value.
+    """Yields (dotted key, value) for every plain value in nested mappings and lists. An empty mapping or list counts as
+    a value.
 
     `free`: the dotted keys to leave out.
     """
@@ -79,7 +80,7 @@ def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iter
 
 
 def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
-    """(key, description) of every difference that forbids a resume; empty if a resume is allowed."""
+    """(key, description) of every difference that makes a resume impossible; empty if the run can be resumed."""
     now = _part(new, "recipe")
     differences = [
         (key, f"was {_shown(was)}, is {_shown(is_)}")
@@ -90,7 +91,7 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
         differences.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
     if old.get("base") != new.get("base"):
         differences.append(("model", "the base model's files differ"))
-    differences += [(key, "it has other content") for key in changed_files(old, new)]
+    differences += [(key, "its content is different") for key in changed_files(old, new)]
     differences += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         differences.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
@@ -98,7 +99,7 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
 
 
 def changed_files(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """The keys whose files (code, models) have changed. --accept-changed can allow these and no other differences."""
+    """The keys whose files (code, models) have changed. --accept-changed can allow these differences, but no others."""
     read = [
         key for key, was, is_ in _changes(old, new, "files") if MISSING not in (was, is_)
     ]  # files that both runs have read
@@ -115,8 +116,8 @@ def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) ->
 
 
 def _is_moved_file(key: str, was: object, is_: object, recipe: Mapping[str, object]) -> bool:
-    """Whether a difference is only the new path of a file. The file's content is compared elsewhere: in the
-    fingerprint of the data or of the base, or it is part of the saved state."""
+    """Whether a difference is only a new path of the same file. The file's content is compared elsewhere: in the
+    fingerprint of the data or of the base, or as part of the saved state."""
     if not (isinstance(was, str) and isinstance(is_, str) and os.path.isabs(was) and os.path.isabs(is_)):
         return False
     mark = path_mark(key, recipe)
@@ -129,7 +130,8 @@ def _shown(value: object) -> str:
 
 
 def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Notes about differences that allow a resume, but may change the last digits of results: another model of GPU."""
+    """Notes about differences that do not prevent a resume, but may change the last digits of results: a different
+    model of GPU."""
     if old.get("accelerator") == new.get("accelerator"):
         return []
     what = f"the checkpoint was made on {old.get('accelerator')}, but this device is {new.get('accelerator')}"
@@ -144,16 +146,17 @@ def require_same(
     file: str,
     accepted: Collection[str] = (),
 ) -> list[str]:
-    """Refuse a resume if the recipe, data, base or versions changed. Returns the keys whose changed files are accepted.
+    """Refuse a resume if the recipe, data, base or versions changed. Returns the keys whose changed files the user has
+    accepted.
 
-    `accepted`: keys, or sections of keys, from --accept-changed. Raises: RunFolderError that names all differences.
+    `accepted`: keys, or sections of keys, from --accept-changed. Raises: RunFolderError with all other differences.
     """
     files = changed_files(old, new)
     allowed = [key for key in files if any(f"{key}.".startswith(f"{name}.") for name in accepted)]
     problems = []
     for key, text in compare_fingerprints(old, new):
         accept = f" (also in files that it loads), accept it with --accept-changed {key}" if key in files else ""
-        how = f"undo the change{accept}, or start a new run (adapter.init_from continues an adapter)"
+        how = f"undo the change{accept}, or start a new run (adapter.init_from starts it from an existing adapter)"
         if key not in allowed:
             place = file if key in lines else None
             problems.append(Problem(f"changed since the run: {text}", how, place, lines.get(key), key))

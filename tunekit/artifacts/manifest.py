@@ -1,6 +1,5 @@
-"""The manifest of a checkpoint. It is written last: if it exists, the other files are complete. It contains their
-sha256, so that later damage is noticed.
-"""
+"""The manifest of a checkpoint: sizes and sha256 of its files, so that later damage is noticed. It is written last, so
+if it exists, the other files are complete."""
 
 import json
 from pathlib import Path
@@ -24,7 +23,7 @@ class Manifest(TypedDict):
 
 
 class DamagedError(Exception):
-    """A checkpoint folder is damaged; load_newest then tries an older one."""
+    """A checkpoint folder is damaged. load_newest then tries an older checkpoint."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -38,7 +37,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises: DamagedError if it is missing or invalid; RunFolderError if a newer tunekit wrote it.
     """
     if not durable.is_real_folder(folder):
-        raise DamagedError("is not a folder, or is a symbolic link, which is not followed")
+        raise DamagedError("is not a folder, or is a symbolic link (links are not followed)")
     path = folder / MANIFEST
     if not durable.is_real_file(path):
         raise DamagedError(f"{MANIFEST} is missing")
@@ -63,7 +62,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder has a tunekit manifest, and all of its files were written by tunekit."""
+    """Whether tunekit wrote this checkpoint folder: it has a valid manifest, and no other files than a checkpoint
+    has."""
     try:
         read_manifest(folder)
         return {entry.name for entry in folder.iterdir()} <= OUR_NAMES
@@ -72,7 +72,8 @@ def is_ours(folder: Path) -> bool:
 
 
 def has_sizes(folder: Path) -> bool:
-    """Whether every file exists and has the size in its manifest. This is quick, because nothing is hashed."""
+    """Whether every file exists and has the size that the manifest states. This is quick, because no sha256 is
+    computed."""
     files = read_manifest(folder)["files"]
     return all(
         durable.is_real_file(folder / name) and (folder / name).stat().st_size == expected.get("bytes")

@@ -19,8 +19,8 @@ BESIDE = ("classes", "samples", "sources")  # fields of an evaluation in additio
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:
-    """The line of a record. A step is a flat object; an evaluation is {step, eval: {...}}, without non-finite
-    numbers."""
+    """The line for a record in metrics.jsonl. A step is a flat JSON object; an evaluation is {step, eval: {...}},
+    without non-finite numbers."""
     if isinstance(record, EvaluationRecord):
         finite = {name: value for name, value in record.metrics.items() if math.isfinite(value)}  # JSON has no NaN
         value: Record = {"step": record.step, "eval": finite}
@@ -37,7 +37,7 @@ def record_line(record: StepRecord | EvaluationRecord) -> bytes:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append one line, completely or not at all: if the disk is full, a partial line is removed again."""
+    """Append one line, completely or not at all: if the disk is full, the part that was written is removed again."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     number = durable.effect("create", path, lambda: durable.open_file(path, flags))
     try:
@@ -54,10 +54,10 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
-    """The complete lines from the byte `offset` on, each as (offset of the line's end, record). An incomplete last line
-    is ignored.
+    """Yields the complete lines of the file, starting at the byte `offset`, each as (offset of the line's end, record).
+    An incomplete last line is ignored.
 
-    Raises: RunFolderError if a line is damaged. It names the line's number if `offset` is 0.
+    Raises: RunFolderError if a line is damaged, with the line's number if `offset` is 0.
     """
     data, all_lines = b"", offset == 0
     if path.exists():
@@ -75,7 +75,7 @@ def records_from(path: Path, offset: int = 0) -> Iterator[LoggedLine]:
             if torn:
                 return
             how, at = f"remove the line ({error})", number if all_lines else None
-            raise RunFolderError("not a record of metrics", how, file=str(path), line=at) from None
+            raise RunFolderError("this line is not a metrics record", how, file=str(path), line=at) from None
         if torn:
             return
         offset += len(line) + 1
@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def truncate_metrics(path: Path, step: int) -> int:
-    """Truncate the file at its first record after `step`, or at an incomplete last line. Returns the number of
+    """Cut the file before its first record after `step`, and before an incomplete last line. Returns the number of
     remaining records."""
     if not path.exists():
         return 0

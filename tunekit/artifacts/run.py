@@ -1,5 +1,5 @@
-"""The run folder. One process locks it, and checks it before a model is loaded. The folder stays readable if this
-process is killed. Of several ranks, only rank 0 has a run folder."""
+"""The run folder. The run's process checks the folder and locks it before a model is loaded. The folder stays readable
+if this process is killed. If there are several ranks, only rank 0 has a run folder."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def print_warning(text: str) -> None:
 
 
 def refuse_to_replace_part(option: str, name: str | None, run: Path) -> None:
-    """Raises: InputError if an option names an output file that belongs to the run folder and that only `train`
-    writes."""
+    """Raises: InputError if an option names an output file in the run folder that only `train` may write."""
     if name is None or name == "-":
         return
     target, folder = Path(name).resolve(), run.resolve()
@@ -55,7 +54,7 @@ def refuse_to_replace_part(option: str, name: str | None, run: Path) -> None:
 
 
 class RunFolder:
-    """A run folder that this process has locked. Create one with `open_new` or `open_resume`."""
+    """A run folder that this process has locked. Use `open_new` or `open_resume` to make one."""
 
     def __init__(self, path: Path, lock: FolderLock, warn: Callable[[str], None]) -> None:
         self.path = path
@@ -76,7 +75,7 @@ class RunFolder:
 
     @classmethod
     def open_resume(cls, path: Path | str, *, warn: Callable[[str], None] = print_warning) -> RunFolder:
-        """Lock the folder of a run to resume. A folder without a run is opened as a new one."""
+        """Lock the folder of a run to resume it. If the folder contains no run, it is opened for a new run."""
         return _open(Path(path), resume=True, warn=warn)
 
     @property
@@ -90,11 +89,11 @@ class RunFolder:
         return self.path / metrics_log.METRICS_NAME
 
     def require_free_bytes(self, estimated_bytes: int) -> None:
-        """Refuse to start if the disk has less than twice `estimated_bytes` free: an old checkpoint stays until the
-        new one is complete. Raises: ResourceError."""
+        """Refuse to start if the disk has less than twice `estimated_bytes` free, because an old checkpoint is deleted
+        only after the new one is complete. Raises: ResourceError."""
         free, needed = durable.free_bytes(self.path), 2 * estimated_bytes
         if free < needed:
-            what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, and the run needs {bytes_text(needed)}"
+            what = f"{self.path} has {bytes_text(free)} ({free} bytes) free, but the run needs {bytes_text(needed)}"
             how = "free disk space, choose another output.dir, or lower training.keep_checkpoints"
             raise ResourceError(f"{what} ({needed} bytes) for its checkpoints and results", how)
 
@@ -120,7 +119,7 @@ class RunFolder:
         metrics_log.append_line(self.metrics_path, metrics_log.record_line(record))
 
     def truncate_metrics(self, step: int) -> int:
-        """Remove the records after `step`, from which a run resumes. Returns the number of remaining records."""
+        """Remove the records after `step`, so that a run can resume there. Returns the number of remaining records."""
         return metrics_log.truncate_metrics(self.metrics_path, step)
 
     def read_metrics(self) -> list[metrics_log.Record]:
@@ -128,12 +127,13 @@ class RunFolder:
         return metrics_log.read_metrics(self.metrics_path)
 
     def sync_metrics(self) -> None:
-        """Flush metrics.jsonl to disk. save_checkpoint calls this, so that the log is never older than a checkpoint."""
+        """Flush metrics.jsonl to disk. save_checkpoint calls this first, so that metrics.jsonl is never older than a
+        checkpoint."""
         if self.metrics_path.exists():
             durable.sync(self.metrics_path)
 
     def status(self, exit_code: int | None, reason: str) -> None:
-        """Write status.json. `exit_code`: None during the run, 0 once all results are durable."""
+        """Write status.json. `exit_code`: None while the run continues; 0 after all results are safe on disk."""
         self.write_json("status.json", {"exit_code": exit_code, "reason": redact(reason)})
 
     def close(self) -> None:
@@ -162,14 +162,15 @@ def read_json(path: Path) -> Any | None:
 
 
 def is_finished(path: Path | str) -> bool:
-    """Whether the run in this folder has finished: its exit code in status.json is 0. This is written last."""
+    """Whether the run in this folder has finished, that is, whether its exit code in status.json is 0. The exit code is
+    written last."""
     status = read_json(Path(path) / "status.json")
     return isinstance(status, dict) and status.get("exit_code") == 0
 
 
 def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
-    """Rename the folder of an earlier run to PATH.1, or to the first free name of PATH.2, PATH.3 ...; its files
-    stay."""
+    """Rename the folder of an earlier run to PATH.1, or to the first name of PATH.2, PATH.3 ... that is free. Its files
+    are not changed."""
     if not any(os.path.lexists(path / name) for name in RUN_SIGNS):
         return
     aside = next(each for number in count(1) if not os.path.lexists(each := path.with_name(f"{path.name}.{number}")))
@@ -186,7 +187,8 @@ def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
 
 
 def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder:
-    """Check, create and lock the folder. Then check it again, try to write, and remove leftovers of killed runs."""
+    """Check, create and lock the folder. Then check it again, test whether it can be written to, and remove leftovers
+    of killed runs."""
     path = Path(os.path.abspath(path))
     new_folders: list[Path] = []
     lock = None
@@ -210,16 +212,16 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
 
 
 def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> None:
-    """Check that a run can use this folder. `ours`: whether this process has locked it.
+    """Check whether a run can use this folder. `ours`: whether this process has locked the folder.
 
-    Raises: RunFolderError if it cannot.
+    Raises: RunFolderError if a run cannot use it.
     """
     if path.is_symlink() and not path.exists():
-        raise RunFolderError(f"{path} is a symbolic link to a missing file", "remove it or mend it")
+        raise RunFolderError(f"{path} is a symbolic link to a missing file", "remove or repair the link")
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is not a folder", "choose another output.dir")
     if (path / "checkpoints").is_symlink():
-        raise RunFolderError(f"{path / 'checkpoints'} is a symbolic link", "make output.dir a link instead")
+        raise RunFolderError(f"{path / 'checkpoints'} is a symbolic link", "make output.dir a symbolic link instead")
     ours = ours or (path / LOCK_NAME).exists()
     if resume and (ours or any(os.path.lexists(path / name) for name in RUN_SIGNS)):
         return
@@ -233,7 +235,7 @@ def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> N
         return
     foreign = [name for name in (*FILES, *FOLDERS) if os.path.lexists(path / name)]
     if foreign:
-        what = f"{path} contains {', '.join(foreign)}, which a run would overwrite; no run wrote this"
+        what = f"{path} contains {', '.join(foreign)}, which a run would overwrite, but no run wrote these files"
         raise RunFolderError(what, "choose another output.dir")
 
 
@@ -252,7 +254,8 @@ def _make_folders(path: Path, new_folders: list[Path]) -> None:
 
 
 def _probe(path: Path) -> None:
-    """Write, flush and remove a small file, so that a folder without write access fails now, not at the first save."""
+    """Write, flush and remove a small file. So a folder without write access causes an error now, not at the first
+    save."""
     probe = path / f".probe.part-{os.getpid()}"
     if durable.is_real_file(probe):
         durable.unlink(probe)
@@ -266,8 +269,8 @@ def _probe(path: Path) -> None:
 
 
 def _tidy(path: Path) -> None:
-    """Remove unfinished files and folders of killed runs. Only tunekit's temporary names are removed, and folders only
-    if tunekit wrote all of their files."""
+    """Remove unfinished files and folders of killed runs. Only files with tunekit's temporary names are removed, and
+    only folders whose files tunekit wrote."""
     for entry in sorted(path.iterdir()):
         part = PART.fullmatch(entry.name)
         if part is None:
@@ -282,6 +285,7 @@ def _tidy(path: Path) -> None:
 
 
 def _holds_only(folder: Path, result: str) -> bool:
-    """Whether a folder contains only regular files with the names that this kind of result has."""
+    """Whether a folder contains nothing except regular files with names that this kind of result (adapter or model) can
+    have."""
     names = RESULT_FILES[result]
     return all(names.fullmatch(entry.name) and durable.is_real_file(entry) for entry in folder.iterdir())

@@ -1,5 +1,5 @@
-"""Experiment trackers, used through accelerate in addition to metrics.jsonl. A tracker gets the run's name, its tag,
-its numbers and its end.
+"""Experiment trackers, used through accelerate in addition to metrics.jsonl. A tracker receives the run's name, tag and
+numbers, and how the run ended.
 
 If a tracker fails during the run, this is reported once, and the tracker is no longer used. A tracker never ends a run.
 """
@@ -38,18 +38,19 @@ class TrackedRun:
 
     @property
     def recipe_hash(self) -> str:
-        """A hash of the values in sixteen hex digits; runs with equal values have equal hashes."""
+        """A hash of the recipe's values, with sixteen hex digits. Runs with equal values have equal hashes."""
         text = json.dumps(self.values, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def tag(self) -> str:
-        """The run's tag, for trackers with tags."""
+        """The run's tag, for trackers that support tags."""
         return f"recipe-{self.recipe_hash}"
 
 
 class Trackers:
-    """The trackers of one run, on the main rank only. As a context manager, it ends them when the run ends."""
+    """The trackers of one run, on the main rank only. It is a context manager: when the block ends, the run ends in
+    every tracker."""
 
     def __init__(self, names: tuple[str, ...], run: TrackedRun, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -77,7 +78,9 @@ class Trackers:
         except Exception as error:
             self.close(error)
             what = f"{name} could not start: {' '.join(str(error).split())[:300] or type(error).__name__}"
-            raise InputError(what, "see the tracker's documentation, or remove it", key="output.report_to") from error
+            raise InputError(
+                what, "see the tracker's documentation, or remove the tracker", key="output.report_to"
+            ) from error
         if identity is not None and self._ids.get(name) != identity:
             self._ids[name] = identity
             write_json(self._ids_file, self._ids)
@@ -97,7 +100,7 @@ class Trackers:
         self.close(error)
 
     def close(self, error: BaseException | None = None) -> None:
-        """End the run in every tracker: as finished, or as failed with `error`."""
+        """Mark the run as ended in every tracker: as finished, or as failed with `error`."""
         for name, tracker in list(self._trackers.items()):
             with self._without_stopping(name):
                 _finish(name, tracker, error)
@@ -105,7 +108,8 @@ class Trackers:
 
     @contextlib.contextmanager
     def _without_stopping(self, name: str) -> Iterator[None]:
-        """A context manager: if the tracker fails in the block, this is reported, and the tracker is no longer used."""
+        """A context manager: if the tracker fails inside the block, a warning is printed and the tracker is no longer
+        used."""
         try:
             with _beside_results():
                 yield
@@ -123,7 +127,8 @@ def _beside_results() -> Iterator[None]:
 
 
 def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, object]:
-    """The arguments of accelerate's tracker class. `identity`: the tracker's id of a resumed run."""
+    """The arguments for accelerate's tracker class. `identity`: the id that the tracker gave to the run that is
+    resumed."""
     folder, values = str(run.folder), dict(run.values)
     named = {"name": run.name, "config": values | {"recipe_hash": run.recipe_hash}}
     resumed = {"id": identity, "resume": "allow"} if identity else {}
@@ -166,8 +171,8 @@ def _options(name: str, run: TrackedRun, identity: str | None) -> dict[str, obje
 
 
 def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None:
-    """Send the tags and values that could not be sent at the start. Returns the tracker's id of the run, for a
-    resume; None without an id."""
+    """Send tags and values that the tracker does not accept when it starts. Returns the id that the tracker gave to the
+    run, which a resume needs; None if there is no id."""
     native, values = tracker.tracker, dict(run.values) | {"recipe_hash": run.recipe_hash}
     match name:
         case "tensorboard":
@@ -194,7 +199,8 @@ def _describe(name: str, tracker: GeneralTracker, run: TrackedRun) -> str | None
 
 
 def _finish(name: str, tracker: GeneralTracker, error: BaseException | None) -> None:
-    """End the run in one tracker. accelerate can only end a run as finished, so failures use the tracker's own API."""
+    """Mark the run as ended in one tracker. accelerate can only mark a run as finished, so failures are sent with the
+    tracker's own API."""
     stopped = isinstance(error, Stopped | KeyboardInterrupt)
     if error is not None and name == "clearml":
         tracker.tracker.mark_stopped() if stopped else tracker.tracker.mark_failed(status_reason=str(error))

@@ -25,8 +25,8 @@ PIPE_COLUMNS = 120  # if output is not a terminal and COLUMNS is not set
 
 
 class Console:
-    """The output of a command. With enabled=False (for all ranks except the first) it prints nothing. If `json_file` is
-    "-", everything goes to standard error, because standard output contains only JSON."""
+    """The output of a command for the user. `enabled`: False on all ranks except the first, which then print nothing.
+    If `json_file` is "-", everything is printed to standard error, because standard output must contain only JSON."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Console:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether standard output can draw a live line."""
+        """Whether standard output is a terminal that can redraw a live line."""
         return can_draw(self.output)
 
     @property
@@ -67,7 +67,7 @@ class Console:
 
     @property
     def columns(self) -> int:
-        """The width for layouts: the terminal's width; in a pipe, COLUMNS or 120."""
+        """The width for layouts: the width of the terminal. If the output is not a terminal: COLUMNS, or 120."""
         if self.is_terminal:
             return max(shutil.get_terminal_size().columns, 10)
         setting = os.environ.get("COLUMNS", "")
@@ -107,7 +107,7 @@ class Console:
         return "\n".join(wrap.fill(line) if len(line) > self.columns else line for line in text.split("\n"))
 
     def confirm(self, question: str) -> bool:
-        """Whether the user answers yes; False if there is nobody to ask."""
+        """Ask the user a question, and return whether the answer is yes. False if standard input is not a terminal."""
         if sys.stdin is None or not sys.stdin.isatty():
             return False
         self.output.write(f"{visible(question)} [y/N] ")
@@ -155,7 +155,8 @@ class Console:
         self._print_rich(Panel(grid, title=Text(visible(title)), title_align="left", expand=False))
 
     def print_segments(self, segments: Iterable[tuple[str, bool]]) -> None:
-        """Print pieces of text. Trained pieces are green; without colours, they are between ⟦ and ⟧ (or [[ and ]])."""
+        """Print pieces of text, each with a flag: whether the model is trained on it. Trained pieces are green; without
+        colours, they are between ⟦ and ⟧ (or [[ and ]])."""
         from rich.text import Text
 
         text, colours = Text(), self.has_colours
@@ -168,8 +169,8 @@ class Console:
         self._print_rich(text)
 
     def draw(self, text: str, *, stays: bool = False) -> None:
-        """Draw a live line at the bottom of a terminal, cut to the terminal's width, in place of the last live line.
-        Later output replaces the line unless it `stays`. In a pipe, print a plain line."""
+        """Draw a live line at the bottom of a terminal; it replaces the previous live line and is cut to the terminal's
+        width. Later output replaces it, unless `stays`. If the output is not a terminal, print a normal line."""
         if not self.is_terminal:
             self.info(text)
         elif not is_quiet():
@@ -179,11 +180,11 @@ class Console:
                 self._drawn = not stays
 
     def named(self, name: str) -> "Console":
-        """A console for one of several runs: all lines begin with the run's name."""
+        """A console for one of several runs: each line starts with the run's name."""
         return _NamedConsole(self, name)
 
     def _print_rich(self, thing: object) -> None:
-        """Render an object of rich as text, and write the text like all other text."""
+        """Render an object of rich as text, and print this text in the same way as other text."""
         if not self.enabled:
             return
         from rich.console import Console as RichConsole
@@ -201,7 +202,8 @@ class Console:
         self.write("\n".join(line.rstrip(" ") for line in paper.read().split("\n")))
 
     def write(self, text: str, stream: TextIO | None = None) -> None:
-        """Write text unchanged. A reader that has disappeared (a closed pipe, a hung-up terminal) never stops a run."""
+        """Write text unchanged. If nobody reads the stream any more (a closed pipe, a closed terminal), this is not an
+        error."""
         stream = stream or self.output
         if not self.enabled or not text or id(stream) in self._closed:
             return
@@ -218,7 +220,7 @@ class Console:
 
 
 class _NamedConsole(Console):
-    """A console whose lines begin with a name."""
+    """A console whose lines start with a name."""
 
     def __init__(self, console: Console, name: str) -> None:
         super().__init__(enabled=console.enabled)

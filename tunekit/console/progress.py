@@ -25,7 +25,8 @@ BAR_COLUMNS, FULL, EMPTY = 12, "█", "░"
 
 
 class Heartbeat:
-    """Shows how long a step has been running. A separate thread does this, because a running step cannot report."""
+    """Shows how long a step has been running. A separate thread shows this, because the main thread computes the
+    step."""
 
     def __init__(self, console: Console, what: str) -> None:
         self._console, self._what = console, what
@@ -40,15 +41,14 @@ class Heartbeat:
             self._console.draw(f"{self._what}, {time_text(time.monotonic() - self._began)} so far")
 
     def stop(self) -> None:
-        """Show nothing more; returns when the thread has ended."""
+        """Stop to show the time, and wait until the thread has ended."""
         self._ended.set()
         self._thread.join()
 
 
 def beat_waits(live: bool) -> Iterator[float]:
-    """Seconds to wait before each display of the time. A live line is shown at once and then at equal intervals. The
-    intervals between plain lines double.
-    """
+    """Yields the seconds to wait before the time is shown again. On a terminal, it is shown at once and then at equal
+    intervals. Otherwise, the intervals between lines double."""
     yield 0.0 if live else PLAIN_SECONDS
     for turn in count():
         yield BEAT_SECONDS if live else PLAIN_SECONDS * 2**turn
@@ -89,7 +89,8 @@ class StepProgress:
             self._console.draw(self.line(self._last), stays=True)
 
     def start(self, step: int) -> None:
-        """Show that the first step of this process is being computed; it can take minutes. `update` ends this."""
+        """Show that the first step of this process is being computed, which can take minutes. The next call of `update`
+        ends this."""
         if self._console.enabled and not is_quiet():
             self._heartbeat = Heartbeat(self._console, f"step {step}/{self._total}  computing")
 
@@ -113,26 +114,26 @@ class StepProgress:
         self._console.draw(self.line(record))
 
     def stop(self) -> None:
-        """Record that the run has ended: later lines show no time left."""
+        """Mark the run as ended, so that later lines show no remaining time."""
         self._stopped = True
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """Report an evaluation; its line stays on the screen."""
+        """Report an evaluation. Its line stays on the screen."""
         metrics = sorted(record.metrics.items())  # a correlation with a constant is not defined: NaN
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics if name == "loss" or not math.isnan(value))
         self._console.info(f"step {record.step}  eval  {values}")
 
     def _headline_value(self, record: StepRecord) -> tuple[str, float]:
-        """Name and value of the objective's headline metric; the loss if the step did not log it."""
+        """Name and value of the objective's most important metric. If the step did not log it, the loss."""
         name = self._headline if self._headline in record.metrics else "loss"
         return name, record.metrics.get(name, record.loss)
 
     def line(self, record: StepRecord) -> str:
         """step 12/100  loss 1.2345  lr 2.00e-04  1,234 tok/s  peak 1.5 GiB  3m20s left.
 
-        Shows the objective's headline metric instead of the loss if it has one.
-        A terminal also shows a bar of the steps and a curve of recent losses. A narrow terminal drops, in this order,
-        curve, bar, learning rate, memory, speed and loss; the step and the time left stay.
+        If the objective has a metric that is more important than the loss, this metric is shown instead.
+        A terminal also shows a bar of the steps and a curve of recent losses. On a narrow terminal, parts are dropped
+        in this order: curve, bar, learning rate, memory, speed, loss. The step and the remaining time always stay.
         """
         left, draws = self.seconds_left(), self._is_live and can_encode(self._console.output, BARS + FULL + EMPTY)
         done = round(BAR_COLUMNS * min(record.step / max(self._total, 1), 1.0))
@@ -156,7 +157,10 @@ class StepProgress:
         return text
 
     def seconds_left(self) -> float | None:
-        """The time left; None before the first step, after the last step, and after the run has ended."""
+        """The time for `steps` more steps, estimated from the recorded `seconds` of the last steps; None if unknown.
+
+        No clock is used, because `tunekit watch` may read the records of an hour of training within a second.
+        """
         return None if self._last is None or self._stopped else seconds_left(self._pace, self._total - self._last.step)
 
 
@@ -180,7 +184,8 @@ class CountProgress:
     def __call__(self, what: str, done: int, total: int) -> None:
         """Report that `done` of `total` items are done, such as ("rows measured", 120, 427).
 
-        The end is reported only if progress was reported before."""
+        The last item is reported only if some progress was reported before.
+        """
         now, ends = self._clock(), self._drawn and done == total
         if now - self._reported_at < self._wait and not ends:
             return

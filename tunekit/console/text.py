@@ -1,4 +1,4 @@
-"""Makes text safe for a terminal, and formats values and durations."""
+"""Makes text safe to print on a terminal, and formats values and durations."""
 
 import json
 import re
@@ -13,19 +13,19 @@ JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *REORDER
 
 
 def visible(text: str) -> str:
-    """The text with control characters written as escapes. So data can neither control the terminal nor reorder the
-    letters on it.
-    """
+    """The text with control characters replaced by escapes. So text from data can neither control the terminal nor
+    reorder letters on it."""
     return text.translate(CONTROL)
 
 
 def json_line(value: object) -> str:
-    """A value as JSON. Characters that control a terminal or end a line are escaped; all others stay readable."""
+    """A value as JSON on one line. Characters that control a terminal or end a line are escaped; all others are
+    unchanged."""
     return json.dumps(value, ensure_ascii=False).translate(JSON_ESCAPES)
 
 
 def cell_text(value: object) -> str:
-    """The text of a value in a table: integers have thousands separators, fractions have four digits."""
+    """A value as text for a table cell: integers have thousands separators, fractions have four digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -36,8 +36,8 @@ def cell_text(value: object) -> str:
 
 
 class Flow:
-    """Wraps text that arrives in pieces. `columns`: the maximum width, or None. An incomplete last word is held back,
-    except at the start of a line, where it is written at once."""
+    """Wraps text that arrives in pieces. `columns`: the maximum width; None: no limit. The last word is held back until
+    it is complete. At the start of a line it is written at once."""
 
     def __init__(self, columns: int | None) -> None:
         self.columns, self.at, self.word = columns, 0, ""
@@ -60,7 +60,7 @@ class Flow:
         return self._place_word(word)
 
     def _place_word(self, word: str) -> str:
-        """A word with the white space after it, on a new line if it does not fit."""
+        """A word with the white space after it. If it does not fit, a line break comes first."""
         fits = self.columns is None or self.at + len(word.rstrip()) <= self.columns
         broken = self.at > 0 and not fits and not self.is_inside
         self.at = 0 if word.endswith("\n") else len(word) + (0 if broken else self.at)
@@ -69,14 +69,14 @@ class Flow:
 
 
 def curve_text(values: Sequence[float], columns: int) -> str:
-    """The values as one line of bars. Each bar is the mean of an equal share of consecutive values."""
+    """The values as one line of text bars. Each bar is the mean of equally many consecutive values."""
     means = means_of(values, columns)
     low, span = min(means, default=0.0), (max(means, default=0.0) - min(means, default=0.0)) or 1.0
     return "".join(BARS[min(int((mean - low) / span * len(BARS)), len(BARS) - 1)] for mean in means)
 
 
 def means_of(values: Sequence[float], count: int) -> list[float]:
-    """At most `count` means of consecutive values. Each mean is of an equal share of the values."""
+    """At most `count` means of consecutive values. Each mean is over about equally many values."""
     count = min(count, len(values))
     edges = [round(index * len(values) / count) for index in range(count + 1)] if count else []
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

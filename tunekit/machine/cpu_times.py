@@ -13,8 +13,9 @@ TASKS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """Times in seconds. `wall`: the clock; `process`: CPU time of this process; `main`: CPU time of the calling thread.
-    `waited`: how long threads were ready but had no processor, summed over threads; None if not reported."""
+    """Times in seconds. `wall`: elapsed time; `process`: CPU time of this process; `main`: CPU time of the calling
+    thread. `waited`: how long threads were ready to run but had no processor, summed over threads; None if the system
+    does not report this."""
 
     wall: float = 0.0
     process: float = 0.0
@@ -26,13 +27,14 @@ class CpuTimes:
         return CpuTimes(self.wall + other.wall, self.process + other.process, self.main + other.main, waited)
 
     def since(self, start: CpuTimes) -> CpuTimes:
-        """The times between `start` and this moment."""
+        """The times that passed since `start`."""
         waited = None if self.waited is None or start.waited is None else max(0.0, self.waited - start.waited)
         return CpuTimes(self.wall - start.wall, self.process - start.process, self.main - start.main, waited)
 
 
 def cpu_times(tasks: Path = TASKS) -> CpuTimes:
-    """The times until now. Source of `waited`: Linux, Documentation/scheduler/sched-stats.rst, schedstat of a task."""
+    """The present values of all these clocks. Source of `waited`: Linux, Documentation/scheduler/sched-stats.rst,
+    schedstat of a task."""
     try:
         texts = [(task / "schedstat").read_text(encoding="ascii") for task in tasks.iterdir()]
         ran, waited = (sum(int(text.split()[at]) for text in texts) for at in (0, 1))
@@ -42,5 +44,5 @@ def cpu_times(tasks: Path = TASKS) -> CpuTimes:
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started. They include the import of its libraries."""
+    """Seconds since this process was started, including the time to import libraries."""
     return max(0.0, time.time() - psutil.Process().create_time())

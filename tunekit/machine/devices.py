@@ -1,5 +1,5 @@
-"""The device layer, built on accelerate: this process's device and rank, properties of device kinds, and sums over
-ranks."""
+"""The device and the rank of this process, based on accelerate. Also the properties of each kind of device, and sums
+over ranks."""
 
 import os
 import socket
@@ -24,20 +24,23 @@ FAILED = "tunekit: the main rank has failed"  # a key in the store that all rank
 
 # Settings of accelerate's launcher that tunekit does not support: harmless values, and what to write instead.
 NOTHING = ("", "no", "none", "false", "0")
-SAVING = "write memory.streaming or model.quantization to save memory, and remove it from accelerate's configuration"
+SAVING = (
+    "to save memory, set memory.streaming or model.quantization in the recipe, and remove this feature from "
+    "accelerate's configuration"
+)
 REQUESTS = {
     "ACCELERATE_USE_FSDP": (NOTHING, SAVING),
     "ACCELERATE_USE_DEEPSPEED": (NOTHING, SAVING),
     "ACCELERATE_USE_MEGATRON_LM": (NOTHING, SAVING),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (NOTHING, "remove it from accelerate's configuration"),
-    "ACCELERATE_MIXED_PRECISION": (NOTHING, "write model.dtype in the recipe, and mixed_precision: 'no' in "
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (NOTHING, "remove this feature from accelerate's configuration"),
+    "ACCELERATE_MIXED_PRECISION": (NOTHING, "set model.dtype in the recipe, and mixed_precision: 'no' in "
     "accelerate's "
     "configuration"),
-    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "write training.compile in the recipe, and remove it from accelerate's "
+    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "set training.compile in the recipe, and remove dynamo from accelerate's "
     "configuration"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
         (*NOTHING, "1"),
-        "write training.gradient_accumulation_steps in the recipe, and gradient_accumulation_steps: 1 in accelerate's "
+        "set training.gradient_accumulation_steps in the recipe, and gradient_accumulation_steps: 1 in accelerate's "
         "configuration",
     ),
 }  # fmt: skip
@@ -45,7 +48,7 @@ REQUESTS = {
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """Properties of one kind of device. They also apply if a run is only planned for such a device."""
+    """Properties of one kind of device. Plans for devices that are not on this machine use them too."""
 
     # memory separate from the host's, with copy streams from pinned memory and an allocator that records peaks
     own_memory: bool = True
@@ -64,24 +67,25 @@ KINDS = {
 }
 NAMES = "cpu, cuda, cuda:N, xpu, xpu:N or mps"
 TPU = (
-    "tunekit does not support TPUs: XLA compiles a whole step for its shapes, but a run has steps of many shapes, "
-    "copies layers during the computation, and reads numbers on the host",
+    "tunekit does not support TPUs: XLA compiles a whole step for its shapes, but the steps of a run have many "
+    "shapes. Also, a run copies layers during the computation, and reads numbers on the host",
     f"choose {NAMES}",
 )
 
 
 def kind_of(device: torch.device) -> DeviceKind:
-    """Properties of this kind of device; the meta device counts as a CPU."""
+    """The properties of this device's kind; the meta device counts as a CPU."""
     return KINDS.get(device.type, KINDS["cpu"])
 
 
 def is_here(device: torch.device) -> bool:
-    """Whether this process has a device of this kind. If not, the run is only planned for such a device."""
+    """Whether this process can use a device of this kind. If not, a run can only be planned for it."""
     return device.type == "cpu" or bool(torch.get_device_module(device).is_available())
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of an NVIDIA GPU. A GPU that is not on this machine counts as having every kernel.
+    """The compute capability of an NVIDIA GPU. If the GPU is not on this machine, the result is (99, 0), as if it had
+    every kernel.
 
     (0, 0) for other devices: ROCm numbers its devices differently, and its versions of these kernels differ.
     """
@@ -91,7 +95,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether an accelerator has bfloat16 products; assumed for a device that is not on this machine."""
+    """Whether a device computes matrix products in bfloat16 natively. True for a device that is not on this machine."""
     if not is_here(device):
         return True
     if device.type == "mps":
@@ -105,18 +109,20 @@ def summing_dtype(device: torch.device) -> torch.dtype:
 
 
 def for_sums(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype for sums over many rows, on its device."""
+    """Convert a tensor to the dtype for sums over many rows, on its device."""
     return tensor.to(summing_dtype(tensor.device))
 
 
 def as_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64 for decompositions, on the host if the device has no float64."""
+    """Convert a tensor to float64 for matrix decompositions. If the device has no float64, the result is on the
+    host."""
     return (tensor if kind_of(tensor.device).float64 else tensor.cpu()).double()
 
 
 @contextmanager
 def deterministic_kernels(wanted: bool) -> Iterator[None]:
-    """A block in which a GPU sums in a fixed order, if `wanted`. By default, the order varies in attention's backward.
+    """A context manager: inside the block, a GPU adds numbers in a fixed order, if `wanted`. By default, this order
+    varies in the backward of attention.
 
     Raises: RecipeError if torch has no deterministic kernel for an operation.
     """
@@ -138,13 +144,14 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
 
 
 def forked_random(device: torch.device) -> AbstractContextManager[None]:
-    """A block that restores the random states of the host and the device at its end."""
+    """A context manager that restores the random states of the host and the device when the block ends."""
     places = [] if device.type in ("cpu", "meta") else [device.index or 0]
     return torch.random.fork_rng(places, device_type=device.type if places else "cpu")
 
 
 class Devices:
-    """The device and rank of one process of a run. With a single process, methods return their inputs unchanged."""
+    """The device and rank of one process of a run. If there is only one process, values are not exchanged, and methods
+    such as `sum` return their input."""
 
     def __init__(self, wanted: torch.device | None = None) -> None:
         from accelerate.state import PartialState
@@ -166,7 +173,7 @@ class Devices:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank locks, writes and prints."""
+        """Whether this is rank 0, which locks the run folder, writes files and prints."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
@@ -176,13 +183,14 @@ class Devices:
         return value
 
     def sum_in_place(self, tensors: list[Tensor]) -> None:
-        """Sum each flat gradient over ranks."""
+        """Sum each tensor over ranks, such as the flat gradients."""
         if self.world > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
     def any(self, flag: int) -> int:
-        """The maximum of a small non-negative `flag` over ranks: a signal or an error on one rank affects all ranks."""
+        """The maximum of a small non-negative `flag` over ranks, so that all ranks notice a signal or an error of one
+        rank."""
         if self.world == 1:
             return flag
         value = torch.tensor([flag], dtype=torch.int64)
@@ -190,10 +198,11 @@ class Devices:
         return int(value.item())
 
     def rounds(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-        """For each round of `world` items: this rank's item, and whether the item counts.
+        """Distribute items over the ranks, in rounds of `world` items. Yields this rank's item of each round, and
+        whether the item counts.
 
-        All ranks must make the same number of forwards. So if the last round has too few items, the remaining ranks
-        repeat the round's first item, which does not count for them.
+        All ranks must make the same number of forwards. If the last round has too few items, ranks without an item get
+        the round's first item, which does not count.
         """
         batches = iter(items)
         while some := list(islice(batches, self.world)):
@@ -201,13 +210,12 @@ class Devices:
             yield some[self.rank if counts else 0], counts
 
     def missing(self, items: int, local: int) -> int:
-        """How many fewer forwards this rank makes than the first rank, if ranks take turns at `items`. `local`: the
-        number of items of this rank.
-        """
+        """How many fewer forwards this rank makes than the first rank, if `items` are distributed over ranks in turn.
+        `local`: this rank's number of items."""
         return -(-items // self.world) - local
 
     def from_main(self, value: Value) -> Value:
-        """Send the main rank's value (JSON-like) to all ranks, and return it."""
+        """Return the main rank's value (JSON-like) on all ranks."""
         if self.world == 1:
             return value
         holder = [value]
@@ -215,7 +223,7 @@ class Devices:
         return holder[0]
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Send the JSON-like values of all ranks to all ranks, and return them in rank order."""
+        """Return the JSON-like values of all ranks on all ranks, in rank order."""
         if self.world == 1:
             return values
         holder: list[Any] = [None] * self.world
@@ -223,8 +231,8 @@ class Devices:
         return [value for of_rank in holder for value in of_rank]
 
     def on_main(self, work: Callable[[], Value]) -> Value | None:
-        """Do `work` on the main rank only, and return its result there; other ranks return None. An error is raised on
-        all ranks."""
+        """Call `work` on the main rank only, and return its result there; other ranks return None. An error on the main
+        rank is raised on all ranks."""
         value, error = None, None
         if self.is_main:
             try:
@@ -237,13 +245,14 @@ class Devices:
         return value
 
     def main_first(self, work: Callable[[], Value]) -> Value:
-        """Do `work` on the main rank first, then on the other ranks, so that cached results are made only once."""
+        """Call `work` on the main rank first, then on the other ranks. So the other ranks can use results that the main
+        rank has cached."""
         value = self.on_main(work)
         return work() if value is None else value
 
     def fails_alone(self) -> bool:
-        """Whether this rank failed but the main rank, which prints errors, did not. Waits briefly for a failure of the
-        main rank."""
+        """Whether this rank failed but the main rank did not. Then this rank must print the error. Waits briefly,
+        because the main rank may fail too."""
         if self.world == 1:
             return False
         store = torch.distributed.distributed_c10d._get_default_store()
@@ -257,7 +266,7 @@ class Devices:
         return False
 
     def lost_ranks(self) -> list[int]:
-        """Ranks on this machine whose process has ended; waits briefly for a process that is about to end."""
+        """The ranks on this machine whose process has ended. Waits briefly, because a process may be about to end."""
         here, deadline = socket.gethostname(), time.monotonic() + ENDING_SECONDS
         while True:
             lost = [rank for rank, host, process in self.processes if host == here and has_ended(process)]
@@ -307,9 +316,10 @@ def check_requests() -> None:
 
 
 def make_devices() -> Devices:
-    """The devices of this process: --device if it was passed, else the machine's accelerator, else the CPU.
+    """The devices of this process: the device of --device if the option was passed, else the machine's accelerator,
+    else the CPU.
 
-    The option is passed on in TUNEKIT_DEVICE.
+    The option's value is in the environment variable TUNEKIT_DEVICE.
     Raises: RecipeError if the name is not a device, if torch does not find the device, or if check_requests finds a
     problem.
     """
@@ -327,5 +337,7 @@ def make_devices() -> Devices:
         raise RecipeError(f"--device (or TUNEKIT_DEVICE) is {name}, but torch sees no such device", "remove it")
     count = torch.get_device_module(wanted).device_count() if wanted.index else 1
     if (wanted.index or 0) >= count:
-        raise RecipeError(f"--device is {name}, but torch sees {count} of them, counted from 0", f"choose {kind}:0")
+        raise RecipeError(
+            f"--device is {name}, but torch finds only {count} of these devices, numbered from 0", f"choose {kind}:0"
+        )
     return Devices(wanted)

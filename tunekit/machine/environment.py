@@ -1,4 +1,4 @@
-"""The environment of a run for environment.json: versions, machine and threads, without facts about the user."""
+"""The environment of a run for environment.json: versions, machine and threads. It contains nothing about the user."""
 
 import platform
 from collections.abc import Mapping
@@ -54,7 +54,8 @@ def processor_name() -> str:
 
 
 def accelerator_names() -> list[str]:
-    """Names of the accelerators that this process sees. Apple's accelerator has no name, so its kind is used."""
+    """Names of the accelerators that this process can use. Apple's accelerator has no name; for it, the list contains
+    the device type."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return []

@@ -1,9 +1,10 @@
-"""Settings of glibc's malloc, through ctypes, that reduce fragmentation in training steps on a CPU.
+"""Settings of glibc's malloc, through ctypes, that reduce memory fragmentation in training steps on a CPU.
 
-torch requests blocks aligned to 64 bytes from posix_memalign. That leaves a gap of 32 to 80 bytes before each block. A
-small object (a graph node, a tensor header) in the gap prevents the freed block from merging with its neighbour. The
-block is then too small for the next block of the same size plus gap. Half of a step's memory was lost in this way. So
-this module allocates a stock: small free chunks between used chunks. malloc puts the small objects there.
+torch requests blocks aligned to 64 bytes from posix_memalign. This leaves a gap of 32 to 80 bytes before each block. If
+malloc puts a small object (a graph node, a tensor header) into the gap, the freed block cannot be merged with its
+neighbour. Then it is too small for the next block of the same size plus gap. Half of a step's memory was lost in this
+way.
+Therefore this module reserves many small free chunks, separated by used chunks. malloc puts the small objects there.
 """
 
 import ctypes
@@ -32,7 +33,8 @@ def trim_heap() -> None:
 
 @cache
 def settle_heap() -> None:
-    """Fix malloc's thresholds, which otherwise adapt to freed blocks, and allocate the stock; once per process."""
+    """Make malloc's thresholds constant (otherwise malloc adapts them), and reserve chunks for small objects. Only the
+    first call in a process has an effect."""
     library = _library()
     if library is None:
         return

@@ -25,10 +25,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes of a GPU, or of the host: bytes available without swapping, within this process's control group.
-
-    For a device that shares the host's memory: the smaller of its own limit and the host's.
-    """
+    """Free memory of a device, in bytes. For a CPU: the memory that is available without swapping, within the limit of
+    this process's control group. For Metal: also within the limit of the GPU."""
     if kind_of(device).own_memory:
         module = torch.get_device_module(device)
         try:
@@ -43,8 +41,8 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _group_available(root: Path = CGROUP) -> int | None:
-    """Bytes left under the control group's limit. The group's file cache can be reclaimed, so it does not count as
-    used."""
+    """Free bytes within the memory limit of this process's control group; None without a limit. The group's file cache
+    can be reclaimed, so it counts as free."""
     try:
         limit = (root / "memory.max").read_text(encoding="ascii").strip()
         if limit == "max":
@@ -57,14 +55,14 @@ def _group_available(root: Path = CGROUP) -> int | None:
 
 
 def total_bytes(device: torch.device) -> int | None:
-    """All memory of a GPU; None for the host and for devices that share its memory."""
+    """The total memory of a GPU; None for the CPU and for devices that share the CPU's memory."""
     if not kind_of(device).own_memory:
         return None
     return int(torch.get_device_module(device).get_device_properties(device).total_memory)
 
 
 def limit_bytes(device: torch.device, budget: int) -> None:
-    """Make a GPU's allocator fail at the budget instead of exceeding it. For the host, this has no effect."""
+    """Make a GPU's allocator fail instead of exceeding the budget. On a CPU, this function has no effect."""
     total, module = total_bytes(device), torch.get_device_module(device)
     if total is not None and hasattr(module, "set_per_process_memory_fraction"):  # torch.xpu has it since 2.10
         module.set_per_process_memory_fraction(min(1.0, budget / total), device)
@@ -81,7 +79,8 @@ class DevicePeaks:
 
 
 def device_peaks(device: torch.device) -> DevicePeaks:
-    """Peaks since the last reset. Metal records no peak, only the bytes reserved from the driver."""
+    """The peaks since the last reset. Metal does not record peaks; only the bytes that are reserved now are
+    reported."""
     if kind_of(device).own_memory:
         known = torch.get_device_module(device).memory_stats(device)
         names = ("requested_bytes", "allocated_bytes", "reserved_bytes")
@@ -90,13 +89,13 @@ def device_peaks(device: torch.device) -> DevicePeaks:
 
 
 def reset_peaks(device: torch.device) -> None:
-    """Reset the peaks to the memory that is allocated now."""
+    """Reset the recorded peaks of a GPU's allocator to the memory that is allocated now."""
     if kind_of(device).own_memory:
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def release_cached() -> None:
-    """Return unused cached memory of the accelerator's allocator to the driver."""
+    """Give unused cached memory of the accelerator's allocator back to the driver."""
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 
@@ -107,10 +106,10 @@ def resident_bytes() -> int:
 
 
 def peak_host_bytes(status: Path = STATUS) -> int:
-    """Peak memory of this process: VmHWM on Linux, elsewhere getrusage's peak, or psutil's on Windows.
+    """Peak memory of this process. Source: VmHWM on Linux; psutil on Windows; otherwise getrusage.
 
-    VmHWM is preferred because ru_maxrss is inherited over exec: a small program started by a large one would report
-    the large one's peak.
+    VmHWM is preferred because exec passes ru_maxrss on to the new program: a small program that a large one starts
+    would report the large one's peak.
     """
     with contextlib.suppress(OSError, ValueError):
         return status_bytes("VmHWM", status)
@@ -128,9 +127,9 @@ def reset_host_peak() -> None:
 
 
 def status_bytes(name: str, status: Path = STATUS) -> int:
-    """A memory size of this process from Linux's status file. Its name is VmHWM, RssAnon or RssFile.
+    """A memory size of this process from Linux's status file. `name`: VmHWM, RssAnon or RssFile.
 
-    Raises: OSError or ValueError if it is missing.
+    Raises: OSError or ValueError if the size is missing.
     """
     for line in status.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(f"{name}:"):
@@ -145,10 +144,11 @@ def machine_memory_bytes() -> int:
 
 @contextlib.contextmanager
 def address_space_limit(extra_bytes: int) -> Iterator[None]:
-    """A block in which the process's address space can grow by at most `extra_bytes`. Linux only: other systems have
-    no such limit or do not enforce it.
+    """A context manager: inside the block, the process's address space can grow by at most `extra_bytes`. Only on
+    Linux: other systems have no such limit or do not enforce it.
 
-    Outside the main thread no limit is set: a limit applies to the whole process, and other threads may be generating.
+    Outside the main thread, no limit is set: a limit applies to the whole process, and other threads may be generating
+    answers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -168,7 +168,8 @@ def address_space_limit(extra_bytes: int) -> Iterator[None]:
 
 
 def _address_space_bytes() -> int:
-    """The address space in bytes. Called twice per row, so it avoids Python's streams and psutil. Raises: OSError."""
+    """The size of this process's address space. Called twice per row, so it is fast: it avoids Python's streams and
+    psutil. Raises: OSError."""
     file = os.open("/proc/self/statm", os.O_RDONLY)
     try:
         return int(os.read(file, 64).split()[0]) * resource.getpagesize()

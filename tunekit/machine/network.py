@@ -7,18 +7,19 @@ MOST_CONNECTIONS, FILES = 256, 1024
 
 
 def names_this_machine(host: str) -> bool:
-    """Whether a request's Host header names this machine.
+    """Whether a request's Host header names this machine, such as localhost.
 
-    A server that listens on localhost refuses other names. Otherwise a foreign web page could make the browser send
-    requests under the page's name to this server (DNS rebinding).
+    A server on localhost refuses other names. Otherwise a foreign web page could make the browser send requests to this
+    server under the page's own name (DNS rebinding).
     """
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.strip().lower() in LOCAL_HOSTS
 
 
 def connection_limit() -> int:
-    """The maximum number of connections of a server: a quarter of the files that this process may open. (macOS needs a
-    higher file limit first.) The rest is for other files and connections that are not yet accepted."""
+    """The maximum number of connections of a server: a quarter of the files that this process may open. If the system's
+    default is low (macOS), the file limit is raised first. The other files are for reading data and for connections
+    that wait."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit

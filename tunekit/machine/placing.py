@@ -7,8 +7,8 @@ from tunekit.machine.devices import kind_of
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. To a GPU it goes through pinned memory, since a copy from pageable memory waits for the
-    GPU. float64 becomes float32 on devices without it."""
+    """Copy a tensor to `device`. The copy to a GPU uses pinned memory, because a copy from pageable memory would wait
+    for the GPU. float64 becomes float32 if the device has no float64."""
     kind, original = kind_of(device), tensor
     if tensor.dtype == torch.float64 and not kind.float64:
         tensor = tensor.float()
@@ -21,6 +21,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def on_host(ids: Tensor) -> Tensor:
-    """The integers of a tensor on the host. If `to_device` moved this tensor to the device, no copy is made."""
+    """The tensor on the host. If `to_device` has moved integers to the device, their original is returned without a
+    copy."""
     original: Tensor | None = getattr(ids, "from_host", None)
     return ids.to("cpu") if original is None else original

@@ -1,5 +1,5 @@
-"""Stop signals and a time limit. The first signal asks a run to save and stop, or ends work that has nothing to save.
-A second signal ends the process at once. The time limit ends foreign code that runs too long."""
+"""Stop signals and time limits. The first signal asks a run to save a checkpoint and stop; if there is nothing to save,
+the work ends at once. A second signal ends the process at once. Time limits end foreign code that runs too long."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ STOP_SIGNALS = tuple(  # SIGHUP exists on POSIX, SIGBREAK (Ctrl-Break, a closed 
 
 
 class _StopNow(KeyboardInterrupt):
-    """Ends a block at any point of the program. It is a KeyboardInterrupt, so `except Exception` does not catch it."""
+    """Raised by a stop signal, anywhere in the program, to end a block at once. It is a KeyboardInterrupt, so that
+    `except Exception` does not catch it."""
 
 
 class TimeUp(BaseException):
-    """A block exceeded its time limit. It is not an Exception, so `except Exception` in foreign code does not catch
-    it."""
+    """A block has exceeded its time limit. This is not an Exception, so that `except Exception` in foreign code does
+    not catch it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """A block that is interrupted after `seconds`. Outside the main thread, or without an alarm, there is no limit.
+    """A context manager that interrupts its block after `seconds`. There is no limit outside the main thread, or on a
+    system without timer signals.
 
-    If the block catches the alarm with a bare `except:`, the alarm repeats, and the block's result does not count.
+    If code in the block catches the interruption with a bare `except:`, it is interrupted again, and its result is
+    discarded.
     Raises: TimeUp.
     """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
@@ -60,10 +63,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 class StopSignals:
-    """A block in which a stop signal sets `requested` to its number, and a second signal exits with 128 + its number.
+    """A context manager for stop signals. Inside the block, the first signal sets `requested` to its number; a second
+    signal ends the process with exit code 128 + its number.
 
-    Outside the main thread nothing is installed, and `requested` stays None. If SIGHUP was ignored before (nohup), it
-    stays ignored.
+    Outside the main thread, no handler is installed, and `requested` stays None. If SIGHUP was ignored before (nohup),
+    it stays ignored.
     """
 
     def __init__(self, *, announce: bool = True) -> None:
@@ -97,7 +101,7 @@ class StopSignals:
                 raise _StopNow
             if not self._at_once:
                 name = signal.Signals(number).name
-                self._announce_stop(f"\n{name}: saving and stopping; send it again to end at once\n")
+                self._announce_stop(f"\n{name}: saving and stopping; send the signal again to end at once\n")
         elif self._critical:
             self._exit_code = 128 + number
         else:
@@ -111,9 +115,8 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_once(self, when: str) -> Iterator[None]:
-        """A block that has nothing to save yet: the first signal ends the block. Raises: Stopped, whose message
-        contains `when`.
-        """
+        """A context manager for work that has nothing to save yet: the first signal ends the block at once. Raises:
+        Stopped, with `when` in its message."""
         self._at_once = self.requested is None
         with contextlib.suppress(_StopNow):
             try:
@@ -125,7 +128,8 @@ class StopSignals:
 
     @contextlib.contextmanager
     def critical(self) -> Iterator[None]:
-        """A block in which no signal ends the process. A second signal ends the process after the block."""
+        """A context manager: no signal ends the process inside the block. If a second signal arrives, the process ends
+        after the block."""
         self._critical += 1
         try:
             yield

@@ -1,6 +1,5 @@
-"""Sets the number of computing threads, and how they wait for each other. Imports no torch, because the OpenMP library
-reads its settings when torch loads it.
-"""
+"""Sets the number of computing threads, and how they wait for each other. It does not import torch, because the OpenMP
+library reads these settings when torch loads it."""
 
 import math
 import os
@@ -15,10 +14,11 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def thread_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables for the OpenMP library, except those that the user has set: how threads wait, and their
-    number if a CPU quota allows fewer than torch's default of one per core.
+    """Environment variables for the OpenMP library: how threads wait; and the number of threads, if a CPU quota allows
+    fewer than one per core (torch's default). Variables that the user has set are left out.
 
-    By default a thread spins between two matrix products. If another program needs its core, all threads wait for it.
+    By default, a thread that waits keeps its core busy (spins). If another program needs the core, all threads are
+    slowed down.
     """
     settings = {} if any(name in environment for name in WAITING) else dict(PASSIVE)
     quota = cpu_quota()
@@ -28,15 +28,15 @@ def thread_settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def processors() -> int:
-    """The number of processors that this process may run on, whether or not other programs use them too."""
+    """The number of processors that this process may use, even if other programs use them too."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cores(topology: Path = TOPOLOGY) -> int:
-    """The number of cores with the processors that this process may run on. Processors that share a core count once,
-    if the system reports this."""
+    """The number of CPU cores that this process may use. Several processors of the same core (hyper-threads) count
+    once, if the system reports which core they belong to."""
     if not hasattr(os, "sched_getaffinity"):
         return processors()
     try:
@@ -52,8 +52,8 @@ def _siblings(topology: Path, number: int) -> str:
 def cpu_quota(groups: Path = GROUPS, mounts: Path = CGROUP) -> float | None:
     """The number of processors that the control groups of this process allow, such as 1.5; None without a limit.
 
-    The parent groups limit a group too. Version 2 of control groups has one tree of groups, version 1 has a tree for
-    the CPU.
+    The limits of all parent groups apply too. In version 2 of control groups there is one tree of groups; in version 1,
+    the CPU has a separate tree.
     """
     try:
         lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -66,7 +66,8 @@ def cpu_quota(groups: Path = GROUPS, mounts: Path = CGROUP) -> float | None:
 def _folders(line: str, mounts: Path) -> Iterator[Path]:
     """The folders of a control group and of its parent groups. `line`: hierarchy:controllers:path, see cgroups(7).
 
-    In a container this may be the host's path. Then only the last folder, the root of the mount, exists.
+    In a container, the path may be a path of the host. Then only the last of these folders, the root of the mount,
+    exists.
     """
     _, _, entry = line.partition(":")
     controllers, _, path = entry.partition(":")

@@ -18,8 +18,8 @@ def layer_bytes(base: LoadedModel) -> int:
 
 
 def rates_text(tier: str, tokens: int, layers_bytes: int, copies: int) -> str:
-    """The maximum number of tokens per second over each link (PCIe 4, ...) to where the layers wait. `tier`: host or
-    disk."""
+    """The maximum number of tokens per second for each kind of link (PCIe 4, ...), as text. `tier`: where the layers
+    are stored, host or disk."""
     return ", ".join(
         f"{max_tokens_per_second(tokens, layers_bytes, bandwidth, copies):,.0f} over {link}"
         for link, bandwidth in BANDWIDTHS[tier].items()
@@ -27,6 +27,6 @@ def rates_text(tier: str, tokens: int, layers_bytes: int, copies: int) -> str:
 
 
 def max_tokens_per_second(tokens: int, layers_bytes: int, bytes_per_second: float, copies: int = 2) -> float:
-    """The tokens of a pass divided by the time to copy the layers for it. `copies`: how often a pass copies each
-    layer."""
+    """The maximum speed of a pass whose layers are copied to the device: tokens divided by the time of the copies.
+    `copies`: how often a pass copies each layer."""
     return bytes_per_second * tokens / (copies * max(layers_bytes, 1))

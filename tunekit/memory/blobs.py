@@ -1,6 +1,7 @@
-"""A layer's frozen tensors as one contiguous blob, which stays on the host until the layer is computed.
+"""The frozen tensors of a layer in one contiguous block of memory (a blob). The blob is on the host until the layer is
+computed.
 
-Every tensor starts at a multiple of 64 bytes, as in torch's own allocations. At other addresses some kernels use a
+Every tensor starts at a multiple of 64 bytes, as in torch's own allocations. At other addresses, some kernels use a
 different algorithm, whose sums differ in the last bit.
 """
 
@@ -29,8 +30,8 @@ class TensorPlace:
 
 
 class LayerBlob:
-    """The frozen tensors of one layer, and their values on the host. `source`: one tensor with values per entry of
-    `pieces`, in the same order; after `gather`, one blob with all values.
+    """The frozen tensors of one layer, and their values on the host. `source`: these values, as one tensor per entry of
+    `pieces`; after `gather`, as a single blob.
 
     The modules keep their tensor objects; only the memory behind these objects changes.
     """
@@ -45,10 +46,10 @@ class LayerBlob:
         self.gathered = False  # whether the source is one blob
 
     def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
-        """Copy the values into one blob (bytes,) uint8, which becomes the source. A single copy can then move the
+        """Copy all values into `blob` (bytes,) uint8, which becomes the new source. Then a single copy moves the whole
         layer.
 
-        `mapped`: addresses of values in mapped files; their pages are released after the copy.
+        `mapped`: the memory addresses of values in mapped files. The pages of these values are released after the copy.
         """
         for piece, values in zip(self.pieces, self.source, strict=True):
             piece.view(blob).copy_(values)
@@ -57,18 +58,18 @@ class LayerBlob:
         self.source, self.gathered = [blob], True
 
     def copies(self, slot: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The (target, source) pairs to copy, so that `slot` (bytes,) contains the layer."""
+        """The copies that load the layer into `slot` (bytes,), as (target, source) pairs."""
         if self.gathered:
             return [(slot[: self.size_bytes], self.source[0])]
         return [(piece.view(slot), values) for piece, values in zip(self.pieces, self.source, strict=True)]
 
     def bind(self, slot: Tensor) -> None:
-        """Point the layer's modules to the slot."""
+        """Make the layer's modules use the values in `slot`."""
         for piece in self.pieces:
             piece.tensor.data = piece.view(slot)
 
     def bind_source(self) -> None:
-        """Point the layer's modules to the values on the host."""
+        """Make the layer's modules use the values on the host."""
         if self.gathered:
             self.bind(self.source[0])
             return
@@ -76,7 +77,8 @@ class LayerBlob:
             piece.tensor.data = values
 
     def unbind(self, device: torch.device) -> None:
-        """Point the layer's modules to NaN, so that a layer that is used while it is not on the device gives NaN."""
+        """Replace the values of the layer's modules by NaN. If the layer is used by mistake while it is not on the
+        device, the result is NaN."""
         for piece in self.pieces:
             bits = torch.full((piece.tensor.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device)
             piece.tensor.data = bits.view(piece.tensor.dtype).view(()).expand(piece.tensor.shape)
@@ -88,8 +90,8 @@ def align(size_bytes: int) -> int:
 
 
 def frozen_tensors(layer: nn.Module) -> list[Tensor]:
-    """All parameters and buffers of a layer, each once, in the order of its modules; call it before an adapter is
-    attached."""
+    """All parameters and buffers of a layer, without duplicates, in the order of its modules. Call this function before
+    an adapter is attached."""
     tensors: dict[int, Tensor] = {}
     for module in layer.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -99,10 +101,10 @@ def frozen_tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def forget_pages(values: Tensor) -> None:
-    """Release the memory pages of a tensor in a mapped file.
+    """Release the memory pages of a tensor that is mapped from a file.
 
-    The pages leave this process's resident memory and may stay in the file cache; a later read brings them back. In
-    memory that is not mapped from a file this would destroy the values, so the caller must pass only mapped tensors.
+    The pages no longer count as resident memory of this process, and may stay in the file cache; the next read loads
+    them again. For a tensor that is not mapped from a file, this would destroy the values.
     Source: madvise(2), MADV_DONTNEED.
     """
     if values.numel() == 0 or not hasattr(mmap, "MADV_DONTNEED"):

@@ -1,6 +1,6 @@
 """Gradient checkpointing of decoder layers, and the random seed of each layer.
 
-Only the input of a recomputed layer is kept; offload.py can move it to the host.
+Only the input of a recomputed layer is stored; offload.py can move this input to the host.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from tunekit.model.call import calling, current_call, seed_layer
 
 
 def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: BoundaryStore | None = None) -> None:
-    """Seed every layer on entry, and recompute the first `checkpointed` layers in the backward pass.
+    """Seed the random numbers of every layer when it starts, and recompute the first `checkpointed` layers in the
+    backward pass.
 
-    A layer's random numbers are a function of (seed, step, micro-batch, layer). Its recomputation therefore draws the
-    same dropout masks as its forward, in any order of layers, and no RNG state is stored.
-    `store`: stores the inputs of recomputed layers. The last layer's input is needed again at once, so it stays on the
-    device.
+    A layer's random numbers are a function of (seed, step, micro-batch, layer). So the recomputation draws the same
+    dropout masks as the forward, and no state of random generators is stored.
+    `store`: stores the inputs of recomputed layers. The input of the last recomputed layer stays on the device, because
+    it is needed again at once.
     """
     boundaries = _Boundaries(BoundaryStore(None) if store is None else store, checkpointed - 1)
     for number, layer in enumerate(layers):
@@ -44,8 +45,8 @@ def _seed_on_entry(forward: Callable[..., object], number: int) -> Callable[...,
 def _checkpoint_layer(
     layer: nn.Module, run: Callable[..., object], number: int, boundaries: _Boundaries
 ) -> Callable[..., object]:
-    """A forward that recomputes the layer in the backward pass. The recomputation uses the same Call, with the same
-    adapter bypass and seeds."""
+    """Returns a forward for the layer, which is recomputed in the backward pass. The recomputation uses the same Call
+    (adapter bypass and seeds) as the forward."""
 
     def forward(*inputs: object, **named: Any) -> object:
         if not (torch.is_grad_enabled() and layer.training):
@@ -69,7 +70,7 @@ def _checkpoint_layer(
 
 
 class _Boundaries:
-    """Puts the inputs of recomputed layers into one store, for several forwards."""
+    """Puts the inputs of recomputed layers into a store. Several forwards can have inputs in it at the same time."""
 
     def __init__(self, store: BoundaryStore, last: int) -> None:
         self.store, self.last = store, last
@@ -77,8 +78,8 @@ class _Boundaries:
         self.newest = -1  # the layer that ran last
 
     def leave(self, run: Callable[..., object], number: int, hidden: Tensor) -> Callable[..., object]:
-        """`run` in a form for torch's checkpoint(). The store keeps its first input, `hidden`, until the
-        recomputation."""
+        """Store `hidden`, the input of a layer, until the layer is recomputed. Returns a function for torch's
+        checkpoint() that runs the layer with this input."""
         if number <= self.newest:  # a new forward, or a layer that runs more than once in a forward
             self.forwards += 1
         self.newest = number
@@ -87,9 +88,9 @@ class _Boundaries:
 
 
 class _CheckpointedLayer:
-    """Runs a layer. The forward uses the layer's input, and the recomputation uses the stored copy of this input.
+    """Runs a layer: the forward uses the layer's input, the recomputation uses the stored copy of this input.
 
-    The object and the stored input live as long as the graph that may recompute the layer.
+    This object and the stored input exist as long as the graph that may recompute the layer.
     """
 
     def __init__(self, store: BoundaryStore, key: tuple[int, int], run: Callable[..., object], hidden: Tensor) -> None:

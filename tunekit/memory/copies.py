@@ -1,4 +1,4 @@
-"""Copies between the host and the device, ordered relative to the computation."""
+"""Copies between the host and the device that run in parallel with the computation, in a defined order."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,24 +16,25 @@ RING_PARTS = 2
 
 
 class Copier:
-    """Allocates memory on the host and the device, and copies between them. This base class copies synchronously, and
-    not at all on the meta device.
+    """Allocates memory on the host and the device, and copies between them. This base class copies synchronously; on
+    the meta device it copies nothing.
 
-    Copies are made in the order of the `start` calls.
-    `mapped`: addresses of sources in mapped files; their pages are released after the copy.
-    `counts_host`: False if a simulated GPU's host memory is not counted.
+    Copies are made in the order of the calls of `start`.
+    `mapped`: memory addresses of sources in mapped files; their pages are released after the copy.
+    `counts_host`: False if the host memory of a simulated GPU is not counted.
     """
 
     def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset(), *, counts_host: bool = True) -> None:
         self.device, self.mapped, self.counts_host = device, mapped, counts_host
 
     def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
-        """(size_bytes,) uint8 on the host or on the device."""
+        """Allocate memory (size_bytes,) uint8, on the host or on the device."""
         counted = self.counts_host or not on_host
         return torch.empty(size_bytes if counted else 0, dtype=torch.uint8, device=self.device)
 
     def start(self, copies: Pairs, after: Mark) -> Copy:
-        """Start copies that begin after the computation has passed the mark `after`. The result is passed to `wait`."""
+        """Start copies as soon as the device has finished the computations before the mark `after`. Pass the result to
+        `wait`."""
         for target, source in copies:
             if not target.is_meta:
                 target.copy_(source)
@@ -45,11 +46,11 @@ class Copier:
         """Make all later computations wait for the copy."""
 
     def mark(self) -> Mark:
-        """A mark at the end of the computations queued so far. On a CPU they have already finished."""
+        """A mark behind all computations that have been queued so far. On a CPU these have already finished."""
         return None
 
     def finish(self, mark: Mark) -> None:
-        """Block the host until the computation has passed the mark."""
+        """Make the host wait until the device has finished all computations before the mark."""
 
 
 class ThreadCopier(Copier):
@@ -74,20 +75,21 @@ class ThreadCopier(Copier):
 
 
 def copy_bytes(target: Tensor, source: Tensor) -> None:
-    """Copy with one thread and without Python's lock. torch's own copy would take all threads from the computation."""
+    """Copy with one thread, and without Python's lock. torch's own copy would take the threads of the computation."""
     as_bytes(target).numpy()[...] = as_bytes(source).numpy()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's memory, (bytes,) uint8."""
+    """The memory of a contiguous tensor as (bytes,) uint8."""
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 class StreamCopier(ThreadCopier):
-    """On a GPU: copies on a separate stream, ordered by events; the host never waits.
+    """On a GPU: copies on a separate stream, ordered by events. The host never waits.
 
-    A source on the device or in pinned memory is copied directly. A source in a mapped file passes through a ring of
-    pinned memory that the thread fills, since a copy from pageable memory would wait for the device.
+    A source on the device or in pinned memory is copied directly. A source in a mapped file is first copied to pinned
+    memory by a thread, because a copy from pageable memory would wait for the device. This pinned memory is a ring of
+    two parts.
     """
 
     def __init__(self, device: torch.device, mapped: frozenset[int] = frozenset()) -> None:
@@ -138,7 +140,7 @@ class StreamCopier(ThreadCopier):
             return self.stream.record_event()
 
     def _pass_on(self, target: Tensor, source: Tensor) -> None:
-        """Fill one part of the ring and send it to the device."""
+        """Copy `source` into the next part of the pinned ring, and send this part to the device."""
         if not self._ring:
             self._ring = [self.memory(RING_BYTES, on_host=True) for _ in range(RING_PARTS)]
         part = self._next

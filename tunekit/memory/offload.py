@@ -1,14 +1,14 @@
-"""Offloads the inputs of checkpointed layers. The inputs are copied to the host in the forward pass, and copied back
-before the backward pass uses them.
+"""Offloads the inputs of checkpointed layers: they are copied to the host in the forward pass, and copied back before
+the backward pass uses them.
 
 Copies run in parallel with the computation, in the order in which they were started. Two rules keep them consistent:
-- a copy starts after all computations that were queued before it;
-- code that reads the target of a copy first calls `wait` on this copy.
-A reference to a tensor that is being copied out is kept until LEAVING later copies have been queued. Then the
-computation waits for the tensor's copy, and its memory can be reused at once. (Tensor.record_stream would keep the
-memory for as long as the host runs ahead.) A tensor is copied back into one of two buffers. `take` releases the tensors
-taken before, so that their buffers can be filled again. This is safe because the backward pass of a layer ends before
-that of the layer below starts.
+- A copy starts after all computations that were queued before it.
+- Code that reads the target of a copy first calls `wait` on this copy.
+While a tensor is copied out, a reference to it is kept until LEAVING later copies have been queued. Then the
+computation waits for the copy, and the tensor's memory can be reused at once. (Tensor.record_stream would keep the
+memory longer, because the host runs ahead of the device.)
+A tensor is copied back into one of two buffers. `take` releases the buffers of tensors that were taken before. This is
+safe, because the backward pass of a layer ends before the backward pass of the next layer starts.
 """
 
 from collections import deque
@@ -29,7 +29,7 @@ LEAVING = 2  # maximum number of tensors that are being copied out
 
 @dataclass
 class _OnHost:
-    """A tensor on the host: its slot, (slot_bytes,) uint8, its shape and dtype."""
+    """A tensor that is stored on the host: its memory (`slot_bytes` bytes, uint8), shape and dtype."""
 
     slot: Tensor
     slot_bytes: int
@@ -43,8 +43,8 @@ class _OnHost:
 
 @dataclass
 class _Buffer:
-    """Memory (bytes,) uint8 for one tensor that is copied back: the tensor's key, the copy that fills the memory,
-    and whether the tensor is in use."""
+    """Device memory (bytes,) uint8 for a tensor that is copied back from the host. `key`: the tensor's key; `copy`: the
+    copy into this memory; `used`: whether the tensor has been taken."""
 
     memory: Tensor
     key: Hashable = None
@@ -53,11 +53,11 @@ class _Buffer:
 
 
 class BoundaryStore:
-    """Stores tensors under keys on the host, between `put` and `take`.
+    """Stores tensors under keys, between `put` and `take`. Large tensors are stored on the host.
 
-    `copier`: copies the tensors; None: they stay on their device. A tensor also stays if it has fewer bytes than
-    `min_bytes`, fewer tokens (all dimensions but the last) than `min_tokens`, or is not contiguous. Slots are reused.
-    Only one thread may use a store.
+    `copier`: makes the copies; None: all tensors stay on their device. A tensor also stays on its device if it has
+    fewer than `min_bytes` bytes or `min_tokens` tokens (all dimensions except the last), or if it is not contiguous.
+    Host memory is reused. Only one thread may use a store.
     """
 
     def __init__(self, copier: Copier | None, min_bytes: int = MIN_BYTES, min_tokens: int = MIN_TOKENS) -> None:
@@ -74,7 +74,8 @@ class BoundaryStore:
         return len(self._entries)
 
     def put(self, key: Hashable, tensor: Tensor, *, stays: bool = False) -> None:
-        """Store a tensor, which nobody may modify, under a new key. `stays`: do not move it to the host."""
+        """Store a tensor under a new key; nobody may modify the tensor afterwards. `stays`: do not move it to the
+        host."""
         tensor = tensor.detach()
         if key in self._entries:
             raise ValueError(f"the key {key!r} is already in use")
@@ -89,7 +90,8 @@ class BoundaryStore:
         self._entries[key] = entry
 
     def prefetch(self, key: Hashable) -> None:
-        """Start copying a tensor back if it is on the host, no copy of it is running, and a buffer is free."""
+        """Start to copy a tensor back from the host. Does nothing if the tensor is not on the host or is already being
+        copied back, or if no buffer is free."""
         entry = self._entries.get(key)
         if isinstance(entry, _OnHost) and self._buffer_of(key) is None:
             buffer = self._free_buffer()
@@ -97,7 +99,7 @@ class BoundaryStore:
                 self._fill(buffer, key, entry)
 
     def take(self, key: Hashable) -> Tensor:
-        """The stored tensor. It may be read until the next `take` or until it is dropped.
+        """The stored tensor. You may read it until the next call of `take`, or until it is dropped.
 
         Raises: KeyError for an unknown key.
         """
@@ -118,7 +120,7 @@ class BoundaryStore:
         return buffer.memory[: entry.bytes].view(entry.dtype).view(entry.shape)
 
     def drop(self, key: Hashable) -> None:
-        """Remove a tensor if it is stored; its slot may be reused."""
+        """Remove a tensor if it is stored; its host memory can be reused."""
         entry = self._entries.pop(key, None)
         if isinstance(entry, _OnHost):
             buffer = self._buffer_of(key)
@@ -137,7 +139,7 @@ class BoundaryStore:
         self.host_bytes = 0
 
     def _let_go(self, left: int) -> None:
-        """Wait until at most `left` tensors are being copied out."""
+        """Wait until at most `left` tensors are still being copied to the host."""
         while len(self._leaving) > left:
             copy, _ = self._leaving[0]
             self._copier.wait(copy)
@@ -179,9 +181,9 @@ class BoundaryStore:
 def make_store(setting: str | bool, device: torch.device, *, simulated: bool = False) -> BoundaryStore:
     """The store for the setting `memory.activation_offload` on this device.
 
-    `auto`: on CUDA, tensors of at least LEAST_BYTES and LEAST_TOKENS are offloaded. `true`: every tensor, also on a
-    CPU, where it saves nothing but allows testing the order of copies.
-    `simulated`: the tensors are on the meta device and stand for tensors on `device`.
+    `auto`: on a GPU, tensors of at least MIN_BYTES and MIN_TOKENS are offloaded. `true`: every tensor is offloaded. On
+    a CPU this saves nothing, but it allows testing the order of copies.
+    `simulated`: tensors are on the meta device, in place of tensors on `device`.
     """
     on_gpu = kind_of(device).own_memory
     if setting is False or (setting == "auto" and not on_gpu):

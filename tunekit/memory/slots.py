@@ -1,8 +1,8 @@
-"""A few slots (memory for one layer each) on the device that streamed layers pass through. Each layer is copied into a
-slot before it is needed.
+"""Device memory for streamed layers: a few slots, each large enough for one layer. Each layer is copied into a slot
+before it is computed.
 
-Copies run in parallel with the computation. Two rules make that safe: no computation uses a slot before the copy into
-it has ended, and no copy into a slot starts before the computations that use it have ended.
+Copies run in parallel with the computation. Two rules make this safe: no computation uses a slot before the copy into
+this slot has ended, and no copy into a slot starts before the computations that use this slot have ended.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,8 +31,8 @@ class DeviceSlot:
 
 @dataclass
 class LayerSlots:
-    """Moves `blobs` through `count` slots on `device`. `poison`: overwrite evicted layers with NaN, to prove that
-    nothing reads them; costs a pass over memory."""
+    """Copies layers (`blobs`) into `count` slots on `device` when they are needed. `poison`: overwrite evicted layers
+    with NaN, to prove that nothing reads them; this costs time."""
 
     blobs: Sequence[LayerBlob]
     copier: Copier
@@ -56,8 +56,8 @@ class LayerSlots:
 
     @contextmanager
     def holding(self, layer: int, then: int | None = None) -> Iterator[None]:
-        """A block in which `layer` is in a slot, while layer `then` is prefetched. A nested block for the same layer
-        does nothing."""
+        """A context manager: inside the block, `layer` is in a slot, and layer `then` is prefetched. If a surrounding
+        block holds the same layer, this block does nothing."""
         if self._computed == layer:
             yield
             return
@@ -77,8 +77,8 @@ class LayerSlots:
             self._computed = None
 
     def _bring(self, layer: int, other: int | None) -> DeviceSlot:
-        """The slot of `layer`. If the layer is in no slot, start to copy it into one; if no slot is empty, evict the
-        layer farthest from `layer`, but rather not `other`."""
+        """The slot of `layer`. If the layer is in no slot, start to copy it into one. If no slot is free, evict the
+        layer that is farthest from `layer`, but preferably not layer `other`."""
         for slot in self.slots:
             if slot.layer == layer:
                 return slot
@@ -90,7 +90,8 @@ class LayerSlots:
         return slot
 
     def _free_slot(self, layer: int, other: int | None) -> DeviceSlot:
-        """An empty slot; if there is none, the layer farthest away is evicted."""
+        """An empty slot. If there is none, the layer that is farthest from `layer` is evicted, but preferably not layer
+        `other`."""
         empty = [slot for slot in self.slots if slot.layer is None]
         if empty:
             return empty[0]
@@ -110,7 +111,8 @@ class LayerSlots:
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """A block in which all layers can be read on the host, to initialise another run's adapter from them."""
+        """A context manager: inside the block, modules read all layers from the host. The initialisation of another
+        run's adapter needs this."""
         self.drop()
         for blob in self.blobs:
             blob.bind_source()
@@ -121,7 +123,7 @@ class LayerSlots:
                 blob.unbind(self.device)
 
     def drop(self) -> None:
-        """Empty every slot: the sources were changed, or nothing will be computed for a while."""
+        """Empty every slot, because the layers on the host have changed or nothing will be computed for a while."""
         for slot in self.slots:
             self.copier.wait(slot.copy)
             if slot.layer is not None:
@@ -130,9 +132,11 @@ class LayerSlots:
 
 
 def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> Tensor:
-    """A meta tensor that stands for the memory of layers outside of slots, in a simulated run on a CPU. Tier `host`:
-    the size of all layers. Tier `disk`: the size of the largest tensor that is copied from a mapped file. Empty for
-    all other devices."""
+    """A meta tensor whose size is the memory that streamed layers need outside of slots. Used if a run on a CPU is
+    simulated; for other devices, the tensor is empty.
+
+    Tier `host`: the size of all layers. Tier `disk`: the size of the largest tensor that is copied from a mapped file.
+    """
     size = 0
     if device.type == "cpu" and tier == "host":
         size = sum(blob.size_bytes for blob in slots.blobs)

@@ -1,8 +1,8 @@
-"""Splits micro-batches that ran out of memory into two with the same total gradient, and remembers the size that
-failed.
+"""If a micro-batch runs out of memory, splits it into two with the same total gradient. Later micro-batches of at least
+its size are split too.
 
-A split micro-batch gives the same loss and gradient as the unsplit one, up to the order of sums. After a failure the
-partial gradient is cleared, and all micro-batches of the step run again. So no second copy of the gradient is needed.
+A split micro-batch gives the same loss and gradient, except for the order of sums. After a failure, the partial
+gradient is set to zero, and all micro-batches of the step run again. So no second copy of the gradient is needed.
 """
 
 import gc
@@ -24,7 +24,7 @@ HOW = (
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, without the allocator's tables."""
+    """The first line of an error message, without the allocator's tables."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -39,8 +39,8 @@ def size_unit(batch: Batch) -> str:
 
 
 class Splitting:
-    """Splits micro-batches with at least `tokens` tokens, padding included. `tokens` is None until a micro-batch has
-    failed."""
+    """Splits micro-batches with at least `tokens` tokens, padding included. `tokens` is None as long as no micro-batch
+    has run out of memory."""
 
     def __init__(self, react: Callable[[Reaction], None] | None = None, tokens: int | None = None) -> None:
         self.tokens = tokens
@@ -48,7 +48,8 @@ class Splitting:
         self._react = react
 
     def pieces(self, kind: RowKind, batch: Batch) -> list[Batch]:
-        """The batch, or pieces of it that are smaller than any failed micro-batch; a single document is not split."""
+        """The parts of a micro-batch, each smaller than any micro-batch that failed. A micro-batch of a single document
+        is not split."""
         if self.tokens is None or batch.padded < self.tokens:
             return [batch]
         halves = split_batch(batch, kind)
@@ -62,11 +63,11 @@ class Splitting:
         undo: Callable[[], None],
         step: int,
     ) -> Result:
-        """The result of `attempt`, which gets the pieces of each batch. When memory runs out, call `undo` and try again
-        with smaller pieces.
+        """Call `attempt` with the parts of each micro-batch, and return its result. If memory runs out, call `undo` and
+        try again with smaller parts.
 
-        `step`: the number of the step, which the user sees in the Reaction; 0 before the first step.
-        Raises: ResourceError if a single document does not fit.
+        `step`: the number of the step for the user's message (Reaction); 0 before the first step.
+        Raises: ResourceError if a single document does not fit into memory.
         """
         while True:
             try:
@@ -80,7 +81,8 @@ class Splitting:
             undo()
 
     def _shrink(self, kind: RowKind, reason: str, step: int) -> None:
-        """From now on, split micro-batches that are at least as large as the failed micro-batch."""
+        """Record that a micro-batch has failed: micro-batches of at least its size are split from now on. Raises:
+        ResourceError if this micro-batch cannot be split."""
         failed, self.running = self.running, None
         if failed is None or split_batch(failed, kind) is None:
             raise document_too_large(failed, reason)
@@ -89,14 +91,15 @@ class Splitting:
         if self._react is not None:
             what = f"a micro-batch of {shape_text(failed)} ran out of memory"
             how = (
-                f"split in two; micro-batches of {self.tokens:,} or more padded {size_unit(failed)} are split from "
-                "now on"
+                f"split in two; from now on, micro-batches of {self.tokens:,} or more {size_unit(failed)}, padding "
+                "included, are split"
             )
             self._react(Reaction(what, how, step))
 
 
 def collect_failed() -> None:
-    """Free the memory of a failed attempt: graphs in reference cycles, and blocks cached by the device's allocator."""
+    """Free the memory of a failed attempt: graphs in reference cycles, and memory that the device's allocator has
+    cached."""
     gc.collect()
     release_cached()
 
@@ -106,4 +109,4 @@ def document_too_large(batch: Batch | None, reason: str) -> ResourceError:
     if batch is None:
         return ResourceError(f"out of memory ({reason})", HOW)
     row = batch.rows[0]
-    return ResourceError(f"out of memory on a single document of size {row.size:,}, {row.origin} ({reason})", HOW)
+    return ResourceError(f"out of memory for a single document of size {row.size:,} from {row.origin} ({reason})", HOW)

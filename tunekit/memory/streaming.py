@@ -1,5 +1,5 @@
-"""Layer streaming: the base's layers stay off the device. Each layer is copied into a slot on the device before it
-is computed."""
+"""Layer streaming: the base's layers are stored outside of the device. Each layer is copied into a slot on the device
+before it is computed."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,10 +25,11 @@ def make_slots(
     count: int = SLOTS,
     poison: bool = False,
 ) -> LayerSlots:
-    """Slots for layers with these frozen tensors. Layers outside of slots are in host memory (tier `host`), or stay in
-    their files (`disk`).
+    """Make the device slots for layers with these frozen tensors. `tier`: where layers are stored while they are not on
+    the device: `host` (memory) or `disk` (their files).
 
-    `mapped`: addresses of tensors that are views of read-only mapped files; their pages are released after a copy.
+    `mapped`: memory addresses of tensors that are views of read-only mapped files; their pages are released after a
+    copy.
     """
     blobs, copier = [LayerBlob(layer) for layer in tensors], _make_copier(device, mapped)
     if tier == "host":
@@ -40,10 +41,10 @@ def make_slots(
 
 
 def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:
-    """Memory on the host for each size, (bytes,) uint8.
+    """Allocate host memory (bytes,) uint8 for each of these sizes.
 
-    torch rounds pinned memory up to powers of two. Layers therefore share blocks of such sizes, and each block wastes
-    less than one layer.
+    torch rounds pinned memory up to powers of two. Therefore several layers share blocks whose sizes are powers of two,
+    and each block wastes less than one layer.
     """
     if not isinstance(copier, StreamCopier):
         yield from (copier.memory(size, on_host=True) for size in sizes)
@@ -57,7 +58,8 @@ def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:
 
 
 def arena_bytes(sizes: Sequence[int]) -> int:
-    """The largest power of two that blocks of these sizes fill. It is at least the size of the first block."""
+    """The largest power of two that memory of these sizes can fill completely. The result is at least the first
+    size."""
     return 1 << max(sum(map(align, sizes)).bit_length() - 1, (sizes[0] - 1).bit_length())
 
 
@@ -68,15 +70,14 @@ def _make_copier(device: torch.device, mapped: frozenset[int]) -> Copier:
 
 
 def stream_layers(layers: Sequence[nn.Module], slots: LayerSlots) -> None:
-    """Load each layer into its slot whenever it is called (evaluation, generation, probes). If the training engine
-    already holds the layer in its slot, the call only runs the layer."""
+    """Make each layer load itself into a slot when it is called (evaluation, generation, probes). If the training
+    engine has already loaded the layer, the call only runs it."""
     for number, layer in enumerate(layers):
         layer.forward = _in_slot(layer.forward, number, (number + 1) % len(layers), slots)
 
 
 def gather_on_host(embedding: nn.Module, device: torch.device) -> None:
-    """Keep a token embedding on the host: the rows of a batch's ids are gathered there and sent to the device, which
-    never holds the table.
+    """Keep a token embedding on the host. Only the embeddings of a batch's ids are sent to the device.
 
     Shapes: ids (B, T) on the device or elsewhere -> (B, T, D) on the device.
     """
@@ -99,37 +100,38 @@ def _in_slot(forward: Callable[..., object], number: int, then: int, slots: Laye
 
 
 def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
-    """The reason why this base's layers can never be streamed, or None. `base`: from make_meta_model."""
+    """The reason why the layers of this base can never be streamed; None if they can be. `base`: from
+    make_meta_model."""
     if base.family.stages(base.net) is None:
-        return f"{base.facts.model_type} has not been tested layer by layer"
+        return f"tunekit has not tested {base.facts.model_type} with layer streaming"
     alone = base.packed_while_read or base.copied_while_read
     if find_source(section, weights=False).gguf_file is not None and not alone:
-        return f"tensors of {base.facts.model_type} in a GGUF file do not match the network's one to one"
+        return f"in a GGUF file, the tensors of {base.facts.model_type} do not match the network's tensors one to one"
     if section.trust_remote_code:
-        return "a base with remote code can only be loaded by transformers"
+        return "a base with remote code can only be loaded by transformers, not layer by layer"
     return None
 
 
 def host_obstacle(device: torch.device) -> str | None:
-    """The reason why layers cannot wait in host memory for this device, or None."""
+    """The reason why streamed layers cannot be stored in host memory for this device; None if they can be."""
     if device.type == "cpu" or kind_of(device).own_memory:
         return None
     return f"{device.type} shares the host's memory, so layers would be in memory twice"
 
 
 def layer_weights(base: LoadedModel) -> list[list[Tensor]]:
-    """The frozen tensors of each layer; call it before an adapter is attached."""
+    """The frozen tensors of each layer. Call this function before an adapter is attached."""
     return [frozen_tensors(layer) for _, layer in base.family.layers(base.net)]
 
 
 def shared_slots(base: LoadedModel) -> LayerSlots | None:
-    """The slots of a streamed base that several runs share, or None."""
+    """The device slots that several runs share over one streamed base; None if there are none."""
     return base.slots if isinstance(base.slots, LayerSlots) else None
 
 
 def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: str) -> LayerSlots | None:
-    """Make the base's layers stream from `tier`: `host` (memory) or `disk` (files). Returns None if the tier is
-    `off`."""
+    """Stream the base's layers from `tier`: `host` (memory) or `disk` (files). Returns their device slots; None if the
+    tier is `off`."""
     if tier == "off":
         return None
     simulated = base.device.type == "meta"  # tensors on the meta device need no host memory
@@ -143,8 +145,8 @@ def stream_base(base: LoadedModel, weights: Sequence[Sequence[Tensor]], tier: st
 
 
 def host_embedding(base: LoadedModel) -> nn.Module | None:
-    """The token embedding, if a streamed base keeps it in host memory; otherwise None, for example if it is tied to the
-    head."""
+    """The token embedding, if it stays in host memory because the base is streamed. None otherwise, for example if it
+    is tied to the head."""
     name = base.family.embedding_name(base.net)
     several = base.family.reads_source  # each of the two stacks looks up ids in its own module
     if base.device.type == "cpu" or name is None or several or base.family.tied(base.net):

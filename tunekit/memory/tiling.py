@@ -1,10 +1,11 @@
-"""Computes MLPs and norms in tiles of tokens, for rows so long that the MLP's activations take most of a layer's
-memory.
+"""Computes MLPs and norms in tiles of tokens. This is for rows so long that the activations of an MLP take most of a
+layer's memory.
 
-MLPs and norms act on each token separately. Only a tile's input and output are kept. The backward pass recomputes the
-tile, with the adapters inside, to get its gradients. The activations then take the memory of one tile instead of one
-row. Gradients of trained tensors are summed over tiles, and differ from gradients without tiles only in the order of
-sums. Dropout masks differ.
+MLPs and norms compute each token separately. Only the input and output of a tile are stored. The backward pass
+recomputes the tile, including adapters, to get its gradients. So activations need memory for one tile instead of a
+whole row.
+Gradients of trained tensors are summed over tiles; compared with a computation without tiles, only the order of sums
+differs. Dropout masks differ too.
 Source: Bekman et al. 2025, Arctic Long Sequence Training (tiled MLP).
 """
 
@@ -28,10 +29,10 @@ PROBED_TOKENS, FIRST_TILE = 5, 2
 
 
 def tile_layers(layers: Sequence[tuple[str, nn.Module]], tokens: int, hidden: Tensor) -> None:
-    """Make the MLP and the norms of every layer (by module name) compute `tokens` tokens at a time.
+    """Make the MLP and the norms of every layer compute `tokens` tokens at a time.
 
-    `hidden`: an empty tensor (0, D) with the dtype and device of hidden states.
-    Raises: ModelError with the name of a layer without an MLP, or of an MLP that does not act token by token.
+    `layers`: (module name, layer) pairs. `hidden`: an empty tensor (0, D) with the dtype and device of hidden states.
+    Raises: ModelError with the name of a layer that has no MLP, or whose MLP does not compute each token separately.
     """
     obstacles: dict[type, str | None] = {}
     for number, (name, layer) in enumerate(layers):
@@ -55,8 +56,8 @@ def _refusal(what: str) -> ModelError:
 
 
 def _obstacle(module: nn.Module, hidden: Tensor) -> str | None:
-    """The reason why a module cannot be computed in tiles, or None. To test this, the module computes a few tokens
-    together and in two tiles, and the results are compared."""
+    """The reason why a module cannot be computed in tiles; None if it can be. The module is tested: it computes a few
+    tokens together, then in two tiles, and the results are compared."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBED_TOKENS, hidden.shape[-1], generator=generator).to(hidden)  # (1, T, D)
     try:
@@ -64,17 +65,21 @@ def _obstacle(module: nn.Module, hidden: Tensor) -> str | None:
             untiled = module(x)
             tiles = [module(x[:, :FIRST_TILE]), module(x[:, FIRST_TILE:])]
     except (TypeError, ValueError, RuntimeError):
-        return "does not take hidden states alone"
+        return "needs other inputs than hidden states"
     if not isinstance(untiled, Tensor) or untiled.shape != x.shape or untiled.dtype != x.dtype:
-        return "returns more than hidden states"
+        return "does not return just hidden states"
     if untiled.is_meta:
         return None
     difference = float((torch.cat(tiles, dim=1) - untiled).abs().max() / untiled.abs().max().clamp(min=1e-30))
-    return None if difference <= TOLERANCE[untiled.dtype] else f"does not act token by token ({difference:.1e} apart)"
+    return (
+        None
+        if difference <= TOLERANCE[untiled.dtype]
+        else f"does not compute each token separately (results differ by {difference:.1e})"
+    )
 
 
 class Tiles:
-    """The forward of a token-wise module, computed tile by tile."""
+    """A forward that computes a module tile by tile. The module must compute each token separately."""
 
     def __init__(self, module: nn.Module, run: Callable[..., Tensor], tokens: int, number: int) -> None:
         self.module, self.run, self.tokens, self.number = module, run, tokens, number
@@ -83,7 +88,7 @@ class Tiles:
     def __call__(self, x: Tensor, *others: object, **named: object) -> Tensor:
         """Shapes: x (B, T, D) -> (B, T, D)."""
         if others or named:
-            raise _refusal(f"{type(self.module).__name__} takes more than hidden states")
+            raise _refusal(f"{type(self.module).__name__} needs other inputs than hidden states")
         if x.numel() // x.shape[-1] <= self.tokens or current_call().adapter_of_row is not None:
             return self.run(x)
         if not torch.is_grad_enabled():
@@ -94,12 +99,13 @@ class Tiles:
         return _Tiled.apply(self, current_call(), x, *self.trained)  # type: ignore[no-untyped-call]
 
     def slices(self, x: Tensor) -> Iterator[slice]:
-        """The slices of the tokens of all rows, one after the other."""
+        """One slice of token positions for each tile; all rows are put after each other."""
         count = x.numel() // x.shape[-1]
         return (slice(start, start + self.tokens) for start in range(0, count, self.tokens))
 
     def output(self, x: Tensor, call: Call | None) -> Tensor:
-        """(B, T, D) without a graph. `call`: seeds each tile if there may be dropout."""
+        """The output (B, T, D), computed without a graph. `call`: the source of each tile's random seed, if the module
+        may use dropout."""
         output = torch.empty_like(x, memory_format=torch.contiguous_format)  # (B, T, D)
         for index, place in enumerate(self.slices(x)):
             self._seed(call, index)
@@ -107,7 +113,7 @@ class Tiles:
         return output
 
     def gradients(self, x: Tensor, upstream: Tensor, call: Call, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """dx (B, T, D), or None if not wanted, and the gradient of each trained tensor."""
+        """The gradient of x (B, T, D), or None if `wants_x` is false; and the gradient of each trained tensor."""
         trained = self.trained or []
         sums = [torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False) for tensor in trained]
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None  # (B, T, D)
@@ -132,7 +138,7 @@ class Tiles:
 
 
 class _Tiled(torch.autograd.Function):
-    """The autograd function of Tiles, which saves only x for the backward pass."""
+    """The autograd function of Tiles. For the backward pass, it saves only x."""
 
     @staticmethod
     def forward(ctx: Context[tuple[Tiles, Call]], tiles: Tiles, call: Call, x: Tensor, *trained: Tensor) -> Tensor:
@@ -153,7 +159,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _trained_leaves(output: Tensor) -> list[Tensor]:
-    """The tensors that would get a gradient from `output`, wherever they are stored."""
+    """The tensors that would get a gradient from `output`, found in its autograd graph."""
     leaves: list[Tensor] = []
     waiting: list[Any] = [output.grad_fn]
     visited: set[Any] = set()

@@ -1,5 +1,5 @@
-"""The output projection of a streamed base. Its matrix stays with the streamed layers and passes through two slots,
-one part of the vocabulary at a time."""
+"""The output projection of a streamed base. Its matrix is stored with the streamed layers. It is copied to the device
+in parts of the vocabulary, through two slots."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ PART_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HeadParts:
-    """The output projection's matrix in parts (v, D). Each of `weights` is in a slot while it is used.
+    """The output projection's matrix, divided into parts (v, D). A part of `weights` is on the device only while it is
+    used.
 
-    `tables`: token embeddings that were tied to the matrix; they stay on the host.
+    `tables`: token embeddings that share the matrix (tied weights); they stay on the host.
     """
 
     slots: LayerSlots
@@ -29,8 +30,8 @@ class HeadParts:
     tables: tuple[nn.Module, ...] = ()
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """Yields for each part the token id of its first row, and the part. A part is on the device until the next
-        part is requested."""
+        """Yields each part, with the token id of its first row. A part stays on the device until the next part is
+        requested."""
         numbers = range(len(self.weights))
         order = list(reversed(numbers)) if backwards else list(numbers)
         rows = len(self.weights[0])
@@ -41,19 +42,19 @@ class HeadParts:
 
 @dataclass(frozen=True)
 class StreamedHead:
-    """A TextHead whose matrix is never on the device as a whole."""
+    """A TextHead whose matrix is never completely on the device."""
 
     text: TextHead
     parts: HeadParts
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits of all tokens: (N, D) -> (N, V) in float32. Each call copies all parts, so use it for a few
-        positions only."""
+        """The logits of all tokens: (N, D) -> (N, V) in float32. Each call copies the whole matrix to the device, so
+        use it only for a few positions."""
         return self.text.logits(hidden)
 
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
-        """Yields for each part: its first token id, its number of ids, and a function that computes the logits of
-        these ids, (N, D) -> (N, v) in float32."""
+        """For each part of the vocabulary, yields its first token id, its number of token ids, and a function that
+        computes their logits, (N, D) -> (N, v) in float32."""
         for first, weight in self.parts.each(backwards=backwards):
             yield first, len(weight), partial(self._logits_of, weight)
 
@@ -62,9 +63,11 @@ class StreamedHead:
 
 
 def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Module | None = None) -> HeadParts:
-    """Let a projection's matrix pass through slots. The module itself then also computes part by part.
+    """Stream a projection's matrix: copy it to the device part by part. From then on, the module also computes its
+    output part by part.
 
-    `net`: its token embeddings may be tied to the matrix; on a GPU they are then looked up on the host.
+    `net`: a network whose token embeddings may be tied to the matrix. On a GPU, these embeddings are then looked up on
+    the host.
     """
     matrix, modules = module.weight.data, [] if net is None else list(net.modules())  # (V, D)
     tables = tuple(table for table in modules if isinstance(table, nn.Embedding) and table.weight is module.weight)
@@ -91,9 +94,9 @@ def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Modu
 
 
 def head_obstacle(module: nn.Module, text: TextHead) -> str | None:
-    """The reason why a projection cannot be streamed, or None."""
+    """The reason why an output projection cannot be streamed; None if it can be."""
     if type(module) is not nn.Linear:
         return "the output projection is adapted, trained or packed"
     if module.bias is not None or text.offset_name is not None:
-        return "the output projection is not a single plain matrix"
+        return "the output projection is not a single matrix without bias"
     return None

@@ -1,4 +1,4 @@
-"""The message of a sweep before its first trial: the time and memory of each trial, and the time that the sweep
+"""Prints a summary of a sweep before its first trial: the time and memory of each trial, and the time that the sweep
 saves."""
 
 import gc
@@ -19,10 +19,11 @@ from tunekit.training.timing import TimeForecast, forecast, measure_costs
 def announce(
     lanes: Sequence[Lane], base: SharedBase, console: Console, settings: int, limits: Limits | None, start: float
 ) -> None:
-    """Measure a few steps of one trial. Print the trials, their predicted time and memory, and what the sweep saves.
+    """Measure a few steps of one trial. Then print the trials, their predicted time and memory, and the time that the
+    sweep saves.
 
-    `settings`: the number of settings that halving compares; 0 without halving. `start`: the seconds in which Python
-    started.
+    `settings`: the number of settings that successive halving compares; 0 without halving. `start`: the seconds that
+    Python and its libraries needed to start.
     """
     planned, passes = [(lane, lane.plan) for lane in lanes if lane.plan is not None], make_passes(lanes)
     if len(planned) < len(lanes):
@@ -39,7 +40,7 @@ def announce(
     ])  # fmt: skip
     steps, bases = sum(plan.steps for _, plan in planned), count_bases(passes)
     loads = "once" if bases == 1 else f"{bases} times"
-    how = "" if any(each.together for each in passes) else ", one after another"
+    how = "" if any(each.together for each in passes) else " that run one after another"
     console.info(
         f"{len(planned)} trials{how}, {steps:,} steps in all; the base is loaded {loads} instead of "
         f"{len(planned)} times; predicted peak {bytes_text(max(each.peak_bytes for each in passes))}"
@@ -49,9 +50,12 @@ def announce(
 
 
 def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int, start: float) -> TimeForecast | None:
-    """The predicted time of the lanes (trials) of the first base, from a few steps of the lane with the most trained
-    parameters. None if the base is not shared, if there is only one lane, or if these steps failed; the lane then
-    reports the failure itself."""
+    """Predict the time of the trials that use the first base. For this, a few steps of one trial are measured: the
+    trial with the most trained parameters.
+
+    None if the base is not shared, if there is only one trial, or if these steps fail. The trial itself then reports
+    the failure later.
+    """
     key = passes[0].lanes[0].base_key
     lanes = [lane for each in passes if each.lanes[0].base_key == key for lane in each.lanes]
     lane = max(lanes, key=lambda lane: lane.plan.trainable_parameters if lane.plan else 0)

@@ -1,6 +1,6 @@
-"""Advice for a recipe that needs too much memory: possible changes are simulated, and the three cheapest are listed.
+"""Advice for a recipe that needs too much memory: possible changes are simulated, and up to three are listed.
 
-A cheap change loses little quality or speed. `_changes` lists the changes from cheap to costly: from recomputation to
+A cheap change costs little quality or speed. `_changes` lists the changes from cheap to costly: from recomputation to
 shorter rows.
 """
 
@@ -25,7 +25,7 @@ LEAST_SHARE = 0.01  # changes that save less than this share of the needed memor
 
 @dataclass(frozen=True)
 class Change:
-    """A new value for one key of the recipe. `forecast` and `choice`: functions that apply the change to a Forecast and
+    """A new value for one key of the recipe. `forecast`: applies the change to a Forecast. `choice`: applies the change
     to a Choice."""
 
     key: str
@@ -35,7 +35,7 @@ class Change:
 
 
 def cheapest_changes(recipe: Recipe, forecast: Forecast, choice: Choice, needed: int, limit: int) -> str:
-    """A text that lists up to three changes, cheapest first. Changes that suffice alone are preferred.
+    """A text that lists up to three changes, cheapest first. A change that saves enough memory alone is preferred.
 
     `needed`: the bytes that the run needs with `choice`. `limit`: the available bytes.
     """
@@ -49,18 +49,18 @@ def cheapest_changes(recipe: Recipe, forecast: Forecast, choice: Choice, needed:
     texts = [_text(change, needs, needed, limit) for change, needs in chosen]
     sufficient = any(needs <= limit for _, needs in chosen)
     together = None if sufficient else _needs([change for change, _ in chosen], forecast, choice)
-    head = "the cheapest changes: " if len(chosen) > 1 else "the one change that saves memory: "
+    head = "the cheapest changes: " if len(chosen) > 1 else "the only change that saves memory: "
     tail = "" if together is None or len(chosen) < 2 else f"; together they need {bytes_text(together)}"
     return head + ", ".join(texts) + tail
 
 
 def _text(change: Change, needs: int, needed: int, limit: int) -> str:
-    enough = "" if needs <= limit else ", not enough alone"
+    enough = "" if needs <= limit else ", which is not enough alone"
     return f"{change.key}: {change.value} saves {bytes_text(needed - needs)} (needs {bytes_text(needs)}{enough})"
 
 
 def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | None:
-    """Peak bytes after the changes; None if the changed run cannot be simulated."""
+    """Peak memory in bytes if all these changes are made; None if the changed run cannot be simulated."""
     try:
         for change in changes:
             forecast, choice = change.forecast(forecast), change.choice(choice)
@@ -70,7 +70,7 @@ def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | N
 
 
 def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Change]:
-    """All possible changes of this recipe, cheapest first."""
+    """Yields all changes that could save memory for this recipe, cheapest first."""
     layers = forecast.base.facts.layers
     if choice.checkpointed_layers < layers:
         every = partial(replace, checkpointed_layers=layers)
@@ -112,7 +112,8 @@ def _base_change(name: str, value: str, device: torch.device) -> Change:
 
 
 def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
-    """The change to shorter rows; if micro-batches are limited by tokens, the change to smaller micro-batches."""
+    """Yields the change to shorter rows. If the recipe limits micro-batches by tokens, yields the change to smaller
+    micro-batches instead."""
     if recipe.training.micro_batch_tokens is not None:
         tokens = recipe.training.micro_batch_tokens // 2
         if len(forecast.largest_batch(None).sequences) > 1:
@@ -125,7 +126,7 @@ def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
 
 
 def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
-    """Whether tunekit would support the recipe with these values in one of its sections."""
+    """Whether tunekit supports the recipe with these new values in this section."""
     changed = getattr(recipe, section).model_copy(update=values)
     other = recipe.model_copy(update={section: changed})
     return not refuse_unsupported(other) and not list(library_problems(other))

@@ -1,7 +1,7 @@
-"""Search for the fastest Choice that fits into memory.
+"""Searches for the fastest settings (Choice) that fit into memory.
 
-The estimated time only ranks the settings; its unit is not seconds. All settings compute the same sums in a different
-order, so the choice affects only speed and memory.
+Times are only compared with each other; their unit is not seconds. All settings compute the same sums, in different
+orders. So they affect only speed and memory.
 """
 
 import itertools
@@ -21,9 +21,9 @@ RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The settings that plan can choose from, fastest first in each list.
+    """The settings that plan can choose from; in each list, the fastest setting comes first.
 
-    `micro_batches`: pairs of rows per micro-batch and micro-batches per step.
+    `micro_batches`: pairs of (rows per micro-batch, micro-batches per step).
     """
 
     micro_batches: Sequence[tuple[int | None, int]]
@@ -35,7 +35,8 @@ class SearchSpace:
     written: Choice = field(default_factory=Choice)  # the settings that only the recipe decides
 
     def grid(self, tier: str) -> list[Choice]:
-        """All choices of a tier with the minimum number of recomputed layers. The last one needs the least memory."""
+        """All choices of a tier (device, host or disk) that recompute as few layers as allowed. The last choice needs
+        the least memory."""
         fewest = self.layer_range()[0] if tier == "off" else 0
         return [
             replace(
@@ -52,9 +53,9 @@ class SearchSpace:
         ]
 
     def deeper(self, start: Choice) -> list[Choice]:
-        """Copies of a choice: one for each possible number of recomputed layers, from its present number up.
+        """Copies of a choice that recompute more and more layers, starting with the choice's own number.
 
-        With streamed weights, all layers are recomputed anyway, so only the choice itself is returned.
+        If weights are streamed, all layers are recomputed anyway. Then only the choice itself is returned.
         """
         if start.streaming != "off":
             return [start]
@@ -62,7 +63,7 @@ class SearchSpace:
         return [replace(start, checkpointed_layers=count) for count in range(start.checkpointed_layers, most + 1)]
 
     def smallest(self, tier: str) -> Choice:
-        """The choice of a tier that needs the least memory."""
+        """The choice of a tier (device, host or disk) that needs the least memory."""
         return self.deeper(self.grid(tier)[-1])[-1]
 
     def layer_range(self) -> tuple[int, int]:
@@ -78,7 +79,7 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Workload:
-    """Properties of a run that the cost of a choice depends on.
+    """Properties of a run that determine how long a step takes.
 
     `row_tokens`: padded tokens of one row of a micro-batch. `step_tokens`: tokens of an optimizer step. `head_share`:
     the output head's share of all parameters.
@@ -91,9 +92,10 @@ class Workload:
     head_share: float
 
     def relative_time(self, choice: Choice) -> float:
-        """Time of a step, relative to an ideal setting that recomputes nothing and computes all rows at once.
+        """Time of a step, relative to an ideal step that recomputes nothing and computes all rows at once.
 
-        A streamed step is assumed to wait only for copies of the weights. Each pass needs the same number of copies.
+        A step with streamed weights is assumed to wait only for copies of the weights. So its time is proportional to
+        the number of passes.
         """
         overhead = OVERHEAD_TOKENS.get(self.device, ON_ACCELERATOR)
         tokens = (choice.micro_batch_size or 1) * self.row_tokens
@@ -106,7 +108,7 @@ class Workload:
 
 
 def pass_sizes(tier: str, accumulation: int) -> list[int]:
-    """Possible numbers of micro-batches per pass: all micro-batches of a step, then half of them, and so on.
+    """The possible numbers of micro-batches per pass: all micro-batches of a step, half of them, a quarter, and so on.
 
     `accumulation`: the number of micro-batches per step.
     """
@@ -116,21 +118,19 @@ def pass_sizes(tier: str, accumulation: int) -> list[int]:
 
 
 def smaller_micro_batches(rows: int | None, accumulation: int) -> list[tuple[int | None, int]]:
-    """Pairs of rows per micro-batch and micro-batches per step that leave the rows of each step unchanged.
-
-    The recipe's pair comes first.
-    """
+    """Pairs of (rows per micro-batch, micro-batches per step) that keep the rows of each step. The recipe's pair comes
+    first."""
     if rows is None:  # micro-batches are cut by tokens, and fewer tokens would change the rows of each step
         return [(None, accumulation)]
     return [(size, accumulation * rows // size) for size in range(rows, 0, -1) if rows % size == 0]
 
 
 def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callable[[Choice], float]) -> Choice | None:
-    """The fastest choice that fits, from the first tier in which a choice fits; None if no choice fits. A tier is the
-    device or storage where weights wait.
+    """The fastest choice that fits into memory, from the first tier that has one; None if no choice fits. A tier is
+    where weights are stored: device, host or disk.
 
-    `time`: a function to the relative time of a choice. `excess`: a function to the bytes by which a choice's peak
-    exceeds the limit.
+    `time`: returns the relative time of a choice. `excess`: returns by how many bytes a choice's peak exceeds the
+    limit.
     """
     found = (_fastest_of_tier(space, tier, time, excess) for tier in space.tiers)
     return next((choice for choice in found if choice is not None), None)
@@ -139,12 +139,12 @@ def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callabl
 def _fastest_of_tier(
     space: SearchSpace, tier: str, time: Callable[[Choice], float], excess: Callable[[Choice], float]
 ) -> Choice | None:
-    """The fastest choice of a tier that fits. Predicting a peak is slow, so only a few peaks are predicted.
+    """The fastest choice of a tier that fits into memory. Only a few peaks are predicted, because a prediction is slow.
 
-    The search starts from a choice that fits: the fastest with the minimum of recomputed layers, or else the smallest
-    setting with as many recomputed layers as it needs. Then each other grid point is tried with the maximum of
-    recomputed layers at which it is still faster than the best choice so far. If this choice fits, fewer recomputed
-    layers are tried too.
+    The search starts with a choice that fits: the fastest one that recomputes as few layers as allowed. If none fits,
+    it starts with the smallest setting, which recomputes more layers.
+    Then each other setting is tried. It recomputes as many layers as possible while it is still faster than the best
+    choice so far. If it fits, fewer recomputed layers are tried too.
     """
     grid = space.grid(tier)
     starts, smallest = sorted(grid, key=time), grid[-1]
@@ -170,7 +170,7 @@ def _fastest_of_tier(
 
 
 def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float]) -> Choice | None:
-    """The first choice that fits, if the peaks of `choices` decrease; None if no choice fits.
+    """The first choice that fits into memory; None if no choice fits. Later choices in the list must have lower peaks.
 
     The search alternates between linear interpolation of the peaks and bisection, because peaks can fall unevenly.
     """
@@ -190,7 +190,7 @@ def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float])
 
 
 def _needs_no_less(choice: Choice, other: Choice) -> bool:
-    """Whether a choice certainly needs at least as much memory as `other`, a choice of the same tier. This is so if
+    """Whether a choice certainly needs at least as much memory as `other`, a choice of the same tier. This is true if
     none of its settings saves more memory."""
     return (
         choice.pass_micro_batches >= other.pass_micro_batches

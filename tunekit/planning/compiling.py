@@ -19,22 +19,22 @@ KEY = "training.compile"
 
 
 def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tuple[bool, str]:
-    """Whether layers are compiled, and the reason."""
+    """Whether layers are compiled, and the reason as text."""
     if isinstance(setting, bool):
         return setting, "as the recipe says"
     if device.type == "cpu":
-        return False, "compiling does not make a CPU faster"
+        return False, "compiled layers are not faster on a CPU"
     if device.type == "mps":
-        return False, "torch compiles little for Metal"
+        return False, "torch can compile only few operations for Metal"
     if steps < LEAST_STEPS:
-        return False, f"{steps:,} steps are too few (compiling pays from {LEAST_STEPS} on)"
+        return False, f"{steps:,} steps are too few (compiling saves time only in runs of {LEAST_STEPS} steps or more)"
     if find_spec("triton") is None:
         return False, "triton is not installed"
     return True, f"{steps:,} steps on a GPU"
 
 
 def compile_notes(setting: str | bool, device: torch.device, steps: int) -> list[str]:
-    """A note that says whether layers are compiled; empty if the recipe says `compile: false`."""
+    """A note that says whether layers are compiled, and why. Empty if the recipe says `compile: false`."""
     if setting is False:
         return []
     compiled, reason = planned_compile(setting, device, steps)
@@ -47,7 +47,7 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
     if not compiled:
         return
     if whole_model_adapter:
-        what = "an adapter of the whole model changes the attention, which then cannot be compiled"
+        what = "an adapter of the whole model changes the attention, and the changed attention cannot be compiled"
         yield Problem(what, "write compile: false", key=KEY)
     if kind_of(device).own_memory and find_spec("triton") is None:
         yield Problem("compiling for a GPU needs triton", "run: pip install triton, or write compile: false", key=KEY)
@@ -57,7 +57,7 @@ def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: 
 
 
 def planned_kernels(setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The kernels of the run (`native`, `liger` or `none`), and the reason why they are `native` or `none`."""
+    """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto`, also the reason as text."""
     if setting != "auto":
         return setting, ""
     if device.type != "cpu" or dtype != torch.bfloat16 or not has_native_places(net):
@@ -84,7 +84,7 @@ def kernel_notes(setting: str, net: nn.Module, device: torch.device, dtype: torc
     """A note that says which computations the kernels replace."""
     kernels, reason = planned_kernels(setting, net, device, dtype)
     if kernels == "liger":
-        yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU in MLPs computed as one function"
+        yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU in MLPs (joined into one function)"
     elif reason:
         can = "yes" if kernels == "native" else "no"
-        yield f"norms, SwiGLU and attention by kernels in C: {can}, {reason}"
+        yield f"kernels in C compute norms, SwiGLU and attention: {can}, {reason}"

@@ -1,4 +1,4 @@
-"""Check that the base was trained on the token that ends answers. If it was not, a frozen head cannot learn the
+"""Checks whether the base was trained on the token that ends answers. If not, a frozen output head cannot learn this
 token."""
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def end_notes(
     adapter: AdapterSettings,
     targets: Sequence[Target],
 ) -> Iterator[str]:
-    """Warnings about end tokens in the rows that neither the base's training nor the adapter trains."""
+    """Yields a warning for each end token in the rows that neither the base's training nor the adapter trains."""
     head = base.family.head_name(base.net)
     if tokenizer is None or head is None or not base.family.answers or adapter.trains_base:
         return
@@ -51,15 +51,15 @@ def end_notes(
         if _is_untrained(matrix, end):
             yield (
                 f"warning: answers end with {tokenizer.decode([end])!r} (id {end}), but the base was never trained "
-                f"on this token: its row of '{head}' is near the mean of all rows. The adapter does not train this "
-                f"row, so answers may never stop; write {_cure(base.net, head, end)}, or choose another end token "
+                f"on this token: its row in '{head}' is close to the mean of all rows. The adapter does not train "
+                f"this row, so answers may never stop; write {_cure(base.net, head, end)}, or choose another end token "
                 "with data.chat_template"
             )
 
 
 def _cure(net: nn.Module, head: str, end: int) -> str:
-    """The adapter key that trains the end token. An untied output head is named too, because PEFT applies a plain list
-    to the embedding only."""
+    """The recipe line that trains the end token. If the output head is not tied to the embedding, the line names both,
+    because PEFT applies a plain list only to the embedding."""
     modules = base_modules(net)
     embedding = next((name for name, module in modules.items() if module is input_embedding(net)), "")
     if not embedding or embedding in tied_with(modules, head):
@@ -68,15 +68,15 @@ def _cure(net: nn.Module, head: str, end: int) -> str:
 
 
 def _ids(rows: RowSet) -> set[int]:
-    """The token ids in the first rows."""
+    """The token ids in the first READ_ROWS training rows."""
     parts = rows.objective.rows.layout.token_parts
     first = (rows.train[number] for number in range(min(len(rows.train), READ_ROWS)))
     return {token for row in first for part in parts for token in row.parts[part].tolist()}
 
 
 def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
-    """The head's stored weight (V, D). None if the model is not downloaded, or if the weight is not stored as a
-    floating-point matrix."""
+    """The stored weight of the output head (V, D). None if the model is not downloaded, or if the weight is not stored
+    in floating point."""
     try:
         source = find_source(model, weights=False)
         headers = {} if source.gguf_file is not None else read_headers(source.folder)
@@ -88,7 +88,8 @@ def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
 
 
 def _is_untrained(matrix: Tensor, token: int) -> bool:
-    """Whether the token's row of the matrix is much nearer to the mean of all rows than is usual."""
+    """Whether the token's row of the matrix is unusually close to the mean of all rows, as rows of untrained tokens
+    are."""
     rows = matrix[:: max(1, len(matrix) // SAMPLED_ROWS)].float()  # (S, D)
     mean = rows.mean(dim=0)  # (D,)
     usual = torch.linalg.vector_norm(rows - mean, dim=1).median()

@@ -11,7 +11,7 @@ Made = TypeVar("Made")
 
 
 class Findings:
-    """The problems of a run, from all parts of the plan."""
+    """The problems of a run. All parts of the plan add their problems here."""
 
     def __init__(self, loaded: LoadedRecipe) -> None:
         self._loaded = loaded
@@ -24,12 +24,12 @@ class Findings:
         self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
 
     def lack(self, problem: Problem) -> None:
-        """Add the problem that memory is too small. Its exit code differs from that of an error in the recipe."""
+        """Add a problem of too little memory. Its exit code differs from the exit code of an error in the recipe."""
         self.add([problem])
         self._lacks.append(self.problems[-1])
 
     def attempt(self, work: Callable[[], Made]) -> Made | None:
-        """The result of `work`. If it raises an error, the error's problems are added and None is returned."""
+        """Call `work` and return its result. If it raises an error, add the error's problems and return None."""
         try:
             return work()
         except TunekitError as error:
@@ -38,14 +38,14 @@ class Findings:
             return None
 
     def error(self) -> TunekitError:
-        """One error with all problems. Its class is that of the raised errors if all have the same class, else
-        RecipeError."""
+        """One error with all problems. If all raised errors have the same class, it has this class too; otherwise it is
+        a RecipeError."""
         kinds = {type(error) for error in self._errors}
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         return kind.of(self.problems)
 
     def refusals(self) -> list[Refusal]:
-        """The problems in the form of `plan.refusals`."""
+        """The problems as values for `plan.refusals`."""
         return [self._refusal(problem) for problem in self.problems]
 
     def _refusal(self, problem: Problem) -> Refusal:
@@ -55,8 +55,8 @@ class Findings:
 
 
 def raise_refusals(plan: Plan) -> None:
-    """Raises: RecipeError with all refusals of the plan, if there are any; ResourceError if all of them concern
-    memory."""
+    """Raises: RecipeError with all refusals of the plan; ResourceError if all of them are about memory. Does nothing if
+    the plan has no refusals."""
     if not plan.refusals:
         return
     kinds = {refusal.exit_code for refusal in plan.refusals}

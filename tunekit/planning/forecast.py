@@ -1,4 +1,4 @@
-"""Prediction of a run's peak memory: the largest batches are simulated, and the memory of loading is computed."""
+"""Predicts a run's peak memory: the largest batches are simulated, and the memory of loading is calculated."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,8 +44,8 @@ def largest_batch(
 ) -> Batch:
     """The run's micro-batch with the most tokens, padding included.
 
-    `by_scores`: instead, the micro-batch with the most attention scores, whose number grows with the square of a
-    document's length. If micro-batches are limited by tokens, this is often a single long row.
+    `by_scores`: instead, the micro-batch with the most attention scores. Their number grows with the square of a
+    document's length, so this is often a single long row.
     """
     sizes = np.asarray(rows.sizes)  # (rows, sizes)
     lengths = sizes.sum(axis=1)  # (rows,)
@@ -71,7 +71,7 @@ def largest_batch(
 
 
 def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:
-    """Number of supervised tokens in the whole run; for streamed sources, estimated from the sample."""
+    """Number of supervised tokens in the whole run. For streamed sources, it is estimated from the sampled rows."""
     supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
     if not isinstance(windows, TrainingWindows):
         tokens = windows.steps * per_step * (settings.micro_batch_size or 1)
@@ -87,13 +87,13 @@ def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, se
 
 @dataclass(frozen=True)
 class Forecast:
-    """The inputs of a prediction of a run's peak memory.
+    """The inputs for a prediction of a run's peak memory.
 
     `largest_batch`: a function from the rows per micro-batch (None if limited by tokens) to the largest micro-batch.
     `answer_tokens`: the length of the longest prompt with its answer; 0 if the run generates no answers. `start_bytes`:
     maximum memory of the adapter's initialisation, without the base; it is freed before the optimizer is made.
-    `companion_bytes`: weights of companions that are always in memory and are not part of the simulations. `any_token`:
-    whether the run may look up embeddings of tokens that do not occur in the rows.
+    `companion_bytes`: weights of companions (auxiliary models) that are always in memory and are not simulated.
+    `any_token`: whether the run may look up embeddings of tokens that do not occur in the rows.
     """
 
     run: SimulatedRun
@@ -110,7 +110,7 @@ class Forecast:
     _rehearsals: dict[int, Simulation | None] = field(default_factory=dict, init=False, repr=False)
 
     def peak(self, choice: Choice) -> PeakBytes:
-        """Peak memory of the run with this choice. All searches for settings use this function."""
+        """Peak memory of the run with these settings. Every search for settings uses this function."""
         run = replace(self.run, choice=choice)
         load = self._base_load_bytes(choice)
         simulations, device = (self._step(choice), self._evaluation(run), self._rehearsal(run)), self.run.device
@@ -140,8 +140,8 @@ class Forecast:
         return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
     def _rehearsal(self, run: SimulatedRun) -> Simulation | None:
-        """The simulation of the run's companions (sampling, image generation). It depends on one setting of the choice:
-        the number of completions that are sampled together."""
+        """The simulation of the run's companions (sampling, image generation); None if nothing has to be simulated. Of
+        all settings, it depends only on the number of completions that are sampled together."""
         if not any(companion.rehearses for companion in run.companions.values()):
             return None
         known, size = self._rehearsals, run.choice.sampling_batch_size
@@ -150,14 +150,14 @@ class Forecast:
         return known[size]
 
     def sampling_peak(self, size: int) -> int:
-        """Total peak bytes while `size` completions are sampled together."""
+        """Total peak bytes if `size` completions are sampled together."""
         rehearsal = self._rehearsal(replace(self.run, choice=replace(self.run.choice, sampling_batch_size=size)))
         assert rehearsal is not None
         return peak_bytes(rehearsal, None, None, self.run.device, self.base.dtype).total + self.companion_bytes
 
     def _evaluation(self, run: SimulatedRun) -> Simulation | None:
-        """The simulation of the longest evaluation batch. It depends on two settings of the choice: the logits chunk
-        and the tier."""
+        """The simulation of the longest evaluation batch; None without evaluation rows. Of all settings, it depends
+        only on the size of logits chunks and on where weights are stored."""
         if self.evaluation_batch is None:
             return None
         known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
@@ -167,7 +167,7 @@ class Forecast:
 
     @cached_property
     def _cache_bytes(self) -> int:
-        """Bytes of the keys and values of all layers at the end of an answer."""
+        """Bytes of the key-value cache of all layers when the longest answer ends."""
         if not self.answer_tokens or self.evaluation_batch is None:
             return 0
         heads, width = heads_and_width(text_config(self.base.net))
@@ -176,8 +176,8 @@ class Forecast:
 
     @cached_property
     def _stored(self) -> StoredBase | None:
-        """Facts about the base on disk, from the headers of its files; from its configuration if it is not downloaded
-        yet."""
+        """The size and format of the base on disk, from the headers of its files. If the base is not downloaded yet,
+        they are derived from its configuration."""
         source = find_source(self.run.model, weights=False)
         if source.gguf_file is not None:
             return StoredBase((source.folder / source.gguf_file).stat().st_size, False, gguf=True)
@@ -211,13 +211,14 @@ class Forecast:
 
     @cached_property
     def _kept(self) -> bool:
-        """Whether the packed base is mapped from a cache file, so that packed weights need not stay in memory."""
+        """Whether the packed (quantized) base is mapped from a cache file, so that packed weights need not stay in
+        memory."""
         return self.base.packed_while_read and can_be_cached(stored_bytes(self.base.net))
 
     @cached_property
     def _streamed_load_bytes(self) -> int:
-        """Memory for loading a base that stays in its files: the largest matrix, unpacked and packed; or the largest
-        tensor that is copied in one piece because it is not packed, such as the embedding."""
+        """Memory for loading a base whose weights stay in their files. It is the memory of one matrix (unpacked and
+        packed), or of the largest tensor that is copied unpacked, such as the embedding."""
         packed = packed_layers(self.base.net).values()
         matrix = max((4 * weight.elements for weight in map(weight_of, packed) if weight is not None), default=0)
         copied = self.base.packed_while_read or self.base.copied_while_read
@@ -228,8 +229,8 @@ class Forecast:
         return max(parameter.nbytes for parameter in self.base.net.parameters())
 
     def _without_unread(self, simulation: Simulation, streaming: str) -> Simulation:
-        """The simulation without the embedding rows that no token reads; only if the embedding is a mapped file on a
-        CPU."""
+        """The simulation without the embedding rows that no token of the run needs. Only an embedding in a mapped file
+        on a CPU has such rows."""
         unread = self._unread_bytes(streaming)
         peak = simulation.peak | {"weights": simulation.peak.get("weights", 0) - unread}
         return replace(simulation, peak=peak, total=simulation.total - unread)

@@ -1,5 +1,5 @@
-"""Divides the lanes of a sweep (its trials) into passes. The lanes of a pass share a loaded base. Also computes the
-memory of each pass and the time that it saves."""
+"""Divides the trials of a sweep (lanes) into groups that share a loaded base (passes). Also predicts the memory of each
+group and the time that sharing saves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +29,9 @@ WORTH = 1.25  # least estimated gain for which rows are joined, which changes th
 
 @dataclass(frozen=True)
 class LanePass:
-    """Lanes that use one loaded base, and their predicted peak. `together`: their steps run together; otherwise the
-    lanes run one after another. `joined`: the Choice of a network that computes the rows of all lanes at once; None:
-    each lane computes its rows separately."""
+    """Trials that use one loaded base, and their predicted peak memory. `together`: their steps run together; otherwise
+    the trials run one after another. `joined`: the settings of one network that computes the rows of all trials; None:
+    each trial computes its rows separately."""
 
     lanes: Sequence[Lane]
     peak_bytes: int
@@ -40,12 +40,13 @@ class LanePass:
     gain: float = 1.0  # estimated time of a step of each lane alone, as a multiple of the time together
 
     def groups(self) -> list[list[Lane]]:
-        """Groups of lanes: the lanes of one group train at the same time."""
+        """The groups of trials that train at the same time."""
         return [list(self.lanes)] if self.together else [[lane] for lane in self.lanes]
 
 
 def make_passes(lanes: Sequence[Lane]) -> list[LanePass]:
-    """The passes of all lanes that have not ended. Passes are in the order of their first lane."""
+    """Group all trials that have not ended by their base and by available memory. The groups are in the order of their
+    first trial."""
     by_base: list[list[Lane]] = []
     for lane in [lane for lane in lanes if not lane.ended]:
         key = lane.base_key
@@ -55,7 +56,7 @@ def make_passes(lanes: Sequence[Lane]) -> list[LanePass]:
 
 
 def _divided(members: Sequence[Lane]) -> list[LanePass]:
-    """Divide lanes with the same base into passes: each has as many lanes as fit into memory together."""
+    """Divide trials that have the same base into groups: each group has as many trials as fit into memory together."""
     key, one_by_one = members[0].base_key, LanePass(members, max(map(_peak, members)))
     same_process = len({lane.process_settings for lane in members}) == 1
     if key is None or len(members) == 1 or not same_process or not all(lane.runs_together for lane in members):
@@ -82,8 +83,8 @@ def _pass(group: Sequence[Lane], unpacked_bytes: int, joins: bool, streamed: boo
 
 
 def _joins(lanes: Sequence[Lane], base: LoadedModel, streamed: bool) -> bool:
-    """Whether the rows of these lanes share matrix products: by the recipe's setting, or with `auto`, if that is
-    clearly faster."""
+    """Whether one network computes the rows of all these trials, so that they share matrix products. The recipe
+    decides; with `auto`, this is done only if it is clearly faster."""
     setting = lanes[0].joined
     if setting is False or any(map(_obstacle, lanes)) or _drops(base.net):
         return False
@@ -96,8 +97,8 @@ def _joins(lanes: Sequence[Lane], base: LoadedModel, streamed: bool) -> bool:
 
 
 def _obstacle(lane: Lane) -> bool:
-    """Whether this lane cannot be joined: its rows are not end to end in one sequence, or its adapter trains the base
-    or uses dropout."""
+    """Whether something prevents joining this trial with others: its rows are not in one sequence, its adapter trains
+    the base, or its adapter uses dropout."""
     assert lane.prepared is not None
     inputs, adapter = lane.prepared.largest_batch.inputs, lane.prepared.adapter
     one_sequence = inputs.keys() == {"input_ids", "position_ids"} and len(inputs["input_ids"]) == 1
@@ -111,8 +112,8 @@ def _drops(net: nn.Module) -> bool:
 
 
 def _fit(lanes: Sequence[Lane], base: LoadedModel) -> bool:
-    """Whether every layer of the lanes' adapters can be joined. Checked by attaching the adapters to the base on the
-    meta device."""
+    """Whether every adapted layer of these trials can be joined. To check this, the adapters are attached to the base
+    on the meta device."""
     head, different = base.family.head_name(base.net), list[AdapterSettings]()
     for lane in lanes:
         assert lane.prepared is not None
@@ -129,7 +130,7 @@ def _fit(lanes: Sequence[Lane], base: LoadedModel) -> bool:
 
 
 def _limit(lane: Lane) -> float:
-    """The bytes that a pass with this lane may use."""
+    """The bytes that a group with this trial may use."""
     assert lane.plan is not None
     device = lane.session.devices.device
     return usable_bytes(device, lane.plan.budget_bytes, available_bytes(device))
@@ -140,8 +141,8 @@ def _peak(lane: Lane) -> int:
 
 
 def _peak_together(lanes: Sequence[Lane], unpacked_bytes: int, joins: bool) -> int:
-    """Peak memory of lanes that run together: the largest lane, the additional memory of the others, and one unpacked
-    layer. A joined lane also adds its activations in one layer."""
+    """Peak memory of trials that run together: the peak of the largest trial, the memory that each other trial adds,
+    and one unpacked layer. If `joins`, also the activations of each other trial in one layer."""
     if len(lanes) == 1:
         return _peak(lanes[0])
     largest = max(lanes, key=_peak)
@@ -149,8 +150,8 @@ def _peak_together(lanes: Sequence[Lane], unpacked_bytes: int, joins: bool) -> i
 
 
 def _added_bytes(lane: Lane, joins: bool) -> int:
-    """The memory that one more lane adds: its adapter, gradient, moments and the inputs of all layers. If `joins`, also
-    its activations in one layer."""
+    """The memory that one more trial adds: its adapter, gradient, optimizer moments and the inputs of all layers. If
+    `joins`, also its activations in one layer."""
     assert lane.plan is not None
     assert lane.prepared is not None
     facts, choice, activations = lane.plan.model, lane.plan.choice, lane.plan.peak_bytes.activations
@@ -161,8 +162,7 @@ def _added_bytes(lane: Lane, joins: bool) -> int:
 
 
 def _gain(lanes: Sequence[Lane], packed: bool, joins: bool, streamed: bool) -> float:
-    """The estimated time of separate steps as a multiple of the time together, from the cost of their matrix
-    products."""
+    """How many times faster steps are if the trials run together, estimated from the cost of their matrix products."""
     unpack, count = UNPACK_TOKENS if packed else 0, len(lanes)
     tokens = [lane.prepared.largest_batch.padded for lane in lanes if lane.prepared is not None]
     separate = sum(max(each, LEAST_TOKENS) for each in tokens)
@@ -172,30 +172,36 @@ def _gain(lanes: Sequence[Lane], packed: bool, joins: bool, streamed: bool) -> f
 
 
 def count_bases(passes: Sequence[LanePass]) -> int:
-    """How many times these passes load a base."""
+    """How many times a base is loaded for these groups of trials."""
     keys = [each.lanes[0].base_key for each in passes]
     return keys.count(None) + len(set(keys) - {None})
 
 
 def pass_notes(passes: Sequence[LanePass]) -> list[str]:
-    """A note for each pass whose lanes run together: how much faster that is, and why. If rows are joined, this is also
-    noted in each plan."""
+    """A note for each group of trials that run together: why this saves time, and how much. If their rows are joined,
+    each plan also gets a note."""
     notes = []
     for each in passes:
         if not each.together:
             continue
         count, alone = len(each.lanes), max(map(_peak, each.lanes))
-        why = "each layer of the streamed base is loaded and unpacked once for all of them"
-        result = "results are equal to separate runs bit for bit"
+        why = "each layer of the streamed base is loaded and unpacked once for all trials"
+        result = "the results are equal to those of separate runs, bit for bit"
         if each.joined is not None:
-            why = "their rows are joined, so each product with the base is computed once for all of them"
-            result = "results equal separate runs up to rounding; write sweep.joined: false for equal bits"
-        gain = f"; a step of all takes about 1/{each.gain:.1f} of the time of {count} separate steps (a rough estimate)"
-        memory = f"predicted peak {bytes_text(each.peak_bytes)}, of one alone {bytes_text(alone)}"
+            why = "their rows are joined, so each product with the base is computed once for all trials"
+            result = (
+                "the results equal those of separate runs except for rounding; for equal bits, set sweep.joined: false"
+            )
+        gain = f"; together, a step is about {each.gain:.1f} times as fast as {count} separate steps (a rough estimate)"
+        memory = f"predicted peak {bytes_text(each.peak_bytes)}, or {bytes_text(alone)} for a single trial"
         notes.append(f"{count} trials run together: {why}{gain if each.gain >= 1.05 else ''}; {memory}; {result}")
         for lane in each.lanes if each.joined is not None else ():
             assert lane.plan is not None
             lane.plan = replace(
-                lane.plan, notes=[*lane.plan.notes, f"joined with other trials of a sweep, {count} in all"]
+                lane.plan,
+                notes=[
+                    *lane.plan.notes,
+                    f"the rows of this run are joined with other trials of a sweep, {count} in all",
+                ],
             )
     return notes

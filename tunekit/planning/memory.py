@@ -1,10 +1,11 @@
-"""Choice of the settings that save memory: rows per micro-batch, recomputed layers, size of logits chunks, streaming.
+"""Chooses the settings that save memory: rows per micro-batch, recomputed layers, size of logits chunks, streaming.
 
-Micro-batches and logits chunks depend on memory.budget, never on free memory. Otherwise a run that is resumed with a
-different amount of free memory would not be bitwise equal. On a CPU, micro-batches of pairs have no more pairs than
-full speed needs. Without a budget, free memory only decides whether weights are streamed and how many layers are
-recomputed, which changes no bit. The number of completions that are sampled together is halved until they fit; a
-resumed run keeps this number.
+The sizes of micro-batches and logits chunks depend on memory.budget, never on free memory. Otherwise a run that is
+resumed with a different amount of free memory would not be equal bit for bit. On a CPU, micro-batches of pairs get only
+as many pairs as full speed needs.
+Without a budget, free memory decides only two things, which change no bit: whether weights are streamed, and how many
+layers are recomputed. The number of completions that are sampled together is halved until they fit; a resumed run keeps
+this number.
 """
 
 import math
@@ -41,14 +42,14 @@ def device_chunk_tokens(vocabulary_size: int, device: torch.device) -> int:
 
 
 def margin_of(device: torch.device) -> float:
-    """The share of the usable memory that is left free."""
+    """The share of the usable memory that is left free for prediction errors."""
     return MARGIN.get(device.type, MARGIN_OF_A_GPU)
 
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """The chosen settings and the reasons for them, their peak, and whether the longest batch is tried before step
-    1."""
+    """The chosen settings with their reasons and their predicted peak. `tries_longest`: whether the longest batch is
+    run before step 1."""
 
     choice: Choice
     reasons: tuple[str, ...]
@@ -60,7 +61,7 @@ class PlannedMemory:
 
 
 class Peaks:
-    """The predicted peak of each choice, cached. `unknown`: the errors that prevented the simulation."""
+    """The predicted peak of each choice of settings, cached. `unknown`: errors that made a simulation impossible."""
 
     def __init__(self, forecast: Forecast) -> None:
         self.forecast = forecast
@@ -68,7 +69,7 @@ class Peaks:
         self._known: dict[Choice, PeakBytes] = {}
 
     def of(self, choice: Choice) -> PeakBytes:
-        """Peak bytes of a choice, by part."""
+        """Peak bytes of a choice of settings, by part."""
         if choice not in self._known:
             try:
                 self._known[choice] = self.forecast.peak(choice)
@@ -82,8 +83,8 @@ class Peaks:
         return self.of(choice).total
 
     def sampled_together(self, limit: float) -> int:
-        """The number of completions that are sampled together: the recipe's number, halved until they fit into `limit`;
-        0 if the run samples none."""
+        """The number of completions that are sampled together: the recipe's number, halved until they fit into `limit`
+        bytes. 0 if the run samples no completions."""
         companions = self.forecast.run.companions.values()
         size = max((companion.sampling_batch_size for companion in companions), default=0)
         try:
@@ -104,9 +105,9 @@ def plan_memory(
     """Simulate the largest batches, and choose the settings.
 
     `tiers`: the allowed values of memory.streaming, fastest first.
-    `resumed`: the choice of the resumed run. Only the number of recomputed layers, which changes no bit, is chosen
-    again.
-    `cheaper`: a function that advises how to change the recipe; its arguments are a choice, the needed and the
+    `resumed`: the settings of the run that is resumed. They are used again, except the number of recomputed layers,
+    which changes no bit.
+    `cheaper`: a function that advises how to change the recipe; its arguments are a choice, the needed bytes and the
     available bytes.
     """
     run = forecast.run
@@ -120,10 +121,12 @@ def plan_memory(
     choice = fitting or min(smallest, key=peaks.total)
     needed = peaks.total(choice)
     if budget is None:
-        reasons = [f"recomputed in the backward pass: {_recomputed(choice, space, fitting is not None, available)}"]
+        reasons = [
+            f"layers recomputed in the backward pass: {_recomputed(choice, space, fitting is not None, available)}"
+        ]
         if choice.micro_batch_size != run.training.micro_batch_size and resumed is None:
             size = _micro_batches_text(choice, run.training)
-            reasons.append(f"{size}, because a CPU is as fast with them and needs less memory")
+            reasons.append(f"{size}, because they need less memory and are as fast on a CPU")
     elif needed <= budget:
         reasons = list(_budget_reasons(choice, forecast, space, workload, fitting is not None))
     else:
@@ -144,9 +147,10 @@ def plan_memory(
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
-    """The number of bytes that the run may use: the budget minus a margin, or without a budget, the free memory.
+    """The number of bytes that the run may use: the budget minus a margin. Without a budget, it is the free memory; on
+    a GPU also minus a margin.
 
-    Free memory of a GPU is reduced by a margin too. Free memory of a host is not: a host can free more than it reports.
+    On a CPU, the free memory is not reduced, because the system can free more than it reports.
     """
     if budget is not None:
         return int(budget * (1 - margin_of(device)))
@@ -156,7 +160,8 @@ def usable_bytes(device: torch.device, budget: int | None, available: int | None
 
 
 def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
-    """The settings that plan can choose. Without a budget, only the recomputed layers and the tier can vary."""
+    """The settings that plan can choose from. Without a budget, only the number of recomputed layers and the place of
+    the weights can vary."""
     run, base = forecast.run, forecast.base
     written = (run.training.micro_batch_size, run.training.gradient_accumulation_steps)
     vocabulary = 0 if base.text is None else base.text.vocabulary_size
@@ -180,9 +185,11 @@ def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | Non
 
 
 def rows_at_full_speed(forecast: Forecast) -> tuple[int | None, int]:
-    """The rows per micro-batch and micro-batches per step of a run on a CPU. Usually these are the recipe's. For rows
-    of several answers, a micro-batch has no more rows than full speed needs: the step keeps its rows, and activations
-    take less memory."""
+    """The rows per micro-batch and micro-batches per step for a run on a CPU. Usually these are the recipe's numbers.
+
+    If each row has several answers, a micro-batch gets only as many rows as full speed needs. A step still has the same
+    rows, and activations take less memory.
+    """
     training, rows, kind = forecast.run.training, forecast.rows, forecast.run.objective.rows
     written = (training.micro_batch_size, training.gradient_accumulation_steps)
     if written[0] is None or not kind.layout.paired or forecast.run.adapter.calibration is not None:
@@ -196,37 +203,38 @@ def rows_at_full_speed(forecast: Forecast) -> tuple[int | None, int]:
 
 
 def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
-    """A text that says which layers are recomputed in a run without a budget, and why."""
+    """A text that says which layers are recomputed, and why. For a run without a memory budget."""
     if choice.streaming != "off":
-        return "all layers, because streamed weights are on the device only while their layer runs"
+        return "all, because streamed weights are on the device only while their layer runs"
     if space.gradient_checkpointing != "auto":
-        return f"{choice.checkpointed_layers:,} of {space.layers:,} layers, as the recipe says"
+        return f"{choice.checkpointed_layers:,} of {space.layers:,}, as the recipe says"
     if not fits:
-        return "all layers but the last, because even so the step hardly fits into the free memory"
+        return "all except the last, because the free memory is hardly enough for the step"
     if available is None:
         return "none, because the system does not report how much memory is free"
     return (
-        "no more layers than the memory requires"
+        "only as many as needed for the step to fit into memory"
         if choice.checkpointed_layers
-        else "none, because the step fits anyway"
+        else "none, because the step fits into memory without recomputation"
     )
 
 
 def _budget_reasons(
     choice: Choice, forecast: Forecast, space: SearchSpace, workload: Workload, has_margin: bool
 ) -> Iterator[str]:
-    """Notes on the settings that were chosen to meet the budget, and on settings that could not be chosen."""
+    """Yields notes on the settings that were chosen for the budget, and on settings that plan was not allowed to
+    change."""
     run = forecast.run
     margin = f"{margin_of(run.device):.0%} of the budget is left free"
-    note = f"{margin}, because predictions can be wrong by this share"
+    note = f"{margin}, because predictions can be too low by this share"
     if not has_margin:
-        note = f"warning: less than {margin}, but predictions can be wrong by this share"
+        note = f"warning: less than {margin}, but predictions can be too low by this share"
     slower = workload.relative_time(choice) / workload.relative_time(space.grid("off")[0])
     if choice.streaming == "off" and slower > 1.005:
         note += f"; a step takes about {slower:.2f} times as long as without a budget (a rough estimate)"
     yield f"memory.budget {run.memory.budget}: {_choice_text(choice, run.training, space.layers)}; {note}"
     if run.memory.gradient_checkpointing != "auto":
-        yield "memory.gradient_checkpointing fixes the recomputed layers; write auto to let plan choose them"
+        yield "memory.gradient_checkpointing fixes the recomputed layers; set it to auto, so that plan chooses them"
     if run.training.micro_batch_size is None:
         yield "training.micro_batch_tokens is not reduced, because each step would then contain different rows"
     elif run.adapter.calibration is not None:
@@ -234,7 +242,7 @@ def _budget_reasons(
 
 
 def make_workload(forecast: Forecast) -> Workload:
-    """The workload of the run, from its largest batch."""
+    """The properties of the run that determine its speed, from its largest batch."""
     training, facts = forecast.run.training, forecast.base.facts
     batch, text = forecast.largest_batch(training.micro_batch_size), forecast.base.text
     vocabulary = 0 if text is None else text.vocabulary_size
@@ -248,16 +256,16 @@ def make_workload(forecast: Forecast) -> Workload:
 
 
 def _micro_batches_text(choice: Choice, training: TrainingSection) -> str:
-    """The chosen micro-batches as text, with the recipe's numbers if they differ."""
+    """The chosen micro-batches as text. If they differ from the recipe, the recipe's numbers follow."""
     rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
     text = f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of size {rows:,} a step"
     if rows == training.micro_batch_size:
         return text
-    return f"{text} (the same as {training.gradient_accumulation_steps:,} of {training.micro_batch_size:,})"
+    return f"{text} (the same rows as {training.gradient_accumulation_steps:,} of size {training.micro_batch_size:,})"
 
 
 def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
-    """The chosen settings as text, with the recipe's numbers if they differ."""
+    """The chosen settings as text. If micro-batches differ from the recipe, the recipe's numbers follow."""
     parts = [] if choice.micro_batch_size is None else [_micro_batches_text(choice, training)]
     if choice.streaming == "off":
         parts.append(f"{choice.checkpointed_layers:,} of {layers:,} layers recomputed")
@@ -267,20 +275,20 @@ def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
 
 
 def trial_reason(device: torch.device, needed: int, available: int | None, budget: int | None) -> tuple[bool, str]:
-    """Whether the longest batch is tried before step 1, and the reason."""
+    """Whether the longest batch is run before step 1, and the reason as text."""
     if device.type != "cpu":
-        return True, "on a GPU it costs little time"
+        return True, "on a GPU, the trial costs little time"
     if budget is not None:
-        return True, "memory.budget must not be exceeded"
+        return True, "the run must not exceed memory.budget"
     if available is not None and needed > NEARLY_FULL * available:
         return True, f"the predicted peak is more than {NEARLY_FULL:.0%} of the free memory"
-    return False, "the predicted peak is far below the free memory; --dry-run tries it"
+    return False, "the predicted peak is far below the free memory; --dry-run tries the longest batch"
 
 
 def too_large_problem(
     needed: int, available: int, can_recompute: bool, budget: int | None, less_memory: str
 ) -> Problem:
-    what = f"the run needs {bytes_text(needed)} at its peak, and {bytes_text(available)} are free"
+    what = f"the run needs {bytes_text(needed)} at its peak, but only {bytes_text(available)} are free"
     if budget is not None:
         return Problem(what, f"set memory.budget below {bytes_text(available)}, or free memory", key="memory.budget")
     if can_recompute:

@@ -1,4 +1,4 @@
-"""Makes the Plan: all decisions about a run, from its recipe, before weights are loaded."""
+"""Makes the Plan from a recipe: all decisions about a run, before weights are loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,14 +54,14 @@ from tunekit.training.state import RunInputs
 from tunekit.tuned.fit import check_family, row_problems
 
 END_TO_END = (
-    "; the rows of a micro-batch are put end to end, without padding (or padded, if this model cannot keep them apart)"
+    "; the rows of a micro-batch are put end to end without padding (but padded, if this model cannot keep them apart)"
 )
 Windows = TrainingWindows | StreamedWindows
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model, data and adapter of the recipe, read without weights."""
+    """The model (without weights), data and adapter of the recipe."""
 
     model: ModelSection  # the recipe's section, changed by the objective
     base: LoadedModel
@@ -86,11 +86,12 @@ def make_plan(
     check_folder: bool = False,
     previous: Choice | None = None,
 ) -> tuple[Plan, RunInputs]:
-    """The plan of a run, and the inputs for training. Problems that would make the run fail are in `plan.refusals`.
+    """Make the plan of a run, and the inputs that training needs. Problems that would make the run fail are in
+    `plan.refusals`.
 
-    `check_folder`: check output.dir too; `train` has already made and locked it.
-    `previous`: the choice of the resumed run. Only the recomputed layers, which change no bit, are chosen again.
-    Raises: TunekitError with all problems, if model, data or targets cannot be read at all.
+    `check_folder`: also check output.dir; not for `train`, which has already locked it.
+    `previous`: the settings of the run that is resumed. Only the number of recomputed layers may change.
+    Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
     findings = Findings(loaded)
@@ -134,13 +135,14 @@ def make_plan(
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
-    """Batch settings with the micro-batches of the Choice. Each step keeps its rows and their order."""
+    """The batch settings, with the size and number of micro-batches in the Choice. Each step keeps its rows and their
+    order."""
     rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
     return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
 def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
-    """The inputs of the plan; None if one cannot be read. The problems of all inputs are added to `findings`."""
+    """Read model, data and adapter. None if one of them cannot be read. All problems are added to `findings`."""
     family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
     rows = targets = adapter = base = None
     with parsed_once(model.name_or_path):
@@ -181,7 +183,7 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> In
 
 
 def _planned(recipe: Recipe, inputs: Inputs, device: torch.device) -> PlanContext:
-    """The facts that companions can read while the plan is made."""
+    """The facts about the run that companions (auxiliary models) need for the plan."""
     rows, sections = inputs.rows, (recipe.memory, recipe.training, recipe.evaluation)
     data = (inputs.processor, rows.objective, rows.all, bool(rows.streams))
     return PlanContext(device, inputs.base, *data, *sections, inputs.targets, inputs.virtual_tokens)
@@ -195,7 +197,7 @@ def with_saved_modules(adapter: AdapterSettings, names: Sequence[str]) -> Adapte
     saved = getattr(adapter, "modules_to_save", None)
     if saved is None and names:
         what = (
-            f"{adapter.method} cannot train modules besides the adapter, but this objective trains the head "
+            f"{adapter.method} cannot train modules outside the adapter, but this objective trains the head "
             f"'{names[-1]}'"
         )
         raise RecipeError(what, "choose another method, for example lora", key="adapter.method")
@@ -212,15 +214,15 @@ def _fits_the_model(adapter: AdapterSettings, base: LoadedModel, findings: Findi
         what = (
             f"{adapter.method} adds vectors to the embeddings of token ids, but {base.family.text} reads no token ids"
         )
-        findings.add([Problem(what, "choose an adapter of layers, for example lora", key="adapter.method")])
+        findings.add([Problem(what, "choose a method that adapts layers, for example lora", key="adapter.method")])
         return False
     return model_method is None or findings.attempt(lambda: model_method.slots(adapter, base.net)) is not None
 
 
 def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, str]:
-    """Whether rows are packed, and the reason."""
+    """Whether rows are packed, and the reason as text."""
     if not recipe.data.packing:
-        return False, "each step has the number of rows in the recipe"
+        return False, "each step has as many rows as the recipe says"
     obstacle = refusals.packing_obstacle(inputs.base, inputs.rows.objective.rows, inputs.virtual_tokens > 0)
     if obstacle is not None:
         findings.add([Problem(obstacle, "write packing: false", key="data.packing")])
@@ -228,7 +230,8 @@ def _packing(recipe: Recipe, inputs: Inputs, findings: Findings) -> tuple[bool, 
 
 
 def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSettings:
-    """The batch settings of the run. Unpacked rows are put end to end, without padding, if the model allows this."""
+    """The batch settings of the run. Rows that are not packed are put end to end without padding, if the model allows
+    it."""
     apart = inputs.rows.objective.rows.packable and not inputs.virtual_tokens and keeps_documents_apart(inputs.base.net)
     training, data = recipe.training, recipe.data
     return BatchSettings(
@@ -247,7 +250,7 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
 
 
 def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
-    """Problems of settings that do not suit a run of `steps` steps."""
+    """Problems of settings that do not suit a run with this number of steps."""
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
@@ -276,7 +279,7 @@ def _forecast(
 
 
 def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int) -> Choice:
-    """A Choice with the settings that only the recipe decides. All other fields have defaults."""
+    """A Choice that contains the recipe's settings. Fields that plan chooses have default values."""
     training, memory = recipe.training, recipe.memory
     return Choice(
         micro_batch_size=training.micro_batch_size,
@@ -295,7 +298,7 @@ def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, ste
 def _largest_batch(
     inputs: Inputs, windows: Windows, settings: BatchSettings, run: SimulatedRun, micro_batch_size: int | None
 ) -> Batch:
-    """The micro-batch that needs the most memory. `micro_batch_size`: rows per micro-batch."""
+    """The micro-batch that needs the most memory. `micro_batch_size`: rows per micro-batch; None: limited by tokens."""
     rows = inputs.rows
     windows, settings = _cut_anew(inputs, windows, settings, micro_batch_size)
     if not isinstance(windows, TrainingWindows):
@@ -311,7 +314,7 @@ def _largest_batch(
 def _cut_anew(
     inputs: Inputs, windows: Windows, settings: BatchSettings, micro_batch_size: int | None
 ) -> tuple[Windows, BatchSettings]:
-    """Divide the rows of each step into micro-batches of this size. Returns the new windows and settings."""
+    """Divide the rows of each step into micro-batches of a new size. Returns the new windows (steps) and settings."""
     written = settings.micro_batch_size
     if micro_batch_size is None or written is None or micro_batch_size == written:
         return windows, settings
@@ -361,7 +364,7 @@ def _assemble(
 
 
 def _trained_numbers(inputs: Inputs) -> int:
-    """Number of trained parameters in the adapter's layers, in trained modules and in a whole-model adapter."""
+    """Number of trained parameters in adapted layers, in trained modules and in an adapter of the whole model."""
     net, settings, targets = inputs.base.net, inputs.adapter, inputs.targets
     method = load_method(settings.method)
     whole = 0 if method.model is None else slot_count(method.model.slots(settings, net).values())
@@ -374,7 +377,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     notes = [*inputs.base.notes, *inputs.rows.notes, *inputs.rows.objective.notes]
     notes += [] if inputs.rows.evaluation is None else calibration_notes(recipe.evaluation)
     if experts:
-        notes.append(f"{len(experts)} fused expert parameters are not adapted, for example {experts[0]}")
+        notes.append(f"{len(experts)} fused parameters of experts are not adapted, for example {experts[0]}")
     if inputs.virtual_tokens:
         notes.append(
             f"{inputs.virtual_tokens:,} virtual tokens are put before each row, in addition to data.max_length"

@@ -33,7 +33,7 @@ LEAST_RATES = 0.1
 
 
 def library_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Problems with libraries that the recipe needs but that are not installed."""
+    """Yields a problem for each library that the recipe needs and that is not installed."""
     if find_spec("bitsandbytes") is None:
         free = ("none", "int8_weight_only", "fp8", *FOUR_BIT)
         if recipe.model.quantization not in free:
@@ -55,22 +55,24 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("tasks need lm-eval, which is not installed", "run: pip install 'tunekit[evals]'", key=TASKS)
     family = make_family(recipe.objective.family)
     if recipe.evaluation.tasks and (not family.answers or family.reads_source or not family.reads_ids):
-        yield Problem(f"tasks need a causal language model, but this is {family.text}", "remove them", key=TASKS)
+        yield Problem(
+            f"tasks need a causal language model, but this is {family.text}", "remove evaluation.tasks", key=TASKS
+        )
 
 
 def template_problems(recipe: Recipe, processor: Processor, template: str | None) -> Iterator[Problem]:
-    """The problem that a task needs prompts as a chat, but the tokenizer has no chat template."""
+    """Yields a problem if tasks need chat prompts, but the tokenizer has no chat template."""
     text, settings = processor.tokenizer, recipe.evaluation
     if settings.tasks and settings.task_chat_template and text and (template or text.chat_template) is None:
         yield Problem(*NO_TEMPLATE, key=TEMPLATE_KEY)
 
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
-    """Problems with settings that the device does not support."""
+    """Yields a problem for each setting that the device does not support."""
     if recipe.model.quantization == "fp8" and device.type != "cpu" and not computes_fp8(device):
         what = (
-            "this device has no float8 products; they need an NVIDIA GPU of capability "
-            f"{'.'.join(map(str, CAPABILITY))}"
+            "this device has no float8 products; fp8 needs an NVIDIA GPU of compute capability "
+            f"{'.'.join(map(str, CAPABILITY))} or more"
         )
         yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
     if kind_of(device).bitsandbytes:
@@ -84,7 +86,7 @@ def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
 
 
 def folder_problems(recipe: Recipe) -> Iterator[Problem]:
-    """Problems that would prevent `train` from starting in output.dir. No file is written."""
+    """Yields a problem if `train` could not start in output.dir. No file is written."""
     path = Path(recipe.output.dir)
     key = "output.dir"
     if path.exists() and not path.is_dir():
@@ -92,59 +94,62 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
         return
     for name in ("plan.json", "checkpoints"):
         if (path / name).exists():
-            how = "`tunekit train RECIPE` continues it with --resume, and moves it aside with --overwrite"
+            how = "continue it with `tunekit train RECIPE --resume`, or move it aside with --overwrite"
             yield Problem(f"{path} already holds a run ({name})", how, key=key)
             return
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        yield Problem(f"{existing} cannot be written to", "choose another output.dir, or change its mode", key=key)
+        yield Problem(
+            f"{existing} cannot be written to", "choose another output.dir, or change its permissions", key=key
+        )
 
 
 def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:
-    """A warning if rows are longer than the model was trained for, unless its position embeddings are learned."""
+    """A warning if rows are longer than the rows that the model was trained with. Not for learned positions: there such
+    rows are refused."""
     longest = max(longest_tokens(some, rows.objective.rows.layout) for some in rows.all) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
         yield (
-            f"warning: the longest row has {longest} tokens, but the model was made for {trained}; "
-            "its attention extrapolates beyond this length"
+            f"warning: the longest row has {longest} tokens, but the model was made for at most {trained}; "
+            "longer rows may give bad results"
         )
 
 
 def learned_length(base: LoadedModel, virtual_tokens: int) -> int | None:
-    """The maximum number of tokens of a row, without the adapter's virtual tokens, in a base with learned positions.
-    None if the base computes its positions, or reads no text."""
+    """The maximum number of tokens of a row in a base with learned position embeddings, without the adapter's virtual
+    tokens. None if positions are computed, or if the base reads no text."""
     positions = None if base.text is None else base.family.learned_positions(base.net)
     return None if positions is None else max(positions - virtual_tokens, 1)
 
 
 def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
-    """Warnings about a very high learning rate, and about learning rates that sum to nearly 0 in the whole run.
+    """Warnings about a very high learning rate, and about learning rates that are nearly 0 in the whole run.
 
-    The sum can be small because the first rate of a warm-up is 0.
+    The latter happens in short runs, because a warm-up starts with the rate 0.
     """
     if training.learning_rate > HIGHEST_RATE:
         yield (
-            f"warning: a learning rate of {training.learning_rate:g} is very high: AdamW moves each trained number by "
-            "about as much in every step; 1e-5 to 1e-2 are usual"
+            f"warning: a learning rate of {training.learning_rate:g} is very high: AdamW changes each parameter by "
+            "about this amount in every step; 1e-5 to 1e-2 are usual"
         )
     warmup = warmup_steps(training, steps)
     total = sum(rate_multiplier(training, step, steps, warmup) for step in range(min(steps, RATE_STEPS)))
     if total < LEAST_RATES:
         yield (
-            f"warning: the learning rates of all {steps:,} steps sum to {total:.2g} times training.learning_rate, so "
-            "that next to nothing is learnt; write more steps, or training.warmup_steps: 0"
+            f"warning: the learning rates of all {steps:,} steps add up to only {total:.2g} times "
+            "training.learning_rate, so the run learns almost nothing; set more steps, or training.warmup_steps: 0"
         )
 
 
 def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool) -> str | None:
-    """The reason why rows cannot be packed; None if they can."""
+    """The reason why rows cannot be packed; None if they can be."""
     config = text_config(base.net)
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     if not kind.packable:
         return "rows of this objective cannot be packed"
     if kind.layout.paired:
-        return "the two sequences of a pair are put end to end anyway, if the model allows it"
+        return "rows with pairs of sequences cannot be packed; they are put end to end anyway, if the model allows it"
     if whole_model_adapter:
         return "the adapter puts virtual tokens before each row"
     if not base.family.takes_positions(base.net):
@@ -152,40 +157,40 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
     if getattr(base.net, "_is_stateful", False) or any(kind in name for name in kinds for kind in LINEAR_KINDS):
         return f"{config.model_type} carries a state from token to token, so packed rows would affect each other"
     if not may_be_packed(base.net):
-        return f"{config.model_type} makes its mask without positions, so packed rows would attend to each other"
+        return f"{config.model_type} computes its mask without positions, so packed rows would attend to each other"
     return None
 
 
 def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
-    """Notes about the device and precision: where the device waits, what is approximate, and settings without
-    effect."""
+    """Notes about the device and the precision: when the host waits for the device, which results are approximate, and
+    which settings have no effect."""
     training = recipe.training
     shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
     if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:
-        yield "dropout is on: with another micro-batch size or rank count, masks and losses differ slightly"
+        yield "dropout is on: with another micro-batch size or number of ranks, masks and losses differ slightly"
     if training.optimizer != "adamw":
-        yield f"{training.optimizer}: each update first checks that gradients are finite, and waits for the device"
+        yield f"{training.optimizer}: before each update, the host waits for the device and checks the gradients"
     elif base.dtype == torch.float16:
-        yield "float16: each update first checks whether gradients overflow, and waits for the device"
+        yield "float16: before each update, the host waits for the device and checks whether gradients overflow"
     if base.dtype == torch.float16 and recipe.model.dtype == "auto":
         yield (
             "model.dtype: auto is float16 with a loss scale, because this device does not compute bfloat16 natively; "
-            "write float32 if the model's numbers are too large for float16"
+            "set model.dtype: float32 if the model's numbers are too large for float16"
         )
     if training.optimizer.startswith("paged") and device.type == "cpu":
-        yield f"{training.optimizer}: nothing is paged on a CPU"
+        yield f"{training.optimizer}: paging has no effect on a CPU"
     if recipe.model.quantization == "fp8":
-        slow = "" if computes_fp8(device) else "; this device has no float8 units, so it is slow"
+        slow = "" if computes_fp8(device) else "; this device has no float8 units, so fp8 is slow"
         yield f"warning: fp8 is approximate: weights and inputs of linear layers are rounded to 8 bits{slow}"
     if recipe.model.quantization in FOUR_BIT and device.type != "cpu":
         lacks = "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"
         lacks = lacks if kind_of(device).bitsandbytes else f"bitsandbytes has no kernels for {device.type}"
         if lacks:
-            yield f"{lacks}: plain torch unpacks the weights, with the same bits, but more slowly"
+            yield f"{lacks}, so torch unpacks the 4-bit weights: the results are the same, but the run is slower"
     if training.deterministic and device.type == "cpu":
         yield "training.deterministic has no effect: a CPU's kernels always add in a fixed order"
     if training.threads is not None and device.type != "cpu":
-        yield "training.threads hardly matters: the run computes on the accelerator"
+        yield "training.threads has little effect, because the run computes on the accelerator"
     elif isinstance(training.threads, int) and training.threads > processors():
         yield (
             f"training.threads: {training.threads:,} is more than the {processors():,} processors that this process "
@@ -193,10 +198,10 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
         )
     if training.deterministic and device.type == "mps":
         yield (
-            "training.deterministic: torch has no deterministic kernels for Metal; a resumed run is equal up to "
-            "rounding"
+            "training.deterministic: torch has no deterministic kernels for Metal; results of a resumed run may differ "
+            "by rounding"
         )
     if recipe.model.quantization == "int8" and device.type != "cpu":
-        yield "int8: in each layer, bitsandbytes searches for columns of large inputs and waits for the device"
+        yield "int8: in each layer, bitsandbytes searches the inputs for large values, so the host waits"
     if kind_of(device).own_memory:
-        yield "predicted bytes are those of tensors; the allocator reserves more, which is not predicted"
+        yield "the predicted peak counts only tensors; the GPU's allocator reserves more memory, which is not predicted"

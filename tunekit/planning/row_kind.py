@@ -1,4 +1,4 @@
-"""How a recipe's rows are encoded; found without loading the model."""
+"""The row kind of a recipe, which says how its rows are encoded. It is determined without loading the model."""
 
 from tunekit.contracts import RowKind
 from tunekit.data.encoding.sources import encode_options
@@ -14,7 +14,7 @@ def row_kind_at_hand(recipe: Recipe) -> RowKind | None:
     """The row kind of the recipe's objective, with its tokenizer or processor and its chat template.
 
     None if the tokenizer is not downloaded yet.
-    Raises: TunekitError if these files cannot be read, or if options do not apply to these rows.
+    Raises: TunekitError if these files cannot be read, or if options of the recipe do not apply to these rows.
     """
     if not is_here(recipe.model):
         return None

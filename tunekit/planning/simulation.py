@@ -1,5 +1,5 @@
-"""Simulation of a training step and an evaluation on the meta device, with the run's real network, engine and
-optimizer, to measure their memory."""
+"""Simulates a training step and an evaluation on the meta device, to measure their memory. The simulation uses the
+run's real network, engine and optimizer."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # optimize
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """The settings that a run's memory depends on. `device`: the device that the run is planned for."""
+    """The settings of a run that determine its memory. `device`: the device that the run is planned for."""
 
     model: ModelSection
     adapter: AdapterSettings
@@ -50,10 +50,11 @@ class SimulatedRun:
     bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made before
 
     def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
-        """Simulation of the forward, backward and update of one micro-batch, while gradients and moments exist.
+        """Simulate the forward, backward and update of one micro-batch, while gradients and optimizer moments are in
+        memory.
 
-        `micro_batches`: number of micro-batches that pass through streamed layers together. At most SIMULATED of them
-        are simulated; each further one adds the difference between the last two simulated numbers.
+        `micro_batches`: the number of micro-batches that pass through streamed layers together. At most SIMULATED of
+        them are simulated; each further micro-batch adds the same memory as the last simulated one.
         """
         simulation = self._step(batch, min(micro_batches, SIMULATED))
         if micro_batches <= SIMULATED:
@@ -96,7 +97,7 @@ class SimulatedRun:
             return dict(tracker.live)
 
     def evaluation(self, batch: Batch) -> Simulation:
-        """Simulation of the forward of one evaluation batch, while the optimizer's state is in memory."""
+        """Simulate the forward of one evaluation batch, while the optimizer's state is in memory."""
         held_out = self.objective.evaluation_copy()
         with self._tracked() as (tuned, tracker, _), undisturbed(tuned):
             batch = prepared(tuned, held_out, batch)
@@ -104,9 +105,10 @@ class SimulatedRun:
         return tracker.result()
 
     def rehearsals(self, batch: Batch) -> Simulation | None:
-        """Simulation of the companion that needs the most memory, with the net and its optimizer in memory.
+        """Simulate the run's companions (sampling, image generation) while the network and its optimizer are in memory.
+        Returns the simulation that needs the most memory.
 
-        None if no companion runs anything.
+        None if no companion computes anything.
         """
         simulations = []
         for key in (key for key, companion in self.companions.items() if companion.rehearses):
@@ -122,8 +124,8 @@ class SimulatedRun:
 
     @contextmanager
     def _tracked(self) -> Iterator[tuple[TunedModel, StorageTracker, Optimizer]]:
-        """A context manager: gives the network, a tracker that counts the memory inside the block, and the optimizer
-        with its state."""
+        """A context manager that yields the network, a tracker of the memory allocated inside the block, and the
+        optimizer with its state."""
         tuned, tracker = self._tuned(), StorageTracker(self.device)
         with kernels_as_on(self.device), tracker:
             optimizer = self._adopt(tracker, tuned)
@@ -131,7 +133,8 @@ class SimulatedRun:
             yield tuned, tracker, optimizer
 
     def _base(self) -> LoadedModel:
-        """A copy of the base on the meta device, without adapter. It is made once, because GGUF files take seconds."""
+        """A copy of the base on the meta device, without adapter. The original is made only once, because this takes
+        seconds for GGUF files."""
         if self.model.quantization == "int8" and codec.has_bitsandbytes():
             codec.import_bitsandbytes()  # imported now, so that the library does not count as growth of the run
         if self.model not in self.bases:
@@ -148,7 +151,8 @@ class SimulatedRun:
         return tuned
 
     def _adopt(self, tracker: StorageTracker, tuned: TunedModel) -> Optimizer:
-        """Count the memory that exists before the step: adapter state, network and optimizer."""
+        """Count the memory that exists before the step (adapter state, network and optimizer), and return the
+        optimizer."""
         assert tuned.adapter is not None
         net, slots = tuned.base.net, tuned.slots
         part = trained_part(tuned.adapter)
@@ -176,13 +180,13 @@ class SimulatedRun:
 
 
 def trained_part(adapter: AttachedAdapter) -> str:
-    """The part of the peak ("weights" or "adapter") to which trained tensors are added."""
+    """The part of the peak ("weights" or "adapter") that contains trained tensors."""
     return "weights" if adapter.settings.trains_base else "adapter"
 
 
 def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
-    """The real optimizer. AdamW's moments are made at once, and the optimizer's flat buffers replace the adapter's
-    tensors."""
+    """Make the real optimizer. AdamW's moments are allocated at once, and the optimizer's flat buffers are counted in
+    place of the adapter's tensors."""
     training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})
     with tracker.counting_as("optimizer"):
         optimizer = make_optimizer(training, adapter)
@@ -195,13 +199,13 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
 
 
 def _logits_apart(objective: Objective, tuned: TunedModel, tracker: StorageTracker) -> Objective:
-    """A copy of the objective: memory that its `loss` and `sums` allocate counts as logits. Unchanged for a model
-    without text."""
+    """A copy of the objective whose `loss` and `sums` count the memory that they allocate as logits. For a model
+    without text, the objective itself."""
     return objective if tuned.base.text is None else replace(objective, loss=_CountedLoss(objective.loss, tracker))
 
 
 class _CountedLoss(LossKind):
-    """Wraps a loss so that the memory that it allocates counts as logits."""
+    """Wraps a loss: memory that the loss allocates counts as logits."""
 
     def __init__(self, counted: LossKind, tracker: StorageTracker) -> None:
         self.counted, self.tracker = counted, tracker

@@ -1,4 +1,4 @@
-"""Checks of an adapter's initialisation (its start) while planning: problems, notes, and the memory that it needs until
+"""Checks an adapter's initialisation (its start) while planning: problems, notes, and the memory that it needs before
 step 1."""
 
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,21 @@ DECOMPOSITION_BYTES = 4 * 8  # per element of the largest matrix: the matrix and
 
 
 def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> Iterator[Problem]:
-    """A problem if the initialisation needs statistics of the output head, which its pass over the data cannot
-    collect."""
+    """Yields a problem if the initialisation needs statistics of the output head. The pass over the data cannot collect
+    them."""
     start, head = settings.calibration, base.family.head_name(base.net)
     if start is not None and head in [target.name for target in targets]:
-        what = f"{start.method} needs each layer's {start.looks_at}, but '{head}' only runs in chunks with the loss"
-        yield Problem(what, f"leave {head} out of adapter.target_modules, or choose another start", key="adapter.start")
+        what = f"{start.method} needs each layer's {start.looks_at}, but '{head}' is computed in chunks inside the loss"
+        yield Problem(
+            what, f"leave {head} out of adapter.target_modules, or choose another adapter.start", key="adapter.start"
+        )
 
 
 def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> None:
-    """Raises: AdapterError if init_from is not an adapter folder, is damaged, or has an adapter with different
-    settings."""
+    """Check the adapter that init_from names.
+
+    Raises: AdapterError if it is not an adapter folder, is damaged, or has an adapter with different settings.
+    """
     if settings.init_from is not None:
         adapter = AttachedAdapter(base.net, settings, load_method(settings.method), list(targets))
         adapter.head_name = base.family.head_name(base.net)
@@ -37,7 +41,7 @@ def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Seque
 
 
 def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
-    """Maximum memory of the initialisation, without the base. It is freed before step 1."""
+    """Maximum memory of the adapter's initialisation, without the base. It is freed before step 1."""
     start, linear = settings.initialisation, [target for target in targets if target.kind in LINEAR]
     if start is None or not start.decomposes or not linear:
         return 0
@@ -52,17 +56,15 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
 
 
 def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
-    """Notes about the reference model, and about the pass over the data before step 1."""
+    """Notes about the reference model, and about the pass over the data that initialises the adapter before step 1."""
     if needs_reference_state(objective, settings):
-        yield "the reference model is the base with the adapter of step 0; a frozen copy of this adapter is kept"
+        yield "the reference model is the base with the adapter at step 0; the run stores a frozen copy of this adapter"
     start = settings.calibration
     if start is not None:
         statistics = bytes_text(_statistics_bytes(start, [target for target in targets if target.kind in LINEAR]))
         yield (
-            f"start: before step 1, {start.method} reads the {start.looks_at} of the first {start.batches:,} "
+            f"adapter.start: before step 1, {start.method} reads the {start.looks_at} of the first {start.batches:,} "
             f"micro-batches and keeps {statistics} of statistics"
         )
         if getattr(start, "rho", 1.0) > 1:
-            yield (
-                f"start: {start.method} decides the ranks; this plan's parameters and memory assume the recipe's ranks"
-            )
+            yield (f"adapter.start: {start.method} will choose the ranks; this plan assumes the recipe's ranks")

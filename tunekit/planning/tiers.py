@@ -1,4 +1,4 @@
-"""Choice of the tier (device, host or disk) where weights and activations wait during a step, and the cost of each
+"""Chooses the tier where weights are stored during a step: device, host or disk. Also describes the cost of each
 tier."""
 
 from collections.abc import Iterator, Sequence
@@ -23,39 +23,49 @@ HOST_SHARE = 0.8  # maximum share of the host's free memory for the base's layer
 def streaming_obstacle(
     recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
 ) -> str | None:
-    """The reason why this base's weights cannot be streamed; None if they can."""
+    """The reason why this base's weights cannot be streamed; None if they can be."""
     obstacles = [base_obstacle(base, recipe.model), *(facts.streaming_obstacle for facts in companions)]
     if any(obstacles):
         return next(filter(None, obstacles))
     if recipe.adapter.needs_base_first and device.type != "cpu":
-        return "the adapter's initialisation needs the whole base on the device"
+        return "the adapter's initialisation needs the whole base on the device at once"
     if recipe.training.compile is True:
-        return "training.compile needs layers that stay on the device"
+        return "training.compile works only if all layers stay on the device"
     return None
 
 
 def allowed_tiers(
     recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts] = ()
 ) -> tuple[list[str], list[Problem]]:
-    """The tiers that plan can choose from, fastest first. Also returns the problems of the tier that the recipe
-    names."""
+    """The tiers (device, host, disk) that plan can choose from, fastest first; and the problems of the tier that the
+    recipe requests."""
     written = recipe.memory.streaming
     streams = recipe.memory.streamed_head or written != "off"
     obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
     if recipe.memory.streamed_head and obstacle is not None:
         return ["off"], [
-            Problem(f"the output projection cannot be streamed: {obstacle}", "write false", key="memory.streamed_head")
+            Problem(
+                f"the output projection cannot be streamed: {obstacle}",
+                "set memory.streamed_head to false",
+                key="memory.streamed_head",
+            )
         ]
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
     in_the_way = host_obstacle(device) if written == "host" else None
     if in_the_way is not None:
-        return ["off"], [Problem(in_the_way, "write off, or write disk if the base is larger than the memory", key=KEY)]
+        return ["off"], [
+            Problem(
+                in_the_way, "set memory.streaming to off, or to disk if the base is larger than the memory", key=KEY
+            )
+        ]
     if written != "auto":
         if obstacle is None:
             return [written], []
         return ["off"], [
-            Problem(f"weights cannot be streamed from {written}: {obstacle}", "write off or auto", key=KEY)
+            Problem(
+                f"weights cannot be streamed from {written}: {obstacle}", "set memory.streaming to off or auto", key=KEY
+            )
         ]
     if obstacle is not None:
         return ["off"], []
@@ -67,37 +77,38 @@ def allowed_tiers(
 
 
 def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tokens: int) -> Iterator[str]:
-    """Notes about a streamed run and its speed. `tokens`: the tokens of a micro-batch, padding included."""
+    """Notes about a run with streamed weights, and about its speed. `tokens`: the tokens of a micro-batch, padding
+    included."""
     if choice.streaming == "off":
         return
     size, count = layer_bytes(base), choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(size)} of layers wait {WHERE[choice.streaming]}; {together} through each layer before "
-        "the next layer is loaded, and the backward pass recomputes every layer"
+        f"streamed: {bytes_text(size)} of layers are stored {WHERE[choice.streaming]}; {together} through each layer "
+        "before the next layer is loaded, and the backward pass recomputes every layer"
     )
     rates = rates_text(choice.streaming, count * tokens, size, copies=2)
     yield (
-        f"break-even of streaming: a pass of up to {count * tokens:,} tokens copies the layers twice, which limits "
-        f"tokens per second: {rates} (published bandwidths); a slower device does not wait for copies"
+        f"speed of streaming: each pass of up to {count * tokens:,} tokens copies all layers twice. This limits tokens "
+        f"per second to {rates} (published bandwidths). A device that computes more slowly does not wait for copies"
     )
     if choice.streaming == "host" and device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, because host and device share one memory"
 
 
 def activation_notes(memory: MemorySection, device: torch.device, layers: int, offloaded_bytes: int) -> Iterator[str]:
-    """Notes about offloaded activations and MLP tiles.
+    """Notes about offloaded activations and about MLPs that are computed in tiles.
 
     `layers`: the number of recomputed layers. `offloaded_bytes`: the bytes of pinned host memory.
     """
     if offloaded_bytes:
         yield f"the inputs of recomputed layers are offloaded to {bytes_text(offloaded_bytes)} of pinned host memory"
     elif memory.activation_offload is True and layers < 2:
-        yield "no input is offloaded, because fewer than two layers are recomputed"
+        yield "no inputs of layers are offloaded, because fewer than two layers are recomputed"
     elif memory.activation_offload is True and not kind_of(device).own_memory:
         yield "offloading the inputs of recomputed layers saves nothing, because host and device share one memory"
     if memory.mlp_tile_tokens is not None:
         yield (
             f"MLPs and norms compute {memory.mlp_tile_tokens:,} tokens at a time: the order of sums in gradients and "
-            "the dropout masks inside them differ from a run without tiles"
+            "the dropout masks in MLPs differ from a run without tiles"
         )

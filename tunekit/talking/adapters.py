@@ -1,4 +1,4 @@
-"""The adapters of one base, by name. An adapter in a folder is loaded when it is first used."""
+"""The adapters of one base, by name. An adapter in a folder is loaded when it is used for the first time."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ Stamp = tuple[int, ...]
 
 
 class Adapters:
-    """A base's adapters. At most `limit_bytes` of them are in memory (None: no limit); the least recently used ones are
-    evicted. The limit includes copies of LoRA factors for forwards of several adapters. `keeps_idle`: whether adapters
-    stay in memory while they are not in use.
+    """The adapters of one base. Together they use at most `limit_bytes` of memory (None: no limit); the least recently
+    used adapters are evicted. The limit includes copies of LoRA factors, which are made when one forward uses several
+    adapters.
 
-    One thread may load and use adapters. Other threads may read the names.
+    `keeps_idle`: whether adapters stay in memory while they are not in use.
+    Only one thread may load and use adapters. Other threads may read the names.
     """
 
     def __init__(self, base: LoadedModel, limit_bytes: int | None = None) -> None:
@@ -58,47 +59,48 @@ class Adapters:
 
     @property
     def reloads(self) -> bool:
-        """Whether there are adapters that can be evicted and loaded again."""
+        """Whether some adapters come from folders, so that they can be evicted and loaded again."""
         return bool(self._places or self._listed)
 
     def knows(self, name: str) -> bool:
-        """Whether there is a model of this name. If the name is unknown, the folders are first read again."""
+        """Whether there is a model with this name. If the name is unknown, the folders of adapters are read again
+        before the answer."""
         if name not in self.names:
             self.read_folders()
         return name in self.names
 
     def check(self, name: str) -> None:
-        """Raises: InputError for an unknown name."""
+        """Raises: InputError if there is no model with this name."""
         if not self.knows(name):
             raise InputError(f"there is no adapter '{name}'", f"there are: {self.listing}")
 
     @property
     def listing(self) -> str:
-        """The first names, for a message."""
+        """The first LISTED_NAMES names, as text for a message."""
         names = self.names
         return ", ".join(names[:LISTED_NAMES]) + (
             f" and {len(names) - LISTED_NAMES} more" * (len(names) > LISTED_NAMES)
         )
 
     def place(self, name: str) -> Path | None:
-        """The folder from which an adapter is loaded; None if it is not loaded from a folder."""
+        """The folder from which an adapter is loaded; None for an adapter that does not come from a folder."""
         return self._places.get(name) or self._listed.get(name)
 
     def put(self, name: str, attached: AttachedAdapter) -> None:
-        """Add an adapter that is attached to the net; it is never evicted."""
+        """Add an adapter that is already attached to the net. It is never evicted."""
         self._set.add(name, lambda: attached)
         self._fixed_sizes[name] = _size_of(attached)
 
     def register(self, name: str, place: Path) -> None:
-        """Add the adapter of a folder, which is loaded when it is first used."""
+        """Add the adapter in a folder. It is loaded when it is used for the first time."""
         if name == BASE:
             raise InputError(f"'{BASE}' is the name of the base itself", "give the adapter another name")
         if name in self.names:
-            raise InputError(f"two adapters have the name '{name}'", "rename one of the folders")
+            raise InputError(f"two adapters have the name '{name}'", "rename one of their folders")
         self._places[name] = place
 
     def add(self, name: str, place: Path) -> None:
-        """Load the adapter of a folder. Raises: AdapterError if the folder has no adapter of this base."""
+        """Load the adapter in a folder. Raises: AdapterError if the folder has no adapter for this base."""
         self.register(name, place)
         try:
             self.load(name)
@@ -107,8 +109,8 @@ class Adapters:
             raise
 
     def add_folder(self, folder_name: str) -> None:
-        """Add the adapter in a folder under its own name. For a run folder, this is the run's adapter; from any other
-        folder, all adapters in it are added.
+        """Add the adapter in a folder; its name is the folder's name. If the folder is a run folder, this is the run's
+        adapter. If the folder contains several adapter folders, all of them are added.
 
         Raises: InputError if there is no adapter; AdapterError if a single adapter does not fit the base.
         """
@@ -118,19 +120,22 @@ class Adapters:
             self.add(name_of(str(place)), place)
             return
         if taken := sorted({*self.names} & {*adapters}):
-            raise InputError(f"{folder_name}: there is another model named '{taken[0]}'", "rename the folder in it")
+            raise InputError(
+                f"{folder_name}: the name of its adapter '{taken[0]}' is already in use", "rename the adapter's folder"
+            )
         self._folders.append(path)
         self.read_folders()
 
     def read_folders(self) -> None:
-        """Read again which adapters the folders of adapters contain."""
+        """Update the list of adapters in all folders that contain several adapters."""
         self._listed = {name: place for folder in self._folders[::-1] for name, place in _adapters_in(folder).items()}
 
     def load(self, name: str, in_use: Collection[str] = ()) -> None:
-        """Load an adapter if it is not in memory. Adapters in use are not evicted, even beyond the limit.
+        """Load an adapter if it is not in memory. Adapters in `in_use` are not evicted, even if the memory limit is
+        exceeded.
 
-        Raises: InputError for an unknown name; AdapterConflict if it cannot be in memory together with an adapter in
-        use; AdapterError if it does not fit the base.
+        Raises: InputError for an unknown name; AdapterConflict if the adapter cannot be in memory together with an
+        adapter in use; AdapterError if it does not fit the base.
         """
         place = self.place(name)
         stamp = self._stamps.get(name, ()) if place is None else _written(place)
@@ -149,12 +154,12 @@ class Adapters:
         self._fit({name, *in_use})
 
     def free_copies(self) -> None:
-        """Free the copies of LoRA factors that forwards of several adapters have made."""
+        """Free the copies of LoRA factors that were made for forwards with several adapters."""
         self._set.keep_copies(())
 
     def _fit(self, in_use: Collection[str], more_bytes: int = 0) -> None:
-        """Evict adapters that are not in use, until the others, copies of their factors and `more_bytes` fit into the
-        limit."""
+        """Evict adapters that are not in use, until the memory limit has room for all others, for copies of their LoRA
+        factors and for `more_bytes`."""
         self._set.keep_copies(in_use)
         if not self.keeps_idle:
             self._evict_others(in_use, 0)
@@ -169,7 +174,7 @@ class Adapters:
 
     @property
     def nbytes(self) -> int:
-        """The memory of adapters that can be evicted, and of copies of factors for forwards of several adapters."""
+        """The memory of adapters that can be evicted, plus the memory of copied LoRA factors."""
         return sum(self._sizes.values()) + self._set.copies.used_bytes
 
     def _attach(self, name: str) -> None:
@@ -182,7 +187,8 @@ class Adapters:
         self._stamps[name] = stamp
 
     def _evict_others(self, names: Collection[str], limit_bytes: int) -> None:
-        """Evict adapters that are not in `names`, until the memory of all evictable adapters fits into the limit."""
+        """Evict adapters except those in `names`, until the memory of all evictable adapters is at most
+        `limit_bytes`."""
         for other in [name for name in self._sizes if name not in names]:
             if sum(self._sizes.values()) <= limit_bytes:
                 return
@@ -198,8 +204,8 @@ class Adapters:
         return self._set.adapters.get(name)
 
     def shares_forwards(self, name: str) -> bool:
-        """Whether one forward can compute rows of this model (a loaded adapter, or the base) together with rows of
-        other models."""
+        """Whether one forward can compute rows for this model (a loaded adapter, or the base) and rows for other
+        models."""
         return name == BASE or (self._shares_slots and self._set.shares_forwards(name))
 
     @cached_property
@@ -207,27 +213,29 @@ class Adapters:
         return shares_slots(self.base)
 
     def using(self, name: str | None) -> AbstractContextManager[object]:
-        """A context manager: inside the block, this adapter, or the base, answers."""
+        """A context manager: inside the block, forwards use this adapter; with the name of the base or None, they use
+        the base alone."""
         bypassed = name is None or name == BASE
         return calling(replace(current_call(), bypassed=True)) if bypassed else self._set.using(str(name))
 
     def using_rows(self, names: Sequence[str | None]) -> AbstractContextManager[object]:
-        """A context manager: inside the block, each row of a forward uses the adapter of its name. A single name
-        applies to all rows."""
+        """A context manager: inside the block, each row of a forward uses the adapter with its name (None: the base).
+        If there is a single name, all rows use it."""
         if len({*names}) == 1:
             return self.using(names[0])
         return self._set.using_rows([None if name == BASE else name for name in names])
 
 
 def name_of(target: str) -> str:
-    """The name under which an adapter is served: its folder's name; for the adapter of a run, the run's name."""
+    """The name under which an adapter is served: the name of its folder. For the adapter of a run, the name of the
+    run."""
     path = Path(os.path.abspath(target))
     return path.parent.name if path.name == "adapter" else path.name
 
 
 def check_folder(folder_name: str) -> None:
-    """Check a folder for `Adapters.add_folder`. The base is not needed, because loading it takes long. If the folder
-    contains several adapters, these are checked when they are first used.
+    """Check a folder before `Adapters.add_folder` is called. This does not need the base, whose loading takes long. If
+    the folder contains several adapters, each is checked when it is used for the first time.
 
     Raises: InputError if there is no adapter; AdapterError if a single adapter is damaged.
     """
@@ -237,18 +245,20 @@ def check_folder(folder_name: str) -> None:
 
 
 def _find_adapters(folder_name: str, path: Path) -> tuple[Path | None, dict[str, Path]]:
-    """The folder of the single adapter, or the folders of all adapters in a folder by name. Raises: InputError if there
-    is no adapter."""
+    """The folder of a single adapter; or, for a folder with several adapters, their folders by name.
+
+    Raises: InputError if there is no adapter.
+    """
     place = adapter_in(path)
     adapters = {} if place is not None else _adapters_in(path)
     if place is None and not adapters:
         what = f"{folder_name} contains no adapter (adapter_config.json)"
-        raise InputError(what, "name an adapter folder, a run folder, or a folder of adapters")
+        raise InputError(what, "name an adapter folder, a run folder, or a folder that contains adapters")
     return place, adapters
 
 
 def _written(place: Path) -> Stamp:
-    """The times at which an adapter's files were last written; 0 for a missing file."""
+    """The modification times of an adapter's files; 0 for a missing file."""
     paths = [place / name for name in (CONFIG_NAME, FACTS_NAME, TENSORS_NAME)]
     return tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
 
@@ -265,7 +275,7 @@ def _file_bytes(place: Path) -> int:
 
 
 def _adapters_in(folder: Path) -> dict[str, Path]:
-    """The adapters and the runs' adapters in a folder, by the names of their folders."""
+    """The folders of the adapters in a folder, by name. A run folder counts as the adapter of the run."""
     try:
         entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name != BASE)
     except OSError:

@@ -1,4 +1,4 @@
-"""A request, and its answer while it is generated: pieces of text, log-probabilities, tool calls."""
+"""A request for an answer, and the answer while it is generated: pieces of text, log-probabilities, tool calls."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CHARACTER_TOKENS = 4  # the maximum of tokens of one character, which has up to 
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation to answer, or a text or token ids (`prompt`) to continue.
+    """A request for an answer: a conversation (`messages`) to answer, or a text or token ids (`prompt`) to continue.
 
     `stop`: texts that end the answer and are not part of it. `tools`: definitions of functions that the answer may
     call. `single_call`: the answer has at most one call. `required`: the answer must be a call of one of these tools.
-    `schema`: the JSON schema of the answer. `top`: report log-probabilities, also of this many most likely tokens at
-    each position. `echoes`: the answer begins with the prompt.
+    `schema`: the JSON schema that the answer must follow. `top`: return log-probabilities, and those of the `top` most
+    likely tokens at each position. `echoes`: the answer starts with the prompt.
     `Speaker.prepare` sets `prompt`, `stop_ids` (the tokens that end the answer), `allowed` (which tokens may come next)
     and `tool_format`.
     """
@@ -47,9 +47,9 @@ class Request:
 
 
 class TokenScore(NamedTuple):
-    """A token's bytes and log-probability, and the most likely tokens at its position with theirs. The first token of a
-    prompt has no log-probability. `in_text`: whether the text contains the token; special tokens are not in the
-    text."""
+    """A token's bytes and log-probability. `top`: the most likely tokens at its position, with their log-probabilities.
+    The first token of a prompt has no log-probability. `in_text`: whether the text contains the token; special tokens
+    are not in the text."""
 
     data: bytes
     logprob: float | None = None
@@ -58,7 +58,7 @@ class TokenScore(NamedTuple):
 
 
 class AnswerPiece(NamedTuple):
-    """The next characters of an answer, and the scores of their tokens if the request asks for them."""
+    """The next characters of an answer; and the log-probabilities of their tokens, if the request asks for them."""
 
     text: str
     scores: tuple[TokenScore, ...] = ()
@@ -66,8 +66,8 @@ class AnswerPiece(NamedTuple):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and why it ended: "stop" (an end token or a stop text), "length" (the maximum of tokens) or
-    "tool_calls"."""
+    """A complete answer, and the reason why it ended: "stop" (an end token or a stop text), "length" (the maximum
+    number of tokens) or "tool_calls"."""
 
     text: str
     prompt_tokens: int
@@ -83,8 +83,8 @@ class Reply:
 
 
 class AnswerWriter:
-    """Makes the text of an answer while it is generated. It shows only complete characters, no part of a stop text, and
-    no tool call."""
+    """Decodes an answer while it is generated. It returns only complete characters; no part of a stop text, and no tool
+    call."""
 
     def __init__(self, decode: Callable[..., str], request: Request) -> None:
         self.decode, self.request = decode, request
@@ -96,12 +96,12 @@ class AnswerWriter:
         self._shown = 0  # the number of scores that have been shown
 
     def echo(self, text: str, scores: Sequence[TokenScore]) -> AnswerPiece:
-        """The prompt, as the first piece of the answer."""
+        """Return the prompt as the first piece of the answer."""
         self.pieces.append(AnswerPiece(text, tuple(scores)))
         return self.pieces[-1]
 
     def add(self, token: int, score: TokenScore | None = None) -> AnswerPiece:
-        """Add a token; returns the piece of text that it completes."""
+        """Add a token. Returns the text that can be shown now; it may be empty."""
         if not self.request.max_new_tokens:
             self.ended = True
             return AnswerPiece("")
@@ -122,7 +122,7 @@ class AnswerWriter:
         return AnswerPiece("") if text.endswith(UNFINISHED) else self._show(text[: min(ends, default=len(text))])
 
     def finish(self) -> AnswerPiece:
-        """The remaining text, which was held back. A stop text or tool calls are not returned."""
+        """The remaining text, which was held back. Stop texts and tool calls are removed."""
         text, shape = self._text(), self.request.tool_format
         text = text[: min((text.index(stop) for stop in self.request.stop if stop in text), default=len(text))]
         if shape is not None:
@@ -133,7 +133,7 @@ class AnswerWriter:
         return self._show(text)
 
     def reply(self) -> Reply:
-        """The complete answer. Call `finish` before."""
+        """The complete answer. Call `finish` first."""
         text = "".join(piece.text for piece in self.pieces)
         return Reply(text, len(self.request.prompt), len(self.ids), self.reason, tuple(self.pieces), self.calls)
 
@@ -141,7 +141,7 @@ class AnswerWriter:
         return str(self.decode(self.ids, skip_special_tokens=True))
 
     def _show(self, text: str) -> AnswerPiece:
-        """The characters of `text` that have not been written, with the scores of their tokens."""
+        """The part of `text` that was not shown before, with the scores of its tokens."""
         more, count = text[len(self.written) :], len(self._scores)
         if self._scores and len(text) < len(self._text()):
             lengths = (len(self.decode(self.ids[:place], skip_special_tokens=True)) for place in range(count))
@@ -154,8 +154,8 @@ class AnswerWriter:
 
 
 def decoder_after(decode: Callable[..., str], prompt: Sequence[int]) -> Callable[..., str]:
-    """A function that decodes tokens as the continuation of a prompt. Without the prompt, many tokenizers drop the
-    space before the first token."""
+    """Returns a function that decodes tokens as the continuation of a prompt. If tokens are decoded without the prompt,
+    many tokenizers drop the space before the first token."""
     ends = ([*prompt[-size:]] for size in range(1, CHARACTER_TOKENS + 1))
     before = next((ids for ids in ends if UNFINISHED not in decode(ids, skip_special_tokens=True)), [])
     start = len(decode(before, skip_special_tokens=True))
@@ -163,5 +163,5 @@ def decoder_after(decode: Callable[..., str], prompt: Sequence[int]) -> Callable
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The number of characters at the end of the text that could be the beginning of the stop text."""
+    """How many characters at the end of `text` could be the beginning of the stop text."""
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""Answers in the format of OpenAI's API: the choices of chat completions and of completions, complete or streamed."""
+"""Formats answers as in OpenAI's API: the choices of chat completions and of completions, complete or streamed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tunekit.talking.answer import AnswerPiece, Reply, TokenScore
 
 
 class ChatForm:
-    """Makes the choices of chat completions."""
+    """Formats the choices of chat completions."""
 
     prefix, complete, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -21,7 +21,7 @@ class ChatForm:
         return {"message": message, "logprobs": _chat_scores(reply.scores), "finish_reason": reply.reason}
 
     def first(self) -> list[dict[str, Any]]:
-        """The events before the first piece of text: one event that states the role."""
+        """The events before the first piece of text: one event with the role."""
         return [self._event({"role": "assistant", "content": ""})]
 
     def piece(self, piece: AnswerPiece) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class ChatForm:
 
 
 class TextForm:
-    """Makes the choices of completions. `offset`: the number of characters in the pieces so far."""
+    """Formats the choices of (text) completions. `offset`: the number of characters so far."""
 
     prefix, complete, part = "cmpl", "text_completion", "text_completion"
 
@@ -61,19 +61,19 @@ class TextForm:
         return {"text": piece.text, "logprobs": _text_scores(piece, offset), "finish_reason": None}
 
     def last(self, reply: Reply) -> list[dict[str, Any]]:
-        """The events after the last piece of text: one event with the reason for the end."""
+        """The events after the last piece of text: one event with the reason why the answer ended."""
         return [{"text": "", "logprobs": None, "finish_reason": reply.reason}]
 
 
 def usage(replies: Sequence[Reply], choices: int) -> dict[str, int]:
-    """Token counts in the protocol's format. `choices`: the number of choices of each prompt, whose tokens count
-    once."""
+    """Token counts as in OpenAI's API. `choices`: the number of choices for each prompt; the tokens of a prompt count
+    only once."""
     prompt, new = sum(reply.prompt_tokens for reply in replies[::choices]), sum(reply.new_tokens for reply in replies)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
 def token_name(data: bytes) -> str:
-    """A token's text; its bytes if they are not complete characters, written as in OpenAI's API."""
+    """The text of a token. If its bytes are not complete characters, the bytes, written as in OpenAI's API."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -95,8 +95,8 @@ def _chat_token(data: bytes, logprob: float | None) -> dict[str, Any]:
 
 
 def _text_scores(piece: AnswerPiece, offset: int) -> dict[str, Any] | None:
-    """The log-probabilities of a piece's tokens. `offset`: the place of the first token in the answer. If two of the
-    most likely tokens have the same text, the likelier one is listed."""
+    """The log-probabilities of a piece's tokens. `offset`: the position of the piece's first character in the answer.
+    If two of the most likely tokens have the same text, only the likelier one is listed."""
     scores = piece.scores
     if not scores:
         return None

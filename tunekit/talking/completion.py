@@ -1,4 +1,5 @@
-"""An ASGI application that answers one client request: from the request's body to the events of the answer."""
+"""An ASGI application that answers one client request: it turns the answers into a JSON response, or into a stream of
+events."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ Item = AnswerPiece | Reply | Exception
 
 
 class ClientAnswer:
-    """Passes the answers to one request body from the desk's thread to the client. If the client leaves, the answers
-    end."""
+    """Sends the answers for one request body to the client. Another thread generates the answers. If the client
+    disconnects, the generation ends."""
 
     def __init__(self, desk: Desk, question: ClientQuestion) -> None:
         self.question = question
@@ -45,7 +46,8 @@ class ClientAnswer:
         desk.put(self.jobs)
 
     async def __call__(self, scope: object, receive: Receive, send: Send) -> None:
-        """Answer. Raises: ProtocolError before the first piece: afterwards, an HTTP status cannot report an error."""
+        """Send the answers. Raises: ProtocolError, but only before the first piece is sent; later, an HTTP status
+        cannot report an error."""
         leaving = asyncio.ensure_future(self._until_client_leaves(receive))
         try:
             if self.question.stream:
@@ -69,7 +71,7 @@ class ClientAnswer:
         self.cancel()
 
     async def _next(self) -> tuple[int, AnswerPiece | Reply]:
-        """The next piece or reply of a choice. Raises: ProtocolError."""
+        """Wait for the next piece of text, or the complete answer, of any choice. Raises: ProtocolError."""
         number, item = await self.arrived.get()
         if isinstance(item, DataError | LengthError):
             code = "context_length_exceeded" if isinstance(item, LengthError) else None
@@ -92,7 +94,7 @@ class ClientAnswer:
         return {**self.facts, "object": self.forms[0].complete, "choices": choices, "usage": counts}
 
     async def _stream(self, send: Send) -> None:
-        """The answers as events of the protocol."""
+        """Send the answers as a stream of events, as in OpenAI's API."""
         number, item = await self._next()
         await _start(send, "text/event-stream", ("cache-control", "no-cache"))
         for place, form in enumerate(self.forms):

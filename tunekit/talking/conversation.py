@@ -36,7 +36,7 @@ OnEnd = Callable[[Reply], None]
 
 @dataclass
 class Speaker:
-    """Answers with one base and any of its adapters; one call at a time."""
+    """Generates answers with one base and any of its adapters. Only one call at a time is allowed."""
 
     target: LoadedTarget
     adapters: Adapters
@@ -47,34 +47,34 @@ class Speaker:
     cache_limit: int = UNLIMITED_TOKENS  # the maximum of tokens of these conversations
 
     def prepare(self, request: Request, name: str | None = None) -> Request:
-        """The request, completed with its prompt's ids and everything else that its answer needs. `name`: the model;
-        None: the default.
+        """Returns the request together with the token ids of its prompt and everything else that generation needs.
+        `name`: the model; None: the default model.
 
-        One thread at a time may call this, also while another one answers.
-        Raises: DataError if the template refuses the conversation; LengthError if it is too long; InputError for tools
-        or a schema that cannot be used.
+        Only one thread at a time may call this, but another thread may generate answers meanwhile.
+        Raises: DataError if the chat template refuses the conversation; LengthError if it is too long; InputError for
+        tools or a schema that cannot be used.
         """
         template = self.template_of(name or self.default)
         if request.tools and not template.reads_tools:
-            raise InputError("'tools' is not supported: the chat template does not read them", "remove them")
+            raise InputError("'tools' is not supported: the chat template does not read tools", "remove 'tools'")
         if request.echoes and request.top is not None and self._reads_source:
-            what = "'logprobs' of the prompt are not supported: an encoder reads it, which predicts no token of it"
+            what = "'logprobs' of the prompt are not supported: the model's encoder does not predict them"
             raise InputError(what, "remove 'echo'")
         shape = template.tool_format if request.tools else None
         allowed = None if request.schema is None else template.grammars.allowed(request.schema)
         if request.required:
             if shape is None:
                 what = "'tool_choice' must be none or auto: the chat template does not write tool calls as JSON"
-                raise InputError(what, "write 'auto'")
+                raise InputError(what, "set 'tool_choice' to 'auto'")
             allowed = template.grammars.allowed_call(shape, request.required)
         prompt = self._prompt_ids(request, template)
         return replace(request, prompt=prompt, stop_ids=template.stop_ids, allowed=allowed, tool_format=shape)
 
     def template_of(self, name: str) -> ChatTemplate:
-        """The chat template of a model's conversations. An adapter from a folder uses the template in its folder, or
-        else the tokenizer's own, as if the adapter alone were loaded.
+        """The chat template for conversations with a model. For an adapter from a folder, it is the template in this
+        folder, or else the tokenizer's own template, as if only this adapter were loaded.
 
-        Raises: RecipeError if the file cannot be read.
+        Raises: RecipeError if the file of the template cannot be read.
         """
         place, tokenizer = self.adapters.place(name), self.target.tokenizer
         if place is None:
@@ -90,7 +90,7 @@ class Speaker:
         facts, ids = self._facts, list(request.prompt)
         if ids and not (min(ids) >= 0 and max(ids) < facts.vocabulary_size):
             raise InputError(
-                "'prompt' has ids that are not in the vocabulary", f"it has {facts.vocabulary_size} tokens"
+                "'prompt' has ids that are not in the vocabulary", f"the vocabulary has {facts.vocabulary_size} tokens"
             )
         renderer = Renderer(self.target.tokenizer, "assistant", template.text)
         if request.text is not None:
@@ -107,11 +107,11 @@ class Speaker:
     def answer(
         self, requests: Sequence[Request], name: str, on_text: Callable[[int, str], bool] = lambda row, text: True
     ) -> list[Reply]:
-        """Answer conversations at the same time; each answer is the same as if it were generated alone. `on_text(row,
-        text)`: returns whether to continue.
+        """Answer several conversations at the same time. Each answer is the same as if it were generated alone.
+        `on_text(row, text)` is called with new text, and returns whether to continue.
 
-        Raises: InputError for an unknown name; LengthError if a conversation is too long; DataError if the template
-        refuses it.
+        Raises: InputError for an unknown name; LengthError if a conversation is too long; DataError if the chat
+        template refuses it.
         """
         replies: dict[int, Reply] = {}
         self.adapters.load(name)
@@ -131,8 +131,8 @@ class Speaker:
 
     @contextmanager
     def answering(self, slots: int, tokens: int) -> Iterator[Answers]:
-        """A context manager for answering up to `slots` requests at once, each with at most `tokens` keys and values.
-        Only one such block may be open at a time."""
+        """A context manager that yields Answers. Inside the block, up to `slots` requests are answered at the same
+        time, each with up to `tokens` tokens in its key-value cache. Only one such block may be open at a time."""
         base, pad_id = self.target.model.base, self.target.tokenizer.pad_id
         with decoding(base.net):
             decoder = Decoder(base, pad_id, slots=slots, tokens=tokens, using=self.adapters.using_rows)
@@ -145,11 +145,11 @@ class Speaker:
             yield Answers(self, decoder)
 
     def slot_tokens(self, slots: int, memory_bytes: int) -> tuple[int, int]:
-        """The maximum number of tokens per slot if `slots` slots must fit into the memory; and the total memory that
-        they need.
+        """How many tokens of key-value cache each of `slots` requests can have within `memory_bytes`; and the total
+        memory of these caches.
 
-        Memory for some extra slots is reserved: for prompts that are being computed, for cached conversations, and for
-        a copy of a cached conversation that is extended. Prompts that are computed together need at least PIECE_TOKENS.
+        Some more memory is reserved: for prompts that are being computed, for cached conversations, and for a copy of a
+        cached conversation that is continued. Prompts that are computed together need at least PIECE_TOKENS tokens.
         """
         base, positions = self.target.model.base, self._facts.positions or UNLIMITED_TOKENS
         with decoding(base.net), self.adapters.using(BASE):
@@ -164,7 +164,8 @@ class Speaker:
         return tokens, (others * tokens + max(tokens, PIECE_TOKENS)) * decoder.nbytes
 
     def continuation(self, request: Request, name: str, limit: int | None = None) -> Continuation:
-        """The decoder's input for a prepared request to a loaded adapter, with at most `limit` keys and values.
+        """The input of the decoder for a prepared request. The adapter must be loaded. `limit`: the maximum number of
+        tokens in the key-value cache.
 
         Raises: LengthError if the prompt is longer.
         """
@@ -196,21 +197,21 @@ class Speaker:
         )
 
     def score(self, token: int, score: Score | None = None) -> TokenScore:
-        """A token's score, in which bytes replace token ids."""
+        """The score of a token, with the bytes of tokens instead of their ids."""
         tokenizer = self.target.tokenizer
         top = () if score is None else tuple((token_bytes(tokenizer, other), logprob) for other, logprob in score.top)
         in_text = token not in tokenizer.special_ids
         return TokenScore(token_bytes(tokenizer, token), None if score is None else score.logprob, top, in_text)
 
     def decode_for(self, request: Request) -> Callable[..., str]:
-        """The function that decodes the answer. The answer to a text prompt is decoded as the continuation of the
-        prompt."""
+        """Returns the function that decodes the answer. The answer to a text prompt is decoded as the continuation of
+        the prompt."""
         decode = self.target.tokenizer.decode
         return decode if request.messages or self._reads_source else decoder_after(decode, request.prompt)
 
     @property
     def cached_tokens(self) -> int:
-        """The number of tokens whose keys and values are cached for the next turns of conversations."""
+        """The number of tokens whose keys and values are cached for next turns of conversations."""
         return sum(len(states.ids) for _, states in self.states.values())
 
     @property
@@ -225,7 +226,7 @@ class Speaker:
 
 
 class Answers:
-    """The requests that are being answered at once. Adding a request does not change the other answers."""
+    """The requests that are being answered at the same time. Adding a request does not change the other answers."""
 
     def __init__(self, speaker: Speaker, decoder: Decoder) -> None:
         self.speaker, self.decoder = speaker, decoder
@@ -242,11 +243,11 @@ class Answers:
         return self.decoder.free_slots
 
     def put(self, request: Request, name: str, on_piece: OnPiece, on_end: OnEnd) -> int:
-        """Answer a prepared request as soon as a slot is free; returns its handle. If no other request runs at its
-        start, its keys and values are cached for the next turn.
+        """Answer a prepared request as soon as possible; returns its handle. If no other request is running when it
+        starts, its keys and values are cached for the next turn.
 
         Raises: InputError for an unknown name; AdapterError if the adapter does not fit the base; AdapterConflict if it
-        cannot be in memory together with an adapter that is answering; LengthError for a prompt that is too long.
+        cannot be in memory together with an adapter that is in use; LengthError for a prompt that is too long.
         """
         adapters, states = self.speaker.adapters, self.speaker.states
         adapters.load(name, {answer.name for answer in self._running.values()})
@@ -261,7 +262,7 @@ class Answers:
         return handle
 
     def step(self) -> None:
-        """Write the next token of each answer."""
+        """Generate the next token of each answer."""
         for token in self.decoder.step():
             answer = self._running[token.handle]
             if answer.is_new:
@@ -272,13 +273,13 @@ class Answers:
                 self._end(token.handle, token.states)
 
     def cancel(self, handle: int) -> None:
-        """End an answer whose client has left; `on_end` is not called."""
+        """Stop an answer, for example because its client has disconnected. `on_end` is not called."""
         if self._running.pop(handle, None):
             self.decoder.cancel(handle)
         self._free_copies()
 
     def _echo(self, answer: _Answer, token: NewToken) -> None:
-        """Begin the answer with the prompt, if the request asks for it."""
+        """Start the answer with the prompt, if the request asks for it."""
         answer.is_new, request = False, answer.writer.request
         if request.echoes:
             decode = self.speaker.target.tokenizer.decode
@@ -301,7 +302,8 @@ class Answers:
         answer.on_end(answer.writer.reply())
 
     def _free_copies(self) -> None:
-        """If no answer is running, free the copies of factors that forwards of several adapters have made."""
+        """If no answer is being generated, free the copies of LoRA factors that were made for forwards with several
+        adapters."""
         if not self._running:
             self.speaker.adapters.free_copies()
 
@@ -318,15 +320,16 @@ class _Answer:
 
 
 def make_speaker(loaded: LoadedTarget, name: str = "adapter", *, needs_template: bool = True) -> Speaker:
-    """A speaker with the target's own adapter, if it has one. Raises: InputError if the target cannot chat."""
+    """Make a speaker. If the target has an adapter, it answers by default. Raises: InputError if the target cannot
+    chat."""
     model, template = loaded.model, loaded.target.chat_template
     if not model.base.family.answers or not model.base.family.reads_ids:
         does = "does not read" if model.base.family.answers else "does not generate"
         what = f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} text"
         raise InputError(what, "use `tunekit generate`, which prints labels, scores, transcripts or images")
     if needs_template and template is None and loaded.tokenizer.chat_template is None:
-        how = "use `tunekit generate`, or set data.chat_template in its recipe"
-        raise InputError("the tokenizer has no chat template, so there are no turns to chat in", how)
+        how = "use `tunekit generate`, or set data.chat_template in the recipe"
+        raise InputError("the tokenizer has no chat template, which a chat needs", how)
     adapter, name = model.adapter, "adapter" if name == BASE else name
     adapters = Adapters(model.base)
     if adapter is not None:

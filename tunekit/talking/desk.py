@@ -1,5 +1,5 @@
-"""A queue of requests from many clients. One thread prepares requests, and a second thread answers them. A request
-starts as soon as a slot of the decoder is free."""
+"""A queue of requests from many clients. One thread prepares requests (encodes prompts), a second thread answers them.
+Several requests are answered at the same time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAX_JOBS = 192  # maximum number of unanswered requests
 
 @dataclass(eq=False)
 class Job:
-    """A request to the adapter `name`. `on_piece` is called with each piece of text, `on_end` with the reply or the
-    error."""
+    """A request to the adapter `name`. `on_piece` is called with each piece of text; `on_end` is called once, with the
+    complete answer or with the error."""
 
     request: Request
     name: str
@@ -30,14 +30,15 @@ class Job:
 
 
 def shutdown_error() -> ConnectionAbortedError:
-    """The error sent to requests that are still waiting at shutdown."""
+    """The error for requests that have not been answered when the server shuts down."""
     return ConnectionAbortedError("the server is shutting down")
 
 
 class Desk:
-    """Answers jobs until the desk is closed. Jobs that are still waiting then get an error.
+    """Answers the requests (jobs) of many clients until `close` is called. Jobs that are still waiting then get an
+    error.
 
-    Up to `slots` jobs are answered at once, each with up to `tokens` tokens of prompt and answer.
+    Up to `slots` jobs are answered at the same time; prompt and answer of each have up to `tokens` tokens.
     """
 
     def __init__(self, speaker: Speaker, slots: int, tokens: int) -> None:
@@ -53,7 +54,8 @@ class Desk:
             thread.start()
 
     def put(self, jobs: Sequence[Job]) -> None:
-        """Accept jobs, or answer all of them with an error if more than MAX_JOBS jobs would be open."""
+        """Accept these jobs. If there would be more than MAX_JOBS unanswered jobs, all of these jobs get an error
+        instead."""
         if len(self._open) + len(jobs) > MAX_JOBS:
             for job in jobs:
                 job.on_end(ConnectionRefusedError(f"{MAX_JOBS} requests are waiting already; try again later"))
@@ -63,7 +65,7 @@ class Desk:
             self._unread.put(job)
 
     def stop(self) -> None:
-        """Abort running answers; their clients get an error."""
+        """Abort running answers. Their clients get an error."""
         self._stopped.set()
 
     def close(self) -> None:
@@ -73,7 +75,8 @@ class Desk:
             thread.join()
 
     def _read(self) -> None:
-        """The first thread: prepare each job. A long prompt delays later jobs, but no running answer."""
+        """The loop of the first thread, which prepares each job. A long prompt delays later jobs, but not the answers
+        that are being generated."""
         while (job := self._unread.get()) is not None:
             if not self._is_wanted(job):
                 continue
@@ -89,8 +92,9 @@ class Desk:
         self._arrived.put(None)
 
     def _work(self) -> None:
-        """The second thread: answer jobs. A failure, such as a lack of memory, ends the running jobs; then waiting jobs
-        start. If no answer can start, the waiting jobs end too, and the next job is tried anew."""
+        """The loop of the second thread, which answers jobs. If an error occurs, such as a lack of memory, running jobs
+        end with this error, and then waiting jobs start. If no job was running, waiting jobs end with the error too,
+        and the loop starts again."""
         is_open = True
         while is_open:
             try:
@@ -109,8 +113,8 @@ class Desk:
             self._end(job, shutdown_error())
 
     def _gather(self) -> bool:
-        """Collect the jobs that have arrived; if there is nothing to do, wait for one. Returns False if the desk was
-        closed."""
+        """Move jobs that have arrived to the waiting jobs. If there is nothing to do, wait for a job. Returns False if
+        `close` was called."""
         while True:
             try:
                 job = self._arrived.get(not (self._running or self._waiting))
@@ -121,8 +125,8 @@ class Desk:
             self._waiting.append(job)
 
     def _advance(self, answers: Answers, is_open: bool) -> None:
-        """Cancel the answers of clients that have left, start waiting jobs in free slots, and write one token of each
-        answer."""
+        """Cancel answers whose clients have disconnected, start waiting jobs if possible, and generate one token of
+        each answer."""
         for handle, job in list(self._running.items()):
             if not self._is_wanted(job):
                 answers.cancel(handle)
@@ -154,7 +158,7 @@ class Desk:
         job.on_end(shutdown_error() if self._stopped.is_set() else reply)
 
     def _is_wanted(self, job: Job) -> bool:
-        """Whether the client still waits and the server is not shutting down; if not, the job ends."""
+        """Whether the client is still connected and the server is not shutting down. If not, the job ends."""
         if self._stopped.is_set() or job.cancelled.is_set():
             self._end(job, ConnectionAbortedError("the client has disconnected"))
             return False

@@ -1,4 +1,4 @@
-"""Answers that must follow a JSON schema, or must be a tool call. llguidance computes which tokens may come next."""
+"""Restricts answers to a JSON schema or to tool calls. llguidance computes which tokens may come next."""
 
 from __future__ import annotations
 
@@ -18,35 +18,40 @@ OPTIONS = {"whitespace_pattern": r"(\n {0,16}| ?)"}
 
 
 class Grammars:
-    """Makes functions that mask forbidden tokens, for one tokenizer. Raises: InputError if llguidance is not
-    installed."""
+    """Makes functions that return which tokens may come next. All of them are for the same tokenizer. Raises:
+    InputError if llguidance is not installed."""
 
     def __init__(self, tokenizer: LoadedTokenizer, vocabulary_size: int, stop_ids: Collection[int]) -> None:
         try:
             import llguidance
         except ImportError as error:
-            raise InputError("answers of a stated form need llguidance", "pip install 'tunekit[serve]'") from error
+            raise InputError(
+                "answers with a required format need llguidance", "pip install 'tunekit[serve]'"
+            ) from error
         self._matcher = llguidance.LLMatcher
         size = max(vocabulary_size, tokenizer.vocabulary_size)
         try:
             definition = tokenizer.backend.to_str()
             self._tokenizer = llguidance.LLTokenizer(definition, n_vocab=size, eos_token=sorted(stop_ids))
         except ValueError as error:  # such as T5's, or one without an end token
-            what = f"answers of a stated form are not supported for this model's tokenizer: {error}"
-            raise InputError(what, "remove 'response_format' or 'tool_choice', and ask for it in the prompt") from error
+            what = f"answers with a required format are not supported for this model's tokenizer: {error}"
+            raise InputError(
+                what, "remove 'response_format' or 'tool_choice', and describe the format in the prompt"
+            ) from error
         self._size = vocabulary_size
 
     def allowed(self, schema: JsonObject) -> Callable[[Sequence[int]], Tensor]:
-        """A function for answers that follow a schema. Call it after each token with all new tokens so far; it returns
-        which tokens may come next, (V,) bool.
+        """Returns a function for an answer that must follow a JSON schema. Call this function after each token, with
+        all new tokens so far; it returns which tokens may come next, (V,) bool.
 
-        Raises: InputError for a schema that is wrong, too large, or has unknown keywords.
+        Raises: InputError for a schema that is invalid, too large, or has unknown keywords.
         """
         make = self._matcher.grammar_from_json_schema
         return self._mask(lambda: make(json.dumps(schema), overrides=OPTIONS), "response_format")
 
     def allowed_call(self, shape: ToolFormat, tools: Sequence[JsonObject]) -> Callable[[Sequence[int]], Tensor]:
-        """Like `allowed`, for an answer that is a call of one of these tools. Raises: InputError, as `allowed`."""
+        """Returns a function as `allowed` does, for an answer that must be a call of one of these tools. Raises:
+        InputError if the schema of a tool cannot be used."""
 
         def make() -> str:
             before, after = json.dumps(shape.prefix), json.dumps(shape.suffix)
@@ -59,7 +64,8 @@ class Grammars:
         return self._mask(make, "tools")
 
     def _mask(self, make_grammar: Callable[[], str], field: str) -> Callable[[Sequence[int]], Tensor]:
-        """The mask function of a grammar. `field`: the request's field that contains the schema, for error messages."""
+        """Returns the function that computes which tokens a grammar allows. `field`: the request's field with the
+        schema, for error messages."""
         try:
             matcher = self._matcher(self._tokenizer, make_grammar())
             problem = matcher.get_error() if matcher.is_error() else None

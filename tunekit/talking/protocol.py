@@ -1,4 +1,5 @@
-"""The protocol of OpenAI's chat completions and completions: strict reading of request bodies."""
+"""Reads request bodies of OpenAI's API (chat completions and completions), and refuses unknown fields and wrong
+values."""
 
 import json
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ JSON_OBJECT: JsonObject = {"type": "object"}
 
 
 class ProtocolError(Exception):
-    """An error response in the protocol's form."""
+    """An error response in the format of OpenAI's API."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -57,8 +58,8 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class ClientQuestion:
-    """The content of a request body. `requests`: one for each choice, `choices` of them for each prompt. `is_chat`:
-    whether it is for chat completions; otherwise it is for completions."""
+    """The content of a request body. `requests`: one request per choice; each prompt has `choices` choices. `is_chat`:
+    true for chat completions, false for completions."""
 
     name: str
     requests: tuple[Request, ...]
@@ -70,7 +71,7 @@ class ClientQuestion:
 
 
 def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool = True) -> ClientQuestion:
-    """Read a body. Raises: ProtocolError with the name of the wrong field."""
+    """Read a request body. Raises: ProtocolError with the name of the invalid field."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -82,7 +83,9 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
     requests = [_chat(value, max_tokens)] if is_chat else _completions(value)
     choices = _integer(value, "n", 1, 1, MAX_CHOICES)
     if (count := choices * len(requests)) > MAX_JOBS:
-        raise ProtocolError(400, f"{count} choices are more than {MAX_JOBS}: send fewer prompts", "n", "invalid_value")
+        raise ProtocolError(
+            400, f"{count} choices are more than {MAX_JOBS}, the maximum: send fewer prompts", "n", "invalid_value"
+        )
     return ClientQuestion(
         name,
         tuple(_choice(request, number) for request, number in product(requests, range(choices))),
@@ -103,7 +106,7 @@ def model_name(name: object, adapters: Adapters) -> str:
 
 
 def _check_fields(body: Body, endpoint: str) -> None:
-    """Raises: ProtocolError for a field that is not known, or whose value is not supported."""
+    """Raises: ProtocolError for an unknown field, or for a field whose value is not supported."""
     neutral = NEUTRAL | NEUTRAL_IN[endpoint]
     for field, content in body.items():
         if field not in READ[endpoint] and field not in WITHOUT_EFFECT and field not in neutral:
@@ -113,8 +116,7 @@ def _check_fields(body: Body, endpoint: str) -> None:
 
 
 def _choice(request: Request, number: int) -> Request:
-    """The request of choice `number`, with a random seed of its own. Choice 0 has the same seed as a request for one
-    choice."""
+    """The request for choice `number`. Each choice has a different random seed; choice 0 has the request's own seed."""
     if not number:
         return request
     return replace(request, sampling=replace(request.sampling, seed=seed_for("choice", request.sampling.seed, number)))
@@ -155,7 +157,12 @@ def _completions(body: Body) -> list[Request]:
     is_single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and _is_id(prompt[0]))
     prompts = [prompt] if is_single else prompt
     if not isinstance(prompts, list) or not prompts:
-        raise ProtocolError(400, "'prompt' must be a text, token ids, or a list of them", "prompt", "invalid_value")
+        raise ProtocolError(
+            400,
+            "'prompt' must be a text, a list of token ids, or a list of texts or of lists of token ids",
+            "prompt",
+            "invalid_value",
+        )
     return [_with_prompt(request, prompt) for prompt in prompts]
 
 
@@ -163,7 +170,12 @@ def _with_prompt(request: Request, prompt: object) -> Request:
     if isinstance(prompt, str):
         return replace(request, text=prompt)
     if not isinstance(prompt, list) or not prompt or not all(map(_is_id, prompt)):
-        raise ProtocolError(400, "'prompt' must be a text, token ids, or a list of them", "prompt", "invalid_value")
+        raise ProtocolError(
+            400,
+            "'prompt' must be a text, a list of token ids, or a list of texts or of lists of token ids",
+            "prompt",
+            "invalid_value",
+        )
     return replace(request, prompt=tuple(prompt))
 
 
@@ -172,23 +184,23 @@ def _is_id(value: object) -> bool:
 
 
 def _required(body: Body) -> tuple[JsonObject, ...]:
-    """The tools from which the answer must call one; empty if the model decides."""
+    """The tools of which the answer must call one; empty if the model may decide."""
     choice = body.get("tool_choice")
     if choice in (None, "none", "auto"):
         return ()
     named = tool_name(choice) if isinstance(choice, dict) and choice.get("type") == "function" else None
     required = tuple(tool for tool in _tools(body) if choice == "required" or tool_name(tool) == named)
     if not required:
-        what = "'tool_choice' must be none, auto, required or a function of 'tools'"
+        what = "'tool_choice' must be none, auto, required or a function in 'tools'"
         raise ProtocolError(400, what, "tool_choice", "invalid_value")
     if _schema(_of_kind(body, "response_format", dict, {})) is not None:
-        what = "'tool_choice' requires a call, which has its own form: remove 'response_format'"
+        what = "'tool_choice' requires a tool call, which has its own format: remove 'response_format'"
         raise ProtocolError(400, what, "response_format", "invalid_value")
     return required
 
 
 def _tools(body: Body) -> tuple[JsonObject, ...]:
-    """The tools that the template shows to the model; none if the client sends tool_choice "none"."""
+    """The tools whose definitions the model sees; none if the client sends tool_choice "none"."""
     choice = body.get("tool_choice")
     try:
         tools = read_tools(body.get("tools")) or ()
@@ -200,8 +212,8 @@ def _tools(body: Body) -> tuple[JsonObject, ...]:
 
 
 def _schema(response_format: Body) -> JsonObject | None:
-    """The JSON schema of the answer; None for plain text. Also accepts the `value` of a json_object, which
-    huggingface_hub's client sends."""
+    """The JSON schema that the answer must follow; None for plain text. A json_object may contain a schema as `value`,
+    as huggingface_hub's client sends it."""
     kind, stated = response_format.get("type", "text"), response_format.get("json_schema")
     if kind == "text":
         return None
@@ -232,7 +244,8 @@ def _number(body: Body, field: str, default: float, low: float, high: float) -> 
 
 
 def _sampling(body: Body) -> Sampling:
-    """The sampling settings. If the client sends no seed, `seed` is 0, and the server draws a seed."""
+    """The sampling settings. If the client sends no seed, `seed` is 0 here, and the server draws a random seed
+    later."""
     temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 1e-6, 1)
     seed = _integer(body, "seed", 0, 0, 2**63 - 1)
     return Sampling(float(temperature), float(top_p), 0, seed) if temperature else GREEDY
@@ -264,11 +277,13 @@ def _messages(messages: object) -> tuple[Message, ...]:
 
 def _message(item: object, place: str) -> Message:
     if not isinstance(item, dict) or item.get("role") not in ROLES:
-        raise ProtocolError(400, f"a message needs a role of {', '.join(ROLES)}", f"{place}.role", "invalid_value")
+        raise ProtocolError(400, f"a message needs a role, one of {', '.join(ROLES)}", f"{place}.role", "invalid_value")
     content = item.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise ProtocolError(400, "only parts of type text are read", f"{place}.content", "invalid_value")
+            raise ProtocolError(
+                400, "all parts of a message must have the type text", f"{place}.content", "invalid_value"
+            )
         content = "".join(part["text"] for part in content)
     if content is None and item.get("tool_calls"):
         content = ""

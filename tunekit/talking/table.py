@@ -1,5 +1,5 @@
-"""Answers to the rows of a table, each of which may name an adapter. All adapters have the same base, and rows of
-different adapters are answered at once."""
+"""Answers the rows of a table. Each row may name its own adapter; all adapters have the same base. Rows with different
+adapters are answered at the same time."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from tunekit.talking.conversation import Speaker
 
 
 def answer_table(speaker: Speaker, requests: Sequence[Request], places: Sequence[Path | None], slots: int) -> list[str]:
-    """The answer to each prepared request. `places`: the folder of the adapter that answers it; None: the speaker's
-    own.
+    """Returns the answer to each prepared request. `places`: the folder of the adapter for each request; None: the
+    speaker's default model.
 
-    Each answer is the same as if its adapter alone were loaded. Only adapters that are answering stay in memory, so
-    there may be hundreds. If an adapter cannot be in memory together with an answering one, it waits until no request
-    is being answered.
-    Raises: InputError before the first answer if adapters do not fit the base, or prompts are too long.
+    Each answer is the same as if only its adapter were loaded. Only adapters that are in use stay in memory, so a table
+    may have hundreds. Some adapters cannot be in memory together; then a request waits until all running answers have
+    ended.
+    Raises: InputError before the first answer, if adapters do not fit the base or prompts are too long.
     """
     names = [speaker.default if place is None else str(place) for place in places]
     for name, place in {name: place for name, place in zip(names, places, strict=True) if place is not None}.items():
@@ -50,17 +50,17 @@ def answer_table(speaker: Speaker, requests: Sequence[Request], places: Sequence
 
 
 def _check(speaker: Speaker, requests: Sequence[Request], rows: Mapping[str, Sequence[int]]) -> int:
-    """Load each adapter once, so that errors appear before hours of answers. Returns the maximum number of keys and
-    values of an answer.
+    """Load each adapter once, so that errors appear before hours of generation. Returns the maximum size of an answer's
+    key-value cache, in tokens.
 
-    Raises: InputError with all adapters that do not fit the base or have a chat template of their own, and all prompts
+    Raises: InputError with all problems: adapters that do not fit the base or have their own chat template, and prompts
     that are too long.
     """
     problems, tokens = list[Problem](), 0
     for name, numbers in rows.items():
         if name != speaker.default and (Path(name) / TEMPLATE_NAME).exists():
-            what = "has a chat template of its own, but all rows are encoded with the same one"
-            problems.append(Problem(what, "answer the rows of this adapter alone", name))
+            what = "has its own chat template, but all rows are encoded with the same template"
+            problems.append(Problem(what, "answer the rows of this adapter separately", name))
         try:
             speaker.adapters.load(name)
             for number in numbers:

@@ -14,8 +14,8 @@ from tunekit.talking.tools import ToolFormat, find_tool_format, reads_tools
 
 @dataclass
 class ChatTemplate:
-    """A chat template with its tokenizer. `text`: None if it is the tokenizer's own; `stop_ids`: the tokens that end an
-    answer."""
+    """A chat template and its tokenizer. `text`: None for the tokenizer's own template; `stop_ids`: the tokens that end
+    an answer."""
 
     tokenizer: LoadedTokenizer
     text: str | None
@@ -24,17 +24,17 @@ class ChatTemplate:
 
     @property
     def reads_tools(self) -> bool:
-        """Whether the template writes the definitions of tools."""
+        """Whether the template puts definitions of tools into the prompt."""
         return reads_tools(self.text or self.tokenizer.chat_template)
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:
-        """The form of the template's tool calls; None if it does not write JSON."""
+        """The format of the template's tool calls; None if it does not write them as JSON."""
         return find_tool_format(self.tokenizer, self.text)
 
     @cached_property
     def grammars(self) -> Grammars:
-        """Makes token masks for answers that must follow a schema."""
+        """Makes functions that restrict answers to a JSON schema."""
         return Grammars(self.tokenizer, self.vocabulary_size, self.stop_ids)
 
 

@@ -1,4 +1,4 @@
-"""Tool calls in answers, in the form in which the chat template itself writes tool calls."""
+"""Finds tool calls in answers. The model writes them in the format of its chat template."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ARGUMENT_KEYS = ("arguments", "parameters")
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """The form of a tool call: a JSON object between `prefix` and `suffix`, with the function's name, and its arguments
-    under `key`.
+    """The format of a tool call: a JSON object between `prefix` and `suffix`. It contains the function's name, and its
+    arguments under `key`.
 
-    Without a `prefix`, only an answer that begins with the object is a call.
+    If `prefix` is empty, the object is a tool call only at the start of an answer.
     """
 
     prefix: str
@@ -41,8 +41,8 @@ class ToolFormat:
         return call | shared
 
     def start(self, text: str) -> int:
-        """The index in the text where tool calls begin, or might begin; the length of the text if it has no tool
-        calls."""
+        """The index in the text at which tool calls start, or might start; the length of the text if there is no tool
+        call."""
         if not self.prefix:
             return 0 if text.lstrip()[:1] in ("", "{") else len(text)
         if self.prefix in text:
@@ -51,8 +51,8 @@ class ToolFormat:
         return len(text) - next((size for size in sizes if text.endswith(self.prefix[:size])), 0)
 
     def read(self, text: str, tools: Sequence[JsonObject]) -> tuple[JsonObject, ...]:
-        """The tool calls in a text, in the format of OpenAI's API. None are returned if the text contains anything
-        except calls of `tools`."""
+        """The tool calls in a text, in the format of OpenAI's API. Empty if the text contains anything else than calls
+        of `tools`."""
         names, text, calls = [tool_name(tool) for tool in tools], text.strip(), []
         while text:
             try:
@@ -78,12 +78,13 @@ def tool_name(tool: JsonObject) -> object:
 
 
 def reads_tools(template: str | None) -> bool:
-    """Whether a chat template writes the definitions of tools."""
+    """Whether a chat template puts definitions of tools into the prompt."""
     return template is not None and re.search(r"\btools\b", template) is not None
 
 
 def find_tool_format(tokenizer: Tokenizer, template: str | None = None) -> ToolFormat | None:
-    """The form in which the template writes a tool call of the assistant; None if the template does not write JSON."""
+    """The format in which the template writes a tool call of the assistant; None if the template does not write
+    JSON."""
     turn = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     try:
         before = tokenizer.render([QUESTION], add_generation_prompt=True, template=template)
@@ -104,5 +105,5 @@ def find_tool_format(tokenizer: Tokenizer, template: str | None = None) -> ToolF
 
 
 def _answer_text(tokenizer: Tokenizer, text: str) -> str:
-    """A text of the template as it appears in an answer: without special tokens."""
+    """A text of the template without its special tokens, as an answer would contain it."""
     return tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True).strip()

@@ -1,5 +1,5 @@
-"""Assembles the Run for the training loop from a plan and a loaded base: attaches the adapter, runs the probes, and
-restores the checkpoint. If the plan requires it, the longest batch is tried."""
+"""Assembles the Run for the training loop from a plan and a loaded base: attaches the adapter, checks the model
+(probes), and restores the checkpoint. If the plan requires it, the longest batch is run once before step 1."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -50,9 +50,11 @@ from tunekit.tuned.network import prepare_network
 def assemble_run(
     session: Session, plan: Plan, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None = None
 ) -> tuple[Plan, Run]:
-    """Assemble the run, and write its plan to the run folder. Returns the run, and the plan with the adapted layers.
+    """Assemble the run, and write its plan to the run folder. Returns the plan, updated with the layers that the
+    adapter really adapts, and the run.
 
-    Raises: RunFolderError if `checkpoint` belongs to a different run; ModelError from the probes.
+    Raises: RunFolderError if `checkpoint` belongs to a different run; ModelError if a probe (a check of the model)
+    fails.
     """
     recipe, devices = session.loaded.recipe, session.devices
     companions, fingerprint = _load_companions(session, prepared, base, checkpoint)
@@ -111,8 +113,8 @@ def assemble_run(
 def _load_companions(
     session: Session, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None
 ) -> tuple[dict[str, Companion], JsonObject]:
-    """Load the objective's companions, after checking the run's fingerprint, which includes the companions'
-    fingerprints; returns both."""
+    """Load the objective's companions (auxiliary models such as a teacher or a reward model). Before that, check the
+    run's fingerprint, which includes the companions' files. Returns the companions and the fingerprint."""
     companions = make_companions(prepared.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
     fingerprint = check_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
@@ -131,8 +133,8 @@ def _make_model(
     state: LoopState,
     checkpoint: Checkpoint | None,
 ) -> TunedModel:
-    """The base with its initialised adapter and its companions. If the initialisation read data (a calibration), its
-    cost is recorded in the state."""
+    """The base with its initialised adapter and its companions (auxiliary models). If the initialisation read data (a
+    calibration), its cost is stored in `state`."""
     recipe, devices = session.loaded.recipe, session.devices
 
     def attach() -> AttachedAdapter:
@@ -162,7 +164,8 @@ def _make_model(
 
 
 def _begin_companions(session: Session, prepared: RunInputs, model: TunedModel) -> dict[str, str]:
-    """Let the companions prepare data that all steps need. Returns the sha256 of each file that they read, by key."""
+    """Let the companions (auxiliary models such as a teacher) prepare data that all steps need. Returns the sha256 of
+    each file that a companion read, by recipe key."""
     run = ModelRun(model, prepared.rows.objective.rows, session.devices.gather, CountProgress(session.console))
     files: dict[str, str] = {}
     with session.timed("data"):
@@ -172,10 +175,11 @@ def _begin_companions(session: Session, prepared: RunInputs, model: TunedModel) 
 
 
 def _note_changes(session: Session, state: LoopState) -> None:
-    """Report changes that --accept-changed allowed, in the terminal and in the report."""
+    """Warn about files that changed since the original run and that --accept-changed allows. The report shows these
+    warnings too."""
     for key in session.changed:
         what, action = (
-            f"{key}: its files changed since the run",
+            f"{key}: its files have changed since the run started",
             "resumed with the changed files, as --accept-changed allows",
         )
         state.reactions.append(asdict(Reaction(what, action, state.step)))
@@ -183,8 +187,8 @@ def _note_changes(session: Session, state: LoopState) -> None:
 
 
 def _settle_reference(prepared: RunInputs, model: TunedModel) -> None:
-    """If the loss compares with the policy at step 0: check that this policy is the base without its adapter, or else
-    save the adapter's state at step 0."""
+    """Prepare the reference model, if the loss needs one: the policy at step 0. Either check that the base without
+    adapter equals this policy, or save the adapter's state at step 0."""
     objective = prepared.rows.objective
     if needs_reference_state(objective, prepared.adapter):
         model.keep_reference()
@@ -193,7 +197,7 @@ def _settle_reference(prepared: RunInputs, model: TunedModel) -> None:
 
 
 def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
-    """The plan with the layers and ranks that the initialisation chose."""
+    """A copy of the plan with the layers and ranks that the adapter's initialisation chose."""
     if adapter.targets == plan.targets:
         return plan
     trained = sum(parameter.numel() for parameter in adapter.trained().values())
@@ -202,7 +206,7 @@ def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
 
 
 def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
-    """Run the longest training batch and the longest evaluation batch once, so that a lack of memory is noticed before
+    """Run the longest training batch and the longest evaluation batch once. If memory is too small, this shows before
     step 1."""
     rows = prepared.rows.evaluation
     with session.timed("try"):
@@ -218,7 +222,7 @@ def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
 def _make_evaluate(
     session: Session, prepared: RunInputs, model: TunedModel, state: LoopState
 ) -> Callable[[], Evaluation] | None:
-    """A function that runs an evaluation; None if the recipe has no evaluation rows."""
+    """Returns a function that runs an evaluation; None if the recipe has no evaluation rows."""
     recipe, rows = session.loaded.recipe, prepared.rows
     if rows.evaluation is None:
         return None
@@ -245,7 +249,7 @@ def _keep_pictures(session: Session, step: int, evaluation: Evaluation) -> None:
 
 
 def _make_keep_rows(session: Session, prepared: RunInputs) -> Callable[[int, Evaluation], None]:
-    """A function that writes the loss of each evaluation row to the run folder."""
+    """Returns a function that writes the loss of each evaluation row to the run folder."""
     rows = prepared.rows.evaluation
     row_losses = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.processor.tokenizer)
 

@@ -1,4 +1,5 @@
-"""The values that `sweep --auto` tries: as many learning rates, lengths of training and ranks as the time allows."""
+"""Chooses the learning rates, training lengths and ranks that `sweep --auto` tries. The more time is allowed, the more
+values are tried."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +30,8 @@ class AutomaticChoice:
 
 
 def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice | None:
-    """The largest set of lengths, rates and ranks whose trials are predicted to take at most SHARE of `seconds`. It
-    includes the recipe's own values. None if not even two rates fit."""
+    """Choose the largest set of training lengths, learning rates and ranks whose trials are predicted to take at most
+    SHARE of `seconds`. The set includes the recipe's own values. None if there is no time for two learning rates."""
     for choice in _choices(recipe, plan, costs):
         if choice.seconds <= SHARE * seconds:
             return choice
@@ -38,7 +39,8 @@ def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> A
 
 
 def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoice]:
-    """All choices, ordered by the number of lengths, then of rates, then of ranks; the largest numbers come first."""
+    """Yields all sets of values, ordered by the number of training lengths, then of learning rates, then of ranks. The
+    largest sets come first."""
     training, rank = recipe.training, getattr(recipe.adapter, "r", None)
     length, key = (training.max_steps, STEPS) if training.epochs is None else (training.epochs, EPOCHS)
     assert length is not None  # the recipe's checks refuse neither
@@ -57,7 +59,7 @@ def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoi
 
 
 def _ranks_fit(plan: Plan, rank: object) -> bool:
-    """Whether the recipe has a rank, and no adapted matrix is too small for the largest rank to try."""
+    """Whether the recipe sets a rank, and every adapted matrix is large enough for the largest rank to try."""
     sides = [min(target.in_features, target.out_features) for target in plan.targets if target.r is not None]
     return isinstance(rank, int) and rank * max(map(max, RANKS)) <= min(sides, default=0)
 
@@ -65,7 +67,8 @@ def _ranks_fit(plan: Plan, rank: object) -> bool:
 def _parts(
     recipe: Recipe, plan: Plan, costs: Costs, steps: Mapping[float, int], intervals: Mapping[float, int], trials: int
 ) -> dict[str, list[float]]:
-    """The seconds of each trial between two comparisons. They depend on the length of training, not on rate or rank."""
+    """For each trial, the seconds between consecutive comparisons of the trials. They depend on the training length,
+    not on the learning rate or the rank."""
     parts: dict[str, list[float]] = {}
     for value, count in steps.items():
         often = recipe.training.model_copy(update={"eval_steps": intervals[value]})
@@ -76,8 +79,11 @@ def _parts(
 
 
 def most_that_fit(order: Sequence[str], parts: Mapping[str, Sequence[float]], seconds: float) -> int:
-    """How many of the settings in `order`, best first, can continue to their end within `seconds`: at most half of
-    them, and at least one. `parts`: the seconds of each setting before each of its next comparisons."""
+    """How many settings can be trained to their end within `seconds`: at least one, and at most half of `order`.
+
+    `order`: the names of the settings, best first. `parts`: for each setting, the seconds of training before each of
+    its next comparisons.
+    """
     for count in range(math.ceil(len(order) / 2), 1, -1):
         if halving_seconds({name: parts[name] for name in order[:count]}) <= seconds:
             return count
@@ -85,5 +91,5 @@ def most_that_fit(order: Sequence[str], parts: Mapping[str, Sequence[float]], se
 
 
 def _rounded(rate: float) -> float:
-    """The rate with two digits."""
+    """The learning rate, rounded to two digits."""
     return float(f"{rate:.1e}")

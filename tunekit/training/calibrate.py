@@ -25,7 +25,7 @@ HALF_SCALE = 1024.0  # loss scale for float16, whose gradients would underflow
 
 
 class StatisticsCollector:
-    """Collects the statistics of every observed layer, for the current micro-batch."""
+    """Collects statistics of the inputs (and gradients) of every observed layer, for the current micro-batch."""
 
     def __init__(self, start: CalibratedStart, targets: Sequence[Target]) -> None:
         make = start_module(start.method).STATISTICS
@@ -43,8 +43,8 @@ class StatisticsCollector:
 
 
 def _layer_activations(batch: Batch, inputs: Tensor, gradients: Tensor | None, scale: float) -> LayerActivations:
-    """The activations of a layer at real tokens, without padding. An expert's inputs are not the batch's rows, so all
-    of them are used."""
+    """The activations of a layer at real tokens, without padding. For a layer of an expert, all inputs are used,
+    because they cannot be assigned to the batch's rows."""
     flat = inputs.reshape(-1, inputs.shape[-1]).float()  # (N, I)
     of_output = None if gradients is None else gradients.reshape(-1, gradients.shape[-1]).float() / scale  # (N, O)
     real = real_positions(batch.lengths)  # (B, T)
@@ -61,7 +61,7 @@ def _layer_activations(batch: Batch, inputs: Tensor, gradients: Tensor | None, s
 
 @contextmanager
 def _watching(net: nn.Module, watch: StatisticsCollector, gradients: bool) -> Iterator[None]:
-    """A context manager: hooks on every observed layer collect statistics inside the block."""
+    """A context manager: inside the block, hooks on every observed layer collect statistics."""
     with ExitStack() as hooks:
         for name in watch.statistics:
             module = net.get_submodule(name)
@@ -92,8 +92,8 @@ def _hook(
 
 
 def first_windows(windows: WindowSource, batches: int) -> Iterator[Window]:
-    """The run's first windows, with `batches` micro-batches in total. The last window may be cut short, and a short run
-    may have fewer micro-batches."""
+    """Yields the run's first windows (one window: the micro-batches of one optimizer step), with `batches`
+    micro-batches in total. The last window may be cut short. A short run has fewer micro-batches."""
     left = batches
     for window in windows.windows(0):
         if len(window.batches) >= left:
@@ -113,9 +113,9 @@ def calibrate(
     seed: int,
     companions: Mapping[str, Companion] | None = None,
 ) -> tuple[JsonObject, JsonObject]:
-    """Run the calibration: returns the statistics of each layer, by module name, and the cost.
+    """Run the calibration. Returns the statistics of each layer, by module name, and the cost of the calibration.
 
-    Raises: RecipeError if a layer is not reached.
+    Raises: RecipeError if a layer gets no tokens.
     """
     started = time.monotonic()
     model, watch = TunedModel(base, None, companions=companions or {}), StatisticsCollector(start, targets)
@@ -132,9 +132,11 @@ def calibrate(
     if unreached:
         what = (
             f"{start.method} needs the {start.looks_at} of '{unreached[0]}', but no token of the first batches passes "
-            "it"
+            "through this module"
         )
-        raise RecipeError(what, "remove it from adapter.target_modules, or choose another start", key="adapter.start")
+        raise RecipeError(
+            what, "remove this module from adapter.target_modules, or choose another adapter.start", key="adapter.start"
+        )
     facts = {
         "start": start.method,
         "micro_batches": len(batches),
@@ -156,7 +158,7 @@ def _run_forward(model: TunedModel, watch: StatisticsCollector, batches: Sequenc
 def _run_backward(
     model: TunedModel, watch: StatisticsCollector, objective: Objective, windows: Sequence[Window], seed: int
 ) -> None:
-    """Compute the gradient of the mean loss over all these batches, one micro-batch at a time."""
+    """Compute the gradient of the mean loss over all batches of `windows`, one micro-batch at a time."""
     engine, batches = WindowEngine(seed), [batch for window in windows for batch in window.batches]
     engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
     units = sum(map(objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))

@@ -1,5 +1,5 @@
-"""Warnings about a loss that rises above the earlier losses of the run, and about samples that teach nothing. The
-report shows them."""
+"""Warns during training if the loss rises above earlier losses of the run, or if samples teach nothing. The report
+shows these warnings."""
 
 import math
 from collections.abc import Sequence
@@ -22,20 +22,22 @@ JUMP, RECENT, JUMP_FLOOR, JUMP_SHARE = 50.0, 3, 0.1, 0.05
 # never noise.
 NOISES, LEAST_RISE, MOST_RISE, UNKNOWN_NOISE = 4.0, 0.1, 1.0, 0.6
 KEEP_BEST = (
-    "with evaluation.best: eval.loss, the best evaluated step (training.eval_steps) is exported instead of the last"
+    "with evaluation.best: eval.loss, the best evaluated step is exported instead of the last step "
+    "(training.eval_steps sets how often the run is evaluated)"
 )
 
 
 def watch_step(run: Run, reading: Reading, loss: float) -> None:
-    """Warn if the loss diverges, unless the objective is judged by a different metric. Also warn if a metric stays at 1
-    that should not."""
+    """Warn if the loss diverges; this is skipped if a metric other than the loss shows how good the run is. Also warn
+    if samples of several steps teach nothing."""
     if run.shows.headline.name == "loss":
         watch_loss(run, reading, loss)
     watch_stalls(run, reading)
 
 
 def watch_loss(run: Run, reading: Reading, loss: float) -> None:
-    """Compare a step's loss with the losses of earlier steps, and store it. The result is the same on every rank."""
+    """Compare a step's loss with the losses of earlier steps, warn if it diverges, and store it. The result is the same
+    on every rank."""
     state = run.state
     why = divergence(state.first_losses, state.past_losses, loss)
     if why is not None:
@@ -50,8 +52,8 @@ def watch_loss(run: Run, reading: Reading, loss: float) -> None:
 
 
 def watch_stalls(run: Run, reading: Reading) -> None:
-    """Warn if nothing could be learned in several consecutive steps. A warning that one step justifies is printed once
-    in a run. The result is the same on every rank."""
+    """Warn if a metric shows for several consecutive steps that the samples teach nothing. If a single step is enough
+    for a warning, this warning is printed only once in a run. The result is the same on every rank."""
     state, metrics = run.state, reading.window.preparation.metrics
     for stall in run.shows.stalled:
         count = state.useless_steps.get(stall.metric, 0) + 1 if metrics.get(stall.metric) == 1.0 else 0
@@ -64,17 +66,20 @@ def watch_stalls(run: Run, reading: Reading) -> None:
 
 
 def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
-    """The message if this loss is too far above earlier losses of the run, or None.
+    """Returns a warning if this loss is too high compared with earlier losses of the run; None otherwise.
 
-    `first`: the loss of the first step; `past`: the losses of up to PAST previous steps. A spike is more than SHARE
-    times the mean of `past`, and more than DEVIATIONS standard deviations above the mean. A rise is LAST consecutive
-    steps above SHARE times the first loss, or, in a noisy run, above it by NOISES times the noise; it is reported when
-    it starts. A jump is not reported if an earlier step of `past` rose as much, because then it is noise.
+    `first`: the loss of the first step; `past`: the losses of up to PAST previous steps. There are three kinds of
+    warnings.
+    Spike: the loss is more than SHARE times the mean of `past`, and more than DEVIATIONS standard deviations above this
+    mean.
+    Jump: see `jump`. It is not reported if `past` contains a jump too, because then jumps are noise.
+    Rise: the last LAST losses are all above SHARE times the first loss (in a noisy run, more). It is reported when it
+    starts.
     """
     if len(past) >= LEAST:
         mean, deviation = fmean(past), pstdev(past)
         if loss > SHARE * mean and loss > mean + DEVIATIONS * deviation:
-            return f"the loss {loss:.4g} is far above that of the {len(past)} steps before ({mean:.4g} on average)"
+            return f"the loss {loss:.4g} is far above the mean loss {mean:.4g} of the previous {len(past)} steps"
     if not any(after > JUMP * before for before, after in pairwise(past)):
         why = jump(first, past, loss)
         if why is not None:
@@ -87,29 +92,29 @@ def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> st
 
 
 def jump(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
-    """The message if this loss is many times the loss of the previous few steps, or None. Earlier losses are
-    ignored."""
+    """Returns a text if this loss is many times the median of the last few losses; None otherwise. Older losses do not
+    matter."""
     before = median_low(past[-RECENT:]) if past else 0.0
     if before <= 0 or loss < max(JUMP * before, min(JUMP_FLOOR, JUMP_SHARE * first[0])):
         return None
-    return f"{loss / before:,.0f} times that of the steps just before ({before:.4g})"
+    return f"{loss / before:,.0f} times the loss of the steps just before ({before:.4g})"
 
 
 def last_jump(losses: Sequence[float]) -> str | None:
-    """The message if the loss jumps at the last step of a run, or None. This matters because the exported weights are
-    the weights after this step."""
+    """Returns a warning if the loss jumps at the last step of a run; None otherwise. This matters because the weights
+    after this step are exported."""
     why = jump(losses[:1], losses[:-1], losses[-1]) if losses else None
-    return None if why is None else f"it ended on a spike: the loss {losses[-1]:.4g} of the last step is {why}"
+    return None if why is None else f"the run ended on a spike: the loss {losses[-1]:.4g} of the last step is {why}"
 
 
 def rise(losses: Sequence[float]) -> str | None:
-    """The message if a run ended worse than it began, or None. It is used for runs without an evaluation before
-    training.
+    """Returns a verdict if a run ended with a higher loss than it began with; None otherwise. Used for runs without an
+    evaluation before training.
 
-    The mean loss of the last tenth of the steps is compared with the loss of the first step, before any update. It is
-    worse if it is higher by more than the share LEAST_RISE, and by more than NOISES times the noise. Few steps do not
-    show the noise, so it is at least UNKNOWN_NOISE / sqrt(steps). The jumps of a diverged run look like noise, so a
-    rise by MOST_RISE always counts.
+    The mean loss over the last tenth of the steps is compared with the loss of the first step, before any update. The
+    increase counts if it is larger than two limits: the share LEAST_RISE of the first loss, and NOISES times the noise.
+    A short run hides its noise, so the noise is assumed to be at least UNKNOWN_NOISE / sqrt(steps). The jumps of a
+    diverged run look like noise. Therefore an increase by the share MOST_RISE always counts.
     """
     if len(losses) < 2 or losses[0] <= 0:
         return None
@@ -117,11 +122,14 @@ def rise(losses: Sequence[float]) -> str | None:
     final, noise = fmean(losses[-tenth:]), max(_noise(losses), UNKNOWN_NOISE / math.sqrt(len(losses)))
     if final <= losses[0] * (1.0 + min(max(LEAST_RISE, NOISES * noise), MOST_RISE)):
         return None
-    return f"worse than it began: training loss {final:.4g} over the last tenth of the steps, {losses[0]:.4g} at step 1"
+    return (
+        f"the run ended worse than it began: training loss {final:.4g} over the last tenth of the steps, "
+        f"{losses[0]:.4g} at step 1"
+    )
 
 
 def _noise(losses: Sequence[float]) -> float:
-    """The median difference between the losses of consecutive steps, over the median loss. Single jumps do not change
-    medians."""
+    """The median difference between the losses of consecutive steps, divided by the median loss. Medians ignore single
+    jumps."""
     middle = median(losses)
     return median(abs(after - before) for before, after in pairwise(losses)) / middle if middle > 0 else 0.0

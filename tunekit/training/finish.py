@@ -30,19 +30,19 @@ REPORTED = ("step", "eval", "sources")  # keys of an evaluation's record that th
 
 
 def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
-    """The mean of a metric over the first tenth of the steps, and over the last tenth."""
+    """The mean of a metric over the first `tenth` steps and over the last `tenth` steps."""
     return {f"first_{name}": fmean(values[:tenth]), f"final_{name}": fmean(values[-tenth:])} if values else {}
 
 
 def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
-    """The advice for a run with a bad verdict: how to change the training, and how to export weights from before the
-    last step."""
+    """The advice for a run that ended badly: how to change the training, and how to export the weights of an earlier
+    step."""
     how = "lower training.learning_rate, train for fewer steps, or check the rows"
     if saved_best:
         return how
     earlier = [step for step, _ in list_checkpoints(run.checkpoints) if step < final_step]
-    kept = f"step {earlier[0]} is kept: {relative_to(run.path)}@{earlier[0]}" if earlier else ""
-    return f"{how}; {KEEP_BEST}; {kept or 'training.save_steps keeps earlier steps'}"
+    kept = f"the checkpoint of step {earlier[0]} is {relative_to(run.path)}@{earlier[0]}" if earlier else ""
+    return f"{how}; {KEEP_BEST}; {kept or 'set training.save_steps to save checkpoints of earlier steps'}"
 
 
 def report_facts(
@@ -54,8 +54,8 @@ def report_facts(
     saved_best: bool,
     start: str,
 ) -> ReportFacts:
-    """All facts for report.json. If the run was resumed, they cover the time before the resume too. `start`: the name
-    of the model before training."""
+    """All facts for report.json. For a resumed run, they include the time before the resume. `start`: the name of the
+    model before training."""
     records = run.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
     name = shows_of(plan.objective).headline.name
@@ -68,7 +68,7 @@ def report_facts(
     before, loss = losses.get(0), losses.get(exported)
     verdict = rise(steps) if (before is None or loss is None) and not headline else None
     if before is not None and loss is not None and loss > before:
-        verdict = f"worse than {start}: eval loss {loss:.4g} of the exported weights, {before:.4g} before training"
+        verdict = f"the exported weights are worse than {start}: eval loss {loss:.4g}, but {before:.4g} before training"
     if verdict is None and not headline and not saved_best:
         verdict = last_jump(steps)
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)

@@ -1,4 +1,5 @@
-"""The folds of a cross-validation: the rows of the recipe's sources are divided into files with equally many rows."""
+"""The folds of a cross-validation: the rows of the recipe's sources are divided into files with about equally many
+rows."""
 
 import json
 from collections import Counter
@@ -26,7 +27,7 @@ LABEL = "label"  # the field whose values are divided evenly
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a source as text. `group`: rows with equal groups are in one fold."""
+    """A row of a source as text. `group`: all rows with the same group are put into the same fold."""
 
     source: int
     group: str
@@ -35,11 +36,12 @@ class _Row:
 
 
 def write_folds(recipe: Recipe, sweep: SweepSection, folder: Path, resume: bool) -> None:
-    """Write one file for each source and fold below `folder`. The folds have equally many rows of each source, and of
-    each label if the rows have a field `label`. Identical rows are in one fold, and so are rows with the same value in
-    the column sweep.fold_group. training.seed decides at random which fold a group is in.
+    """Write one file for each source and fold below `folder`. Every fold gets about equally many rows of each source.
+    If rows have a field `label`, the rows of each label are divided equally too.
 
-    Raises: DataError if rows cannot be read or divided; RunFolderError if a resumed sweep had other rows.
+    Identical rows get into the same fold. If sweep.fold_group names a column, rows with equal values in this column
+    also do. Ties are broken at random, by training.seed.
+    Raises: DataError if rows cannot be read or divided; RunFolderError if the sweep that is resumed had different rows.
     """
     sources, column, count = recipe.data.train, sweep.fold_group, sweep.folds or 1
     example = recipe.objective.example
@@ -58,18 +60,19 @@ def write_folds(recipe: Recipe, sweep: SweepSection, folder: Path, resume: bool)
 
 def fold_notes(recipe: Recipe, sweep: SweepSection) -> list[str]:
     """Notes that explain how the trials of a sweep use the folds."""
-    kept = "" if sweep.fold_group is None else f", and rows with equal values of {sweep.fold_group} are in one fold"
+    kept = "" if sweep.fold_group is None else f"; rows with equal values of {sweep.fold_group} are in the same fold"
     evaluation = "" if recipe.data.eval is None else "; data.eval is not used"
-    return [f"each trial leaves out one of {sweep.folds} folds, and is evaluated on it{evaluation}{kept}"]
+    return [f"each trial trains without one of {sweep.folds} folds, and is evaluated on this fold{evaluation}{kept}"]
 
 
 def _write(path: Path, text: str, resume: bool) -> None:
-    """Write the file of a fold, unless the file already contains this text."""
+    """Write the file of a fold, unless it already has this text. Raises: RunFolderError if a resumed sweep has a
+    different text."""
     exists = path.is_file()
     if exists and path.read_bytes() == text.encode():
         return
     if exists and resume:
-        what = f"{path}: the rows of the folds are not those of the interrupted sweep"
+        what = f"{path}: the rows of this fold differ from the rows in the interrupted sweep"
         raise RunFolderError(what, "restore data.train and sweep.folds, or choose another output.dir")
     write_text(path, text)
 
@@ -83,8 +86,8 @@ def _rows(number: int, source: Source, example: str, column: str | None) -> Iter
         try:
             text = _text(located(row.values, files, folder))
         except (TypeError, ValueError) as error:
-            how = "name the files of recordings and images by their paths, or use seeds in place of folds"
-            problems.add(source.path, row.line, f"the row has values that no JSON file can hold: {error}", how)
+            how = "write paths of recordings and images into the rows, or use sweep.seeds instead of sweep.folds"
+            problems.add(source.path, row.line, f"the row has a value that cannot be written as JSON: {error}", how)
             continue
         if column is not None and column not in row.values:
             problems.add(source.path, row.line, f"has no column '{column}'", "correct sweep.fold_group")
@@ -103,9 +106,9 @@ def _digest(*parts: object) -> str:
 
 
 def _fold_of_groups(rows: Iterable[_Row], count: int, seed: int) -> dict[str, int]:
-    """The fold of each group, numbered from 1. For each source and label, groups are assigned from the largest to the
-    smallest, in random order among equal sizes. Each group is assigned to the fold with the fewest rows of its
-    source."""
+    """Returns the fold of each group of rows; folds are numbered from 1. Groups are assigned one source and label at a
+    time, largest groups first, and in random order if sizes are equal. Each group goes to the fold that has the fewest
+    rows of this source."""
     sizes, first = Counter[str](), dict[str, _Row]()
     for row in rows:
         sizes[row.group] += 1

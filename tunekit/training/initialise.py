@@ -1,7 +1,7 @@
-"""Attaches the adapter and initialises it: with default values, from the base's weights (before quantization), from the
-data, or from a trained adapter.
+"""Attaches the adapter and initialises it: with default values, from the base's unquantized weights, from data, or from
+a trained adapter.
 
-A resumed run restores its values from the checkpoint, so no data is collected again.
+A resumed run restores its values from the checkpoint, so the data is not read again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,11 +44,11 @@ def initialise_adapter(
     resumed: Layout | None,
     companions: Mapping[str, Companion] | None = None,
 ) -> tuple[AttachedAdapter, JsonObject | None]:
-    """Attach the adapter and initialise it. Returns the adapter, and the cost of the pass over the data if there was
-    one.
+    """Attach the adapter and initialise it. Returns the adapter and, if the initialisation read data (a calibration),
+    its cost.
 
-    `resumed`: the layout of the checkpoint that will be restored.
-    Raises: RecipeError, DataError or ModelError if the input of an initialisation is missing.
+    `resumed`: the layout of the checkpoint that will be restored later; None for a new run.
+    Raises: RecipeError, DataError or ModelError if something that the initialisation needs is missing.
     """
     head_name, start = base.family.head_name(base.net), settings.calibration
     attach = partial(attach_adapter, base.net, settings, seed=seed, head_name=head_name, device=base.device)
@@ -76,8 +76,8 @@ def initialise_adapter(
 
 
 def with_ranks(settings: AdapterSettings, targets: Sequence[Target], ranks: Mapping[str, int | None]) -> list[Target]:
-    """The targets with new ranks. A target of rank 0 is removed; a target without an entry in `ranks` is not
-    changed."""
+    """A copy of the targets (adapted layers) with new ranks. `ranks`: the rank by layer name; rank 0 removes the
+    target. A target without a rank in `ranks` stays unchanged."""
     layer, start = load_method(settings.method).layer, settings.initialisation
     assert layer is not None
     assert start is not None
@@ -94,8 +94,8 @@ def with_ranks(settings: AdapterSettings, targets: Sequence[Target], ranks: Mapp
 
 
 def _resumed_rank(target: Target, layout: Layout) -> int | None:
-    """The rank of a layer in a checkpoint: 0 if the checkpoint does not have this layer; None for layers that no
-    initialisation changes."""
+    """The rank of a layer in a checkpoint; 0 if the checkpoint does not contain this layer. None for a kind of layer
+    whose rank no initialisation changes."""
     if target.kind not in ("linear", "conv1d"):
         return None
     shapes = [group[f"{target.name}.lora_B.weight"] for group in layout if f"{target.name}.lora_B.weight" in group]
@@ -103,7 +103,7 @@ def _resumed_rank(target: Target, layout: Layout) -> int | None:
 
 
 def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str], Tensor | None]:
-    """A function from a layer's name to its matrix (O, I) before quantization, read from the base's files."""
+    """Returns a function that reads a layer's unquantized matrix (O, I) from the base's files, by the layer's name."""
     rewriter = Rewriter(model, "full")
     packed = {name for name, layer in adapter.layers.items() if packed_layers(layer.base_layer)}
 
@@ -113,14 +113,15 @@ def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str],
         try:
             return rewriter.base_weight(name).float()
         except KeyError as error:
-            what = f"loftq needs the weight of '{name}' from before quantization, which the base's files do not contain"
+            what = f"loftq needs the unquantized weight of '{name}', but the base's files do not contain it"
             raise ModelError(what, "choose another adapter.start", key="adapter.start") from error
 
     return read
 
 
 def _copy_from_main(adapter: AttachedAdapter, devices: Devices) -> None:
-    """Copy the main rank's values to every rank: decompositions on two devices may differ by a sign."""
+    """Copy the adapter's values from the main rank to all other ranks. Matrix decompositions on two devices may differ
+    by a sign."""
     if devices.world == 1:
         return
     with torch.no_grad():

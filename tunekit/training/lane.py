@@ -1,5 +1,5 @@
-"""The lanes of a sweep. A lane is one run. All lanes are in one process and share one loaded base; they train one after
-another or together."""
+"""The trials of a sweep that run in one process and share one loaded base. Each trial is called a lane. Lanes train one
+after another or at the same time."""
 
 import gc
 from collections.abc import Callable, Iterable
@@ -24,7 +24,8 @@ Load = Callable[[Session, Plan, RunInputs], LoadedModel]
 
 @dataclass(frozen=True)
 class BaseKey:
-    """The key of a base that lanes can share: the loaded model, and the device or storage where its layers wait."""
+    """Identifies a loaded base, so that trials with equal keys can share it. `streaming`: where the base's layers are
+    stored (device, host or disk)."""
 
     section: ModelSection
     streaming: str
@@ -32,8 +33,8 @@ class BaseKey:
 
 @dataclass(eq=False)
 class Lane:
-    """One trial in this process: its session, and its plan until the trial has ended. `ended`: nothing is left to
-    train."""
+    """One trial of a sweep in this process. `plan`: None before the trial is planned and after it has ended. `ended`:
+    there is nothing left to train."""
 
     trial: SweepTrial
     session: Session
@@ -56,9 +57,11 @@ class Lane:
 
     @property
     def base_key(self) -> BaseKey | None:
-        """The key of the base that the lane can share with others. None if the lane needs a base of its own: because
-        the run changes the base, compiles its layers or streams the head; or because it streams layers and
-        `runs_together` is false."""
+        """Identifies the base that this trial can share with other trials.
+
+        None if the trial must load the base for itself alone. This is so if it changes the base, compiles its layers or
+        streams the head, or if it streams layers and `runs_together` is false.
+        """
         if self.plan is None or self.prepared is None:
             return None
         choice, recipe = self.plan.choice, self.trial.loaded.recipe
@@ -70,21 +73,22 @@ class Lane:
 
     @property
     def process_settings(self) -> tuple[int | None, bool]:
-        """The settings of the whole process. Lanes that run together must have the same ones."""
+        """Settings that apply to the whole process: number of threads, and deterministic kernels. Trials that run
+        together must have equal settings."""
         threads = None if self.plan is None else self.plan.choice.threads
         return threads, self.trial.loaded.recipe.training.deterministic
 
     @property
     def runs_together(self) -> bool:
-        """Whether only the training steps use the base (no calibration, no companion), and the number of threads is
-        fixed."""
+        """Whether this trial's steps can run together with steps of other trials. This requires that no calibration or
+        companion (auxiliary model) uses the base, and that the number of threads is fixed."""
         recipe = self.trial.loaded.recipe
         companions = self.prepared is not None and self.prepared.rows.objective.companions
         return not (recipe.adapter.calibration or companions or recipe.training.threads == "adaptive")
 
 
 class SharedBase:
-    """The base that several lanes use. It is loaded when the first lane needs it."""
+    """The loaded base that several trials share. It is loaded when the first trial needs it."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -93,14 +97,14 @@ class SharedBase:
         self.versions: TensorVersions | None = None
 
     def use_for(self, lane: Lane) -> None:
-        """Discard the loaded base if this lane needs a different one."""
+        """Discard the loaded base if this trial needs a different one."""
         if lane.base_key is None or lane.base_key != self.key:
             self.base = self.versions = None
         self.key = lane.base_key
 
     def load(self, session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
-        """The base; it is loaded again if its weights have changed. A lane that shares the base gets its own module
-        objects over the same weights."""
+        """Return the base, and load it first if necessary. It is loaded again if its weights have changed. A trial that
+        shares the base gets separate module objects over the same weights."""
         if self.base is None or (self.versions is not None and not self.versions.unchanged()):
             self.base = self.versions = None
             gc.collect()
@@ -114,9 +118,9 @@ class SharedBase:
 
 
 def run_lanes(loops: Iterable[LoopSteps], together: Together) -> None:
-    """Start these training loops one by one, then run their windows together until all loops have ended.
+    """Start these training loops one by one, then run their steps together until all loops have ended.
 
-    The end of a loop does not affect the others. If a loop raises an error, no further loop is started.
+    When a loop ends, the others continue. If a loop raises an error, no further loop is started.
     Raises: the first error, after all started loops have ended.
     """
     errors: list[TunekitError] = []

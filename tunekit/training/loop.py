@@ -1,7 +1,8 @@
-"""The training loop: take a window, run the engine, clip, check, step, record; evaluate, save and stop when due.
+"""The training loop. Each step runs the engine, clips and checks gradients, updates weights and records numbers. The
+loop also evaluates, saves and stops when necessary.
 
-On a GPU a step's loss and norm are read one step later, so that the host never waits for them; the device itself skips
-a non-finite update.
+On a GPU, a step's loss and norm are read one step later, so that the host never waits for them. Until then, the device
+itself skips a non-finite update.
 """
 
 import math
@@ -28,13 +29,14 @@ CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
 
 
 def run_loop(run: Run) -> None:
-    """Train from the run's state to the last step. Raises: NumericsError; after a checkpoint, Stopped or InputError."""
+    """Train from the run's current state to the last step. Raises: NumericsError; Stopped or InputError, after a
+    checkpoint was saved."""
     run_alone(loop_steps(run))
 
 
 def loop_steps(run: Run) -> LoopSteps:
-    """A generator form of `run_loop`: yields each window for the caller to run, so that several loops can share a
-    base."""
+    """The training loop as a generator: it yields each window (the micro-batches of one optimizer step) for the caller
+    to run. So several runs can share a base."""
     state, pending = run.state, PendingReadings()
     try:
         yield from _make_steps(run, pending)
@@ -73,7 +75,7 @@ def _make_steps(run: Run, pending: PendingReadings) -> LoopSteps:
 
 
 def _make_step(run: Run, window: Window) -> Generator[WindowRequest, WindowResult, Reading]:
-    """Make one optimizer step, advance the state, and start the copy of the step's numbers to the host."""
+    """Make one optimizer step, update the state, and start to copy the step's numbers to the host."""
     state, started = run.state, time.monotonic()
     window = run.objective.prepare(run.view(), window)
     units, counts = _step_counts(run, window)
@@ -100,7 +102,7 @@ def _make_step(run: Run, window: Window) -> Generator[WindowRequest, WindowResul
 
 
 def _settle(run: Run, pending: PendingReadings) -> None:
-    """Wait for the numbers of pending steps, check and record them. Raises: NumericsError."""
+    """Wait for the numbers of pending steps, check them and record them. Raises: NumericsError."""
     state = run.state
     for reading in pending.readings:
         loss, norm, seconds = pending.read(reading)
@@ -113,16 +115,15 @@ def _settle(run: Run, pending: PendingReadings) -> None:
 
 
 def _pauses(run: Run) -> bool:
-    """Whether this step's numbers are needed at once, because an evaluation, a checkpoint or the end of the run
-    follows."""
+    """Whether this step's numbers are needed at once, because an evaluation or a checkpoint follows or the run ends."""
     step, settings = run.state.step, run.training
     last, evaluates = step == run.windows.steps, run.evaluate is not None and step % settings.eval_steps == 0
     return last or evaluates or step % settings.save_steps == 0
 
 
 def _step_counts(run: Run, window: Window) -> tuple[Tensor, list[float]]:
-    """The number of units in the step (K,), over all ranks, and the numbers of tokens, supervised tokens and
-    micro-batches."""
+    """The step's number of loss units (K,), and its numbers of tokens, supervised tokens and micro-batches. All are
+    summed over ranks."""
     batches = window.batches
     counts = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), len(batches)]
     units = sum(map(run.objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
@@ -154,8 +155,8 @@ def _advance(run: Run, finite: bool, counts: list[float]) -> None:
 
 
 def _evaluate_if_due(run: Run) -> bool:
-    """Evaluate before training, at every eval_steps and at the end; returns whether the state must be saved because it
-    is the best so far. The evaluation before training is only a reference."""
+    """Evaluate before training, at every multiple of eval_steps and at the end. Returns whether this evaluation is the
+    best so far, so that a checkpoint must be saved. The evaluation before training is only a reference."""
     state, settings = run.state, run.evaluation
     due = state.step % run.training.eval_steps == 0 or state.step == run.windows.steps
     due = due if state.step else settings.before_training
@@ -184,7 +185,7 @@ def _save(run: Run) -> None:
 
 
 def _stop_if_asked(run: Run, pending: PendingReadings) -> None:
-    """End the run if a signal requested it. Raises: Stopped, after a checkpoint."""
+    """If a signal requested a stop, save a checkpoint and end the run. Raises: Stopped."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
     if not number or step % run.objective.loss.updates_per_sampling:
         return

@@ -1,5 +1,5 @@
-"""The optimizer, with one flat float32 buffer for each parameter group. So a group needs one norm, one update, and one
-copy to the checkpoint."""
+"""The optimizer. All parameters of a group share one flat float32 buffer, so a group needs only one norm, one update,
+and one tensor in a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning-rate multiplier and the use of weight decay."""
+    """Parameters with the same learning-rate multiplier. `decays`: whether weight decay applies to them."""
 
     names: tuple[str, ...]
     rate_multiplier: float = 1.0
@@ -27,7 +27,8 @@ class ParameterGroup:
 
 
 class FlatGroup:
-    """One group's parameters as views of `data` (N,), their gradients as views of `gradient` (N,), both float32."""
+    """The parameters of one group as views of `data` (N,), and their gradients as views of `gradient` (N,); both are
+    float32."""
 
     def __init__(self, group: ParameterGroup, parameters: Mapping[str, nn.Parameter]) -> None:
         self.group = group
@@ -48,11 +49,11 @@ class FlatGroup:
 
 
 class Optimizer:
-    """AdamW, or bitsandbytes' 8-bit and paged variants, over flat groups.
+    """AdamW, or an 8-bit or paged AdamW of bitsandbytes, for parameters in flat buffers.
 
-    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. The device skips the update if `found_inf` is 1,
-    so that a non-finite gradient never reaches a weight. Where the device cannot do this (bitsandbytes, Metal), the
-    host reads `found_inf` before the update.
+    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. If `found_inf` is 1, the device skips the update,
+    so that a non-finite gradient never changes a weight. bitsandbytes and Metal cannot do this; there the host reads
+    `found_inf` before the update.
     """
 
     def __init__(
@@ -73,15 +74,15 @@ class Optimizer:
 
     @property
     def gated(self) -> bool:
-        """Whether the update itself reads found_inf on the device."""
+        """Whether the device itself skips an update if found_inf is 1."""
         return self.name == "adamw" and kind_of(self.groups[0].data.device).gates
 
     def update_blocks(self, device: torch.device) -> list[int]:
-        """The bytes of each temporary tensor of one update, for the largest group. All these tensors exist at the same
-        time.
+        """The bytes of each temporary tensor that an update of the largest group allocates. These tensors exist at the
+        same time.
 
-        The fused AdamW and bitsandbytes' CUDA kernels have no temporary tensors. On a CPU bitsandbytes computes in
-        whole float32 tensors: gradient, root and denominator (with 8-bit states also both moments). Source:
+        The fused AdamW and bitsandbytes' CUDA kernels have no temporary tensors. On a CPU, bitsandbytes allocates whole
+        float32 tensors: gradient, root and denominator; with 8-bit states also both moments. Source:
         bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu, _optimizer_update_8bit_blockwise_cpu.
         """
         if self.name == "adamw" or device.type != "cpu":
@@ -122,7 +123,8 @@ class Optimizer:
         return rate
 
     def state_tensors(self) -> Tensors:
-        """Weights and optimizer state for a checkpoint, one tensor per group and kind."""
+        """Weights and optimizer state for a checkpoint: for each group, one tensor of weights and one per kind of
+        state."""
         tensors: Tensors = {}
         for number, flat in enumerate(self.groups):
             tensors[f"group{number}.weights"] = flat.data.detach()
@@ -131,20 +133,22 @@ class Optimizer:
         return tensors
 
     def layout(self) -> list[dict[str, list[int]]]:
-        """For each group a mapping from name to [start, *shape]. A checkpoint fits only if its layout is equal."""
+        """The place of each parameter in the flat buffer: for each group, a mapping from name to [start, *shape]. A
+        checkpoint fits only if its layout is equal."""
         return [{name: [start, *shape] for name, (start, shape) in flat.layout.items()} for flat in self.groups]
 
     def load_state(self, tensors: Mapping[str, Tensor], layout: object) -> None:
-        """Restore the values that `state_tensors` and `layout` returned.
+        """Restore weights and optimizer state. `tensors`, `layout`: values that `state_tensors` and `layout` returned
+        earlier.
 
         Raises: RunFolderError if the layout or a tensor's shape differs.
         """
         if layout != self.layout():
-            raise RunFolderError("the adapter tensors in the checkpoint differ from those of this recipe")
+            raise RunFolderError("the adapter tensors in the checkpoint do not match this recipe's adapter")
         for number, flat in enumerate(self.groups):
             weights = tensors.get(f"group{number}.weights")
             if weights is None or weights.shape != flat.data.shape:
-                raise RunFolderError(f"the checkpoint's weights of group {number} are missing or misshaped")
+                raise RunFolderError(f"the checkpoint's weights of group {number} are missing or have the wrong shape")
             flat.data.data.copy_(weights)
             prefix = f"group{number}.optimizer."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -169,8 +173,8 @@ def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optim
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Make the native optimizer. bitsandbytes' state is allocated now: if the first step allocated it, bitsandbytes
-    would repeat a warning of plan (no paging on a CPU)."""
+    """Make the optimizer of torch or bitsandbytes. The state of bitsandbytes is allocated here, where its messages are
+    suppressed: plan has already warned that nothing is paged on a CPU."""
     if name == "adamw":
         return torch.optim.AdamW(options, fused=True)
     from tunekit.model.quantized.codec import import_bitsandbytes

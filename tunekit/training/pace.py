@@ -1,5 +1,5 @@
-"""Checks whether a run on a CPU gets as many processors as it has threads. If not, prints this once, and lowers the
-number of threads of an adaptive run."""
+"""Checks whether a run on a CPU gets one processor for each of its threads. If not, prints a warning once. An adaptive
+run then continues with fewer threads."""
 
 import math
 from collections.abc import Iterator
@@ -21,8 +21,9 @@ MARK = "CPU seconds in"  # in every statement about the pace
 
 @contextmanager
 def measured(run: Run) -> Iterator[None]:
-    """A context manager around the computation of a step; it adds the step's times to the run's window. The preparation
-    of a step is excluded, because it may wait for other processes, such as those of a reward."""
+    """A context manager for the computation of a step: it adds the CPU times of its block to `run.pace`. The
+    preparation of a step must be outside the block, because it may wait for other processes, such as a reward
+    function."""
     start = cpu_times()
     yield
     if run.computes_on_cpu:
@@ -30,7 +31,7 @@ def measured(run: Run) -> Iterator[None]:
 
 
 def watch_pace(run: Run, step: int) -> None:
-    """At the end of a window of steps, print once that threads lacked processors. An adaptive run then continues with
+    """Check the CPU times after a few steps. If threads lacked processors, warn once; an adaptive run continues with
     fewer threads, the same number on every rank."""
     threads, adaptive = torch.get_num_threads(), run.adapts_threads
     times, missing = sum(run.pace, CpuTimes()), 0
@@ -43,18 +44,21 @@ def watch_pace(run: Run, step: int) -> None:
     if adaptive and fewer < threads:
         torch.set_num_threads(fewer)
         run.pace.clear()
-        _react(run, step, what, f"{threads_text(fewer)} from the next step on, as training.threads: adaptive says")
+        _react(run, step, what, f"training.threads: adaptive continues with {threads_text(fewer)}")
     elif here and not any(MARK in reaction["probe"] for reaction in run.state.reactions):
         _react(run, step, what, cure)
 
 
 def _statement(times: CpuTimes, threads: int, fewer: int) -> tuple[str, str]:
-    """A warning that states the lack of processors, its cause, and what to do."""
+    """Returns a warning that threads lacked processors, with the cause; and the advice."""
     why = f"{threads_text(threads)} computed for {times.process:.0f} {MARK} {times.wall:.0f} seconds"
     quota = cpu_quota()
     allowed = processors() if quota is None else min(processors(), math.ceil(quota))
     if threads > allowed:
-        return f"{why}: this process may use only {allowed:,}", f"start with training.threads: {allowed}"
+        return (
+            f"{why}: this process may use only {allowed:,} of the processors",
+            f"start with training.threads: {allowed}",
+        )
     cure = f", or start with training.threads: adaptive (or {fewer})" if threads > 1 else ""
     return f"{why}: other programs use the processors", f"close them{cure}"
 
@@ -65,10 +69,10 @@ def threads_text(count: int) -> str:
 
 
 def missing_processors(times: CpuTimes, threads: int) -> int:
-    """The average number of threads without a processor in a window of steps; 0 if the run is not slowed down.
+    """The average number of threads that had no processor, over some steps; 0 if this did not slow the run down.
 
-    All threads wait for the slowest one at the end of each product. So the main thread's CPU time shows the loss. The
-    CPU time of all threads does not: it is low in every run with small products.
+    At the end of each matrix product, all threads wait for the slowest one. So the CPU time of the main thread shows
+    the lost time. The CPU time of all threads does not show it: it is low in every run with small products.
     """
     lost = times.wall - times.main
     if lost <= (1 - BEHIND) * times.wall:

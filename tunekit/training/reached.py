@@ -15,11 +15,11 @@ SHOWN = 4
 
 @contextmanager
 def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = True) -> Iterator[None]:
-    """A context manager: the backward passes inside must give every trained tensor a gradient, even if it is 0, on at
-    least one rank.
+    """A context manager. The backward passes inside the block must give every trained tensor a gradient on at least one
+    rank; the gradient may be 0.
 
-    In a layer with experts, a gradient for one expert is enough, because the other experts may get no tokens. A trained
-    base is not checked: it may contain tensors that its code never reads.
+    In a layer with experts, one expert with a gradient is enough, because other experts may get no tokens. If the base
+    itself is trained, nothing is checked: it may contain tensors that its code never reads.
     Raises: AdapterError with the names of tensors without a gradient.
     """
     if not watched or adapter.settings.trains_base:
@@ -54,8 +54,8 @@ def _unreached(names: list[str]) -> AdapterError:
 
 
 def _kind(name: str) -> str:
-    """The tensor's name without its numbers, except the first number. The first number is the layer's; later ones are
-    the experts'."""
+    """The tensor's name without its numbers, except the first number. So the tensors of all experts in a layer have the
+    same name: the first number is the layer's, later numbers are the experts'."""
     pieces = name.split(".")
     first = next((place for place, piece in enumerate(pieces) if piece.isdigit()), 0)
     return ".".join(piece for place, piece in enumerate(pieces) if place <= first or not piece.isdigit())

@@ -1,5 +1,5 @@
-"""Copies a step's loss and gradient norm from the device to the host, and checks them. If waiting for the device would
-cost time, they are read one step later."""
+"""Copies a step's loss and gradient norm from the device to the host, and checks them. If the host would have to wait
+for the device, the numbers are read one step later."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from tunekit.records import StepRecord
 
 @dataclass
 class Reading:
-    """The numbers of a step, on their way to the host. `counts`: tokens, supervised tokens, micro-batches."""
+    """The numbers of a step while they are copied to the host. `counts`: tokens, supervised tokens, micro-batches."""
 
     step: int
     window: Window
@@ -32,19 +32,19 @@ class Reading:
     rate: float = 0.0
 
     def has_arrived(self) -> bool:
-        """Whether the copy of the numbers is finished. If so, the host is slower than the device, and the host measures
-        the step's time."""
+        """Whether the copy of the numbers to the host has ended. If it has ended before the host asks, the host is
+        slower than the device."""
         return self.copied is None or bool(self.copied.query())
 
     def read(self) -> tuple[float, float]:
-        """Loss and norm, after waiting for the copy."""
+        """Wait for the copy, and return loss and gradient norm."""
         if self.copied is not None:
             self.copied.synchronize()
         loss, norm, *_ = self.numbers.tolist()
         return loss, norm
 
     def logged_values(self) -> dict[str, float]:
-        """The logged values by name, after `read`. Means over no rows, which are NaN, are left out."""
+        """The logged values by name; call `read` before. NaN values are left out: they are means over no rows."""
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
         finite = {name: number for name, number in named if math.isfinite(number)}
         return {**self.window.preparation.metrics, **finite}
@@ -67,21 +67,22 @@ class Reading:
         )
 
     def spent(self, seconds: float) -> dict[str, float]:
-        """The seconds of the step, divided among the categories of time in the report."""
+        """The seconds of the step, divided into the time categories of the report."""
         parts = self.window.preparation.seconds
         return {"train": seconds - sum(parts.values()), **parts}
 
 
 @dataclass
 class PendingReadings:
-    """Steps whose numbers have not been read yet. `settled`: the time when the last step's numbers arrived."""
+    """Steps whose numbers have not been read yet. `settled`: when the numbers of the last step that was read
+    arrived."""
 
     readings: list[Reading] = field(default_factory=list)
     settled: float = 0.0
 
     def read(self, reading: Reading) -> tuple[float, float, float]:
-        """Wait for a step's numbers; returns loss, norm and seconds. The step may have started before the previous
-        step's numbers were read."""
+        """Wait for a step's numbers. Returns loss, gradient norm and the step's seconds. Seconds are counted from the
+        arrival of the previous step's numbers, if the step was started before."""
         before, arrived = max(reading.started, self.settled), reading.has_arrived()
         loss, norm = reading.read()
         self.settled = reading.sent if arrived else time.monotonic()
@@ -89,8 +90,8 @@ class PendingReadings:
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> Tensors:
-    """The logged values of a step by name, each of shape (): means over the units of all ranks. `sums`: the sums of
-    this rank."""
+    """The logged values of a step by name, each of shape (): means over the loss units of all ranks. `sums`: this
+    rank's sums."""
     if not names:
         return {}
     absent = torch.zeros((), dtype=summing_dtype(devices.device), device=devices.device)
@@ -106,7 +107,7 @@ def start_reading(
     named: Mapping[str, Tensor],
     started: float,
 ) -> Reading:
-    """Start the copy of a step's numbers (loss, norm, logged values) to the host, without waiting for it."""
+    """Start to copy a step's numbers (loss, norm, logged values) to the host, without waiting for the copy."""
     device = next(iter(named.values())).device
     numbers = torch.stack([value.detach().to(summing_dtype(device)) for value in named.values()])  # (2 + M,)
     copied = None
@@ -118,8 +119,8 @@ def start_reading(
 
 
 def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
-    """Check that the numbers are finite. With `may_overflow` (float16) a non-finite norm is no error, because the loss
-    scale handles it.
+    """Check that loss and gradient norm are finite. `may_overflow` (float16): a non-finite norm is allowed, because the
+    loss scale handles it.
 
     Raises: NumericsError, naming the step and its rows.
     """
@@ -135,5 +136,5 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
 
 
 def rows_text(batches: Sequence[Batch], devices: Devices) -> str:
-    """The files and lines of the step's rows on all ranks; at most eight rows."""
+    """The files and line numbers of these batches' rows on all ranks; at most eight rows."""
     return listed(devices.gather([row.origin for batch in batches for row in batch.rows]), 8)

@@ -35,8 +35,7 @@ OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained 
 
 @contextmanager
 def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -> Iterator[None]:
-    """A context manager: the run folder is locked inside the block. If the block fails, the reason is written to
-    status.json."""
+    """A context manager that locks the run folder. If the block fails, the reason is written to status.json."""
     if overwrite:
         _refuse_inputs_inside(session, path)
     open_new = partial(RunFolder.open_new, overwrite=overwrite)
@@ -83,7 +82,7 @@ def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None
 
 
 def newest_checkpoint(session: Session) -> Checkpoint | None:
-    """The newest complete checkpoint. Also sets this process to the thread count of the checkpoint's run, because the
+    """Load the newest complete checkpoint. Also set the number of threads to the number in the checkpoint, because the
     order of sums depends on it."""
     checkpoint = session.from_folder(load_newest)
     if checkpoint is not None:
@@ -105,13 +104,13 @@ def is_run_finished(session: Session) -> bool:
 
 
 def previous_choice(session: Session) -> Choice | None:
-    """The Choice in the plan of the run in this folder. A resumed run uses it to make the same micro-batches, even if a
-    different amount of memory is free."""
+    """The memory settings (Choice) in the plan of the run in this folder. A resumed run uses them again, so that its
+    micro-batches are the same even if a different amount of memory is free."""
     return session.from_folder(lambda folder: choice_in(folder.path))
 
 
 def choice_in(path: Path) -> Choice | None:
-    """The Choice in the plan of a run folder; None without a plan."""
+    """The memory settings (Choice) in the plan of a run folder; None if there is no plan."""
     plan = read_json(path / "plan.json")
     choice = plan.get("choice") if isinstance(plan, dict) else None
     return None if choice is None else Choice(**choice)
@@ -120,9 +119,10 @@ def choice_in(path: Path) -> Choice | None:
 def check_fingerprint(
     session: Session, data: str, base: str | None, checkpoint: Checkpoint | None, code: Mapping[str, str]
 ) -> JsonObject:
-    """The fingerprint of this run. It must equal the fingerprint of `checkpoint`, the checkpoint that is resumed.
+    """Make the fingerprint of this run, and compare it with the fingerprint of the run in this folder or of
+    `checkpoint`.
 
-    Raises: RunFolderError with each difference from the run in this folder: recipe, data, base or version.
+    Raises: RunFolderError with each difference of recipe, data, base or version.
     """
     names, on_cpu = accelerator_names(), session.devices.device.type == "cpu"
     new = make_fingerprint(
@@ -150,8 +150,9 @@ def check_fingerprint(
 def with_files(
     session: Session, fingerprint: JsonObject, files: Mapping[str, str], checkpoint: Checkpoint | None
 ) -> JsonObject:
-    """The fingerprint with `files`: the sha256, by key, of files that the objective read before the first step.
-    Raises: RunFolderError if the resumed checkpoint has different values.
+    """Add `files` to the fingerprint: the sha256, by key, of files that the objective read before the first step.
+
+    Raises: RunFolderError if the checkpoint that is resumed has different values.
     """
     if not files:
         return fingerprint
@@ -162,8 +163,8 @@ def with_files(
 
 
 def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
-    """Refuse differences between two fingerprints. Differences that --accept-changed names are recorded for the
-    report."""
+    """Raises: RunFolderError if two fingerprints differ. Differences that --accept-changed allows are recorded for the
+    report instead."""
     keys = list(dict.fromkeys([*new.get("code", ()), *new.get("files", ()), *old.get("files", ())]))
     for name in session.accepted:
         if not any(f"{key}.".startswith(f"{name}.") for key in keys):
@@ -176,21 +177,21 @@ def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
 
 
 def _protected(session: Session, best_step: int | None) -> set[int]:
-    """Steps whose checkpoints are never removed."""
+    """The steps whose checkpoints must not be deleted: the best step, if evaluation.best is set."""
     return {best_step} if session.loaded.recipe.evaluation.best and best_step is not None else set()
 
 
 def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
-    """The fingerprint of the run in this folder, if it has no checkpoint."""
+    """The fingerprint in environment.json of the run in this folder; None if there is no run."""
     environment = folder.read_json("environment.json") if (folder.path / "plan.json").exists() else None
     return None if environment is None else environment.get("fingerprint")
 
 
 def announce_run(session: Session, plan: Plan, prepared: RunInputs) -> None:
-    """Write the status "running" to the run folder.
+    """Write the status "running" to the run folder, and check the free disk space.
 
-    Raises: ResourceError if the disk is too small for the adapter and the checkpoints. While a checkpoint is saved,
-    there is one more than training.keep_checkpoints.
+    Raises: ResourceError if the disk is too small for the adapter and training.keep_checkpoints + 1 checkpoints. An old
+    checkpoint is deleted only after a new one is complete.
     """
     if session.folder is not None:
         session.folder.status(None, "running")
@@ -200,7 +201,8 @@ def announce_run(session: Session, plan: Plan, prepared: RunInputs) -> None:
 
 
 def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject) -> None:
-    """Write the recipe, environment and plan to the run folder; on a resume, remove records after the checkpoint."""
+    """Write the recipe, environment and plan to the run folder. For a resumed run, also remove the metrics records
+    after `step`."""
 
     def write(folder: RunFolder) -> None:
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
@@ -214,7 +216,7 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject)
 
 
 def make_trackers(session: Session, step: int) -> Trackers:
-    """Make the recipe's experiment trackers, which record from this step on. Only the main rank has trackers."""
+    """Start the recipe's experiment trackers. They record steps after `step`. Only the main rank has trackers."""
     recipe = session.loaded.recipe
     names = recipe.output.report_to if session.folder is not None else ()
     path = Path(recipe.output.dir)
@@ -225,8 +227,8 @@ def make_trackers(session: Session, step: int) -> Trackers:
 def make_recorder(
     session: Session, progress: StepProgress, trackers: Trackers
 ) -> Callable[[StepRecord | EvaluationRecord], None]:
-    """A function that passes records to metrics.jsonl, the progress line and the trackers; does nothing on other
-    ranks."""
+    """Returns a function that writes a record to metrics.jsonl, the progress line and the trackers. On other ranks, it
+    does nothing."""
 
     def record(value: StepRecord | EvaluationRecord) -> None:
         if session.folder is None:
@@ -245,7 +247,7 @@ def make_recorder(
 
 
 def save_run(session: Session, run: Run, fingerprint: JsonObject) -> None:
-    """Write a checkpoint on the main rank; an error stops every rank."""
+    """Write a checkpoint on the main rank. An error there is raised on every rank."""
     state, recipe = run.state, session.loaded.recipe
 
     def write(folder: RunFolder) -> None:

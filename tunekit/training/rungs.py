@@ -1,4 +1,5 @@
-"""The comparisons of a sweep with successive halving: at which steps they are, and which lanes (trials) they end."""
+"""The comparisons of a sweep with successive halving: the steps at which trials are compared, and the trials that end
+there."""
 
 import math
 import time
@@ -22,23 +23,24 @@ RUNGS_NAME = "rungs.json"
 
 @dataclass
 class Limits:
-    """The time limit of `--auto`, and the costs that were measured to choose its values."""
+    """The time limit of `sweep --auto`, and the measured costs from which its values were chosen."""
 
     deadline: float  # of time.monotonic
     costs: Costs | None = None
 
 
 def earlier_rungs(folder: Path, lanes: Sequence[Lane]) -> list[list[str]]:
-    """The settings that each earlier comparison ended. Marks the lanes of these settings as ended.
+    """For each earlier comparison, the names of the settings whose training ended there. Also marks the trials of these
+    settings as ended.
 
-    Raises: RunFolderError if other trials were compared.
+    Raises: RunFolderError if the earlier comparisons had different trials.
     """
     earlier = read_json(folder / RUNGS_NAME)
     if earlier is None:
         return []
     if earlier["settings"] != setting_names(lanes):
-        what = f"{folder / RUNGS_NAME}: halving compared other trials"
-        raise RunFolderError(what, "write the same values, or choose another output.dir")
+        what = f"{folder / RUNGS_NAME}: halving compared the trials of a different sweep"
+        raise RunFolderError(what, "restore the values of that sweep, or choose another output.dir")
     rungs: list[list[str]] = earlier["rungs"]
     for lane in lanes:
         lane.ended = any(lane.trial.setting in names for names in rungs)
@@ -51,8 +53,9 @@ def setting_names(lanes: Sequence[Lane]) -> list[str]:
 
 
 def most_settings(limits: Limits | None, results: SweepResults, lanes: Sequence[Lane], left: int) -> int | None:
-    """How many settings `--auto` continues after a comparison: at most half of them, and only as many as can end in
-    time. None without --auto. `left`: the number of remaining comparisons, this one included."""
+    """The maximum number of settings that `sweep --auto` continues after a comparison: at most half of them, and only
+    as many as can finish before the deadline. None without `--auto`. `left`: the number of comparisons left, including
+    this one."""
     if limits is None:
         return None
     order = [setting.name for setting in results.settings if setting.numbers]
@@ -67,7 +70,8 @@ def most_settings(limits: Limits | None, results: SweepResults, lanes: Sequence[
 
 
 def rung_of(lane: Lane, left: int) -> int | None:
-    """The step of a lane's next comparison; None if no comparison is left before the end of its run."""
+    """The step at which a trial is compared next; None if its run ends before. `left`: the number of comparisons
+    left."""
     if lane.plan is None or lane.prepared is None:
         return None
     every = lane.trial.loaded.recipe.training.eval_steps
@@ -77,7 +81,7 @@ def rung_of(lane: Lane, left: int) -> int | None:
 
 
 def end_paused(lanes: Sequence[Lane]) -> None:
-    """Mark these paused lanes (trials) as ended by halving."""
+    """Mark these paused trials as ended, because the comparisons (successive halving) dropped them."""
     for lane in lanes:
         if not lane.ended:
             step = max(step for step, _ in list_checkpoints(lane.path / "checkpoints"))
@@ -86,7 +90,7 @@ def end_paused(lanes: Sequence[Lane]) -> None:
 
 
 def runs_by_setting(lanes: Sequence[Lane]) -> dict[str, list[RunValues]]:
-    """The values of the runs of each setting."""
+    """For each setting, the values in the run folders of its trials."""
     runs: dict[str, list[RunValues]] = {}
     for lane in lanes:
         with damage_named(lane.path):

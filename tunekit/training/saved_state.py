@@ -23,14 +23,15 @@ from tunekit.training.state import LoopState
 def checkpoint_tensors(
     optimizer: Optimizer, adapter: AttachedAdapter, reference: Mapping[str, Tensor] | None = None
 ) -> Tensors:
-    """All tensors that an exact resume needs; `reference`: the adapter's state at step 0, if the loss reads it."""
+    """All tensors that an exact resume needs. `reference`: the adapter's state at step 0; None if the loss does not
+    need it."""
     buffers = {BUFFER_PREFIX + name: tensor for name, tensor in adapter.state(("saved", "resume")).items()}
     reference_tensors = {REFERENCE_PREFIX + name: tensor for name, tensor in (reference or {}).items()}
     return optimizer.state_tensors() | buffers | reference_tensors
 
 
 def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> JsonObject:
-    """All plain values that an exact resume needs."""
+    """All values that an exact resume needs, except tensors."""
     return {
         "loop": asdict(state),
         "layout": optimizer.layout(),

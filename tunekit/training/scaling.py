@@ -13,8 +13,8 @@ GROWTH_INTERVAL_STEPS = 2000
 
 @dataclass
 class LossScale:
-    """The loss scale. `scale` is a power of two, so scaling and unscaling are exact. `factor` is 1 if `enabled` is
-    false."""
+    """The loss scale for float16. `scale` is a power of two, so that scaling and unscaling are exact. If `enabled` is
+    false, losses are not scaled (`factor` is 1)."""
 
     enabled: bool = False
     scale: float = INITIAL_SCALE

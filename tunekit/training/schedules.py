@@ -1,5 +1,5 @@
-"""Learning-rate schedules: functions from the number of an update to a multiplier of the learning rate. They follow
-transformers' conventions."""
+"""Learning-rate schedules: functions from the number of an update to a multiplier of the learning rate. The formulas
+are those of transformers."""
 
 import math
 from typing import Any
@@ -15,13 +15,16 @@ def warmup_steps(settings: TrainingSection, steps: int) -> int:
 
 
 def rate_multiplier(training: TrainingSection, update: int, steps: int, warmup: int) -> float:
-    """Multiplier for update number `update` (0-based).
+    """The multiplier of the learning rate for update number `update` (0-based).
 
-    Warm-up: update / warmup, so that the first update has rate 0. Then, with p = (update - warmup) / (steps - warmup)
-    and c = num_cycles: linear 1 - p; cosine (1 + cos(2 pi c p)) / 2, which min_lr rescales to the range from min_lr to
-    1;
-    restarts (1 + cos(pi (c p mod 1))) / 2; polynomial (1 - p)^power, above lr_end; inverse_sqrt sqrt(t / (update -
-    warmup + t)). Source: transformers.optimization.
+    Warm-up: update / warmup, so that the first update has rate 0. After it, with p = (update - warmup) / (steps -
+    warmup) and c = num_cycles:
+    linear: 1 - p.
+    cosine: (1 + cos(2 pi c p)) / 2; with min_lr, rescaled to end at min_lr.
+    restarts: (1 + cos(pi (c p mod 1))) / 2.
+    polynomial: (1 - p)^power, rescaled to end at lr_end.
+    inverse_sqrt: sqrt(t / (update - warmup + t)), t = timescale.
+    Source: transformers.optimization.
     """
     settings: dict[str, Any] = {**SCHEDULERS[training.scheduler], **training.scheduler_settings}
     if training.scheduler == "warmup_stable_decay":
@@ -48,8 +51,8 @@ def rate_multiplier(training: TrainingSection, update: int, steps: int, warmup: 
 
 
 def _stable_then_decayed(settings: dict[str, Any], update: int, steps: int, warmup: int) -> float:
-    """A warm-up from min_lr_ratio to 1, a constant 1, then a decay to min_lr_ratio in the last num_decay_steps
-    (default: a tenth)."""
+    """The multiplier of a schedule with three phases: a warm-up from min_lr_ratio to 1; a constant 1; a decay to
+    min_lr_ratio in the last num_decay_steps steps (default: a tenth of all steps)."""
     decay = math.ceil(steps / 10) if settings["num_decay_steps"] is None else settings["num_decay_steps"]
     progress = 1 - (steps - update) / max(1, decay)
     if update < warmup:
@@ -68,7 +71,7 @@ def _cosine(turns: float) -> float:
 
 
 def _above(minimum: float, factor: float) -> float:
-    """A `factor` from 0 to 1, rescaled to the range from `minimum` to 1."""
+    """Rescale `factor` from the range 0 to 1 to the range `minimum` to 1."""
     return minimum + (1.0 - minimum) * factor
 
 

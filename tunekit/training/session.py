@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 
 @dataclass
 class Session:
-    """The resources of one process. `folder`: the run folder; None on other ranks, and for a run that writes
-    nothing."""
+    """The resources of one process of a run. `folder`: the run folder; None on other ranks, and if the run writes no
+    files."""
 
     loaded: LoadedRecipe
     devices: Devices
@@ -44,20 +44,20 @@ class Session:
         return timed(self.seconds, part)
 
     def stop_signal(self, step: int) -> int:
-        """The number of the signal that stops the run after `step`; 0 if it continues."""
+        """The number of the signal that requests a stop after `step`; 0 if the run continues."""
         return self.signals.requested or (SIGTERM if step == self.last_step else 0)
 
     def in_folder(self, use: Callable[[RunFolder], Result]) -> Result | None:
-        """The result of `use` on the main rank, if there is a run folder. An error on the main rank is raised on every
-        rank."""
+        """Call `use` with the run folder on the main rank, and return its result there; None on other ranks or without
+        a run folder. An error is raised on every rank."""
         return self.devices.on_main(lambda: None if self.folder is None else use(self.folder))
 
     def from_folder(self, read: Callable[[RunFolder], Result]) -> Result | None:
-        """The result of `read`, which only the main rank calls and all ranks get."""
+        """Call `read` with the run folder on the main rank, and return its result on all ranks."""
         return self.devices.from_main(self.in_folder(read))
 
     def out_of_memory(self) -> ResourceError:
-        """The one-line error for a process that ran out of memory, with its peaks."""
+        """The error for a process that ran out of memory; it states the memory peaks."""
         peaks = device_peaks(self.devices.device)
         if peaks.allocated is not None:
             had = f"peak {bytes_text(peaks.allocated)} allocated, {bytes_text(peaks.reserved or 0)} reserved"
@@ -82,16 +82,15 @@ class Session:
         )
 
     def peak_bytes(self) -> int:
-        """The peak of memory so far, to compare it with plan's prediction. On a device with its own memory it is the
-        allocated memory; on Metal, the reserved memory. On a CPU it is the growth of the process since before the base
-        was loaded."""
+        """The peak of memory so far, comparable with the predicted peak of plan. On a GPU: the allocated memory. On
+        Metal: the reserved memory. On a CPU: the growth of the process since before the base was loaded."""
         peaks = device_peaks(self.devices.device)
         return peaks.allocated or peaks.reserved or max(0, peak_host_bytes() - self.baseline_bytes)
 
 
 def _adapter_bytes(model: TunedModel) -> int:
-    """Bytes of the adapter's tensors inside the network. A whole-model adapter is outside the network and is not
-    counted."""
+    """Bytes of the adapter's tensors inside the network. An adapter of the whole model is not part of the network and
+    is not counted."""
     parts = [] if model.adapter is None else model.adapter.parts()
     inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
     return sum(tensor.nbytes for part in inside for tensor in part.state().values())

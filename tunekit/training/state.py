@@ -1,4 +1,5 @@
-"""The Run that train.py assembles and the loop uses, and the LoopState that a checkpoint saves."""
+"""The Run: all objects that the training loop uses. Also the LoopState: the progress of a run, which a checkpoint
+contains."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from tunekit.tuned.model import ModelRun, TunedModel
 
 @dataclass
 class LoopState:
-    """The progress of a run. All its values are plain, so that a checkpoint can contain them."""
+    """The progress of a run. It has only plain values, which a checkpoint can contain."""
 
     scale: LossScale = field(default_factory=LossScale)
     step: int = 0  # optimizer steps, including skipped ones
@@ -49,8 +50,8 @@ class LoopState:
     split_tokens: int | None = None  # micro-batches with this many padded tokens or more are split
 
     def judge(self, settings: EvaluationSection, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the best so far; also decides early stopping. The evaluation before training is only
-        a reference."""
+        """Return whether an evaluation is the best so far. If it is not, count it for early stopping. The evaluation
+        before training is only a reference and is not judged."""
         if not self.step or (settings.best is None and settings.patience is None):
             return False
         watched = (settings.best or "eval.loss").removeprefix("eval.")
@@ -64,7 +65,7 @@ class LoopState:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Intermediate results of plan that train needs."""
+    """Results of planning that training needs: rows, batch settings, adapter settings, the largest batch."""
 
     model: ModelSection  # includes the heads that the objective needs
     processor: Processor
@@ -77,7 +78,7 @@ class RunInputs:
 
 @dataclass
 class Run:
-    """A run: its model, objective, data and state. `save` and `evaluate` are called on every rank."""
+    """A run: its model, objective, data and state. All ranks call `save` and `evaluate`."""
 
     model: TunedModel
     objective: Objective
@@ -109,17 +110,18 @@ class Run:
         return self.model.adapter
 
     def view(self) -> ModelRun:
-        """The run as objective and companions see it."""
+        """The parts of the run that the objective and its companions (auxiliary models) may use."""
         return ModelRun(self.model, self.objective.rows, self.devices.gather)
 
     @property
     def reads_later(self) -> bool:
-        """Whether a step's numbers are read one step later, because the device itself skips a non-finite update."""
+        """Whether a step's loss and norm are read one step later. This is possible if the device itself skips a
+        non-finite update."""
         return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
 
     @property
     def computes_on_cpu(self) -> bool:
-        """Whether threads of this process compute the steps."""
+        """Whether the steps are computed on a CPU, by threads of this process."""
         return self.model.device.type == "cpu"
 
     @property
@@ -139,7 +141,7 @@ class Run:
 
 @contextmanager
 def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Add the block's time to `part` of the report's seconds."""
+    """A context manager that adds the time of its block to `part` of the report's seconds."""
     started = time.monotonic()
     try:
         yield

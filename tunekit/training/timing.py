@@ -1,4 +1,4 @@
-"""Prediction of the time of a sweep's trials, from a few measured steps and evaluation batches of one trial."""
+"""Predicts the time of a sweep's trials from measurements: a few steps and evaluation batches of one trial."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not cou
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured seconds: to load the base, to prepare a run with the loaded base, for a token in training, and for an
-    evaluation without generated answers."""
+    """Measured seconds. `load`: to load the base; `prepare`: to prepare a run with the loaded base; `token`: for a
+    token in training; `evaluation`: for an evaluation without generated answers."""
 
     load: float
     prepare: float
@@ -36,15 +36,16 @@ class Costs:
     evaluation: float
 
     def of_steps(self, plan: Plan, recipe: Recipe, first: int, last: int) -> float:
-        """Seconds of the steps from `first` to `last` and of their evaluations, including the evaluation before step
-        1."""
+        """Seconds of the steps from `first` to `last` and of the evaluations between them, including an evaluation
+        before step 1."""
         evaluations = last // recipe.training.eval_steps - first // recipe.training.eval_steps
         evaluations += last == plan.steps and bool(last % recipe.training.eval_steps)
         evaluations += first == 0 and recipe.evaluation.before_training
         return (last - first) * step_tokens(plan) * self.token + evaluations * self.evaluation
 
     def of_parts(self, plan: Plan, recipe: Recipe, ends: Sequence[int]) -> list[float]:
-        """Seconds of each part of a run that pauses at the steps `ends`. The run is prepared again after each pause."""
+        """Seconds of each part of a run that pauses at the steps `ends`. After each pause, the run must be prepared
+        again."""
         borders = [0, *ends, plan.steps]
         return [
             self.prepare + self.of_steps(plan, recipe, first, last) if last > first else 0.0
@@ -63,7 +64,7 @@ def step_tokens(plan: Plan) -> float:
 
 
 def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load) -> Costs | None:
-    """The costs of a run, measured without writing anything. None if its numbers become invalid at once.
+    """Measure the costs of a run without writing any file. None if loss or gradient become non-finite at once.
 
     Raises: TunekitError if the run cannot be assembled.
     """
@@ -90,7 +91,7 @@ def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load)
 
 
 def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: Run) -> float:
-    """Seconds of a whole evaluation, estimated from some of its batches; answers are not generated."""
+    """Seconds of an evaluation without generated answers, estimated from some of its batches."""
     rows, counts = prepared.rows.evaluation, plan.rows.evaluation
     if rows is None or counts is None:
         return 0.0
@@ -103,9 +104,8 @@ def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: 
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """The predicted seconds of the trials in one sweep, and of the same trials with one `tunekit train` each. Only
-    trials with the base of the measured trial count. `start`: seconds in which this process started Python and loaded
-    libraries."""
+    """The predicted time of a sweep, and of the same trials as separate `tunekit train` runs. Only trials with the same
+    base as the measured trial are included. `start`: the seconds to start Python and load libraries."""
 
     costs: Costs
     measured: str  # the name of the measured trial
@@ -115,18 +115,18 @@ class TimeForecast:
     gain: float = 1.0  # separate steps as a multiple of steps together, roughly estimated
 
     def lines(self) -> list[str]:
-        """The prediction in words, and how much time the sweep saves."""
+        """The prediction as text: the time of the sweep, and the time of separate runs."""
         count, one = len(self.trials), max(self.trials.values())
         separate = sum(self.trials.values())
         total = (separate if self.halved is None else self.halved) / self.gain
         alone = separate + count * (self.start + self.costs.load)
-        halved = "" if self.halved is None else " if halving ends half of them each time"
-        same = "" if self.gain > 1 else ". A step takes as long as in train"
+        halved = "" if self.halved is None else " if each comparison ends half of them"
+        same = "" if self.gain > 1 else ". A step takes as long as in `tunekit train`"
         return [
-            f"predicted time: {time_text(one)} for one trial, {time_text(total)} for {count}{halved}, by "
-            f"{STEPS} steps of {self.measured}",
-            f"{count} times `tunekit train`: {time_text(alone)}; each would start Python ({self.start:.1f} s) and load "
-            f"the base ({self.costs.load:.1f} s){same}",
+            f"predicted time: {time_text(one)} for one trial, {time_text(total)} for {count} trials{halved}, "
+            f"estimated from {STEPS} steps of {self.measured}",
+            f"{count} separate runs of `tunekit train`: {time_text(alone)}; each would start Python "
+            f"({self.start:.1f} s) and load the base ({self.costs.load:.1f} s){same}",
         ]
 
 
@@ -138,8 +138,8 @@ def forecast(
     ends: Sequence[Mapping[str, int | None]],
     gain: float,
 ) -> TimeForecast:
-    """The prediction for planned lanes. `ends`: the step of each trial at each comparison of halving. `gain`: the time
-    of separate steps as a multiple of the time of steps together."""
+    """The predicted time of planned trials. `ends`: for each comparison of successive halving, the step of each trial.
+    `gain`: how many times faster steps are if all trials run together."""
     planned = [(lane.trial.name, lane.plan, lane.trial.loaded.recipe) for lane in lanes if lane.plan is not None]
     trials = {name: costs.of_run(plan, recipe) for name, plan, recipe in planned}
     halved = None

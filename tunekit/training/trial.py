@@ -1,4 +1,5 @@
-"""Checks before step 1 (probes, the longest batch), and the reactions to a batch that does not fit into memory."""
+"""Checks before step 1 (probes of the model, a run of the longest batch), and the reactions to a batch that does not
+fit into memory."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,10 +19,10 @@ BEFORE_TRAINING = -1  # the step of a dry-run window
 
 
 def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> RunInputs:
-    """Check, on token ids of the run, whether rows that are packed together attend to each other. If they do and the
-    recipe does not ask for packing, `prepared` is returned with padded rows.
+    """Check, on token ids of the run, whether rows in the same sequence can attend to each other. If they can and the
+    recipe does not set data.packing, return `prepared` with padded rows.
 
-    Raises: ModelError if they do and the recipe asks for packing.
+    Raises: ModelError if they can and the recipe sets data.packing.
     """
     settings, batch = prepared.batch_settings, prepared.largest_batch
     if not (settings.packing or settings.end_to_end):
@@ -29,10 +30,10 @@ def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state
     leak = packing_leak(model, batch.inputs["input_ids"])
     if leak <= TOLERANCE[model.base.dtype]:
         return prepared
-    what = f"attend to each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
+    what = f"packed rows attend to each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
     if settings.packing:
-        raise ModelError(f"packed rows {what}", "set data.packing: false", key="data.packing")
-    reaction = Reaction(f"packed rows {what}", "rows are padded instead", state.step)
+        raise ModelError(what, "set data.packing: false", key="data.packing")
+    reaction = Reaction(what, "rows are padded instead", state.step)
     state.reactions.append(asdict(reaction))
     session.console.warn(f"{reaction.probe}; {reaction.action}")
     objective = prepared.rows.objective.laid_out(end_to_end=False)
@@ -42,20 +43,26 @@ def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state
 
 
 def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:
-    """Check that the base with its adapter bypassed equals the model at step 0, because the objective compares with
-    that model.
+    """Check that the base with its adapter bypassed equals the model at step 0. The objective uses the bypassed model
+    as its reference.
 
     Raises: ModelError if they differ.
     """
     moved = bypass_difference(model, batch.inputs["input_ids"])
     if not moved <= TOLERANCE[model.base.dtype]:
-        what = f"the base with its adapter bypassed is not the model at step 0 (hidden states differ by {moved:.1e})"
-        how = f"{objective.name} compares with the model at step 0; choose another adapter.method or adapter.start"
+        what = (
+            f"the base with its adapter bypassed differs from the model at step 0 (hidden states differ by {moved:.1e})"
+        )
+        how = (
+            f"the objective {objective.name} compares with the model at step 0; choose another adapter.method or "
+            "adapter.start"
+        )
         raise ModelError(what, how, key="adapter.method")
 
 
 def probe_logprobs(model: TunedModel, batch: Batch) -> None:
-    """Compare our log-probabilities with those computed from the model's own logits, on token ids of the batch.
+    """Compare log-probabilities that are computed in chunks with log-probabilities from the model's full logits, on
+    token ids of the batch.
 
     Raises: ModelError if they differ.
     """
@@ -69,8 +76,8 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
 
 
 def make_splitting(session: Session, state: LoopState) -> Splitting:
-    """The reaction to a micro-batch that runs out of memory: the split is printed at once, and saved for the report and
-    for a resume."""
+    """Returns the splitting of micro-batches that run out of memory. Each split is printed at once, and saved for the
+    report and for a resume."""
 
     def react(reaction: Reaction) -> None:
         state.reactions.append(asdict(reaction))
@@ -82,25 +89,28 @@ def make_splitting(session: Session, state: LoopState) -> Splitting:
 
 
 def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch], None]:
-    """A function that reports and records that an evaluation batch ran out of memory, once for each shape."""
+    """Returns a function that warns and records that an evaluation batch ran out of memory, once for each shape of
+    batch."""
 
     def note(batch: Batch) -> None:
         what = f"an evaluation batch of {shape_text(batch)} ran out of memory"
         if all(reaction["probe"] != what for reaction in state.reactions):
-            state.reactions.append(asdict(Reaction(what, "split in two; its sums are the same", state.step)))
+            state.reactions.append(asdict(Reaction(what, "split in two, which does not change the result", state.step)))
             session.console.warn(f"step {state.step}: {what}; split in two")
 
     return note
 
 
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
-    """The batch, prepared for a dry-run step."""
+    """The batch, prepared by the objective for a dry-run step."""
     return run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
 
 
 def try_longest_batch(run: Run, batch: Batch) -> None:
     """Run forward and backward of the longest micro-batch, without an update.
-    Gradients are cleared and the random state is restored, so that training is the same bit for bit.
+
+    Afterwards gradients are cleared and the random state is restored, so that training has the same bits as without
+    this call.
     """
     with forked_random(run.model.device), run.model.training_mode(True):
         window = Window(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))

@@ -18,7 +18,7 @@ FACTS = ("final_training_loss", "tokens_per_second", "peak_memory_bytes", "train
 
 @dataclass(frozen=True)
 class Outcomes:
-    """A table of results with one row per run. A value is None if the run did not measure it."""
+    """A table of results with one row per run. A value is None if it was not measured."""
 
     names: list[str]
     runs: list[str]
@@ -49,7 +49,8 @@ def number_text(name: str, value: float | None) -> str:
 
 
 def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
-    """A page with the runs' results, the differences between their recipes, and charts with the curves of all runs."""
+    """Make a page that compares runs: their results, the differences between their recipes, and charts with the curves
+    of all runs."""
     keys, outcome, repeats, paired = differing_keys(runs), outcome_table(runs), same_but_seed(runs), differences(runs)
     sections = [ReportSection("Results", tables=[ReportTable(["run", *outcome.labels], outcome.texts())])]
     if repeats:
@@ -72,7 +73,8 @@ def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
 
 
 def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:
-    """[key, value in each run] of every key whose value differs between the recipes, except output.dir."""
+    """One row for each recipe key whose value differs between the runs: [key, value in each run]. output.dir is left
+    out."""
     flat = [dict(_flat(run.recipe)) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     return [
@@ -83,7 +85,7 @@ def differing_keys(runs: Sequence[RunValues]) -> list[list[str]]:
 
 
 def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys with plain values. A list is one value, unless its items are mappings."""
+    """Yields (dotted key, value) for every plain value. A list counts as one value, unless its items are mappings."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
@@ -110,8 +112,8 @@ def _facts(run: RunValues) -> list[float | None]:
 
 
 def same_but_seed(runs: Sequence[RunValues]) -> list[tuple[str, list[str]]]:
-    """For each set of runs that differ only in the seed: the names of the runs, and mean ± standard deviation of
-    each result."""
+    """For each set of runs that differ only in their seed: the names of the runs, and mean ± standard deviation of each
+    result."""
     outcome = outcome_table(runs)
     sets: dict[str, list[int]] = {}
     for at, run in enumerate(runs):

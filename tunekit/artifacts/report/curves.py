@@ -16,7 +16,8 @@ CHARTS = {"loss": "Loss", "learning_rate": "Learning rate", "grad_norm": "Gradie
 
 
 def charts_of(runs: Sequence[RunValues]) -> list[Chart]:
-    """The charts of one run, or of several runs with a colour for each. The chart of the headline value comes first."""
+    """The charts of one run, or of several runs (one colour for each run). The chart of the most important metric comes
+    first."""
     many = len(runs) > 1
     charts = [_loss(runs, many)]
     for name in dict.fromkeys(name for run in runs for record in run.evaluations for name in record.numbers("eval")):
@@ -40,7 +41,8 @@ def charts_of(runs: Sequence[RunValues]) -> list[Chart]:
 
 
 def binned_text(runs: Sequence[RunValues]) -> list[str]:
-    """A sentence that states how many steps each point of a curve averages; empty if each step has a point."""
+    """A sentence that says how many steps are averaged in each point of a curve; empty if each step has its own
+    point."""
     most = max((-(-len(run.steps) // MOST_POINTS) for run in runs), default=1)
     return [f"Each point is the mean of up to {most} steps; metrics.jsonl contains every step."] if most > 1 else []
 
@@ -51,14 +53,14 @@ def _series(label: str, points: Sequence[tuple[float, float]], kind: str, color:
 
 
 def _short(value: float) -> float:
-    """The value rounded to five digits; a screen cannot show more."""
+    """The value rounded to five digits, because a screen cannot show more."""
     short = float(f"{value:.5g}")
     return int(short) if short.is_integer() else short
 
 
 def _loss(runs: Sequence[RunValues], many: bool) -> Chart:
-    """The chart of the training loss, its trend, and the evaluation loss. The scale is logarithmic if the largest
-    loss is ten times the smallest."""
+    """The chart of the training loss, its trend, and the evaluation loss. It has a logarithmic scale if the largest
+    loss is more than ten times the smallest."""
     lines = []
     for at, run in enumerate(runs):
         steps = _steps(run, "loss", at, many, "training")
@@ -74,7 +76,7 @@ def _loss(runs: Sequence[RunValues], many: bool) -> Chart:
 
 
 def _steps(run: RunValues, name: str, at: int, many: bool, label: str | None = None) -> Series:
-    """The values of one name over the steps, averaged to at most MOST_POINTS points."""
+    """The curve of one logged value over the steps, averaged to at most MOST_POINTS points."""
     all_points = [(record.count("step"), value) for record in run.steps if (value := record.number(name)) is not None]
     bins = min(MOST_POINTS, len(all_points))
     edges = [round(index * len(all_points) / bins) for index in range(bins + 1)] if bins else [0]
@@ -85,7 +87,7 @@ def _steps(run: RunValues, name: str, at: int, many: bool, label: str | None = N
 
 
 def _trend(series: Series) -> Series:
-    """The series smoothed: each value is the mean of its neighbours, equally many on each side."""
+    """A smoothed curve: each value is the mean of its neighbours, with equally many neighbours on each side."""
     half = int(len(series.y) * TREND_SHARE / 2)
     if not half:
         return series
@@ -103,7 +105,7 @@ def _points(run: RunValues, name: str, color: int, many: bool) -> Series:
 
 
 def _memory(runs: Sequence[RunValues], many: bool) -> Chart:
-    """The chart of the peak memory up to each step; for a single run also the predicted peak."""
+    """The chart of the peak memory until each step. For a single run, the chart also has the predicted peak."""
     lines = [_steps(run, "peak_bytes", at, many, "peak so far") for at, run in enumerate(runs)]
     predicted = runs[0].plan.part("peak_bytes").number("total")
     if not many and lines[0].x and predicted is not None:

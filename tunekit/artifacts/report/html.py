@@ -34,7 +34,7 @@ def html_page(page: ReportPage) -> str:
 
 
 def render(template: str, page: object, **raw: str) -> str:
-    """A template of the assets, filled with values in which access tokens are redacted; `raw` is inserted unchanged."""
+    """Fill a template of the assets with values. Access tokens in values are redacted; `raw` is inserted unchanged."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_without_secrets)
     environment.filters |= {"cell": _cell, "inlined": inlined, "scaled": _scaled}
     text = environment.from_string(_asset(template))
@@ -50,7 +50,7 @@ def _cell(value: object) -> str:
 
 
 def _scaled(bars: Sequence[Bar]) -> list[list[tuple[str, str, str, int]]]:
-    """Each part of a bar as (name, size as text, percent of the longest bar, number of the colour)."""
+    """For each bar, its parts as (name, size as text, percent of the longest bar, number of the colour)."""
     longest = max(sum(size for _, size, _ in bar.parts) for bar in bars)
     names = list(dict.fromkeys(name for bar in bars for name, _, _ in bar.parts))
     return [

@@ -20,7 +20,7 @@ def markdown_page(page: ReportPage) -> str:
 
 
 def escape(value: object) -> str:
-    """Text from a recipe or a file, escaped for Markdown, on one line, and without secrets."""
+    """A text from a recipe or a file, escaped for Markdown: on one line and without secrets."""
     flat = " ".join(redact(str(value)).split())
     return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
 
@@ -79,14 +79,14 @@ def _bar_table(bars: Sequence[Bar]) -> str:
 
 
 def curve(values: Sequence[float]) -> str:
-    """The values as a line of text bars, each the mean of several values, then the highest and the lowest of these
-    means."""
+    """The values as a line of text bars, followed by the highest and the lowest bar. Each bar is the mean of several
+    values."""
     means = means_of(values, CURVE_COLUMNS)
     return f"{curve_text(values, CURVE_COLUMNS)}  {cell_text(max(means))} to {cell_text(min(means))}"
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """The text in a code block, without secrets. The fence is longer than every fence in the text."""
+    """The text in a code block, without secrets. The fence of the block is longer than every fence in the text."""
     fence = "```"
     while fence in text:
         fence += "`"

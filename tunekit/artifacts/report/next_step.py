@@ -1,5 +1,5 @@
-"""Sentences after a command that say what to do next. Each rule reads facts that a command recorded, and returns a
-sentence, or None if its condition is not met. A rule's docstring states the condition."""
+"""Advice after a command: sentences that say what to do next. Each rule reads facts that a command recorded. It returns
+a sentence, or None if its condition is false. A rule's docstring states the condition."""
 
 import math
 import shlex
@@ -24,16 +24,16 @@ CLIPPED = 0.5  # share of the steps
 
 
 def after_training(run: RunValues) -> list[str]:
-    """The next steps of a finished run, most important first. Empty after a bad verdict, which contains its own
-    advice."""
+    """The next steps after a finished run, most important first. Empty if the report has a bad verdict, because the
+    verdict contains advice."""
     if not run.report or "verdict" in run.report:
         return []
     return [text for rule in AFTER_TRAINING if (text := rule(run)) is not None][:MOST]
 
 
 def learned_at_once(run: RunValues) -> str | None:
-    """The loss is almost 0 before the first update, or an accuracy is 1 before half an epoch. Then the labels are in
-    the prompt, evaluation rows are training rows, or the base knows the answers already.
+    """The loss is almost 0 before the first update, or an accuracy is 1 before half an epoch. Possible reasons: the
+    prompt contains the answer, evaluation rows are training rows, or the base already knows the answers.
 
     Source: the loss of a model that must guess among K equally likely answers is ln K; Karpathy 2019, A recipe for
     training neural networks (check the loss at the start). Leaks: Lee et al. 2022, section 5.
@@ -54,7 +54,8 @@ def learned_at_once(run: RunValues) -> str | None:
 
 
 def evaluation_rises(run: RunValues) -> str | None:
-    """The last evaluation loss exceeds the lowest by the share CHANGE, while the training loss continued to fall.
+    """The last evaluation loss is above the lowest evaluation loss by more than the share CHANGE, while the training
+    loss continued to fall.
 
     Source: the generalisation loss GL(t) = E(t) / min E - 1; Prechelt 1998, Early stopping - but when?, section 2.
     """
@@ -64,17 +65,18 @@ def evaluation_rises(run: RunValues) -> str | None:
     (best, lowest), (last, loss) = min(losses, key=lambda pair: pair[1]), losses[-1]
     if best in (0, last) or loss <= (1 + CHANGE) * lowest or not _training_fell(run, best):
         return None
-    rise = f"the evaluation loss rises since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
+    rise = (
+        f"the evaluation loss has risen since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
+    )
     per_epoch = run.plan.part("rows").count("steps_per_epoch")
     shorter = f"training.epochs: {best / per_epoch:.2g}" if per_epoch else f"training.max_steps: {best}"
     if run.recipe.part("evaluation").get("best") == "eval.loss":
-        return f"{rise}: evaluation.patience ends a run there, or {shorter}"
-    return f"{rise}: evaluation.best: eval.loss exports step {best:,}; {shorter} ends there"
+        return f"{rise}: to end a run there, set evaluation.patience or {shorter}"
+    return f"{rise}: to export step {best:,}, set evaluation.best: eval.loss; to end a run there, set {shorter}"
 
 
 def evaluation_falls(run: RunValues) -> str | None:
-    """The last evaluation loss is lower than the previous loss by the share CHANGE, and the previous loss had fallen
-    too.
+    """The evaluation loss fell twice in a row, the last time by more than the share CHANGE.
 
     Source: Prechelt 1998, section 2: training continues while the validation error falls.
     """
@@ -95,8 +97,9 @@ def evaluation_falls(run: RunValues) -> str | None:
 
 
 def loss_is_flat(run: RunValues) -> str | None:
-    """The training loss of the last third of the steps differs from that of the first third by less than the noise of
-    both, and by less than the share CHANGE. If most gradients are clipped, a lower learning rate is suggested first.
+    """The mean training loss of the last third of the steps is about equal to the mean of the first third: their
+    difference is below the noise, and the loss fell by less than the share CHANGE. If most gradients were clipped, the
+    sentence names a lower learning rate first.
 
     Source: noise is estimated from successive differences, variance = mean((x[t+1] - x[t])^2) / 2; von Neumann 1941.
     Rates at factors of about 3: Bengio 2012, section 3.1 (a rate 3 times smaller).
@@ -116,13 +119,13 @@ def loss_is_flat(run: RunValues) -> str | None:
     why = f"; gradients were clipped in {clipped:.0%} of the steps" if clipped > CLIPPED else ""
     tried = ",".join(f"{each:.2g}" for each in (rates[::-1] if why else rates))
     return (
-        f"the training loss is flat ({first:.4g} to {last:.4g}){why}: compare other rates with tunekit sweep and "
-        f"training.learning_rate={tried}"
+        f"the training loss is flat ({first:.4g} to {last:.4g}){why}: compare other learning rates with tunekit "
+        f"sweep and training.learning_rate={tried}"
     )
 
 
 def rows_are_few(run: RunValues) -> str | None:
-    """The confidence interval of the evaluation loss is wide compared with the change by training.
+    """The confidence interval of the evaluation loss is wide, compared with the change of the loss in training.
 
     Source: Miller 2024, Adding error bars to evals, sections 2 and 4 (compare in pairs).
     """
@@ -135,23 +138,23 @@ def rows_are_few(run: RunValues) -> str | None:
 
 
 def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str | None:
-    """A sentence about the noise of a loss, if its 95 % interval is wider than the share WIDE of `change`, or of the
-    loss.
+    """A sentence about the noise of a loss; None if its 95 % interval is narrow compared with `change`, or without
+    `change`, with the loss.
 
-    Shapes: (rows,) each: losses, as sums over each row's units.    Source: as `ratio_error`.
+    Shapes: (rows,) each. `losses`: the sum over each row's units.    Source: see `ratio_error`.
     """
     loss, reach = abs(losses.sum() / units.sum()), NORMAL * ratio_error(losses, units)
     if not reach > WIDE * (loss if change is None else change):
         return None
     return (
         f"{len(losses):,} evaluation rows measure the loss to within {reach:.2g}: smaller differences between runs are "
-        "noise, unless tunekit report compares them row by row"
+        "noise, unless tunekit report compares the runs row by row"
     )
 
 
 def memory_is_left(run: RunValues) -> str | None:
-    """On an accelerator, twice the micro-batch with half the accumulation fits into the budget. The optimizer steps are
-    the same, but fewer kernels are launched.
+    """On an accelerator, micro-batches of twice the size would fit into the memory budget. With half the gradient
+    accumulation, the optimizer steps are the same, but fewer kernels are launched.
 
     Source: peak + activations + logits, because only these two grow with the micro-batch.
     """
@@ -164,18 +167,21 @@ def memory_is_left(run: RunValues) -> str | None:
     if needed > budget:
         return None
     return (
-        f"{bytes_text(budget - measured)} of the budget was free: training.micro_batch_size: {2 * rows} with "
-        f"training.gradient_accumulation_steps: {windows // 2} makes the same steps faster"
+        f"{bytes_text(budget - measured)} of the budget was free: to make the same steps faster, set "
+        f"training.micro_batch_size: {2 * rows} and training.gradient_accumulation_steps: {windows // 2}"
     )
 
 
 def nothing_measured(run: RunValues) -> str | None:
-    """There are no evaluation rows. Source: the loss of training rows does not show whether a model generalises;
-    Hastie et al. 2009, The elements of statistical learning, section 7.2."""
+    """There are no evaluation rows.
+
+    Source: the loss of training rows does not show whether a model generalises; Hastie et al. 2009, The elements of
+    statistical learning, section 7.2.
+    """
     return None if run.evaluations else NO_ROWS
 
 
-NO_ROWS = "no evaluation rows measure the result: data.eval: 0.1 sets a tenth of the rows aside"
+NO_ROWS = "no evaluation rows measure the result: set data.eval: 0.1 to evaluate on a tenth of the rows"
 AFTER_TRAINING = (
     *(learned_at_once, evaluation_rises, evaluation_falls, loss_is_flat),
     *(rows_are_few, nothing_measured, memory_is_left),
@@ -183,8 +189,8 @@ AFTER_TRAINING = (
 
 
 def after_plan(plan: Plan, recipe: Path, *, overridden: bool) -> list[str]:
-    """The next steps of a plan; empty if the plan has refusals, which state their own. `overridden`: whether the
-    command line changed the recipe."""
+    """The next steps after `tunekit plan`; empty if the plan has refusals, because these contain advice. `overridden`:
+    whether the command line changed the recipe."""
     if plan.refusals:
         return []
     train = f"tunekit train {shlex.quote(str(recipe))}" + (" with the same overrides" if overridden else "")
@@ -193,16 +199,16 @@ def after_plan(plan: Plan, recipe: Path, *, overridden: bool) -> list[str]:
 
 CURES = {  # kind of finding -> what to do, most important first
     "secret": "remove the secrets from these rows, and revoke them: a model can repeat what it was trained on",
-    "leak": "remove these training rows, or the evaluation loss is too low",
+    "leak": "remove training rows that equal evaluation rows, because they make the evaluation loss too low",
     "broken": "correct the rows that cannot be read",
-    "contrary": "decide on one label for each repeated row",
+    "contrary": "give rows with the same input the same label",
     "long": "raise data.max_length, or set data.excess_length: truncate or split",
 }
 
 
 def after_data_check(findings: Sequence[Mapping[str, Sequence[int]]], recipe: Path, *, fixes: bool) -> list[str]:
-    """The next steps of a data check. `findings`: for each file, the line numbers of rows by kind of finding. `fixes`:
-    whether --fix would leave out training rows.
+    """The next steps after a data check. `findings`: for each file, the line numbers of rows by kind of finding.
+    `fixes`: whether --fix would leave out any training rows.
 
     Source: secrets, Carlini et al. 2021, Extracting training data; leaks, Lee et al. 2022, section 5; labels, Northcutt
     et al. 2021, Pervasive label errors.
@@ -215,8 +221,11 @@ def after_data_check(findings: Sequence[Mapping[str, Sequence[int]]], recipe: Pa
 
 
 def after_evaluation(target: str, kind: str, losses: Losses, units: Losses) -> list[str]:
-    """The next steps of an evaluation: about the noise of its loss, then the next command. `kind`: recipe, run, adapter
-    or model.    Shapes: `losses`, `units` (rows,) each, empty if they were not measured."""
+    """The next steps after an evaluation: a sentence about the noise of the loss, then the next command. `kind`:
+    recipe, run, adapter or model.
+
+    Shapes: `losses`, `units` (rows,) each, empty if they were not measured.
+    """
     noise = None if len(losses) < 2 or not units.sum() else few_rows(losses, units)
     commands = {
         "recipe": f"tunekit train {shlex.quote(target)}, then evaluate its run on the same rows",
@@ -226,12 +235,12 @@ def after_evaluation(target: str, kind: str, losses: Losses, units: Losses) -> l
 
 
 def _has_loss(run: RunValues) -> bool:
-    """Whether the training loss is a negative log-probability and shows how good the run is."""
+    """Whether the training loss is a negative log-probability, and shows how good the run is."""
     return run.shows.headline == Headline() and not run.shows.draws
 
 
 def _evaluation_losses(run: RunValues) -> list[tuple[int, float]]:
-    """(step, loss) of each evaluation; empty if the run is not judged by its loss."""
+    """(step, loss) of each evaluation. Empty if a metric other than the loss shows how good the run is."""
     if run.shows.headline != Headline():
         return []
     pairs = ((record.count("step"), record.part("eval").number("loss")) for record in run.evaluations)
@@ -239,7 +248,7 @@ def _evaluation_losses(run: RunValues) -> list[tuple[int, float]]:
 
 
 def _training_fell(run: RunValues, step: int) -> bool:
-    """Whether the mean training loss of the steps after `step` is below that of equally many steps before."""
+    """Whether the mean training loss after `step` is lower than the mean over the same number of steps before."""
     pairs = [(each.count("step"), loss) for each in run.steps if (loss := each.number("loss")) is not None]
     after = [loss for at, loss in pairs if at > step]
     before = [loss for at, loss in pairs if at <= step][-len(after) :]

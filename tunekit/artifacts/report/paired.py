@@ -1,5 +1,5 @@
-"""Compares the evaluation loss (or another metric) of each run with that of the first run, on rows that both
-evaluated, with intervals."""
+"""Compares each run with the first run: the difference of their evaluation loss (or another metric) on rows that both
+evaluated, with a confidence interval."""
 
 import math
 from collections import Counter
@@ -20,9 +20,11 @@ AT_A_TIME = 64  # number of resamples at a time, which limits memory
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The evaluation loss (or another metric) of a run minus that of the first run, on `rows` common rows. `low` to
-    `high` is a 95 % interval. `start`: the loss before training. `needed_rows`: how many rows would probably show
-    which run is better, if these rows do not."""
+    """The difference between a run and the first run in evaluation loss (or another metric), on `rows` rows that both
+    evaluated. `low` to `high`: its 95 % interval. `start`: the loss before training.
+
+    `needed_rows`: if these rows do not show which run is better, the number of rows that probably would.
+    """
 
     run: str
     than: str
@@ -40,7 +42,7 @@ class PairedDifference:
         return self.value - self.than_value
 
     def sentence(self) -> str:
-        """Which run has the lower loss, or that these rows do not show it."""
+        """A sentence that says which run has the lower loss, or that these rows cannot show this."""
         first = f"evaluation loss {self.value:.4g} against {self.than_value:.4g}"
         start = "" if self.start is None else f", {self.start:.4g} before training"
         interval = f"95 % interval of the difference {self.low:+.4g} to {self.high:+.4g} on {self.rows:,} rows"
@@ -53,22 +55,26 @@ class PairedDifference:
         return f"{self.run} and {self.than} cannot be distinguished: {facts}{more}"
 
     def texts(self) -> list[str]:
-        """The cells of the run's line in the table of differences."""
+        """The cells of this run's line in the table of differences."""
         sure = "lower" if self.high < 0 else "higher" if self.low > 0 else "no clear difference"
         interval = f"{self.low:+.4g} to {self.high:+.4g}"
         return [self.run, f"{self.rows:,}", f"{self.than_value:.4g}", f"{self.value:.4g}", interval, sure]
 
 
 def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
-    """The differences from the first run, for each run with the same objective and common rows."""
+    """The difference between each run and the first run. Runs with a different objective or without common rows are
+    left out."""
     results = (pooled_difference([(runs[0], run)]) for run in runs[1:])
     return [result for result in results if result is not None]
 
 
 def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str = "loss") -> PairedDifference | None:
-    """The difference between the second and the first run of each pair, over all pairs together; for example, one
-    pair per seed. None for fewer than two common rows. A row that several pairs have is resampled for all of them
-    together. `metric`: a metric that is a mean over rows."""
+    """The difference between the second and the first run of each pair, averaged over all pairs (for example, one pair
+    per seed). None if there are fewer than two common rows.
+
+    A row that several pairs have is resampled for all of them at once. `metric`: the loss, or a metric that is a mean
+    over rows.
+    """
     sums: dict[tuple[str, int], Losses] = {}
     for one, other in pairs:
         for key, values in _pairs(one, other, metric).items():
@@ -79,7 +85,7 @@ def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str 
 
 
 def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDifference:
-    """The difference for these rows. Shapes: `losses` (rows, 4), in the form that `_pairs` returns."""
+    """The difference for these rows. Shapes: `losses` (rows, 4), one row of numbers as `_pairs` returns it."""
     than_loss, loss, units, before = losses.T
     low, high = paired_interval(than_loss, loss, units)
     means = [float(each.sum() / units.sum()) for each in (loss, than_loss, before)]
@@ -89,10 +95,11 @@ def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDiffe
 
 
 def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
-    """The number of rows that show the measured difference with probability 80 % at the level 5 %, if more rows vary as
-    these do: n ((1.96 + 0.84) error / difference)^2. None without a difference, or if these rows are enough.
+    """The number of rows that would show the measured difference with 80 % probability at the 5 % level, if more rows
+    vary as much as these rows: n ((1.96 + 0.84) error / difference)^2. None if there is no difference, or if these rows
+    are enough.
 
-    Shapes: (rows,) each, as `paired_interval`.    Source: Miller 2024, Adding error bars to evals, section 5 (power,
+    Shapes: (rows,) each, as in `paired_interval`.    Source: Miller 2024, Adding error bars to evals, section 5 (power,
     paired differences); Cohen 1988, section 2.4.
     """
     difference = abs(float((other - one).sum() / units.sum()))
@@ -101,8 +108,8 @@ def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
 
 
 def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> list[str]:
-    """A sentence for each run that is compared with the first run. Empty if the loss does not show how good a run
-    is."""
+    """A sentence for each run that is compared with the first run. Empty if a metric other than the loss shows how good
+    a run is."""
     if any(run.shows.headline != Headline() for run in runs):
         return []
     if not paired and len(runs) > 1:
@@ -111,14 +118,15 @@ def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> li
 
 
 def heading(than: str) -> list[str]:
-    """The column headings of the table whose cells are `PairedDifference.texts`."""
-    losses = [f"loss of {than} on them", "loss of the run on them"]
+    """The column headings of the table with `PairedDifference.texts` as lines. `than`: the name of the first run."""
+    losses = [f"loss of {than} on these rows", "loss of the run on these rows"]
     return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 
 def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int], Losses]:
-    """For each common row, four numbers (4,): its value in `one`, its value in `other`, its units, and its value in
-    `one` before training (NaN if not measured). Equal rows are matched in order."""
+    """For each row that both runs evaluated, four numbers (4,): its value in `one`, its value in `other`, its units,
+    and its value in `one` before training (NaN if not measured). If a row occurs several times, its occurrences are
+    matched in order."""
     if metric == "loss" and one.recipe.get("objective") != other.recipe.get("objective"):
         return {}
     first, second = (dict(_keyed(_rows_of(run, metric))) for run in (one, other))
@@ -127,8 +135,8 @@ def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int
 
 
 def _rows_of(run: RunValues, metric: str) -> Values:
-    """`digests`, `losses` and `units` of the rows. For another metric, `losses` contains its values, each with one
-    unit."""
+    """The digest, loss and number of units of each row. For a metric other than the loss, `losses` contains its values,
+    each with one unit."""
     if metric == "loss":
         return run.row_losses
     rows = run.row_losses.part("metrics").part(metric)
@@ -147,10 +155,10 @@ def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]
 
 
 def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, float]:
-    """The bootstrap interval of sum(other) / sum(units) - sum(one) / sum(units). Each resample has the same rows for
+    """The bootstrap interval of sum(other) / sum(units) - sum(one) / sum(units). Each resample uses the same rows for
     both runs.
 
-    Shapes: (rows,) each: losses, as sums over each row's units.    Source: Efron and Tibshirani 1993, percentile
+    Shapes: (rows,) each; losses are sums over each row's units.    Source: Efron and Tibshirani 1993, percentile
     intervals (13.3); Koehn 2004 for pairs.
     """
     rows, generator, ratios = len(units), np.random.default_rng(0), list[Losses]()

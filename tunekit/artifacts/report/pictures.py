@@ -1,4 +1,4 @@
-"""The images that a run's evaluations generated. They are embedded, so that a page is a single file."""
+"""The images that a run's evaluations generated. Pages embed them, so that a page is a single file."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ def picture_name(step: int, number: int) -> str:
 
 
 def drawn(run: Path) -> dict[int, list[Path]]:
-    """The images generated at each step, by step, in the order of their prompts."""
+    """The paths of the generated images, for each step, in the order of their prompts."""
     pictures: dict[int, dict[int, Path]] = {}
     for path in (run / PICTURES).glob("*.png"):
         match = NAME.fullmatch(path.name)
@@ -32,7 +32,7 @@ def drawn(run: Path) -> dict[int, list[Path]]:
 
 
 def before_and_after(run: Path, prompts: Sequence[str], exported: int | None) -> list[PictureRow]:
-    """For each prompt, the images of the first evaluation and of the exported weights."""
+    """For each prompt, the image of the first evaluation and the image generated with the exported weights."""
     pictures = drawn(run)
     if not pictures:
         return []

@@ -9,14 +9,14 @@ ATTENTION = {
     "products_per_document": "matrix products, separately for each document of a row; sdpa if they do not fit",
     "sdpa_per_document": "sdpa, separately for each document of a row",
     "eager_per_document": "eager, separately for each document of a row",
-    "varlen_per_document": "one kernel over all documents of a row; sdpa for each where it cannot be used",
+    "varlen_per_document": "one kernel for all documents of a row; if it cannot be used, sdpa for each document",
 }
-WEIGHTS = {"none": "not quantized", "kept": "the blocks of the file"}
+WEIGHTS = {"none": "not quantized", "kept": "the quantized blocks of the file"}
 SMALLEST_LOGITS = 1024  # bytes; for a denoiser nothing counts as logits, for a classifier often only the loss
 
 
 def facts(plan: Plan) -> dict[str, object]:
-    """Facts about the run by name. A value is None if it does not apply."""
+    """The facts about the run that `tunekit plan` prints, by name. A value is None if it does not apply."""
     model, rows, choice = plan.model, plan.rows.training, plan.choice
     per_epoch = "" if plan.rows.steps_per_epoch is None else f", {plan.rows.steps_per_epoch:,} an epoch"
     share = plan.trainable_parameters / max(plan.total_parameters, 1)
@@ -55,7 +55,7 @@ def _micro_batches(plan: Plan) -> str:
 
 
 def _threads(plan: Plan) -> str | None:
-    """How many threads compute on a CPU."""
+    """The number of CPU threads as text; None if the run does not compute on a CPU."""
     count = plan.choice.threads
     if count is None or plan.device != "cpu":
         return None
@@ -64,7 +64,8 @@ def _threads(plan: Plan) -> str | None:
 
 
 def target_rows(plan: Plan) -> list[list[object]]:
-    """One line for all layers with the same last name, shape and rank: name, layers, shape, rank, parameters."""
+    """One line of the table of adapted layers: name, layers, shape, rank, parameters. Layers with the same last name,
+    shape and rank share a line."""
     grouped: dict[tuple[str, str, int | None], list[Target]] = {}
     for target in plan.targets:
         shape = f"{target.in_features} -> {target.out_features}"
@@ -76,8 +77,8 @@ def target_rows(plan: Plan) -> list[list[object]]:
 
 
 def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
-    """One line for each part of the predicted peak of memory, and a line with the total, the budget and the device's
-    free memory."""
+    """The table of memory: one line for each part of the predicted peak, and a last line with the total, the budget and
+    the device's free memory."""
     parts = {name: size for name, size in asdict(plan.peak_bytes).items() if name != "total"}
     limits = [(plan.budget_bytes, "in the budget"), (available, "free")]
     free = ", ".join(f"{bytes_text(size)} {name}" for size, name in limits if size is not None)
@@ -85,5 +86,5 @@ def memory_rows(plan: Plan, available: int | None) -> list[list[object]]:
     lines: list[list[object]] = [[name, bytes_text(size)] for name, size in shown.items()]
     kept = plan.peak_bytes.total - sum(parts.values())
     if kept > 0:
-        lines.append(["the process; freed blocks that malloc keeps; loading", bytes_text(kept)])
+        lines.append(["the process, freed memory that malloc keeps, and loading", bytes_text(kept)])
     return [*lines, ["peak", bytes_text(plan.peak_bytes.total) + (free and f" of {free}")]]

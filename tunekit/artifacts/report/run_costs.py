@@ -1,4 +1,4 @@
-"""The sections of a run's report about memory, time, rows and size, and the tiles above them."""
+"""The sections of a run's report about memory, time, rows and size. Also the tiles with the most important numbers."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -26,7 +26,7 @@ ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "token
 
 
 def overview(run: RunValues) -> Iterator[ReportSection]:
-    """The most important numbers of a run, as tiles at the top of the page."""
+    """The most important numbers of a run, as tiles for the top of the page."""
     report, shows, tiles = run.report, run.shows, list[tuple[str, str, str]]()
     result = run.exported.numbers("eval")
     first = run.evaluations[0].numbers("eval") if run.evaluations and run.evaluations[0]["step"] == 0 else {}
@@ -45,7 +45,7 @@ def overview(run: RunValues) -> Iterator[ReportSection]:
     if left is not None and state_of(run) == "running":
         tiles.append(("time left", duration_text(left), f"at the pace of the last {len(pace):,} steps"))
     if seconds := report.numbers("seconds"):
-        note = f"{duration_text(seconds.get('train', 0))} of it in steps"
+        note = f"{duration_text(seconds.get('train', 0))} of this in training steps"
         tiles.append(("time", duration_text(sum(seconds.values())), note))
     if written := report.number("adapter_bytes"):
         share = written / max(report.count("base_bytes"), 1)
@@ -68,7 +68,7 @@ def duration_text(seconds: float) -> str:
 
 
 def memory(run: RunValues) -> Iterator[ReportSection]:
-    """The section that compares the predicted peak, by part, with the measured peak."""
+    """The section that compares the predicted peak and its parts with the measured peak."""
     peak, report = run.plan.numbers("peak_bytes"), run.report
     if not peak:
         return
@@ -114,9 +114,8 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
     text = [f"{report.count('tokens'):,} {sizes} were seen, with {report.count('supervised_tokens'):,} {units}."]
     if lines:
         text.append(
-            f"{sizes.capitalize()} are counted without padding; the loss is computed over the {units}. The rates "
-            "divide "
-            "by the time of optimizer steps, without loading, evaluation and saving."
+            f"{sizes.capitalize()} are counted without padding; the loss is computed over the {units}. The "
+            "rates count only the time of optimizer steps, without loading, evaluation and saving."
         )
     if calibration := report.part("calibration"):
         text.append(f"{calibration_text(calibration).capitalize()}.")
@@ -128,7 +127,7 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
 
 
 def rows(run: RunValues) -> Iterator[ReportSection]:
-    """The section about rows: how many rows of the sources were trained on, dropped and truncated, and why."""
+    """The section about rows: how many rows of the sources were used for training, dropped and truncated, and why."""
     planned, shows = run.plan.part("rows"), run.shows
     if not planned:
         return
@@ -136,7 +135,7 @@ def rows(run: RunValues) -> Iterator[ReportSection]:
     shown = {"tokens": shows.sizes, "supervised_tokens": shows.units, "longest_tokens": "longest"}
     lines = [[shown.get(name, name), *(counts.get(name) for counts in kinds.values())] for name in ROW_NAMES]
     text = [
-        f"Dropped of the {kind} rows: {count:,} {reason}."
+        f"{count:,} {kind} rows were dropped: {reason}."
         for kind, counts in kinds.items()
         for reason, count in sorted(counts.numbers("dropped_reasons").items())
     ]

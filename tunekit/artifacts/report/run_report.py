@@ -59,7 +59,7 @@ def _verdict(run: RunValues) -> str:
         return f"{str(run.report['verdict']).capitalize()}."
     if before is None or after is None or run.shows.headline != Headline():  # else the loss means little
         return ""
-    return f"Evaluation loss {before:.4g} before training, {after:.4g} of the exported weights."
+    return f"Evaluation loss {before:.4g} before training, {after:.4g} with the exported weights."
 
 
 def _next_steps(run: RunValues) -> Iterator[ReportSection]:
@@ -69,7 +69,7 @@ def _next_steps(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _curves(run: RunValues) -> Iterator[ReportSection]:
-    """The section with the change of the headline value over the run, and the charts."""
+    """The section with the charts, and with the change of the most important metric over the run."""
     headline, charts = run.shows.headline, charts_of([run])
     first, final = run.report.number(f"first_{headline.name}"), run.report.number(f"final_{headline.name}")
     paragraphs, warnings = [], []
@@ -77,16 +77,16 @@ def _curves(run: RunValues) -> Iterator[ReportSection]:
         means = f"{first:.4g} over the first tenth of the steps, {final:.4g} over the last"
         paragraphs.append(f"{headline.title}: {means}.")
         if len(run.steps) > 2 and (final <= first if headline.rises else final >= first):
-            warnings.append(f"It did not {'rise' if headline.rises else 'fall'}.")
+            warnings.append(f"{headline.title} did not {'rise' if headline.rises else 'fall'}.")
     if paragraphs or charts:
         yield ReportSection("Over the steps", [*paragraphs, *binned_text([run])], warnings, charts=charts)
 
 
 def _result(run: RunValues) -> Iterator[ReportSection]:
-    """The table of evaluations, and which weights were exported."""
+    """The section with the table of evaluations. It also says which weights were exported."""
     best, exported = run.report.get("best_step"), run.report.get("best_step", run.report.get("final_step"))
-    why = "the last" if best is None else "the best evaluation"
-    text = [] if exported is None else [f"The exported weights are those after step {exported:,}, {why}."]
+    why = "the last step" if best is None else "which had the best evaluation"
+    text = [] if exported is None else [f"The exported weights are the weights after step {exported:,}, {why}."]
     if not run.evaluations:
         none = "There are no evaluation rows." if run.report else "Nothing has been evaluated yet."
         yield ReportSection("Result", [none, *text])
@@ -103,7 +103,7 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _better_elsewhere(run: RunValues) -> Iterator[str]:
-    """If the loss chose the exported step, a note on each metric that was better at a different step."""
+    """If the exported step was chosen by its loss, a note on each metric that was better at a different step."""
     if run.recipe.part("evaluation").get("best") != "eval.loss" or "best_step" not in run.report:
         return
     values = run.exported.numbers("eval")
@@ -115,15 +115,15 @@ def _better_elsewhere(run: RunValues) -> Iterator[str]:
         best, record = choose(measured, key=lambda pair: pair[0])
         if best != values[name]:
             step = record.count("step")  # the state before training is never exported
-            how = f" To choose by it, set evaluation.best: eval.{name}." if step else ""
+            how = f" To export the step with the best {name}, set evaluation.best: eval.{name}." if step else ""
             yield (
-                f"The loss chose this step, but {name} was better at step {_step_label(step, None)}: "
+                f"This step had the best loss, but {name} was better at step {_step_label(step, None)}: "
                 f"{best:.4g} instead of {values[name]:.4g}.{how}"
             )
 
 
 def _few(records: Sequence[Values], best: object) -> list[Values]:
-    """About MOST_EVALUATIONS of the records: the first, the last, the best, and others at equal distances."""
+    """About MOST_EVALUATIONS records: the first, the last, the best, and others at equal distances."""
     stride, last = -(-len(records) // MOST_EVALUATIONS), len(records) - 1
     return [record for at, record in enumerate(records) if at % stride == 0 or at == last or record["step"] == best]
 
@@ -133,19 +133,18 @@ def _step_label(step: int, best: object) -> str:
 
 
 def _labels(run: RunValues) -> Iterator[ReportSection]:
-    """A table with a line for each label. If there are many labels, a table of the worst labels comes first. If there
-    are few, the confusion matrix follows.
-    """
+    """The section with a table that has a line for each label. If there are many labels, a table of the worst labels
+    comes first. If there are few, the confusion matrix follows."""
     facts = run.report.part("classes")
     if not facts:
         return
     columns = columns_of(facts)
     lines = [[line.get(name) for name in columns] for line in facts.parts("per_class")]
-    tables = [ReportTable(columns, lines, "Each label, of the exported weights")]
+    tables = [ReportTable(columns, lines, "Each label, with the exported weights")]
     if len(lines) > MOST_LABELS and "f1" in columns:
         worst = sorted(facts.parts("per_class"), key=lambda line: line.number("f1") or 0.0)[:MOST_LABELS]
         shown = [[line.get(name) for name in columns] for line in worst]
-        tables.insert(0, ReportTable(columns, shown, f"The {len(shown)} labels of lowest F1"))
+        tables.insert(0, ReportTable(columns, shown, f"The {len(shown)} labels with the lowest F1"))
     confusion = confusion_table(facts)
     if confusion is not None:
         tables.append(ReportTable(*confusion, "Confusion"))
@@ -153,7 +152,7 @@ def _labels(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _pictures(run: RunValues) -> Iterator[ReportSection]:
-    """Images for the validation prompts, generated before training and with the exported weights."""
+    """The section with images for the validation prompts, generated before training and with the exported weights."""
     prompts = [str(prompt) for prompt in run.recipe.part("objective").items_of(run.shows.draws)]
     pictures = before_and_after(run.path, prompts, run.exported_step)
     if pictures:
@@ -162,7 +161,8 @@ def _pictures(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _answers(run: RunValues) -> Iterator[ReportSection]:
-    """The answers to the first evaluation rows, before training and with the exported weights, and the reference."""
+    """The section with answers to the first evaluation rows, before training and with the exported weights, next to the
+    reference."""
     records = [record for record in run.evaluations if record.parts("samples")]
     if not records:
         return
@@ -177,12 +177,13 @@ def _answers(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _end_of(prompt: str) -> str:
-    """The prompt, or the last words of a long prompt. The answer follows these words."""
+    """The prompt, or only the end of a long prompt, because the answer continues there."""
     return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
 
 
 def _panels(run: RunValues) -> Iterator[ReportSection]:
-    """The sections that only this objective has: examples from the first and the last step that recorded examples."""
+    """The sections that exist only for this objective: examples from the first and from the last step that recorded
+    examples."""
     for panel in run.shows.panels:
         records = [record for record in run.steps if record.parts(panel.key)]
         shown = records if len(records) < 2 else [records[0], records[-1]]
@@ -200,7 +201,8 @@ def _panel_table(panel: Panel, title: str, examples: Sequence[Values]) -> Report
 
 
 def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
-    """The evaluation rows with the highest loss per unit. The trained part of each row is marked."""
+    """The section with the evaluation rows that have the highest loss per unit. The trained part of each row is
+    marked."""
     rows, units = run.row_losses, run.shows.units
     counts, losses, before = map(rows.column, ("units", "losses", "before"))
     if not rows.parts("worst"):
@@ -212,7 +214,9 @@ def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
         means = (_mean(values[at], counts[at]) for values in (before, losses) if values)
         text = [(str(each[0]), bool(each[1])) for each in row.items_of("text") if isinstance(each, list)]
         lines.append([rows.items_of("rows")[at], counts[at], *means, MarkedText(text)])
-    why = f"The worst of {len(counts):,} rows, by mean loss over {units}. Look for wrong labels and odd formats."
+    why = (
+        f"The rows with the highest mean loss over {units}, of {len(counts):,} rows. Look for wrong labels and formats."
+    )
     yield ReportSection("Evaluation rows with the highest loss", [why], tables=[ReportTable(head, lines)])
 
 
@@ -221,13 +225,13 @@ def _mean(loss: float | None, units: float | None) -> float | None:
 
 
 def _reactions(run: RunValues) -> Iterator[ReportSection]:
-    """Checks that changed the course of the run, and skipped steps."""
+    """The section about checks that changed the course of the run, and about skipped steps."""
     if not run.report:
         return
     skipped, reactions = run.report.count("skipped_steps"), run.report.parts("reactions")
     text = [f"{skipped_text(skipped)}."] if skipped else []
     if not reactions and not skipped:
-        text.append("None: all checks at the start passed, and the run followed its plan.")
+        text.append("No reactions: all checks at the start passed, and the run followed its plan.")
     lines = [[item["probe"], item["action"], item["step"]] for item in reactions]
     tables = [ReportTable(["check", "what was done", "at step"], lines)] if lines else []
     yield ReportSection("Reactions", text, tables=tables)
@@ -237,16 +241,19 @@ def _tasks(run: RunValues) -> Iterator[ReportSection]:
     """The section with lm-eval's scores, for the exported weights and for the base."""
     scores, changes = run.tasks.parts("scores"), run.tasks.parts("changes")
     if scores:
-        tables = [ReportTable(*score_table(scores, run.tasks.parts("before")), "Of the exported weights")]
+        tables = [ReportTable(*score_table(scores, run.tasks.parts("before")), "Scores of the exported weights")]
         tables += [ReportTable(*change_table(changes), "Changes by tuning, on the same documents")] if changes else []
         yield ReportSection("Tasks", [], forgetting(changes), tables=tables)
 
 
 def _exports(run: RunValues) -> Iterator[ReportSection]:
-    """The section that compares other programs with torch on the exported files: the figures, and the compared rows."""
+    """The section that compares other programs with torch on the exported files: the measured differences, and the
+    compared rows."""
     head = ["export", "program", "computed", *(name.replace("_", " ") for name in CERTIFIED)]
     lines = []
-    texts = ["Log-probabilities (nats) of each program, compared with torch's in float32 on the same tokens."]
+    texts = [
+        "The log-probabilities (nats) of each program are compared with those of torch in float32, on the same tokens."
+    ]
     for export in run.exports:
         certificate = export.part("certificate")
         program = f"{certificate.get('program')} {certificate.get('version')}"
@@ -274,14 +281,14 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
     if not full:
         commands.append(f"tunekit merge {place}/adapter --output {place}/merged")
     if run.shows.draws:
-        commands.append('# a LoRA in adapter/ is diffusers\' too: pipeline.load_lora_weights("adapter") loads it')
+        commands.append('# diffusers can load a LoRA in adapter/: pipeline.load_lora_weights("adapter")')
     elif not full:
-        commands.append('# adapter/ is in PEFT\'s format: PeftModel.from_pretrained(base, "adapter") loads it too')
+        commands.append('# PEFT can load adapter/: PeftModel.from_pretrained(base, "adapter")')
     yield ReportSection("Use it", commands=commands)
 
 
 def _files(run: RunValues) -> Iterator[ReportSection]:
-    """The section with the texts of the recipe and of the environment."""
+    """The section with the text of the recipe and the environment."""
     shown = {name: value for name, value in run.environment.items() if name != "fingerprint"}
     environment = json.dumps(shown, indent=2, sort_keys=True)[:MOST_ENVIRONMENT] if shown else ""
     files = [("recipe.yaml", run.recipe_text), ("Machine and versions", environment)]

@@ -1,4 +1,4 @@
-"""The parts of a page, as plain values that are written as Markdown or HTML."""
+"""The parts of a page as plain values, which can be written as Markdown or as HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class MarkedText:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table. `best`: the index of the row to highlight; `has_texts`: cells contain long texts, which may be
+    """A table. `best`: the index of the row to highlight; `has_texts`: whether cells contain long texts, which may be
     wrapped."""
 
     head: Sequence[str]
@@ -26,7 +26,7 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar whose parts, each (name, size, size as text), add up to a total. All bars of a section have the same
+    """A bar whose parts add up to a total. Each part is (name, size, size as text). All bars of a section have the same
     scale."""
 
     title: str
@@ -65,7 +65,7 @@ class ValueAxis:
 
 @dataclass(frozen=True)
 class AxisLine:
-    """A line across all axes of parallel coordinates. `kind`: best, unclear, other, or none (the line has no
+    """A line that crosses all axes of parallel coordinates. `kind`: best, unclear, other, or none (without a
     result)."""
 
     label: str

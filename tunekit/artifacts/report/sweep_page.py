@@ -1,4 +1,5 @@
-"""The page of a sweep: the trials with their intervals, parallel coordinates of their values, and their curves."""
+"""The page of a sweep: the trials with their intervals, their values and metric as parallel coordinates, and their
+curves."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ BEST, UNCLEAR, OTHER, NONE = "best", "unclear", "other", "none"
 def sweep_page(
     results: SweepResults, values: Mapping[str, Mapping[str, object]], recipe: tuple[str, str]
 ) -> ReportPage:
-    """The page. `values`: the values of each setting by dotted key; `recipe`: the path and the text of the recipe of
-    the best setting."""
+    """Make the page of a sweep. `values`: for each setting, its values by dotted key; `recipe`: path and text of the
+    recipe with the best setting."""
     count = sum(len(setting.runs) for setting in results.settings)
     sections = [_trials(results), *_coordinates(results, values), *_curves(results), _runs(results), _next(*recipe)]
     return ReportPage(f"Sweep of {count} trials", [], sections, results.verdict())
@@ -30,7 +31,7 @@ def sweep_page(
 def _trials(results: SweepResults) -> ReportSection:
     name = results.metric.removeprefix("eval ")
     text = (
-        f"Intervals ({LEVEL:.0%}) of the difference of the {name} on the evaluation rows that both trials evaluated. "
+        f"{LEVEL:.0%} intervals of the difference from the best trial in {name}, on rows that both trials evaluated. "
         "If an interval contains 0, the difference may be by chance."
     )
     head, lines = results.table()
@@ -39,7 +40,8 @@ def _trials(results: SweepResults) -> ReportSection:
 
 
 def _curves(results: SweepResults) -> Iterator[ReportSection]:
-    """The section with charts: one run of each of the best settings, so that each setting has its own colour."""
+    """The section with charts. It shows one run of each of the best settings, so that each setting has its own
+    colour."""
     shown = [setting for setting in results.settings if any(run.evaluations for run in setting.runs)][:COLORS]
     runs = [next(run for run in setting.runs if run.evaluations) for setting in shown]
     several = max(len(setting.runs) for setting in results.settings) > 1
@@ -47,7 +49,7 @@ def _curves(results: SweepResults) -> Iterator[ReportSection]:
     if len(shown) < len(results.settings):
         texts.append(f"The curves of the {len(shown)} best of {len(results.settings)} settings.")
     if several:
-        texts.append(f"The first run of each setting; its other {results.over} are not shown.")
+        texts.append(f"Only the first run of each setting is shown, not its other {results.over}.")
     if charts := charts_of(runs) if runs else []:
         yield ReportSection("Over the steps", texts, charts=charts)
 
@@ -56,7 +58,7 @@ def _runs(results: SweepResults) -> ReportSection:
     runs = [run for setting in results.settings for run in setting.runs if run.evaluations]
     outcome = outcome_table(runs)
     lines = [[_spaced(name), *cells] for name, *cells in outcome.texts()]
-    text = "The evaluation of each run's exported weights; of a run that ended early, its last evaluation."
+    text = "Values of the exported weights; if a run ended early, values of its last evaluation."
     return ReportSection("Runs", [text], tables=[ReportTable(["run", *outcome.labels], lines)])
 
 
@@ -66,14 +68,14 @@ def _spaced(name: str) -> str:
 
 
 def _next(path: str, text: str) -> ReportSection:
-    """How to continue with the best setting."""
+    """The section that says how to continue with the best setting."""
     lines = ["The recipe with the values of the best setting:"]
     return ReportSection("Continue", lines, commands=[f"tunekit train {path}"], files=[(path, text)])
 
 
 def _coordinates(results: SweepResults, values: Mapping[str, Mapping[str, object]]) -> Iterator[ReportSection]:
-    """Parallel coordinates: an axis for each key with several values, and one for the metric; a line for each
-    setting."""
+    """The section with parallel coordinates: an axis for each key that has several values, and an axis for the metric.
+    Each setting is a line."""
     keys = dict.fromkeys(key for setting in results.settings for key in values[setting.name])
     columns = {key: [values[setting.name].get(key) for setting in results.settings] for key in keys}
     placed = {key: _places(column) for key, column in columns.items() if len({*map(repr, column)}) > 1}
@@ -85,7 +87,7 @@ def _coordinates(results: SweepResults, values: Mapping[str, Mapping[str, object
     for at, (setting, height) in enumerate(zip(results.settings, heights, strict=True)):
         points = [ticks[repr(columns[key][at])][1] for key, ticks in placed.items()]
         lines.append(AxisLine(_label(results, setting), [*points, height], _kind(results, setting)))
-    text = "A line is a setting. It crosses each axis at its value; the best metric is at the top of the last axis."
+    text = "Each line is a setting and crosses each axis at its value; the best metric is at the top of the last axis."
     drawn = ParallelAxes([*axes, metric], lines[::-1])  # the best one last, above the others
     yield ReportSection("Values and results", [text], axes=drawn)
 
@@ -101,7 +103,7 @@ def _kind(results: SweepResults, setting: Setting) -> str:
 
 
 def _places(column: Sequence[object]) -> dict[str, tuple[str, float]]:
-    """The text and the height (0 to 1) of each value on an axis. Numbers are sorted; other values keep their order."""
+    """The text of each value on an axis, and its height (0 to 1). Numbers are sorted; other values keep their order."""
     distinct = list({repr(value): value for value in column}.items())
     if all(isinstance(value, int | float) and not isinstance(value, bool) for _, value in distinct):
         distinct.sort(key=lambda pair: float(str(pair[1])))
@@ -113,13 +115,13 @@ def _places(column: Sequence[object]) -> dict[str, tuple[str, float]]:
 
 
 def _ticks(places: Mapping[str, tuple[str, float]]) -> list[tuple[str, float]]:
-    """The values that are labelled on an axis: all values, or the first and the last."""
+    """The values that get a label on an axis: all values, or if there are many, only the first and the last."""
     ticks = list(places.values())
     return ticks if len(ticks) <= MOST_TICKS else [ticks[0], ticks[-1]]
 
 
 def _metric_axis(results: SweepResults) -> tuple[ValueAxis, list[float]]:
-    """The axis of the metric, with the best value at the top, and the height of each setting on it."""
+    """The axis of the metric, with the best value at the top; and the height of each setting on this axis."""
     measured = [_last(results, setting) for setting in results.settings]
     numbers = [value for value in measured if value is not None and math.isfinite(value)]
     low, high = min(numbers, default=0.0), max(numbers, default=1.0)
@@ -139,7 +141,7 @@ def _metric_axis(results: SweepResults) -> tuple[ValueAxis, list[float]]:
 
 
 def _last(results: SweepResults, setting: Setting) -> float | None:
-    """The mean metric of a setting. If none of its runs counts, the mean of its runs' last evaluations."""
+    """The mean metric of a setting. If none of its runs is finished, the mean over the last evaluations of its runs."""
     if setting.mean is not None:
         return setting.mean
     name = results.by.removeprefix("eval.")

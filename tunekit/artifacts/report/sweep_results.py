@@ -1,4 +1,5 @@
-"""The results of a sweep: the settings in order of their metric, with intervals to the best one, and the verdict."""
+"""The results of a sweep: the settings sorted by their metric, with their difference from the best setting, and the
+verdict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +17,9 @@ MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """The runs of one setting, one per seed and fold. `outcomes`: the metric of each run, None unless the run is
-    finished. `difference`: the setting's metric minus that of the best setting; `clear`: whether this difference is
-    unlikely to be chance."""
+    """The runs of one setting, one run per seed and fold. `outcomes`: the metric of each run; None if the run is not
+    finished. `difference`: the setting's metric minus the metric of the best setting; `clear`: whether chance is
+    unlikely to explain this difference."""
 
     name: str
     runs: Sequence[RunValues]
@@ -44,9 +45,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The settings of a sweep, best first; settings without a finished run come last. `by`: eval.METRIC; `higher`:
-    whether a higher metric is better; `over`: what differs between the runs of a setting, such as seeds. `earlier`:
-    the verdict of successive halving's last comparison."""
+    """The settings of a sweep, best first; settings without a finished run come last.
+
+    `by`: eval.METRIC. `higher`: whether a higher metric is better. `over`: what differs between the runs of a setting,
+    such as seeds. `earlier`: the verdict at the last comparison of successive halving.
+    """
 
     by: str
     settings: Sequence[Setting]
@@ -61,7 +64,7 @@ class SweepResults:
 
     @property
     def metric(self) -> str:
-        """The name of the metric in words."""
+        """The name of the metric for texts, without dots and underscores."""
         return self.by.replace(".", " ").replace("_", " ")
 
     @property
@@ -70,7 +73,7 @@ class SweepResults:
         return [setting for setting in self.settings if setting.difference is not None and not setting.clear]
 
     def verdict(self) -> str:
-        """One sentence that names the best setting, and states whether it is clearly better than the others."""
+        """A sentence that names the best setting, and says whether it is clearly better than the others."""
         finished = [setting for setting in self.settings if setting.numbers]
         if self.best is None or self.best.mean is None:
             return "no trial is finished"
@@ -80,7 +83,7 @@ class SweepResults:
             why = f"; at the last comparison of halving, {self.earlier}" if self.earlier else ""
             return f"only {self.best.name} is finished: {self.metric} {number_text('', self.best.mean)}{why}"
         if len(compared) < len(finished) - 1:
-            what = "the runs have no values of the same rows to compare"
+            what = "the runs have no values for the same rows"
             return f"{first}; there is no interval, because {what}"
         rows = min(difference.rows for difference in compared)
         equal = [setting.name for setting in self.unclear]
@@ -92,7 +95,7 @@ class SweepResults:
     def table(self) -> tuple[list[str], list[list[object]]]:
         """The headings and the lines of the table of settings."""
         several = max(len(setting.runs) for setting in self.settings) > 1
-        less = f"{self.metric.removeprefix('eval ')} less the best's"
+        less = f"{self.metric.removeprefix('eval ')} minus the best's"
         head = ["trial", self.metric, *([f"over {self.over}"] if several else []), less, "state"]
         lines: list[list[object]] = []
         for setting in self.settings:
@@ -105,7 +108,7 @@ class SweepResults:
         return head, lines
 
     def values(self) -> JsonObject:
-        """The content of sweep.json, without the values of the trials."""
+        """The content of sweep.json, except the values that each trial tried."""
         settings = [
             {
                 "setting": setting.name,
@@ -125,8 +128,8 @@ class SweepResults:
 def sweep_results(
     by: str, runs: Mapping[str, Sequence[RunValues]], *, finished: bool = True, over: str = "seeds"
 ) -> SweepResults:
-    """The results of the runs of each setting. `finished`: count finished runs only; otherwise, each run's last
-    evaluation counts. `over`: what differs between the runs of a setting."""
+    """The results of each setting's runs. `finished`: only finished runs count; if false, the last evaluation of any
+    run counts. `over`: what differs between the runs of a setting."""
     metric = by.removeprefix("eval.")
     higher = metric != "loss" and facts_of("metrics", metric).HIGHER_IS_BETTER
     settings = [
@@ -140,20 +143,22 @@ def sweep_results(
 
 
 def _outcome(run: RunValues, metric: str, finished: bool) -> float | None:
-    """The metric of the exported weights; None if the run does not count, or if its numbers became invalid."""
+    """The metric of a run's exported weights. None if the run does not count (not finished, or ended by non-finite
+    numbers)."""
     code = run.status.get("exit_code")
     counts = code == 0 if finished else code != NumericsError.exit_code
     return run.exported.numbers("eval").get(metric) if counts else None
 
 
 def finished_runs(setting: Setting) -> dict[int, RunValues]:
-    """The finished runs, each by its index in `runs`, which is the number of its seed and fold."""
+    """The finished runs of a setting, by their index in `runs`. The same index means the same seed and fold in every
+    setting."""
     pairs = zip(setting.runs, setting.outcomes, strict=True)
     return {number: run for number, (run, outcome) in enumerate(pairs) if outcome is not None}
 
 
 def _compared(best: Setting, other: Setting, metric: str, higher: bool) -> Setting:
-    """`other` with its difference from the best setting, over the seeds and folds that both have finished."""
+    """A copy of `other` with its difference from the best setting, over the seeds and folds that both have finished."""
     first, second = finished_runs(best), finished_runs(other)
     pairs = [(first[number], second[number]) for number in first if number in second]
     difference = pooled_difference(pairs, metric)

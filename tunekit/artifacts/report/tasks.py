@@ -1,4 +1,5 @@
-"""The scores of lm-eval's tasks, from the plain values of `TaskResults.values`: tables, and warnings of forgetting."""
+"""The scores of lm-eval's tasks as tables, and warnings of forgetting. The scores are the plain values of
+`TaskResults.values`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ ScoreRows = Sequence[Mapping[str, Any]]
 
 
 def score_table(scores: ScoreRows, before: ScoreRows = ()) -> Table:
-    """The headings and lines of a table of scores. `before`: the base's scores, in a separate column."""
+    """The headings and lines of a table of scores. `before`: the scores of the base, which get a separate column."""
     names = ("value", "standard_error", "count")
     earlier = {(score["task"], score["metric"]): score.get("value") for score in before}
     lines = []
@@ -19,7 +20,7 @@ def score_table(scores: ScoreRows, before: ScoreRows = ()) -> Table:
 
 
 def change_table(changes: Sequence[Mapping[str, Any]]) -> Table:
-    """The headings and lines of a table with the changes by fine-tuning."""
+    """The headings and lines of a table that shows how fine-tuning changed the scores."""
     return ["task", "metric", "base", "tuned", "95 % interval of the difference", "verdict"], [
         [each["task"], each["metric"], each["before"], each["after"], _interval(each), each["verdict"]]
         for each in changes
@@ -27,10 +28,10 @@ def change_table(changes: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def forgetting(changes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A warning for each task on which the tuned model is worse than its base, by more than chance."""
+    """A warning for each task on which the tuned model is worse than its base and chance is unlikely to explain it."""
     return [
         f"Worse than the base: {each['task']} {each['metric']}, {each['after']:.4g} instead of {each['before']:.4g} "
-        f"(95 % interval of the difference: {_interval(each)}). Training on other data may restore it."
+        f"(95 % interval of the difference: {_interval(each)}). Training on other data may restore the score."
         for each in changes
         if each["verdict"] == "worse"
     ]

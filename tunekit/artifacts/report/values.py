@@ -1,4 +1,4 @@
-"""Reads the values in the files of a run folder, for pages and comparisons. Any file and any key may be absent."""
+"""Reads the files of a run folder, for pages and comparisons. Any file and any key may be absent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_NAME = 200  # maximum characters of a state's text
 
 
 class Values(dict[str, object]):
-    """An object of a JSON file. A value of an unexpected type counts as absent."""
+    """A JSON object from a file. A value of an unexpected type counts as absent."""
 
     def number(self, name: str) -> float | None:
         """A finite number, or None."""
@@ -41,7 +41,7 @@ class Values(dict[str, object]):
         return _object(self.get(name))
 
     def numbers(self, name: str) -> dict[str, float]:
-        """The numbers in the object under this name."""
+        """All numbers in the object under this name, by their keys."""
         part = self.part(name)
         return {key: value for key in part if (value := part.number(key)) is not None}
 
@@ -51,7 +51,7 @@ class Values(dict[str, object]):
         return value if isinstance(value, list) else []
 
     def column(self, name: str) -> list[float | None]:
-        """The numbers in the list under this name, with None in place of other items."""
+        """The list under this name; items that are not numbers are replaced by None."""
         return [Values({name: item}).number(name) for item in self.items_of(name)]
 
     def parts(self, name: str) -> list[Values]:
@@ -61,7 +61,7 @@ class Values(dict[str, object]):
 
 @dataclass(frozen=True)
 class RunValues:
-    """The content of the files of a run folder; an absent file is empty."""
+    """The content of the files of a run folder. A file that does not exist is empty."""
 
     path: Path
     recipe_text: str
@@ -84,33 +84,33 @@ class RunValues:
 
     @cached_property
     def shows(self) -> Shows:
-        """The settings of reports for the run's objective."""
+        """How reports show runs with this run's objective."""
         name = self.recipe.part("objective").get("method")
         return shows_of(str(name)) if name in known_names("objectives") else DEFAULT_SHOWS
 
     @property
     def exported_step(self) -> int | None:
-        """The step of the exported weights; during a run, the step of the last evaluation."""
+        """The step of the exported weights. While the run continues, the step of the last evaluation."""
         last = max((record.count("step") for record in self.evaluations), default=None)
         return self.report.count("best_step") or last
 
     @property
     def exported(self) -> Values:
-        """The evaluation of the exported weights, which every page, list and comparison shows as the result. While the
-        run continues, the last evaluation; empty without evaluations."""
+        """The evaluation of the exported weights. Every page, list and comparison shows it as the result. While the run
+        continues, it is the last evaluation; without evaluations, it is empty."""
         step = self.exported_step
         return next((record for record in self.evaluations if record["step"] == step), Values())
 
     @cached_property
     def row_losses(self) -> Values:
-        """The losses of the evaluation rows with the exported weights, as RowLosses records them; empty if there are
+        """The loss of each evaluation row with the exported weights, in the format of RowLosses; empty if there are
         none."""
         values = _object(read_json(self.path / ROWS_NAME))
         return values if values.get("step") == self.exported_step else Values()
 
     @cached_property
     def exports(self) -> list[Values]:
-        """The certified exports of the run's result, as `tunekit export` recorded them."""
+        """The exports of the run's result with their certificates, as `tunekit export` recorded them."""
         return Values(exports=read_json(self.path / EXPORTS)).parts("exports")
 
     @cached_property
@@ -128,8 +128,8 @@ class RunValues:
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """A context manager for reading a run's files: an error that damaged values raise becomes an error that names the
-    run.
+    """A context manager for reading a run's files: if damaged values raise any error inside the block, it becomes an
+    error that names the run.
 
     Raises: RunFolderError.
     """
@@ -139,7 +139,7 @@ def damage_named(path: Path) -> Iterator[None]:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         what = f"{path} is damaged: {type(error).__name__}: {printable(' '.join(str(error).split()), MOST_NAME)}"
-        raise RunFolderError(what, "restore its files; tunekit --debug shows where the error is") from error
+        raise RunFolderError(what, "restore the run's files; tunekit --debug shows where the error is") from error
 
 
 def read_run(path: Path) -> RunValues:
@@ -178,7 +178,8 @@ def sizes_counted(runs: Sequence[RunValues]) -> str:
 
 
 def state_of(values: RunValues) -> str:
-    """The state of a run: running, or why it ended. A killed run is recognised by its free lock."""
+    """The state of a run: running, or why it ended. A run was killed if it has not ended but no process has its
+    lock."""
     if values.status.get("exit_code") is not None:
         return values.state
     return "running" if is_held(values.path) else "killed; continue with --resume"

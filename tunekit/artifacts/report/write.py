@@ -15,8 +15,8 @@ OPTIONAL_TABLES = ("seconds", "rows", "predicted_bytes", "measured_bytes")
 
 
 def report_values(facts: ReportFacts, plan: Plan | None = None) -> dict[str, object]:
-    """The content of report.json: facts about the run and all measured values. Unmeasured values are absent, not
-    null."""
+    """The content of report.json: facts about the run and all measured values. Values that were not measured are left
+    out."""
     values = asdict(facts)
     headline = values.pop("headline")
     measured = _measured({**({} if plan is None else _run_facts(plan)), **values, **headline})
@@ -44,7 +44,8 @@ def _run_facts(plan: Plan) -> dict[str, object]:
 
 
 def _measured(values: dict[str, object]) -> dict[str, object]:
-    """The values without secrets, and without None, NaN and infinities, which stand for unmeasured values."""
+    """The values without secrets. None, NaN and infinities are left out, because they stand for values that were not
+    measured."""
     return {name: inner for name, value in values.items() if (inner := _measured_value(value)) is not None}
 
 

@@ -1,5 +1,5 @@
-"""The peak memory of a run, computed from simulated live bytes, the loading of the base, and the overhead of the
-device."""
+"""The peak memory of a run, calculated from three numbers: simulated live bytes, memory for loading the base, and
+overhead of the device."""
 
 import torch
 
@@ -28,7 +28,7 @@ def peak_bytes(
     cache_bytes: int = 0,
     load_bytes: int = 0,
 ) -> PeakBytes:
-    """The peak of the run. It is divided into parts at the highest moment of a step, an evaluation or sampling.
+    """The peak memory of the run. Its parts are those of the largest simulation: a step, an evaluation or sampling.
 
     `dtype`: the dtype of the computation. `cache_bytes`: keys and values of generated answers, added to an evaluation.
     `load_bytes`: the peak of host memory while the base is loaded.

@@ -1,4 +1,5 @@
-"""Attention and grouped matrix products on the meta device, with the kernels that the real device would use."""
+"""Attention and grouped matrix products on the meta device. They use the same kernels as the real device, so that the
+simulated memory is right."""
 
 import os
 import re
@@ -30,8 +31,8 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
     """A context manager: inside the block, the meta device uses `device`'s kernels for attention and for grouped
     products (the matrix products of experts).
 
-    Without this, torch would use the attention that stores all scores, and grouped products only in bfloat16. torch's
-    functions are replaced globally, because a torch function mode is not active in recomputation.
+    Otherwise torch would use an attention kernel that stores all scores, and it would compute grouped products only in
+    bfloat16. torch's functions are replaced globally, because a torch function mode is not active in recomputation.
     """
     attend = partial(_attend, functional.scaled_dot_product_attention, device)
     product = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
@@ -41,8 +42,8 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
 
 
 def _multiply(original: Callable[..., Tensor], rows: Tensor, matrices: Tensor, **named: object) -> Tensor:
-    """The grouped product. On the meta device it is replaced by a product with the first matrix, whose result has the
-    same shape.
+    """The grouped product. On the meta device, it is replaced by a product with the first matrix, because the result
+    has the same shape.
 
     Shapes: rows (S, I), matrices (E, I, O) -> (S, O).
     """
@@ -61,8 +62,10 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention with the kernel that `device` would use. Shapes: query (B, H, T, D), key and value (B, G, S, D) ->
-    (B, H, T, D)."""
+    """Attention with the kernel that `device` would use.
+
+    Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D).
+    """
     if not query.is_meta:
         choice = SDPBackend.MATH  # torch chooses
     elif not is_here(device):
@@ -91,10 +94,10 @@ def _attend(
 
 
 def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
-    """The attention kernel that torch would use on a GPU that is not in this machine.
+    """The attention kernel that torch would probably use on a GPU that is not in this machine.
 
-    Flash attention needs half precision and no mask. The memory-efficient kernel needs as many key heads as query
-    heads.
+    Flash attention needs half precision and no mask. The memory-efficient kernel needs equal numbers of key heads and
+    query heads.
 
     Source: ATen/native/transformers/cuda/sdp_utils.cpp.
     """
@@ -104,10 +107,10 @@ def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBacken
 
 
 def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> list[int]:
-    """Bytes of the internal buffers of flash attention's backward pass on CUDA.
+    """Bytes of each internal buffer that flash attention allocates in the backward pass on CUDA.
 
-    The buffers are: the gradient of the queries in float32, with rows rounded up to a multiple of 128 and head sizes
-    to 32; a float32 for each row and head; and the gradient of repeated keys and values.
+    The buffers are: the gradient of the queries in float32 (rows rounded up to a multiple of 128, head sizes to a
+    multiple of 32); one float32 number for each row and head; and the gradient of repeated keys and values.
 
     Source: ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_bwd, mha_varlen_bwd).
     """
@@ -131,7 +134,8 @@ def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> 
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes of cuBLAS's workspaces: one for the thread of the forward pass and one for the backward pass.
+    """Bytes of cuBLAS's workspaces: one for the thread of the forward pass, and one for the thread of the backward
+    pass.
 
     Source: ATen/cuda/CublasHandlePool.cpp (getChosenWorkspaceSize).
     """
@@ -144,7 +148,8 @@ def workspace_bytes(device: torch.device) -> int:
 
 
 def _untouched(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """An uninitialised tensor of the same layout on `device`, which is enough for torch to choose a kernel."""
+    """An uninitialised tensor with the same shape, strides and dtype on `device`. torch needs no more to choose a
+    kernel."""
     if tensor is None:
         return None
     real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

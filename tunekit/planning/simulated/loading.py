@@ -1,8 +1,9 @@
-"""Peak host memory during the loading of a base, and the bytes of a mapped file that are never read.
+"""Peak host memory while a base is loaded, and the bytes of a mapped file that are never read.
 
-A tensor in the dtype of the computation, aligned to 64 bytes, is mapped from its file; its pages become resident when
-they are read. Other tensors are copied or packed one after the other, without mapping the file. If only transformers
-can read the base, tensors are copied or packed while their file is mapped.
+There are three ways to load tensors. A tensor that has the dtype of the computation and is aligned to 64 bytes is
+mapped from its file; its pages become resident when they are read. Other tensors are copied or packed (quantized) one
+after the other, without mapping the file. If only transformers can read the base, tensors are copied or packed while
+their file is mapped.
 """
 
 from collections.abc import Iterable
@@ -25,7 +26,8 @@ TOKEN_BYTES = 3_400
 
 @dataclass(frozen=True)
 class StoredBase:
-    """The base on disk: its size, whether some tensors must be converted to the computation's dtype, and its format."""
+    """The base on disk: its size and its format. `converted`: whether some tensors must be converted to the dtype of
+    the computation."""
 
     file_bytes: int
     converted: bool
@@ -33,7 +35,7 @@ class StoredBase:
 
     @property
     def mapped(self) -> bool:
-        """Whether the loaded weights, unless they are packed, are the memory-mapped file itself."""
+        """Whether the loaded weights are the mapped file itself, if they are not packed."""
         return not self.converted and not self.gguf
 
 
@@ -47,9 +49,9 @@ def stored_base(sizes: Iterable[tuple[int, torch.dtype]], dtype: torch.dtype) ->
 def load_bytes(stored: StoredBase, dense_bytes: int, loaded_bytes: int, largest_elements: int, packed: bool) -> int:
     """Peak memory while a base is loaded.
 
-    `dense_bytes`: bytes of the base in the computation's dtype. `loaded_bytes`: bytes of the loaded base.
-    Each tensor of a GGUF file is unpacked to float32 and copied, so memory holds two more copies of the largest tensor.
-    A matrix that is packed is copied once.
+    `dense_bytes`: bytes of the base in the dtype of the computation. `loaded_bytes`: bytes of the base after loading.
+    A tensor of a GGUF file is unpacked to float32 and then copied, so memory contains two additional copies of the
+    largest tensor. A matrix that is packed is copied once.
     """
     if stored.gguf:
         return stored.file_bytes + dense_bytes + 2 * 4 * largest_elements
@@ -59,21 +61,22 @@ def load_bytes(stored: StoredBase, dense_bytes: int, loaded_bytes: int, largest_
 
 
 def packing_bytes(loaded_bytes: int, largest_elements: int, dtype: torch.dtype) -> int:
-    """Peak of loading a base that is packed while it is read: the base, one matrix, and buffers for packing."""
+    """Peak memory of loading a base that is packed (quantized) while it is read: the base, one matrix, and buffers for
+    packing."""
     return loaded_bytes + largest_elements * dtype.itemsize + WORKING_BYTES
 
 
 def copying_bytes(loaded_bytes: int) -> int:
-    """Peak of loading a base whose tensors are copied from the files one after the other."""
+    """Peak memory of loading a base whose tensors are copied from the files one after the other."""
     return loaded_bytes + CHUNK_BYTES
 
 
 def parsing_bytes(net: nn.Module) -> int:
-    """Bytes that gguf's reader uses for the vocabulary of a GGUF file while its base is loaded."""
+    """Bytes that gguf's reader needs for the vocabulary of a GGUF file while the base is loaded."""
     return TOKEN_BYTES * int(text_config(net).vocab_size)
 
 
 def untouched_bytes(ids: NDArray[np.int64], row_bytes: int, table_bytes: int) -> int:
-    """Bytes of a mapped embedding that are never read, if `ids` are the only token ids."""
+    """Bytes of a mapped embedding that are never read, if only the tokens in `ids` are looked up."""
     touched = np.unique(np.asarray(ids, dtype=np.int64) * row_bytes // FAULT_BYTES)
     return max(0, table_bytes - len(touched) * FAULT_BYTES)

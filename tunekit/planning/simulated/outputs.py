@@ -1,7 +1,8 @@
-"""A cache for the outputs of operations on meta tensors. The key is the shapes, strides and types of the inputs.
+"""A cache for the outputs of operations on meta tensors. The key consists of the operation and the shapes, strides and
+types of its inputs.
 
 torch computes these outputs in Python, which takes a quarter of a millisecond per operation. The same few hundred
-operations are repeated in layers, in steps, and in the choices that a plan compares.
+operations occur again in each layer, in each step, and for each setting that plan compares.
 """
 
 from functools import cache
@@ -62,8 +63,8 @@ def _kind(func: OpOverload) -> str | None:
 
 
 def _described(values: tuple[object, ...] | list[object]) -> list[object]:
-    """A hashable description of the inputs that determines the output. None if an input is a real tensor or a tensor
-    subclass."""
+    """A hashable description of the inputs, from which the output follows. It contains None for an input that is a real
+    tensor or has a subclass of Tensor."""
     descriptions: list[object] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -78,8 +79,8 @@ def _described(values: tuple[object, ...] | list[object]) -> list[object]:
 
 
 def _layouts_of(output: object, inputs: object) -> list[_Layout]:
-    """Layouts of the outputs; empty if an output shares its storage with a different tensor, or fills only a part of
-    the storage."""
+    """Shape, strides and dtype of each output. Empty if an output shares its storage with another tensor, or does not
+    fill its storage."""
     tensors = output if isinstance(output, tuple) else (output,)
     storages = {leaf.untyped_storage()._cdata for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
     layouts: list[_Layout] = []

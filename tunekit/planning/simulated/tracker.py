@@ -1,7 +1,8 @@
-"""Tracks all live storages of a computation, real or on the meta device, to find the peak of their total size.
+"""Tracks the storages of all tensors in a computation, to find the peak of their total size. The tensors can be real or
+on the meta device.
 
-A storage counts from the operation that makes it until it is freed. Views do not count again. A storage that is resized
-in place counts with its new size.
+A storage counts from the operation that creates it until it is freed. Views do not count again. A storage that is
+resized in place counts with its new size.
 """
 
 import weakref
@@ -27,7 +28,8 @@ CUDA_BLOCK_BYTES = 512  # the caching allocators of CUDA and XPU round every all
 
 @dataclass(frozen=True)
 class Simulation:
-    """The peak of live bytes, with its parts. `offloaded`: bytes of pinned host memory, which the peak excludes."""
+    """The peak of live bytes, in total and by part. `offloaded`: bytes of pinned host memory, which are not in the
+    peak."""
 
     peak: dict[str, int]
     total: int
@@ -35,9 +37,10 @@ class Simulation:
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts live bytes by part, and their peak since `start`.
+    """Counts the bytes of live tensors by part, and their peak since `start`.
 
-    `device`: the device where the computation will really run; it decides rounding and kernel workspaces.
+    `device`: the device where the computation will really run. It determines how sizes are rounded and how large kernel
+    workspaces are.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,7 +79,7 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live[part] += size
 
     def pass_through(self, sizes: Iterable[int]) -> None:
-        """Count temporary blocks of memory that exist at the same time, and are freed at once."""
+        """Count temporary blocks that are allocated together and freed at once."""
         together = sum(self._rounded(size) for size in sizes)
         self._add(self.part, together)
         self._add(self.part, -together)

@@ -1,7 +1,8 @@
-"""Real values of the small integer and bool tensors of a simulated computation, as `.item()` would read them.
+"""Real values of small integer and bool tensors in a simulated computation on the meta device, for example for
+`.item()`.
 
 Shapes and control flow of a forward depend on ids, positions and masks, never on activations. So only ids, positions
-and masks are computed with values during the simulation. This way packed rows have the same mask as in the real run.
+and masks get real values in the simulation. Therefore packed rows have the same mask as in the real run.
 """
 
 from collections.abc import MutableMapping
@@ -20,14 +21,14 @@ LARGEST_ELEMENTS = 1 << 26  # a mask of 8192 x 8192; values of larger tensors ar
 
 
 class IntegerValues:
-    """Real copies (twins) of integer and bool meta tensors, on the CPU."""
+    """Real copies of integer and bool meta tensors, on the CPU. A copy is called the tensor's twin."""
 
     def __init__(self) -> None:
         self._twins: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
     def run(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any]) -> object:
-        """The output of an operation on the meta device. If the output's size depends on values, and they are known,
-        the size is exact."""
+        """Run an operation on the meta device. If the output's size depends on values and these values are known, the
+        size is exact."""
         if func in SIZED_BY_VALUES and args[0] in self._twins:
             output = tree_map(_without_values, func(self._twins[args[0]], *args[1:], **kwargs))
         else:
@@ -38,14 +39,13 @@ class IntegerValues:
         return output
 
     def _places(self, index: Tensor | None) -> list[Tensor | None]:
-        """Indices of the elements that a boolean mask selects, if its values are known; otherwise, or if `index` is no
-        mask, `index` itself."""
+        """If `index` is a boolean mask with known values: the indices of the elements that it selects. Otherwise
+        `index` itself."""
         mask = None if index is None or index.dtype != torch.bool else self._twins.get(index)
         return [index] if mask is None else [*map(_without_values, mask.nonzero(as_tuple=True))]
 
     def _follow(self, func: OpOverload, args: OperationInputs, kwargs: dict[str, Any], output: object) -> None:
-        """If `output` is integer or bool, and the values of all inputs are known, compute its twin: a real copy with
-        values."""
+        """Store the real values of `output`, if it is integer or bool and the values of all inputs are known."""
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         if not outputs or not all(self._wanted(tensor) for tensor in outputs):
             return

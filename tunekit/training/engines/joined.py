@@ -1,7 +1,7 @@
 """One forward and backward pass for the rows of several runs: each layer of the shared base computes all rows at once.
 
-All runs share one network for embeddings and layers; each run has its own head and loss. Results equal those of
-separate runs up to the order of sums.
+All runs share one network for embeddings and layers; each run has its own head and loss. The results equal those of
+separate runs, except for rounding: sums are computed in a different order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ INPUTS = {"input_ids", "position_ids"}  # of rows end to end, which can be put a
 
 
 def can_join(run: WindowRun, pieces: Sequence[Piece]) -> bool:
-    """Whether one forward can compute the pieces of this run together with those of other runs."""
+    """Whether this run's micro-batches (`pieces`) can be computed in one forward together with micro-batches of other
+    runs."""
     adapter = run.model.adapter
     parts = [] if adapter is None else adapter.parts()
     layers = [] if adapter is None else list(adapter.layers.values())
@@ -48,8 +49,8 @@ def can_join(run: WindowRun, pieces: Sequence[Piece]) -> bool:
 
 @dataclass(eq=False)
 class _JoinedState(PieceState):
-    """The rows of several runs between layers: one piece of each run. `pieces` has None for a run without further
-    pieces."""
+    """The hidden states of several runs between two layers. `pieces`: one micro-batch of each run; None for a run that
+    has no more micro-batches."""
 
     pieces: Sequence[Piece | None] = ()
     lengths: tuple[int, ...] = ()  # tokens of each run
@@ -62,11 +63,12 @@ class _JoinedRun(WindowRun):
         self.model = model
 
     def computing(self, piece: Piece) -> None:
-        """Record nothing: no single piece is to blame if memory runs out. Each run then continues alone."""
+        """Do nothing: if memory runs out, no single micro-batch is to blame. Each run then continues alone."""
 
 
 class _JoinedPass(LayerPass):
-    """A pass that computes the k-th piece of every run as a single piece, for some consecutive k."""
+    """Computes the micro-batches of several runs. Micro-batch k of every run is computed together, as one long
+    sequence, for some consecutive values of k."""
 
     def __init__(
         self, joint: JointNetwork, runs: Sequence[WindowRun], pieces: Sequence[Sequence[Piece | None]]
@@ -102,7 +104,7 @@ class _JoinedPass(LayerPass):
 
 @dataclass(eq=False)
 class JointNetwork:
-    """A network with one base and the adapters of several models. Each adapter computes only the rows of its own
+    """A network that has one base and the adapters of several models. Each adapter computes only the rows of its own
     model."""
 
     base: LoadedModel
@@ -123,7 +125,8 @@ class JointNetwork:
         self.slots = self.model.slots or _NoSlots()
 
     def run(self, runs: Sequence[WindowRun], pieces: Sequence[Sequence[Piece]], at_once: int) -> None:
-        """Run the pieces of all runs. Each pass contains `at_once` pieces of each run."""
+        """Run the micro-batches (`pieces`) of all runs. Up to `at_once` micro-batches of each run pass through a layer
+        before the next layer."""
         joined = list(zip_longest(*pieces))
         with self.casts.caching(), self.model.training_mode(True):
             for start in range(0, len(joined), at_once):
@@ -133,7 +136,7 @@ class JointNetwork:
 
 
 class _NoSlots(LayerSlots):
-    """Replaces LayerSlots if all layers of the base are on the device, so that nothing is copied."""
+    """A replacement for LayerSlots if all layers of the base are on the device. It copies nothing."""
 
     def __init__(self) -> None:
         pass

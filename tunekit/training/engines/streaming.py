@@ -1,13 +1,13 @@
-"""The layer-by-layer engine: all micro-batches of a pass run through one layer before the next, so that weights are
-copied twice per pass instead of twice per micro-batch.
+"""The layer-by-layer engine: several micro-batches run through one layer before the next layer is loaded. So weights
+are copied twice per group of micro-batches, not twice per micro-batch.
 
-Its gradient equals the resident engine's bit for bit if a trained tensor belongs to one layer, otherwise up to the
-order of sums.
+Gradients equal those of the engine for weights on the device (window.py). They are equal bit for bit if each trained
+tensor belongs to one layer; otherwise sums have a different order.
 
-The forward builds no graph and keeps each layer's input. The backward recomputes each layer from its input with a
-graph for that layer alone. Source of this order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
-An encoder's output stays on the device while the decoder's layers run, because each layer reads it. Gradients of side
-inputs are summed in the same order as in a single graph.
+The forward builds no graph and stores each layer's input. The backward recomputes each layer from its stored input,
+with a graph for that layer alone. Source of this order: Pudipeddi et al. 2020 (L2L), arXiv 2002.05645.
+An encoder's output stays on the device while the decoder's layers run, because each layer reads it. Gradients of such
+side inputs are summed in the same order as in a single graph.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tunekit.training.engines.window import Piece, WindowEngine, WindowRun
 
 @dataclass(eq=False)
 class PieceState:
-    """The state of one piece (a micro-batch, or a part of it) between layers."""
+    """The state of one piece (a micro-batch, or a part of a split micro-batch) between two layers."""
 
     piece: Piece
     call: Call
@@ -46,27 +46,29 @@ class PieceState:
 
 @dataclass
 class RequiresGrad:
-    """Marks which values depend on trained parameters, and so require a gradient. The marks are recorded with the first
-    micro-batch."""
+    """Records which hidden states depend on trained parameters, and so require a gradient. The values are recorded
+    while the first micro-batch runs."""
 
     embeddings: list[bool] = field(default_factory=list)  # of each stack
     layers: list[bool] = field(default_factory=list)  # of each layer's output
     side_outputs: list[list[bool]] = field(default_factory=list)  # of each layer
 
     def before(self, number: int, stack: int | None) -> bool:
-        """Whether this layer's input requires a gradient. `stack`: the stack that starts with this layer, or None."""
+        """Whether this layer's input requires a gradient. `stack`: the index of the stack (encoder or decoder) that
+        starts with this layer; None if no stack starts here."""
         return self.layers[number - 1] if stack is None else self.embeddings[stack]
 
     def record(self, number: int, stack: int | None, hidden: Tensor, call: LayerCall) -> None:
-        """Record whether a layer's output requires a gradient. The output was computed with a graph for this layer
-        alone."""
+        """Record whether a layer's output requires a gradient. `hidden`: the output, computed with a graph for this
+        layer alone."""
         self.layers.append(self.before(number, stack) or hidden.requires_grad)
         values = [None if side is None else side.value for side in call.side_outputs]
         self.side_outputs.append([value is not None and value.requires_grad for value in values])
 
 
 class StreamingEngine(WindowEngine):
-    """Forward and backward of a window, `micro_batches_per_pass` at a time."""
+    """Runs the forward and backward of a window (the micro-batches of one optimizer step). `micro_batches_per_pass`
+    micro-batches pass through each layer together."""
 
     def __init__(
         self, seed: int, slots: LayerSlots, micro_batches_per_pass: int, splitting: Splitting | None = None
@@ -81,7 +83,7 @@ class StreamingEngine(WindowEngine):
             run_passes([layer_pass])
 
     def passes(self, run: WindowRun, pieces: Sequence[Piece]) -> Iterator[LayerPass]:
-        """The passes of a window, with `micro_batches_per_pass` pieces in each. Run each pass before taking the next
+        """Yields a LayerPass for each group of `micro_batches_per_pass` pieces. Run each pass before you take the next
         one."""
         self._stages = self._stages or stages_of(run.model.base)
         for start in range(0, len(pieces), self.micro_batches_per_pass):
@@ -92,8 +94,11 @@ class StreamingEngine(WindowEngine):
 
 
 class LayerPass:
-    """Runs some pieces forward and backward through all layers. `requires`: the marks of an
-    earlier pass; None: the first piece records them."""
+    """Runs several micro-batches (`pieces`) forward and backward through all layers.
+
+    `requires`: which hidden states require a gradient, as an earlier LayerPass recorded it. None: record it with the
+    first micro-batch.
+    """
 
     def __init__(
         self, run: WindowRun, stages: Stages, slots: LayerSlots, pieces: Sequence[Piece], requires: RequiresGrad | None
@@ -110,7 +115,7 @@ class LayerPass:
         self._recorded = self.states[0] if self.records else None
 
     def begin(self, pieces: Sequence[Piece]) -> list[PieceState]:
-        """The states of the pieces before the first layer."""
+        """Create the states of the micro-batches (`pieces`) before the first layer."""
         states = []
         for piece in pieces:
             with calling(self.run.call(piece)):
@@ -118,18 +123,18 @@ class LayerPass:
         return states
 
     def embed(self, number: int) -> None:
-        """Run the embedding, if a stack starts with this layer."""
+        """Compute the embeddings of every micro-batch, if a stack (encoder or decoder) starts with this layer."""
         for state in self.states if number in self.stack_at else ():
             self._embed(state, number, state is self._recorded)
 
     def forward(self, number: int) -> None:
-        """Run one layer of every piece without a graph. While `requires` is being recorded, the first piece runs with a
-        graph."""
+        """Run one layer for every micro-batch, without a graph. While `requires` is being recorded, the first
+        micro-batch runs with a graph."""
         for state in self.states:
             self._layer_forward(state, number, state is self._recorded)
 
     def head(self) -> None:
-        """Run the head and the loss of every piece, forward and backward."""
+        """Run the head and the loss of every micro-batch, forward and backward."""
         for state in self.states:
             self.run.computing(state.piece)
             hidden = state.hidden.requires_grad_(self.requires.layers[-1])
@@ -146,19 +151,19 @@ class LayerPass:
             self._layer_backward(state, number, coming)
 
     def embedding_backward(self, number: int) -> None:
-        """Run the backward pass of the embedding, if a stack starts with this layer."""
+        """Run the backward pass of the embedding, if a stack (encoder or decoder) starts with this layer."""
         for state in self.states if number in self.stack_at else ():
             self._embedding_backward(state, self.stack_at[number])
 
     def finish(self) -> None:
-        """Free the stored inputs of layers that require no gradient; only the piece that recorded `requires` has
-        them."""
+        """Free stored layer inputs that no backward pass needs. Only the micro-batch that recorded `requires` has such
+        inputs."""
         for state in self.states:
             for number in range(len(self.layers)):
                 self.store.drop((id(state), number))
 
     def _embed(self, state: PieceState, number: int, recording: bool) -> None:
-        """Run the embedding before the first layer of a stack."""
+        """Compute the embedding before the first layer of a stack (encoder or decoder)."""
         if number > 0:
             state.source = SideInput(state.hidden.requires_grad_(self.requires.layers[number - 1]))
         with calling(state.call), torch.set_grad_enabled(recording):
@@ -169,7 +174,8 @@ class LayerPass:
         state.calls += calls
 
     def _run_embedding(self, state: PieceState, stack: int) -> tuple[Tensor, list[LayerCall]]:
-        """Returns the stack's first hidden state (B, T, D), and the arguments with which the model calls its layers."""
+        """Returns the stack's first hidden state (B, T, D), and the arguments with which the model calls each layer of
+        the stack."""
         seed_layer(state.call, OUTSIDE_LAYERS)
         inputs = self.run.model.prepare_inputs(state.inputs)
         if stack > 0:
@@ -177,7 +183,7 @@ class LayerPass:
         return self.stacks[stack].embed(inputs, state.source)
 
     def _layer_forward(self, state: PieceState, number: int, recording: bool) -> None:
-        """Run one layer; its input is stored if the layer will be recomputed."""
+        """Run one layer. Its input is stored if the backward pass will recompute the layer."""
         self.run.computing(state.piece)
         if recording or self.requires.layers[number]:
             self.store.put((id(state), number), state.hidden, stays=number == len(self.layers) - 1)
@@ -199,8 +205,8 @@ class LayerPass:
         return output
 
     def head_gradient(self, run: WindowRun, piece: Piece, call: Call, hidden: Tensor) -> Tensor:
-        """The gradient (B, T, D) of the loss with respect to the last hidden states. Runs the head and the loss forward
-        and backward."""
+        """Run the head and the loss forward and backward. Returns the gradient (B, T, D) of the loss with respect to
+        the last hidden states."""
         with calling(call):
             output = run.model.to_output(run.model.real_positions(hidden))
             run.backward(piece, output, lambda: self._penalty(None))
@@ -233,8 +239,8 @@ class LayerPass:
             state.hidden = hidden.grad
 
     def _embedding_backward(self, state: PieceState, stack: int) -> None:
-        """Run the backward pass below the first layer of a stack, through its embedding to the previous stack's
-        output."""
+        """Run the backward pass of a stack's embedding. If the stack reads an encoder's output, continue with the
+        gradient of that output."""
         if self.requires.embeddings[stack]:
             with calling(state.call):
                 self._run_embedding(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]
@@ -244,17 +250,17 @@ class LayerPass:
         state.source = None
 
     def _penalty(self, number: int | None) -> Tensor | None:
-        """() float32: the penalties of the adapter's parts in this layer. `name` None: of the parts that are in no
+        """() float32: the sum of the adapter's penalty terms in this layer. `number` None: the terms that belong to no
         layer."""
         return total_penalty(self._adapters[number])
 
 
 def run_passes(passes: Sequence[LayerPass], *, unpacks_once: bool = False) -> None:
-    """Run several passes over the same layers together: while a layer's weights are in its slot, every pass runs it.
-    The backward pass ends at the lowest layer that requires a gradient.
+    """Run several passes over the same layers together: each layer is loaded once, and then every pass runs it. The
+    backward pass ends at the lowest layer that requires a gradient.
 
-    `unpacks_once`: unpack each matrix once in the forward pass and once in the backward pass. This needs memory for the
-    unpacked matrices of one layer.
+    `unpacks_once`: unpack each quantized matrix once in the forward pass and once in the backward pass. This needs
+    memory for the unpacked matrices of one layer.
     """
     slots, count = passes[0].slots, len(passes[0].layers)
     unpacked = UNPACKED.caching if unpacks_once else nullcontext
@@ -281,8 +287,8 @@ def run_passes(passes: Sequence[LayerPass], *, unpacks_once: bool = False) -> No
 
 
 def _take_gradient(side: SideInput) -> Tensor | None:
-    """Take the gradient of a side input, which the layers above computed, and clear it. The next backward pass starts
-    from this gradient."""
+    """Return the gradient of a side input (such as an encoder's output) and clear it. The layers that read the side
+    input have computed the gradient; the next backward pass starts from it."""
     if side.value is None:
         return None
     gradient, side.value.grad = side.value.grad, None
@@ -290,8 +296,8 @@ def _take_gradient(side: SideInput) -> Tensor | None:
 
 
 def stages_of(base: LoadedModel) -> Stages:
-    """The stages of the base. Raises: ModelError for a base whose stages are not tested; plan refuses such a base
-    earlier."""
+    """The base's stacks of layers, for layer-by-layer execution. Raises: ModelError for a base that was not tested this
+    way; plan refuses such a base earlier."""
     stages = base.family.stages(base.net)
     if stages is None:
         what = f"{base.facts.model_type} cannot be computed layer by layer"
@@ -302,7 +308,8 @@ def stages_of(base: LoadedModel) -> Stages:
 def make_engine(
     seed: int, slots: LayerSlots | None, pass_micro_batches: int, splitting: Splitting | None = None
 ) -> WindowEngine:
-    """The engine of a run: layer by layer if the base's layers are in slots, otherwise micro-batch by micro-batch."""
+    """Returns the engine of a run. `slots`: device memory for layers that are copied in one by one; None: all weights
+    are on the device, so micro-batches run one after another."""
     if slots is None:
         return WindowEngine(seed, splitting)
     return StreamingEngine(seed, slots, pass_micro_batches, splitting)

@@ -1,7 +1,7 @@
-"""Runs the windows of several runs over one base together, so that each layer is loaded and unpacked once for all runs.
+"""Trains several runs over one base together, so that each layer is loaded and unpacked once for all runs.
 
-There are two ways. One after another in each layer, every run computes the same bits as alone, at different times. In a
-joint network, the rows of all runs share the matrix products of the base.
+There are two ways. Interleaved: in each layer, the runs compute one after another, and every result has the same bits
+as in a separate run. Joined: one network computes the rows of all runs in the same matrix products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,11 @@ from tunekit.training.engines.window import Piece, WindowEngine, WindowRequest, 
 
 
 class Together:
-    """Runs windows together. `base`: returns the loaded base, not prepared for any run. `joined`: the Choice of the
-    joint network; None: every run computes its rows separately in each layer. `warn`: prints a warning."""
+    """Runs windows (the micro-batches of one optimizer step) of several runs together.
+
+    `base`: returns the loaded base, without the adapter of any run. `joined`: the settings of a network that computes
+    the rows of all runs at once; None: the runs compute one after another in each layer. `warn`: prints a warning.
+    """
 
     def __init__(
         self, base: Callable[[], LoadedModel | None], joined: Choice | None, warn: Callable[[str], None]
@@ -29,8 +32,8 @@ class Together:
         self._failed = False
 
     def run(self, requests: Sequence[WindowRequest]) -> list[WindowResult] | None:
-        """The results of these windows. None if they cannot run together, or if an attempt failed, such as by a lack of
-        memory. After None all gradients are zero, so that each window can run alone."""
+        """Run these windows together and return their results. Returns None if this is impossible or fails, for example
+        if memory runs out. Then all gradients are zero, so that the caller can run each window alone."""
         if len(requests) < 2 or self._failed:
             return None
         try:
@@ -64,7 +67,7 @@ class Together:
         return [run.results() for run in runs]
 
     def _joint_network(self, choice: Choice, requests: Sequence[WindowRequest]) -> JointNetwork:
-        """The joint network of these runs. It is made anew after a run has ended."""
+        """The network that computes all these runs. It is created again when the set of runs changes."""
         models, base = [request.model for request in requests], self._base()
         assert base is not None
         if self._joint is None or [*map(id, self._joint.models)] != [*map(id, models)]:
@@ -78,7 +81,7 @@ def _window_run(request: WindowRequest) -> WindowRun:
 
 
 def _pieces(request: WindowRequest) -> list[Piece]:
-    """The pieces of a window. A micro-batch that ran out of memory earlier is split in the same way again."""
+    """The micro-batches of a window. Micro-batches that are as large as one that ran out of memory before are split."""
     assert isinstance(request.engine, WindowEngine)
     split, kind, batches = request.engine.splitting, request.objective.rows, request.window.batches
     parts = [[batch] if split is None else split.pieces(kind, batch) for batch in batches]

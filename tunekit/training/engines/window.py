@@ -1,7 +1,8 @@
 """The engine for a base whose weights are all on the device: forward and backward of one micro-batch at a time.
 
-It adds the gradient of (sum of losses / units) to the flat buffers. A micro-batch that runs out of memory is split
-(memory/splitting.py): the same sums, in a different order. The streaming engine only changes the order of layers.
+It adds the gradient of (sum of losses / units) to the flat gradient buffers. A micro-batch that runs out of memory is
+split (memory/splitting.py), which changes only the order of sums. streaming.py has the engine for layers that are not
+on the device.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ WindowResult = tuple[Tensor, Sums]  # the sum of losses / units, (K,) float64, a
 
 @dataclass(frozen=True, eq=False)
 class WindowRequest:
-    """A window that a training loop asks its caller to run. `micro_batches`: their number in the step, over all
-    ranks."""
+    """A request of a training loop to its caller: run this window (the micro-batches of one optimizer step).
+    `micro_batches`: the number of micro-batches in the step, over all ranks."""
 
     engine: Engine
     model: TunedModel
@@ -43,15 +44,15 @@ LoopSteps = Generator[WindowRequest, WindowResult, None]  # a training loop that
 
 
 def run_alone(steps: LoopSteps) -> None:
-    """Run a training loop to its end, and run each window when the loop requests it."""
+    """Run a training loop to its end. Each window that the loop requests is run at once, alone."""
     request = next(steps, None)
     while request is not None:
         request = answer(steps, request.run)
 
 
 def answer(steps: LoopSteps, run: Callable[[], WindowResult]) -> WindowRequest | None:
-    """Send a loop the result of its window, or the error. Returns the loop's next request, or None if the loop has
-    ended."""
+    """Call `run`, and send its result or its error to the training loop. Returns the loop's next request; None if the
+    loop has ended."""
     try:
         result = run()
     except BaseException as error:
@@ -66,8 +67,8 @@ def answer(steps: LoopSteps, run: Callable[[], WindowResult]) -> WindowRequest |
 
 @dataclass(frozen=True)
 class Piece:
-    """A micro-batch, or a part of a split micro-batch. `number` counts parts, `index` counts micro-batches of the
-    step."""
+    """A micro-batch, or a part of a split micro-batch. `index`: the micro-batch's index in the step. `number`: the
+    part's index in the micro-batch."""
 
     batch: Batch
     index: int
@@ -76,8 +77,8 @@ class Piece:
 
 
 def pieces_of(window: Window, parts: Sequence[Sequence[Batch]], micro_batches: int) -> list[Piece]:
-    """The pieces of a window. `parts`: the parts of each micro-batch of the window. `micro_batches`: their number in
-    the step."""
+    """A Piece for each part of each micro-batch of a window. `parts`: the parts of each micro-batch. `micro_batches`:
+    the number of micro-batches in the step, over all ranks."""
     return [
         Piece(batch, index, number, micro_batches * len(batches))
         for index, batches in zip(window.indices, parts, strict=True)
@@ -86,7 +87,8 @@ def pieces_of(window: Window, parts: Sequence[Sequence[Batch]], micro_batches: i
 
 
 class WindowRun:
-    """One attempt to run a window: values that its pieces share, and the sums over them."""
+    """One attempt to run a window (the micro-batches of one optimizer step): values that all micro-batches share, and
+    the sums of their losses and metrics."""
 
     def __init__(
         self, engine: WindowEngine, model: TunedModel, objective: Objective, window: Window, units: Tensor
@@ -98,7 +100,8 @@ class WindowRun:
         self.weight = 1.0  # weight of every loss; 0 for forwards that only keep ranks in step
 
     def call(self, piece: Piece) -> Call:
-        """The Call (context of a forward) of a piece. Parts of a split micro-batch use different random numbers."""
+        """The settings (Call) of a micro-batch's forward. Each part of a split micro-batch gets different random
+        numbers."""
         return Call(step=self.step, micro_batch=piece.index + piece.number * PIECE_STRIDE, seed=self.engine.seed)
 
     def results(self) -> tuple[Tensor, Sums]:
@@ -110,12 +113,12 @@ class WindowRun:
         return total, self.metrics
 
     def computing(self, piece: Piece) -> None:
-        """Record the running piece, which is blamed if memory runs out."""
+        """Remember which micro-batch is running. If memory runs out, this one is split."""
         if self.engine.splitting is not None:
             self.engine.splitting.running = piece.batch
 
     def backward(self, piece: Piece, output: ModelOutput, penalty: Callable[[], Tensor | None]) -> None:
-        """Add the loss of an output to the sums, and compute its gradient."""
+        """Add a micro-batch's loss to the sums, and run its backward pass."""
         seed_layer(current_call(), AFTER_LAYERS)
         loss = self.objective.loss.loss(output, piece.batch)
         del output
@@ -130,9 +133,10 @@ class WindowRun:
 
 
 class WindowEngine:
-    """Runs the micro-batches of a window one by one. If memory runs out, it starts again with smaller pieces.
+    """Runs the micro-batches of a window one by one. If memory runs out, it splits the micro-batch and starts the
+    window again.
 
-    `splitting`: how micro-batches are split if memory runs out; None: an error is raised.
+    `splitting`: how micro-batches are split; None: an error is raised instead.
     """
 
     def __init__(self, seed: int, splitting: Splitting | None = None) -> None:
@@ -144,11 +148,12 @@ class WindowEngine:
     def run_window(
         self, model: TunedModel, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
     ) -> tuple[Tensor, Sums]:
-        """Run the window; returns this rank's sum of losses / units, (K,) float64, and the sums of logged values, on
+        """Run the window. Returns this rank's sum of losses / units, (K,) float64, and the sums of logged values, on
         the device.
-        The gradient must be zero before, because a failed attempt clears it.
-        `micro_batches`: the step's number of micro-batches over all ranks; per-step terms are averaged over them.
-        Raises: ResourceError if a single document does not fit (with `splitting`).
+
+        The gradient must be zero before the call, because a failed attempt sets it to zero.
+        `micro_batches`: the step's number of micro-batches over all ranks; loss terms per step are averaged over them.
+        Raises: ResourceError if a single document does not fit into memory (only with `splitting`).
         """
 
         def attempt(parts: list[list[Batch]]) -> tuple[Tensor, Sums]:
@@ -162,7 +167,8 @@ class WindowEngine:
         return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
 
     def make_up(self, model: TunedModel, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Run forward and backward of a batch `forwards` times with weight 0, so that gradients do not change."""
+        """Run forward and backward of a batch `forwards` times with loss weight 0. Gradients do not change. Used on
+        ranks that have fewer micro-batches than other ranks."""
         window = Window(0, 0.0, tuple(range(forwards)), (batch,) * forwards)
         run = WindowRun(self, model, objective, window, objective.loss.units(batch))
         run.weight = 0.0
@@ -170,8 +176,8 @@ class WindowEngine:
             self._run(run, [Piece(batch, index, 0, forwards) for index in window.indices])
 
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
-        """Run every piece forward and backward, in the order of the step. Only one piece's activations are in
-        memory."""
+        """Run every piece forward and backward, in the order of the step. Only the activations of one piece are in
+        memory at a time."""
         model = run.model
 
         def penalty() -> Tensor | None:
