@@ -66,7 +66,7 @@ class PeftSide(Generic[Settings]):
     `absent`: common fields (MODULES) that PEFT's class for this method does not have. PEFT warns if a file contains
     them.
     `refuses_kernel_layers`: whether PEFT refuses layers whose weights a compiled kernel reads directly.
-    `takes_experts`: whether PEFT treats layers with the former names of expert modules as parts of fused experts.
+    `takes_experts`: whether PEFT interprets the older names of expert layers, such as w1, as names of fused experts.
     See peft_models.py for the last two.
     `resolve`: (settings, targets, the fields so far) -> fields that depend on the targets.
     `stored`: (settings, the shapes of the file's tensors) -> the settings with which PEFT computed those tensors.
