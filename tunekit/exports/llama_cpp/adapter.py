@@ -39,7 +39,8 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
     lost = list(dict.fromkeys(lost))  # a tied embedding is in two of these
     if not lost:
         return []
-    return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]} ({len(lost)} such changes)", MERGE)]
+    more = f" and {len(lost) - 1} other tensors" if len(lost) > 1 else ""
+    return [Problem(f"a GGUF adapter cannot hold the change of {lost[0]}{more}", MERGE)]
 
 
 def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
