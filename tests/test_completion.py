@@ -65,7 +65,7 @@ def test_other_shells_get_the_whole_word_and_its_meaning() -> None:
     (first, *_) = completed("train", RECIPE, "training.optimizer=paged", shell="fish")
     assert first == "training.optimizer=paged_adamw"
     (line,) = [line for line in completed("train", RECIPE, "training.", shell="fish") if "seed" in line]
-    assert line.split("\t") == ["training.seed=", "of every random draw"]
+    assert line.split("\t") == ["training.seed=", "seed of every random draw"]
     assert '"training.optimizer=paged_adamw"' in "".join(completed("train", RECIPE, "training.opt", shell="zsh"))
 
 
@@ -113,7 +113,9 @@ def test_every_key_of_every_method_is_offered_and_no_other(tmp_path: Path) -> No
 @pytest.mark.parametrize("text", ["", "- a\n", "model: [", "\x00", "adapter: ~\n"])
 def test_a_broken_recipe_is_no_reason_to_complain(text: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
-    assert ("training.seed=0", "of every random draw") in complete_override("training.se", str(tmp_path / "r.yaml"))
+    assert ("training.seed=0", "seed of every random draw") in complete_override(
+        "training.se", str(tmp_path / "r.yaml")
+    )
     assert complete_override("training.se", str(tmp_path / "absent.yaml"))
 
 

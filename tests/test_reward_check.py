@@ -74,7 +74,7 @@ FAULTS = {
     ),
     "raises": ("return 1 / 0", "letters raised ZeroDivisionError"),
     "returns None": ("pass", "letters returned None"),
-    "returns NaN": ("return [float('nan')] * len(completions)", "letters returned None or NaN for each"),
+    "returns NaN": ("return [float('nan')] * len(completions)", "letters returned None or NaN for all"),
     "returns too few": ("return [1.0]", "letters returned 1 rewards for"),
     "takes a minute": ("time.sleep(60)", "letters took more than 0.2 s"),
     "takes a minute whatever happens": (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tunekit.errors import InputError
 from tunekit.files.durable import write_new_text
-from tunekit.planning.launch.job import Job, load_engine
+from tunekit.planning.launch.job import LaunchJob, load_engine
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.paths import named_paths
 
@@ -28,7 +28,7 @@ def launch_verb(
     """
     engine = load_engine(on)
     paths = {path.file for path in named_paths(loaded.recipe.model_dump(mode="json")) if path.file.is_absolute()}
-    job = Job(
+    job = LaunchJob(
         Path(recipe),
         tuple(overrides),
         Path.cwd(),

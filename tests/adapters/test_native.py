@@ -226,7 +226,7 @@ def test_without_a_compiler_torchs_operations_remain(
         recipe = write_recipe(tmp_path, tiny_llama)
         plan, _ = make_plan(load_recipe(recipe, ["model.dtype=bfloat16"]), device=CPU)
         assert plan.choice.kernels == "none"
-        assert any("kernels in C: no, there is no C compiler" in note for note in plan.notes)
+        assert any("SwiGLU and attention: no, there is no C compiler" in note for note in plan.notes)
         with pytest.raises(ModelError, match="this run computes with kernels in C, but there is no C compiler"):
             use_native(nn.Module())
     finally:

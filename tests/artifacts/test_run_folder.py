@@ -414,7 +414,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
     with run.metrics_path.open("a") as file:
         file.write("{oops\n")
     run.append_metrics(record(2))
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2: not a record"):
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2: this line is not a metrics record"):
         run.read_metrics()
 
 

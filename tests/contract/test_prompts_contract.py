@@ -170,7 +170,7 @@ def test_a_folder_is_continued_where_it_holds_what_was_trained(name: str, tmp_pa
         ("vocabulary", "num_transformer_submodules", 3, "num_transformer_submodules"),
         ("multitask", "num_tasks", 10**9, "prefix_task_cols"),
         ("multitask", "num_ranks", 0, "num_ranks"),
-        ("cpt", "cpt_token_ids", [5], "token_ids and token_types"),
+        ("cpt", "cpt_token_ids", [5], "token_ids must have the same length as token_types"),
         ("cpt", "num_virtual_tokens", 3, "is 3, but there are 4 cpt_token_ids"),
         ("mlp", "peft_type", "PROMPT_TUNING", "encoder_"),
         ("mlp", "num_virtual_tokens", "4", "num_virtual_tokens"),

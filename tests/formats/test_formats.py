@@ -130,7 +130,7 @@ def test_chat_with_tools_reads_arguments_and_null_content() -> None:
 
 def test_only_the_assistant_calls_tools() -> None:
     bad = {"role": "user", "content": "q", "tool_calls": [{"function": {"name": "f"}}]}
-    with pytest.raises(DataError, match="only the assistant"):
+    with pytest.raises(DataError, match="only messages of the assistant"):
         make("chat", {"messages": [bad]})
 
 

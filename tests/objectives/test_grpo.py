@@ -312,8 +312,8 @@ def test_a_mended_reward_is_resumed_where_the_user_accepts_it(
 WRONG = [
     ("    raise KeyError('x')", r"rewards\.py: letters raised KeyError: 'x' \(line 3\)"),
     ("    return None", "letters returned None; return a list"),
-    ("    return [None for _ in completions]", "letters returned None or NaN for each of"),
-    ("    return [float('nan')] * len(completions)", "letters returned None or NaN for each of"),
+    ("    return [None for _ in completions]", "letters returned None or NaN for all"),
+    ("    return [float('nan')] * len(completions)", "letters returned None or NaN for all"),
     ("    return [1.0]", "letters returned 1 rewards for "),
     ("    return 1.0", "letters returned float '1.0', which is not a list"),
     ("    return ['1'] * len(completions)", "letters returned str '1' for a completion; return a finite number"),

@@ -289,8 +289,8 @@ SECOND = "train.jsonl:2: "
         (MULTI, [["a"], ["1"], ["1.0"]], "train.jsonl:3: the label '1.0' is the same number as the label '1'"),
         (MULTI, [[], []], "no row of data.train has a label"),
         (NUMBERS, [1, "much"], SECOND + "the label 'much' is not a number"),
-        (NUMBERS, [1, "nan"], SECOND + "the label nan is not a finite number"),
-        (NUMBERS, [1, 1e200], SECOND + "the label 1e.200 is not a finite number"),
+        (NUMBERS, [1, "nan"], SECOND + "the label nan is infinite, NaN or too large"),
+        (NUMBERS, [1, 1e200], SECOND + "the label 1e.200 is infinite, NaN or too large"),
         (NUMBERS, [1, 1e20], SECOND + "the label 1e.20 is infinite, NaN or too large to be learned"),
         (NUMBERS, [1, True], SECOND + "the label 'true' is not a number"),
         (NUMBERS, [1, None], SECOND + "'label' must be a text or a number, or a list of them, not null"),
@@ -313,7 +313,7 @@ def test_nan_in_a_parquet_file_is_named_with_its_row(llama: Path, tmp_path: Path
     rows = {"text": ["a", "b", "c"], "label": [0.5, float("nan"), float("inf")]}
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "train.parquet"))
     recipe = write_recipe(tmp_path, llama, "one", data={"train": "train.parquet", "eval": None})
-    with pytest.raises(TunekitError, match=r"train.parquet:2: the label nan is not a finite number") as caught:
+    with pytest.raises(TunekitError, match=r"train.parquet:2: the label nan is infinite, NaN or too large") as caught:
         make_plan(load_recipe(recipe), device=CPU)
     assert "train.parquet:3: the label inf" in str(caught.value)
 

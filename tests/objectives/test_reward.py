@@ -184,7 +184,7 @@ def test_what_cannot_be_is_said(base: Path, bert: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(8)]
     with pytest.raises(TunekitError, match=r"model\.name_or_path: the base is an encoder"):
         raise_refusals(make_plan(load_recipe(write_reward(tmp_path, bert, rows)), device=CPU)[0])
-    with pytest.raises(TunekitError, match="exact_match needs answers"):
+    with pytest.raises(TunekitError, match="exact_match needs text answers"):
         load_recipe(write_reward(tmp_path, base, evaluation={"metrics": ["exact_match"]}))
     recipe = write_reward(tmp_path, base, [*rows[:4], {**rows[0], "margin": "much"}])
     with pytest.raises(TunekitError, match=r"train\.jsonl:5: 'margin' must be a number, not 'much'"):

@@ -141,7 +141,7 @@ def launch(
     output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="the new launch file")] = None,
     device: Device = None,
 ) -> None:
-    """Write the file that starts a training run on several GPUs or on a cluster. Starts nothing."""
+    """Write the file that starts a run on several GPUs or a cluster."""
     loaded = _checked(recipe, overrides)
     from tunekit.launch import launch_verb
 

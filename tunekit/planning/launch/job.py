@@ -17,7 +17,7 @@ PORT = 29500  # torchrun's default
 
 
 @dataclass(frozen=True)
-class Job:
+class LaunchJob:
     """A training run on several processes. `recipe` and `overrides`: as on the command line, in the working folder
     `folder`. `processes`: the number on each node; each uses one GPU, or none with `on_cpu`. `paths`: the absolute
     local paths that the recipe names. `python`: the interpreter on nodes that share this machine's folders."""
@@ -69,22 +69,22 @@ class Job:
         return [f"the nodes see {self.folder} only; put these into it: {self.outside}"] if self.outside else []
 
 
-class Engine(Protocol):
+class Launcher(Protocol):
     """A file of this folder: what starts the processes of a run."""
 
     ENDING: str  # of the file's name
 
-    def text(self, job: Job) -> str:
+    def text(self, job: LaunchJob) -> str:
         """The content of the launch file."""
         ...
 
-    def submit(self, job: Job, path: str) -> Sequence[str]:
+    def submit(self, job: LaunchJob, path: str) -> Sequence[str]:
         """Lines for the user: how to submit the file. `path`: the file, quoted for a shell."""
         ...
 
 
-def load_engine(name: str) -> Engine:
+def load_engine(name: str) -> Launcher:
     """Raises: InputError for an unknown name."""
     if name not in ENGINES:
         raise InputError(f"--on {name}: unknown engine", did_you_mean(name, ENGINES, "known engines"))
-    return cast(Engine, import_module(f"tunekit.planning.launch.{name}"))
+    return cast(Launcher, import_module(f"tunekit.planning.launch.{name}"))

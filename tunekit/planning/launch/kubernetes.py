@@ -3,7 +3,7 @@
 import json
 import shlex
 
-from tunekit.planning.launch.job import Job
+from tunekit.planning.launch.job import LaunchJob
 
 ENDING = ".kubernetes.yaml"
 JOB = """\
@@ -49,7 +49,7 @@ GPUS = """\
 """
 
 
-def text(job: Job) -> str:
+def text(job: LaunchJob) -> str:
     """The job. torchrun reads its settings from the variables PET_*, which Kubeflow sets."""
     command = f"cd {shlex.quote(str(job.folder))} && exec torchrun {job.command}"
     return JOB.format(
@@ -62,7 +62,7 @@ def text(job: Job) -> str:
     )
 
 
-def submit(job: Job, path: str) -> list[str]:
+def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, in which the user names an image and a volume claim."""
     return [
         f"submit it: sed -e 's#IMAGE#YOUR/IMAGE:1#' -e 's#CLAIM#YOUR-CLAIM#' {path} | kubectl apply -f -",

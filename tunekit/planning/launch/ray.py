@@ -1,6 +1,6 @@
 """A Python script for Ray Train, whose workers are the processes of the run."""
 
-from tunekit.planning.launch.job import Job
+from tunekit.planning.launch.job import LaunchJob
 
 ENDING = ".ray.py"
 RETRIES = 3
@@ -35,7 +35,7 @@ if __name__ == "__main__":
 '''
 
 
-def text(job: Job) -> str:
+def text(job: LaunchJob) -> str:
     """The script. Ray sets the variables of torchrun in each worker."""
     return SCRIPT.format(
         recipe=job.recipe,
@@ -48,6 +48,6 @@ def text(job: Job) -> str:
     )
 
 
-def submit(job: Job, path: str) -> list[str]:
+def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, on a node of the cluster."""
     return [f"start it on a node of the cluster: python {path}", *job.shared()]

@@ -2,7 +2,7 @@
 
 import json
 
-from tunekit.planning.launch.job import PORT, Job
+from tunekit.planning.launch.job import PORT, LaunchJob
 
 ENDING = ".skypilot.yaml"
 TASK = """\
@@ -22,7 +22,7 @@ run: |
 """
 
 
-def text(job: Job) -> str:
+def text(job: LaunchJob) -> str:
     """The task. JSON's text is YAML's too."""
     return TASK.format(
         name=job.name,
@@ -34,7 +34,7 @@ def text(job: Job) -> str:
     )
 
 
-def submit(job: Job, path: str) -> list[str]:
+def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, in which the user names the kind of GPU."""
     wanted = "--cpus 4+" if job.on_cpu else f"--gpus L4:{job.processes}"
     return [f"submit it: sky jobs launch {wanted} --env TUNEKIT_URL=ADDRESS_OF_THE_REPOSITORY {path}", *job.copied()]

@@ -2,7 +2,7 @@
 
 import shlex
 
-from tunekit.planning.launch.job import Job
+from tunekit.planning.launch.job import LaunchJob
 
 ENDING = ".slurm.sh"
 GRACE_SECONDS = 120  # for the checkpoint before the time limit
@@ -31,7 +31,7 @@ exit $code
 """
 
 
-def text(job: Job) -> str:
+def text(job: LaunchJob) -> str:
     """The script. All nodes see the working folder and the interpreter under the same paths, as usual on clusters."""
     return SCRIPT.format(
         name=job.name,
@@ -46,7 +46,7 @@ def text(job: Job) -> str:
     )
 
 
-def submit(job: Job, path: str) -> list[str]:
+def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, to which the user adds what the cluster requires."""
     how = "add --partition and --account if your cluster requires them"
     return [f"submit it: sbatch --time=4:00:00 {path}", how, *job.shared()]

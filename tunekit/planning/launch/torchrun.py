@@ -2,7 +2,7 @@
 
 import shlex
 
-from tunekit.planning.launch.job import PORT, Job
+from tunekit.planning.launch.job import PORT, LaunchJob
 
 ENDING = ".torchrun.sh"
 SCRIPT = """\
@@ -14,7 +14,7 @@ exec {python} -m torch.distributed.run {group} --nproc-per-node {processes} {com
 """
 
 
-def text(job: Job) -> str:
+def text(job: LaunchJob) -> str:
     """The script. On several nodes it reads HEAD, the host name of the first node."""
     several = job.nodes > 1
     group = f'--nnodes {job.nodes} --rdzv-backend c10d --rdzv-id {job.name} --rdzv-endpoint "$HEAD:${{PORT:-{PORT}}}"'
@@ -30,7 +30,7 @@ def text(job: Job) -> str:
     )
 
 
-def submit(job: Job, path: str) -> list[str]:
+def submit(job: LaunchJob, path: str) -> list[str]:
     """The command; on several nodes, the command of each node."""
     if job.nodes == 1:
         return [f"start it: sh {path}"]
