@@ -155,7 +155,7 @@ def test_rows_beyond_a_table_of_positions_are_refused(tmp_path: Path, tiny_llama
     (llama / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
     plan, _ = plan_of(write_recipe(tmp_path / "short-recipe", llama))
     assert not plan.refusals
-    assert any("made for 40" in note for note in plan.notes)
+    assert any("made for at most 40" in note for note in plan.notes)
 
 
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
@@ -316,7 +316,7 @@ def test_experts_are_simulated_in_every_dtype(tmp_path: Path, tiny_llama: Path) 
     mixtral = write_other(tmp_path / "mixtral", tiny_llama, "mixtral", hidden_size=64, intermediate_size=128, **heads)
     plan, _ = plan_of(write_recipe(tmp_path / "other", mixtral))
     assert plan.peak_bytes.activations > 0
-    assert any("fused expert" in note for note in plan.notes)
+    assert any("fused parameters of experts" in note for note in plan.notes)
 
 
 def test_a_model_that_cannot_be_simulated_is_said_to_be(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
