@@ -43,7 +43,7 @@ def test_keys_and_values_of_samples_fit_into_the_planned_memory(
     monkeypatch.setattr(Sampler, "rehearse", noted)
     monkeypatch.setattr(Decoder, "step", measured)
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
-    assert any(f"each take {bytes_text(planned[0])}" in note for note in plan.notes)
+    assert any(f"tokens each, take {bytes_text(planned[0])}" in note for note in plan.notes)
     train(recipe)
     of_slots, of_all = max(size for size, _ in peaks), max(map(sum, peaks))
     assert 0.8 * planned[0] < of_slots <= planned[0]

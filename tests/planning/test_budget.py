@@ -157,7 +157,7 @@ def test_within_a_budget_rows_go_before_recomputation(recipe: Path) -> None:
     assert (plan.steps, plan.supervised_tokens) == (plain.steps, plain.supervised_tokens)
     assert prepared.batch_settings.micro_batch_size == 2
     assert len(prepared.largest_batch.sequences) == 2
-    assert any("(the same as 1 of 4)" in note for note in plan.notes)
+    assert any("(the same rows as 1 of size 4)" in note for note in plan.notes)
     every, _ = plan_of(
         recipe,
         "training.micro_batch_size=1",
