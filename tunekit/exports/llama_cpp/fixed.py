@@ -57,8 +57,8 @@ def _position_problems(kind: str, config: Configuration) -> Iterator[Ignored]:
     """Sliding windows and rotary positions that llama.cpp would compute differently."""
     types = config.get("layer_types")
     if kind in GROUPS and types and group_size(types) is None:
-        taken = "full attention only in the last layer of each group, with groups of equal size"
-        yield "layer_types", f"[{', '.join(types)}]", taken
+        grouped = "full attention only in the last layer of each group, with groups of equal size"
+        yield "layer_types", f"[{', '.join(types)}]", grouped
     rope = config.get("rope_parameters") or {}
     sliding, full = rope.get("sliding_attention") or {}, rope.get("full_attention") or rope
     if full.get("rope_type") == "yarn":
