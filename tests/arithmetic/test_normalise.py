@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.arithmetic.test_merge import logits_of, merge, merged_logits, prepared, write_base
+from tests.support.peft_case import HARMLESS_WARNINGS
+from tunekit.adapter import convert_verb
 from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, find_plain_target, normalise, write_plain
 from tunekit.errors import AdapterError
@@ -185,3 +187,28 @@ def test_dora_is_merged_or_extracted_with_its_error(tmp_path: Path) -> None:
         values = torch.linalg.svdvals(delta.detach().double())
         assert plain.losses[name].error == pytest.approx(float(values[5:].square().sum().sqrt()), rel=1e-3)
         assert pair.rank == 5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": ["embed_tokens", "k_proj"], "ensure_weight_tying": True, "base": TIED},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "base": TIED},
+        {"modules_to_save": ["norm"]},  # PEFT also copies input_layernorm, which ends with norm
+    ],
+)
+def test_modules_that_peft_adds_are_converted_too(values: dict[str, Any], tmp_path: Path) -> None:
+    expected = logits_of(by_peft(tmp_path, "llama", **values))
+    convert_verb(str(tmp_path / "adapter"), None, None, None, str(tmp_path / "new"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=f".*({'|'.join(HARMLESS_WARNINGS)})")
+        again = peft.PeftModel.from_pretrained(base, str(tmp_path / "new")).eval()
+    torch.testing.assert_close(logits_of(again), expected, rtol=0, atol=2e-5)
+
+
+def test_trained_biases_of_updates_are_refused_by_name(tmp_path: Path) -> None:
+    by_peft(tmp_path, "llama", lora_bias=True)
+    with pytest.raises(AdapterError, match="lora_bias: the adapter has a bias in each update.*; merge it instead"):
+        convert_verb(str(tmp_path / "adapter"), None, None, None, str(tmp_path / "new"))
