@@ -210,5 +210,5 @@ def test_modules_that_peft_adds_are_converted_too(values: dict[str, Any], tmp_pa
 
 def test_trained_biases_of_updates_are_refused_by_name(tmp_path: Path) -> None:
     by_peft(tmp_path, "llama", lora_bias=True)
-    with pytest.raises(AdapterError, match="lora_bias: the adapter has a bias in each update.*; merge it instead"):
+    with pytest.raises(AdapterError, match=r"lora_bias: the adapter has a bias in each update.*; merge it instead"):
         convert_verb(str(tmp_path / "adapter"), None, None, None, str(tmp_path / "new"))
