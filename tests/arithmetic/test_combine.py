@@ -435,6 +435,13 @@ def test_a_start_that_moved_weights_is_converted_first(tmp_path: Path) -> None:
         call(tmp_path / "new", folders, "cat")
 
 
+def test_whole_modules_beside_a_linear_method_are_refused_by_name(tmp_path: Path) -> None:
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"])
+    peft.get_peft_model(BASES["llama"].make(), config).save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(TunekitError, match="modules_to_save: ia3 adapters that also train whole modules cannot be"):
+        call(tmp_path / "new", [tmp_path / "a"] * 2, "linear")
+
+
 def test_one_folder_can_be_named_twice(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", 1, modules_to_save=("lm_head",))
     new = call(tmp_path / "new", [folder, folder], "cat", "0.5,0.5")

@@ -214,6 +214,15 @@ def test_trained_biases_of_updates_are_refused_by_name(tmp_path: Path) -> None:
         convert_verb(str(tmp_path / "adapter"), None, None, None, str(tmp_path / "new"))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_tied_partners_are_those_of_peft(model_type: str, tmp_path: Path) -> None:
+    """PEFT ties the head to a regular expression that matches embed_tokens, but not to GPT-2's wte."""
+    targets: Any = r".*(embed_tokens|q_proj)" if model_type == "llama" else ["wte", "c_attn"]
+    expected = logits_of(by_peft(tmp_path, model_type, TIED, target_modules=targets, ensure_weight_tying=True))
+    merge_verb(str(tmp_path / "adapter"), str(tmp_path / "merged"), None, None, [])
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_the_moved_head_is_not_written(start: str, tmp_path: Path) -> None:
     """PEFT's file of an adapted head contains the weight without the part that PiSSA moved into the adapter."""
