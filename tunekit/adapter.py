@@ -13,7 +13,7 @@ from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_l
 from tunekit.arithmetic.losses import losses_on_rows
 from tunekit.arithmetic.low_rank import reduce_rank
 from tunekit.arithmetic.model_difference import compare_models, extract_models
-from tunekit.arithmetic.moved_starts import START, start_of, untouched_updates
+from tunekit.arithmetic.moved_starts import START, read_started_lora, start_of, untouched_updates
 from tunekit.arithmetic.nearest_lora import RankLoss, loss_between, nearest_lora, total
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summarise_adapter
@@ -101,7 +101,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
     if config.method is not plain_lora_method():
         _convert_method(console, config, rank, initial, base, place)
         return
-    lora = read_lora_folder(folder, {START: True} if start else None)
+    lora = read_started_lora(folder, start)
     first = None if initial is None else adapter_folder(initial)
     updates, note = untouched_updates(lora, start, first, base_override(base))
     console.info(*filter(None, [note]))

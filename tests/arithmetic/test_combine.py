@@ -433,3 +433,23 @@ def test_a_start_that_moved_weights_is_converted_first(tmp_path: Path) -> None:
     folders = [write(tmp_path / "a", 1), edit(write(tmp_path / "b", 2), init_lora_weights="pissa")]
     with pytest.raises(TunekitError, match=r"init_lora_weights: .* to plain LoRA with: tunekit adapter convert"):
         call(tmp_path / "new", folders, "cat")
+
+
+def test_whole_modules_beside_a_linear_method_are_refused_by_name(tmp_path: Path) -> None:
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"])
+    peft.get_peft_model(BASES["llama"].make(), config).save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(TunekitError, match="modules_to_save: ia3 adapters that also train whole modules cannot be"):
+        call(tmp_path / "new", [tmp_path / "a"] * 2, "linear")
+
+
+def test_one_folder_can_be_named_twice(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", 1, modules_to_save=("lm_head",))
+    new = call(tmp_path / "new", [folder, folder], "cat", "0.5,0.5")
+    torch.testing.assert_close(logits_here(new), logits_here(folder), rtol=0, atol=2e-5)
+
+
+def test_a_rank_above_the_sides_is_reduced_to_them() -> None:
+    update = LowRank(torch.randn(9, 7), torch.randn(5, 9), 2.0)
+    reduced = reduce_rank(update, 9)
+    assert reduced.rank == 5
+    torch.testing.assert_close(reduced.dense(), update.dense())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.arithmetic.test_merge import logits_of, merge, merged_logits, prepared, write_base
+from tests.support.peft_case import HARMLESS_WARNINGS
+from tunekit.adapter import convert_verb
 from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, find_plain_target, normalise, write_plain
 from tunekit.errors import AdapterError
@@ -185,3 +187,64 @@ def test_dora_is_merged_or_extracted_with_its_error(tmp_path: Path) -> None:
         values = torch.linalg.svdvals(delta.detach().double())
         assert plain.losses[name].error == pytest.approx(float(values[5:].square().sum().sqrt()), rel=1e-3)
         assert pair.rank == 5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": ["embed_tokens", "k_proj"], "ensure_weight_tying": True, "base": TIED},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "base": TIED},
+        {"modules_to_save": ["norm"]},  # PEFT also copies input_layernorm, which ends with norm
+    ],
+)
+def test_modules_that_peft_adds_are_converted_too(values: dict[str, Any], tmp_path: Path) -> None:
+    expected = logits_of(by_peft(tmp_path, "llama", **values))
+    convert_verb(str(tmp_path / "adapter"), None, None, None, str(tmp_path / "new"))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=f".*({'|'.join(HARMLESS_WARNINGS)})")
+        again = peft.PeftModel.from_pretrained(base, str(tmp_path / "new")).eval()
+    torch.testing.assert_close(logits_of(again), expected, rtol=0, atol=2e-5)
+
+
+def test_trained_biases_of_updates_are_refused_by_name(tmp_path: Path) -> None:
+    by_peft(tmp_path, "llama", lora_bias=True)
+    with pytest.raises(AdapterError, match=r"lora_bias: the adapter has a bias in each update.*; merge it instead"):
+        convert_verb(str(tmp_path / "adapter"), None, None, None, str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_tied_partners_are_those_of_peft(model_type: str, tmp_path: Path) -> None:
+    """PEFT ties the head to a regular expression that matches embed_tokens, but not to GPT-2's wte."""
+    targets: Any = r".*(embed_tokens|q_proj)" if model_type == "llama" else ["wte", "c_attn"]
+    expected = logits_of(by_peft(tmp_path, model_type, TIED, target_modules=targets, ensure_weight_tying=True))
+    merge_verb(str(tmp_path / "adapter"), str(tmp_path / "merged"), None, None, [])
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_the_moved_head_is_not_written(start: str, tmp_path: Path) -> None:
+    """PEFT's file of an adapted head contains the weight without the part that PiSSA moved into the adapter."""
+    expected = logits_of(by_peft(tmp_path, "llama", init_lora_weights=start, target_modules=["lm_head"]))
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    convert_verb(str(tmp_path / "adapter"), None, None, None, str(tmp_path / "new"))
+    merge_verb(str(tmp_path / "adapter"), str(tmp_path / "merged"), None, None, [])
+    net = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    again = logits_of(peft.PeftModel.from_pretrained(net, str(tmp_path / "new")).eval())
+    for logits in (again, merged_logits(tmp_path / "merged")):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+    by_peft(tmp_path / "tied", "llama", TIED, init_lora_weights=start, target_modules=["lm_head"])
+    with pytest.raises(AdapterError, match="'lm_head' also moved the embedding that it is tied to"):
+        convert_verb(str(tmp_path / "tied" / "adapter"), None, None, None, str(tmp_path / "other"))
+
+
+def test_biases_that_peft_repeats_are_read(tmp_path: Path) -> None:
+    """With bias: all, PEFT also saves the biases of a copied module, and those that the copy replaces."""
+    base = {"ffn_dim": 96, "word_embed_proj_dim": 64}
+    values = {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["final_layer_norm"]}
+    expected = logits_of(by_peft(tmp_path, "opt", base, **values))
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.decoder.final_layer_norm.original_module.bias" in keys
+    merge_verb(str(tmp_path / "adapter"), str(tmp_path / "merged"), None, None, [])
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=0, atol=2e-5)

@@ -4,7 +4,7 @@ The results are the same as PEFT's, digit for digit.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -191,8 +191,8 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
     plus the weighted changes. A copy of the base's embedding that was not trained must be equal in all adapters that
     contain it.
     """
-    copies: Mapping[str, Tensor] = {a.name: a.rest[key] for a in adapters if key in a.rest}
-    tensors = list(copies.values())
+    members = [adapter for adapter in adapters if key in adapter.rest]
+    tensors = [adapter.rest[key] for adapter in members]
     rows = not key.endswith(TOKEN_ROWS) or all(_tokens(adapter) == _tokens(adapters[0]) for adapter in adapters)
     same = rows and all(tensor.shape == tensors[0].shape and torch.equal(tensor, tensors[0]) for tensor in tensors)
     if same and (len(tensors) == len(adapters) or key.endswith(BASE_COPY)):
@@ -214,7 +214,7 @@ def _combine_copies(key: str, adapters: Sequence[LoraFolder], mixture: Mixture) 
         how = (
             "the methods linear, cat and svd average such tensors if all adapters contain them and the weights sum to 1"
         )
-        raise AdapterError(f"'{key}' {problem}", how, file=next(iter(copies)))
+        raise AdapterError(f"'{key}' {problem}", how, file=members[0].name)
     return weighted("linear", [tensor.float() for tensor in tensors], mixture.weights)
 
 

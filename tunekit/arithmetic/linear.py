@@ -37,6 +37,10 @@ def read_linear(folder: Path) -> LinearFolder:
     header = adapter_header(path)
     endings = tuple(f".{name}" for name in config.method.tensors)
     foreign = [key for key in header if not key.startswith(PREFIX) or not key.endswith(endings)]
+    if foreign and getattr(config.settings, "modules_to_save", None):
+        what = f"{config.settings.method} adapters that also train whole modules cannot be added"
+        how = "first convert each adapter to a LoRA: tunekit adapter convert --rank R"
+        raise AdapterError(what, how, file=config.file, key="modules_to_save")
     if foreign or not header:
         what = f"'{printable(foreign[0], 200)}' is not a tensor of this adapter" if foreign else "holds no tensors"
         raise AdapterError(what, file=str(path))

@@ -2,7 +2,7 @@
 allow is an error."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tunekit.adapters.base import AdapterPart, PeftConfig
@@ -65,8 +65,12 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
         raise AdapterError(
             f"contains {with_article(config.low_rank.method)} adapter instead of a LoRA", how, file=config.file
         )
+    if getattr(config.settings, "lora_bias", False):
+        what = "the adapter has a bias in each update, which the updates B A of this command do not contain"
+        raise AdapterError(what, "merge it instead", file=config.file, key="lora_bias")
     path = tensors_path(config.folder)
     header = adapter_header(path)
+    config = _with_tied_copies(config, header)
     factors, other_keys = _sort(config, header)
     parameters = _parameters(config, {module: header[pair["A"]].shape for module, pair in factors.items()})
     _check_shapes(config, factors, header, str(path))
@@ -76,7 +80,8 @@ def read_lora_folder(folder: Path, instead: PeftConfig | None = None) -> LoraFol
     for module, pair in sorted(factors.items()):
         a, b = tensors[pair["A"]].float(), tensors[pair["B"]].float()
         updates[module] = LowRank(a, b, scalings.of(module), _is_embedding(pair["A"]))
-    conv1d, targets = config.fields.get("fan_in_fan_out") is True, config.fields.get("target_modules")
+    conv1d, tied = (config.fields.get(name) is True for name in ("fan_in_fan_out", "ensure_weight_tying"))
+    targets = None if tied else config.fields.get("target_modules")  # PEFT adds the tied partner of a target
     return LoraFolder(config, updates, {key: tensors[key] for key in other_keys}, targets, conv1d, parameters)
 
 
@@ -124,6 +129,26 @@ def _sort(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> tuple[dic
     return factors, others
 
 
+def _with_tied_copies(config: AdapterConfig, header: Mapping[str, TensorEntry]) -> AdapterConfig:
+    """The configuration with the modules that PEFT copies for ensure_weight_tying: the tied partner of a module in
+    modules_to_save. The partner's copy has the shape of the module's copy."""
+    entries = config.low_rank.modules_to_save
+    if config.fields.get("ensure_weight_tying") is not True or not entries:
+        return config
+    shapes = {header[key].shape for key in header if _is_copy(key, entries)}
+    tied = [key for key in header if header[key].shape in shapes and not _is_copy(key, entries)]
+    tied = [key for key in tied if key.endswith(".weight") and not key.endswith((BASE_COPY, *FACTORS))]
+    partners = (key.removeprefix(PREFIX).removesuffix(".weight") for key in tied)
+    settings = config.settings.model_copy(update={"modules_to_save": (*entries, *partners)})
+    return replace(config, settings=settings)
+
+
+def _is_copy(key: str, entries: Sequence[str]) -> bool:
+    """Whether the tensor belongs to a module in modules_to_save. PEFT compares an entry with the end of each name."""
+    module = key.removeprefix(PREFIX).rpartition(".")[0]
+    return any(f"{entry}." in f"{module}." for entry in entries)
+
+
 def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> bool:
     """Whether the configuration allows this tensor, which is not a factor of LoRA.
 
@@ -132,8 +157,7 @@ def _may_be(key: str, config: AdapterConfig, factors: Mapping[str, object]) -> b
     if not key.startswith(PREFIX):
         return False
     module = key.removeprefix(PREFIX).rpartition(".")[0]
-    saved = [f".{entry}." for entry in config.low_rank.modules_to_save]
-    if any(entry in f".{module}." for entry in saved):
+    if _is_copy(key, config.low_rank.modules_to_save):
         return True
     if key.endswith(TOKEN_ROWS) and config.low_rank.trainable_token_indices:
         return True

@@ -76,15 +76,15 @@ def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRan
 
 
 def reduce_rank(update: LowRank, rank: int) -> LowRank:
-    """The update of rank `rank` that is nearest to s B A, from the singular values of s B A. The matrix D is not
-    computed; QR decompositions of both factors suffice.
+    """The update of at most rank `rank` that is nearest to s B A, from the singular values of s B A. The matrix D is
+    not computed; QR decompositions of both factors suffice.
 
     Each new factor contains the square roots of the singular values; s = 1.
     """
     left, upper = torch.linalg.qr(update.b.double())  # (O, R), (R, R)
     right, lower = torch.linalg.qr(update.a.double().t())  # (I, R), (R, R)
     u, values, vh = torch.linalg.svd(upper @ lower.t() * update.scaling)
-    return _balanced(left @ u, values, vh @ right.t(), rank, update.embedding)
+    return _balanced(left @ u, values, vh @ right.t(), min(rank, *update.shape), update.embedding)
 
 
 def decompose(matrix: Tensor, rank: int, *, embedding: bool = False) -> LowRank:

@@ -6,14 +6,16 @@ update with the factors [B, -B0] and [A; A0], of twice the rank, as in PEFT's pa
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tunekit.adapters.folder.config import CONFIG_NAME, read_fields
+from tunekit.adapters.folder.expected import BASE_COPY
 from tunekit.adapters.starts.start import StartLayer, make_factors
-from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
+from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.errors import AdapterError
 from tunekit.model.storage.rewrite import Rewriter
@@ -47,6 +49,17 @@ def start_of(folder: Path) -> str | None:
         how = "load the base with the same quantization, and set this field to true"
         raise AdapterError(what, how, file=str(folder / CONFIG_NAME), key=START)
     return start if start.startswith(tuple(name for name in known if known[name].moves_weights)) else None
+
+
+def read_started_lora(folder: Path, start: str | None) -> LoraFolder:
+    """Reads a LoRA folder whose initialisation is `start`; None: an initialisation that moved no weights.
+
+    PEFT's file contains the matrix W - s B0 A0 of an adapted head. It is left out, because the converted adapter is an
+    update of W.
+    """
+    lora = read_lora_folder(folder, {START: True} if start else None)
+    moved = {f"{PREFIX}{name}{BASE_COPY}" for name, update in lora.updates.items() if start and not update.embedding}
+    return replace(lora, rest={key: tensor for key, tensor in lora.rest.items() if key not in moved})
 
 
 def subtract_initial(trained: LoraFolder, initial: LoraFolder) -> dict[str, LowRank]:
@@ -126,6 +139,9 @@ def untouched_updates(
     if absent:
         what = f"adapts '{absent[0]}', which {section.name_or_path} does not have"
         raise AdapterError(what, "name the right base with --base", file=lora.config.file)
+    if rewriter.tied and rewriter.head in lora.updates:
+        what = f"the initialisation {start} of the head '{rewriter.head}' also moved the embedding that it is tied to"
+        raise AdapterError(what, "merge it with peft, and use the merged model", file=lora.config.file, key=START)
     right = "this is correct only if training started from exactly these weights, unquantized"
     note = f"the initialisation {start} is recomputed from {section.name_or_path}: {right}"
     return subtract_start(lora, settings, lambda name: rewriter.trained_on(name)[0]), note

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tunekit.adapters.expert_parameters import EVERYTHING, ParameterAdapter
 from tunekit.adapters.folder.config import CONFIG_NAME, read_adapter_config
-from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method, read_lora_folder
+from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank
-from tunekit.arithmetic.moved_starts import START, start_of, untouched_updates
+from tunekit.arithmetic.moved_starts import read_started_lora, start_of, untouched_updates
 from tunekit.arithmetic.nearest_lora import NotLowRank, RankLoss, layer_updates
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.write import base_of, write_lora
@@ -84,7 +84,7 @@ def find_plain_target(name: str, base: str | None, overrides: Sequence[str]) -> 
     start = start_of(folder) if (folder / CONFIG_NAME).is_file() else None
     if start is None:
         return find_target(name, base, overrides)
-    lora = read_lora_folder(folder, {START: True})
+    lora = read_started_lora(folder, start)
     try:
         updates, _ = untouched_updates(lora, start, None, base_override(base))
     except AdapterError as error:

@@ -41,6 +41,7 @@ class ExpectedTensors:
     names: dict[str, str] = field(default_factory=dict)
     base_copies: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # key -> module, shape
     repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> the shared key
+    unused: dict[str, tuple[int, ...]] = field(default_factory=dict)  # key of a tensor that the copy replaces -> shape
     base_names: frozenset[str] = frozenset()  # the base's own parameters
 
     def add(self, part: type[AdapterPart], module_name: str, slots: Mapping[str, Slot]) -> None:
@@ -49,6 +50,14 @@ class ExpectedTensors:
             if slot.kind != "resume":
                 name = full_name(module_name, slot.suffix)
                 self.slots[part.file_key(name)], self.names[part.file_key(name)] = slot, name
+
+    def add_biases(self, module_name: str, slots: Mapping[str, Slot]) -> None:
+        """Allow the biases of a module in modules_to_save that PEFT repeats in the file with `bias: all`."""
+        for slot in slots.values():
+            key = f"{PREFIX}{module_name}.{slot.suffix}"
+            if slot.suffix.endswith("bias") and key in self.slots:
+                self.repeats[f"{PREFIX}{module_name}.modules_to_save.{slot.suffix}"] = key
+                self.unused[f"{PREFIX}{module_name}.original_module.{slot.suffix}"] = slot.shape
 
     def check(self, header: Mapping[str, TensorEntry], file: str) -> dict[str, str]:
         """Compare the expected tensors with the header, in both directions. Returns the copies of base weights in the
@@ -63,6 +72,8 @@ class ExpectedTensors:
                 wrong += self._compare(key, entry, self.slots[key])
             elif key in self.base_copies and entry.shape == self.base_copies[key][1] and entry.dtype in FLOATS:
                 copies[key] = self.base_copies[key][0]
+            elif key in self.unused and entry.shape == self.unused[key]:
+                continue
             elif key in self.repeats and self.repeats[key] in header:
                 wrong += self._compare(key, entry, self.slots[self.repeats[key]])
             else:
@@ -133,7 +144,10 @@ def expected_tensors(
     if method.model is not None:
         expected.add(method.model, "", method.model.file_slots(settings, net))
     for name, only in method.copied_modules(modules, settings, targets).items():
-        expected.add(method.copy_class(settings, name), name, TrainedCopy.slots(modules[name], name, only))
+        slots = TrainedCopy.slots(modules[name], name, only)
+        expected.add(method.copy_class(settings, name), name, slots)
+        if only is None and getattr(settings, "bias", "none") == "all":
+            expected.add_biases(name, slots)
     for name, slots in token_slots(net, settings).items():
         expected.add(TrainedTokens, name, slots)
     for name in enlarged:  # PEFT saves all tensors of such a module, even if it also saves a copy

@@ -1,6 +1,7 @@
 """Reads adapter folders that tunekit or peft wrote. Every tensor's name, shape and type is checked before the tensor is
 read."""
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tunekit.adapters.folder.vocabulary import added_rows, enlarge
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
 from tunekit.adapters.method import Method, load_method, saved_modules
 from tunekit.adapters.module_names import base_modules, is_within, named_copies
+from tunekit.adapters.patterns import Patterns
 from tunekit.adapters.targets import find_targets
 from tunekit.adapters.tokens import embedding_name, tied_with, token_rows
 from tunekit.contracts import Tensors
@@ -29,6 +31,7 @@ from tunekit.records import Target
 
 UNBINDING = frozenset({"method", "init_from", "dropout"})  # settings that may differ without changing the computation
 COMPARED = frozenset(SAME_NAMED) | {"r", "alpha"}  # compared by the resulting targets and tensors
+TIED_NAMES = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 BaseWeight = Callable[[str], Tensor]
 
 
@@ -94,18 +97,26 @@ def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None)
 
 
 def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
-    """The configuration with the modules that PEFT adds for ensure_weight_tying: if the embedding is adapted or copied,
-    the tied head is too, and vice versa. PEFT's files contain the tensors of both."""
+    """The configuration with the modules that PEFT adds for ensure_weight_tying: if the embedding is copied or adapted,
+    the tied head is too, and vice versa. PEFT's files contain the tensors of both.
+
+    PEFT does this only for entries that end with one of TIED_NAMES: not for GPT-2's wte.
+    """
     modules = base_modules(net)
     embedding = embedding_name(net, modules)
     if not config.fields.get("ensure_weight_tying") or head_name not in tied_with(modules, embedding):
         return config
-    both, entries = {embedding: net, head_name: net}, {}
-    for key in ("target_modules", "modules_to_save"):
+    for key in ("modules_to_save", "target_modules"):  # PEFT adds to the first of them that names the embedding
         named = getattr(config.settings, key)
-        if not isinstance(named, str) and named_copies(both, named):
-            entries[key] = (*named, *both)
-    return replace(config, settings=config.settings.model_copy(update=entries))
+        if isinstance(named, str):
+            patterns = Patterns(file=config.file, key=key)
+            if any(patterns.matches(named, name) for name in TIED_NAMES):
+                both = "|".join(map(re.escape, (embedding, head_name)))
+                return replace(config, settings=config.settings.model_copy(update={key: f"(?:{named})|{both}"}))
+        elif any(entry.rpartition(".")[2] in TIED_NAMES for entry in named or ()):
+            entries = (*named, embedding, head_name)
+            return replace(config, settings=config.settings.model_copy(update={key: entries}))
+    return config
 
 
 def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
