@@ -40,7 +40,13 @@ TRAIN, HELD, EPOCHS, COMPARISONS = 20, 13, 4, 16  # rows of each intent; evaluat
 FEW = {"banking": (5, 20), "sentiment": (100, 290)}  # rows of each label to learn from and to test on
 ORDERS = REPOSITORY / "recipes" / "data" / "orders"
 COLUMNS = (
-    *("seed", "grid: best loss, accuracy", "choice: loss, accuracy", "worse by (nats)", "CPU s of the grid"),
+    *(
+        "seed",
+        "grid: best loss, accuracy",
+        "choice: loss, accuracy",
+        "worse by: nats, points of accuracy",
+        "CPU s of the grid",
+    ),
     *("CPU s of halving", "share", "ended by comparison"),
 )
 AUTO_COLUMNS = (
@@ -53,9 +59,10 @@ HEAD = """# Sweeps that choose
 
 Banking77, 77 intents: {train:,} training and {held:,} held-out rows, all-MiniLM-L6-v2, LoRA on all linear layers,
 {epochs} epochs. The 16 settings are 4 learning rates, 2 ranks and 2 batch sizes. Each side is one `tunekit sweep`. The
-grid evaluates each run at its end, halving about {comparisons} times. CPU seconds are user and system time of the whole
-process, one thread. The choice is the setting that halving finds best at the end. Its loss and the grid's best loss are
-those of the grid's runs. Made by `scripts/bench/run halving`.
+grid evaluates each run at its end, halving about {comparisons} times. CPU seconds are user and system time of the
+whole process, one thread. The choice is the setting that halving finds best at the end. Its loss and the grid's best
+loss are those of the grid's runs; points of accuracy are against the grid's highest accuracy. Made by
+`scripts/bench/run halving`.
 
 """
 AUTO_HEAD = """
@@ -224,11 +231,12 @@ def halving_lines(units: dict[str, dict]) -> list[str]:
             continue
         scores = grid["finished"]
         best, choice = (scores[name] for name in (min(scores, key=lambda name: scores[name]["loss"]), halved["best"]))
+        most = max(score["accuracy"] for score in scores.values())
         share = halved["cpu_seconds"] / grid["cpu_seconds"]
         cells = [
             seed,
             *(f"{each['loss']:.4f}, {each['accuracy']:.1%}" for each in (best, choice)),
-            f"{choice['loss'] - best['loss']:.4f}",
+            f"{choice['loss'] - best['loss']:.4f}, {100 * (most - choice['accuracy']):.1f}",
             *(f"{each['cpu_seconds']:.0f}" for each in (grid, halved)),
             f"{share:.0%}",
             ", ".join(map(str, halved["ended"])),
