@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tunekit.commands.training import launch
 from tunekit.errors import InputError
 from tunekit.launch import launch_verb
 from tunekit.planning.launch.job import ENGINES, load_engine
@@ -92,6 +94,16 @@ def test_slurm_queues_the_job_again_only_after_usr1(
     assert (Path("requeued").exists() and Path("requeued").read_text() == "requeue 41007\n") == queued
     lines = file.read_text().splitlines()
     assert {"#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4", "#SBATCH --gpus-per-node=4"} < set(lines)
+
+
+def test_help_names_every_engine_and_other_devices_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = inspect.get_annotations(launch, eval_str=True)["on"].__metadata__[0].help
+    assert all(name in names for name in ENGINES)
+    with pytest.raises(InputError, match="--device cuda:1: each process of a launch file chooses its own GPU"):
+        launch(NAME, device="cuda:1")
+    assert not Path("my-orders-run.torchrun.sh").exists()
 
 
 def test_a_job_without_gpus_asks_for_none(

@@ -142,6 +142,10 @@ def launch(
     device: Device = None,
 ) -> None:
     """Write the file that starts a run on several GPUs or a cluster."""
+    from tunekit.errors import InputError
+
+    if device not in (None, "cpu"):
+        raise InputError(f"--device {device}: each process of a launch file chooses its own GPU", "remove it")
     loaded = _checked(recipe, overrides)
     from tunekit.launch import launch_verb
 

@@ -30,7 +30,7 @@ def text(job: LaunchJob) -> str:
         folder=json.dumps(str(job.folder)),
         processes=job.processes,
         port=PORT,
-        command=job.command.replace("\n", " "),
+        command=job.command,
     )
 
 
