@@ -150,6 +150,7 @@ def test_a_flipped_byte_of_a_checkpoint_is_named(case: Path) -> None:
     assert proof["parts"][0]["differences"][0]["step"] == 4
 
 
+@pytest.mark.drawn
 def test_a_flipped_byte_of_the_result_is_named(case: Path) -> None:
     flip(case / "adapter" / "adapter_model.safetensors", -2)
     ended, _ = audited(case)
@@ -230,6 +231,7 @@ def change_records(run: Path, change: Callable[[list[Any]], list[Any]]) -> None:
     (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+@pytest.mark.drawn
 def test_forged_records_are_named(case: Path) -> None:
     """A second record of a step, and steps that are missing at the end."""
     change_records(case, lambda lines: [*lines[:1], {**lines[1], "loss": 0.001}, *lines[1:]])
@@ -244,6 +246,7 @@ def test_forged_records_are_named(case: Path) -> None:
     assert "loss was (absent), is " in ended.output
 
 
+@pytest.mark.drawn
 def test_an_evaluation_that_is_not_computed_again_is_named(case: Path) -> None:
     """A resume may change eval_steps. Without the notice, an invented evaluation would seem to be proved."""
     change_records(case, lambda lines: [*lines, {"step": 5, "eval": {"loss": 0.1}}])
@@ -262,6 +265,7 @@ def test_a_result_of_a_run_that_has_not_finished_is_refused(case: Path) -> None:
     assert "has a result, but its status.json does not state that it finished" in ended.output
 
 
+@pytest.mark.drawn
 def test_changed_files_next_to_the_weights_are_named(case: Path) -> None:
     """tunekit.json states the labels and settings with which an adapter computes."""
     (case / "adapter" / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")

@@ -515,7 +515,7 @@ def test_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "learning_rate" in capsys.readouterr().out
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_a_shipped_recipe_is_shown_and_copied_with_its_data(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

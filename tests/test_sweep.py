@@ -102,6 +102,7 @@ def at_save(number: int, action: Callable[[], Any]) -> Callable[[], None]:
     return install
 
 
+@pytest.mark.drawn
 def test_trials_equal_their_solo_runs(recipe: Path, solo: dict[str, Path], tmp_path: Path) -> None:
     ended = sweep(recipe, tmp_path / "all")
     assert ended.code == 0, ended.output
@@ -180,6 +181,7 @@ def test_a_full_folder_ends_only_its_trial(recipe: Path, solo: dict[str, Path], 
     assert_equal_to_solo(folder, solo)
 
 
+@pytest.mark.drawn
 def test_invalid_numbers_and_an_early_stop_end_only_their_trial(
     recipe: Path, solo: dict[str, Path], tmp_path: Path
 ) -> None:

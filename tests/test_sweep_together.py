@@ -104,7 +104,7 @@ def test_a_trial_that_ends_leaves_the_others_as_they_are(recipe: Path, solo: Sol
     assert_equal_to_solo(folder, solo, LORA, DORA)
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [kill_self, lambda: os.kill(os.getpid(), signal.SIGINT)], ids=["kill", "interrupt"])
 def test_trials_together_resume(action: Callable[[], Any], recipe: Path, solo: Solo, tmp_path: Path) -> None:
     """Ended in the middle of the first checkpoints: some trials have one, others do not. One continues alone."""

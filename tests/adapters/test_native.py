@@ -233,6 +233,7 @@ def test_without_a_compiler_torchs_operations_remain(
         load_kernels.cache_clear()
 
 
+@pytest.mark.drawn
 @needs_kernels
 def test_a_cache_that_does_not_serve_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(cache: Path) -> Path:

@@ -100,6 +100,7 @@ def same_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("same_choice")

@@ -75,6 +75,7 @@ def trained_by_peft(folder: Path, start: str, family: str = "llama", **values: A
     return expected
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -237,6 +238,7 @@ def test_low_rank_in_another_spelling_is_written_out_exactly(
     torch.testing.assert_close(logits_by_peft(new, family), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FULL_RANK)
 def test_another_method_at_full_rank_computes_the_same(
     name: str, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

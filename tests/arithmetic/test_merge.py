@@ -141,6 +141,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("model_type", "settings"), CASES)
 def test_merged_equals_running(tmp_path: Path, model_type: str, settings: dict[str, Any]) -> None:
     adapter, running = prepared(tmp_path, model_type, **settings)

@@ -88,6 +88,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", CASES)
 def test_pairs_are_the_changes_that_peft_makes(name: str, tmp_path: Path) -> None:
     model_type, values = CASES[name]

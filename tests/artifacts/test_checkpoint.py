@@ -153,7 +153,7 @@ SITUATIONS: dict[str, tuple[Callable[[RunFolder], None], int]] = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("mode", ["kill", "tear"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_killed_at_every_event_leaves_the_old_or_the_new(tmp_path: Path, situation: str, mode: str) -> None:
@@ -195,6 +195,7 @@ def test_killed_at_every_event_leaves_the_old_or_the_new(tmp_path: Path, situati
 # --- a full disk ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("forever", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_failing_disk_at_every_event_keeps_the_old_checkpoint(

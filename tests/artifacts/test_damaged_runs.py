@@ -75,6 +75,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_run_hides_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]

@@ -49,6 +49,7 @@ def attach(net: nn.Module, method: str) -> AttachedAdapter:
     return attach_adapter(net, METHODS[method], seed=0, head_name="lm_head")
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("storage", ["none", "bfloat16", "nf4", "int8_weight_only", "int8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(method: str, storage: str, tmp_path: Path) -> None:

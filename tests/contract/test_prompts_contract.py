@@ -54,6 +54,7 @@ def saved(attached: AttachedAdapter, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize(("name", "family"), CELLS)
 def test_contract(name: str, family: str, tmp_path: Path) -> None:
     base = BASES[family]

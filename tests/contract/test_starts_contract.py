@@ -64,6 +64,7 @@ def logits(net: nn.Module, family: str) -> Tensor:
     return found
 
 
+@pytest.mark.sampled(32)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("start", [name for name in known_names("starts") if name != "loftq"])
 @pytest.mark.parametrize("method", METHODS)
@@ -120,6 +121,7 @@ def test_gradients_are_those_of_a_base_without_the_part(start: str) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("start", MOVING)
 @pytest.mark.parametrize("method", METHODS)

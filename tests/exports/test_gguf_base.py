@@ -68,7 +68,7 @@ def assert_unpacked_equal(dense: nn.Module, kept: nn.Module) -> None:
     assert all(torch.equal(others[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("quantization", ["none", "kept", "nf4"])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_file_has_the_numbers_that_transformers_reads(

@@ -68,6 +68,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_is_written_as_mlx_reads_it(name: str, tmp_path: Path) -> None:
     model_type, values, keys = ADAPTERS[name]

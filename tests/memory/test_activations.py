@@ -156,7 +156,7 @@ def compare(folder: Path, cell: Cell) -> None:
     assert ours[2] == pytest.approx(theirs[2], rel=1e-5)
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("cell", pairwise(TABLE, SEED), ids=lambda cell: "-".join(map(str, cell)))
 def test_pairs_of_values(cell: Cell, llama: Path) -> None:
     print(f"cells drawn with seed {SEED}")
@@ -233,6 +233,7 @@ def test_what_is_not_token_wise_is_refused_by_name() -> None:
     assert "(Linear) does not return just hidden states" in tiled_error(layer_with("mlp", nn.Linear(8, 9)))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "starcoder2", "mixtral", "gpt2", "gpt_neox", "phi"])
 @pytest.mark.parametrize("checkpointed", [0, 3])
 def test_mlps_of_many_kinds_in_tiles(model_type: str, checkpointed: int) -> None:

@@ -204,6 +204,7 @@ def plain(deep_llama: Path) -> dict[str, Tensor]:
     return state(case)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("checkpointed", [2, 4, LAYERS])
 def test_a_run_is_the_same_bit_for_bit(

@@ -163,7 +163,7 @@ def test_every_proven_family_is_tested() -> None:
     assert {kind for kind, _ in NETS.values()} == PROVEN - set(NAMES) - elsewhere
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NETS)
 def test_every_family_trains_alike(folders: dict[str, Path], name: str) -> None:
     """The bases' dropout of 0.1 and the adapter's included."""
@@ -199,6 +199,7 @@ OUTSIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", OUTSIDE)
 def test_what_lies_outside_the_layers_or_acts_on_several_trains_alike(folders: dict[str, Path], what: str) -> None:
     """T5's position biases belong to the first layer of each stack, and every layer reads them."""

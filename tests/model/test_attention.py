@@ -95,6 +95,7 @@ def test_a_document_that_begins_at_a_position_shares_what_is_before_it() -> None
     assert find_segments(torch.arange(3, 7)[None]) == Segments(((4,),)), "there is nothing before it"
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("plain", [False, True], ids=["products", "each document"])
 @pytest.mark.parametrize("model_type", sorted(PROVEN))
 def test_documents_that_share_a_beginning_equal_documents_alone(model_type: str, plain: bool) -> None:

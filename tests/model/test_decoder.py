@@ -75,6 +75,7 @@ def ids(tokens: list[NewToken]) -> list[int]:
     return [token.id for token in tokens]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "kind", ["llama", "gemma3_text", "gpt2", "bloom", "gpt_oss", "deepseek_v3", "mamba", "rwkv", "openai-gpt"]
 )

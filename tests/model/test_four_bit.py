@@ -58,7 +58,7 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("stored", DTYPES)
 @pytest.mark.parametrize("name", MATRICES)
 def test_packed_and_unpacked_are_bitsandbytes_bit_for_bit(name: str, stored: torch.dtype, functional: Any) -> None:

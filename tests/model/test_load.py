@@ -281,7 +281,7 @@ load_tokenizer(section)
 """
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_local_base_needs_no_network_and_prints_nothing(tiny_llama: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     command = [sys.executable, "-c", QUIET_AND_OFFLINE, str(tiny_llama)]

@@ -98,6 +98,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **answer}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_it_loads_and_computes_as_transformers_does(name: str, folders: Path, quantization: str) -> None:
     model, inputs = load(folders / name, quantization=quantization), inputs_of(name)
@@ -146,6 +147,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(name: str) -> None:
 METHODS = {"lora": {"r": 4}, "ia3": {}, "ln_tuning": {}}  # a product, a scale, copies; parity/ has all of them
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_attach_compute_and_come_back_from_their_folders(
     name: str, folders: Path, method: str, tmp_path: Path
@@ -281,7 +283,7 @@ def test_a_classifier_is_no_base_of_text_objectives(folders: Path, tmp_path: Pat
         evaluate_verb(str(classifier), None, str(tmp_path / "rows.jsonl"), "prompt_completion", [], None, [])
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "fields",
     [

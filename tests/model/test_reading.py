@@ -60,7 +60,7 @@ def assert_same(theirs: nn.Module, ours: nn.Module) -> None:
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_filled_net_is_from_pretraineds_bit_for_bit(kind: str, tmp_path: Path) -> None:
     for stored in DTYPES:

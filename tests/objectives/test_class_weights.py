@@ -41,7 +41,7 @@ def rare(folder: Path) -> list[tuple[str, str]]:
     return rows
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "settings",
     [{"class_weights": "balanced"}, {"class_weights": {"yes": 3}, "label_smoothing": 0.1}, {"label_smoothing": 0.2}],

@@ -176,7 +176,7 @@ def theirs_of(net: nn.Module, recipe: Path, rows: list[tuple[Tensor, Tensor]]) -
     return losses_of(net, recipe, plan.warmup_steps, STEPS, loss_of)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [SINGLE, "multi", "one"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", ENCODERS)

@@ -354,7 +354,7 @@ def test_a_decoder_streamed_is_the_resident_run_and_packed_nearly(llama: Path, t
     assert losses(packed)[-1] < losses(packed)[0]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("quantization", ["nf4", "int8_weight_only"])
 def test_a_quantized_base_keeps_its_head_whole(base: Path, tmp_path: Path, quantization: str) -> None:
     run = train(write_recipe(tmp_path, base, model={"quantization": quantization}, training={"epochs": 8}))

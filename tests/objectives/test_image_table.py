@@ -134,7 +134,7 @@ def logits_of_target(folder: Path, base: Path | None, pixels: Tensor) -> Tensor:
     return logits_of(loaded.model.base.net, pixels)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", NETS)
 def test_every_net_trains_as_transformers_and_peft_do_and_each_reads_the_other(

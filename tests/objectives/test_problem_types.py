@@ -80,7 +80,7 @@ def result_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))  # type: ignore[no-any-return]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_ten_steps_equal_transformers_and_peft(kind: str, method: str, base: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_ten_steps_equal_transformers_and_peft(kind: str, method: str, base: Pat
     assert losses(tmp_path / "few") == pytest.approx(expected, rel=1e-5, abs=2e-6), "accumulated, the loss is the same"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(kind: str, base: Path, tmp_path: Path) -> None:
     metrics = {"multi": ["loss", "micro_f1", "macro_f1", "accuracy"], "one": ["mse", "pearson", "spearman"]}
@@ -187,7 +187,7 @@ def test_a_run_learns_and_its_folder_is_used_by_every_verb(kind: str, base: Path
     assert result_of(tmp_path / "merged" / "merge_report.json")["largest_logit_difference"] < 1e-4
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_streams_and_batches_exactly(kind: str, llama: Path, tmp_path: Path) -> None:
     training = {"epochs": None, "max_steps": 6, "save_steps": 3, "learning_rate": 2e-3}
@@ -330,6 +330,7 @@ def test_labels_of_the_evaluation_rows_must_be_known(llama: Path, tmp_path: Path
             make_plan(load_recipe(recipe), device=CPU)
 
 
+@pytest.mark.drawn
 def test_a_share_for_evaluation_may_take_the_only_row_of_a_label(llama: Path, tmp_path: Path) -> None:
     recipe = write_labelled(tmp_path, llama, data={"eval": 0.5})
 

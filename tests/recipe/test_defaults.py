@@ -30,6 +30,7 @@ def written(folder: Path, text: str, *overrides: str) -> LoadedRecipe:
     return load_recipe(path, overrides)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", RATES)
 def test_an_adapter_brings_its_rate(name: str, tmp_path: Path) -> None:
     loaded = written(tmp_path, f"adapter: {name}\n")

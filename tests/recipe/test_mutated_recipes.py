@@ -58,7 +58,7 @@ def test_valid_recipes_are_read_and_written_back_equal(cases: Iterable[Case], tm
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
-@pytest.mark.sampled(30)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("key", VALUES)
 def test_every_text_of_every_key(key: str, tmp_path: Path) -> None:
     for text in VALUES[key][0]:

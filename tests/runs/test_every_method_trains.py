@@ -137,7 +137,7 @@ def cut_back(run: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", known_names("adapters"))
 def test_a_method_trains(method: str, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = with_biases(stories, tmp_path / "base") if method == "bitfit" else stories

@@ -129,7 +129,7 @@ def test_twenty_steps_of_a_causal_model(tied: bool, tiny_llama: Path, tied_llama
     assert_as_by_hand(trained(case), plain(model), start)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_twenty_steps_of_an_encoder_decoder(kind: str, tmp_path: Path) -> None:
     quiet = {"dropout_rate": 0.0} if kind == "t5" else {"dropout": 0.0}

@@ -62,6 +62,7 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_four_steps(name: str, tiny_llama: Path) -> None:
     still, whole = run(tiny_llama, name, 0.0), start(tiny_llama, name)

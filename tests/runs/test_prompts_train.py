@@ -83,6 +83,7 @@ def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.sampled(2)
 @every
 def test_four_steps(name: str, tiny_llama: Path) -> None:
     still, whole = run(tiny_llama, name, 0.0), start(tiny_llama, name)
@@ -232,7 +233,7 @@ def recipe_of(folder: Path, model: Path, name: str, **data: Any) -> Path:
     return path
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_recipe_trains_resumes_evaluates_and_generates(
     name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -38,7 +38,7 @@ def no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "what", ["tensors.safetensors", "state.json", "manifest.json", "metrics.jsonl", "adapter_model"]
 )

@@ -98,7 +98,7 @@ def kill_after(step: int) -> Callable[[], None]:
     return patch
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", STARTS)
 def test_training_and_resume(case: str, tiny_llama: Path, tmp_path: Path) -> None:
     if "nf4" in case:

@@ -317,7 +317,7 @@ chat._talk(talk, Console())
 """
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_text_typed_before_ctrl_c_is_kept() -> None:
     """At the prompt, and while an answer is written; in a terminal."""
     pty = pytest.importorskip("pty")

@@ -34,6 +34,7 @@ def start(folder: Path, case: str, learning_rate: float = 0.02) -> Case:
     return make_case(folder, make_rows(4, shortest=8, longest=15), training=training, adapter=adapter)  # one row set
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_four_steps_train_everything_and_lower_the_loss(tiny_llama: Path, case: str) -> None:
     trained, still = start(tiny_llama, case), start(tiny_llama, case, learning_rate=0.0)
@@ -46,6 +47,7 @@ def test_four_steps_train_everything_and_lower_the_loss(tiny_llama: Path, case: 
     assert same == []
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_a_resume_changes_no_bit(tiny_llama: Path, case: str) -> None:
     whole, first, second = (start(tiny_llama, case) for _ in range(3))

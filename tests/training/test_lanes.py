@@ -102,6 +102,7 @@ def test_lane_by_lane_equals_separate_runs(tiny_llama: Path) -> None:
         assert torch.equal(weights(one), weights(other))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "resident"])
 @pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
 def test_joined_lanes_agree_with_separate_runs(
@@ -138,7 +139,7 @@ def test_joined_lanes_agree_over_twenty_steps(tiny_llama: Path) -> None:
         assert other.losses == pytest.approx(one.losses, rel=1e-5)
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_joined_lanes_in_bfloat16_are_as_near_to_float32_as_separate_runs(tiny_llama: Path) -> None:
     lanes = lanes_of([lora(), lora(r=8), lora(r=2)], rows=True, max_steps=20, learning_rate=1e-3)
 
