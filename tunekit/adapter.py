@@ -17,11 +17,12 @@ from tunekit.arithmetic.moved_starts import START, read_started_lora, start_of, 
 from tunekit.arithmetic.nearest_lora import RankLoss, loss_between, nearest_lora, total
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summarise_adapter
-from tunekit.arithmetic.write import BaseFacts, base_of, check_new_folder, refuse_other_labels, write_lora
+from tunekit.arithmetic.write import BaseFacts, base_of, refuse_other_labels, write_lora
 from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.console import Console
 from tunekit.errors import AdapterError, InputError, listed
 from tunekit.files.durable import json_result
+from tunekit.files.work_folder import check_new_folder
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection

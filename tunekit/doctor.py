@@ -18,7 +18,8 @@ from typing import Any
 from tunekit.console import Console
 from tunekit.errors import InputError, ModelError
 from tunekit.files.cache_folder import cache_entries, clear_cache, default_cache_folder
-from tunekit.files.durable import free_bytes, is_real_folder, json_result
+from tunekit.files.durable import free_bytes, json_result
+from tunekit.files.work_folder import check_new_folder
 from tunekit.machine.devices import make_devices
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.memory import available_bytes
@@ -109,7 +110,7 @@ def model_verb(model: str, fix: str | None, json_file: str | None) -> int:
     """
     console, write_result = Console(json_file=json_file), json_result(json_file)
     folder = _model_folder(model, weights=fix is not None)
-    output = None if fix is None else _new_folder(Path(fix), folder)
+    output = None if fix is None else check_new_folder(Path(fix), [folder], "--fix")
     results = _readings(folder)
     _print_readings(console, folder, results)
     if output is not None:
@@ -139,18 +140,6 @@ def _model_folder(model: str, *, weights: bool) -> Path:
         what = f"{model} has no config.json, so it is not a model folder, which doctor needs"
         raise InputError(what, "name a model's folder")
     return source.folder.resolve()
-
-
-def _new_folder(output: Path, source: Path) -> Path:
-    """The absolute path of a folder to write. Raises: InputError unless the folder is new or empty, and separate from
-    `source`."""
-    output = output.expanduser().absolute()
-    place = output.resolve()
-    if place == source or source in place.parents or place in source.parents:
-        raise InputError(f"{output} overlaps {source}, which is read", "name a different folder", key="--fix")
-    if os.path.lexists(output) and (not is_real_folder(output) or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder", "name a new one", key="--fix")
-    return output
 
 
 def _readings(folder: Path) -> list[FolderReading]:

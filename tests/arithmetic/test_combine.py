@@ -370,7 +370,10 @@ def test_the_output_is_a_new_folder(
 ) -> None:
     a, b = write(tmp_path / "a", 1), write(tmp_path / "b", 2)
     before = (a / TENSORS).read_bytes()
-    for output, words in ((a, "is not empty"), (tmp_path, "is not empty"), (a / CONFIG, "exists and is not a folder")):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").write_text("x")
+    cases = [(a, "overlaps"), (tmp_path, "overlaps"), (a / "new", "overlaps")]
+    for output, words in [*cases, (tmp_path / "full", "not an empty folder"), (tmp_path / "full/mine", "not an empty")]:
         assert run(monkeypatch, "adapter", "combine", str(a), str(b), "--output", str(output)) == 2
         assert words in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
@@ -454,3 +457,13 @@ def test_a_rank_above_the_sides_is_reduced_to_them() -> None:
     reduced = reduce_rank(update, 9)
     assert reduced.rank == 5
     torch.testing.assert_close(reduced.dense(), update.dense())
+
+
+@pytest.mark.parametrize("base", ["./none", "/nowhere/model", "a/b/c", "none.gguf"])
+def test_a_base_that_can_only_be_a_path_must_exist(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, new = write(tmp_path / "a", 1), tmp_path / "new"
+    assert run(monkeypatch, "adapter", "convert", str(a), "--base", base, "--output", str(new)) == 2
+    assert f"--base: there is no folder or file {base}" in capsys.readouterr().err
+    assert not new.exists()

@@ -249,7 +249,7 @@ def test_what_is_no_pair_is_refused(
         ([bases("llama"), tmp_path / "none"], "there is no folder"),
         ([bases("llama"), bases("llama"), "--extract-rank", "4", "--output", tmp_path / "new"], "nothing to extract"),
         ([bases("llama"), bases("gpt2"), "--extract-rank", "4", "--output", tmp_path / "new"], "different modules"),
-        ([bases("llama"), bases("llama"), "--extract-rank", "4", "--output", bases("llama")], "is not empty"),
+        ([bases("llama"), bases("llama"), "--extract-rank", "4", "--output", bases("llama")], "overlaps"),
     ]
     for words, message in cases:
         assert run(monkeypatch, "adapter", "diff", *map(str, words)) == 2, message

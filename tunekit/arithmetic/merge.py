@@ -14,7 +14,7 @@ from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.arithmetic.on_base import attach_without_weights
 from tunekit.errors import InputError
-from tunekit.files.work_folder import new_path
+from tunekit.files.work_folder import check_new_folder, new_path
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
@@ -73,7 +73,7 @@ def _merge_model(
     processor = processor_of(target)
     target, objective = with_objective(target, processor)
     output = output.expanduser().absolute()
-    merge_output.check_output(output, [source.folder / (source.gguf_file or ""), adapter])
+    check_new_folder(output, [source.folder / (source.gguf_file or ""), adapter])
     rewriter = Rewriter(target.model, chosen, dtype)
     attached = attach_without_weights(adapter, target.model, rewriter)
     changes = merge_output.collect_changes(attached)

@@ -10,8 +10,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.module_names import base_modules
-from tunekit.arithmetic.write import check_new_folder
-from tunekit.errors import AdapterError, InputError, ResourceError
+from tunekit.errors import AdapterError, ResourceError
 from tunekit.files.durable import free_bytes, write_json
 from tunekit.model.storage.rewrite import Changes
 from tunekit.records import bytes_text
@@ -54,16 +53,6 @@ class MergeResult:
     computed_in: str
     difference: LogitDifference
     note: str = ""  # how to call the model, if other programs do not do so by default
-
-
-def check_output(output: Path, sources: list[Path]) -> None:
-    """Raises: InputError or AdapterError unless `output` is a new or empty folder that does not overlap with the
-    folders that the merge reads."""
-    for source in sources:
-        real, place = source.resolve(), output.resolve()
-        if place == real or real in place.parents or place in real.parents:
-            raise InputError(f"{output} overlaps {source}, which the merge reads", "choose another --output")
-    check_new_folder(output)
 
 
 def check_space(output: Path, weight_bytes: int) -> None:

@@ -12,7 +12,7 @@ from tunekit.arithmetic import merge_output
 from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.files.tensors import read_tensor_header
 from tunekit.files.untrusted import MODEL_FILE
-from tunekit.files.work_folder import new_path
+from tunekit.files.work_folder import check_new_folder, new_path
 from tunekit.model.families.diffusion import FAMILY, IDS
 from tunekit.model.families.pipeline.parts import PipelineNet, load_net
 from tunekit.model.families.pipeline.processor import PipelineProcessor
@@ -32,7 +32,7 @@ def merge_pipeline(target: TargetSpec, adapter: Path, output: Path, dtype: torch
     After a failure, the temporary folder is removed. Raises: InputError, AdapterError and ResourceError, as `merge`.
     """
     output, base = output.expanduser().absolute(), find_source(target.model, weights=True).folder
-    merge_output.check_output(output, [base, adapter])
+    check_new_folder(output, [base, adapter])
     exact = replace(target, model=target.model.model_copy(update={"dtype": "float32"}))
     with new_path(output) as staging:
         merge_output.check_space(output, sum(path.stat().st_size for path in base.rglob("*") if path.is_file()))

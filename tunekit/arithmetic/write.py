@@ -43,26 +43,6 @@ class BaseFacts:
     notes: tuple[str, ...] = ()
 
 
-def check_new_folder(output: Path, sources: Sequence[Path] = ()) -> Path:
-    """Check a folder that shall be written, and return its absolute path.
-
-    Raises: AdapterError unless `output` is new or an empty folder, and contains none of the source folders.
-    """
-    output = Path(os.path.abspath(output.expanduser()))
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise AdapterError("exists and is not a folder", "choose another --output", file=str(output))
-    if output.exists() and any(output.iterdir()):
-        raise AdapterError(
-            "is not empty", "choose another --output, or delete the files in this folder", file=str(output)
-        )
-    for source in sources:
-        if output.resolve() in (source.resolve(), *source.resolve().parents):
-            raise AdapterError(
-                f"contains {source}, which the command reads", "choose another --output", file=str(output)
-            )
-    return output
-
-
 def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
     """The information about the common base of these adapters. `named`: the value of --base, which replaces the name in
     the adapters.

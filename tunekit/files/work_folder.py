@@ -5,10 +5,11 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tunekit.errors import InputError
 from tunekit.files.durable import FULL, explain, is_own, is_real_file, is_real_folder, remove_tree, replace_folder, sync
 from tunekit.files.lock import LOCK_NAME, is_held
 
@@ -71,3 +72,18 @@ def new_path(path: Path) -> Iterator[Path]:
             if not each.is_symlink():
                 sync(each)
         replace_folder(temporary, path)
+
+
+def check_new_folder(output: Path, sources: Sequence[Path] = (), key: str = "--output") -> Path:
+    """Check a folder that a command shall write, and return its absolute path. `key`: the option that names it.
+
+    Raises: InputError unless `output` is new or an empty folder that does not overlap with a source.
+    """
+    output = Path(os.path.abspath(output.expanduser()))
+    place = output.resolve()
+    for real in (source.resolve() for source in sources):
+        if place == real or real in place.parents or place in real.parents:
+            raise InputError(f"{output} overlaps {real}, which is read", "name a different folder", key=key)
+    if os.path.lexists(output) and (not is_real_folder(output) or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder", "name a new one", key=key)
+    return output

@@ -24,6 +24,7 @@ from tunekit.model.storage.inspection import family_of_base
 from tunekit.model.storage.source import PIPELINE_INDEX, find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
+from tunekit.recipe.bases.paths import cannot_be_hub_name
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overrides
@@ -152,10 +153,15 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
 
 
 def base_override(base: str | None) -> dict[str, str]:
-    """The override of the model section for --base."""
+    """The override of the model section for --base. Raises: InputError if it is the path of nothing."""
     if base is None:
         return {}
-    return {"name_or_path": str(Path(base).resolve()) if Path(base).exists() else base}
+    path = Path(base).expanduser()
+    if path.exists():
+        return {"name_or_path": str(path.resolve())}
+    if cannot_be_hub_name(base):
+        raise InputError(f"there is no folder or file {base}", "check the path", key="--base")
+    return {"name_or_path": base}
 
 
 def measuring_objective(base: LoadedModel, processor: Processor, problem_type: str | None = None) -> Objective:

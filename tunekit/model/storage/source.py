@@ -9,7 +9,7 @@ from pathlib import Path
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import MODEL_FILE, read_small
 from tunekit.model.storage.builtin import tiny_model_folder
-from tunekit.recipe.bases.paths import is_like_path
+from tunekit.recipe.bases.paths import cannot_be_hub_name
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
 
@@ -42,7 +42,7 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
     if built_in is not None:
         return ModelSource(name, built_in)
     path = Path(name).expanduser()
-    local = is_like_path(name) or path.is_absolute() or name.count("/") > 1 or path.suffix.lower() == ".gguf"
+    local = cannot_be_hub_name(name)
     try:
         mode = path.stat().st_mode if local else None
     except (OSError, ValueError):

@@ -17,6 +17,11 @@ def is_like_path(text: str) -> bool:
     return _LIKE_PATH.match(text) is not None
 
 
+def cannot_be_hub_name(name: str) -> bool:
+    """Whether the name of a base can only be a path: only a path has more than one slash, or ends with .gguf."""
+    return is_like_path(name) or name.count("/") > 1 or Path(name).suffix.lower() == ".gguf"
+
+
 def last_name(path: str) -> str:
     """The last part of a path of Linux, macOS or Windows."""
     is_windows = "\\" in path and "/" not in path
