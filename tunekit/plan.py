@@ -14,8 +14,8 @@ from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import LoadedRecipe
 
 
-def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
-    """Print the plan of a training run.
+def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> None:
+    """Print the plan of a training run on `ranks` processes.
 
     Raises: TunekitError with all refusals.
     """
@@ -25,10 +25,12 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None) -> None:
     console = Console(enabled=devices.is_main, json_file=json_file)
     try:
         console.info(*loaded.rewrites)
-        plan, _ = make_plan(loaded, device=devices.device, check_folder=True)
+        ranks = max(ranks, devices.world)
+        plan, _ = make_plan(loaded, device=devices.device, check_folder=True, ranks=ranks)
         console.panel(plan.model.name_or_path, facts(plan))
         console.table(["target", "layers", "shape", "rank", "parameters"], target_rows(plan))
-        console.table(["memory", "at the peak"], memory_rows(plan, available_bytes(devices.device)))
+        where = "at the peak" if ranks == 1 else f"at the peak, on each of {ranks} ranks"
+        console.table(["memory", where], memory_rows(plan, available_bytes(devices.device)))
         console.info(*plan.notes)
         console.next_steps(after_plan(plan, loaded.path, overridden=bool(loaded.overridden)))
         if devices.is_main:

@@ -108,7 +108,8 @@ class Choice:
     """The settings that plan chose for computing a step. `micro_batch_size`: rows per micro-batch; None if tokens limit
     micro-batches.
 
-    `streaming`: where the base's weights are stored: off (on the device), host or disk. `pass_micro_batches`: how many
+    `streaming`: where the base's weights are stored: off (on the device), host, disk, or ranks (each rank stores one of
+    `shares` equal shares). `pass_micro_batches`: how many
     micro-batches use a streamed layer before the next layer is copied. `streamed_head`: whether the output projection
     is streamed too. `threads`: the number of threads at the start; None in the plan of an older version.
     `sampling_batch_size`: how many completions are sampled together; 0 if none are sampled.
@@ -127,6 +128,7 @@ class Choice:
     compiled: bool = False
     threads: int | None = None
     sampling_batch_size: int = 0
+    shares: int = 1
 
 
 @dataclass(frozen=True)

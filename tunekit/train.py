@@ -7,6 +7,7 @@ import gc
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import limit_bytes, resident_bytes
 from tunekit.machine.signals import StopSignals
+from tunekit.memory.sharding import TIER
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -182,8 +184,13 @@ def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan
     """Make the plan, on the main rank first, so that rows are encoded only once. Raises: TunekitError with all
     refusals."""
     devices = session.devices
+    make = partial(make_plan, device=session.devices.device, previous=previous, ranks=devices.world)
     with session.timed("data"):
-        plan, prepared = devices.main_first(lambda: make_plan(session.loaded, device=devices.device, previous=previous))
+        plan, prepared = devices.main_first(lambda: make(session.loaded))
+        if TIER in devices.gather([plan.choice.streaming]) and plan.choice.streaming != TIER:
+            recipe = session.loaded.recipe  # the whole base does not fit on another rank
+            memory = recipe.memory.model_copy(update={"sharding": "full"})
+            plan, prepared = make(replace(session.loaded, recipe=recipe.model_copy(update={"memory": memory})))
     session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
     raise_refusals(plan)
     return plan, prepared
@@ -192,6 +199,7 @@ def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan
 def _describe(session: Session, plan: Plan) -> None:
     """Print the most important facts of the plan."""
     console, facts, rows = session.console, plan.model, plan.rows.training
+    peaks = session.devices.gather([bytes_text(plan.peak_bytes.total)])
     weights = WEIGHTS.get(facts.quantization, facts.quantization)
     quantized = "" if facts.quantization == "none" else f", weights in {weights}"
     console.info(
@@ -200,7 +208,8 @@ def _describe(session: Session, plan: Plan) -> None:
     )
     console.info(
         f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, {plan.supervised_tokens:,} "
-        f"{shows_of(plan.objective).units}; predicted peak {bytes_text(plan.peak_bytes.total)}"
+        f"{shows_of(plan.objective).units}; predicted peak {', '.join(peaks)}"
+        f"{' on the ranks' if len(peaks) > 1 else ''}"
     )
     console.info(*plan.notes)
 
@@ -213,6 +222,8 @@ def load_base(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
     session.console.info(f"loading {plan.model.name_or_path} ({bytes_text(plan.peak_bytes.weights)} in memory) ...")
     with session.timed("load"):
         waits, head_waits = plan.choice.streaming != "off", plan.choice.streamed_head
+        if plan.choice.streaming == TIER:  # the main rank first: it packs the weights into a cache file
+            return session.devices.main_first(lambda: load_model(prepared.model, device=device, sharded=True))
         return load_model(prepared.model, device=device, streamed=waits, streamed_head=head_waits)
 
 

@@ -689,7 +689,11 @@ output_dir: out
             {},
             "push_to_hub -> nothing (tunekit uploads nothing; use `hf upload` with the finished folder)",
         ),
-        ("fsdp: [full_shard]\nfsdp_config: {a: 1}", {}, "fsdp_config -> nothing (every device stores the whole base;"),
+        (
+            "fsdp: [full_shard]\nfsdp_config: {a: 1}",
+            {},
+            "fsdp_config -> nothing (memory.sharding: full divides the base",
+        ),
         (
             "save_strategy: epoch",
             {},

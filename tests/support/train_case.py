@@ -32,6 +32,11 @@ class Ended:
 
 def in_child(work: Callable[[], None], log: Path, before: Callable[[], None] = lambda: None) -> Ended:
     """Run `work` in a forked child whose output goes to `log`."""
+    return end_of(start_child(work, log, before), log)
+
+
+def start_child(work: Callable[[], None], log: Path, before: Callable[[], None] = lambda: None) -> int:
+    """Start `work` in a forked child whose output goes to `log`. Returns the child's process id."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
@@ -41,6 +46,11 @@ def in_child(work: Callable[[], None], log: Path, before: Callable[[], None] = l
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os._exit(_exit_code(work, before))
+    return child
+
+
+def end_of(child: int, log: Path) -> Ended:
+    """Wait until the child ends."""
     status = os.waitpid(child, 0)[1]
     return Ended(os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8", errors="replace"))
 

@@ -29,12 +29,18 @@ def _checked(recipe: str, overrides: list[str] | None) -> LoadedRecipe:
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, device: Device = None, json_file: JsonFile = None) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    device: Device = None,
+    json_file: JsonFile = None,
+    ranks: Annotated[int, typer.Option("--ranks", metavar="N", min=1, help="plan a run of N processes")] = 1,
+) -> None:
     """Show the steps and the predicted memory of a training run. Refuses a recipe that cannot work."""
     loaded = _checked(recipe, overrides)
     from tunekit.plan import plan_verb
 
-    plan_verb(loaded, json_file)
+    plan_verb(loaded, json_file, ranks)
 
 
 @app.command()

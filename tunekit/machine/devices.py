@@ -25,8 +25,8 @@ FAILED = "tunekit: the main rank has failed"  # a key in the store that all rank
 # Settings of accelerate's launcher that tunekit does not support: harmless values, and what to write instead.
 NOTHING = ("", "no", "none", "false", "0")
 SAVING = (
-    "to save memory, set memory.streaming or model.quantization in the recipe, and remove this feature from "
-    "accelerate's configuration"
+    "to save memory, set memory.sharding, memory.streaming or model.quantization in the recipe, and remove this "
+    "feature from accelerate's configuration"
 )
 REQUESTS = {
     "ACCELERATE_USE_FSDP": (NOTHING, SAVING),
@@ -166,6 +166,8 @@ class Devices:
         if self.device.index:
             torch.accelerator.set_device_index(self.device.index)
         self.rank: int = self.state.process_index
+        # called before every exchange: a rank that waits here still helps others to gather a sharded base
+        self.before_exchange: Callable[[], None] = _do_nothing
         several = self.world > 1 and self.device.type != "cpu"
         # numbers of the host are summed over gloo: the device's backend would wait for the device's computation
         self.host: Any = torch.distributed.new_group(backend="gloo") if several else None
@@ -179,12 +181,14 @@ class Devices:
     def sum(self, value: Tensor) -> Tensor:
         """Sum of `value` over ranks, in its dtype and on its device."""
         if self.world > 1:
+            self.before_exchange()
             torch.distributed.all_reduce(value, group=self.host if value.is_cpu else None)
         return value
 
     def sum_in_place(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over ranks, such as the flat gradients."""
         if self.world > 1:
+            self.before_exchange()
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
@@ -193,6 +197,7 @@ class Devices:
         rank."""
         if self.world == 1:
             return flag
+        self.before_exchange()
         value = torch.tensor([flag], dtype=torch.int64)
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.host)
         return int(value.item())
@@ -218,6 +223,7 @@ class Devices:
         """Return the main rank's value (JSON-like) on all ranks."""
         if self.world == 1:
             return value
+        self.before_exchange()
         holder = [value]
         torch.distributed.broadcast_object_list(holder, src=0, group=self.host)
         return holder[0]
@@ -226,6 +232,7 @@ class Devices:
         """Return the JSON-like values of all ranks on all ranks, in rank order."""
         if self.world == 1:
             return values
+        self.before_exchange()
         holder: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(holder, values, group=self.host)
         return [value for of_rank in holder for value in of_rank]
@@ -276,12 +283,36 @@ class Devices:
 
     def wait(self) -> None:
         """Wait until every rank has reached this call."""
+        self.before_exchange()
         self.state.wait_for_everyone()
+
+    def numbers(self, number: int) -> list[int]:
+        """The numbers that all ranks pass to this call, in rank order. Does not call `before_exchange`."""
+        numbers = torch.empty(self.world, dtype=torch.int64)
+        _gather_into(numbers, torch.tensor([number]), group=self.host)
+        return [int(each) for each in numbers]
+
+    def gather_shares(self, target: Tensor, share: Tensor) -> "torch.distributed.Work":
+        """Start to write the shares (n,) of all ranks, in rank order, into `target` (world n,) on the device. Does not
+        call `before_exchange`. Call `wait` on the result before you read `target`."""
+        return _gather_into(target, share, async_op=True)
 
     def close(self) -> None:
         """Leave the process group."""
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _gather_into(target: Tensor, share: Tensor, **settings: object) -> "torch.distributed.Work":
+    """torch's gathering of equal shares; torch 2.13 has renamed it."""
+    functions = vars(torch.distributed)
+    gather: Callable[..., torch.distributed.Work]
+    gather = functions.get("all_gather_single", functions["all_gather_into_tensor"])
+    return gather(target, share, **settings)
 
 
 def has_ended(process: int) -> bool:

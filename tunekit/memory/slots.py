@@ -41,6 +41,7 @@ class LayerSlots:
     poison: bool = False
     copies: int = 0  # number of copies of layers into slots so far
     waiting: Tensor | None = None  # in a simulation: stands for the layers that wait on the host
+    outside_bytes: int = 0  # of a sharded base: stored on the device outside of the slots
 
     def __post_init__(self) -> None:
         largest = max(blob.size_bytes for blob in self.blobs)
@@ -133,12 +134,14 @@ class LayerSlots:
 
 def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> Tensor:
     """A meta tensor whose size is the memory that streamed layers need outside of slots. Used if a run on a CPU is
-    simulated; for other devices, the tensor is empty.
+    simulated; for other devices, only a sharded base needs such memory.
 
     Tier `host`: the size of all layers. Tier `disk`: the size of the largest tensor that is copied from a mapped file.
     """
     size = 0
-    if device.type == "cpu" and tier == "host":
+    if slots.outside_bytes:
+        size = slots.outside_bytes
+    elif device.type == "cpu" and tier == "host":
         size = sum(blob.size_bytes for blob in slots.blobs)
     elif device.type == "cpu":
         size = max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)

@@ -59,7 +59,7 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     new_modules: tuple[str, ...] = ()  # modules of the head that are initialised at random, because the files lack them
     sidecar: Sidecar | None = None  # on a CPU: the file that contains the mapped weights
-    # for a streamed base: addresses of the layers' weights that are views of files
+    # for a streamed or sharded base: addresses of the weights that are views of files and will be copied
     mapped: frozenset[int] = frozenset()
     # for a meta model: whether load_model will read tensor by tensor, to pack or to copy the tensors
     packed_while_read: bool = False
@@ -68,13 +68,19 @@ class LoadedModel:
 
 
 def load_model(
-    section: ModelSection, *, device: torch.device, streamed: bool = False, streamed_head: bool = False
+    section: ModelSection,
+    *,
+    device: torch.device,
+    streamed: bool = False,
+    streamed_head: bool = False,
+    sharded: bool = False,
 ) -> LoadedModel:
     """Load the base from safetensors or GGUF, quantize it if the section requests this, freeze it, and move it to
     `device`.
 
     `streamed`: keep the layers on the host, as views of files. `streamed_head`: keep the token embedding and the output
-    projection there too. Everything else is moved to `device`.
+    projection there too. Everything else is moved to `device`. `sharded`: do both, because each rank will copy only
+    its share.
 
     A folder stored in bitsandbytes' 4 bits is loaded in that form. It can be evaluated, but plan refuses to train it.
     Raises: ModelError unless the files are a complete model of a known family.
@@ -91,8 +97,8 @@ def load_model(
             return load_packed_folder(section, device)
     with parsed_once(section.name_or_path):
         spec = read_base_spec(source, section, device, weights=True)
-        if streamed or streamed_head:
-            return _load_streamed(spec, streamed, streamed_head)
+        if streamed or streamed_head or sharded:
+            return _load_streamed(spec, streamed or sharded, streamed_head or sharded, sharded)
         direct = _from_files(spec)
         net, notes, sidecar = direct or (*_read_weights(spec), None)
         spec.family.draw_head(section, net, spec.dtype)
@@ -104,11 +110,11 @@ def load_model(
     return loaded
 
 
-def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> LoadedModel:
+def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool, sharded: bool) -> LoadedModel:
     """Load a base for streaming: its layers, its head, or both remain on the host, as views of mapped files."""
     family = spec.family
     with model_errors(spec.section), quiet(), no_fetched_code():
-        net, notes, mapped = mapped_net(spec)
+        net, notes, mapped = mapped_net(spec, sharded=sharded)
         family.draw_head(spec.section, net, spec.dtype)
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
     names = (family.head_name(net), family.embedding_name(net)) if streamed_head else ()
@@ -118,7 +124,8 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool) -> Loade
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(spec.device)
     loaded = _finish(net, spec, notes, _new_modules(net, spec))
-    loaded.mapped = frozenset(tensor.data_ptr() for tensor in stored) if mapped and streamed else frozenset()
+    views = [*stored, *tables] if sharded else stored
+    loaded.mapped = frozenset(tensor.data_ptr() for tensor in views) if mapped and streamed else frozenset()
     return loaded
 
 

@@ -41,7 +41,7 @@ from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import check_continued, start_bytes, start_notes, start_problems
-from tunekit.planning.tiers import activation_notes, allowed_tiers, streaming_notes
+from tunekit.planning.tiers import activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
@@ -85,12 +85,13 @@ def make_plan(
     device: torch.device | None = None,
     check_folder: bool = False,
     previous: Choice | None = None,
+    ranks: int = 1,
 ) -> tuple[Plan, RunInputs]:
     """Make the plan of a run, and the inputs that training needs. Problems that would make the run fail are in
     `plan.refusals`.
 
     `check_folder`: also check output.dir; not for `train`, which has already locked it.
-    `previous`: the settings of the run that is resumed. Only the number of recomputed layers may change.
+    `previous`: the settings of the resumed run; only the number of recomputed layers may change. `ranks`: processes.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
@@ -121,8 +122,8 @@ def make_plan(
         findings.attempt(partial(check_continued, recipe.adapter, inputs.base, inputs.targets))
     findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])
     findings.add(_run_problems(recipe, windows.steps, device))
-    forecast = _forecast(recipe, inputs, windows, settings, device)
-    tiers, problems = allowed_tiers(recipe, inputs.base, device, inputs.companion_facts)
+    forecast = _forecast(recipe, inputs, windows, settings, device, ranks)
+    tiers, problems = allowed_tiers(recipe, inputs.base, device, inputs.companion_facts, ranks)
     findings.add(problems)
     memory = plan_memory(forecast, tiers, previous, findings, partial(cheapest_changes, recipe, forecast))
     if as_chosen(settings, memory.choice) != settings:
@@ -260,9 +261,9 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
 
 
 def _forecast(
-    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device
+    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device, ranks: int
 ) -> Forecast:
-    rows, choice = inputs.rows, _written_choice(recipe, inputs.base, device, windows.steps)
+    rows, choice = inputs.rows, _written_choice(recipe, inputs.base, device, windows.steps, ranks)
     sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
     bases = {recipe.model: inputs.base}
     run = SimulatedRun(*sections, choice, device, recipe.memory, inputs.companions, bases=bases)
@@ -278,7 +279,7 @@ def _forecast(
     return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, start, companion_bytes, any_token)
 
 
-def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int) -> Choice:
+def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int) -> Choice:
     """A Choice that contains the recipe's settings. Fields that plan chooses have default values."""
     training, memory = recipe.training, recipe.memory
     return Choice(
@@ -292,6 +293,7 @@ def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, ste
         compiled=planned_compile(training.compile, device, steps)[0],
         # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
+        shares=ranks,
     )
 
 
@@ -390,8 +392,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
     groups = load_method(adapter.method).groups(net, adapter, inputs.targets)
     if groups:
         notes.append(f"some layers are computed together, which saves memory and time: {describe(groups)}")
-    notes += memory.reasons
-    notes += streaming_notes(inputs.base, device, choice, memory.largest_tokens)
+    notes += [*memory.reasons, *weight_notes(recipe.memory, inputs.base, device, choice, memory.largest_tokens)]
     step_tokens, planned = choice.gradient_accumulation_steps * memory.largest_tokens, _planned(recipe, inputs, device)
     for companion in inputs.companions.values():
         companion.sampling_batch_size = choice.sampling_batch_size

@@ -10,9 +10,12 @@ from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.machine.memory import available_bytes
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
+from tunekit.memory.sharding import TIER
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
+from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.memory import MemorySection
+from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
@@ -35,10 +38,37 @@ def streaming_obstacle(
 
 
 def allowed_tiers(
-    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts] = ()
+    recipe: Recipe,
+    base: LoadedModel,
+    device: torch.device,
+    companions: Sequence[CompanionFacts] = (),
+    ranks: int = 1,
 ) -> tuple[list[str], list[Problem]]:
-    """The tiers (device, host, disk) that plan can choose from, fastest first; and the problems of the tier that the
-    recipe requests."""
+    """The tiers (device, ranks, host, disk) that plan can choose from, fastest first; and the problems of the tier that
+    the recipe requests."""
+    tiers, problems = _tiers_of_a_rank(recipe, base, device, companions)
+    written = recipe.memory.sharding
+    if ranks == 1 or written == "off":
+        return tiers, problems
+    obstacle = sharding_obstacle(recipe, base)
+    if written == "full" and obstacle is not None:
+        return tiers, [*problems, Problem(f"the base cannot be sharded: {obstacle}", HOW, key=SHARDING)]
+    if written == "full":
+        return [TIER], problems
+    return (tiers if obstacle is not None or tiers[0] != "off" else ["off", TIER, *tiers[1:]]), problems
+
+
+def sharding_obstacle(recipe: Recipe, base: LoadedModel) -> str | None:
+    """The reason why this base cannot be divided among ranks; None if it can be."""
+    reason = unsharded_reason(recipe) or base_obstacle(base, recipe.model)
+    return None if reason is None else reason.replace("layer streaming", "sharding")
+
+
+def _tiers_of_a_rank(
+    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
+) -> tuple[list[str], list[Problem]]:
+    """The tiers (device, host, disk) of a rank that stores the whole base, fastest first; and the problems of the tier
+    that the recipe requests."""
     written = recipe.memory.streaming
     streams = recipe.memory.streamed_head or written != "off"
     obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
@@ -76,10 +106,16 @@ def allowed_tiers(
     return (["off", "host", "disk"] if fits else ["off", "disk"]), []
 
 
-def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tokens: int) -> Iterator[str]:
-    """Notes about a run with streamed weights, and about its speed. `tokens`: the tokens of a micro-batch, padding
-    included."""
-    if choice.streaming == "off":
+def weight_notes(
+    memory: MemorySection, base: LoadedModel, device: torch.device, choice: Choice, tokens: int
+) -> Iterator[str]:
+    """Notes about a run whose weights are streamed or divided among ranks, and about its speed. `tokens`: the tokens of
+    a micro-batch, padding included."""
+    if choice.streaming == TIER:
+        yield from _sharding_notes(base, choice)
+    elif memory.sharding == "full":
+        yield "memory.sharding: full has no effect, because the run has one process"
+    if choice.streaming in ("off", TIER):
         return
     size, count = layer_bytes(base), choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
@@ -94,6 +130,19 @@ def streaming_notes(base: LoadedModel, device: torch.device, choice: Choice, tok
     )
     if choice.streaming == "host" and device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, because host and device share one memory"
+
+
+def _sharding_notes(base: LoadedModel, choice: Choice) -> Iterator[str]:
+    """Notes about a run whose base is divided among ranks."""
+    share, count = stored_bytes(base.net) // choice.shares, choice.pass_micro_batches
+    together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
+    yield (
+        f"sharded: each of the {choice.shares} ranks stores {bytes_text(share)} of the base; a layer is gathered from "
+        f"all ranks before it is computed; {together} through each layer before the next layer is gathered, and the "
+        "backward pass recomputes every layer"
+    )
+    if choice.sampling_batch_size:
+        yield "sampling is slow with a sharded base: each token gathers all layers"
 
 
 def activation_notes(memory: MemorySection, device: torch.device, layers: int, offloaded_bytes: int) -> Iterator[str]:

@@ -58,6 +58,11 @@ class MemorySection(Section):
         description="where the base's weights are stored until a layer needs them. off: on the device; auto: on the "
         "device if the run fits",
     )
+    sharding: Literal["auto", "off", "full"] = Field(
+        "auto",
+        description="with several ranks, what each of them stores of the base. off: all of it; full: an equal share; "
+        "auto: a share only if the run would not fit otherwise",
+    )
     streamed_head: bool = Field(
         False,
         description="store the output projection and the token embedding in the host's memory; the projection is "

@@ -152,7 +152,7 @@ def _make_model(
         return adapter
 
     with session.timed("calibrate" if recipe.adapter.calibration else "load"):
-        model = prepare_network(base, plan.choice, attach)
+        model = prepare_network(base, plan.choice, attach, devices=devices)
     model.companions = companions
     for companion in companions.values():
         companion.sampling_batch_size = plan.choice.sampling_batch_size

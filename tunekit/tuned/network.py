@@ -6,16 +6,18 @@ from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.base import Wrapper
 from tunekit.adapters.kernels.liger import use_liger
 from tunekit.adapters.kernels.native import use_native
 from tunekit.errors import ModelError
-from tunekit.machine.devices import kind_of
+from tunekit.machine.devices import Devices, kind_of
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import make_store
+from tunekit.memory.sharding import TIER, divided_tables, shard_base
+from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weights, shared_slots, stream_base
 from tunekit.memory.tiling import tile_layers
 from tunekit.memory.vocabulary import HeadParts, head_obstacle, stream_head
@@ -35,6 +37,7 @@ def prepare_network(
     attach: Callable[[], AttachedAdapter] | None = None,
     *,
     planned_for: torch.device | None = None,
+    devices: Devices | None = None,
 ) -> TunedModel:
     """Add the features that `choice` selects to the base's network, in this order: checkpointing, adapter, MLPs in
     tiles, faster kernels, compiled layers, streaming.
@@ -42,10 +45,11 @@ def prepare_network(
     `attach` attaches the adapter. The layers already have seeds and checkpointing then, because an initialisation with
     calibration data runs them. Adapted layers are replaced or moved only afterwards.
     `planned_for`: the run's device, if the base is on the meta device. Then layers are not compiled, because that does
-    not change the memory.
+    not change the memory. `devices`: the ranks that share a sharded base.
     Raises: ModelError if an MLP cannot be computed in tiles, and the errors of `attach`.
     """
     layers, frozen = base.family.layers(base.net), layer_weights(base)
+    tables = divided_tables(base) if choice.streaming == TIER else []
     modules = [layer for _, layer in layers]
     forwards = wrap_forwards(modules) if choice.compiled and planned_for is None else []
     store = make_store(choice.activation_offload, planned_for or base.device, simulated=planned_for is not None)
@@ -61,9 +65,21 @@ def prepare_network(
     if choice.kernels == "native" and planned_for is None:
         use_native(base.net)
     compile_layers(forwards)
-    slots = stream_base(base, frozen, choice.streaming)
+    if choice.streaming == TIER:
+        used = [(weight, modules) for weight in tables if (modules := _plain_users(base.net, weight))]
+        slots: LayerSlots | None = shard_base(base, frozen, used, choice.shares, devices)
+    else:
+        slots = stream_base(base, frozen, choice.streaming)
     parts = _streamed_head(base, choice)
     return TunedModel(base, adapter, store, slots, choice.logits_chunk_tokens, parts)
+
+
+def _plain_users(net: nn.Module, weight: Tensor) -> list[nn.Module]:
+    """The modules that multiply by or look up `weight`. Empty if the weight is trained or if an adapter uses it: then
+    every rank keeps the whole weight."""
+    users = [module for module in net.modules() if any(own is weight for own in module._parameters.values())]
+    wrapped = {id(inner) for module in net.modules() if isinstance(module, Wrapper) for inner in module.modules()}
+    return [] if weight.requires_grad or any(id(user) in wrapped for user in users) else users
 
 
 def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:

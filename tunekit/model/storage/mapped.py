@@ -1,6 +1,7 @@
 """Loads a base for layer streaming. The weights remain in files: the net's parameters are views of read-only memory
 mappings, which several processes can share."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,32 +9,35 @@ from torch import nn
 
 from tunekit.errors import ModelError, ResourceError
 from tunekit.model.base_spec import BaseSpec
-from tunekit.model.families import Family
 from tunekit.model.storage.packed_cache import cached_base
 from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
 from tunekit.model.storage.reading import ALIGNMENT, BaseReader, open_net, place
 
-HOW = "write memory.streaming: off"
-KEY = "memory.streaming"
+STREAMING, SHARDING = "memory.streaming", "memory.sharding"
 
 
-def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
+def mapped_net(spec: BaseSpec, *, sharded: bool = False) -> tuple[nn.Module, list[str], bool]:
     """Load a net on the CPU with mapped weights. Returns the net, notes, and whether the weights are mapped: a small
     base is read into memory instead.
 
+    `sharded`: every tensor stays a view, because no rank keeps a whole tensor.
     Raises: ModelError for a base that only transformers can read; ResourceError if the cache file with the converted
     weights cannot be written.
     """
+    key, in_parts = (SHARDING, "sharded") if sharded else (STREAMING, "streamed")
+    how = f"write {key}: off"
     if not spec.read_by_us:
-        what = "a base with remote code cannot be streamed: tensors in its files may have other names than in the net"
-        raise ModelError(what, HOW, key=KEY)
+        what = (
+            f"a base with remote code cannot be {in_parts}: tensors in its files may have other names than in the net"
+        )
+        raise ModelError(what, how, key=key)
     opened = open_net(spec)
     if opened is None:
         what = f"the weights of {spec.section.name_or_path} have other names or shapes than the net's parameters"
-        raise ModelError(f"{what}, so the base cannot be streamed", HOW, key=KEY)
+        raise ModelError(f"{what}, so the base cannot be {in_parts}", how, key=key)
     net, reader = opened
     if spec.is_dense and all(map(reader.is_mapped, reader.names)):
-        _place_views(net, reader, spec.family)
+        _place_views(net, reader, () if sharded else spec.family.head_modules(net))
         return net, [], True
     spec = replace(spec, device=torch.device("cpu"))
     if spec.is_dense:  # the files are not in the compute dtype
@@ -42,15 +46,16 @@ def mapped_net(spec: BaseSpec) -> tuple[nn.Module, list[str], bool]:
         base = packed_base(net, reader, spec)
     sidecar, notes = cached_base(base)
     if notes:
-        what = f"streaming needs a cache file with the weights in the compute dtype, but {notes[0]}"
-        raise ResourceError(what, f"free disk space in the cache folder, set TUNEKIT_CACHE to another folder, or {HOW}")
+        what = f"{key} needs a cache file with the weights in the compute dtype, but {notes[0]}"
+        raise ResourceError(what, f"free disk space in the cache folder, set TUNEKIT_CACHE to another folder, or {how}")
     return net, base.notes, sidecar is not None
 
 
-def _place_views(net: nn.Module, reader: BaseReader, family: Family) -> None:
-    """Put views of the files into the net. A head that is not aligned to 64 bytes is copied, because alignment changes
-    the last bit of products. Layers are copied later, when they are streamed. Other tensors are not multiplied."""
-    head = tuple(f"{name}." for name in family.head_modules(net))
+def _place_views(net: nn.Module, reader: BaseReader, copied: Sequence[str]) -> None:
+    """Put views of the files into the net. A matrix in the `copied` modules (those of the head) is copied if it is not
+    aligned to 64 bytes, because alignment changes the last bit of products. Layers are copied later, when they are
+    streamed. Other tensors are not multiplied."""
+    head = tuple(f"{name}." for name in copied)
     for name in reader.names:
         view = reader.view(name)
         in_head = any(alias.startswith(head) for alias in reader.aliases(name))

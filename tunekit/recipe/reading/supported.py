@@ -7,12 +7,14 @@ from tunekit.errors import Problem
 from tunekit.recipe.bases.section import StartSettings
 from tunekit.recipe.recipe import Recipe
 
+SHARDING, HOW = "memory.sharding", "write sharding: off, or auto"
+
 
 def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     """One problem for every option that this recipe cannot combine with its other options."""
     beside = _problems_of_a_trained_base(recipe)
     problems = [*_family_problems(recipe), *beside, *_activation_problems(recipe), *_start_problems(recipe)]
-    return [*problems, *_kept_problems(recipe)]
+    return [*problems, *_kept_problems(recipe), *_sharding_problems(recipe)]
 
 
 def _family_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -57,6 +59,32 @@ def _activation_problems(recipe: Recipe) -> Iterator[Problem]:
         what = "int8 (LLM.int8) rounds all tokens of a call together, so dividing them into tiles would change results"
         how = "remove it, or write model.quantization: int8_weight_only"
         yield Problem(what, how, key="memory.mlp_tile_tokens")
+
+
+def unsharded_reason(recipe: Recipe) -> str | None:
+    """The reason why this recipe's base cannot be divided among ranks; None if the recipe allows it."""
+    adapter, memory = recipe.adapter, recipe.memory
+    start = adapter.initialisation
+    if adapter.trains_base:
+        return f"{adapter.method} trains the base's own weights"
+    if start is not None and (start.moves_weights or adapter.calibration is not None):
+        return f"adapter.start: {start.method} needs the whole base on one device"
+    if adapter.needs_base_first:
+        return f"the initial values of {adapter.method} need the whole base on one device"
+    if memory.streaming in ("host", "disk"):
+        return f"memory.streaming: {memory.streaming} stores it on the host"
+    if memory.streamed_head:
+        return "memory.streamed_head stores a part of it on the host"
+    if recipe.training.compile is True:
+        return "training.compile needs all layers on the device"
+    return None
+
+
+def _sharding_problems(recipe: Recipe) -> Iterator[Problem]:
+    """A problem if the recipe divides the base among ranks, but cannot."""
+    reason = unsharded_reason(recipe)
+    if recipe.memory.sharding == "full" and reason is not None:
+        yield Problem(f"the base cannot be sharded: {reason}", HOW, key=SHARDING)
 
 
 def _kept_problems(recipe: Recipe) -> Iterator[Problem]:

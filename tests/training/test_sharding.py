@@ -1,0 +1,196 @@
+"""A base divided among ranks gives the curve of one rank, whatever each rank has to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.ranks_case import differences, free_port, stop_at, train_in_ranks, write_case
+from tests.support.train_case import end_of, records, start_child
+from tunekit.errors import TunekitError
+from tunekit.machine.devices import Devices
+from tunekit.memory.sharding import Rounds, ShardedBlob, ShardedTable
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.supported import refuse_unsupported
+
+SHARDED = "memory.sharding=full"
+TOLERANCE = 1e-6
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_shares_of_all_ranks_are_the_whole_unit(world: int) -> None:
+    tensors = [torch.randn(7, 5), torch.arange(33, dtype=torch.uint8), torch.randn(()), torch.randn(70).bfloat16()]
+    copies, shares = [tensor.clone() for tensor in tensors], []
+    for rank in range(world):
+        blob = ShardedBlob([tensor.clone() for tensor in tensors], world)
+        shares.append(blob.keep_share(rank, torch.device("cpu"), frozenset()))
+        assert all(piece.tensor.untyped_storage().nbytes() < 5 for piece in blob.pieces), "nothing else is kept"
+    assert len({len(share) for share in shares}) == 1
+    blob.bind(torch.cat(shares))
+    assert all(torch.equal(piece.tensor, copy) for piece, copy in zip(blob.pieces, copies, strict=True))
+
+
+class OneRank:
+    """Devices of one rank, whose gathering is a copy."""
+
+    world, rank = 1, 0
+
+    def numbers(self, number: int) -> list[int]:
+        return [number]
+
+    def gather_shares(self, target: torch.Tensor, share: torch.Tensor) -> OneRank:
+        target.copy_(share)
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+def test_a_table_is_there_while_it_is_used_only() -> None:
+    table = nn.Embedding(11, 4).requires_grad_(False)
+    ids, weight = torch.tensor([3, 9]), table.weight.data.clone()
+    blob = ShardedBlob([table.weight], 1)
+    rounds = Rounds(OneRank(), [blob.keep_share(0, torch.device("cpu"), frozenset())])  # type: ignore[arg-type]
+    sharded = ShardedTable(blob, [table], rounds.gather)
+    for _ in range(2):
+        assert torch.equal(table(ids), weight[ids])
+        sharded.free()
+        assert table.weight.isnan().all()
+    with pytest.raises(TunekitError, match="outside of its slot"):
+        blob.bind_source()
+
+
+def in_two_ranks(work: Callable[[Devices], None], folder: Path) -> None:
+    port = free_port()
+
+    def join(rank: int) -> None:
+        from accelerate.state import PartialState
+
+        PartialState._reset_state()  # type: ignore[no-untyped-call]
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in values.items()} | {"MASTER_ADDR": "127.0.0.1"})
+        signal.alarm(60)
+
+    def run() -> None:
+        devices = Devices(torch.device("cpu"))
+        work(devices)
+        devices.close()
+
+    logs = [folder / str(rank) for rank in range(2)]
+    children = [start_child(run, log, partial(join, rank)) for rank, log in enumerate(logs)]
+    for child, log in zip(children, logs, strict=True):
+        ended = end_of(child, log)
+        assert ended.code == 0, ended.output
+
+
+def test_ranks_may_need_different_units_and_different_numbers_of_them(tmp_path: Path) -> None:
+    """Rank 0 gathers five times, rank 1 twice and in another order; then both exchange a number."""
+
+    def work(devices: Devices) -> None:
+        units = [torch.full((64,), 10 * unit + devices.rank, dtype=torch.uint8) for unit in range(3)]
+        rounds = Rounds(devices, units)
+        devices.before_exchange = rounds.help_others
+        for unit in ((0, 1, 2, 1, 0), (2, 0))[devices.rank]:
+            target = torch.empty(128, dtype=torch.uint8)
+            rounds.gather(units[unit], target).result()
+            assert target[:64].eq(10 * unit).all()
+            assert target[64:].eq(10 * unit + 1).all()
+        assert devices.gather([devices.rank]) == [0, 1]
+        assert devices.sum(torch.tensor([1.0])).item() == 2
+
+    in_two_ranks(work, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["adapter.start.method=pissa"], "adapter.start: pissa needs the whole base on one device"),
+        (["adapter.start.method=eva"], "adapter.start: eva needs the whole base on one device"),
+        (["memory.streaming=disk"], "memory.streaming: disk stores it on the host"),
+        (["memory.streamed_head=true"], "memory.streamed_head stores a part of it on the host"),
+        (["training.compile=true"], "training.compile needs all layers on the device"),
+        (["~adapter", "adapter.method=full"], "full trains the base's own weights"),
+        (["~adapter", "adapter.method=prefix"], "the initial values of prefix need the whole base on one device"),
+    ],
+)
+def test_what_needs_the_whole_base_is_refused_by_name(tmp_path: Path, changes: list[str], reason: str) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "so"}\n', encoding="utf-8")
+    values = {"model": "org/base", "data": {"train": "train.jsonl"}, "output": {"dir": "run"}, "adapter": {"r": 4}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    problems = refuse_unsupported(load_recipe(path, [SHARDED, *changes]).recipe)
+    assert [(problem.key, problem.what) for problem in problems if problem.key == "memory.sharding"] == [
+        ("memory.sharding", f"the base cannot be sharded: {reason}")
+    ]
+
+
+def require_same(one: Path, other: Path) -> None:
+    largest = differences(one, other)
+    relative = {name: value for name, value in largest.items() if "perplexity" not in name}
+    assert max(relative.values()) <= 10 * TOLERANCE, largest
+    assert largest.get("loss", 0.0) <= TOLERANCE, largest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "grpo", "seq2seq", "classify"])
+def test_two_ranks_with_half_a_base_each_give_the_curve_of_one(
+    objective: str, quantization: str, tmp_path: Path, shared: Path
+) -> None:
+    recipe, more = write_case(objective, tmp_path, shared), f"model.quantization={quantization}"
+    (one,) = train_in_ranks(recipe, tmp_path / "one", more, world=1)
+    assert one.code == 0, one.output
+    ends = train_in_ranks(recipe, tmp_path / "two", more, SHARDED)
+    assert [end.code for end in ends] == [0, 0], ends[0].output + ends[1].output
+    assert "each of the 2 ranks stores" in ends[0].output
+    require_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_four_then_two_then_one_rank(tmp_path: Path, shared: Path) -> None:
+    recipe = write_case("sft", tmp_path, shared)
+    long = ["training.epochs=3", "training.save_steps=1"]
+    (one,) = train_in_ranks(recipe, tmp_path / "one", *long, world=1)
+    assert one.code == 0, one.output
+    for world, last in ((4, 2), (2, 4), (1, None)):
+        ends = train_in_ranks(
+            recipe, tmp_path / "many", *long, SHARDED, world=world, resume=world < 4, before=partial(stop_at, last)
+        )
+        wanted = 0 if last is None else 143
+        assert [end.code for end in ends] == [wanted] * world, ends[0].output
+    require_same(tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", range(3, 13))
+def test_uneven_rows_change_nothing(rows: int, tmp_path: Path, shared: Path) -> None:
+    """From fewer rows than ranks in a step to several micro-batches more on one rank; with evaluation and answers."""
+    recipe = write_case("sft", tmp_path, shared)
+    lines = (tmp_path / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
+    more = ["data.eval=0.34", "training.epochs=2", "training.gradient_accumulation_steps=2", "evaluation.batch_size=1"]
+    more += ["evaluation.metrics=[exact_match]", "evaluation.max_new_tokens=3", "training.micro_batch_size=1"]
+    (one,) = train_in_ranks(recipe, tmp_path / "one", *more, world=1)
+    assert one.code == 0, one.output
+    ends = train_in_ranks(recipe, tmp_path / "three", *more, SHARDED, world=3)
+    assert [end.code for end in ends] == [0, 0, 0], ends[0].output + ends[1].output
+    require_same(tmp_path / "one", tmp_path / "three")
+
+
+@pytest.mark.slow
+def test_auto_shards_only_a_base_that_does_not_fit(tmp_path: Path, shared: Path) -> None:
+    recipe = write_case("sft", tmp_path, shared)
+    small = ["training.epochs=1", "data.eval=null"]
+    fits = train_in_ranks(recipe, tmp_path / "fits", *small)
+    assert [end.code for end in fits] == [0, 0], fits[0].output
+    assert "sharded:" not in fits[0].output
+    assert json.loads((tmp_path / "fits" / "plan.json").read_text())["choice"]["streaming"] == "off"
+    assert len(records(tmp_path / "fits")) > 0

@@ -1,0 +1,209 @@
+"""A base whose frozen weights are divided among ranks. Each rank stores an equal share of every layer. A layer is
+gathered from all ranks into a slot before it is computed.
+
+The token embedding and the output projection (the tables) are divided too. A table is gathered when its module is
+called, and freed when the next layer is gathered.
+
+All ranks must take part in each gathering, but they may need different weights, or none. Therefore every gathering is
+one round: the ranks tell each other which unit (layer or table) they need, and then gather each of these units. A rank
+that waits for the others at an exchange (machine.devices) takes part in rounds until no rank needs a unit. So ranks may
+make different numbers of forwards.
+
+torch's FSDP2 is not used. It divides parameters only, but packed weights are buffers: with NF4, each of two ranks kept
+82 % of the bytes. It gathers each layer twice per micro-batch instead of twice per pass, and all its ranks must make
+equally many forwards.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tunekit.errors import TunekitError
+from tunekit.machine.devices import Devices
+from tunekit.memory.blobs import ALIGNMENT_BYTES, LayerBlob, forget_pages
+from tunekit.memory.copies import Copier, Copy, Mark, Pairs, as_bytes
+from tunekit.memory.slots import LayerSlots
+from tunekit.memory.streaming import stream_layers
+from tunekit.model.load import LoadedModel
+
+TIER = "ranks"  # the value of Choice.streaming for a sharded base
+NO_UNIT = -1
+
+
+class ShardedBlob(LayerBlob):
+    """The frozen tensors of one unit (a layer or a table), divided among `world` ranks. The blob is padded, so that all
+    shares have the same size."""
+
+    def __init__(self, tensors: Sequence[Tensor], world: int) -> None:
+        super().__init__(tensors)
+        self.share_bytes = -(-self.size_bytes // (world * ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
+        self.size_bytes = world * self.share_bytes
+
+    def keep_share(self, rank: int, device: torch.device, mapped: frozenset[int]) -> Tensor:
+        """Copy this rank's bytes to the device, and let go of all others. Returns the share (bytes,) uint8.
+
+        `mapped`: the memory addresses of values in mapped files. The pages of these values are released.
+        """
+        start = rank * self.share_bytes
+        share = torch.zeros(self.share_bytes, dtype=torch.uint8, device=device)
+        for piece, values in zip(self.pieces, self.source, strict=True):
+            first, end = max(piece.start, start), min(piece.start + values.nbytes, start + self.share_bytes)
+            if first < end:
+                share[first - start : end - start] = as_bytes(values)[first - piece.start : end - piece.start]
+            if values.data_ptr() in mapped:
+                forget_pages(values)
+        self.source, self.gathered = [share], True
+        self.unbind(device)
+        return share
+
+    def bind_source(self) -> None:
+        """Raises: TunekitError, because no rank stores the whole unit."""
+        raise TunekitError("a sharded layer was requested outside of its slot")
+
+
+class Gathering(Future[None]):
+    """A unit that is being gathered. `result` makes all later computations wait for it."""
+
+    def __init__(self, work: "torch.distributed.Work") -> None:
+        super().__init__()
+        self._work = work
+
+    def result(self, timeout: float | None = None) -> None:
+        """Make all later computations wait until the unit is complete."""
+        self._work.wait()
+
+
+class Rounds:
+    """Gathers units (layers and tables) from the shares of all ranks. `shares`: this rank's share of each unit."""
+
+    def __init__(self, devices: Devices, shares: Sequence[Tensor]) -> None:
+        self.devices, self.shares = devices, shares
+        self._numbers = {share.data_ptr(): number for number, share in enumerate(shares)}
+
+    def gather(self, share: Tensor, target: Tensor) -> Gathering:
+        """Start to gather the unit of `share` into `target` (bytes,) uint8."""
+        gathering = self._round(self._numbers[share.data_ptr()], target)
+        assert gathering is not None
+        return gathering
+
+    def help_others(self) -> None:
+        """Take part in rounds until no rank needs a unit."""
+        while self._round(NO_UNIT, None) is not None:
+            pass
+
+    def _round(self, number: int, target: Tensor | None) -> Gathering | None:
+        """One round, in which this rank needs the unit `number`, or NO_UNIT. Returns the gathering of this rank's unit,
+        or else of another rank's unit. None if no rank needs a unit."""
+        gatherings: dict[int, Gathering] = {}
+        for unit in sorted(set(self.devices.numbers(number)) - {NO_UNIT}):
+            share, memory = self.shares[unit], target
+            if memory is None or unit != number:  # for other ranks only
+                memory = torch.empty(self.devices.world * share.numel(), dtype=torch.uint8, device=share.device)
+            gatherings[unit] = Gathering(self.devices.gather_shares(memory, share))
+            if memory is not target:
+                gatherings[unit].result()
+        return gatherings.get(number) or next(iter(gatherings.values()), None)
+
+
+class RankCopier(Copier):
+    """Fills slots from the shares of all ranks."""
+
+    def __init__(self, device: torch.device, rounds: Rounds) -> None:
+        super().__init__(device)
+        self.rounds = rounds
+
+    def start(self, copies: Pairs, after: Mark) -> Copy:
+        """Start to gather one layer. The device's backend first waits for the computations that are queued now, so
+        `after` is not needed."""
+        ((target, share),) = copies
+        return self.rounds.gather(share, target)
+
+    def wait(self, copy: Copy) -> None:
+        if isinstance(copy, Future):
+            copy.result()
+
+
+class ShardedTable:
+    """A table (token embedding or output projection) that is gathered when one of its modules is called."""
+
+    def __init__(self, blob: ShardedBlob, modules: Sequence[nn.Module], gather: Callable[[Tensor, Tensor], Gathering]):
+        self.blob, self._gather = blob, gather
+        self._memory: Tensor | None = None
+        for module in modules:
+            module.register_forward_pre_hook(self._bring)
+
+    def _bring(self, module: nn.Module, inputs: object) -> None:
+        if self._memory is None:
+            (share,) = self.blob.source
+            self._memory = torch.empty(self.blob.size_bytes, dtype=torch.uint8, device=share.device)  # (bytes,)
+            self._gather(share, self._memory).result()
+            self.blob.bind(self._memory)
+
+    def free(self) -> None:
+        """Free the gathered table, if there is one."""
+        if self._memory is not None:
+            self.blob.unbind(self._memory.device)
+            self._memory = None
+
+
+class ShardedSlots(LayerSlots):
+    """The slots of a sharded base. `tables` are freed when a layer is gathered."""
+
+    tables: Sequence[ShardedTable] = ()
+
+    @contextmanager
+    def holding(self, layer: int, then: int | None = None) -> Iterator[None]:
+        """A context manager, as in LayerSlots."""
+        for table in self.tables:
+            table.free()
+        with super().holding(layer, then):
+            yield
+
+
+def divided_tables(base: LoadedModel) -> list[Tensor]:
+    """The weights of the token embedding and the output projection; one if they are tied. Call this function before an
+    adapter is attached."""
+    names = (base.family.embedding_name(base.net), base.family.head_name(base.net))
+    modules = [base.net.get_submodule(name) for name in names if name is not None]
+    weights = [module.weight for module in modules if isinstance(module, nn.Embedding | nn.Linear)]
+    return list({id(weight): weight for weight in weights}.values())
+
+
+def shard_base(
+    base: LoadedModel,
+    layers: Sequence[Sequence[Tensor]],
+    tables: Sequence[tuple[Tensor, Sequence[nn.Module]]],
+    world: int,
+    devices: Devices | None,
+) -> LayerSlots:
+    """Divide the base among ranks, and return the device slots of its layers.
+
+    `layers`: the frozen tensors of each layer. `tables`: the weight of each table, and the modules that use it.
+    `devices`: None in a simulation, on the meta device.
+    """
+    blobs = [ShardedBlob(tensors, world) for tensors in layers]
+    table_blobs = [ShardedBlob([weight], world) for weight, _ in tables]
+    if devices is None:
+        for blob in table_blobs:
+            blob.unbind(base.device)
+        slots = LayerSlots(blobs, Copier(base.device), base.device)
+    else:
+        rank, units = devices.rank, [*blobs, *table_blobs]
+        rounds = Rounds(devices, [blob.keep_share(rank, base.device, base.mapped) for blob in units])
+        sharded = ShardedSlots(blobs, RankCopier(base.device, rounds), base.device)
+        sharded.tables = [
+            ShardedTable(blob, modules, rounds.gather) for blob, (_, modules) in zip(table_blobs, tables, strict=True)
+        ]
+        devices.before_exchange, slots = rounds.help_others, sharded
+    slots.outside_bytes = stored_outside(blobs, table_blobs)
+    stream_layers([layer for _, layer in base.family.layers(base.net)], slots)
+    return slots
+
+
+def stored_outside(blobs: Sequence[ShardedBlob], tables: Sequence[ShardedBlob]) -> int:
+    """The bytes that a rank stores besides the slots: its shares, and the largest table while it is gathered."""
+    shares = sum(blob.share_bytes for blob in (*blobs, *tables))
+    return shares + max((table.size_bytes for table in tables), default=0)
