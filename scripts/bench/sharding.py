@@ -20,8 +20,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +85,26 @@ def measure_loading(file: Path) -> None:
     train.load_base, network.shard_base, network.stream_base = loaded, sharded, streamed
 
 
-def compare_losses(work: Path, shared: Path, objectives: list[str]) -> list[dict[str, Any]]:
-    """One entry for each objective, quantization and number of ranks."""
+def compare_losses(work: Path, shared: Path, objectives: list[str]) -> Iterator[dict[str, Any]]:
+    """Yields one entry for each number of ranks, objective and quantization."""
     from tests.support.ranks_case import differences, train_in_ranks, write_case
 
-    rows = []
-    for objective in objectives:
-        recipe = write_case(objective, work / objective, shared)
-        for quantization in QUANTIZATIONS:
-            runs = {world: work / objective / f"{quantization}-{world}" for world in (1, *WORLDS)}
-            for world, run in runs.items():
-                more = [f"model.quantization={quantization}", *([SHARDED] if world > 1 else [])]
-                started = time.monotonic()
-                require_success(train_in_ranks(recipe, run, *more, world=world))
-                if world > 1:
-                    largest = differences(runs[1], run)
-                    loss = max(value for name, value in largest.items() if name.endswith("loss"))
-                    others = max(value for name, value in largest.items() if "perplexity" not in name)
-                    row = {"objective": objective, "quantization": quantization, "ranks": world}
-                    rows.append(row | {"loss": loss, "any": others, "seconds": time.monotonic() - started})
-                    print(rows[-1], flush=True)
-    return rows
+    for world, objective, quantization in product((1, *WORLDS), objectives, QUANTIZATIONS):
+        folder = work / objective
+        recipe = folder / "recipe.yaml" if folder.exists() else write_case(objective, folder, shared)
+        more = [f"model.quantization={quantization}", *([SHARDED] if world > 1 else [])]
+        run = folder / f"{quantization}-{world}"
+        require_success(train_in_ranks(recipe, run, *more, world=world))
+        if world > 1:
+            largest = differences(folder / f"{quantization}-1", run)
+            loss = max(value for name, value in largest.items() if name.endswith("loss"))
+            others = max(value for name, value in largest.items() if "perplexity" not in name)
+            row = {"objective": objective, "quantization": quantization, "ranks": world}
+            yield row | {"loss": loss, "any": others}
 
 
-def compare_resumed(work: Path, shared: Path) -> dict[str, Any]:
-    """The largest difference between an undisturbed run and one that is stopped and resumed on fewer ranks."""
+def compare_resumed(work: Path, shared: Path) -> Iterator[dict[str, Any]]:
+    """Yields one entry: the largest difference between an undisturbed run and one that is stopped and resumed on fewer ranks."""
     from tests.support.ranks_case import differences, stop_at, train_in_ranks, write_case
 
     recipe = write_case("sft", work / "resumed", shared)
@@ -118,26 +114,22 @@ def compare_resumed(work: Path, shared: Path) -> dict[str, Any]:
         before = partial(stop_at, step)
         ends = train_in_ranks(recipe, work / "fewer", *more, SHARDED, world=world, resume=world < 4, before=before)
         require_success(ends, 0 if step is None else 143)
-    return {name: value for name, value in differences(work / "alone", work / "fewer").items() if "loss" in name}
+    yield {name: value for name, value in differences(work / "alone", work / "fewer").items() if "loss" in name}
 
 
-def compare_memory(work: Path, model: str) -> list[dict[str, Any]]:
-    """The bytes of the base and the peak of loading on every rank, for each quantization and number of ranks."""
+def compare_memory(work: Path, model: str) -> Iterator[dict[str, Any]]:
+    """Yields the bytes of the base and the peak of loading on every rank, for each quantization and number of ranks."""
     from tests.support.ranks_case import train_in_ranks
     from tests.support.train_case import write_recipe
 
     changes = {"model": {"name_or_path": model, "dtype": "bfloat16"}, "data": {"eval": None}}
     recipe = write_recipe(work / "memory", Path(model), rows=4, training={"max_steps": 1, "epochs": None}, **changes)
-    rows = []
-    for quantization in QUANTIZATIONS:
-        for world in (1, *WORLDS):
-            run = work / "memory" / f"{quantization}-{world}"
-            more = [f"model.quantization={quantization}", *([SHARDED] if world > 1 else [])]
-            require_success(train_in_ranks(recipe, run, *more, world=world, before=partial(measure_loading, run)))
-            ranks = [json.loads(run.with_suffix(f".{rank}.json").read_text("utf-8")) for rank in range(world)]
-            rows.append({"quantization": quantization, "ranks": world, "of_each": ranks})
-            print(rows[-1], flush=True)
-    return rows
+    for quantization, world in product(QUANTIZATIONS, (1, *WORLDS)):
+        run = work / "memory" / f"{quantization}-{world}"
+        more = [f"model.quantization={quantization}", *([SHARDED] if world > 1 else [])]
+        require_success(train_in_ranks(recipe, run, *more, world=world, before=partial(measure_loading, run)))
+        ranks = [json.loads(run.with_suffix(f".{rank}.json").read_text("utf-8")) for rank in range(world)]
+        yield {"quantization": quantization, "ranks": world, "of_each": ranks}
 
 
 def require_success(ends: list[Any], code: int = 0) -> None:
@@ -164,7 +156,7 @@ def page(values: dict[str, Any]) -> str:
         limit = "" if row["ranks"] == 1 else f"{(part + 2 * first['layer_bytes']) / 1e6:.1f}"
         cells = [f"{part / 1e6:.1f}", f"{part / whole:.3f}", f"{largest / 1e6:.1f}", limit]
         memory.append([row["quantization"], str(row["ranks"]), *cells])
-    resumed = ", ".join(f"{name} {value:.0e}" for name, value in values["resumed"].items())
+    resumed = ", ".join(f"{name} {value:.0e}" for each in values["resumed"] for name, value in each.items())
     return f"""# A base divided among ranks
 
 `scripts/bench/run sharding` measured this on {values["date"]}, on a CPU with gloo.
@@ -198,14 +190,18 @@ def main() -> None:
     import tunekit.train  # noqa: F401  every rank is forked from this process, which has imported everything
 
     torch.set_num_threads(1)
-    parts: dict[str, Callable[[], Any]] = {
-        "memory": partial(compare_memory, work, chosen.model),
-        "losses": partial(compare_losses, work, shared, chosen.only.split(",")),
-        "resumed": partial(compare_resumed, work, shared),
+    parts = {
+        "memory": compare_memory(work, chosen.model),
+        "resumed": compare_resumed(work, shared),
+        "losses": compare_losses(work, shared, chosen.only.split(",")),
     }
-    values = {"date": time.strftime("%Y-%m-%d"), **{name: part() for name, part in parts.items()}}
-    chosen.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    chosen.json.with_suffix(".md").write_text(page(values), encoding="utf-8")
+    values: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), **{name: [] for name in parts}}
+    for name, rows in parts.items():
+        for row in rows:
+            print(name, row, flush=True)
+            values[name].append(row)
+            chosen.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            chosen.json.with_suffix(".md").write_text(page(values), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.ranks_case import differences, free_port, stop_at, train_in_ranks, write_case
-from tests.support.train_case import end_of, records, start_child
+from tests.conftest import write_tiny_llama
+from tests.support.ranks_case import LAYERS, differences, free_port, stop_at, train_in_ranks, write_case
+from tests.support.train_case import end_of, start_child, write_recipe
 from tunekit.errors import TunekitError
 from tunekit.machine.devices import Devices
 from tunekit.memory.sharding import Rounds, ShardedBlob, ShardedTable
+from tunekit.model.load import make_meta_model
+from tunekit.model.quantized.weights import stored_bytes
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.supported import refuse_unsupported
+from tunekit.records import Plan
 
+CPU = torch.device("cpu")
 SHARDED = "memory.sharding=full"
 TOLERANCE = 1e-6
 
@@ -31,7 +38,7 @@ def test_the_shares_of_all_ranks_are_the_whole_unit(world: int) -> None:
     copies, shares = [tensor.clone() for tensor in tensors], []
     for rank in range(world):
         blob = ShardedBlob([tensor.clone() for tensor in tensors], world)
-        shares.append(blob.keep_share(rank, torch.device("cpu"), frozenset()))
+        shares.append(blob.keep_share(rank, CPU, frozenset()))
         assert all(piece.tensor.untyped_storage().nbytes() < 5 for piece in blob.pieces), "nothing else is kept"
     assert len({len(share) for share in shares}) == 1
     blob.bind(torch.cat(shares))
@@ -58,7 +65,7 @@ def test_a_table_is_there_while_it_is_used_only() -> None:
     table = nn.Embedding(11, 4).requires_grad_(False)
     ids, weight = torch.tensor([3, 9]), table.weight.data.clone()
     blob = ShardedBlob([table.weight], 1)
-    rounds = Rounds(OneRank(), [blob.keep_share(0, torch.device("cpu"), frozenset())])  # type: ignore[arg-type]
+    rounds = Rounds(OneRank(), [blob.keep_share(0, CPU, frozenset())])  # type: ignore[arg-type]
     sharded = ShardedTable(blob, [table], rounds.gather)
     for _ in range(2):
         assert torch.equal(table(ids), weight[ids])
@@ -80,7 +87,7 @@ def in_two_ranks(work: Callable[[Devices], None], folder: Path) -> None:
         signal.alarm(60)
 
     def run() -> None:
-        devices = Devices(torch.device("cpu"))
+        devices = Devices(CPU)
         work(devices)
         devices.close()
 
@@ -185,12 +192,37 @@ def test_uneven_rows_change_nothing(rows: int, tmp_path: Path, shared: Path) -> 
     require_same(tmp_path / "one", tmp_path / "three")
 
 
-@pytest.mark.slow
-def test_auto_shards_only_a_base_that_does_not_fit(tmp_path: Path, shared: Path) -> None:
-    recipe = write_case("sft", tmp_path, shared)
-    small = ["training.epochs=1", "data.eval=null"]
-    fits = train_in_ranks(recipe, tmp_path / "fits", *small)
-    assert [end.code for end in fits] == [0, 0], fits[0].output
-    assert "sharded:" not in fits[0].output
-    assert json.loads((tmp_path / "fits" / "plan.json").read_text())["choice"]["streaming"] == "off"
-    assert len(records(tmp_path / "fits")) > 0
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path, write_tiny_llama(tmp_path / "m", layers=LAYERS), data={"eval": None})
+
+
+def plan_of(recipe: Path, ranks: int, *overrides: str) -> Plan:
+    return make_plan(load_recipe(recipe, overrides), device=CPU, ranks=ranks)[0]
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_plan_states_the_memory_of_one_rank(recipe: Path, ranks: int) -> None:
+    resident, sharded = plan_of(recipe, 1), plan_of(recipe, ranks, SHARDED)
+    assert not sharded.refusals
+    base = make_meta_model(ModelSection(name_or_path=str(recipe.parent / "m"), dtype="float32"), device=CPU)
+    layer = stored_bytes(base.net.get_submodule("model.layers.0"))
+    table = stored_bytes(base.net.get_submodule("lm_head"))
+    expected = stored_bytes(base.net) / ranks + 2 * layer + table
+    assert sharded.peak_bytes.weights == pytest.approx(expected, rel=0.01)
+    assert resident.peak_bytes.weights > expected
+    assert any(note.startswith(f"sharded: each of the {ranks} ranks stores") for note in sharded.notes)
+
+
+@pytest.mark.drawn
+def test_auto_shards_only_a_base_that_does_not_fit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan_of(recipe, 2).choice.streaming == "off"
+    resident = plan_of(recipe, 2, "memory.gradient_checkpointing=true").peak_bytes.total
+    sharded = plan_of(recipe, 2, SHARDED).peak_bytes.total
+    assert sharded < resident
+    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: (resident + sharded) // 2)
+    assert plan_of(recipe, 2).choice.streaming == "ranks"
+    assert plan_of(recipe, 2, "memory.sharding=off").choice.streaming == "disk"
+    assert plan_of(recipe, 1).choice.streaming == "disk"
+    assert any("has no effect" in note for note in plan_of(recipe, 1, SHARDED).notes)
