@@ -104,7 +104,7 @@ def compare_losses(work: Path, shared: Path, objectives: list[str]) -> Iterator[
 
 
 def compare_resumed(work: Path, shared: Path) -> Iterator[dict[str, Any]]:
-    """Yields one entry: the largest difference between an undisturbed run and one that is stopped and resumed on fewer ranks."""
+    """Yields the largest difference of an undisturbed run from one that is stopped and resumed on fewer ranks."""
     from tests.support.ranks_case import differences, stop_at, train_in_ranks, write_case
 
     recipe = write_case("sft", work / "resumed", shared)

@@ -47,6 +47,11 @@ class Collectives(distributed.ProcessGroup):
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], options: Any) -> Any:
         return self._over_the_host("allgather", inputs, outputs, outputs, inputs, options)
 
+    def all_gather_single(self, output: Tensor, given: Tensor, options: Any) -> Any:
+        return self._over_the_host("_allgather_base", [given], [output], output, given, options)
+
+    _allgather_base = all_gather_single  # its name before torch 2.13
+
     def barrier(self, opts: Any = None) -> Any:
         return self.gloo.barrier()
 

@@ -71,7 +71,7 @@ def run_two(program: list[str], place: Path, folder: Path, *overrides: str) -> l
     return outputs
 
 
-@pytest.mark.parametrize("override", ["memory.streaming=off", "memory.streaming=host"])
+@pytest.mark.parametrize("override", ["memory.streaming=off", "memory.streaming=host", "memory.sharding=full"])
 def test_two_devices_give_the_curve_of_one(folder: Path, tmp_path: Path, override: str) -> None:
     one, _ = train(tmp_path / "one", folder, "adapter.dropout=0", override, device="cuda")
     run = tmp_path / "two" / "run"
