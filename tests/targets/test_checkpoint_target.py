@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import write_tiny_llama
 from tests.support.train_case import records, result_bytes, train_in_child, write_recipe
 from tunekit.adapter import export_checkpoint_verb
-from tunekit.errors import InputError, ModelError, RunFolderError
+from tunekit.errors import InputError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.exports.questions import row_ids
 from tunekit.generate import generate_verb
@@ -83,7 +83,7 @@ def test_what_is_no_checkpoint_is_said_with_those_that_there_are(stopped: Path, 
         export_checkpoint_verb(str(stopped), None, str(tmp_path / "adapter"))
     with pytest.raises(RunFolderError, match="was trained on a different base than"):
         find_target(f"{stopped}@1", str(write_tiny_llama(tmp_path / "other", seed=1)), [])
-    with pytest.raises(ModelError, match=r"there is no folder or file .*gone; name the base with --base"):
+    with pytest.raises(InputError, match=r"--base: there is no folder or file .*gone; check the path"):
         find_target(f"{stopped}@1", str(tmp_path / "gone"), [])
 
 
