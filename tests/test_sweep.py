@@ -24,6 +24,7 @@ from tests.support.train_case import (
     without_times,
     write_recipe,
 )
+from tunekit.errors import InputError, RecipeError
 from tunekit.files import durable
 from tunekit.recipe.reading.trials import load_sweep
 from tunekit.training import assemble
@@ -126,7 +127,7 @@ def test_trials_equal_their_solo_runs(recipe: Path, solo: dict[str, Path], tmp_p
     assert len(results_of(tmp_path / "all")["settings"]) == 6
     refused = sweep(recipe, tmp_path / "all")
     assert refused.code == 2
-    assert "already holds a run; add --resume" in refused.output
+    assert "already holds a sweep; add --resume" in refused.output
 
 
 @pytest.mark.drawn
@@ -346,3 +347,61 @@ def test_problems_of_all_trials_come_before_the_first(recipe: Path, tmp_path: Pa
     assert "nothing" in ended.output
     assert "nowhere" in ended.output
     assert not (tmp_path / "all" / "learning_rate=0.001,target_modules=nothing").exists()
+
+
+def refused(recipe: Path, json_file: Path | None, *overrides: str) -> str:
+    """The message of a sweep that is refused before anything is planned."""
+    from tunekit.sweep import sweep_verb
+
+    with pytest.raises(InputError) as error:
+        sweep_verb(load_sweep(str(recipe), overrides), False, None if json_file is None else str(json_file))
+    return str(error.value)
+
+
+def test_a_sweep_writes_over_no_file_that_a_trial_reads(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, data={"eval": [{"path": "train.jsonl"}]})
+    other = tmp_path / "other.jsonl"
+    shutil.copy(tmp_path / "train.jsonl", other)
+    sources = f"data.train={tmp_path / 'train.jsonl'},{other}"
+    assert "would replace data.train" in refused(recipe, other, sources)
+    best = tmp_path / "best.yaml"
+    recipe.rename(best)
+    text = best.read_text("utf-8")
+    assert "would replace the recipe" in refused(best, None, "adapter.r=2,3", f"output.dir={tmp_path}")
+    assert best.read_text("utf-8") == text
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "rungs.json", "auto.json", "best.yaml", "folds"])
+def test_the_folder_of_another_sweep_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / name).write_text("mine")
+    message = refused(recipe, None, "adapter.r=2,3", f"output.dir={tmp_path / 'all'}")
+    assert message.endswith("all already holds a sweep; add --resume, or choose another output.dir")
+    assert (tmp_path / "all" / name).read_text() == "mine"
+
+
+def test_auto_refuses_a_recipe_before_it_loads_the_model(tmp_path: Path) -> None:
+    from tunekit.recipe.load import load_recipe
+    from tunekit.sweep import automatic_verb
+
+    recipe = write_recipe(tmp_path, tmp_path / "no model")
+    for override, words in (
+        ("data.eval=null", "set data.eval"),
+        ("sweep.keys={adapter.r: [2, 4]}", "remove sweep.keys"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            automatic_verb(load_recipe(recipe, [override]), str(recipe), [override], 1.0, False, None)
+
+
+@pytest.mark.drawn
+def test_a_resume_refuses_trials_of_other_rows(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe, folder = write_recipe(tmp_path, tiny_llama, training=SHORT), tmp_path / "all"
+    assert sweep(recipe, folder, "adapter.r=2,4").code == 0
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(rows.read_text("utf-8") * 2, encoding="utf-8")
+    before = results_of(folder)
+    ended = sweep(recipe, folder, "adapter.r=2,4,8", resume=True)
+    assert ended.code == 2
+    assert "r=2 was trained on rows that have changed since" in ended.output
+    assert results_of(folder) == before

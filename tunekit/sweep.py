@@ -42,7 +42,9 @@ from tunekit.planning.lanes import make_passes
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.dump import dump_recipe
-from tunekit.recipe.reading.trials import Automatic, LoadedSweep, load_sweep
+from tunekit.recipe.reading.trials import FOLDS, Automatic, LoadedSweep, load_sweep, refuse_values
+from tunekit.recipe.recipe import Recipe
+from tunekit.records import Plan
 from tunekit.train import load_base, plan_session, session_steps
 from tunekit.training import run_files
 from tunekit.training.automatic import AutomaticChoice, choose_values
@@ -50,10 +52,11 @@ from tunekit.training.engines.together import Together
 from tunekit.training.engines.window import LoopSteps
 from tunekit.training.folds import fold_notes, write_folds
 from tunekit.training.halving import dropped_settings, rung_count
-from tunekit.training.lane import Lane, SharedBase, run_lanes
+from tunekit.training.lane import Lane, SharedBase, refuse_changed_rows, run_lanes
 from tunekit.training.rungs import (
     RUNGS_NAME,
     Limits,
+    crowded_rungs,
     earlier_rungs,
     end_paused,
     most_settings,
@@ -68,6 +71,7 @@ from tunekit.training.timing import Costs, measure_costs
 MOST_NAMED = 4  # trials that a message names
 AUTO_NAME = "auto.json"  # the values that --auto has chosen, for a resume
 SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
+WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
 
 
 def sweep_verb(sweep: LoadedSweep, resume: bool, json_file: str | None) -> None:
@@ -75,7 +79,8 @@ def sweep_verb(sweep: LoadedSweep, resume: bool, json_file: str | None) -> None:
 
     Raises: TunekitError if a trial could not be trained to its end; a trial with invalid numbers is a result.
     """
-    with _process(sweep.loaded, json_file) as (session, write_result):
+    recipes = [sweep.loaded, *(setting.loaded for setting in sweep.settings.values())]
+    with _process(recipes, json_file) as (session, write_result):
         session.console.info(*sweep.loaded.rewrites)
         _run_sweep(sweep, session, SharedBase(load_base), resume, write_result, None)
 
@@ -90,12 +95,16 @@ def automatic_verb(
     """
     seconds = 60 * minutes
     limits = Limits(time.monotonic() - process_seconds() + seconds)
-    with _process(loaded, json_file) as (session, write_result):
+    refuse_values(loaded.sweep, path)
+    if not loaded.recipe.data.eval:
+        file_name = str(loaded.path)
+        raise RecipeError("trials are compared on evaluation rows", "set data.eval", file=file_name, key="data.eval")
+    with _process([loaded], json_file) as (session, write_result):
         base, file = SharedBase(load_base), Path(loaded.recipe.output.dir) / AUTO_NAME
         earlier = read_json(file) if resume else None
+        plan, limits.costs = _measure(session, base)
         if earlier is None:
-            choice, limits.costs = _choose(session, base, seconds)
-            automatic = choice.automatic
+            automatic = _choose(session.console, loaded.recipe, plan, limits.costs, seconds).automatic
         else:
             steps = {float(value): count for value, count in earlier["eval_steps"]}
             automatic = Automatic(earlier["keys"], earlier["length"], steps)
@@ -104,9 +113,8 @@ def automatic_verb(
         _run_sweep(sweep, session, base, resume, write_result, limits, {AUTO_NAME: record})
 
 
-def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[AutomaticChoice, Costs]:
-    """The values to try within `seconds`, and the measured costs. Raises: InputError if not even two runs fit."""
-    console, recipe = session.console, session.loaded.recipe
+def _measure(session: Session, base: SharedBase) -> tuple[Plan, Costs]:
+    """The plan of the recipe, and its measured costs. Raises: InputError if its first steps are not finite."""
     with session.signals.at_once("before training began; nothing was trained"):
         plan, prepared = plan_session(session)
         costs = measure_costs(session, plan, prepared, base.load)
@@ -114,10 +122,17 @@ def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[Automat
         raise InputError(
             "the recipe's loss or gradient is not finite in the first steps", "lower training.learning_rate"
         )
+    return plan, costs
+
+
+def _choose(console: Console, recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice:
+    """The values to try within `seconds`. Raises: InputError if not even two runs fit."""
     choice = choose_values(recipe, plan, costs, seconds - process_seconds())
     if choice is None:
         one = time_text(costs.of_run(plan, recipe))
-        what = f"one run takes about {one}, and --minutes {seconds / 60:g} is too short to compare two"
+        used = time_text(process_seconds())
+        left = f"after {used} of preparation, --minutes {seconds / 60:g} leaves too little for two"
+        what = f"one run takes about {one}; {left}"
         raise InputError(what, "raise --minutes, or lower training.epochs")
     values = (f"{key} {', '.join(f'{value:g}' for value in some)}" for key, some in choice.automatic.keys.items())
     console.info(
@@ -125,14 +140,21 @@ def _choose(session: Session, base: SharedBase, seconds: float) -> tuple[Automat
         f"predicted time: at most {time_text(choice.seconds)} of the {time_text(seconds)}, from {MEASURED_STEPS} "
         "measured steps of the recipe",
     )
-    return choice, costs
+    return choice
 
 
 @contextmanager
-def _process(loaded: LoadedRecipe, json_file: str | None) -> Iterator[tuple[Session, Callable[[object], None]]]:
-    """A context manager: the session of the whole sweep, and the function that writes the --json result. Raises:
-    InputError under torchrun."""
-    refuse_to_replace("--json", json_file, loaded)
+def _process(
+    recipes: Sequence[LoadedRecipe], json_file: str | None
+) -> Iterator[tuple[Session, Callable[[object], None]]]:
+    """A context manager: the session of the whole sweep, and the function that writes the --json result. `recipes`: the
+    sweep's recipe, and the recipes of its settings. Raises: InputError under torchrun, or if the sweep would write over
+    a file that it reads."""
+    loaded = recipes[0]
+    for each in recipes:
+        refuse_to_replace("--json", json_file, each)
+        for name in WRITTEN:
+            refuse_to_replace("output.dir: the sweep's file", str(Path(loaded.recipe.output.dir) / name), each)
     write_result, devices = json_result(json_file), make_devices()
     try:
         if devices.world > 1:
@@ -189,6 +211,8 @@ def _open(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
     """Lock the sweep's folder; returns the lock. Raises: RunFolderError if this folder or a trial's folder cannot be
     used."""
     refuse_old_run(folder)
+    if not resume and any((folder / name).exists() for name in (*WRITTEN, FOLDS)):
+        raise RunFolderError(f"{folder} already holds a sweep", "add --resume, or choose another output.dir")
     for lane in lanes:
         if not resume and any((lane.path / sign).exists() for sign in RUN_SIGNS):
             raise RunFolderError(f"{lane.path} already holds a run", "add --resume, or choose another output.dir")
@@ -220,6 +244,7 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
                 faults.setdefault(problem, []).append(lane)
     if kind is not None:
         raise kind.of([_named(problem, names, lanes) for problem, names in faults.items()])
+    refuse_changed_rows(lanes)
 
 
 def _named(problem: Problem, lanes: Sequence[Lane], all_lanes: Sequence[Lane]) -> Problem:
@@ -319,6 +344,8 @@ def _train_by_halves(
         if not rungs and all(end is None for end in ends.values()):
             what = "halving compares evaluations before the last step, and the trials have none"
             raise RecipeError(what, "lower training.eval_steps", key="sweep.strategy")
+        if not rungs:
+            console.warn(*crowded_rungs(lanes))
         _train_lanes(lanes, base, console, resume, ends)
         if _unfinished(lanes):
             return

@@ -17,6 +17,7 @@ from tunekit.artifacts.report.paired import paired_interval
 from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import sweep_results
 from tunekit.artifacts.report.values import RunValues, read_run
+from tunekit.training.halving import dropped_settings
 
 ROWS = 30
 
@@ -149,3 +150,48 @@ def test_runs_that_are_not_finished(tmp_path: Path) -> None:
     halved = replace(results, earlier="a has the best eval loss, 2; it is lower than all others")
     assert halved.verdict().startswith("only a is finished: eval loss 1; at the last comparison of halving, a has the")
     assert results.table()[1][1] == ["failed", "–", "–", "the loss is not finite"]
+
+
+def test_a_setting_with_an_unfinished_run_cannot_win(tmp_path: Path) -> None:
+    """The mean of its other seed is not the mean over the seeds of the other settings."""
+    diverged = replace(run(tmp_path / "a1", 9.0, 0.1, 1), status={"exit_code": 3})
+    runs = {
+        "a": [run(tmp_path / "a0", 1.2), diverged],
+        "b": [run(tmp_path / "b0", 1.0), run(tmp_path / "b1", 2.0, 0.1, 1)],
+        "c": [run(tmp_path / "c0", 1.1), run(tmp_path / "c1", 2.2, 0.1, 1)],
+    }
+    results = sweep_results("eval.loss", runs)
+    assert [setting.name for setting in results.settings] == ["b", "c", "a"]
+    assert "a" not in [setting.name for setting in results.unclear]
+    assert results.verdict().endswith("; a finished only 1 of 2 runs")
+    assert dropped_settings(sweep_results("eval.loss", runs, finished=False)) == ["a"]
+
+
+def with_units(folder: Path, factor: float, loss: float, noise: float, seed: int) -> RunValues:
+    """A run whose evaluation rows have `factor` times as many tokens."""
+    values = run(folder, loss, noise, seed)
+    file = folder / "evaluation_rows.json"
+    rows = json.loads(file.read_text("utf-8"))
+    for name in ("losses", "units"):
+        rows[name] = [factor * each for each in rows[name]]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return read_run(values.path)
+
+
+def test_the_interval_is_of_the_difference_that_orders_the_settings(tmp_path: Path) -> None:
+    """Of the means over the folds, also if one fold has more tokens."""
+    runs = {
+        "a": [with_units(tmp_path / "a0", 50, 1.2, 0.01, 0), with_units(tmp_path / "a1", 1, 0.8, 0.01, 1)],
+        "b": [with_units(tmp_path / "b0", 50, 1.1, 0.01, 0), with_units(tmp_path / "b1", 1, 1.1, 0.01, 1)],
+    }
+    results = sweep_results("eval.loss", runs, over="folds")
+    assert [setting.mean for setting in results.settings] == pytest.approx([1.0, 1.1])
+    difference = results.settings[1].difference
+    assert difference is not None
+    assert difference.difference == pytest.approx(0.1, abs=1e-6)
+    assert difference.low < 0.1 < difference.high
+
+
+def test_a_single_setting_has_its_mean_and_spread_as_verdict(tmp_path: Path) -> None:
+    runs = {"the recipe": [run(tmp_path / f"r{fold}", 1.0 + fold) for fold in range(2)]}
+    assert sweep_results("eval.loss", runs, over="folds").verdict() == "eval loss 1.5 ± 0.7071 over 2 folds"

@@ -202,6 +202,11 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
         ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),
         ("", ["adapter.r=4,8", "~data.eval"], "command line: sweep.by: trials are compared on evaluation rows"),
         ("", ["adapter.r=4,8", "lora_r=2,3"], "command line: adapter.r: is given twice"),
+        ("", ["adapter.r=4,8", "adapter.r=2"], "command line: adapter.r: has values already"),
+        ("", ["adapter.r=2", "adapter.r=4,8"], "command line: adapter.r: has values already"),
+        ("", ["adapter.r=4,8", "adapter.r=2,3"], "command line: adapter.r: has values already"),
+        ("sweep: {folds: 2, keys: {data: [{train: a.jsonl}, {train: b.jsonl}]}}", [], ":5: sweep.folds: sweep.keys"),
+        ("sweep: {keys: {data.eval: [null, 0.1]}}", [], ": data.eval: eval=null has no evaluation rows"),
     ],
 )
 def test_a_problem_has_its_place(sweep: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
@@ -212,3 +217,16 @@ def test_a_problem_has_its_place(sweep: str, overrides: list[str], expected: str
 def test_the_problems_of_all_trials_are_shown(tmp_path: Path) -> None:
     lines = problems(write(tmp_path), "adapter.r=x,y,4", "training.learning_rate=1e-4,z")
     assert len(lines) == 3
+
+
+def test_leave_out_refuses_other_data(tmp_path: Path) -> None:
+    """The source that a trial leaves out is the one that its name states."""
+    path = write(tmp_path, "sweep: {leave_out: source, keys: {data: [{train: [a.jsonl, b.jsonl], eval: c.jsonl}]}}\n")
+    lines = problems(path, "data.train=[a.jsonl, b.jsonl]", "data.eval=c.jsonl")
+    assert lines == [":5: sweep.leave_out: sweep.keys changes data.train too; remove one of them"]
+
+
+def test_the_only_setting_has_a_name(tmp_path: Path) -> None:
+    sweep = load_sweep(write(tmp_path, "sweep: {seeds: 2, folds: 2}\n"))
+    assert [trial.name for trial in sweep.trials] == [f"seed={s},fold={f}" for s in (5, 6) for f in (1, 2)]
+    assert list(sweep.settings) == ["the recipe"]

@@ -102,3 +102,23 @@ def test_a_resume_refuses_other_rows(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="differ from the rows in the interrupted sweep"):
         divided(sweep, resume=True)
     assert divided(sweep) != first
+
+
+def test_equal_values_are_together_however_they_are_written(tmp_path: Path) -> None:
+    """A number of a JSON file equals its text in a CSV file; the order of a row's columns does not matter."""
+    (tmp_path / "a.jsonl").write_text(lines([{"text": f"{at}", "who": at % 3} for at in range(9)]), encoding="utf-8")
+    (tmp_path / "b.csv").write_text("text,who\n" + "".join(f"t{at},{at % 3}\n" for at in range(9)), encoding="utf-8")
+    first, second = divided(loaded(tmp_path, "[a.jsonl, b.csv]", 3, "sweep.fold_group=who"))
+    assert [{str(row["who"]) for row in fold} for fold in first] == [{row["who"] for row in fold} for fold in second]
+    pairs = [{"prompt": f"{at}", "completion": "yes"} for at in range(6)]
+    turned = [dict(reversed(pair.items())) for pair in pairs]
+    (tmp_path / "c.jsonl").write_text(lines([*pairs, *turned]), encoding="utf-8")
+    (folds,) = divided(loaded(tmp_path, "c.jsonl", 3))
+    assert [len({row["prompt"] for row in fold}) for fold in folds] == [2] * 3
+
+
+def test_refused_folds_leave_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "one"}, {"text": "two"}]), encoding="utf-8")
+    with pytest.raises(DataError, match="too few different rows for 3 folds"):
+        divided(loaded(tmp_path, "a.jsonl", 3))
+    assert list((tmp_path / "run").iterdir()) == []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.artifacts.test_sweep_results import run
 from tunekit.artifacts.report.sweep_results import sweep_results
 from tunekit.training.halving import dropped_settings, rung_count, rung_step
+from tunekit.training.rungs import crowded_rungs
 
 
 @pytest.mark.parametrize(("settings", "count"), [(1, 0), (2, 1), (3, 1), (4, 2), (7, 2), (16, 4)])
@@ -34,3 +37,18 @@ def test_the_worse_half_ends_unless_it_cannot_be_distinguished(tmp_path: Path) -
     assert len(dropped_settings(sweep_results("eval.loss", unclear), most=1)) == 1
     metrics = sweep_results("eval.exact_match", unclear)
     assert len(dropped_settings(metrics)) == 1
+
+
+def lane(name: str, steps: int, eval_steps: int) -> Any:
+    recipe = SimpleNamespace(training=SimpleNamespace(eval_steps=eval_steps))
+    rows = SimpleNamespace(objective=SimpleNamespace(loss=SimpleNamespace(updates_per_sampling=1)))
+    trial = SimpleNamespace(name=name, setting=name, loaded=SimpleNamespace(recipe=recipe))
+    return SimpleNamespace(trial=trial, plan=object(), prepared=SimpleNamespace(rows=rows), steps=steps)
+
+
+def test_comparisons_without_training_between_them_are_named() -> None:
+    crowded = crowded_rungs([lane(f"r={at}", 30, 10) for at in range(8)])
+    (text,) = crowded
+    assert text.startswith("r=0 is compared at the steps 10, 10, 20 of 30: ")
+    assert text.endswith("lower training.eval_steps to 3")
+    assert crowded_rungs([lane(f"r={at}", 30, 3) for at in range(8)]) == []

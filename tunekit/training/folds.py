@@ -47,15 +47,18 @@ def write_folds(recipe: Recipe, sweep: SweepSection, folder: Path, resume: bool)
     example = recipe.objective.example
     rows = [row for number, source in enumerate(sources) for row in _rows(number, source, example, column)]
     folds = _fold_of_groups(rows, count, recipe.training.seed)
-    if not (folder / FOLDS).is_dir():
-        make_folder(folder / FOLDS)
+    texts: dict[Path, str] = {}
     for number, source in enumerate(sources):
         for fold in range(1, count + 1):
             lines = [row.text for row in rows if row.source == number and folds[row.group] == fold]
             if not lines:
                 what = f"too few different {'rows' if column is None else f'values of {column}'} for {count} folds"
                 raise DataError(what, "lower sweep.folds", file=source.path, key="sweep.folds")
-            _write(Path(fold_file(str(folder), number, fold)), "".join(f"{line}\n" for line in lines), resume)
+            texts[Path(fold_file(str(folder), number, fold))] = "".join(f"{line}\n" for line in lines)
+    if not (folder / FOLDS).is_dir():
+        make_folder(folder / FOLDS)
+    for path, text in texts.items():
+        _write(path, text, resume)
 
 
 def fold_notes(recipe: Recipe, sweep: SweepSection) -> list[str]:
@@ -84,7 +87,7 @@ def _rows(number: int, source: Source, example: str, column: str | None) -> Iter
     files = media_fields(open_rows(source, example, Problems())[2])
     for row in read_source(source, problems):
         try:
-            text = _text(located(row.values, files, folder))
+            text = json.dumps(located(row.values, files, folder), allow_nan=False)
         except (TypeError, ValueError) as error:
             how = "write paths of recordings and images into the rows, or use sweep.seeds instead of sweep.folds"
             problems.add(source.path, row.line, f"the row has a value that cannot be written as JSON: {error}", how)
@@ -92,13 +95,19 @@ def _rows(number: int, source: Source, example: str, column: str | None) -> Iter
         if column is not None and column not in row.values:
             problems.add(source.path, row.line, f"has no column '{column}'", "correct sweep.fold_group")
             continue
-        group = _digest(text) if column is None else json.dumps(row.values[column], default=str)
+        group = _digest(_text(row.values)) if column is None else _value_text(row.values[column])
         yield _Row(number, group, json.dumps(row.values.get(LABEL), default=str), text)
     problems.raise_if_any()
 
 
 def _text(values: Fields) -> str:
-    return json.dumps(values, allow_nan=False)
+    """Rows with equal values have the same text, whatever the order of their columns."""
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def _value_text(value: object) -> str:
+    """The number 1 of a JSON file and the text 1 of a CSV file have the same text."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 def _digest(*parts: object) -> str:

@@ -2,12 +2,13 @@
 after another or at the same time."""
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tunekit.errors import TunekitError
+from tunekit.artifacts.run import read_json
+from tunekit.errors import RunFolderError, TunekitError
 from tunekit.memory.streaming import layer_weights, make_slots
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.model import ModelSection
@@ -151,3 +152,23 @@ def run_lanes(loops: Iterable[LoopSteps], together: Together) -> None:
             loop.close()
     if errors:
         raise errors[0]
+
+
+def refuse_changed_rows(lanes: Sequence[Lane]) -> None:
+    """Raises: RunFolderError if a trial that has ended read other rows than a planned trial with the same data would,
+    so that the two could not be compared."""
+    planned = [(lane, lane.prepared.rows.fingerprint) for lane in lanes if lane.prepared is not None]
+    for lane in lanes:
+        was = ((read_json(lane.path / "environment.json") or {}).get("fingerprint") or {}).get("data")
+        if was is None or lane.prepared is not None:
+            continue
+        for other, rows in planned:
+            if _reading(lane) == _reading(other) and rows != was:
+                what = f"{lane.trial.name} was trained on rows that have changed since"
+                raise RunFolderError(what, "restore the files of data, or choose another output.dir")
+
+
+def _reading(lane: Lane) -> tuple[object, ...]:
+    """The parts of a trial's recipe that decide its rows and their tokens."""
+    recipe = lane.trial.loaded.recipe
+    return recipe.data, recipe.objective, recipe.model, recipe.training.seed

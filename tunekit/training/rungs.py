@@ -14,7 +14,7 @@ from tunekit.artifacts.run import read_json
 from tunekit.errors import RunFolderError
 from tunekit.files.durable import write_json
 from tunekit.training.automatic import most_that_fit
-from tunekit.training.halving import rung_step
+from tunekit.training.halving import rung_count, rung_step
 from tunekit.training.lane import Lane
 from tunekit.training.timing import Costs
 
@@ -38,6 +38,8 @@ def earlier_rungs(folder: Path, lanes: Sequence[Lane]) -> list[list[str]]:
     earlier = read_json(folder / RUNGS_NAME)
     if earlier is None:
         return []
+    if not isinstance(earlier, dict) or not {"settings", "rungs"} <= set(earlier):
+        raise RunFolderError(f"{folder / RUNGS_NAME} is damaged", "choose another output.dir")
     if earlier["settings"] != setting_names(lanes):
         what = f"{folder / RUNGS_NAME}: halving compared the trials of a different sweep"
         raise RunFolderError(what, "restore the values of that sweep, or choose another output.dir")
@@ -78,6 +80,18 @@ def rung_of(lane: Lane, left: int) -> int | None:
     sampling = lane.prepared.rows.objective.loss.updates_per_sampling
     step = rung_step(lane.steps, left, math.lcm(every, sampling))
     return step if step < lane.steps else None
+
+
+def crowded_rungs(lanes: Sequence[Lane]) -> list[str]:
+    """A warning if two comparisons of a trial would be at one step, without training between them."""
+    rungs = rung_count(len(setting_names(lanes)))
+    for lane in lanes:
+        steps = [step for left in range(rungs, 0, -1) if (step := rung_of(lane, left)) is not None]
+        if len(set(steps)) < len(steps):
+            wanted = max(lane.steps // 2**rungs, 1)
+            what = f"{lane.trial.name} is compared at the steps {', '.join(map(str, steps))} of {lane.steps}"
+            return [f"{what}: some comparisons follow no further training; lower training.eval_steps to {wanted}"]
+    return []
 
 
 def end_paused(lanes: Sequence[Lane]) -> None:

@@ -70,15 +70,18 @@ def differences(runs: Sequence[RunValues]) -> list[PairedDifference]:
 
 def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str = "loss") -> PairedDifference | None:
     """The difference between the second and the first run of each pair, averaged over all pairs (for example, one pair
-    per seed). None if there are fewer than two common rows.
+    per seed). Every pair has the same weight, so that the difference is that of the means over the runs. None if there
+    are fewer than two common rows.
 
     A row that several pairs have is resampled for all of them at once. `metric`: the loss, or a metric that is a mean
     over rows.
     """
     sums: dict[tuple[str, int], Losses] = {}
     for one, other in pairs:
-        for key, values in _pairs(one, other, metric).items():
-            sums[key] = sums.get(key, np.zeros(4)) + values
+        rows = _pairs(one, other, metric)
+        units = sum(float(values[2]) for values in rows.values()) if len(pairs) > 1 else 1.0
+        for key, values in rows.items():
+            sums[key] = sums.get(key, np.zeros(4)) + values / units
     if len(sums) < 2:
         return None
     return _difference(*pairs[0], np.stack(list(sums.values())))

@@ -38,6 +38,11 @@ class Setting:
         return fmean(self.numbers) if self.numbers else None
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every run is finished. If not, other settings' means are over other seeds or folds."""
+        return len(self.numbers) == len(self.outcomes)
+
+    @property
     def spread(self) -> float | None:
         """The standard deviation over seeds and folds; None for fewer than two finished runs."""
         return stdev(self.numbers) if len(self.numbers) > 1 else None
@@ -45,7 +50,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The settings of a sweep, best first; settings without a finished run come last.
+    """The settings of a sweep, best first. Settings with an unfinished run come after the others; settings without a
+    finished run come last.
 
     `by`: eval.METRIC. `higher`: whether a higher metric is better. `over`: what differs between the runs of a setting,
     such as seeds. `earlier`: the verdict at the last comparison of successive halving.
@@ -70,18 +76,32 @@ class SweepResults:
     @property
     def unclear(self) -> list[Setting]:
         """The settings that cannot be distinguished from the best one."""
-        return [setting for setting in self.settings if setting.difference is not None and not setting.clear]
+        compared = (setting for setting in self.settings if setting.difference is not None and not setting.clear)
+        return [setting for setting in compared if setting.is_complete]
 
     def verdict(self) -> str:
         """A sentence that names the best setting, and says whether it is clearly better than the others."""
         finished = [setting for setting in self.settings if setting.numbers]
         if self.best is None or self.best.mean is None:
             return "no trial is finished"
-        first = f"{self.best.name} has the best {self.metric}, {number_text('', self.best.mean)}"
+        parts = [f"{each.name} finished only {len(each.numbers)} of {len(each.runs)} runs" for each in finished
+                 if not each.is_complete]  # fmt: skip
+        return "; ".join(
+            [self._ranking(self.best, self.best.mean, finished), *([listed(parts, MOST_NAMED)] if parts else [])]
+        )
+
+    def _ranking(self, best: Setting, mean: float, finished: Sequence[Setting]) -> str:
+        """The part of the verdict about the finished settings."""
+        if len(self.settings) == 1:
+            spread = (
+                "" if best.spread is None else f" ± {number_text('', best.spread)} over {len(best.numbers)} {self.over}"
+            )
+            return f"{self.metric} {number_text('', mean)}{spread}"
+        first = f"{best.name} has the best {self.metric}, {number_text('', mean)}"
         compared = [setting.difference for setting in finished[1:] if setting.difference is not None]
         if len(finished) == 1:
             why = f"; at the last comparison of halving, {self.earlier}" if self.earlier else ""
-            return f"only {self.best.name} is finished: {self.metric} {number_text('', self.best.mean)}{why}"
+            return f"only {best.name} is finished: {self.metric} {number_text('', mean)}{why}"
         if len(compared) < len(finished) - 1:
             what = "the runs have no values for the same rows"
             return f"{first}; there is no interval, because {what}"
@@ -135,8 +155,12 @@ def sweep_results(
     settings = [
         Setting(name, members, [_outcome(run, metric, finished) for run in members]) for name, members in runs.items()
     ]
-    measured = [(setting.mean, setting) for setting in settings if setting.mean is not None]
-    ordered = [setting for _, setting in sorted(measured, key=lambda pair: -pair[0] if higher else pair[0])]
+    measured = [
+        (not setting.is_complete, -setting.mean if higher else setting.mean, setting)
+        for setting in settings
+        if setting.mean is not None
+    ]
+    ordered = [setting for *_, setting in sorted(measured, key=lambda each: each[:2])]
     compared = [_compared(ordered[0], setting, metric, higher) for setting in ordered[1:]]
     unmeasured = (setting for setting in settings if not setting.numbers)
     return SweepResults(by, [*ordered[:1], *compared, *unmeasured], higher, over)

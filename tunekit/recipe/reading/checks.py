@@ -221,8 +221,13 @@ def _check_leave_out(draft: Draft, sweep: SweepSection, data: DataSection) -> No
     if not isinstance(data.eval, tuple):
         what = "a fraction would select different rows in each trial, so trials could not be compared"
         draft.add_problem(key, what, "name evaluation sources in data.eval")
-    if any(f"{name}.".startswith("data.train.") for name in sweep.keys):
+    if _changes(sweep, "data.train"):
         draft.add_problem(key, "sweep.keys changes data.train too", "remove one of them")
+
+
+def _changes(sweep: SweepSection, key: str) -> bool:
+    """Whether the trials have different values of `key`: sweep.keys has this key, a part of it, or what contains it."""
+    return any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in sweep.keys)
 
 
 def _check_folds(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
@@ -233,7 +238,7 @@ def _check_folds(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
         return
     if sweep.leave_out is not None:
         draft.add_problem(key, "sweep.leave_out already selects the rows by source", "remove one of them")
-    if any(f"{name}.".startswith(("data.train.", "data.eval.")) for name in sweep.keys):
+    if _changes(sweep, "data.train") or _changes(sweep, "data.eval"):
         draft.add_problem(key, "sweep.keys changes the rows too", "remove one of them")
     if any(source.streaming for source in data.train):
         draft.add_problem(key, "streamed rows cannot be divided into folds", "write streaming: false, or remove it")

@@ -21,6 +21,7 @@ MOST_TRIALS = 1000
 MOST_VALUE, MOST_NAME = 40, 150  # characters in the name of a folder
 KEYS: KeyPath = ("sweep", "keys")
 PLACE: KeyPath = ("output", "dir")
+PLAIN = "the recipe"  # the name of the only setting, if only seeds or folds differ
 FOLDS, BEST = "folds", "best"  # folders next to the trials: the rows of the folds, the run of the best recipe
 _UNSAFE = re.compile(r"[^A-Za-z0-9.+_-]+")
 
@@ -95,7 +96,8 @@ def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | 
         for key, values in swept.items():
             draft.set((*KEYS, key), values, HERE)
     if automatic is not None:
-        _set_automatic(draft, automatic, path)
+        draft.set(KEYS, automatic.keys, HERE)
+        draft.set(("sweep", "strategy"), "halving", HERE)
     loaded = _check_sweep(draft, tool)
     section = loaded.sweep
     if section is None or not section.has_trials:
@@ -119,17 +121,14 @@ def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | 
     return LoadedSweep(loaded, section, *_make_trials(draft, tool, variants, section, seed, written))
 
 
-def _set_automatic(draft: Draft, automatic: Automatic, path: str) -> None:
-    """Write the values that --auto tries into the draft. Raises: RecipeError if the recipe lists values to try."""
-    section = draft.values["sweep"]
+def refuse_values(section: SweepSection | None, path: str) -> None:
+    """Raises: RecipeError if the recipe lists values to try, which --auto chooses."""
     others = [
-        name for name in ("keys", "trials", "folds", "leave_out") if isinstance(section, dict) and section.get(name)
+        name for name in ("keys", "trials", "folds", "leave_out") if section is not None and getattr(section, name)
     ]
     if others:
         how = f"remove sweep.{others[0]} (~sweep.{others[0]}), or leave out --auto"
         raise RecipeError("--auto chooses the values to try", how, file=path, key=f"sweep.{others[0]}")
-    draft.set(("sweep", "keys"), automatic.keys, HERE)
-    draft.set(("sweep", "strategy"), "halving", HERE)
 
 
 def _following(variant: _Variant, automatic: Automatic) -> dict[str, tuple[object, Place]]:
@@ -159,8 +158,9 @@ def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]]:
     """Returns the overrides with one value, and a mapping KEY -> values for overrides with several values (KEY=V1,V2).
-    A comma inside quotes or brackets does not separate values."""
-    plain: list[str] = []
+    A comma inside quotes or brackets does not separate values. Raises: RecipeError if the values of a key are given
+    twice."""
+    plain = dict[str, str]()  # override -> its key
     swept: dict[str, list[object]] = {}
     for text in overrides:
         key, _, value = text.partition("=")
@@ -168,11 +168,14 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]
             values = [] if text.startswith("~") else read_yaml(f"[{value}]", COMMAND_LINE).values
         except RecipeError:
             values = []
-        if isinstance(values, list) and len(values) > 1 and key not in swept:
+        if key in swept or (key in plain.values() and isinstance(values, list) and len(values) > 1):
+            how = "write all its values once: KEY=V1,V2"
+            raise RecipeError("has values already", how, file=COMMAND_LINE, key=key)
+        if isinstance(values, list) and len(values) > 1:
             swept[key] = values
         else:
-            plain.append(text)
-    return plain, swept
+            plain[text] = key
+    return list(plain), swept
 
 
 def _combination(axes: Sequence[Axis], number: int) -> dict[str, tuple[object, Place]]:
@@ -208,20 +211,24 @@ def _make_trials(
         if leaves_out:
             source = variant.left_out
             named["without"] = "nothing" if source is None else draft.get(("data", "train", source, "path"))
-        setting = _new_name(named, names)
+        stem = _new_name(named, names)
+        setting = stem or PLAIN
         try:
             best = _load_trial(draft, tool, BEST, {**variant.values, **variant.follows}, variant.left_out)
-            settings[setting] = SweepSetting(named, best)
         except RecipeError as error:
             problems += error.problems
             continue
+        if section.folds is None and not best.recipe.data.eval:
+            what = f"{setting} has no evaluation rows, and trials are compared on these"
+            problems.append(Problem(what, "set data.eval in every trial", file=str(best.path), key="data.eval"))
+        settings[setting] = SweepSetting(named, best)
         for own_seed, fold in repeats:
             values, plain, suffix = {**variant.values, **variant.follows}, dict(named), ""
             if own_seed is not None:
                 values[SEED], plain[SEED], suffix = (own_seed, written), own_seed, f",seed={own_seed}"
             if fold is not None:
                 plain["fold"], suffix = fold, f"{suffix},fold={fold}"
-            name = f"{setting}{suffix}".removeprefix(",")
+            name = f"{stem}{suffix}".removeprefix(",")
             parts = None if section.folds is None or fold is None else (section.folds, fold)
             loaded = _load_trial(draft, tool, name, values, variant.left_out, parts)
             trials.append(SweepTrial(name, setting, plain, loaded))
