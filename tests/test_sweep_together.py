@@ -217,3 +217,11 @@ def test_auto_joins_the_rows_where_steps_are_small(recipe: Path, tmp_path: Path)
         assert ended.code == 0, ended.output
         assert ("4 trials run together: their rows are joined" in ended.output) is joined
         assert (tmp_path / str(rows) / "learning_rate=0.04" / "adapter").is_dir()
+
+
+@pytest.mark.drawn
+def test_what_prevents_joining_is_named(recipe: Path, tmp_path: Path) -> None:
+    keys = ("~sweep.keys.adapter.method", "~sweep.keys.training.learning_rate", "adapter.r=4,8", "sweep.joined=true")
+    ended = sweep(recipe, tmp_path / "all", *keys, "adapter.dropout=0.1")
+    assert ended.code == 0, ended.output
+    assert "sweep.joined: true has no effect on 2 trials; r=4: its adapter uses dropout" in ended.output

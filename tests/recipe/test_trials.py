@@ -198,6 +198,7 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
         ),
         ("sweep: {folds: 2, keys: {data.eval: [0.1, 0.2]}}", [], ":5: sweep.folds: sweep.keys changes the rows too"),
         ("sweep: {folds: 2}", ["data.train.0.streaming=true"], ":5: sweep.folds: streamed rows cannot be divided"),
+        ("sweep: {keys: {objective: [sft, {name: dpo}]}}", [], ":5: sweep.by: the losses of different objectives"),
         ("sweep: {strategy: best}", [], ":5: sweep.strategy: must be"),
         ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),
         ("", ["adapter.r=4,8", "~data.eval"], "command line: sweep.by: trials are compared on evaluation rows"),

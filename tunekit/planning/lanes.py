@@ -31,12 +31,13 @@ WORTH = 1.25  # least estimated gain for which rows are joined, which changes th
 class LanePass:
     """Trials that use one loaded base, and their predicted peak memory. `together`: their steps run together; otherwise
     the trials run one after another. `joined`: the settings of one network that computes the rows of all trials; None:
-    each trial computes its rows separately."""
+    each trial computes its rows separately, for the reason `why_not`."""
 
     lanes: Sequence[Lane]
     peak_bytes: int
     together: bool = False
     joined: Choice | None = None
+    why_not: str = ""
     gain: float = 1.0  # estimated time of a step of each lane alone, as a multiple of the time together
 
     def groups(self) -> list[list[Lane]]:
@@ -60,18 +61,21 @@ def _divided(members: Sequence[Lane]) -> list[LanePass]:
     key, one_by_one = members[0].base_key, LanePass(members, max(map(_peak, members)))
     same_process = len({lane.process_settings for lane in members}) == 1
     if key is None or len(members) == 1 or not same_process or not all(lane.runs_together for lane in members):
-        return [one_by_one]
+        why = "the trials cannot share a loaded base" if same_process else "their threads or deterministic differ"
+        return [replace(one_by_one, why_not=why)]
     streamed, base = key.streaming != "off", make_meta_model(key.section, device=members[0].session.devices.device)
-    joins = _joins(members, base, streamed)
+    why_not = _why_not_joined(members, base, streamed)
+    joins = not why_not
     if not streamed and not joins:
-        return [one_by_one]
+        return [replace(one_by_one, why_not=why_not)]
     packed = [packed_layers(layer) for _, layer in base.family.layers(base.net)]
     unpacked = max(sum(each.in_features * each.out_features for each in layer.values()) for layer in packed)
     groups: list[list[Lane]] = []
     for lane in members:
         peak = _peak_together([*groups[-1], lane] if groups else [lane], unpacked * base.dtype.itemsize, joins)
         groups[-1].append(lane) if groups and peak <= _limit(lane) else groups.append([lane])
-    return [_pass(group, unpacked * base.dtype.itemsize, joins, streamed) for group in groups]
+    passes = [_pass(group, unpacked * base.dtype.itemsize, joins, streamed) for group in groups]
+    return [replace(each, why_not=why_not) for each in passes]
 
 
 def _pass(group: Sequence[Lane], unpacked_bytes: int, joins: bool, streamed: bool) -> LanePass:
@@ -82,27 +86,35 @@ def _pass(group: Sequence[Lane], unpacked_bytes: int, joins: bool, streamed: boo
     return LanePass(group, peak, together, joined, _gain(group, bool(unpacked_bytes), joins, streamed))
 
 
-def _joins(lanes: Sequence[Lane], base: LoadedModel, streamed: bool) -> bool:
-    """Whether one network computes the rows of all these trials, so that they share matrix products. The recipe
-    decides; with `auto`, this is done only if it is clearly faster."""
+def _why_not_joined(lanes: Sequence[Lane], base: LoadedModel, streamed: bool) -> str:
+    """Why the trials compute their rows separately; "" if one network computes the rows of all of them, so that they
+    share matrix products. The recipe decides; with `auto`, this is done only if it is clearly faster."""
     setting = lanes[0].joined
-    if setting is False or any(map(_obstacle, lanes)) or _drops(base.net):
-        return False
+    if setting is False:
+        return "sweep.joined is false"
+    for lane in lanes:
+        if obstacle := _obstacle(lane):
+            return f"{lane.trial.name}: {obstacle}"
+    if _drops(base.net):
+        return "the base uses dropout in training"
     if setting == "auto":
         together = _gain(lanes, bool(packed_layers(base.net)), False, streamed) if streamed else 1.0
         joined = _gain(lanes, bool(packed_layers(base.net)), True, streamed)
         if lanes[0].session.devices.device.type != "cpu" or joined < WORTH * together:
-            return False
-    return _fit(lanes, base)
+            return "it would not be clearly faster"
+    return "" if _fit(lanes, base) else "an adapted layer or the adapter's method cannot be joined"
 
 
-def _obstacle(lane: Lane) -> bool:
-    """Whether something prevents joining this trial with others: its rows are not in one sequence, its adapter trains
-    the base, or its adapter uses dropout."""
+def _obstacle(lane: Lane) -> str:
+    """What prevents joining this trial with others; "" if nothing does."""
     assert lane.prepared is not None
     inputs, adapter = lane.prepared.largest_batch.inputs, lane.prepared.adapter
     one_sequence = inputs.keys() == {"input_ids", "position_ids"} and len(inputs["input_ids"]) == 1
-    return not one_sequence or adapter.trains_base or bool(getattr(adapter, "dropout", 0.0))
+    if not one_sequence:
+        return "a micro-batch is not one sequence of token ids without padding"
+    if adapter.trains_base:
+        return "it trains the base"
+    return "its adapter uses dropout" if getattr(adapter, "dropout", 0.0) else ""
 
 
 def _drops(net: nn.Module) -> bool:
@@ -182,6 +194,8 @@ def pass_notes(passes: Sequence[LanePass]) -> list[str]:
     each plan also gets a note."""
     notes = []
     for each in passes:
+        if each.lanes[0].joined is True and each.joined is None and len(each.lanes) > 1:
+            notes.append(f"sweep.joined: true has no effect on {len(each.lanes)} trials; {each.why_not}")
         if not each.together:
             continue
         count, alone = len(each.lanes), max(map(_peak, each.lanes))
