@@ -37,8 +37,8 @@ class LanePass:
     peak_bytes: int
     together: bool = False
     joined: Choice | None = None
-    why_not: str = ""
     gain: float = 1.0  # estimated time of a step of each lane alone, as a multiple of the time together
+    why_not: str = ""
 
     def groups(self) -> list[list[Lane]]:
         """The groups of trials that train at the same time."""
