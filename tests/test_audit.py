@@ -184,6 +184,7 @@ def test_another_seed_is_refused_and_with_a_forged_fingerprint_named(case: Path)
     ended, _ = audited(case)
     assert ended.code == 2
     assert "training.seed: changed since the run: was 0, is 1" in ended.output
+    assert "computing again" not in ended.output  # it is refused before anything is computed
     other = case.parent / "other"
     assert train_in_child(case.parent / "recipe.yaml", other, "training.seed=1").code == 0
     forge_fingerprint(case, other)

@@ -221,6 +221,18 @@ def test_the_generated_pages_have_everything_that_has_a_name(pages: Path) -> Non
     assert "name_or_path: HuggingFaceTB/SmolLM2" in (pages / "tutorials" / "sft.md").read_text(encoding="utf-8")
 
 
+def test_errors_of_places_and_resources_have_a_repair(pages: Path) -> None:
+    text = (pages / "reference" / "errors.md").read_text(encoding="utf-8")
+    for name in ("RunFolderError", "ResourceError"):
+        rows = text.partition(f"\n## {name}\n")[2].partition("\n## ")[0].split("\n| ")[2:]
+        bare = {row.partition(" | ")[0] for row in rows if not row.partition(" | ")[2].strip(" |\n")}
+        assert len(rows) > 3
+        assert bare <= {  # the code chooses the repair, so that the page does not know it
+            "this line is not a metrics record",
+            "the hub cannot be reached: {LENGTH}",
+        }
+
+
 def test_generated_pages_show_code_as_code(pages: Path) -> None:
     texts = {file.name: file.read_text(encoding="utf-8") for file in (pages / "reference").glob("*.md")}
     assert {name for name, text in texts.items() if "\\`" in text} == set(), "an escaped backtick is shown"

@@ -195,7 +195,9 @@ def test_a_column_of_few_values_beside_a_text_may_be_its_label(
     rows = [{"text": f"It was {number}.", "mood": values[number % len(values)]} for number in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     init(tmp_path / "rows.jsonl", tmp_path / "mine.yaml", "org/model")
-    assert ("columns: {mood: label}" in capsys.readouterr().out) is told
+    out = capsys.readouterr().out
+    assert ("columns: {mood: label}" in out.partition("wrote ")[2]) is told  # after the recipe that it changes exists
+    assert "columns: {mood" not in out.partition("wrote ")[0]
 
 
 @pytest.mark.parametrize(
@@ -292,8 +294,9 @@ def test_an_interrupted_init_leaves_no_recipe(tmp_path: Path, monkeypatch: pytes
 def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", {"x": 1})
     out = tmp_path / "r.yaml"
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the first row has 'x', which fits no format"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the first row has 'x', which fits no format") as refused:
         init(data, out, "org/model")
+    assert "rename the fields in the file, or copy a recipe with `tunekit recipes sft-lora --copy" in str(refused.value)
     with pytest.raises(DataError, match="there is no file"):
         init(tmp_path / "absent.jsonl", out, "org/model")
     good = write(tmp_path / "good.jsonl", ROWS["sft"])

@@ -191,7 +191,8 @@ def diff_verb(
         differences = _diff_adapters(console, folders, rank, base, place)
     else:
         differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
-    write_result([asdict(difference) for difference in differences])
+    values = [asdict(difference).items() for difference in differences]
+    write_result([{name: value for name, value in each if value is not None} for each in values])
     if losses is not None:
         labels = ("the base alone", f"with A ({left})", f"with B ({right})")
         console.table(["", "loss"], list(zip(labels, losses, strict=True)), title=data)

@@ -27,6 +27,7 @@ from tunekit.artifacts.equality import (
     compare_results,
     result_hashes,
 )
+from tunekit.artifacts.fingerprint import compare_fingerprints, recipe_values
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, refuse_to_replace_part
@@ -173,6 +174,9 @@ def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Se
     pairs += [(precision, environment.get(precision), torch.get_float32_matmul_precision())]
     problems = [(f"{name} was {was}, is {is_}", HOW) for name, was, is_ in pairs if was != is_]
     problems += [(what, "equal bits are not promised for such a run") for what in _not_promised(values, loaded, facts)]
+    recipe = recipe_values(loaded.recipe.model_dump(mode="json"))  # data and base are compared later, with the model
+    for key, text in compare_fingerprints(past, past | {"recipe": recipe}):
+        problems.append((f"{key}: changed since the run: {text}", "undo the change in the run's recipe.yaml"))
     threads = past.count("threads")
     if kind == "cpu" and not 1 <= threads <= processors():
         problems.append((f"the run computed with {threads} threads, but there are {processors()} processors", HOW))

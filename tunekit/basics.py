@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 JsonObject = dict[str, Any]  # a JSON object
+NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors, of the normal distribution
 
 
 @dataclass(frozen=True)

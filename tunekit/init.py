@@ -108,7 +108,7 @@ def init_verb(
     look = look_at(data) if named else None
     if look is not None:
         look = _labelled(look, asks)
-        console.info(look.text(), *look.notes)
+        console.info(look.text())
     example = _example(_objective(look))
     if example is not None:
         models = [name for name in models if name == example.model.name_or_path]
@@ -137,6 +137,7 @@ def init_verb(
             raise
     write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an existing file stays
     console.info(*results, f"wrote {target}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
+    console.info(*([] if look is None else look.notes))  # keys to change in the recipe, which now exists
 
 
 def eval_share(look: Look | None) -> str:

@@ -116,7 +116,7 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
             contexts += [json.loads(context_json(example)) | origin] if example.prompt else []
     problems.raise_if_any()
     if not contexts:
-        raise DataError("no row has a prompt", "", key="data.train")
+        raise DataError("no row has a prompt", "see the rows with: tunekit preview RECIPE", key="data.train")
     draw = random.Random(recipe.training.seed)
     chosen = draw.sample(contexts, min(MOST_ROWS, len(contexts)))
     console.info(

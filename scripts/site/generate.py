@@ -88,7 +88,7 @@ def cell_text(cell: str) -> str:
     """The text of a cell in one line. Bars in code are written in HTML, because Markdown would show their backslash."""
     cell = " ".join(cell.split())
     if cell.startswith("`"):
-        return f"<code>{html.escape(cell.strip('`'), quote=False).replace('|', '&#124;')}</code>"
+        return f"<code>{re.sub(r' ?[|] ?', ' &#124; ', html.escape(cell.strip('`'), quote=False))}</code>"
     return cell.replace("|", "\\|")
 
 

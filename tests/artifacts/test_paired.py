@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from tunekit.artifacts.report.compare import comparison_report
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.paired import differences, paired_interval, ratio_error, rows_needed, who_won
 from tunekit.artifacts.report.values import read_run
+from tunekit.basics import NORMAL_95
+
+
+def test_the_constant_is_the_quantile_of_the_normal_distribution() -> None:
+    assert pytest.approx(NormalDist().inv_cdf(0.975), abs=1e-6) == NORMAL_95
 
 
 def test_the_interval_is_that_of_every_possible_resample() -> None:

@@ -30,7 +30,7 @@ class TensorDifference:
 
     `left`, `right`: the norms |A| and |B|; None if the tensor is missing. `distance`: |B - A|; None if A and B cannot
     be compared, because one is missing or their shapes differ. `cosine`: None if they cannot be compared, or if one of
-    them is 0.
+    them is 0. JSON does not contain values that are None.
     """
 
     name: str

@@ -178,7 +178,7 @@ def find_checkpoint(name: str) -> Path | None:
     if step in steps and (which.isdecimal() or which in ("best", "last")):
         return steps[step]
     if not steps:
-        raise RunFolderError(f"{start} has no checkpoint yet", "")
+        raise RunFolderError(f"{start} has no checkpoint yet", "wait until the step of training.save_steps")
     why = "set evaluation.best to save the best one" if which == "best" else "older ones are removed during a run"
     there = f"its checkpoints are {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
     raise RunFolderError(f"{start} has no checkpoint '{which}'", there)

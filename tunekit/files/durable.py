@@ -48,7 +48,7 @@ def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> Tunek
         return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a place that you may write to")
     if error.errno in BROKEN:
         return ResourceError(f"cannot {kind} {path}: {reason}", "the disk or the system failed; see the system's log")
-    return RunFolderError(f"cannot {kind} {path}: {reason}")
+    return RunFolderError(f"cannot {kind} {path}: {reason}", "choose a different path")
 
 
 def _free_text(path: Path) -> str:

@@ -133,7 +133,8 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
     elif path.is_dir():
         spec = _from_folder(path.resolve(), parsed)
     elif path.exists() and path.suffix.lower() != ".gguf":
-        raise InputError(f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)")
+        what = f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)"
+        raise InputError(what, "name a run, an adapter or a model by its folder")
     elif path.exists():
         spec = _bare_model(str(path.resolve()), parsed)
     else:
@@ -214,7 +215,7 @@ def _from_folder(folder: Path, parsed: TargetOverrides) -> TargetSpec:
     if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
         return _bare_model(str(folder), parsed)
     files = "neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
-    raise InputError(f"{folder} contains {files}")
+    raise InputError(f"{folder} contains {files}", "name a folder that contains one of these files")
 
 
 def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: TargetOverrides) -> TargetSpec:

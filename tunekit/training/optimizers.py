@@ -14,6 +14,7 @@ from tunekit.errors import RunFolderError
 from tunekit.machine.devices import kind_of
 from tunekit.recipe.training import TrainingSection
 
+OTHER_RUN = "name a different output.dir, or start again with --overwrite"
 ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 
@@ -144,11 +145,12 @@ class Optimizer:
         Raises: RunFolderError if the layout or a tensor's shape differs.
         """
         if layout != self.layout():
-            raise RunFolderError("the adapter tensors in the checkpoint do not match this recipe's adapter")
+            raise RunFolderError("the adapter tensors in the checkpoint do not match this recipe's adapter", OTHER_RUN)
         for number, flat in enumerate(self.groups):
             weights = tensors.get(f"group{number}.weights")
             if weights is None or weights.shape != flat.data.shape:
-                raise RunFolderError(f"the checkpoint's weights of group {number} are missing or have the wrong shape")
+                what = f"the checkpoint's weights of group {number} are missing or have the wrong shape"
+                raise RunFolderError(what, OTHER_RUN)
             flat.data.data.copy_(weights)
             prefix = f"group{number}.optimizer."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -27,6 +27,7 @@ PICKLE_NAME = "adapter_model.bin"
 FACTS_NAME = "tunekit.json"
 TEMPLATE_NAME = "chat_template.jinja"  # exists only if the adapter was trained with a different template
 HEAD_TASKS, HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")  # PEFT trains the heads of these tasks
+FETCH = "copy the adapter's folder again"
 FORMAT_VERSION = 1  # of tunekit.json
 
 
@@ -224,7 +225,7 @@ def _tunekit_facts(folder: Path) -> JsonObject:
 def _sha256(entry: object, path: Path) -> str:
     digest = entry.get("sha256") if isinstance(entry, dict) else None
     if not isinstance(digest, str):
-        raise AdapterError("is malformed: files without sha256", file=str(path))
+        raise AdapterError("is malformed: files without sha256", FETCH, file=str(path))
     return digest
 
 
@@ -255,4 +256,4 @@ def refuse_pickle(folder: Path) -> None:
                 "convert the file to safetensors in a sandbox",
                 file=str(pickle),
             ) from error
-        raise AdapterError(f"contains no {TENSORS_NAME}", file=str(folder)) from error
+        raise AdapterError(f"contains no {TENSORS_NAME}", FETCH, file=str(folder)) from error

@@ -10,8 +10,9 @@ from statistics import fmean
 
 import numpy as np
 
-from tunekit.artifacts.report.paired import NORMAL, Losses, ratio_error
+from tunekit.artifacts.report.paired import Losses, ratio_error
 from tunekit.artifacts.report.values import RunValues
+from tunekit.basics import NORMAL_95
 from tunekit.records import Headline, Plan, bytes_text
 
 MOST = 2  # maximum of sentences after a command
@@ -110,7 +111,7 @@ def loss_is_flat(run: RunValues) -> str | None:
         return None
     first, last = fmean(losses[:third]), fmean(losses[-third:])
     variance = fmean((after - before) ** 2 for before, after in pairwise(losses)) / 2
-    noise = NORMAL * math.sqrt(2 * variance / third)
+    noise = NORMAL_95 * math.sqrt(2 * variance / third)
     if abs(last - first) > noise or first - last > CHANGE * abs(first):
         return None
     rates = [rate * TIMES, rate / TIMES]
@@ -143,7 +144,7 @@ def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str 
 
     Shapes: (rows,) each. `losses`: the sum over each row's units.    Source: see `ratio_error`.
     """
-    loss, reach = abs(losses.sum() / units.sum()), NORMAL * ratio_error(losses, units)
+    loss, reach = abs(losses.sum() / units.sum()), NORMAL_95 * ratio_error(losses, units)
     if not reach > WIDE * (loss if change is None else change):
         return None
     return (

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunekit.artifacts.report.values import RunValues, Values
+from tunekit.basics import NORMAL_95
 from tunekit.records import Headline
 
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
-NORMAL, POWER = 1.96, 0.84  # the 97.5 % and the 80 % quantile of the normal distribution
+POWER = 0.84  # the 80 % quantile of the normal distribution
 AT_A_TIME = 64  # number of resamples at a time, which limits memory
 
 
@@ -106,7 +107,7 @@ def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
     paired differences); Cohen 1988, section 2.4.
     """
     difference = abs(float((other - one).sum() / units.sum()))
-    ratio = (NORMAL + POWER) * ratio_error(other - one, units) / difference if difference else 0.0
+    ratio = (NORMAL_95 + POWER) * ratio_error(other - one, units) / difference if difference else 0.0
     return math.ceil(len(units) * ratio**2) if ratio > 1 else None
 
 

@@ -65,7 +65,11 @@ class StreamedSource:
                     has_rows = True
                     yield buffer[index], epoch + done
             if not has_rows:
-                raise DataError("no row of this source can be trained on", "", file=self.sharded.source.path)
+                raise DataError(
+                    "no row of this source can be trained on",
+                    "see why with: tunekit data check RECIPE",
+                    file=self.sharded.source.path,
+                )
 
     def _buffers(self, seed: int, epoch: int, shuffle: bool) -> Iterator[tuple[list[Row], float]]:
         """The encoded rows of one epoch, as (buffer of rows, share of the epoch's shards that were read before)."""

@@ -35,6 +35,12 @@ ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> t
 QUESTIONS_FORMAT = "prompt_completion"  # columns with questions and answers are renamed to the fields of this format
 
 
+RENAME = (
+    "rename the fields in the file, or copy a recipe with `tunekit recipes sft-lora --copy mine.yaml`, and map the "
+    "columns there: data.train: {path: FILE, columns: {COLUMN: FIELD}}"
+)
+
+
 @dataclass(frozen=True)
 class Look:
     """A summary of the rows of a data file."""
@@ -87,7 +93,7 @@ def look_at(data: str) -> Look | None:
     values = [row.values for row in islice(rows, LOOKED_AT + 1)]
     problems.raise_if_any()
     if not values:
-        raise DataError("the file contains no rows", "", file=data)
+        raise DataError("the file contains no rows", "name a file with rows", file=data)
     objective, format_name, columns = _kind(values, data)
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
@@ -180,8 +186,7 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
         column = _label_of_pairs(rows, data)
         example = facts_of("formats", PAIRS_FORMAT).EXAMPLE
         return next(each for each in known if each.example == example), PAIRS_FORMAT, {column: "label"}
-    problem = last.problems[0]
-    raise DataError(problem.what, "; or ".join(lacks) if folder else problem.how, file=data, line=1)
+    raise DataError(last.problems[0].what, "; or ".join(lacks) if folder else RENAME, file=data, line=1)
 
 
 def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str:
@@ -190,8 +195,7 @@ def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str:
     if len(columns) == 1:
         return columns[0]
     what = f"the rows have two texts, and {' or '.join(columns) or 'no column'} could be their label"
-    how = f"rename the column to label, or map it in data.train[].columns, such as {{{[*columns, 'COLUMN'][0]}: label}}"
-    raise DataError(what, how, file=data, line=1)
+    raise DataError(what, "rename the column to label", file=data, line=1)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -33,6 +33,7 @@ _BINARY = (
     (b"\x28\xb5\x2f\xfd", "zstd", ""),
 )
 _OTHER_UNICODE = (b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")
+COPY = "copy or download the file again"
 _KNOWN = "known endings: .jsonl, .json, .csv, .tsv, .txt (each also .gz), .parquet"
 
 
@@ -117,7 +118,7 @@ def _check_content(file: DataFile) -> None:
             with open_bytes(file) as stream:
                 start = stream.read(PEEK_BYTES)
         except (OSError, EOFError) as error:
-            raise DataError(f"the compressed file is damaged: {error}", "", file=name) from None
+            raise DataError(f"the compressed file is damaged: {error}", COPY, file=name) from None
     for magic, what, ending in _BINARY:
         if start.startswith(magic) and KINDS.get(ending) != file.kind:
             raise DataError(f"the content is {what}", f"rename it to {ending}" if ending else _KNOWN, file=name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tunekit.data.reading.class_names import class_names, stored_class_names, with_class_names
-from tunekit.data.reading.data_file import KINDS, DataFile, inspect_file, open_bytes
+from tunekit.data.reading.data_file import COPY, KINDS, DataFile, inspect_file, open_bytes
 from tunekit.data.reading.folder import is_folder, is_saved, read_classes, with_table
 from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
 from tunekit.data.reading.problems import Problems
@@ -201,7 +201,7 @@ def read_row_groups(
                     number += 1
                     yield RawRow(number, with_class_names(values, names) if names else values)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        problems.add(str(file.path), number + 1, f"the Parquet file is damaged: {str(error).splitlines()[0]}", "")
+        problems.add(str(file.path), number + 1, f"the Parquet file is damaged: {str(error).splitlines()[0]}", COPY)
 
 
 def row_group_sizes(file: DataFile) -> list[int]:
@@ -213,7 +213,9 @@ def row_group_sizes(file: DataFile) -> list[int]:
         with pyarrow.parquet.ParquetFile(file.path) as parquet:
             return [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"the Parquet file is damaged: {str(error).splitlines()[0]}", "", file=str(file.path)) from None
+        raise DataError(
+            f"the Parquet file is damaged: {str(error).splitlines()[0]}", COPY, file=str(file.path)
+        ) from None
 
 
 def _read_hub(source: Source) -> Iterator[RawRow]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunekit.basics import NORMAL_95
 from tunekit.contracts import Objective, Progress, no_progress
 from tunekit.errors import InputError, ModelError
 from tunekit.files.work_folder import temporary_folder
@@ -33,7 +34,6 @@ NO_TEMPLATE = "the tokenizer has no chat template", "name a file in data.chat_te
 FloatArray = NDArray[np.float64]
 RESAMPLES = 1000  # for the standard errors of metrics that are no mean
 LEFT_OUT = -1.0  # lm-eval's value of a document that a metric leaves out
-NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
 
 
 @dataclass(frozen=True)

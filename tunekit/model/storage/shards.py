@@ -12,6 +12,7 @@ from tunekit.files.tensors import TensorEntry, read_tensor, read_tensor_header, 
 from tunekit.files.untrusted import MODEL_FILE
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FETCH = "fetch the model's folder again"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -48,7 +49,8 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise ModelError("the index contains no weight_map", "fetch it again", file=str(path))
     for name in {str(value) for value in weight_map.values()}:
         if Path(name).name != name or "\\" in name or name in ("", ".", "..") or not name.endswith(".safetensors"):
-            raise ModelError(f"the index names {name!r}, which is not a safetensors file of its folder", file=str(path))
+            what = f"the index names {name!r}, which is not a safetensors file of its folder"
+            raise ModelError(what, FETCH, file=str(path))
     return {str(key): str(value) for key, value in weight_map.items()}
 
 
@@ -70,7 +72,7 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
         for tensor, file in _read_index(folder).items():
             if tensor not in headers or headers[tensor].file != file:
                 raise ModelError(
-                    f"the file lacks the tensor {tensor}, which the index expects there", file=str(folder / file)
+                    f"the file lacks the tensor {tensor}, which the index expects there", FETCH, file=str(folder / file)
                 )
     return headers
 

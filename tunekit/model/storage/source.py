@@ -51,7 +51,7 @@ def find_source(section: ModelSection, *, weights: bool) -> ModelSource:
         return ModelSource(name, path)
     if mode is not None:
         if not stat.S_ISREG(mode):
-            raise ModelError(f"{name} is neither a folder nor a regular file", key=KEY)
+            raise ModelError(f"{name} is neither a folder nor a regular file", "name the model's folder", key=KEY)
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but not a .gguf file", "name the model's folder", key=KEY)
         return ModelSource(name, path.parent, gguf_file=path.name)

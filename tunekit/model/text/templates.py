@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEY = "data.chat_template"
+SIMPLER = "name a simpler template in data.chat_template"
+REPAIR = "repair the row, or name a different template in data.chat_template"
 LIMIT_SECONDS = 5.0
 LIMIT_CHARACTERS = 50_000_000
 LIMIT_EXTRA_BYTES = 2 * 2**30
@@ -68,7 +70,7 @@ def render_template(
         if _has_contents(messages, texts[-1]):
             return texts[-1]
     if not texts:
-        raise DataError(f"the chat template refused the row: {refusals[0]}", key=KEY) from refusals[0]
+        raise DataError(f"the chat template refused the row: {refusals[0]}", REPAIR, key=KEY) from refusals[0]
     return texts[0]
 
 
@@ -99,11 +101,11 @@ def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: M
         with address_space_limit(LIMIT_EXTRA_BYTES), time_limit(LIMIT_SECONDS), _fixed_day(template):
             text = render(list(messages))
     except TimeUp as error:
-        raise DataError(f"the chat template took more than {LIMIT_SECONDS:g} seconds", key=KEY) from error
+        raise DataError(f"the chat template took more than {LIMIT_SECONDS:g} seconds", SIMPLER, key=KEY) from error
     except MemoryError as error:
-        raise DataError("the chat template asked for too much memory") from error
+        raise DataError("the chat template asked for too much memory", SIMPLER, key=KEY) from error
     except RecursionError as error:
-        raise DataError("the chat template or the row is nested too deeply") from error
+        raise DataError("the chat template or the row is nested too deeply", SIMPLER, key=KEY) from error
     except Exception as error:  # a template may raise anything
         raise _Refusal(str(error).strip() or type(error).__name__) from error
     if len(text) > LIMIT_CHARACTERS:

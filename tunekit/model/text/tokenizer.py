@@ -81,7 +81,8 @@ class LoadedTokenizer:
         try:
             encoding = self.backend.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
-            raise DataError("the text contains a character that is not valid Unicode (a lone surrogate)") from error
+            what = "the text contains a character that is not valid Unicode (a lone surrogate)"
+            raise DataError(what, "remove it from the row") from error
         ids: list[int] = encoding.ids
         if not special_tokens_in_text and not self._forbidden_in_text.isdisjoint(ids):
             token = self.token_text(next(token_id for token_id in ids if token_id in self._forbidden_in_text))

@@ -1,0 +1,9 @@
+// Gives each cell the name of its column. On a narrow screen, site.css shows a row of a table with texts as a block.
+"use strict";
+const LONG = 24; // characters; a table whose cells are all shorter stays a grid
+for (const table of document.querySelectorAll(".md-typeset table:not([class])")) {
+  const heads = [...table.querySelectorAll("thead th")].map((head) => head.textContent);
+  const cells = [...table.querySelectorAll("tbody td")];
+  for (const cell of cells) cell.dataset.head = heads[cell.cellIndex];
+  table.dataset.layout = cells.some((cell) => cell.textContent.length > LONG) ? "texts" : "grid";
+}
