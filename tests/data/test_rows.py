@@ -164,9 +164,8 @@ def test_a_problem_of_the_template_is_said_once(tiny: LoadedTokenizer, tmp_path:
     with pytest.raises(DataError) as failed:
         load(tiny, path, chat_template=str(template))
     assert str(failed.value) == (
-        f"{path}:1: data.chat_template: the chat template refused the row: no such role; "
-        "repair the row, or name a different template in data.chat_template"
-        " (29 more: line 2, 3, 4, 5, 6, ...)"
+        f"{path}:1: data.chat_template: the chat template refused the row: no such role"
+        " (29 more: line 2, 3, 4, 5, 6, ...); repair the row, or name a different template in data.chat_template"
     )
 
 
