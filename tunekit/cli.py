@@ -15,7 +15,7 @@ from tunekit.commands import adapters, recipes, results, talk, targets, training
 from tunekit.commands.order import InOrderOfUse
 from tunekit.console.loudness import LOUDNESS, is_quiet
 from tunekit.console.text import visible
-from tunekit.errors import EXIT_FAULT, ResourceError, exit_message, redact
+from tunekit.errors import EXIT_FAULT, ResourceError, TunekitError, exit_message, redact
 from tunekit.machine.malloc import CACHED_KERNELS
 
 EXIT_BROKEN_PIPE = 141
@@ -29,6 +29,7 @@ ENVIRONMENT = {
 }
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs", "launch")  # commands that import no torch
+WITH_RANKS = ("train", "eval", "generate")  # commands that several processes compute together
 
 app = typer.Typer(
     name="tunekit",
@@ -104,17 +105,30 @@ class Verb(TyperCommand):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter's last flush prints another error
             code = EXIT_BROKEN_PIPE
         except (Exception, KeyboardInterrupt) as error:
+            if self.name in WITH_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
+                _tell_ranks(error)
             if ctx.obj:
                 print(redact(traceback.format_exc()), file=sys.stderr)
             code = _say(error)
         raise typer.Exit(code)
 
 
+def _tell_ranks(error: BaseException) -> None:
+    """Tell the other ranks about an error of this rank, if it has not joined them yet."""
+    from tunekit.machine.devices import Devices
+    from tunekit.machine.meeting import tell_early
+
+    if isinstance(error, TunekitError) and error.alone is None and Devices.peers is None:
+        error.alone = tell_early(error)
+
+
 def _say(error: BaseException) -> int:
     """Print an error, and return its exit code. Ranks other than the main rank do not print errors that the main rank
     prints anyway."""
     (text, code), rank = exit_message(error), os.environ.get("RANK", "0")
-    alone = code in (EXIT_FAULT, ResourceError.exit_code) or getattr(error, "alone", False)
+    alone = getattr(error, "alone", None)
+    if alone is None:
+        alone = code in (EXIT_FAULT, ResourceError.exit_code)
     if rank == "0" or alone:
         print(visible(redact(text if rank == "0" else f"rank {rank}: {text}")), file=sys.stderr)
     return code

@@ -66,7 +66,7 @@ class TunekitError(Exception):
     """
 
     exit_code = 1
-    alone = False  # whether only one of several ranks has this error, so that this rank must print it
+    alone: bool | None = None  # whether this rank must print it: no if the main rank prints it; None: nobody asked yet
     notes: tuple[str, ...] = ()  # printed before the problems, such as rewritten keys of other tools
 
     def __init__(
@@ -153,6 +153,10 @@ class ResourceError(TunekitError):
     """Memory, disk or another resource ran out, or a budget cannot be met."""
 
     exit_code = 4
+
+
+class OtherRankError(ResourceError):
+    """Another rank of this run has failed, or is lost. The exit code is that of the other rank, if it is known."""
 
 
 class Stopped(TunekitError):

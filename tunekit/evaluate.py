@@ -79,7 +79,7 @@ def evaluate_verb(
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*spec.rewrites)
-    try:
+    with devices:
         console.info(f"loading {spec.model.name_or_path} ...")
         loaded = load_target(spec, devices.device)
         load_reference(loaded)
@@ -95,8 +95,6 @@ def evaluate_verb(
             evaluations = _of_adapters(loaded, rows, section, adapter_column, partial(evaluate, data=section))
         else:
             evaluation = evaluate(loaded, rows, data=of_run)
-    finally:
-        devices.close()
     if devices.is_main and adapter_column is not None:
         by_adapter = {name: _values(loaded.objective.name, each) for name, each in evaluations.items()}
         names = list(dict.fromkeys(name for values in by_adapter.values() for name in values))
@@ -191,7 +189,7 @@ def evaluate_tasks(
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*spec.rewrites)
-    try:
+    with devices:
         if devices.world > 1:
             raise InputError("tasks cannot be computed in several processes", "start tunekit without torchrun")
         chosen = load_tasks(spec.evaluation)
@@ -207,8 +205,6 @@ def evaluate_tasks(
             template=spec.chat_template,
             progress=CountProgress(console),
         )
-    finally:
-        devices.close()
     values = results.values()
     console.table(*score_table(values["scores"], values["before"]), title=target)
     if values["changes"]:

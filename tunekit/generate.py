@@ -93,7 +93,7 @@ def generate_verb(
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     console.warn(*spec.rewrites)  # standard output contains only the answers
-    try:
+    with devices:
         loaded = load_target(spec, devices.device)
         texts = _texts_of(items, loaded)
         files = prompts is not None and (os.path.isdir(prompts) or is_media(prompts))
@@ -111,8 +111,6 @@ def generate_verb(
         ask = partial(answer_with_adapters, loaded, rows) if adapters else alone
         answers = ask(sampling) if score is None else []
         scores = [] if score is None else score_file(loaded, Path(score).absolute())
-    finally:
-        devices.close()
     for scored, value in scores:
         console.json({**scored, "score": value})
     _write_answers(console, rows, answers, as_lines=prompt is None or len(prompt) > 1)

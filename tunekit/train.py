@@ -44,6 +44,7 @@ from tunekit.records import Choice, Plan, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
 from tunekit.targets.target import measuring_objective
 from tunekit.training import run_files
+from tunekit.training.agreement import check_command
 from tunekit.training.assemble import assemble_run
 from tunekit.training.engines.window import LoopSteps, run_alone
 from tunekit.training.finish import remedy, report_facts
@@ -79,13 +80,14 @@ def train_verb(
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*loaded.rewrites)
-    try:
+    with devices:
         deterministic = deterministic_kernels(loaded.recipe.training.deterministic)
         with StopSignals(announce=devices.is_main) as signals, deterministic:
             session, path = (
                 Session(loaded, devices, console, signals, dry_run, tuple(accepted)),
                 Path(loaded.recipe.output.dir),
             )
+            check_command(session, {"--resume": resume, "--dry-run": dry_run, "--overwrite": overwrite})
             if dry_run:
                 with signals.at_once("during the dry run; nothing was written"):
                     result = _try_out(session)
@@ -97,11 +99,6 @@ def train_verb(
                 console.next_steps([] if session.folder is None else after_training(run_values(path)))
             if devices.is_main:
                 write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
-    except TunekitError as error:
-        error.alone = devices.fails_alone()
-        raise
-    finally:
-        devices.close()
 
 
 def train_session(
@@ -141,9 +138,7 @@ def session_steps(
         yield from loop_steps(run)
     reactions = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
     run.state.reactions = [reaction for place, reaction in enumerate(reactions) if reaction not in reactions[:place]]
-    if session.folder is not None:
-        _finish(session, session.folder, plan, prepared, run)
-    session.devices.wait()
+    session.in_folder(lambda folder: _finish(session, folder, plan, prepared, run))
 
 
 def _try_out(session: Session) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
     differences = [
         (key, f"was {_shown(was)}, is {_shown(is_)}")
         for key, was, is_ in _changes(old, new, "recipe")
-        if not _is_moved_file(key, was, is_, now)
+        if not is_moved_file(key, was, is_, now)
     ]
     if old.get("data") != new.get("data"):
         differences.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))
@@ -115,7 +115,7 @@ def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) ->
             yield key, was, is_
 
 
-def _is_moved_file(key: str, was: object, is_: object, recipe: Mapping[str, object]) -> bool:
+def is_moved_file(key: str, was: object, is_: object, recipe: Mapping[str, object]) -> bool:
     """Whether a difference is only a new path of the same file. The file's content is compared elsewhere: in the
     fingerprint of the data or of the base, or as part of the saved state."""
     if not (isinstance(was, str) and isinstance(is_, str) and os.path.isabs(was) and os.path.isabs(is_)):

@@ -208,6 +208,8 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
         if isinstance(error, OSError):
             raise durable.explain(error, "use", path) from error
         raise
+    if lock.lost:
+        warn(f"{path}: a process{lock.lost} has ended without releasing this folder, which is now used by this run")
     return RunFolder(path, lock, warn)
 
 

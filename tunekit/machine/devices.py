@@ -3,24 +3,22 @@ over ranks."""
 
 import os
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import islice
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar
 
-import psutil
 import torch
 from torch import Tensor
 
 from tunekit.errors import Problem, RecipeError, TunekitError
+from tunekit.machine.meeting import meet
+from tunekit.machine.peers import Peers
 
 Value = TypeVar("Value")
 Item = TypeVar("Item")
-ENDING_SECONDS = 5.0  # connections of a process close before the process has ended
-FAILED = "tunekit: the main rank has failed"  # a key in the store that all ranks share
 
 # Settings of accelerate's launcher that tunekit does not support: harmless values, and what to write instead.
 NOTHING = ("", "no", "none", "false", "0")
@@ -151,13 +149,20 @@ def forked_random(device: torch.device) -> AbstractContextManager[None]:
 
 class Devices:
     """The device and rank of one process of a run. If there is only one process, values are not exchanged, and methods
-    such as `sum` return their input."""
+    such as `sum` return their input. As a context manager, it tells the other ranks at the end how this rank ends."""
+
+    peers: ClassVar[Peers | None] = None  # the other ranks, which a process meets once
 
     def __init__(self, wanted: torch.device | None = None) -> None:
         from accelerate.state import PartialState
 
+        meeting = meet(kind_wanted(wanted)) if Devices.peers is None else None
         # without `cpu`, ranks on a machine without an accelerator would not form a group
-        self.state = PartialState(cpu=wanted is not None and wanted.type == "cpu")
+        self.state = PartialState(
+            cpu=wanted is not None and wanted.type == "cpu", **(meeting.keywords if meeting else {})
+        )
+        if meeting is not None:
+            Devices.peers = Peers(meeting)
         self.world: int = self.state.num_processes
         device: torch.device = self.state.device if wanted is None or self.world > 1 else wanted
         check_device(device, wanted)
@@ -171,33 +176,44 @@ class Devices:
         several = self.world > 1 and self.device.type != "cpu"
         # numbers of the host are summed over gloo: the device's backend would wait for the device's computation
         self.host: Any = torch.distributed.new_group(backend="gloo") if several else None
-        self.processes: list[tuple[int, str, int]] = self.gather([(self.rank, socket.gethostname(), os.getpid())])
+        self.hosts: list[str] = self.gather([socket.gethostname()])  # of each rank
+        self.turns = 0
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which locks the run folder, writes files and prints."""
         return self.rank == 0
 
-    def sum(self, value: Tensor) -> Tensor:
-        """Sum of `value` over ranks, in its dtype and on its device."""
+    def name(self, rank: int) -> str:
+        """A rank and its machine, for messages."""
+        return f"rank {rank} (on {self.hosts[rank]})"
+
+    def _exchanges(self) -> bool:
+        """Whether values are exchanged now. Calls `before_exchange`, and counts the exchanges: a rank that stays behind
+        can then be named."""
         if self.world > 1:
             self.before_exchange()
+        if self.peers is not None:
+            self.peers.exchanges += 1
+        return self.world > 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of `value` over ranks, in its dtype and on its device."""
+        if self._exchanges():
             torch.distributed.all_reduce(value, group=self.host if value.is_cpu else None)
         return value
 
     def sum_in_place(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over ranks, such as the flat gradients."""
-        if self.world > 1:
-            self.before_exchange()
+        if self._exchanges():
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
     def any(self, flag: int) -> int:
         """The maximum of a small non-negative `flag` over ranks, so that all ranks notice a signal or an error of one
         rank."""
-        if self.world == 1:
+        if not self._exchanges():
             return flag
-        self.before_exchange()
         value = torch.tensor([flag], dtype=torch.int64)
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.host)
         return int(value.item())
@@ -221,65 +237,47 @@ class Devices:
 
     def from_main(self, value: Value) -> Value:
         """Return the main rank's value (JSON-like) on all ranks."""
-        if self.world == 1:
+        if not self._exchanges():
             return value
-        self.before_exchange()
         holder = [value]
         torch.distributed.broadcast_object_list(holder, src=0, group=self.host)
         return holder[0]
 
     def gather(self, values: list[Any]) -> list[Any]:
         """Return the JSON-like values of all ranks on all ranks, in rank order."""
-        if self.world == 1:
+        if not self._exchanges():
             return values
-        self.before_exchange()
         holder: list[Any] = [None] * self.world
         torch.distributed.all_gather_object(holder, values, group=self.host)
         return [value for of_rank in holder for value in of_rank]
 
     def on_main(self, work: Callable[[], Value]) -> Value | None:
         """Call `work` on the main rank only, and return its result there; other ranks return None. An error on the main
-        rank is raised on all ranks."""
+        rank is raised on all ranks. Other ranks wait without a limit, while the main rank is alive."""
         value, error = None, None
         if self.is_main:
             try:
                 value = work()
             except TunekitError as problem:
                 error = problem
+        self.turns += 1
+        self.before_exchange()  # the work may gather a sharded base
+        if self.peers is not None:
+            self.peers.take_turn(self.turns)
         error = self.from_main(error)
         if error is not None:
             raise error
         return value
 
     def main_first(self, work: Callable[[], Value]) -> Value:
-        """Call `work` on the main rank first, then on the other ranks. So the other ranks can use results that the main
-        rank has cached."""
-        value = self.on_main(work)
+        """Call `work` on the main rank first, then on one rank of each other machine, then on the other ranks. So each
+        machine fills its caches (encoded rows, downloaded models) only once."""
+        value, leader = self.on_main(work), self.hosts.index(self.hosts[self.rank])
+        if self.rank == leader != 0:
+            value = work()
+        if self.peers is not None and leader != 0:
+            self.peers.take_turn(self.turns, leader)
         return work() if value is None else value
-
-    def fails_alone(self) -> bool:
-        """Whether this rank failed but the main rank did not. Then this rank must print the error. Waits briefly,
-        because the main rank may fail too."""
-        if self.world == 1:
-            return False
-        store = torch.distributed.distributed_c10d._get_default_store()
-        try:
-            if self.is_main:
-                store.set(FAILED, "")
-            else:
-                store.wait([FAILED], timedelta(seconds=ENDING_SECONDS))
-        except RuntimeError:  # a timeout, or the store ended with the rank that hosts it
-            return not self.is_main
-        return False
-
-    def lost_ranks(self) -> list[int]:
-        """The ranks on this machine whose process has ended. Waits briefly, because a process may be about to end."""
-        here, deadline = socket.gethostname(), time.monotonic() + ENDING_SECONDS
-        while True:
-            lost = [rank for rank, host, process in self.processes if host == here and has_ended(process)]
-            if lost or self.world == 1 or time.monotonic() > deadline:
-                return lost
-            time.sleep(0.05)
 
     def wait(self) -> None:
         """Wait until every rank has reached this call."""
@@ -297,10 +295,36 @@ class Devices:
         call `before_exchange`. Call `wait` on the result before you read `target`."""
         return _gather_into(target, share, async_op=True)
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if self.world > 1 and torch.distributed.is_initialized():
+    def cause(self, error: BaseException) -> BaseException:
+        """The error itself, or the error of another rank that has caused it."""
+        return error if self.peers is None else self.peers.cause(error)
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """A context manager for work that must be complete, such as writing: the loss of another rank does not end this
+        process before the block ends."""
+        return nullcontext() if self.peers is None else self.peers.undisturbed()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the process group, and tell the other ranks about an error."""
+        if self.peers is not None:
+            self.peers.end(error)
+        elif self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+    def __enter__(self) -> "Devices":
+        return self
+
+    def __exit__(self, kind: object, caught: BaseException | None, trace: TracebackType | None) -> None:
+        error = None if caught is None else self.cause(caught)
+        self.close(error)
+        if error is not None and error is not caught:
+            raise error from caught
+
+
+def kind_wanted(wanted: torch.device | None) -> str:
+    """The kind of the device of --device; without it, the kind of the accelerator."""
+    device = wanted or torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
 
 
 def _do_nothing() -> None:
@@ -313,14 +337,6 @@ def _gather_into(target: Tensor, share: Tensor, **settings: object) -> "torch.di
     gather: Callable[..., torch.distributed.Work]
     gather = functions.get("all_gather_single", functions["all_gather_into_tensor"])
     return gather(target, share, **settings)
-
-
-def has_ended(process: int) -> bool:
-    """Whether no process with this id is running; a zombie counts as ended."""
-    try:
-        return bool(psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def check_device(device: torch.device, wanted: torch.device | None) -> None:

@@ -26,6 +26,7 @@ from tunekit.machine.environment import accelerator_names, library_versions, rea
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepRecord
 from tunekit.targets.export import facts_for_export
+from tunekit.training.agreement import check_fingerprints, check_folder_is_shared
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
 from tunekit.training.state import Run, RunInputs
@@ -41,22 +42,22 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
     open_new = partial(RunFolder.open_new, overwrite=overwrite)
     open_folder = RunFolder.open_resume if resume else open_new
     session.folder = session.devices.on_main(lambda: open_folder(path, warn=session.console.warn))
+    if session.devices.peers is not None:
+        session.devices.peers.at_loss = lambda error: _leave_status(session.folder, error.exit_code, str(error))
     try:
+        check_folder_is_shared(session, path)
         yield
-    except TunekitError as error:
-        _leave_status(session.folder, error.exit_code, str(error))
-        raise
-    except BaseException as error:
-        if is_out_of_memory(error):
+    except BaseException as caught:
+        error = session.out_of_memory() if is_out_of_memory(caught) else session.devices.cause(caught)
+        if is_out_of_memory(caught):
             _leave_status(session.folder, ResourceError.exit_code, "out of memory")
-            raise session.out_of_memory() from error
-        lost = session.devices.lost_ranks() if isinstance(error, RuntimeError) else []  # as torch's collectives raise
-        if lost:
-            what = f"rank {', '.join(map(str, lost))} of {session.devices.world} is lost: its process has ended"
-            _leave_status(session.folder, TunekitError.exit_code, what)
-            raise TunekitError(what, "see the last output of this process; continue with --resume") from error
-        _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
-        raise
+        elif isinstance(error, TunekitError):
+            _leave_status(session.folder, error.exit_code, str(error))
+        else:
+            _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
+        if error is caught:
+            raise
+        raise error from caught
     finally:
         if session.folder is not None:
             session.folder.close()
@@ -136,6 +137,7 @@ def check_fingerprint(
         code=code,
     )
     old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]
+    check_fingerprints(session, new)
     if old is not None:
         _require_same(session, old, new)
         for note in resume_notes(old, new):

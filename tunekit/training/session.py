@@ -50,7 +50,12 @@ class Session:
     def in_folder(self, use: Callable[[RunFolder], Result]) -> Result | None:
         """Call `use` with the run folder on the main rank, and return its result there; None on other ranks or without
         a run folder. An error is raised on every rank."""
-        return self.devices.on_main(lambda: None if self.folder is None else use(self.folder))
+
+        def work() -> Result | None:
+            with self.devices.undisturbed():
+                return None if self.folder is None else use(self.folder)
+
+        return self.devices.on_main(work)
 
     def from_folder(self, read: Callable[[RunFolder], Result]) -> Result | None:
         """Call `read` with the run folder on the main rank, and return its result on all ranks."""

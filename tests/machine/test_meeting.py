@@ -1,0 +1,155 @@
+"""How ranks meet and watch each other, without a second process: what is compared, and what a lost rank causes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tunekit.errors import DataError, InputError, OtherRankError
+from tunekit.machine import peers
+from tunekit.machine.devices import Devices
+from tunekit.machine.meeting import VARIABLES, Meeting, Member, State, check_equal, key_of, place_in_group
+from tunekit.machine.peers import Peers
+
+VERSIONS = {"tunekit": "1.0", "torch": "2.13", "transformers": "5.24"}
+MEMBERS = [Member(rank, 2, f"node-{rank}", 0, "cpu", VERSIONS) for rank in (0, 1)]
+GROUP = dict(zip(VARIABLES, ("1", "0", "2", "node-0", "29500"), strict=True))
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Peers]]:
+    """Both ranks of a run, in this process."""
+    monkeypatch.setattr(peers, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(peers, "ENDING_SECONDS", 0.05)
+    store: Any = torch.distributed.HashStore()
+    for member in MEMBERS:
+        store.set(key_of(member.rank), State(member).text())
+    both = [Peers(Meeting(store, MEMBERS, member)) for member in MEMBERS]
+    with both[0].undisturbed(), both[1].undisturbed():
+        yield both
+    for each in both:
+        each.end(None)
+
+
+def loss(watching: Peers, silence: float) -> OtherRankError:
+    deadline = time.monotonic() + 10
+    while (error := watching.loss(silence)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"WORLD_SIZE": "3"}, None),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, ""),
+        ({"WORLD_SIZE": "", "LOCAL_RANK": ""}, ""),
+        ({"RANK": ""}, "RANK is not set"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR and MASTER_PORT is not set"),
+        ({"MASTER_PORT": "port"}, "MASTER_PORT is 'port', not a number"),
+        ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2, so ranks are 0 to 1"),
+    ],
+)
+def test_a_launcher_sets_all_variables(
+    changed: dict[str, str], text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**GROUP, **changed}.items():
+        monkeypatch.setenv(name, value)
+    if not text:
+        assert place_in_group() == ((1, 3) if text is None else None)
+        return
+    with pytest.raises(InputError, match=text):
+        place_in_group()
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (replace(MEMBERS[1], world=3), r"WORLD_SIZE is 3 on rank 1 \(on node-1\), but 2 on rank 0 \(on node-0\)"),
+        (replace(MEMBERS[1], device="cuda"), "the device is cuda on rank 1"),
+        (replace(MEMBERS[1], versions={**VERSIONS, "torch": "2.9"}), "torch is 2.9 on rank 1 .*, but 2.13 on rank 0"),
+    ],
+)
+def test_a_rank_that_differs_is_named(other: Member, text: str) -> None:
+    check_equal(MEMBERS)
+    with pytest.raises(InputError, match=text):
+        check_equal([MEMBERS[0], other])
+
+
+def test_the_error_of_a_rank_reaches_the_others_with_its_exit_code(pair: list[Peers]) -> None:
+    pair[1].end(DataError("the image is not there", "mend it", file="7.png"))
+    error = loss(pair[0], 60)
+    assert str(error) == "rank 1 (on node-1) of 2 has failed: 7.png: the image is not there; mend it"
+    assert error.exit_code == 2
+    assert pair[0].cause(RuntimeError("Connection closed by peer")).args == error.args
+    bug = ValueError("odd")
+    assert pair[0].cause(bug) is bug
+
+
+def test_a_silent_rank_is_lost_and_one_that_has_finished_is_not(pair: list[Peers]) -> None:
+    pair[1]._ended.set()
+    assert str(loss(pair[0], 0.2)).startswith("rank 1 (on node-1) of 2 is lost: no sign of life")
+    pair[1].end(None)
+    deadline = time.monotonic() + 10
+    while pair[0].loss(0.2) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_process_that_waits_inside_torch_is_ended(
+    pair: list[Peers], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes, ended, lost = [], threading.Event(), []
+
+    def leave(code: int) -> None:
+        pair[1]._works = 1  # the thread stops here
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    pair[1].at_loss = lost.append
+    pair[0].end(DataError("the image is not there"))
+    assert not ended.wait(0.2), "the main thread is at work"
+    pair[1]._works = 0
+    assert ended.wait(10)
+    assert codes == [2]
+    assert str(lost[0]) == "rank 0 (on node-0) of 2 has failed: the image is not there"
+    assert capsys.readouterr().err == f"rank 1: {lost[0]}\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (0, ["work", "turn of 0"]),
+        (1, ["turn of 0", "work"]),
+        (2, ["turn of 0", "work", "turn of 2"]),
+        (3, ["turn of 0", "turn of 2", "work"]),
+    ],
+)
+def test_one_process_of_each_machine_fills_its_caches(
+    rank: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    devices = Devices.__new__(Devices)
+    devices.rank, devices.world, devices.turns = rank, 4, 0
+    devices.before_exchange = lambda: None
+    devices.hosts = ["node-0", "node-0", "node-1", "node-1"]
+    others: Any = SimpleNamespace(take_turn=lambda number, leader=0: events.append(f"turn of {leader}"))
+    monkeypatch.setattr(Devices, "peers", others)
+    monkeypatch.setattr(Devices, "from_main", lambda self, value: value)
+
+    def work() -> str:
+        events.append("work")
+        return "rows"
+
+    assert devices.main_first(work) == "rows"
+    assert events == expected

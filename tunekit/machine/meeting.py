@@ -1,0 +1,273 @@
+"""How the ranks of a run meet, before torch's process group forms. Each rank writes its state into torch's store, a
+key-value server on the main rank's machine. So a rank that is missing, has failed or differs is named."""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import DistError
+
+from tunekit.errors import InputError, OtherRankError, Problem, ResourceError, TunekitError, exit_message, redact
+from tunekit.machine.environment import library_versions
+
+JOINING_SECONDS = 300.0  # from the start of a rank until all ranks have joined
+EXCHANGE_SECONDS = 1800.0  # a rank that is alive must come to each exchange of values within this time
+ENDING_SECONDS = 5.0  # a rank that ends waits so long for the other ranks to notice
+EARLY_SECONDS = 15.0  # as ENDING_SECONDS, before the ranks have joined: they may still be importing their libraries
+POLLING_SECONDS = 0.1
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads these launchers' variables
+COMPARED = ("tunekit", "torch", "transformers")
+START = "start the processes with torchrun, or with the file that `tunekit launch` writes"
+
+
+@dataclass(frozen=True)
+class Member:
+    """Facts about a rank's process."""
+
+    rank: int
+    world: int
+    host: str
+    process: int
+    device: str
+    versions: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (on {self.host})"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rank has written into the store. `beat`: a number that grows while the process is alive. `end`: exit code
+    and message, once the rank has ended. `relayed`: the message is already about another rank. `exchanges`: how many
+    times it has exchanged values."""
+
+    member: Member
+    beat: int = 0
+    exchanges: int = 0
+    end: tuple[int, str] | None = None
+    relayed: bool = False
+
+    def text(self) -> str:
+        """The state as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: bytes) -> "State":
+        """The state in JSON."""
+        values = json.loads(text)
+        end = values.pop("end")
+        return cls(**{**values, "member": Member(**values["member"]), "end": end and (end[0], end[1])})
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The store, and the ranks that have joined it, in their order. `keywords`: for torch's init_process_group."""
+
+    store: Store
+    members: Sequence[Member]
+    ours: Member
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    def clone_of_store(self) -> Store:
+        """The same store for another thread: a thread that waits blocks its own clone only."""
+        return cast(Store, cast(Any, self.store).clone())
+
+
+def key_of(rank: int) -> str:
+    """The store's key of a rank's state. Each restart by torchrun has its own keys."""
+    return f"tunekit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+def place_in_group() -> tuple[int, int] | None:
+    """The rank and the number of ranks; None for a process without other ranks, or under MPI.
+
+    Raises: InputError if a variable of the launcher is missing or wrong.
+    """
+    values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
+    several = values["WORLD_SIZE"] not in ("", "1")
+    if any(name in os.environ for name in OF_MPI) or not (several or (values["LOCAL_RANK"] and not _alone(values))):
+        return None
+    if missing := [name for name, value in values.items() if not value]:
+        raise InputError(f"this process is one of several, but {' and '.join(missing)} is not set", START)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not values[name].isdecimal():
+            raise InputError(f"the environment variable {name} is {values[name]!r}, not a number", START)
+    rank, world = int(values["RANK"]), int(values["WORLD_SIZE"])
+    if rank >= world:
+        raise InputError(f"RANK is {rank}, but WORLD_SIZE is {world}, so ranks are 0 to {world - 1}", START)
+    return rank, world
+
+
+def _alone(values: Mapping[str, str]) -> bool:
+    return values["WORLD_SIZE"] == "1"
+
+
+def meet(device: str) -> Meeting | None:
+    """Wait until all ranks have joined, and compare them. None for a process without other ranks.
+
+    Raises: ResourceError if ranks do not meet within JOINING_SECONDS; InputError if they differ; OtherRankError if one
+    has failed.
+    """
+    place = place_in_group()
+    if place is None:
+        return None
+    rank, world = place
+    versions = {name: version for name, version in library_versions().items() if name in COMPARED}
+    ours = Member(rank, world, socket.gethostname(), os.getpid(), device, versions)
+    formed = torch.distributed.is_initialized()  # by Ray
+    store = torch.distributed.distributed_c10d._get_default_store() if formed else _open_store(place, JOINING_SECONDS)
+    if store.add(f"{key_of(rank)}/processes", 1) > 1:
+        what = f"another process has joined {_address()} as rank {rank}"
+        raise _told(InputError(what, "give each process its own RANK, and each run its own MASTER_PORT"))
+    store.set(key_of(rank), State(ours).text())
+    try:
+        members = _wait_for_all(store, ours)
+    except TunekitError as error:
+        joined = [other for other in _awaited(place) if store.check([key_of(other)])]
+        raise _told(error, tell_end(store, rank, joined, error, EARLY_SECONDS)) from None
+    except DistError as error:
+        how = "see the output of rank 0"
+        raise ResourceError(f"rank 0 of {world} at {_address()} has ended before all had joined", how) from error
+    timeout = timedelta(seconds=EXCHANGE_SECONDS)
+    keywords = {} if formed else {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
+    return Meeting(store, members, ours, keywords)
+
+
+def _told(error: TunekitError, alone: bool = True) -> TunekitError:
+    error.alone = alone
+    return error
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _open_store(place: tuple[int, int], seconds: float) -> Store:
+    """torch's store: the main rank starts it, unless torchrun has started it already.
+
+    Raises: ResourceError if the port is in use, or if the store cannot be reached.
+    """
+    rank, world = place
+    started = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    opened: list[Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=rank == 0 and not started,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except (DistError, ValueError) as error:
+            opened.append(error)
+        else:
+            opened.append(store)
+
+    thread = threading.Thread(target=connect, daemon=True)  # if another program has the port, torch waits for ever
+    thread.start()
+    thread.join(seconds + 1.0)
+    store = opened[0] if opened else TimeoutError()
+    if not isinstance(store, Exception):
+        return store
+    if "EADDRINUSE" in str(store):
+        what = f"port {os.environ['MASTER_PORT']} (MASTER_PORT) of rank 0's machine is in use"
+        raise ResourceError(what, "set MASTER_PORT to a free port on all ranks, or stop the other run") from store
+    what = f"rank {rank} of {world} did not reach rank 0 at {_address()} (MASTER_ADDR:MASTER_PORT)"
+    how = "see the output of rank 0; check these variables, and the firewall"
+    raise ResourceError(f"{what} within {seconds:.0f} seconds", how) from store
+
+
+def _wait_for_all(store: Store, ours: Member) -> Sequence[Member]:
+    """The members, once all ranks have joined. Raises: as `meet`."""
+    deadline = time.monotonic() + JOINING_SECONDS
+    while True:
+        present = [rank for rank in range(ours.world) if store.check([key_of(rank)])]
+        states = {rank: State.read(store.get(key_of(rank))) for rank in present}
+        members = [state.member for state in states.values()]
+        for state in states.values():
+            if state.end is not None:
+                raise failed_rank(str(state.member), ours.world, state)
+        check_equal(members)
+        absent = [rank for rank in range(ours.world) if rank not in present]
+        if not absent:
+            return members
+        if time.monotonic() > deadline:
+            what = f"rank {', '.join(map(str, absent))} of {ours.world} (WORLD_SIZE) has not joined"
+            how = f"see the output of that rank, and check that {ours.world} processes are started"
+            raise ResourceError(f"{what} {_address()} within {JOINING_SECONDS:.0f} seconds", how)
+        time.sleep(POLLING_SECONDS)
+
+
+def check_equal(members: Sequence[Member]) -> None:
+    """Raises: InputError if a rank has another WORLD_SIZE, kind of device, or version than the first."""
+    problems = []
+    for member in members[1:]:
+        first = members[0]
+        facts = [("WORLD_SIZE", member.world, first.world), ("the device", member.device, first.device)]
+        facts += [(name, member.versions.get(name), first.versions.get(name)) for name in COMPARED]
+        for name, there, here in facts:
+            if there != here:
+                what = f"{name} is {there} on {member}, but {here} on {first}"
+                how = START if name == "WORLD_SIZE" else "all ranks need the same software and the same kind of device"
+                problems.append(Problem(what, how))
+    if problems:
+        raise InputError.of(problems)
+
+
+def failed_rank(name: str, world: int, state: State) -> OtherRankError:
+    """The error of this rank after another rank has ended with an error."""
+    code, text = state.end or (0, "")
+    error = OtherRankError(text if state.relayed else f"{name} of {world} has failed: {text}")
+    error.exit_code = code or OtherRankError.exit_code
+    return error
+
+
+def tell_end(store: Store, rank: int, awaited: Collection[int], error: BaseException, seconds: float) -> bool:
+    """Write this rank's end into the store, and wait at most `seconds` until the ranks `awaited` have ended, too.
+    Returns whether this rank must print its error: not if the main rank prints the same."""
+    text, code = exit_message(error)
+    text, deadline = redact(text), time.monotonic() + seconds
+    try:
+        early = State(Member(rank, 0, socket.gethostname(), os.getpid(), "", {}))
+        before = State.read(store.get(key_of(rank))) if store.check([key_of(rank)]) else early
+        now = replace(before, end=(code, text), relayed=isinstance(error, OtherRankError))
+        store.set(key_of(rank), now.text())
+        while True:
+            keys = [key_of(other) for other in awaited if store.check([key_of(other)])]
+            ends = {key: State.read(store.get(key)).end for key in keys}
+            if (all(ends.values()) and len(ends) == len(awaited)) or time.monotonic() > deadline:
+                time.sleep(5 * POLLING_SECONDS if rank == 0 else 0)  # the others may not have read its end yet
+                return rank == 0 or (ends.get(key_of(0)) or (0, ""))[1] != text
+            time.sleep(POLLING_SECONDS)
+    except DistError:  # the rank that holds the store has ended
+        return True
+
+
+def tell_early(error: BaseException) -> bool:
+    """Tell the other ranks that this rank has failed before it joined them. Returns whether this rank must print its
+    error: not if the main rank prints the same."""
+    try:
+        place = place_in_group()
+        if place is None or torch.distributed.is_initialized():
+            return True
+        return tell_end(_open_store(place, EARLY_SECONDS), place[0], _awaited(place), error, EARLY_SECONDS)
+    except TunekitError:
+        return True
+
+
+def _awaited(place: tuple[int, int]) -> range:
+    """The ranks that must know the end of a rank before it ends: the main rank holds the store, so it waits for all."""
+    rank, world = place
+    return range(1, world) if rank == 0 else range(1)
