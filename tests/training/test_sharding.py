@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -11,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.conftest import write_tiny_llama
 from tests.support.ranks_case import LAYERS, differences, free_port, stop_at, train_in_ranks, write_case
-from tests.support.train_case import end_of, start_child, write_recipe
+from tests.support.train_case import end_of, kill_self, start_child, write_recipe
 from tunekit.errors import TunekitError
 from tunekit.machine.devices import Devices
-from tunekit.memory.sharding import Rounds, ShardedBlob, ShardedTable
+from tunekit.memory.sharding import Gathering, Rounds, ShardedBlob, ShardedTable
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.planning.plan import make_plan
@@ -144,6 +146,9 @@ def require_same(one: Path, other: Path) -> None:
     relative = {name: value for name, value in largest.items() if "perplexity" not in name}
     assert max(relative.values()) <= 10 * TOLERANCE, largest
     assert largest.get("loss", 0.0) <= TOLERANCE, largest
+    mine, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= 100 * TOLERANCE
 
 
 @pytest.mark.slow
@@ -174,6 +179,33 @@ def test_a_run_goes_on_with_four_then_two_then_one_rank(tmp_path: Path, shared: 
         wanted = 0 if last is None else 143
         assert [end.code for end in ends] == [wanted] * world, ends[0].output
     require_same(tmp_path / "one", tmp_path / "many")
+
+
+def die_after(gatherings: int) -> None:
+    """In a rank's process: rank 1 is killed in the middle of a round."""
+    gather, count = Rounds.gather, itertools.count(1)
+
+    def counted(self: Rounds, share: torch.Tensor, target: torch.Tensor) -> Gathering:
+        if os.environ["RANK"] == "1" and next(count) == gatherings:
+            kill_self()
+        return gather(self, share, target)
+
+    Rounds.gather = counted  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gatherings", range(1, 120, 6))
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on(gatherings: int, tmp_path: Path, shared: Path) -> None:
+    recipe = write_case("sft", tmp_path, shared)
+    long = ["training.epochs=3", "training.save_steps=1"]
+    (one,) = train_in_ranks(recipe, tmp_path / "one", *long, world=1)
+    assert one.code == 0, one.output
+    ends = train_in_ranks(recipe, tmp_path / "two", *long, SHARDED, before=partial(die_after, gatherings))
+    assert [end.code for end in ends] == [1, -signal.SIGKILL], ends[0].output
+    assert "rank 1 of 2 is lost" in json.loads((tmp_path / "two" / "status.json").read_text())["reason"]
+    resumed = train_in_ranks(recipe, tmp_path / "two", *long, SHARDED, resume=True)
+    assert [end.code for end in resumed] == [0, 0], resumed[0].output
+    require_same(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
