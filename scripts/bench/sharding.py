@@ -159,7 +159,11 @@ def page(values: dict[str, Any]) -> str:
         limit = "" if row["ranks"] == 1 else f"{(part + 2 * first['layer_bytes']) / 1e6:.1f}"
         cells = [f"{part / 1e6:.1f}", f"{part / whole:.3f}", f"{largest / 1e6:.1f}", limit]
         memory.append([row["quantization"], str(row["ranks"]), *cells])
-    resumed = ", ".join(f"{name} {value:.0e}" for each in values["resumed"] for name, value in each.items())
+    resumed = (
+        "not measured"
+        if not values["resumed"]
+        else ", ".join(f"{name} {value:.0e}" for each in values["resumed"] for name, value in each.items())
+    )
     return f"""# A base divided among ranks
 
 `scripts/bench/run sharding` measured this on {values["date"]}, on a CPU with gloo.
