@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tunekit.artifacts.report.next_step import after_data_check
-from tunekit.basics import JsonObject
 from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
+from tunekit.data.looking.rows_file import SourceRows, refuse_rows_file, write_rows_file
 from tunekit.data.looking.similar import SimilarityIndex
-from tunekit.data.reading.first import media_fields
-from tunekit.data.reading.folder import media_folder, with_table
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError, listed
-from tunekit.files.durable import json_result, write_text
-from tunekit.formats.media import located
+from tunekit.files.durable import json_result
 from tunekit.recipe.data import Source
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
@@ -38,7 +31,7 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         raise InputError("finding near duplicates needs the package rensa", "pip install 'tunekit[data]'") from error
     refuse_to_replace("--json", json_file, loaded)
     if fix is not None:
-        _refuse(fix, loaded, overwrite)
+        refuse_rows_file("--fix", fix, loaded, overwrite)
     elif overwrite:
         raise InputError("--overwrite replaces the file of --fix, but --fix is missing", "add --fix FILE")
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
@@ -75,28 +68,10 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
 def _write_fixed(fix: str, trained: Sequence[Found], sources: Sequence[Source], console: Console) -> None:
     """Write the rows without findings, and print how to train on them. Raises: InputError if one JSONL file cannot
     contain them."""
-    formats = list(dict.fromkeys(each.format for each in trained))
-    if len(formats) > 1:
-        what = f"--fix writes one file, but the sources have the formats {' and '.join(formats)}"
-        raise InputError(what, "remove the sources of other formats from the recipe, for example with ~data.train.1")
-    passed, fields = list[JsonObject](), media_fields(formats[0])
-    for each, source in zip(trained, sources, strict=True):
-        folder = media_folder(with_table(source).path).absolute()
-        values = [row.get(name) for row in each.passed for name in fields]
-        if any(isinstance(value, Mapping) and value.get("bytes") is not None for value in values):
-            what = f"--fix: the rows of {each.name} contain files, but JSONL cannot contain files"
-            raise InputError(what, "remove --fix")
-        near = folder == Path(fix).absolute().parent  # the paths of files are relative to the folder of the rows
-        passed += each.passed if near else [dict(located(row, fields, folder)) for row in each.passed]
-    write_text(Path(fix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in passed))
-    named = any(source.format != "auto" for source in sources)
-    keys = shlex.join([f"data.train={fix}", *([f"data.train.0.format={formats[0]}"] if named else [])])
-    console.info(f"{fix}: {len(passed):,} training rows without findings; train on them with {keys}")
-    for each, source in zip(trained, sources, strict=True):
-        if source.max_rows is not None:
-            console.info(f"{each.name}: max_rows ({source.max_rows:,}) left some rows unread; these are not in {fix}")
-        if source.weight != 1:
-            console.info(f"{each.name}: weight ({source.weight:g}) is not in {fix}, which contains each row once")
+    pairs = zip(trained, sources, strict=True)
+    parts = [SourceRows(each.name, each.format, source, each.passed) for each, source in pairs]
+    use, *notes = write_rows_file("--fix", fix, parts)
+    console.info(f"{fix}: {sum(len(part.rows) for part in parts):,} training rows without findings; {use}", *notes)
 
 
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
@@ -114,21 +89,6 @@ def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
     if kind is None:
         return None, [f"the tokenizer of {name} {why}; the number of tokens is estimated from the script of the text"]
     return kind, [f"tokens are counted with the tokenizer of {name}, including its chat template"]
-
-
-def _refuse(fix: str, loaded: LoadedRecipe, overwrite: bool) -> None:
-    """Raises: InputError if the rows cannot be written to the file of --fix: for example, it exists or is an input of
-    the recipe."""
-    target, how = Path(fix), "name a new file"
-    if not fix.endswith(".jsonl"):
-        raise InputError(f"--fix {fix}: the rows are written as JSONL", f"name a file such as {fix}.jsonl")
-    if not target.absolute().parent.is_dir():
-        raise InputError(f"--fix {fix}: there is no folder {target.parent}", "make the folder, or name another file")
-    refuse_to_replace("--fix", fix, loaded)
-    if target.resolve().is_relative_to(Path(loaded.recipe.output.dir).resolve()):
-        raise InputError(f"--fix {fix} is inside output.dir of the recipe", f"{how} outside of output.dir")
-    if os.path.lexists(target) and not (overwrite and target.is_file()):
-        raise InputError(f"--fix {fix}: the file exists", f"{how}, or add --overwrite to replace it")
 
 
 def _rows_text(lines: Sequence[int]) -> str:

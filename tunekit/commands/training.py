@@ -175,6 +175,27 @@ def check(
     return data_check_verb(load_recipe(recipe, overrides or []), fix, json_file, overwrite=overwrite)
 
 
+@data.command()
+def rank(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a finished run")],
+    keep: Annotated[
+        float | None, typer.Option(metavar="SHARE", min=0.01, max=1, help="the share of the training rows to keep")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="with --keep: write the rows to keep to FILE")
+    ] = None,
+    influence: Annotated[
+        bool, typer.Option("--influence", help="also estimate each row's influence on the evaluation rows")
+    ] = False,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """List the training rows of a run that are likely wrong, teach nothing, or teach the same as other rows."""
+    from tunekit.data_rank import data_rank_verb
+
+    data_rank_verb(run, keep, output, influence, json_file)
+
+
 @reward.command("check")
 def check_reward(
     recipe: RecipeFile,

@@ -14,6 +14,7 @@ Modules = Mapping[str, torch.nn.Module]  # by name
 NamedModules = list[tuple[str, torch.nn.Module]]
 Sums = Tensors  # float64, of any shape; added up over batches and ranks
 ROW_LOSSES = "row losses"  # entries of Sums that are concatenated: (rows,) the loss of each row
+ROW_MARGINS = "row margins"  # (rows,) by how much the row's own label (or its worst token) beats all others
 ROW_RIGHT = "rows right"  # (rows,) 1 where all labels of the row are predicted right, else 0
 
 

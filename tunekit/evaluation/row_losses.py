@@ -59,9 +59,9 @@ class RowLosses:
         pairs = zip(now, self.names["units"], strict=True)
         means = [math.inf if loss is None else loss / (units or 1) for loss, units in pairs]
         order = np.argsort(-np.asarray(means), kind="stable")
-        return {**values, "worst": [self._shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
+        return {**values, "worst": [self.shown(int(number)) for number in order[:WORST_ROWS]] if step else []}
 
-    def _shown(self, number: int) -> dict[str, Any]:
+    def shown(self, number: int) -> dict[str, Any]:
         """A row as text: {number, text: [[piece, trained]]}. `trained` states whether the piece is trained on."""
         text: list[tuple[str, bool]] = []
         for part in self.objective.rows.spans(self.rows[number]):

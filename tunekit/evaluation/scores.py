@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunekit.contracts import ROW_LOSSES, ROW_RIGHT, Batch, Objective, Read, RowKind, Sums, Window
+from tunekit.contracts import ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, Batch, Objective, Read, RowKind, Sums, Window
 from tunekit.data.batching.split import split_batch
 from tunekit.errors import RewardError, is_out_of_memory
 from tunekit.machine.devices import Devices, forked_random
@@ -21,7 +21,7 @@ from tunekit.tuned.model import ModelRun, TunedModel
 
 TOKENS, ROWS = "tokens of all rows", "rows"  # counts in addition to the objective's sums
 NUMBERS = "row numbers"  # numbers of the rows of ROW_LOSSES
-LAID_END_TO_END = (ROW_LOSSES, ROW_RIGHT, ROW_VALUES, NUMBERS)
+LAID_END_TO_END = (ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, ROW_VALUES, NUMBERS)
 
 
 class EvaluationStopped(Exception):
@@ -37,6 +37,7 @@ class EvaluationSums:
     rows: int
     row_losses: dict[int, float] = field(default_factory=dict)  # the row's number -> its loss, a sum over its units
     row_right: dict[int, float] = field(default_factory=dict)  # 1 where all labels are right; empty without labels
+    row_margins: dict[int, float] = field(default_factory=dict)  # of ROW_MARGINS; empty without labels or tokens
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """The metrics with these names, computed from the sums."""
@@ -94,10 +95,11 @@ def summed_evaluation(
         total = added(total, each)
     values: dict[str, Any] = {name: value.tolist() for name, value in total.items()}
     numbers, right = [int(number) for number in values.pop(NUMBERS, ())], values.pop(ROW_RIGHT, ())
-    losses = dict(zip(numbers, values.pop(ROW_LOSSES, ()), strict=False))
+    losses, margins = (dict(zip(numbers, values.pop(name, ()), strict=False)) for name in (ROW_LOSSES, ROW_MARGINS))
     labelled = len(right) == len(numbers)  # else labels are of words
     tokens, rows = int(values.pop(TOKENS, 0)), int(values.pop(ROWS, 0))
-    return EvaluationSums(values, tokens, rows, losses, dict(zip(numbers, right, strict=True)) if labelled else {})
+    of_right = dict(zip(numbers, right, strict=True)) if labelled else {}
+    return EvaluationSums(values, tokens, rows, losses, of_right, margins)
 
 
 def all_together(parts: Sequence[EvaluationSums]) -> EvaluationSums:
@@ -109,8 +111,11 @@ def all_together(parts: Sequence[EvaluationSums]) -> EvaluationSums:
     total: Sums = reduce(added, each)
     losses = {number: loss for one in parts for number, loss in one.row_losses.items()}
     right = {number: value for one in parts for number, value in one.row_right.items()}
+    margins = {number: value for one in parts for number, value in one.row_margins.items()}
     values = {name: value.tolist() for name, value in total.items()}
-    return EvaluationSums(values, sum(one.tokens for one in parts), sum(one.rows for one in parts), losses, right)
+    return EvaluationSums(
+        values, sum(one.tokens for one in parts), sum(one.rows for one in parts), losses, right, margins
+    )
 
 
 def added(one: Sums, other: Sums) -> Sums:

@@ -140,7 +140,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) 
         targets=[Target(**target) for target in facts["targets"]],
         loads_state=True,
     )
-    adapter.load_state(_adapter_state(saved.tensors, saved.facts["layout"]))
+    adapter.load_state(adapter_state(saved.tensors, saved.facts["layout"]))
     path = recipe.data.chat_template
     template = None if path is None else read_template(Path(path))
     return export_adapter(folder, base, adapter, objective, template, fingerprint)
@@ -151,7 +151,7 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> Tensors:
+def adapter_state(tensors: Mapping[str, Tensor], layout: list[Mapping[str, list[int]]]) -> Tensors:
     """The adapter's tensors by name. The trained tensors of a parameter group are views of the group's buffer."""
     state = with_prefix(tensors, BUFFER_PREFIX)
     for number, group in enumerate(layout):

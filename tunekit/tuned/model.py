@@ -73,7 +73,7 @@ class TunedModel:
     ) -> list[Tensor]:
         """Call `score` with the model's output for each batch, without gradient or dropout. Returns the results on the
         host. `reference`: use the policy at step 0. A streamed base copies its layers once for all batches."""
-        policy = self._at_step_0() if reference else nullcontext()
+        policy = self.at_step_0() if reference else nullcontext()
         with torch.no_grad(), self.training_mode(False), policy, self.unchanged_weights():
             single = (self.output(batch.inputs) for batch in batches)
             outputs = single if self.slots is None else self._by_layer(batches)
@@ -86,7 +86,7 @@ class TunedModel:
         self.reference_state = {name: tensor.clone() for name, tensor in self.adapter.state().items()}
 
     @contextmanager
-    def _at_step_0(self) -> Iterator[None]:
+    def at_step_0(self) -> Iterator[None]:
         """Context manager: the model is the policy at step 0. This is the adapter with the saved state, or the base
         without adapter if no state was saved."""
         state = self.reference_state

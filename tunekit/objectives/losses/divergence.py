@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, RunView, Sums, Window
 from tunekit.machine.placing import to_device
-from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, loss_sums, sums_of_positions
+from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, sums_of_positions
+from tunekit.objectives.losses.row_sums import loss_sums
 from tunekit.objectives.losses.tokens import TokenLoss, next_tokens
 from tunekit.recipe.objectives.distill import DistillSettings
 

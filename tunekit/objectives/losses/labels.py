@@ -15,7 +15,8 @@ from tunekit.machine.placing import to_device
 from tunekit.metrics.classes import class_table
 from tunekit.metrics.span_f1 import find_spans, kinds_of
 from tunekit.objectives.losses.confusion import label_sums
-from tunekit.objectives.losses.logprobs import logits_at, loss_sums
+from tunekit.objectives.losses.logprobs import logits_at
+from tunekit.objectives.losses.row_sums import label_margins, loss_sums, margin_sums
 
 ReadScores = Callable[[ModelOutput, Batch], tuple[Tensor, Tensor]]
 
@@ -88,7 +89,8 @@ class LabelLoss(LossKind):
         """The sums of the losses, and the sums that `label_sums` returns."""
         scores, labels = self.scores(output, batch)
         losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none")  # (N,)
-        return {**loss_sums(losses, batch), **label_sums(scores, labels)}
+        margins = margin_sums(label_margins(scores, labels), batch)
+        return {**loss_sums(losses, batch), **margins, **label_sums(scores, labels)}
 
     def class_counts(self, sums: Mapping[str, Any]) -> dict[str, Any]:
         """The table of counts for each label."""

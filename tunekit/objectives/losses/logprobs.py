@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction as Context
 from torch.utils.checkpoint import checkpoint
 
-from tunekit.contracts import IGNORED, ROW_LOSSES, Batch, Head, Loss, ModelOutput, Sums
+from tunekit.contracts import IGNORED, Batch, Head, Loss, ModelOutput, Sums
 from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import to_device
 from tunekit.model.call import calling, current_call
+from tunekit.objectives.losses.row_sums import log_odds, loss_sums, margin_sums
 
 CHUNK_BYTES = 32 * 2**20 - 4096  # of a chunk's float32 logits; small enough for the heap of a CPU's malloc
 LEAST_CHUNK_TOKENS, MOST_CHUNK_TOKENS = 64, 1024
@@ -355,19 +356,12 @@ def sums_of_positions(
     positions. Each position counts with its weight."""
     hidden, targets, head = _selected(output, index, targets)
     losses, correct = scored_positions(hidden, targets, head, output.chunk_tokens)
-    count = torch.tensor(float(len(targets)), dtype=torch.float64)
+    count, margins = torch.tensor(float(len(targets)), dtype=torch.float64), margin_sums(log_odds(losses), batch)
     if weights is not None:
         count, weights = weights.sum(dtype=torch.float64), to_device(weights, losses.device)
         losses, correct = losses * weights, correct * weights
-    return {**loss_sums(losses, batch), "correct": correct.sum(dtype=summing_dtype(losses.device)), "units": count}
-
-
-def loss_sums(losses: Tensor, batch: Batch) -> Sums:
-    """The sum of all losses, and the sum of each row's losses (rows,), in float64 if the device has it. `losses`
-    (N,): the loss of each supervised unit, in the order of the batch's rows."""
-    wide = summing_dtype(losses.device)
-    parts = torch.split(losses, [row.supervised for row in batch.rows])
-    return {"loss": losses.sum(dtype=wide), ROW_LOSSES: torch.stack([part.sum(dtype=wide) for part in parts])}
+    right = correct.sum(dtype=summing_dtype(losses.device))
+    return {**loss_sums(losses, batch), **margins, "correct": right, "units": count}
 
 
 def scores_of_positions(output: ModelOutput, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

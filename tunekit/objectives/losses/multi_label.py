@@ -13,7 +13,7 @@ from tunekit.formats.labels import MULTI_LABEL
 from tunekit.machine.devices import for_sums
 from tunekit.metrics.classes import class_table
 from tunekit.objectives.losses.labels import LabelLoss
-from tunekit.objectives.losses.logprobs import loss_sums
+from tunekit.objectives.losses.row_sums import loss_sums, margin_sums
 
 THRESHOLD = 0.5
 
@@ -72,9 +72,10 @@ class MultiLabelLoss(LabelLoss):
         exact = for_sums((predicted == true).all(dim=-1))  # (R,)
         units = torch.tensor(float(len(labels)), dtype=torch.float64)
         labelled = torch.stack([exact.sum(), units.to(exact)])
-        losses = _row_losses(scores, labels)
+        losses, margins = _row_losses(scores, labels), torch.where(labels > 0, scores, -scores).amin(dim=-1)  # (R,)
         return {
             **loss_sums(losses, batch),
+            **margin_sums(margins, batch),
             "units": units,
             "label_counts": counts,
             "labelled": labelled,

@@ -21,7 +21,7 @@ from tunekit.data.encoding.images import Size, cropped
 from tunekit.errors import Problem
 from tunekit.machine.placing import to_device
 from tunekit.model.call import seed_for
-from tunekit.objectives.losses.logprobs import loss_sums
+from tunekit.objectives.losses.row_sums import loss_sums
 from tunekit.objectives.rows.pictures import bucket_of, pixels_of, prompt_of, text_parts
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 

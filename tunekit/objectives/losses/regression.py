@@ -12,7 +12,7 @@ from tunekit.formats.labels import REGRESSION
 from tunekit.machine.devices import for_sums
 from tunekit.metrics.outputs import ROW_VALUES, output_table
 from tunekit.objectives.losses.labels import LabelLoss
-from tunekit.objectives.losses.logprobs import loss_sums
+from tunekit.objectives.losses.row_sums import loss_sums
 from tunekit.objectives.rows.label_kinds import numbers_text
 
 

@@ -241,6 +241,7 @@ class LayerPass:
     def _embedding_backward(self, state: PieceState, stack: int) -> None:
         """Run the backward pass of a stack's embedding. If the stack reads an encoder's output, continue with the
         gradient of that output."""
+        self.run.computing(state.piece)
         if self.requires.embeddings[stack]:
             with calling(state.call):
                 self._run_embedding(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]

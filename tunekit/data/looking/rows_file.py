@@ -1,0 +1,74 @@
+"""Writes chosen training rows to a new JSONL file, as `data check --fix` and `data rank --keep` do."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunekit.basics import JsonObject
+from tunekit.data.reading.first import media_fields
+from tunekit.data.reading.folder import media_folder, with_table
+from tunekit.data.reading.replaced import refuse_to_replace
+from tunekit.errors import InputError
+from tunekit.files.durable import write_text
+from tunekit.formats.media import located
+from tunekit.recipe.data import Source
+from tunekit.recipe.load import LoadedRecipe
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Rows of one source, in its format."""
+
+    name: str
+    format: str
+    source: Source
+    rows: Sequence[JsonObject]
+
+
+def refuse_rows_file(option: str, name: str, loaded: LoadedRecipe, overwrite: bool | None) -> None:
+    """Raises: InputError if rows cannot be written to the file of `option`: for example, it exists or is an input of
+    the recipe. `overwrite`: whether an existing file is replaced; None: the command never replaces it."""
+    target, how = Path(name), "name a new file"
+    if not name.endswith(".jsonl"):
+        raise InputError(f"{option} {name}: the rows are written as JSONL", f"name a file such as {name}.jsonl")
+    if not target.absolute().parent.is_dir():
+        what = f"{option} {name}: there is no folder {target.parent}"
+        raise InputError(what, "make the folder, or name another file")
+    refuse_to_replace(option, name, loaded)
+    if target.resolve().is_relative_to(Path(loaded.recipe.output.dir).resolve()):
+        raise InputError(f"{option} {name} is inside output.dir of the recipe", f"{how} outside of output.dir")
+    if os.path.lexists(target) and not (overwrite and target.is_file()):
+        more = "" if overwrite is None else ", or add --overwrite to replace it"
+        raise InputError(f"{option} {name}: the file exists", f"{how}{more}")
+
+
+def write_rows_file(option: str, name: str, parts: Sequence[SourceRows]) -> list[str]:
+    """Write the rows to one file. Returns notes: how to train on the file, and settings of the sources that are not in
+    it. Raises: InputError if one JSONL file cannot contain the rows."""
+    formats = list(dict.fromkeys(part.format for part in parts))
+    if len(formats) > 1:
+        what = f"{option} writes one file, but the sources have the formats {' and '.join(formats)}"
+        raise InputError(what, "remove the sources of other formats from the recipe, for example with ~data.train.1")
+    rows, fields = list[JsonObject](), media_fields(formats[0])
+    for part in parts:
+        folder = media_folder(with_table(part.source).path).absolute()
+        values = [row.get(field) for row in part.rows for field in fields]
+        if any(isinstance(value, Mapping) and value.get("bytes") is not None for value in values):
+            what = f"{option}: the rows of {part.name} contain files, but JSONL cannot contain files"
+            raise InputError(what, f"remove {option}")
+        near = folder == Path(name).absolute().parent  # the paths of files are relative to the folder of the rows
+        rows += part.rows if near else [dict(located(row, fields, folder)) for row in part.rows]
+    write_text(Path(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    named = any(part.source.format != "auto" for part in parts)
+    keys = shlex.join([f"data.train={name}", *([f"data.train.0.format={formats[0]}"] if named else [])])
+    notes = [f"train on them with {keys}"]
+    for part in parts:
+        if part.source.max_rows is not None:
+            unread = f"max_rows ({part.source.max_rows:,}) left some rows unread; these are not in {name}"
+            notes.append(f"{part.name}: {unread}")
+        if part.source.weight != 1:
+            notes.append(f"{part.name}: weight ({part.source.weight:g}) is not in {name}, which contains each row once")
+    return notes

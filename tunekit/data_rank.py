@@ -1,0 +1,296 @@
+"""`tunekit data rank`: ranks the training rows of a finished run by what its checkpoints show about each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunekit.artifacts.report.rank_page import rank_page
+from tunekit.artifacts.report.values import RunValues, read_run
+from tunekit.artifacts.run import RANK_NAME, refuse_to_replace_part
+from tunekit.companions.base import load_companions
+from tunekit.console import Console
+from tunekit.console.progress import CountProgress
+from tunekit.console.text import time_text
+from tunekit.contracts import Progress
+from tunekit.data.encoding.store import ChosenRows
+from tunekit.data.looking.rows_file import SourceRows, refuse_rows_file, write_rows_file
+from tunekit.data.reading.first import open_rows
+from tunekit.data.reading.folder import with_table
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.replaced import refuse_to_replace
+from tunekit.data.rows import RowSet, load_rows
+from tunekit.errors import InputError
+from tunekit.evaluation.row_listing import Ranking
+from tunekit.evaluation.row_ranking import (
+    Neighbours,
+    RowFacts,
+    contradicted,
+    leave_out,
+    nearest,
+    rank_correlation,
+)
+from tunekit.evaluation.row_states import RowReader, RowValues
+from tunekit.files.durable import json_result, write_text
+from tunekit.machine.devices import Devices, make_devices
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.targets.labels import start_facts
+from tunekit.targets.states import RunState, checkpoint_steps, load_states
+from tunekit.targets.target import TargetSpec, find_target, processor_of
+from tunekit.training.influence import influence_of, make_projection, row_gradients, state_weights
+
+SHOWN_ROWS = 4  # rows of a list in the terminal
+FEW_STATES = 3  # with fewer states, losses over the checkpoints say little
+BACKWARD = 2.0  # CPU time of a backward pass, in forwards
+
+
+def data_rank_verb(run: str, keep: float | None, output: str | None, influence: bool, json_file: str | None) -> None:
+    """Rank the training rows of a run, write the page, and with `keep` write the rows to keep.
+
+    Raises: InputError if the run, its data or an option does not allow it; RunFolderError for a damaged checkpoint.
+    """
+    if (keep is None) != (output is None):
+        raise InputError("--keep and --output need each other", "write, for example, --keep 0.8 --output kept.jsonl")
+    path = Path(run)
+    values, loaded = read_run(path), load_recipe(path / "recipe.yaml")
+    refuse_to_replace("--json", json_file, loaded)
+    refuse_to_replace_part("--json", json_file, path)
+    if output is not None:
+        refuse_rows_file("--output", output, loaded, None)
+    write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
+    if devices.world > 1:
+        raise InputError("data rank computes in one process", "start it without torchrun")
+    target = find_target(run, None, [])
+    rows = _run_rows(values, loaded, target)
+    if influence:
+        _refuse_influence(target, rows)
+    console.info(*_costs(values, target, rows, influence))
+    ranking = _measure(values, target, rows, devices, console, influence)
+    notes = _reliability(ranking)
+    console.info(*notes)
+    _print(console, ranking)
+    write_text(path / RANK_NAME, rank_page(values.name, notes, ranking.pages()))
+    console.info(f"page: {path / RANK_NAME}")
+    result = ranking.json() | {"run": str(path), "notes": notes, "kept": None}
+    if keep is not None and output is not None:
+        result["kept"] = _write_kept(ranking, loaded, keep, output, console)
+    write_result(result)
+
+
+def _run_rows(values: RunValues, loaded: LoadedRecipe, target: TargetSpec) -> RowSet:
+    """The rows of the run. Raises: InputError if they have changed since the run, or if they were streamed."""
+    recipe = loaded.recipe
+    objective = make_objective(recipe.objective, processor_of(target), start_facts(recipe))
+    rows = load_rows(recipe.data, objective, seed=recipe.training.seed)
+    if rows.streams:
+        what = "the run's rows were streamed, so they have no fixed numbers to rank"
+        raise InputError(what, "rank a run without data.train[].streaming")
+    then = values.environment.part("fingerprint").get("data")
+    if then != rows.fingerprint:
+        what = "the rows have changed since the run: their fingerprint differs from the one in environment.json"
+        raise InputError(what, "restore the files, or train again and rank the new run")
+    return rows
+
+
+def _refuse_influence(target: TargetSpec, rows: RowSet) -> None:
+    """Raises: InputError if the influence of rows cannot be measured."""
+    if rows.evaluation is None:
+        what = "--influence estimates the influence on evaluation rows, but the run has none"
+        raise InputError(what, "leave --influence out: the other lists need no evaluation rows")
+    if _trains_base(target):
+        what = "--influence reads the gradients of an adapter, but the run trained the whole model"
+        raise InputError(what, "leave --influence out: the other lists need no gradients")
+
+
+def _costs(values: RunValues, target: TargetSpec, rows: RowSet, influence: bool) -> list[str]:
+    """What the ranking will compute, and about how long it takes at the run's own speed."""
+    steps = checkpoint_steps(target)
+    states = max(len(steps), 1) + (0 if _trains_base(target) else 1)
+    speed, forwards = values.report.number("tokens_per_second"), states * len(rows.train)
+    tokens = int(rows.train.lengths.sum()) * states / (1 + BACKWARD)  # as if trained on
+    of_states = f"{len(steps)} checkpoints" if steps else "the result"
+    before = "" if _trains_base(target) else ", and before training"
+    work = f"{forwards:,} forwards"
+    if influence:
+        rates = _rates(values)
+        used = sum(rates.get(step, 0.0) > 0 for step in steps) or max(len(steps), 1)
+        work += f", and {used * sum(map(len, rows.all)):,} forwards and backwards of one row"
+        tokens += used * sum(int(some.lengths.sum()) for some in rows.all)
+    about = f", about {time_text(tokens / speed)} at the run's own speed" if speed else ""
+    lines = [f"{len(rows.train):,} rows at {of_states}{before}: {work}{about}"]
+    if not steps:
+        lines.append(
+            "the run has no checkpoints of an adapter: only its result is used, so losses over the training are "
+            "missing; set training.save_steps and training.keep_checkpoints in the next run"
+        )
+    elif len(steps) < FEW_STATES:
+        lines.append(
+            f"the run kept only {len(steps)} checkpoints; more of them (training.keep_checkpoints) show better which "
+            "rows are learned late"
+        )
+    return lines
+
+
+def _trains_base(target: TargetSpec) -> bool:
+    return target.recipe is not None and target.recipe.adapter.trains_base
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    values: RunValues, target: TargetSpec, rows: RowSet, devices: Devices, console: Console, influence: bool
+) -> Ranking:
+    """Measure all rows in all states of the run."""
+    loaded, states = load_states(target, devices.device, _rates(values))
+    model = loaded.model
+    model.companions = load_companions(rows.objective, devices.device)
+    size = target.evaluation.batch_size
+    reader = RowReader(model, rows.objective, devices, rows.train, size, CountProgress(console))
+    exported = [at for at, state in enumerate(states) if state.step == values.exported_step]
+    after = exported[0] if exported else len(states) - 1
+    before = None if model.adapter is None else reader.read(before=True)
+    read = []
+    for state in states:
+        state.load()
+        read.append(reader.read())
+        _refuse_no_losses(rows, read[-1])
+    facts, steps = _facts(rows, before, read, after), [state.step for state in states]
+    ranking = Ranking(rows, facts, steps, loaded.processor.tokenizer)
+    if not influence:
+        return ranking
+    measured, agreement, near = _influence(reader, rows, states, CountProgress(console))
+    return replace(ranking, facts=replace(facts, influence=measured, near=near), influence_agreement=agreement)
+
+
+def _influence(
+    reader: RowReader, rows: RowSet, states: Sequence[RunState], progress: Progress
+) -> tuple[NDArray[np.float64], float, Neighbours]:
+    """The influence of each row on the evaluation rows, (rows,); the rank correlation of the influences on two halves
+    of the evaluation rows; and the nearest rows by their gradients in the state with the highest learning rate."""
+    model, held = reader.model, rows.evaluation
+    assert model.adapter is not None
+    assert held is not None  # _refuse_influence checked both
+    projection, weights = make_projection(model.adapter.trained(), 0), state_weights([state.rate for state in states])
+    influences, near = np.zeros((3, len(rows.train))), None
+    for at in np.argsort(-weights, kind="stable").tolist():
+        if not weights[at]:
+            continue
+        states[at].load()
+        train, evaluation = (
+            row_gradients(model, replace(reader, rows=some).measured(), some, projection, progress)
+            for some in (rows.train, held)
+        )
+        near = nearest(train, centred=False) if near is None else near
+        parts = (evaluation, evaluation[::2], evaluation[1::2] if len(held) > 1 else evaluation)
+        influences += weights[at] * np.stack([influence_of(train, part) for part in parts])
+    assert near is not None  # the weights add up to 1
+    return influences[0], rank_correlation(influences[1], influences[2]), near
+
+
+def _facts(rows: RowSet, before: RowValues | None, read: Sequence[RowValues], after: int) -> RowFacts:
+    """The facts of all rows, from their values in each state."""
+    margins, labels = [each.margins for each in read if len(each.margins)], _labels(rows)
+    near = [(each, _nearest(rows, each)) for each in (*([] if before is None else [before]), *read)]
+    return RowFacts(
+        before=np.zeros(0) if before is None else before.losses,
+        losses=np.stack([each.losses for each in read]),
+        margins=np.stack(margins) if margins else np.zeros((0, 0)),
+        after=after,
+        disagreement=np.mean([contradicted(each.losses, there, labels) for each, there in near], axis=0),
+        near=near[0][1],
+        labels=labels,
+    )
+
+
+def _nearest(rows: RowSet, values: RowValues) -> Neighbours:
+    if len(values.hidden) == len(rows.train):
+        return nearest(values.hidden)
+    return Neighbours(np.zeros((len(rows.train), 0), np.int64), np.zeros((len(rows.train), 0)))
+
+
+def _labels(rows: RowSet) -> list[str]:
+    """The label of each row; empty if rows have no classes."""
+    objective = rows.objective
+    if objective.answering is None or objective.answering.kind != "label" or not objective.rows.labels.names:
+        return []
+    labels = [str(objective.rows.labels_of(rows.train[number])) for number in range(len(rows.train))]
+    return labels if len(set(labels)) <= len(labels) // 2 else []
+
+
+def _refuse_no_losses(rows: RowSet, values: RowValues) -> None:
+    """Raises: InputError if the objective has no loss for each row."""
+    if not len(values.losses):
+        name = rows.objective.name
+        what = f"the loss of the objective {name} is not a sum over training rows, so they cannot be ranked"
+        raise InputError(what, "rank the rows of a run with a different objective, such as sft")
+
+
+def _rates(values: RunValues) -> dict[int, float]:
+    """The learning rate of each step."""
+    return {record.count("step"): record.number("learning_rate") or 0.0 for record in values.steps}
+
+
+# --- results -------------------------------------------------------------------------------------------------------
+
+
+def _reliability(ranking: Ranking) -> list[str]:
+    """How reliable the lists are."""
+    facts, notes = ranking.facts, list[str]()
+    if len(facts.losses) > 1:
+        agreement = rank_correlation(facts.losses[::2].mean(axis=0), facts.losses[1::2].mean(axis=0))
+        notes.append(f"the losses of two halves of the checkpoints have a rank correlation of {agreement:.2f}")
+    if ranking.influence_agreement is not None:
+        what = f"a rank correlation of {ranking.influence_agreement:.2f}"
+        notes.append(f"influence: two halves of the evaluation rows give {what}")
+    if len(set(ranking.facts.labels)) == 1:
+        label = ranking.facts.labels[0]
+        notes.append(f"all rows have the label {label}, so margins and similar rows cannot show wrong labels")
+    notes.append("the lists are estimates; the exact effect of a group of rows: tunekit sweep with sweep.leave_out")
+    return notes
+
+
+def _print(console: Console, ranking: Ranking) -> None:
+    """Print the first rows of each list."""
+    for name, numbers in ranking.lists.items():
+        lines = [
+            [ranking.places[int(number)], ranking.short_text(int(number)), ranking.why(int(number), name)]
+            for number in numbers[:SHOWN_ROWS]
+        ]
+        if not lines:
+            console.info(f"{name}: no rows")
+            continue
+        console.table(["row", "text", "why"], lines, title=f"{name}: {len(numbers):,} rows")
+
+
+def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str, console: Console) -> dict[str, Any]:
+    """Write the rows to keep, and print how to train on them."""
+    total = len(ranking.rows.train)
+    left_out = leave_out(ranking.facts, ranking.lists, total - round(keep * total))
+    parts = list(_kept_rows(ranking.rows, set(left_out.tolist()), loaded))
+    use, *notes = write_rows_file("--output", output, parts)
+    count = sum(len(part.rows) for part in parts)
+    console.info(f"{output}: {count:,} of {total:,} training rows; {use}", *notes)
+    if isinstance(loaded.recipe.data.eval, float):
+        console.info(f"the evaluation rows that data.eval split off are not in {output}; name a file in data.eval")
+    return {"file": output, "rows": count, "left_out": [ranking.places[int(number)] for number in left_out]}
+
+
+def _kept_rows(rows: RowSet, left_out: set[int], loaded: LoadedRecipe) -> Iterator[SourceRows]:
+    """The rows of each source without the rows that are left out."""
+    assert isinstance(rows.train, ChosenRows)  # only streamed rows are different, and they are refused
+    example, problems = rows.objective.rows.example, Problems()
+    for place, (source, part) in enumerate(zip(loaded.recipe.data.train, rows.train.parts, strict=True)):
+        first = int(rows.train.starts[place])
+        numbers = part.store.records["number"][part.chosen]  # (rows,) of the source
+        wanted = {int(number) for at, number in enumerate(numbers) if first + at not in left_out}
+        raw, _, format_name, _ = open_rows(with_table(source), example, problems)
+        chosen = [row.values for number, row in enumerate(raw) if number in wanted]
+        problems.raise_if_any()
+        yield SourceRows(part.name, format_name, source, chosen)

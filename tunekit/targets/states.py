@@ -1,0 +1,85 @@
+"""The states of a run's adapter at the checkpoints that were not deleted, on one loaded base."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from tunekit.errors import RunFolderError
+from tunekit.model.load import LoadedModel
+from tunekit.records import Target
+from tunekit.targets.export import adapter_state
+from tunekit.targets.reference import load_reference
+from tunekit.targets.target import LoadedTarget, TargetSpec, load_base, load_target
+from tunekit.tuned.network import prepare_network
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A state of the adapter: its step, its learning rate (0 if unknown), and a function that loads it."""
+
+    step: int
+    rate: float
+    load: Callable[[], None] = field(default=lambda: None)
+
+
+def checkpoint_steps(target: TargetSpec) -> list[int]:
+    """The steps of the run's checkpoints that `load_states` uses, in order. Empty if the run trained the whole model:
+    its checkpoints contain no adapter."""
+    if target.run is None or target.recipe is None or target.recipe.adapter.trains_base:
+        return []
+    return sorted(step for step, _ in list_checkpoints(target.run / "checkpoints"))
+
+
+def load_states(
+    target: TargetSpec, device: torch.device, rates: Mapping[int, float]
+) -> tuple[LoadedTarget, list[RunState]]:
+    """Load the run's base once, and return it with the states of the run's adapter, in the order of their steps.
+    Without checkpoints, the only state is the run's result. `rates`: the learning rate of each step.
+
+    Raises: RunFolderError if a checkpoint is damaged, or if it belongs to a different adapter.
+    """
+    steps = checkpoint_steps(target)
+    if not steps or target.run is None:
+        loaded = load_target(target, device)
+        load_reference(loaded)
+        return loaded, [RunState(max(rates, default=0), 0.0)]
+    folders = dict(list_checkpoints(target.run / "checkpoints"))
+    last = load_checkpoint(folders[steps[-1]])
+    if last.facts.get("export") is None:
+        what = f"{last.path} was written by an older tunekit, which did not state the adapter's layers"
+        raise RunFolderError(what, "remove the folder 'checkpoints'; then only the run's result is used")
+    spec, base, processor, objective = load_base(target, device, target.choice)
+    model = prepare_network(base, target.choice, lambda: _attach(base, spec, last))
+    loaded = LoadedTarget(spec, model, processor, objective)
+    load_reference(loaded)
+    adapter = model.adapter
+    assert adapter is not None
+
+    def loader(step: int) -> Callable[[], None]:
+        def load() -> None:
+            saved = load_checkpoint(folders[step])
+            adapter.load_state(adapter_state(saved.tensors, saved.facts["layout"]))
+
+        return load
+
+    return loaded, [RunState(step, rates.get(step, 0.0), loader(step)) for step in steps]
+
+
+def _attach(base: LoadedModel, target: TargetSpec, saved: Checkpoint) -> AttachedAdapter:
+    """Attach the adapter of a checkpoint to its base, without the values of its tensors."""
+    facts = saved.facts["export"]
+    assert target.recipe is not None
+    settings = type(target.recipe.adapter).model_validate(facts["settings"])
+    targets: Sequence[Target] = [Target(**each) for each in facts["targets"]]
+    return attach_adapter(
+        base.net,
+        settings.model_copy(update={"init_from": target.recipe.adapter.init_from}),
+        seed=0,
+        head_name=base.family.head_name(base.net),
+        device=base.device,
+        targets=list(targets),
+        loads_state=True,
+    )
