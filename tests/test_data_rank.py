@@ -1,0 +1,147 @@
+"""`tunekit data rank`: planted wrong rows of tiny runs are listed, rows are kept, and bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.objectives.test_classify import bert as bert
+from tests.objectives.test_classify import llama as llama
+from tests.objectives.test_classify import train, write_recipe
+from tests.support.train_case import write_recipe as write_chat_recipe
+from tunekit.cli import main
+from tunekit.data_rank import data_rank_verb
+from tunekit.errors import InputError
+from tunekit.evaluation.row_ranking import WRONG
+from tunekit.machine.devices import make_devices
+from tunekit.targets.states import load_states
+from tunekit.targets.target import find_target
+from tunekit.training.influence import SIZE, make_projection, row_gradients
+
+SAVES = {"save_steps": 7, "keep_checkpoints": 9}
+WRONG_LINES = (8, 20)
+
+
+@pytest.fixture(scope="module")
+def classifier(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over 42 rows, of which two have a wrong label."""
+    folder = tmp_path_factory.mktemp("rank")
+    recipe = write_recipe(folder, bert, training={**SAVES, "epochs": 4})
+    lines = (folder / "train.jsonl").read_text("utf-8").splitlines()
+    for line in WRONG_LINES:
+        row = json.loads(lines[line - 1])
+        lines[line - 1] = json.dumps({**row, "label": {"yes": "no", "no": "perhaps", "perhaps": "yes"}[row["label"]]})
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return train(recipe)
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    return train(write_chat_recipe(folder, tiny_llama, training={"save_steps": 3, "keep_checkpoints": 3}))
+
+
+def ranked(run: Path, **options: Any) -> dict[str, Any]:
+    file = run.parent / "rank.json"
+    data_rank_verb(str(run), options.get("keep"), options.get("output"), options.get("influence", False), str(file))
+    return dict(json.loads(file.read_text("utf-8")))
+
+
+@pytest.mark.slow
+def test_planted_wrong_labels_are_first(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (classifier.parent / "train.jsonl").read_bytes()
+    result = ranked(classifier, keep=0.9, output=str(classifier.parent / "kept.jsonl"), influence=True)
+    assert {f"train.jsonl:{line}" for line in WRONG_LINES} == set(result["lists"][WRONG][:2])
+    assert result["steps"] == [7, 14, 21, 28]
+    assert {"before", "after", "mean", "spread", "margin", "disagreement", "influence", "wrong"} < set(
+        result["rows"][0]
+    )
+    page, shown = (classifier / "rank.html").read_text("utf-8"), capsys.readouterr().out
+    assert all(f"train.jsonl:{line}" in text for line in WRONG_LINES for text in (page, shown))
+    rows = [json.loads(line) for line in (classifier.parent / "kept.jsonl").read_text("utf-8").splitlines()]
+    lines = before.decode().splitlines()
+    left = {int(place.rpartition(":")[2]) for place in result["kept"]["left_out"]}
+    assert set(WRONG_LINES) <= left
+    assert rows == [json.loads(text) for number, text in enumerate(lines, 1) if number not in left]
+    assert (classifier.parent / "train.jsonl").read_bytes() == before
+    with pytest.raises(InputError, match=r"kept\.jsonl: the file exists"):
+        ranked(classifier, keep=0.9, output=str(classifier.parent / "kept.jsonl"))
+
+
+@pytest.mark.slow
+def test_losses_are_those_of_an_evaluation(chat: Path) -> None:
+    """The mean loss of the rows, weighted by their tokens, is the loss of `eval` on the same rows."""
+    from tunekit.evaluate import evaluate_verb
+
+    result = ranked(chat)
+    assert "margin" in result["rows"][0]
+    assert "likely wrong" in result["lists"]
+    evaluate_verb(str(chat), None, str(chat.parent / "train.jsonl"), None, [], str(chat.parent / "eval.json"), [])
+    held = json.loads((chat / "evaluation_rows.json").read_text("utf-8"))
+    expected = json.loads((chat.parent / "eval.json").read_text("utf-8"))
+    total = expected["loss"] * expected["supervised_tokens"] - sum(held["losses"])
+    target = find_target(str(chat), None, [])
+    assert target.run is not None
+    from tunekit.data_rank import _run_rows, load_recipe, read_run
+
+    rows = _run_rows(read_run(chat), load_recipe(chat / "recipe.yaml"), target)
+    after = [row["after"] for row in result["rows"]]
+    assert np.dot(after, rows.train.supervised) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_of_rows_add_up_to_that_of_all_rows(chat: Path) -> None:
+    """Projections of rows' gradients, one row at a time, against autograd over one batch of all rows."""
+    from tunekit.data_rank import _run_rows, load_recipe, read_run
+
+    target = find_target(str(chat), None, [])
+    rows = _run_rows(read_run(chat), load_recipe(chat / "recipe.yaml"), target)
+    loaded, states = load_states(target, make_devices().device, {})
+    states[0].load()
+    model = loaded.model
+    assert model.adapter is not None
+    projection = make_projection(model.adapter.trained(), 0)
+    gradients = row_gradients(model, rows.objective, rows.train, projection)
+    batch = rows.objective.rows.collate([[rows.train[number]] for number in range(len(rows.train))])
+    with model.training_mode(False):
+        rows.objective.loss.loss(model.output(batch.inputs), batch).total.sum().backward()
+    expected = torch.zeros(SIZE)
+    for name, parameter in model.adapter.trained().items():
+        assert parameter.grad is not None
+        projection.add(name, parameter.grad, expected)
+    summed = (gradients * np.asarray(rows.train.supervised)[:, None]).sum(axis=0)
+    assert np.allclose(summed, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_ranked_is_refused(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(chat.parent, tmp_path / "same")
+    run = tmp_path / "same" / "run"
+    shutil.rmtree(run / "checkpoints")
+    assert ranked(run)["steps"] == [12]
+    assert "the run has no checkpoints of an adapter: only its result is used" in capsys.readouterr().out
+    data = run.parent / "train.jsonl"
+    data.write_text(data.read_text("utf-8").replace("say", "tell", 1), encoding="utf-8")
+    with pytest.raises(InputError, match="the rows have changed since the run"):
+        ranked(run)
+
+
+@pytest.mark.slow
+def test_without_evaluation_rows_only_influence_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    run = train(write_chat_recipe(tmp_path, tiny_llama, rows=5, data={"eval": None}, training={"eval_steps": 100}))
+    with pytest.raises(InputError, match="the run has none; leave --influence out"):
+        ranked(run, influence=True)
+    assert ranked(run)["lists"]
+
+
+def test_keep_needs_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "rank", str(tmp_path), "--keep", "0.8"]) == 2
+    assert "--keep and --output need each other" in capsys.readouterr().err
+    assert main(["data", "rank", str(tmp_path)]) == 2
+    assert "does not contain a run" in capsys.readouterr().err
