@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tunekit.artifacts.report.next_step import after_data_check
 from tunekit.console import Console
 from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
-from tunekit.data.looking.rows_file import SourceRows, refuse_rows_file, write_rows_file
+from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, write_rows_file
 from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError, listed
@@ -69,7 +69,7 @@ def _write_fixed(fix: str, trained: Sequence[Found], sources: Sequence[Source], 
     """Write the rows without findings, and print how to train on them. Raises: InputError if one JSONL file cannot
     contain them."""
     pairs = zip(trained, sources, strict=True)
-    parts = [SourceRows(each.name, each.format, source, each.passed) for each, source in pairs]
+    parts = [RowsToWrite(each.name, each.format, source, each.passed) for each, source in pairs]
     use, *notes = write_rows_file("--fix", fix, parts)
     console.info(f"{fix}: {sum(len(part.rows) for part in parts):,} training rows without findings; {use}", *notes)
 

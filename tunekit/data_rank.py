@@ -19,7 +19,7 @@ from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
 from tunekit.contracts import Progress
 from tunekit.data.encoding.store import ChosenRows
-from tunekit.data.looking.rows_file import SourceRows, refuse_rows_file, write_rows_file
+from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, write_rows_file
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import with_table
 from tunekit.data.reading.problems import Problems
@@ -282,7 +282,7 @@ def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str
     return {"file": output, "rows": count, "left_out": [ranking.places[int(number)] for number in left_out]}
 
 
-def _kept_rows(rows: RowSet, left_out: set[int], loaded: LoadedRecipe) -> Iterator[SourceRows]:
+def _kept_rows(rows: RowSet, left_out: set[int], loaded: LoadedRecipe) -> Iterator[RowsToWrite]:
     """The rows of each source without the rows that are left out."""
     assert isinstance(rows.train, ChosenRows)  # only streamed rows are different, and they are refused
     example, problems = rows.objective.rows.example, Problems()
@@ -293,4 +293,4 @@ def _kept_rows(rows: RowSet, left_out: set[int], loaded: LoadedRecipe) -> Iterat
         raw, _, format_name, _ = open_rows(with_table(source), example, problems)
         chosen = [row.values for number, row in enumerate(raw) if number in wanted]
         problems.raise_if_any()
-        yield SourceRows(part.name, format_name, source, chosen)
+        yield RowsToWrite(part.name, format_name, source, chosen)

@@ -14,7 +14,7 @@ from tunekit.artifacts.report.rank_page import RankedList, RankedRow
 from tunekit.contracts import Tokenizer
 from tunekit.data.rows import RowSet
 from tunekit.evaluation.row_losses import RowLosses
-from tunekit.evaluation.row_ranking import AGAINST, DUPLICATES, NOTHING, WRONG, Indices, RowFacts, row_lists
+from tunekit.evaluation.row_ranking import AGAINST, DUPLICATES, NOTHING, WRONG, RowFacts, RowNumbers, row_lists
 
 PAGE_ROWS, SHOWN_NEAR, SHOWN_CHARACTERS = 50, 3, 60  # rows of a list; neighbours of a row; of a text in the terminal
 MEANINGS = {
@@ -37,7 +37,7 @@ class Ranking:
     influence_agreement: float | None = None  # rank correlation between two halves of the evaluation rows
 
     @cached_property
-    def lists(self) -> dict[str, Indices]:
+    def lists(self) -> dict[str, RowNumbers]:
         """The row numbers of each list, worst first."""
         return row_lists(self.facts)
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-Indices = NDArray[np.int64]
+RowNumbers = NDArray[np.int64]
 NEIGHBOURS = 10
 BLOCK_ROWS = 1024  # rows whose similarities to all rows are in memory at a time
 ALIKE = 0.95  # minimum cosine of two rows that teach the same
@@ -23,7 +23,7 @@ WRONG, AGAINST, NOTHING, DUPLICATES = "likely wrong", "works against the evaluat
 class Neighbours:
     """The nearest other rows of each row, nearest first. Shapes: (rows, K) each; K may be 0."""
 
-    rows: Indices
+    rows: RowNumbers
     similarity: Numbers
 
 
@@ -128,7 +128,7 @@ def nearest(vectors: NDArray[np.float32], count: int = NEIGHBOURS, *, centred: b
     return Neighbours(rows, similarity)
 
 
-def row_lists(facts: RowFacts) -> dict[str, Indices]:
+def row_lists(facts: RowFacts) -> dict[str, RowNumbers]:
     """The row numbers of each list, worst first. A list that cannot be made is absent."""
     wrong = facts.wrongness()
     suspicious = facts.margin < 0 if len(facts.margin) else wrong > np.quantile(wrong, 0.9)  # (rows,)
@@ -144,7 +144,7 @@ def row_lists(facts: RowFacts) -> dict[str, Indices]:
     return lists
 
 
-def leave_out(facts: RowFacts, lists: dict[str, Indices], count: int) -> Indices:
+def leave_out(facts: RowFacts, lists: dict[str, RowNumbers], count: int) -> RowNumbers:
     """The `count` rows to leave out: the rows of the lists in their order, then the most likely wrong rows."""
     others = np.argsort(-facts.wrongness(), kind="stable")
     ordered = np.concatenate(
@@ -153,13 +153,13 @@ def leave_out(facts: RowFacts, lists: dict[str, Indices], count: int) -> Indices
     return ordered[np.sort(np.unique(ordered, return_index=True)[1])][:count].astype(np.int64)
 
 
-def _sorted(keys: Numbers, chosen: NDArray[np.bool_]) -> Indices:
+def _sorted(keys: Numbers, chosen: NDArray[np.bool_]) -> RowNumbers:
     """The chosen rows, lowest key first."""
     order = np.argsort(keys, kind="stable")
     return order[chosen[order]].astype(np.int64)
 
 
-def _duplicates(facts: RowFacts) -> Indices:
+def _duplicates(facts: RowFacts) -> RowNumbers:
     """The rows that teach the same as an earlier row: very similar, with the same label. The most similar first."""
     rows, similarity = facts.near.rows, facts.near.similarity
     same = (rows < np.arange(len(rows))[:, None]) & (similarity >= ALIKE)

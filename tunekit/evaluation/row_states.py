@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +24,10 @@ from tunekit.contracts import (
 )
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.evaluation.row_losses import unit_counts
+from tunekit.evaluation.row_ranking import Numbers
 from tunekit.evaluation.scores import MeasuringRun, summed_evaluation, undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.tuned.model import TunedModel
-
-Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def _last_layer(model: TunedModel) -> Iterator[Callable[[], Tensor | None]]:
     """Yields a function that returns the last layer's output in the latest forward; None before the first one."""
     outputs: list[Tensor] = []
 
-    def keep(module: Any, inputs: Any, output: Any) -> None:
+    def keep(module: torch.nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         outputs[:] = [output[0] if isinstance(output, tuple) else output]
 
     handle = model.base.family.layers(model.base.net)[-1][1].register_forward_hook(keep)

@@ -19,7 +19,7 @@ from tunekit.recipe.load import LoadedRecipe
 
 
 @dataclass(frozen=True)
-class SourceRows:
+class RowsToWrite:
     """Rows of one source, in its format."""
 
     name: str
@@ -45,7 +45,7 @@ def refuse_rows_file(option: str, name: str, loaded: LoadedRecipe, overwrite: bo
         raise InputError(f"{option} {name}: the file exists", f"{how}{more}")
 
 
-def write_rows_file(option: str, name: str, parts: Sequence[SourceRows]) -> list[str]:
+def write_rows_file(option: str, name: str, parts: Sequence[RowsToWrite]) -> list[str]:
     """Write the rows to one file. Returns notes: how to train on the file, and settings of the sources that are not in
     it. Raises: InputError if one JSONL file cannot contain the rows."""
     formats = list(dict.fromkeys(part.format for part in parts))
