@@ -124,7 +124,7 @@ def test_what_cannot_be_ranked_is_refused(chat: Path, tmp_path: Path, capsys: py
     shutil.copytree(chat.parent, tmp_path / "same")
     run = tmp_path / "same" / "run"
     shutil.rmtree(run / "checkpoints")
-    assert ranked(run)["steps"] == [12]
+    assert ranked(run)["steps"] == [6]
     assert "the run has no checkpoints of an adapter: only its result is used" in capsys.readouterr().out
     data = run.parent / "train.jsonl"
     data.write_text(data.read_text("utf-8").replace("say", "tell", 1), encoding="utf-8")

@@ -15,6 +15,7 @@ RowNumbers = NDArray[np.int64]
 NEIGHBOURS = 10
 BLOCK_ROWS = 1024  # rows whose similarities to all rows are in memory at a time
 ALIKE = 0.95  # minimum cosine of two rows that teach the same
+SUSPICIOUS = 0.1  # the share of rows in the list of likely wrong rows, if rows have no classes
 KNOWN = 0.1  # a row teaches nothing if its loss is below this share of the rows' median loss before training
 WRONG, AGAINST, NOTHING, DUPLICATES = "likely wrong", "works against the evaluation", "teaches nothing", "duplicates"
 
@@ -131,7 +132,9 @@ def nearest(vectors: NDArray[np.float32], count: int = NEIGHBOURS, *, centred: b
 def row_lists(facts: RowFacts) -> dict[str, RowNumbers]:
     """The row numbers of each list, worst first. A list that cannot be made is absent."""
     wrong = facts.wrongness()
-    suspicious = facts.margin < 0 if len(facts.margin) else wrong > np.quantile(wrong, 0.9)  # (rows,)
+    # the worst token of nearly every text has a negative margin
+    classes = bool(facts.labels) and len(facts.margin) > 0
+    suspicious = facts.margin < 0 if classes else wrong > np.quantile(wrong, 1 - SUSPICIOUS)  # (rows,)
     lists = {WRONG: _sorted(-wrong, suspicious)}
     if len(facts.influence):
         lists[AGAINST] = _sorted(facts.influence, facts.influence < 0)
