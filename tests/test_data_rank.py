@@ -15,7 +15,6 @@ from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import train, write_recipe
 from tests.support.train_case import write_recipe as write_chat_recipe
-from tunekit.cli import main
 from tunekit.data_rank import data_rank_verb
 from tunekit.errors import InputError
 from tunekit.evaluation.row_ranking import WRONG
@@ -140,8 +139,8 @@ def test_without_evaluation_rows_only_influence_is_refused(tiny_llama: Path, tmp
     assert ranked(run)["lists"]
 
 
-def test_keep_needs_an_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "rank", str(tmp_path), "--keep", "0.8"]) == 2
-    assert "--keep and --output need each other" in capsys.readouterr().err
-    assert main(["data", "rank", str(tmp_path)]) == 2
-    assert "does not contain a run" in capsys.readouterr().err
+def test_keep_needs_an_output(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--keep and --output need each other"):
+        ranked(tmp_path / "run", keep=0.8)
+    with pytest.raises(InputError, match="does not contain a run"):
+        ranked(tmp_path / "run")
