@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.support.train_case import write_recipe as write_chat_recipe
 from tunekit.data_rank import data_rank_verb
 from tunekit.errors import InputError
 from tunekit.evaluation.row_ranking import WRONG
+from tunekit.evaluation.row_states import RowReader
 from tunekit.machine.devices import make_devices
 from tunekit.targets.states import load_states
 from tunekit.targets.target import find_target
@@ -116,6 +118,29 @@ def test_gradients_of_rows_add_up_to_that_of_all_rows(chat: Path) -> None:
         projection.add(name, parameter.grad, expected)
     summed = (gradients * np.asarray(rows.train.supervised)[:, None]).sum(axis=0)
     assert np.allclose(summed, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_streamed_base_gives_the_same_gradients_and_losses(chat: Path, tier: str) -> None:
+    from tunekit.data_rank import _run_rows, load_recipe, read_run
+
+    target = find_target(str(chat), None, [])
+    assert target.recipe is not None
+    rows = _run_rows(read_run(chat), load_recipe(chat / "recipe.yaml"), target)
+    memory = target.recipe.memory.model_copy(update={"streaming": tier})
+    streamed = replace(target, recipe=target.recipe.model_copy(update={"memory": memory}))
+    both = []
+    for each in (target, streamed):
+        loaded, states = load_states(each, make_devices().device, {})
+        states[0].load()
+        model = loaded.model
+        assert model.adapter is not None
+        assert (model.slots is None) == (each is target)
+        gradients = row_gradients(model, rows.objective, rows.train, make_projection(model.adapter.trained(), 0))
+        values = RowReader(model, rows.objective, make_devices(), rows.train, 4).read()
+        both.append((gradients, values.losses, values.margins, values.hidden))
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*both, strict=True))
 
 
 @pytest.mark.slow
