@@ -51,6 +51,7 @@ FEED_FORWARD = {  # modules whose inputs IA3 scales
     "orders": ["gate_proj", "up_proj", "down_proj"],
 }
 SIZES = {"banking": (20, 13), "orders": (0, 0)}  # rows of each intent to learn from and to test on; orders has its own
+NOT_FINITE = 3  # the exit code of a run whose numbers went wrong
 METRICS = {"banking": "accuracy", "orders": "exact_match"}
 BASES = {"banking": "all-MiniLM-L6-v2", "orders": "SmolLM2-135M-Instruct"}
 HEAD = """# Adapter methods on two data sets
@@ -120,7 +121,10 @@ def run_unit(key: str, base: Path, work: Path, core: int) -> Unit:
     try:
         argv = [*tunekit, "train", str(place / "recipe.yaml")]
         measured = watch(argv, log, place / "output.txt", core=core, environment=environment)
-    except RuntimeError as error:  # a rate that is much too high ends a run
+    except RuntimeError as error:
+        status = place / "run" / "status.json"
+        if not status.exists() or json.loads(status.read_text("utf-8"))["exit_code"] != NOT_FINITE:
+            raise  # only a rate that is much too high is a result
         return {"failed": str(error).strip().splitlines()[-1][:200]}
     chosen = [json.loads(line)["eval"]["loss"] for line in log.read_text("utf-8").splitlines() if '"eval"' in line]
     scores = place / "scores.json"
