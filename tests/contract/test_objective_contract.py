@@ -22,7 +22,17 @@ from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tests.support.tiny_vit import write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
 from tunekit.companions.base import make_companions
-from tunekit.contracts import ROW_LOSSES, ROW_RIGHT, Batch, EncodeOptions, Objective, Processor, Row, RowLayout
+from tunekit.contracts import (
+    ROW_LOSSES,
+    ROW_MARGINS,
+    ROW_RIGHT,
+    Batch,
+    EncodeOptions,
+    Objective,
+    Processor,
+    Row,
+    RowLayout,
+)
 from tunekit.data.batching.split import split_batch
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.data.encoding import sources
@@ -268,7 +278,7 @@ def test_halves_hold_each_row_once_and_add_up(
         for batch, found in zip((whole, *halves), sums, strict=True):
             assert found["units"].item() == objective.loss.units(batch).item() == counted(objective, batch.rows)
         declared = {*settings_class("objectives", name).sums, ROW_LOSSES}  # type: ignore[attr-defined]
-        assert set(sums[0]) - {ROW_RIGHT} == declared
+        assert set(sums[0]) - {ROW_RIGHT, ROW_MARGINS} == declared
         assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
         by_itself = [objective.rows.collate([[row]]) for row in whole.rows]  # as prepared: of the same window
         alone = [float(objective.loss.sums(model.output(batch.inputs), batch)["loss"]) for batch in by_itself]
