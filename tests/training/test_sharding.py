@@ -18,7 +18,7 @@ from torch import nn
 from tests.conftest import write_tiny_llama
 from tests.support.ranks_case import LAYERS, differences, free_port, stop_at, train_in_ranks, write_case
 from tests.support.train_case import end_of, kill_self, start_child, write_recipe
-from tunekit.errors import TunekitError
+from tunekit.errors import OtherRankError, TunekitError
 from tunekit.machine.devices import Devices
 from tunekit.memory.sharding import Gathering, Rounds, ShardedBlob, ShardedTable
 from tunekit.model.load import make_meta_model
@@ -201,8 +201,8 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on(gatherings: int, tmp_
     (one,) = train_in_ranks(recipe, tmp_path / "one", *long, world=1)
     assert one.code == 0, one.output
     ends = train_in_ranks(recipe, tmp_path / "two", *long, SHARDED, before=partial(die_after, gatherings))
-    assert [end.code for end in ends] == [1, -signal.SIGKILL], ends[0].output
-    assert "rank 1 of 2 is lost" in json.loads((tmp_path / "two" / "status.json").read_text())["reason"]
+    assert [end.code for end in ends] == [OtherRankError.exit_code, -signal.SIGKILL], ends[0].output
+    assert "of 2 is lost: its process has ended" in json.loads((tmp_path / "two" / "status.json").read_text())["reason"]
     resumed = train_in_ranks(recipe, tmp_path / "two", *long, SHARDED, resume=True)
     assert [end.code for end in resumed] == [0, 0], resumed[0].output
     require_same(tmp_path / "one", tmp_path / "two")
