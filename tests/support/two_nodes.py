@@ -86,7 +86,8 @@ def _main(node: Node, plant: Plant) -> int:
     from tunekit.machine import meeting, peers
 
     os.chdir(node.folder)
-    meeting.JOINING_SECONDS = meeting.EXCHANGE_SECONDS = peers.SILENCE_SECONDS = lock.WATCHING_SECONDS = SHORT_SECONDS
+    meeting.EXCHANGE_SECONDS = 4 * SHORT_SECONDS  # a busy machine needs more than SHORT_SECONDS for an exchange
+    meeting.JOINING_SECONDS = peers.SILENCE_SECONDS = lock.WATCHING_SECONDS = SHORT_SECONDS
     plant(node)
     os.environ.update(node.variables)
     for name in [name for name, value in node.variables.items() if not value]:
