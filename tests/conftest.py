@@ -19,7 +19,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEED = "TUNEKIT_TEST_SEED"
-DRAWN = 8
+DRAWN = 16
 pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every process and prints it
 
 

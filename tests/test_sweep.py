@@ -103,7 +103,7 @@ def at_save(number: int, action: Callable[[], Any]) -> Callable[[], None]:
     return install
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_trials_equal_their_solo_runs(recipe: Path, solo: dict[str, Path], tmp_path: Path) -> None:
     ended = sweep(recipe, tmp_path / "all")
     assert ended.code == 0, ended.output
@@ -144,7 +144,7 @@ def test_train_continues_the_folder_of_a_trial(recipe: Path, solo: dict[str, Pat
     assert result_bytes(run) == whole
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [kill_self, lambda: os.kill(os.getpid(), signal.SIGINT)], ids=["kill", "interrupt"])
 @pytest.mark.parametrize("save", [2, 5], ids=["first", "last"])
 def test_an_interrupted_sweep_resumes(

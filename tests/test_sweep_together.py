@@ -91,7 +91,7 @@ def test_trials_together_equal_their_solo_runs(recipe: Path, solo: Solo, tmp_pat
     assert_equal_to_solo(tmp_path / "all", solo, LORA, DORA)
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_a_trial_that_ends_leaves_the_others_as_they_are(recipe: Path, solo: Solo, tmp_path: Path) -> None:
     folder = tmp_path / "all"
     ended = sweep(recipe, folder, "training.learning_rate=1e38,0.01", before=count_windows)
@@ -156,7 +156,7 @@ def test_a_window_that_fails_together_runs_alone(recipe: Path, solo: Solo, tmp_p
     assert_equal_to_solo(tmp_path / "all", solo, LORA, DORA)
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_halving_of_trials_together(recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "all"
     more = ("training.learning_rate=0,1e-4,1e-3,1e-2", "~sweep.keys.adapter.method", "sweep.strategy=halving")
@@ -207,7 +207,7 @@ def test_joined_trials_agree_with_their_solo_runs(recipe: Path, tmp_path: Path) 
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_auto_joins_the_rows_where_steps_are_small(recipe: Path, tmp_path: Path) -> None:
     """A product of few tokens takes as long as one of a hundred, so that joined rows are free; of many it is not."""
     more = ("model.quantization=none", "memory.streaming=off", "adapter.dropout=0", "sweep.joined=auto")

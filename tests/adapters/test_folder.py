@@ -103,7 +103,7 @@ save_adapter_folder(attached, Path(sys.argv[1]), base_name="a/b", base_fingerpri
 """
 
 
-@pytest.mark.drawn
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}

@@ -136,6 +136,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "memory.mlp_tile_tokens": (["null"], [each for each in NOT_COUNTS if each != "null"]),
     "memory.streamed_head": (["true", "false"], ["1", "null", "auto"]),
     "memory.streaming": (["auto", '"off"', "off"], ["on", "false", "null", "ssd"]),
+    "memory.sharding": (["auto", '"off"', "off"], ["on", "false", "null", "fsdp"]),
     "memory.budget": (["null"], ["8", "8G", "-1GiB", "8gib", "true", "[8GiB]"]),
     "evaluation.choices": (
         ["null", "from_data", "[a, b]", "[1, no]"],
