@@ -179,7 +179,7 @@ def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Se
         problems.append((f"{key}: changed since the run: {text}", "undo the change in the run's recipe.yaml"))
     threads = past.count("threads")
     if kind == "cpu" and not 1 <= threads <= processors():
-        problems.append((f"the run computed with {threads} threads, but there are {processors()} processors", HOW))
+        problems.append((f"the run computed with {threads} threads, but only {processors()} can be used here", HOW))
     if devices.world > 1:
         problems.append(("audit computes in one process", "start it without torchrun"))
     if problems:
