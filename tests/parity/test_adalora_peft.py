@@ -32,7 +32,6 @@ def config(names: tuple[str, ...], task_type: str | None = None) -> peft.AdaLora
     return peft.AdaLoraConfig(**fields, task_type=task_type)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", BASES)
 def test_cell(family: str, tmp_path: Path) -> None:
     names = (*BASES[family].attention, *BASES[family].feedforward)

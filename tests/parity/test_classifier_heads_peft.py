@@ -32,7 +32,6 @@ def pair(name: str) -> tuple[Any, Any]:
     return PAIRS[name].make(NAMES) if name in PAIRS else CASES[name][0](BASE)
 
 
-@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", [name for name in METHODS if "-" not in name and not name.startswith("road_4")])
 def test_heads_travel_with_the_adapter_both_ways(name: str, tmp_path: Path) -> None:
     settings, config = pair(name)

@@ -53,7 +53,6 @@ def adapter_of_peft(base: Path, folder: Path, fields: dict[str, Any]) -> torch.T
     return logits
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_it_is_read_and_merged(base: Path, case: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:

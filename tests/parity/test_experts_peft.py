@@ -83,7 +83,6 @@ def make_gpt_oss(implementation: str) -> nn.Module:
     return net
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("make", [make_mixtral, make_gpt_oss])
 def test_every_way_of_computing_experts(

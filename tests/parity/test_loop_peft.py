@@ -64,7 +64,7 @@ def big_batch_loss(model: torch.nn.Module, window: Window, case: Case) -> torch.
     return total / count
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["padded", "packing", "end_to_end"])
 @pytest.mark.parametrize(("size", "accumulation"), [(2, 5), (10, 1)])
 def test_twenty_steps_equal_peft(tiny_llama: Path, size: int, accumulation: int, layout: str) -> None:

@@ -64,7 +64,6 @@ def freeze_a(theirs: nn.Module) -> None:
         parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
 
 
-@pytest.mark.sampled(20)
 @pytest.mark.parametrize("family", COLUMNS)
 @pytest.mark.parametrize("case", TABLE)
 def test_cell(case: str, family: str, tmp_path: Path) -> None:

@@ -116,7 +116,6 @@ def butterflies_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.boft.layer, "FastBlockDiag", PlainBlockDiagonal)
 
 
-@pytest.mark.sampled(36)
 @pytest.mark.parametrize("family", COLUMNS)
 @pytest.mark.parametrize("name", PAIRS)
 def test_cell(name: str, family: str, tmp_path: Path) -> None:

@@ -137,7 +137,6 @@ def gradients(logits: Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, 
     return dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
 
 
-@pytest.mark.sampled(12)
 @pytest.mark.parametrize("family", [family for family in TASKS if family in BASES])
 @pytest.mark.parametrize("case", CASES)
 def test_cell(case: str, family: str, tmp_path: Path) -> None:

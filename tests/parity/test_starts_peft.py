@@ -246,7 +246,6 @@ def test_eva_of_several_batches_is_peft_s_incremental_decomposition(tmp_path: Pa
     close(found.abs(), other.components_.float().abs())
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.24"), reason="llama does not compute in float64, as peft is asked to"
 )
@@ -273,7 +272,6 @@ def test_corda(family: str, mode: Any, tmp_path: Path, monkeypatch: pytest.Monke
     compare(ours(family, tmp_path, start, windows), theirs, signs=False)
 
 
-@pytest.mark.sampled(2)
 @every_family
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 def test_lora_ga(family: str, direction: Any, tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ def cell_of(family: str, folder: Path, asked: Any, *, dora: bool = False, row: s
     return run_cell(settings, config, family, folder, row=row)
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", BASES)
 def test_ids_of_the_embedding(family: str, tmp_path: Path) -> None:
     cell = cell_of(family, tmp_path, IDS_IN_USE, row="lora-tokens")
@@ -45,7 +44,6 @@ def test_ids_of_the_embedding(family: str, tmp_path: Path) -> None:
     assert tuple(cell.passed) == CHECKS
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", BASES)
 def test_ids_by_module(family: str, tmp_path: Path) -> None:
     cell = cell_of(family, tmp_path, ASKED[family], dora=True, row="dora-tokens")

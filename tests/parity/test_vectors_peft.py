@@ -139,7 +139,6 @@ CASES: dict[str, tuple[Callable[[Base], Made], tuple[str, ...], dict[str, Any]]]
 }
 
 
-@pytest.mark.sampled(24)
 @pytest.mark.parametrize("family", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
 def test_cell(name: str, family: str, tmp_path: Path) -> None:
