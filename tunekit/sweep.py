@@ -339,17 +339,20 @@ def _train_by_halves(
     """
     file, settings = Path(sweep.loaded.recipe.output.dir) / RUNGS_NAME, setting_names(lanes)
     dropped = {name for names in rungs for name in names}
-    for left in range(rung_count(len(settings)) - len(rungs), 0, -1):
+    first_left = rung_count(len(settings)) - len(rungs)
+    for left in range(first_left, 0, -1):
         ends = {lane.trial.name: rung_of(lane, left) for lane in lanes}
         if not rungs and all(end is None for end in ends.values()):
             what = "halving compares evaluations before the last step, and the trials have none"
             raise RecipeError(what, "lower training.eval_steps", key="sweep.strategy")
         if not rungs:
             console.warn(*crowded_rungs(lanes))
+        started, compared = time.monotonic(), [lane for lane in lanes if lane.trial.setting not in dropped]
         _train_lanes(lanes, base, console, resume, ends)
         if _unfinished(lanes):
             return
-        compared = [lane for lane in lanes if lane.trial.setting not in dropped]
+        if limits is not None and (left < first_left or not resume):  # else a part of it was trained earlier
+            limits.set_pace(time.monotonic() - started, compared, left, first=not rungs)
         results = sweep_results(sweep.section.by, runs_by_setting(compared), finished=False)
         rungs.append(dropped_settings(results, most_settings(limits, results, compared, left)))
         dropped.update(rungs[-1])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tunekit.evaluation.evaluator import Evaluator, Queries
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.trials import load_sweep
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan, PlannedRows, RowCounts, Target
 from tunekit.training.automatic import choose_values, most_that_fit
 from tunekit.training.halving import halving_seconds
+from tunekit.training.rungs import Limits, most_settings
 from tunekit.training.timing import Costs
 
 RECIPE = """\
@@ -102,3 +105,69 @@ def test_a_rank_that_no_matrix_can_have_is_not_tried(tmp_path: Path) -> None:
     choice = choose_values(recipe, plan_of(recipe, 60, side=63), COSTS, 1e6)
     assert choice is not None
     assert "adapter.r" not in choice.automatic.keys
+
+
+def lanes_of(recipe: Recipe, steps: int, *settings: str) -> Any:
+    rows = SimpleNamespace(objective=SimpleNamespace(loss=SimpleNamespace(updates_per_sampling=1)))
+    return [
+        SimpleNamespace(
+            plan=plan_of(recipe, steps),
+            steps=steps,
+            prepared=SimpleNamespace(rows=rows),
+            error=None,
+            trial=SimpleNamespace(setting=setting, loaded=SimpleNamespace(recipe=recipe)),
+        )
+        for setting in settings
+    ]
+
+
+def test_the_measured_time_of_a_comparison_corrects_the_next_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that take twice their predicted time leave time for fewer of them."""
+    _, recipe = recipe_at(tmp_path)
+    lanes, results = lanes_of(recipe, 48, *"abcd"), SimpleNamespace(settings=[])
+    results.settings = [SimpleNamespace(name=name, numbers=[1.0]) for name in "abcd"]
+    monkeypatch.setattr("tunekit.training.rungs.time.monotonic", lambda: 0.0)
+    # the second comparison is at step 24, after 1 + 12 + 2 * 3 predicted seconds for each of two trials; then one of
+    # them has 1 + 24 + 4 * 3 seconds
+    limits = Limits(2 * 19 + 37, COSTS)
+    assert most_settings(limits, results, lanes, 2) == 2
+    limits.set_pace(4 * 22 * 1.02, lanes, 2, first=True)  # step 12: 1 + 12 + 3 * 3 for each of four trials
+    assert limits.pace == pytest.approx(1.02)
+    assert most_settings(limits, results, lanes, 2) == 1
+    limits.set_pace(2 * 19 * 3.0, lanes[:2], 1, first=False)
+    assert limits.pace == pytest.approx(3)
+    limits.set_pace(1.0, [], 1, first=False)
+    assert limits.pace == pytest.approx(3)
+
+
+def test_the_predicted_seconds_of_a_setting_include_all_its_seeds(tmp_path: Path) -> None:
+    _, recipe = recipe_at(tmp_path)
+    one, two = (Limits(0.0, COSTS).parts(lanes_of(recipe, 48, *names), 2) for names in ("a", "aa"))
+    assert one == {"a": pytest.approx([22, 19, 37])}
+    assert two == {"a": pytest.approx([44, 38, 74])}
+
+
+def test_an_evaluation_costs_its_answers_and_questions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of each is measured, and the seconds are scaled to all of them."""
+    clock = [0.0]
+    monkeypatch.setattr("tunekit.evaluation.evaluator.time.monotonic", lambda: clock[0])
+
+    def takes(seconds: float) -> Any:
+        def work(evaluator: Evaluator, *queries: list[int]) -> None:
+            clock[0] += seconds * len(queries[-1]) if queries else seconds
+
+        return work
+
+    monkeypatch.setattr(Evaluator, "_answers", takes(2.0))
+    monkeypatch.setattr(Evaluator, "_chosen", takes(0.5))
+    monkeypatch.setattr(Evaluator, "_pictures", takes(7.0))
+    values: dict[str, Any] = dict.fromkeys((field.name for field in fields(Evaluator)), None)
+    for prompts, questions, seconds in ((0, 0, 7), (100, 0, 207), (3, 50, 38), (4, 4, 17)):
+        choices: Any = "choices" if questions else None
+        queries = Queries(list(range(prompts)), choices, list(range(questions)))  # type: ignore[arg-type]
+        few = Evaluator(**(values | {"queries": queries, "settings": SimpleNamespace(batch_size=4)}))
+        before = clock[0]
+        assert few.query_seconds() == pytest.approx(seconds)
+        assert clock[0] - before <= 7 + 4 * 2.5

@@ -1,6 +1,7 @@
 """Runs an evaluation of all evaluation rows, with the settings in the recipe's `evaluation:` section."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tunekit.adapters.several import AdapterSet
-from tunekit.contracts import AnswerLimits, Batch, Objective, Processor, Progress, Rows, no_progress
+from tunekit.contracts import Answering, AnswerLimits, Batch, Objective, Processor, Progress, Rows, no_progress
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.encoding.store import by_source
@@ -103,7 +104,7 @@ class Evaluator:
         choices, chosen, of_answers = self.queries.choices, tuple[str, ...](), dict[str, Mapping[str, list[Any]]]()
         if choices is not None:
             chosen = CHOICE_METRICS
-            scores = self._chosen(choices, stop)
+            scores = self._chosen(choices, self.queries.questions, stop)
             counted = choice_sums(scores, self.queries.questions)
             sums.values.update({name: value.tolist() for name, value in counted.items()})
             of_answers |= choice_values(scores, self.queries.questions)
@@ -112,17 +113,14 @@ class Evaluator:
         texts = [name for name in wanted if needs_generation(name)]
         computed, samples = sums.metrics([name for name in wanted if name not in texts]), None
         if texts or self.queries.prompts:
-            prompts = self.queries.prompts
-            answering, settings = self.objective.answering, self.settings
-            assert answering is not None  # or the recipe's checks refuse the metric
-            limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, self.template)
-            answers = answer_questions(self.model, answering, prompts, self.devices, limits, self.progress)
+            prompts, answering = self.queries.prompts, self._answering
+            answers = self._answers(prompts)
             references = [prompt.reference for prompt in prompts]
             computed |= text_metrics(texts, answers, references, answering.normalize)
             of_answers |= answer_values(texts, prompts, answers, answering.normalize)
             samples = [
                 {"prompt": prompt.text, "reference": prompt.reference, "answer": answer}
-                for prompt, answer in zip(prompts[: settings.samples or SAMPLES], answers, strict=False)
+                for prompt, answer in zip(prompts[: self.settings.samples or SAMPLES], answers, strict=False)
             ]
         ordered = {name: computed.pop(name) for name in wanted} | computed  # then the numbers of pairs left out
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
@@ -131,6 +129,33 @@ class Evaluator:
         if choices is not None:
             classes = class_table(choices.labels, sums.values["label_counts"], sums.values.get("confusion"))
         return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts, of_answers)
+
+    def query_seconds(self) -> float:
+        """The estimated seconds of an evaluation's generated answers, multiple-choice questions and pictures. Measured
+        are a batch of answers, a batch of questions, and all pictures."""
+        prompts, questions, choices = self.queries.prompts, self.queries.questions, self.queries.choices
+        most, seconds = max(self.settings.batch_size, len(CONTENT_FREE)), 0.0
+        if prompts:
+            started = time.monotonic()
+            self._answers(prompts[-most:])
+            seconds += (time.monotonic() - started) * max(len(prompts) / most, 1)
+        if choices is not None:
+            started = time.monotonic()
+            self._chosen(choices, questions[-most:])  # the last questions calibrate the scores
+            seconds += (time.monotonic() - started) * max(len(questions) / most, 1)
+        started = time.monotonic()
+        self._pictures()
+        return seconds + time.monotonic() - started
+
+    @property
+    def _answering(self) -> Answering:
+        assert self.objective.answering is not None  # or the recipe's checks refuse the metric
+        return self.objective.answering
+
+    def _answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The model's answers to the prompts."""
+        limits = AnswerLimits(self.settings.max_new_tokens, self.settings.batch_size, self.template)
+        return answer_questions(self.model, self._answering, prompts, self.devices, limits, self.progress)
 
     def _pictures(self) -> list[NDArray[np.uint8]]:
         """The images for the report, which only the main rank generates."""
@@ -157,13 +182,15 @@ class Evaluator:
             sums[name] = summed_evaluation(self.model, objective, counted(batches), self.devices, stop, self.on_split)
         return sums
 
-    def _chosen(self, choices: Choices, stop: Callable[[], bool]) -> Tensor:
+    def _chosen(
+        self, choices: Choices, questions: Sequence[Question], stop: Callable[[], bool] = lambda: False
+    ) -> Tensor:
         """The scores of the possible answers: (rows, choices) float64."""
         return choice_scores(
             self.model,
             self.objective,
             choices,
-            self.queries.questions,
+            questions,
             self.devices,
             batch_size=self.settings.batch_size,
             stop=stop,

@@ -223,10 +223,18 @@ def _make_evaluate(
     session: Session, prepared: RunInputs, model: TunedModel, state: LoopState
 ) -> Callable[[], Evaluation] | None:
     """Returns a function that runs an evaluation; None if the recipe has no evaluation rows."""
+    evaluator = make_evaluator(session, prepared, model, state)
+    if evaluator is None:
+        return None
+    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
+
+
+def make_evaluator(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> Evaluator | None:
+    """The evaluator of the run's evaluation rows; None if the recipe has none."""
     recipe, rows = session.loaded.recipe, prepared.rows
     if rows.evaluation is None:
         return None
-    evaluator = Evaluator(
+    return Evaluator(
         model,
         rows.objective,
         session.devices,
@@ -237,7 +245,6 @@ def _make_evaluate(
         on_split=note_split_evaluation(session, state),
         progress=CountProgress(session.console),
     )
-    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
 
 
 def _keep_pictures(session: Session, step: int, evaluation: Evaluation) -> None:

@@ -23,10 +23,39 @@ RUNGS_NAME = "rungs.json"
 
 @dataclass
 class Limits:
-    """The time limit of `sweep --auto`, and the measured costs from which its values were chosen."""
+    """The time limit of `sweep --auto`, and the measured costs from which its values were chosen. `pace`: the seconds
+    of training before the last comparison, as a multiple of its predicted seconds."""
 
     deadline: float  # of time.monotonic
     costs: Costs | None = None
+    pace: float = 1.0
+
+    def parts(self, lanes: Sequence[Lane], left: int) -> dict[str, list[float]]:
+        """For each setting with planned trials, the predicted seconds before its next comparison, between its further
+        comparisons, and after the last one. `left`: the number of comparisons left, including this one."""
+        parts: dict[str, list[float]] = {}
+        for lane in lanes:
+            if lane.plan is not None and self.costs is not None:
+                ends = [rung_of(lane, number) or lane.steps for number in range(left, 0, -1)]
+                seconds = self.costs.of_parts(lane.plan, lane.trial.loaded.recipe, ends)
+                parts[lane.trial.setting] = [
+                    sum(pair) for pair in zip(seconds, parts.get(lane.trial.setting, [0.0] * len(seconds)), strict=True)
+                ]
+        return parts
+
+    def set_pace(self, seconds: float, lanes: Sequence[Lane], left: int, *, first: bool) -> None:
+        """Compare the seconds of training before a comparison with their prediction. `left`: the number of comparisons
+        left, including this one. `first`: this is the first comparison."""
+        predicted = 0.0
+        for lane in lanes:
+            if lane.plan is not None and self.costs is not None and lane.error is None:
+                begin = 0 if first else rung_of(lane, left + 1) or lane.steps
+                end = rung_of(lane, left) or lane.steps
+                recipe = lane.trial.loaded.recipe
+                predicted += (
+                    self.costs.prepare + self.costs.of_steps(lane.plan, recipe, begin, end) if end > begin else 0
+                )
+        self.pace = seconds / predicted if predicted > 0 else self.pace
 
 
 def earlier_rungs(folder: Path, lanes: Sequence[Lane]) -> list[list[str]]:
@@ -63,12 +92,9 @@ def most_settings(limits: Limits | None, results: SweepResults, lanes: Sequence[
     order = [setting.name for setting in results.settings if setting.numbers]
     if limits.costs is None:
         return math.ceil(len(order) / 2)
-    parts: dict[str, list[float]] = {}
-    for lane in lanes:
-        if lane.plan is not None:
-            ends = [rung_of(lane, number) or lane.steps for number in range(left, 0, -1)]
-            parts[lane.trial.setting] = limits.costs.of_parts(lane.plan, lane.trial.loaded.recipe, ends)[1:]
-    return most_that_fit(order, {name: parts.get(name, [0.0]) for name in order}, limits.deadline - time.monotonic())
+    parts = limits.parts(lanes, left)
+    predicted = {name: parts[name][1:] if name in parts else [0.0] for name in order}
+    return most_that_fit(order, predicted, (limits.deadline - time.monotonic()) / limits.pace)
 
 
 def rung_of(lane: Lane, left: int) -> int | None:

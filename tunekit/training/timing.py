@@ -15,7 +15,7 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan, StepRecord
-from tunekit.training.assemble import assemble_run
+from tunekit.training.assemble import assemble_run, make_evaluator
 from tunekit.training.halving import halving_seconds
 from tunekit.training.lane import Lane, Load
 from tunekit.training.loop import run_loop
@@ -28,7 +28,7 @@ STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not cou
 @dataclass(frozen=True)
 class Costs:
     """Measured seconds. `load`: to load the base; `prepare`: to prepare a run with the loaded base; `token`: for a
-    token in training; `evaluation`: for an evaluation without generated answers."""
+    token in training; `evaluation`: for an evaluation."""
 
     load: float
     prepare: float
@@ -91,15 +91,17 @@ def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load)
 
 
 def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: Run) -> float:
-    """Seconds of an evaluation without generated answers, estimated from some of its batches."""
+    """Seconds of an evaluation, estimated from some of its batches and one batch of generated answers."""
     rows, counts = prepared.rows.evaluation, plan.rows.evaluation
-    if rows is None or counts is None:
+    evaluator = make_evaluator(session, prepared, run.model, run.state)
+    if rows is None or counts is None or evaluator is None:
         return 0.0
     objective = run.objective.evaluation_copy()
     batches = islice(evaluation_batches(rows, objective.rows, batch_size=run.evaluation.batch_size), BATCHES)
     started = time.monotonic()
     sums = summed_evaluation(run.model, objective, batches, session.devices)
-    return (time.monotonic() - started) * counts.tokens / max(sums.tokens, 1)
+    of_rows = (time.monotonic() - started) * counts.tokens / max(sums.tokens, 1)
+    return of_rows + evaluator.query_seconds()
 
 
 @dataclass(frozen=True)
