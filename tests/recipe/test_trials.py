@@ -62,6 +62,11 @@ def test_a_trial_is_the_recipe_with_its_values(tmp_path: Path) -> None:
         assert trial.loaded.recipe == load_recipe(path, overrides).recipe
 
 
+def test_a_recipe_can_be_incomplete_without_its_trials(tmp_path: Path) -> None:
+    trials = load_sweep(write(tmp_path), ["training.epochs=null", "training.max_steps=2,3"]).trials
+    assert [trial.loaded.recipe.training.max_steps for trial in trials] == [2, 3]
+
+
 def test_names_of_other_tools_are_keys(tmp_path: Path) -> None:
     trials = load_sweep(write(tmp_path), ["lora_r=4,8"]).trials
     assert [trial.loaded.recipe.adapter.model_dump()["r"] for trial in trials] == [4, 8]

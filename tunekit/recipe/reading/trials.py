@@ -1,5 +1,6 @@
 """Makes one checked recipe for each trial, from the section `sweep:` or from KEY=V1,V2 on the command line."""
 
+import contextlib
 import copy
 import json
 import math
@@ -137,19 +138,32 @@ def _following(variant: _Variant, automatic: Automatic) -> dict[str, tuple[objec
 
 
 def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
-    """The checked recipe with its section `sweep`. Raises: RecipeError with the problems of the recipe, and with the
-    problems of each value of sweep.keys."""
+    """The checked recipe with its section `sweep`. If the recipe is incomplete without the values of sweep.keys, it has
+    the first value of each key.
+
+    Raises: RecipeError with the problems of the recipe, and with the problems of each value of sweep.keys.
+    """
+    keys = draft.get(KEYS)
+    lists = (
+        {str(key): values for key, values in keys.items() if isinstance(values, list)} if isinstance(keys, dict) else {}
+    )
     try:
         return check_draft(copy.deepcopy(draft), tool)
     except RecipeError as error:
-        keys = draft.get(KEYS)
-        plain, problems = copy.deepcopy(draft), list(error.problems)
+        first, problems = copy.deepcopy(draft), list(error.problems)
+        with contextlib.suppress(RecipeError):
+            values = {
+                key: (copy.deepcopy(each[0]), draft.place((*KEYS, key, 0))) for key, each in lists.items() if each
+            }
+            apply_values(first, values)
+            return check_draft(first, tool)
+        plain = copy.deepcopy(draft)
         plain.values.pop("sweep")
-        for key, values in keys.items() if isinstance(keys, dict) else ():
-            for at, value in enumerate(values if isinstance(values, list) else ()):
+        for key, each in lists.items():
+            for at, value in enumerate(each):
                 trial, place = copy.deepcopy(plain), draft.place((*KEYS, key, at))
                 try:
-                    apply_values(trial, {str(key): (copy.deepcopy(value), place)})
+                    apply_values(trial, {key: (copy.deepcopy(value), place)})
                     check_draft(trial, tool)
                 except RecipeError as wrong:
                     problems += wrong.problems
