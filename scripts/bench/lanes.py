@@ -1,11 +1,12 @@
 """Compares eight trials of a sweep over one streamed base with eight `tunekit train`: CPU seconds and peak memory.
 
-    scripts/bench/run lanes [--tokens 4,16,32,64,80,256] [--lanes 8] [--layers 22] [--steps 4]
-        [--quantization nf4] [--joined] [--json FILE] [--work FOLDER]
+    scripts/bench/run lanes [--tokens 4,16,32,64,80,256] [--lanes 8] [--rank 16] [--layers 22] [--steps 4]
+        [--quantization nf4] [--joined] [--model FOLDER] [--json FILE] [--work FOLDER]
 
 The base is TinyLlama's shape (1.1B parameters, random weights), streamed from disk; each step has one row of
 --tokens tokens; LoRA r16 on all linear layers; one thread. Both sides are fresh processes of the real commands. One
-`train` is measured and counted eight times, because the eight runs differ only in their learning rate.
+`train` is measured and counted eight times, because the eight runs differ only in their learning rate. With --model:
+this model, kept in memory (float32 with --quantization none), and the text of the quickstart's rows.
 
 - a step: CPU seconds of all trials together, from the end of one step to the end of the next, without the first step
 - a process: all CPU seconds, with imports, planning, loading and the export
@@ -27,7 +28,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from estimate import run_python, write_rows
+from estimate import REPOSITORY, run_python, write_rows
 from load import HIDDEN
 from stream import write_model
 
@@ -40,15 +41,15 @@ FIGURES = {
             "what": "a step of 8 trials of 16 tokens over a streamed base of 1.1B parameters in NF4",
             "unit": "CPU seconds",
             "digits": 1,
-            "ours": "rows/0/together/step",
-            "theirs": "rows/0/alone/step",
+            "ours": "rows/8x16/together/step",
+            "theirs": "rows/8x16/alone/step",
         },
         "step64": {
             "what": "the same with 64 tokens",
             "unit": "CPU seconds",
             "digits": 1,
-            "ours": "rows/1/together/step",
-            "theirs": "rows/1/alone/step",
+            "ours": "rows/8x64/together/step",
+            "theirs": "rows/8x64/alone/step",
         },
     },
 }
@@ -103,17 +104,35 @@ def losses_of(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
+def write_text_rows(path: Path, model: str, count: int, tokens: int) -> None:
+    """Write rows of `tokens` tokens, with their end token, from the text of the quickstart's rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = map(json.loads, (REPOSITORY / "recipes/data/orders/train.jsonl").read_text("utf-8").splitlines())
+    ids = tokenizer("\n".join("\n".join(turn["content"] for turn in row["messages"]) for row in rows))["input_ids"]
+    pieces = [tokenizer.decode(ids[start : start + tokens - 1]) for start in range(0, count * tokens, tokens)]
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), "utf-8")
+
+
 def write_recipe(folder: Path, tokens: int, options: argparse.Namespace) -> Path:
     """Write the recipe and rows of `tokens` tokens each."""
     rows = str(folder / "rows.jsonl")
-    write_rows(Path(rows), options.steps, tokens)
+    if options.model:
+        write_text_rows(Path(rows), options.model, options.steps, tokens)
+    else:
+        write_rows(Path(rows), options.steps, tokens)
     training = {"max_steps": options.steps, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_ratio": 0}
     recipe = {
-        "model": {"name_or_path": str(folder / "model"), "dtype": "bfloat16", "quantization": options.quantization},
+        "model": {
+            "name_or_path": options.model or str(folder / "model"),
+            "dtype": "float32" if options.model else "bfloat16",
+            "quantization": options.quantization,
+        },
         "data": {"train": rows, "eval": [rows], "max_length": max(tokens, 16)},  # a sweep compares evaluations
-        "adapter": {"method": "lora", "r": 16},
+        "adapter": {"method": "lora", "r": options.rank},
         "training": training,
-        "memory": {"streaming": "disk"},
+        "memory": {"streaming": "off" if options.model else "disk"},
         "evaluation": {"before_training": False},
         "output": {"dir": "run"},
         "sweep": {"joined": options.joined},
@@ -133,7 +152,7 @@ def measure(folder: Path, tokens: int, options: argparse.Namespace) -> dict[str,
     trial = next(each for each in sorted(swept.iterdir()) if each.name.endswith("0.0001"))
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (trial, alone)]
     plan = json.loads((alone / "plan.json").read_text("utf-8"))
-    added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * HIDDEN * 2
+    added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * options.hidden * 2
     return {
         "tokens": tokens,
         "lanes": options.lanes,
@@ -157,17 +176,23 @@ def main() -> None:
     parser.add_argument("--joined", action="store_true", help="join the rows of the trials")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--model", help="a model folder, instead of random weights")
     options = parser.parse_args()
-    rows = []
+    options.hidden = HIDDEN
+    if options.model:
+        config = json.loads((Path(options.model) / "config.json").read_text("utf-8"))
+        options.hidden, options.layers = config["hidden_size"], config["num_hidden_layers"]
+    rows = json.loads(options.json.read_text("utf-8"))["rows"] if options.json and options.json.exists() else {}
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:
         folder = Path(scratch)
         os.environ["TUNEKIT_CACHE"] = str(folder / "cache")
-        write_model(folder / "model", options.layers)
+        if not options.model:
+            write_model(folder / "model", options.layers)
         warm = [f"output.dir={folder / 'warm'}", "training.max_steps=1"]  # packs the base into the cache
         run_python(RUN, "train", str(write_recipe(folder, 16, options)), *warm)
         for tokens in map(int, options.tokens.split(",")):
-            row = measure(folder, tokens, options)
-            rows.append(row)
+            row = rows[f"{options.lanes}x{tokens}"] = {**measure(folder, tokens, options), "load": os.getloadavg()}
             ours, theirs = row["together"], row["alone"]
             print(
                 f"{tokens} tokens: step {ours['step']:.2f} against {theirs['step']:.2f} CPU seconds "
@@ -177,10 +202,10 @@ def main() -> None:
                 f"{theirs['peak_bytes'] / 1e6:.0f}); equal: {row['equal']}",
                 flush=True,
             )
-    if options.json:
-        machine = {"machine": platform.machine(), "system": platform.platform(), "load": os.getloadavg()}
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
-    if not options.joined and not all(row["equal"] for row in rows):
+            if options.json:
+                machine = {"machine": platform.machine(), "system": platform.platform()}
+                options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+    if not options.joined and not all(row["equal"] for row in rows.values()):
         sys.exit("a trial differs from its own train")
 
 
