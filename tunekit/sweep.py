@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -42,12 +42,12 @@ from tunekit.planning.lanes import make_passes
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.dump import dump_recipe
-from tunekit.recipe.reading.trials import FOLDS, Automatic, LoadedSweep, load_sweep, refuse_values
+from tunekit.recipe.reading.trials import FOLDS, LoadedSweep, load_sweep, refuse_values
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan
 from tunekit.train import load_base, plan_session, session_steps
 from tunekit.training import run_files
-from tunekit.training.automatic import AutomaticChoice, choose_values
+from tunekit.training.automatic import AUTO_NAME, AutomaticChoice, choice_record, choose_values, earlier_choice
 from tunekit.training.engines.together import Together
 from tunekit.training.engines.window import LoopSteps
 from tunekit.training.folds import fold_notes, write_folds
@@ -69,7 +69,6 @@ from tunekit.training.timing import STEPS as MEASURED_STEPS
 from tunekit.training.timing import Costs, measure_costs
 
 MOST_NAMED = 4  # trials that a message names
-AUTO_NAME = "auto.json"  # the values that --auto has chosen, for a resume
 SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
 WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
 
@@ -100,17 +99,13 @@ def automatic_verb(
         file_name = str(loaded.path)
         raise RecipeError("trials are compared on evaluation rows", "set data.eval", file=file_name, key="data.eval")
     with _process([loaded], json_file) as (session, write_result):
-        base, file = SharedBase(load_base), Path(loaded.recipe.output.dir) / AUTO_NAME
-        earlier = read_json(file) if resume else None
+        base = SharedBase(load_base)
+        automatic = earlier_choice(Path(loaded.recipe.output.dir)) if resume else None
         plan, limits.costs = _measure(session, base)
-        if earlier is None:
+        if automatic is None:
             automatic = _choose(session.console, loaded.recipe, plan, limits.costs, seconds).automatic
-        else:
-            steps = {float(value): count for value, count in earlier["eval_steps"]}
-            automatic = Automatic(earlier["keys"], earlier["length"], steps)
         sweep = load_sweep(path, overrides, automatic)
-        record = {**asdict(automatic), "eval_steps": list(automatic.eval_steps.items())}
-        _run_sweep(sweep, session, base, resume, write_result, limits, {AUTO_NAME: record})
+        _run_sweep(sweep, session, base, resume, write_result, limits, {AUTO_NAME: choice_record(automatic)})
 
 
 def _measure(session: Session, base: SharedBase) -> tuple[Plan, Costs]:

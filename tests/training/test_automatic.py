@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from tunekit.errors import RunFolderError
 from tunekit.evaluation.evaluator import Evaluator, Queries
+from tunekit.files.durable import write_json
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.trials import load_sweep
+from tunekit.recipe.reading.trials import Automatic, load_sweep
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan, PlannedRows, RowCounts, Target
-from tunekit.training.automatic import choose_values, most_that_fit
+from tunekit.training.automatic import choice_record, choose_values, earlier_choice, most_that_fit
 from tunekit.training.halving import halving_seconds
-from tunekit.training.rungs import Limits, most_settings
+from tunekit.training.rungs import Limits, earlier_rungs, most_settings
 from tunekit.training.timing import Costs
 
 RECIPE = """\
@@ -171,3 +173,37 @@ def test_an_evaluation_costs_its_answers_and_questions_too(monkeypatch: pytest.M
         before = clock[0]
         assert few.query_seconds() == pytest.approx(seconds)
         assert clock[0] - before <= 7 + 4 * 2.5
+
+
+DAMAGED = (
+    "{}",
+    "[]",
+    "7",
+    '{"rungs": [["a"]]}',
+    '{"settings": ["a", "b"], "rungs": 3}',
+    '{"settings": [], "rungs": [3]}',
+)
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_comparisons_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "rungs.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"rungs\.json is damaged; choose another output\.dir"):
+        earlier_rungs(tmp_path, [])
+    assert earlier_rungs(tmp_path / "absent", []) == []
+
+
+@pytest.mark.parametrize(
+    "text", [*DAMAGED, '{"keys": {"a": 1}}', '{"keys": {"a": [1]}, "length": "b", "eval_steps": []}']
+)
+def test_damaged_values_of_an_earlier_choice_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "auto.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"auto\.json is damaged; choose another output\.dir"):
+        earlier_choice(tmp_path)
+
+
+def test_a_resume_reads_the_chosen_values(tmp_path: Path) -> None:
+    automatic = Automatic({"training.epochs": [3, 9], "adapter.r": [16]}, "training.epochs", {3.0: 6, 9.0: 17})
+    assert earlier_choice(tmp_path) is None
+    write_json(tmp_path / "auto.json", choice_record(automatic))
+    assert earlier_choice(tmp_path) == automatic

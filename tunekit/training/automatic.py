@@ -3,9 +3,12 @@ values are tried."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 
+from tunekit.artifacts.run import read_json
+from tunekit.errors import RunFolderError
 from tunekit.recipe.reading.trials import Automatic
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan
@@ -16,6 +19,7 @@ RATES = ((1 / 3, 1, 3, 10), (1, 3, 10), (1, 3))  # factors of the recipe's value
 LENGTHS = ((1, 3, 9), (1, 3), (1,))
 RANKS = ((1, 4), (1,))
 SHARE = 0.8  # of the time that the predicted trials may take
+AUTO_NAME = "auto.json"  # the chosen values, for a resume
 RATE, RANK, EPOCHS, STEPS = "training.learning_rate", "adapter.r", "training.epochs", "training.max_steps"
 
 
@@ -36,6 +40,31 @@ def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> A
         if choice.seconds <= SHARE * seconds:
             return choice
     return None
+
+
+def earlier_choice(folder: Path) -> Automatic | None:
+    """The values that an earlier `sweep --auto` has chosen in this folder; None if there are none.
+
+    Raises: RunFolderError if their file is damaged.
+    """
+    file = folder / AUTO_NAME
+    earlier = read_json(file)
+    if earlier is None:
+        return None
+    try:
+        keys = {str(key): list(values) for key, values in earlier["keys"].items()}
+        steps = {float(value): int(count) for value, count in earlier["eval_steps"]}
+        length = str(earlier["length"])
+        if set(keys[length]) != set(steps):
+            raise ValueError(length)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"{file} is damaged", "choose another output.dir") from error
+    return Automatic(keys, length, steps)
+
+
+def choice_record(automatic: Automatic) -> dict[str, object]:
+    """The content of the file that `earlier_choice` reads."""
+    return {**asdict(automatic), "eval_steps": list(automatic.eval_steps.items())}
 
 
 def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoice]:

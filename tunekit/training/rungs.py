@@ -67,12 +67,12 @@ def earlier_rungs(folder: Path, lanes: Sequence[Lane]) -> list[list[str]]:
     earlier = read_json(folder / RUNGS_NAME)
     if earlier is None:
         return []
-    if not isinstance(earlier, dict) or not {"settings", "rungs"} <= set(earlier):
+    rungs = earlier.get("rungs") if isinstance(earlier, dict) and "settings" in earlier else None
+    if not isinstance(rungs, list) or not all(isinstance(names, list) for names in rungs):
         raise RunFolderError(f"{folder / RUNGS_NAME} is damaged", "choose another output.dir")
     if earlier["settings"] != setting_names(lanes):
         what = f"{folder / RUNGS_NAME}: halving compared the trials of a different sweep"
         raise RunFolderError(what, "restore the values of that sweep, or choose another output.dir")
-    rungs: list[list[str]] = earlier["rungs"]
     for lane in lanes:
         lane.ended = any(lane.trial.setting in names for names in rungs)
     return rungs
