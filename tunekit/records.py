@@ -260,6 +260,7 @@ class ReportFacts:
         default_factory=dict
     )  # first_NAME and final_NAME, if the headline is not the loss
     classes: Mapping[str, object] | None = None  # counts of each label, with the exported weights
+    base_bytes_of_rank: int | None = None  # the part of a sharded base that each rank stores
 
 
 def calibration_text(facts: Mapping[str, object]) -> str:

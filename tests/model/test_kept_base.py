@@ -7,6 +7,7 @@ import faulthandler
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,8 @@ def test_loading_holds_the_packed_base_and_one_tensor(tmp_path: Path, monkeypatc
     _, peak = with_peak(packed.fill)
     assert peak < held + matrix + small + 2**16
     path = tmp_path / "side.safetensors"
-    _, peak = with_peak(lambda: sidecar.write_sidecar(path, "key", packed.layout, packed.iterate_tensors()))
+    write = partial(sidecar.write_sidecar, path, "key", packed.layout)
+    _, peak = with_peak(lambda: write(packed.iterate_tensors(in_parts=True)))
     assert peak < 2 * matrix + small + 2**16 < held
     opened = sidecar.open_sidecar(path, "key", packed.layout)
     assert opened is not None

@@ -141,6 +141,20 @@ def test_experts_in_pieces_are_read_into_their_places(tmp_path: Path) -> None:
     assert not holder[0].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_parts_of_a_tensor_are_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    folder = save(make_net("mixtral"), tmp_path)
+    _, _, reader = both("mixtral", folder, dtype)
+    assert reader is not None
+    monkeypatch.setattr("tunekit.model.storage.reading.CHUNK_BYTES", 1000)
+    for name in reader.names:
+        parts = list(reader.parts(name, dtype))
+        assert torch.equal(torch.cat(parts), reader.read(name, dtype).view(-1)), name
+        assert max(part.nbytes for part in parts) <= 1000 or name.endswith(("gate_up_proj", "down_proj"))
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "bert"])
 def test_a_prefix_may_be_missing_in_the_files(kind: str, tmp_path: Path) -> None:
     net: Any = KINDS[kind]()

@@ -47,6 +47,20 @@ def test_the_shares_of_all_ranks_are_the_whole_unit(world: int) -> None:
     assert all(torch.equal(piece.tensor, copy) for piece, copy in zip(blob.pieces, copies, strict=True))
 
 
+def test_a_rank_reads_a_mapped_file_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the file's pages of a whole table would be in memory beside the share."""
+    released: list[torch.Tensor] = []
+    monkeypatch.setattr("tunekit.memory.sharding.forget_pages", released.append)
+    monkeypatch.setattr("tunekit.memory.sharding.CHUNK_BYTES", 1000)
+    table = torch.arange(5000, dtype=torch.int32)
+    copy, mapped = table.clone(), frozenset([table.data_ptr()])
+    shares = [ShardedBlob([table.view(-1)], 2).keep_share(rank, CPU, mapped) for rank in range(2)]
+    assert torch.equal(torch.cat(shares)[: copy.nbytes].view(torch.int32), copy)
+    chunks = [part.nbytes for part in released if part.nbytes < copy.nbytes]
+    assert max(chunks) == 1000
+    assert sum(chunks) == copy.nbytes
+
+
 class OneRank:
     """Devices of one rank, whose gathering is a copy."""
 
@@ -149,6 +163,27 @@ def require_same(one: Path, other: Path) -> None:
     mine, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
     assert mine.keys() == theirs.keys()
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= 100 * TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["loftq", "init_from"])
+def test_a_start_from_other_files_is_that_of_one_rank(start: str, tmp_path: Path, shared: Path) -> None:
+    recipe, more = write_case("sft", tmp_path, shared), ["model.quantization=nf4"]
+    if start == "loftq":
+        more.append("adapter.start=loftq")
+    else:
+        (first,) = train_in_ranks(recipe, tmp_path / "first", *more, "training.seed=5", world=1)
+        assert first.code == 0, first.output
+        more.append(f"adapter.init_from={tmp_path / 'first'}")
+    (one,) = train_in_ranks(recipe, tmp_path / "one", *more, world=1)
+    assert one.code == 0, one.output
+    ends = train_in_ranks(recipe, tmp_path / "two", *more, SHARDED)
+    assert [end.code for end in ends] == [0, 0], ends[0].output + ends[1].output
+    require_same(tmp_path / "one", tmp_path / "two")
+    whole, divided = (json.loads((tmp_path / name / "report.json").read_text("utf-8")) for name in ("one", "two"))
+    assert "base_bytes_of_rank" not in whole
+    assert divided["base_bytes"] == whole["base_bytes"]
+    assert divided["base_bytes_of_rank"] == pytest.approx(whole["base_bytes"] / 2, rel=0.02)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from tunekit.model.load import LoadedModel
 
 TIER = "ranks"  # the value of Choice.streaming for a sharded base
 NO_UNIT = -1
+CHUNK_BYTES = 4 * 2**20  # of a mapped file, copied at a time
 
 
 class ShardedBlob(LayerBlob):
@@ -51,9 +52,12 @@ class ShardedBlob(LayerBlob):
         share = torch.zeros(self.share_bytes, dtype=torch.uint8, device=device)
         for piece, values in zip(self.pieces, self.source, strict=True):
             first, end = max(piece.start, start), min(piece.start + values.nbytes, start + self.share_bytes)
-            if first < end:
-                share[first - start : end - start] = as_bytes(values)[first - piece.start : end - piece.start]
-            if values.data_ptr() in mapped:
+            for at in range(first, end, CHUNK_BYTES):  # in chunks, so that few pages of the file are in memory
+                stored = as_bytes(values)[at - piece.start : min(at + CHUNK_BYTES, end) - piece.start]
+                share[at - start : at - start + len(stored)] = stored
+                if values.data_ptr() in mapped:
+                    forget_pages(stored)
+            if values.data_ptr() in mapped:  # an initialisation may have read all of it
                 forget_pages(values)
         self.source, self.gathered = [share], True
         self.unbind(device)
@@ -186,19 +190,21 @@ def shard_base(
     """
     blobs = [ShardedBlob(tensors, world) for tensors in layers]
     table_blobs = [ShardedBlob([weight], world) for weight, _ in tables]
+    units = [*blobs, *table_blobs]
     if devices is None:
         for blob in table_blobs:
             blob.unbind(base.device)
         slots = LayerSlots(blobs, Copier(base.device), base.device)
     else:
-        rank, units = devices.rank, [*blobs, *table_blobs]
-        rounds = Rounds(devices, [blob.keep_share(rank, base.device, base.mapped) for blob in units])
+        rounds = Rounds(devices, [unit.keep_share(devices.rank, base.device, base.mapped) for unit in units])
         sharded = ShardedSlots(blobs, RankCopier(base.device, rounds), base.device)
         sharded.tables = [
             ShardedTable(blob, modules, rounds.gather) for blob, (_, modules) in zip(table_blobs, tables, strict=True)
         ]
         devices.before_exchange, slots = rounds.help_others, sharded
     slots.outside_bytes = stored_outside(blobs, table_blobs)
+    slots.elsewhere_bytes = sum(piece.tensor.nbytes for unit in units for piece in unit.pieces)
+    slots.elsewhere_bytes -= sum(unit.share_bytes for unit in units)
     stream_layers([layer for _, layer in base.family.layers(base.net)], slots)
     return slots
 

@@ -24,6 +24,7 @@ class Measurements:
     peak_host_bytes: int
     host_growth_bytes: int  # peak_host_bytes minus the process's memory before the base was loaded
     base_bytes: int
+    base_bytes_of_rank: int | None  # only of a sharded base
 
 
 REPORTED = ("step", "eval", "sources")  # keys of an evaluation's record that the report contains
@@ -89,6 +90,7 @@ def report_facts(
         measured_bytes={device: int(peak or 0)},
         adapter_bytes=adapter_bytes,
         base_bytes=measured.base_bytes,
+        base_bytes_of_rank=measured.base_bytes_of_rank,
         trainable_parameters=plan.trainable_parameters,
         best_step=state.best_step if saved_best else None,
         final_step=state.step,

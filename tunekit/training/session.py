@@ -78,12 +78,15 @@ class Session:
     def measured(self, model: TunedModel) -> Measurements:
         """The peaks of this process."""
         peak = peak_host_bytes()
+        base_bytes = stored_bytes(model.base.net) - _adapter_bytes(model)
+        elsewhere = 0 if model.slots is None else model.slots.elsewhere_bytes
         return Measurements(
             device=self.devices.device.type,
             peaks=device_peaks(self.devices.device),
             peak_host_bytes=peak,
             host_growth_bytes=max(0, peak - self.baseline_bytes),
-            base_bytes=stored_bytes(model.base.net) - _adapter_bytes(model),
+            base_bytes=base_bytes,
+            base_bytes_of_rank=base_bytes - elsewhere if elsewhere else None,
         )
 
     def peak_bytes(self) -> int:

@@ -90,6 +90,8 @@ def memory(run: RunValues) -> Iterator[ReportSection]:
         ReportTable(["at its highest", "bytes"], highest),
     ]
     kept, exceeded = _budget(run.plan.number("budget_bytes"), max(measured.values(), default=0))
+    if share := report.number("base_bytes_of_rank"):
+        kept.append(f"Each rank stored {bytes_text(share)} of the base.")
     yield ReportSection("Memory", [PEAK, *kept], exceeded, bars=bars, tables=[table for table in tables if table.rows])
 
 

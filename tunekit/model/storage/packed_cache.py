@@ -46,7 +46,7 @@ def cached_base(packed: PackedBase) -> tuple[Sidecar | None, list[str]]:
     opened, notes = open_sidecar(path, key, packed.layout), []
     if opened is None:
         try:
-            opened = write_sidecar(path, key, packed.layout, packed.iterate_tensors())
+            opened = write_sidecar(path, key, packed.layout, packed.iterate_tensors(in_parts=True))
             remove_others(path, prefix)
             if _names(packed.spec)[1] != key:  # changed while it was read
                 path.unlink()

@@ -88,15 +88,20 @@ class PackedBase:
     layout: list[StoredTensor] = field(default_factory=list)
     transposed: frozenset[str] = frozenset()  # packed layers that store (I, O)
 
-    def iterate_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all tensors in the order of `layout`. Each tensor is read and packed only when it is requested."""
+    def iterate_tensors(self, *, in_parts: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors in the order of `layout`. Each tensor is read and packed only when it is requested.
+
+        `in_parts`: a tensor that is not packed comes as several consecutive parts (elements,).
+        """
         layers = packed_layers(self.net)
         packed: Tensors = {}
         for entry in self.layout:
             module_name, _, tensor_name = entry.name.rpartition(".")
             layer = layers.get(module_name)
             if layer is None or tensor_name not in layer.tensor_names:
-                yield entry.name, self.reader.read(entry.name, entry.dtype)
+                read = (entry.name, entry.dtype)
+                parts = self.reader.parts(*read) if in_parts else [self.reader.read(*read)]
+                yield from ((entry.name, part) for part in parts)
                 continue
             if tensor_name not in packed:
                 packed = self._pack(module_name, layer.out_features, layer.in_features)

@@ -86,16 +86,19 @@ class MappedFiles:
             mapping, offset = self._map(header.file), header.offset_bytes
             return torch.frombuffer(mapping, dtype=header.dtype, count=count, offset=offset).reshape(header.shape)
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Copy the stored tensor into `target` (same shape, any strides and dtype). The file is read in small
-        chunks."""
+    def read_into(self, name: str, target: Tensor, skipped: int = 0) -> None:
+        """Copy the stored tensor into `target` (same shape, any strides and dtype). The file is read in small chunks.
+
+        `skipped`: elements of the stored tensor that come before those of `target`.
+        """
         header = self.headers[name]
         path = self.folder / header.file
         item_bytes = header.dtype.itemsize
+        start = header.offset_bytes + skipped * item_bytes
         with path.open("rb", buffering=0) as file:
             direct = target.dtype == header.dtype and target.is_contiguous() and target.device.type == "cpu"
             if direct:
-                fill_from_file(file.fileno(), header.offset_bytes, target, path, MODEL_FILE)
+                fill_from_file(file.fileno(), start, target, path, MODEL_FILE)
                 return
             rows = target.view(-1) if target.is_contiguous() else target
             row_elements = math.prod(rows.shape[1:])
@@ -103,7 +106,7 @@ class MappedFiles:
             for first in range(0, rows.shape[0], step):
                 part = rows[first : first + step]
                 stored = torch.empty(part.shape, dtype=header.dtype)
-                offset = header.offset_bytes + first * row_elements * item_bytes
+                offset = start + first * row_elements * item_bytes
                 fill_from_file(file.fileno(), offset, stored, path, MODEL_FILE)
                 part.copy_(stored)
 
@@ -176,6 +179,19 @@ class BaseReader:
             return
         for piece, part in (self._joined[name].views(target) or {}).items():
             self.files.read_into(self._pieces[name][piece], part)
+
+    def parts(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The elements of the tensor in order, as copies (elements,) of at most CHUNK_BYTES each. A tensor that is
+        stored in pieces, or in GGUF blocks, comes as one part."""
+        stored = self._stored.get(self._groups[name])
+        if stored is None or not isinstance(self.files, MappedFiles):
+            yield self.read(name, dtype).view(-1)
+            return
+        count, step = self.shape(name).numel(), CHUNK_BYTES // dtype.itemsize
+        for first in range(0, max(count, 1), step):
+            part = torch.empty(min(step, count - first), dtype=dtype)
+            self.files.read_into(stored, part, first)
+            yield part
 
     def blocks(self, name: str) -> Tensor:
         """The quantized blocks of a matrix in a GGUF file, (O, bytes) uint8."""

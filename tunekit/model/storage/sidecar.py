@@ -10,6 +10,8 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -76,8 +78,8 @@ def open_sidecar(path: Path, key: str, layout: list[StoredTensor]) -> Sidecar | 
 
 
 def write_sidecar(path: Path, key: str, layout: list[StoredTensor], tensors: Iterator[tuple[str, Tensor]]) -> Sidecar:
-    """Write the tensors to the file, then open the file. `tensors` yields them in the order of `layout`; none is kept
-    in memory.
+    """Write the tensors to the file, then open the file. `tensors` yields them in the order of `layout`, whole or as
+    consecutive parts; none is kept in memory.
 
     Raises: OSError or TunekitError if the file cannot be written; no partial file remains.
     """
@@ -89,14 +91,14 @@ def write_sidecar(path: Path, key: str, layout: list[StoredTensor], tensors: Ite
     with atomic_file(path) as file:
         file.write(_header(layout, key))
         position = 0
-        for place, start, (name, tensor) in zip(layout, _starts(layout), tensors, strict=True):
-            if (name, tuple(tensor.shape), tensor.dtype) != (place.name, place.shape, place.dtype):
-                raise ModelError(
-                    f"{name} {tuple(tensor.shape)} {tensor.dtype} does not match its place in the cache file, {place}"
-                )
+        for place, start, (name, parts) in zip(layout, _starts(layout), groupby(tensors, itemgetter(0)), strict=True):
             file.write(bytes(start - position))
-            file.write(tensor_bytes(tensor))
-            position = start + place.size_bytes
+            position = start
+            for _, part in parts:
+                file.write(tensor_bytes(part))
+                position += part.nbytes if part.dtype == place.dtype else 0
+            if (name, position) != (place.name, start + place.size_bytes):
+                raise ModelError(f"{name} does not match its place in the cache file, {place}")
         file.write(bytes.fromhex(file.sha256))
     return Sidecar(path, layout)
 
