@@ -57,6 +57,7 @@ def initialise_adapter(
         adapter, other = attach(), settings.initialisation
         if other is not None and other.looks_at == "original" and resumed is None:
             initialise_all(adapter.layers, seed, _originals(adapter, model))
+            _copy_from_main(adapter, devices)
     else:
         targets = find_targets(base.net, settings, head_name=head_name)
         if resumed is not None:
