@@ -136,7 +136,13 @@ def test_report_json_has_what_was_measured_and_nothing_else(run: RunFolder) -> N
         "budget_bytes",
         "verdict",
         "classes",
+        "base_bytes_of_rank",
     }
+
+
+def test_the_page_states_the_share_of_a_sharded_base(run: RunFolder) -> None:
+    page = written(run, dataclasses.replace(FACTS, base_bytes_of_rank=100 * MIB))
+    assert "Each rank stored 100.0 MiB of the base." in page
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,10 @@ def memory(run: RunValues) -> Iterator[ReportSection]:
         ReportTable(["device", "predicted peak", "measured peak", "prediction against measurement"], compared),
         ReportTable(["at its highest", "bytes"], highest),
     ]
-    kept, exceeded = _budget(run.plan.number("budget_bytes"), max(measured.values(), default=0))
+    facts, exceeded = _budget(run.plan.number("budget_bytes"), max(measured.values(), default=0))
     if share := report.number("base_bytes_of_rank"):
-        kept.append(f"Each rank stored {bytes_text(share)} of the base.")
-    yield ReportSection("Memory", [PEAK, *kept], exceeded, bars=bars, tables=[table for table in tables if table.rows])
+        facts.append(f"Each rank stored {bytes_text(share)} of the base.")
+    yield ReportSection("Memory", [PEAK, *facts], exceeded, bars=bars, tables=[table for table in tables if table.rows])
 
 
 def _budget(budget: float | None, measured: float) -> tuple[list[str], list[str]]:
