@@ -94,7 +94,7 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
     console = Console()
     folder = adapter_folder(adapter)
     if rank is not None and rank < 1:
-        raise InputError("the rank must be at least 1", key="--rank")
+        raise InputError("the rank must be at least 1", "write --rank 8, for example", key="--rank")
     place = check_new_folder(Path(output), [folder])
     start = start_of(folder)
     config = read_adapter_config(folder, instead={START: True} if start else None)

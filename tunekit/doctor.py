@@ -146,7 +146,9 @@ def _readings(folder: Path) -> list[FolderReading]:
     try:
         return readings(read_model_files(folder))
     except RecursionError as error:
-        raise ModelError("is nested too deeply", file=str(folder / "config.json")) from error
+        raise ModelError(
+            "is nested too deeply", "restore the original file", file=str(folder / "config.json")
+        ) from error
 
 
 def _print_readings(console: Console, folder: Path, results: Sequence[FolderReading]) -> None:

@@ -93,7 +93,7 @@ def check_mixture(mixture: Mixture, count: int) -> None:
     if mixture.rank is not None and not mixture.kind.endswith("svd"):
         raise InputError(f"the rank of {mixture.kind} follows from the adapters' ranks", "leave it out", key="--rank")
     if mixture.rank is not None and mixture.rank < 1:
-        raise InputError("the rank must be at least 1", key="--rank")
+        raise InputError("the rank must be at least 1", "write --rank 8, for example", key="--rank")
 
 
 def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:

@@ -143,7 +143,10 @@ def extract(left: AdapterChanges, right: AdapterChanges, rank: int) -> tuple[Lor
             embedding = name in left.embeddings | right.embeddings
             nearest[name] = _extract_layer(name, one, two, rank, embedding)
     if not nearest:
-        raise AdapterError(f"{left.config.folder} and {right.config.folder} are equal, so there is nothing to extract")
+        raise AdapterError(
+            f"{left.config.folder} and {right.config.folder} are equal, so there is nothing to extract",
+            "name two different adapters",
+        )
     return plain_lora(nearest, conv1d=left.conv1d or right.conv1d)
 
 

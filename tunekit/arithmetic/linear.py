@@ -43,7 +43,7 @@ def read_linear(folder: Path) -> LinearFolder:
         raise AdapterError(what, how, file=config.file, key="modules_to_save")
     if foreign or not header:
         what = f"'{printable(foreign[0], 200)}' is not a tensor of this adapter" if foreign else "holds no tensors"
-        raise AdapterError(what, file=str(path))
+        raise AdapterError(what, "write the adapter again with the program that made it", file=str(path))
     return config, read_tensors(config, header)
 
 

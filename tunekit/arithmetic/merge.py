@@ -102,7 +102,8 @@ def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
     if kind == "none":
         if onto in (None, "full"):
             return "full", "the adapter was trained on the base's own weights"
-        raise InputError(f"--onto {onto} is only for a quantized base, but this adapter's base is not quantized")
+        what = f"--onto {onto} is only for a quantized base, but this adapter's base is not quantized"
+        raise InputError(what, "leave --onto out", key="--onto")
     if onto in (None, "dequantized"):
         return "dequantized", f"the adapter was trained on the {kind} weights, and these are their exact values"
     if onto == "full":

@@ -48,7 +48,10 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFold
     """
     modules = base_modules(left.net)
     if modules.keys() != base_modules(right.net).keys():
-        raise AdapterError("the two models have different modules, so no LoRA can turn one into the other")
+        raise AdapterError(
+            "the two models have different modules, so no LoRA can turn one into the other",
+            "name a model and the base that it was tuned from",
+        )
     kinds = {name: kind for name, module in modules.items() if (kind := layer_kind(module)) is not None}
     nearest: dict[str, tuple[LowRank, RankLoss]] = {}
     left_out: list[str] = []
@@ -70,6 +73,8 @@ def extract_models(left: Rewriter, right: Rewriter, rank: int) -> tuple[LoraFold
         if not _compare_tensors(name, left.tensors.read(name), other).equal:
             left_out.append(name)
     if not nearest:
-        raise AdapterError("all matrices of the two models are equal, so there is nothing to extract")
+        raise AdapterError(
+            "all matrices of the two models are equal, so there is nothing to extract", "name two different models"
+        )
     conv1d, targets = any(kinds[name] == "conv1d" for name in nearest), concrete_targets(list(nearest), list(modules))
     return *plain_lora(nearest, conv1d=conv1d, target_modules=targets), left_out

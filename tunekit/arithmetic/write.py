@@ -54,7 +54,8 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
         _refuse_other_base(first, other, named)
     tasks = {config.task_type for config in configs} - {None}
     if len(tasks) > 1:
-        raise AdapterError(f"the adapters are for different tasks: {' and '.join(sorted(map(str, tasks)))}")
+        what = f"the adapters are for different tasks: {' and '.join(sorted(map(str, tasks)))}"
+        raise AdapterError(what, "combine adapters of one task", key="task_type")
     known: dict[str, Any] = {}
     for fact, own in BASE_FACTS.items():
         values = {getattr(config, own) for config in configs} - {None}

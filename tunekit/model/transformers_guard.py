@@ -132,7 +132,8 @@ def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
             how = "read that code, and set model.trust_remote_code: true if you trust it"
             raise ModelError(f"{name} runs remote code", how, key="model.trust_remote_code") from error
         lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(f"{name} cannot be loaded: {lines[0]}", key="model.name_or_path") from error
+        how = "compare its files with the model's page, or choose another base"
+        raise ModelError(f"{name} cannot be loaded: {lines[0]}", how, key="model.name_or_path") from error
 
 
 def refuse_code(error: Exception, file: Path) -> None:

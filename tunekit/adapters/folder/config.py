@@ -184,7 +184,7 @@ def method_of(fields: PeftConfig, file: str) -> Method:
 def _text(fields: PeftConfig, name: str, path: Path) -> str | None:
     value = fields.get(name)
     if value is not None and (not isinstance(value, str) or len(value) > 4096 or "\0" in value):
-        raise AdapterError("must be a text", file=str(path), key=name)
+        raise AdapterError("must be a text", "correct it in this file", file=str(path), key=name)
     return value or None
 
 

@@ -243,7 +243,8 @@ def _read_tensors(
     for key in header.keys() & expected.repeats.keys():
         shared = tensors[expected.names[expected.repeats[key]]]
         if not torch.equal(read_tensor(path, header[key]).to(shared.dtype), shared):
-            raise AdapterError(f"'{key}' differs from '{expected.repeats[key]}', its original", file=str(path))
+            what = f"'{key}' differs from '{expected.repeats[key]}', although the base uses one tensor for both"
+            raise AdapterError(what, "write the adapter again with the program that made it", file=str(path))
     for key, module in copies.items():
         _check_base_copy(read_tensor(path, header[key]), base_modules(net)[module], module, base_weight, str(path))
     return tensors
@@ -263,7 +264,8 @@ def _check_base_copy(copy: Tensor, module: nn.Module, name: str, base_weight: Ba
     if base_matrix is not None:
         copy = copy[: len(base_matrix)]  # further rows were added to the base
     if base_matrix is None:
-        raise AdapterError(f"contains a copy of the base's weight of '{name}', which cannot be compared", file=file)
+        what = f"contains a copy of the base's weight of '{name}', which cannot be compared"
+        raise AdapterError(what, "remove that tensor from this file", file=file)
     if not (torch.equal(copy.to(base_matrix.dtype), base_matrix) or torch.equal(base_matrix.to(copy.dtype), copy)):
         what = f"contains a changed copy of the base's weight of '{name}' (a resized vocabulary, or a different base)"
         raise AdapterError(what, "an adapter may not replace weights of the base", file=file)

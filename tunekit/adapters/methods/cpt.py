@@ -126,10 +126,10 @@ class CptSide(PeftSide[CptSettings]):
         settings = super().read(config, file)
         count = config.get("num_virtual_tokens")
         if settings.token_ids is None:
-            raise AdapterError("is missing", file=file, key="cpt_token_ids")
+            raise AdapterError("is missing", "add the token ids of the prompt", file=file, key="cpt_token_ids")
         if count is not None and count != len(settings.token_ids):
             what = f"is {printable(count)}, but there are {len(settings.token_ids)} cpt_token_ids"
-            raise AdapterError(what, file=file, key="num_virtual_tokens")
+            raise AdapterError(what, "make the two numbers equal", file=file, key="num_virtual_tokens")
         return settings
 
 

@@ -58,7 +58,8 @@ class MultitaskPrompt(VirtualTokens[MultitaskPromptSettings]):
         if tasks is None:
             return self.prompt * (self.columns[self.settings.task] @ self.rows[self.settings.task])
         if bool(((tasks < 0) | (tasks >= self.settings.num_tasks)).any()):
-            raise AdapterError(f"a row has an unknown task; there are {self.settings.num_tasks} tasks")
+            what = f"a row has an unknown task; there are {self.settings.num_tasks} tasks"
+            raise AdapterError(what, f"number the tasks of the rows from 0 to {self.settings.num_tasks - 1}")
         return self.prompt * torch.bmm(self.columns[tasks], self.rows[tasks])  # (B, P, D)
 
     @classmethod

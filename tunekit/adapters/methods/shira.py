@@ -43,7 +43,8 @@ class Shira(DeltaLayer[ShiraSettings]):
     def check_state(self) -> None:
         highest = torch.tensor([[self.target.out_features], [self.target.in_features]], device=self.places.device)
         if bool(((self.places < 0) | (self.places >= highest)).any()):
-            raise AdapterError(f"'{self.module_name}.shira_indices' contains positions outside of the matrix")
+            what = f"'{self.module_name}.shira_indices' contains positions outside of the matrix"
+            raise AdapterError(what, "load the adapter over the base that it was trained on")
 
     def make(self, values: Tensor) -> Tensor:
         """The sparse matrix S (O, I)."""

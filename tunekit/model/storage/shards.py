@@ -64,9 +64,8 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
     for name in files:
         for tensor, header in read_tensor_header(folder / name, MODEL_FILE).items():
             if tensor in headers:
-                raise ModelError(
-                    f"the tensor {tensor} is in this file and in {headers[tensor].file}", file=str(folder / name)
-                )
+                what = f"the tensor {tensor} is in this file and in {headers[tensor].file}"
+                raise ModelError(what, "delete the file that is not part of the model", file=str(folder / name))
             headers[tensor] = header
     if files != [SINGLE]:
         for tensor, file in _read_index(folder).items():

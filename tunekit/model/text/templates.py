@@ -109,7 +109,9 @@ def _apply(render: Callable[[list[JsonObject]], str], template: str, messages: M
     except Exception as error:  # a template may raise anything
         raise _Refusal(str(error).strip() or type(error).__name__) from error
     if len(text) > LIMIT_CHARACTERS:
-        raise DataError(f"the chat template wrote {len(text)} characters, more than {LIMIT_CHARACTERS}")
+        raise DataError(
+            f"the chat template wrote {len(text)} characters, more than {LIMIT_CHARACTERS}", SIMPLER, key=KEY
+        )
     return text
 
 

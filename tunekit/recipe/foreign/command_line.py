@@ -44,7 +44,9 @@ def _words(text: str, file: str) -> Iterator[tuple[str, int]]:
             for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True):
                 yield word, number
         except ValueError as error:
-            raise RecipeError(f"cannot be read as a command: {error}", file=file, line=number) from None
+            raise RecipeError(
+                f"cannot be read as a command: {error}", "close the quotes", file=file, line=number
+            ) from None
         if not continues:
             yield "", number
 

@@ -95,7 +95,7 @@ def _read_bytes(path: Path) -> bytes:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):
             kind = "a folder" if stat.S_ISDIR(facts.st_mode) else "not a regular file"
-            raise RecipeError(f"is {kind}; a recipe is a YAML file", file=file)
+            raise RecipeError(f"is {kind}; a recipe is a YAML file", "write the path of the file", file=file)
         with path.open("rb") as opened:
             data = opened.read(LARGEST_FILE_BYTES + 1)
     except FileNotFoundError:
