@@ -81,10 +81,13 @@ def write_nodes(case: Path, base: Path) -> None:
 
 def _main(node: Node, plant: Plant) -> int:
     """The command in a forked child. Returns its exit code."""
+    from accelerate.state import PartialState
+
     from tunekit.cli import main
     from tunekit.files import lock
     from tunekit.machine import meeting, peers
 
+    PartialState._reset_state()  # type: ignore[no-untyped-call]  # an earlier test may have had one process
     os.chdir(node.folder)
     meeting.EXCHANGE_SECONDS = 4 * SHORT_SECONDS  # a busy machine needs more than SHORT_SECONDS for an exchange
     meeting.JOINING_SECONDS = peers.SILENCE_SECONDS = lock.WATCHING_SECONDS = SHORT_SECONDS
