@@ -53,7 +53,7 @@ SEARCHED = {  # words that people type, and the page that the search must list
     "GGUF": "guide/elsewhere",
     "SLURM": "guide/cluster",
     "lm-eval": "guide/evaluating",
-    "wandb": "working",
+    "wandb": "guide/trackers",
     "licence": "guide/privacy",
     "license": "guide/privacy",
 }

@@ -210,9 +210,9 @@ def methods_table(known: dict[str, dict[str, int]]) -> str:
     rows = []
     for model in table_models():
         results = [known[Case(model, **settings).name] for settings in METHODS.values()]
-        hosts = f"{gib(results[3]['layers'])}, {gib(results[4]['layers'])}"
-        rows.append([model, *(gib(result["total"]) for result in results), hosts])
-    return _table(["model", *METHODS, "host memory, if streamed: LoRA, QLoRA"], rows)
+        hosts = [gib(results[3]["layers"]), gib(results[4]["layers"])]
+        rows.append([model, *(gib(result["total"]) for result in results), *hosts])
+    return _table(["model", *METHODS, "host: LoRA", "host: QLoRA"], rows)
 
 
 def ladder_table(known: dict[str, dict[str, int]]) -> str:

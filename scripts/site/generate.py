@@ -264,7 +264,7 @@ def errors_page() -> str:
         owner = getattr(errors, name)
         code = "128 + the signal's number" if name == "Stopped" else str(owner.exit_code)
         summary = (owner.__doc__ or "").partition("`")[0].strip()  # without fields, which only code reads
-        summary = summary if name != "TunekitError" else "Errors of no other class on this page."
+        summary = summary if name != "TunekitError" else "Errors that belong to no other section of this page."
         if rows:
             parts.append(f"\n## {name}\n\n{escaped(summary)} Exit code {code}.\n")
             parts.append(table(["problem", "repair"], rows))

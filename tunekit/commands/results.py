@@ -19,7 +19,7 @@ def report(
     csv: Annotated[str | None, typer.Option(metavar="FILE", help="write the results as a table")] = None,
     json_file: JsonFile = None,
 ) -> int:
-    """Compare runs: differing keys, results, curves. For a single run, rewrite its report page."""
+    """Compare runs: differing keys, results, curves. With one run, write its report page again."""
     from tunekit.report import report_verb
 
     return report_verb(runs, html, json_file, csv)
