@@ -31,7 +31,7 @@ from tunekit.model.load import LoadedModel
 
 TIER = "ranks"  # the value of Choice.streaming for a sharded base
 NO_UNIT = -1
-CHUNK_BYTES = 4 * 2**20  # of a mapped file, copied at a time
+CHUNK_BYTES = 2**20  # of a mapped file, copied at a time
 
 
 class ShardedBlob(LayerBlob):
@@ -57,7 +57,8 @@ class ShardedBlob(LayerBlob):
                 share[at - start : at - start + len(stored)] = stored
                 if values.data_ptr() in mapped:
                     forget_pages(stored)
-            if values.data_ptr() in mapped:  # an initialisation may have read all of it
+        for values in self.source:  # the system also loads pages beside those that are read
+            if values.data_ptr() in mapped:
                 forget_pages(values)
         self.source, self.gathered = [share], True
         self.unbind(device)
@@ -190,7 +191,7 @@ def shard_base(
     """
     blobs = [ShardedBlob(tensors, world) for tensors in layers]
     table_blobs = [ShardedBlob([weight], world) for weight, _ in tables]
-    units = [*blobs, *table_blobs]
+    units = [*table_blobs, *blobs]  # the largest first, while little else is in memory
     if devices is None:
         for blob in table_blobs:
             blob.unbind(base.device)
