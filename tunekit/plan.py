@@ -1,6 +1,10 @@
 """`tunekit plan`: prints the plan of a training run, and writes it as JSON."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
 
 from tunekit.artifacts.report.next_step import after_plan
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
@@ -11,7 +15,9 @@ from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
+from tunekit.planning.ranks import devices_of, plan_ranks
 from tunekit.recipe.load import LoadedRecipe
+from tunekit.records import Choice, Plan
 
 
 def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> None:
@@ -25,16 +31,43 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> No
     console = Console(enabled=devices.is_main, json_file=json_file)
     try:
         console.info(*loaded.rewrites)
-        ranks = max(ranks, devices.world)
-        plan, _ = make_plan(loaded, device=devices.device, check_folder=True, ranks=ranks)
+        places = devices_of(devices.device, max(ranks, devices.world))
+        plans = plan_ranks(loaded, places, partial(_make, places))
+        plan = plans[0]
         console.panel(plan.model.name_or_path, facts(plan))
         console.table(["target", "layers", "shape", "rank", "parameters"], target_rows(plan))
-        where = "at the peak" if ranks == 1 else f"at the peak, on each of {ranks} ranks"
-        console.table(["memory", where], memory_rows(plan, available_bytes(devices.device)))
+        console.table(["memory", *_heads(len(plans), len(places))], _memory_rows(plans, places))
         console.info(*plan.notes)
+        for rank, other in enumerate(plans):
+            console.info(*(f"rank {rank}: {note}" for note in other.notes if note not in plan.notes))
         console.next_steps(after_plan(plan, loaded.path, overridden=bool(loaded.overridden)))
         if devices.is_main:
-            write_result(asdict(plan))
+            more = {"peak_bytes_of_ranks": [each.peak_bytes.total for each in plans]} if len(plans) > 1 else {}
+            write_result(asdict(plan) | more)
     finally:
         devices.close()
     raise_refusals(plan)
+    for rank, other in enumerate(plans):
+        named = [replace(refusal, message=f"rank {rank}: {refusal.message}") for refusal in other.refusals]
+        raise_refusals(replace(other, refusals=named))
+
+
+def _make(places: Sequence[torch.device], loaded: LoadedRecipe, rank: int, shared: Choice | None) -> Plan:
+    make = partial(make_plan, device=places[rank], ranks=len(places), rank=rank, shared=shared)
+    return make(loaded, check_folder=not rank)[0]
+
+
+def _heads(plans: int, ranks: int) -> list[str]:
+    """The heads of the columns of the table of memory."""
+    if plans > 1:
+        return [f"rank {rank}" for rank in range(ranks)]
+    return ["at the peak" if ranks == 1 else f"at the peak, on each of {ranks} ranks"]
+
+
+def _memory_rows(plans: Sequence[Plan], places: Sequence[torch.device]) -> list[list[object]]:
+    """The table of memory, with one column for each plan."""
+    pairs = zip(plans, places, strict=False)
+    tables = [memory_rows(plan, available_bytes(place)) for plan, place in pairs]
+    columns = [{row[0]: row[1] for row in table} for table in tables]
+    names = dict.fromkeys(name for column in columns for name in column if name != "peak")
+    return [[name, *(column.get(name, "") for column in columns)] for name in [*names, "peak"]]

@@ -130,6 +130,11 @@ class Choice:
     sampling_batch_size: int = 0
     shares: int = 1
 
+    @property
+    def batches(self) -> tuple[int | None, int]:
+        """The rows per micro-batch and the micro-batches per step, which are the same on all ranks."""
+        return self.micro_batch_size, self.gradient_accumulation_steps
+
 
 @dataclass(frozen=True)
 class PlannedRows:

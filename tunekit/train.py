@@ -7,7 +7,7 @@ import gc
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
+from tunekit.planning.ranks import shards, shared_choice
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
@@ -179,16 +180,23 @@ def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan
     """Make the plan, on the main rank first, so that rows are encoded only once. Raises: TunekitError with all
     refusals."""
     devices = session.devices
-    make = partial(make_plan, device=session.devices.device, previous=previous, ranks=devices.world)
+    make = partial(make_plan, device=devices.device, previous=previous, ranks=devices.world, rank=devices.rank)
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make(session.loaded))
-        if TIER in devices.gather([plan.choice.streaming]) and plan.choice.streaming != TIER:
-            recipe = session.loaded.recipe  # the whole base does not fit on another rank
-            memory = recipe.memory.model_copy(update={"sharding": "full"})
-            plan, prepared = make(replace(session.loaded, recipe=recipe.model_copy(update={"memory": memory})))
+        loaded = shards(session.loaded, _choices(session, plan))
+        if loaded is not session.loaded and plan.choice.streaming != TIER:
+            plan, prepared = make(loaded)  # the whole base does not fit on another rank
+        shared = shared_choice(_choices(session, plan))
+        if plan.choice.batches != shared.batches:
+            plan, prepared = make(loaded, shared=shared)
     session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
     raise_refusals(plan)
     return plan, prepared
+
+
+def _choices(session: Session, plan: Plan) -> list[Choice]:
+    """The choices of all ranks."""
+    return [Choice(**each) for each in session.devices.gather([asdict(plan.choice)])]
 
 
 def _describe(session: Session, plan: Plan) -> None:

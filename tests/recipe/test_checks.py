@@ -282,6 +282,12 @@ def test_what_cannot_be_obeyed_is_named(tmp_path: Path) -> None:
     assert refuse_unsupported(load(SMALL, tmp_path)) == []
 
 
+def test_ranks_may_have_different_budgets(tmp_path: Path) -> None:
+    memory = load(SMALL + "memory: {budget: [8GiB, 4GiB]}\n", tmp_path).memory
+    assert [memory.of_rank(rank, 2).budget_bytes for rank in range(2)] == [8 * 2**30, 4 * 2**30]
+    assert memory.budget_bytes == memory.of_rank(0, 3).budget_bytes == 4 * 2**30
+
+
 @pytest.mark.parametrize(
     ("text", "count"), [("8GiB", 8 * 2**30), ("1.5 GB", 1_500_000_000), ("700MiB", 700 * 2**20), ("12 B", 12)]
 )

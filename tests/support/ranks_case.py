@@ -35,6 +35,7 @@ def train_in_ranks(
     *overrides: str,
     world: int = 2,
     resume: bool = False,
+    dry_run: bool = False,
     before: Callable[[], None] = lambda: None,
 ) -> list[Ended]:
     """`tunekit train RECIPE output.dir=RUN OVERRIDES [--resume]` on `world` ranks; one Ended for each rank."""
@@ -54,7 +55,7 @@ def train_in_ranks(
     def work() -> None:
         from tunekit.train import train_verb
 
-        train_verb(load_recipe(recipe, words), resume, False)
+        train_verb(load_recipe(recipe, words), resume, dry_run)
 
     run.parent.mkdir(parents=True, exist_ok=True)
     logs = [run.parent / f"{run.name}.{rank}.log" for rank in range(world)]

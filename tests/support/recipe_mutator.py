@@ -122,6 +122,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "training.micro_batch_size": (["1", "4"], NOT_COUNTS),
     "training.micro_batch_tokens": (["64", "4096"], NOT_COUNTS),
     "training.gradient_accumulation_steps": (["1", "5"], NOT_COUNTS),
+    "training.rank_speeds": (["null", "[2, 1]", "[0.5, 1, 3.5]", "[1]"], ["[]", "[1, 0]", "2", "[1, x]", "true"]),
     "training.loraplus_ratio": (["null", "16", "1.5"], NOT_POSITIVE),
     "training.compile": (["auto", "false"], ["1", "null", "max-autotune"]),
     "training.deterministic": (["true", "false"], ["1", "null", "auto"]),
@@ -137,7 +138,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "memory.streamed_head": (["true", "false"], ["1", "null", "auto"]),
     "memory.streaming": (["auto", '"off"', "off"], ["on", "false", "null", "ssd"]),
     "memory.sharding": (["auto", '"off"', "off"], ["on", "false", "null", "fsdp"]),
-    "memory.budget": (["null"], ["8", "8G", "-1GiB", "8gib", "true", "[8GiB]"]),
+    "memory.budget": (["null"], ["[8GiB, 8]", "[]", "8", "8G", "-1GiB", "8gib", "true", "[8GiB]"]),
     "evaluation.choices": (
         ["null", "from_data", "[a, b]", "[1, no]"],
         ["[a]", "[a, 'a ']", "5", "text", "[]", "[a, true]", "[a, 1.5]", "[a, '']"],

@@ -58,6 +58,7 @@ class PlannedMemory:
     trial_reason: str
     offloaded_bytes: int = 0  # pinned host memory, which is not part of a GPU's peak
     largest_tokens: int = 0  # tokens of the largest micro-batch, padding included
+    budget_bytes: int | None = None
 
 
 class Peaks:
@@ -101,20 +102,21 @@ def plan_memory(
     resumed: Choice | None,
     findings: Findings,
     cheaper: Callable[[Choice, int, int], str],
+    shared: Choice | None = None,
 ) -> PlannedMemory:
     """Simulate the largest batches, and choose the settings.
 
     `tiers`: the allowed values of memory.streaming, fastest first.
     `resumed`: the settings of the run that is resumed. They are used again, except the number of recomputed layers,
-    which changes no bit.
+    which changes no bit. `shared`: the settings whose micro-batches all ranks use.
     `cheaper`: a function that advises how to change the recipe; its arguments are a choice, the needed bytes and the
     available bytes.
     """
     run = forecast.run
     budget, peaks, available = run.memory.budget_bytes, Peaks(forecast), available_bytes(run.device)
     limit = usable_bytes(run.device, budget, available)
-    space, workload = search_space(forecast, tiers, resumed), make_workload(forecast)
-    sampled = (resumed.sampling_batch_size if resumed else 0) or peaks.sampled_together(limit)
+    space, workload = search_space(forecast, tiers, resumed, shared), make_workload(forecast)
+    sampled = (shared.sampling_batch_size if shared else 0) or peaks.sampled_together(limit)
     space = replace(space, written=replace(space.written, sampling_batch_size=sampled))
     fitting = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
     smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
@@ -124,7 +126,7 @@ def plan_memory(
         reasons = [
             f"layers recomputed in the backward pass: {_recomputed(choice, space, fitting is not None, available)}"
         ]
-        if choice.micro_batch_size != run.training.micro_batch_size and resumed is None:
+        if choice.micro_batch_size != run.training.micro_batch_size and shared is None:
             size = _micro_batches_text(choice, run.training)
             reasons.append(f"{size}, because they need less memory and are as fast on a CPU")
     elif needed <= budget:
@@ -143,7 +145,7 @@ def plan_memory(
     trial = trial_reason(run.device, needed, available, budget)
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
     tokens = forecast.largest_batch(choice.micro_batch_size).padded
-    return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens)
+    return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens, budget)
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
@@ -159,27 +161,28 @@ def usable_bytes(device: torch.device, budget: int | None, available: int | None
     return int(available * (1 - margin_of(device)))
 
 
-def search_space(forecast: Forecast, tiers: Sequence[str], resumed: Choice | None) -> SearchSpace:
+def search_space(
+    forecast: Forecast, tiers: Sequence[str], resumed: Choice | None, shared: Choice | None
+) -> SearchSpace:
     """The settings that plan can choose from. Without a budget, only the number of recomputed layers and the place of
-    the weights can vary."""
+    the weights can vary. `resumed`, `shared`: see plan_memory."""
     run, base = forecast.run, forecast.base
     written = (run.training.micro_batch_size, run.training.gradient_accumulation_steps)
     vocabulary = 0 if base.text is None else base.text.vocabulary_size
     chunk = device_chunk_tokens(vocabulary, run.device) if vocabulary else LEAST_CHUNK_TOKENS
-    micro_batches, chunks, passes = [written], [chunk], []
+    chunks, passes = [chunk], list[int]()
     if resumed is not None:
-        micro_batches = [(resumed.micro_batch_size, resumed.gradient_accumulation_steps)]
         chunks = [resumed.logits_chunk_tokens]
         if resumed.streaming in tiers:
             tiers, passes = [resumed.streaming], [resumed.pass_micro_batches]
+    elif run.memory.budget is not None:
+        chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
+    if shared is not None:
+        micro_batches = [(shared.micro_batch_size, shared.gradient_accumulation_steps)]
     else:
-        if run.device.type == "cpu":
-            written = rows_at_full_speed(forecast)
-        micro_batches = [written]
-        if run.memory.budget is not None:
-            chunks = [size for size in (chunk, chunk // 4, chunk // 16) if size >= LEAST_CHUNK_TOKENS]
-            if run.adapter.calibration is None:
-                micro_batches = smaller_micro_batches(*written)
+        micro_batches = [rows_at_full_speed(forecast) if run.device.type == "cpu" else written]
+        if run.memory.budget is not None and run.adapter.calibration is None:
+            micro_batches = smaller_micro_batches(*micro_batches[0])
     setting, layers = run.memory.gradient_checkpointing, base.facts.layers
     return SearchSpace(micro_batches, chunks, setting, layers, tiers, passes, run.choice)
 

@@ -33,7 +33,7 @@ from tunekit.planning.compiling import (
     kernel_notes,
     kernel_problems,
     planned_compile,
-    planned_kernels,
+    written_choice,
 )
 from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
@@ -86,15 +86,19 @@ def make_plan(
     check_folder: bool = False,
     previous: Choice | None = None,
     ranks: int = 1,
+    rank: int = 0,
+    shared: Choice | None = None,
 ) -> tuple[Plan, RunInputs]:
     """Make the plan of a run, and the inputs that training needs. Problems that would make the run fail are in
     `plan.refusals`.
 
     `check_folder`: also check output.dir; not for `train`, which has already locked it.
-    `previous`: the settings of the resumed run; only the number of recomputed layers may change. `ranks`: processes.
+    `previous`: the settings of the resumed run; only the number of recomputed layers may change. `ranks`: the number
+    of processes; `rank`: the process that is planned. `shared`: a Choice with the micro-batches of all ranks.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
+    recipe = recipe.model_copy(update={"memory": recipe.memory.of_rank(rank, ranks)})
     findings = Findings(loaded)
     findings.add(refuse_unsupported(recipe))
     findings.add(refusals.library_problems(recipe))
@@ -125,7 +129,8 @@ def make_plan(
     forecast = _forecast(recipe, inputs, windows, settings, device, ranks)
     tiers, problems = allowed_tiers(recipe, inputs.base, device, inputs.companion_facts, ranks)
     findings.add(problems)
-    memory = plan_memory(forecast, tiers, previous, findings, partial(cheapest_changes, recipe, forecast))
+    cheaper, resumed = partial(cheapest_changes, recipe, forecast), None if rank else previous
+    memory = plan_memory(forecast, tiers, resumed, findings, cheaper, shared=previous or shared)
     if as_chosen(settings, memory.choice) != settings:
         settings = as_chosen(settings, memory.choice)
         windows = rows.windows(settings)
@@ -247,6 +252,7 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
         max_steps=training.max_steps,
         updates_per_sampling=inputs.rows.objective.loss.updates_per_sampling,
         end_to_end=apart and not packing,
+        rank_speeds=training.rank_speeds or (),
     )
 
 
@@ -263,7 +269,7 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Prob
 def _forecast(
     recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device, ranks: int
 ) -> Forecast:
-    rows, choice = inputs.rows, _written_choice(recipe, inputs.base, device, windows.steps, ranks)
+    rows, choice = inputs.rows, written_choice(recipe, inputs.base, device, windows.steps, ranks)
     sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
     bases = {recipe.model: inputs.base}
     run = SimulatedRun(*sections, choice, device, recipe.memory, inputs.companions, bases=bases)
@@ -277,24 +283,6 @@ def _forecast(
     companion_bytes, any_token = sum(each.weight_bytes for each in facts), any(each.any_token for each in facts)
     largest = cache(partial(_largest_batch, inputs, windows, settings, run))
     return Forecast(run, inputs.base, largest, rows.train, evaluation, answers, start, companion_bytes, any_token)
-
-
-def _written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int) -> Choice:
-    """A Choice that contains the recipe's settings. Fields that plan chooses have default values."""
-    training, memory = recipe.training, recipe.memory
-    return Choice(
-        micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        logits_chunk_tokens=LEAST_CHUNK_TOKENS,
-        streamed_head=memory.streamed_head,
-        activation_offload=memory.activation_offload,
-        mlp_tile_tokens=memory.mlp_tile_tokens,
-        kernels=planned_kernels(training.kernels, base.net, device, base.dtype)[0],
-        compiled=planned_compile(training.compile, device, steps)[0],
-        # a resumed run uses the number of threads in its checkpoint, which is already in effect
-        threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
-        shares=ranks,
-    )
 
 
 def _largest_batch(
@@ -359,7 +347,7 @@ def _assemble(
             *compile_notes(recipe.training.compile, device, windows.steps),
             *kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype),
         ],
-        budget_bytes=recipe.memory.budget_bytes,
+        budget_bytes=memory.budget_bytes,
         tries_longest_batch=memory.tries_longest,
         trial_reason=memory.trial_reason,
     )
@@ -385,7 +373,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
             f"{inputs.virtual_tokens:,} virtual tokens are put before each row, in addition to data.max_length"
         )
     notes += refusals.position_notes(inputs.base, inputs.rows, inputs.virtual_tokens)
-    notes += refusals.run_notes(recipe, inputs.base, device)
+    notes += [*refusals.run_notes(recipe, inputs.base, device), *refusals.rank_notes(recipe, choice.shares)]
     notes += start_notes(recipe.adapter, inputs.rows.objective, inputs.targets)
     notes += refusals.rate_notes(recipe.training, steps)
     notes += end_notes(inputs.model, inputs.base, inputs.processor.tokenizer, inputs.rows, adapter, inputs.targets)

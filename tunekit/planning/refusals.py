@@ -161,6 +161,19 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
     return None
 
 
+def rank_notes(recipe: Recipe, ranks: int) -> Iterator[str]:
+    """Notes about lists that have not one entry for each rank: the run was started with another number of processes."""
+    budget, speeds = recipe.memory.budget, recipe.training.rank_speeds
+    if isinstance(budget, tuple) and len(budget) != ranks:
+        yield f"memory.budget has {len(budget)} sizes, but the run has {_processes(ranks)}: the smallest size counts"
+    if speeds is not None and len(speeds) != ranks:
+        yield f"training.rank_speeds has {len(speeds)} numbers, but the run has {_processes(ranks)}: no effect"
+
+
+def _processes(ranks: int) -> str:
+    return "1 process" if ranks == 1 else f"{ranks} processes"
+
+
 def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterator[str]:
     """Notes about the device and the precision: when the host waits for the device, which results are approximate, and
     which settings have no effect."""

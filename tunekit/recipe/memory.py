@@ -1,5 +1,7 @@
 """`memory:` settings that save memory. They cost time, or change the order of sums."""
 
+from __future__ import annotations
+
 import re
 from typing import Annotated, Literal
 
@@ -19,6 +21,12 @@ def _size(value: object) -> str:
     raise ValueError(NO_SIZE)
 
 
+def _sizes(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, list | tuple) and len(value) > 1:
+        return tuple(map(_size, value))
+    return _size(value)
+
+
 def size_bytes(text: str) -> int:
     """The number of bytes of a size such as 8GiB. Raises: ValueError if the text is not a size."""
     size = _SIZE.fullmatch(text)
@@ -36,7 +44,8 @@ class MemorySection(Section):
     `mlp_tile_tokens`: MLPs and norms compute this many tokens at a time. This changes the order of sums over tokens.
     `budget`: on a GPU, a limit for the device's memory; on a CPU, a limit for the memory that the run adds to the
     process. The plan then uses the fastest settings that fit: smaller micro-batches with the same number of rows per
-    step, recomputed layers, or smaller chunks of logits.
+    step, recomputed layers, or smaller chunks of logits. With a list, each rank recomputes and streams as its own
+    budget requires; the smallest budget decides the micro-batches.
     """
 
     gradient_checkpointing: AutoBoolOrCount = Field(
@@ -68,11 +77,22 @@ class MemorySection(Section):
         description="store the output projection and the token embedding in the host's memory; the projection is "
         "copied to the device in parts",
     )
-    budget: Annotated[str, BeforeValidator(_size)] | None = Field(
-        None, description="a memory limit, such as 8GiB; the run uses the fastest settings that fit"
+    budget: Annotated[str | tuple[str, ...], BeforeValidator(_sizes)] | None = Field(
+        None,
+        description="a memory limit, such as 8GiB, or a list with the limit of each rank; the run uses the fastest "
+        "settings that fit",
     )
 
     @property
     def budget_bytes(self) -> int | None:
-        """The budget in bytes."""
-        return None if self.budget is None else size_bytes(self.budget)
+        """The budget in bytes; the smallest of several."""
+        least = self.of_rank(0, 0).budget
+        return None if least is None else size_bytes(str(least))
+
+    def of_rank(self, rank: int, ranks: int) -> MemorySection:
+        """A copy with the budget of this rank. If the list has not one budget for each of the `ranks`, the smallest
+        counts."""
+        if self.budget is None or isinstance(self.budget, str):
+            return self
+        own = self.budget[rank] if len(self.budget) == ranks else min(self.budget, key=size_bytes)
+        return self.model_copy(update={"budget": own})

@@ -16,6 +16,7 @@ from tunekit.recipe.bases.section import (
     Positive,
     Section,
     Seed,
+    Several,
     Text,
 )
 
@@ -88,7 +89,7 @@ class TrainingSection(Section):
     micro_batch_tokens. If the recipe sets one, the other is None instead of its default.
     """
 
-    free_keys = ("save_steps", "keep_checkpoints", "eval_steps")
+    free_keys = ("save_steps", "keep_checkpoints", "eval_steps", "rank_speeds")
 
     learning_rate: NotNegative = Field(
         2e-4,
@@ -121,6 +122,11 @@ class TrainingSection(Section):
     )
     gradient_accumulation_steps: Count = Field(
         8, description="number of micro-batches in one step, shared among the ranks"
+    )
+    rank_speeds: Annotated[Several[Positive], Field(min_length=1)] | None = Field(
+        None,
+        description="the relative speed of each rank, such as [2, 1]: faster ranks get more micro-batches of a step; "
+        "null: all ranks get equally many",
     )
     loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B divided by the rate of A")
     compile: AutoOrBool = Field(

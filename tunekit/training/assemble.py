@@ -37,10 +37,12 @@ from tunekit.training.state import LoopState, Run, RunInputs, add_seconds
 from tunekit.training.trial import (
     dry_run_batch,
     make_splitting,
+    measured_speeds,
     note_split_evaluation,
     probe_layout,
     probe_logprobs,
     probe_reference,
+    speeds_text,
     try_longest_batch,
 )
 from tunekit.tuned.model import ModelRun, TunedModel
@@ -102,7 +104,7 @@ def assemble_run(
         warn=session.console.warn,
         shows=recipe.objective.shows,
     )
-    if devices.world > 1:
+    if devices.world > 1 and not prepared.batch_settings.rank_speeds:  # else faster ranks make more forwards
         run.spare = dry_run_batch(run, cut_batch(prepared.largest_batch, run.objective.rows, sequences=1))
     if plan.tries_longest_batch or session.dry_run:
         _try_longest(session, prepared, run)
@@ -215,6 +217,8 @@ def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
             batches = evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size)
             split = note_split_evaluation(session, run.state)
             summed_evaluation(run.model, run.objective.evaluation_copy(), [next(batches)], run.devices, on_split=split)
+    if session.dry_run and run.devices.world > 1:
+        session.console.info(speeds_text(measured_speeds(run, prepared.largest_batch)))
     if not run.state.reactions:
         session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
 

@@ -1,8 +1,11 @@
 """Checks before step 1 (probes of the model, a run of the longest batch), and the reactions to a batch that does not
 fit into memory."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+
+import torch
 
 from tunekit.contracts import Batch, Objective, Window
 from tunekit.errors import ModelError
@@ -16,6 +19,8 @@ from tunekit.training.state import LoopState, Run, RunInputs
 from tunekit.tuned.model import TunedModel
 
 BEFORE_TRAINING = -1  # the step of a dry-run window
+TIMED = 3  # the first time may include the compilation of kernels
+NEARLY_EQUAL = 0.9  # speeds of ranks that differ by less are called equal
 
 
 def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> RunInputs:
@@ -104,6 +109,39 @@ def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
     """The batch, prepared by the objective for a dry-run step."""
     return run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
+
+
+def measured_speeds(run: Run, batch: Batch) -> list[float]:
+    """The speed of each rank: tokens per second of forward and backward of the batch, the fastest of TIMED times. One
+    rank at a time, because ranks may share a processor."""
+    batch, speeds = dry_run_batch(run, batch), list[float]()
+    for rank in range(run.devices.world):
+        speed = _speed(run, batch) if rank == run.devices.rank else 0.0
+        speeds.append(sum(run.devices.gather([speed])))
+    return speeds
+
+
+def speeds_text(speeds: Sequence[float]) -> str:
+    """A sentence about the speeds of the ranks. If they differ, it has the setting that divides the work by speed."""
+    text = f"tokens per second of each rank: {', '.join(f'{speed:,.0f}' for speed in speeds)}"
+    if min(speeds) > NEARLY_EQUAL * max(speeds):
+        return text
+    shares = ", ".join(f"{speed / min(speeds):.2g}" for speed in speeds)
+    return f"{text}; with training.rank_speeds: [{shares}], faster ranks get more micro-batches"
+
+
+def _speed(run: Run, batch: Batch) -> float:
+    device, seconds = run.model.device, []
+    with forked_random(device), run.model.training_mode(True):
+        window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
+        for _ in range(TIMED):
+            started = time.perf_counter()
+            run.engine.run_window(run.model, run.objective, window, run.objective.loss.units(batch))
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    run.model.clear_gradient()
+    return batch.tokens / min(seconds)
 
 
 def try_longest_batch(run: Run, batch: Batch) -> None:

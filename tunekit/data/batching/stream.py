@@ -15,7 +15,7 @@ import numpy as np
 from tunekit.contracts import Batch, Row, RowKind, Window
 from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
-from tunekit.data.batching.windows import BatchSettings, Sizes, cut_by_key, cut_micro_batches
+from tunekit.data.batching.windows import BatchSettings, Sizes, cut_by_key, cut_micro_batches, dealt
 from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.reading.first import format_maker
@@ -150,7 +150,7 @@ class StreamedWindows:
     def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
         if self._kind.layout.batch_key is not None:
             micro_batches = cut_by_key(micro_batches, self._key_of, self._sizes_of, self._settings)
-        indices = tuple(range(self._rank, len(micro_batches), self._world))
+        indices = dealt(len(micro_batches), self._rank, self._world, self._settings.rank_speeds)
         epoch = max(part.epoch for batch in micro_batches for group in batch for part in group)
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
         return Window(step, epoch, indices, batches, self._settings.seed)

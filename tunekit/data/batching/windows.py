@@ -40,6 +40,7 @@ class BatchSettings:
     max_steps: int | None
     updates_per_sampling: int = 1  # consecutive steps with the same rows
     end_to_end: bool = False  # the unpacked rows of a micro-batch form one sequence, as separate documents: no padding
+    rank_speeds: tuple[float, ...] = ()  # of each rank; (): equal speeds
 
 
 def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSettings) -> list[Group]:
@@ -89,8 +90,25 @@ def cut_by_key(
     return [cut for groups in keys.values() for cut in cut_micro_batches(groups, sizes_of, settings)]
 
 
+def dealt(count: int, rank: int, world: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """The indices of those of a step's `count` micro-batches that this rank computes.
+
+    Each micro-batch goes to the rank that would finish it first. At equal speeds, micro-batch j goes to rank j % world.
+    `speeds`: numbers of another count than `world` mean equal speeds.
+    """
+    if len(speeds) != world:
+        return tuple(range(rank, count, world))
+    counts, indices = [0] * world, []
+    for index in range(count):
+        owner = min(range(world), key=lambda each: (counts[each] + 1) / speeds[each])
+        counts[owner] += 1
+        if owner == rank:
+            indices.append(index)
+    return tuple(indices)
+
+
 class TrainingWindows:
-    """A WindowSource over rows in memory. Micro-batch j of a window goes to rank j % world."""
+    """A WindowSource over rows in memory. `dealt` decides which rank computes which micro-batches of a window."""
 
     def __init__(
         self,
@@ -143,7 +161,7 @@ class TrainingWindows:
 
     def _window(self, step: int, epoch: int, position: int) -> Window:
         micro_batches = self._step(epoch, position // self._settings.updates_per_sampling)
-        indices = tuple(range(self._rank, len(micro_batches), self._world))
+        indices = dealt(len(micro_batches), self._rank, self._world, self._settings.rank_speeds)
         end_to_end = self._settings.end_to_end
         batches = tuple(collate(self._rows, micro_batches[at], self._kind, end_to_end=end_to_end) for at in indices)
         return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)

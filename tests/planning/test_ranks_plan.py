@@ -1,0 +1,153 @@
+"""Ranks with unequal devices: the budget of each rank, and micro-batches by speed."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import write_tiny_llama
+from tests.support.ranks_case import LAYERS, differences, train_in_ranks, write_case
+from tests.support.train_case import write_recipe
+from tunekit.data.batching.windows import dealt
+from tunekit.plan import plan_verb
+from tunekit.planning.plan import make_plan
+from tunekit.planning.ranks import plan_ranks
+from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.records import Choice, Plan
+from tunekit.training.trial import speeds_text
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_equal_ranks_take_turns(count: int, world: int) -> None:
+    for speeds in ((), (2.5,) * world, (1.0,) * (world + 1)):
+        for rank in range(world):
+            assert dealt(count, rank, world, speeds) == tuple(range(rank, count, world))
+
+
+@pytest.mark.parametrize("speeds", [(2.0, 1.0), (1.0, 3.0), (1.0, 0.01), (1.0, 2.5, 0.7)])
+def test_faster_ranks_get_more_and_no_division_ends_earlier(speeds: tuple[float, ...]) -> None:
+    world = len(speeds)
+    for count in range(12):
+        shares = [dealt(count, rank, world, speeds) for rank in range(world)]
+        assert sorted(index for share in shares for index in share) == list(range(count))
+        ends = max(len(share) / speed for share, speed in zip(shares, speeds, strict=True))
+        held = sum(int(ends * speed * (1 - 1e-9)) for speed in speeds)  # what all ranks complete before this end
+        assert not count or held < count
+
+
+def test_the_speeds_of_ranks_are_stated_with_the_setting() -> None:
+    assert speeds_text([5210.4, 5000.0]) == "tokens per second of each rank: 5,210, 5,000"
+    assert speeds_text([5200.0, 2080.0]).endswith(
+        "5,200, 2,080; with training.rank_speeds: [2.5, 1], faster ranks get more micro-batches"
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    model = write_tiny_llama(tmp_path / "m", layers=LAYERS)
+    return write_recipe(tmp_path, model, data={"eval": None}, training={"micro_batch_size": 4})
+
+
+def _plan(recipe: LoadedRecipe, rank: int, shared: Choice | None, ranks: int = 2) -> Plan:
+    return make_plan(recipe, device=CPU, ranks=ranks, rank=rank, shared=shared)[0]
+
+
+@pytest.fixture
+def budget(recipe: Path) -> str:
+    """A budget that only smaller micro-batches keep."""
+    peak = _plan(load_recipe(recipe, ["memory.gradient_checkpointing=true"]), 0, None).peak_bytes.total
+    return f"{int(peak * 1.05)}B"
+
+
+def test_each_rank_plans_with_its_own_budget_and_all_with_the_same_micro_batches(recipe: Path, budget: str) -> None:
+    tight = _plan(load_recipe(recipe, [f"memory.budget={budget}"]), 0, None)
+    ample = _plan(load_recipe(recipe, ["memory.budget=8GiB"]), 0, None)
+    assert tight.choice.micro_batch_size < ample.choice.micro_batch_size, "the budget is a limit"
+    both = load_recipe(recipe, [f"memory.budget=[8GiB, {budget}]"])
+    plans = plan_ranks(both, [CPU, CPU], _plan)
+    assert [plan.choice.batches for plan in plans] == [tight.choice.batches] * 2
+    assert [plan.budget_bytes for plan in plans] == [8 * 2**30, tight.budget_bytes]
+    assert plans[1] == _replaced(tight, plans[1])
+    assert plans[0].recipe["memory"]["budget"] == ["8GiB", budget]
+
+
+def _replaced(plan: Plan, other: Plan) -> Plan:
+    """`plan` with the recipe and the notes of the other."""
+    from dataclasses import replace
+
+    return replace(plan, recipe=other.recipe, notes=other.notes)
+
+
+def test_plan_shows_the_memory_of_each_rank(recipe: Path, budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = recipe.parent / "plan.json"
+    plan_verb(load_recipe(recipe, [f"memory.budget=[8GiB, {budget}]"]), str(file), ranks=2)
+    shown = capsys.readouterr().out
+    assert "rank 0" in shown
+    assert "rank 1: memory.budget" in shown
+    first, second = json.loads(file.read_text("utf-8"))["peak_bytes_of_ranks"]
+    assert second < int(budget.removesuffix("B")) < 8 * 2**30
+    assert first >= second
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("memory.budget=[8GiB, 4GiB, 6GiB]", "memory.budget has 3 sizes, but the run has 2 processes: the smallest"),
+        (
+            "training.rank_speeds=[1, 2, 3]",
+            "training.rank_speeds has 3 numbers, but the run has 2 processes: no effect",
+        ),
+    ],
+)
+def test_a_list_for_other_ranks_is_named(recipe: Path, override: str, text: str) -> None:
+    plan = _plan(load_recipe(recipe, [override]), 1, None)
+    assert any(note.startswith(text) for note in plan.notes)
+    assert plan.budget_bytes in (None, 4 * 2**30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["off", "full"])
+def test_unequal_ranks_give_the_curve_of_one(sharding: str, tmp_path: Path, shared: Path) -> None:
+    recipe = write_case("sft", tmp_path, shared)
+    (one,) = train_in_ranks(recipe, tmp_path / "one", world=1)
+    assert one.code == 0, one.output
+    more = ["training.rank_speeds=[1, 3]", "memory.budget=[900MiB, 2GiB]", f"memory.sharding={sharding}"]
+    ends = train_in_ranks(recipe, tmp_path / "two", *more, before=partial(_count_micro_batches, tmp_path))
+    assert [end.code for end in ends] == [0, 0], ends[0].output + ends[1].output
+    largest = differences(tmp_path / "one", tmp_path / "two")
+    assert max(value for name, value in largest.items() if "perplexity" not in name) <= 1e-5, largest
+    first, second = (int((tmp_path / f"micro-batches.{rank}").read_text()) for rank in range(2))
+    assert 2 * first < second, "the faster rank computes most micro-batches"
+
+
+def _count_micro_batches(folder: Path) -> None:
+    """In a rank's process: write how many micro-batches the rank trained on."""
+    import os
+
+    from tunekit.data.batching.windows import TrainingWindows
+
+    count, ours = [0], TrainingWindows._window
+
+    def counted(self: TrainingWindows, *place: int) -> object:
+        window = ours(self, *place)
+        count[0] += len(window.batches)
+        (folder / f"micro-batches.{os.environ['RANK']}").write_text(str(count[0]))
+        return window
+
+    TrainingWindows._window = counted  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.slow
+def test_a_dry_run_measures_the_speed_of_each_rank(tmp_path: Path, shared: Path) -> None:
+    recipe = write_case("sft", tmp_path, shared)
+    ends = train_in_ranks(recipe, tmp_path / "two", dry_run=True)
+    assert [end.code for end in ends] == [0, 0], ends[0].output + ends[1].output
+    assert "tokens per second of each rank: " in ends[0].output
+    assert not (tmp_path / "two").exists()
