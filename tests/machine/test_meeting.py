@@ -29,7 +29,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Peers]]:
     """Both ranks of a run, in this process."""
     monkeypatch.setattr(peers, "BEAT_SECONDS", 0.01)
     monkeypatch.setattr(peers, "ENDING_SECONDS", 0.05)
-    store: Any = torch.distributed.HashStore()
+    store: Any = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for member in MEMBERS:
         store.set(key_of(member.rank), State(member).text())
     both = [Peers(Meeting(store, MEMBERS, member)) for member in MEMBERS]
@@ -103,6 +103,17 @@ def test_a_silent_rank_is_lost_and_one_that_has_finished_is_not(pair: list[Peers
     while pair[0].loss(0.2) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_rank_waits_for_its_turn_without_a_word(pair: list[Peers], capfd: pytest.CaptureFixture[str]) -> None:
+    waiting = threading.Thread(target=pair[1].take_turn, args=(1,))
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    pair[0].take_turn(1)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_process_that_waits_inside_torch_is_ended(

@@ -7,16 +7,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 
 import psutil
 import torch
-from torch.distributed import DistError, DistStoreError
+from torch.distributed import DistError
 
 from tunekit.errors import OtherRankError, TunekitError
-from tunekit.machine.meeting import ENDING_SECONDS, Meeting, Member, State, failed_rank, key_of, tell_end
+from tunekit.machine.meeting import (
+    ENDING_SECONDS,
+    POLLING_SECONDS,
+    Meeting,
+    Member,
+    State,
+    failed_rank,
+    key_of,
+    tell_end,
+)
 
 BEAT_SECONDS = 1.0
+SHORTEST_SECONDS = 0.001  # between two looks at the store; each pause is twice as long, up to POLLING_SECONDS
 SILENCE_SECONDS = 120.0  # a rank that has written nothing for so long is lost
 SUSPENDED_SECONDS = 10.0  # if a thread slept longer than this, the whole process was suspended
 QUIET_SECONDS = 4 * BEAT_SECONDS  # a rank that writes nothing for so long, when a connection has broken, has ended
@@ -107,9 +116,10 @@ class Peers:
         key = f"{key_of(leader)}/turn-{number}"
         if self.ours.rank == leader:
             self._own_store.set(key, "")
-        while not self._own_store.check([key]):
-            with contextlib.suppress(DistStoreError):  # not yet
-                self._own_store.wait([key], timedelta(seconds=BEAT_SECONDS))
+        pause = SHORTEST_SECONDS
+        while not self._own_store.check([key]):  # the store's own wait prints two warnings a second
+            time.sleep(pause)
+            pause = min(2 * pause, POLLING_SECONDS)
             if (error := self.loss(SILENCE_SECONDS)) is not None:
                 raise error
 
