@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -40,6 +41,7 @@ SAMPLE_SECONDS = 0.002
 def measure_loading(file: Path) -> None:
     """In a rank's process: write the base's bytes and the peak of loading to `file`, with the rank's number."""
     from tunekit import train
+    from tunekit.machine.malloc import trim_heap
     from tunekit.machine.memory import status_bytes
     from tunekit.tuned import network
 
@@ -56,6 +58,8 @@ def measure_loading(file: Path) -> None:
 
     def loaded(*settings: Any) -> Any:
         touch_libraries()
+        gc.collect()
+        trim_heap()  # planning has left free pages, which loading would use again
         samples.append(status_bytes("VmRSS"))
         watch.start()
         return load(*settings)
