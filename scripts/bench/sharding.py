@@ -39,7 +39,7 @@ SAMPLE_SECONDS = 0.002
 
 
 def measure_loading(file: Path) -> None:
-    """In a rank's process: write the base's bytes and the peak of loading to `file`, with the rank's number."""
+    """In a rank's process: write the base's bytes and the peak of loading to `file`, with the rank's number, and end."""
     from tunekit import train
     from tunekit.machine.malloc import trim_heap
     from tunekit.machine.memory import status_bytes
@@ -68,7 +68,12 @@ def measure_loading(file: Path) -> None:
         ended.set()
         watch.join()
         values.update(base_bytes=divided + in_memory(base), loading_bytes=max(samples) - samples[0])
-        file.with_suffix(f".{os.environ.get('RANK', '0')}.json").write_text(json.dumps(values), encoding="utf-8")
+        results = [file.with_suffix(f".{rank}.json") for rank in range(int(os.environ.get("WORLD_SIZE", "1")))]
+        results[int(os.environ.get("RANK", "0"))].write_text(json.dumps(values), encoding="utf-8")
+        while not all(path.exists() for path in results):  # the other ranks need this process until they have loaded
+            time.sleep(0.05)
+        time.sleep(1)
+        os._exit(0)  # nothing more is measured
 
     def sharded(base: Any, layers: Any, tables: Any, *settings: Any) -> Any:
         if base.device.type == "meta":  # a simulation of plan
