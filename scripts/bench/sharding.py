@@ -39,7 +39,7 @@ SAMPLE_SECONDS = 0.002
 
 
 def measure_loading(file: Path) -> None:
-    """In a rank's process: write the base's bytes and the peak of loading to `file`, with the rank's number, and end."""
+    """In a rank's process: write the base's bytes and the peak of loading to `file` with the rank's number, and end."""
     from tunekit import train
     from tunekit.machine.malloc import trim_heap
     from tunekit.machine.memory import status_bytes
