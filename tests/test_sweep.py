@@ -284,9 +284,9 @@ def test_halving_ends_the_worse_half(save: int | None, recipe: Path, tmp_path: P
     assert ended.code == 0, ended.output
     last = {name: records(folder / f"learning_rate={name}")[-1]["step"] for name in ("0", "0.0001", "0.001", "0.01")}
     assert last == {"0": 2, "0.0001": 2, "0.001": 4, "0.01": 8}
-    states = [run["state"] for setting in results_of(folder)["settings"] for run in setting["runs"]]
-    assert states[0] == "finished"
-    assert sorted(states[1:]) == ["ended by halving after step 2"] * 2 + ["ended by halving after step 4"]
+    ends = [(run["state"], run["reason"]) for each in results_of(folder)["settings"] for run in each["runs"]]
+    assert ends[0] == ("finished", "finished")
+    assert ends[1:] == [("ended by halving", f"ended by halving after step {step}") for step in (4, 2, 2)]
     solo = train_in_child(recipe, tmp_path / "solo", "training.learning_rate=0.01", *more[3:])
     assert solo.code == 0, solo.output
     assert weights(folder / "learning_rate=0.01") == weights(tmp_path / "solo")

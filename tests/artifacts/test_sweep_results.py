@@ -13,9 +13,9 @@ import pytest
 from tests.support.run_case import write_run
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.markdown import markdown_page
-from tunekit.artifacts.report.paired import paired_interval
+from tunekit.artifacts.report.paired import PairedDifference, paired_interval
 from tunekit.artifacts.report.sweep_page import sweep_page
-from tunekit.artifacts.report.sweep_results import sweep_results
+from tunekit.artifacts.report.sweep_results import HALVED, sweep_results
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.training.halving import dropped_settings
 
@@ -74,7 +74,11 @@ def test_the_interval_is_of_the_sums_over_seeds(tmp_path: Path) -> None:
     difference = results.settings[1].difference
     assert difference is not None
     assert (difference.low, difference.high) == pytest.approx(paired_interval(sums["a"], sums["b"], units))
-    assert results.table()[0] == ["trial", "eval loss", "over seeds", "loss minus the best's", "state"]
+    head = ["setting", "eval loss", "standard deviation\nover seeds", "loss minus the best's\n(95% interval)", "state"]
+    assert results.table()[0] == head
+    page = sweep_page(results, {"a": {}, "b": {}}, ("best.yaml", ""))
+    assert (page.title, page.sections[0].title) == ("Sweep of 2 settings (4 trials)", "Settings")
+    assert "The standard deviation (±) is that of the loss over the seeds" in page.sections[0].paragraphs[1]
 
 
 def test_the_direction_of_a_metric(tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ def test_the_rows_of_a_metric_are_compared(tmp_path: Path) -> None:
     assert difference is not None
     ends = paired_interval(np.array(good), np.array(bad), np.ones(30))
     assert (difference.low, difference.high) == pytest.approx(ends)
-    assert results.table()[0][2] == "exact match minus the best's"
+    assert results.table()[0][2] == "exact match minus the best's\n(95% interval)"
     only = sweep_results("eval.exact_match", {name: runs[name] for name in "ab"})
     assert "it is higher than all others on 30 evaluation rows" in only.verdict()
 
@@ -131,25 +135,94 @@ def test_parallel_coordinates(tmp_path: Path) -> None:
     heights = {line.label.partition(":")[0]: list(line.heights) for line in axes.lines}
     assert heights == {"b": [0.0, 0.0, 1.0], "c": [0.5, 1.0, pytest.approx(0.5)], "a": [1.0, 1.0, 0.0]}
     assert [line.kind for line in axes.lines] == ["other", "other", "best"]
+    (charts,) = [section.charts for section in page.sections if section.charts]
+    curves = {series.label.partition(",")[0]: series.color for series in charts[0].series}
+    assert {line.label.partition(":")[0]: line.color for line in axes.lines} == curves == {"b": 0, "c": 1, "a": 2}
     text = html_page(page)
     assert "tunekit train best.yaml" in text
     assert "<polyline" not in text
-    assert text.count('<g class="other">') == 2
+    assert text.count('<g class="other" style="stroke:var(--c') == 2
+
+
+REASON = f"step 3: the loss is not finite; rows {', '.join(f'gen.jsonl:{at}' for at in range(30))}"
+
+
+def ended(folder: Path, exit_code: int, reason: str, loss: float) -> RunValues:
+    """A run without a result that ended with this status."""
+    run(folder, loss)
+    (folder / "report.json").unlink()
+    (folder / "status.json").write_text(json.dumps({"exit_code": exit_code, "reason": reason}), encoding="utf-8")
+    return read_run(folder)
 
 
 def test_runs_that_are_not_finished(tmp_path: Path) -> None:
-    failed = run(tmp_path / "failed", 0.5)
-    (tmp_path / "failed" / "status.json").write_text(json.dumps({"exit_code": 3, "reason": "the loss is not finite"}))
-    failed = read_run(tmp_path / "failed")
+    failed = ended(tmp_path / "failed", 3, REASON, 0.5)
     nothing = sweep_results("eval.loss", {"failed": [failed]})
     assert nothing.best is None
     assert nothing.verdict() == "no trial is finished"
     results = sweep_results("eval.loss", {"failed": [failed], "a": [run(tmp_path / "a", 1.0)]})
     assert [setting.name for setting in results.settings] == ["a", "failed"]
-    assert results.verdict() == "only a is finished: eval loss 1"
-    halved = replace(results, earlier="a has the best eval loss, 2; it is lower than all others")
-    assert halved.verdict().startswith("only a is finished: eval loss 1; at the last comparison of halving, a has the")
-    assert results.table()[1][1] == ["failed", "–", "–", "the loss is not finite"]
+    assert results.verdict() == "only a is finished: eval loss 1; others: 1 failed"
+    assert results.table()[1][1] == ["failed", "0.5 at step 40", "–", "failed"]
+    states = [(run["state"], run["reason"]) for setting in results.values()["settings"] for run in setting["runs"]]
+    assert states == [("finished", "finished"), ("failed", REASON)]
+    page = sweep_page(results, {"a": {}, "failed": {}}, ("best.yaml", ""))
+    (table,), below = page.sections[0].tables, page.sections[1].paragraphs
+    assert [row[-1] for row in table.rows] == ["finished", "failed"]
+    assert below == [f"failed failed: {REASON}"]
+
+
+def test_the_results_of_halving(tmp_path: Path) -> None:
+    """Trials that it ended show their last evaluation, and are not drawn; the winner is named once."""
+    runs = {
+        "bad": [ended(tmp_path / "bad", 3, REASON, 2.6)],
+        "late": [ended(tmp_path / "late", 143, "ended by halving after step 40", 1.4)],
+        "early": [ended(tmp_path / "early", 143, "ended by halving after step 40", 1.2)],
+        "a": [run(tmp_path / "a", 1.0, 0.01)],
+    }
+    compared = {name: [replace(each, status={"exit_code": 143}) for each in runs[name]] for name in ("late", "a")}
+    earlier = sweep_results("eval.loss", compared, finished=False).verdict()
+    results = replace(sweep_results("eval.loss", runs), earlier=earlier)
+    assert results.verdict() == "a won the comparisons: eval loss 1; others: 2 ended by halving, 1 failed"
+    cells = [line[:2] + line[-1:] for line in results.table()[1]]
+    assert cells[1:3] == [["late", "1.4 at step 40", HALVED], ["early", "1.2 at step 40", HALVED]]
+    assert [line[0] for line in cells] == ["a", "late", "early", "bad"]
+    shown = results.values()["settings"][1]["runs"][0]
+    assert (shown["state"], shown["outcome"], shown["evaluated"]) == (HALVED, None, {"step": 40, "value": 1.4})
+    values = {name: {"adapter.r": at} for at, name in enumerate(runs)}
+    page = sweep_page(results, values, ("best.yaml", ""))
+    assert not [section for section in page.sections if section.axes is not None]
+    more = replace(sweep_results("eval.loss", runs | {"b": [run(tmp_path / "b", 1.1)]}), earlier=earlier)
+    page = sweep_page(more, values | {"b": {"adapter.r": 9}}, ("best.yaml", ""))
+    (section,) = [section for section in page.sections if section.axes is not None]
+    assert section.axes is not None
+    assert [line.label.partition(":")[0] for line in section.axes.lines] == ["b", "a"]
+    assert section.paragraphs[1] == "Only finished settings are drawn; 3 settings did not finish."
+
+
+def test_a_winner_of_unclear_comparisons(tmp_path: Path) -> None:
+    names = {"a": run(tmp_path / "a", 1.0, 0.2), "b": run(tmp_path / "b", 1.01, 0.2)}
+    earlier = sweep_results("eval.loss", {name: [each] for name, each in names.items()}).verdict()
+    ended_b = replace(names["b"], status={"exit_code": 143, "reason": "ended by halving after step 40"})
+    results = replace(sweep_results("eval.loss", {"a": [names["a"]], "b": [ended_b]}), earlier=earlier)
+    assert (
+        "a won the comparisons: eval loss 1; at the last one it could not be distinguished from b" in results.verdict()
+    )
+    other = replace(results, earlier=earlier.replace("a has the best", "b has the best"))
+    assert other.verdict().startswith("only a is finished: ")
+
+
+def test_a_difference_has_equally_many_digits() -> None:
+    texts = [
+        PairedDifference("b", "a", 30, value, 1.0, low, high).short_text()
+        for value, low, high in ((1.0146, -0.08646, 0.1157), (3.9, 2.669, 3.307), (1.0, 0.0, 0.0), (1.1, -1e-9, 0.2))
+    ]
+    assert texts == [
+        "+0.0146 (-0.0865 to +0.1157)",
+        "+2.900 (+2.669 to +3.307)",
+        "+0.0000 (+0.0000 to +0.0000)",
+        "+0.1000 (+0.0000 to +0.2000)",
+    ]
 
 
 def test_a_setting_with_an_unfinished_run_cannot_win(tmp_path: Path) -> None:

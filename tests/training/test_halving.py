@@ -11,7 +11,7 @@ import pytest
 from tests.artifacts.test_sweep_results import run
 from tunekit.artifacts.report.sweep_results import sweep_results
 from tunekit.training.halving import dropped_settings, rung_count, rung_step
-from tunekit.training.rungs import crowded_rungs
+from tunekit.training.rungs import crowded_rungs, runs_by_setting
 
 
 @pytest.mark.parametrize(("settings", "count"), [(1, 0), (2, 1), (3, 1), (4, 2), (7, 2), (16, 4)])
@@ -52,3 +52,11 @@ def test_comparisons_without_training_between_them_are_named() -> None:
     assert text.startswith("r=0 is compared at the steps 10, 10, 20 of 30: ")
     assert text.endswith("lower training.eval_steps to 3")
     assert crowded_rungs([lane(f"r={at}", 30, 3) for at in range(8)]) == []
+
+
+def test_settings_that_a_later_comparison_ended_come_first(tmp_path: Path) -> None:
+    lanes = [SimpleNamespace(trial=SimpleNamespace(setting=name), path=tmp_path / name) for name in "abcd"]
+    (tmp_path / "rungs.json").write_text('{"rungs": [["d", "a"], ["c"]]}', encoding="utf-8")
+    runs: Any = lanes
+    assert list(runs_by_setting(runs)) == ["b", "c", "d", "a"]
+    assert list(runs_by_setting(runs[:2])) == ["b", "a"]

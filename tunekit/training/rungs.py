@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunekit.artifacts.checkpoint import list_checkpoints
-from tunekit.artifacts.report.sweep_results import SweepResults
-from tunekit.artifacts.report.values import RunValues, damage_named, run_values
+from tunekit.artifacts.report.sweep_results import HALVED, SweepResults
+from tunekit.artifacts.report.values import RunValues, Values, damage_named, run_values
 from tunekit.artifacts.run import read_json
 from tunekit.errors import RunFolderError
 from tunekit.files.durable import write_json
@@ -125,14 +125,19 @@ def end_paused(lanes: Sequence[Lane]) -> None:
     for lane in lanes:
         if not lane.ended:
             step = max(step for step, _ in list_checkpoints(lane.path / "checkpoints"))
-            write_json(lane.path / "status.json", {"exit_code": 143, "reason": f"ended by halving after step {step}"})
+            write_json(lane.path / "status.json", {"exit_code": 143, "reason": f"{HALVED} after step {step}"})
             lane.ended = True
 
 
 def runs_by_setting(lanes: Sequence[Lane]) -> dict[str, list[RunValues]]:
-    """For each setting, the values in the run folders of its trials."""
+    """For each setting, the values in the run folders of its trials. The settings that halving ended come last: first
+    those of the last comparison, each comparison's best setting first."""
     runs: dict[str, list[RunValues]] = {}
     for lane in lanes:
         with damage_named(lane.path):
             runs.setdefault(lane.trial.setting, []).append(run_values(lane.path))
-    return runs
+    earlier = read_json(lanes[0].path.parent / RUNGS_NAME) if lanes else None
+    rungs = Values(earlier).items_of("rungs") if isinstance(earlier, dict) else []
+    ended = [name for names in reversed(rungs) if isinstance(names, list) for name in map(str, names)]
+    first = (name for name in runs if name not in ended)
+    return {name: runs[name] for name in (*first, *ended) if name in runs}

@@ -4,14 +4,14 @@ evaluated, with a confidence interval."""
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.basics import NORMAL_95
-from tunekit.records import Headline
+from tunekit.records import Headline, JsonObject
 
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
@@ -54,6 +54,18 @@ class PairedDifference:
             return f"{self.run} is worse than {self.than}: {facts}"
         more = "" if self.needed_rows is None else f"; about {self.needed_rows:,} rows would show such a difference"
         return f"{self.run} and {self.than} cannot be distinguished: {facts}{more}"
+
+    def short_text(self) -> str:
+        """The difference with its interval, such as +0.0146 (-0.0865 to +0.1157). All numbers have equally many
+        decimals: the largest one has four digits."""
+        largest = max(map(abs, (self.difference, self.low, self.high)))
+        decimals = max(3 - math.floor(math.log10(largest)), 0) if largest > 0 else 4
+        texts = [f"{round(each, decimals) + 0.0:+.{decimals}f}" for each in (self.difference, self.low, self.high)]
+        return f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+    def values(self) -> JsonObject:
+        """The fields and the difference, for JSON."""
+        return {**asdict(self), "difference": self.difference}
 
     def texts(self) -> list[str]:
         """The cells of this run's line in the table of differences."""

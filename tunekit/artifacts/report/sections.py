@@ -65,12 +65,13 @@ class ValueAxis:
 
 @dataclass(frozen=True)
 class AxisLine:
-    """A line that crosses all axes of parallel coordinates. `kind`: best, unclear, other, or none (without a
-    result)."""
+    """A line that crosses all axes of parallel coordinates. `kind`: best, unclear or other; `color`: the number of its
+    colour in the page; None: grey."""
 
     label: str
     heights: Sequence[float]
     kind: str
+    color: int | None = None
 
 
 @dataclass(frozen=True)

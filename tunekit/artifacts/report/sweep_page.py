@@ -9,13 +9,13 @@ from tunekit.artifacts.report.curves import COLORS, binned_text, charts_of
 from tunekit.artifacts.report.paired import LEVEL
 from tunekit.artifacts.report.sections import AxisLine, ParallelAxes, ReportPage, ReportSection, ReportTable, ValueAxis
 from tunekit.artifacts.report.sweep_results import Setting, SweepResults
-from tunekit.artifacts.report.values import RunValues
 from tunekit.files.untrusted import printable
 
 MOST_TICKS = 8  # values that an axis names
 MOST_VALUE = 24  # characters of a value on an axis
 MOST_FACTOR = 10.0  # a metric whose values differ by more has a logarithmic axis
-BEST, UNCLEAR, OTHER, NONE = "best", "unclear", "other", "none"
+BEST, UNCLEAR, OTHER = "best", "unclear", "other"
+LABELS = {BEST: ", the best", UNCLEAR: ", cannot be distinguished from the best", OTHER: ""}
 
 
 def sweep_page(
@@ -23,32 +23,45 @@ def sweep_page(
 ) -> ReportPage:
     """Make the page of a sweep. `values`: for each setting, its values by dotted key; `recipe`: path and text of the
     recipe with the best setting."""
-    count = sum(len(setting.runs) for setting in results.settings)
-    sections = [_trials(results), *_coordinates(results, values), *_curves(results), _runs(results), _next(*recipe)]
-    return ReportPage(f"Sweep of {count} trials", [], sections, results.verdict())
+    trials = _count(sum(len(setting.runs) for setting in results.settings), "trial")
+    size = f"{_count(len(results.settings), 'setting')} ({trials})" if results.several else trials
+    sections = [*_trials(results), *_coordinates(results, values), *_curves(results), _runs(results), _next(*recipe)]
+    return ReportPage(f"Sweep of {size}", [], sections, results.verdict())
 
 
-def _trials(results: SweepResults) -> ReportSection:
-    name = results.metric.removeprefix("eval ")
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _trials(results: SweepResults) -> Iterator[ReportSection]:
+    """The table, and below it the texts of failures, which would not fit into its cells."""
+    name, noun = results.metric.removeprefix("eval "), "setting" if results.several else "trial"
     text = (
-        f"{LEVEL:.0%} intervals of the difference from the best trial in {name}, on rows that both trials evaluated. "
+        f"{LEVEL:.0%} intervals of the difference from the best {noun} in {name}, on rows that both {noun}s evaluated. "
         "If an interval contains 0, the difference may be by chance."
     )
+    over = f"The standard deviation (±) is that of the {name} over the {results.over} of a setting."
     head, lines = results.table()
     lines = [[_spaced(str(name)), *cells] for name, *cells in lines]
-    return ReportSection("Trials", [text], tables=[ReportTable(head, lines, best=0)])
+    texts = [text, over] if results.several else [text]
+    yield ReportSection(f"{noun.capitalize()}s", texts, tables=[ReportTable(head, lines, best=0)])
+    if results.failures:
+        yield ReportSection(paragraphs=[f"{_spaced(run)} failed: {reason}" for run, reason in results.failures])
+
+
+def _shown(results: SweepResults) -> list[Setting]:
+    """The best settings that have evaluations. Each has its own colour in the charts, the colour of its index."""
+    return [setting for setting in results.settings if any(run.evaluations for run in setting.runs)][:COLORS]
 
 
 def _curves(results: SweepResults) -> Iterator[ReportSection]:
-    """The section with charts. It shows one run of each of the best settings, so that each setting has its own
-    colour."""
-    shown = [setting for setting in results.settings if any(run.evaluations for run in setting.runs)][:COLORS]
+    """The section with charts. It shows one run of each of the best settings."""
+    shown = _shown(results)
     runs = [next(run for run in setting.runs if run.evaluations) for setting in shown]
-    several = max(len(setting.runs) for setting in results.settings) > 1
     texts = binned_text(runs)
     if len(shown) < len(results.settings):
         texts.append(f"The curves of the {len(shown)} best of {len(results.settings)} settings.")
-    if several:
+    if results.several:
         texts.append(f"Only the first run of each setting is shown, not its other {results.over}.")
     if charts := charts_of(runs) if runs else []:
         yield ReportSection("Over the steps", texts, charts=charts)
@@ -75,31 +88,30 @@ def _next(path: str, text: str) -> ReportSection:
 
 def _coordinates(results: SweepResults, values: Mapping[str, Mapping[str, object]]) -> Iterator[ReportSection]:
     """The section with parallel coordinates: an axis for each key that has several values, and an axis for the metric.
-    Each setting is a line."""
-    keys = dict.fromkeys(key for setting in results.settings for key in values[setting.name])
-    columns = {key: [values[setting.name].get(key) for setting in results.settings] for key in keys}
+    Each finished setting is a line; the metric of other settings would be that of an earlier step."""
+    settings = [setting for setting in results.settings if setting.numbers]
+    keys = dict.fromkeys(key for setting in settings for key in values[setting.name])
+    columns = {key: [values[setting.name].get(key) for setting in settings] for key in keys}
     placed = {key: _places(column) for key, column in columns.items() if len({*map(repr, column)}) > 1}
-    if not placed or len(results.settings) < 2:
+    if not placed:
         return
     axes = [ValueAxis(key.rpartition(".")[2].replace("_", " "), _ticks(ticks)) for key, ticks in placed.items()]
-    metric, heights = _metric_axis(results)
+    metric, heights = _metric_axis(results, settings)
+    colors = {setting.name: color for color, setting in enumerate(_shown(results))}
     lines = []
-    for at, (setting, height) in enumerate(zip(results.settings, heights, strict=True)):
+    for at, (setting, height) in enumerate(zip(settings, heights, strict=True)):
         points = [ticks[repr(columns[key][at])][1] for key, ticks in placed.items()]
-        lines.append(AxisLine(_label(results, setting), [*points, height], _kind(results, setting)))
-    text = "Each line is a setting and crosses each axis at its value; the best metric is at the top of the last axis."
+        kind = BEST if setting is results.best else UNCLEAR if setting in results.unclear else OTHER
+        label = f"{setting.name}: {results.metric} {number_text('', setting.mean)}{LABELS[kind]}"
+        lines.append(AxisLine(label, [*points, height], kind, colors.get(setting.name)))
+    texts = [
+        "Each line is a setting, in the colour of its curves below. It crosses the axis of a key at its value; the "
+        "values are evenly spaced. The best metric is at the top of the last axis. The best setting's line is thickest."
+    ]
+    if left := len(results.settings) - len(settings):
+        texts.append(f"Only finished settings are drawn; {_count(left, 'setting')} did not finish.")
     drawn = ParallelAxes([*axes, metric], lines[::-1])  # the best one last, above the others
-    yield ReportSection("Values and results", [text], axes=drawn)
-
-
-def _label(results: SweepResults, setting: Setting) -> str:
-    return f"{setting.name}: {results.metric} {number_text('', setting.mean)}"
-
-
-def _kind(results: SweepResults, setting: Setting) -> str:
-    if setting.mean is None:
-        return NONE
-    return BEST if setting is results.best else UNCLEAR if setting in results.unclear else OTHER
+    yield ReportSection("Values and results", texts, axes=drawn)
 
 
 def _places(column: Sequence[object]) -> dict[str, tuple[str, float]]:
@@ -120,34 +132,18 @@ def _ticks(places: Mapping[str, tuple[str, float]]) -> list[tuple[str, float]]:
     return ticks if len(ticks) <= MOST_TICKS else [ticks[0], ticks[-1]]
 
 
-def _metric_axis(results: SweepResults) -> tuple[ValueAxis, list[float]]:
+def _metric_axis(results: SweepResults, settings: Sequence[Setting]) -> tuple[ValueAxis, list[float]]:
     """The axis of the metric, with the best value at the top; and the height of each setting on this axis."""
-    measured = [_last(results, setting) for setting in results.settings]
-    numbers = [value for value in measured if value is not None and math.isfinite(value)]
-    low, high = min(numbers, default=0.0), max(numbers, default=1.0)
+    numbers = [setting.mean for setting in settings if setting.mean is not None]
+    low, high = min(numbers), max(numbers)
     log = low > 0 and high > MOST_FACTOR * low
     scale = math.log if log else float
     span = (scale(high) - scale(low)) or 1.0
 
-    def height(value: float | None) -> float:
-        if value is None or not math.isfinite(value):
-            return 0.0
+    def height(value: float) -> float:
         share = (scale(value) - scale(low)) / span
         return share if results.higher else 1 - share
 
     ticks = [(number_text("", value), height(value)) for value in dict.fromkeys((low, high))]
     name = results.metric.removeprefix("eval ") + (" (logarithmic)" if log else "")
-    return ValueAxis(name, ticks), [height(value) for value in measured]
-
-
-def _last(results: SweepResults, setting: Setting) -> float | None:
-    """The mean metric of a setting. If none of its runs is finished, the mean over the last evaluations of its runs."""
-    if setting.mean is not None:
-        return setting.mean
-    name = results.by.removeprefix("eval.")
-    last = [value for run in setting.runs if (value := _last_value(run, name)) is not None]
-    return sum(last) / len(last) if last else None
-
-
-def _last_value(run: RunValues, name: str) -> float | None:
-    return run.exported.numbers("eval").get(name)
+    return ValueAxis(name, ticks), [height(value) for value in numbers]

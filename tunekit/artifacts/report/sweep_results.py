@@ -1,29 +1,37 @@
 """The results of a sweep: the settings sorted by their metric, with their difference from the best setting, and the
 verdict."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 
 from tunekit.artifacts.report.compare import number_text
 from tunekit.artifacts.report.paired import LEVEL, PairedDifference, pooled_difference
 from tunekit.artifacts.report.values import RunValues
 from tunekit.errors import NumericsError, listed
+from tunekit.files.untrusted import printable
 from tunekit.recipe.reading.names import facts_of
 from tunekit.records import JsonObject
 
 MOST_NAMED = 4
+MOST_REASON = 10_000  # characters
+FINISHED, HALVED, FAILED, STOPPED = "finished", "ended by halving", "failed", "stopped"
+UNFINISHED, WAITING = "not finished", "not started"
+SIGNALLED = 128  # exit codes above it are those of signals
 
 
 @dataclass(frozen=True)
 class Setting:
     """The runs of one setting, one run per seed and fold. `outcomes`: the metric of each run; None if the run is not
-    finished. `difference`: the setting's metric minus the metric of the best setting; `clear`: whether chance is
-    unlikely to explain this difference."""
+    finished. `evaluated`: step and metric of each run's exported weights, or of the last evaluation of a run that is
+    not finished; None without evaluations. `difference`: the setting's metric minus the metric of the best setting;
+    `clear`: whether chance is unlikely to explain this difference."""
 
     name: str
     runs: Sequence[RunValues]
     outcomes: Sequence[float | None]
+    evaluated: Sequence[tuple[int, float] | None]
     difference: PairedDifference | None = None
     clear: bool = False
 
@@ -47,11 +55,26 @@ class Setting:
         """The standard deviation over seeds and folds; None for fewer than two finished runs."""
         return stdev(self.numbers) if len(self.numbers) > 1 else None
 
+    @property
+    def states(self) -> str:
+        """The different states of the runs."""
+        return "; ".join(dict.fromkeys(map(state_of_run, self.runs)))
+
+    @property
+    def metric_text(self) -> str:
+        """The mean. If no run is finished, the mean of the last evaluations and their steps."""
+        last = [pair for pair in self.evaluated if pair is not None]
+        if self.mean is not None or not last:
+            return number_text("", self.mean)
+        steps = sorted({step for step, _ in last})
+        name = "step" if len(steps) == 1 else "steps"
+        return f"{number_text('', fmean(value for _, value in last))} at {name} {', '.join(f'{s:,}' for s in steps)}"
+
 
 @dataclass(frozen=True)
 class SweepResults:
-    """The settings of a sweep, best first. Settings with an unfinished run come after the others; settings without a
-    finished run come last.
+    """The settings of a sweep, best first. Settings with an unfinished run come after the others, then the settings
+    that halving ended; other settings without a finished run come last.
 
     `by`: eval.METRIC. `higher`: whether a higher metric is better. `over`: what differs between the runs of a setting,
     such as seeds. `earlier`: the verdict at the last comparison of successive halving.
@@ -79,6 +102,17 @@ class SweepResults:
         compared = (setting for setting in self.settings if setting.difference is not None and not setting.clear)
         return [setting for setting in compared if setting.is_complete]
 
+    @property
+    def several(self) -> bool:
+        """Whether a setting has several runs."""
+        return max((len(setting.runs) for setting in self.settings), default=0) > 1
+
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """Name and reason of each run that failed."""
+        runs = [run for setting in self.settings for run in setting.runs]
+        return [(run.name, reason_of(run)) for run in runs if state_of_run(run) == FAILED]
+
     def verdict(self) -> str:
         """A sentence that names the best setting, and says whether it is clearly better than the others."""
         finished = [setting for setting in self.settings if setting.numbers]
@@ -86,8 +120,14 @@ class SweepResults:
             return "no trial is finished"
         parts = [f"{each.name} finished only {len(each.numbers)} of {len(each.runs)} runs" for each in finished
                  if not each.is_complete]  # fmt: skip
+        counts = Counter(setting.states for setting in self.settings if not setting.numbers)
+        others = ", ".join(f"{count} {states}" for states, count in counts.items())
         return "; ".join(
-            [self._ranking(self.best, self.best.mean, finished), *([listed(parts, MOST_NAMED)] if parts else [])]
+            [
+                self._ranking(self.best, self.best.mean, finished),
+                *([listed(parts, MOST_NAMED)] if parts else []),
+                *([f"others: {others}"] if others else []),
+            ]
         )
 
     def _ranking(self, best: Setting, mean: float, finished: Sequence[Setting]) -> str:
@@ -100,8 +140,7 @@ class SweepResults:
         first = f"{best.name} has the best {self.metric}, {number_text('', mean)}"
         compared = [setting.difference for setting in finished[1:] if setting.difference is not None]
         if len(finished) == 1:
-            why = f"; at the last comparison of halving, {self.earlier}" if self.earlier else ""
-            return f"only {best.name} is finished: {self.metric} {number_text('', mean)}{why}"
+            return self._only(best, mean)
         if len(compared) < len(finished) - 1:
             what = "the runs have no values for the same rows"
             return f"{first}; there is no interval, because {what}"
@@ -112,19 +151,26 @@ class SweepResults:
             return f"{first}; it is {'higher' if self.higher else 'lower'} than all others {level}"
         return f"{first}; it cannot be distinguished from {listed(equal, MOST_NAMED)} on {rows:,} evaluation rows"
 
+    def _only(self, best: Setting, mean: float) -> str:
+        """The part of the verdict if a single setting is finished, perhaps the winner of halving's comparisons."""
+        result = f"{self.metric} {number_text('', mean)}"
+        if not self.earlier.startswith(f"{best.name} has the best "):
+            return f"only {best.name} is finished: {result}"
+        _, unclear, names = self.earlier.partition("; it cannot be distinguished from ")
+        unsure = f"; at the last one it could not be distinguished from {names}" if unclear else ""
+        return f"{best.name} won the comparisons: {result}{unsure}"
+
     def table(self) -> tuple[list[str], list[list[object]]]:
         """The headings and the lines of the table of settings."""
-        several = max(len(setting.runs) for setting in self.settings) > 1
-        less = f"{self.metric.removeprefix('eval ')} minus the best's"
-        head = ["trial", self.metric, *([f"over {self.over}"] if several else []), less, "state"]
+        less = f"{self.metric.removeprefix('eval ')} minus the best's\n({LEVEL:.0%} interval)"
+        deviation = [f"standard deviation\nover {self.over}"] if self.several else []
+        head = ["setting" if self.several else "trial", self.metric, *deviation, less, "state"]
         lines: list[list[object]] = []
         for setting in self.settings:
             spread = "–" if setting.spread is None else f"± {number_text('', setting.spread)}"
-            difference = setting.difference
-            interval = "–" if difference is None else f"{difference.low:+.4g} to {difference.high:+.4g}"
-            states = "; ".join(dict.fromkeys(run.state for run in setting.runs))
-            cells = [number_text("", setting.mean), *([spread] if several else []), interval, states]
-            lines.append([setting.name, *cells])
+            difference = "–" if setting.difference is None else setting.difference.short_text()
+            states = "; ".join(dict.fromkeys(map(_short_state, setting.runs)))
+            lines.append([setting.name, setting.metric_text, *([spread] if deviation else []), difference, states])
         return head, lines
 
     def values(self) -> JsonObject:
@@ -134,10 +180,11 @@ class SweepResults:
                 "setting": setting.name,
                 "mean": setting.mean,
                 "spread": setting.spread,
-                "difference": None if setting.difference is None else asdict(setting.difference),
+                "difference": None if (pair := setting.difference) is None else pair.values(),
                 "runs": [
-                    {"name": run.name, "state": run.state, "outcome": outcome}
-                    for run, outcome in zip(setting.runs, setting.outcomes, strict=True)
+                    {"name": run.name, "state": state_of_run(run), "reason": reason_of(run), "outcome": outcome}
+                    | {"evaluated": None if last is None else {"step": last[0], "value": last[1]}}
+                    for run, outcome, last in zip(setting.runs, setting.outcomes, setting.evaluated, strict=True)
                 ],
             }
             for setting in self.settings
@@ -153,7 +200,13 @@ def sweep_results(
     metric = by.removeprefix("eval.")
     higher = metric != "loss" and facts_of("metrics", metric).HIGHER_IS_BETTER
     settings = [
-        Setting(name, members, [_outcome(run, metric, finished) for run in members]) for name, members in runs.items()
+        Setting(
+            name,
+            members,
+            [_outcome(run, metric, finished) for run in members],
+            [_evaluated(run, metric) for run in members],
+        )
+        for name, members in runs.items()
     ]
     measured = [
         (not setting.is_complete, -setting.mean if higher else setting.mean, setting)
@@ -162,7 +215,7 @@ def sweep_results(
     ]
     ordered = [setting for *_, setting in sorted(measured, key=lambda each: each[:2])]
     compared = [_compared(ordered[0], setting, metric, higher) for setting in ordered[1:]]
-    unmeasured = (setting for setting in settings if not setting.numbers)
+    unmeasured = sorted((each for each in settings if not each.numbers), key=lambda each: each.states != HALVED)
     return SweepResults(by, [*ordered[:1], *compared, *unmeasured], higher, over)
 
 
@@ -172,6 +225,35 @@ def _outcome(run: RunValues, metric: str, finished: bool) -> float | None:
     code = run.status.get("exit_code")
     counts = code == 0 if finished else code != NumericsError.exit_code
     return run.exported.numbers("eval").get(metric) if counts else None
+
+
+def _evaluated(run: RunValues, metric: str) -> tuple[int, float] | None:
+    """Step and metric of the exported weights, or of the last evaluation if the run is not finished."""
+    value = run.exported.numbers("eval").get(metric)
+    return None if value is None else (run.exported.count("step"), value)
+
+
+def state_of_run(run: RunValues) -> str:
+    """The state of a run in a few words that scripts can compare."""
+    code = run.status.get("exit_code")
+    if code == 0 or (code is None and run.report):
+        return FINISHED
+    if not isinstance(code, int):
+        return UNFINISHED if run.status else WAITING
+    if reason_of(run).startswith(HALVED):
+        return HALVED
+    return STOPPED if code > SIGNALLED else FAILED
+
+
+def reason_of(run: RunValues) -> str:
+    """Why the run ended, in full; empty if it has not started."""
+    return printable(str(run.status.get("reason", "")), MOST_REASON)
+
+
+def _short_state(run: RunValues) -> str:
+    """The state for a table: also whether a finished run was stopped early, but not the text of a failure."""
+    state = state_of_run(run)
+    return run.state if state == FINISHED else state
 
 
 def finished_runs(setting: Setting) -> dict[int, RunValues]:
