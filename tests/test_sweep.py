@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,10 @@ from tests.support.train_case import (
     without_times,
     write_recipe,
 )
-from tunekit.errors import InputError, RecipeError
+from tunekit.errors import InputError, RecipeError, ResourceError
 from tunekit.files import durable
 from tunekit.recipe.reading.trials import load_sweep
-from tunekit.training import assemble
+from tunekit.training import assemble, sweep_folder
 
 KEYS = {"training.learning_rate": [0.001, 0.01], "adapter.method": ["lora", "dora"]}
 TRIALS = [f"learning_rate={rate},method={method}" for rate in (0.001, 0.01) for method in ("lora", "dora")]
@@ -379,6 +380,27 @@ def test_the_folder_of_another_sweep_is_refused(name: str, tiny_llama: Path, tmp
     message = refused(recipe, None, "adapter.r=2,3", f"output.dir={tmp_path / 'all'}")
     assert message.endswith("all already holds a sweep; add --resume, or choose another output.dir")
     assert (tmp_path / "all" / name).read_text() == "mine"
+
+
+def test_the_folders_of_all_trials_are_checked_first(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    for folder in ("r=3", "r=2"):
+        (tmp_path / "all" / folder).mkdir(parents=True)
+    (tmp_path / "all" / "r=3" / "report.md").write_text("mine")
+    message = refused(recipe, None, "adapter.r=2,3", f"output.dir={tmp_path / 'all'}")
+    assert "r=3 contains report.md" in message
+    assert [path.name for path in (tmp_path / "all" / "r=2").iterdir()] == []
+
+
+def test_the_disk_must_have_room_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of all trials, and a second copy of the largest."""
+    lanes: Any = [SimpleNamespace(session=size, plan=1, prepared=1) for size in (100, 300)]
+    monkeypatch.setattr(sweep_folder, "folder_bytes", lambda session, plan, prepared: session)
+    monkeypatch.setattr(sweep_folder, "free_bytes", lambda path: 700)
+    sweep_folder.require_space(tmp_path, lanes)
+    monkeypatch.setattr(sweep_folder, "free_bytes", lambda path: 699)
+    with pytest.raises(ResourceError, match="has 699 bytes free, but 2 trials need 700 bytes"):
+        sweep_folder.require_space(tmp_path, lanes)
 
 
 def test_auto_refuses_a_recipe_before_it_loads_the_model(tmp_path: Path) -> None:

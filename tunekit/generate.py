@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -218,7 +219,11 @@ def _prompt_of(line: str, path: Path, number: int) -> PromptRow:
 def _row_of(row: Mapping[str, Any], path: Path, number: int) -> PromptRow:
     """The prompt in a row and its adapter. Raises: DataError if the row has no such prompt, or its adapter does not
     exist."""
-    name = row.get("adapter")
+    name, similar = row.get("adapter"), get_close_matches("adapter", row, cutoff=0.85)
+    if "adapter" not in row and similar:
+        raise DataError(
+            f"'{similar[0]}' is not read; did you mean 'adapter'?", "rename it", file=str(path), line=number
+        )
     adapter = adapter_in(Path(os.path.abspath(path.parent / name))) if isinstance(name, str) and name else None
     if name not in (None, "") and adapter is None:
         how = "name the folder of an adapter or a run; a relative path starts at the folder of this file"

@@ -14,11 +14,10 @@ from types import MappingProxyType
 import torch
 
 from tunekit.artifacts.checkpoint import list_checkpoints
-from tunekit.artifacts.report.html import html_page
-from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import SweepResults, sweep_results
-from tunekit.artifacts.run import RUN_SIGNS, read_json, refuse_old_run
+from tunekit.artifacts.run import read_json
 from tunekit.console import Console
+from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import (
@@ -26,13 +25,11 @@ from tunekit.errors import (
     NumericsError,
     Problem,
     RecipeError,
-    RunFolderError,
     Stopped,
     TunekitError,
     listed,
 )
-from tunekit.files.durable import json_result, make_folder, write_json, write_text
-from tunekit.files.lock import FolderLock
+from tunekit.files.durable import json_result, write_json
 from tunekit.machine.cpu_times import process_seconds
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import reset_host_peak
@@ -41,8 +38,7 @@ from tunekit.planning.announce import announce
 from tunekit.planning.lanes import make_passes
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.recipe.reading.dump import dump_recipe
-from tunekit.recipe.reading.trials import FOLDS, LoadedSweep, load_sweep, refuse_values
+from tunekit.recipe.reading.trials import LoadedSweep, load_sweep, refuse_values
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan
 from tunekit.train import load_base, plan_session, session_steps
@@ -65,12 +61,19 @@ from tunekit.training.rungs import (
     setting_names,
 )
 from tunekit.training.session import Session
+from tunekit.training.sweep_folder import (
+    BEST_NAME,
+    PAGE_NAME,
+    SWEEP_NAME,
+    WRITTEN,
+    open_sweep,
+    require_space,
+    write_results,
+)
 from tunekit.training.timing import STEPS as MEASURED_STEPS
 from tunekit.training.timing import Costs, measure_costs
 
 MOST_NAMED = 4  # trials that a message names
-SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
-WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
 
 
 def sweep_verb(sweep: LoadedSweep, resume: bool, json_file: str | None) -> None:
@@ -175,7 +178,7 @@ def _run_sweep(
     console, folder, halves = session.console, Path(sweep.loaded.recipe.output.dir), sweep.section.strategy == "halving"
     sessions = [Session(trial.loaded, session.devices, console, session.signals) for trial in sweep.trials]
     lanes = [Lane(*pair, joined=sweep.section.joined) for pair in zip(sweep.trials, sessions, strict=True)]
-    lock = _open(folder, lanes, resume)
+    lock = open_sweep(folder, lanes, resume)
     try:
         for name, value in files.items():
             write_json(folder / name, value)
@@ -185,36 +188,33 @@ def _run_sweep(
         rungs = earlier_rungs(folder, lanes) if halves and resume else []
         with session.signals.at_once("before training began; nothing was trained"):
             _plan_lanes(lanes, console, resume)
+            if not resume:
+                require_space(folder, lanes)
             announce(lanes, base, console, len(setting_names(lanes)) if halves and not rungs else 0, limits, start)
         if halves:
             _train_by_halves(sweep, lanes, base, console, resume, rungs, limits)
         if not _unfinished(lanes):
             _train_lanes(lanes, base, console, resume)
-        results = _compare(sweep, folder, lanes)
+        results = _compare(sweep, lanes)
+        console.table(*results.table())
+        console.info(results.verdict(), *results.contributions())
+        try:
+            write_results(sweep, results)
+        except TunekitError as error:  # the disk is full; the errors of trials are more important
+            _raise_errors(lanes, error.problems)
+            raise
+    except Stopped:
+        results = _compare(sweep, lanes)
+        if results.best is not None:
+            console.table(*results.table())
+        raise
     finally:
         lock.release()
-    console.table(*results.table())
-    console.info(results.verdict())
     if results.best is not None:
         recipe = relative_to(folder / BEST_NAME)
         console.info(f"page: {folder / PAGE_NAME}", f"the recipe with the best values: {recipe}")
     write_result(read_json(folder / SWEEP_NAME))
     _raise_errors(lanes)
-
-
-def _open(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
-    """Lock the sweep's folder; returns the lock. Raises: RunFolderError if this folder or a trial's folder cannot be
-    used."""
-    refuse_old_run(folder)
-    if not resume and any((folder / name).exists() for name in (*WRITTEN, FOLDS)):
-        raise RunFolderError(f"{folder} already holds a sweep", "add --resume, or choose another output.dir")
-    for lane in lanes:
-        if not resume and any((lane.path / sign).exists() for sign in RUN_SIGNS):
-            raise RunFolderError(f"{lane.path} already holds a run", "add --resume, or choose another output.dir")
-    for path in (*reversed(folder.absolute().parents), folder):
-        if not path.exists():
-            make_folder(path)
-    return FolderLock(folder)
 
 
 def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
@@ -225,7 +225,9 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
     faults, kind = dict[Problem, list[Lane]](), None
     threads = torch.get_num_threads()
     console.info(f"planning {len(lanes)} trials ...")
-    for lane in lanes:
+    progress = CountProgress(console)
+    for number, lane in enumerate(lanes):
+        progress("trials planned", number, len(lanes))
         torch.set_num_threads(threads)
         lane.ended = lane.ended or (resume and _has_ended(lane))
         if lane.ended:
@@ -307,10 +309,10 @@ def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, nam
     try:
         with run_files.locked_folder(session, lane.path, resume, overwrite=False):
             yield from session_steps(session, resume, planned, base.load)
-    except Stopped:
+    except Stopped as stop:
         lane.ended = False  # it pauses
         if session.signals.requested is not None:
-            raise
+            raise Stopped(f"{lane.trial.name}: {stop}", stop.exit_code - 128) from stop
     except TunekitError as error:
         lane.session.console.warn(f"{lane.trial.name}: {error}")
         lane.error = type(error).of(error.problems)  # without the traceback, which would keep the lane's tensors
@@ -356,22 +358,14 @@ def _train_by_halves(
         console.info(f"halving ends {', '.join(rungs[-1]) or 'no trial: none is clearly worse'}")
 
 
-def _compare(sweep: LoadedSweep, folder: Path, lanes: Sequence[Lane]) -> SweepResults:
-    """Compare the trials and write sweep.json. If a trial is finished, also write the page, and the recipe of the best
-    setting."""
+def _compare(sweep: LoadedSweep, lanes: Sequence[Lane]) -> SweepResults:
+    """Compare the trials."""
     names = {"seeds": sweep.section.seeds > 1, "folds": sweep.section.folds is not None}
     over = " and ".join(name for name, repeats in names.items() if repeats) or "seeds"
     results = sweep_results(sweep.section.by, runs_by_setting(lanes), over=over)
     if sweep.section.strategy == "halving":
-        results = replace(results, earlier=(read_json(folder / RUNGS_NAME) or {}).get("verdict", ""))
-    values = {trial.name: trial.values for trial in sweep.trials}
-    write_json(folder / SWEEP_NAME, {**results.values(), "trials": values})
-    if results.best is not None:
-        recipe = dump_recipe(sweep.settings[results.best.name].loaded.recipe, folder.absolute())
-        write_text(folder / BEST_NAME, recipe)
-        chosen = {name: setting.values for name, setting in sweep.settings.items()}
-        page = sweep_page(results, chosen, (relative_to(folder / BEST_NAME), recipe))
-        write_text(folder / PAGE_NAME, html_page(page))
+        folder = Path(sweep.loaded.recipe.output.dir)
+        return replace(results, earlier=(read_json(folder / RUNGS_NAME) or {}).get("verdict", ""))
     return results
 
 
@@ -381,12 +375,12 @@ def _unfinished(lanes: Sequence[Lane]) -> list[TunekitError]:
     return [error for error in errors if not isinstance(error, NumericsError)]
 
 
-def _raise_errors(lanes: Sequence[Lane]) -> None:
-    """Raises: the error of the lanes (trials) that can be resumed; NumericsError if all lanes ended with invalid
-    numbers."""
+def _raise_errors(lanes: Sequence[Lane], others: Sequence[Problem] = ()) -> None:
+    """Raises: the error of the lanes (trials) that can be resumed, with the `others`; NumericsError if all lanes ended
+    with invalid numbers."""
     errors, unfinished = [lane.error for lane in lanes if lane.error is not None], _unfinished(lanes)
     if unfinished:
         more = Problem(f"{len(unfinished)} of {len(lanes)} trials are not finished", "continue with --resume")
-        raise type(unfinished[0]).of([*(each for error in unfinished for each in error.problems), more])
+        raise type(unfinished[0]).of([*(each for error in unfinished for each in error.problems), *others, more])
     if errors and len(errors) == len(lanes):
         raise errors[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.markdown import markdown_page
 from tunekit.artifacts.report.paired import PairedDifference, paired_interval
 from tunekit.artifacts.report.sweep_page import sweep_page
-from tunekit.artifacts.report.sweep_results import HALVED, sweep_results
+from tunekit.artifacts.report.sweep_results import HALVED, student, sweep_results
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.training.halving import dropped_settings
 
@@ -43,7 +44,8 @@ def test_clear_and_unclear_differences(tmp_path: Path) -> None:
     assert results.verdict() == "b has the best eval loss, 1; it cannot be distinguished from c on 30 evaluation rows"
     two = sweep_results("eval.loss", {"a": [read_run(tmp_path / "a")], "b": [read_run(tmp_path / "b")]})
     assert two.verdict() == (
-        "b has the best eval loss, 1; it is lower than all others on 30 evaluation rows (95% intervals)"
+        "b has the best eval loss, 1; it is lower than all others on 30 evaluation rows (95% intervals, with one seed; "
+        "sweep.seeds: 3 also measures other seeds)"
     )
     values = {"a": {"adapter.r": 4}, "b": {"adapter.r": 8}, "c": {"adapter.r": 16}}
     page = sweep_page(results, values, ("runs/best.yaml", "model: org/base\n"))
@@ -268,3 +270,42 @@ def test_the_interval_is_of_the_difference_that_orders_the_settings(tmp_path: Pa
 def test_a_single_setting_has_its_mean_and_spread_as_verdict(tmp_path: Path) -> None:
     runs = {"the recipe": [run(tmp_path / f"r{fold}", 1.0 + fold) for fold in range(2)]}
     assert sweep_results("eval.loss", runs, over="folds").verdict() == "eval loss 1.5 ± 0.7071 over 2 folds"
+
+
+def test_the_interval_over_seeds_covers_their_spread(tmp_path: Path) -> None:
+    """Differences of three seeds that contradict each other leave the settings indistinguishable."""
+    losses = {"a": (1.0, 1.1, 1.2), "b": (1.05, 1.13, 1.29), "c": (1.3, 1.0, 1.4)}
+    runs = {
+        name: [run(tmp_path / f"{name}{seed}", loss, 1e-3, seed=seed) for seed, loss in enumerate(each)]
+        for name, each in losses.items()
+    }
+    results = sweep_results("eval.loss", runs)
+    assert [setting.name for setting in results.settings] == ["a", "b", "c"]
+    near, far = results.settings[1].difference, results.settings[2].difference
+    assert near is not None
+    assert far is not None
+    rows = sweep_results("eval.loss", runs, over="folds").settings[1].difference
+    assert rows is not None
+    assert rows.low > 0.04  # over rows alone
+    spread = stdev([0.05, 0.03, 0.09])
+    assert near.difference - near.low == pytest.approx(4.3027 * spread / 3**0.5, rel=0.02)
+    assert near.low < 0 < near.high
+    assert far.low < 0 < far.high
+    assert results.verdict().startswith("a has the best eval loss, 1.1; it cannot be distinguished from b, c")
+
+
+def test_students_quantiles() -> None:
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042}
+    for freedom, value in known.items():
+        assert student(freedom) == pytest.approx(value, rel=0.01)
+
+
+def test_a_source_is_compared_with_all_sources(tmp_path: Path) -> None:
+    names = {"without=nothing": 1.1, "without=a.jsonl": 1.3, "without=b.jsonl": 1.0}
+    runs = {name: [run(tmp_path / name, loss, 1e-3)] for name, loss in names.items()}
+    sentences = sweep_results("eval.loss", runs).contributions()
+    assert [sentence.partition(":")[0] for sentence in sentences] == [
+        "without=b.jsonl is better than without=nothing",
+        "without=a.jsonl is worse than without=nothing",
+    ]
+    assert sweep_results("eval.loss", {"r=1": runs["without=nothing"]}).contributions() == []

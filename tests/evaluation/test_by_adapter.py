@@ -68,6 +68,8 @@ def test_the_column_counts_as_read(folder: Path, tiny_llama: Path, capsys: pytes
 def test_wrong_rows_and_targets_are_refused(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError, match=r"(?s)rows\.jsonl:2.*none contains no adapter.*rows\.jsonl:3"):
         evaluated(tiny_llama, write(folder, ["one", "none", 5]), "adapter")
+    with pytest.raises(TunekitError, match=r"has the column 'adaptor'; did you mean 'adapter'\?"):
+        evaluated(tiny_llama, write(folder, ["one"]), "adaptor")
     with pytest.raises(TunekitError, match="needs the adapters' base model as TARGET"):
         evaluated(folder / "one", write(folder, ["one"]), "adapter")
     wrong = [adapter_of(tiny_llama, tmp_path / f"a{number}", number) for number in range(2)]

@@ -117,6 +117,15 @@ def test_a_row_without_such_an_adapter_is_refused(folder: Path, name: Any) -> No
         read_prompts(write(folder, ["one", name]))
 
 
+def test_a_misspelt_column_of_adapters_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "adaptor": "one"}\n', "utf-8")
+    with pytest.raises(TunekitError, match=r"rows\.jsonl:1: 'adaptor' is not read; did you mean 'adapter'"):
+        read_prompts(file)
+    file.write_text('{"prompt": "a", "chapter": "one", "adapter": null}\n', "utf-8")
+    assert read_prompts(file)[0].adapter is None
+
+
 def test_a_target_that_chooses_answers_is_refused(folder: Path, tiny_llama: Path) -> None:
     rows = read_prompts(write(folder, ["one"]))
     with pytest.raises(TunekitError, match="does not generate texts"):

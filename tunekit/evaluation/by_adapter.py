@@ -17,10 +17,11 @@ from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import with_table
 from tunekit.data.reading.problems import Problems
 from tunekit.data.rows import RowSet
-from tunekit.errors import AdapterError, InputError, Problem
+from tunekit.errors import AdapterError, DataError, InputError, Problem
 from tunekit.files.untrusted import printable
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.data import Source
+from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.tuned.model import TunedModel
 
 AdaptersOfRows = dict[
@@ -32,11 +33,14 @@ def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> d
     """The evaluation rows of each adapter. The column names the adapter's folder, which is the key. The key None has
     the rows that name no adapter.
 
-    Raises: DataError that lists the rows whose folder contains no adapter.
+    Raises: DataError that lists the rows whose folder contains no adapter; or if no row has the column.
     """
-    problems, sources = Problems(), tuple(map(with_table, sources))
-    named = [_places(source, rows.objective, column, problems) for source in sources]
+    problems, sources, columns = Problems(), tuple(map(with_table, sources)), dict[str, None]()
+    named = [_places(source, rows.objective, column, problems, columns) for source in sources]
     problems.raise_if_any()
+    if column not in columns:
+        how = did_you_mean(column, columns, "the columns are")
+        raise DataError(f"no evaluation row has the column '{column}'", how, key="--adapter-column")
     assert isinstance(rows.evaluation, ChosenRows)  # load_evaluation_rows makes them
     groups: dict[Path | None, list[Part]] = {}
     lines: dict[Path | None, set[tuple[str, int]]] = {}
@@ -49,15 +53,18 @@ def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> d
     return {place: _chosen(rows, parts, lines[place]) for place, parts in groups.items()}
 
 
-def _places(source: Source, objective: Objective, column: str, problems: Problems) -> AdaptersOfRows:
+def _places(
+    source: Source, objective: Objective, column: str, problems: Problems, columns: dict[str, None]
+) -> AdaptersOfRows:
     """The line and the adapter's folder of each row of a source. Relative paths start at the folder of the source's
-    file."""
+    file. Adds the names of all columns to `columns`."""
     folder, places, raw_rows = (
         Path(source.path).parent,
         AdaptersOfRows(),
         open_rows(source, objective.rows.example, problems),
     )
     for number, raw in enumerate(raw_rows[0]):
+        columns.update(dict.fromkeys(raw.values))
         name = raw.values.get(column)
         place = adapter_in(Path(os.path.abspath(folder / name))) if isinstance(name, str) and name else None
         if place is None and name not in (None, ""):

@@ -192,14 +192,19 @@ def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
 def announce_run(session: Session, plan: Plan, prepared: RunInputs) -> None:
     """Write the status "running" to the run folder, and check the free disk space.
 
-    Raises: ResourceError if the disk is too small for the adapter and training.keep_checkpoints + 1 checkpoints. An old
-    checkpoint is deleted only after a new one is complete.
+    Raises: ResourceError if the disk is too small for the run's files.
     """
     if session.folder is not None:
         session.folder.status(None, "running")
-        of_checkpoint = OPTIMIZER_COPIES + needs_reference_state(prepared.rows.objective, prepared.adapter)
-        copies = of_checkpoint * (session.loaded.recipe.training.keep_checkpoints + 1) + 1
-        session.folder.require_free_bytes(plan.trainable_parameters * torch.float32.itemsize * copies)
+        session.folder.require_free_bytes(folder_bytes(session, plan, prepared))
+
+
+def folder_bytes(session: Session, plan: Plan, prepared: RunInputs) -> int:
+    """The bytes of the adapter and of training.keep_checkpoints + 1 checkpoints: an old checkpoint is deleted only
+    after a new one is complete."""
+    of_checkpoint = OPTIMIZER_COPIES + needs_reference_state(prepared.rows.objective, prepared.adapter)
+    copies = of_checkpoint * (session.loaded.recipe.training.keep_checkpoints + 1) + 1
+    return plan.trainable_parameters * torch.float32.itemsize * copies
 
 
 def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject) -> None:

@@ -1,6 +1,7 @@
 """The results of a sweep: the settings sorted by their metric, with their difference from the best setting, and the
 verdict."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from statistics import fmean, stdev
 from tunekit.artifacts.report.compare import number_text
 from tunekit.artifacts.report.paired import LEVEL, PairedDifference, pooled_difference
 from tunekit.artifacts.report.values import RunValues
+from tunekit.basics import NORMAL_95
 from tunekit.errors import NumericsError, listed
 from tunekit.files.untrusted import printable
 from tunekit.recipe.reading.names import facts_of
@@ -19,6 +21,7 @@ MOST_REASON = 10_000  # characters
 FINISHED, HALVED, FAILED, STOPPED = "finished", "ended by halving", "failed", "stopped"
 UNFINISHED, WAITING = "not finished", "not started"
 SIGNALLED = 128  # exit codes above it are those of signals
+LEFT_OUT = "without="  # in the name of a trial, before the source that is left out
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class SweepResults:
         rows = min(difference.rows for difference in compared)
         equal = [setting.name for setting in self.unclear]
         if not equal:
-            level = f"on {rows:,} evaluation rows ({LEVEL:.0%} intervals)"
+            level = f"on {rows:,} evaluation rows ({LEVEL:.0%} intervals{self._seeds_note()})"
             return f"{first}; it is {'higher' if self.higher else 'lower'} than all others {level}"
         return f"{first}; it cannot be distinguished from {listed(equal, MOST_NAMED)} on {rows:,} evaluation rows"
 
@@ -159,6 +162,25 @@ class SweepResults:
         _, unclear, names = self.earlier.partition("; it cannot be distinguished from ")
         unsure = f"; at the last one it could not be distinguished from {names}" if unclear else ""
         return f"{best.name} won the comparisons: {result}{unsure}"
+
+    def contributions(self) -> list[str]:
+        """With sweep.leave_out: a sentence for each source, which compares the runs without it with the runs on all
+        sources."""
+        settings = {setting.name: setting for setting in self.settings}
+        pairs = [
+            (settings.get(f"{before}{LEFT_OUT}nothing"), setting)
+            for setting in self.settings
+            for before, _, source in [setting.name.rpartition(LEFT_OUT)]
+            if source not in ("", "nothing") and LEFT_OUT in setting.name
+        ]
+        metric = self.by.removeprefix("eval.")
+        compared = [_compared(one, other, metric, self.higher, self.over) for one, other in pairs if one is not None]
+        return [each.difference.sentence() for each in compared if each.difference is not None and metric == "loss"]
+
+    def _seeds_note(self) -> str:
+        """States that the intervals do not cover the choice of the seed, if every setting has one run."""
+        alone = max(len(setting.runs) for setting in self.settings) == 1
+        return ", with one seed; sweep.seeds: 3 also measures other seeds" if alone else ""
 
     def table(self) -> tuple[list[str], list[list[object]]]:
         """The headings and the lines of the table of settings."""
@@ -214,7 +236,7 @@ def sweep_results(
         if setting.mean is not None
     ]
     ordered = [setting for *_, setting in sorted(measured, key=lambda each: each[:2])]
-    compared = [_compared(ordered[0], setting, metric, higher) for setting in ordered[1:]]
+    compared = [_compared(ordered[0], setting, metric, higher, over) for setting in ordered[1:]]
     unmeasured = sorted((each for each in settings if not each.numbers), key=lambda each: each.states != HALVED)
     return SweepResults(by, [*ordered[:1], *compared, *unmeasured], higher, over)
 
@@ -263,10 +285,43 @@ def finished_runs(setting: Setting) -> dict[int, RunValues]:
     return {number: run for number, (run, outcome) in enumerate(pairs) if outcome is not None}
 
 
-def _compared(best: Setting, other: Setting, metric: str, higher: bool) -> Setting:
-    """A copy of `other` with its difference from the best setting, over the seeds and folds that both have finished."""
+def _compared(best: Setting, other: Setting, metric: str, higher: bool, over: str) -> Setting:
+    """A copy of `other` with its difference from the best setting, over the seeds and folds that both have finished.
+    With several seeds, the interval also covers the choice of the seeds."""
     first, second = finished_runs(best), finished_runs(other)
-    pairs = [(first[number], second[number]) for number in first if number in second]
-    difference = pooled_difference(pairs, metric)
+    numbers = [number for number in first if number in second]
+    difference = pooled_difference([(first[number], second[number]) for number in numbers], metric)
+    if difference is not None and over == "seeds" and len(numbers) > 1:
+        outcomes = [(best.outcomes[number] or 0.0, other.outcomes[number] or 0.0) for number in numbers]
+        difference = _over_seeds(difference, [value - least for least, value in outcomes])
     clear = difference is not None and (difference.high < 0 if higher else difference.low > 0)
     return replace(other, difference=difference, clear=clear)
+
+
+def _over_seeds(difference: PairedDifference, of_seeds: Sequence[float]) -> PairedDifference:
+    """The difference with a wider interval. Its half is the root of the sum of two squares: the half of the interval
+    over rows, and the half of Student's interval over the differences `of_seeds`."""
+    half = student(len(of_seeds) - 1) * stdev(of_seeds) / len(of_seeds) ** 0.5
+    middle = difference.difference
+    low, high = (
+        middle - math.hypot(middle - difference.low, half),
+        middle + math.hypot(difference.high - middle, half),
+    )
+    needed = difference.needed_rows if low <= 0 <= high else None
+    return replace(difference, low=low, high=high, needed_rows=needed)
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom, to 1 %.
+
+    Source: Abramowitz and Stegun 1964, 26.7.5; exact for one and two degrees.
+    """
+    if freedom <= 2:
+        return (12.7062, 4.3027)[freedom - 1]
+    z = NORMAL_95
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )

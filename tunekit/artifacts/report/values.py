@@ -145,7 +145,10 @@ def damage_named(path: Path) -> Iterator[None]:
 def read_run(path: Path) -> RunValues:
     """The values of a run folder. Raises: InputError if the folder does not contain a run."""
     if not any((path / sign).exists() for sign in RUN_SIGNS):
-        raise InputError(f"{path} does not contain a run (no plan.json)", "name the output.dir of a recipe")
+        how = "name the output.dir of a recipe"
+        if (path / "sweep.json").exists():
+            how = "it is the folder of a sweep: open sweep.html in it, or name the folder of a trial"
+        raise InputError(f"{path} does not contain a run (no plan.json)", how)
     return run_values(path)
 
 

@@ -1,0 +1,66 @@
+"""The folder of a sweep: what is checked before its first trial, and the files with its results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunekit.artifacts.report.html import html_page
+from tunekit.artifacts.report.sweep_page import sweep_page
+from tunekit.artifacts.report.sweep_results import SweepResults
+from tunekit.artifacts.run import RUN_SIGNS, refuse_old_run
+from tunekit.errors import ResourceError, RunFolderError
+from tunekit.files.durable import free_bytes, make_folder, write_json, write_text
+from tunekit.files.lock import FolderLock
+from tunekit.recipe.bases.paths import relative_to
+from tunekit.recipe.load import dump_recipe
+from tunekit.recipe.reading.trials import FOLDS, LoadedSweep
+from tunekit.records import bytes_text
+from tunekit.training.automatic import AUTO_NAME
+from tunekit.training.lane import Lane
+from tunekit.training.run_files import folder_bytes
+from tunekit.training.rungs import RUNGS_NAME
+
+SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
+WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
+
+
+def open_sweep(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
+    """Lock the sweep's folder; returns the lock. Raises: RunFolderError if this folder or a trial's folder cannot be
+    used."""
+    refuse_old_run(folder)
+    if not resume and any((folder / name).exists() for name in (*WRITTEN, FOLDS)):
+        raise RunFolderError(f"{folder} already holds a sweep", "add --resume, or choose another output.dir")
+    for lane in lanes:
+        if not resume and any((lane.path / sign).exists() for sign in RUN_SIGNS):
+            raise RunFolderError(f"{lane.path} already holds a run", "add --resume, or choose another output.dir")
+        refuse_old_run(lane.path, resume=resume)
+    for path in (*reversed(folder.absolute().parents), folder):
+        if not path.exists():
+            make_folder(path)
+    return FolderLock(folder)
+
+
+def require_space(folder: Path, lanes: Sequence[Lane]) -> None:
+    """Refuse to start if the disk is too small for the files of all trials. Raises: ResourceError."""
+    sizes = [
+        folder_bytes(lane.session, lane.plan, lane.prepared)
+        for lane in lanes
+        if lane.plan and lane.prepared is not None
+    ]
+    free, needed = free_bytes(folder), sum(sizes) + max(sizes, default=0)
+    if free < needed:
+        what = f"{folder} has {bytes_text(free)} free, but {len(sizes)} trials need {bytes_text(needed)}"
+        how = "free disk space, choose another output.dir, or lower training.keep_checkpoints"
+        raise ResourceError(f"{what} for their checkpoints and results", how)
+
+
+def write_results(sweep: LoadedSweep, results: SweepResults) -> None:
+    """Write sweep.json. If a trial is finished, also write the page, and the recipe of the best setting."""
+    folder = Path(sweep.loaded.recipe.output.dir)
+    values = {trial.name: trial.values for trial in sweep.trials}
+    write_json(folder / SWEEP_NAME, {**results.values(), "trials": values})
+    if results.best is not None:
+        recipe = dump_recipe(sweep.settings[results.best.name].loaded.recipe, folder.absolute())
+        write_text(folder / BEST_NAME, recipe)
+        chosen = {name: setting.values for name, setting in sweep.settings.items()}
+        page = sweep_page(results, chosen, (relative_to(folder / BEST_NAME), recipe))
+        write_text(folder / PAGE_NAME, html_page(page))
