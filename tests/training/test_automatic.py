@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,9 @@ data: {train: rows.jsonl, eval: 0.2}
 training: {learning_rate: 2e-4, epochs: 3, eval_steps: 6}
 output: {dir: run}
 """
-COSTS = Costs(load=2.0, prepare=1.0, token=0.01, evaluation=3.0)  # a step of 100 tokens takes a second
+COSTS = Costs(
+    load=2.0, prepare=1.0, token=0.01, evaluation=3.0, first_evaluation=3.0
+)  # a step of 100 tokens takes a second
 
 
 def plan_of(recipe: Recipe, steps: int, side: int = 64) -> Plan:
@@ -54,6 +56,7 @@ def test_the_cost_of_a_run(tmp_path: Path) -> None:
     assert COSTS.of_parts(plan, recipe, [60, 60]) == pytest.approx([1 + 60 + 33, 0, 0])
     never = recipe.model_copy(update={"training": recipe.training.model_copy(update={"eval_steps": 1000})})
     assert COSTS.of_run(plan, never) == pytest.approx(1 + 60 + 2 * 3)
+    assert replace(COSTS, first_evaluation=9.0).of_run(plan, never) == pytest.approx(1 + 60 + 9 + 3)
 
 
 def test_halving_continues_the_longest_in_the_worst_case() -> None:
@@ -157,8 +160,9 @@ def test_an_evaluation_costs_its_answers_and_questions_too(monkeypatch: pytest.M
     monkeypatch.setattr("tunekit.evaluation.evaluator.time.monotonic", lambda: clock[0])
 
     def takes(seconds: float) -> Any:
-        def work(evaluator: Evaluator, *queries: list[int]) -> None:
+        def work(evaluator: Evaluator, *queries: list[Any]) -> list[str]:
             clock[0] += seconds * len(queries[-1]) if queries else seconds
+            return ["12345678"] * len(queries[-1]) if queries else []
 
         return work
 
@@ -168,10 +172,12 @@ def test_an_evaluation_costs_its_answers_and_questions_too(monkeypatch: pytest.M
     values: dict[str, Any] = dict.fromkeys((field.name for field in fields(Evaluator)), None)
     for prompts, questions, seconds in ((0, 0, 7), (100, 0, 207), (3, 50, 38), (4, 4, 17)):
         choices: Any = "choices" if questions else None
-        queries = Queries(list(range(prompts)), choices, list(range(questions)))  # type: ignore[arg-type]
+        asked: Any = [SimpleNamespace(reference="12")] * prompts
+        queries = Queries(asked, choices, list(range(questions)))  # type: ignore[arg-type]
         few = Evaluator(**(values | {"queries": queries, "settings": SimpleNamespace(batch_size=4)}))
         before = clock[0]
-        assert few.query_seconds() == pytest.approx(seconds)
+        # a trained model answers with 2 of 8 characters
+        assert few.query_seconds() == pytest.approx((seconds, seconds - prompts * 2 * 3 / 4))
         assert clock[0] - before <= 7 + 4 * 2.5
 
 

@@ -130,22 +130,25 @@ class Evaluator:
             classes = class_table(choices.labels, sums.values["label_counts"], sums.values.get("confusion"))
         return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts, of_answers)
 
-    def query_seconds(self) -> float:
-        """The estimated seconds of an evaluation's generated answers, multiple-choice questions and pictures. Measured
-        are a batch of answers, a batch of questions, and all pictures."""
+    def query_seconds(self) -> tuple[float, float]:
+        """The estimated seconds of an evaluation's generated answers, multiple-choice questions and pictures: of the
+        model as it is, and of a model whose answers are as long as the references. Measured are a batch of answers, a
+        batch of questions, and all pictures."""
         prompts, questions, choices = self.queries.prompts, self.queries.questions, self.queries.choices
-        most, seconds = max(self.settings.batch_size, len(CONTENT_FREE)), 0.0
+        most, of_answers, share, started = max(self.settings.batch_size, len(CONTENT_FREE)), 0.0, 1.0, time.monotonic()
         if prompts:
-            started = time.monotonic()
-            self._answers(prompts[-most:])
-            seconds += (time.monotonic() - started) * max(len(prompts) / most, 1)
+            answers = self._answers(prompts[-most:])
+            of_answers = (time.monotonic() - started) * max(len(prompts) / most, 1)
+            written, wanted = sum(map(len, answers)), sum(len(prompt.reference) for prompt in prompts[-most:])
+            share = wanted / written if written and wanted else 1.0
+        started, others = time.monotonic(), 0.0
         if choices is not None:
-            started = time.monotonic()
             self._chosen(choices, questions[-most:])  # the last questions calibrate the scores
-            seconds += (time.monotonic() - started) * max(len(questions) / most, 1)
+            others = (time.monotonic() - started) * max(len(questions) / most, 1)
         started = time.monotonic()
         self._pictures()
-        return seconds + time.monotonic() - started
+        others += time.monotonic() - started
+        return of_answers + others, of_answers * share + others
 
     @property
     def _answering(self) -> Answering:

@@ -39,7 +39,8 @@ def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> Tunek
     """The error to show for an OSError: with exit code 4 if a resource is missing, and 2 if a folder is wrong."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL:
-        wanted = f"{bytes_text(size_bytes)} for " if size_bytes else ""
+        exact = f" ({size_bytes} bytes)" if size_bytes >= 1024 else ""
+        wanted = f"{bytes_text(size_bytes)}{exact} for " if size_bytes else ""
         return ResourceError(
             f"no room for {wanted}{path}: {reason}{_free_text(path)}",
             "free some space, or raise the quota or the limit on file sizes; a training then continues with --resume",

@@ -28,20 +28,22 @@ STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not cou
 @dataclass(frozen=True)
 class Costs:
     """Measured seconds. `load`: to load the base; `prepare`: to prepare a run with the loaded base; `token`: for a
-    token in training; `evaluation`: for an evaluation."""
+    token in training; `evaluation`: for an evaluation with answers as long as the references; `first_evaluation`: for
+    the evaluation before training, whose answers have another length."""
 
     load: float
     prepare: float
     token: float
     evaluation: float
+    first_evaluation: float
 
     def of_steps(self, plan: Plan, recipe: Recipe, first: int, last: int) -> float:
         """Seconds of the steps from `first` to `last` and of the evaluations between them, including an evaluation
         before step 1."""
         evaluations = last // recipe.training.eval_steps - first // recipe.training.eval_steps
         evaluations += last == plan.steps and bool(last % recipe.training.eval_steps)
-        evaluations += first == 0 and recipe.evaluation.before_training
-        return (last - first) * step_tokens(plan) * self.token + evaluations * self.evaluation
+        before = self.first_evaluation if first == 0 and recipe.evaluation.before_training else 0.0
+        return (last - first) * step_tokens(plan) * self.token + evaluations * self.evaluation + before
 
     def of_parts(self, plan: Plan, recipe: Recipe, ends: Sequence[int]) -> list[float]:
         """Seconds of each part of a run that pauses at the steps `ends`. After each pause, the run must be prepared
@@ -84,24 +86,26 @@ def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load)
         except Stopped:
             if session.signals.requested:
                 raise
-        evaluation = _evaluation_seconds(session, plan, prepared, run)
+        first_evaluation, evaluation = _evaluation_seconds(session, plan, prepared, run)
     counted = records[1:] or records
     token = median(record.seconds / max(record.tokens, 1) for record in counted)
-    return Costs(session.seconds.get("load", 0.0), prepare, token, evaluation)
+    return Costs(session.seconds.get("load", 0.0), prepare, token, evaluation, first_evaluation)
 
 
-def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: Run) -> float:
-    """Seconds of an evaluation, estimated from some of its batches and one batch of generated answers."""
+def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: Run) -> tuple[float, float]:
+    """Seconds of an evaluation, estimated from some of its batches and one batch of generated answers: with answers of
+    the model as it is, and with answers as long as the references."""
     rows, counts = prepared.rows.evaluation, plan.rows.evaluation
     evaluator = make_evaluator(session, prepared, run.model, run.state)
     if rows is None or counts is None or evaluator is None:
-        return 0.0
+        return 0.0, 0.0
     objective = run.objective.evaluation_copy()
     batches = islice(evaluation_batches(rows, objective.rows, batch_size=run.evaluation.batch_size), BATCHES)
     started = time.monotonic()
     sums = summed_evaluation(run.model, objective, batches, session.devices)
     of_rows = (time.monotonic() - started) * counts.tokens / max(sums.tokens, 1)
-    return of_rows + evaluator.query_seconds()
+    now, trained = evaluator.query_seconds()
+    return of_rows + now, of_rows + trained
 
 
 @dataclass(frozen=True)
