@@ -164,7 +164,7 @@ def test_runs_that_are_not_finished(tmp_path: Path) -> None:
     assert nothing.verdict() == "no trial is finished"
     results = sweep_results("eval.loss", {"failed": [failed], "a": [run(tmp_path / "a", 1.0)]})
     assert [setting.name for setting in results.settings] == ["a", "failed"]
-    assert results.verdict() == "only a is finished: eval loss 1; others: 1 failed"
+    assert results.verdict() == "only a is finished: eval loss 1; not finished: 1 failed"
     assert results.table()[1][1] == ["failed", "0.5 at step 40", "–", "failed"]
     states = [(run["state"], run["reason"]) for setting in results.values()["settings"] for run in setting["runs"]]
     assert states == [("finished", "finished"), ("failed", REASON)]
@@ -185,7 +185,7 @@ def test_the_results_of_halving(tmp_path: Path) -> None:
     compared = {name: [replace(each, status={"exit_code": 143}) for each in runs[name]] for name in ("late", "a")}
     earlier = sweep_results("eval.loss", compared, finished=False).verdict()
     results = replace(sweep_results("eval.loss", runs), earlier=earlier)
-    assert results.verdict() == "a won the comparisons: eval loss 1; others: 2 ended by halving, 1 failed"
+    assert results.verdict() == "a won the comparisons: eval loss 1; not finished: 2 ended by halving, 1 failed"
     cells = [line[:2] + line[-1:] for line in results.table()[1]]
     assert cells[1:3] == [["late", "1.4 at step 40", HALVED], ["early", "1.2 at step 40", HALVED]]
     assert [line[0] for line in cells] == ["a", "late", "early", "bad"]
@@ -196,6 +196,8 @@ def test_the_results_of_halving(tmp_path: Path) -> None:
     assert not [section for section in page.sections if section.axes is not None]
     more = replace(sweep_results("eval.loss", runs | {"b": [run(tmp_path / "b", 1.1)]}), earlier=earlier)
     page = sweep_page(more, values | {"b": {"adapter.r": 9}}, ("best.yaml", ""))
+    assert "lower than all others" in more.verdict()
+    assert more.verdict().endswith("; not finished: 2 ended by halving, 1 failed")
     (section,) = [section for section in page.sections if section.axes is not None]
     assert section.axes is not None
     assert [line.label.partition(":")[0] for line in section.axes.lines] == ["b", "a"]

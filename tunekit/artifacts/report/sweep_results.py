@@ -129,7 +129,7 @@ class SweepResults:
             [
                 self._ranking(self.best, self.best.mean, finished),
                 *([listed(parts, MOST_NAMED)] if parts else []),
-                *([f"others: {others}"] if others else []),
+                *([f"not finished: {others}"] if others else []),
             ]
         )
 
