@@ -161,11 +161,17 @@ class Peers:
         return time.monotonic() - self._changed[member.rank] > QUIET_SECONDS or self._has_ended(member)
 
     def _has_ended(self, member: Member) -> bool:
-        return member.host == self.ours.host and has_ended(member.process)
+        return self._is_near(member) and has_ended(member.process)
+
+    def _is_near(self, member: Member) -> bool:
+        return member.host == self.ours.host
 
     def _speaks(self) -> bool:
-        """Whether this rank prints for its machine that another rank is lost."""
-        return self.ours.rank == min(member.rank for member in self.members if member.host == self.ours.host)
+        """Whether this rank prints for its machine that another rank is lost: the first rank there that is not lost."""
+        lost = [each.rank for each in self.others if not self._states[each.rank].end and self._is_silent(each)]
+        return self.ours.rank == min(
+            each.rank for each in self.members if self._is_near(each) and each.rank not in lost
+        )
 
 
 def _leave_group() -> None:
