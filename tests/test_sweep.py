@@ -25,8 +25,9 @@ from tests.support.train_case import (
     without_times,
     write_recipe,
 )
-from tunekit.errors import InputError, RecipeError, ResourceError
+from tunekit.errors import InputError, NumericsError, RecipeError, ResourceError
 from tunekit.files import durable
+from tunekit.planning.announce import summary
 from tunekit.recipe.reading.trials import load_sweep
 from tunekit.training import assemble, sweep_folder
 
@@ -427,3 +428,22 @@ def test_a_resume_refuses_trials_of_other_rows(tiny_llama: Path, tmp_path: Path)
     assert ended.code == 2
     assert "r=2 was trained on rows that have changed since" in ended.output
     assert results_of(folder) == before
+
+
+def test_the_summary_of_one_trial_counts_no_loads() -> None:
+    assert summary(1, 30, 1, together=False) == "1 trial, 30 steps"
+    text = "2 trials that run one after another, 60 steps in all; the base is loaded once instead of 2 times"
+    assert summary(2, 60, 1, together=False) == text
+
+
+def test_the_last_error_repeats_no_error_of_a_trial() -> None:
+    from tunekit.sweep import _raise_errors
+
+    lanes: Any = [SimpleNamespace(error=error) for error in (ResourceError("the disk is full"), None)]
+    with pytest.raises(ResourceError) as error:
+        _raise_errors(lanes)
+    assert str(error.value) == "1 of 2 trials are not finished; continue with --resume"
+    lanes = [SimpleNamespace(error=NumericsError("step 3: the loss is not finite"))]
+    with pytest.raises(NumericsError) as invalid:
+        _raise_errors(lanes)
+    assert "step 3" not in str(invalid.value)

@@ -197,7 +197,7 @@ def _run_sweep(
             _train_lanes(lanes, base, console, resume)
         results = _compare(sweep, lanes)
         console.table(*results.table())
-        console.info(results.verdict(), *results.contributions())
+        console.result(results.verdict(), *results.contributions())
         try:
             write_results(sweep, results)
         except TunekitError as error:  # the disk is full; the errors of trials are more important
@@ -211,8 +211,8 @@ def _run_sweep(
     finally:
         lock.release()
     if results.best is not None:
-        recipe = relative_to(folder / BEST_NAME)
-        console.info(f"page: {folder / PAGE_NAME}", f"the recipe with the best values: {recipe}")
+        console.info(f"page: {folder / PAGE_NAME}")
+        console.result(f"the recipe with the best values: {relative_to(folder / BEST_NAME)}")
     write_result(read_json(folder / SWEEP_NAME))
     _raise_errors(lanes)
 
@@ -376,11 +376,11 @@ def _unfinished(lanes: Sequence[Lane]) -> list[TunekitError]:
 
 
 def _raise_errors(lanes: Sequence[Lane], others: Sequence[Problem] = ()) -> None:
-    """Raises: the error of the lanes (trials) that can be resumed, with the `others`; NumericsError if all lanes ended
-    with invalid numbers."""
+    """Raises: an error if lanes (trials) can be resumed, with the `others`; NumericsError if all lanes ended with
+    invalid numbers. Each lane's own error has already been printed as a warning."""
     errors, unfinished = [lane.error for lane in lanes if lane.error is not None], _unfinished(lanes)
     if unfinished:
         more = Problem(f"{len(unfinished)} of {len(lanes)} trials are not finished", "continue with --resume")
-        raise type(unfinished[0]).of([*(each for error in unfinished for each in error.problems), *others, more])
+        raise type(unfinished[0]).of([*others, more])
     if errors and len(errors) == len(lanes):
-        raise errors[0]
+        raise NumericsError("every trial ended with invalid numbers; the warnings above name each reason")

@@ -59,6 +59,14 @@ def test_lines_go_where_they_belong() -> None:
     assert errors.getvalue() == "warning: careful\nwarning: and slow\n"
 
 
+def test_quiet_prints_results_without_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOUDNESS, "quiet")
+    console, output, _ = both()
+    console.info("a note")
+    console.result("a is the best")
+    assert output.getvalue() == "a is the best\n"
+
+
 def test_colours_only_on_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
     console, _, errors = both(True)
     console.warn("careful")

@@ -76,7 +76,11 @@ class Console:
     def info(self, *lines: str) -> None:
         """Print notes. On a terminal, they are wrapped between words."""
         if not is_quiet():
-            self.write("".join(f"{self._wrap(visible(line))}\n" for line in lines))
+            self.result(*lines)
+
+    def result(self, *lines: str) -> None:
+        """Print lines of a command's result, also with --quiet."""
+        self.write("".join(f"{self._wrap(visible(line))}\n" for line in lines))
 
     def detail(self, *lines: str) -> None:
         """Print notes, but only with --verbose."""

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Sequence
 
 from tunekit.console import Console
+from tunekit.console.loudness import is_quiet
 from tunekit.console.text import time_text
 from tunekit.errors import Stopped, TunekitError
 from tunekit.machine.memory import reset_host_peak
@@ -33,20 +34,28 @@ def announce(
     forecasts = None if limits is not None else _forecast(passes, base, settings, start)
     seconds = {} if forecasts is None else forecasts.trials
     head = ["trial", "steps", "trained parameters", "predicted peak", *(["predicted time"] if seconds else [])]
-    console.table(head, [
+    lines: list[list[object]] = [
         [lane.trial.name, plan.steps, plan.trainable_parameters, bytes_text(plan.peak_bytes.total),
          *([time_text(seconds[lane.trial.name]) if lane.trial.name in seconds else "–"] if seconds else [])]
         for lane, plan in planned
-    ])  # fmt: skip
-    steps, bases = sum(plan.steps for _, plan in planned), count_bases(passes)
-    loads = "once" if bases == 1 else f"{bases} times"
-    how = "" if any(each.together for each in passes) else " that run one after another"
-    console.info(
-        f"{len(planned)} trials{how}, {steps:,} steps in all; the base is loaded {loads} instead of "
-        f"{len(planned)} times; predicted peak {bytes_text(max(each.peak_bytes for each in passes))}"
-    )
+    ]  # fmt: skip
+    if not is_quiet():  # a plan is no result
+        console.table(head, lines)
+    steps, together = sum(plan.steps for _, plan in planned), any(each.together for each in passes)
+    peak = bytes_text(max(each.peak_bytes for each in passes))
+    console.info(f"{summary(len(planned), steps, count_bases(passes), together)}; predicted peak {peak}")
     console.info(*pass_notes(passes))
     console.info(*([] if forecasts is None else forecasts.lines()))
+
+
+def summary(trials: int, steps: int, bases: int, together: bool) -> str:
+    """A text with the number of trials and steps, and how often the base is loaded. `together`: some trials run
+    together."""
+    if trials == 1:
+        return f"1 trial, {steps:,} steps"
+    loads = "once" if bases == 1 else f"{bases} times"
+    how = "" if together else " that run one after another"
+    return f"{trials} trials{how}, {steps:,} steps in all; the base is loaded {loads} instead of {trials} times"
 
 
 def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int, start: float) -> TimeForecast | None:
