@@ -150,3 +150,51 @@ def test_an_existing_file_is_never_replaced(folder: Path) -> None:
         launch_verb(load_recipe(NAME), NAME, [], "slurm", output="away/file")
     shutil.copy(file, "other")
     assert "training.seed" not in Path("other").read_text()
+
+
+@pytest.mark.parametrize("on", ENGINES)
+def test_a_control_character_is_refused(on: str, folder: Path) -> None:
+    """A line break would end a comment of a script, or a block of YAML."""
+    with pytest.raises(InputError, match="control character"):
+        written(on, "output.dir=a\nb")
+    assert not Path("file-1").exists()
+
+
+def test_yaml_names_any_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = folder / "run \N{ROCKET}"
+    place.mkdir()
+    shutil.copytree(folder / "data", place / "data")
+    shutil.copy(NAME, place)
+    monkeypatch.chdir(place)
+    assert yaml.safe_load(written("skypilot").read_text("utf-8"))["workdir"] == str(place)
+    job = yaml.safe_load(written("kubernetes", nodes=2).read_text("utf-8"))
+    assert str(place) in str(job["spec"]["runtimePatches"])
+
+
+def test_the_name_of_a_job_begins_with_a_letter(folder: Path) -> None:
+    shutil.copy(NAME, "7b run.yaml")
+    launch_verb(load_recipe("7b run.yaml"), "7b run.yaml", (), "kubernetes", 1, 1, "file")
+    assert yaml.safe_load(Path("file").read_text())["metadata"]["name"] == "run-7b-run"
+
+
+def test_the_printed_command_changes_no_path(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = folder / "IMAGENET CLAIMS"
+    place.mkdir()
+    shutil.copytree(folder / "data", place / "data")
+    shutil.copy(NAME, place / "IMAGE.yaml")
+    os.chdir(place)
+    launch_verb(load_recipe("IMAGE.yaml"), "IMAGE.yaml", (), "kubernetes", 1, 1, "file")
+    command = capsys.readouterr().out.partition("submit it: ")[2].partition(" |")[0]
+    shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    job = yaml.safe_load(shown)
+    assert job["spec"]["trainer"]["image"] == "YOUR/IMAGE:1"
+    assert "claimName': 'YOUR-CLAIM'" in str(job)
+    assert str(place) in str(job["spec"]["runtimePatches"])
+    assert "IMAGE.yaml" in job["spec"]["trainer"]["command"][2]
+
+
+def test_the_command_line_reads_the_device(folder: Path) -> None:
+    run = [sys.executable, "-m", "tunekit", "launch", NAME, "--device", "cuda:1"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "chooses its own GPU" in done.stderr

@@ -27,7 +27,12 @@ def launch_verb(
     Raises: InputError for an unknown engine, or if a different file exists already.
     """
     engine = load_engine(on)
-    paths = {path.file for path in named_paths(loaded.recipe.model_dump(mode="json")) if path.file.is_absolute()}
+    for text in (recipe, *overrides, str(Path.cwd())):
+        if not text.isprintable():
+            what = f"{text!r} contains a line break or another control character"
+            raise InputError(what, "remove it; a launch file cannot contain it")
+    named = named_paths(loaded.recipe.model_dump(mode="json"))
+    paths = {loaded.path.absolute(), *(path.file for path in named if path.file.is_absolute())}
     job = LaunchJob(
         Path(recipe),
         tuple(overrides),

@@ -33,11 +33,20 @@ JsonFile = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE|-", help="write the result to this file as JSON; - is standard output"),
 ]
+
+
+def _set_device(name: str | None) -> str | None:
+    """Set the variable that all code below reads."""
+    if name:
+        os.environ["TUNEKIT_DEVICE"] = name
+    return name
+
+
 Device = Annotated[
     str | None,
     typer.Option(
         metavar="cpu|cuda[:N]|xpu[:N]|mps",
-        callback=lambda name: name and os.environ.update(TUNEKIT_DEVICE=name),  # read by all code below
+        callback=_set_device,
         autocompletion=among("cpu", "cuda", "xpu", "mps"),
         help="the device; default: $TUNEKIT_DEVICE, else this machine's accelerator, else its CPU",
     ),

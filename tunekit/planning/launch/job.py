@@ -33,8 +33,10 @@ class LaunchJob:
 
     @cached_property
     def name(self) -> str:
-        """A name of the job that all engines accept: lower-case letters, digits and hyphens, at most 50."""
-        return re.sub("[^a-z0-9]+", "-", self.recipe.stem.lower()).strip("-")[:50].strip("-") or "run"
+        """A name of the job that all engines accept: a letter, then lower-case letters, digits and hyphens; at most 50
+        characters."""
+        name = re.sub("[^a-z0-9]+", "-", self.recipe.stem.lower()).strip("-") or "run"
+        return (name if name[0].isalpha() else f"run-{name}")[:50].strip("-")
 
     @cached_property
     def words(self) -> tuple[str, ...]:

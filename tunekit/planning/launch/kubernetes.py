@@ -57,14 +57,12 @@ def text(job: LaunchJob) -> str:
         nodes=job.nodes,
         processes=job.processes,
         gpus="" if job.on_cpu else GPUS.format(processes=job.processes),
-        folder=json.dumps(str(job.folder)),
-        command=json.dumps(command),
+        folder=json.dumps(str(job.folder), ensure_ascii=False),
+        command=json.dumps(command, ensure_ascii=False),
     )
 
 
 def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, in which the user names an image and a volume claim."""
-    return [
-        f"submit it: sed -e 's#IMAGE#YOUR/IMAGE:1#' -e 's#CLAIM#YOUR-CLAIM#' {path} | kubectl apply -f -",
-        *job.copied(),
-    ]
+    image, claim = r"s#^\( *image:\) IMAGE$#\1 YOUR/IMAGE:1#", r"s#^\( *claimName:\) CLAIM$#\1 YOUR-CLAIM#"
+    return [f"submit it: sed -e '{image}' -e '{claim}' {path} | kubectl apply -f -", *job.copied()]

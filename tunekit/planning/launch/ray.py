@@ -5,7 +5,7 @@ from tunekit.planning.launch.job import LaunchJob
 ENDING = ".ray.py"
 RETRIES = 3
 SCRIPT = '''\
-"""Trains {recipe} with {count} workers of a Ray cluster. Each start continues from the newest checkpoint."""
+"""Trains {name} with {count} workers of a Ray cluster. Each start continues from the newest checkpoint."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     TorchTrainer(
         train,
         scaling_config=ScalingConfig(num_workers={count}, use_gpu={use_gpu}),
-        run_config=RunConfig(name={name!r}, failure_config=FailureConfig(max_failures={retries})),
+        run_config=RunConfig(name="{name}", failure_config=FailureConfig(max_failures={retries})),
     ).fit()
 '''
 
@@ -38,7 +38,6 @@ if __name__ == "__main__":
 def text(job: LaunchJob) -> str:
     """The script. Ray sets the variables of torchrun in each worker."""
     return SCRIPT.format(
-        recipe=job.recipe,
         count=job.nodes * job.processes,
         folder=str(job.folder),
         words=["tunekit", *job.words],

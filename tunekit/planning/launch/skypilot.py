@@ -23,11 +23,11 @@ run: |
 
 
 def text(job: LaunchJob) -> str:
-    """The task. JSON's text is YAML's too."""
+    """The task. JSON's text is YAML's too, without escapes of characters."""
     return TASK.format(
         name=job.name,
         nodes=job.nodes,
-        folder=json.dumps(str(job.folder)),
+        folder=json.dumps(str(job.folder), ensure_ascii=False),
         processes=job.processes,
         port=PORT,
         command=job.command,
