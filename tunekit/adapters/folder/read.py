@@ -243,7 +243,7 @@ def _read_tensors(
     for key in header.keys() & expected.repeats.keys():
         shared = tensors[expected.names[expected.repeats[key]]]
         if not torch.equal(read_tensor(path, header[key]).to(shared.dtype), shared):
-            what = f"'{key}' differs from '{expected.repeats[key]}', although the base uses one tensor for both"
+            what = f"'{key}' differs from '{expected.repeats[key]}', which it repeats"
             raise AdapterError(what, "write the adapter again with the program that made it", file=str(path))
     for key, module in copies.items():
         _check_base_copy(read_tensor(path, header[key]), base_modules(net)[module], module, base_weight, str(path))
