@@ -56,7 +56,7 @@ def loss(watching: Peers, silence: float) -> OtherRankError:
         ({"RANK": ""}, "RANK is not set"),
         ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR and MASTER_PORT is not set"),
         ({"MASTER_PORT": "port"}, "MASTER_PORT is 'port', not a number"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, which is no port"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, which is not a port"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2, so ranks are 0 to 1"),
     ],

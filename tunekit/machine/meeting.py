@@ -103,7 +103,7 @@ def place_in_group() -> tuple[int, int] | None:
             raise InputError(f"the environment variable {name} is {values[name]!r}, not a number", START)
     rank, world = int(values["RANK"]), int(values["WORLD_SIZE"])
     if not 0 < int(values["MASTER_PORT"]) < 2**16:
-        raise InputError(f"MASTER_PORT is {values['MASTER_PORT']}, which is no port", "choose one from 1 to 65535")
+        raise InputError(f"MASTER_PORT is {values['MASTER_PORT']}, which is not a port", "choose one from 1 to 65535")
     if world < 1:
         raise InputError(f"WORLD_SIZE is {world}", START)
     if rank >= world:

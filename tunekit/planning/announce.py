@@ -39,7 +39,7 @@ def announce(
          *([time_text(seconds[lane.trial.name]) if lane.trial.name in seconds else "–"] if seconds else [])]
         for lane, plan in planned
     ]  # fmt: skip
-    if not is_quiet():  # a plan is no result
+    if not is_quiet():  # a plan is not a result
         console.table(head, lines)
     steps, together = sum(plan.steps for _, plan in planned), any(each.together for each in passes)
     peak = bytes_text(max(each.peak_bytes for each in passes))
