@@ -129,9 +129,14 @@ def _choose(console: Console, recipe: Recipe, plan: Plan, costs: Costs, seconds:
     if choice is None:
         one = time_text(costs.of_run(plan, recipe))
         used = time_text(process_seconds())
-        left = f"after {used} of preparation, --minutes {seconds / 60:g} leaves too little for two"
+        left = f"after {used} of preparation, --minutes {seconds / 60:g} leaves too little for two of a third of it"
         what = f"one run takes about {one}; {left}"
         raise InputError(what, "raise --minutes, or lower training.epochs")
+    if choice.shortened:
+        console.info(
+            f"two whole runs do not fit into --minutes {seconds / 60:g}: all trials have a third of the recipe's "
+            f"{choice.automatic.length}"
+        )
     values = (f"{key} {', '.join(f'{value:g}' for value in some)}" for key, some in choice.automatic.keys.items())
     console.info(
         f"--auto tries {choice.trials} trials by halving: {'; '.join(values)}",

@@ -94,7 +94,24 @@ def test_the_time_decides_how_much_is_tried(tmp_path: Path) -> None:
         "training.learning_rate": [6.7e-5, 2e-4, 6e-4, 2e-3],
         "adapter.r": [16, 64],
     }
-    assert choose_values(recipe, plan, COSTS, 100) is None
+    assert choose_values(recipe, plan, COSTS, 30) is None
+
+
+def test_if_two_whole_runs_do_not_fit_all_trials_have_a_third_of_the_length(tmp_path: Path) -> None:
+    """A run of 60 steps takes at least 94 s, so --minutes 2 cannot hold two of them."""
+    path, recipe = recipe_at(tmp_path)
+    choice = choose_values(recipe, plan_of(recipe, 60), COSTS, 120)
+    assert choice is not None
+    assert choice.shortened
+    assert choice.automatic.keys["training.epochs"] == [1]
+    assert choice.seconds <= 0.8 * 120
+    assert {trial.loaded.recipe.training.epochs for trial in load_sweep(path, (), choice.automatic).trials} == {1}
+    for one, length, third in (("training.epochs", 1, 0.33), ("training.max_steps", 2, 1)):
+        others = ["~training.epochs"] if one != "training.epochs" else []
+        _, recipe = recipe_at(tmp_path, f"{one}={length}", *others)
+        choice = choose_values(recipe, plan_of(recipe, 60), COSTS, 120)
+        assert choice is not None
+        assert choice.automatic.keys[one] == [third]
 
 
 def test_without_a_rank_and_with_steps(tmp_path: Path) -> None:

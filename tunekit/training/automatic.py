@@ -16,7 +16,7 @@ from tunekit.training.halving import halving_seconds, rung_count, rung_step
 from tunekit.training.timing import Costs
 
 RATES = ((1 / 3, 1, 3, 10), (1, 3, 10), (1, 3))  # factors of the recipe's values, the most first
-LENGTHS = ((1, 3, 9), (1, 3), (1,))
+LENGTHS = ((1, 3, 9), (1, 3), (1,), (1 / 3,))
 RANKS = ((1, 4), (1,))
 SHARE = 0.8  # of the time that the predicted trials may take
 AUTO_NAME = "auto.json"  # the chosen values, for a resume
@@ -26,16 +26,18 @@ RATE, RANK, EPOCHS, STEPS = "training.learning_rate", "adapter.r", "training.epo
 @dataclass(frozen=True)
 class AutomaticChoice:
     """The values to try, and the predicted seconds of all trials. The prediction assumes that the longest trials
-    continue after each comparison."""
+    continue after each comparison. `shortened`: whether all trials are shorter than the recipe's run."""
 
     automatic: Automatic
     trials: int
     seconds: float
+    shortened: bool
 
 
 def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice | None:
     """Choose the largest set of training lengths, learning rates and ranks whose trials are predicted to take at most
-    SHARE of `seconds`. The set includes the recipe's own values. None if there is no time for two learning rates."""
+    SHARE of `seconds`. The set includes the recipe's own values; only if two runs of the recipe's length take longer,
+    all trials have a third of it. None if there is no time for two learning rates."""
     for choice in _choices(recipe, plan, costs):
         if choice.seconds <= SHARE * seconds:
             return choice
@@ -74,17 +76,18 @@ def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoi
     length, key = (training.max_steps, STEPS) if training.epochs is None else (training.epochs, EPOCHS)
     assert length is not None  # the recipe's checks refuse neither
     for lengths, rates, ranks in product(LENGTHS, RATES, RANKS if _ranks_fit(plan, rank) else ((1,),)):
+        values = [_length(key, length * factor) for factor in lengths]
         keys: dict[str, list[object]] = {
-            key: [length * factor for factor in lengths],
+            key: list(values),
             RATE: [_rounded(training.learning_rate * factor) for factor in rates],
         }
         if isinstance(rank, int) and len(ranks) > 1:
             keys[RANK] = [rank * factor for factor in ranks]
         trials = len(lengths) * len(rates) * len(ranks)
-        steps = {length * factor: plan.steps * factor for factor in lengths}
+        steps = {value: math.ceil(plan.steps * factor) for value, factor in zip(values, lengths, strict=True)}
         intervals = {value: max(1, math.ceil(count / 2 ** rung_count(trials))) for value, count in steps.items()}
         parts = _parts(recipe, plan, costs, steps, intervals, trials)
-        yield AutomaticChoice(Automatic(keys, key, intervals), trials, halving_seconds(parts))
+        yield AutomaticChoice(Automatic(keys, key, intervals), trials, halving_seconds(parts), max(lengths) < 1)
 
 
 def _ranks_fit(plan: Plan, rank: object) -> bool:
@@ -117,6 +120,11 @@ def most_that_fit(order: Sequence[str], parts: Mapping[str, Sequence[float]], se
         if halving_seconds({name: parts[name] for name in order[:count]}) <= seconds:
             return count
     return 1
+
+
+def _length(key: str, length: float) -> float:
+    """A training length as the recipe accepts it: a whole number of steps, or epochs in hundredths."""
+    return max(1, round(length)) if key == STEPS else max(0.01, round(length, 2))
 
 
 def _rounded(rate: float) -> float:
