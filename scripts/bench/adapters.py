@@ -30,7 +30,7 @@ import torch
 from beside.adapter_cases import KINDS, Kind
 from beside.adapter_files import KINDS as FILE_KINDS
 from beside.adapter_files import compare_file
-from objectives import Results
+from beside.units import Results
 from safetensors import safe_open
 from transformers import (
     BertConfig,

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from objectives import Results
+from beside.units import Results
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
 

@@ -11,24 +11,17 @@ measured again. --minutes N: start no unit after N minutes; --page: only write h
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
 import random
-import resource
 import shutil
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beside.harness import FOLDER, REPOSITORY
-from beside.watch import ENVIRONMENT
-from objectives import Results
+from beside.harness import REPOSITORY
+from beside.units import SMOLLM, parse_options, run_units, shared_data, tunekit
 
 Row = dict[str, Any]
 KEYS = {
@@ -110,23 +103,6 @@ def orders(data: Path, draw: random.Random, train: int, held: int) -> tuple[list
     """All rows of the quickstart."""
     parts = [(ORDERS / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("train", "test")]
     return [json.loads(line) for line in parts[0]], [json.loads(line) for line in parts[1]]
-
-
-def tunekit(place: Path, *words: str) -> tuple[float, float]:
-    """Run a command, which must succeed; returns its CPU seconds and its seconds."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    with (place / "output.txt").open("a", encoding="utf-8") as output:
-        subprocess.run(
-            [sys.executable, "-m", "tunekit", *words],
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return round(used, 1), round(time.monotonic() - started, 1)
 
 
 def write_rows(place: Path, train: Sequence[Row], test: Sequence[Row]) -> None:
@@ -290,34 +266,20 @@ def page(units: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--text-model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--shows", default="halving,auto")
-    parser.add_argument("--seeds", default="0-2")
-    parser.add_argument("--data", default=",".join((*FEW, "orders")))
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--auto-minutes", type=float, default=15)
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--work", default=str(REPOSITORY / ".cache" / "bench" / "halving"))
-    parser.add_argument("--output", default=str(FOLDER / "results"))
-    settings = parser.parse_args()
-    results, started = Results(Path(settings.output) / "halving.json"), time.monotonic()
-    first, _, last = settings.seeds.partition("-")
-    data, shows = Path(os.environ.get("TUNEKIT_SHARED", "")) / "data", settings.shows.split(",")
-    keys = []
-    for seed in range(int(first), int(last or first) + 1):
+    more = {"text_model": SMOLLM, "shows": "halving,auto", "data": ",".join((*FEW, "orders")), "auto_minutes": 15.0}
+    settings = parse_options(__doc__, "halving", **more)
+    shows, keys = settings.shows.split(","), []
+    for seed in settings.seeds:
         keys += [f"halving|{strategy}|{seed}" for strategy in ("halving", "grid") if "halving" in shows]
         keys += [f"auto|{name}|{seed}" for name in settings.data.split(",") if "auto" in shows]
-    for key in keys:
-        show, name, seed_text = key.split("|")
-        if settings.page or key in results.units or time.monotonic() - started > settings.minutes * 60:
-            continue
-        place = Path(settings.work).resolve() / key.replace("|", "-")
+
+    def measure(key: str, place: Path) -> dict:
+        show, name, seed = key.split("|")
         model = settings.text_model if name == "orders" else settings.model
-        rest = (name, int(seed_text), data, model, place)
-        results.add(key, halving_unit(*rest) if show == "halving" else auto_unit(*rest, settings.auto_minutes))
-    results.path.with_suffix(".md").write_text(page(results.units), "utf-8")
+        rest = (name, int(seed), shared_data(), model, place)
+        return halving_unit(*rest) if show == "halving" else auto_unit(*rest, settings.auto_minutes)
+
+    run_units(settings, keys, measure, page)
 
 
 if __name__ == "__main__":

@@ -11,25 +11,18 @@ measured again. --minutes N: start no unit after N minutes; --page: only write l
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
 import random
 import resource
 import statistics
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beside.harness import FOLDER, REPOSITORY
-from beside.watch import ENVIRONMENT
-from objectives import Results
+from beside.units import parse_options, run_units, shared_data, tunekit
 
 Row = dict[str, Any]
 Scores = dict[str, float]
@@ -216,14 +209,7 @@ def run_unit(task: Task, seed: int, data: Path, model: str, place: Path) -> dict
     }
     (place / "recipe.yaml").write_text(json.dumps(recipe, indent=1), "utf-8")
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    subprocess.run(
-        [sys.executable, "-m", "tunekit", "train", str(place / "recipe.yaml"), "--overwrite"],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
-        stdin=subprocess.DEVNULL,
-        stdout=(place / "output.txt").open("w", encoding="utf-8"),
-        stderr=subprocess.STDOUT,
-        check=True,
-    )
+    tunekit(place, "train", str(place / "recipe.yaml"), "--overwrite")
     lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     evaluations = [line["eval"] for line in lines if "eval" in line]
     return {
@@ -277,25 +263,14 @@ def page(units: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--seeds", default="0-2")
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--work", default=str(REPOSITORY / ".cache" / "bench" / "labels"))
-    parser.add_argument("--output", default=str(FOLDER / "results"))
-    settings = parser.parse_args()
-    results, started = Results(Path(settings.output) / "labels.json"), time.monotonic()
-    first, _, last = settings.seeds.partition("-")
-    data = Path(os.environ.get("TUNEKIT_SHARED", "")) / "data"
-    for seed in range(int(first), int(last or first) + 1):
-        for name in settings.tasks.split(","):
-            key, late = f"{name}|{seed}", time.monotonic() - started > settings.minutes * 60
-            if not settings.page and key not in results.units and not late:
-                place = Path(settings.work).resolve() / key.replace("|", "-")
-                results.add(key, run_unit(TASKS[name], seed, data, settings.model, place))
-    results.path.with_suffix(".md").write_text(page(results.units), "utf-8")
+    settings = parse_options(__doc__, "labels", tasks=",".join(TASKS))
+    keys = [f"{name}|{seed}" for seed in settings.seeds for name in settings.tasks.split(",")]
+
+    def measure(key: str, place: Path) -> dict:
+        name, seed = key.split("|")
+        return run_unit(TASKS[name], int(seed), shared_data(), settings.model, place)
+
+    run_units(settings, keys, measure, page)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from beside.harness import FOLDER, REPOSITORY, find_base, hardware
+from beside.units import Results
 from beside.watch import watch
 from cards import filled
 from halving import banking, orders, write_rows
-from objectives import Results
 
 Unit = dict[str, Any]
 LOW_RANK = {"method": "lora", "r": 16, "alpha": 32, "target_modules": "all-linear"}

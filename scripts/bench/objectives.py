@@ -24,25 +24,10 @@ from pathlib import Path
 from beside.harness import FOLDER, REPOSITORY, find_base, hardware
 from beside.prepare import write_base
 from beside.tasks import TASKS, Split, Task, paired_accuracy
+from beside.units import Results
 from beside.watch import watch
 
 MOST_SECONDS = 300
-
-
-class Results:
-    """The finished units by name. Each unit is on disk before the next one starts."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.units: dict[str, dict] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-    def add(self, name: str, unit: dict) -> None:
-        """Add a unit, and write it to the disk at once."""
-        self.units[name] = unit
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.units, indent=1) + "\n", "utf-8")
-        partial.replace(self.path)
 
 
 def run_unit(task: Task, split: Split, base: Path, work: Path, core: int) -> dict:

@@ -26,8 +26,9 @@ from typing import Any
 from beside.harness import FOLDER, REPOSITORY, find_base, hardware
 from beside.prepare import write_base
 from beside.tasks import Split, pair_task, pairs
+from beside.units import Results
 from beside.watch import ENVIRONMENT, watch
-from objectives import Results, wilson
+from objectives import wilson
 
 WAYS = {"continued": "SFT, then DPO on its adapter", "alone": "DPO alone", "merged": "SFT, merged, then DPO"}
 PAIRS, LENGTH = 32, 160  # that train a fold; tokens of a prompt with either answer

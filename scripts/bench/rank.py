@@ -14,24 +14,20 @@ probabilities: those of the result, and the mean over the checkpoints.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import math
 import os
 import random
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beside.harness import FOLDER, REPOSITORY
-from beside.watch import ENVIRONMENT
-from objectives import Results
+from beside.harness import REPOSITORY
+from beside.units import SMOLLM, parse_options, run_units, shared_data, tunekit
 
 sys.path.insert(0, str(REPOSITORY))
 
@@ -172,14 +168,6 @@ def recipe_of(name: str, model: str, seed: int, steps: int) -> dict[str, Any]:
     }
 
 
-def tunekit(place: Path, *words: str) -> None:
-    """Run a command, which must succeed."""
-    with (place / "output.txt").open("a", encoding="utf-8") as output:
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
-        command = [sys.executable, "-m", "tunekit", *words]
-        subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=True)
-
-
 def write_probabilities(run: Path, file: Path) -> None:
     """Write the label of each row, and the probabilities of the labels at each checkpoint, (states, rows, labels)."""
     import torch
@@ -241,9 +229,8 @@ def cleanlab_scores(file: Path) -> dict[str, np.ndarray]:
 
 def unit(name: str, kind: str, share: float, seed: int, models: dict[str, str], place: Path, influence: bool) -> dict:
     """Make the files of a unit that are missing, and return its scores: [AUC, precision] by name."""
-    data = Path(os.environ.get("TUNEKIT_SHARED", "")) / "data"
     if not (place / "wrong.json").exists():
-        write_rows(place, name, kind, share, seed, data)
+        write_rows(place, name, kind, share, seed, shared_data())
     if not (place / "run" / "report.json").exists():
         count = len((place / "train.jsonl").read_text("utf-8").splitlines())
         recipe = recipe_of(name, models.get(name, models["others"]), seed, -(-count // (8 if name == "orders" else 16)))
@@ -288,32 +275,22 @@ def page(units: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--text-model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default=",".join(KINDS))
-    parser.add_argument("--shares", default="20,10")
-    parser.add_argument("--seeds", default="0-2")
-    parser.add_argument("--influence", action="store_true")
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--work", default=str(REPOSITORY / ".cache" / "bench" / "rank"))
-    parser.add_argument("--output", default=str(FOLDER / "results"))
-    settings = parser.parse_args()
-    results, started = Results(Path(settings.output) / "rank.json"), time.monotonic()
-    first, _, last = settings.seeds.partition("-")
+    more = {"text_model": SMOLLM, "data": ",".join(KINDS), "shares": "20,10", "influence": False}
+    settings = parse_options(__doc__, "rank", **more)
     models = {"others": settings.model, "orders": settings.text_model}
-    for seed in range(int(first), int(last or first) + 1):
-        for share in map(int, settings.shares.split(",")):
-            for name in settings.data.split(","):
-                for kind in KINDS[name]:
-                    key = f"{name}|{kind}|{share}|{seed}"
-                    late = time.monotonic() - started > settings.minutes * 60
-                    if settings.page or key in results.units or late:
-                        continue
-                    place = Path(settings.work).resolve() / key.replace("|", "-")
-                    results.add(key, unit(name, kind, share / 100, seed, models, place, settings.influence))
-    results.path.with_suffix(".md").write_text(page(results.units), "utf-8")
+    keys = [
+        f"{name}|{kind}|{share}|{seed}"
+        for seed in settings.seeds
+        for share in settings.shares.split(",")
+        for name in settings.data.split(",")
+        for kind in KINDS[name]
+    ]
+
+    def measure(key: str, place: Path) -> dict:
+        name, kind, share, seed = key.split("|")
+        return unit(name, kind, int(share) / 100, int(seed), models, place, settings.influence)
+
+    run_units(settings, keys, measure, page)
 
 
 if __name__ == "__main__":

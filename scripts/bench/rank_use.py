@@ -18,19 +18,15 @@ N minutes; --page: only write rank_use.md.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beside.harness import FOLDER, REPOSITORY
-from objectives import Results
-from rank import banking, plant, recipe_of, sentiment, tunekit
+from beside.units import parse_options, run_units, shared_data, tunekit
+from rank import banking, plant, recipe_of, sentiment
 
 Row = dict[str, Any]
 GROUPS, KEPT, WRONG = 16, 0.8, 0.2
@@ -89,7 +85,7 @@ def accuracy(place: Path, run: str) -> float:
 
 def kept_unit(name: str, wrong: float, seed: int, model: str, place: Path) -> dict[str, Any]:
     """Train on all rows, on the kept ones, and on as many random ones; returns the accuracy of each side."""
-    train, held, test = rows_of(name, seed, Path(os.environ["TUNEKIT_SHARED"]) / "data")
+    train, held, test = rows_of(name, seed, shared_data())
     draw = random.Random(seed)
     planted, _ = plant(train, "uniform", wrong, draw)
     for file, rows in (("train", planted), ("eval", held), ("test", test)):
@@ -109,7 +105,7 @@ def kept_unit(name: str, wrong: float, seed: int, model: str, place: Path) -> di
 
 def groups_unit(name: str, seed: int, model: str, place: Path) -> dict[str, Any]:
     """Train without each group; returns the rise of the loss and the summed influence of each group."""
-    train, _, test = rows_of(name, seed, Path(os.environ["TUNEKIT_SHARED"]) / "data")
+    train, _, test = rows_of(name, seed, shared_data())
     planted, _ = plant(train, "uniform", WRONG, random.Random(seed))
     size, files = len(planted) // GROUPS, [f"group-{number:02}.jsonl" for number in range(GROUPS)]
     for number, file in enumerate(files):
@@ -156,32 +152,20 @@ def page(units: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--shows", default="kept,groups")
-    parser.add_argument("--data", default="sentiment,banking")
-    parser.add_argument("--seeds", default="0-2")
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--work", default=str(REPOSITORY / ".cache" / "bench" / "rank_use"))
-    parser.add_argument("--output", default=str(FOLDER / "results"))
-    settings = parser.parse_args()
-    results, started = Results(Path(settings.output) / "rank_use.json"), time.monotonic()
-    first, _, last = settings.seeds.partition("-")
-    keys = []
-    for seed in range(int(first), int(last or first) + 1):
+    settings = parse_options(__doc__, "rank_use", shows="kept,groups", data="sentiment,banking")
+    shows, keys = settings.shows.split(","), []
+    for seed in settings.seeds:
         for name in settings.data.split(","):
-            keys += [f"kept|{name}|{wrong}|{seed}" for wrong in (20, 0) if "kept" in settings.shows.split(",")]
-            keys += [f"groups|{name}|{seed}"] if "groups" in settings.shows.split(",") else []
-    for key in keys:
-        if settings.page or key in results.units or time.monotonic() - started > settings.minutes * 60:
-            continue
-        (show, name, *rest), place = key.split("|"), Path(settings.work).resolve() / key.replace("|", "-")
+            keys += [f"kept|{name}|{wrong}|{seed}" for wrong in (20, 0) if "kept" in shows]
+            keys += [f"groups|{name}|{seed}"] if "groups" in shows else []
+
+    def measure(key: str, place: Path) -> dict:
+        show, name, *rest = key.split("|")
         if show == "kept":
-            results.add(key, kept_unit(name, int(rest[0]) / 100, int(rest[1]), settings.model, place))
-        else:
-            results.add(key, groups_unit(name, int(rest[0]), settings.model, place))
-    results.path.with_suffix(".md").write_text(page(results.units), "utf-8")
+            return kept_unit(name, int(rest[0]) / 100, int(rest[1]), settings.model, place)
+        return groups_unit(name, int(rest[0]), settings.model, place)
+
+    run_units(settings, keys, measure, page)
 
 
 if __name__ == "__main__":

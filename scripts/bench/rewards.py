@@ -33,8 +33,9 @@ from pathlib import Path
 from typing import Any
 
 from beside.harness import FOLDER, REPOSITORY, find_base
+from beside.units import Results
 from beside.watch import ENVIRONMENT, watch
-from objectives import MOST_SECONDS, Results, wilson
+from objectives import MOST_SECONDS, wilson
 
 ROWS = {"supervised": 60, "taught": 240, "prompts": 1000, "development": 150, "held": 300}  # questions, all different
 TASK = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
