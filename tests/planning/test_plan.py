@@ -286,6 +286,16 @@ def test_threads_of_the_recipe(recipe: Path) -> None:
     assert facts(replace(adaptive, device="cuda:0"))["threads"] is None
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_on_a_processor_without_it_is_said_to_be_slow(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr("tunekit.model.compute._cpu_has_bfloat16", lambda: native)
+    for dtype, slow in (("bfloat16", not native), ("auto", False), ("float32", False)):
+        plan, _ = plan_of(recipe, f"model.dtype={dtype}")
+        assert bool([note for note in plan.notes if note.startswith("model.dtype bfloat16: ")]) == slow
+
+
 def test_the_verb_refuses_a_folder_that_holds_a_run(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "used" / "checkpoints").mkdir(parents=True)
     (tmp_path / "file").write_text("")

@@ -15,6 +15,7 @@ from tunekit.evaluation.tasks.run import NO_TEMPLATE, TEMPLATE_KEY
 from tunekit.machine.devices import kind_of
 from tunekit.machine.threads import processors
 from tunekit.model.attention.documents import may_be_packed
+from tunekit.model.compute import computes_bfloat16
 from tunekit.model.families import make_family, text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
@@ -189,6 +190,11 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
         yield (
             "model.dtype: auto is float16 with a loss scale, because this device does not compute bfloat16 natively; "
             "set model.dtype: float32 if the model's numbers are too large for float16"
+        )
+    if base.dtype == torch.bfloat16 and not computes_bfloat16(device):
+        yield (
+            "model.dtype bfloat16: this processor has no bfloat16 instructions, so products take several times longer "
+            "than in float32; write dtype: auto, unless float32 needs too much memory"
         )
     if training.optimizer.startswith("paged") and device.type == "cpu":
         yield f"{training.optimizer}: paging has no effect on a CPU"
