@@ -50,6 +50,20 @@ def call(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
 
 
+@pytest.mark.parametrize("command", ["merge run --output model", "data rank run", "adapter show run", "sweep r.yaml"])
+def test_a_command_of_one_process_is_refused_under_torchrun(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    name = command.partition(" r")[0]
+    assert run(monkeypatch, *command.split()) == 2
+    assert capsys.readouterr().err == f"{name} computes in one process; start it without torchrun\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run(monkeypatch, *command.split()) == 2
+    assert not capsys.readouterr().err, "rank 0 prints it"
+
+
 @pytest.mark.parametrize(
     ("written", "expected"),
     [

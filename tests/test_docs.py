@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ from tests.runs.test_shipped_recipes import twins  # noqa: F401 (a fixture)
 from tests.support.train_case import in_child
 from tunekit import errors
 from tunekit.cli import app, main
+from tunekit.recipe.bases.section import Section
+from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.names import known_names
+from tunekit.recipe.output import OutputSection
+from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.recipe.reading.shipped import shipped_recipes
+from tunekit.recipe.training import TrainingSection
 from tunekit.records import ReportFacts, StepRecord
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -219,6 +224,18 @@ def test_the_generated_pages_have_everything_that_has_a_name(pages: Path) -> Non
     assert "| exists already | name another file with --output |" in said
     assert said.count("\n| ") > 400
     assert "name_or_path: HuggingFaceTB/SmolLM2" in (pages / "tutorials" / "sft.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_resuming_lists_every_key_that_may_change() -> None:
+    text = (SITE / "pages" / "guide" / "resume.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("| recipe |"))
+    listed = re.findall("`(.+?)`", line)
+    sections: dict[str, type[Section]] = {"training": TrainingSection, "output": OutputSection}
+    sections["evaluation"] = EvaluationSection
+    sections["objective"] = settings_class("objectives", "distill")
+    keys = [f"{name}.{key}" for name, owner in sections.items() for key in owner.free_keys]
+    assert [key for key in keys if not any(fnmatch(key, shown) for shown in listed)] == []
+    assert [shown for shown in listed if not any(fnmatch(key, shown) for key in keys)] == []
 
 
 def test_errors_of_places_and_resources_have_a_repair(pages: Path) -> None:

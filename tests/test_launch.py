@@ -75,6 +75,28 @@ def test_torchrun_gets_the_recipe_and_its_changes(
     assert ("all nodes must see these paths" in capsys.readouterr().out) == (nodes == 2)
 
 
+def test_a_stopped_run_has_time_for_its_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    echo = program(folder.parent / "python", "#!/bin/sh\necho $TORCH_ELASTIC_SHUTDOWN_TIMEOUT\n")
+    monkeypatch.setattr(sys, "executable", echo)
+    file = written("torchrun")
+    for chosen, seconds in (({}, "600"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "50"}, "50")):
+        ended = subprocess.run(["sh", file], env=os.environ | chosen, capture_output=True, text=True, check=True)
+        assert ended.stdout.strip() == seconds
+
+
+@pytest.mark.parametrize("on", ["torchrun", "slurm"])
+def test_the_interpreter_is_one_of_the_shared_paths(
+    on: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ["/opt/py thon", str(folder / ".venv" / "bin" / "python")]
+    for number, python in enumerate(shared, 2):
+        monkeypatch.setattr(sys, "executable", python)
+        written(on, nodes=number)
+    outside, inside = (line for line in capsys.readouterr().out.splitlines() if line.startswith("all nodes must see"))
+    assert outside.endswith(", '/opt/py thon' and its packages")
+    assert inside.endswith(f": '{folder}'")
+
+
 @pytest.mark.parametrize(("code", "queued"), [(0, False), (138, True), (143, False), (2, False)])
 def test_slurm_queues_the_job_again_only_after_usr1(
     folder: Path, code: int, queued: bool, monkeypatch: pytest.MonkeyPatch
@@ -144,8 +166,10 @@ def test_ray_calls_the_command_line_in_each_worker(folder: Path) -> None:
 def test_an_existing_file_is_never_replaced(folder: Path) -> None:
     file = written("slurm")
     assert written("slurm") == file  # the same content
-    with pytest.raises(InputError, match="exists already with different content"):
+    with pytest.raises(InputError, match="exists already with different content; remove it, or name another file"):
         written("slurm", "training.seed=3")
+    with pytest.raises(InputError, match="--output data is a folder; name a new file"):
+        launch_verb(load_recipe(NAME), NAME, [], "slurm", output="data")
     with pytest.raises(InputError, match="there is no folder away"):
         launch_verb(load_recipe(NAME), NAME, [], "slurm", output="away/file")
     shutil.copy(file, "other")

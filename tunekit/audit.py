@@ -180,8 +180,6 @@ def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Se
     threads = past.count("threads")
     if kind == "cpu" and not 1 <= threads <= processors():
         problems.append((f"the run computed with {threads} threads, but only {processors()} can be used here", HOW))
-    if devices.world > 1:
-        problems.append(("audit computes in one process", "start it without torchrun"))
     if problems:
         raise InputError.of([Problem(what, how) for what, how in problems])
 

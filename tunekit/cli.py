@@ -15,7 +15,7 @@ from tunekit.commands import adapters, recipes, results, talk, targets, training
 from tunekit.commands.order import InOrderOfUse
 from tunekit.console.loudness import LOUDNESS, is_quiet
 from tunekit.console.text import visible
-from tunekit.errors import EXIT_FAULT, ResourceError, TunekitError, exit_message, redact
+from tunekit.errors import EXIT_FAULT, InputError, ResourceError, TunekitError, exit_message, redact
 from tunekit.machine.malloc import CACHED_KERNELS
 
 EXIT_BROKEN_PIPE = 141
@@ -30,6 +30,7 @@ ENVIRONMENT = {
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs", "launch")  # commands that import no torch
 WITH_RANKS = ("train", "eval", "generate")  # commands that several processes compute together
+IN_EACH_RANK = (*LIGHT, *WITH_RANKS, "plan", "doctor")  # several processes may run these commands
 
 app = typer.Typer(
     name="tunekit",
@@ -95,8 +96,11 @@ class Verb(TyperCommand):
             os.environ.update(thread_settings(os.environ))  # read when torch loads its OpenMP library
             if sys.stderr.isatty() and not is_quiet():
                 print("loading ...", file=sys.stderr, flush=True)
-        code = 0
+        code, several = 0, os.environ.get("WORLD_SIZE", "1") != "1"
         try:
+            if several and "LOCAL_RANK" in os.environ and self.name not in IN_EACH_RANK:
+                words = ctx.command_path.removeprefix(ctx.find_root().info_name).strip()
+                raise InputError(f"{words} computes in one process", "start it without torchrun")
             code = super().invoke(ctx) or 0
             sys.stdout.flush()
         except typer.BadParameter:
@@ -105,7 +109,7 @@ class Verb(TyperCommand):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter's last flush prints another error
             code = EXIT_BROKEN_PIPE
         except (Exception, KeyboardInterrupt) as error:
-            if self.name in WITH_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
+            if several and self.name in WITH_RANKS:
                 _tell_ranks(error)
             if ctx.obj:
                 print(redact(traceback.format_exc()), file=sys.stderr)

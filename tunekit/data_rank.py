@@ -64,8 +64,6 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
     if output is not None:
         refuse_rows_file("--output", output, loaded, None)
     write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
-    if devices.world > 1:
-        raise InputError("data rank computes in one process", "start it without torchrun")
     target = find_target(run, None, [])
     rows = _run_rows(values, loaded, target)
     if influence:

@@ -47,5 +47,8 @@ def launch_verb(
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} for {path.name}", "make it, or name another file")
     if not write_new_text(path, engine.text(job)):
-        raise InputError(f"{path} exists already with different content", "name another file with --output")
+        if path.is_dir():
+            raise InputError(f"--output {path} is a folder", "name a new file")
+        what = f"{path} exists already with different content"
+        raise InputError(what, "remove it, or name another file with --output")
     print("\n".join([f"wrote {path}", *engine.submit(job, shlex.quote(str(path)))]))

@@ -151,7 +151,7 @@ def _process(
     recipes: Sequence[LoadedRecipe], json_file: str | None
 ) -> Iterator[tuple[Session, Callable[[object], None]]]:
     """A context manager: the session of the whole sweep, and the function that writes the --json result. `recipes`: the
-    sweep's recipe, and the recipes of its settings. Raises: InputError under torchrun, or if the sweep would write over
+    sweep's recipe, and the recipes of its settings. Raises: InputError if the sweep would write over
     a file that it reads."""
     loaded = recipes[0]
     for each in recipes:
@@ -160,8 +160,6 @@ def _process(
             refuse_to_replace("output.dir: the sweep's file", str(Path(loaded.recipe.output.dir) / name), each)
     write_result, devices = json_result(json_file), make_devices()
     try:
-        if devices.world > 1:
-            raise InputError("sweep computes in one process", "start it without torchrun")
         with StopSignals() as signals:
             yield Session(loaded, devices, Console(json_file=json_file), signals), write_result
     finally:

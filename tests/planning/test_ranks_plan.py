@@ -16,6 +16,7 @@ from tunekit.data.batching.windows import dealt
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.ranks import plan_ranks
+from tunekit.planning.refusals import rank_notes
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.records import Choice, Plan
 from tunekit.training.trial import speeds_text
@@ -110,6 +111,39 @@ def test_a_list_for_other_ranks_is_named(recipe: Path, override: str, text: str)
     plan = _plan(load_recipe(recipe, [override]), 1, None)
     assert any(note.startswith(text) for note in plan.notes)
     assert plan.budget_bytes in (None, 4 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "override", "text"),
+    [
+        (
+            2,
+            "training.gradient_accumulation_steps=1",
+            "1 micro-batch for 2 processes, so they are idle 50% of the time",
+        ),
+        (3, "training.gradient_accumulation_steps=4", "4 micro-batches for 3 processes, so they are idle 33% of the"),
+        (3, "training.gradient_accumulation_steps=11", None),  # 8 %
+        (2, "training.gradient_accumulation_steps=2", None),
+        (1, "training.gradient_accumulation_steps=1", None),
+    ],
+)
+def test_processes_without_work_are_named(recipe: Path, ranks: int, override: str, text: str | None) -> None:
+    plan = _plan(load_recipe(recipe, [override, "training.micro_batch_size=2"]), 0, None, ranks)
+    notes = [note for note in plan.notes if "idle" in note]
+    assert len(notes) == (text is not None)
+    if text is not None:
+        assert notes[0].startswith(f"each step has {text}")
+        cure = f"choose a multiple of {ranks} for training.gradient_accumulation_steps, with a smaller training.micro_"
+        assert cure in notes[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tasks_are_named_before_a_run_that_does_not_compute_them(recipe: Path, ranks: int) -> None:
+    loaded = load_recipe(recipe, ["evaluation.tasks=[hellaswag]"]).recipe
+    notes = [*rank_notes(loaded, Choice(1, 8, 64, shares=ranks))]
+    assert [note.partition(";")[0] for note in notes] == [
+        "a run of several processes does not compute evaluation.tasks"
+    ] * (ranks > 1)
 
 
 @pytest.mark.slow

@@ -373,7 +373,7 @@ def _notes(recipe: Recipe, device: torch.device, inputs: Inputs, memory: Planned
             f"{inputs.virtual_tokens:,} virtual tokens are put before each row, in addition to data.max_length"
         )
     notes += refusals.position_notes(inputs.base, inputs.rows, inputs.virtual_tokens)
-    notes += [*refusals.run_notes(recipe, inputs.base, device), *refusals.rank_notes(recipe, choice.shares)]
+    notes += [*refusals.run_notes(recipe, inputs.base, device), *refusals.rank_notes(recipe, choice)]
     notes += start_notes(recipe.adapter, inputs.rows.objective, inputs.targets)
     notes += refusals.rate_notes(recipe.training, steps)
     notes += end_notes(inputs.model, inputs.base, inputs.processor.tokenizer, inputs.rows, adapter, inputs.targets)

@@ -1,5 +1,6 @@
 """Problems that would make a run fail, and notes about surprising behaviour, found before weights are loaded."""
 
+import math
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.recipe.reading.names import facts_of
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
+from tunekit.records import Choice
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_tokens
 
@@ -31,6 +33,7 @@ LINEAR_KINDS = ("linear_attention", "mamba", "conv", "recurrent")  # stateful la
 TASKS = "evaluation.tasks"
 RATE_STEPS = 1000  # the learning rates of longer runs never sum to nearly 0
 LEAST_RATES = 0.1
+BUSY_SHARE = 0.9  # of the time; below it, a note says that processes wait for each other
 
 
 def library_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -162,13 +165,25 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
     return None
 
 
-def rank_notes(recipe: Recipe, ranks: int) -> Iterator[str]:
-    """Notes about lists that have not one entry for each rank: the run was started with another number of processes."""
+def rank_notes(recipe: Recipe, choice: Choice) -> Iterator[str]:
+    """Notes about a number of processes that does not suit the recipe: lists that have not one entry for each process,
+    tasks, and steps whose micro-batches leave processes without work."""
+    ranks, count = choice.shares, choice.gradient_accumulation_steps
     budget, speeds = recipe.memory.budget, recipe.training.rank_speeds
     if isinstance(budget, tuple) and len(budget) != ranks:
         yield f"memory.budget has {len(budget)} sizes, but the run has {_processes(ranks)}: the smallest size counts"
     if speeds is not None and len(speeds) != ranks:
         yield f"training.rank_speeds has {len(speeds)} numbers, but the run has {_processes(ranks)}: no effect"
+    if recipe.evaluation.tasks and ranks > 1:
+        yield "a run of several processes does not compute evaluation.tasks; run tunekit eval RUN --tasks after it"
+    busy = count / (ranks * math.ceil(count / ranks))  # of the time, if all micro-batches take equally long
+    if busy < BUSY_SHARE and (speeds is None or count < ranks):
+        batches, size = "micro-batch" if count == 1 else "micro-batches", recipe.training.micro_batch_tokens
+        yield (
+            f"each step has {count} {batches} for {ranks} processes, so they are idle {1 - busy:.0%} of the time; "
+            f"choose a multiple of {ranks} for training.gradient_accumulation_steps, with a smaller training."
+            f"micro_batch_{'size' if size is None else 'tokens'}"
+        )
 
 
 def _processes(ranks: int) -> str:

@@ -60,9 +60,13 @@ class LaunchJob:
         none."""
         return ", ".join(shlex.quote(str(path)) for path in self.paths if not path.is_relative_to(self.folder))
 
-    def shared(self) -> list[str]:
-        """A line for the user about the paths that all nodes must see; nothing for a single node."""
-        places = ", ".join(filter(None, (shlex.quote(str(self.folder)), self.outside)))
+    def shared(self, *, with_python: bool = False) -> list[str]:
+        """A line for the user about the paths that all nodes must see; nothing for a single node. `with_python`: the
+        file names this machine's interpreter."""
+        names = [shlex.quote(str(self.folder)), self.outside]
+        if with_python and not Path(self.python).is_relative_to(self.folder):
+            names.append(f"{shlex.quote(self.python)} and its packages")
+        places = ", ".join(filter(None, names))
         return [f"all nodes must see these paths, with the same content: {places}"] if self.nodes > 1 else []
 
     def copied(self) -> list[str]:

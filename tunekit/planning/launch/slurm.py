@@ -49,4 +49,4 @@ def text(job: LaunchJob) -> str:
 def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, to which the user adds what the cluster requires."""
     how = "add --partition and --account if your cluster requires them"
-    return [f"submit it: sbatch --time=4:00:00 {path}", how, *job.shared()]
+    return [f"submit it: sbatch --time=4:00:00 {path}", how, *job.shared(with_python=True)]

@@ -5,11 +5,14 @@ import shlex
 from tunekit.planning.launch.job import PORT, LaunchJob
 
 ENDING = ".torchrun.sh"
+STOPPING_SECONDS = 600  # for the checkpoint after Ctrl-C; torchrun's default is 30
 SCRIPT = """\
 #!/bin/sh
 # Trains {recipe} with {processes} processes on {where}. Start it again after a stop: the run continues from its newest
 # checkpoint.
 {check}{cd}
+# Seconds that torchrun waits for the checkpoint after Ctrl-C or SIGTERM. A second Ctrl-C ends the run at once.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{seconds}}}"
 exec {python} -m torch.distributed.run {group} --nproc-per-node {processes} {command}
 """
 
@@ -24,6 +27,7 @@ def text(job: LaunchJob) -> str:
         where=f"each of {job.nodes} nodes" if several else "one machine",
         check=': "${HEAD:?set HEAD to the host name of the first node}"\n' if several else "",
         cd=job.cd,
+        seconds=STOPPING_SECONDS,
         python=shlex.quote(job.python),
         group=group if several else "--standalone",
         command=job.command,
@@ -34,4 +38,7 @@ def submit(job: LaunchJob, path: str) -> list[str]:
     """The command; on several nodes, the command of each node."""
     if job.nodes == 1:
         return [f"start it: sh {path}"]
-    return [f"start it on each of the {job.nodes} nodes: HEAD=NAME_OF_THE_FIRST_NODE sh {path}", *job.shared()]
+    return [
+        f"start it on each of the {job.nodes} nodes: HEAD=NAME_OF_THE_FIRST_NODE sh {path}",
+        *job.shared(with_python=True),
+    ]
