@@ -116,6 +116,7 @@ def test_a_refusal_names_all_differences_with_their_lines() -> None:
     lines = [str(problem) for problem in caught.value.problems]
     assert lines[0].startswith("recipe.yaml:7: training.learning_rate: changed since the run: was 0.0002, is 0.0001")
     assert lines[1].startswith("data: changed since the run")
+    assert "or start a new run in another output.dir" in str(caught.value)
     require_same(facts(), facts(), lines={}, file="recipe.yaml")
 
 

@@ -16,7 +16,17 @@ import torch
 from tunekit.errors import DataError, InputError, OtherRankError
 from tunekit.machine import peers
 from tunekit.machine.devices import Devices
-from tunekit.machine.meeting import VARIABLES, Meeting, Member, State, check_equal, key_of, place_in_group
+from tunekit.machine.meeting import (
+    VARIABLES,
+    Meeting,
+    Member,
+    State,
+    check_equal,
+    check_own_gpus,
+    gpu_of_nccl,
+    key_of,
+    place_in_group,
+)
 from tunekit.machine.peers import Peers
 
 VERSIONS = {"tunekit": "1.0", "torch": "2.13", "transformers": "5.24"}
@@ -166,3 +176,19 @@ def test_one_process_of_each_machine_fills_its_caches(
 
     assert devices.main_first(work) == "rows"
     assert events == expected
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["rank 0 (on a)", "rank 1 (on a)", "rank 2 (on a)"]
+    with pytest.raises(
+        InputError, match=r"rank 0 \(on a\) and rank 2 \(on a\) have the same GPU, .* nproc-per-node gpu"
+    ):
+        check_own_gpus(["x", "y", "x"], names)
+    check_own_gpus(["x", "y", "z"], names)
+    check_own_gpus(["", "", ""], names)
+    properties = SimpleNamespace(uuid="x")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for backend, gpu in (("nccl", "x"), ("cpu:gloo,cuda:nccl", "x"), ("gloo", "")):
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda name=backend: name)
+        assert gpu_of_nccl(torch.device("cuda:0")) == gpu
+    assert gpu_of_nccl(torch.device("cpu")) == ""

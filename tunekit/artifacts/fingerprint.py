@@ -156,7 +156,10 @@ def require_same(
     problems = []
     for key, text in compare_fingerprints(old, new):
         accept = f" (also in files that it loads), accept it with --accept-changed {key}" if key in files else ""
-        how = f"undo the change{accept}, or start a new run (adapter.init_from starts it from an existing adapter)"
+        how = (
+            f"undo the change{accept}, or start a new run in another output.dir "
+            "(adapter.init_from starts it from an existing adapter)"
+        )
         if key not in allowed:
             place = file if key in lines else None
             problems.append(Problem(f"changed since the run: {text}", how, place, lines.get(key), key))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tunekit.errors import Problem, RecipeError, TunekitError
-from tunekit.machine.meeting import meet
+from tunekit.machine.meeting import check_own_gpus, gpu_of_nccl, meet
 from tunekit.machine.peers import Peers
 
 Value = TypeVar("Value")
@@ -177,6 +177,8 @@ class Devices:
         # numbers of the host are summed over gloo: the device's backend would wait for the device's computation
         self.host: Any = torch.distributed.new_group(backend="gloo") if several else None
         self.hosts: list[str] = self.gather([socket.gethostname()])  # of each rank
+        if several:
+            check_own_gpus(self.gather([gpu_of_nccl(self.device)]), list(map(self.name, range(self.world))))
         self.turns = 0
 
     @property

@@ -230,6 +230,26 @@ def check_equal(members: Sequence[Member]) -> None:
         raise InputError.of(problems)
 
 
+def gpu_of_nccl(device: torch.device) -> str:
+    """The identity of this rank's GPU; empty if the ranks do not communicate by NCCL."""
+    if device.type != "cuda" or "nccl" not in torch.distributed.get_backend():
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
+def check_own_gpus(gpus: Sequence[str], names: Sequence[str]) -> None:
+    """`gpus`: the identity of each rank's GPU. `names`: of the ranks, for the message.
+
+    Raises: InputError if two ranks have the same GPU, which NCCL cannot use.
+    """
+    for rank, gpu in enumerate(gpus):
+        if gpu and gpus.index(gpu) < rank:
+            what = (
+                f"{names[gpus.index(gpu)]} and {names[rank]} have the same GPU, because there are fewer GPUs than ranks"
+            )
+            raise InputError(what, "start one process for each GPU, such as: torchrun --nproc-per-node gpu")
+
+
 def failed_rank(name: str, world: int, state: State) -> OtherRankError:
     """The error of this rank after another rank has ended with an error."""
     code, text = state.end or (0, "")
