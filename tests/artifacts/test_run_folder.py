@@ -135,6 +135,17 @@ def test_a_second_one_is_refused_while_the_first_has_it(tmp_path: Path) -> None:
         pass
 
 
+def test_tasks_of_srun_that_do_not_know_each_other_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    with RunFolder.open_new(tmp_path / "run"):
+        with pytest.raises(RunFolderError, match=r"srun has started 4 tasks: .* tunekit launch --on slurm"):
+            RunFolder.open_new(tmp_path / "run")
+        monkeypatch.setenv("RANK", "0")  # another run, which is started properly
+        with pytest.raises(RunFolderError, match=r"wait for it, stop it, or choose another output\.dir"):
+            RunFolder.open_new(tmp_path / "run")
+
+
 TAKE = """
 import sys
 from tunekit.artifacts.run import RunFolder

@@ -124,5 +124,10 @@ class FolderLock:
 
 
 def _taken(folder: Path, holder: str) -> RunFolderError:
-    what = f"another process{holder} is working in {folder}"
-    return RunFolderError(what, "wait for it, stop it, or choose another output.dir")
+    what, how = f"another process{holder} is working in {folder}", "wait for it, stop it, or choose another output.dir"
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "RANK" not in os.environ:
+        how = (
+            f"srun has started {tasks} tasks: to let them train together, submit the file of tunekit launch --on slurm"
+        )
+    return RunFolderError(what, how)
