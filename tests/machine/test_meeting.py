@@ -181,7 +181,7 @@ def test_one_process_of_each_machine_fills_its_caches(
 def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["rank 0 (on a)", "rank 1 (on a)", "rank 2 (on a)"]
     with pytest.raises(
-        InputError, match=r"rank 0 \(on a\) and rank 2 \(on a\) have the same GPU, .* nproc-per-node gpu"
+        InputError, match=r"rank 0 \(on a\) and rank 2 \(on a\) have the same GPU, .*--nproc-per-node gpu"
     ):
         check_own_gpus(["x", "y", "x"], names)
     check_own_gpus(["x", "y", "z"], names)
