@@ -1,4 +1,4 @@
-"""Searches for the fastest settings (Choice) that fit into memory.
+"""The settings (Choice) that the recipe decides, and the search for the fastest settings that fit into memory.
 
 Times are only compared with each other; their unit is not seconds. All settings compute the same sums, in different
 orders. So they affect only speed and memory.
@@ -9,6 +9,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from tunekit.model.load import LoadedModel
+from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
+from tunekit.planning.compiling import planned_compile, planned_kernels
+from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice
 
 # Fixed cost of each product, in rows: weights are read (and unpacked), and kernels are launched. Computed from 2 bytes
@@ -17,6 +23,24 @@ OVERHEAD_TOKENS = {"cpu": 32}
 ON_ACCELERATOR = 256
 TOLERANCE = 0.02  # smaller gains of time are ignored: the rule is rough, and each predicted peak costs a second
 RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs per token, besides 4 N (frozen base)
+
+
+def written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int) -> Choice:
+    """A Choice that contains the recipe's settings. Fields that plan chooses have default values."""
+    training, memory = recipe.training, recipe.memory
+    return Choice(
+        micro_batch_size=training.micro_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        logits_chunk_tokens=LEAST_CHUNK_TOKENS,
+        streamed_head=memory.streamed_head,
+        activation_offload=memory.activation_offload,
+        mlp_tile_tokens=memory.mlp_tile_tokens,
+        kernels=planned_kernels(training.kernels, base.net, device, base.dtype)[0],
+        compiled=planned_compile(training.compile, device, steps)[0],
+        # a resumed run uses the number of threads in its checkpoint, which is already in effect
+        threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
+        shares=ranks,
+    )
 
 
 @dataclass(frozen=True)

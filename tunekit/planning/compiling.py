@@ -12,11 +12,7 @@ from tunekit.adapters.kernels.liger import liger_places
 from tunekit.adapters.kernels.native import has_native_places
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
-from tunekit.model.load import LoadedModel
 from tunekit.model.native.library import NoKernels, load_kernels
-from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
-from tunekit.recipe.recipe import Recipe
-from tunekit.records import Choice
 
 LEAST_STEPS = 500  # shorter runs end before compiling has saved time
 KEY = "training.compile"
@@ -92,21 +88,3 @@ def kernel_notes(setting: str, net: nn.Module, device: torch.device, dtype: torc
     elif reason:
         can = "yes" if kernels == "native" else "no"
         yield f"kernels in C compute norms, SwiGLU and attention: {can}, {reason}"
-
-
-def written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int) -> Choice:
-    """A Choice that contains the recipe's settings. Fields that plan chooses have default values."""
-    training, memory = recipe.training, recipe.memory
-    return Choice(
-        micro_batch_size=training.micro_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        logits_chunk_tokens=LEAST_CHUNK_TOKENS,
-        streamed_head=memory.streamed_head,
-        activation_offload=memory.activation_offload,
-        mlp_tile_tokens=memory.mlp_tile_tokens,
-        kernels=planned_kernels(training.kernels, base.net, device, base.dtype)[0],
-        compiled=planned_compile(training.compile, device, steps)[0],
-        # a resumed run uses the number of threads in its checkpoint, which is already in effect
-        threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
-        shares=ranks,
-    )

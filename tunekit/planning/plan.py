@@ -27,13 +27,13 @@ from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
 from tunekit.planning.cheaper import cheapest_changes
+from tunekit.planning.choice import written_choice
 from tunekit.planning.compiling import (
     compile_notes,
     compile_problems,
     kernel_notes,
     kernel_problems,
     planned_compile,
-    written_choice,
 )
 from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
