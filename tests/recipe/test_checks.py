@@ -185,10 +185,16 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
             "adapter: {rank_pattern: {'layers.[0': 2}}",
             "recipe.yaml:4: adapter.rank_pattern.layers.[0: must be a regular expression (unterminated character set",
         ),
+        ("memory: {budget: 0GiB}", "recipe.yaml:4: memory.budget: must be at least 1 byte, not '0GiB'"),
         (
-            "memory: {budget: 0GiB}",
-            "recipe.yaml:4: memory.budget: must be a size with its unit, such as 8GiB, not '0GiB'",
+            "memory: {budget: [8GiB, 0GiB]}",
+            "recipe.yaml:4: memory.budget: the budget of rank 1 must be at least 1 byte, n",
         ),
+        (
+            "memory: {budget: [8, 4GiB]}",
+            "recipe.yaml:4: memory.budget: the budget of rank 0 must be a size with its un",
+        ),
+        ("memory: {budget: [8GiB]}", "recipe.yaml:4: memory.budget: a list needs the sizes of two ranks or more; wri"),
     ],
 )
 def test_contradictions(text: str, expected: str, tmp_path: Path) -> None:

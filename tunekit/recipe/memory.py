@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from tunekit.recipe.bases.section import AutoBoolOrCount, AutoOrBool, Count, Section
+from tunekit.recipe.reading.suggest import show
 
 NO_SIZE = "must be a size with its unit, such as 8GiB"
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB)")
@@ -16,15 +17,22 @@ _UNITS |= {unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB"
 
 
 def _size(value: object) -> str:
-    if isinstance(value, str) and size_bytes(value):
-        return value
-    raise ValueError(NO_SIZE)
+    if size_bytes(value if isinstance(value, str) else "") == 0:
+        raise ValueError("must be at least 1 byte")
+    return str(value)
 
 
 def _sizes(value: object) -> str | tuple[str, ...]:
-    if isinstance(value, list | tuple) and len(value) > 1:
-        return tuple(map(_size, value))
-    return _size(value)
+    if not isinstance(value, list | tuple):
+        return _size(value)
+    if len(value) < 2:
+        raise ValueError("a list needs the sizes of two ranks or more; write a single size without brackets")
+    for rank, size in enumerate(value):
+        try:
+            _size(size)
+        except ValueError as error:
+            raise ValueError(f"the budget of rank {rank} {error}, not {show(size)}") from None
+    return tuple(value)
 
 
 def size_bytes(text: str) -> int:
