@@ -588,6 +588,7 @@ def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.Monke
     plan = SimpleNamespace(choice=SimpleNamespace(threads=None))
     monkeypatch.setattr(tunekit.train, "plan_session", lambda *_: (plan, None))
     monkeypatch.setattr(tunekit.train, "_describe", lambda *_: None)
+    monkeypatch.setattr(tunekit.train, "check_run", lambda *_: {})
     monkeypatch.setattr(tunekit.train, "load_base", lambda *_: None)
     monkeypatch.setattr(tunekit.train, "assemble_run", lambda *_: (None, run))
     monkeypatch.setattr(tunekit.train.run_files, "announce_run", lambda *_: None)

@@ -46,7 +46,7 @@ from tunekit.targets.export import export_adapter, export_model
 from tunekit.targets.target import measuring_objective
 from tunekit.training import run_files
 from tunekit.training.agreement import check_command
-from tunekit.training.assemble import assemble_run
+from tunekit.training.assemble import assemble_run, check_run
 from tunekit.training.engines.window import LoopSteps, run_alone
 from tunekit.training.finish import remedy, report_facts
 from tunekit.training.lane import Load
@@ -128,9 +128,10 @@ def session_steps(
                 )
             torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
         _describe(session, plan)
+        fingerprint = check_run(session, prepared, checkpoint)
         run_files.announce_run(session, plan, prepared)
         base = (load or load_base)(session, plan, prepared)
-        plan, run = assemble_run(session, plan, prepared, base, checkpoint)
+        plan, run = assemble_run(session, plan, prepared, base, fingerprint, checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had delayed garbage collection
     trackers = run_files.make_trackers(session, run.state.step)
     progress = StepProgress(session.console, plan.steps, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective))
@@ -148,8 +149,9 @@ def _try_out(session: Session) -> dict[str, Any]:
     plan, prepared = plan_session(session)
     torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
     _describe(session, plan)
+    fingerprint = check_run(session, prepared)
     try:
-        plan, run = assemble_run(session, plan, prepared, load_base(session, plan, prepared))
+        plan, run = assemble_run(session, plan, prepared, load_base(session, plan, prepared), fingerprint)
     except Exception as error:
         if is_out_of_memory(error):
             raise session.out_of_memory() from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from tests.conftest import CHAT_TEMPLATE
 from tests.runs.test_kill import Watched, assert_resumes_to, events_of, interrupted
-from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
+from tests.support.train_case import kill_self, lose_the_end, records, result_bytes, train_in_child, write_recipe
 from tunekit.training.engines.window import LoopSteps
 from tunekit.training.state import Run
 
@@ -122,6 +123,15 @@ def test_a_finished_run_is_left_alone(recipe: Path, whole: Path) -> None:
     assert ended.code == 2
     assert "training.learning_rate: changed since the run: was" in ended.output
     assert stamps() == before
+
+
+def test_a_changed_recipe_is_refused_before_the_base_is_loaded(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    lose_the_end(run)
+    ended = train_in_child(recipe, run, "memory.sharding=full", resume=True)
+    assert ended.code == 2
+    assert "memory.sharding: changed since the run: was 'auto', is 'full'; undo the change" in ended.output
+    assert "loading" not in ended.output
 
 
 def test_without_resume_a_folder_with_a_run_is_refused(recipe: Path, whole: Path) -> None:

@@ -24,7 +24,7 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
-from tunekit.model.load import LoadedModel
+from tunekit.model.load import LoadedModel, base_fingerprint
 from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
@@ -49,17 +49,34 @@ from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
 
+def check_run(session: Session, prepared: RunInputs, checkpoint: Checkpoint | None = None) -> JsonObject:
+    """Make the fingerprint of the run, which includes the files of its companions (auxiliary models such as a teacher).
+    This is done before the base is loaded, so that a refusal comes early.
+
+    Raises: RunFolderError if `checkpoint`, or the run in the folder, belongs to a different run; InputError if ranks
+    differ.
+    """
+    companions = make_companions(prepared.rows.objective.companions)
+    code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
+    return check_fingerprint(session, prepared.rows.fingerprint, base_fingerprint(prepared.model), checkpoint, code)
+
+
 def assemble_run(
-    session: Session, plan: Plan, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None = None
+    session: Session,
+    plan: Plan,
+    prepared: RunInputs,
+    base: LoadedModel,
+    fingerprint: JsonObject,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Plan, Run]:
     """Assemble the run, and write its plan to the run folder. Returns the plan, updated with the layers that the
-    adapter really adapts, and the run.
+    adapter really adapts, and the run. `fingerprint`: the result of `check_run`.
 
-    Raises: RunFolderError if `checkpoint` belongs to a different run; ModelError if a probe (a check of the model)
+    Raises: RunFolderError if files that companions read have changed; ModelError if a probe (a check of the model)
     fails.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    companions, fingerprint = _load_companions(session, prepared, base, checkpoint)
+    companions = _load_companions(session, prepared)
     state, files = LoopState(LossScale(base.dtype == torch.float16)), None
     if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation uses whole steps
         bare = TunedModel(base, None, companions=companions)
@@ -112,18 +129,13 @@ def assemble_run(
     return plan, run
 
 
-def _load_companions(
-    session: Session, prepared: RunInputs, base: LoadedModel, checkpoint: Checkpoint | None
-) -> tuple[dict[str, Companion], JsonObject]:
-    """Load the objective's companions (auxiliary models such as a teacher or a reward model). Before that, check the
-    run's fingerprint, which includes the companions' files. Returns the companions and the fingerprint."""
+def _load_companions(session: Session, prepared: RunInputs) -> dict[str, Companion]:
+    """Load the objective's companions (auxiliary models such as a teacher or a reward model)."""
     companions = make_companions(prepared.rows.objective.companions)
-    code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
-    fingerprint = check_fingerprint(session, prepared.rows.fingerprint, base.fingerprint, checkpoint, code)
     with session.timed("load"):
         for companion in companions.values():
             companion.load(session.devices.device)
-    return companions, fingerprint
+    return companions
 
 
 def _make_model(

@@ -118,7 +118,7 @@ def choice_in(path: Path) -> Choice | None:
 
 
 def check_fingerprint(
-    session: Session, data: str, base: str | None, checkpoint: Checkpoint | None, code: Mapping[str, str]
+    session: Session, data: str, base: str, checkpoint: Checkpoint | None, code: Mapping[str, str]
 ) -> JsonObject:
     """Make the fingerprint of this run, and compare it with the fingerprint of the run in this folder or of
     `checkpoint`.
@@ -129,7 +129,7 @@ def check_fingerprint(
     new = make_fingerprint(
         session.loaded.recipe.model_dump(mode="json"),
         data=data,
-        base=base or "",
+        base=base,
         versions=library_versions(),
         device=session.devices.device.type,
         accelerator=None if on_cpu else names[0],

@@ -75,7 +75,7 @@ def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load)
     with deterministic_kernels(session.loaded.recipe.training.deterministic):
         base = load(session, plan, prepared)
         started = time.monotonic()
-        plan, run = assemble_run(session, plan, prepared, base)
+        plan, run = assemble_run(session, plan, prepared, base, {})
         prepare = time.monotonic() - started
         run.record = lambda record: records.append(record) if isinstance(record, StepRecord) else None
         run.save, run.evaluate = lambda: None, None
