@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tunekit.commands.training import launch
-from tunekit.errors import InputError
+from tunekit.errors import InputError, RecipeError
 from tunekit.launch import launch_verb
 from tunekit.planning.launch.job import ENGINES, load_engine
 from tunekit.recipe.load import load_recipe
@@ -174,6 +174,39 @@ def test_an_existing_file_is_never_replaced(folder: Path) -> None:
         launch_verb(load_recipe(NAME), NAME, [], "slurm", output="away/file")
     shutil.copy(file, "other")
     assert "training.seed" not in Path("other").read_text()
+
+
+def test_a_recipe_for_other_ranks_or_for_a_sweep_is_refused(folder: Path) -> None:
+    changes = ("training.rank_speeds=[2, 1]", "memory.budget=[8GiB, 4GiB]", "evaluation.metrics=[loss]")
+    assert "rank_speeds" in written("torchrun", *changes, processes=2).read_text()
+    with pytest.raises(RecipeError) as caught:
+        written("slurm", *changes, "sweep.seeds=2", "data.eval=0.1", nodes=2, processes=2)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "command line: sweep: a launch file trains one run, and a sweep computes in one process; run `tunekit sweep "
+        "'my orders'\"'\"' run.yaml'`, or add ~sweep to train the recipe's own values",
+        *(
+            f"command line: {key}: the list has 2 values, but --nodes 2 and --gpus 2 make 4 ranks; write one value for "
+            "each rank, or change these options"
+            for key in ("memory.budget", "training.rank_speeds")
+        ),
+    ]
+    assert "~sweep" in written("ray", "data.eval=0.1", "~sweep", nodes=3).read_text()
+
+
+def test_a_copy_of_the_working_folder_has_other_paths(folder: Path) -> None:
+    """SkyPilot puts the copy into ~/sky_workdir."""
+    recipe = str(folder / NAME)
+    launch_verb(load_recipe(recipe), recipe, (), "skypilot", 1, 1, "file")
+    assert str(folder) not in yaml.safe_load(Path("file").read_text())["run"]
+    absolute = f"output.dir={folder / 'runs' / 'one'}"
+    with pytest.raises(RecipeError, match=r"command line: output\.dir: the nodes have a copy .*; write runs/one"):
+        written("skypilot", absolute, nodes=2)
+    assert absolute in written("slurm", absolute, nodes=2).read_text()
+    os.chdir(folder.parent)
+    Path("other").mkdir()
+    os.chdir("other")
+    with pytest.raises(RecipeError, match="which does not contain this recipe; start `tunekit launch` in a folder"):
+        launch_verb(load_recipe(recipe), recipe, (), "skypilot", 1, 1, "file")
 
 
 @pytest.mark.parametrize("on", ENGINES)

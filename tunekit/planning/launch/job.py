@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast
 
-from tunekit.errors import InputError
+from tunekit.errors import InputError, Problem
 from tunekit.recipe.reading.suggest import did_you_mean
 
 ENGINES = ("torchrun", "slurm", "skypilot", "kubernetes", "ray")  # in the order of their use
@@ -19,8 +19,9 @@ PORT = 29500  # torchrun's default
 @dataclass(frozen=True)
 class LaunchJob:
     """A training run on several processes. `recipe` and `overrides`: as on the command line, in the working folder
-    `folder`. `processes`: the number on each node; each uses one GPU, or none with `on_cpu`. `paths`: the absolute
-    local paths that the recipe names. `python`: the interpreter on nodes that share this machine's folders."""
+    `folder`. `processes`: the number on each node; each uses one GPU, or none with `on_cpu`. `paths`: the local paths
+    that the recipe names, made absolute. `problems_of_a_copy`: problems if the nodes have a copy of the working folder
+    in another place. `python`: the interpreter on nodes that share this machine's folders."""
 
     recipe: Path
     overrides: tuple[str, ...]
@@ -29,6 +30,7 @@ class LaunchJob:
     processes: int
     on_cpu: bool
     paths: tuple[Path, ...]
+    problems_of_a_copy: tuple[Problem, ...]
     python: str
 
     @cached_property
@@ -81,7 +83,7 @@ class Launcher(Protocol):
     ENDING: str  # of the file's name
 
     def text(self, job: LaunchJob) -> str:
-        """The content of the launch file."""
+        """The content of the launch file. Raises: RecipeError if the job would fail on the nodes."""
         ...
 
     def submit(self, job: LaunchJob, path: str) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 import json
 
+from tunekit.errors import RecipeError
 from tunekit.planning.launch.job import PORT, LaunchJob
 
 ENDING = ".skypilot.yaml"
@@ -23,7 +24,12 @@ run: |
 
 
 def text(job: LaunchJob) -> str:
-    """The task. JSON's text is YAML's too, without escapes of characters."""
+    """The task. JSON's text is YAML's too, without escapes of characters.
+
+    Raises: RecipeError for paths that the nodes lack, because their copy of the working folder is in another place.
+    """
+    if job.problems_of_a_copy:
+        raise RecipeError.of(job.problems_of_a_copy)
     return TASK.format(
         name=job.name,
         nodes=job.nodes,
