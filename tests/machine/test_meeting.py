@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tunekit.errors import DataError, InputError, OtherRankError
-from tunekit.machine import peers
+from tunekit.errors import DataError, InputError, OtherRankError, ResourceError
+from tunekit.machine import meeting, peers
 from tunekit.machine.devices import Devices
 from tunekit.machine.meeting import (
     VARIABLES,
@@ -81,6 +83,56 @@ def test_a_launcher_sets_all_variables(
         return
     with pytest.raises(InputError, match=text):
         place_in_group()
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """The port of rank 0, at which another program listens. This process is rank 1."""
+    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        for name, value in {**GROUP, **place}.items():
+            monkeypatch.setenv(name, value)
+        yield listener
+
+
+@pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_another_program_at_the_port_is_noticed(answer: bytes | None, port: socket.socket) -> None:
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # when the test ends
+            while True:
+                connection, _ = port.accept()
+                connection.sendall(answer or b"")
+                connection.close()
+
+    if answer is not None:
+        threading.Thread(target=serve, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(
+        ResourceError, match=r"MASTER_PORT\) does not answer as rank 0 of 2; set MASTER_PORT to a free"
+    ) as caught:
+        meeting.meet("cpu")
+    assert time.monotonic() - started < 20
+    assert caught.value.alone, "there is no store in which the other ranks could read it"
+
+
+def test_a_rank_waits_for_a_store_that_starts_later(port: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    port.close()
+    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 30.0)
+    stores: list[Any] = []
+    number = int(os.environ["MASTER_PORT"])
+    later = threading.Timer(
+        0.5,
+        lambda: stores.append(torch.distributed.TCPStore("127.0.0.1", number, is_master=True, wait_for_workers=False)),
+    )
+    later.start()
+    store = meeting._open_store((1, 2), 60)
+    later.join()
+    stores[0].set("key", "value")
+    assert store.get("key") == b"value"
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ResourceError, match=r"rank 1 of 2 did not reach rank 0 at 127\.0\.0\.1:1 .* within 1 seconds"):
+        meeting._open_store((1, 2), 1)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tunekit.errors import InputError, OtherRankError, Problem, ResourceError, T
 from tunekit.machine.environment import library_versions
 
 JOINING_SECONDS = 300.0  # from the start of a rank until all ranks have joined
+ANSWER_SECONDS = 5.0  # torch's store answers at once, unless its machine is busy
 EXCHANGE_SECONDS = 1800.0  # a rank that is alive must come to each exchange of values within this time
 ENDING_SECONDS = 5.0  # a rank that ends waits so long for the other ranks to notice
 EARLY_SECONDS = 15.0  # as ENDING_SECONDS, before the ranks have joined: they may still be importing their libraries
@@ -128,7 +129,12 @@ def meet(device: str) -> Meeting | None:
     versions = {name: version for name, version in library_versions().items() if name in COMPARED}
     ours = Member(rank, world, socket.gethostname(), os.getpid(), device, versions)
     formed = torch.distributed.is_initialized()  # by Ray
-    store = torch.distributed.distributed_c10d._get_default_store() if formed else _open_store(place, JOINING_SECONDS)
+    try:
+        default_store = torch.distributed.distributed_c10d._get_default_store
+        store = default_store() if formed else _open_store(place, JOINING_SECONDS)
+    except ResourceError as error:
+        error.alone = True  # without a store, no other rank can be told
+        raise
     if store.add(f"{key_of(rank)}/processes", 1) > 1:
         what = f"another process has joined {_address()} as rank {rank}"
         raise _told(InputError(what, "give each process its own RANK, and each run its own MASTER_PORT"))
@@ -156,12 +162,51 @@ def _address() -> str:
 
 
 def _open_store(place: tuple[int, int], seconds: float) -> Store:
-    """torch's store: the main rank starts it, unless torchrun has started it already.
+    """torch's store: the main rank starts it, unless torchrun has started it already. The other ranks wait until a
+    program listens on its port, because torch would also wait for another program there.
 
-    Raises: ResourceError if the port is in use, or if the store cannot be reached.
+    Raises: ResourceError if another program has the port, or if the store cannot be reached.
     """
     rank, world = place
-    started = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    starts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    deadline, failed = time.monotonic() + seconds, False
+    while not failed and time.monotonic() < deadline:
+        if starts or _is_listening():
+            store = _connect(starts, seconds if starts else ANSWER_SECONDS)
+            if isinstance(store, Store):
+                store.set_timeout(timedelta(seconds=seconds))
+                return store
+            if "EADDRINUSE" in str(store):
+                what = f"port {os.environ['MASTER_PORT']} (MASTER_PORT) of rank 0's machine is in use"
+                raise ResourceError(
+                    what, "set MASTER_PORT to a free port on all ranks, or stop the other run"
+                ) from store
+            if not starts and _is_listening():
+                what = f"the program at {_address()} (MASTER_ADDR:MASTER_PORT) does not answer as rank 0 of {world}"
+                raise ResourceError(
+                    what, "set MASTER_PORT to a free port on all ranks; see the output of rank 0"
+                ) from store
+            failed = starts
+        time.sleep(POLLING_SECONDS)
+    what = f"rank {rank} of {world} did not reach rank 0 at {_address()} (MASTER_ADDR:MASTER_PORT)"
+    how = "see the output of rank 0; check these variables, and the firewall"
+    raise ResourceError(f"{what} within {seconds:.0f} seconds", how)
+
+
+def _is_listening() -> bool:
+    """Whether a program accepts connections at MASTER_ADDR and MASTER_PORT."""
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ANSWER_SECONDS).close()
+    except (OSError, UnicodeError):  # the latter: a text that cannot be a host name
+        return False
+    return True
+
+
+def _connect(starts: bool, seconds: float) -> Store | Exception:
+    """torch's store, or the error of an attempt that lasts `seconds`. `starts`: whether this process starts the store.
+
+    If another program has the port and says nothing, torch waits for ever. The result is then a TimeoutError.
+    """
     opened: list[Store | Exception] = []
 
     def connect() -> None:
@@ -169,7 +214,7 @@ def _open_store(place: tuple[int, int], seconds: float) -> Store:
             store = TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
-                is_master=rank == 0 and not started,
+                is_master=starts,
                 timeout=timedelta(seconds=seconds),
                 wait_for_workers=False,
                 multi_tenant=True,
@@ -179,18 +224,10 @@ def _open_store(place: tuple[int, int], seconds: float) -> Store:
         else:
             opened.append(store)
 
-    thread = threading.Thread(target=connect, daemon=True)  # if another program has the port, torch waits for ever
+    thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(seconds + 1.0)
-    store = opened[0] if opened else TimeoutError()
-    if not isinstance(store, Exception):
-        return store
-    if "EADDRINUSE" in str(store):
-        what = f"port {os.environ['MASTER_PORT']} (MASTER_PORT) of rank 0's machine is in use"
-        raise ResourceError(what, "set MASTER_PORT to a free port on all ranks, or stop the other run") from store
-    what = f"rank {rank} of {world} did not reach rank 0 at {_address()} (MASTER_ADDR:MASTER_PORT)"
-    how = "see the output of rank 0; check these variables, and the firewall"
-    raise ResourceError(f"{what} within {seconds:.0f} seconds", how) from store
+    thread.join(seconds + ANSWER_SECONDS)
+    return opened[0] if opened else TimeoutError()
 
 
 def _wait_for_all(store: Store, ours: Member) -> Sequence[Member]:
