@@ -16,12 +16,13 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import tunekit.validate
 from tests.recipe.test_reader import SMALL
-from tunekit.cli import ENVIRONMENT, main
+from tunekit.cli import ENVIRONMENT, main, start
 from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
@@ -266,6 +267,22 @@ def test_less_or_more_is_said_where_that_is_asked_for(
     monkeypatch.setenv(LOUDNESS, "")
     with quiet():
         assert logging.getLogger("transformers").getEffectiveLevel() == logging.CRITICAL
+
+
+@pytest.mark.parametrize(("verbose", "level"), [(False, "ERROR"), (True, "WARNING")])
+def test_warnings_of_torchs_code_in_c_are_for_verbose(
+    verbose: bool, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning about a lost rank has twenty lines of stack frames, and comes before tunekit's own message."""
+    for name in (LOUDNESS, *ENVIRONMENT):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    context: Any = SimpleNamespace()
+    start(context, verbose=verbose)
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == level
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    start(context, verbose=verbose)
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "INFO", "the user's own value stays"
 
 
 @pytest.mark.parametrize(

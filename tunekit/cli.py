@@ -26,7 +26,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings about a lost rank have twenty lines of C++ frames each
 }
+VERBOSE = {"TORCH_CPP_LOG_LEVEL": "WARNING"}
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs", "launch")  # commands that import no torch
 WITH_RANKS = ("train", "eval", "generate")  # commands that several processes compute together
@@ -68,7 +70,7 @@ def start(
     context.obj = debug
     if quiet or verbose:
         os.environ[LOUDNESS] = "verbose" if verbose else "quiet"
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | VERBOSE if verbose else ENVIRONMENT).items():
         os.environ.setdefault(name, value)
 
 
