@@ -9,7 +9,7 @@ Losses: each objective with a tiny model, dense and nf4, on 1, 2 and 4 ranks wit
 of any loss, and of any other number in metrics.jsonl.
 Memory: the base of --model (SmolLM2-135M: TUNEKIT_SMOLLM2) on 1, 2 and 4 ranks. Bytes: the shares and all other tensors
 of the base. Loading: the growth of resident memory (VmRSS, sampled every 2 ms) from before the base is loaded until its
-shares are stored, without the code of libraries.
+shares are stored, without the code of libraries. The adapter, attached before the base is divided, is a part of it.
 Resume: a run on 4, then 2, then 1 rank.
 """
 
@@ -201,7 +201,8 @@ def page(values: dict[str, Any]) -> str:
 
 {table(["weights", "ranks", "the base", "share", "peak while loading", "share and two layers"], memory)}
 
-Loading also makes the Python objects of the net's modules: 2 to 3 MB with nf4, whatever the size of the weights.
+The peak contains more than weights: the adapter, which is attached before the base is divided (LoRA of rank 4: up to
+4.9 MB), and the Python objects of the net's modules (2 to 3 MB with nf4, whatever the size of the weights).
 
 ## Resume on 4, then 2, then 1 rank
 
