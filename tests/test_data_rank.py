@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,24 @@ import torch
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import train, write_recipe
+from tests.objectives.test_dpo import pairs as pair_rows
+from tests.objectives.test_dpo import train as train_pairs
+from tests.objectives.test_dpo import write_recipe as write_pair_recipe
 from tests.support.train_case import write_recipe as write_chat_recipe
-from tunekit.data_rank import data_rank_verb
+from tunekit.artifacts.report.values import read_run
+from tunekit.contracts import Objective, Row
+from tunekit.data.rows import RowSet
+from tunekit.data_rank import _run_rows, data_rank_verb
 from tunekit.errors import InputError
 from tunekit.evaluation.row_ranking import WRONG
 from tunekit.evaluation.row_states import RowReader
 from tunekit.machine.devices import make_devices
+from tunekit.recipe.load import load_recipe
 from tunekit.targets.states import load_states
-from tunekit.targets.target import find_target
+from tunekit.targets.target import LoadedTarget, find_target
 from tunekit.training.influence import SIZE, make_projection, row_gradients
+from tunekit.training.split_gradients import Take, split_gradients
+from tunekit.tuned.model import TunedModel
 
 SAVES = {"save_steps": 7, "keep_checkpoints": 9}
 WRONG_LINES = (8, 20)
@@ -88,9 +98,6 @@ def test_losses_are_those_of_an_evaluation(chat: Path) -> None:
     expected = json.loads((chat.parent / "eval.json").read_text("utf-8"))
     total = expected["loss"] * expected["supervised_tokens"] - sum(held["losses"])
     target = find_target(str(chat), None, [])
-    assert target.run is not None
-    from tunekit.data_rank import _run_rows, load_recipe, read_run
-
     rows = _run_rows(read_run(chat), load_recipe(chat / "recipe.yaml"), target)
     after = [row["after"] for row in result["rows"]]
     assert np.dot(after, rows.train.supervised) == pytest.approx(total, rel=1e-4)
@@ -98,13 +105,8 @@ def test_losses_are_those_of_an_evaluation(chat: Path) -> None:
 
 @pytest.mark.slow
 def test_gradients_of_rows_add_up_to_that_of_all_rows(chat: Path) -> None:
-    """Projections of rows' gradients, one row at a time, against autograd over one batch of all rows."""
-    from tunekit.data_rank import _run_rows, load_recipe, read_run
-
-    target = find_target(str(chat), None, [])
-    rows = _run_rows(read_run(chat), load_recipe(chat / "recipe.yaml"), target)
-    loaded, states = load_states(target, make_devices().device, {})
-    states[0].load()
+    """Projections of rows' gradients against autograd over one batch of all rows."""
+    rows, loaded = loaded_run(chat)
     model = loaded.model
     assert model.adapter is not None
     projection = make_projection(model.adapter.trained(), 0)
@@ -112,19 +114,62 @@ def test_gradients_of_rows_add_up_to_that_of_all_rows(chat: Path) -> None:
     batch = rows.objective.rows.collate([[rows.train[number]] for number in range(len(rows.train))])
     with model.training_mode(False):
         rows.objective.loss.loss(model.output(batch.inputs), batch).total.sum().backward()
-    expected = torch.zeros(SIZE)
+    expected = torch.zeros(1, SIZE)
     for name, parameter in model.adapter.trained().items():
         assert parameter.grad is not None
         projection.add(name, parameter.grad, expected)
     summed = (gradients * np.asarray(rows.train.supervised)[:, None]).sum(axis=0)
-    assert np.allclose(summed, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+    assert np.allclose(summed, expected[0].numpy(), atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_pairs(write_pair_recipe(tmp_path_factory.mktemp("pairs"), tiny_llama, pair_rows(8)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classifier", "chat", "pairs"])
+def test_rows_together_have_the_gradients_of_rows_alone(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a classifier (rows without padding, a trained head), a decoder, and pairs (two lines for each row). If rows
+    together give different gradients, each row is computed alone."""
+    run: Path = request.getfixturevalue(name)
+    rows, loaded = loaded_run(run)
+    model = loaded.model
+    assert model.adapter is not None
+    projection = make_projection(model.adapter.trained(), 0)
+    counts = []
+
+    def split(model: TunedModel, objective: Objective, some: Sequence[Row], take: Take) -> None:
+        counts.append(len(some))
+        split_gradients(model, objective, some, take)
+
+    monkeypatch.setattr("tunekit.training.influence.split_gradients", split)
+    together = row_gradients(model, rows.objective, rows.train, projection)
+    assert max(counts) > 2
+    monkeypatch.setattr("tunekit.training.influence.can_split", lambda model: False)
+    alone = row_gradients(model, rows.objective, rows.train, projection)
+    assert np.allclose(together, alone, rtol=1e-4, atol=1e-5 * float(np.abs(alone).max()))
+    monkeypatch.setattr("tunekit.training.influence.can_split", lambda model: True)
+    monkeypatch.setattr("tunekit.training.influence.split_gradients", lambda *arguments: None)
+    assert np.allclose(row_gradients(model, rows.objective, rows.train, projection), alone, atol=1e-7)
+
+
+def loaded_run(run: Path) -> tuple[RowSet, LoadedTarget]:
+    """The rows of a run, and its model in the first of its states."""
+    target = find_target(str(run), None, [])
+    loaded, states = load_states(target, make_devices().device, {})
+    states[0].load()
+    return _run_rows(read_run(run), load_recipe(run / "recipe.yaml"), target), loaded
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tier", ["host", "disk"])
-def test_a_streamed_base_gives_the_same_gradients_and_losses(chat: Path, tier: str) -> None:
-    from tunekit.data_rank import _run_rows, load_recipe, read_run
-
+def test_a_streamed_base_gives_the_same_gradients_and_losses(
+    chat: Path, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunekit.training.influence.can_split", lambda model: False)  # rows together round differently
     target = find_target(str(chat), None, [])
     assert target.recipe is not None
     rows = _run_rows(read_run(chat), load_recipe(chat / "recipe.yaml"), target)

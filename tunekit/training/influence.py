@@ -5,7 +5,8 @@
 
 g is the gradient of a row's mean loss, projected to SIZE numbers. Sources: TracIn, Pruthi et al. 2020; cosines and
 random projections, LESS, Xia et al. 2024. Each tensor's gradient is projected as soon as autograd has computed it, so a
-streamed base is computed layer by layer, and whole gradients of several rows never exist.
+streamed base is computed layer by layer, and whole gradients of several rows never exist. Short rows share a forward
+and a backward, if that gives the same gradients.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +19,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunekit.contracts import Objective, Progress, Rows, Window, no_progress
+from tunekit.contracts import Objective, Progress, Row, Rows, Window, no_progress
+from tunekit.errors import is_out_of_memory
+from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.memory.splitting import Splitting
 from tunekit.model.call import seed_for
 from tunekit.training.engines.streaming import make_engine
+from tunekit.training.engines.window import WindowEngine
+from tunekit.training.split_gradients import can_split, split_gradients
 from tunekit.tuned.model import TunedModel
 
 SIZE = 4096  # numbers of a projected gradient; the error of a cosine is about 1 / sqrt(SIZE)
+TOKENS_AT_ONCE = 512  # of short rows that share a forward; about as fast as more
+CHECKED_ROWS, SAME = 2, 0.05  # rows that are also computed alone; their maximum relative difference
 ROWS_AT_ONCE = 64  # rows of which a streamed base computes each layer before the next layer
 NO_PENALTY = 10**12  # the divisor of loss terms that belong to a step and not to a row
 Gradients = NDArray[np.float32]  # (rows, SIZE)
@@ -40,10 +47,10 @@ class Projection:
     places: Mapping[str, Tensor]
     signs: Mapping[str, Tensor]
 
-    def add(self, name: str, gradient: Tensor, total: Tensor) -> None:
-        """Add the projection of a tensor's gradient to `total` (SIZE,)."""
-        values = gradient.detach().flatten().float() * self.signs[name]
-        total.index_add_(0, self.places[name], values)
+    def add(self, name: str, gradients: Tensor, totals: Tensor) -> None:
+        """Add the projections of a tensor's gradients for P rows to `totals` (P, SIZE)."""
+        values = gradients.detach().float().reshape(len(totals), -1) * self.signs[name]  # (P, values)
+        totals.scatter_add_(1, self.places[name].long().expand_as(values), values)
 
 
 def make_projection(parameters: Mapping[str, nn.Parameter], seed: int) -> Projection:
@@ -64,26 +71,76 @@ def row_gradients(
 
     Raises: ResourceError if memory is too small for a single row.
     """
-    splitting, gradients = Splitting(), torch.zeros(len(rows), SIZE, device=model.device)
-    engine = make_engine(0, model.slots, ROWS_AT_ONCE, splitting)
+    gradients, done, splits = torch.zeros(len(rows), SIZE, device=model.device), 0, can_split(model)
+    alone = partial(_one_by_one, model, objective, make_engine(0, model.slots, ROWS_AT_ONCE, Splitting()), projection)
+    for numbers in _short_together(rows) if splits else _in_order(rows):
+        some, together = [rows[number] for number in numbers], None
+        if splits and len(some) > 1:
+            together = _together(model, objective, projection, some)
+            # some models mix rows, such as those with experts
+            if not done and (together is None or not _agree(together, alone(some[:CHECKED_ROWS]))):
+                splits, together = False, None
+        gradients[list(numbers)] = alone(some) if together is None else together
+        done += len(some)
+        progress("gradients of rows", done, len(rows))
+    units = torch.tensor(unit_counts(rows, objective), device=model.device).clamp(min=1e-12)
+    return (gradients / units[:, None]).float().cpu().numpy()
+
+
+def _in_order(rows: Rows) -> Iterator[Sequence[int]]:
+    return (range(start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
+
+
+def _short_together(rows: Rows) -> Iterator[Sequence[int]]:
+    """Groups of row numbers, shortest rows first. Padded to its longest row, a group has at most TOKENS_AT_ONCE tokens,
+    or is a single row."""
+    group: list[int] = []
+    for number in np.argsort(rows.lengths, kind="stable").tolist():
+        if group and (len(group) + 1) * int(rows.lengths[number]) > TOKENS_AT_ONCE:
+            yield group
+            group = []
+        group.append(number)
+    yield group
+
+
+def _together(model: TunedModel, objective: Objective, projection: Projection, rows: Sequence[Row]) -> Tensor | None:
+    """The projected gradients of the rows' summed losses, from one forward and backward, (P, SIZE). None if memory is
+    too small."""
+    totals = torch.zeros(len(rows), SIZE, device=model.device)
+    try:
+        split_gradients(model, objective, rows, partial(projection.add, totals=totals))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return totals
+
+
+def _agree(together: Tensor, alone: Tensor) -> bool:
+    """Whether gradients of rows are those of the first rows alone. Shapes: (P, SIZE), (CHECKED_ROWS, SIZE)."""
+    return bool((together[: len(alone)] - alone).norm() <= SAME * alone.norm())
+
+
+def _one_by_one(
+    model: TunedModel, objective: Objective, engine: WindowEngine, projection: Projection, rows: Sequence[Row]
+) -> Tensor:
+    """The projected gradients of the rows' summed losses, one row after the other, (P, SIZE)."""
+    totals, splitting = torch.zeros(len(rows), SIZE, device=model.device), engine.splitting
+    places = {row.number: place for place, row in enumerate(rows)}
 
     def running() -> Tensor:
+        assert splitting is not None
         assert splitting.running is not None
-        return gradients[splitting.running.rows[0].number]
+        place = places[splitting.running.rows[0].number]
+        return totals[place : place + 1]
 
-    with _projecting(model, projection, running):
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            numbers = range(start, min(start + ROWS_AT_ONCE, len(rows)))
-            with undisturbed(model):
-                batches = [prepared(model, objective, objective.rows.collate([[rows[number]]])) for number in numbers]
-            units = [objective.loss.units(batch) for batch in batches]
-            window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
-            with model.training_mode(False):
-                engine.run_window(model, objective, window, torch.ones_like(units[0]), NO_PENALTY)
-            for number, count in zip(numbers, units, strict=True):
-                gradients[number] /= max(float(count[0]), 1e-12)
-            progress("gradients of rows", numbers.stop, len(rows))
-    return gradients.cpu().numpy()
+    with undisturbed(model):
+        batches = [prepared(model, objective, objective.rows.collate([[row]])) for row in rows]
+    window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
+    ones = torch.ones_like(objective.loss.units(batches[0]))
+    with _projecting(model, projection, running), model.training_mode(False):
+        engine.run_window(model, objective, window, ones, NO_PENALTY)
+    return totals
 
 
 @contextmanager

@@ -100,6 +100,13 @@ class RealTokens:
             groups.setdefault(max(MIN_WIDTH_BITS, (len(row) - 1).bit_length()), []).append(row)
         return [RowGroup([len(row) for row in each], torch.cat(each)) for _, each in sorted(groups.items())]
 
+    def padded(self, hidden: Tensor) -> Tensor:
+        """Put values of real tokens (1, M, D) back into padded rows (B, T, D), with zeros at padding."""
+        places, width = len(self.lengths) * self.width, hidden.shape[-1]
+        real = hidden[0, : len(self.index)]
+        padded = hidden.new_zeros(places, width).index_copy(0, self.index.to(hidden.device), real)
+        return padded.view(len(self.lengths), self.width, width)
+
 
 def real_tokens(inputs: Mapping[str, Tensor]) -> RealTokens | None:
     """The real tokens of a batch whose mask has padding only at the end of rows; None if there is no such mask."""
@@ -148,13 +155,9 @@ def _remove_padding(
 
 
 def _restore_padding(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    """Put the last layer's output (1, M, D) back into padded rows (B, T, D), with zeros at padding."""
+    """Put the last layer's output (1, M, D) back into padded rows (B, T, D)."""
     real = current_call().real_tokens
-    if not isinstance(real, RealTokens):
-        return None
-    places, width = len(real.lengths) * real.width, output.shape[-1]
-    padded = output.new_zeros(places, width).index_copy(0, real.index.to(output.device), output[0, : len(real.index)])
-    return padded.view(len(real.lengths), real.width, width)
+    return real.padded(output) if isinstance(real, RealTokens) else None
 
 
 def _attend(
