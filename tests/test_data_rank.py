@@ -24,7 +24,7 @@ from tunekit.artifacts.report.values import read_run
 from tunekit.contracts import Objective, Row
 from tunekit.data.rows import RowSet
 from tunekit.data_rank import _run_rows, data_rank_verb
-from tunekit.errors import InputError
+from tunekit.errors import InputError, ResourceError, RunFolderError
 from tunekit.evaluation.row_ranking import WRONG
 from tunekit.evaluation.row_states import RowReader
 from tunekit.machine.devices import make_devices
@@ -209,7 +209,38 @@ def test_without_evaluation_rows_only_influence_is_refused(tiny_llama: Path, tmp
     assert ranked(run)["lists"]
 
 
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_found_before_the_work(
+    chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(chat.parent, tmp_path / "same")
+    run = tmp_path / "same" / "run"
+    damaged = run / "checkpoints" / "step-000003"
+    (damaged / "tensors.safetensors").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr("tunekit.data_rank.load_states", None)
+        with pytest.raises(RunFolderError, match=r"is damaged.*remove its folder: then only the other checkpoints"):
+            ranked(run)
+    shutil.rmtree(damaged)
+    assert ranked(run)["steps"] == [6]
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_results(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(option: str, name: str, parts: object) -> None:
+        raise ResourceError(f"no room for {name}")
+
+    monkeypatch.setattr("tunekit.data_rank.write_rows_file", full)
+    with pytest.raises(ResourceError, match="no room"):
+        ranked(chat, keep=0.8, output=str(tmp_path / "kept.jsonl"))
+    result = json.loads((chat.parent / "rank.json").read_text("utf-8"))
+    assert result["lists"]
+    assert result["kept"] is None
+
+
 def test_keep_needs_an_output(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--output and --json both name"):
+        ranked(tmp_path / "run", keep=0.8, output=str(tmp_path / "rank.json"))
     with pytest.raises(InputError, match="--keep and --output need each other"):
         ranked(tmp_path / "run", keep=0.8)
     with pytest.raises(InputError, match="does not contain a run"):

@@ -41,7 +41,7 @@ from tunekit.machine.devices import Devices, make_devices
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.targets.labels import start_facts
-from tunekit.targets.states import RunState, checkpoint_steps, load_states
+from tunekit.targets.states import RunState, checkpoint_steps, load_states, refuse_damaged_states
 from tunekit.targets.target import TargetSpec, find_target, processor_of
 from tunekit.training.influence import influence_of, make_projection, row_gradients, state_weights
 
@@ -57,6 +57,8 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
     """
     if (keep is None) != (output is None):
         raise InputError("--keep and --output need each other", "write, for example, --keep 0.8 --output kept.jsonl")
+    if output is not None and json_file is not None and Path(output).resolve() == Path(json_file).resolve():
+        raise InputError(f"--output and --json both name {output}", "name two files")
     path = Path(run)
     values, loaded = read_run(path), load_recipe(path / "recipe.yaml")
     refuse_to_replace("--json", json_file, loaded)
@@ -65,6 +67,7 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
         refuse_rows_file("--output", output, loaded, None)
     write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
     target = find_target(run, None, [])
+    refuse_damaged_states(target)
     rows = _run_rows(values, loaded, target)
     if influence:
         _refuse_influence(target, rows)
@@ -76,9 +79,11 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
     write_text(path / RANK_NAME, rank_page(values.name, notes, ranking.pages()))
     console.info(f"page: {path / RANK_NAME}")
     result = ranking.json() | {"run": str(path), "notes": notes, "kept": None}
-    if keep is not None and output is not None:
-        result["kept"] = _write_kept(ranking, loaded, keep, output, console)
-    write_result(result)
+    try:
+        if keep is not None and output is not None:
+            result["kept"] = _write_kept(ranking, loaded, keep, output, console)
+    finally:  # a full disk at --output does not discard what was measured
+        write_result(result)
 
 
 def _run_rows(values: RunValues, loaded: LoadedRecipe, target: TargetSpec) -> RowSet:

@@ -7,6 +7,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from tunekit.artifacts.manifest import checkpoint_name
 from tunekit.errors import RunFolderError
 from tunekit.model.load import LoadedModel
 from tunekit.records import Target
@@ -31,6 +32,17 @@ def checkpoint_steps(target: TargetSpec) -> list[int]:
     if target.run is None or target.recipe is None or target.recipe.adapter.trains_base:
         return []
     return sorted(step for step, _ in list_checkpoints(target.run / "checkpoints"))
+
+
+def refuse_damaged_states(target: TargetSpec) -> None:
+    """Raises: RunFolderError if a checkpoint is damaged. This is checked before hours of work on the others."""
+    for step in checkpoint_steps(target):
+        assert target.run is not None
+        try:
+            load_checkpoint(target.run / "checkpoints" / checkpoint_name(step))
+        except RunFolderError as error:
+            how = "restore it from a copy, or remove its folder: then only the other checkpoints are used"
+            raise RunFolderError(error.problems[0].what, how) from error
 
 
 def load_states(
