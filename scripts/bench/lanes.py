@@ -22,12 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+from beside.harness import hardware
 from estimate import REPOSITORY, run_python, write_rows
 from load import HIDDEN
 from stream import write_model
@@ -192,7 +192,8 @@ def main() -> None:
         warm = [f"output.dir={folder / 'warm'}", "training.max_steps=1"]  # packs the base into the cache
         run_python(RUN, "train", str(write_recipe(folder, 16, options)), *warm)
         for tokens in map(int, options.tokens.split(",")):
-            row = rows[f"{options.lanes}x{tokens}"] = {**measure(folder, tokens, options), "load": os.getloadavg()}
+            row = {**measure(folder, tokens, options), "load": os.getloadavg(), "processor": hardware()["processor"]}
+            rows[f"{options.lanes}x{tokens}"] = row
             ours, theirs = row["together"], row["alone"]
             print(
                 f"{tokens} tokens: step {ours['step']:.2f} against {theirs['step']:.2f} CPU seconds "
@@ -203,8 +204,7 @@ def main() -> None:
                 flush=True,
             )
             if options.json:
-                machine = {"machine": platform.machine(), "system": platform.platform()}
-                options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
+                options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
     if not options.joined and not all(row["equal"] for row in rows.values()):
         sys.exit("a trial differs from its own train")
 
