@@ -137,6 +137,14 @@ def test_processes_without_work_are_named(recipe: Path, ranks: int, override: st
         assert cure in notes[0]
 
 
+def test_dropout_depends_on_micro_batches_and_not_on_ranks(recipe: Path) -> None:
+    """Masks are drawn for each micro-batch of a step, whichever rank computes it (tests/training/test_ranks.py)."""
+    plan = _plan(load_recipe(recipe, ["adapter.dropout=0.1"]), 0, None)
+    assert [note for note in plan.notes if note.startswith("dropout")] == [
+        "dropout is on: with another micro-batch size, masks and losses differ slightly"
+    ]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tasks_are_named_before_a_run_that_does_not_compute_them(recipe: Path, ranks: int) -> None:
     loaded = load_recipe(recipe, ["evaluation.tasks=[hellaswag]"]).recipe

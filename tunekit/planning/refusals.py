@@ -196,7 +196,7 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
     training = recipe.training
     shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
     if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:
-        yield "dropout is on: with another micro-batch size or number of ranks, masks and losses differ slightly"
+        yield "dropout is on: with another micro-batch size, masks and losses differ slightly"
     if training.optimizer != "adamw":
         yield f"{training.optimizer}: before each update, the host waits for the device and checks the gradients"
     elif base.dtype == torch.float16:
