@@ -179,7 +179,7 @@ def _run_sweep(
     trials."""
     start = process_seconds()  # before the trials are planned
     console, folder, halves = session.console, Path(sweep.loaded.recipe.output.dir), sweep.section.strategy == "halving"
-    sessions = [Session(trial.loaded, session.devices, console, session.signals) for trial in sweep.trials]
+    sessions = [replace(session, loaded=trial.loaded, seconds={}) for trial in sweep.trials]
     lanes = [Lane(*pair, joined=sweep.section.joined) for pair in zip(sweep.trials, sessions, strict=True)]
     lock = open_sweep(folder, lanes, resume)
     try:

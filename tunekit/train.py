@@ -183,6 +183,7 @@ def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan
     refusals."""
     devices = session.devices
     make = partial(make_plan, device=devices.device, previous=previous, ranks=devices.world, rank=devices.rank)
+    make = partial(make, processors=session.processors)
     with session.timed("data"):
         plan, prepared = devices.main_first(lambda: make(session.loaded))
         loaded = shards(session.loaded, _choices(session, plan))

@@ -24,7 +24,7 @@ from tunekit.planning.refusals import library_problems
 from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan
-from tunekit.training.state import RunInputs
+from tunekit.training.state import Processors, RunInputs
 
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
@@ -69,6 +69,15 @@ def test_a_plan_needs_no_weight(tmp_path: Path, tiny_llama: Path) -> None:
     assert plan.peak_bytes == whole.peak_bytes
     assert plan.targets == whole.targets
     assert not plan.refusals
+
+
+def test_plans_of_one_process_share_a_processor(recipe: Path) -> None:
+    """Those of a sweep's trials: each tokenizer would take as much memory as a small adapter."""
+    shared: Processors = {}
+    rank = ["adapter.r=2"]
+    first, second = (make_plan(load_recipe(recipe, more), device=CPU, processors=shared)[1] for more in ([], rank))
+    assert first.processor is second.processor
+    assert make_plan(load_recipe(recipe), device=CPU)[1].processor is not first.processor
 
 
 def test_counts_are_those_of_the_windows(recipe: Path) -> None:

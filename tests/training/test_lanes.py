@@ -113,18 +113,21 @@ def test_joined_lanes_agree_with_separate_runs(
     lanes = lanes_of(adapters, rows=not equal)
     lanes[2]["training"] = lanes[2]["training"].model_copy(update={"max_steps": 2})
     section = ModelSection(name_or_path=str(tiny_llama), dtype="float32", quantization="nf4" if streamed else "none")
-    runs, lengths = Lanes(section, lanes, streamed), set()
+    runs, lengths, stacks = Lanes(section, lanes, streamed), set(), set()
     forward = LaneProducts.forward
 
     def noted(self: LaneProducts, x: Tensor) -> Tensor:
         lengths.add(current_call().lanes)
-        return forward(self, x)
+        y = forward(self, x)
+        stacks.add(len(self.casts._cache or ()))
+        return y
 
     monkeypatch.setattr(LaneProducts, "forward", noted)
     alone = runs.alone()
     assert not lengths
     joined = runs.together(Choice(streaming="host" if streamed else "off"))
     assert {len(each) for each in lengths} == {2, 3}
+    assert max(stacks) == 2 * 7  # two factors of each module of one layer; those of all layers would cost memory
     assert any(len(set(each)) == 1 for each in lengths) == equal
     for one, other in zip(alone, joined, strict=True):
         assert other.losses == pytest.approx(one.losses, rel=1e-5)

@@ -50,7 +50,7 @@ from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, Plan, PlannedRows, Target
 from tunekit.targets.labels import start_facts
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.state import RunInputs
+from tunekit.training.state import Processors, RunInputs
 from tunekit.tuned.fit import check_family, row_problems
 
 END_TO_END = (
@@ -88,6 +88,7 @@ def make_plan(
     ranks: int = 1,
     rank: int = 0,
     shared: Choice | None = None,
+    processors: Processors | None = None,
 ) -> tuple[Plan, RunInputs]:
     """Make the plan of a run, and the inputs that training needs. Problems that would make the run fail are in
     `plan.refusals`.
@@ -95,6 +96,7 @@ def make_plan(
     `check_folder`: also check output.dir; not for `train`, which has already locked it.
     `previous`: the settings of the resumed run; only the number of recomputed layers may change. `ranks`: the number
     of processes; `rank`: the process that is planned. `shared`: a Choice with the micro-batches of all ranks.
+    `processors`: the loaded processors, which other plans of this process use too.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe, device = loaded.recipe, device or make_devices().device
@@ -105,7 +107,7 @@ def make_plan(
     findings.add(refusals.device_problems(recipe, device))
     if check_folder:
         findings.add(refusals.folder_problems(recipe))
-    inputs = _read_inputs(recipe, device, findings)
+    inputs = _read_inputs(recipe, device, findings, {} if processors is None else processors)
     if inputs is None:
         raise findings.error()
     recipe = recipe.model_copy(update={"adapter": inputs.adapter, "model": inputs.model})
@@ -147,15 +149,16 @@ def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
     return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
-def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings) -> Inputs | None:
+def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings, processors: Processors) -> Inputs | None:
     """Read model, data and adapter. None if one of them cannot be read. All problems are added to `findings`."""
     family, seed, model = recipe.objective.family, recipe.training.seed, recipe.model
     rows = targets = adapter = base = None
     with parsed_once(model.name_or_path):
-        processor = findings.attempt(lambda: make_family(family).processor(recipe.model))
+        processor = processors.get((family, model)) or findings.attempt(partial(make_family(family).processor, model))
         facts = findings.attempt(lambda: start_facts(recipe))
         objective = None
         if processor is not None:
+            processors[family, model] = processor
             objective = findings.attempt(partial(make_objective, recipe.objective, processor, facts))
         if objective is not None:
             rows = findings.attempt(partial(load_rows, recipe.data, objective, seed=seed))

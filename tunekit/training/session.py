@@ -16,7 +16,7 @@ from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import bytes_text
 from tunekit.training.finish import Measurements
-from tunekit.training.state import timed
+from tunekit.training.state import Processors, timed
 from tunekit.tuned.model import TunedModel
 
 Result = TypeVar("Result")
@@ -37,6 +37,7 @@ class Session:
     last_step: int | None = None  # an audit stops after this step, with a checkpoint
     folder: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # times of the parts before the loop
+    processors: Processors = field(default_factory=dict)  # that were loaded; the trials of a sweep share them
     baseline_bytes: int = 0  # memory of the process with libraries imported, before the base was loaded
 
     def timed(self, part: str) -> AbstractContextManager[None]:

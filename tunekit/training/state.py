@@ -23,6 +23,8 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
 from tunekit.tuned.model import ModelRun, TunedModel
 
+Processors = dict[tuple[str, ModelSection], Processor]  # by the objective's family and the base
+
 
 @dataclass
 class LoopState:

@@ -73,7 +73,7 @@ class _JoinedPass(LayerPass):
     def __init__(
         self, joint: JointNetwork, runs: Sequence[WindowRun], pieces: Sequence[Sequence[Piece | None]]
     ) -> None:
-        self.runs, self._pieces = runs, pieces
+        self.runs, self._pieces, self._casts = runs, pieces, joint.casts
         super().__init__(_JoinedRun(joint.model), joint.stages, joint.slots, [], joint.requires)
 
     def begin(self, pieces: Sequence[Piece]) -> list[PieceState]:
@@ -87,6 +87,14 @@ class _JoinedPass(LayerPass):
                 call = self.run.model.call_for(inputs)
             states.append(_JoinedState(first, call, inputs, pieces=some, lengths=lengths))
         return states
+
+    def forward(self, number: int) -> None:
+        with self._casts.caching():  # of one layer only: those of all layers would be a copy of every run's adapter
+            super().forward(number)
+
+    def backward(self, number: int) -> None:
+        with self._casts.caching():
+            super().backward(number)
 
     def head(self) -> None:
         for state in self.states:
@@ -128,7 +136,7 @@ class JointNetwork:
         """Run the micro-batches (`pieces`) of all runs. Up to `at_once` micro-batches of each run pass through a layer
         before the next layer."""
         joined = list(zip_longest(*pieces))
-        with self.casts.caching(), self.model.training_mode(True):
+        with self.model.training_mode(True):
             for start in range(0, len(joined), at_once):
                 one = _JoinedPass(self, runs, joined[start : start + at_once])
                 run_passes([one], unpacks_once=True)
