@@ -225,6 +225,7 @@ def test_seeds_give_a_spread(recipe: Path, tmp_path: Path) -> None:
     shutil.copy(recipe.parent / "train.jsonl", recipe.parent / "eval.jsonl")
     ended = sweep(recipe, tmp_path / "all", "sweep.seeds=2", "~sweep.keys.adapter.method", "data.eval=0.5")
     assert ended.code == 0, ended.output
+    assert ended.output.count("parameters trained") == 1  # the same for all trials
     best, other = results_of(tmp_path / "all")["settings"]
     assert [run["name"] for run in best["runs"]] == [f"{best['setting']},seed=0", f"{best['setting']},seed=1"]
     outcomes = [run["outcome"] for run in best["runs"]]

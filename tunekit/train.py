@@ -203,21 +203,21 @@ def _choices(session: Session, plan: Plan) -> list[Choice]:
 
 
 def _describe(session: Session, plan: Plan) -> None:
-    """Print the most important facts of the plan."""
+    """Print the most important facts of the plan. The trials of a sweep print a line only once."""
     console, facts, rows = session.console, plan.model, plan.rows.training
     peaks = session.devices.gather([bytes_text(plan.peak_bytes.total)])
     weights = WEIGHTS.get(facts.quantization, facts.quantization)
     quantized = "" if facts.quantization == "none" else f", weights in {weights}"
-    console.info(
+    lines = [
         f"{facts.name_or_path}: {facts.model_type}, computed in {facts.dtype}{quantized}; "
-        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters trained"
-    )
-    console.info(
+        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters trained",
         f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, {plan.supervised_tokens:,} "
         f"{shows_of(plan.objective).units}; predicted peak {', '.join(peaks)}"
-        f"{' on the ranks' if len(peaks) > 1 else ''}"
-    )
-    console.info(*plan.notes)
+        f"{' on the ranks' if len(peaks) > 1 else ''}",
+        *plan.notes,
+    ]
+    console.info(*(line for line in lines if line not in session.described))
+    session.described.update(lines)
 
 
 def load_base(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:

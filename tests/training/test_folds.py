@@ -63,12 +63,12 @@ def test_each_row_is_in_one_fold_and_equal_rows_are_together(tmp_path: Path) -> 
 
 
 def test_labels_and_groups(tmp_path: Path) -> None:
-    rows = [{"text": f"text {at}", "label": "rare" if at < 4 else "usual", "by": f"p{at % 9}"} for at in range(40)]
+    rows = [{"text": f"text {at}", "label": "rare" if at < 4 else "usual", "source": f"p{at % 9}"} for at in range(40)]
     (tmp_path / "a.jsonl").write_text(lines(rows), encoding="utf-8")
     (folds,) = divided(loaded(tmp_path, "a.jsonl", 4, objective="classify"))
     assert [Counter(row["label"] for row in fold) for fold in folds] == [Counter(usual=9, rare=1)] * 4
-    (groups,) = divided(loaded(tmp_path, "a.jsonl", 3, "sweep.fold_group=by", objective="classify"))
-    people = [{row["by"] for row in fold} for fold in groups]
+    (groups,) = divided(loaded(tmp_path, "a.jsonl", 3, "sweep.fold_group=source", objective="classify"))
+    people = [{row["source"] for row in fold} for fold in groups]
     assert sum(map(len, people)) == 9
     assert max(map(len, groups)) - min(map(len, groups)) <= 5
 

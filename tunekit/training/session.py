@@ -38,6 +38,7 @@ class Session:
     folder: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # times of the parts before the loop
     processors: Processors = field(default_factory=dict)  # that were loaded; the trials of a sweep share them
+    described: set[str] = field(default_factory=set)  # lines about plans that were printed; the trials share them
     baseline_bytes: int = 0  # memory of the process with libraries imported, before the base was loaded
 
     def timed(self, part: str) -> AbstractContextManager[None]:
