@@ -24,6 +24,7 @@ EXCHANGE_SECONDS = 1800.0  # a rank that is alive must come to each exchange of 
 ENDING_SECONDS = 5.0  # a rank that ends waits so long for the other ranks to notice
 EARLY_SECONDS = 15.0  # as ENDING_SECONDS, before the ranks have joined: they may still be importing their libraries
 POLLING_SECONDS = 0.1
+KNOCKING_SECONDS = 0.5  # between two looks at the main rank's port: many ranks may wait for it
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate reads these launchers' variables
 COMPARED = ("tunekit", "torch", "transformers")
@@ -187,7 +188,7 @@ def _open_store(place: tuple[int, int], seconds: float) -> Store:
                     what, "set MASTER_PORT to a free port on all ranks; see the output of rank 0"
                 ) from store
             failed = starts
-        time.sleep(POLLING_SECONDS)
+        time.sleep(KNOCKING_SECONDS)
     what = f"rank {rank} of {world} did not reach rank 0 at {_address()} (MASTER_ADDR:MASTER_PORT)"
     how = "see the output of rank 0; check these variables, and the firewall"
     raise ResourceError(f"{what} within {seconds:.0f} seconds", how)
