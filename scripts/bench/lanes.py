@@ -152,7 +152,8 @@ def measure(folder: Path, tokens: int, options: argparse.Namespace) -> dict[str,
     trial = next(each for each in sorted(swept.iterdir()) if each.name.endswith("0.0001"))
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (trial, alone)]
     plan = json.loads((alone / "plan.json").read_text("utf-8"))
-    added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * options.hidden * 2
+    of_number = 4 if options.model else 2  # in the dtype of the recipe
+    added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * options.hidden * of_number
     return {
         "tokens": tokens,
         "lanes": options.lanes,
