@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,13 @@ SITE = REPOSITORY / "scripts" / "site"
 SENTENCE_WORDS, PARAGRAPH_CHARACTERS, SHORT_LIFE = 35, 5 * 125, 3
 BANNED = r"\b(told|said|senseless|sensible|comes in|goes out|goes on|gone on|going on|begun|none of what)\b"
 VAGUE = {"found", "told", "said", "given", "kept", "made", "seen", "every", "own", "whole", "rest", "asked"}
+WITHOUT_CURE = {  # file -> the errors in it that state no cure of their own
+    "tunekit/audit.py": 1,  # one per different byte; the last problem states the cure
+    "tunekit/arithmetic/lora_folder.py": 1,  # likewise
+    "tunekit/data/reading/problems.py": 1,  # "and 10 more problems"
+    "tunekit/model/storage/sidecar.py": 1,  # becomes a note, not an error
+    "tunekit/planning/findings.py": 1,  # a refusal's message contains its cure
+}
 TITLES = (
     "Supervised fine-tuning (SFT)",
     "Text classification",
@@ -53,6 +61,33 @@ def texts() -> Iterator[tuple[str, str]]:
 def sentences(text: str) -> list[str]:
     """The sentences of a text; lines of lists and tables count as sentences."""
     return re.split(r"(?<=[.;:!?])\s+|\n\s*\n|\n\s*[-`|]|\s{4,}", text)
+
+
+def error_names(trees: Iterable[ast.Module]) -> set[str]:
+    """The names of all classes of errors for users, and Problem. OtherRankError repeats the message of another rank."""
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    names = {"TunekitError"}
+    while more := {each.name for each in classes if names & {ast.unparse(base) for base in each.bases}} - names:
+        names |= more
+    return names - {"OtherRankError"} | {"Problem"}
+
+
+def without_cure(call: ast.Call, names: set[str]) -> bool:
+    """Whether a call creates an error for users, but gives it no cure (its second argument, `how`)."""
+    if not isinstance(call.func, ast.Name) or call.func.id not in names:
+        return False
+    if any(isinstance(argument, ast.Starred) for argument in call.args):
+        return False  # (what, how) from a function or a constant
+    cures = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "how")]
+    return not cures or (isinstance(cures[0], ast.Constant) and not cures[0].value)
+
+
+def test_every_error_states_its_cure() -> None:
+    trees = dict(modules())
+    names = error_names(trees.values())
+    calls = [(file, node) for file, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = [f"{file}:{node.lineno}" for file, node in calls if without_cure(node, names)]
+    assert Counter(place.rpartition(":")[0] for place in found) == WITHOUT_CURE, found
 
 
 def test_banned_words() -> None:

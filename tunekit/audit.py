@@ -59,6 +59,7 @@ EVALUATIONS = {
     "not_recorded": "the run has no record of the evaluations after steps {}, which its recipe requires",
 }
 ROWS_UNREAD = "perhaps these steps did not read every training row; the audit proves nothing about unread rows"
+DIFFERENT = "do not rely on it: train it again, or get its original files"
 TASKS_UNPROVED = f"{TASKS_NAME}: the scores of tasks were not computed again, so they are not proved"
 
 
@@ -110,7 +111,8 @@ def audit_verb(run: str, count: int | None, seed: int | None, json_file: str | N
     complete = drawn == parts and _reads_every_row(values, loaded, parts[-1].end)
     write_result(_proof(values, loaded, parts, results, seed) | {"every_training_row_was_read": complete})
     if differences:
-        raise NumericsError.of([Problem(f"step {each.step}: {each.what}") for each in differences])
+        problems = [Problem(f"step {each.step}: {each.what}") for each in differences]
+        raise NumericsError.of([*problems, Problem("the run does not follow from its recipe and data", DIFFERENT)])
     _conclude(console, values, parts, drawn)
     for what in [*([] if complete else [ROWS_UNREAD]), *([TASKS_UNPROVED] if values.tasks else [])]:
         console.warn(what)

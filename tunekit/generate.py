@@ -74,9 +74,7 @@ def generate_verb(
     """Generate answers, scores or images. Raises: TunekitError; the command line returns its exit code."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
-    if sum(option is not None for option in (prompt, prompts, score)) != 1:
-        how = "use one of --prompt TEXT, --prompts FILE and --score FILE, or standard input with one prompt per line"
-        raise InputError(how)
+    _require_one({"--prompt": prompt, "--prompts": prompts, "--score": score})
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
@@ -115,6 +113,15 @@ def generate_verb(
     for scored, value in scores:
         console.json({**scored, "score": value})
     _write_answers(console, rows, answers, as_lines=prompt is None or len(prompt) > 1)
+
+
+def _require_one(sources: Mapping[str, object]) -> None:
+    """Raises: InputError unless exactly one of these options has a value."""
+    options = [option for option, value in sources.items() if value is not None]
+    if len(options) != 1:
+        what = f"{' and '.join(options)} cannot be used together" if options else "there is no prompt"
+        how = "use one of --prompt TEXT, --prompts FILE and --score FILE, or standard input with one prompt per line"
+        raise InputError(what, how)
 
 
 def _write_answers(console: Console, rows: Sequence[PromptRow], answers: Sequence[str], *, as_lines: bool) -> None:

@@ -386,4 +386,5 @@ def _raise_errors(lanes: Sequence[Lane], others: Sequence[Problem] = ()) -> None
         more = Problem(f"{len(unfinished)} of {len(lanes)} trials are not finished", "continue with --resume")
         raise type(unfinished[0]).of([*others, more])
     if errors and len(errors) == len(lanes):
-        raise NumericsError("every trial ended with invalid numbers; the warnings above name each reason")
+        what = "every trial ended with invalid numbers; the warnings above name each reason"
+        raise NumericsError(what, "lower training.learning_rate")

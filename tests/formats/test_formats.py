@@ -218,7 +218,10 @@ def test_preference(row: dict[str, Any], expected: tuple[Any, Any, Any]) -> None
     [
         ({"prompt": "q", "chosen": "a"}, "no field 'rejected'"),
         ({"prompt": "p", "question": "q", "chosen": "a", "rejected": "b"}, "'prompt' and 'question' are both prompts"),
-        ({"chosen": "a", "rejected": CHAT["messages"]}, "must both be text or both be messages"),
+        (
+            {"chosen": "a", "rejected": CHAT["messages"]},
+            "is text, and the other one is a list of messages; write both as text",
+        ),
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text"),
     ],
 )

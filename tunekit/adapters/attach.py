@@ -96,7 +96,8 @@ class AttachedAdapter:
             if name in tensors and tensors[name].shape != tensor.shape
         ]
         if wrong:
-            raise AdapterError(f"the state does not fit this adapter: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+            what = f"the state does not fit this adapter: {', '.join(wrong[:5])} ({len(wrong)} in all)"
+            raise AdapterError(what, "use the settings with which the state was written, or start a new run")
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(tensors[name])

@@ -249,7 +249,8 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
 
         Raises: NotMergeable if there is no such matrix.
         """
-        raise NotMergeable(f"{type(self).__name__} cannot be written into the weights of {self.target.name}")
+        what = f"{type(self).__name__} cannot be written into the weights of {self.target.name}"
+        raise NotMergeable(what, "use the adapter without merging it")
 
     def low_rank(self, base_matrix: Callable[[], Tensor]) -> tuple[Tensor, Tensor] | None:
         """The whole change of the layer's matrix as two factors, A (R, I) and B (O, R), whose product is B A. For an

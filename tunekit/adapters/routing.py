@@ -117,7 +117,8 @@ class Router:
         Raises: AdapterError if x has a different number of rows than the call.
         """
         if len(x) != len(names):
-            raise AdapterError(f"the call has the adapters of {len(names)} rows, but a layer's input has {len(x)} rows")
+            what = f"the call has the adapters of {len(names)} rows, but a layer's input has {len(x)} rows"
+            raise AdapterError(what, "this base cannot mix adapters in a batch: use one adapter at a time")
         key = names, base.training, x.device
         if key not in self._routes:
             self._routes = dict(list(self._routes.items())[1 - CACHED_ROUTES :])

@@ -127,7 +127,8 @@ class AdapterSet:
         the other adapters stay unchanged.
         """
         if not name or name in self.adapters:
-            raise AdapterError(f"an adapter '{name}' is loaded already" if name else "an adapter needs a name")
+            what = f"an adapter '{name}' is loaded already" if name else "an adapter needs a name"
+            raise AdapterError(what, "choose a different name" if name else "choose a name")
         if larger := [other for other, attached in self.adapters.items() if attached.added_rows]:
             what = f"'{larger[0]}' has enlarged the vocabulary of the base, so no other adapter can be loaded"
             raise AdapterError(what, "name the base as the TARGET of the command")
@@ -285,4 +286,5 @@ class AdapterSet:
                     nested = next((p for p in names if p.startswith(f"{copied}.")), None)
                     if nested is not None:
                         what = f"one adapter fully trains '{copied}', and the other one adapts '{nested}' inside it"
-                        raise AdapterConflict(f"'{name}' and '{other_name}' cannot be loaded at once: {what}")
+                        what = f"'{name}' and '{other_name}' cannot be loaded at once: {what}"
+                        raise AdapterConflict(what, "use one of them at a time")

@@ -100,7 +100,8 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
     for key in sorted(tensors.keys() | other_tensors.keys()):
         left, right = tensors.get(key), other_tensors.get(key)
         if left is None or right is None or left.shape != right.shape:
-            raise AdapterError(f"'{key}' is missing or has a different shape in this adapter or in {name}", file=file)
+            what = f"'{key}' is missing or has a different shape in this adapter or in {name}"
+            raise AdapterError(what, "only adapters of the same base and modules can be added", file=file)
         if not left.is_floating_point() and not torch.equal(left, right):
             what = f"'{key}' has different indices than in {name}"
             raise AdapterError(

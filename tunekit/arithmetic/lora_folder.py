@@ -27,6 +27,7 @@ FACTORS = {  # suffix -> the factor, and whether the layer is an embedding
 }
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # rows of an embedding trained one by one
 SHOWN_PROBLEMS = 6
+REPAIR = "copy or download the adapter's folder again, with the adapter_config.json that belongs to this file"
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ def _check_shapes(
 def _raise(wrong: list[str], file: str) -> None:
     if wrong:
         more = [f"and {len(wrong) - SHOWN_PROBLEMS} problems more"] if len(wrong) > SHOWN_PROBLEMS else []
-        raise AdapterError.of([Problem(text, "", file) for text in [*wrong[:SHOWN_PROBLEMS], *more]])
+        problems = [Problem(text, "", file) for text in [*wrong[:SHOWN_PROBLEMS], *more]]
+        raise AdapterError.of([*problems[:-1], replace(problems[-1], how=REPAIR)])
 
 
 class Resolved:

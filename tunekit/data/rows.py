@@ -82,7 +82,8 @@ class RowSet:
             try:
                 prompt = kind.prompt(example)
             except TunekitError as error:
-                raise DataError(error.problems[0].what, file=file, line=line) from None
+                first = error.problems[0]
+                raise DataError(first.what, first.how, file=file, line=line) from None
             if prompt is not None:
                 prompts.append(Prompt(*prompt, kind.readable(prompt[0])))
             if len(prompts) == count:

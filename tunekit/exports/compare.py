@@ -12,6 +12,7 @@ from tunekit.exports.format import Difference, Exported, Questions
 from tunekit.exports.programs.answer import IdRows, NextTokens
 
 SHOWN = 5  # tokens in a warning
+DIFFERENT_EXPORT = "do not use the exported file; choose a different --type or --to"
 
 
 def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answers: Sequence[NextTokens]) -> Difference:
@@ -40,7 +41,7 @@ def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answer
     count = sum(distance.numel() for distance in distances)
     largest = max(float(distance.max()) for distance in distances)
     if not (math.isfinite(largest) and all(bool(each.isfinite().all()) for each in following)):
-        raise NumericsError("the program computes log-probabilities that are not finite")
+        raise NumericsError("the program computes log-probabilities that are not finite", DIFFERENT_EXPORT)
     return Difference(
         largest=largest,
         mean=sum(float(distance.sum()) for distance in distances) / count,
@@ -94,4 +95,4 @@ def _perplexity(log_probabilities: Sequence[Tensor]) -> float:
 def _check_shape(values: Tensor, wanted: Tensor) -> None:
     if values.shape != wanted.shape:
         what = f"the program's vocabulary has {values.shape[-1]} tokens, and torch's has {wanted.shape[-1]}"
-        raise NumericsError(what)
+        raise NumericsError(what, DIFFERENT_EXPORT)

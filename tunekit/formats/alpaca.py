@@ -47,7 +47,7 @@ def _read_history(value: object) -> list[Message]:
     history = value or []
     for index, pair in enumerate(history if isinstance(history, Iterable) else [history]):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise DataError(f"'history[{index}]' must be a pair [question, answer]", "")
+            raise DataError(f"'history[{index}]' is not a pair", 'write ["question", "answer"]')
         messages.append(Message("user", check_text(pair[0], f"history[{index}][0]")))
         messages.append(Message("assistant", check_text(pair[1], f"history[{index}][1]")))
     return messages

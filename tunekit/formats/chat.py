@@ -15,6 +15,7 @@ DESCRIPTION = "messages: a list of {role, content}, as in OpenAI's API; tools: o
 FIELDS = ("messages", "tools", "sample_weight")
 REQUIRED = ("messages",)
 EXAMPLE = "text"
+CALL = '{"function": {"name": ..., "arguments": {...}}}'
 
 WEIGHTS = ("weight", "train")  # fields of a message: its weight in the loss, or whether it is trained on
 
@@ -35,7 +36,8 @@ def read_messages(value: object, label: str) -> tuple[Message, ...]:
 
 def _read_message(value: object, label: str) -> Message:
     if not isinstance(value, Mapping):
-        raise DataError(f"'{label}' must be an object with role and content, not {type(value).__name__}", "")
+        what = f"'{label}' must be an object with role and content, not {type(value).__name__}"
+        raise DataError(what, 'write {"role": "user", "content": "..."}')
     role = _read_role(value, label)
     extra: JsonObject = {}
     calls = value.get("tool_calls")
@@ -92,7 +94,8 @@ def _read_weight(value: Fields, label: str, role: str) -> float:
     weight = 1.0
     if fields == ["train"]:
         if not isinstance(value["train"], bool):
-            raise DataError(f"'{label}.train' must be true or false, not {value['train']!r}", "")
+            what = f"'{label}.train' must be true or false, not {value['train']!r}"
+            raise DataError(what, "true trains on the message, false does not")
         weight = float(value["train"])
     elif fields:
         weight = read_weight(value["weight"], f"{label}.weight")
@@ -106,7 +109,7 @@ def read_tool_calls(value: object, label: str) -> list[JsonObject]:
     """Reads tool calls. Their arguments become objects, because chat templates print them with `tojson`."""
     calls = read_json(value, label)
     if not isinstance(calls, list):
-        raise DataError(f"'{label}' must be a list, not {type(calls).__name__}", "")
+        raise DataError(f"'{label}' must be a list, not {type(calls).__name__}", f"write [{CALL}]")
     return [_read_tool_call(call, f"{label}[{index}]") for index, call in enumerate(calls)]
 
 
@@ -115,7 +118,7 @@ def _read_tool_call(call: object, label: str) -> JsonObject:
         call = {"type": "function", "function": call}
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"'{label}' must be {{'function': {{'name': ..., 'arguments': {{...}}}}}}", "")
+        raise DataError(f"'{label}' has no function with a name", f"write {CALL}")
     arguments = function.get("arguments")
     parsed = {} if arguments is None or arguments == "" else read_json(arguments, f"{label}.function.arguments")
     present = {key: part for key, part in call.items() if part is not None}

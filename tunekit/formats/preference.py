@@ -131,7 +131,8 @@ def _split(chosen: TextOrTurns, rejected: TextOrTurns) -> tuple[TextOrTurns, Tex
     other, the last common turn belongs to the answers.
     """
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise DataError("'chosen' and 'rejected' must both be text or both be messages", "")
+        what = "one of 'chosen' and 'rejected' is text, and the other one is a list of messages"
+        raise DataError(what, "write both as text, or both as lists of messages")
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shorter = min(len(chosen), len(rejected))
     shared = next((place for place, (one, other) in pairs if one != other), shorter)

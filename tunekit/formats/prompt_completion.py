@@ -23,5 +23,6 @@ def make_example(row: Fields) -> Example:
         prompt = tuple(replace(message, weight=0.0) for message in read_messages(row["prompt"], "prompt"))
         return ChatExample(prompt + read_messages(row["completion"], "completion"), read_tools(row.get("tools")))
     if kinds == {True, False}:
-        raise DataError("'prompt' and 'completion' must both be text or both be lists of messages", "")
+        what = "one of 'prompt' and 'completion' is text, and the other one is a list of messages"
+        raise DataError(what, "write both as text, or both as lists of messages")
     return CompletionExample(read_text(row, "prompt"), read_text(row, "completion"))

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tunekit.errors import TunekitError
 from tunekit.machine.devices import Devices
 from tunekit.memory.blobs import ALIGNMENT_BYTES, LayerBlob, forget_pages
 from tunekit.memory.copies import Copier, Copy, Mark, Pairs, as_bytes
@@ -65,8 +64,8 @@ class ShardedBlob(LayerBlob):
         return share
 
     def bind_source(self) -> None:
-        """Raises: TunekitError, because no rank stores the whole unit."""
-        raise TunekitError("a sharded layer was requested outside of its slot")
+        """Raises: RuntimeError, because no rank stores the whole unit."""
+        raise RuntimeError("a sharded layer was requested outside of its slot")
 
 
 class Gathering(Future[None]):

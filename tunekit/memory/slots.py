@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunekit.errors import TunekitError
 from tunekit.memory.blobs import UNSET_BYTE, LayerBlob
 from tunekit.memory.copies import Copier, Copy, Mark
 
@@ -64,7 +63,7 @@ class LayerSlots:
             yield
             return
         if self._computed is not None:
-            raise TunekitError(f"layer {layer} was requested while layer {self._computed} is being computed")
+            raise RuntimeError(f"layer {layer} was requested while layer {self._computed} is being computed")
         slot = self._bring(layer, then)
         self.copier.wait(slot.copy)
         slot.copy = None

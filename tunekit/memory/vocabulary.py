@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunekit.errors import TunekitError
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import gather_on_host, make_slots
 from tunekit.model.families.heads import TextHead
@@ -86,7 +85,7 @@ def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Modu
 
     def computed(hidden: Tensor) -> Tensor:
         if torch.is_grad_enabled() and hidden.requires_grad:
-            raise TunekitError("the gradient of a streamed output projection is computed part by part")
+            raise RuntimeError("the gradient of a streamed output projection is computed part by part")
         return torch.cat([F.linear(hidden, weight) for _, weight in parts.each()], dim=-1)
 
     projection.forward = computed

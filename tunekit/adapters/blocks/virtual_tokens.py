@@ -110,7 +110,8 @@ class VirtualTokens(ModelAdapter[Settings]):
         Raises: AdapterError if the call passes no decoder inputs.
         """
         if "decoder_input_ids" not in inputs and "decoder_inputs_embeds" not in inputs:
-            raise AdapterError("the decoder has its own virtual tokens, but the call passes no decoder_input_ids")
+            what = "the decoder has its own virtual tokens, but the call passes no decoder_input_ids"
+            raise AdapterError(what, "pass decoder_input_ids or decoder_inputs_embeds")
         rows = self._embed(inputs, "decoder_input_ids", "decoder_inputs_embeds")
         inputs["decoder_inputs_embeds"] = _join(vectors, rows, None)
         if "decoder_attention_mask" in inputs:

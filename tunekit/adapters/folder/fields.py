@@ -18,6 +18,7 @@ Fixed = Mapping[str, tuple[Any, ...]]  # PEFT's name -> the written value, then 
 PEFT_VERSION = "0.21.2"  # the release of PEFT whose files ours equal, field by field
 
 
+TRAINED_VALUE = "write the value that the adapter was trained with"
 ANY = object()  # accepts every value: the field does not affect a finished adapter
 COMMON: Fixed = {  # of every PEFT type: the written value, then other accepted values
     "auto_mapping": (None, ANY),  # names Python code to import; never used
@@ -134,7 +135,7 @@ class PeftSide(Generic[Settings]):
             # the message about several settings begins with the name of the first of them
             setting = entry["loc"][0] if entry["loc"] else message.split()[0]
             key = names.get(setting, self.peft_type)
-            problems.append(Problem(f"malformed: {printable(message)}", "", file, None, key))
+            problems.append(Problem(f"malformed: {printable(message)}", TRAINED_VALUE, file, None, key))
         return problems
 
     def _accepts(self, name: str, value: object) -> bool:

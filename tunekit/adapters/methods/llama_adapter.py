@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tunekit.adapters.base import ModelAdapter, PeftConfig, Slot, Slots
-from tunekit.adapters.folder.fields import MODULES, PeftSide
+from tunekit.adapters.folder.fields import MODULES, TRAINED_VALUE, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.errors import AdapterError, ModelError, Problem, RecipeError
 from tunekit.model.attention.self_attention import SelfAttention, parameters_of, self_attentions
@@ -159,9 +159,10 @@ class LlamaAdapterSide(PeftSide[FileLlamaAdapterSettings]):
         target = config.get("target_modules")
         settings = super().read({name: value for name, value in config.items() if name != "target_modules"}, file)
         missing = [name for name in ("adapter_len", "adapter_layers") if config.get(name) is None]
-        problems = [Problem("is missing", "", file, None, name) for name in missing]
+        problems = [Problem("is missing", TRAINED_VALUE, file, None, name) for name in missing]
         if target is not None and target not in MODULE_NAMES.values():
-            problems.append(Problem("is not a name of attention modules in PEFT", "", file, None, "target_modules"))
+            how = f"write {' or '.join(dict.fromkeys(MODULE_NAMES.values()))}, as in the base"
+            problems.append(Problem("is not a name of attention modules in PEFT", how, file, None, "target_modules"))
         if problems:
             raise AdapterError.of(problems)
         settings._target_modules = target

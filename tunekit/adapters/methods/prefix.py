@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tunekit.adapters.base import ModelAdapter, PeftConfig, Slot, Slots
 from tunekit.adapters.blocks.virtual_tokens import ABSENT, FIRST_VALUES, IN_FILES, cycled_ids, is_encoder_decoder
-from tunekit.adapters.folder.fields import ANY, PeftSide
+from tunekit.adapters.folder.fields import ANY, TRAINED_VALUE, PeftSide
 from tunekit.adapters.method import Method
 from tunekit.contracts import Tensors, Tokenizer
 from tunekit.errors import AdapterError, Problem, RecipeError
@@ -210,7 +210,9 @@ class PrefixSide(PeftSide[FilePrefixSettings]):
         facts = {name: config[name] for name in SHAPES if config.get(name) is not None}
         wrong = [name for name, value in facts.items() if type(value) is not int]
         if wrong:
-            raise AdapterError.of([Problem("must be a whole number", "", file, None, name) for name in wrong])
+            raise AdapterError.of(
+                [Problem("must be a whole number", TRAINED_VALUE, file, None, name) for name in wrong]
+            )
         settings._facts = tuple(facts.items())
         return settings
 

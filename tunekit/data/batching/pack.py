@@ -18,7 +18,8 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     packs: list[list[int]] = []
     for position, length in enumerate(lengths):
         if length > capacity:
-            raise DataError(f"a row of {length} tokens does not fit into a pack of {capacity}")
+            what = f"a row of {length} tokens does not fit into a pack of {capacity}"
+            raise DataError(what, "raise data.max_length, or shorten the row")
         node = 1
         while node < size:
             node *= 2

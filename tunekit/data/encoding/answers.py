@@ -81,7 +81,8 @@ def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
             if text.strip():
                 answers.setdefault(text.strip(), text)
     if not 2 <= len(answers) <= MOST_ANSWERS:
-        most = f"at most {MOST_ANSWERS} answers are possible; list the answers"
-        how = "at least two answers are needed" if len(answers) < 2 else most
-        raise DataError(f"the rows have {len(answers):,} different answers: {how}", key=KEY)
+        few = len(answers) < 2
+        limit = "at least two answers are needed" if few else f"at most {MOST_ANSWERS} answers are possible"
+        how = "add rows with other answers, or list the answers" if few else "list the answers"
+        raise DataError(f"the rows have {len(answers):,} different answers, but {limit}", how, key=KEY)
     return tuple(answers[label] for label in sorted(answers))

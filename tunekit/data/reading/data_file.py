@@ -100,7 +100,8 @@ def open_bytes(file: DataFile) -> IO[bytes]:
     try:
         stream = gzip.open(file.path, "rb") if file.compressed else file.path.open("rb")  # noqa: SIM115 (returned)
     except OSError as error:
-        raise DataError(_why_unreachable(file.path, error), "", file=str(file.path)) from None
+        how = "check the path and its permissions"
+        raise DataError(_why_unreachable(file.path, error), how, file=str(file.path)) from None
     return cast("IO[bytes]", stream)
 
 

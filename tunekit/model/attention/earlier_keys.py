@@ -97,7 +97,8 @@ class _Entry:
             keys, first = past.get_mask_sizes(queries, self.attention.layer) if past is not None else (queries, 0)
             mask = _causal_mask(queries, keys, cached - first, self.attention.window, hidden.device)
         if not isinstance(mask, Tensor):
-            raise ModelError(f"a prefix cannot extend a mask of type {type(mask).__name__}", key="model.attention")
+            what = f"a prefix cannot extend a mask of type {type(mask).__name__}"
+            raise ModelError(what, "write model.attention: sdpa", key="model.attention")
         if mask.dim() == 2:  # a mask of tokens, as flash kernels take it
             return torch.cat([mask.new_ones(mask.shape[0], self.length), mask], dim=1)
         visible = self._visible(positions, queries, cached, mask.device)

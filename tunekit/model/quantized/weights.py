@@ -247,7 +247,7 @@ class Weight:
         """Replace the module's matrix by `matrix` (O, I), stored in the same dtype or packing. Modules that were tied
         to it keep the old matrix."""
         if tuple(matrix.shape) != self.shape:
-            raise ModelError(f"a matrix of shape {tuple(matrix.shape)} cannot replace a matrix of shape {self.shape}")
+            raise ValueError(f"a matrix of shape {tuple(matrix.shape)} cannot replace a matrix of shape {self.shape}")
         if isinstance(self.module, PackedLinear):
             layer = self.module
             packed = codec.pack(matrix.to(self.device), layer.quantization, layer.double_quantization)

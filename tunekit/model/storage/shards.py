@@ -107,7 +107,7 @@ class ShardWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         """Add one tensor. If the shard would become too large, the pending tensors are written first."""
         if name in self._names:
-            raise ModelError(f"the tensor {name} would be written twice")
+            raise ValueError(f"the tensor {name} would be written twice")
         self._names.add(name)
         stored = tensor.detach().to("cpu").contiguous()
         if self._pending and self._pending_bytes + stored.nbytes > self.max_shard_bytes:

@@ -182,7 +182,8 @@ def _scored_prompt(model: LoadedModel, row: DecoderRow) -> list[Score]:
     Raises: ModelError if an encoder reads the prompt.
     """
     if model.family.reads_source:
-        raise ModelError(f"{model.facts.name_or_path} reads prompts with an encoder, which predicts no tokens")
+        what = f"{model.facts.name_or_path} reads prompts with an encoder, which predicts no tokens"
+        raise ModelError(what, "request the log-probabilities of the answer only")
     wanted = row.continuation
     ids = torch.tensor([list(wanted.prompt)], device=model.device)  # (1, T)
     logits = model.net(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)

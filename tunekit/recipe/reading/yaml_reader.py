@@ -65,9 +65,10 @@ def read_yaml(text: str, file: str) -> Draft:
         reader.read(yaml.parse(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise RecipeError(_syntax_words(error), file=file, line=mark.line + 1 if mark else None) from None
+        raise RecipeError(*_syntax_words(error), file=file, line=mark.line + 1 if mark else None) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}", file=file) from None
+        what = f"not valid YAML: {str(error).splitlines()[0]}"
+        raise RecipeError(what, "write plain keys and values", file=file) from None
     return reader.draft
 
 
@@ -102,7 +103,8 @@ def _read_bytes(path: Path) -> bytes:
         raise RecipeError("no such file", "`tunekit init` writes a first recipe", file=file) from None
     except (OSError, ValueError) as error:
         what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise RecipeError(what, file=file if len(file) <= 200 and file.isprintable() else f"{file[:80]!r}...") from None
+        named = file if len(file) <= 200 and file.isprintable() else f"{file[:80]!r}..."
+        raise RecipeError(what, "check the path and its permissions", file=named) from None
     if len(data) > LARGEST_FILE_BYTES:
         raise RecipeError("is larger than 1 MiB; a recipe is a page of YAML", "check the file name", file=file)
     return data
@@ -118,15 +120,16 @@ def _decode(data: bytes, file: str) -> str:
         raise RecipeError("is not UTF-8 text here", "save the file as UTF-8", file=file, line=line) from None
 
 
-def _syntax_words(error: yaml.MarkedYAMLError) -> str:
-    """Describes a YAML syntax error in one line."""
+def _syntax_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """Describes a YAML syntax error in one line, and how to mend it."""
     problem = (error.problem or "cannot be read").replace("\n", " ")
     if "'\\t'" in problem:
-        return "not valid YAML: a tab cannot indent; use spaces"
+        return "not valid YAML: a tab cannot indent", "use spaces"
     if "unknown escape character" in problem:
-        return f"not valid YAML: {problem}, after a backslash in double quotes; use single quotes, or / in paths"
+        return f"not valid YAML: {problem}, after a backslash in double quotes", "use single quotes, or / in paths"
     context = f" ({error.context})" if error.context else ""
-    return f"not valid YAML: {problem}{context}".replace("\n", " ")
+    how = "check the indentation, brackets and quotes here and in the lines before"
+    return f"not valid YAML: {problem}{context}".replace("\n", " "), how
 
 
 _Node = yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.AliasEvent
