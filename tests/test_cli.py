@@ -13,16 +13,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import tunekit.validate
 from tests.recipe.test_reader import SMALL
-from tunekit.cli import ENVIRONMENT, main, start
+from tunekit.cli import ENVIRONMENT, app, main, start
 from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
@@ -111,7 +113,17 @@ def test_threads_wait_without_spinning_unless_the_user_chose(written: dict[str, 
         (["train", "x.yaml", "-q"], "-q belongs before the command: tunekit -q train ..."),
         (["plan", "x.yaml", "--verbose"], "--verbose belongs before the command: tunekit --verbose plan ..."),
         (["adapter", "show", "x", "--debug"], "--debug belongs before the command: tunekit --debug adapter show ..."),
-        (["train", "x.yaml", "--quie"], "No such option: --quie"),
+        (
+            ["train", "x.yaml", "--quie"],
+            "No such option: --quie; write a key of the recipe without dashes, as KEY=VALUE",
+        ),
+        (["train", "x.yaml", "--resum"], "No such option: --resum (Possible options: --resume)"),
+        (
+            ["train", "x.yaml", "--lr", "1e-4"],
+            "No such option: --lr; write a key of the recipe without dashes, as KEY=VALUE",
+        ),
+        (["schema", "--epochs"], "No such option: --epochs"),
+        (["train", "x.yaml", "--device"], "Option '--device' requires an argument."),
     ],
 )
 def test_an_option_of_the_program_after_a_command_is_told_its_place(
@@ -423,6 +435,21 @@ def test_help_lists_the_verbs_and_every_verb_exists() -> None:
     assert listed == [verb for verb in ORDER if verb in listed]  # every command has its place
     assert "..." not in call("--help", COLUMNS="80").stdout.partition("Commands:")[2]  # none is cut
     assert call().stderr.startswith("Usage")
+
+
+def helps(command: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The names and the help, 80 columns wide, of a command and all commands below it."""
+    yield name, command.get_help(command.context_class(command, info_name=name, terminal_width=80))
+    for word, inner in getattr(command, "commands", {}).items():
+        yield from helps(inner, f"{name} {word}")
+
+
+def test_no_help_cuts_a_sentence_or_an_option() -> None:
+    for name, text in helps(get_command(app), "tunekit"):
+        cut = [line for line in text.splitlines() if line.endswith(("-", " and..."))]
+        cut += [line for line in text.partition("Commands:")[2].splitlines() if "..." in line]
+        assert not cut, name
+        assert not re.search(r" --\S+ <", text), f"{name}: an option without a name for its value"
 
 
 def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:

@@ -13,8 +13,8 @@ from typer.models import CommandInfo
 from tunekit import __version__
 from tunekit.commands import adapters, recipes, results, talk, targets, training
 from tunekit.commands.order import InOrderOfUse
+from tunekit.console import Console
 from tunekit.console.loudness import LOUDNESS, is_quiet
-from tunekit.console.text import visible
 from tunekit.errors import EXIT_FAULT, InputError, ResourceError, TunekitError, exit_message, redact
 from tunekit.machine.malloc import CACHED_KERNELS
 
@@ -79,7 +79,7 @@ class Verb(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments. If an option of the program is written after the command, the error says to write it
-        before."""
+        before. If an option is unknown, the error says how to write a key of the recipe."""
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
@@ -88,6 +88,10 @@ class Verb(TyperCommand):
                 words = ctx.command_path.removeprefix(root.info_name).strip()
                 error.message = f"{name} belongs before the command: tunekit {name} {words} ..."
                 error.possibilities = None  # similar names among this command's options would mislead
+            elif hasattr(error, "possibilities") and any(each.metavar == "KEY=VALUE" for each in self.params):
+                similar = [each for each in error.possibilities or () if each.startswith(str(name)[:4])]
+                error.possibilities = similar
+                error.message += "" if similar else "; write a key of the recipe without dashes, as KEY=VALUE"
             raise
 
     def invoke(self, ctx: Any) -> NoReturn:
@@ -136,7 +140,7 @@ def _say(error: BaseException) -> int:
     if alone is None:
         alone = code in (EXIT_FAULT, ResourceError.exit_code)
     if rank == "0" or alone:
-        print(visible(redact(text if rank == "0" else f"rank {rank}: {text}")), file=sys.stderr)
+        Console().error(text if rank == "0" else f"rank {rank}: {text}")
     return code
 
 

@@ -2,12 +2,11 @@
 key."""
 
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunekit.console import visible
+from tunekit.console import Console
 from tunekit.errors import Problem, RecipeError, TunekitError, first_lines
 from tunekit.recipe.foreign.tools import PEFT
 from tunekit.recipe.load import check_draft, dump_recipe, read_draft, read_file
@@ -39,10 +38,11 @@ def import_verb(path: str, output: str | None) -> None:
             f"wrote {output}, with these keys as comments:" if output else "these keys are lost, or need a decision:"
         )
         raise RecipeError.of(problems, [*notes, where])
+    console = Console()
     for line in notes:
-        print(visible(line), file=sys.stderr)
+        console.error(line)
     if output is not None:
-        print(f"wrote {output}; check it with: tunekit validate {shlex.quote(output)}")
+        console.result(f"wrote {output}; check it with: tunekit validate {shlex.quote(output)}")
 
 
 def _of_recipe(path: str, output: str | None) -> Translation:

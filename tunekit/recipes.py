@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from tunekit.console import Console
 from tunekit.errors import RecipeError
 from tunekit.files.durable import write_new_text
 from tunekit.recipe.load import load_recipe
@@ -21,12 +22,11 @@ def recipes_verb(name: str | None, copy_to: str | None) -> None:
     if name is None:
         if copy_to is not None:
             raise RecipeError("--copy needs the name of a recipe", f"known recipes: {', '.join(known)}")
-        groups: dict[str, list[str]] = {}
+        groups: dict[str, list[tuple[str, str]]] = {}
         for each, file in known.items():
-            line = f"  {each:<{max(map(len, known))}}  {first_comment(file)}".rstrip()
-            groups.setdefault(load_recipe(file).recipe.objective.method, []).append(line)
-        for objective, lines in groups.items():
-            print(f"objective: {objective}", *lines, sep="\n")
+            groups.setdefault(load_recipe(file).recipe.objective.method, []).append((each, first_comment(file)))
+        for objective, pairs in groups.items():
+            Console().listing(f"objective: {objective}", pairs, max(map(len, known)))
         return
     if name not in known:
         raise RecipeError(f"unknown recipe '{name}'", did_you_mean(name, known, "known recipes"))

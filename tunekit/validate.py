@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from tunekit.console import Console
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import is_folder, is_saved, with_table
@@ -63,7 +64,7 @@ def validate_verb(recipe_path: str, overrides: Sequence[str], json_file: str | N
     notes = [*loaded.rewrites, *loaded.defaults]
     write_result({"valid": True, "problems": [], "notes": notes})
     if json_file != "-":
-        print("\n".join([*notes, f"{recipe_path}: valid", CHECKED]))
+        Console().result(*notes, f"{recipe_path}: valid", CHECKED)
 
 
 def _may_be_replaced(name: str) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from tunekit.console import Console, visible
 from tunekit.console.loudness import LOUDNESS
 from tunekit.console.progress import CountProgress, StepProgress, beat_waits
-from tunekit.console.text import Flow, cell_text, time_text
+from tunekit.console.text import Flow, cell_text, time_text, wrapped
 from tunekit.records import EvaluationRecord, StepRecord
 
 
@@ -79,6 +79,46 @@ def test_colours_only_on_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
             console.print_segments([("question", False), ("answer", True)])
             assert errors.getvalue() == "warning: careful\n"
             assert output.getvalue() == "question⟦answer⟧\n"
+
+
+def test_lines_are_wrapped_between_words_and_colours_take_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    console, output, errors = both(True)
+    console.warn("the loss of step 3 grew")
+    assert errors.getvalue() == "\x1b[33mwarning:\x1b[0m the loss of\n  step 3 grew\n"
+    console.listing("tasks", [("sort", "puts the rows in order"), ("drop", "removes rows")], 4)
+    assert output.getvalue() == "tasks\n  sort  puts the rows in\n        order\n  drop  removes rows\n"
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "`tunekit recipes sft-lora --copy mine.yaml`",
+        "tunekit chat 'runs/a run with blanks in its name'",
+        "tunekit report runs/first/of-this-week runs/second/of-this-week",
+        "tunekit train mine.yaml --resume",
+        "tunekit data rank runs/first --keep 0.5",
+        "tunekit sweep mine.yaml training.learning_rate=1e-4,3e-4 ~training.epochs",
+        "/data/a-path-that-is-longer/than-the-line-of/the-terminal.jsonl",
+    ],
+)
+def test_commands_and_paths_stay_whole(kept: str) -> None:
+    """So that they can be copied: a line of 30 columns is broken before them, never inside them."""
+    text = f"the run has ended; to see more of it, use {kept}; then read the page of the run"
+    lines = wrapped(text, 30).split("\n")
+    assert any(kept in line for line in lines)
+    assert all(len(line) <= 30 or kept in line for line in lines)
+    assert len(lines) > 3
+
+
+def test_errors_are_wrapped_if_only_they_are_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    errors, output = Terminal(), io.StringIO()
+    console = Console(output=output, errors=errors)
+    console.error("recipe.yaml:3: unknown key; did you mean 'epochs'?")
+    console.info("a line of a file is not wrapped")
+    assert errors.getvalue() == "recipe.yaml:3:\n  unknown key; did\n  you mean 'epochs'?\n"
+    assert output.getvalue() == "a line of a file is not wrapped\n"
 
 
 def test_complaints_hold_no_secrets() -> None:

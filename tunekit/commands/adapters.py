@@ -111,9 +111,7 @@ def diff(
     rank: Annotated[
         int | None, typer.Option("--extract-rank", metavar="R", help="write B minus A as a LoRA of this rank")
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", metavar="DIR", help="the new folder for the LoRA of --extract-rank")
-    ] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="DIR", help="the new folder for this LoRA")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="FILE", help="rows on which the losses of A and B are measured")
     ] = None,
@@ -127,7 +125,7 @@ def diff(
     diff_verb(left, right, rank, data, base, json_file, output)
 
 
-@group.command()
+@group.command(short_help="Convert a LoRA file of a diffusion pipeline.")
 def adopt(
     file: Annotated[
         str, typer.Argument(metavar="FILE", help="a .safetensors file with a LoRA in the format of diffusers or kohya")

@@ -30,7 +30,9 @@ def chat(
         int, typer.Option(metavar="K", min=0, help="sample from the K most likely tokens; 0: from all")
     ] = 0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="the seed of sampling")] = 0,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="default: 512")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="the maximum length of an answer; default: 512")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Start a conversation with a run, an adapter or a model. /base asks the base model, /help lists the commands."""
@@ -54,9 +56,12 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="the address to listen on; if other machines can reach it, --api-key is required")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="the address to listen on; if other machines can reach it, --api-key is required"
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="the port to listen on")] = 8000,
     api_key: Annotated[
         str | None, typer.Option(metavar="KEY", help="the key of clients; default: $TUNEKIT_API_KEY")
     ] = None,

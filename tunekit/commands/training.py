@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from tunekit.recipe.load import LoadedRecipe
 
 app = typer.Typer(rich_markup_mode=None)
-data = typer.Typer(help="Check the rows of a recipe: data check.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(
+    help="Check rows (data check), or rank the rows of a run (data rank).", no_args_is_help=True, rich_markup_mode=None
+)
 reward = typer.Typer(help="Test the reward of a recipe: reward check.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 app.add_typer(reward, name="reward")
@@ -158,7 +160,7 @@ def launch(
     launch_verb(loaded, recipe, overrides or [], on, nodes, gpus, output)
 
 
-@data.command()
+@data.command(short_help="Find rows with problems, and print their line numbers.")
 def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -175,7 +177,7 @@ def check(
     return data_check_verb(load_recipe(recipe, overrides or []), fix, json_file, overwrite=overwrite)
 
 
-@data.command()
+@data.command(short_help="List rows that are likely wrong, or teach nothing.")
 def rank(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the folder of a finished run")],
     keep: Annotated[
@@ -196,7 +198,7 @@ def rank(
     data_rank_verb(run, keep, output, influence, json_file)
 
 
-@reward.command("check")
+@reward.command("check", short_help="Test a reward on good and on bad answers.")
 def check_reward(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -6,16 +6,14 @@ Text is never interpreted as markup or as a terminal command. rich is imported o
 import io
 import json
 import os
-import shutil
 import sys
-import textwrap
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TextIO
 
 from tunekit.console.loudness import is_quiet, is_verbose
-from tunekit.console.streams import can_draw, can_encode, encodable, redirect_to_nothing
-from tunekit.console.text import cell_text, json_line, visible
+from tunekit.console.streams import can_draw, can_encode, columns_of, encodable, redirect_to_nothing
+from tunekit.console.text import cell_text, json_line, visible, wrapped
 from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
@@ -68,8 +66,8 @@ class Console:
     @property
     def columns(self) -> int:
         """The width for layouts: the width of the terminal. If the output is not a terminal: COLUMNS, or 120."""
-        if self.is_terminal:
-            return max(shutil.get_terminal_size().columns, 10)
+        if terminal := columns_of(self.output):
+            return terminal
         setting = os.environ.get("COLUMNS", "")
         return max(int(setting), 10) if setting.isdecimal() else PIPE_COLUMNS
 
@@ -80,7 +78,13 @@ class Console:
 
     def result(self, *lines: str) -> None:
         """Print lines of a command's result, also with --quiet."""
-        self.write("".join(f"{self._wrap(visible(line))}\n" for line in lines))
+        self.write("".join(f"{_fitted(self.output, visible(line))}\n" for line in lines))
+
+    def listing(self, title: str, pairs: Iterable[tuple[str, str]], width: int) -> None:
+        """Print a title, and below it names with descriptions. `width`: the characters of the longest name."""
+        lines = (f"  {name:<{width}}  {description}".rstrip() for name, description in pairs)
+        indented = (_fitted(self.output, visible(line), " " * (width + 4)) for line in lines)
+        self.write("".join(f"{line}\n" for line in (visible(title), *indented)))
 
     def detail(self, *lines: str) -> None:
         """Print notes, but only with --verbose."""
@@ -99,16 +103,14 @@ class Console:
     def warn(self, *lines: str) -> None:
         """Print lines on standard error, prefixed with `warning: `."""
         colours = can_draw(self.errors) and not os.environ.get("NO_COLOR")
-        label = "\x1b[33mwarning:\x1b[0m" if colours else "warning:"
-        self.write("".join(f"{self._wrap(f'{label} {visible(redact(line))}')}\n" for line in lines), self.errors)
+        for line in lines:
+            text = _fitted(self.errors, f"warning: {visible(redact(line))}")  # colours would count as characters
+            text = text.replace("warning:", "\x1b[33mwarning:\x1b[0m", 1) if colours else text
+            self.write(f"{text}\n", self.errors)
 
-    def _wrap(self, text: str) -> str:
-        if not self.is_terminal:
-            return text
-        wrap = textwrap.TextWrapper(
-            self.columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-        )
-        return "\n".join(wrap.fill(line) if len(line) > self.columns else line for line in text.split("\n"))
+    def error(self, text: str) -> None:
+        """Print the lines of an error on standard error."""
+        self.write(f"{_fitted(self.errors, visible(redact(text)))}\n", self.errors)
 
     def confirm(self, question: str) -> bool:
         """Ask the user a question, and return whether the answer is yes. False if standard input is not a terminal."""
@@ -221,6 +223,12 @@ class Console:
         except (OSError, ValueError):
             self._closed.add(id(stream))
             redirect_to_nothing(stream)
+
+
+def _fitted(stream: TextIO, text: str, indent: str = "  ") -> str:
+    """The text, wrapped to the width of a terminal. Unchanged if the stream is not a terminal."""
+    columns = columns_of(stream)
+    return text if columns is None else wrapped(text, columns, indent)
 
 
 class _NamedConsole(Console):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from typing import TextIO
 
 
@@ -11,6 +12,11 @@ def can_draw(stream: TextIO) -> bool:
         return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
     except (OSError, ValueError):
         return False
+
+
+def columns_of(stream: TextIO) -> int | None:
+    """The width of a terminal; None if the stream is not a terminal."""
+    return max(shutil.get_terminal_size().columns, 10) if can_draw(stream) else None
 
 
 def can_encode(stream: TextIO, text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,6 +10,10 @@ BARS = "▁▂▃▄▅▆▇█"
 REORDERING = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))  # Unicode's bidi controls
 CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
 CONTROL |= {code: f"\\u{code:04x}" for code in (*REORDERING, 0x2028, 0x2029)}
+WHOLE = re.compile(  # a wrapped line must not break a command or a quoted text, which the user copies
+    r"`[^`\n]*`|tunekit (?:(?:adapter|data|reward|runs) )?[a-z]+(?: (?:'[^'\n]*'|[^\s']+)"
+    r"(?: --?[a-z-]+(?: [^-\s]\S*)?| [\w.]+=\S+| ~[\w.]+| \S*/\S+)*)?"
+)
 JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *REORDERING, 0x2028, 0x2029)}
 
 
@@ -33,6 +38,15 @@ def cell_text(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def wrapped(text: str, columns: int, indent: str = "  ") -> str:
+    """The text, with each line that is longer than `columns` broken between words. `indent`: of the continued lines.
+    Words, commands and texts between backticks stay whole, also if they are longer than a line."""
+    wrap = textwrap.TextWrapper(columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    joined = WHOLE.sub(lambda match: match[0].replace(" ", "\0"), text)
+    lines = (wrap.fill(line) if len(line) > columns else line for line in joined.split("\n"))
+    return "\n".join(lines).replace("\0", " ")
 
 
 class Flow:
