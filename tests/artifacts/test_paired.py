@@ -92,6 +92,8 @@ def test_runs_are_compared_on_the_rows_that_they_share(tmp_path: Path) -> None:
     (sentence,) = who_won(runs, [found])
     assert sentence.startswith(f"better is better than plain: evaluation loss {found.value:.4g} against ")
     assert "2.6 before training (95 % interval of the difference -0.1 to -0.1 on 19 rows)" in sentence
+    assert '<p class="verdict good">better is better' in html_page(comparison_report(runs))
+    assert '<p class="verdict bad">plain is worse' in html_page(comparison_report(runs[::-1]))
     noisy = [loss + (0.5 if at % 2 else -0.6) * kept["units"][at] for at, loss in enumerate(losses)]
     unclear = read_run(change(write_run(tmp_path / "unclear"), losses=noisy))
     (found,) = differences([runs[0], unclear])
@@ -100,7 +102,8 @@ def test_runs_are_compared_on_the_rows_that_they_share(tmp_path: Path) -> None:
     (sentence,) = who_won([runs[0], unclear], [found])
     assert sentence.startswith("unclear and plain cannot be distinguished: ")
     assert sentence.endswith(f"; about {found.needed_rows:,} rows would show such a difference")
-    assert f">{sentence}.</p>" in html_page(comparison_report([runs[0], unclear]))  # names are not capitalised
+    shown = f'<p class="verdict neutral">{sentence}.</p>'  # names are not capitalised
+    assert shown in html_page(comparison_report([runs[0], unclear]))
 
 
 def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
@@ -115,4 +118,6 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     runs = [read_run(folder) for folder in (plain, older, apart, other)]
     assert differences(runs) == []
     assert who_won(runs, []) == ["the runs cannot be compared: they have no evaluation rows or no objective in common"]
-    assert "highest loss" not in html_page(comparison_report([read_run(plain), read_run(older)]))
+    page = html_page(comparison_report([read_run(plain), read_run(older)]))
+    assert "highest loss" not in page
+    assert '<p class="verdict neutral">the runs cannot be compared' in page

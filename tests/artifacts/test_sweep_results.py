@@ -51,6 +51,7 @@ def test_clear_and_unclear_differences(tmp_path: Path) -> None:
     page = sweep_page(results, values, ("runs/best.yaml", "model: org/base\n"))
     for text in (html_page(page), markdown_page(page)):
         assert "cannot be distinguished" in text
+    assert [page.tone, sweep_page(two, values, ("runs/best.yaml", "model: org/base\n")).tone] == ["neutral", "good"]
 
 
 def test_a_row_of_several_seeds_is_one_row(tmp_path: Path) -> None:

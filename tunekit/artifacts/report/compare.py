@@ -68,7 +68,8 @@ def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
     won = [f"{sentence}." for sentence in who_won(runs, paired)]
     names = ", ".join(run.name for run in runs)
     if len(won) == 1:
-        return ReportPage(f"{len(runs)} runs compared", [names], sections, won[0])
+        tone = paired[0].tone if paired else "neutral"
+        return ReportPage(f"{len(runs)} runs compared", [names], sections, won[0], tone)
     return ReportPage(f"{len(runs)} runs compared", [names, *won], sections)
 
 

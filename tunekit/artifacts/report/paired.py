@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tunekit.artifacts.report.sections import Tone
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.basics import NORMAL_95
 from tunekit.records import Headline, JsonObject
@@ -41,6 +42,11 @@ class PairedDifference:
     def difference(self) -> float:
         """The difference of the two values."""
         return self.value - self.than_value
+
+    @property
+    def tone(self) -> Tone:
+        """The tone of the sentence: good if the run is better than the first run, bad if it is worse."""
+        return "good" if self.high < 0 else "bad" if self.low > 0 else "neutral"
 
     def sentence(self) -> str:
         """A sentence that says which run has the lower loss, or that these rows cannot show this."""

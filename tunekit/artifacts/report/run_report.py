@@ -11,7 +11,7 @@ from tunekit.artifacts.report.next_step import after_training
 from tunekit.artifacts.report.pictures import before_and_after
 from tunekit.artifacts.report.plan_page import WEIGHTS
 from tunekit.artifacts.report.run_costs import memory, overview, rows, size, speed
-from tunekit.artifacts.report.sections import MarkedText, ReportPage, ReportSection, ReportTable
+from tunekit.artifacts.report.sections import MarkedText, ReportPage, ReportSection, ReportTable, Tone
 from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.artifacts.run import PICTURES
@@ -30,7 +30,7 @@ MOST_ENVIRONMENT = 2**20  # characters
 def run_report(run: RunValues) -> ReportPage:
     """The report of a run, finished or not."""
     sections = [section for build in SECTIONS for section in build(run)]
-    return ReportPage(run.name, _intro(run), sections, _verdict(run), failed="verdict" in run.report)
+    return ReportPage(run.name, _intro(run), sections, *_verdict(run))
 
 
 def _intro(run: RunValues) -> list[str]:
@@ -53,13 +53,15 @@ def _intro(run: RunValues) -> list[str]:
     ]
 
 
-def _verdict(run: RunValues) -> str:
+def _verdict(run: RunValues) -> tuple[str, Tone]:
+    """The sentence with the result, and its tone."""
     before, after = run.report.number("base_eval_loss"), run.report.number("eval_loss")
     if "verdict" in run.report:
-        return f"{str(run.report['verdict']).capitalize()}."
+        return f"{str(run.report['verdict']).capitalize()}.", "bad"
     if before is None or after is None or run.shows.headline != Headline():  # else the loss means little
-        return ""
-    return f"Evaluation loss {before:.4g} before training, {after:.4g} with the exported weights."
+        return "", "neutral"
+    text = f"Evaluation loss {before:.4g} before training, {after:.4g} with the exported weights."
+    return text, "good" if after < before else "neutral"
 
 
 def _next_steps(run: RunValues) -> Iterator[ReportSection]:

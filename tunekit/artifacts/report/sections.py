@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Tone = Literal["good", "neutral", "bad"]
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,10 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class ReportPage:
-    """A whole page. `verdict`: a sentence with the result; `failed`: whether the result is bad."""
+    """A whole page. `verdict`: a sentence with the result; `tone`: the colour of its box."""
 
     title: str
     intro: Sequence[str]
     sections: Sequence[ReportSection]
     verdict: str = ""
-    failed: bool = False
+    tone: Tone = "neutral"

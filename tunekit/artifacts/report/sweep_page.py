@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from tunekit.artifacts.report.compare import number_text, outcome_table
 from tunekit.artifacts.report.curves import COLORS, binned_text, charts_of
 from tunekit.artifacts.report.paired import LEVEL
-from tunekit.artifacts.report.sections import AxisLine, ParallelAxes, ReportPage, ReportSection, ReportTable, ValueAxis
+from tunekit.artifacts.report.sections import (
+    AxisLine,
+    ParallelAxes,
+    ReportPage,
+    ReportSection,
+    ReportTable,
+    Tone,
+    ValueAxis,
+)
 from tunekit.artifacts.report.sweep_results import Setting, SweepResults
 from tunekit.files.untrusted import printable
 
@@ -26,7 +34,8 @@ def sweep_page(
     trials = _count(sum(len(setting.runs) for setting in results.settings), "trial")
     size = f"{_count(len(results.settings), 'setting')} ({trials})" if results.several else trials
     sections = [*_trials(results), *_coordinates(results, values), *_curves(results), _runs(results), _next(*recipe)]
-    return ReportPage(f"Sweep of {size}", [], sections, results.verdict())
+    tone: Tone = "good" if results.is_clear else "neutral"
+    return ReportPage(f"Sweep of {size}", [], sections, results.verdict(), tone)
 
 
 def _count(number: int, noun: str) -> str:

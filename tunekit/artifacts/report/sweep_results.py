@@ -106,6 +106,12 @@ class SweepResults:
         return [setting for setting in compared if setting.is_complete]
 
     @property
+    def is_clear(self) -> bool:
+        """Whether the best setting is clearly better than each other finished setting."""
+        others = [setting for setting in self.settings if setting.numbers][1:]
+        return bool(others) and all(setting.difference is not None and setting.clear for setting in others)
+
+    @property
     def several(self) -> bool:
         """Whether a setting has several runs."""
         return max((len(setting.runs) for setting in self.settings), default=0) > 1
