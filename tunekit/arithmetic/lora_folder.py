@@ -235,7 +235,7 @@ class Scalings:
         self.ranks, self.alphas = Resolved(config, "rank_pattern"), Resolved(config, "alpha_pattern")
 
     def of(self, module: str) -> float:
-        """The scaling of a module. Raises: AdapterError if earlier releases of PEFT scaled it differently."""
+        """The scaling of a module. Raises: AdapterError if earlier releases of PEFT used a different scaling for it."""
         rank = self.ranks.of(module, self.settings.r)
         alpha = self.alphas.of(module, self.settings.alpha)
         refuse_changed_patterns(self.config, {module: (rank, alpha)})

@@ -228,8 +228,8 @@ class Labels:
         return {**by_number, **dict(spellings), **dict(zip(self.names, numbers, strict=True))}
 
     def head_name(self, label: str) -> str:
-        """The head's name of a label. The label may be given as a number. If the head does not have the label, the
-        label is returned unchanged."""
+        """The name that the head has for a label, which may be given as a number. If the head does not have the label,
+        the label is returned unchanged."""
         head_row = self.head_rows.get(label)
         return label if head_row is None else self.names[head_row]
 

@@ -59,7 +59,7 @@ def hash_of(value: object) -> str:
 def code_version(places: Sequence[str], packages: Sequence[str]) -> str:
     """sha256 of the code in `places` (files or folders of this package) and of the versions of `packages`.
 
-    Raises: FileNotFoundError for a place that does not exist, so that moved code is noticed.
+    Raises: FileNotFoundError if a place does not exist any more, because its code was moved.
     """
     digest = hashlib.sha256()
     for place in places:

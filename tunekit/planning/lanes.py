@@ -111,7 +111,7 @@ def _obstacle(lane: Lane) -> str:
     inputs, adapter = lane.prepared.largest_batch.inputs, lane.prepared.adapter
     one_sequence = inputs.keys() == {"input_ids", "position_ids"} and len(inputs["input_ids"]) == 1
     if not one_sequence:
-        return "a micro-batch is not one sequence of token ids without padding"
+        return "a micro-batch has padding, or is not one sequence of token ids"
     if adapter.trains_base:
         return "it trains the base"
     return "its adapter uses dropout" if getattr(adapter, "dropout", 0.0) else ""

@@ -149,8 +149,8 @@ def plan_memory(
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:
-    """The number of bytes that the run may use: the budget minus a margin. Without a budget, it is the free memory; on
-    a GPU also minus a margin.
+    """The number of bytes that the run may use: the budget minus a margin. Without a budget: the free memory, on a GPU
+    minus a margin.
 
     On a CPU, the free memory is not reduced, because the system can free more than it reports.
     """

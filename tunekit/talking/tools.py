@@ -51,8 +51,8 @@ class ToolFormat:
         return len(text) - next((size for size in sizes if text.endswith(self.prefix[:size])), 0)
 
     def read(self, text: str, tools: Sequence[JsonObject]) -> tuple[JsonObject, ...]:
-        """The tool calls in a text, in the format of OpenAI's API. Empty if the text contains anything else than calls
-        of `tools`."""
+        """The tool calls in a text, in the format of OpenAI's API. Empty if the text contains anything other than
+        calls of `tools`."""
         names, text, calls = [tool_name(tool) for tool in tools], text.strip(), []
         while text:
             try:

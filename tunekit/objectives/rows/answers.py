@@ -165,7 +165,7 @@ class AnswerRows(TextRows):
     def laid(self, sequences: Sequence[Sequence[Row]]) -> Batch:
         """Make the batch, with targets for the sides' tokens only.
 
-        Shapes: input_ids, position_ids (B, T), or (S P, T) if each of the S sides of P rows is a line.
+        Shapes: input_ids, position_ids (B, T), or (S P, T) if each of the S sides of the P rows has its own sequence.
         """
         rows = [row for sequence in sequences for row in sequence]
         lines = self._lines(sequences)

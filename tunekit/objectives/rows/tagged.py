@@ -103,7 +103,7 @@ class TaggedWords(LabelledTexts):
         return [listed[tag] if isinstance(tag, int) else tag for tag in tags]
 
     def resized(self, row: Row, size: int) -> Row:
-        """The row with `size` ids, and with the tags of the words that begin in these ids."""
+        """The row, cut or filled to `size` ids. It keeps the tags of the words whose first id it keeps."""
         firsts = row.parts["firsts"]
         inside = firsts[firsts < max(size - len(self.around[1]), 0)]
         parts = _parts(self.sized(row.parts["ids"], size), inside, self.labels_of(row)[: len(inside)])
