@@ -13,7 +13,7 @@ from typing import Literal, TextIO
 
 from tunekit.console.loudness import is_quiet, is_verbose
 from tunekit.console.streams import can_draw, can_encode, columns_of, encodable, redirect_to_nothing
-from tunekit.console.text import cell_text, json_line, visible, wrapped
+from tunekit.console.text import cell_text, json_line, stacked, visible, wrapped
 from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
@@ -121,7 +121,8 @@ class Console:
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
-        """Print a table. Numbers are right-aligned, None is an empty cell. A column's name may have several lines."""
+        """Print a table. Numbers are right-aligned, None is an empty cell. A column's name may have several lines.
+        If only the first cells are too long, each of them has a line of its own."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -131,19 +132,23 @@ class Console:
         heads = ["\n".join(map(visible, column.split("\n"))) for column in columns]
         cells = list(zip(*texts, strict=True)) if texts else [() for _ in heads]
         sizes = [max(map(len, [*head.split("\n"), *column])) for head, column in zip(heads, cells, strict=True)]
+        values = list(zip(*rows, strict=True)) if rows else [() for _ in heads]
+        are_numbers = [_has_numbers(column) for column in values]
+        if title:
+            self.info(title)
+        fits_stacked = sum(sizes[1:]) + 2 * len(sizes[1:]) <= self.columns < sum(sizes) + 2 * len(sizes[1:])
+        if fits_stacked and sizes[0] > SHORT_CELL and not are_numbers[0]:
+            self.write(stacked(heads, texts, are_numbers, "─" if can_encode(self.output, "─") else "-"))
+            return
         tight = sum(sizes) + 3 * (len(sizes) - 1) > self.columns
         minimum = [min(size, SHORT_CELL) for size in sizes]
         room = sum(minimum) + 2 * (len(sizes) - 1) <= self.columns  # short columns fit; long ones fold
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=tight)
-        for index, (head, size) in enumerate(zip(heads, sizes, strict=True)):
-            values = [row[index] for row in rows if row[index] is not None]
-            numbers = bool(values) and all(isinstance(value, int | float) for value in values)
+        for head, size, numbers in zip(heads, sizes, are_numbers, strict=True):
             justify: Literal["left", "right"] = "right" if numbers else "left"
             table.add_column(Text(head), justify=justify, overflow="fold", no_wrap=room and size <= SHORT_CELL)
         for line in texts:
             table.add_row(*map(Text, line))
-        if title:
-            self.info(title)
         self._print_rich(table)
 
     def panel(self, title: str, pairs: Mapping[str, object] | Iterable[tuple[str, object]]) -> None:
@@ -225,6 +230,12 @@ class Console:
             redirect_to_nothing(stream)
 
 
+def _has_numbers(cells: Iterable[object]) -> bool:
+    """Whether a column has numbers only, apart from empty cells."""
+    values = [cell for cell in cells if cell is not None]
+    return bool(values) and all(isinstance(value, int | float) for value in values)
+
+
 def _fitted(stream: TextIO, text: str, indent: str = "  ") -> str:
     """The text, wrapped to the width of a terminal. Unchanged if the stream is not a terminal."""
     columns = columns_of(stream)
@@ -241,6 +252,10 @@ class _NamedConsole(Console):
     @property
     def output(self) -> TextIO:
         return self._console.output
+
+    @property
+    def columns(self) -> int:
+        return max(self._console.columns - len(f"{self._name}: "), 10)
 
     def info(self, *lines: str) -> None:
         self._console.info(*(f"{self._name}: {line}" for line in lines))
