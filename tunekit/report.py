@@ -10,7 +10,7 @@ from pathlib import Path
 from tunekit.artifacts.report.compare import Outcomes, comparison_report, differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.next_step import after_training
-from tunekit.artifacts.report.paired import differences, heading, who_won
+from tunekit.artifacts.report.paired import HEADING, differences, who_won
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.artifacts.run import refuse_to_replace_part
@@ -44,9 +44,7 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
     console.table(head, lines)
     paired = differences(runs)
     if paired:
-        console.table(
-            heading(runs[0].name), [each.texts() for each in paired], title="on the rows that both runs evaluated"
-        )
+        console.table(HEADING, [each.texts() for each in paired], title="on the rows that both runs evaluated")
     console.info(*who_won(runs, paired))
     for names, cells in repeats:
         console.panel(

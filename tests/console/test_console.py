@@ -180,6 +180,42 @@ def test_a_narrow_table_folds_long_cells_alone(path: str, monkeypatch: pytest.Mo
     assert any(line.strip().split("  ")[0] == path for line in lines)  # whole, so that it can be copied
 
 
+def test_a_narrow_table_breaks_texts_between_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    console, output, _ = both()
+    text = "the answer repeats the question, and the label of the row contradicts it"
+    row = ["sft-lora-first", 1234, text, "+0.1721 to +0.2721"]
+    console.table(["run", "rows in both", "the first of them", "interval"], [row])
+    lines = output.getvalue().splitlines()
+    assert all(len(line.rstrip()) <= 60 for line in lines)
+    first = next(line for line in lines if "sft-lora-first" in line)
+    assert "1,234" in first
+    start, end = first.index("the answer"), first.index("+0.1721")
+    assert " ".join(line[start:end] for line in lines[lines.index(first) :]).split() == text.split()
+
+
+def test_a_table_with_too_many_long_names_becomes_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of three runs do not fit beside each other: each cell has a line of its own."""
+    monkeypatch.setenv("COLUMNS", "80")
+    console, output, _ = both()
+    names = [f"lora-r16-learning-rate-{rate}-epochs-3" for rate in ("1e-4", "3e-4", "1e-3")]
+    console.table(["run", *names], [["eval\nloss", *map(str, (2.41, 2.4, 2.5))]])
+    assert output.getvalue().splitlines() == [
+        *("", "run", "─" * 44, "eval", "loss"),
+        *(f"  {name}  {loss}" for name, loss in zip(names, ("2.41", "2.4", "2.5"), strict=True)),
+        "",
+    ]
+
+
+def test_wide_letters_count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    console, output, _ = both()
+    console.table(["text", "rows"], [["日本語のテキスト", 7]])
+    assert "日本語のテキスト" in output.getvalue()
+    console.table(["a path that is long", "text", "rows"], [["/data/of/this/week/train.jsonl", "日本語のテキスト", 7]])
+    assert "  日本語のテキスト     7" in output.getvalue()
+
+
 def test_a_table_in_a_pipe_is_wide_and_aligned() -> None:
     console, output, _ = both()
     console.table(["part", "bytes"], [["weights", 5], ["logits", 12345], ["x", None]])

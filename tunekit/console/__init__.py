@@ -13,12 +13,11 @@ from typing import Literal, TextIO
 
 from tunekit.console.loudness import is_quiet, is_verbose
 from tunekit.console.streams import can_draw, can_encode, columns_of, encodable, redirect_to_nothing
-from tunekit.console.text import cell_text, json_line, stacked, visible, wrapped
+from tunekit.console.text import cell_text, json_line, visible, wrapped
 from tunekit.errors import redact
 
 __all__ = ["Console", "visible"]
 
-SHORT_CELL = 12  # characters of a column that is not folded if there is room
 PIPE_COLUMNS = 120  # if output is not a terminal and COLUMNS is not set
 
 
@@ -122,33 +121,35 @@ class Console:
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
         """Print a table. Numbers are right-aligned, None is an empty cell. A column's name may have several lines.
-        If only the first cells are too long, each of them has a line of its own."""
+        If the table is too wide, long texts are wrapped; if even their words do not fit, the cells of a row are printed
+        below its first cell."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        rows = list(rows)
-        texts = [[visible(cell_text(cell)) for cell in row] for row in rows]
+        from tunekit.console.tables import EDGES, TableColumn, column_widths, stacked
+
+        values = list(zip(*rows, strict=True)) or [() for _ in columns]
         heads = ["\n".join(map(visible, column.split("\n"))) for column in columns]
-        cells = list(zip(*texts, strict=True)) if texts else [() for _ in heads]
-        sizes = [max(map(len, [*head.split("\n"), *column])) for head, column in zip(heads, cells, strict=True)]
-        values = list(zip(*rows, strict=True)) if rows else [() for _ in heads]
-        are_numbers = [_has_numbers(column) for column in values]
+        laid = [
+            TableColumn(head, [visible(cell_text(cell)) for cell in cells], _has_numbers(cells))
+            for head, cells in zip(heads, values, strict=True)
+        ]
         if title:
             self.info(title)
-        fits_stacked = sum(sizes[1:]) + 2 * len(sizes[1:]) <= self.columns < sum(sizes) + 2 * len(sizes[1:])
-        if fits_stacked and sizes[0] > SHORT_CELL and not are_numbers[0]:
-            self.write(stacked(heads, texts, are_numbers, "─" if can_encode(self.output, "─") else "-"))
+        widths = column_widths(laid, self.columns)
+        if widths is None and len(laid) > 1:
+            self.write(stacked(laid, self.columns, "─" if can_encode(self.output, "─") else "-"))
             return
-        tight = sum(sizes) + 3 * (len(sizes) - 1) > self.columns
-        minimum = [min(size, SHORT_CELL) for size in sizes]
-        room = sum(minimum) + 2 * (len(sizes) - 1) <= self.columns  # short columns fit; long ones fold
+        tight = sum(widths or []) + 3 * (len(laid) - 1) + EDGES > self.columns
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=tight)
-        for head, size, numbers in zip(heads, sizes, are_numbers, strict=True):
-            justify: Literal["left", "right"] = "right" if numbers else "left"
-            table.add_column(Text(head), justify=justify, overflow="fold", no_wrap=room and size <= SHORT_CELL)
-        for line in texts:
-            table.add_row(*map(Text, line))
+        for at, column in enumerate(laid):
+            justify: Literal["left", "right"] = "right" if column.is_number else "left"
+            table.add_column(
+                Text(column.head), justify=justify, overflow="fold", width=None if widths is None else widths[at]
+            )
+        for cells in zip(*(column.cells for column in laid), strict=True):
+            table.add_row(*map(Text, cells))
         self._print_rich(table)
 
     def panel(self, title: str, pairs: Mapping[str, object] | Iterable[tuple[str, object]]) -> None:

@@ -49,24 +49,6 @@ def wrapped(text: str, columns: int, indent: str = "  ") -> str:
     return "\n".join(lines).replace("\0", " ")
 
 
-def stacked(heads: Sequence[str], rows: Sequence[Sequence[str]], are_numbers: Sequence[bool], rule: str) -> str:
-    """A table in which the first cell of each row has a line of its own, above the other cells, so that a long path
-    stays whole. `rule`: the character of the line below the headings."""
-    titles = [head.split("\n") for head in heads[1:]]
-    height = max(map(len, titles))
-    padded = [[""] * (height - len(title)) + title for title in titles]
-    head_lines = list(zip(*padded, strict=True))
-    widths = [max(map(len, column)) for column in zip(*head_lines, *(row[1:] for row in rows), strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        columns = zip(cells, widths, are_numbers[1:], strict=True)
-        return "  " + "  ".join(cell.rjust(width) if number else cell.ljust(width) for cell, width, number in columns)
-
-    lines = [heads[0], *map(line, head_lines), rule * (sum(widths) + 2 * len(widths))]
-    lines += [text for row in rows for text in (row[0], line(row[1:]))]
-    return "\n".join(["", *(text.rstrip() for text in lines), "", ""])
-
-
 class Flow:
     """Wraps text that arrives in pieces. `columns`: the maximum width; None: no limit. The last word is held back until
     it is complete. At the start of a line it is written at once."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from tunekit.artifacts.report.curves import binned_text, charts_of
-from tunekit.artifacts.report.paired import differences, heading, who_won
+from tunekit.artifacts.report.paired import HEADING, differences, who_won
 from tunekit.artifacts.report.sections import ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.report.values import RunValues, sizes_counted
 from tunekit.files.untrusted import printable
@@ -59,7 +59,7 @@ def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
         sections.append(ReportSection("Mean and standard deviation over seeds", tables=[ReportTable(head, rows)]))
     if paired:
         text = f"Each run is compared with {runs[0].name} on the evaluation rows that both evaluated."
-        table = ReportTable(heading(runs[0].name), [each.texts() for each in paired])
+        table = ReportTable(HEADING, [each.texts() for each in paired])
         sections.append(ReportSection("Better, or by chance?", [text], tables=[table]))
     same = [] if keys else ["None: only output.dir differs between the recipes."]
     tables = [ReportTable(["key", *(run.name for run in runs)], keys, has_texts=True)] if keys else []

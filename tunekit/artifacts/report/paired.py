@@ -18,6 +18,14 @@ Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
 POWER = 0.84  # the 80 % quantile of the normal distribution
 AT_A_TIME = 64  # number of resamples at a time, which limits memory
+HEADING = [  # of the table with `PairedDifference.texts` as lines
+    "run",
+    "rows in both",
+    "loss of the first run",
+    "loss of this run",
+    "95 % interval of the difference",
+    "verdict",
+]
 
 
 @dataclass(frozen=True)
@@ -137,12 +145,6 @@ def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> li
     if not paired and len(runs) > 1:
         return ["the runs cannot be compared: they have no evaluation rows or no objective in common"]
     return [each.sentence() for each in paired]
-
-
-def heading(than: str) -> list[str]:
-    """The column headings of the table with `PairedDifference.texts` as lines. `than`: the name of the first run."""
-    losses = [f"loss of {than} on these rows", "loss of the run on these rows"]
-    return ["run", "rows in both", *losses, "95 % interval of the difference", "verdict"]
 
 
 def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int], Losses]:
