@@ -6,7 +6,8 @@ import json
 import os
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -427,3 +428,15 @@ def test_rows_of_a_json_array_on_one_line_are_rows_of_their_own(tiny: LoadedToke
     assert rows.eval_counts is not None
     assert rows.counts.trained + rows.eval_counts.trained == rows.counts.read + rows.eval_counts.trained == 20
     assert len(rows.evaluation_prompts()) == len(rows.evaluation) < 10
+
+
+def test_an_error_of_an_evaluation_row_keeps_its_cure() -> None:
+    def prompt(example: object) -> NoReturn:
+        raise DataError("'messages' is empty", "leave the row out")
+
+    kind = SimpleNamespace(counting=lambda: SimpleNamespace(prompt=prompt))
+    rows: Any = SimpleNamespace(
+        objective=SimpleNamespace(rows=kind), evaluation_examples=lambda: [("rows.jsonl", 3, None)]
+    )
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3: 'messages' is empty; leave the row out$"):
+        RowSet.evaluation_prompts(rows)
