@@ -84,3 +84,15 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     page = html_page(comparison_report(runs))
     assert "training.learning_rate" in page
     assert "weight_decay" not in page
+
+
+@pytest.mark.parametrize("prompt", ["the end of a long question " * 20, "長い質問の終わり" * 50])
+def test_a_long_prompt_is_shown_with_its_end(prompt: str, tmp_path: Path) -> None:
+    """Also in a language without blanks between words."""
+    folder = write_run(tmp_path / "x")
+    text = (folder / "metrics.jsonl").read_text("utf-8")
+    (folder / "metrics.jsonl").write_text(text.replace("<|user|>cakes?", prompt), "utf-8")
+    shown = re.search(r"\[\.\.\.\] ([^<]+)<", html_page(run_report(read_run(folder))))
+    assert shown is not None
+    assert prompt.endswith(shown[1])
+    assert len(shown[1]) > 200

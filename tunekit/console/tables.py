@@ -56,7 +56,10 @@ def stacked(columns: Sequence[TableColumn], room: int, rule: str) -> str:
     first, others = columns[0], columns[1:]
     fits = sum(GAP + column.size for column in others) <= room
     fits = fits and not any("\n" in cell for column in others for cell in column.cells)
-    heads, rows = _lines(others) if fits else ([], _blocks(others, room, len(first.cells)))
+    if fits:
+        heads, rows = _lines(others)
+    else:
+        heads, rows = [], _blocks(others, room, len(first.cells))
     length = max(map(cell_len, [first.head, *heads, *(line for lines in rows for line in lines)]))
     lines = [first.head, *heads, rule * min(length, room)]
     lines += [line for name, below in zip(first.cells, rows, strict=True) for line in (name, *below)]

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from tunekit.artifacts.report.curves import binned_text, charts_of
 from tunekit.artifacts.report.paired import HEADING, differences, who_won
-from tunekit.artifacts.report.sections import ReportPage, ReportSection, ReportTable
+from tunekit.artifacts.report.sections import ReportPage, ReportSection, ReportTable, Tone
 from tunekit.artifacts.report.values import RunValues, sizes_counted
 from tunekit.files.untrusted import printable
 from tunekit.records import bytes_text
@@ -68,7 +68,7 @@ def comparison_report(runs: Sequence[RunValues]) -> ReportPage:
     won = [f"{sentence}." for sentence in who_won(runs, paired)]
     names = ", ".join(run.name for run in runs)
     if len(won) == 1:
-        tone = paired[0].tone if paired else "neutral"
+        tone: Tone = paired[0].tone if paired else "neutral"
         return ReportPage(f"{len(runs)} runs compared", [names], sections, won[0], tone)
     return ReportPage(f"{len(runs)} runs compared", [names, *won], sections)
 

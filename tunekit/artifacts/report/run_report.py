@@ -180,7 +180,8 @@ def _answers(run: RunValues) -> Iterator[ReportSection]:
 
 def _end_of(prompt: str) -> str:
     """The prompt, or only the end of a long prompt, because the answer continues there."""
-    return prompt if len(prompt) <= MOST_CHARACTERS else f"[...] {prompt[-MOST_CHARACTERS:].partition(' ')[2]}"
+    end = prompt[-MOST_CHARACTERS:]
+    return prompt if prompt == end else f"[...] {end.partition(' ')[2] or end}"  # some languages have no blanks
 
 
 def _panels(run: RunValues) -> Iterator[ReportSection]:
