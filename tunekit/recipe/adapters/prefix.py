@@ -52,7 +52,9 @@ class PrefixSettings(AdapterSettings):
         if self.prefix_projection and self.init == "text":
             raise ValueError("prefix_projection cannot be initialised from a text; remove init")
         if self.encoder_hidden_size is not None and not self.prefix_projection:
-            raise ValueError("encoder_hidden_size belongs to prefix_projection: true")
+            raise ValueError(
+                "encoder_hidden_size belongs to prefix_projection: true; add it, or remove encoder_hidden_size"
+            )
         if self.init_ids is not None and not self.init_ids:
             raise ValueError("init_ids is empty; write token ids, or remove it")
         return self

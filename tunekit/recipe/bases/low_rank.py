@@ -82,7 +82,10 @@ class LowRankSettings(AdapterSettings):
                 "target_modules names no layer, and target_parameters is empty too; name a target in one of them"
             )
         if self.layers_pattern is not None and not self.layers_to_transform:
-            raise ValueError("layers_pattern has no effect without layers_to_transform")
+            raise ValueError(
+                "layers_pattern has no effect without layers_to_transform; add it, or remove layers_pattern"
+            )
         if self.init_from is not None and self.start.method != "default":
-            raise ValueError(f"start cannot be {self.start.method} if init_from names an adapter to continue")
+            what = f"start cannot be {self.start.method} if init_from names an adapter to continue"
+            raise ValueError(f"{what}; remove start or init_from")
         return self

@@ -84,7 +84,8 @@ class DpoSettings(PairSettings):
         if len(set(self.loss_type)) < len(self.loss_type):
             raise ValueError("loss_type names a loss twice; give it one weight")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(f"loss_weights has {len(self.loss_weights)} weights for {len(self.loss_type)} losses")
+            counts = f"{len(self.loss_weights)} weights for {len(self.loss_type)} losses"
+            raise ValueError(f"loss_weights has {counts}; write one weight for each loss")
         if not any(weight for _, weight in self.weighted_losses):
             raise ValueError("loss_weights are all 0, so nothing is learned; give one loss a weight above 0")
         changed = self.discopop_tau != type(self).model_fields["discopop_tau"].default
