@@ -68,6 +68,10 @@ def test_a_long_text_is_shortened_to_whole_tokens_and_characters(tiny: LoadedTok
         assert first.startswith("xéé")
         assert 40 < len(first) < 200
     assert short_segments(part, None) == []
+    for shift in range(3):  # a blank at the cut is not shown twice
+        row = encode_example(chat(("user", "q"), ("assistant", "x" * shift + "ab " * 200 + ".")), tiny)
+        (part,) = objective_of().rows.spans(row)
+        assert all("  " not in text for text, _ in short_segments(part, tiny))
 
 
 def test_the_screen_shows_rows_marks_and_counts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

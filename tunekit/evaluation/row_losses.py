@@ -135,4 +135,4 @@ def _shortened(ids: list[int], tokenizer: Tokenizer, characters: int) -> str:
         return text
     count = max(1, len(ids) * (characters // 2) // len(text))
     first, last = tokenizer.decode(ids[:count]), tokenizer.decode(ids[-count:])
-    return f"{first.rstrip(UNREADABLE)} [...] {last.lstrip(UNREADABLE)}"
+    return f"{first.rstrip(UNREADABLE + ' ')} [...] {last.lstrip(UNREADABLE + ' ')}"
