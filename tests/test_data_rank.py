@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from tunekit.contracts import Objective, Row
 from tunekit.data.rows import RowSet
 from tunekit.data_rank import _run_rows, data_rank_verb
 from tunekit.errors import InputError, ResourceError, RunFolderError
+from tunekit.evaluation.row_listing import Ranking
 from tunekit.evaluation.row_ranking import WRONG
 from tunekit.evaluation.row_states import RowReader
 from tunekit.machine.devices import make_devices
@@ -245,3 +247,19 @@ def test_keep_needs_an_output(tmp_path: Path) -> None:
         ranked(tmp_path / "run", keep=0.8)
     with pytest.raises(InputError, match="does not contain a run"):
         ranked(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a short row", "a short row"),
+        (
+            "<|im_start|>user What is the capital of Jordan?<|im_end|> Amman",
+            "<|im_start|>user What is the capital of ...",
+        ),
+        ("長" * 61, "長" * 56 + " ..."),
+    ],
+)
+def test_the_text_of_a_row_is_cut_between_words(text: str, shown: str) -> None:
+    ranking: Any = SimpleNamespace(_text=lambda number: [(text, True)])
+    assert Ranking.short_text(ranking, 0) == shown

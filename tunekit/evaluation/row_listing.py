@@ -95,9 +95,10 @@ class Ranking:
         return [(str(piece), bool(trained)) for piece, trained in self.texts.shown(number)["text"]]
 
     def short_text(self, number: int) -> str:
-        """The beginning of a row's text, on one line."""
+        """The beginning of a row's text, on one line; cut between words, if it has blanks."""
         text = " ".join("".join(piece for piece, _ in self._text(number)).split())
-        return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 4]} ..."
+        beginning = text[: SHOWN_CHARACTERS - 4]
+        return text if len(text) <= SHOWN_CHARACTERS else f"{beginning.rpartition(' ')[0] or beginning} ..."
 
     def json(self) -> dict[str, Any]:
         """The content of the --json file."""
