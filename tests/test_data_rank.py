@@ -233,6 +233,7 @@ def test_a_full_disk_leaves_the_results(chat: Path, tmp_path: Path, monkeypatch:
         raise ResourceError(f"no room for {name}")
 
     monkeypatch.setattr("tunekit.data_rank.write_rows_file", full)
+    (chat.parent / "rank.json").unlink(missing_ok=True)
     with pytest.raises(ResourceError, match="no room"):
         ranked(chat, keep=0.8, output=str(tmp_path / "kept.jsonl"))
     result = json.loads((chat.parent / "rank.json").read_text("utf-8"))
