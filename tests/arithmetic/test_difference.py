@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -288,7 +289,8 @@ def test_losses_are_measured_over_one_base(
     capsys.readouterr()
     assert run(monkeypatch, "adapter", "diff", str(tmp_path / "a"), str(second), "--data", str(rows)) == 0
     out = capsys.readouterr().out
-    told = [float(line.split()[-1]) for line in out.splitlines() if line.strip().startswith(("the base", "with "))]
+    # next to the name, or below it if the folder's path is long
+    told = [float(loss) for loss in re.findall(r"^ *(?:the base|with )[^\n]*?\s+(\d+\.\d+) *$", out, re.MULTILINE)]
     assert told[:2] == pytest.approx([expected["base"], expected["a"]], rel=1e-3)
     assert len(told) == 3
     model = load_model(ModelSection(name_or_path=str(base)), device=torch.device("cpu"))

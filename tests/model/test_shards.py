@@ -57,7 +57,7 @@ def test_views_and_transposes_are_written_as_what_they_show(tmp_path: Path) -> N
     writer.add("view", whole[1])
     writer.add("turned", whole.t())
     writer.add("same", whole)
-    with pytest.raises(ModelError, match="twice"):
+    with pytest.raises(ValueError, match="twice"):
         writer.add("same", whole)
     writer.close()
     loaded = load_file(tmp_path / "model.safetensors")
