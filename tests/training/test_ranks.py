@@ -268,3 +268,31 @@ def test_an_error_of_one_rank_is_told_once(recipe: Path, tmp_path: Path) -> None
     assert ended.returncode != 0
     assert ended.stderr.count("is not finite") == 1
     assert '"exit_code": 3' in (tmp_path / "run" / "status.json").read_text()
+
+
+SLOWLY = """
+import os, time
+from tunekit.console import Console
+
+printed = Console.error
+
+def late(console, text):
+    time.sleep(3 if os.environ["RANK"] == "0" else 0)
+    printed(console, text)
+
+Console.error = late
+from tunekit.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_the_main_rank_has_time_to_print_a_common_error(recipe: Path, tmp_path: Path) -> None:
+    """torchrun ends the main rank as soon as another rank has ended."""
+    script = tmp_path / "slowly.py"
+    script.write_text(SLOWLY)
+    keys = ["training.learning_rate=1e30", "training.scheduler=constant", f"output.dir={tmp_path / 'run'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, *TORCHRUN, str(script), "train", str(recipe), *keys]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.stderr.count("is not finite") == 1, ended.stderr
