@@ -131,7 +131,9 @@ def test_joined_lanes_agree_with_separate_runs(
     assert any(len(set(each)) == 1 for each in lengths) == equal
     for one, other in zip(alone, joined, strict=True):
         assert other.losses == pytest.approx(one.losses, rel=1e-5)
-        # an update is at most the rate, 1e-2; Adam enlarges the rounding of a gradient near zero
+        # Adam enlarges the rounding of a gradient near zero: one weight may differ by a hundredth of the rate
+        near = torch.isclose(weights(one), weights(other), rtol=1e-3, atol=1e-5)
+        assert (~near).sum() <= 1
         assert torch.allclose(weights(one), weights(other), rtol=1e-3, atol=1e-4)
 
 
