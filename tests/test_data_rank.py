@@ -22,7 +22,7 @@ from tests.objectives.test_dpo import train as train_pairs
 from tests.objectives.test_dpo import write_recipe as write_pair_recipe
 from tests.support.train_case import write_recipe as write_chat_recipe
 from tunekit.artifacts.report.values import read_run
-from tunekit.contracts import Objective, Row
+from tunekit.contracts import Batch, Objective, Row
 from tunekit.data.rows import RowSet
 from tunekit.data_rank import _run_rows, data_rank_verb
 from tunekit.errors import InputError, ResourceError, RunFolderError
@@ -156,6 +156,30 @@ def test_rows_together_have_the_gradients_of_rows_alone(
     monkeypatch.setattr("tunekit.training.influence.can_split", lambda model: True)
     monkeypatch.setattr("tunekit.training.influence.split_gradients", lambda *arguments: None)
     assert np.allclose(row_gradients(model, rows.objective, rows.train, projection), alone, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_reference_scores_of_a_pair_are_computed_once(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All states share them, before training too; the losses are those without the cache."""
+    counts: list[int] = []
+    scores = TunedModel.score_batches
+
+    def counted(model: TunedModel, batches: Sequence[Batch], score: Any, *, reference: bool = False) -> list[Any]:
+        counts.extend(len(batch.rows) for batch in batches if reference)
+        return scores(model, batches, score, reference=reference)
+
+    monkeypatch.setattr(TunedModel, "score_batches", counted)
+    shutil.rmtree(pairs.parent / "copy", ignore_errors=True)
+    shutil.copytree(pairs, pairs.parent / "copy")
+    result = ranked(pairs.parent / "copy", influence=True)
+    held = len(json.loads((pairs / "evaluation_rows.json").read_text("utf-8"))["losses"])
+    assert sum(counts) == len(result["rows"]) + held
+    rows, loaded = loaded_run(pairs)
+    reader = RowReader(loaded.model, rows.objective, make_devices(), rows.train, 2)
+    before, first = reader.read(before=True).losses, reader.read().losses
+    assert sum(counts) > 2 * len(result["rows"])
+    assert [row["before"] for row in result["rows"]] == pytest.approx(before, rel=1e-5)
+    assert [row["after"] for row in result["rows"]] == pytest.approx(first, rel=1e-5)
 
 
 def loaded_run(run: Path) -> tuple[RowSet, LoadedTarget]:

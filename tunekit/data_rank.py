@@ -153,6 +153,7 @@ def _measure(
     """Measure all rows in all states of the run."""
     loaded, states = load_states(target, devices.device, _rates(values))
     model = loaded.model
+    model.repeats_rows = True  # each state needs the same scores of the reference model
     model.companions = load_companions(rows.objective, devices.device)
     size = target.evaluation.batch_size
     reader = RowReader(model, rows.objective, devices, rows.train, size, CountProgress(console))

@@ -209,7 +209,7 @@ def _from_folder(folder: Path, parsed: TargetOverrides) -> TargetSpec:
             stated = replace(parsed, model={**parsed.model, "name_or_path": str(model_folder)})
             return replace(_from_recipe("run", bare, None, stated), run=folder)
         if not (folder / "adapter" / "adapter_config.json").exists():
-            how = f"name a checkpoint: {folder}@last; or finish it with: tunekit train RECIPE --resume"
+            how = f"finish it: tunekit train RECIPE --resume; eval, generate and chat also take {folder}@last"
             raise InputError(f"{folder} is a run without a result yet", how)
         return replace(_from_recipe("run", recipe, folder / "adapter", parsed), run=folder)
     if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():

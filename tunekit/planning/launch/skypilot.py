@@ -9,6 +9,7 @@ ENDING = ".skypilot.yaml"
 TASK = """\
 # SkyPilot copies `workdir` to each node. A lost node loses its checkpoints unless the run folder is in a bucket. Add
 # file_mounts: {{/runs: {{source: s3://YOUR_BUCKET, mode: MOUNT}}}} here, and output.dir=/runs/{name} to the recipe.
+# TUNEKIT_URL: a repository and a commit, so that a node that joins later gets the same version.
 name: {name}
 num_nodes: {nodes}
 workdir: {folder}
@@ -43,4 +44,4 @@ def text(job: LaunchJob) -> str:
 def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, in which the user names the kind of GPU."""
     wanted = "--cpus 4+" if job.on_cpu else f"--gpus L4:{job.processes}"
-    return [f"submit it: sky jobs launch {wanted} --env TUNEKIT_URL=ADDRESS_OF_THE_REPOSITORY {path}", *job.copied()]
+    return [f"submit it: sky jobs launch {wanted} --env TUNEKIT_URL=ADDRESS_OF_THE_REPOSITORY@COMMIT {path}", *job.copied()]
