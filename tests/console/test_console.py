@@ -363,6 +363,22 @@ def test_one_live_line_that_steps_aside() -> None:
     )
 
 
+def test_an_error_replaces_the_live_line_of_another_console() -> None:
+    console, output, _ = both(True)
+    console.draw("trials planned: 1 of 2")
+    Console(output=output, errors=output).error("the file is empty")
+    assert output.getvalue().endswith("\r\x1b[Kthe file is empty\n")
+
+
+@pytest.mark.parametrize("columns", [78, 79])
+def test_a_panel_breaks_no_word(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    console, output, _ = both(False)
+    console.panel("adapter", {"fingerprint": "0" * 62, "ranks": 8})
+    assert "0" * 62 in output.getvalue()
+    assert ("╭" in output.getvalue()) == (columns == 79)
+
+
 def test_the_live_line_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     console, output, _ = both(True)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TextIO
+from weakref import WeakSet
 
 from tunekit.console.loudness import is_quiet, is_verbose
 from tunekit.console.streams import can_draw, can_encode, columns_of, encodable, redirect_to_nothing
@@ -19,6 +20,8 @@ from tunekit.errors import redact
 __all__ = ["Console", "visible"]
 
 PIPE_COLUMNS = 120  # if output is not a terminal and COLUMNS is not set
+_LIVE: WeakSet[TextIO] = WeakSet()  # terminals whose last line is a live line, of any console
+FRAME = 6  # characters of a panel's frame, and between its names and values
 
 
 class Console:
@@ -37,7 +40,6 @@ class Console:
         self._json_on_output = json_file == "-"
         self._output = output
         self._errors = errors
-        self._drawn = False  # whether the terminal's last line is a live line
         self._writing = threading.RLock()  # the heartbeat of the first step writes from its own thread
         self._closed: set[int] = set()  # ids of closed streams
 
@@ -153,17 +155,23 @@ class Console:
         self._print_rich(table)
 
     def panel(self, title: str, pairs: Mapping[str, object] | Iterable[tuple[str, object]]) -> None:
-        """Print names and values in a frame. Pairs with the value None are left out."""
+        """Print names and values in a frame; without a frame if it would break a word. Pairs with the value None are
+        left out."""
         from rich.panel import Panel
         from rich.table import Table
         from rich.text import Text
 
+        rows = [(visible(name), visible(cell_text(value))) for name, value in dict(pairs).items() if value is not None]
+        width = max((len(name) for name, _ in rows), default=0)
+        longest = max((len(word) for _, value in rows for word in value.split()), default=0)
+        if width + longest + FRAME > self.columns:
+            self.listing(title, rows, width)
+            return
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", overflow="fold")
         grid.add_column(overflow="fold")
-        for name, value in dict(pairs).items():
-            if value is not None:
-                grid.add_row(Text(visible(name)), Text(visible(cell_text(value))))
+        for name, value in rows:
+            grid.add_row(Text(name), Text(value))
         self._print_rich(Panel(grid, title=Text(visible(title)), title_align="left", expand=False))
 
     def print_segments(self, segments: Iterable[tuple[str, bool]]) -> None:
@@ -187,9 +195,10 @@ class Console:
             self.info(text)
         elif not is_quiet():
             with self._writing:
-                self._drawn = False  # the new line covers the old one; no need to clear it first
+                _LIVE.discard(self.output)  # the new line covers the old one; no need to clear it first
                 self.write(f"\r{text[: self.columns - 1]}\x1b[K" + ("\n" if stays else ""))
-                self._drawn = not stays
+                if not stays:
+                    _LIVE.add(self.output)
 
     def named(self, name: str) -> "Console":
         """A console for one of several runs: each line starts with the run's name."""
@@ -221,8 +230,8 @@ class Console:
             return
         try:
             with self._writing:
-                if self._drawn:
-                    self._drawn = False
+                if self.output in _LIVE:
+                    _LIVE.discard(self.output)
                     self.write("\r\x1b[K")
                 stream.write(encodable(stream, text))
                 stream.flush()

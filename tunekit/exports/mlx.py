@@ -77,7 +77,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     path.mkdir(parents=True)
     write_tensors(path / "adapters.safetensors", tensors, {"format": "mlx"})
     write_json(path / "adapter_config.json", fields)
-    command = f"mlx_lm.generate --model {base} --adapter-path {path} --prompt ..."
+    command = f"run it with: mlx_lm.generate --model {base} --adapter-path {path} --prompt ..."
     return Exported(path, "adapter", (command, *limits, *quantization_note(exportable)))
 
 

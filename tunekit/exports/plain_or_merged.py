@@ -86,7 +86,9 @@ def merging_unties(exportable: Exportable) -> bool:
 def write_merged(exportable: Exportable, path: Path, reason: str, command: str) -> Exported:
     """Write the merged model. `command`: the command that runs it, with PATH in place of the folder."""
     merge(exportable.target, path)
-    return Exported(path, "merged", (f"merged into the base: {reason}", command.replace("PATH", str(path))))
+    return Exported(
+        path, "merged", (f"merged into the base: {reason}", f"run it with: {command.replace('PATH', str(path))}")
+    )
 
 
 def quantization_note(exportable: Exportable) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     write_plain(path, exportable.target, plain)
     flags = f"--enable-lora --max-lora-rank {max_lora_rank(plain.rank)} --lora-modules {NAME}={path}"
     flags += " --enable-mixed-moe-lora-format" if plain.experts else ""
-    command = f"vllm serve {exportable.target.model.name_or_path} {flags}"
+    command = f"run it with: vllm serve {exportable.target.model.name_or_path} {flags}"
     return Exported(path, "adapter", (command, f"in requests, set model to {NAME}", *quantization_note(exportable)))
 
 

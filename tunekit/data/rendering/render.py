@@ -194,7 +194,7 @@ class Renderer:
         written, key = self.template or self.tokenizer.chat_template, "data.chat_template"
         if written is None:
             raise DataError(
-                "a conversation needs a chat template, which the tokenizer lacks", "name a Jinja file", key=key
+                "a conversation needs a chat template, which the tokenizer lacks", "set it to a Jinja file", key=key
             )
         for name in dict.fromkeys(name for message in example.messages for name in message.extra):
             if name in UNSAID or reads_field(written, name):

@@ -44,4 +44,7 @@ def text(job: LaunchJob) -> str:
 def submit(job: LaunchJob, path: str) -> list[str]:
     """The command, in which the user names the kind of GPU."""
     wanted = "--cpus 4+" if job.on_cpu else f"--gpus L4:{job.processes}"
-    return [f"submit it: sky jobs launch {wanted} --env TUNEKIT_URL=ADDRESS_OF_THE_REPOSITORY@COMMIT {path}", *job.copied()]
+    return [
+        f"submit it: sky jobs launch {wanted} --env TUNEKIT_URL=ADDRESS_OF_THE_REPOSITORY@COMMIT {path}",
+        *job.copied(),
+    ]
