@@ -143,6 +143,7 @@ def test_files_for_clusters_of_containers_are_yaml(folder: Path, capsys: pytest.
     task = yaml.safe_load(written("skypilot", "output.dir=/runs/one", nodes=2, processes=4).read_text())
     assert (task["name"], task["num_nodes"], task["workdir"]) == ("my-orders-run", 2, str(folder))
     assert "--nproc-per-node 4" in task["run"]
+    assert task["envs"] == {"TUNEKIT_URL": None, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
     assert subprocess.run(["sh", "-n"], input=task["run"], text=True, check=False).returncode == 0
     assert "the nodes see" in capsys.readouterr().out  # /runs/one is not in the working folder
     job = yaml.safe_load(written("kubernetes", nodes=3, processes=4).read_text())["spec"]
@@ -152,6 +153,7 @@ def test_files_for_clusters_of_containers_are_yaml(folder: Path, capsys: pytest.
     assert trainer["resourcesPerNode"] == {"limits": {"nvidia.com/gpu": 4}}
     assert pod["containers"][0]["volumeMounts"] == [{"name": "work", "mountPath": str(folder)}]
     shell, option, command = trainer["command"]
+    assert "exec env TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun" in command
     assert subprocess.run([shell, "-n", option, command], check=False).returncode == 0
     assert "the nodes see" not in capsys.readouterr().out
 

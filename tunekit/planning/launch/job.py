@@ -14,6 +14,8 @@ from tunekit.recipe.reading.suggest import did_you_mean
 
 ENGINES = ("torchrun", "slurm", "skypilot", "kubernetes", "ray")  # in the order of their use
 PORT = 29500  # torchrun's default
+WAIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # the variable with which torchrun waits for the checkpoint after SIGTERM
+WAIT_SECONDS = 600  # torchrun's default is 30
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import json
 import shlex
 
-from tunekit.planning.launch.job import LaunchJob
+from tunekit.planning.launch.job import WAIT, WAIT_SECONDS, LaunchJob
 
 ENDING = ".kubernetes.yaml"
 JOB = """\
 # IMAGE: an image that contains tunekit. CLAIM: a volume claim that all pods can write; it is mounted at the recipe's
-# folder, so that it has the recipe, the data and the run.
+# folder, so that it has the recipe, the data and the run. Kubernetes kills a stopped pod after 30 seconds; a runtime
+# with terminationGracePeriodSeconds: {seconds} leaves time for a checkpoint.
 apiVersion: trainer.kubeflow.org/v1alpha1
 kind: TrainJob
 metadata:
@@ -51,13 +52,14 @@ GPUS = """\
 
 def text(job: LaunchJob) -> str:
     """The job. torchrun reads its settings from the variables PET_*, which Kubeflow sets."""
-    command = f"cd {shlex.quote(str(job.folder))} && exec torchrun {job.command}"
+    command = f"cd {shlex.quote(str(job.folder))} && exec env {WAIT}={WAIT_SECONDS} torchrun {job.command}"
     return JOB.format(
         name=job.name,
         nodes=job.nodes,
         processes=job.processes,
         gpus="" if job.on_cpu else GPUS.format(processes=job.processes),
         folder=json.dumps(str(job.folder), ensure_ascii=False),
+        seconds=WAIT_SECONDS,
         command=json.dumps(command, ensure_ascii=False),
     )
 

@@ -3,7 +3,7 @@
 import json
 
 from tunekit.errors import RecipeError
-from tunekit.planning.launch.job import PORT, LaunchJob
+from tunekit.planning.launch.job import PORT, WAIT, WAIT_SECONDS, LaunchJob
 
 ENDING = ".skypilot.yaml"
 TASK = """\
@@ -15,6 +15,7 @@ num_nodes: {nodes}
 workdir: {folder}
 envs:
   TUNEKIT_URL: null
+  {wait}: "{seconds}"
 setup: |
   pip install "tunekit @ git+$TUNEKIT_URL"
 run: |
@@ -37,6 +38,8 @@ def text(job: LaunchJob) -> str:
         folder=json.dumps(str(job.folder), ensure_ascii=False),
         processes=job.processes,
         port=PORT,
+        wait=WAIT,
+        seconds=WAIT_SECONDS,
         command=job.command,
     )
 

@@ -2,17 +2,16 @@
 
 import shlex
 
-from tunekit.planning.launch.job import PORT, LaunchJob
+from tunekit.planning.launch.job import PORT, WAIT, WAIT_SECONDS, LaunchJob
 
 ENDING = ".torchrun.sh"
-STOPPING_SECONDS = 600  # for the checkpoint after Ctrl-C; torchrun's default is 30
 SCRIPT = """\
 #!/bin/sh
 # Trains {recipe} with {processes} processes on {where}. Start it again after a stop: the run continues from its newest
 # checkpoint.
 {check}{cd}
 # Seconds that torchrun waits for the checkpoint after Ctrl-C or SIGTERM. A second Ctrl-C ends the run at once.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${{TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-{seconds}}}"
+export {wait}="${{{wait}:-{seconds}}}"
 exec {python} -m torch.distributed.run {group} --nproc-per-node {processes} {command}
 """
 
@@ -27,7 +26,8 @@ def text(job: LaunchJob) -> str:
         where=f"each of {job.nodes} nodes" if several else "one machine",
         check=': "${HEAD:?set HEAD to the host name of the first node}"\n' if several else "",
         cd=job.cd,
-        seconds=STOPPING_SECONDS,
+        wait=WAIT,
+        seconds=WAIT_SECONDS,
         python=shlex.quote(job.python),
         group=group if several else "--standalone",
         command=job.command,
