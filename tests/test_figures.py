@@ -118,6 +118,21 @@ def call(bench: ModuleType, place: Path, code: str, **settings: Any) -> int:
     return int(bench.run_all(argparse.Namespace(**{**defaults, **settings}), place, place / "results", code))
 
 
+def test_the_result_of_a_direct_call_is_added_once(bench: ModuleType, place: Path) -> None:
+    """It has its own date, and does not replace a measurement with this code."""
+    declared, measured = bench.declarations(place), bench.Measurements(place / "results")
+    result = {"best": "them", "sides": {"us": [7.0], "them": [5]}}
+    for more in ({}, {"facts": {"date": "2026-11-02 10:00", "processor": "slow", "load": 2.5}}, {"date": "2026-11-01"}):
+        (place / "results" / "one.json").write_text(json.dumps({**result, **more}), encoding="utf-8")
+        bench.add_results(declared, measured)
+        bench.add_results(declared, measured)
+    (record,) = measured.of("one")
+    assert (record["date"], record["processor"], record["load"]) == ("2026-11-02 10:00", "slow", 2.5)
+    assert record["figures"] == {"speed": {"ours": 7.0, "theirs": 5}}
+    assert call(bench, place, "code") == 0
+    assert len(measured.__class__(place / "results").of("one")) == 2
+
+
 def test_measurements_are_kept_and_resumed(bench: ModuleType, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(bench, place, "a", minutes=1.0) == 0
     assert "takes 2 minutes, 1 are left" in capsys.readouterr().out

@@ -12,10 +12,11 @@ A benchmark is included if its file contains a literal FIGURES (see compare.py);
 `ours` and `theirs` lead to a number in the result: keys with a slash between them; {PATH} in a key is replaced by the
 text at that path. Every measurement is added to all.json as soon as it is made, so the command can be stopped: the next
 call continues with the benchmarks that were not measured with this code on this processor. Failures and benchmarks that
-were left out are printed; with a failure the exit code is 1. The page is all.md.
+were left out are printed; with a failure the exit code is 1. The page is all.md. A result that a direct call of a
+benchmark wrote is added with its own date, if it has a date and a processor; such a benchmark is still due.
 
 Documents quote a figure as <!--figure NAME.FIGURE SIDE-->42<!--/figure-->. SIDE is ours, theirs, ratio, date or
-processor. The command also fills in these figures; with --page it does nothing else.
+processor. The command also fills in these figures; with --page it measures nothing.
 """
 
 from __future__ import annotations
@@ -78,6 +79,33 @@ def read_figures(declaration: Declaration, results: Path) -> dict[str, dict[str,
     }
 
 
+def values_of(result: Any, key: str) -> list[Any]:
+    """All values under this key, at any depth."""
+    parts = list(result.values()) if isinstance(result, dict) else result if isinstance(result, list) else []
+    own = [result[key]] if isinstance(result, dict) and key in result else []
+    return [*own, *(value for part in parts for value in values_of(part, key))]
+
+
+def add_results(declared: dict[str, Declaration], measured: Measurements) -> None:
+    """Add the results of direct calls that are newer than the newest measurement of their benchmark."""
+    for name, declaration in declared.items():
+        file, records = measured.results / declaration["result"], measured.of(name)
+        result = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        dates, processors = sorted(values_of(result, "date")), set(values_of(result, "processor"))
+        if not dates or len(processors) != 1 or (records and records[0]["date"] >= dates[0]):
+            continue
+        load = next((each for each in values_of(result, "load") if isinstance(each, float)), None)
+        try:
+            figures = read_figures(declaration, measured.results)
+        except (KeyError, IndexError) as error:
+            print(f"{name}: {file.name} lacks {error}", flush=True)
+            continue
+        measured.add({
+            "benchmark": name, "date": dates[0], "processor": processors.pop(), "load": load, "code": None,
+            "versions": {}, "figures": figures,
+        })  # fmt: skip
+
+
 def code_hash(package: Path) -> str:
     """The sha256 of the package's source files. It shows whether a measurement was made with this code."""
     digest = hashlib.sha256()
@@ -133,7 +161,7 @@ def page(declared: dict[str, Declaration], measured: Measurements) -> str:
                 f"{shown(figure, each, key, 'ratio' if two else 'ours')} ({each['date'][:10]}, {each['processor']})"
                 for each in records[1:]
             ]
-            load = f"{newest['load']:.1f}"
+            load = "" if newest["load"] is None else f"{newest['load']:.1f}"
             lines.append([*cells, newest["date"], newest["processor"], load, "; ".join(earlier)])
     return PAGE + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -210,6 +238,7 @@ def left_out(declaration: Declaration, minutes: float) -> str | None:
 def run_all(settings: argparse.Namespace, folder: Path, results: Path, code: str) -> int:
     """Run the benchmarks that are due, least recently measured first; returns the number of failures."""
     declared, measured = declarations(folder), Measurements(results)
+    add_results(declared, measured)
     ends, failures, processor = time.monotonic() + 60 * settings.minutes, 0, hardware()["processor"]
     wanted = set(settings.only.split(",")) if settings.only else set(declared)
     dates = {name: (measured.of(name) or [{"date": ""}])[0]["date"] for name in declared}
@@ -240,11 +269,17 @@ def main() -> None:
     parser.add_argument(
         "--again", action="store_true", help="measure again also the benchmarks that were measured with this code"
     )
-    parser.add_argument("--page", action="store_true", help="measure nothing; write all.md and the documents")
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="measure nothing; add results of direct calls, and write all.md and the documents",
+    )
     settings = parser.parse_args()
     folder = Path(__file__).resolve().parent
     if settings.page:
-        write_documents(declarations(folder), Measurements(RESULTS))
+        declared, measured = declarations(folder), Measurements(RESULTS)
+        add_results(declared, measured)
+        write_documents(declared, measured)
         return
     sys.exit(bool(run_all(settings, folder, RESULTS, code_hash(REPOSITORY / "tunekit"))))
 
