@@ -20,6 +20,7 @@ from tests.objectives.test_classify import train, write_recipe
 from tests.objectives.test_dpo import pairs as pair_rows
 from tests.objectives.test_dpo import train as train_pairs
 from tests.objectives.test_dpo import write_recipe as write_pair_recipe
+from tests.objectives.test_problem_types import write_recipe as write_numbers
 from tests.support.train_case import write_recipe as write_chat_recipe
 from tunekit.artifacts.report.values import read_run
 from tunekit.contracts import Batch, Objective, Row
@@ -103,6 +104,36 @@ def test_losses_are_those_of_an_evaluation(chat: Path) -> None:
     rows = _run_rows(read_run(chat), load_recipe(chat / "recipe.yaml"), target)
     after = [row["after"] for row in result["rows"]]
     assert np.dot(after, rows.train.supervised) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["prompt", "init_from", "regression", "lora_fa"])
+def test_losses_before_and_after_are_those_of_the_run(
+    start: str, chat: Path, bert: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The run measured the same rows at step 0 and at its end. Before training, the model is the base with a prompt,
+    with the adapter that the run continues, or with a head that starts at the mean number."""
+    few = {"save_steps": 3, "keep_checkpoints": 9, "epochs": 1}
+    if start == "regression":
+        recipe = write_numbers(tmp_path, bert, "three", data={"eval": "train.jsonl"}, training=few)
+    else:
+        settings = json.loads((chat / "adapter" / "tunekit.json").read_text("utf-8"))["settings"]
+        adapter = {"method": start}
+        if start == "init_from":
+            adapter = {**{key: settings[key] for key in ("method", "r", "alpha")}, start: str(chat / "adapter")}
+        recipe = write_chat_recipe(tmp_path, tiny_llama, data={"eval": "train.jsonl"}, training=few)
+        recipe.write_text(json.dumps({**json.loads(recipe.read_text("utf-8")), "adapter": adapter}), encoding="utf-8")
+    run = train(recipe)
+    rows, measured = ranked(run, influence=True)["rows"], json.loads((run / "evaluation_rows.json").read_text("utf-8"))
+    for name, losses in (("before", measured["before"]), ("after", measured["losses"])):
+        expected = np.divide(losses, measured["units"])
+        assert np.allclose([row[name] for row in rows], expected, atol=1e-5)
+    if start == "init_from":
+        shutil.move(chat / "adapter", tmp_path / "moved")
+        result = ranked(run)
+        shutil.move(tmp_path / "moved", chat / "adapter")
+        assert "teaches nothing" not in result["lists"]
+        assert "before" not in result["rows"][0]
 
 
 @pytest.mark.slow

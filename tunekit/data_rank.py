@@ -41,7 +41,7 @@ from tunekit.machine.devices import Devices, make_devices
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.targets.labels import start_facts
-from tunekit.targets.states import RunState, checkpoint_steps, load_states, refuse_damaged_states
+from tunekit.targets.states import RunState, checkpoint_steps, keep_step_0, load_states, refuse_damaged_states
 from tunekit.targets.target import TargetSpec, find_target, processor_of
 from tunekit.training.influence import influence_of, make_projection, row_gradients, state_weights
 
@@ -151,7 +151,8 @@ def _measure(
     values: RunValues, target: TargetSpec, rows: RowSet, devices: Devices, console: Console, influence: bool
 ) -> Ranking:
     """Measure all rows in all states of the run."""
-    loaded, states = load_states(target, devices.device, _rates(values))
+    loaded, states = load_states(target, devices.device, _rates(values), rows.objective)
+    knows_before = keep_step_0(loaded)
     model = loaded.model
     model.repeats_rows = True  # each state needs the same scores of the reference model
     model.companions = load_companions(rows.objective, devices.device)
@@ -159,7 +160,7 @@ def _measure(
     reader = RowReader(model, rows.objective, devices, rows.train, size, CountProgress(console))
     exported = [at for at, state in enumerate(states) if state.step == values.exported_step]
     after = exported[0] if exported else len(states) - 1
-    before = None if model.adapter is None else reader.read(before=True)
+    before = reader.read(before=True) if knows_before else None
     read = []
     for state in states:
         state.load()

@@ -40,7 +40,12 @@ def saved_modules(settings: AdapterSettings) -> Sequence[str]:
 
 def needs_reference_state(objective: Objective, settings: AdapterSettings, *, exported: bool = False) -> bool:
     """Whether training must keep a copy of the policy at step 0. That is the case if the loss compares with this
-    policy, and the policy is not simply the base with the adapter bypassed.
+    policy, and the policy is not simply the base with the adapter bypassed. `exported`: see `starts_as_base`."""
+    return objective.loss.reference and not starts_as_base(settings, exported=exported)
+
+
+def starts_as_base(settings: AdapterSettings, *, exported: bool = False) -> bool:
+    """Whether the policy at step 0 is the base with the adapter bypassed.
 
     `exported`: answer for the exported folder. There the base again has the weights that an initialisation such as
     PiSSA moved into the adapter.
@@ -48,8 +53,7 @@ def needs_reference_state(objective: Objective, settings: AdapterSettings, *, ex
     method, start = load_method(settings.method), settings.initialisation
     part = method.layer or method.model or LayerAdapter
     changed = start is not None and (start.looks_at == "original" or (start.moves_weights and not exported))
-    starts_as_base = part.starts_as_identity and settings.init_from is None and not changed
-    return objective.loss.reference and not starts_as_base
+    return part.starts_as_identity and settings.init_from is None and not changed
 
 
 def always_linear(settings: AdapterSettings) -> bool:

@@ -80,7 +80,7 @@ class Ranking:
         if name not in self.lists:
             missing = {
                 AGAINST: "Not measured. The option --influence measures it, if the run has evaluation rows.",
-                NOTHING: "Not measured, because the run trained the whole model, so its state before training is gone.",
+                NOTHING: "Not measured, because the state of the model before training is not known any more.",
                 DUPLICATES: "Not measured, because rows of this objective have no single hidden state.",
             }
             return RankedList(name, MEANINGS[name], missing=missing[name])

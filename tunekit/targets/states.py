@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.folder.read import load_into
+from tunekit.adapters.method import starts_as_base
 from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from tunekit.artifacts.manifest import checkpoint_name
-from tunekit.errors import RunFolderError
+from tunekit.contracts import Objective
+from tunekit.errors import RunFolderError, TunekitError
 from tunekit.model.load import LoadedModel
 from tunekit.records import Target
 from tunekit.targets.export import adapter_state
@@ -46,16 +50,17 @@ def refuse_damaged_states(target: TargetSpec) -> None:
 
 
 def load_states(
-    target: TargetSpec, device: torch.device, rates: Mapping[int, float]
+    target: TargetSpec, device: torch.device, rates: Mapping[int, float], objective: Objective | None = None
 ) -> tuple[LoadedTarget, list[RunState]]:
     """Load the run's base once, and return it with the states of the run's adapter, in the order of their steps.
-    Without checkpoints, the only state is the run's result. `rates`: the learning rate of each step.
+    Without checkpoints, the only state is the run's result. `rates`: the learning rate of each step. `objective`: the
+    objective that has learned from the run's rows; with it, the base has the same new head as before training.
 
     Raises: RunFolderError if a checkpoint is damaged, or if it belongs to a different adapter.
     """
-    steps = checkpoint_steps(target)
+    steps, objective = checkpoint_steps(target), None if target.adapter is None else objective  # a whole model has one
     if not steps or target.run is None:
-        loaded = load_target(target, device)
+        loaded = load_target(target, device, objective)
         load_reference(loaded)
         return loaded, [RunState(max(rates, default=0), 0.0)]
     folders = dict(list_checkpoints(target.run / "checkpoints"))
@@ -63,7 +68,7 @@ def load_states(
     if last.facts.get("export") is None:
         what = f"{last.path} was written by an older tunekit, which did not state the adapter's layers"
         raise RunFolderError(what, "remove the folder 'checkpoints'; then only the run's result is used")
-    spec, base, processor, objective = load_base(target, device, target.choice)
+    spec, base, processor, objective = load_base(target, device, target.choice, objective)
     model = prepare_network(base, target.choice, lambda: _attach(base, spec, last))
     loaded = LoadedTarget(spec, model, processor, objective)
     load_reference(loaded)
@@ -81,17 +86,38 @@ def load_states(
 
 
 def _attach(base: LoadedModel, target: TargetSpec, saved: Checkpoint) -> AttachedAdapter:
-    """Attach the adapter of a checkpoint to its base, without the values of its tensors."""
+    """Attach the adapter of a checkpoint to its base. Its tensors have their initial values if the base alone is not
+    the policy at step 0; otherwise they have no values."""
     facts = saved.facts["export"]
     assert target.recipe is not None
     settings = type(target.recipe.adapter).model_validate(facts["settings"])
+    settings = settings.model_copy(update={"init_from": target.recipe.adapter.init_from})
     targets: Sequence[Target] = [Target(**each) for each in facts["targets"]]
     return attach_adapter(
         base.net,
-        settings.model_copy(update={"init_from": target.recipe.adapter.init_from}),
-        seed=0,
+        settings,
+        seed=target.seed,
         head_name=base.family.head_name(base.net),
         device=base.device,
         targets=list(targets),
-        loads_state=True,
+        loads_state=starts_as_base(settings, exported=True),
     )
+
+
+def keep_step_0(loaded: LoadedTarget) -> bool:
+    """Store the adapter's state at step 0 in the model, unless the base alone is the policy at step 0. Call this before
+    a state is loaded. Returns whether the policy at step 0 is known."""
+    model, adapter = loaded.model, loaded.model.adapter
+    if adapter is None:
+        return False
+    if model.reference_state is not None or starts_as_base(adapter.settings, exported=True):
+        return True
+    if not checkpoint_steps(loaded.target):
+        return False  # the result does not contain all tensors
+    if adapter.settings.init_from is not None:
+        try:
+            load_into(adapter, Path(adapter.settings.init_from), base_fingerprint=model.base.fingerprint)
+        except TunekitError:
+            return False
+    model.keep_reference()
+    return True

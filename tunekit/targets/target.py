@@ -322,9 +322,11 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     return None if settings is None else make_objective(settings, processor, facts)
 
 
-def with_objective(target: TargetSpec, processor: Processor) -> tuple[TargetSpec, Objective | None]:
+def with_objective(
+    target: TargetSpec, processor: Processor, learned: Objective | None = None
+) -> tuple[TargetSpec, Objective | None]:
     """The target with the model section that its objective requires, and the objective."""
-    objective = objective_of(target, processor)
+    objective = learned or objective_of(target, processor)
     return (
         target if objective is None else replace(target, model=objective.section(target.model, target.seed))
     ), objective
@@ -343,26 +345,26 @@ def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
 
 
 def load_base(
-    target: TargetSpec, device: torch.device, choice: Choice | None = None
+    target: TargetSpec, device: torch.device, choice: Choice | None = None, learned: Objective | None = None
 ) -> tuple[TargetSpec, LoadedModel, Processor, Objective]:
     """Load the target's base as the objective requires; returns the target, the base, its processor and the
-    objective."""
+    objective. `learned`: the objective, if the caller has already made it from the rows."""
     choice = choice or Choice()
     with parsed_once(target.model.name_or_path):
         processor = processor_of(target)
-        target, objective = with_objective(target, processor)
+        target, objective = with_objective(target, processor, learned)
         streamed = choice.streaming != "off"
         base = load_model(target.model, device=device, streamed=streamed, streamed_head=choice.streamed_head)
     return target, base, processor, objective or measuring_objective(base, processor, target.problem_type)
 
 
-def load_target(target: TargetSpec, device: torch.device) -> LoadedTarget:
-    """Load the base, its adapter and its processor, ready for evaluation.
+def load_target(target: TargetSpec, device: torch.device, learned: Objective | None = None) -> LoadedTarget:
+    """Load the base, its adapter and its processor, ready for evaluation. `learned`: see `load_base`.
 
     If the recipe says so, the base's weights are streamed and MLPs are computed in tiles.
     """
     choice, attach = target.choice, None
-    target, base, processor, objective = load_base(target, device, choice)
+    target, base, processor, objective = load_base(target, device, choice, learned)
     if target.adapter is not None:
         place = partial(attach_adapter_folder, base.net, target.adapter, device=base.device)
         attach = partial(place, head_name=base.family.head_name(base.net), base_fingerprint=base.fingerprint)

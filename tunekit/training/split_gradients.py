@@ -96,7 +96,9 @@ def _of_factors(
     with torch.no_grad():
         x, g = _by_row(x, count), _by_row(gradient, count)  # (P, S T, I), (P, S T, O)
         of_a, of_b = (g @ b).transpose(1, 2) @ x, g.transpose(1, 2) @ (x @ a.t())  # (P, R, I), (P, O, R)
-    return torch.autograd.grad((a, b), tensors, (of_a, of_b), is_grads_batched=True)
+    # LoRA-FA does not train A
+    factors, gradients = zip(*(pair for pair in ((a, of_a), (b, of_b)) if pair[0].requires_grad), strict=True)
+    return torch.autograd.grad(factors, tensors, gradients, is_grads_batched=True)
 
 
 def _by_row(values: Tensor, count: int) -> Tensor:
