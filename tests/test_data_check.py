@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -203,6 +205,28 @@ def test_fix_writes_no_file_of_two_formats(tmp_path: Path) -> None:
     assert not (tmp_path / "good.jsonl").exists()
     data_check_verb(load_recipe(recipe, ["~data.train.1"]), str(tmp_path / "good.jsonl"), None)
     assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 60
+
+
+def test_fix_writes_values_that_json_lacks(tmp_path: Path) -> None:
+    """Dates and decimals of a Parquet file as text, NaN as null. Bytes are refused."""
+    columns = {"prompt": ["How far?", "How long?"], "completion": ["A mile.", "A day."], "score": [0.5, float("nan")]}
+    table = pa.table({**columns, "day": [date(2026, 1, 2)] * 2, "price": [Decimal("1.50")] * 2, "tags": [["a"], []]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    recipe = write(tmp_path, planted=False, train="rows.parquet")
+    check(recipe, tmp_path / "good.jsonl")
+    first, second = (json.loads(line) for line in (tmp_path / "good.jsonl").read_text("utf-8").splitlines())
+    assert first == {
+        "prompt": "How far?",
+        "completion": "A mile.",
+        "score": 0.5,
+        "day": "2026-01-02",
+        "price": "1.50",
+        "tags": ["a"],
+    }
+    assert second["score"] is None
+    pq.write_table(table.append_column("raw", [[b"x", b"y"]]), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=r"the column 'raw' of .*rows\.parquet contains bytes"):
+        check(recipe, tmp_path / "other.jsonl")
 
 
 def test_fix_keeps_the_paths_of_pictures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from tunekit.tuned.model import TunedModel
 
 SAVES = {"save_steps": 7, "keep_checkpoints": 9}
 WRONG_LINES = (8, 20)
+SPLIT = {"excess_length": "split", "max_length": 48, "eval": None}
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +282,49 @@ def test_a_damaged_checkpoint_is_found_before_the_work(
             ranked(run)
     shutil.rmtree(damaged)
     assert ranked(run)["steps"] == [6]
+
+
+@pytest.mark.slow
+def test_a_split_row_is_kept_or_left_out_as_a_whole(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares count the rows of the files, as training does."""
+    recipe = write_chat_recipe(tmp_path, tiny_llama, rows=10, data=SPLIT, training={"eval_steps": 100})
+    run = train(recipe)
+    assert len(ranked(run)["rows"]) > 10
+    for keep, count in ((0.9, 9), (0.5, 5), (0.1, 1)):
+        kept = ranked(run, keep=keep, output=str(tmp_path / f"{count}.jsonl"))["kept"]
+        lines = (tmp_path / f"{count}.jsonl").read_text("utf-8").splitlines()
+        assert (kept["rows"], len(lines), len(set(kept["left_out"]))) == (count, count, 10 - count)
+        left = {int(place.rpartition(":")[2]) for place in kept["left_out"]}
+        rows = (tmp_path / "train.jsonl").read_text("utf-8").splitlines()
+        assert {json.dumps(json.loads(line)) for line in lines}.isdisjoint(rows[number - 1] for number in left)
+    assert "1 of 10 training rows" in capsys.readouterr().out
+    monkeypatch.setattr("tunekit.data_rank.load_states", None)
+    with pytest.raises(InputError, match=r"--keep 0\.01 leaves none of 10 training rows"):
+        ranked(run, keep=0.01, output=str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.slow
+def test_rows_that_one_file_cannot_contain_are_found_before_the_work(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_chat_recipe(tmp_path, tiny_llama, rows=5)
+    (tmp_path / "more.jsonl").write_text('{"prompt": "How far is it?", "completion": "A mile."}\n', encoding="utf-8")
+    data = {"train": ["train.jsonl", "more.jsonl"], "eval": None}
+    run = train(write_chat_recipe(tmp_path, tiny_llama, rows=5, data=data, training={"eval_steps": 100}))
+    monkeypatch.setattr("tunekit.data_rank.load_states", None)
+    with pytest.raises(InputError, match="--output writes one file, but the sources have the formats"):
+        ranked(run, keep=0.8, output=str(tmp_path / "kept.jsonl"))
+
+    def read_only(kind: str, path: Path, action: Any) -> Any:
+        if path.parent == run:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return action()
+
+    monkeypatch.setattr("tunekit.files.durable.perform", read_only)
+    with pytest.raises(RunFolderError, match=r"cannot create .*rank\.html"):
+        ranked(run)
 
 
 @pytest.mark.slow

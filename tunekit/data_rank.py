@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.artifacts.report.rank_page import rank_page
+from tunekit.artifacts.report.rank_page import rank_page, rows_count
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.artifacts.run import RANK_NAME, refuse_to_replace_part
 from tunekit.companions.base import load_companions
@@ -19,7 +19,7 @@ from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
 from tunekit.contracts import Progress
 from tunekit.data.encoding.store import ChosenRows
-from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, write_rows_file
+from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, rows_text, write_rows_file
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import with_table
 from tunekit.data.reading.problems import Problems
@@ -36,7 +36,7 @@ from tunekit.evaluation.row_ranking import (
     rank_correlation,
 )
 from tunekit.evaluation.row_states import RowReader, RowValues
-from tunekit.files.durable import json_result, write_text
+from tunekit.files.durable import json_result, try_to_write, write_text
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe, load_recipe
@@ -48,6 +48,7 @@ from tunekit.training.influence import influence_of, make_projection, row_gradie
 SHOWN_ROWS = 4  # rows of a list in the terminal
 FEW_STATES = 3  # with fewer states, losses over the checkpoints say little
 BACKWARD = 2.0  # CPU time of a backward pass, in forwards
+WrittenRow = tuple[int, int]  # the number of a source, and the number of a row in it
 
 
 def data_rank_verb(run: str, keep: float | None, output: str | None, influence: bool, json_file: str | None) -> None:
@@ -65,10 +66,14 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
     refuse_to_replace_part("--json", json_file, path)
     if output is not None:
         refuse_rows_file("--output", output, loaded, None)
+    for file in (path / RANK_NAME, *([] if output is None else [Path(output)])):
+        try_to_write(file)  # before hours of work
     write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
     target = find_target(run, None, [])
     refuse_damaged_states(target)
     rows = _run_rows(values, loaded, target)
+    if keep is not None and output is not None:
+        _refuse_keep(rows, loaded, keep, output)
     if influence:
         _refuse_influence(target, rows)
     console.info(*_costs(values, target, rows, influence))
@@ -76,13 +81,13 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
     notes = _reliability(ranking)
     console.info(*notes)
     _print(console, ranking)
-    write_text(path / RANK_NAME, rank_page(values.name, notes, ranking.pages()))
-    console.info(f"page: {path / RANK_NAME}")
     result = ranking.json() | {"run": str(path), "notes": notes, "kept": None}
     try:
+        write_text(path / RANK_NAME, rank_page(values.name, notes, ranking.pages()))
+        console.info(f"page: {path / RANK_NAME}")
         if keep is not None and output is not None:
             result["kept"] = _write_kept(ranking, loaded, keep, output, console)
-    finally:  # a full disk at --output does not discard what was measured
+    finally:  # a full disk does not discard what was measured
         write_result(result)
 
 
@@ -101,6 +106,15 @@ def _run_rows(values: RunValues, loaded: LoadedRecipe, target: TargetSpec) -> Ro
     return rows
 
 
+def _refuse_keep(rows: RowSet, loaded: LoadedRecipe, keep: float, output: str) -> None:
+    """Raises: InputError if no row would be left, or if one JSONL file cannot contain the rows. This is checked before
+    hours of work."""
+    total = len(set(_written_rows(rows)))
+    if not round(keep * total):
+        raise InputError(f"--keep {keep:g} leaves none of {total:,} training rows", "write a larger share")
+    rows_text("--output", output, list(_kept_rows(rows, set(), loaded)))
+
+
 def _refuse_influence(target: TargetSpec, rows: RowSet) -> None:
     """Raises: InputError if the influence of rows cannot be measured."""
     if rows.evaluation is None:
@@ -117,7 +131,8 @@ def _costs(values: RunValues, target: TargetSpec, rows: RowSet, influence: bool)
     states = max(len(steps), 1) + (0 if _trains_base(target) else 1)
     speed, forwards = values.report.number("tokens_per_second"), states * len(rows.train)
     tokens = int(rows.train.lengths.sum()) * states / (1 + BACKWARD)  # as if trained on
-    of_states = f"{len(steps)} checkpoints" if steps else "the result"
+    checkpoints = "1 checkpoint" if len(steps) == 1 else f"{len(steps)} checkpoints"
+    of_states = checkpoints if steps else "the result"
     before = "" if _trains_base(target) else ", and before training"
     work = f"{forwards:,} forwards"
     if influence:
@@ -134,7 +149,7 @@ def _costs(values: RunValues, target: TargetSpec, rows: RowSet, influence: bool)
         )
     elif len(steps) < FEW_STATES:
         lines.append(
-            f"the run kept only {len(steps)} checkpoints; more of them (training.keep_checkpoints) show better which "
+            f"the run kept only {checkpoints}; more of them (training.keep_checkpoints) show better which "
             "rows are learned late"
         )
     return lines
@@ -271,31 +286,40 @@ def _print(console: Console, ranking: Ranking) -> None:
         if not lines:
             console.info(f"{name}: no rows")
             continue
-        console.table(["row", "text", "why"], lines, title=f"{name}: {len(numbers):,} rows")
+        console.table(["row", "text", "why"], lines, title=f"{name}: {rows_count(len(numbers))}")
 
 
 def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str, console: Console) -> dict[str, Any]:
-    """Write the rows to keep, and print how to train on them."""
-    total = len(ranking.rows.train)
-    left_out = leave_out(ranking.facts, ranking.lists, total - round(keep * total))
-    parts = list(_kept_rows(ranking.rows, set(left_out.tolist()), loaded))
+    """Write the rows to keep, and print how to train on them. A row that was split is kept or left out as a whole."""
+    written = _written_rows(ranking.rows)
+    total = len(set(written))
+    first = dict[WrittenRow, str]()  # rows in the order in which they are left out -> their file and line
+    for number in leave_out(ranking.facts, ranking.lists).tolist():
+        first.setdefault(written[number], ranking.places[number])
+    left_out = dict(list(first.items())[: total - round(keep * total)])
+    parts = list(_kept_rows(ranking.rows, left_out, loaded))
     use, *notes = write_rows_file("--output", output, parts)
     count = sum(len(part.rows) for part in parts)
     console.info(f"{output}: {count:,} of {total:,} training rows; {use}", *notes)
     if isinstance(loaded.recipe.data.eval, float):
         console.info(f"the evaluation rows that data.eval split off are not in {output}; name a file in data.eval")
-    return {"file": output, "rows": count, "left_out": [ranking.places[int(number)] for number in left_out]}
+    return {"file": output, "rows": count, "left_out": list(left_out.values())}
 
 
-def _kept_rows(rows: RowSet, left_out: set[int], loaded: LoadedRecipe) -> Iterator[RowsToWrite]:
-    """The rows of each source without the rows that are left out."""
+def _written_rows(rows: RowSet) -> list[WrittenRow]:
+    """For each training row, the row of its source: several pieces of a split row have the same."""
     assert isinstance(rows.train, ChosenRows)  # only streamed rows are different, and they are refused
+    numbers = (part.store.records["number"][part.chosen].tolist() for part in rows.train.parts)
+    return [(place, number) for place, some in enumerate(numbers) for number in some]
+
+
+def _kept_rows(rows: RowSet, left_out: Container[WrittenRow], loaded: LoadedRecipe) -> Iterator[RowsToWrite]:
+    """The rows of each source without the rows that are left out."""
+    assert isinstance(rows.train, ChosenRows)
     example, problems = rows.objective.rows.example, Problems()
+    wanted = {each for each in _written_rows(rows) if each not in left_out}
     for place, (source, part) in enumerate(zip(loaded.recipe.data.train, rows.train.parts, strict=True)):
-        first = int(rows.train.starts[place])
-        numbers = part.store.records["number"][part.chosen]  # (rows,) of the source
-        wanted = {int(number) for at, number in enumerate(numbers) if first + at not in left_out}
         raw, _, format_name, _ = open_rows(with_table(source), example, problems)
-        chosen = [row.values for number, row in enumerate(raw) if number in wanted]
+        chosen = [row.values for number, row in enumerate(raw) if (place, number) in wanted]
         problems.raise_if_any()
         yield RowsToWrite(part.name, format_name, source, chosen)

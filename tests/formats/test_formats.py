@@ -12,6 +12,7 @@ import pytest
 from tunekit.data.reading.first import choose_format, format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.errors import DataError
+from tunekit.formats import preference, unpaired
 from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
 from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of, known_names
@@ -290,6 +291,30 @@ def test_a_pair_is_two_unpaired_rows(tmp_path: Path) -> None:
     answers = [(line, example.prompt, example.completion, example.label) for line, example in found]
     assert answers == [(1, "Q: x? A:", " yes", True), (1, "Q: x? A:", " no", False), (2, "q", "a", True)]
     assert reason == "the first row is a pair, and each pair becomes two rows"
+
+
+TURN = {"role": "user", "content": "q"}
+YES, NO = ([TURN, {"role": "assistant", "content": text}] for text in ("yes", "no"))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        {"chosen": "Q: x? A: yes", "rejected": "Q: x? A: no"},
+        {"chosen": YES, "rejected": NO},
+        {"prompt": "q", "chosen": "a", "rejected": None, "margin": 2},
+        {"prompt": [TURN], "chosen": YES[1], "rejected": NO[1:], "tools": None},
+        {"instruction": "q", "input": "more", "output": "unread", "chosen": "a", "rejected": "b"},
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": FROM_A, "rejected": {**FROM_A, "value": "b"}},
+    ],
+)
+@pytest.mark.parametrize("label", [True, False])
+def test_one_answer_of_a_pair_is_written_as_a_row_that_is_read_once(pair: dict[str, Any], label: bool) -> None:
+    row = {**pair, "label": label}
+    written = json.loads(json.dumps(unpaired.single_row(row)))
+    assert not preference.is_pair(written)
+    assert make("unpaired", written) == make("unpaired", row)
+    assert unpaired.single_row(written) == written
 
 
 def test_pairs_are_told_from_other_rows() -> None:

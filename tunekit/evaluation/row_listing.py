@@ -14,7 +14,17 @@ from tunekit.artifacts.report.rank_page import RankedList, RankedRow
 from tunekit.contracts import Tokenizer
 from tunekit.data.rows import RowSet
 from tunekit.evaluation.row_losses import RowLosses
-from tunekit.evaluation.row_ranking import AGAINST, DUPLICATES, NOTHING, WRONG, RowFacts, RowNumbers, row_lists
+from tunekit.evaluation.row_ranking import (
+    AGAINST,
+    DUPLICATES,
+    NOTHING,
+    WRONG,
+    Numbers,
+    RowFacts,
+    RowNumbers,
+    earlier,
+    row_lists,
+)
 
 PAGE_ROWS, SHOWN_NEAR, SHOWN_CHARACTERS = 50, 3, 60  # rows of a list; neighbours of a row; of a text in the terminal
 MEANINGS = {
@@ -42,6 +52,11 @@ class Ranking:
         return row_lists(self.facts)
 
     @cached_property
+    def earlier(self) -> tuple[RowNumbers, Numbers]:
+        """For each row, the nearest of the earlier rows with the same label, and its similarity."""
+        return earlier(self.facts)
+
+    @cached_property
     def texts(self) -> RowLosses:
         """Shows rows as text."""
         return RowLosses(self.rows.train, self.rows.objective, self.tokenizer)
@@ -64,7 +79,8 @@ class Ranking:
             highest = max(facts.before[number], facts.losses[:, number].max())
             return f"loss {facts.before[number]:.3g} before training, never above {highest:.3g}"
         if name == DUPLICATES:
-            return f"similarity {facts.near.similarity[number].max():.3f} to an earlier row"
+            rows, similarity = self.earlier
+            return f"similarity {similarity[number]:.3f} to {self.places[int(rows[number])]}"
         parts = [f"mean loss {facts.mean[number]:.3g}, median of all rows {np.median(facts.mean):.3g}"]
         if len(facts.margin):
             parts.append(f"margin {facts.margin[number]:.3g}")

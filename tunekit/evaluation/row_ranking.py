@@ -147,13 +147,13 @@ def row_lists(facts: RowFacts) -> dict[str, RowNumbers]:
     return lists
 
 
-def leave_out(facts: RowFacts, lists: dict[str, RowNumbers], count: int) -> RowNumbers:
-    """The `count` rows to leave out: the rows of the lists in their order, then the most likely wrong rows."""
+def leave_out(facts: RowFacts, lists: dict[str, RowNumbers]) -> RowNumbers:
+    """All rows in the order in which they are left out: the rows of the lists, then the most likely wrong rows."""
     others = np.argsort(-facts.wrongness(), kind="stable")
     ordered = np.concatenate(
         [*(lists[name] for name in (WRONG, AGAINST, DUPLICATES, NOTHING) if name in lists), others]
     )
-    return ordered[np.sort(np.unique(ordered, return_index=True)[1])][:count].astype(np.int64)
+    return ordered[np.sort(np.unique(ordered, return_index=True)[1])].astype(np.int64)
 
 
 def _sorted(keys: Numbers, chosen: NDArray[np.bool_]) -> RowNumbers:
@@ -162,12 +162,19 @@ def _sorted(keys: Numbers, chosen: NDArray[np.bool_]) -> RowNumbers:
     return order[chosen[order]].astype(np.int64)
 
 
-def _duplicates(facts: RowFacts) -> RowNumbers:
-    """The rows that teach the same as an earlier row: very similar, with the same label. The most similar first."""
+def earlier(facts: RowFacts) -> tuple[RowNumbers, Numbers]:
+    """The nearest of the earlier rows with the same label, and its similarity, (rows,) each; -inf if there is none."""
     rows, similarity = facts.near.rows, facts.near.similarity
-    same = (rows < np.arange(len(rows))[:, None]) & (similarity >= ALIKE)
+    same = rows < np.arange(len(rows))[:, None]
     if facts.labels:
         labels = np.asarray(facts.labels)
         same &= labels[rows] == labels[:, None]
-    closest = np.where(same, similarity, -np.inf).max(axis=1)  # (rows,)
-    return _sorted(-closest, np.isfinite(closest))
+    values = np.where(same, similarity, -np.inf)
+    best = values.argmax(axis=1)[:, None]
+    return np.take_along_axis(rows, best, axis=1)[:, 0], np.take_along_axis(values, best, axis=1)[:, 0]
+
+
+def _duplicates(facts: RowFacts) -> RowNumbers:
+    """The rows that teach the same as an earlier row: very similar, with the same label. The most similar first."""
+    closest = earlier(facts)[1]
+    return _sorted(-closest, closest >= ALIKE)

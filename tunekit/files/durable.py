@@ -264,10 +264,15 @@ def json_result(name: str | None) -> Callable[[object], None]:
     if not path.parent.is_dir():
         what = f"there is no folder {path.parent} for {path.name}"
         raise RunFolderError(what, "make the folder, or name another file")
+    try_to_write(path)
+    return partial(write_json, path)
+
+
+def try_to_write(path: Path) -> None:
+    """Write an empty file beside `path`, and remove it. Raises: TunekitError if no file can be written there."""
     temporary = temporary_name(path)
     write_bytes(temporary, b"")
     unlink(temporary)
-    return partial(write_json, path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -58,7 +58,9 @@ def make_example(row: Fields) -> PreferenceExample:
     """The preference pair of a row. A missing answer is the empty text."""
     chosen, rejected = (read_side(row, name) for name in REQUIRED)
     prompt, chosen, rejected = (
-        _split(chosen, rejected) if (asked := read_prompt(row)) is None else (asked, chosen, rejected)
+        (asked, chosen, rejected)
+        if (asked := read_prompt(row)) is not None
+        else (begin := common_beginning(chosen, rejected), chosen[len(begin) :], rejected[len(begin) :])
     )
     prompt, chosen, rejected = conversation(row, prompt, chosen, rejected)
     return PreferenceExample(prompt, chosen, rejected, tools=read_tools(row.get("tools")), margin=_read_margin(row))
@@ -123,9 +125,8 @@ def read_side(row: Fields, name: str) -> TextOrTurns:
     return read_messages(turns, name)
 
 
-def _split(chosen: TextOrTurns, rejected: TextOrTurns) -> tuple[TextOrTurns, TextOrTurns, TextOrTurns]:
-    """Splits two answers of a row without a prompt: their common beginning becomes the prompt. Returns the prompt and
-    the two remaining answers.
+def common_beginning(chosen: TextOrTurns, rejected: TextOrTurns) -> TextOrTurns:
+    """The common beginning of two answers, which is the prompt of a row without a prompt.
 
     A space before the first difference belongs to the answers, as in TRL. If one conversation contains all turns of the
     other, the last common turn belongs to the answers.
@@ -140,7 +141,7 @@ def _split(chosen: TextOrTurns, rejected: TextOrTurns) -> tuple[TextOrTurns, Tex
         shared -= chosen[shared - 1 : shared] == " "
     elif shared == shorter:
         shared = max(shared - 1, 0)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    return chosen[:shared]
 
 
 def _as_turns(side: TextOrTurns, role: str) -> Turns:

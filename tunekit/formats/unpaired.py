@@ -5,6 +5,7 @@ that ends with the answer, and kto_tag) and of Axolotl (question) become turns, 
 becomes two rows, one good and one bad.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tunekit.errors import DataError
@@ -42,6 +43,20 @@ def make_example(row: Fields) -> UnpairedExample:
         raise DataError(f"'label' must be true or false, not {str(label)[:40]!r}", "write true for a good answer")
     prompt, answer = conversation(row, *_read_answered(row))
     return UnpairedExample(prompt, answer, label, tools=read_tools(row.get("tools")))
+
+
+def single_row(row: Fields) -> Fields:
+    """A row that means the same in any file. A pair that is read with one of the two labels becomes a row with this
+    answer only: otherwise a reader would make two rows of it again."""
+    if not is_pair(row):
+        return row
+    value = row["chosen" if read_value(row, "label") else "rejected"]
+    answer = [value] if isinstance(value, Mapping) else value or ""
+    others = {name: row[name] for name in row if name not in (*preference.REQUIRED, "margin", *ALIASES)}
+    if read_prompt(row) is not None:
+        return {**others, "completion": answer}
+    begin = len(preference.common_beginning(*(read_side(row, name) for name in preference.REQUIRED)))
+    return {**others, "prompt": answer[:begin], "completion": answer[begin:]}
 
 
 def _read_answered(row: Fields) -> tuple[TextOrTurns, TextOrTurns]:

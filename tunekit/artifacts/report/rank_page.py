@@ -31,6 +31,11 @@ class RankedList:
     missing: str = ""
 
 
+def rows_count(count: int) -> str:
+    """A number of rows in words."""
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
 def rank_page(run: str, notes: Sequence[str], lists: Sequence[RankedList]) -> str:
     """The page as HTML. `notes`: how the lists were made, and how reliable they are."""
     sections = [_section(each) for each in lists]
@@ -41,7 +46,7 @@ def _section(ranked: RankedList) -> ReportSection:
     title = f"{ranked.title[:1].upper()}{ranked.title[1:]}"
     if ranked.missing:
         return ReportSection(title, [ranked.meaning], warnings=[ranked.missing])
-    shown = f"{ranked.total:,} rows" + (
+    shown = rows_count(ranked.total) + (
         f"; the first {len(ranked.rows):,} are shown" if ranked.total > len(ranked.rows) else ""
     )
     rows = [[row.place, MarkedText(row.text), row.why, MarkedText(_near_text(row))] for row in ranked.rows]

@@ -1,6 +1,8 @@
 """Writes chosen training rows to a new JSONL file, as `data check --fix` and `data rank --keep` do."""
 
+import importlib
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -45,14 +47,14 @@ def refuse_rows_file(option: str, name: str, loaded: LoadedRecipe, overwrite: bo
         raise InputError(f"{option} {name}: the file exists", f"{how}{more}")
 
 
-def write_rows_file(option: str, name: str, parts: Sequence[RowsToWrite]) -> list[str]:
-    """Write the rows to one file. Returns notes: how to train on the file, and settings of the sources that are not in
-    it. Raises: InputError if one JSONL file cannot contain the rows."""
+def rows_text(option: str, name: str, parts: Sequence[RowsToWrite]) -> str:
+    """The rows as the content of one JSONL file. Raises: InputError if such a file cannot contain them."""
     formats = list(dict.fromkeys(part.format for part in parts))
     if len(formats) > 1:
         what = f"{option} writes one file, but the sources have the formats {' and '.join(formats)}"
         raise InputError(what, "remove the sources of other formats from the recipe, for example with ~data.train.1")
     rows, fields = list[JsonObject](), media_fields(formats[0])
+    single_row = getattr(importlib.import_module(f"tunekit.formats.{formats[0]}"), "single_row", dict)
     for part in parts:
         folder = media_folder(with_table(part.source).path).absolute()
         values = [row.get(field) for row in part.rows for field in fields]
@@ -60,8 +62,31 @@ def write_rows_file(option: str, name: str, parts: Sequence[RowsToWrite]) -> lis
             what = f"{option}: the rows of {part.name} contain files, but JSONL cannot contain files"
             raise InputError(what, f"remove {option}")
         near = folder == Path(name).absolute().parent  # the paths of files are relative to the folder of the rows
-        rows += part.rows if near else [dict(located(row, fields, folder)) for row in part.rows]
-    write_text(Path(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        plain = ({key: _plain(value, key, option, part) for key, value in row.items()} for row in part.rows)
+        rows += [dict(single_row(row if near else located(row, fields, folder))) for row in plain]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _plain(value: object, key: str, option: str, part: RowsToWrite) -> object:
+    """A value of a Parquet file as a value of JSON: dates and decimals become text, and NaN becomes null. Raises:
+    InputError for bytes."""
+    if isinstance(value, bytes):
+        what = f"{option}: the column '{key}' of {part.name} contains bytes, but JSONL cannot contain bytes"
+        raise InputError(what, f"remove the column, or remove {option}")
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner, key, option, part) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, key, option, part) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def write_rows_file(option: str, name: str, parts: Sequence[RowsToWrite]) -> list[str]:
+    """Write the rows to one file. Returns notes: how to train on the file, and settings of the sources that are not in
+    it. Raises: InputError if one JSONL file cannot contain the rows."""
+    write_text(Path(name), rows_text(option, name, parts))
+    formats = [part.format for part in parts]
     named = any(part.source.format != "auto" for part in parts)
     keys = shlex.join([f"data.train={name}", *([f"data.train.0.format={formats[0]}"] if named else [])])
     notes = [f"train on them with {keys}"]
