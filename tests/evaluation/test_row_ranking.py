@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tunekit.contracts import Batch, Row
 from tunekit.evaluation.row_listing import Ranking
 from tunekit.evaluation.row_ranking import (
     AGAINST,
@@ -25,6 +27,7 @@ from tunekit.evaluation.row_ranking import (
     ranks,
     row_lists,
 )
+from tunekit.evaluation.row_states import row_means
 
 
 def test_equal_values_share_their_mean_rank() -> None:
@@ -72,6 +75,16 @@ def test_planted_rows_are_in_their_lists(facts: RowFacts) -> None:
     assert lists == {WRONG: [3], NOTHING: [11], DUPLICATES: [8]}
     influence = np.where(np.arange(12) == 5, -1.0, np.where(np.arange(12) == 2, -2.0, 1.0))
     assert row_lists(replace(facts, influence=influence))[AGAINST].tolist() == [2, 5]
+
+
+def test_the_mean_of_hidden_states_is_over_the_answer_of_an_encoder_decoder() -> None:
+    """And not over padding, or the positions of the encoder's mask."""
+    hidden = torch.arange(12.0).view(2, 3, 2)
+    rows = [Row({}, sizes, sizes[-1], "a") for sizes in ((2, 3), (3, 1))]
+    inputs = {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "decoder_input_ids": torch.zeros(2, 3)}
+    both = row_means(hidden, Batch(inputs, {}, tuple((row,) for row in rows)))
+    assert both is not None
+    assert both.tolist() == [[2.0, 3.0], [6.0, 7.0]]
 
 
 def test_the_reason_of_a_duplicate_is_the_earlier_row(facts: RowFacts) -> None:

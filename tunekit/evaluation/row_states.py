@@ -116,12 +116,14 @@ def row_means(hidden: Tensor, batch: Batch) -> NDArray[np.float32] | None:
     rows = batch.rows
     if hidden.dim() != 3 or len(rows) != len(batch.sequences) or hidden.shape[0] % len(rows):
         return None
-    lines, mask = hidden.shape[0] // len(rows), batch.inputs.get("attention_mask")
+    lines, mask, sizes = hidden.shape[0] // len(rows), batch.inputs.get("attention_mask"), [row.sizes for row in rows]
+    if "decoder_input_ids" in batch.inputs:  # the states are the decoder's, but the mask is the encoder's
+        mask, sizes = None, [each[-1:] for each in sizes]
     real = torch.ones(hidden.shape[:2], dtype=torch.bool)  # (S P, T)
     if mask is not None and mask.shape == hidden.shape[:2]:
         real = mask.cpu().bool()
-    elif all(len(row.sizes) == lines for row in rows):
-        lengths = torch.tensor([row.sizes[line] for line in range(lines) for row in rows])  # (S P,)
+    elif all(len(each) == lines for each in sizes):
+        lengths = torch.tensor([each[line] for line in range(lines) for each in sizes])  # (S P,)
         real = torch.arange(hidden.shape[1])[None] < lengths[:, None]
     weights = real.to(hidden.device, torch.float32)[..., None]  # (S P, T, 1)
     means = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
