@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -157,6 +159,34 @@ def test_the_error_of_a_rank_reaches_the_others_with_its_exit_code(pair: list[Pe
     assert pair[0].cause(RuntimeError("Connection closed by peer")).args == error.args
     bug = ValueError("odd")
     assert pair[0].cause(bug) is bug
+
+
+FAILED = "rank 1 (on node) of 2 has failed: no file"
+
+
+@pytest.mark.parametrize(
+    ("ours", "printed", "host", "prints"),
+    [
+        ("no file", "no file", "node", False),
+        ("no file", FAILED, "node", False),
+        (FAILED, "no file", "node", False),
+        ("no file", "no folder", "node", True),
+        ("no file", "no file", "another", False),
+        ("no file", FAILED, "another", True),  # each machine has its own terminal
+    ],
+)
+def test_ranks_of_a_machine_print_an_error_once_and_the_main_rank_has_time_for_it(
+    ours: str, printed: str, host: str, prints: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends the main rank as soon as another rank has ended."""
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    store: Any = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"]) as main:
+        state = State(Member(0, 2, "node", main.pid, "cpu", VERSIONS), end=(2, printed))
+        store.set(key_of(0), state.text())
+        assert meeting.tell_end(store, 1, [0], InputError(ours), 60) == prints
+        assert (main.poll() is not None) == (not prints and host == "node")
+        main.kill()
 
 
 def test_a_silent_rank_is_lost_and_one_that_has_finished_is_not(pair: list[Peers]) -> None:

@@ -252,14 +252,15 @@ main()
 
 
 @pytest.mark.slow
-def test_an_error_of_another_rank_alone_is_printed_with_its_number(recipe: Path, tmp_path: Path) -> None:
+def test_an_error_of_another_rank_alone_is_printed_once_with_its_number(recipe: Path, tmp_path: Path) -> None:
     script = tmp_path / "alone.py"
     script.write_text(ALONE)
     command = [sys.executable, *TORCHRUN, str(script), "train", str(recipe), f"output.dir={tmp_path / 'run'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu", "PYTHONPATH": os.getcwd()}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode != 0
-    assert ended.stderr.count("rank 1: pictures/7.png: the image is not there; mend it") == 1, ended.stderr
+    assert ended.stderr.count("pictures/7.png: the image is not there; mend it") == 1, ended.stderr
+    assert f"rank 1 (on {socket.gethostname()}) of 2 has failed: pictures/7.png" in ended.stderr
 
 
 @pytest.mark.slow
@@ -271,28 +272,52 @@ def test_an_error_of_one_rank_is_told_once(recipe: Path, tmp_path: Path) -> None
 
 
 SLOWLY = """
-import os, time
+import os, sys, time
 from tunekit.console import Console
 
-printed = Console.error
+printed, rank = Console.error, os.environ["RANK"]
 
 def late(console, text):
-    time.sleep(3 if os.environ["RANK"] == "0" else 0)
+    time.sleep(3 if rank == "0" else 0)
     printed(console, text)
 
 Console.error = late
+PLANT
 from tunekit.cli import main
 main()
+"""
+FULL = """
+from tunekit.artifacts.run import RunFolder
+from tunekit.errors import ResourceError
+from tunekit.machine import peers
+
+def refuse(folder, size):
+    raise ResourceError("the disk is too small")
+
+RunFolder.require_free_bytes = refuse
+if rank == "1":  # it learns of the error while it waits for the main rank
+    peers.SHORTEST_SECONDS = peers.POLLING_SECONDS = 3.0
 """
 
 
 @pytest.mark.slow
-def test_the_main_rank_has_time_to_print_a_common_error(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plant", "text"),
+    [
+        ('sys.argv += ["training.learning_rate=1e30", "training.scheduler=constant"]', "is not finite"),
+        ('sys.argv += ["data.train=absent.jsonl"]', "absent.jsonl: no such file"),
+        ('sys.argv += ["data.train=absent.jsonl"] * int(rank)', "absent.jsonl: no such file"),
+        (FULL, "the disk is too small"),
+    ],
+    ids=["in a step", "before the ranks meet", "on one rank only", "of the main rank's work"],
+)
+def test_the_main_rank_has_time_to_print_an_error_and_no_other_rank_does(
+    plant: str, text: str, recipe: Path, tmp_path: Path
+) -> None:
     """torchrun ends the main rank as soon as another rank has ended."""
     script = tmp_path / "slowly.py"
-    script.write_text(SLOWLY)
-    keys = ["training.learning_rate=1e30", "training.scheduler=constant", f"output.dir={tmp_path / 'run'}"]
+    script.write_text(SLOWLY.replace("PLANT", plant))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, *TORCHRUN, str(script), "train", str(recipe), *keys]
+    command = [sys.executable, *TORCHRUN, str(script), "train", str(recipe), f"output.dir={tmp_path / 'run'}"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.stderr.count("is not finite") == 1, ended.stderr
+    assert ended.stderr.count(text) == 1, ended.stderr

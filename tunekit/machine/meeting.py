@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any, cast
 
+import psutil
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed import DistError
@@ -298,7 +299,7 @@ def failed_rank(name: str, world: int, state: State) -> OtherRankError:
 
 def tell_end(store: Store, rank: int, awaited: Collection[int], error: BaseException, seconds: float) -> bool:
     """Write this rank's end into the store, and wait at most `seconds` until the ranks `awaited` have ended, too.
-    Returns whether this rank must print its error: not if the main rank prints the same."""
+    Returns whether this rank must print its error: not if the main rank prints it."""
     text, code = exit_message(error)
     text, deadline = redact(text), time.monotonic() + seconds
     try:
@@ -308,18 +309,42 @@ def tell_end(store: Store, rank: int, awaited: Collection[int], error: BaseExcep
         store.set(key_of(rank), now.text())
         while True:
             keys = [key_of(other) for other in awaited if store.check([key_of(other)])]
-            ends = {key: State.read(store.get(key)).end for key in keys}
-            if (all(ends.values()) and len(ends) == len(awaited)) or time.monotonic() > deadline:
+            states = {key: State.read(store.get(key)) for key in keys}
+            known = all(state.end for state in states.values()) and len(states) == len(awaited)
+            if known or time.monotonic() > deadline:
                 time.sleep(5 * POLLING_SECONDS if rank == 0 else 0)  # the others may not have read its end yet
-                return rank == 0 or (ends.get(key_of(0)) or (0, ""))[1] != text
+                return rank == 0 or not _main_prints(states.get(key_of(0)), now)
             time.sleep(POLLING_SECONDS)
     except DistError:  # the rank that holds the store has ended
         return True
 
 
+def _main_prints(main: State | None, ours: State) -> bool:
+    """Whether the main rank prints the error of this rank: the same text; or, on the same machine, one of the two texts
+    names the other. There, wait until it is printed: a launcher ends all ranks as soon as one has failed."""
+    if main is None or main.end is None or ours.end is None or not main.end[0]:
+        return False
+    (_, printed), (_, text) = main.end, ours.end
+    near = main.member.host == ours.member.host
+    if printed != text and not (near and (text in printed or printed in text)):
+        return False
+    deadline = time.monotonic() + ENDING_SECONDS
+    while near and not has_ended(main.member.process) and time.monotonic() < deadline:
+        time.sleep(POLLING_SECONDS)
+    return True
+
+
+def has_ended(process: int) -> bool:
+    """Whether no process with this id is running; a zombie counts as ended."""
+    try:
+        return bool(psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def tell_early(error: BaseException) -> bool:
     """Tell the other ranks that this rank has failed before it joined them. Returns whether this rank must print its
-    error: not if the main rank prints the same."""
+    error: not if the main rank prints it."""
     try:
         place = place_in_group()
         if place is None or torch.distributed.is_initialized():

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import psutil
 import torch
 from torch.distributed import DistError
 
@@ -20,6 +19,7 @@ from tunekit.machine.meeting import (
     Member,
     State,
     failed_rank,
+    has_ended,
     key_of,
     tell_end,
 )
@@ -154,17 +154,8 @@ class Peers:
             silent = [each.rank for each in self.others if self._is_silent(each)]
             awaited = [each.rank for each in self.others if each.rank not in silent and (rank == 0 or each.rank == 0)]
             alone = tell_end(self._own_store, rank, awaited, error, ENDING_SECONDS)
-            if 0 in awaited and not alone:
-                self._let_end(self.members[0])
             if isinstance(error, TunekitError):
                 error.alone = alone and (not isinstance(error, OtherRankError) or self._speaks())
-
-    def _let_end(self, member: Member) -> None:
-        """Wait until a rank of this machine has printed the common error: a launcher ends all ranks as soon as one has
-        failed."""
-        deadline = time.monotonic() + ENDING_SECONDS
-        while self._is_near(member) and not has_ended(member.process) and time.monotonic() < deadline:
-            time.sleep(POLLING_SECONDS)
 
     def _is_silent(self, member: Member) -> bool:
         return time.monotonic() - self._changed[member.rank] > QUIET_SECONDS or self._has_ended(member)
@@ -199,11 +190,3 @@ def _late(members: list[Member], world: int) -> OtherRankError:
     where = " and ".join(f"process {member.process} on {member.host}" for member in members)
     what = f"{names} of {world} is alive, but has not exchanged values with this rank within torch's limit"
     return OtherRankError(what, f"look at {where} (py-spy dump shows where it waits); continue with --resume")
-
-
-def has_ended(process: int) -> bool:
-    """Whether no process with this id is running; a zombie counts as ended."""
-    try:
-        return bool(psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
