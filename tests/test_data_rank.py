@@ -26,7 +26,7 @@ from tests.support.train_case import write_recipe as write_chat_recipe
 from tunekit.artifacts.report.values import read_run
 from tunekit.contracts import Batch, Objective, Row
 from tunekit.data.rows import RowSet
-from tunekit.data_rank import _run_rows, data_rank_verb
+from tunekit.data_rank import _labels, _run_rows, data_rank_verb
 from tunekit.errors import InputError, ResourceError, RunFolderError
 from tunekit.evaluation.row_listing import Ranking
 from tunekit.evaluation.row_ranking import WRONG
@@ -111,7 +111,7 @@ def test_losses_are_those_of_an_evaluation(chat: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["prompt", "init_from", "regression", "lora_fa"])
 def test_losses_before_and_after_are_those_of_the_run(
-    start: str, chat: Path, bert: Path, tiny_llama: Path, tmp_path: Path
+    start: str, chat: Path, bert: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run measured the same rows at step 0 and at its end. Before training, the model is the base with a prompt,
     with the adapter that the run continues, or with a head that starts at the mean number."""
@@ -130,6 +130,10 @@ def test_losses_before_and_after_are_those_of_the_run(
     for name, losses in (("before", measured["before"]), ("after", measured["losses"])):
         expected = np.divide(losses, measured["units"])
         assert np.allclose([row[name] for row in rows], expected, atol=1e-5)
+    assert any(row["disagreement"] for row in rows)  # numbers are not classes
+    said = capsys.readouterr().out
+    assert "rows have no classes, so 'likely wrong' lists the 10% of the rows with the highest scores" in said
+    assert "next: read the rows in rank.html and correct wrong ones; or leave a fifth out: tunekit data rank" in said
     if start == "init_from":
         shutil.move(chat / "adapter", tmp_path / "moved")
         result = ranked(run)
@@ -299,7 +303,9 @@ def test_a_split_row_is_kept_or_left_out_as_a_whole(
         left = {int(place.rpartition(":")[2]) for place in kept["left_out"]}
         rows = (tmp_path / "train.jsonl").read_text("utf-8").splitlines()
         assert {json.dumps(json.loads(line)) for line in lines}.isdisjoint(rows[number - 1] for number in left)
-    assert "1 of 10 training rows" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 10 training rows" in said
+    assert "of the 9 rows left out are in no list" in said
     monkeypatch.setattr("tunekit.data_rank.load_states", None)
     with pytest.raises(InputError, match=r"--keep 0\.01 leaves none of 10 training rows"):
         ranked(run, keep=0.01, output=str(tmp_path / "none.jsonl"))
@@ -339,6 +345,22 @@ def test_a_full_disk_leaves_the_results(chat: Path, tmp_path: Path, monkeypatch:
     result = json.loads((chat.parent / "rank.json").read_text("utf-8"))
     assert result["lists"]
     assert result["kept"] is None
+
+
+def test_rows_of_words_or_numbers_have_no_classes() -> None:
+    for names, units, expected in (
+        (["a"], 1, ["['a']"] * 4),
+        (["a"], 3, []),  # of three words
+        ([], 1, []),  # numbers
+    ):
+        kind = SimpleNamespace(labels=SimpleNamespace(names=("a", "b")), labels_of=lambda row, names=names: names)
+        objective = SimpleNamespace(answering=SimpleNamespace(kind="label"), rows=kind)
+
+        class Rows(list[int]):
+            supervised = np.full(4, units)
+
+        rows: Any = SimpleNamespace(objective=objective, train=Rows(range(4)))
+        assert _labels(rows) == expected
 
 
 def test_keep_needs_an_output(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,12 @@ from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import InputError
 from tunekit.evaluation.row_listing import Ranking
 from tunekit.evaluation.row_ranking import (
+    SUSPICIOUS,
+    WRONG,
     Neighbours,
     RowFacts,
     contradicted,
+    has_classes,
     leave_out,
     nearest,
     rank_correlation,
@@ -48,6 +52,7 @@ from tunekit.training.influence import influence_of, make_projection, row_gradie
 SHOWN_ROWS = 4  # rows of a list in the terminal
 FEW_STATES = 3  # with fewer states, losses over the checkpoints say little
 BACKWARD = 2.0  # CPU time of a backward pass, in forwards
+CORRELATION = "(1: the same order of rows, 0: no relation)"
 WrittenRow = tuple[int, int]  # the number of a source, and the number of a row in it
 
 
@@ -87,6 +92,11 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
         console.info(f"page: {path / RANK_NAME}")
         if keep is not None and output is not None:
             result["kept"] = _write_kept(ranking, loaded, keep, output, console)
+        else:
+            command = f"tunekit data rank {shlex.quote(run)} --keep 0.8 --output kept.jsonl"
+            console.next_steps(
+                [f"read the rows in {RANK_NAME} and correct wrong ones; or leave a fifth out: {command}"]
+            )
     finally:  # a full disk does not discard what was measured
         write_result(result)
 
@@ -236,12 +246,14 @@ def _nearest(rows: RowSet, values: RowValues) -> Neighbours:
 
 
 def _labels(rows: RowSet) -> list[str]:
-    """The label of each row; empty if rows have no classes."""
-    objective = rows.objective
+    """The label of each row, or its set of labels; empty if rows have no classes: numbers, or one label for each
+    word."""
+    objective, train = rows.objective, rows.train
     if objective.answering is None or objective.answering.kind != "label" or not objective.rows.labels.names:
         return []
-    labels = [str(objective.rows.labels_of(rows.train[number])) for number in range(len(rows.train))]
-    return labels if len(set(labels)) <= len(labels) // 2 else []
+    names = [objective.rows.labels_of(train[number]) for number in range(len(train))]
+    labels, single = [str(each) for each in names], bool((train.supervised == 1).all())
+    return labels if single and any(names) and len(set(labels)) <= len(labels) // 2 else []
 
 
 def _refuse_no_losses(rows: RowSet, values: RowValues) -> None:
@@ -265,19 +277,23 @@ def _reliability(ranking: Ranking) -> list[str]:
     facts, notes = ranking.facts, list[str]()
     if len(facts.losses) > 1:
         agreement = rank_correlation(facts.losses[::2].mean(axis=0), facts.losses[1::2].mean(axis=0))
-        notes.append(f"the losses of two halves of the checkpoints have a rank correlation of {agreement:.2f}")
+        what = f"the losses of two halves of the checkpoints have a rank correlation of {agreement:.2f}"
+        notes.append(f"{what} {CORRELATION}")
     if ranking.influence_agreement is not None:
-        what = f"a rank correlation of {ranking.influence_agreement:.2f}"
-        notes.append(f"influence: two halves of the evaluation rows give {what}")
-    if len(set(ranking.facts.labels)) == 1:
-        label = ranking.facts.labels[0]
+        what = f"two halves of the evaluation rows give a rank correlation of {ranking.influence_agreement:.2f}"
+        notes.append(f"influence: {what} {CORRELATION}")
+    if len(set(facts.labels)) == 1:
+        label = facts.labels[0]
         notes.append(f"all rows have the label {label}, so margins and similar rows cannot show wrong labels")
+    if not has_classes(facts):
+        share = f"{SUSPICIOUS:.0%} of the rows with the highest scores"
+        notes.append(f"rows have no classes, so '{WRONG}' lists the {share}, also if no row is wrong")
     notes.append("the lists are estimates; the exact effect of a group of rows: tunekit sweep with sweep.leave_out")
     return notes
 
 
 def _print(console: Console, ranking: Ranking) -> None:
-    """Print the first rows of each list."""
+    """Print the first rows of each list. With --quiet too, a table has its list's name."""
     for name, numbers in ranking.lists.items():
         lines = [
             [ranking.places[int(number)], ranking.short_text(int(number)), ranking.why(int(number), name)]
@@ -286,7 +302,8 @@ def _print(console: Console, ranking: Ranking) -> None:
         if not lines:
             console.info(f"{name}: no rows")
             continue
-        console.table(["row", "text", "why"], lines, title=f"{name}: {rows_count(len(numbers))}")
+        console.result(f"{name}: {rows_count(len(numbers))}")
+        console.table(["row", "text", "why"], lines)
 
 
 def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str, console: Console) -> dict[str, Any]:
@@ -301,6 +318,10 @@ def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str
     use, *notes = write_rows_file("--output", output, parts)
     count = sum(len(part.rows) for part in parts)
     console.info(f"{output}: {count:,} of {total:,} training rows; {use}", *notes)
+    listed = {written[number] for numbers in ranking.lists.values() for number in numbers.tolist()}
+    if others := sum(each not in listed for each in left_out):
+        what = f"{others:,} of the {len(left_out):,} rows left out are in no list"
+        console.info(f"{what}: they are the next most suspicious rows, but may be right; a higher --keep keeps them")
     if isinstance(loaded.recipe.data.eval, float):
         console.info(f"the evaluation rows that data.eval split off are not in {output}; name a file in data.eval")
     return {"file": output, "rows": count, "left_out": list(left_out.values())}

@@ -28,9 +28,10 @@ from tunekit.evaluation.row_ranking import (
 
 PAGE_ROWS, SHOWN_NEAR, SHOWN_CHARACTERS = 50, 3, 60  # rows of a list; neighbours of a row; of a text in the terminal
 MEANINGS = {
-    WRONG: "The model gives these rows' own labels or tokens a low probability at every checkpoint, and similar rows "
-    "contradict them. Rare but right rows are here too: read a row before you change it.",
-    AGAINST: "A step on one of these rows raises the evaluation loss, by the gradients at the checkpoints.",
+    WRONG: "On average over the checkpoints, the model gives the labels or tokens of these rows a low probability. "
+    "Rows that similar rows contradict are first. Rare but right rows are here too: read a row before you change it.",
+    AGAINST: "A step on one of these rows raises the evaluation loss, by the gradients at the checkpoints. The "
+    "influence is between -1 (the most harm) and 1.",
     NOTHING: "The loss of these rows was low before training and stayed low.",
     DUPLICATES: "An earlier row teaches the same.",
 }

@@ -129,12 +129,16 @@ def nearest(vectors: NDArray[np.float32], count: int = NEIGHBOURS, *, centred: b
     return Neighbours(rows, similarity)
 
 
+def has_classes(facts: RowFacts) -> bool:
+    """Whether a negative margin shows that the model prefers a different label. The worst token of nearly every text
+    has a negative margin."""
+    return bool(facts.labels) and len(facts.margin) > 0
+
+
 def row_lists(facts: RowFacts) -> dict[str, RowNumbers]:
     """The row numbers of each list, worst first. A list that cannot be made is absent."""
     wrong = facts.wrongness()
-    # the worst token of nearly every text has a negative margin
-    classes = bool(facts.labels) and len(facts.margin) > 0
-    suspicious = facts.margin < 0 if classes else wrong > np.quantile(wrong, 1 - SUSPICIOUS)  # (rows,)
+    suspicious = facts.margin < 0 if has_classes(facts) else wrong > np.quantile(wrong, 1 - SUSPICIOUS)  # (rows,)
     lists = {WRONG: _sorted(-wrong, suspicious)}
     if len(facts.influence):
         lists[AGAINST] = _sorted(facts.influence, facts.influence < 0)
