@@ -213,6 +213,31 @@ def test_a_run_without_equal_bits_is_refused(case: Path, change: Callable[[Any],
     assert proof is None
 
 
+@pytest.mark.parametrize(
+    ("change", "place", "note"),
+    [
+        ({"processes": 2}, "processes: 2, processor: ", "number of processes: was 2, is 1; the last digits"),
+        ({"cpu": "Another CPU"}, "processes: 1, processor: Another CPU", None),
+    ],
+)
+def test_a_run_that_was_resumed_elsewhere_is_refused(
+    change: dict[str, Any], place: str, note: str | None, case: Path
+) -> None:
+    """Its bits differ from those of one machine and one process, but nothing was forged."""
+    lose_the_end(case)
+    edit(case / "environment.json", lambda value: value.update(change))
+    for _ in range(2):  # the second resume keeps the note of the first
+        ended = train_in_child(case.parent / "recipe.yaml", case, resume=True)
+        assert ended.code == 0, ended.output
+        assert note is None or note in ended.output
+        note = None
+        refused, proof = audited(case)
+        assert refused.code == 2
+        assert f"a part of the run was computed elsewhere ({place}" in refused.output
+        assert proof is None
+        lose_the_end(case)
+
+
 def test_adaptive_threads_and_missing_data_are_refused(case: Path) -> None:
     recipe = case / "recipe.yaml"
     text = recipe.read_text("utf-8")

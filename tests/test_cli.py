@@ -10,6 +10,7 @@ import logging
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -234,6 +235,10 @@ def test_something_is_said_within_a_second_on_a_terminal(recipe: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=other_end) as process:
         first = os.read(main_end, 100)
         process.kill()
+    command[-1] = "absent.yaml"  # another rank prints nothing
+    other = os.environ | {"RANK": "1", "LOCAL_RANK": "1"}
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=other_end, env=other, check=False)
+    assert not select.select([main_end], [], [], 0)[0]
     os.close(other_end)
     os.close(main_end)
     assert first.split() == [b"loading", b"..."]

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_ray_calls_the_command_line_in_each_worker(folder: Path) -> None:
     values = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assign)]
     assert [ast.literal_eval(value) for value in values] == [["tunekit", "train", NAME, "--resume"]]
     assert "num_workers=8, use_gpu=True" in text
+
+
+def test_the_shared_paths_include_a_recipe_of_another_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+    recipe = f"../{NAME}"
+    for on in ("slurm", "kubernetes"):
+        launch_verb(load_recipe(recipe), recipe, (), on, 2, 1, f"file.{on}")
+        assert shlex.quote(str(folder / NAME)) in capsys.readouterr().out, on
+    launch_verb(load_recipe(recipe), recipe, (), "torchrun", 2, 1, "file")
+    assert f"# Trains {recipe} with 1 process on each of 2 nodes." in Path("file").read_text()
 
 
 def test_an_existing_file_is_never_replaced(folder: Path) -> None:

@@ -198,6 +198,11 @@ def _not_promised(values: RunValues, loaded: LoadedRecipe, facts: Sequence[JsonO
         reasons.append("training.deterministic is false, and a GPU adds in no fixed order")
     if (processes := values.environment.count("processes")) > 1:
         reasons.append(f"{processes} processes computed the run (the order of sums depends on their number)")
+    for place in values.environment.parts("earlier"):
+        reasons.append(
+            f"a part of the run was computed elsewhere (processes: {place.count('processes')}, processor: "
+            f"{place.get('processor')})"
+        )
     if any(each["loop"].get("split_tokens") is not None for each in facts):
         reasons.append("micro-batches were split when memory ran out")
     return reasons

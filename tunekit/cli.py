@@ -100,7 +100,7 @@ class Verb(TyperCommand):
             from tunekit.machine.threads import thread_settings
 
             os.environ.update(thread_settings(os.environ))  # read when torch loads its OpenMP library
-            if sys.stderr.isatty() and not is_quiet():
+            if sys.stderr.isatty() and not is_quiet() and os.environ.get("RANK", "0") == "0":
                 print("loading ...", file=sys.stderr, flush=True)
         code, several = 0, os.environ.get("WORLD_SIZE", "1") != "1"
         try:

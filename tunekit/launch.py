@@ -37,7 +37,7 @@ def launch_verb(
             what = f"{text!r} contains a line break or another control character"
             raise InputError(what, "remove it; a launch file cannot contain it")
     named = named_paths(loaded.recipe.model_dump(mode="json"))
-    paths = {loaded.path.absolute(), *(path.file for path in named if path.file.is_absolute())}
+    paths = {Path(os.path.abspath(loaded.path)), *(path.file for path in named if path.file.is_absolute())}
     inside = Path(os.path.abspath(recipe)).is_relative_to(Path.cwd())
     job = LaunchJob(
         Path(relative_to(recipe) if inside else recipe),

@@ -40,7 +40,8 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> No
         console.info(*plan.notes)
         for rank, other in enumerate(plans):
             console.info(*(f"rank {rank}: {note}" for note in other.notes if note not in plan.notes))
-        console.next_steps(after_plan(plan, loaded.path, overridden=bool(loaded.overridden)))
+        refused = next((each for each in plans if each.refusals), plan)
+        console.next_steps(after_plan(refused, loaded.path, overridden=bool(loaded.overridden), ranks=len(places)))
         if devices.is_main:
             more = {"peak_bytes_of_ranks": [each.peak_bytes.total for each in plans]} if len(plans) > 1 else {}
             write_result(asdict(plan) | more)

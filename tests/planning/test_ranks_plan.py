@@ -13,6 +13,7 @@ from tests.conftest import write_tiny_llama
 from tests.support.ranks_case import LAYERS, differences, train_in_ranks, write_case
 from tests.support.train_case import write_recipe
 from tunekit.data.batching.windows import dealt
+from tunekit.errors import TunekitError
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.ranks import plan_ranks
@@ -95,6 +96,18 @@ def test_plan_shows_the_memory_of_each_rank(recipe: Path, budget: str, capsys: p
     first, second = json.loads(file.read_text("utf-8"))["peak_bytes_of_ranks"]
     assert second < int(budget.removesuffix("B")) < 8 * 2**30
     assert first >= second
+
+
+def test_the_next_step_starts_as_many_processes_as_were_planned(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_verb(load_recipe(recipe, ["memory.sharding=full"]), None, ranks=2)
+    shown = capsys.readouterr().out
+    assert f"next: torchrun --nproc-per-node 2 -m tunekit train {recipe} with the same overrides" in shown
+    assert "recomputed in the backward pass: all, because gathered weights are on the device only" in shown
+    with pytest.raises(TunekitError, match="rank 1: the smallest setting of this run needs"):
+        plan_verb(load_recipe(recipe, ["memory.budget=[8GiB, 1MiB]"]), None, ranks=2)
+    assert "next:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_two_processes_give_the_curve_of_one(recipe: Path, tmp_path: Path, launc
     assert two.returncode == 0, two.stdout + two.stderr
     assert two.stdout.count("report:") == 1  # only the main rank prints
     require_same_curve(tmp_path / "one", tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["device"] == "cpu"  # without a number
 
 
 def require_same_curve(one: Path, two: Path) -> None:

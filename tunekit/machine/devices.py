@@ -166,8 +166,8 @@ class Devices:
         self.world: int = self.state.num_processes
         device: torch.device = self.state.device if wanted is None or self.world > 1 else wanted
         check_device(device, wanted)
-        # with an index, since torch's limits and streams need one
-        self.device = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
+        # with an index, since torch's limits and streams need one; but accelerate also numbers the CPU of a rank
+        self.device = torch.device("cpu") if device.type == "cpu" else torch.device(device.type, device.index or 0)
         if self.device.index:
             torch.accelerator.set_device_index(self.device.index)
         self.rank: int = self.state.process_index

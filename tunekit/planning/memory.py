@@ -16,6 +16,7 @@ import torch
 
 from tunekit.errors import Problem
 from tunekit.machine.memory import available_bytes, total_bytes
+from tunekit.memory.sharding import TIER
 from tunekit.objectives.losses.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
 from tunekit.planning.choice import SearchSpace, Workload, fastest, smaller_micro_batches
 from tunekit.planning.findings import Findings
@@ -208,7 +209,8 @@ def rows_at_full_speed(forecast: Forecast) -> tuple[int | None, int]:
 def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
     """A text that says which layers are recomputed, and why. For a run without a memory budget."""
     if choice.streaming != "off":
-        return "all, because streamed weights are on the device only while their layer runs"
+        weights = "gathered" if choice.streaming == TIER else "streamed"
+        return f"all, because {weights} weights are on the device only while their layer runs"
     if space.gradient_checkpointing != "auto":
         return f"{choice.checkpointed_layers:,} of {space.layers:,}, as the recipe says"
     if not fits:

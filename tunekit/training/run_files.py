@@ -18,6 +18,7 @@ from tunekit.artifacts.fingerprint import (
     require_same,
     resume_notes,
 )
+from tunekit.artifacts.report.values import Values
 from tunekit.artifacts.run import RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.console.progress import StepProgress
@@ -209,17 +210,29 @@ def folder_bytes(session: Session, plan: Plan, prepared: RunInputs) -> int:
 
 def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject) -> None:
     """Write the recipe, environment and plan to the run folder. For a resumed run, also remove the metrics records
-    after `step`."""
+    after `step`, and state where earlier steps were computed."""
 
     def write(folder: RunFolder) -> None:
+        old = Values((folder.read_json("environment.json") or {}) if step >= 0 else {})
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
         more = {"processes": session.devices.world, "fingerprint": fingerprint}
         environment = read_environment(device=str(session.devices.device), more=more)
+        places, now = [*old.parts("earlier"), *([_place(old)] if old else [])], _place(Values(environment))
+        environment["earlier"] = [each for number, each in enumerate(places) if each not in [now, *places[:number]]]
+        if old and (before := old.count("processes")) != session.devices.world:
+            what = f"number of processes: was {before}, is {session.devices.world}"
+            session.console.info(f"{what}; the last digits of results may differ")
         folder.write_json("environment.json", environment)
         folder.truncate_metrics(step)
         folder.write_json("plan.json", asdict(plan))
 
     session.in_folder(write)
+
+
+def _place(environment: Values) -> dict[str, object]:
+    """The number of processes and the processor of a run: the bits of results depend on them."""
+    processor = environment.part("fingerprint").get("accelerator") or environment.get("cpu")
+    return {"processes": environment.count("processes"), "processor": processor}
 
 
 def make_trackers(session: Session, step: int) -> Trackers:

@@ -189,12 +189,13 @@ AFTER_TRAINING = (
 )
 
 
-def after_plan(plan: Plan, recipe: Path, *, overridden: bool) -> list[str]:
+def after_plan(plan: Plan, recipe: Path, *, overridden: bool, ranks: int = 1) -> list[str]:
     """The next steps after `tunekit plan`; empty if the plan has refusals, because these contain advice. `overridden`:
-    whether the command line changed the recipe."""
+    whether the command line changed the recipe. `ranks`: the number of planned processes."""
     if plan.refusals:
         return []
-    train = f"tunekit train {shlex.quote(str(recipe))}" + (" with the same overrides" if overridden else "")
+    program = "tunekit" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m tunekit"
+    train = f"{program} train {shlex.quote(str(recipe))}" + (" with the same overrides" if overridden else "")
     return [*([] if plan.rows.evaluation is not None else [NO_ROWS]), train]
 
 

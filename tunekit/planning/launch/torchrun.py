@@ -7,7 +7,7 @@ from tunekit.planning.launch.job import PORT, WAIT, WAIT_SECONDS, LaunchJob
 ENDING = ".torchrun.sh"
 SCRIPT = """\
 #!/bin/sh
-# Trains {recipe} with {processes} processes on {where}. Start it again after a stop: the run continues from its newest
+# Trains {recipe} with {count} on {where}. Start it again after a stop: the run continues from its newest
 # checkpoint.
 {check}{cd}
 # Seconds that torchrun waits for the checkpoint after Ctrl-C or SIGTERM. A second Ctrl-C ends the run at once.
@@ -23,6 +23,7 @@ def text(job: LaunchJob) -> str:
     return SCRIPT.format(
         recipe=job.recipe,
         processes=job.processes,
+        count="1 process" if job.processes == 1 else f"{job.processes} processes",
         where=f"each of {job.nodes} nodes" if several else "one machine",
         check=': "${HEAD:?set HEAD to the host name of the first node}"\n' if several else "",
         cd=job.cd,
