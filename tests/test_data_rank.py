@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import train, write_recipe
@@ -27,7 +28,7 @@ from tunekit.artifacts.report.values import read_run
 from tunekit.contracts import Batch, Objective, Row
 from tunekit.data.rows import RowSet
 from tunekit.data_rank import _labels, _run_rows, data_rank_verb
-from tunekit.errors import InputError, ResourceError, RunFolderError
+from tunekit.errors import AdapterError, InputError, ModelError, ResourceError, RunFolderError
 from tunekit.evaluation.row_listing import Ranking
 from tunekit.evaluation.row_ranking import WRONG
 from tunekit.evaluation.row_states import RowReader
@@ -261,6 +262,24 @@ def test_what_cannot_be_ranked_is_refused(chat: Path, tmp_path: Path, capsys: py
     data = run.parent / "train.jsonl"
     data.write_text(data.read_text("utf-8").replace("say", "tell", 1), encoding="utf-8")
     with pytest.raises(InputError, match="the rows have changed since the run"):
+        ranked(run)
+
+
+@pytest.mark.slow
+def test_another_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """With and without checkpoints, and if the base is gone."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    run = train(write_chat_recipe(tmp_path, base, rows=9))
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=r"which was not found; put the run's base back in its place"):
+        ranked(run)
+    base.mkdir()
+    write_tiny_llama(base, seed=9)
+    with pytest.raises(RunFolderError, match=r"trained on a different base than .*; put the run's base back"):
+        ranked(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(AdapterError, match=r"trained on a different base .*; put the run's base back"):
         ranked(run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tunekit.data.reading.folder import with_table
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.rows import RowSet, load_rows
-from tunekit.errors import InputError
+from tunekit.errors import AdapterError, InputError, ModelError
 from tunekit.evaluation.row_listing import Ranking
 from tunekit.evaluation.row_ranking import (
     SUSPICIOUS,
@@ -45,7 +46,14 @@ from tunekit.machine.devices import Devices, make_devices
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.targets.labels import start_facts
-from tunekit.targets.states import RunState, checkpoint_steps, keep_step_0, load_states, refuse_damaged_states
+from tunekit.targets.states import (
+    BASE_BACK,
+    RunState,
+    checkpoint_steps,
+    keep_step_0,
+    load_states,
+    refuse_damaged_states,
+)
 from tunekit.targets.target import TargetSpec, find_target, processor_of
 from tunekit.training.influence import influence_of, make_projection, row_gradients, state_weights
 
@@ -74,7 +82,8 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
     for file in (path / RANK_NAME, *([] if output is None else [Path(output)])):
         try_to_write(file)  # before hours of work
     write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
-    target = find_target(run, None, [])
+    with _base_in_its_place():
+        target = find_target(run, None, [])
     refuse_damaged_states(target)
     rows = _run_rows(values, loaded, target)
     if keep is not None and output is not None:
@@ -99,6 +108,16 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
             )
     finally:  # a full disk does not discard what was measured
         write_result(result)
+
+
+@contextmanager
+def _base_in_its_place() -> Iterator[None]:
+    """A block whose errors about the run's base do not advise the option --base, which `data rank` does not have."""
+    try:
+        yield
+    except (ModelError, AdapterError) as error:
+        problems = [replace(each, how=BASE_BACK) if "--base" in each.how else each for each in error.problems]
+        raise type(error).of(problems, error.notes) from error
 
 
 def _run_rows(values: RunValues, loaded: LoadedRecipe, target: TargetSpec) -> RowSet:
@@ -176,7 +195,8 @@ def _measure(
     values: RunValues, target: TargetSpec, rows: RowSet, devices: Devices, console: Console, influence: bool
 ) -> Ranking:
     """Measure all rows in all states of the run."""
-    loaded, states = load_states(target, devices.device, _rates(values), rows.objective)
+    with _base_in_its_place():
+        loaded, states = load_states(target, devices.device, _rates(values), rows.objective)
     knows_before = keep_step_0(loaded)
     model = loaded.model
     model.repeats_rows = True  # each state needs the same scores of the reference model

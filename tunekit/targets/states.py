@@ -20,6 +20,8 @@ from tunekit.targets.reference import load_reference
 from tunekit.targets.target import LoadedTarget, TargetSpec, load_base, load_target
 from tunekit.tuned.network import prepare_network
 
+BASE_BACK = "put the run's base back in its place"
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -56,7 +58,7 @@ def load_states(
     Without checkpoints, the only state is the run's result. `rates`: the learning rate of each step. `objective`: the
     objective that has learned from the run's rows; with it, the base has the same new head as before training.
 
-    Raises: RunFolderError if a checkpoint is damaged, or if it belongs to a different adapter.
+    Raises: RunFolderError if a checkpoint is damaged, or if it belongs to a different adapter or base.
     """
     steps, objective = checkpoint_steps(target), None if target.adapter is None else objective  # a whole model has one
     if not steps or target.run is None:
@@ -69,6 +71,9 @@ def load_states(
         what = f"{last.path} was written by an older tunekit, which did not state the adapter's layers"
         raise RunFolderError(what, "remove the folder 'checkpoints'; then only the run's result is used")
     spec, base, processor, objective = load_base(target, device, target.choice, objective)
+    if base.fingerprint != last.facts["fingerprint"]["base"]:
+        what = f"the run was trained on a different base than {spec.model.name_or_path} (their fingerprints differ)"
+        raise RunFolderError(what, BASE_BACK)
     model = prepare_network(base, target.choice, lambda: _attach(base, spec, last))
     loaded = LoadedTarget(spec, model, processor, objective)
     load_reference(loaded)
