@@ -292,6 +292,17 @@ def test_without_evaluation_rows_only_influence_is_refused(tiny_llama: Path, tmp
 
 
 @pytest.mark.slow
+def test_one_evaluation_row_has_no_two_halves(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_chat_recipe(tmp_path, tiny_llama, rows=1)
+    (tmp_path / "train.jsonl").rename(tmp_path / "one.jsonl")
+    run = train(write_chat_recipe(tmp_path, tiny_llama, rows=5, data={"eval": "one.jsonl"}))
+    assert "influence" in ranked(run, influence=True)["rows"][0]
+    assert "two halves of the evaluation rows" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_found_before_the_work(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,9 +221,10 @@ def _measure(
 
 def _influence(
     reader: RowReader, rows: RowSet, states: Sequence[RunState], progress: Progress
-) -> tuple[NDArray[np.float64], float, Neighbours]:
+) -> tuple[NDArray[np.float64], float | None, Neighbours]:
     """The influence of each row on the evaluation rows, (rows,); the rank correlation of the influences on two halves
-    of the evaluation rows; and the nearest rows by their gradients in the state with the highest learning rate."""
+    of the evaluation rows, None if there is only one; and the nearest rows by their gradients in the state with the
+    highest learning rate."""
     model, held = reader.model, rows.evaluation
     assert model.adapter is not None
     assert held is not None  # _refuse_influence checked both
@@ -241,7 +242,7 @@ def _influence(
         parts = (evaluation, evaluation[::2], evaluation[1::2] if len(held) > 1 else evaluation)
         influences += weights[at] * np.stack([influence_of(train, part) for part in parts])
     assert near is not None  # the weights add up to 1
-    return influences[0], rank_correlation(influences[1], influences[2]), near
+    return influences[0], rank_correlation(influences[1], influences[2]) if len(held) > 1 else None, near
 
 
 def _facts(rows: RowSet, before: RowValues | None, read: Sequence[RowValues], after: int) -> RowFacts:

@@ -97,6 +97,12 @@ def test_the_reason_of_a_duplicate_is_the_earlier_row(facts: RowFacts) -> None:
     assert Ranking.why(ranking, 2, DUPLICATES) == "similarity 0.970 to a:1"
 
 
+def test_equal_losses_before_training_say_nothing_about_a_row(facts: RowFacts) -> None:
+    """As in DPO, where the model at step 0 is the reference."""
+    before = np.full(12, 0.6931472) + np.where(np.arange(12) == 4, 6e-8, 0)
+    assert NOTHING not in row_lists(replace(facts, before=before))
+
+
 def test_without_classes_a_tenth_of_the_rows_is_listed(facts: RowFacts) -> None:
     plain = replace(facts, labels=(), margins=np.full((2, 12), -1.0))
     assert row_lists(plain)[WRONG].tolist() == [3]

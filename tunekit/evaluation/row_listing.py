@@ -97,7 +97,8 @@ class Ranking:
         if name not in self.lists:
             missing = {
                 AGAINST: "Not measured. The option --influence measures it, if the run has evaluation rows.",
-                NOTHING: "Not measured, because the state of the model before training is not known any more.",
+                NOTHING: "Not measured: the state of the model before training is not known any more, or all rows have "
+                "the same loss there, as in preference tuning.",
                 DUPLICATES: "Not measured, because rows of this objective have no single hidden state.",
             }
             return RankedList(name, MEANINGS[name], missing=missing[name])

@@ -17,6 +17,7 @@ BLOCK_ROWS = 1024  # rows whose similarities to all rows are in memory at a time
 ALIKE = 0.95  # minimum cosine of two rows that teach the same
 SUSPICIOUS = 0.1  # the share of rows in the list of likely wrong rows, if rows have no classes
 KNOWN = 0.1  # a row teaches nothing if its loss is below this share of the rows' median loss before training
+SAME_LOSS = 1e-6  # relative difference of losses that are equal up to rounding
 WRONG, AGAINST, NOTHING, DUPLICATES = "likely wrong", "works against the evaluation", "teaches nothing", "duplicates"
 
 
@@ -142,7 +143,8 @@ def row_lists(facts: RowFacts) -> dict[str, RowNumbers]:
     lists = {WRONG: _sorted(-wrong, suspicious)}
     if len(facts.influence):
         lists[AGAINST] = _sorted(facts.influence, facts.influence < 0)
-    if len(facts.before):
+    # the losses of pairs are equal before training if they compare with the model at step 0
+    if len(facts.before) and float(np.ptp(facts.before)) > SAME_LOSS * float(np.abs(facts.before).max()):
         limit = KNOWN * float(np.median(facts.before))
         highest = np.maximum(facts.losses.max(axis=0), facts.before)
         lists[NOTHING] = _sorted(highest, highest < limit)
