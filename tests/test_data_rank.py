@@ -414,5 +414,7 @@ def test_keep_needs_an_output(tmp_path: Path) -> None:
     ],
 )
 def test_the_text_of_a_row_is_cut_between_words(text: str, shown: str) -> None:
-    ranking: Any = SimpleNamespace(_text=lambda number: [(text, True)])
-    assert Ranking.short_text(ranking, 0) == shown
+    """Only trained text is shown, if there is any."""
+    for pieces in ([(text, True)], [(text, False)], [("a system prompt", False), (text, True), ("\n", False)]):
+        ranking: Any = SimpleNamespace(_text=lambda number, pieces=pieces: pieces)
+        assert Ranking.short_text(ranking, 0) == shown

@@ -29,7 +29,9 @@ from tunekit.evaluation.row_ranking import (
 PAGE_ROWS, SHOWN_NEAR, SHOWN_CHARACTERS = 50, 3, 60  # rows of a list; neighbours of a row; of a text in the terminal
 MEANINGS = {
     WRONG: "On average over the checkpoints, the model gives the labels or tokens of these rows a low probability. "
-    "Rows that similar rows contradict are first. Rare but right rows are here too: read a row before you change it.",
+    "Rows that similar rows contradict are first. Rare but right rows are here too: read a row before you change it. "
+    "A negative margin means that the model prefers a different label, or in a text a different token at the worst "
+    "place. Marked text is trained on.",
     AGAINST: "A step on one of these rows raises the evaluation loss, by the gradients at the checkpoints. The "
     "influence is between -1 (the most harm) and 1.",
     NOTHING: "The loss of these rows was low before training and stayed low.",
@@ -113,8 +115,11 @@ class Ranking:
         return [(str(piece), bool(trained)) for piece, trained in self.texts.shown(number)["text"]]
 
     def short_text(self, number: int) -> str:
-        """The beginning of a row's text, on one line; cut between words, if it has blanks."""
-        text = " ".join("".join(piece for piece, _ in self._text(number)).split())
+        """The beginning of a row's trained text, or of its whole text if no token is trained on. (Rows often have the
+        same system prompt.) On one line; cut between words, if it has blanks."""
+        pieces = self._text(number)
+        trained = " ".join(piece for piece, is_trained in pieces if is_trained)
+        text = " ".join((trained or "".join(piece for piece, _ in pieces)).split())
         beginning = text[: SHOWN_CHARACTERS - 4]
         return text if len(text) <= SHOWN_CHARACTERS else f"{beginning.rpartition(' ')[0] or beginning} ..."
 
