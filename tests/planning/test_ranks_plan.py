@@ -150,6 +150,27 @@ def test_processes_without_work_are_named(recipe: Path, ranks: int, override: st
         assert cure in notes[0]
 
 
+@pytest.mark.parametrize(
+    ("speeds", "count", "idle"),
+    [((2, 1), 3, None), ((2, 1), 4, 17), ((3, 1), 2, 50), ((1000, 1), 8, 50), ((2, 1), 1, 50), ((2, 1, 1), 3, 25)],
+)
+def test_a_slow_process_without_work_is_named(
+    speeds: tuple[float, ...], count: int, idle: int | None, recipe: Path
+) -> None:
+    """(2, 1) with 4 micro-batches: 3 take 1.5 units of time, 1 takes 1 unit. Three speeds for two processes count as
+    equal speeds."""
+    loaded = load_recipe(recipe, [f"training.rank_speeds={list(speeds)}"]).recipe
+    notes = [note for note in rank_notes(loaded, Choice(1, count, 64, shares=2)) if "idle" in note]
+    assert len(notes) == (idle is not None)
+    if idle is not None:
+        assert f"idle {idle}% of the time; choose a {'larger' if len(speeds) == 2 else 'multiple'}" in notes[0]
+
+
+def test_a_thousand_processes_are_not_idle_all_the_time(recipe: Path) -> None:
+    (note,) = rank_notes(load_recipe(recipe).recipe, Choice(1, 3, 64, shares=1000))
+    assert "idle 99% of the time" in note
+
+
 def test_dropout_depends_on_micro_batches_and_not_on_ranks(recipe: Path) -> None:
     """Masks are drawn for each micro-batch of a step, whichever rank computes it (tests/training/test_ranks.py)."""
     plan = _plan(load_recipe(recipe, ["adapter.dropout=0.1"]), 0, None)

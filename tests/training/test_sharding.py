@@ -20,6 +20,7 @@ from tests.support.ranks_case import LAYERS, differences, free_port, stop_at, tr
 from tests.support.train_case import end_of, kill_self, start_child, write_recipe
 from tunekit.errors import OtherRankError
 from tunekit.machine.devices import Devices
+from tunekit.machine.memory import peak_host_bytes
 from tunekit.memory.sharding import Gathering, Rounds, ShardedBlob, ShardedTable
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import stored_bytes
@@ -69,9 +70,9 @@ class OneRank:
     def numbers(self, number: int) -> list[int]:
         return [number]
 
-    def gather_shares(self, target: torch.Tensor, share: torch.Tensor) -> OneRank:
+    def gather_shares(self, target: torch.Tensor, share: torch.Tensor) -> list[OneRank]:
         target.copy_(share)
-        return self
+        return [self]
 
     def wait(self) -> None:
         pass
@@ -112,6 +113,20 @@ def in_two_ranks(work: Callable[[Devices], None], folder: Path) -> None:
     for child, log in zip(children, logs, strict=True):
         ended = end_of(child, log)
         assert ended.code == 0, ended.output
+
+
+def test_a_gathered_unit_is_in_memory_once(tmp_path: Path) -> None:
+    """gloo's own gathering copies it, which the plan would have to count."""
+
+    def work(devices: Devices) -> None:
+        share, target = torch.full((2**25,), devices.rank + 1, dtype=torch.uint8), torch.zeros(2**26, dtype=torch.uint8)
+        before = peak_host_bytes()
+        Gathering(devices.gather_shares(target, share)).result()
+        grown = peak_host_bytes() - before
+        assert target.view(2, -1).sum(1).tolist() == [2**25, 2**26]
+        assert grown < 2**24, grown
+
+    in_two_ranks(work, tmp_path)
 
 
 def test_ranks_may_need_different_units_and_different_numbers_of_them(tmp_path: Path) -> None:

@@ -292,10 +292,17 @@ class Devices:
         _gather_into(numbers, torch.tensor([number]), group=self.host)
         return [int(each) for each in numbers]
 
-    def gather_shares(self, target: Tensor, share: Tensor) -> "torch.distributed.Work":
+    def gather_shares(self, target: Tensor, share: Tensor) -> "list[torch.distributed.Work]":
         """Start to write the shares (n,) of all ranks, in rank order, into `target` (world n,) on the device. Does not
-        call `before_exchange`. Call `wait` on the result before you read `target`."""
-        return _gather_into(target, share, async_op=True)
+        call `before_exchange`. Call `wait` on each item of the result before you read `target`.
+
+        On a CPU, each rank sends its share to all others: the gathering of gloo would need a copy of `target`.
+        """
+        if not target.is_cpu:
+            return [_gather_into(target, share, async_op=True)]
+        parts = target.view(self.world, -1)
+        parts[self.rank].copy_(share)
+        return [torch.distributed.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(parts)]
 
     def cause(self, error: BaseException) -> BaseException:
         """The error itself, or the error of another rank that has caused it."""

@@ -71,13 +71,14 @@ class ShardedBlob(LayerBlob):
 class Gathering(Future[None]):
     """A unit that is being gathered. `result` makes all later computations wait for it."""
 
-    def __init__(self, work: "torch.distributed.Work") -> None:
+    def __init__(self, works: "Sequence[torch.distributed.Work]") -> None:
         super().__init__()
-        self._work = work
+        self._works = works
 
     def result(self, timeout: float | None = None) -> None:
         """Make all later computations wait until the unit is complete."""
-        self._work.wait()
+        for work in self._works:
+            work.wait()
 
 
 class Rounds:

@@ -1,6 +1,5 @@
 """Problems that would make a run fail, and notes about surprising behaviour, found before weights are loaded."""
 
-import math
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from tunekit.contracts import Processor, RowKind
+from tunekit.data.batching.windows import dealt
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.evaluation.tasks.run import NO_TEMPLATE, TEMPLATE_KEY
@@ -176,13 +176,15 @@ def rank_notes(recipe: Recipe, choice: Choice) -> Iterator[str]:
         yield f"training.rank_speeds has {len(speeds)} numbers, but the run has {_processes(ranks)}: no effect"
     if recipe.evaluation.tasks and ranks > 1:
         yield "a run of several processes does not compute evaluation.tasks; run tunekit eval RUN --tasks after it"
-    busy = count / (ranks * math.ceil(count / ranks))  # of the time, if all micro-batches take equally long
-    if busy < BUSY_SHARE and (speeds is None or count < ranks):
+    unequal = speeds if speeds is not None and len(speeds) == ranks else ()
+    seconds = [len(dealt(count, rank, ranks, unequal)) / (unequal[rank] if unequal else 1) for rank in range(ranks)]
+    busy = sum(seconds) / (ranks * max(seconds))  # of the time, if all micro-batches are equally large
+    if busy < BUSY_SHARE:
         batches, size = "micro-batch" if count == 1 else "micro-batches", recipe.training.micro_batch_tokens
         yield (
-            f"each step has {count} {batches} for {ranks} processes, so they are idle {1 - busy:.0%} of the time; "
-            f"choose a multiple of {ranks} for training.gradient_accumulation_steps, with a smaller training."
-            f"micro_batch_{'size' if size is None else 'tokens'}"
+            f"each step has {count} {batches} for {ranks} processes, so they are idle {min(1 - busy, 0.99):.0%} of the "
+            f"time; choose {'a larger number' if unequal else f'a multiple of {ranks}'} for training."
+            f"gradient_accumulation_steps, with a smaller training.micro_batch_{'size' if size is None else 'tokens'}"
         )
 
 
