@@ -292,6 +292,18 @@ def test_without_evaluation_rows_only_influence_is_refused(tiny_llama: Path, tmp
 
 
 @pytest.mark.slow
+def test_a_loss_of_samples_is_refused_before_the_work(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.objectives.test_grpo import write_prompts
+
+    run = train(write_prompts(tmp_path, tiny_llama, training={"epochs": 1, "save_steps": 4}))
+    monkeypatch.setattr(RowReader, "read", None)
+    with pytest.raises(InputError, match="the loss of the objective grpo is not a sum over training rows"):
+        ranked(run)
+
+
+@pytest.mark.slow
 def test_one_evaluation_row_has_no_two_halves(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

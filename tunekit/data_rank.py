@@ -205,12 +205,17 @@ def _measure(
     reader = RowReader(model, rows.objective, devices, rows.train, size, CountProgress(console))
     exported = [at for at, state in enumerate(states) if state.step == values.exported_step]
     after = exported[0] if exported else len(states) - 1
+    states[0].load()
+    if not reader.finds_losses():
+        what = (
+            f"the loss of the objective {rows.objective.name} is not a sum over training rows, so they cannot be ranked"
+        )
+        raise InputError(what, "rank the rows of a run with a different objective, such as sft")
     before = reader.read(before=True) if knows_before else None
     read = []
     for state in states:
         state.load()
         read.append(reader.read())
-        _refuse_no_losses(rows, read[-1])
     facts, steps = _facts(rows, before, read, after), [state.step for state in states]
     ranking = Ranking(rows, facts, steps, loaded.processor.tokenizer)
     if not influence:
@@ -275,14 +280,6 @@ def _labels(rows: RowSet) -> list[str]:
     names = [objective.rows.labels_of(train[number]) for number in range(len(train))]
     labels, single = [str(each) for each in names], bool((train.supervised == 1).all())
     return labels if single and any(names) and len(set(labels)) <= len(labels) // 2 else []
-
-
-def _refuse_no_losses(rows: RowSet, values: RowValues) -> None:
-    """Raises: InputError if the objective has no loss for each row."""
-    if not len(values.losses):
-        name = rows.objective.name
-        what = f"the loss of the objective {name} is not a sum over training rows, so they cannot be ranked"
-        raise InputError(what, "rank the rows of a run with a different objective, such as sft")
 
 
 def _rates(values: RunValues) -> dict[int, float]:

@@ -53,8 +53,7 @@ class RowReader:
     progress: Progress = no_progress
 
     def read(self, *, before: bool = False) -> RowValues:
-        """The values of all rows in the model's present state. `before`: in the state before training. If the loss is
-        not a sum over rows, the losses are empty."""
+        """The values of all rows in the model's present state. `before`: in the state before training."""
         state = self.model.at_step_0() if before else nullcontext()
         with state, _last_layer(self.model) as last:
             objective = self.measured()
@@ -62,10 +61,16 @@ class RowReader:
             objective = replace(objective, loss=reader)
             sums = summed_evaluation(self.model, objective, self._counted(), self.devices)
         losses, margins = (_by_number(each, len(self.rows)) for each in (sums.row_losses, sums.row_margins))
-        losses = losses / np.maximum(self.units, 1e-12) if len(losses) else losses
+        losses = losses / np.maximum(self.units, 1e-12)
         if len(reader.hidden) < len(self.rows):
             return RowValues(losses, margins)
         return RowValues(losses, margins, np.stack([reader.hidden[number] for number in range(len(self.rows))]))
+
+    def finds_losses(self) -> bool:
+        """Whether the loss is a sum over rows. One row shows it."""
+        batches = evaluation_batches(self.rows, self.objective.rows, batch_size=1)
+        sums = summed_evaluation(self.model, self.objective.evaluation_copy(), [next(batches)], self.devices)
+        return bool(sums.row_losses)
 
     @cached_property
     def units(self) -> Numbers:
