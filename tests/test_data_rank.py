@@ -292,6 +292,17 @@ def test_without_evaluation_rows_only_influence_is_refused(tiny_llama: Path, tmp
 
 
 @pytest.mark.slow
+def test_another_teacher_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "teacher")
+    objective = {"method": "distill", "teacher": {"name_or_path": str(tmp_path / "teacher"), "dtype": "float32"}}
+    run = train(write_chat_recipe(tmp_path, tiny_llama, rows=9, objective=objective))
+    assert ranked(run)["rows"]
+    write_tiny_llama(tmp_path / "teacher", seed=9)
+    with pytest.raises(InputError, match=r"objective\.teacher\.name_or_path: its files have changed since the run"):
+        ranked(run)
+
+
+@pytest.mark.slow
 def test_a_loss_of_samples_is_refused_before_the_work(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tunekit.artifacts.report.rank_page import rank_page, rows_count
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.artifacts.run import RANK_NAME, refuse_to_replace_part
-from tunekit.companions.base import load_companions
+from tunekit.companions.base import load_companions, make_companions
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
@@ -121,15 +121,21 @@ def _base_in_its_place() -> Iterator[None]:
 
 
 def _run_rows(values: RunValues, loaded: LoadedRecipe, target: TargetSpec) -> RowSet:
-    """The rows of the run. Raises: InputError if they have changed since the run, or if they were streamed."""
+    """The rows of the run. Raises: InputError if they or a companion (a teacher) have changed since the run,
+    or if they were streamed."""
     recipe = loaded.recipe
     objective = make_objective(recipe.objective, processor_of(target), start_facts(recipe))
     rows = load_rows(recipe.data, objective, seed=recipe.training.seed)
     if rows.streams:
         what = "the run's rows were streamed, so they have no fixed numbers to rank"
         raise InputError(what, "rank a run without data.train[].streaming")
-    then = values.environment.part("fingerprint").get("data")
-    if then != rows.fingerprint:
+    then = values.environment.part("fingerprint")
+    for companion in make_companions(rows.objective.companions).values():
+        for key, digest in companion.fingerprint().items():
+            if then.part("code").get(key) != digest:
+                what = f"{key}: its files have changed since the run"
+                raise InputError(what, "restore the files, or train again and rank the new run")
+    if then.get("data") != rows.fingerprint:
         what = "the rows have changed since the run: their fingerprint differs from the one in environment.json"
         raise InputError(what, "restore the files, or train again and rank the new run")
     return rows
