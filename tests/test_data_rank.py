@@ -402,7 +402,8 @@ def test_a_full_disk_leaves_the_results(chat: Path, tmp_path: Path, monkeypatch:
 
 def test_rows_of_words_or_numbers_have_no_classes() -> None:
     for names, units, expected in (
-        (["a"], 1, ["['a']"] * 4),
+        (["a"], 1, ["a"] * 4),
+        (["a", "b"], 1, ["['a', 'b']"] * 4),
         (["a"], 3, []),  # of three words
         ([], 1, []),  # numbers
     ):

@@ -176,7 +176,7 @@ def _costs(values: RunValues, target: TargetSpec, rows: RowSet, influence: bool)
         work += f", and {used * sum(map(len, rows.all)):,} forwards and backwards of one row"
         tokens += used * sum(int(some.lengths.sum()) for some in rows.all)
     about = f", about {time_text(tokens / speed)} at the run's own speed" if speed else ""
-    lines = [f"{len(rows.train):,} rows at {of_states}{before}: {work}{about}"]
+    lines = [f"{rows_count(len(rows.train))} at {of_states}{before}: {work}{about}"]
     if not steps:
         lines.append(
             "the run has no checkpoints of an adapter: only its result is used, so losses over the training are "
@@ -284,7 +284,7 @@ def _labels(rows: RowSet) -> list[str]:
     if objective.answering is None or objective.answering.kind != "label" or not objective.rows.labels.names:
         return []
     names = [objective.rows.labels_of(train[number]) for number in range(len(train))]
-    labels, single = [str(each) for each in names], bool((train.supervised == 1).all())
+    labels, single = [each[0] if len(each) == 1 else str(each) for each in names], bool((train.supervised == 1).all())
     return labels if single and any(names) and len(set(labels)) <= len(labels) // 2 else []
 
 
