@@ -60,6 +60,7 @@ def test_a_command_of_one_process_is_refused_under_torchrun(
 ) -> None:
     for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("tunekit.machine.meeting.tell_early", lambda error: os.environ["RANK"] == "0")
     assert run(monkeypatch, *command.split()) == 2
     name, _, rest = capsys.readouterr().err.partition(" computes")
     assert rest == " in one process; start it without torchrun\n"

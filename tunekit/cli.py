@@ -31,8 +31,7 @@ ENVIRONMENT = {
 VERBOSE = {"TORCH_CPP_LOG_LEVEL": "WARNING"}
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs", "launch")  # commands that import no torch
-WITH_RANKS = ("train", "eval", "generate")  # commands that several processes compute together
-IN_EACH_RANK = (*LIGHT, *WITH_RANKS, "plan", "doctor")  # several processes may run these commands
+IN_EACH_RANK = (*LIGHT, "train", "eval", "generate", "plan", "doctor")  # several processes may run these commands
 
 app = typer.Typer(
     name="tunekit",
@@ -102,9 +101,9 @@ class Verb(TyperCommand):
             os.environ.update(thread_settings(os.environ))  # read when torch loads its OpenMP library
             if sys.stderr.isatty() and not is_quiet() and os.environ.get("RANK", "0") == "0":
                 print("loading ...", file=sys.stderr, flush=True)
-        code, several = 0, os.environ.get("WORLD_SIZE", "1") != "1"
+        code, several = 0, os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" in os.environ
         try:
-            if several and "LOCAL_RANK" in os.environ and self.name not in IN_EACH_RANK:
+            if several and self.name not in IN_EACH_RANK:
                 words = ctx.command_path.removeprefix(ctx.find_root().info_name).strip()
                 raise InputError(f"{words} computes in one process", "start it without torchrun")
             code = super().invoke(ctx) or 0
@@ -115,7 +114,7 @@ class Verb(TyperCommand):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter's last flush prints another error
             code = EXIT_BROKEN_PIPE
         except (Exception, KeyboardInterrupt) as error:
-            if several and self.name in WITH_RANKS:
+            if several:
                 _tell_ranks(error)
             if ctx.obj:
                 print(redact(traceback.format_exc()), file=sys.stderr)

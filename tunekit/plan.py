@@ -29,7 +29,7 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> No
     write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
-    try:
+    with devices:
         console.info(*loaded.rewrites)
         places = devices_of(devices.device, max(ranks, devices.world))
         plans = plan_ranks(loaded, places, partial(_make, places))
@@ -45,12 +45,10 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> No
         if devices.is_main:
             more = {"peak_bytes_of_ranks": [each.peak_bytes.total for each in plans]} if len(plans) > 1 else {}
             write_result(asdict(plan) | more)
-    finally:
-        devices.close()
-    raise_refusals(plan)
-    for rank, other in enumerate(plans):
-        named = [replace(refusal, message=f"rank {rank}: {refusal.message}") for refusal in other.refusals]
-        raise_refusals(replace(other, refusals=named))
+        raise_refusals(plan)
+        for rank, other in enumerate(plans):
+            named = [replace(refusal, message=f"rank {rank}: {refusal.message}") for refusal in other.refusals]
+            raise_refusals(replace(other, refusals=named))
 
 
 def _make(places: Sequence[torch.device], loaded: LoadedRecipe, rank: int, shared: Choice | None) -> Plan:

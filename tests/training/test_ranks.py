@@ -309,8 +309,11 @@ if rank == "1":  # it learns of the error while it waits for the main rank
         ('sys.argv += ["data.train=absent.jsonl"]', "absent.jsonl: no such file"),
         ('sys.argv += ["data.train=absent.jsonl"] * int(rank)', "absent.jsonl: no such file"),
         (FULL, "the disk is too small"),
+        ('sys.argv[1:] = ["plan", "absent.yaml"]', "absent.yaml: no such file"),
+        ('sys.argv[1:] = ["plan", sys.argv[2], f"output.dir={sys.argv[2]}"]', "is not a folder"),
+        ('sys.argv[1:] = ["merge", "absent", "--output", "merged"]', "merge computes in one process"),
     ],
-    ids=["in a step", "before the ranks meet", "on one rank only", "of the main rank's work"],
+    ids=["in a step", "early", "on one rank only", "of the main rank's work", "plan", "refusal", "merge"],
 )
 def test_the_main_rank_has_time_to_print_an_error_and_no_other_rank_does(
     plant: str, text: str, recipe: Path, tmp_path: Path
