@@ -121,8 +121,10 @@ def call(bench: ModuleType, place: Path, code: str, **settings: Any) -> int:
 def test_the_result_of_a_direct_call_is_added_once(bench: ModuleType, place: Path) -> None:
     """It has its own date, and does not replace a measurement with this code."""
     declared, measured = bench.declarations(place), bench.Measurements(place / "results")
-    result = {"best": "them", "sides": {"us": [7.0], "them": [5]}}
-    for more in ({}, {"facts": {"date": "2026-11-02 10:00", "processor": "slow", "load": 2.5}}, {"date": "2026-11-01"}):
+    sides = {"us": [7.0], "them": [5]}
+    result = {"best": "them", "sides": sides}
+    facts = {"date": "2026-11-02 10:00", "processor": "slow", "load": 2.5}
+    for more in ({}, {"sides": {**sides, "facts": facts}, "other": {"date": "2026-10-01"}}, {"date": "2026-11-01"}):
         (place / "results" / "one.json").write_text(json.dumps({**result, **more}), encoding="utf-8")
         bench.add_results(declared, measured)
         bench.add_results(declared, measured)

@@ -91,7 +91,9 @@ def add_results(declared: dict[str, Declaration], measured: Measurements) -> Non
     for name, declaration in declared.items():
         file, records = measured.results / declaration["result"], measured.of(name)
         result = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        dates, processors = sorted(values_of(result, "date")), set(values_of(result, "processor"))
+        heads = {figure["ours"].partition("/")[0] for figure in declaration["figures"].values()}
+        parts = [result[head] for head in heads if values_of(result.get(head), "date")] or [result]
+        dates, processors = sorted(values_of(parts, "date")), set(values_of(parts, "processor"))
         if not dates or len(processors) != 1 or (records and records[0]["date"] >= dates[0]):
             continue
         load = next((each for each in values_of(result, "load") if isinstance(each, float)), None)
