@@ -199,6 +199,20 @@ def test_a_silent_rank_is_lost_and_one_that_has_finished_is_not(pair: list[Peers
         time.sleep(0.01)
 
 
+def test_a_killed_torchrun_is_named_and_no_rank_is_blamed(pair: list[Peers], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process has the store, so no rank sees another one any more."""
+    place = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    pair[1]._ended.set()
+    assert str(loss(pair[0], 0.2)).startswith("rank 1 (on node-1) of 2 is lost"), "the store answers"
+    pair[0]._ended.set()
+    text = "torchrun at node-0:29500, or its machine, is lost: no sign of life for 0 seconds; see its last output"
+    deadline = time.monotonic() + 10
+    while not str(loss(pair[0], 0.2)).startswith(text):
+        assert time.monotonic() < deadline
+
+
 def test_a_rank_waits_for_its_turn_without_a_word(pair: list[Peers], capfd: pytest.CaptureFixture[str]) -> None:
     waiting = threading.Thread(target=pair[1].take_turn, args=(1,))
     waiting.start()

@@ -138,7 +138,7 @@ def meet(device: str) -> Meeting | None:
         error.alone = True  # without a store, no other rank can be told
         raise
     if store.add(f"{key_of(rank)}/processes", 1) > 1:
-        what = f"another process has joined {_address()} as rank {rank}"
+        what = f"another process has joined {store_address()} as rank {rank}"
         raise _told(InputError(what, "give each process its own RANK, and each run its own MASTER_PORT"))
     store.set(key_of(rank), State(ours).text())
     try:
@@ -148,7 +148,7 @@ def meet(device: str) -> Meeting | None:
         raise _told(error, tell_end(store, rank, joined, error, EARLY_SECONDS)) from None
     except DistError as error:
         how = "see the output of rank 0"
-        raise ResourceError(f"rank 0 of {world} at {_address()} has ended before all had joined", how) from error
+        raise ResourceError(f"rank 0 of {world} at {store_address()} has ended before all had joined", how) from error
     timeout = timedelta(seconds=EXCHANGE_SECONDS)
     keywords = {} if formed else {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
     return Meeting(store, members, ours, keywords)
@@ -159,7 +159,8 @@ def _told(error: TunekitError, alone: bool = True) -> TunekitError:
     return error
 
 
-def _address() -> str:
+def store_address() -> str:
+    """The address of torch's store."""
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
@@ -170,7 +171,7 @@ def _open_store(place: tuple[int, int], seconds: float) -> Store:
     Raises: ResourceError if another program has the port, or if the store cannot be reached.
     """
     rank, world = place
-    starts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    starts = rank == 0 and not torchrun_has_store()
     deadline, failed = time.monotonic() + seconds, False
     while not failed and time.monotonic() < deadline:
         if starts or _is_listening():
@@ -184,15 +185,21 @@ def _open_store(place: tuple[int, int], seconds: float) -> Store:
                     what, "set MASTER_PORT to a free port on all ranks, or stop the other run"
                 ) from store
             if not starts and _is_listening():
-                what = f"the program at {_address()} (MASTER_ADDR:MASTER_PORT) does not answer as rank 0 of {world}"
+                place_text = f"{store_address()} (MASTER_ADDR:MASTER_PORT)"
+                what = f"the program at {place_text} does not answer as rank 0 of {world}"
                 raise ResourceError(
                     what, "set MASTER_PORT to a free port on all ranks; see the output of rank 0"
                 ) from store
             failed = starts
         time.sleep(KNOCKING_SECONDS)
-    what = f"rank {rank} of {world} did not reach rank 0 at {_address()} (MASTER_ADDR:MASTER_PORT)"
+    what = f"rank {rank} of {world} did not reach rank 0 at {store_address()} (MASTER_ADDR:MASTER_PORT)"
     how = "see the output of rank 0; check these variables, and the firewall"
     raise ResourceError(f"{what} within {seconds:.0f} seconds", how)
+
+
+def torchrun_has_store() -> bool:
+    """Whether torchrun has started the store, in its own process."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _is_listening() -> bool:
@@ -249,7 +256,7 @@ def _wait_for_all(store: Store, ours: Member) -> Sequence[Member]:
         if time.monotonic() > deadline:
             what = f"rank {', '.join(map(str, absent))} of {ours.world} (WORLD_SIZE) has not joined"
             how = f"see the output of that rank, and check that {ours.world} processes are started"
-            raise ResourceError(f"{what} {_address()} within {JOINING_SECONDS:.0f} seconds", how)
+            raise ResourceError(f"{what} {store_address()} within {JOINING_SECONDS:.0f} seconds", how)
         time.sleep(POLLING_SECONDS)
 
 

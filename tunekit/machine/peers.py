@@ -21,7 +21,9 @@ from tunekit.machine.meeting import (
     failed_rank,
     has_ended,
     key_of,
+    store_address,
     tell_end,
+    torchrun_has_store,
 )
 
 BEAT_SECONDS = 1.0
@@ -97,16 +99,19 @@ class Peers:
                 os._exit(error.exit_code)
 
     def loss(self, silence: float) -> OtherRankError | None:
-        """The error of another rank that has failed, or that has been silent for `silence` seconds."""
+        """The error of another rank that has failed, or that has been silent for `silence` seconds. The same for
+        torchrun, if it has the store."""
         world, now = self.ours.world, time.monotonic()
         states = [(member, self._states[member.rank]) for member in self.others]
         for member, state in states:
             if state.end is not None and state.end[0]:
                 return failed_rank(str(member), world, state)
         silent = [each for each, state in states if not state.end and now - self._changed[each.rank] > silence]
-        if silent and now - self._answered > silence:  # the store does not answer either: the rank that holds it
+        if silent and now - self._answered > silence:  # the store does not answer either
+            if torchrun_has_store():
+                return _lost(f"torchrun at {store_address()}, or its machine,", _silence(silence))
             silent = [member for member in silent if member.rank == 0] or silent
-        return _lost(silent, world, f"no sign of life for {silence:.0f} seconds") if silent else None
+        return _lost(_names(silent, world), _silence(silence)) if silent else None
 
     def take_turn(self, number: int, leader: int = 0) -> None:
         """Wait until the rank `leader` has called this with the same number: without a limit, while that rank is alive.
@@ -135,7 +140,7 @@ class Peers:
                 return known
             gone = [member for member in self.others if self._has_ended(member)]
             if gone and time.monotonic() > deadline - ENDING_SECONDS:  # its error, if it wrote one, is known by now
-                return _lost(gone, self.ours.world, "its process has ended")
+                return _lost(_names(gone, self.ours.world), "its process has ended")
             time.sleep(BEAT_SECONDS / 10)
         behind = [each for each in self.others if self._states[each.rank].exchanges < self.exchanges]
         if behind and "timed out" in str(error).lower():
@@ -180,13 +185,19 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _lost(members: list[Member], world: int, why: str) -> OtherRankError:
-    names = " and ".join(map(str, members))
-    return OtherRankError(f"{names} of {world} is lost: {why}", "see its last output; continue with --resume")
+def _lost(name: str, why: str) -> OtherRankError:
+    return OtherRankError(f"{name} is lost: {why}", "see its last output; continue with --resume")
+
+
+def _silence(seconds: float) -> str:
+    return f"no sign of life for {seconds:.0f} seconds"
+
+
+def _names(members: list[Member], world: int) -> str:
+    return f"{' and '.join(map(str, members))} of {world}"
 
 
 def _late(members: list[Member], world: int) -> OtherRankError:
-    names = " and ".join(map(str, members))
     where = " and ".join(f"process {member.process} on {member.host}" for member in members)
-    what = f"{names} of {world} is alive, but has not exchanged values with this rank within torch's limit"
+    what = f"{_names(members, world)} is alive, but has not exchanged values with this rank within torch's limit"
     return OtherRankError(what, f"look at {where} (py-spy dump shows where it waits); continue with --resume")
