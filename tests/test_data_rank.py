@@ -144,6 +144,26 @@ def test_losses_before_and_after_are_those_of_the_run(
 
 
 @pytest.mark.slow
+def test_hidden_states_of_a_prompted_classifier_are_those_of_its_text(bert: Path, tmp_path: Path) -> None:
+    """Without the positions of the prompt, which come before each row."""
+    recipe = write_recipe(tmp_path, bert, training={"epochs": 1, "save_steps": 7}, data={"max_length": 40})
+    prompt = {"method": "prompt", "num_virtual_tokens": 5}
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text("utf-8")), "adapter": prompt}), encoding="utf-8")
+    rows, loaded = loaded_run(train(recipe))
+    model, outputs = loaded.model, list[torch.Tensor]()
+    read = RowReader(model, rows.objective, make_devices(), rows.train, 4).read().hidden
+    layer = model.base.family.layers(model.base.net)[-1][1]
+    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for number in range(4):
+        batch = rows.objective.rows.collate([[rows.train[number]]])
+        with torch.no_grad(), model.training_mode(False):
+            model.output(batch.inputs)
+        (states,) = outputs[-1]  # (5 + T, D)
+        assert len(states) == 5 + rows.train[number].size
+        assert np.allclose(read[number], states[5:].mean(dim=0), atol=1e-5)
+
+
+@pytest.mark.slow
 def test_gradients_of_rows_add_up_to_that_of_all_rows(chat: Path) -> None:
     """Projections of rows' gradients against autograd over one batch of all rows."""
     rows, loaded = loaded_run(chat)

@@ -87,6 +87,17 @@ def test_the_mean_of_hidden_states_is_over_the_answer_of_an_encoder_decoder() ->
     assert both.tolist() == [[2.0, 3.0], [6.0, 7.0]]
 
 
+def test_the_mean_of_hidden_states_is_over_all_lines_of_a_row() -> None:
+    """Both answers of a pair: first the chosen one of each row. Noisy images: those of one row together."""
+    hidden = torch.tensor([1.0, 2.0, 3.0, 8.0]).view(4, 1, 1)
+    rows = [Row({}, (1, 1), 1, "a")] * 2
+    sequences = tuple((row,) for row in rows)
+    for targets, expected in (({}, [[2.0], [5.0]]), ({"of_row": torch.tensor([0, 0, 1, 1])}, [[1.5], [5.5]])):
+        means = row_means(hidden, Batch({}, targets, sequences))
+        assert means is not None
+        assert means.tolist() == expected
+
+
 def test_the_reason_of_a_duplicate_is_the_earlier_row(facts: RowFacts) -> None:
     """Also if a later row is more similar."""
     near = Neighbours(np.array([[2, 0], [0, 2], [1, 0]]), np.array([[0.99, 0.96], [0.96, 0.95], [0.98, 0.97]]))

@@ -132,12 +132,15 @@ def row_means(hidden: Tensor, batch: Batch) -> NDArray[np.float32] | None:
         real = torch.arange(hidden.shape[1])[None] < lengths[:, None]
     weights = real.to(hidden.device, torch.float32)[..., None]  # (S P, T, 1)
     means = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-    return means.view(lines, len(rows), -1).mean(dim=0).cpu().numpy()
+    owners = batch.targets.get("of_row", torch.arange(len(rows)).repeat(lines)).to(means.device)  # (S P,)
+    sums = torch.zeros(len(rows), means.shape[1], device=means.device).index_add(0, owners, means)
+    return (sums / lines).cpu().numpy()
 
 
 @contextmanager
 def _last_layer(model: TunedModel) -> Iterator[Callable[[], Tensor | None]]:
-    """Yields a function that returns the last layer's output in the latest forward; None before the first one."""
+    """Yields a function that returns the last layer's output in the latest forward, without the positions of virtual
+    tokens; None before the first one."""
     outputs: list[Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -145,7 +148,7 @@ def _last_layer(model: TunedModel) -> Iterator[Callable[[], Tensor | None]]:
 
     handle = model.base.family.layers(model.base.net)[-1][1].register_forward_hook(keep)
     try:
-        yield lambda: outputs[0] if outputs else None
+        yield lambda: model.real_positions(outputs[0]) if outputs else None
     finally:
         handle.remove()
 
