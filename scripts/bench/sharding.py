@@ -202,8 +202,8 @@ def page(values: dict[str, Any]) -> str:
 {table(["weights", "ranks", "the base", "share", "peak while loading", "share and two layers"], memory)}
 
 The peak contains more than weights: the adapter, which is attached before the base is divided (LoRA of rank 4: up to
-4.9 MB), and the Python objects of the net's modules (2 to 3 MB with nf4, whatever the size of the weights). One rank maps
-the cache file of nf4 weights, and reads it only when it computes.
+4.9 MB), and the Python objects of the net's modules (2 to 3 MB with nf4, whatever the size of the weights). One rank
+maps the cache file of nf4 weights, and reads it only when it computes.
 
 ## Resume on 4, then 2, then 1 rank
 
