@@ -103,9 +103,8 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
             result["kept"] = _write_kept(ranking, loaded, keep, output, console)
         else:
             command = f"tunekit data rank {shlex.quote(run)} --keep 0.8 --output kept.jsonl"
-            console.next_steps(
-                [f"read the rows in {RANK_NAME} and correct wrong ones; or leave a fifth out: {command}"]
-            )
+            read = f"read the rows in {RANK_NAME} and correct wrong ones"
+            console.next_steps([f"{read}; if many are wrong, leave a fifth out: {command}"])
     finally:  # a full disk does not discard what was measured
         write_result(result)
 
