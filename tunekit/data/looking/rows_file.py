@@ -1,6 +1,5 @@
 """Writes chosen training rows to a new JSONL file, as `data check --fix` and `data rank --keep` do."""
 
-import importlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunekit.basics import JsonObject
-from tunekit.data.reading.first import media_fields
+from tunekit.data.reading.first import media_fields, single_row_maker
 from tunekit.data.reading.folder import media_folder, with_table
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError
@@ -54,7 +53,7 @@ def rows_text(option: str, name: str, parts: Sequence[RowsToWrite]) -> str:
         what = f"{option} writes one file, but the sources have the formats {' and '.join(formats)}"
         raise InputError(what, "remove the sources of other formats from the recipe, for example with ~data.train.1")
     rows, fields = list[JsonObject](), media_fields(formats[0])
-    single_row = getattr(importlib.import_module(f"tunekit.formats.{formats[0]}"), "single_row", dict)
+    single_row = single_row_maker(formats[0])
     for part in parts:
         folder = media_folder(with_table(part.source).path).absolute()
         values = [row.get(field) for row in part.rows for field in fields]

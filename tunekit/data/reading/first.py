@@ -110,6 +110,12 @@ def media_fields(name: str) -> tuple[str, ...]:
     return getattr(importlib.import_module(f"tunekit.formats.{name}"), "MEDIA", ())
 
 
+def single_row_maker(name: str) -> Callable[[Fields], Fields]:
+    """The function that turns a row, as it was read, into a row that means the same in any file: `single_row` of a
+    format that reads several rows from one, else `dict`."""
+    return getattr(importlib.import_module(f"tunekit.formats.{name}"), "single_row", dict)
+
+
 def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Fields) -> Example:
     return make(located(row, fields, folder))
 
