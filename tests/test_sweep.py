@@ -25,8 +25,9 @@ from tests.support.train_case import (
     without_times,
     write_recipe,
 )
-from tunekit.errors import InputError, NumericsError, RecipeError, ResourceError
+from tunekit.errors import InputError, NumericsError, RecipeError, ResourceError, RunFolderError
 from tunekit.files import durable
+from tunekit.files.durable import write_json
 from tunekit.planning.announce import summary
 from tunekit.recipe.reading.trials import load_sweep
 from tunekit.training import assemble, sweep_folder
@@ -204,6 +205,12 @@ def test_invalid_numbers_and_an_early_stop_end_only_their_trial(
     assert (folder / "learning_rate=1e+38" / "metrics.jsonl").stat().st_mtime_ns == before
     alone = sweep(recipe, tmp_path / "alone", "training.learning_rate=1e38,1e37", "~sweep.keys.adapter.method")
     assert alone.code == 3, alone.output
+    again = sweep(
+        recipe, tmp_path / "alone", "training.learning_rate=1e38,1e37", "~sweep.keys.adapter.method", resume=True
+    )
+    assert (again.code, again.output.count("not finite")) == (3, 2), again.output
+    changed = ("training.learning_rate=1e38,1e37", "~sweep.keys.adapter.method", "training.warmup_ratio=0.5")
+    assert "training.warmup_ratio" in sweep(recipe, tmp_path / "alone", *changed, resume=True).output
 
 
 @pytest.mark.drawn
@@ -268,6 +275,8 @@ def test_a_fault_of_the_rows_is_shown_once(recipe: Path, tmp_path: Path) -> None
     assert ended.code == 2
     assert ended.output.count("rows.jsonl:2") == 1
     assert "learning_rate=0.01)" not in ended.output
+    for _ in range(2):  # a sweep that was refused can be started again
+        assert "'text' must be text" in sweep(recipe, tmp_path / "folds", *wrong, "sweep.folds=2").output
     some = sweep(recipe, tmp_path / "all", "adapter.target_modules=nothing,all-linear")
     assert some.output.count("nothing is no") + some.output.count("'nothing'") == 1
     assert "(learning_rate=0.001,method=lora,target_modules=nothing, " in some.output
@@ -374,6 +383,14 @@ def test_a_sweep_writes_over_no_file_that_a_trial_reads(tiny_llama: Path, tmp_pa
     assert best.read_text("utf-8") == text
 
 
+def test_folds_are_of_another_sweep_if_a_run_has_begun(tmp_path: Path) -> None:
+    (tmp_path / "folds").mkdir()
+    sweep_folder.open_sweep(tmp_path, [], resume=False).release()
+    (tmp_path / "r=2" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="already holds a sweep"):
+        sweep_folder.open_sweep(tmp_path, [], resume=False)
+
+
 @pytest.mark.parametrize("name", ["sweep.json", "rungs.json", "auto.json", "best.yaml", "folds"])
 def test_the_folder_of_another_sweep_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)
@@ -382,6 +399,18 @@ def test_the_folder_of_another_sweep_is_refused(name: str, tiny_llama: Path, tmp
     message = refused(recipe, None, "adapter.r=2,3", f"output.dir={tmp_path / 'all'}")
     assert message.endswith("all already holds a sweep; add --resume, or choose another output.dir")
     assert (tmp_path / "all" / name).read_text() == "mine"
+
+
+def test_a_resume_keeps_the_trials_of_a_sweep(tmp_path: Path) -> None:
+    """A table without them would replace the table of that sweep."""
+    write_json(tmp_path / "sweep.json", {"trials": {"r=2": {}, "r=4": {}}})
+    lanes: Any = [SimpleNamespace(trial=SimpleNamespace(name=name), path=tmp_path / name) for name in ("r=4", "r=8")]
+    with pytest.raises(
+        RunFolderError, match=r"holds a sweep with other trials \(r=2\); write all values of that sweep"
+    ):
+        sweep_folder.open_sweep(tmp_path, lanes, resume=True)
+    lanes += [SimpleNamespace(trial=SimpleNamespace(name="r=2"), path=tmp_path / "r=2")]
+    sweep_folder.open_sweep(tmp_path, lanes, resume=True).release()
 
 
 def test_the_folders_of_all_trials_are_checked_first(tiny_llama: Path, tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ from tunekit.planning.lanes import make_passes
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.trials import LoadedSweep, load_sweep, refuse_values
-from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan
 from tunekit.train import load_base, plan_session, session_steps
 from tunekit.training import run_files
@@ -106,7 +105,7 @@ def automatic_verb(
         automatic = earlier_choice(Path(loaded.recipe.output.dir)) if resume else None
         plan, limits.costs = _measure(session, base)
         if automatic is None:
-            automatic = _choose(session.console, loaded.recipe, plan, limits.costs, seconds).automatic
+            automatic = _choose(session.console, loaded, plan, limits.costs, seconds).automatic
         sweep = load_sweep(path, overrides, automatic)
         _run_sweep(sweep, session, base, resume, write_result, limits, {AUTO_NAME: choice_record(automatic)})
 
@@ -123,11 +122,12 @@ def _measure(session: Session, base: SharedBase) -> tuple[Plan, Costs]:
     return plan, costs
 
 
-def _choose(console: Console, recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice:
+def _choose(console: Console, loaded: LoadedRecipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice:
     """The values to try within `seconds`. Raises: InputError if not even two runs fit."""
-    choice = choose_values(recipe, plan, costs, seconds - process_seconds())
+    seeds = 1 if loaded.sweep is None else loaded.sweep.seeds
+    choice = choose_values(loaded.recipe, plan, costs, seconds - process_seconds(), seeds)
     if choice is None:
-        one = time_text(costs.of_run(plan, recipe))
+        one = time_text(costs.of_run(plan, loaded.recipe))
         used = time_text(process_seconds())
         left = f"after {used} of preparation, --minutes {seconds / 60:g} leaves too little for two of a third of it"
         what = f"one run takes about {one}; {left}"
@@ -183,17 +183,17 @@ def _run_sweep(
     lanes = [Lane(*pair, joined=sweep.section.joined) for pair in zip(sweep.trials, sessions, strict=True)]
     lock = open_sweep(folder, lanes, resume)
     try:
-        for name, value in files.items():
-            write_json(folder / name, value)
-        if sweep.section.folds is not None:
-            write_folds(sweep.loaded.recipe, sweep.section, folder, resume)
-            console.info(*fold_notes(sweep.loaded.recipe, sweep.section))
         rungs = earlier_rungs(folder, lanes) if halves and resume else []
         with session.signals.at_once("before training began; nothing was trained"):
+            if sweep.section.folds is not None:
+                write_folds(sweep.loaded.recipe, sweep.section, folder, resume)
+                console.info(*fold_notes(sweep.loaded.recipe, sweep.section))
             _plan_lanes(lanes, console, resume)
             if not resume:
                 require_space(folder, lanes)
             announce(lanes, base, console, len(setting_names(lanes)) if halves and not rungs else 0, limits, start)
+        for name, value in files.items():
+            write_json(folder / name, value)
         if halves:
             _train_by_halves(sweep, lanes, base, console, resume, rungs, limits)
         if not _unfinished(lanes):
@@ -232,10 +232,10 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
     for number, lane in enumerate(lanes):
         progress("trials planned", number, len(lanes))
         torch.set_num_threads(threads)
-        lane.ended = lane.ended or (resume and _has_ended(lane))
-        if lane.ended:
-            continue
         try:
+            lane.ended = lane.ended or (resume and _has_ended(lane, console))
+            if lane.ended:
+                continue
             previous = run_files.choice_in(lane.path) if resume else None
             lane.plan, lane.prepared = plan_session(lane.session, previous)
         except TunekitError as error:
@@ -255,11 +255,19 @@ def _named(problem: Problem, lanes: Sequence[Lane], all_lanes: Sequence[Lane]) -
     return replace(problem, what=f"{problem.what} ({listed([lane.trial.name for lane in lanes], MOST_NAMED)})")
 
 
-def _has_ended(lane: Lane) -> bool:
-    """Whether the run is finished, or ended with invalid numbers. A resume would only repeat the invalid numbers."""
+def _has_ended(lane: Lane, console: Console) -> bool:
+    """Whether the run is finished, or ended with invalid numbers. A resume would only repeat the invalid numbers.
+
+    Raises: RunFolderError if the run has a different recipe.
+    """
     status = read_json(lane.path / "status.json")
-    failed = isinstance(status, dict) and status.get("exit_code") == NumericsError.exit_code
-    return failed or run_files.is_run_finished(lane.session)
+    if not isinstance(status, dict) or status.get("exit_code") != NumericsError.exit_code:
+        return run_files.is_run_finished(lane.session)
+    run_files.refuse_changed_recipe(lane.session)
+    how = "to train it again with other values, choose another output.dir"
+    lane.error = NumericsError(str(status.get("reason", "its numbers are not finite")), how)
+    console.warn(f"{lane.trial.name}: {lane.error}")
+    return True
 
 
 def _train_lanes(
@@ -353,7 +361,8 @@ def _train_by_halves(
             return
         if limits is not None and (left < first_left or not resume):  # else a part of it was trained earlier
             limits.set_pace(time.monotonic() - started, compared, left, first=not rungs)
-        results = sweep_results(sweep.section.by, runs_by_setting(compared), finished=False)
+        runs = runs_by_setting(compared)
+        results = sweep_results(sweep.section.by, runs, finished=False, folds=sweep.section.folds)
         rungs.append(dropped_settings(results, most_settings(limits, results, compared, left)))
         dropped.update(rungs[-1])
         end_paused([lane for lane in compared if lane.trial.setting in dropped])
@@ -363,9 +372,7 @@ def _train_by_halves(
 
 def _compare(sweep: LoadedSweep, lanes: Sequence[Lane]) -> SweepResults:
     """Compare the trials."""
-    names = {"seeds": sweep.section.seeds > 1, "folds": sweep.section.folds is not None}
-    over = " and ".join(name for name, repeats in names.items() if repeats) or "seeds"
-    results = sweep_results(sweep.section.by, runs_by_setting(lanes), over=over)
+    results = sweep_results(sweep.section.by, runs_by_setting(lanes), folds=sweep.section.folds)
     if sweep.section.strategy == "halving":
         folder = Path(sweep.loaded.recipe.output.dir)
         return replace(results, earlier=(read_json(folder / RUNGS_NAME) or {}).get("verdict", ""))

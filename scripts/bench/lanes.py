@@ -1,12 +1,13 @@
 """Compares eight trials of a sweep over one streamed base with eight `tunekit train`: CPU seconds and peak memory.
 
     scripts/bench/run lanes [--tokens 4,16,32,64,80,256] [--lanes 8] [--rank 16] [--layers 22] [--steps 4]
-        [--quantization nf4] [--joined] [--model FOLDER] [--json FILE] [--work FOLDER]
+        [--quantization nf4] [--dtype bfloat16] [--joined] [--model FOLDER] [--json FILE] [--work FOLDER]
 
 The base is TinyLlama's shape (1.1B parameters, random weights), streamed from disk; each step has one row of
---tokens tokens; LoRA r16 on all linear layers; one thread. Both sides are fresh processes of the real commands. One
-`train` is measured and counted eight times, because the eight runs differ only in their learning rate. With --model:
-this model, kept in memory (float32 with --quantization none), and the text of the quickstart's rows.
+--tokens tokens; LoRA r16 on all linear layers; one thread. Take --dtype float32 on a processor without bfloat16. Both
+sides are fresh processes of the real commands. One `train` is measured and counted eight times, because the eight runs
+differ only in their learning rate. With --model: this model in float32, kept in memory, and the text of the
+quickstart's rows.
 
 - a step: CPU seconds of all trials together, from the end of one step to the end of the next, without the first step
 - a process: all CPU seconds, with imports, planning, loading and the export
@@ -126,7 +127,7 @@ def write_recipe(folder: Path, tokens: int, options: argparse.Namespace) -> Path
     recipe = {
         "model": {
             "name_or_path": options.model or str(folder / "model"),
-            "dtype": "float32" if options.model else "bfloat16",
+            "dtype": options.dtype,
             "quantization": options.quantization,
         },
         "data": {"train": rows, "eval": [rows], "max_length": max(tokens, 16)},  # a sweep compares evaluations
@@ -152,11 +153,12 @@ def measure(folder: Path, tokens: int, options: argparse.Namespace) -> dict[str,
     trial = next(each for each in sorted(swept.iterdir()) if each.name.endswith("0.0001"))
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (trial, alone)]
     plan = json.loads((alone / "plan.json").read_text("utf-8"))
-    of_number = 4 if options.model else 2  # in the dtype of the recipe
+    of_number = 4 if options.dtype == "float32" else 2
     added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * options.hidden * of_number
     return {
         "tokens": tokens,
         "lanes": options.lanes,
+        "dtype": options.dtype,
         "together": together,
         "alone": {key: value * (1 if key == "peak_bytes" else options.lanes) for key, value in solo.items()},
         "bar_bytes": round(1.1 * (solo["peak_bytes"] + (options.lanes - 1) * added)),
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--joined", action="store_true", help="join the rows of the trials")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path)
@@ -182,6 +185,7 @@ def main() -> None:
     options = parser.parse_args()
     options.hidden = HIDDEN
     if options.model:
+        options.dtype = "float32"
         config = json.loads((Path(options.model) / "config.json").read_text("utf-8"))
         options.hidden, options.layers = config["hidden_size"], config["num_hidden_layers"]
     rows = json.loads(options.json.read_text("utf-8"))["rows"] if options.json and options.json.exists() else {}
@@ -194,7 +198,8 @@ def main() -> None:
         run_python(RUN, "train", str(write_recipe(folder, 16, options)), *warm)
         for tokens in map(int, options.tokens.split(",")):
             row = {**measure(folder, tokens, options), "load": os.getloadavg(), "processor": hardware()["processor"]}
-            rows[f"{options.lanes}x{tokens}"] = row
+            of_dtype = "" if options.model or options.dtype == "bfloat16" else f" {options.dtype}"
+            rows[f"{options.lanes}x{tokens}{of_dtype}"] = row
             ours, theirs = row["together"], row["alone"]
             print(
                 f"{tokens} tokens: step {ours['step']:.2f} against {theirs['step']:.2f} CPU seconds "

@@ -245,6 +245,68 @@ def test_a_setting_with_an_unfinished_run_cannot_win(tmp_path: Path) -> None:
     assert dropped_settings(sweep_results("eval.loss", runs, finished=False)) == ["a"]
 
 
+def test_the_verdict_names_a_setting_that_is_better_on_common_runs(tmp_path: Path) -> None:
+    """A setting with an unfinished seed comes last, but the best of the others is not better than it."""
+    diverged = replace(run(tmp_path / "b2", 9.0, 0.1, 2), status={"exit_code": 3})
+    runs = {
+        "a": [run(tmp_path / f"a{seed}", 2.0, 0.01, seed) for seed in range(3)],
+        "b": [*(run(tmp_path / f"b{seed}", 1.0, 0.01, seed) for seed in range(2)), diverged],
+    }
+    assert sweep_results("eval.loss", runs).verdict() == (
+        "a has the best eval loss, 2; on the runs and rows that both have, b is better; b finished only 2 of 3 runs"
+    )
+
+
+def test_the_verdict_names_a_setting_that_is_better_on_common_rows(tmp_path: Path) -> None:
+    """The mean of `short` is over fewer rows, because it drops the long ones."""
+    runs = {"short": [run(tmp_path / "short", 1.0, 0.01)], "long": [run(tmp_path / "long", 1.5, 0.01)]}
+    file = tmp_path / "long" / "evaluation_rows.json"
+    rows = json.loads(file.read_text("utf-8"))
+    rows["losses"] = [
+        0.8 * units if at < 20 else loss
+        for at, (units, loss) in enumerate(zip(rows["units"], rows["losses"], strict=True))
+    ]
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    short = json.loads((tmp_path / "short" / "evaluation_rows.json").read_text("utf-8"))
+    short |= {name: short[name][:20] for name in ("rows", "units", "digests", "losses", "before")}
+    (tmp_path / "short" / "evaluation_rows.json").write_text(json.dumps(short), encoding="utf-8")
+    results = sweep_results("eval.loss", {name: [read_run(tmp_path / name)] for name in runs})
+    assert results.verdict() == "short has the best eval loss, 1; on the runs and rows that both have, long is better"
+    assert not results.is_clear
+    assert not results.unclear
+
+
+def test_seeds_that_contradict_each_other_are_counted_with_folds_too(tmp_path: Path) -> None:
+    losses = {"a": (1.0, 1.5, 1.0), "b": (1.5, 1.1, 1.5)}
+    runs = {
+        name: [
+            run(tmp_path / f"{name}{seed}{fold}", loss, 1e-3, seed) for seed, loss in enumerate(each) for fold in (0, 1)
+        ]
+        for name, each in losses.items()
+    }
+    results = sweep_results("eval.loss", runs, folds=2)
+    assert results.verdict().startswith("a has the best eval loss, 1.167; it cannot be distinguished from b on")
+    assert results.over == "seeds and folds"
+    one = sweep_results("eval.loss", {name: each[:2] for name, each in runs.items()}, folds=2)
+    assert "with one seed" in one.verdict()
+
+
+def test_finished_runs_without_the_metric(tmp_path: Path) -> None:
+    """A metric can be undefined, such as a correlation with constant answers."""
+    first, second = (run(tmp_path / name, 1.0) for name in "ab")
+    lines = (second.path / "metrics.jsonl").read_text("utf-8").replace("exact_match", "other")
+    (second.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    second = read_run(second.path)
+    verdict = sweep_results("eval.exact_match", {"a": [first], "b": [second]}).verdict()
+    assert verdict.startswith("only a is finished")
+    assert verdict.endswith("; 1 finished without a number for eval exact match")
+    assert sweep_results("eval.exact_match", {"b": [second]}).verdict() == (
+        "1 finished without a number for eval exact match"
+    )
+    both = sweep_results("eval.exact_match", {"a": [first, second]}).verdict()
+    assert both.endswith("a has a number for only 1 of 2 runs")
+
+
 def with_units(folder: Path, factor: float, loss: float, noise: float, seed: int) -> RunValues:
     """A run whose evaluation rows have `factor` times as many tokens."""
     values = run(folder, loss, noise, seed)
@@ -262,7 +324,7 @@ def test_the_interval_is_of_the_difference_that_orders_the_settings(tmp_path: Pa
         "a": [with_units(tmp_path / "a0", 50, 1.2, 0.01, 0), with_units(tmp_path / "a1", 1, 0.8, 0.01, 1)],
         "b": [with_units(tmp_path / "b0", 50, 1.1, 0.01, 0), with_units(tmp_path / "b1", 1, 1.1, 0.01, 1)],
     }
-    results = sweep_results("eval.loss", runs, over="folds")
+    results = sweep_results("eval.loss", runs, folds=2)
     assert [setting.mean for setting in results.settings] == pytest.approx([1.0, 1.1])
     difference = results.settings[1].difference
     assert difference is not None
@@ -272,7 +334,7 @@ def test_the_interval_is_of_the_difference_that_orders_the_settings(tmp_path: Pa
 
 def test_a_single_setting_has_its_mean_and_spread_as_verdict(tmp_path: Path) -> None:
     runs = {"the recipe": [run(tmp_path / f"r{fold}", 1.0 + fold) for fold in range(2)]}
-    assert sweep_results("eval.loss", runs, over="folds").verdict() == "eval loss 1.5 ± 0.7071 over 2 folds"
+    assert sweep_results("eval.loss", runs, folds=2).verdict() == "eval loss 1.5 ± 0.7071 over 2 folds"
 
 
 def test_the_interval_over_seeds_covers_their_spread(tmp_path: Path) -> None:
@@ -287,7 +349,7 @@ def test_the_interval_over_seeds_covers_their_spread(tmp_path: Path) -> None:
     near, far = results.settings[1].difference, results.settings[2].difference
     assert near is not None
     assert far is not None
-    rows = sweep_results("eval.loss", runs, over="folds").settings[1].difference
+    rows = sweep_results("eval.loss", runs, folds=3).settings[1].difference
     assert rows is not None
     assert rows.low > 0.04  # over rows alone
     spread = stdev([0.05, 0.03, 0.09])
@@ -312,3 +374,16 @@ def test_a_source_is_compared_with_all_sources(tmp_path: Path) -> None:
         "without=a.jsonl is worse than without=nothing",
     ]
     assert sweep_results("eval.loss", {"r=1": runs["without=nothing"]}).contributions() == []
+
+
+def test_a_source_is_compared_by_any_metric_over_all_seeds(tmp_path: Path) -> None:
+    good, bad = [1.0] * 29 + [0.0], [0.0] * 29 + [1.0]
+    rights = {"without=nothing": good, "without=a.jsonl": bad}
+    runs = {
+        name: [with_right(tmp_path / f"{name},seed={seed}", right, seed=seed) for seed in range(2)]
+        for name, right in rights.items()
+    }
+    (sentence,) = sweep_results("eval.exact_match", runs).contributions()
+    assert sentence.startswith(
+        "without=a.jsonl is worse than without=nothing: evaluation exact match 0.03333 against 0.9667"
+    )

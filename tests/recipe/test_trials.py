@@ -72,6 +72,16 @@ def test_names_of_other_tools_are_keys(tmp_path: Path) -> None:
     assert [trial.loaded.recipe.adapter.model_dump()["r"] for trial in trials] == [4, 8]
 
 
+def test_one_value_on_the_command_line_is_used_by_all_trials(tmp_path: Path) -> None:
+    """Also inside a section that differs between the trials, and in place of the file's values."""
+    inside = load_sweep(write(tmp_path), ["adapter=lora,dora", "adapter.r=32"]).trials
+    assert [trial.loaded.recipe.adapter.model_dump()["r"] for trial in inside] == [32, 32]
+    path = write(tmp_path, "sweep: {keys: {training.learning_rate: [1e-4, 2e-4], adapter.r: [4, 8]}}\n")
+    trials = load_sweep(path, ["training.learning_rate=5e-4"]).trials
+    assert [trial.name for trial in trials] == ["r=4", "r=8"]
+    assert {trial.loaded.recipe.training.learning_rate for trial in trials} == {5e-4}
+
+
 def test_random_draws_some_combinations_by_the_seed(tmp_path: Path) -> None:
     path = write(tmp_path, "sweep: {strategy: random, trials: 4}\n")
     keys = ["adapter.r=1,2,4,8", "training.learning_rate=1e-4,2e-4,4e-4,8e-4"]
@@ -203,7 +213,8 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
         ),
         ("sweep: {folds: 2, keys: {data.eval: [0.1, 0.2]}}", [], ":5: sweep.folds: sweep.keys changes the rows too"),
         ("sweep: {folds: 2}", ["data.train.0.streaming=true"], ":5: sweep.folds: streamed rows cannot be divided"),
-        ("sweep: {keys: {objective: [sft, {name: dpo}]}}", [], ":5: sweep.by: the losses of different objectives"),
+        ("sweep: {keys: {objective: [sft, {method: dpo}]}}", [], ":5: sweep.by: the losses of different objectives"),
+        ("", ["objective.method=dpo,orpo"], "command line: sweep.by: the losses of different objectives"),
         ("sweep: {strategy: best}", [], ":5: sweep.strategy: must be"),
         ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),
         ("", ["adapter.r=4,8", "~data.eval"], "command line: sweep.by: trials are compared on evaluation rows"),

@@ -114,6 +114,23 @@ def test_if_two_whole_runs_do_not_fit_all_trials_have_a_third_of_the_length(tmp_
         assert choice.automatic.keys[one] == [third]
 
 
+def test_the_recipes_own_values_are_not_rounded(tmp_path: Path) -> None:
+    _, recipe = recipe_at(tmp_path, "training.learning_rate=1.25e-4", "training.epochs=0.125")
+    choice = choose_values(recipe, plan_of(recipe, 60), COSTS, 1e6)
+    assert choice is not None
+    assert 1.25e-4 in choice.automatic.keys["training.learning_rate"]
+    assert 0.125 in choice.automatic.keys["training.epochs"]
+
+
+def test_each_seed_takes_its_time(tmp_path: Path) -> None:
+    path, recipe = recipe_at(tmp_path)
+    one, three = (choose_values(recipe, plan_of(recipe, 60), COSTS, 1e6, seeds) for seeds in (1, 3))
+    assert one is not None
+    assert three is not None
+    assert three.seconds == pytest.approx(3 * one.seconds)
+    assert three.trials == len(load_sweep(path, ["sweep.seeds=3"], three.automatic).trials)
+
+
 def test_without_a_rank_and_with_steps(tmp_path: Path) -> None:
     _, recipe = recipe_at(tmp_path, "adapter=ia3", "training.max_steps=60", "~training.epochs")
     choice = choose_values(recipe, plan_of(recipe, 60), COSTS, 1e6)

@@ -122,3 +122,12 @@ def test_refused_folds_leave_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too few different rows for 3 folds"):
         divided(loaded(tmp_path, "a.jsonl", 3))
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_folds_of_a_refused_sweep_are_replaced(tmp_path: Path) -> None:
+    """Otherwise files of the earlier number of folds stay."""
+    rows = [{"text": f"row {at}"} for at in range(12)]
+    (tmp_path / "a.jsonl").write_text(lines(rows), encoding="utf-8")
+    for count in (4, 2):
+        divided(loaded(tmp_path, "a.jsonl", count))
+        assert len(list((tmp_path / "run" / "folds").iterdir())) == count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests.artifacts.test_sweep_results import run
 from tunekit.artifacts.report.sweep_results import sweep_results
+from tunekit.artifacts.report.values import read_run
 from tunekit.training.halving import dropped_settings, rung_count, rung_step
 from tunekit.training.rungs import crowded_rungs, runs_by_setting
 
@@ -37,6 +39,26 @@ def test_the_worse_half_ends_unless_it_cannot_be_distinguished(tmp_path: Path) -
     assert len(dropped_settings(sweep_results("eval.loss", unclear), most=1)) == 1
     metrics = sweep_results("eval.exact_match", unclear)
     assert len(dropped_settings(metrics)) == 1
+
+
+def test_a_paused_run_is_judged_by_the_evaluation_that_it_would_export(tmp_path: Path) -> None:
+    """With evaluation.best, this is its best one, whose rows are kept; the last one has no rows."""
+    runs = {}
+    for seed, name in enumerate("abcd"):
+        paused = run(tmp_path / name, 1.0 + seed / 1000, 0.3, seed)
+        file = paused.path / "metrics.jsonl"
+        later = {"step": 80, "eval": {"loss": 3.0 - seed / 10}}
+        file.write_text(file.read_text("utf-8") + json.dumps(later) + "\n", encoding="utf-8")
+        plan = json.loads((paused.path / "plan.json").read_text("utf-8"))
+        plan["recipe"]["evaluation"] = {"best": "eval.loss"}
+        (paused.path / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        (paused.path / "report.json").unlink()
+        runs[name] = [read_run(paused.path)]
+    results = sweep_results("eval.loss", runs, finished=False)
+    assert [(each.name, round(each.mean or 0, 3)) for each in results.settings] == [
+        *(("a", 1.0), ("b", 1.001), ("c", 1.002), ("d", 1.003))
+    ]
+    assert dropped_settings(results) == []
 
 
 def lane(name: str, steps: int, eval_steps: int) -> Any:

@@ -34,11 +34,11 @@ class AutomaticChoice:
     shortened: bool
 
 
-def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float) -> AutomaticChoice | None:
-    """Choose the largest set of training lengths, learning rates and ranks whose trials are predicted to take at most
-    SHARE of `seconds`. The set includes the recipe's own values; only if two runs of the recipe's length take longer,
-    all trials have a third of it. None if there is no time for two learning rates."""
-    for choice in _choices(recipe, plan, costs):
+def choose_values(recipe: Recipe, plan: Plan, costs: Costs, seconds: float, seeds: int = 1) -> AutomaticChoice | None:
+    """Choose the largest set of training lengths, learning rates and ranks whose trials, with `seeds` seeds each, are
+    predicted to take at most SHARE of `seconds`. The set includes the recipe's own values; only if two runs of the
+    recipe's length take longer, all trials have a third of it. None if there is no time for two learning rates."""
+    for choice in _choices(recipe, plan, costs, seeds):
         if choice.seconds <= SHARE * seconds:
             return choice
     return None
@@ -69,25 +69,26 @@ def choice_record(automatic: Automatic) -> dict[str, object]:
     return {**asdict(automatic), "eval_steps": list(automatic.eval_steps.items())}
 
 
-def _choices(recipe: Recipe, plan: Plan, costs: Costs) -> Iterator[AutomaticChoice]:
+def _choices(recipe: Recipe, plan: Plan, costs: Costs, seeds: int) -> Iterator[AutomaticChoice]:
     """Yields all sets of values, ordered by the number of training lengths, then of learning rates, then of ranks. The
     largest sets come first."""
     training, rank = recipe.training, getattr(recipe.adapter, "r", None)
     length, key = (training.max_steps, STEPS) if training.epochs is None else (training.epochs, EPOCHS)
     assert length is not None  # the recipe's checks refuse neither
     for lengths, rates, ranks in product(LENGTHS, RATES, RANKS if _ranks_fit(plan, rank) else ((1,),)):
-        values = [_length(key, length * factor) for factor in lengths]
+        values = [length if factor == 1 else _length(key, length * factor) for factor in lengths]
+        rate = training.learning_rate
         keys: dict[str, list[object]] = {
             key: list(values),
-            RATE: [_rounded(training.learning_rate * factor) for factor in rates],
+            RATE: [rate if factor == 1 else _rounded(rate * factor) for factor in rates],
         }
         if isinstance(rank, int) and len(ranks) > 1:
             keys[RANK] = [rank * factor for factor in ranks]
-        trials = len(lengths) * len(rates) * len(ranks)
+        settings = len(lengths) * len(rates) * len(ranks)
         steps = {value: math.ceil(plan.steps * factor) for value, factor in zip(values, lengths, strict=True)}
-        intervals = {value: max(1, math.ceil(count / 2 ** rung_count(trials))) for value, count in steps.items()}
-        parts = _parts(recipe, plan, costs, steps, intervals, trials)
-        yield AutomaticChoice(Automatic(keys, key, intervals), trials, halving_seconds(parts), max(lengths) < 1)
+        intervals = {value: max(1, math.ceil(count / 2 ** rung_count(settings))) for value, count in steps.items()}
+        predicted = seeds * halving_seconds(_parts(recipe, plan, costs, steps, intervals, settings))
+        yield AutomaticChoice(Automatic(keys, key, intervals), seeds * settings, predicted, max(lengths) < 1)
 
 
 def _ranks_fit(plan: Plan, rank: object) -> bool:
@@ -97,16 +98,16 @@ def _ranks_fit(plan: Plan, rank: object) -> bool:
 
 
 def _parts(
-    recipe: Recipe, plan: Plan, costs: Costs, steps: Mapping[float, int], intervals: Mapping[float, int], trials: int
+    recipe: Recipe, plan: Plan, costs: Costs, steps: Mapping[float, int], intervals: Mapping[float, int], settings: int
 ) -> dict[str, list[float]]:
-    """For each trial, the seconds between consecutive comparisons of the trials. They depend on the training length,
-    not on the learning rate or the rank."""
+    """For each of `settings` settings, the seconds of a trial between consecutive comparisons. They depend on the
+    training length, not on the learning rate or the rank."""
     parts: dict[str, list[float]] = {}
     for value, count in steps.items():
         often = recipe.training.model_copy(update={"eval_steps": intervals[value]})
-        ends = [rung_step(count, left, intervals[value]) for left in range(rung_count(trials), 0, -1)]
+        ends = [rung_step(count, left, intervals[value]) for left in range(rung_count(settings), 0, -1)]
         seconds = costs.of_parts(replace(plan, steps=count), recipe.model_copy(update={"training": often}), ends)
-        parts |= {f"{value} {at}": seconds for at in range(trials // len(steps))}
+        parts |= {f"{value} {at}": seconds for at in range(settings // len(steps))}
     return parts
 
 

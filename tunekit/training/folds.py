@@ -57,6 +57,8 @@ def write_folds(recipe: Recipe, sweep: SweepSection, folder: Path, resume: bool)
             texts[Path(fold_file(str(folder), number, fold))] = "".join(f"{line}\n" for line in lines)
     if not (folder / FOLDS).is_dir():
         make_folder(folder / FOLDS)
+    for path in [] if resume else [old for old in (folder / FOLDS).glob("source-*-fold-*.jsonl") if old not in texts]:
+        path.unlink()  # of a sweep that was refused before its first run
     for path, text in texts.items():
         _write(path, text, resume)
 

@@ -34,9 +34,10 @@ def halving_seconds(parts: Mapping[str, Sequence[float]]) -> float:
 
 
 def dropped_settings(results: SweepResults, most: int | None = None) -> list[str]:
-    """The settings whose training ends at this comparison: the worse half, except settings that cannot be distinguished
-    from the best one. With `most`: all except the `most` best settings."""
+    """The settings whose training ends at this comparison: the worse half, except complete settings that are not
+    clearly worse than the best one. With `most`: all except the `most` best settings."""
     measured = [setting for setting in results.settings if setting.numbers]
-    half = math.ceil(len(measured) / 2)
-    unclear = {setting.name for setting in results.unclear} if most is None else set()
-    return [setting.name for setting in measured[half if most is None else most :] if setting.name not in unclear]
+    if most is not None:
+        return [setting.name for setting in measured[most:]]
+    worse = measured[math.ceil(len(measured) / 2) :]
+    return [each.name for each in worse if each.clear or each.difference is None or not each.is_complete]

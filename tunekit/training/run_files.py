@@ -95,14 +95,19 @@ def newest_checkpoint(session: Session) -> Checkpoint | None:
 def is_run_finished(session: Session) -> bool:
     """Whether the run of this recipe in output.dir is finished. Raises: RunFolderError if a finished run in output.dir
     has a different recipe."""
-    path, recipe = Path(session.loaded.recipe.output.dir), session.loaded.recipe.model_dump(mode="json")
-    if not is_finished(path):
+    if not is_finished(Path(session.loaded.recipe.output.dir)):
         return False
+    refuse_changed_recipe(session)
+    return True
+
+
+def refuse_changed_recipe(session: Session) -> None:
+    """Raises: RunFolderError if the run in output.dir has a different recipe."""
+    path, recipe = Path(session.loaded.recipe.output.dir), session.loaded.recipe.model_dump(mode="json")
     old = (read_json(path / "environment.json") or {}).get("fingerprint") or {}
     if "recipe" in old:
         same = {**old, "recipe": recipe_values(recipe)}
         require_same(old, same, lines=session.loaded.lines, file=str(session.loaded.path))
-    return True
 
 
 def previous_choice(session: Session) -> Choice | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import SweepResults
-from tunekit.artifacts.run import RUN_SIGNS, refuse_old_run
-from tunekit.errors import ResourceError, RunFolderError
+from tunekit.artifacts.run import RUN_SIGNS, read_json, refuse_old_run
+from tunekit.errors import ResourceError, RunFolderError, listed
 from tunekit.files.durable import free_bytes, make_folder, write_json, write_text
 from tunekit.files.lock import FolderLock
 from tunekit.recipe.bases.paths import relative_to
@@ -20,6 +20,7 @@ from tunekit.training.run_files import folder_bytes
 from tunekit.training.rungs import RUNGS_NAME
 
 SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
+MOST_NAMED = 4  # trials that a message names
 WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
 
 
@@ -27,8 +28,13 @@ def open_sweep(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
     """Lock the sweep's folder; returns the lock. Raises: RunFolderError if this folder or a trial's folder cannot be
     used."""
     refuse_old_run(folder)
-    if not resume and any((folder / name).exists() for name in (*WRITTEN, FOLDS)):
+    if not resume and (any((folder / name).exists() for name in WRITTEN) or _has_used_folds(folder)):
         raise RunFolderError(f"{folder} already holds a sweep", "add --resume, or choose another output.dir")
+    earlier = read_json(folder / SWEEP_NAME) or {}
+    others = sorted(set(earlier.get("trials", {})) - {lane.trial.name for lane in lanes})
+    if others:
+        what = f"{folder} holds a sweep with other trials ({listed(others, MOST_NAMED)})"
+        raise RunFolderError(what, "write all values of that sweep too, or choose another output.dir")
     for lane in lanes:
         if not resume and any((lane.path / sign).exists() for sign in RUN_SIGNS):
             raise RunFolderError(f"{lane.path} already holds a run", "add --resume, or choose another output.dir")
@@ -37,6 +43,13 @@ def open_sweep(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
         if not path.exists():
             make_folder(path)
     return FolderLock(folder)
+
+
+def _has_used_folds(folder: Path) -> bool:
+    """Whether a sweep in this folder has divided its rows and started a run. Folds alone are of a sweep that was
+    refused before its first run, so they may be written anew."""
+    runs = (path for path in folder.glob("*/") if any((path / sign).exists() for sign in RUN_SIGNS))
+    return (folder / FOLDS).exists() and (not (folder / FOLDS).is_dir() or any(runs))
 
 
 def require_space(folder: Path, lanes: Sequence[Lane]) -> None:

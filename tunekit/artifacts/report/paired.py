@@ -56,16 +56,16 @@ class PairedDifference:
         """The tone of the sentence: good if the run is better than the first run, bad if it is worse."""
         return "good" if self.high < 0 else "bad" if self.low > 0 else "neutral"
 
-    def sentence(self) -> str:
-        """A sentence that says which run has the lower loss, or that these rows cannot show this."""
-        first = f"evaluation loss {self.value:.4g} against {self.than_value:.4g}"
+    def sentence(self, metric: str = "loss", *, higher: bool = False) -> str:
+        """A sentence that says which run is better, or that these rows cannot show this. `higher`: whether a higher
+        metric is better."""
+        first = f"evaluation {metric} {self.value:.4g} against {self.than_value:.4g}"
         start = "" if self.start is None else f", {self.start:.4g} before training"
         interval = f"95 % interval of the difference {self.low:+.4g} to {self.high:+.4g} on {self.rows:,} rows"
         facts = f"{first}{start} ({interval})"
-        if self.high < 0:
-            return f"{self.run} is better than {self.than}: {facts}"
-        if self.low > 0:
-            return f"{self.run} is worse than {self.than}: {facts}"
+        if self.high < 0 or self.low > 0:
+            better = (self.low > 0) == higher
+            return f"{self.run} is {'better' if better else 'worse'} than {self.than}: {facts}"
         more = "" if self.needed_rows is None else f"; about {self.needed_rows:,} rows would show such a difference"
         return f"{self.run} and {self.than} cannot be distinguished: {facts}{more}"
 

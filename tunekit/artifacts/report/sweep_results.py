@@ -29,7 +29,8 @@ class Setting:
     """The runs of one setting, one run per seed and fold. `outcomes`: the metric of each run; None if the run is not
     finished. `evaluated`: step and metric of each run's exported weights, or of the last evaluation of a run that is
     not finished; None without evaluations. `difference`: the setting's metric minus the metric of the best setting;
-    `clear`: whether chance is unlikely to explain this difference."""
+    `clear`: whether it is worse, and chance is unlikely to explain this. `contrary`: the same, but it is better on the
+    rows and seeds that both have: the means are over others too."""
 
     name: str
     runs: Sequence[RunValues]
@@ -37,6 +38,7 @@ class Setting:
     evaluated: Sequence[tuple[int, float] | None]
     difference: PairedDifference | None = None
     clear: bool = False
+    contrary: bool = False
 
     @property
     def numbers(self) -> list[float]:
@@ -79,15 +81,26 @@ class SweepResults:
     """The settings of a sweep, best first. Settings with an unfinished run come after the others, then the settings
     that halving ended; other settings without a finished run come last.
 
-    `by`: eval.METRIC. `higher`: whether a higher metric is better. `over`: what differs between the runs of a setting,
-    such as seeds. `earlier`: the verdict at the last comparison of successive halving.
+    `by`: eval.METRIC. `higher`: whether a higher metric is better. `folds`: the number of folds of each seed; None
+    without cross-validation. `earlier`: the verdict at the last comparison of successive halving.
     """
 
     by: str
     settings: Sequence[Setting]
     higher: bool = False
-    over: str = "seeds"
+    folds: int | None = None
     earlier: str = ""
+
+    @property
+    def runs(self) -> int:
+        """The number of runs of each setting."""
+        return max((len(setting.runs) for setting in self.settings), default=0)
+
+    @property
+    def over(self) -> str:
+        """What differs between the runs of a setting."""
+        several_seeds = self.folds is None or self.runs > self.folds
+        return " and ".join(["seeds"] * several_seeds + ["folds"] * (self.folds is not None))
 
     @property
     def best(self) -> Setting | None:
@@ -102,8 +115,8 @@ class SweepResults:
     @property
     def unclear(self) -> list[Setting]:
         """The settings that cannot be distinguished from the best one."""
-        compared = (setting for setting in self.settings if setting.difference is not None and not setting.clear)
-        return [setting for setting in compared if setting.is_complete]
+        compared = (setting for setting in self.settings if setting.difference is not None)
+        return [setting for setting in compared if not setting.clear and not setting.contrary]
 
     @property
     def is_clear(self) -> bool:
@@ -114,7 +127,7 @@ class SweepResults:
     @property
     def several(self) -> bool:
         """Whether a setting has several runs."""
-        return max((len(setting.runs) for setting in self.settings), default=0) > 1
+        return self.runs > 1
 
     @property
     def failures(self) -> list[tuple[str, str]]:
@@ -125,16 +138,23 @@ class SweepResults:
     def verdict(self) -> str:
         """A sentence that names the best setting, and says whether it is clearly better than the others."""
         finished = [setting for setting in self.settings if setting.numbers]
-        if self.best is None or self.best.mean is None:
-            return "no trial is finished"
-        parts = [f"{each.name} finished only {len(each.numbers)} of {len(each.runs)} runs" for each in finished
-                 if not each.is_complete]  # fmt: skip
         counts = Counter(setting.states for setting in self.settings if not setting.numbers)
+        number = counts.pop(FINISHED, 0)
+        without = [f"{number} finished without a number for {self.metric}"] if number else []
+        if self.best is None or self.best.mean is None:
+            return "; ".join(without) or "no trial is finished"
+        parts = [
+            f"{each.name} {'has a number for' if each.states == FINISHED else 'finished'} only {len(each.numbers)} of "
+            f"{len(each.runs)} runs"
+            for each in finished
+            if not each.is_complete
+        ]
         others = ", ".join(f"{count} {states}" for states, count in counts.items())
         return "; ".join(
             [
                 self._ranking(self.best, self.best.mean, finished),
                 *([listed(parts, MOST_NAMED)] if parts else []),
+                *without,
                 *([f"not finished: {others}"] if others else []),
             ]
         )
@@ -153,12 +173,16 @@ class SweepResults:
         if len(compared) < len(finished) - 1:
             what = "the runs have no values for the same rows"
             return f"{first}; there is no interval, because {what}"
-        rows = min(difference.rows for difference in compared)
-        equal = [setting.name for setting in self.unclear]
-        if not equal:
-            level = f"on {rows:,} evaluation rows ({LEVEL:.0%} intervals{self._seeds_note()})"
-            return f"{first}; it is {'higher' if self.higher else 'lower'} than all others {level}"
-        return f"{first}; it cannot be distinguished from {listed(equal, MOST_NAMED)} on {rows:,} evaluation rows"
+        rows = f"on {min(difference.rows for difference in compared):,} evaluation rows"
+        if self.is_clear:
+            level = f"({LEVEL:.0%} intervals{self._seeds_note()})"
+            return f"{first}; it is {'higher' if self.higher else 'lower'} than all others {rows} {level}"
+        equal, contrary = [each.name for each in self.unclear], [each.name for each in finished if each.contrary]
+        parts = [f"it cannot be distinguished from {listed(equal, MOST_NAMED)} {rows}"] if equal else []
+        if contrary:
+            what = f"on the runs and rows that both have, {listed(contrary, MOST_NAMED)}"
+            parts.append(f"{what} {'is' if len(contrary) == 1 else 'are'} better")
+        return "; ".join([first, *parts])
 
     def _only(self, best: Setting, mean: float) -> str:
         """The part of the verdict if a single setting is finished, perhaps the winner of halving's comparisons."""
@@ -180,12 +204,13 @@ class SweepResults:
             if source not in ("", "nothing") and LEFT_OUT in setting.name
         ]
         metric = self.by.removeprefix("eval.")
-        compared = [_compared(one, other, metric, self.higher, self.over) for one, other in pairs if one is not None]
-        return [each.difference.sentence() for each in compared if each.difference is not None and metric == "loss"]
+        compared = [_compared(one, other, metric, self.higher, self.folds) for one, other in pairs if one is not None]
+        shown = [each.difference for each in compared if each.difference is not None]
+        return [each.sentence(metric.replace("_", " "), higher=self.higher) for each in shown]
 
     def _seeds_note(self) -> str:
-        """States that the intervals do not cover the choice of the seed, if every setting has one run."""
-        alone = max(len(setting.runs) for setting in self.settings) == 1
+        """States that the intervals do not cover the choice of the seed, if every setting has one seed."""
+        alone = self.runs == (self.folds or 1)
         return ", with one seed; sweep.seeds: 3 also measures other seeds" if alone else ""
 
     def table(self) -> tuple[list[str], list[list[object]]]:
@@ -221,10 +246,11 @@ class SweepResults:
 
 
 def sweep_results(
-    by: str, runs: Mapping[str, Sequence[RunValues]], *, finished: bool = True, over: str = "seeds"
+    by: str, runs: Mapping[str, Sequence[RunValues]], *, finished: bool = True, folds: int | None = None
 ) -> SweepResults:
-    """The results of each setting's runs. `finished`: only finished runs count; if false, the last evaluation of any
-    run counts. `over`: what differs between the runs of a setting."""
+    """The results of each setting's runs, which are in the order of their seeds, and of the folds of each seed.
+    `finished`: only finished runs count; if false, the evaluation that any run would export now counts. `folds`: as in
+    SweepResults."""
     metric = by.removeprefix("eval.")
     higher = metric != "loss" and facts_of("metrics", metric).HIGHER_IS_BETTER
     settings = [
@@ -242,9 +268,9 @@ def sweep_results(
         if setting.mean is not None
     ]
     ordered = [setting for *_, setting in sorted(measured, key=lambda each: each[:2])]
-    compared = [_compared(ordered[0], setting, metric, higher, over) for setting in ordered[1:]]
+    compared = [_compared(ordered[0], setting, metric, higher, folds) for setting in ordered[1:]]
     unmeasured = sorted((each for each in settings if not each.numbers), key=lambda each: each.states != HALVED)
-    return SweepResults(by, [*ordered[:1], *compared, *unmeasured], higher, over)
+    return SweepResults(by, [*ordered[:1], *compared, *unmeasured], higher, folds)
 
 
 def _outcome(run: RunValues, metric: str, finished: bool) -> float | None:
@@ -291,17 +317,24 @@ def finished_runs(setting: Setting) -> dict[int, RunValues]:
     return {number: run for number, (run, outcome) in enumerate(pairs) if outcome is not None}
 
 
-def _compared(best: Setting, other: Setting, metric: str, higher: bool, over: str) -> Setting:
+def _compared(best: Setting, other: Setting, metric: str, higher: bool, folds: int | None) -> Setting:
     """A copy of `other` with its difference from the best setting, over the seeds and folds that both have finished.
     With several seeds, the interval also covers the choice of the seeds."""
     first, second = finished_runs(best), finished_runs(other)
     numbers = [number for number in first if number in second]
     difference = pooled_difference([(first[number], second[number]) for number in numbers], metric)
-    if difference is not None and over == "seeds" and len(numbers) > 1:
-        outcomes = [(best.outcomes[number] or 0.0, other.outcomes[number] or 0.0) for number in numbers]
-        difference = _over_seeds(difference, [value - least for least, value in outcomes])
-    clear = difference is not None and (difference.high < 0 if higher else difference.low > 0)
-    return replace(other, difference=difference, clear=clear)
+    if difference is None:
+        return other
+    of_seeds: dict[int, list[float]] = {}
+    for number in numbers:
+        changed = (other.outcomes[number] or 0.0) - (best.outcomes[number] or 0.0)
+        of_seeds.setdefault(number // (folds or 1), []).append(changed)
+    difference = replace(difference, run=other.name, than=best.name)
+    if len(of_seeds) > 1:
+        difference = _over_seeds(difference, [fmean(values) for values in of_seeds.values()])
+    signs = (difference.low > 0, difference.high < 0)
+    clear, contrary = reversed(signs) if higher else signs
+    return replace(other, difference=difference, clear=clear, contrary=contrary)
 
 
 def _over_seeds(difference: PairedDifference, of_seeds: Sequence[float]) -> PairedDifference:

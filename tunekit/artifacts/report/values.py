@@ -14,7 +14,7 @@ from tunekit.artifacts.run import EXPORTS, ROWS_NAME, RUN_SIGNS, TASKS_NAME, rea
 from tunekit.errors import InputError, RunFolderError, TunekitError
 from tunekit.files.lock import is_held
 from tunekit.files.untrusted import printable
-from tunekit.recipe.reading.names import known_names, shows_of
+from tunekit.recipe.reading.names import facts_of, known_names, shows_of
 from tunekit.records import DEFAULT_SHOWS, Shows
 
 FILES = ("plan", "report", "environment", "status")
@@ -90,14 +90,21 @@ class RunValues:
 
     @property
     def exported_step(self) -> int | None:
-        """The step of the exported weights. While the run continues, the step of the last evaluation."""
-        last = max((record.count("step") for record in self.evaluations), default=None)
-        return self.report.count("best_step") or last
+        """The step of the exported weights. While the run continues, the step of the evaluation that would be exported
+        now: of the best one with evaluation.best, else of the last one."""
+        if best_step := self.report.count("best_step"):
+            return best_step
+        watched = str(self.recipe.part("evaluation").get("best") or "").removeprefix("eval.")
+        judged = [record for record in self.evaluations if record.count("step") and watched in record.numbers("eval")]
+        if not self.report and judged:
+            sign = -1 if facts_of("metrics", watched).HIGHER_IS_BETTER else 1
+            return min(judged, key=lambda record: sign * record.numbers("eval")[watched]).count("step")
+        return max((record.count("step") for record in self.evaluations), default=None)
 
     @property
     def exported(self) -> Values:
-        """The evaluation of the exported weights. Every page, list and comparison shows it as the result. While the run
-        continues, it is the last evaluation; without evaluations, it is empty."""
+        """The evaluation of the exported weights, or of those that would be exported now. Every page, list and
+        comparison shows it as the result. Without evaluations, it is empty."""
         step = self.exported_step
         return next((record for record in self.evaluations if record["step"] == step), Values())
 

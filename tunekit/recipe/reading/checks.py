@@ -244,8 +244,8 @@ def _check_folds(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
         draft.add_problem(key, "streamed rows cannot be divided into folds", "write streaming: false, or remove it")
 
 
-def _name_of(objective: object) -> str:
-    return str(objective.get("name") if isinstance(objective, dict) else objective)
+def _method_of(objective: object) -> str:
+    return str(objective.get("method") if isinstance(objective, dict) else objective)
 
 
 def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evaluation: Section | None) -> None:
@@ -254,7 +254,7 @@ def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evalua
         _check_best(draft, ("sweep", "by"), sweep.by, settings)
     if sweep.has_trials and sweep.folds is None and isinstance(data, DataSection) and data.eval is None:
         draft.add_problem(("sweep", "by"), "trials are compared on evaluation rows", "set data.eval")
-    objectives = {_name_of(value) for key in ("objective", "objective.name") for value in sweep.keys.get(key, ())}
+    objectives = {_method_of(value) for key in ("objective", "objective.method") for value in sweep.keys.get(key, ())}
     if len(objectives) > 1 and sweep.by == "eval.loss":
         what = "the losses of different objectives cannot be compared"
         draft.add_problem(("sweep", "by"), what, "compare another metric, such as eval.exact_match")

@@ -84,16 +84,22 @@ def fold_file(folder: str, source: int, fold: int) -> str:
 
 
 def load_sweep(path: str, overrides: Sequence[str] = (), automatic: Automatic | None = None) -> LoadedSweep:
-    """Read a recipe and make the recipe of every trial. An override KEY=V1,V2 replaces the values of sweep.keys.KEY.
-    `automatic`: the values that --auto tries; the recipe must then list no values to try.
+    """Read a recipe and make the recipe of every trial. An override KEY=V1,V2 replaces the values of sweep.keys.KEY,
+    and KEY=V1 sets KEY in all trials, also inside a section that differs between them. `automatic`: the values that
+    --auto tries; the recipe must then list no values to try.
 
     Raises: RecipeError with the problems of all trials.
     """
-    plain, swept = _split(overrides)
+    plain, swept, single = _split(overrides)
     draft, tool = read_draft(path, plain)
     if draft.values.get("sweep") is None:
         draft.set(("sweep",), {}, HERE)
-    if isinstance(draft.get(KEYS, {}), dict) and isinstance(draft.values["sweep"], dict):
+    keys = draft.get(KEYS, {})
+    if isinstance(keys, dict) and isinstance(draft.values["sweep"], dict):
+        for key in [key for key in single if key in keys]:
+            draft.remove((*KEYS, key))
+        sections = [f"{name}." for name in (*keys, *swept)]
+        swept |= {key: value for key, value in single.items() if key.startswith(tuple(sections))}
         for key, values in swept.items():
             draft.set((*KEYS, key), values, HERE)
     if automatic is not None:
@@ -170,12 +176,13 @@ def _check_sweep(draft: Draft, tool: str | None) -> LoadedRecipe:
         raise RecipeError.of(sorted(problems, key=place_order), error.notes) from None
 
 
-def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]]:
-    """Returns the overrides with one value, and a mapping KEY -> values for overrides with several values (KEY=V1,V2).
-    A comma inside quotes or brackets does not separate values. Raises: RecipeError if the values of a key are given
-    twice."""
+def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]], dict[str, list[object]]]:
+    """Returns the overrides with one value; a mapping KEY -> values for overrides with several values (KEY=V1,V2); and
+    such a mapping for those with one value. A comma inside quotes or brackets does not separate values. Raises:
+    RecipeError if the values of a key are given twice."""
     plain = dict[str, str]()  # override -> its key
     swept: dict[str, list[object]] = {}
+    single: dict[str, list[object]] = {}
     for text in overrides:
         key, _, value = text.partition("=")
         try:
@@ -189,7 +196,8 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], dict[str, list[object]]
             swept[key] = values
         else:
             plain[text] = key
-    return list(plain), swept
+            single |= {key: values} if isinstance(values, list) and values else {}
+    return list(plain), swept, single
 
 
 def _combination(axes: Sequence[Axis], number: int) -> dict[str, tuple[object, Place]]:
