@@ -20,7 +20,7 @@ from tests.support.image_case import write_photos
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.cli import main
 from tunekit.data.encoding.notes import format_note
-from tunekit.data.looking.look import EXCESS, KINDS, Found
+from tunekit.data.looking.look import EXCESS, KINDS
 from tunekit.data.looking.similar import SimilarityIndex, signed
 from tunekit.data.rows import load_rows
 from tunekit.data_check import data_check_verb
@@ -447,8 +447,80 @@ def test_training_images_that_dreambooth_measures_are_no_leak(
     assert "no findings" in capsys.readouterr().out
 
 
-def test_a_row_with_two_secrets_is_one_row() -> None:
-    found = Found("rows.jsonl")
-    for line in (3, 3, 5):
-        found.add("secret", line)
-    assert found.lines == {"secret": [3, 5]}
+def check_rows(tmp_path: Path, rows: list[dict[str, Any]], objective: Any, **data: Any) -> Any:
+    """The findings in rows, and the rows that --fix writes."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values = {"model": "org/base", "data": {"train": "rows.jsonl", **data}, "objective": objective}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values | {"output": {"dir": "run"}}), encoding="utf-8")
+    found = check(tmp_path / "recipe.yaml", tmp_path / "good.jsonl", overwrite=True)[1]
+    return found["findings"], [json.loads(line) for line in (tmp_path / "good.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_rows_of_an_array_on_one_line_are_rows_of_their_own(tmp_path: Path) -> None:
+    """A row with two secrets is one row."""
+    secrets = [chat("My key?", "hf_" + "abcDEF123" * 4 + " AKIA" + "A1B2" * 4), chat("Yours?", "hf_" + "xyzABC456" * 4)]
+    rows = [*map(clean, range(3)), *secrets, *map(clean, (0, 1))]
+    recipe = write(tmp_path, planted=False, train="rows.json")
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert check(recipe, tmp_path / "good.jsonl")[1]["findings"] == {"secret": [1, 1], "exact": [1, 1]}
+    good = (tmp_path / "good.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in good] == [clean(number) for number in range(3)]
+
+
+def test_the_answers_of_a_pair_are_rows_of_their_own(tmp_path: Path) -> None:
+    prompts = [" ".join(Random(number).choices(WORDS, k=60)) for number in range(5)]  # long, and equal for both answers
+    rows = [{"prompt": prompt, "chosen": f"Yes, {n}.", "rejected": f"No, {n}."} for n, prompt in enumerate(prompts)]
+    rows[4]["rejected"] = "Write to ada@example.org."
+    findings, good = check_rows(tmp_path, [*rows, rows[0]], "kto")
+    assert findings == {"email": [5], "exact": [6, 6]}
+    expected = [{"prompt": row["prompt"], "completion": row[side]} for row in rows for side in ("chosen", "rejected")]
+    assert [row | {"label": number % 2 == 0} for number, row in enumerate(expected[:-1])] == good
+
+
+def test_a_row_that_cannot_be_read_makes_no_other_row_wrong(tmp_path: Path) -> None:
+    rows = [{"text": "great film", "label": label} for label in (None, "pos")]
+    findings, good = check_rows(tmp_path, [*rows, {"text": "poor film", "label": "neg"}], "classify")
+    assert (findings, good[:1]) == ({"broken": [1]}, rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "kind"),
+    [
+        ("multi_label_classification", [["a", "b"], ["b", "a"]], "exact"),
+        ("multi_label_classification", [["a", "b"], '["b", "a"]'], "exact"),
+        ("multi_label_classification", [["a", "b"], ["b"]], "contrary"),
+        ("regression", [[1.5, 2], [2, 1.5]], "contrary"),
+        ("regression", [[1, 2], [2, 1]], "contrary"),
+    ],
+)
+def test_the_order_of_several_names_has_no_meaning(
+    problem_type: str, labels: list[Any], kind: str, tmp_path: Path
+) -> None:
+    rows = [{"text": "great film", "label": label} for label in labels]
+    assert check_rows(tmp_path, rows, {"method": "classify", "problem_type": problem_type})[0] == {kind: [2]}
+
+
+@pytest.mark.parametrize(("excess", "count"), [("split", 1), ("truncate", 1), ("drop", 0), ("error", 0)])
+def test_long_rows_that_training_cuts_are_kept(
+    excess: str, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"text": "It was a dark and stormy night. " * 100}
+    findings, good = check_rows(tmp_path, [row], "sft", max_length=256, excess_length=excess)
+    assert (findings, len(good)) == ({"long": [1]}, count)
+    output = " ".join(capsys.readouterr().out.split())
+    assert ("set data.excess_length" in output) == ("shows which tokens" not in output) == (count == 0)
+    assert (f"are in it too, because they are {EXCESS[excess]}" in output) == (count == 1)
+    check(tmp_path / "recipe.yaml")
+    assert ("--fix FILE writes" in capsys.readouterr().out) == (count == 0)
+
+
+def test_files_of_one_name_are_named_by_their_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    recipe = write(tmp_path, planted=False, train=["en/rows.jsonl", "de/rows.jsonl"])
+    for name in ("en", "de"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text(json.dumps(clean(0)) + "\n", encoding="utf-8")
+    assert check(recipe)[1]["file"] == str(tmp_path / "en" / "rows.jsonl")
+    assert f"as line 1 of {tmp_path / 'en' / 'rows.jsonl'}" in capsys.readouterr().out

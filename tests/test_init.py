@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tunekit.data.looking.first_look import look_at, proposed_objectives
 from tunekit.errors import DataError, InputError, RecipeError, exit_message
@@ -220,6 +221,42 @@ def test_lists_numbers_and_pairs_are_recognised_as_labels(
     look = look_at(str(data))
     assert look is not None
     assert look.format_name == format_name
+
+
+@pytest.mark.parametrize(
+    ("row", "objective", "columns"),
+    [
+        ({"sentence": "Hi", "label": 1, "idx": 3}, "classify", {"sentence": "text"}),
+        ({"review": "Hi", "label": "positive"}, "classify", {"review": "text"}),
+        ({**ROWS["sft"], "label": "greeting"}, "sft", {}),
+        ({"instruction": "Hi", "output": "Hello", "label": "greeting"}, "sft", {}),
+        ({"question": "Hi", "answer": "Hello", "label": 1}, "sft", {"question": "prompt", "answer": "completion"}),
+        ({"instruction": "Hi", "output": "Hello", "kto_tag": False}, "kto", {}),
+    ],
+)
+def test_a_label_is_a_rating_only_beside_an_answer(
+    row: dict[str, object], objective: str, columns: dict[str, str], tmp_path: Path
+) -> None:
+    init(write(tmp_path / "rows.jsonl", row), tmp_path / "r.yaml", "org/model")
+    recipe = load_recipe(tmp_path / "r.yaml").recipe
+    assert (recipe.objective.method, recipe.data.train[0].columns) == (objective, columns)
+    write(tmp_path / "rows.jsonl", {"title": "Hi", "body": "Hello", "label": 1})
+    with pytest.raises(DataError, match="the first row has 'title', 'body', 'label', which fits no format"):
+        look_at(str(tmp_path / "rows.jsonl"))
+
+
+def test_any_name_of_a_column_gives_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"Where is card {number}?,{number % 2},{('lost', 'late')[number % 2]}" for number in range(40)]
+    for header in ('text,"my\ncategory",sentiment', "text,my\x07category,sentiment"):
+        (tmp_path / "rows.csv").write_text("\n".join([header, *rows]), "utf-8")
+        (tmp_path / "r.yaml").unlink(missing_ok=True)
+        init(tmp_path / "rows.csv", tmp_path / "r.yaml", "org/model")
+        assert load_recipe(tmp_path / "r.yaml").recipe.data.train[0].columns == {"sentiment": "label"}
+    (tmp_path / "rows.csv").write_text("\n".join(["text,it's,[kind]", *rows]), "utf-8")
+    init(tmp_path / "rows.csv", tmp_path / "s.yaml", "org/model")
+    notes = " ".join(capsys.readouterr().out.split()).split("data.train: ")
+    sources = [yaml.safe_load(note[: note.index("}}") + 2]) for note in notes if note.startswith("{path")]
+    assert [source["columns"] for source in sources] == [{"it's": "label"}, {"[kind]": "label"}]
 
 
 def test_the_label_of_pairs_is_the_only_column_of_few_values(tmp_path: Path) -> None:

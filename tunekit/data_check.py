@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.artifacts.report.next_step import after_data_check
 from tunekit.console import Console
-from tunekit.data.looking.look import KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
+from tunekit.data.looking.look import EXCESS, KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, write_rows_file
 from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError, listed
 from tunekit.files.durable import json_result
-from tunekit.recipe.data import Source
+from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 
@@ -37,13 +39,18 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
     evaluation = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
-    example, limit = recipe.objective.example, recipe.data.max_length
+    example, data, limit = recipe.objective.example, recipe.data, recipe.data.max_length
+    names = _names((*data.train, *evaluation))
     kind, lengths = _row_kind(recipe)
     console.info(*lengths)
     train_index, eval_index = SimilarityIndex(), SimilarityIndex()
-    eval_findings = [look_at_rows(source, example, limit, eval_index, None, False, kind) for source in evaluation]
+    eval_findings = [
+        look_at_rows(source, names[source.path], example, data, eval_index, None, False, kind) for source in evaluation
+    ]
     known, keep = eval_index if eval_findings and not recipe.objective.measures_training else None, fix is not None
-    trained = [look_at_rows(source, example, limit, train_index, known, keep, kind) for source in recipe.data.train]
+    trained = [
+        look_at_rows(source, names[source.path], example, data, train_index, known, keep, kind) for source in data.train
+    ]
     for each in (*trained, *eval_findings):
         add_other_scripts(each)
         console.info(f"{each.name}: {each.rows:,} rows")
@@ -55,22 +62,31 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         lines = ((kind, each.lines[kind]) for kind in KINDS if kind in each.lines)
         rows = [[KINDS[kind], len(found), _rows_text(found), each.first[kind]] for kind, found in lines]
         console.table(["finding", "rows", "at line", "the first"], rows)
-    fixes = fix is None and any(each.lines for each in trained)
+    fixes = fix is None and any(each.left_out for each in trained)
     if fix is not None:
-        _write_fixed(fix, trained, recipe.data.train, console)
+        _write_fixed(fix, trained, data, console)
     files = (*trained, *eval_findings)
-    console.next_steps(after_data_check([each.lines for each in files], loaded.path, fixes=fixes))
+    console.next_steps(after_data_check([each.left_out for each in files], loaded.path, fixes=fixes))
     findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in files]
     write_result({"files": findings, "fixed": fix})
     return 2 if any(each.lines for each in files) else 0
 
 
-def _write_fixed(fix: str, trained: Sequence[Found], sources: Sequence[Source], console: Console) -> None:
+def _names(sources: Sequence[Source]) -> dict[str, str]:
+    """For each path, the name of its file; the whole path if files in different folders have this name."""
+    names = {source.path: Path(source.path).name for source in sources}
+    counts = Counter(names.values())
+    return {path: name if counts[name] == 1 else path for path, name in names.items()}
+
+
+def _write_fixed(fix: str, trained: Sequence[Found], data: DataSection, console: Console) -> None:
     """Write the rows without findings, and print how to train on them. Raises: InputError if one JSONL file cannot
     contain them."""
-    pairs = zip(trained, sources, strict=True)
+    pairs = zip(trained, data.train, strict=True)
     parts = [RowsToWrite(each.name, each.format, source, each.passed) for each, source in pairs]
     use, *notes = write_rows_file("--fix", fix, parts)
+    if any("long" in each.kept & each.lines.keys() for each in trained):
+        notes.append(f"rows longer than data.max_length are in it too, because they are {EXCESS[data.excess_length]}")
     console.info(f"{fix}: {sum(len(part.rows) for part in parts):,} training rows without findings; {use}", *notes)
 
 
@@ -93,7 +109,7 @@ def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
 
 def _rows_text(lines: Sequence[int]) -> str:
     """The first line numbers, as text."""
-    return listed([f"{line:,}" for line in sorted(lines)], SHOWN_ROWS)
+    return listed([f"{line:,}" for line in sorted(set(lines))], SHOWN_ROWS)
 
 
 def _histogram(findings: Found, limit: int) -> Iterator[list[object]]:

@@ -29,6 +29,7 @@ from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.bases.section import AdapterSettings, Line, ObjectiveSettings
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import adapter_class, facts_of, known_names, objective_class, unmeasurable
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME, shipped_recipes
@@ -172,9 +173,10 @@ def _labelled(look: Look, asks: bool) -> Look:
 
 
 def _label_note(name: str, values: str, objective: str) -> str:
+    column = yaml_scalar(name)
     return (
-        f"{name} has {values}: to predict them from the text, write objective: {objective}, and data.train: "
-        f"{{path: ..., format: {LABELS_FORMAT}, columns: {{{name}: label}}}}"
+        f"{column} has {values}: to predict them from the text, write objective: {objective}, and data.train: "
+        f"{{path: ..., format: {LABELS_FORMAT}, columns: {{{column}: label}}}}"
     )
 
 
@@ -249,7 +251,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         ("# Next: tunekit preview (shows the rows), tunekit plan (steps and memory), tunekit train.", ""),
         ("# All keys: tunekit schema --reference", ""),
         ("model:", ""),
-        (f"  name_or_path: {_quoted(model)}", f"a folder{' or' if example else ', a .gguf file or'} a hub name"),
+        (f"  name_or_path: {yaml_scalar(model)}", f"a folder{' or' if example else ', a .gguf file or'} a hub name"),
         *([] if draws else [(f"  quantization: {first.quantization}", f"nf4: 4 bits per weight{first.note}")]),
         ("data:", ""),
         *_source_lines(data, look),
@@ -269,7 +271,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         (f"  save_steps: {interval}", "tunekit train --resume continues from the last checkpoint"),
         *(_evaluation_lines(objective, needed) if first.evaluation else []),
         ("output:", ""),
-        (f"  dir: {_quoted(f'runs/{target.stem}' if target.stem != 'recipe' else 'runs/first')}", ""),
+        (f"  dir: {yaml_scalar(f'runs/{target.stem}' if target.stem != 'recipe' else 'runs/first')}", ""),
     ]
     commented = (f"{text:<34} # {comment}" if comment else text for text, comment in lines)
     return "".join(f"\n{line}\n" if line[0].isalpha() else f"{line}\n" for line in commented)  # a gap before a section
@@ -320,11 +322,11 @@ def _source_lines(data: str, look: Look | None) -> list[Line]:
     if look and (medium := look.settings.medium):
         comment = f"a folder of {ROWS_NAME[medium]}s, a table that names them (JSONL, CSV ...), or a hub data set"
     if not (look and look.columns):
-        return [(f"  train: {_quoted(data)}", comment)]
-    columns = ", ".join(f"{_quoted(column)}: {field}" for column, field in look.columns.items())
+        return [(f"  train: {yaml_scalar(data)}", comment)]
+    columns = ", ".join(f"{yaml_scalar(column)}: {field}" for column, field in look.columns.items())
     return [
         ("  train:", ""),
-        (f"    path: {_quoted(data)}", comment),
+        (f"    path: {yaml_scalar(data)}", comment),
         *([(f"    format: {LABELS_FORMAT}", "")] if look.format_name == LABELS_FORMAT else []),
         (f"    columns: {{{columns}}}", "the file's column: the format's field"),
     ]
@@ -334,18 +336,12 @@ def _evaluation_said(look: Look | None, data: str) -> str:
     """The comment for the key data.eval."""
     if look is None or not look.settings.measures_training:
         return "a share of the rows, or a file"
-    return f"write [{_quoted(data)}] to measure the loss on the training images, with fixed noise"
+    return f"write [{yaml_scalar(data)}] to measure the loss on the training images, with fixed noise"
 
 
 def _beside(name: str, target: Path) -> str:
     """A local path, made relative to the recipe's folder; a hub name stays unchanged."""
     return relative_to(name, target.absolute().parent) if Path(name).exists() else name
-
-
-def _quoted(text: str) -> str:
-    """The text as a YAML scalar, quoted if necessary."""
-    plain = all(letter.isalnum() or letter in "/._-" for letter in text) and text[:1] not in ("", "_", "-")
-    return text if plain else "'" + text.replace("'", "''") + "'"
 
 
 def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]]:

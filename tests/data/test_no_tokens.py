@@ -81,7 +81,6 @@ def test_they_are_counted_by_plan_and_data_check(base: Path, tmp_path: Path) -> 
     loaded = load_recipe(recipe)
     plan, prepared = make_plan(loaded)
     assert (plan.rows.training.read, plan.rows.training.dropped_reasons) == (4, {"empty text": 1})
-    found = look_at_rows(
-        loaded.recipe.data.train[0], "label", 64, SimilarityIndex(), None, False, prepared.rows.objective.rows
-    )
+    data, kind = loaded.recipe.data, prepared.rows.objective.rows
+    found = look_at_rows(data.train[0], "rows", "label", data, SimilarityIndex(), None, False, kind)
     assert found.lines["dropped"] == [2]

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.data_case import tokenizer_of
 from tests.talking.test_conversation import adapter_of, peft_folder
+from tunekit.data.rows import load_evaluation_rows
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.evaluation.by_adapter import rows_by_adapter
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.objectives.sft import SftSettings
 
 ROWS = [{"prompt": f"Say {number} things.", "completion": " yes" * (1 + number % 3)} for number in range(9)]
 METRICS = ("loss", "exact_match")
@@ -63,6 +69,23 @@ def test_the_column_counts_as_read(folder: Path, tiny_llama: Path, capsys: pytes
     assert "does not read" not in capsys.readouterr().out
     evaluated(tiny_llama, write(folder, ["one"]))
     assert "does not read 'adapter'" in capsys.readouterr().out
+
+
+def test_rows_of_an_array_on_one_line_have_their_own_adapters(folder: Path, tiny_llama: Path) -> None:
+    names = ["one", "run", None, "one"]
+    rows = [row | {"adapter": name} for row, name in zip(ROWS, names, strict=False)]
+    (folder / "rows.json").write_text(json.dumps(rows), "utf-8")
+    source = Source(path=str(folder / "rows.json"))
+    objective = make_objective(SftSettings(), tokenizer_of(tiny_llama))
+    loaded = load_evaluation_rows(DataSection(train=(source,), eval=(source,)), objective, seed=0)
+    groups = rows_by_adapter(loaded, (source,), "adapter")
+    assert [len(group.evaluation or ()) for group in groups.values()] == [2, 1, 1]
+    references = [[prompt.reference for prompt in group.evaluation_prompts()] for group in groups.values()]
+    assert references == [
+        [ROWS[0]["completion"], ROWS[3]["completion"]],
+        [ROWS[1]["completion"]],
+        [ROWS[2]["completion"]],
+    ]
 
 
 def test_wrong_rows_and_targets_are_refused(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:

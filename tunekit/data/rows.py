@@ -25,7 +25,7 @@ from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
 from tunekit.machine.memory import machine_memory_bytes
-from tunekit.recipe.data import DataSection
+from tunekit.recipe.data import DataSection, Source
 from tunekit.records import RowCounts
 
 STREAMED = "a training source is streamed (because of its size or the recipe)"
@@ -127,7 +127,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         fingerprint=_fingerprint(data, sources, listed, seed),
         draws=draws,
         notes=tuple(dict.fromkeys([*_notes(sources), *_notes(listed, evaluation=True), *leaks])),
-        evaluation_examples=lambda: _examples(eval_sources, evaluation, objective),
+        evaluation_examples=lambda: written_rows([each.source for each in eval_sources], evaluation, objective),
     )
 
 
@@ -158,7 +158,7 @@ def load_evaluation_rows(
             eval_counts=_count(sources, rows),
             fingerprint=_fingerprint(data, (), sources, seed),
             notes=_notes(sources, evaluation=True),
-            evaluation_examples=lambda: _examples(sources, parts, objective),
+            evaluation_examples=lambda: written_rows([each.source for each in sources], parts, objective),
         )
     return load_rows(data, objective, seed=seed, cache_dir=cache_dir)
 
@@ -307,9 +307,9 @@ def _fingerprint(
     return hash_of([parts, [source.fingerprint for source in evaluation], fraction, seed if fraction else None])
 
 
-def _examples(sources: Sequence[EncodedSource], parts: Sequence[Part], objective: Objective) -> Iterator[Written]:
+def written_rows(sources: Sequence[Source], parts: Sequence[Part], objective: Objective) -> Iterator[Written]:
     """The examples of the rows that `parts` select, read from their files. `parts`: one part per source."""
     for source, part in zip(sources, parts, strict=True):
-        numbers = set(source.store.records["number"][part.chosen].tolist())
-        for line, example in read_examples(source.source, objective.rows.example, numbers):
-            yield Written(source.source.path, line, example)
+        numbers = set(part.store.records["number"][part.chosen].tolist())
+        for line, example in read_examples(source, objective.rows.example, numbers):
+            yield Written(source.path, line, example)

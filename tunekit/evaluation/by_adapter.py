@@ -1,7 +1,7 @@
 """Groups evaluation rows by the adapter that a column of each row names. All adapters have the same base."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import with_table
 from tunekit.data.reading.problems import Problems
-from tunekit.data.rows import RowSet
+from tunekit.data.rows import RowSet, written_rows
 from tunekit.errors import AdapterError, DataError, InputError, Problem
 from tunekit.files.untrusted import printable
 from tunekit.model.load import LoadedModel
@@ -24,9 +24,7 @@ from tunekit.recipe.data import Source
 from tunekit.recipe.reading.suggest import did_you_mean
 from tunekit.tuned.model import TunedModel
 
-AdaptersOfRows = dict[
-    int, tuple[int, Path | None]
-]  # a row's number in its source -> its line, and its adapter's folder
+AdaptersOfRows = dict[int, Path | None]  # a row's number in its source -> its adapter's folder
 
 
 def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> dict[Path | None, RowSet]:
@@ -42,22 +40,20 @@ def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> d
         how = did_you_mean(column, columns, "the columns are")
         raise DataError(f"no evaluation row has the column '{column}'", how, key="--adapter-column")
     assert isinstance(rows.evaluation, ChosenRows)  # load_evaluation_rows makes them
-    groups: dict[Path | None, list[Part]] = {}
-    lines: dict[Path | None, set[tuple[str, int]]] = {}
+    groups: dict[Path | None, list[tuple[Source, Part]]] = {}
     for source, places, part in zip(sources, named, rows.evaluation.parts, strict=True):
         of_rows = [places[number] for number in part.store.records["number"][part.chosen].tolist()]
-        for place in dict.fromkeys(place for _, place in of_rows):
-            chosen = np.array([other == place for _, other in of_rows])  # (rows,)
-            groups.setdefault(place, []).append(replace(part, chosen=part.chosen[chosen]))
-            lines.setdefault(place, set()).update((source.path, line) for line, other in of_rows if other == place)
-    return {place: _chosen(rows, parts, lines[place]) for place, parts in groups.items()}
+        for place in dict.fromkeys(of_rows):
+            chosen = np.array([other == place for other in of_rows])  # (rows,)
+            groups.setdefault(place, []).append((source, replace(part, chosen=part.chosen[chosen])))
+    return {place: _chosen(rows, *zip(*pairs, strict=True)) for place, pairs in groups.items()}
 
 
 def _places(
     source: Source, objective: Objective, column: str, problems: Problems, columns: dict[str, None]
 ) -> AdaptersOfRows:
-    """The line and the adapter's folder of each row of a source. Relative paths start at the folder of the source's
-    file. Adds the names of all columns to `columns`."""
+    """The adapter's folder of each row of a source. Relative paths start at the folder of the source's file. Adds the
+    names of all columns to `columns`."""
     folder, places, raw_rows = (
         Path(source.path).parent,
         AdaptersOfRows(),
@@ -70,18 +66,14 @@ def _places(
         if place is None and name not in (None, ""):
             how = "name the folder of an adapter or a run; a relative path starts at the folder of this file"
             problems.add(source.path, raw.line, f"'{column}': {printable(name)} contains no adapter", how)
-        places[number] = raw.line, place
+        places[number] = place
     return places
 
 
-def _chosen(rows: RowSet, parts: list[Part], lines: set[tuple[str, int]]) -> RowSet:
-    """A copy of `rows` with only these evaluation rows."""
-    examples = rows.evaluation_examples
-    return replace(
-        rows,
-        evaluation=ChosenRows(parts),
-        evaluation_examples=lambda: (row for row in examples() if (row.file, row.line) in lines),
-    )
+def _chosen(rows: RowSet, sources: Sequence[Source], parts: Sequence[Part]) -> RowSet:
+    """A copy of `rows` with only these evaluation rows. `parts`: one part per source."""
+    examples = partial(written_rows, sources, parts, rows.objective)
+    return replace(rows, evaluation=ChosenRows(parts), evaluation_examples=examples)
 
 
 def check_adapters(base: LoadedModel, places: list[Path], objective: Objective) -> None:

@@ -16,6 +16,7 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
+from tunekit.files.untrusted import printable
 from tunekit.formats.label_pairs import ALIASES, names_pair
 from tunekit.formats.labels import label_field, of_cell
 from tunekit.recipe.bases.paths import is_like_path
@@ -32,6 +33,7 @@ LABEL_NAMES = ("labels", "category", "class", "intent", "sentiment", "target", "
 SHARE_KEPT = 0.995  # share of the rows that fit into the proposed length
 LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # maximum characters of a label; minimum rows per label, on average
 ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> the word for a row
+ANSWERS_FORMAT = "unpaired"  # its only required column, label, is in rows of other formats too
 QUESTIONS_FORMAT = "prompt_completion"  # columns with questions and answers are renamed to the fields of this format
 
 
@@ -98,7 +100,8 @@ def look_at(data: str) -> Look | None:
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
     longest = _longest([sum(map(guessed_tokens, _texts(row))) for row in sample]) + 32
-    fields = tuple(name for name, _ in Counter(name for row in inspected for name in row).most_common(6))
+    most = Counter(name for row in inspected for name in row).most_common(6)
+    fields = tuple(" ".join(printable(name).split()) for name, _ in most)  # a header can contain line breaks
     notes = [] if format_name == "text" else _folder_notes(data)
     return Look(method, format_name, len(inspected), inspected == values, longest, fields, columns, notes, sample)
 
@@ -130,10 +133,10 @@ def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
     """Columns that may contain labels, with their numbers of different values. Usual names of labels come first.
 
     Such a column has few different values. The values are short, and an average value is in several rows. The column
-    "text" is excluded.
+    "text" is excluded, and so are unprintable names, which a recipe cannot contain.
     """
     counts = {}
-    for name in (name for name in rows[0] if name != "text"):
+    for name in (name for name in rows[0] if name != "text" and name.isprintable()):
         short = all(isinstance(row.get(name), str | int) and len(str(row[name])) <= LONGEST_LABEL for row in rows)
         if short and 2 <= (count := len({row[name] for row in rows})) <= len(rows) // ROWS_OF_A_LABEL:
             counts[name] = count
@@ -141,10 +144,10 @@ def label_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
 
 
 def number_columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    """The columns that contain only numbers, at least one with a fraction. The column "text" is excluded."""
-    values = {
-        name: [of_cell(row.get(name)) for row in rows] for name in rows[0] if name not in ("text", "sample_weight")
-    }
+    """The columns that contain only numbers, at least one with a fraction. The column "text" and unprintable names are
+    excluded."""
+    names = [name for name in rows[0] if name not in ("text", "sample_weight") and name.isprintable()]
+    values = {name: [of_cell(row.get(name)) for row in rows] for name in names}
     return [
         name
         for name, column in values.items()
@@ -176,6 +179,8 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
             named = isinstance(of_cell(row.get(label_field(row))), str | int) and "label" not in row
             if name == LABELS_FORMAT and named:  # the user must confirm that a column such as category contains labels
                 continue
+            if name == ANSWERS_FORMAT:
+                format_maker(name)(row)
             return objective, name, {}
         except DataError as error:
             last, lacks = error, [*lacks, error.problems[0].how]
@@ -186,6 +191,10 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
         column = _label_of_pairs(rows, data)
         example = facts_of("formats", PAIRS_FORMAT).EXAMPLE
         return next(each for each in known if each.example == example), PAIRS_FORMAT, {column: "label"}
+    texts = [name for name, value in row.items() if name != "label" and isinstance(of_cell(value), str)]
+    if medium is None and "label" in row and len(texts) == 1 and texts[0].isprintable():
+        example = facts_of("formats", LABELS_FORMAT).EXAMPLE
+        return next(each for each in known if each.example == example), LABELS_FORMAT, {texts[0]: "text"}
     raise DataError(last.problems[0].what, "; or ".join(lacks) if folder else RENAME, file=data, line=1)
 
 

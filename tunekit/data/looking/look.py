@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunekit.data.looking.guess import guessed_tokens
-from tunekit.data.looking.similar import RowSignature, SimilarityIndex, signed, signed_pair
-from tunekit.data.reading.first import format_maker, open_rows
+from tunekit.data.looking.similar import RowLabel, RowSignature, SimilarityIndex, signed, signed_pair
+from tunekit.data.reading.first import format_maker, open_rows, single_row_maker
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.sound import SILENCE, opened
 from tunekit.errors import DataError, holds_secret
 from tunekit.formats.audio_label import AudioLabelExample
 from tunekit.formats.example import ChatExample, CompletionExample
+from tunekit.formats.fields import Fields
 from tunekit.formats.image import ImageExample
 from tunekit.formats.image_label import ImageLabelExample
-from tunekit.formats.labels import LabelExample
+from tunekit.formats.labels import LabelExample, of_cell
+from tunekit.formats.preference import TextOrTurns
 from tunekit.formats.transcript import TranscriptExample
-from tunekit.recipe.data import Source
+from tunekit.formats.unpaired import UnpairedExample
+from tunekit.recipe.data import DataSection, Source
 
 if TYPE_CHECKING:  # these import torch
     from tunekit.contracts import RowKind
@@ -76,13 +79,19 @@ class Found:
     """The findings in one file. `lines`: kind of finding -> lines of the rows. `first`: kind -> first row's details."""
 
     name: str
+    kept: frozenset[str] = frozenset()  # kinds of findings whose rows --fix keeps
     rows: int = 0
     lines: dict[str, list[int]] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
     sizes: Counter[int] = field(default_factory=Counter)  # lower end of an interval of LENGTHS -> number of rows
     scripts: dict[str, list[int]] = field(default_factory=dict)  # script -> lines of the rows
     format: str = ""  # the format of the rows
-    passed: list[dict[str, Any]] = field(default_factory=list)  # rows without findings; only if `keep` is set
+    passed: list[dict[str, Any]] = field(default_factory=list)  # rows that --fix keeps; only if `keep` is set
+
+    @property
+    def left_out(self) -> dict[str, list[int]]:
+        """The findings whose rows --fix leaves out."""
+        return {kind: lines for kind, lines in self.lines.items() if kind not in self.kept}
 
     def add_size(self, tokens: int) -> None:
         """Count one row by its length."""
@@ -90,16 +99,15 @@ class Found:
 
     def add(self, kind: str, line: int, what: str = "") -> None:
         """Add a row with a finding. `what`: the details."""
-        lines = self.lines.setdefault(kind, [])
-        if line not in lines[-1:]:  # two patterns can give the same finding for one row
-            lines.append(line)
+        self.lines.setdefault(kind, []).append(line)
         self.first.setdefault(kind, what)
 
 
 def look_at_rows(
     source: Source,
+    name: str,
     example: str,
-    limit: int,
+    data: DataSection,
     train_index: SimilarityIndex,
     eval_index: SimilarityIndex | None,
     keep: bool,
@@ -107,46 +115,35 @@ def look_at_rows(
 ) -> Found:
     """The findings in all rows of one source.
 
-    `example`: the kind of the examples. `limit`: data.max_length. `train_index`: an index of earlier rows; these rows
-    are added to it. `eval_index`: an index of the evaluation rows, if these rows are for training. `keep`: collect
-    rows without findings. `kind`: the encoding of rows; None: unknown, so lengths are estimates.
+    `name`: the name of the source. `example`: the kind of the examples. `train_index`: an index of earlier rows; these
+    rows are added to it. `eval_index`: an index of the evaluation rows, if these rows are for training. `keep`:
+    collect the rows that --fix writes. `kind`: the encoding of rows; None: unknown, so lengths are estimates.
     """
-    findings, problems = Found(Path(source.path).name), Problems(MOST_BROKEN)
+    cuts = data.excess_length in ("truncate", "split")
+    findings, problems = Found(name, frozenset({"script", "long"} if cuts else {"script"})), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
     make_example, findings.format = format_maker(format_name, source.path), format_name
-    rows, encoded = tee(rows)
+    single_row, (rows, encoded) = single_row_maker(format_name), tee(rows)
     for row, outcome in zip(rows, _outcomes(encoded, make_example, kind, source.path), strict=True):
         findings.rows += 1
-        text = "\n".join(_texts(row.values))
-        before, parsed = sum(map(len, findings.lines.values())), None
+        doubts = dict[str, str]()  # kind of finding -> details: two patterns can give the same finding
         try:
-            parsed = make_example(row.values)
-            for finding, what in _doubts(parsed, text, row.line, findings):
-                findings.add(finding, row.line, what)
+            parsed, values = make_example(row.values), single_row(row.values)
+            text = "\n".join(_texts(values))
+            doubts.update(_doubts(parsed, text, row.line, findings))
             if kind is not None and outcome is not None:
-                for finding, what in _fates(outcome, kind, findings):
-                    findings.add(finding, row.line, what)
+                doubts.update(_fates(outcome, kind, findings))
             elif not isinstance(parsed, FileExample):
-                size = guessed_tokens(text) - _of_the_shorter(row.values)
+                size = guessed_tokens(text) - _of_the_shorter(values)
                 findings.add_size(size)
-                if size > limit:
-                    findings.add("long", row.line, f"at most about {size:,} tokens")
+                if size > data.max_length:
+                    doubts["long"] = f"at most about {size:,} tokens"
+            doubts.update(_repeats(parsed, text, row.line, findings.name, train_index, eval_index))
         except DataError as error:
-            findings.add("broken", row.line, error.problems[0].what)
-        label = getattr(parsed, "label", None)
-        mine = _signed(parsed, text)
-        leaked, like = None if eval_index is None else eval_index.like(mine), train_index.like(mine)
-        if leaked is not None:
-            findings.add("leak", row.line, f"as line {leaked[2]} of {leaked[1]}")
-        if like is not None:
-            finding, place = like[0], f"as line {like[2]}" + ("" if like[1] == findings.name else f" of {like[1]}")
-            if like[3] != label:
-                finding = "contrary" if finding == "exact" else finding
-                place += f", where the label is {like[3]}, not {label}"
-            findings.add(finding, row.line, place)
-        else:
-            train_index.add(mine, findings.name, row.line, label)
-        if keep and sum(map(len, findings.lines.values())) == before:
+            doubts["broken"] = error.problems[0].what
+        for finding, what in doubts.items():
+            findings.add(finding, row.line, what)
+        if keep and doubts.keys() <= findings.kept:
             findings.passed.append(row.values)
     for problem in problems.shown:
         for line in [problem.line or 0, *problems.others.get(problem, [])]:
@@ -155,21 +152,53 @@ def look_at_rows(
     return findings
 
 
+def _repeats(
+    parsed: object, text: str, line: int, name: str, train_index: SimilarityIndex, eval_index: SimilarityIndex | None
+) -> Iterator[tuple[str, str]]:
+    """The findings if a row is like an evaluation row or an earlier row. If no earlier row is like it, it is added to
+    `train_index`."""
+    mine, label = _signed(parsed, text), _label_of(parsed)
+    leaked, like = None if eval_index is None else eval_index.like(mine), train_index.like(mine)
+    if leaked is not None:
+        yield "leak", f"as line {leaked[2]} of {leaked[1]}"
+    if like is None:
+        train_index.add(mine, name, line, label)
+        return
+    finding, place = like[0], f"as line {like[2]}" + ("" if like[1] == name else f" of {like[1]}")
+    if like[3] != label:
+        finding = "contrary" if finding == "exact" else finding
+        place += f", where the label is {like[3]}, not {label}"
+    yield finding, place
+
+
+def _label_of(parsed: object) -> RowLabel:
+    """The label of a row, for comparisons. The order of several names has no meaning; the order of numbers has one."""
+    label: RowLabel = getattr(parsed, "label", None)
+    several = of_cell(label)
+    if isinstance(several, list | tuple) and all(isinstance(of_cell(each), str) for each in several):
+        return tuple(sorted(several))
+    return label
+
+
 def _signed(parsed: object, text: str) -> RowSignature:
     """The signature of a row, for comparisons: from the row's text, or from its recording or image with its text."""
+    if isinstance(parsed, UnpairedExample):  # two answers to one long prompt are not nearly equal
+        return signed_pair(_side_text(parsed.prompt), _side_text(parsed.completion))
     if not isinstance(parsed, FileExample):
         if isinstance(parsed, LabelExample):
             return signed(parsed.text) if parsed.second is None else signed_pair(parsed.text, parsed.second)
         return signed(text)
     media = parsed.audio if isinstance(parsed, TranscriptExample | AudioLabelExample) else parsed.image
-    try:
-        content = Path(media.path).read_bytes() if media.data is None else media.data
-    except (OSError, ValueError):  # the finding "broken" reports this row
-        content = media.path.encode(errors="surrogateescape")
+    content = Path(media.path).read_bytes() if media.data is None else media.data
     return RowSignature(hash((sha256(content).digest(), getattr(parsed, "text", None))))
 
 
-def _of_the_shorter(values: dict[str, Any]) -> int:
+def _side_text(side: TextOrTurns) -> str:
+    """The text of a prompt or an answer."""
+    return "\n".join(_texts(side if isinstance(side, str) else [turn.as_dict() for turn in side]))
+
+
+def _of_the_shorter(values: Fields) -> int:
     """Estimated tokens of the shorter answer of a preference pair; 0 for rows with one answer. They are subtracted from
     the row's length, which counts only the longer answer.
     """

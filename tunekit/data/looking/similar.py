@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
+from tunekit.formats.labels import LabelValue
+
 PERMUTATIONS, BANDS = 60, 12
 NEAR = 0.85  # estimated Jaccard similarity of two rows' word pairs
 FEWEST_WORDS = 8  # shorter rows are only compared for equality
@@ -19,7 +21,7 @@ UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # scripts wi
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # equals WORD for texts in ASCII, and takes a third of the time
 UNSPOKEN = str.maketrans(dict.fromkeys(".,;:!?'\"…。、，！？", " "))  # ignored in comparisons; accents are not ignored
-RowLabel = str | bool | None  # the label of a row; None: the row has no label
+RowLabel = LabelValue | bool | None  # the label of a row; None: the row has no label
 
 
 class WordPairs(Protocol):
