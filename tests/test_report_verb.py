@@ -52,6 +52,26 @@ def test_runs_are_written_as_json_and_csv(tmp_path: Path, capsys: pytest.Capture
         report_verb([folders[0], folders[0]], None, None, None)
 
 
+def test_a_damaged_run_keeps_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page of the only readable run does not replace it."""
+    torn, good = (write_run(tmp_path / name) for name in ("torn", "good"))
+    rows = json.loads((torn / "evaluation_rows.json").read_text("utf-8"))
+    (torn / "evaluation_rows.json").write_text(json.dumps(rows | {"rows": rows["rows"][:3]}), encoding="utf-8")
+    (torn / "report.html").write_text("the page of this run", encoding="utf-8")
+    assert report_verb([str(torn), str(good)], None, None, None) == 2
+    assert (torn / "report.html").read_text("utf-8") == "the page of this run"
+    assert not (good / "report.html").exists()
+    assert "page:" not in capsys.readouterr().out
+
+
+def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(write_run(tmp_path / place / "first")) for place in ("x", "y")]
+    files = [str(tmp_path / f"both.{name}") for name in ("html", "json", "csv")]
+    report_verb(folders, *files)
+    assert [run["name"] for run in json.loads(Path(files[1]).read_text("utf-8"))["runs"]] == folders
+    assert f"{folders[1]} and {folders[0]} cannot be distinguished" in Path(files[0]).read_text("utf-8")
+
+
 @pytest.mark.parametrize("output", ["html", "json", "csv"])
 def test_no_output_replaces_the_rows_or_the_recipe_of_a_run(output: str, tmp_path: Path) -> None:
     folder, rows = write_run(tmp_path / "run"), tmp_path / "rows.jsonl"

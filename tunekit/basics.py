@@ -70,6 +70,22 @@ class Shows:
 DEFAULT_SHOWS = Shows()
 
 
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom, to 1 %.
+
+    Source: Abramowitz and Stegun 1964, 26.7.5; exact for one and two degrees.
+    """
+    if freedom <= 2:
+        return (12.7062, 4.3027)[freedom - 1]
+    z = NORMAL_95
+    return (
+        z
+        + (z**3 + z) / (4 * freedom)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    )
+
+
 def with_article(noun: str) -> str:
     """The noun, preceded by "a" or "an"."""
     return f"{'an' if noun[:1] in tuple('aeiou') else 'a'} {noun}"

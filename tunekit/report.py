@@ -4,7 +4,7 @@ run's page."""
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tunekit.artifacts.report.compare import Outcomes, comparison_report, differing_keys, outcome_table, same_but_seed
@@ -32,6 +32,8 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
         raise InputError("a run is named twice", "name each run once")
     write_result, console = json_result(json_file), Console(json_file=json_file)
     runs = _readable(paths, console)
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, named_by_path=True) for run in runs]
     for option, name in (("--html", html), ("--json", json_file), ("--csv", csv_file)):
         for run in runs:
             refuse_to_replace_named(option, name, run.recipe, run.path / "recipe.yaml")
@@ -54,7 +56,7 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
         console.table(["key", *(run.name for run in runs)], keys)
     elif len(runs) > 1:
         console.info("the recipes differ only in output.dir")
-    page = html or (str(paths[0] / "report.html") if len(runs) == 1 else None)
+    page = html or (str(paths[0] / "report.html") if len(paths) == 1 else None)
     if page is not None:
         write_text(Path(page), html_page(run_report(runs[0]) if len(runs) == 1 else comparison_report(runs)))
         console.info(f"page: {page}")

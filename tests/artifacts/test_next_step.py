@@ -26,6 +26,7 @@ from tunekit.artifacts.report.next_step import (
 )
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import RunValues, Values
+from tunekit.basics import student
 from tunekit.console import Console
 from tunekit.console.loudness import LOUDNESS
 
@@ -116,7 +117,7 @@ def test_the_noise_of_few_rows_is_that_of_their_interval() -> None:
     columns = {"losses": [1.0, 3.0] * 8, "units": [1.0] * 16, "before": [3.0] * 16}
     text = rows_are_few(make_run(rows=columns))
     assert text is not None
-    reach = 1.96 * math.sqrt(16 / 15) / 4
+    reach = student(15) * math.sqrt(16 / 15) / 4
     assert text.startswith(f"16 evaluation rows measure the loss to within {reach:.2g}: ")
     same = {**columns, "losses": [2.0 * units for units in range(1, 17)], "units": [float(at) for at in range(1, 17)]}
     assert rows_are_few(make_run(rows=same)) is None  # each row has the same mean loss

@@ -230,6 +230,17 @@ def test_a_metric_that_was_better_before_training_is_noted(run: RunFolder) -> No
     assert "eval.accuracy" not in page, "step 0 is never exported"
 
 
+def test_the_best_loss_is_not_called_worse_than_itself(run: RunFolder) -> None:
+    """Before training it was lower, but that state cannot be exported."""
+    losses = {0: 0.5, 2: 1.0, 4: 1.5}
+    evaluations = [
+        {"step": step, "eval": {"loss": loss, "perplexity": math.exp(loss)}} for step, loss in losses.items()
+    ]
+    facts, plan = dataclasses.replace(FACTS, evaluations=evaluations), make_plan()
+    page = written(run, facts, dataclasses.replace(plan, recipe={**plan.recipe, "evaluation": {"best": "eval.loss"}}))
+    assert "This step had the best loss" not in page
+
+
 def test_the_page_tells_all_of_it(run: RunFolder) -> None:
     page = written(run, FACTS)
     for text in (

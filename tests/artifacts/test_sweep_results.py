@@ -14,10 +14,11 @@ import pytest
 from tests.support.run_case import write_run
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.markdown import markdown_page
-from tunekit.artifacts.report.paired import PairedDifference, paired_interval
+from tunekit.artifacts.report.paired import PairedDifference, difference_interval
 from tunekit.artifacts.report.sweep_page import sweep_page
-from tunekit.artifacts.report.sweep_results import HALVED, student, sweep_results
+from tunekit.artifacts.report.sweep_results import HALVED, sweep_results
 from tunekit.artifacts.report.values import RunValues, read_run
+from tunekit.basics import student
 from tunekit.training.halving import dropped_settings
 
 ROWS = 30
@@ -76,7 +77,7 @@ def test_the_interval_is_of_the_sums_over_seeds(tmp_path: Path) -> None:
     units = 2.0 * np.array(runs["a"][0].row_losses["units"])
     difference = results.settings[1].difference
     assert difference is not None
-    assert (difference.low, difference.high) == pytest.approx(paired_interval(sums["a"], sums["b"], units))
+    assert (difference.low, difference.high) == pytest.approx(difference_interval(sums["a"], sums["b"], units))
     head = ["setting", "eval loss", "standard deviation\nover seeds", "loss minus the best's\n(95% interval)", "state"]
     assert results.table()[0] == head
     page = sweep_page(results, {"a": {}, "b": {}}, ("best.yaml", ""))
@@ -116,7 +117,7 @@ def test_the_rows_of_a_metric_are_compared(tmp_path: Path) -> None:
     assert [setting.name for setting in results.unclear] == ["c"]
     difference = results.settings[2].difference
     assert difference is not None
-    ends = paired_interval(np.array(good), np.array(bad), np.ones(30))
+    ends = difference_interval(np.array(good), np.array(bad), np.ones(30))
     assert (difference.low, difference.high) == pytest.approx(ends)
     assert results.table()[0][2] == "exact match minus the best's\n(95% interval)"
     only = sweep_results("eval.exact_match", {name: runs[name] for name in "ab"})

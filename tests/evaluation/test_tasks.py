@@ -385,8 +385,8 @@ def test_changes_have_intervals_of_the_paired_differences() -> None:
     after = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     (change,) = task_differences([score(0.875, before)], [score(0.25, after)])
     steps = np.array(after) - np.array(before)
-    half = 1.959964 * steps.std(ddof=1) / np.sqrt(8)
-    assert (change.low, change.high) == pytest.approx((steps.mean() - half, steps.mean() + half))
+    half = 2.364624 * steps.std(ddof=1) / np.sqrt(8)
+    assert (change.low, change.high) == pytest.approx((steps.mean() - half, steps.mean() + half), rel=1e-2)
     assert change.verdict == "worse"
     (change,) = task_differences([score(0.875, before, higher=False)], [score(0.25, after, higher=False)])
     assert change.verdict == "better"

@@ -7,6 +7,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard
@@ -14,9 +15,11 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from tests.support.train_case import in_child, train_in_child, write_recipe
 from tunekit.adapters.folder.read import read_adapter_config
-from tunekit.artifacts.report.values import read_run
+from tunekit.artifacts.report.paired import difference_interval
+from tunekit.artifacts.report.values import Values, read_run
 from tunekit.errors import InputError, ResourceError
 from tunekit.export import export_verb
+from tunekit.exports import card
 from tunekit.exports.card import evaluation_results
 from tunekit.exports.format import Options
 from tunekit.model.storage.upload import hub_name
@@ -31,6 +34,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     ended = train_in_child(recipe, folder / "run")
     assert ended.code == 0, ended.output
     return folder / "run"
+
+
+def test_the_interval_of_a_card_is_that_of_a_comparison() -> None:
+    before, after, units = np.array([2.0, 3.0, 4.0]), np.array([1.0, 2.5, 3.9]), np.array([1.0, 1.0, 2.0])
+    rows = Values(before=before.tolist(), losses=after.tolist(), units=units.tolist())
+    low, high = difference_interval(before, after, units)
+    assert f"{low:+.4g} to {high:+.4g}." in card._interval(rows)[-1]
 
 
 def test_an_adapter_folder_has_a_card_and_no_path_of_this_machine(

@@ -8,7 +8,7 @@ import numpy as np
 
 from tunekit import __version__
 from tunekit.artifacts.report.markdown import escape, markdown_table
-from tunekit.artifacts.report.paired import paired_interval
+from tunekit.artifacts.report.paired import difference_interval
 from tunekit.artifacts.report.run_costs import duration_text
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.console.text import cell_text
@@ -154,7 +154,7 @@ def _interval(rows: Values) -> list[str]:
     measured = [each for each in zip(before, after, units, strict=False) if None not in each and each[2]]
     if len(measured) < 2:
         return []
-    low, high = paired_interval(*np.array(measured, np.float64).T)
+    low, high = difference_interval(*np.array(measured, np.float64).T)
     return [
         "",
         f"Change of the loss on {len(measured):,} held-out rows, 95 % interval over rows: {low:+.4g} to {high:+.4g}.",

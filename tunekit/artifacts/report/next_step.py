@@ -12,7 +12,7 @@ import numpy as np
 
 from tunekit.artifacts.report.paired import Losses, ratio_error
 from tunekit.artifacts.report.values import RunValues
-from tunekit.basics import NORMAL_95
+from tunekit.basics import NORMAL_95, student
 from tunekit.records import Headline, Plan, bytes_text
 
 MOST = 2  # maximum of sentences after a command
@@ -144,7 +144,7 @@ def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str 
 
     Shapes: (rows,) each. `losses`: the sum over each row's units.    Source: see `ratio_error`.
     """
-    loss, reach = abs(losses.sum() / units.sum()), NORMAL_95 * ratio_error(losses, units)
+    loss, reach = abs(losses.sum() / units.sum()), student(len(losses) - 1) * ratio_error(losses, units)
     if not reach > WIDE * (loss if change is None else change):
         return None
     return (

@@ -105,11 +105,14 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
 
 
 def _better_elsewhere(run: RunValues) -> Iterator[str]:
-    """If the exported step was chosen by its loss, a note on each metric that was better at a different step."""
+    """If the exported step was chosen by its loss, a note on each other metric that was better at a different step.
+    Metrics that are functions of the loss, such as the perplexity, are left out."""
     if run.recipe.part("evaluation").get("best") != "eval.loss" or "best_step" not in run.report:
         return
-    values = run.exported.numbers("eval")
+    values, of_loss = run.exported.numbers("eval"), facts_of("metrics", "loss").NEEDS
     for name in (name for name in values if name in known_names("metrics")):
+        if getattr(facts_of("metrics", name), "NEEDS", ()) == of_loss:
+            continue
         measured = [
             (each, record) for record in run.evaluations if (each := record.part("eval").number(name)) is not None
         ]

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from tunekit.artifacts.report.compare import number_text
 from tunekit.artifacts.report.paired import LEVEL, PairedDifference, pooled_difference
 from tunekit.artifacts.report.values import RunValues
-from tunekit.basics import NORMAL_95
+from tunekit.basics import student
 from tunekit.errors import NumericsError, listed
 from tunekit.files.untrusted import printable
 from tunekit.recipe.reading.names import facts_of
@@ -348,19 +348,3 @@ def _over_seeds(difference: PairedDifference, of_seeds: Sequence[float]) -> Pair
     )
     needed = difference.needed_rows if low <= 0 <= high else None
     return replace(difference, low=low, high=high, needed_rows=needed)
-
-
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom, to 1 %.
-
-    Source: Abramowitz and Stegun 1964, 26.7.5; exact for one and two degrees.
-    """
-    if freedom <= 2:
-        return (12.7062, 4.3027)[freedom - 1]
-    z = NORMAL_95
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )

@@ -14,8 +14,9 @@ from tunekit.artifacts.run import EXPORTS, ROWS_NAME, RUN_SIGNS, TASKS_NAME, rea
 from tunekit.errors import InputError, RunFolderError, TunekitError
 from tunekit.files.lock import is_held
 from tunekit.files.untrusted import printable
-from tunekit.recipe.reading.names import facts_of, known_names, shows_of
-from tunekit.records import DEFAULT_SHOWS, Shows
+from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.reading.names import facts_of, known_names, objective_class
+from tunekit.records import Shows
 
 FILES = ("plan", "report", "environment", "status")
 LARGEST = 1e300  # the largest valid number; larger numbers and NaN are damage
@@ -71,11 +72,13 @@ class RunValues:
     status: Values
     steps: Sequence[Values]  # one record for each optimizer step
     evaluations: Sequence[Values]
+    named_by_path: bool = False
 
     @property
     def name(self) -> str:
-        """The name of the folder. Bytes that are not UTF-8 are escaped."""
-        return os.fsencode(self.path.resolve().name).decode("utf-8", "backslashreplace")
+        """The name or the path of the folder. Bytes that are not UTF-8 are escaped."""
+        name = str(self.path) if self.named_by_path else self.path.resolve().name
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
 
     @property
     def recipe(self) -> Values:
@@ -83,10 +86,15 @@ class RunValues:
         return self.plan.part("recipe")
 
     @cached_property
+    def objective(self) -> type[ObjectiveSettings]:
+        """The settings class of the run's objective."""
+        name = self.recipe.part("objective").get("method")
+        return objective_class(str(name)) if name in known_names("objectives") else ObjectiveSettings
+
+    @property
     def shows(self) -> Shows:
         """How reports show runs with this run's objective."""
-        name = self.recipe.part("objective").get("method")
-        return shows_of(str(name)) if name in known_names("objectives") else DEFAULT_SHOWS
+        return self.objective.shows
 
     @property
     def exported_step(self) -> int | None:

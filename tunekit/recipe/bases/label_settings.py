@@ -71,6 +71,7 @@ class LabelSettings(ObjectiveSettings):
     supervised = True
     has_head = True
     names_labels = True
+    training_keys: ClassVar[tuple[str, ...]] = ("class_weights", "label_smoothing")
 
     labels: Annotated[Several[Label], AfterValidator(_each_once)] = Field(
         (), description="all labels, in the order of the head's outputs; empty: the labels of the data, sorted"

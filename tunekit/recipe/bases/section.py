@@ -117,6 +117,7 @@ class ObjectiveSettings(MethodSettings):
     - `needs_recipe`: whether an evaluation needs the recipe, because only the recipe names the teacher or the rewards
     - `has_head`: whether the objective trains a head; `names_labels`: whether the outputs of the head have labels;
       `single_score`: whether the head has one output
+    - `training_keys`: keys that do not affect the loss of an evaluation
     - `measures_training`: whether evaluations usually use training rows, so that a warning about this is not needed
     - `default_learning_rate`: takes precedence over the adapter's default
     - `required`: keys that must be written, and an example of each
@@ -135,6 +136,7 @@ class ObjectiveSettings(MethodSettings):
     supervised: ClassVar[bool] = False
     samples: ClassVar[bool] = False
     shows: ClassVar[Shows] = DEFAULT_SHOWS
+    training_keys: ClassVar[tuple[str, ...]] = ()
     measures_training: ClassVar[bool] = False
     required: ClassVar[Mapping[str, str]] = {}
     one_sequence: ClassVar[bool] = False

@@ -1,5 +1,7 @@
 """SpecAugment: settings shared by the objectives that train on recordings."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, ObjectiveSettings
@@ -7,6 +9,11 @@ from tunekit.recipe.bases.section import Count, CountOrZero, Fraction, Objective
 
 class SpecAugmentSettings(ObjectiveSettings):
     """Settings of SpecAugment. The names and defaults are from transformers' configuration."""
+
+    training_keys: ClassVar[tuple[str, ...]] = (
+        *("apply_spec_augment", "mask_time_prob", "mask_time_length", "mask_time_min_masks"),
+        *("mask_feature_prob", "mask_feature_length", "mask_feature_min_masks"),
+    )
 
     apply_spec_augment: bool = Field(
         False, description="mask random time spans and frequencies of each recording (SpecAugment)"

@@ -14,3 +14,4 @@ class AudioClassifySettings(SpecAugmentSettings, HeadSettings, LabelSettings):
     shows = Shows(unit="label", size_unit="frame")
     medium = "audio"
     first_order = 20
+    training_keys = (*SpecAugmentSettings.training_keys, *LabelSettings.training_keys)

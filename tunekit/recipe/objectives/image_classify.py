@@ -25,6 +25,10 @@ class ImageClassifySettings(HeadSettings, LabelSettings):
     shows = Shows(unit="label", size_unit="pixel")
     medium = "image"
     first_order = 30
+    training_keys = (
+        *(*LabelSettings.training_keys, "random_resized_crop", "crop_scale", "random_flip"),
+        *("randaugment_ops", "randaugment_magnitude", "random_erasing"),
+    )
 
     resolution: Annotated[Count, Field(ge=16, le=4096)] | None = Field(
         None, description="side of the images in pixels; null: the size that the model's image processor has"
