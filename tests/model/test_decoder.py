@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from tests.architectures.tiny import write_tiny
 from tests.model.test_generation import greedy
-from tunekit.contracts import Sampling
+from tunekit.contracts import Sampling, Tensors
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.load import LoadedModel, load_model
-from tunekit.model.text.continuation import Continuation, NewToken
+from tunekit.model.text.continuation import Adapt, Continuation, NewToken
 from tunekit.model.text.decoder import Decoder, decoding
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -109,6 +110,16 @@ def test_a_step_computes_a_piece_of_a_prompt_and_a_token_of_each_running_row(lla
         assert not decoder.is_busy
 
 
+def test_a_cancelled_prompt_delays_no_other(llama: LoadedModel) -> None:
+    with decoding(llama.net):
+        decoder = Decoder(llama, 0, slots=2, tokens=200, piece_tokens=16)
+        cancelled = decoder.add(Continuation(LONG, 4))
+        assert not decoder.step()
+        decoder.cancel(cancelled)
+        other = decoder.add(Continuation([5, 6, 7], 4))
+        assert [token.handle for token in decoder.step()] == [other]
+
+
 def test_memory_is_allocated_once_and_its_size_is_known(llama: LoadedModel) -> None:
     with decoding(llama.net):
         decoder = Decoder(llama, 0, slots=2, tokens=30)
@@ -158,14 +169,34 @@ def test_each_row_has_its_own_settings(llama: LoadedModel) -> None:
     assert together[0][0].score is None
 
 
+def prompt_tuning(model: LoadedModel, count: int) -> Adapt:
+    """Puts random vectors before each row, as prompt tuning does."""
+    net: Any = model.net
+    embed = net.get_input_embeddings()
+    vectors = torch.randn(1, count, embed.weight.shape[1], generator=torch.Generator().manual_seed(1))
+
+    def adapt(inputs: Tensors) -> Tensors:
+        rows = embed(inputs["input_ids"])
+        masks = {name: pad(mask, (count, 0), value=1) for name, mask in inputs.items() if name == "attention_mask"}
+        return {"inputs_embeds": torch.cat([vectors.expand(len(rows), -1, -1), rows], dim=1), **masks}
+
+    return adapt
+
+
+@pytest.mark.parametrize("virtual", [0, 20])
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
 @pytest.mark.filterwarnings("ignore")
-def test_a_prompt_can_be_scored(kind: str, tmp_path: Path) -> None:
+def test_a_prompt_can_be_scored(kind: str, virtual: int, tmp_path: Path) -> None:
+    """Also after virtual tokens, which need more than one piece."""
     model = load(kind, tmp_path / kind)
-    wanted = [Continuation(LONG, 2, top=1, scores_prompt=True), Continuation([9], 2, top=1, scores_prompt=True)]
+    adapt = prompt_tuning(model, virtual) if virtual else None
+    how = {"top": 1, "scores_prompt": True, "adapt": adapt, "virtual_tokens": virtual}
+    wanted = [Continuation(LONG, 2, **how), Continuation([9], 2, **how)]  # type: ignore[arg-type]
     (first, second), (only, _) = run(model, wanted)
+    inputs = {"input_ids": torch.tensor([LONG])}
     with torch.no_grad():
-        logprobs = model.net(input_ids=torch.tensor([LONG]), use_cache=False).logits[0].log_softmax(-1)
+        logits = model.net(**(inputs if adapt is None else adapt(inputs)), use_cache=False).logits
+    logprobs = logits[0, virtual:].log_softmax(-1)
     expected = [float(row[token]) for row, token in zip(logprobs, LONG[1:], strict=False)]
     assert [score.logprob for score in first.prompt_scores] == pytest.approx(expected, abs=1e-4)
     assert [score.top[0][0] for score in first.prompt_scores] == logprobs[:-1].argmax(-1).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from tests.conftest import write_tiny_llama
+from tests.model.test_decoder import run
 from tests.support.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
@@ -28,6 +30,7 @@ from tunekit.errors import ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
+from tunekit.model.text.continuation import Continuation
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.planning.plan import make_plan
@@ -173,6 +176,7 @@ def test_adapters_attach_compute_and_come_back_from_their_folders(
 
 
 PROMPTS = [[3, 4, 5], list(range(6, 30)), [40, 41], [50] * 9]
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": None}  # a cut answer has no end
 
 
 def write_encoder_decoder(folder: Path, name: str) -> Path:
@@ -200,8 +204,7 @@ def test_greedy_answers_equal_those_of_transformers(encoder_decoder: Path) -> No
     tokenizer = load_tokenizer(ModelSection(name_or_path=str(encoder_decoder)))
     plain: Any = AutoModelForSeq2SeqLM.from_pretrained(encoder_decoder, dtype=torch.float32).eval()
     expected = [
-        plain.generate(input_ids=torch.tensor([ids]), max_new_tokens=11, do_sample=False, num_beams=1)[0, 1:].tolist()
-        for ids in PROMPTS
+        plain.generate(input_ids=torch.tensor([ids]), max_new_tokens=11, **GREEDY)[0, 1:].tolist() for ids in PROMPTS
     ]
     assert len({tuple(ids) for ids in expected}) > 1
     for batch_size in (1, 4):
@@ -210,6 +213,22 @@ def test_greedy_answers_equal_those_of_transformers(encoder_decoder: Path) -> No
         for ours, theirs in zip(own, expected, strict=True):
             ended = theirs.index(2) if 2 in theirs else len(theirs)
             assert ours == theirs[:ended]
+
+
+def test_forced_tokens_change_no_other_answer_and_no_score(encoder_decoder: Path) -> None:
+    model = load(encoder_decoder)
+    assert model.generation_config is not None
+    model.generation_config.forced_bos_token_id, model.generation_config.forced_eos_token_id = 7, 2
+    wanted = [
+        Continuation(prompt, count, stop_ids={2}, top=2) for prompt, count in zip(PROMPTS, (5, 12, 3, 8), strict=True)
+    ]
+    together, alone = run(model, wanted, slots=4), [run(model, [each])[0] for each in wanted]
+    assert [[(token.id, token.reason) for token in row] for row in together] == [
+        [(token.id, token.reason) for token in row] for row in alone
+    ]
+    assert {row[0].id for row in together} == {7}
+    assert all(token.score is not None and math.isfinite(token.score.logprob) for row in together for token in row)
+    assert all(math.isfinite(logprob) for row in together for token in row for _, logprob in token.score.top)
 
 
 def test_the_answer_of_an_adapter_s_folder_equals_peft_s(encoder_decoder: Path, tmp_path: Path) -> None:
@@ -237,7 +256,7 @@ def test_the_answer_of_an_adapter_s_folder_equals_peft_s(encoder_decoder: Path, 
     theirs: Any = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
     native = loaded.tokenizer.native
     ids = native("a few words", return_tensors="pt")["input_ids"]
-    output = theirs.generate(input_ids=ids, max_new_tokens=9, do_sample=False, num_beams=1)
+    output = theirs.generate(input_ids=ids, max_new_tokens=9, **GREEDY)
     assert type(theirs).__name__ == "PeftModelForSeq2SeqLM"
     assert text == native.decode(output[0, 1:], skip_special_tokens=True)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.tiny_pipelines import KINDS, saved_pipeline
 from tests.talking.test_conversation import adapter_of, load, peft_folder
@@ -24,7 +26,7 @@ SETTINGS = ("evaluation.max_new_tokens=9", "evaluation.batch_size=3")
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters, one of a run, and a prompt with virtual tokens."""
+    """Two adapters, one of a run, and two prompts with virtual tokens, one of them with its own embeddings."""
     from peft import PromptTuningConfig
 
     folder = tmp_path_factory.mktemp("table")
@@ -32,6 +34,10 @@ def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter_of(tiny_llama, folder / "run" / "adapter", 2)
     prompt = PromptTuningConfig(num_virtual_tokens=30, task_type="CAUSAL_LM")
     peft_folder(tiny_llama, folder / "prompt", 3, prompt)
+    prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    tensors = peft_folder(tiny_llama, folder / "embeddings", 4, prompt) / "adapter_model.safetensors"
+    torch.manual_seed(5)
+    save_file({name: part + torch.randn_like(part) / 9 for name, part in load_file(tensors).items()}, tensors)
     return folder
 
 
@@ -43,10 +49,10 @@ def write(folder: Path, adapters: list[Any]) -> Path:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, 0.9, 0, 5)])
 def test_each_row_has_the_answer_of_its_adapter_alone(folder: Path, tiny_llama: Path, sampling: Sampling) -> None:
-    names = ["one", "run", None, "prompt", "run", str(folder / "one"), "run"]
+    names = ["one", "run", None, "prompt", "run", str(folder / "one"), "embeddings"]
     rows = read_prompts(write(folder, names))
     answers = answer_with_adapters(load(tiny_llama, *SETTINGS), rows, sampling)
-    for name in ("one", "run/adapter", None, "prompt"):
+    for name in ("one", "run/adapter", None, "prompt", "embeddings"):
         alone = answer(load(tiny_llama if name is None else folder / name, *SETTINGS), TEXTS, sampling)
         places = [at for at, row in enumerate(rows) if row.adapter == (None if name is None else folder / name)]
         assert places

@@ -3,7 +3,7 @@ cannot join at different times. transformers itself prepares the inputs of each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,19 +78,13 @@ def padded(prompts: Sequence[Sequence[int]], pad_id: int, *, left: bool, device:
 
 
 def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> Steps:
-    """A Python generator that yields the scores (B, V) of the next tokens, and then receives the chosen tokens (B,).
+    """A Python generator that yields the logits (B, V) of the next tokens, and then receives the chosen tokens (B,).
 
     transformers prepares inputs, encoder and cache as usual, but runs this loop instead of its own generation loop.
     """
 
-    def loop(
-        net: PreTrainedModel,
-        input_ids: Tensor,
-        logits_processor: Callable[[Tensor, Tensor], Tensor],
-        *_: object,
-        **named: object,
-    ) -> Steps:
-        for name in ("stopping_criteria", "generation_config", "synced_gpus", "streamer"):
+    def loop(net: PreTrainedModel, input_ids: Tensor, *_: object, **named: object) -> Steps:
+        for name in ("logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"):
             named.pop(name, None)
         ids, count = input_ids, dict[str, int | None]()
         while True:
@@ -99,7 +93,7 @@ def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> St
             named = net._update_model_kwargs_for_generation(
                 output, named, is_encoder_decoder=net.config.is_encoder_decoder
             )
-            tokens = yield logits_processor(ids, output.logits[:, -1].float())
+            tokens = yield output.logits[:, -1].float()
             ids, count = (
                 torch.cat([ids, tokens[:, None]], dim=1),
                 {"next_sequence_length": 1 if named.get("use_cache") else None},
@@ -110,11 +104,16 @@ def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> St
 
 
 def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> GenerationConfig:
-    """Generation settings for transformers that leave scores unchanged, except for the forced first and last tokens of
-    an encoder-decoder."""
+    """Generation settings for transformers that leave the logits unchanged.
+
+    Raises: ModelError if an encoder-decoder names no start token.
+    """
     from transformers import GenerationConfig
 
-    ends = _answer_ends(model) if model.family.reads_source else {}
+    start = _setting(model, "decoder_start_token_id") if model.family.reads_source else None
+    if model.family.reads_source and start is None:
+        what = f"{model.facts.name_or_path} does not name the token with which its answers begin"
+        raise ModelError(what, "write decoder_start_token_id into its config.json")
     return GenerationConfig(
         max_new_tokens=new_tokens,
         pad_token_id=pad,
@@ -123,23 +122,19 @@ def generation_settings(model: LoadedModel, pad: int, new_tokens: int) -> Genera
         use_cache=True,
         do_sample=False,
         num_beams=1,
-        **ends,
+        decoder_start_token_id=start,
     )
 
 
-def _answer_ends(model: LoadedModel) -> dict[str, int]:
-    """The settings that name the first tokens of an encoder-decoder's answer, and the last token of a truncated answer.
+def forced_first_token(model: LoadedModel) -> int | None:
+    """The token with which each answer of an encoder-decoder begins, such as the language of a translation."""
+    return _setting(model, "forced_bos_token_id") if model.family.reads_source else None
 
-    Raises: ModelError if neither the configuration nor the generation settings name the start token.
-    """
-    names = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-    holders = (model.config, model.generation_config)  # the generation settings are newer, so they have priority
-    values = [(name, getattr(holder, name, None)) for holder in holders for name in names]
-    tokens = {name: int(value) for name, value in values if value is not None}
-    if "decoder_start_token_id" not in tokens:
-        what = f"{model.facts.name_or_path} does not name the token with which its answers begin"
-        raise ModelError(what, "write decoder_start_token_id into its config.json")
-    return tokens
+
+def _setting(model: LoadedModel, name: str) -> int | None:
+    """A token in the generation settings, or else in the configuration, which is older."""
+    values = (getattr(holder, name, None) for holder in (model.generation_config, model.config))
+    return next((int(value) for value in values if value is not None), None)
 
 
 def keeps_state_in_modules(model: LoadedModel) -> bool:
@@ -185,6 +180,7 @@ def _scored_prompt(model: LoadedModel, row: DecoderRow) -> list[Score]:
         what = f"{model.facts.name_or_path} reads prompts with an encoder, which predicts no tokens"
         raise ModelError(what, "request the log-probabilities of the answer only")
     wanted = row.continuation
-    ids = torch.tensor([list(wanted.prompt)], device=model.device)  # (1, T)
-    logits = model.net(input_ids=ids, use_cache=False).logits[0, :-1]  # (T - 1, V)
+    inputs: Tensors = {"input_ids": torch.tensor([list(wanted.prompt)], device=model.device)}  # (1, T)
+    inputs = inputs if wanted.adapt is None else wanted.adapt(inputs)
+    logits = model.net(**inputs, use_cache=False).logits[0, -len(wanted.prompt) : -1]  # (T - 1, V), not virtual tokens
     return score(logits, list(wanted.prompt[1:]), wanted.top or 0) if len(logits) else []

@@ -24,7 +24,7 @@ from tunekit.model.call import calling, current_call
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import as_pretrained
-from tunekit.model.text.cohort import Cohort, keeps_state_in_modules, rows_interact
+from tunekit.model.text.cohort import Cohort, forced_first_token, keeps_state_in_modules, rows_interact
 from tunekit.model.text.continuation import Continuation, DecoderRow, NewToken, States
 from tunekit.model.text.draws import TokenSampler, choose, score
 from tunekit.model.text.slot_batch import SlotBatch, Using
@@ -60,6 +60,7 @@ class Decoder:
         shares = self._slot_batch is not None or slots == 1
         self._cohort_size = 1 if shares or rows_interact(model, pad_id) else slots
         self._is_single = self._slot_batch is None and keeps_state_in_modules(model)
+        self._first_token = forced_first_token(model)
 
     @property
     def nbytes(self) -> int:
@@ -169,6 +170,7 @@ class Decoder:
         tokens = []
         for place, (row, token) in enumerate(zip(rows, ids, strict=True)):
             wanted = row.continuation
+            token = token if row.tokens or self._first_token is None else self._first_token
             row.tokens.append(token)
             ended = "length" if len(row.tokens) >= wanted.max_new_tokens else None
             reason = "stop" if token in wanted.stop_ids else ended

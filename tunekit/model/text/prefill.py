@@ -118,8 +118,8 @@ class Prefill:
         """Score the prompt's tokens that follow position `start`. The first row of `logits` (T, V) is computed at
         `start` and predicts the token after it."""
         wanted = self.rows[0].continuation
-        first = max(-start, 0)  # virtual tokens come before
-        following = list(wanted.prompt[start + first + 1 : start + len(logits) + 1])
+        first, end = max(-start, 0), max(start + len(logits), 0)  # virtual tokens come before
+        following = list(wanted.prompt[start + first + 1 : end + 1])
         if following:
             self.scores += score(logits[first : first + len(following)], following, wanted.top or 0)
 

@@ -55,7 +55,9 @@ class SlotBatch:
     def admit(self, waiting: Sequence[DecoderRow], tokens: int) -> list[tuple[DecoderRow, Tensor]]:
         """Compute about `tokens` tokens of waiting prompts, or fewer if no slot is free. Returns the rows whose prompts
         are now in the cache, each with the logits (V,) of its first new token."""
-        joined: dict[DecoderRow, Tensor] = {}
+        joined, prefill = dict[DecoderRow, Tensor](), self._prefill
+        if prefill is not None and not (prefill.is_complete or any(row.key in prefill.places for row in waiting)):
+            self._prefill = None  # all its rows were cancelled
         while True:
             remaining = [row for row in islice(waiting, 2 * self.columns.slots) if row not in joined]
             joined |= self._join(remaining)
@@ -67,7 +69,8 @@ class SlotBatch:
                 if not remaining:
                     return list(joined.items())
                 rows = shared_prefill(remaining, room, tokens)
-                self._prefill = Prefill(self._forward, self.model, rows, self.pad_id)
+                with self.using([row.continuation.adapter for row in rows]):  # it may have its own embeddings
+                    self._prefill = Prefill(self._forward, self.model, rows, self.pad_id)
             with self.using(self._prefill.adapters):
                 tokens -= self._prefill.advance(tokens)
 
