@@ -133,9 +133,10 @@ class Chat:
 
     def undo(self, argument: str) -> None:
         """remove the last question and its answer"""
-        while self.messages and self.messages.pop().role != "user":
-            pass
-        self._save()
+        if any(message.role == "user" for message in self.messages):
+            while self.messages.pop().role != "user":
+                pass
+            self._save()
 
     def reset(self, argument: str) -> None:
         """start a new conversation; the system prompt stays"""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import queue
 import shutil
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from tunekit.formats.example import Message
 from tunekit.talking.adapters import PART_BYTES
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Answers, Speaker, make_speaker
+from tunekit.talking.desk import Desk, Job
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +181,32 @@ def test_an_adapter_that_conflicts_with_an_idle_one_replaces_it(
     speaker.adapters.load("copy")
     with pytest.raises(AdapterConflict, match="cannot be loaded at once"):
         speaker.adapters.load("one", {"copy"})
+
+
+def test_requests_to_adapters_that_conflict_take_turns(speaker: Speaker, tiny_llama: Path, tmp_path: Path) -> None:
+    speaker.adapters.add("copy", adapter_of(tiny_llama, tmp_path / "copy", 7, modules_to_save=["mlp"]))
+    names, ended = ["copy", "one", "copy", "two"], queue.SimpleQueue[Any]()
+    alone = [ask(speaker, name, QUESTION) for name in names]
+    desk = Desk(speaker, 4, 512)
+    desk.put([Job(Request(QUESTION, 12), name, lambda piece: None, ended.put) for name in names])
+    replies = [ended.get(timeout=60) for _ in names]
+    desk.close()
+    assert [reply for reply in replies if not isinstance(reply, Reply)] == []
+    assert sorted(reply.text for reply in replies) == sorted(alone)
+
+
+def test_an_unreadable_folder_hides_no_adapter(speaker: Speaker, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "lost+found").mkdir(exist_ok=True)
+    stat = os.stat
+
+    def refuse(path: Any, **more: Any) -> os.stat_result:
+        if "lost+found/" in str(path):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    speaker.adapters.read_folders()
+    assert speaker.adapters.names == ["base", "one", "three", "two"]
 
 
 @pytest.mark.drawn

@@ -225,6 +225,7 @@ def test_a_conversation_in_the_terminal(speaker: Speaker, tmp_path: Path, capsys
     history = tmp_path / "talk.jsonl"
     chat = Chat(speaker, Console(), "one", GREEDY, 8, history)
     chat.line("/system You are brief.")
+    chat.line("/undo")
     chat.line(QUESTION[0].content)
     shown = capsys.readouterr().out
     reply = chat.messages[-1].content

@@ -277,8 +277,8 @@ def _file_bytes(place: Path) -> int:
 def _adapters_in(folder: Path) -> dict[str, Path]:
     """The folders of the adapters in a folder, by name. A run folder counts as the adapter of the run."""
     try:
-        entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name != BASE)
+        names = sorted(os.listdir(folder))
     except OSError:
         return {}
-    places = [(entry.name, place) for entry in entries for place in (entry / "adapter", entry)]
+    places = [(name, place) for name in names if name != BASE for place in (folder / name / "adapter", folder / name)]
     return {name: place for name, place in places if is_adapter(place)}

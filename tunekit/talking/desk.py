@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from tunekit.errors import AdapterConflict
 from tunekit.talking.answer import AnswerPiece, Reply, Request
 from tunekit.talking.conversation import Answers, Speaker
 
@@ -49,6 +50,7 @@ class Desk:
         self._arrived: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # prepared
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
+        self._conflicts = False  # whether the first waiting job starts only after all running jobs have ended
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._read, self._work)]
         for thread in self._threads:
             thread.start()
@@ -132,7 +134,8 @@ class Desk:
                 answers.cancel(handle)
                 del self._running[handle]
         self._waiting = deque(filter(self._is_wanted, self._waiting))
-        while is_open and self._waiting and answers.free_slots:
+        self._conflicts = self._conflicts and bool(self._running)
+        while is_open and self._waiting and answers.free_slots and not self._conflicts:
             self._start(self._waiting.popleft(), answers)
         if self._running:
             answers.step()
@@ -149,7 +152,11 @@ class Desk:
         try:
             handle = answers.put(job.request, job.name, on_piece, on_end)
         except Exception as error:
-            self._end(job, error)
+            self._conflicts = isinstance(error, AdapterConflict) and bool(self._running)
+            if self._conflicts:
+                self._waiting.appendleft(job)
+            else:
+                self._end(job, error)
         else:
             self._running[handle] = job
 

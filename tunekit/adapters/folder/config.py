@@ -32,8 +32,8 @@ FORMAT_VERSION = 1  # of tunekit.json
 
 
 def is_adapter(place: Path) -> bool:
-    """Whether the folder contains an adapter's configuration file."""
-    return (place / CONFIG_NAME).exists()
+    """Whether the folder contains an adapter's configuration file. False for an unreadable folder."""
+    return os.path.exists(place / CONFIG_NAME)
 
 
 def adapter_in(path: Path) -> Path | None:
