@@ -120,6 +120,8 @@ def test_completions_with_echo_score_the_prompt(api: Any, speaker: Speaker) -> N
                 choice.logprobs.tokens
             )
         assert reply.usage.completion_tokens == 0
+    full = complete(api, [5] * 512, echo=True, logprobs=0, max_tokens=0).choices[0]
+    assert len(full.logprobs.tokens) == 512
     longer = complete(api, echo=True, logprobs=0, max_tokens=3).choices[0]
     assert longer.text.startswith(PROMPT)
     assert len(longer.logprobs.tokens) == len(ids) + 3
@@ -228,5 +230,5 @@ def test_a_reply_of_a_tool_call_keeps_its_text() -> None:
     from tunekit.talking.choices import ChatForm
 
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    message = ChatForm().choice(Reply("Let me see.", 1, 9, "tool_calls", (), (call,)))["message"]
+    message = ChatForm(False).choice(Reply("Let me see.", 1, 9, "tool_calls", (), (call,)))["message"]
     assert (message["content"], message["tool_calls"]) == ("Let me see.", [call])

@@ -313,11 +313,13 @@ def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampli
     Raises: InputError if the target does not generate texts, or chooses answers from a list.
     """
     settings, objective = loaded.target.evaluation, _objective_of(loaded)
-    answering, is_text = objective.answering, loaded.model.base.family.reads_ids
-    if answering is None or answering.kind != "text" or not is_text or settings.choices is not None:
+    answering, base = objective.answering, loaded.model.base
+    is_text = answering is not None and answering.kind == "text" and base.family.reads_ids
+    if not is_text or settings.choices is not None:
         what = "some rows name an adapter, but the target does not generate texts"
         raise InputError(what, "name a base that generates texts, and no evaluation.choices")
     speaker = make_speaker(loaded, needs_template=False)
+    speaker.positions = base.family.learned_positions(base.net)  # as for a single adapter
     requests = [
         Request(
             max_new_tokens=settings.max_new_tokens,

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from tests.talking.test_conversation import load
 from tunekit.errors import InputError
-from tunekit.talking.answer import Request, decoder_after
-from tunekit.talking.choices import TextForm
+from tunekit.generate import answer
+from tunekit.talking.answer import AnswerWriter, Reply, Request, TokenScore, decoder_after
+from tunekit.talking.choices import ChatForm, TextForm
 from tunekit.talking.conversation import Speaker, make_speaker
 
 STORIES, ENCODER = (
@@ -49,7 +50,7 @@ def test_a_completion_continues_the_text_and_its_tokens_have_their_places(speake
     prompt = "Once upon a time, there was a"
     (reply,) = speaker.answer([Request(text=prompt, max_new_tokens=4, top=0, echoes=True)], "base")
     assert reply.text == f"{prompt} little girl"
-    logprobs = TextForm().choice(reply)["logprobs"]
+    logprobs = TextForm(True).choice(reply)["logprobs"]
     assert logprobs["tokens"][:3] == ["<s>", " Once", " upon"]
     assert logprobs["text_offset"][:3] == [0, 0, 4]
     places = list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[2:]
@@ -71,10 +72,56 @@ def test_without_an_end_token_a_schema_is_refused(speaker: Speaker) -> None:
         endless.prepare(Request(text="Once", schema={"type": "integer"}))
 
 
-def test_an_encoder_scores_no_prompt() -> None:
-    """The request is refused before its answer starts: an error in a step would end the answers of all clients."""
+def written(text: str, stop: str) -> Reply:
+    """An answer whose tokens have two characters each."""
+    writer = AnswerWriter(lambda ids, **_: text[: 2 * len(ids)], Request(max_new_tokens=9, stop=[stop], top=0))
+    while not writer.ended and 2 * len(writer.ids) < len(text):
+        place = 2 * len(writer.ids)
+        writer.add(1, TokenScore(text[place : place + 2].encode(), -1.0))
+    writer.finish()
+    return writer.reply()
+
+
+def test_a_token_that_is_written_in_two_pieces_moves_the_next_token() -> None:
+    """A stop text could begin within it."""
+    assert TextForm(True).choice(written(" a b c", "b!"))["logprobs"]["text_offset"] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("form", [ChatForm, TextForm])
+def test_an_answer_without_tokens_has_empty_logprobs(form: type[ChatForm | TextForm]) -> None:
+    """Clients that request them read their fields."""
+    reply = written("abcd", "ab")
+    scores = form(True).choice(reply)["logprobs"]
+    assert (reply.text, any(scores.values())) == ("", False)
+    assert form(False).choice(reply)["logprobs"] is None
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Speaker:
     if not ENCODER.is_dir():
         pytest.skip(f"{ENCODER} is absent")
-    speaker = make_speaker(load(ENCODER), needs_template=False)
+    return make_speaker(load(ENCODER), needs_template=False)
+
+
+def test_an_encoder_scores_no_prompt(encoder: Speaker) -> None:
+    """The request is refused before its answer starts: an error in a step would end the answers of all clients."""
     with pytest.raises(InputError, match="'logprobs' of the prompt"):
-        speaker.prepare(Request(text="word", top=0, echoes=True))
+        encoder.prepare(Request(text="word", top=0, echoes=True))
+
+
+def test_an_encoder_reads_the_special_tokens_that_generate_writes(encoder: Speaker) -> None:
+    ids = encoder.target.tokenizer.encode_source("example")
+    expected = answer(encoder.target, ["example"])[0]
+    for request in (Request(text="example", max_new_tokens=30), Request(prompt=ids, max_new_tokens=30)):
+        assert encoder.prepare(request).prompt == ids
+        assert encoder.answer([request], "base")[0].text == expected
+
+
+def test_a_prompt_of_an_encoder_takes_no_room_from_the_answer(encoder: Speaker) -> None:
+    request, replies = Request(text="example " * 7, max_new_tokens=30), list[Reply]()
+    with encoder.answering(2, encoder.slot_tokens(8, 10**9)[0]) as answers:
+        answers.put(encoder.prepare(request), "base", lambda piece: True, replies.append)
+        while answers.is_busy:
+            answers.step()
+    assert replies == encoder.answer([request], "base")
+    assert replies[0].prompt_tokens + replies[0].new_tokens > 64

@@ -15,7 +15,7 @@ from tests.support.tiny_pipelines import KINDS, saved_pipeline
 from tests.talking.test_conversation import adapter_of, load, peft_folder
 from tunekit.contracts import Sampling
 from tunekit.errors import TunekitError
-from tunekit.generate import answer, answer_with_adapters, generate_verb, read_prompts
+from tunekit.generate import PromptRow, answer, answer_with_adapters, generate_verb, read_prompts
 from tunekit.talking.answer import Request
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.table import answer_table
@@ -58,6 +58,15 @@ def test_each_row_has_the_answer_of_its_adapter_alone(folder: Path, tiny_llama: 
         assert places
         assert [answers[at] for at in places] == [alone[at] for at in places]
     assert len({*answers}) >= 4
+
+
+def test_answers_that_continue_a_text_are_those_of_generate(stories: Path, tmp_path: Path) -> None:
+    """They start without a space, and may pass the stated number of positions, which are computed."""
+    place = adapter_of(stories, tmp_path / "one", 1)
+    texts = ["Once upon a time, there was a", "a " * 505]
+    rows = [PromptRow(text, adapter) for text in texts for adapter in (None, place)]
+    alone = [answer(load(row.adapter or stories, *SETTINGS), [row.prompt])[0] for row in rows]
+    assert answer_with_adapters(load(stories, *SETTINGS), rows) == alone
 
 
 def test_only_adapters_that_answer_are_in_memory(folder: Path, tiny_llama: Path, tmp_path: Path) -> None:

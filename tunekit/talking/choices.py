@@ -9,16 +9,20 @@ from tunekit.talking.answer import AnswerPiece, Reply, TokenScore
 
 
 class ChatForm:
-    """Formats the choices of chat completions."""
+    """Formats the choices of chat completions. `scored`: whether the client requests log-probabilities."""
 
     prefix, complete, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, scored: bool) -> None:
+        self.scored = scored
 
     def choice(self, reply: Reply) -> dict[str, Any]:
         """A complete answer as a choice."""
         calls = {"tool_calls": list(reply.calls)} if reply.calls else {}
         content = None if reply.calls and not reply.text else reply.text
         message = {"role": "assistant", "content": content, "refusal": None, **calls}
-        return {"message": message, "logprobs": _chat_scores(reply.scores), "finish_reason": reply.reason}
+        scores = _chat_scores(reply.scores) if self.scored else None
+        return {"message": message, "logprobs": scores, "finish_reason": reply.reason}
 
     def first(self) -> list[dict[str, Any]]:
         """The events before the first piece of text: one event with the role."""
@@ -34,22 +38,24 @@ class ChatForm:
         return [*map(self._event, calls), {**self._event({}), "finish_reason": reply.reason}]
 
     def _event(self, delta: dict[str, Any], scores: Sequence[TokenScore] = ()) -> dict[str, Any]:
-        return {"delta": delta, "logprobs": _chat_scores(scores), "finish_reason": None}
+        return {"delta": delta, "logprobs": _chat_scores(scores) if scores else None, "finish_reason": None}
 
 
 class TextForm:
-    """Formats the choices of (text) completions. `offset`: the number of characters so far."""
+    """Formats the choices of (text) completions. `scored`: whether the client requests log-probabilities."""
 
     prefix, complete, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self) -> None:
-        self.offset = 0
+    def __init__(self, scored: bool) -> None:
+        self.scored = scored
+        self.written = 0  # the number of characters so far
+        self.offset = 0  # the place of the next token; larger if a part of the last token was not written yet
 
     def choice(self, reply: Reply) -> dict[str, Any]:
         """A complete answer as a choice."""
-        parts = [scores for piece in reply.pieces if (scores := self.piece(piece)["logprobs"])]
-        scores = {name: [value for part in parts for value in part[name]] for name in parts[0]} if parts else None
-        return {"text": reply.text, "logprobs": scores, "finish_reason": reply.reason}
+        parts = [self._scores(piece) for piece in reply.pieces]
+        scores = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+        return {"text": reply.text, "logprobs": scores if self.scored else None, "finish_reason": reply.reason}
 
     def first(self) -> list[dict[str, Any]]:
         """The events before the first piece of text: none."""
@@ -57,12 +63,37 @@ class TextForm:
 
     def piece(self, piece: AnswerPiece) -> dict[str, Any]:
         """The event of a piece of text."""
-        offset, self.offset = self.offset, self.offset + len(piece.text)
-        return {"text": piece.text, "logprobs": _text_scores(piece, offset), "finish_reason": None}
+        scores = self._scores(piece)
+        return {"text": piece.text, "logprobs": scores if piece.scores else None, "finish_reason": None}
 
     def last(self, reply: Reply) -> list[dict[str, Any]]:
         """The events after the last piece of text: one event with the reason why the answer ended."""
         return [{"text": "", "logprobs": None, "finish_reason": reply.reason}]
+
+    def _scores(self, piece: AnswerPiece) -> dict[str, list[Any]]:
+        """The log-probabilities of a piece's tokens. If two of the most likely tokens have the same text, only the
+        likelier one is listed."""
+        start, offsets, data = self.offset, list[int](), b""
+        first = next((score.data for score in piece.scores if score.in_text), b"")
+        drops_space = not start and first.startswith(b" ") and not piece.text.startswith(" ")  # of a whole text
+        for score in piece.scores:
+            offsets.append(self.offset)
+            data += score.data if score.in_text else b""
+            self.offset = max(start + len(data.decode("utf-8", "replace")) - drops_space, start)
+        self.written += len(piece.text)
+        self.offset = max(self.offset, self.written)
+        tops = [
+            None
+            if score.logprob is None
+            else {token_name(data): logprob for data, logprob in [(score.data, score.logprob), *reversed(score.top)]}
+            for score in piece.scores
+        ]
+        return {
+            "tokens": [token_name(score.data) for score in piece.scores],
+            "token_logprobs": [score.logprob for score in piece.scores],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
 
 
 def usage(replies: Sequence[Reply], choices: int) -> dict[str, int]:
@@ -80,9 +111,7 @@ def token_name(data: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _chat_scores(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-    if not scores:
-        return None
+def _chat_scores(scores: Sequence[TokenScore]) -> dict[str, Any]:
     content = []
     for score in scores:
         top = [_chat_token(data, logprob) for data, logprob in score.top]
@@ -92,29 +121,3 @@ def _chat_scores(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
 
 def _chat_token(data: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": token_name(data), "bytes": list(data), "logprob": logprob}
-
-
-def _text_scores(piece: AnswerPiece, offset: int) -> dict[str, Any] | None:
-    """The log-probabilities of a piece's tokens. `offset`: the position of the piece's first character in the answer.
-    If two of the most likely tokens have the same text, only the likelier one is listed."""
-    scores = piece.scores
-    if not scores:
-        return None
-    names, offsets, data = [token_name(score.data) for score in scores], [], b""
-    first = next((score.data for score in scores if score.in_text), b"")
-    drops_space = first.startswith(b" ") and not piece.text.startswith(" ")  # as many tokenizers do, of a whole text
-    for score in scores:
-        offsets.append(max(offset + len(data.decode("utf-8", "replace")) - drops_space, offset))
-        data += score.data if score.in_text else b""
-    tops = [
-        None
-        if score.logprob is None
-        else {token_name(data): logprob for data, logprob in [(score.data, score.logprob), *reversed(score.top)]}
-        for score in scores
-    ]
-    return {
-        "tokens": names,
-        "token_logprobs": [score.logprob for score in scores],
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }

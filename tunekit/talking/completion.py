@@ -30,7 +30,8 @@ class ClientAnswer:
     def __init__(self, desk: Desk, question: ClientQuestion) -> None:
         self.question = question
         self.arrived: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
-        self.forms = [ChatForm() if question.is_chat else TextForm() for _ in question.requests]
+        form = ChatForm if question.is_chat else TextForm
+        self.forms = [form(request.top is not None) for request in question.requests]
         loop = asyncio.get_running_loop()
 
         def deliver(number: int, item: Item) -> None:

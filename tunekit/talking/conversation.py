@@ -20,7 +20,7 @@ from tunekit.model.text.decoder import PIECE_TOKENS, Decoder, decoding
 from tunekit.model.text.draws import Score
 from tunekit.model.text.token_bytes import token_bytes
 from tunekit.model.text.vocabulary import check_vocabulary
-from tunekit.records import TextFacts
+from tunekit.objectives.rows.text import as_source
 from tunekit.talking.adapters import BASE, Adapters
 from tunekit.talking.answer import AnswerPiece, AnswerWriter, Reply, Request, TokenScore, decoder_after
 from tunekit.talking.template import ChatTemplate, make_template
@@ -43,6 +43,7 @@ class Speaker:
     default: str  # the name that answers by default: BASE, or the target's own adapter
     template: ChatTemplate  # the target's
     templates: dict[str | None, ChatTemplate]  # of the target and its adapters, by their text
+    positions: int | None  # the maximum of tokens of a prompt and its answer
     states: dict[str, tuple[AttachedAdapter | None, States]] = field(default_factory=dict)  # of the last conversations
     cache_limit: int = UNLIMITED_TOKENS  # the maximum of tokens of these conversations
 
@@ -87,21 +88,24 @@ class Speaker:
         return self.templates[text]
 
     def _prompt_ids(self, request: Request, template: ChatTemplate) -> Sequence[int]:
-        facts, ids = self._facts, list(request.prompt)
+        facts, ids, positions = self.target.model.base.text, list(request.prompt), self.positions
+        assert facts is not None  # make_speaker checked it
         if ids and not (min(ids) >= 0 and max(ids) < facts.vocabulary_size):
             raise InputError(
                 "'prompt' has ids that are not in the vocabulary", f"the vocabulary has {facts.vocabulary_size} tokens"
             )
         renderer = Renderer(self.target.tokenizer, "assistant", template.text)
         if request.text is not None:
-            ids = renderer.plain(request.text, facts.positions, special_tokens_in_text=True)
+            ids = renderer.plain(request.text, positions, special_tokens_in_text=True)
         elif not ids:
-            ids = renderer.turns(request.messages, facts.positions, tuple(request.tools) or None)
+            ids = renderer.turns(request.messages, positions, tuple(request.tools) or None)
         if not ids:
             raise InputError("the prompt is empty", "write at least one character")
+        if self._reads_source and not request.prompt:
+            ids = as_source(self.target.tokenizer, ids)
         check_vocabulary(self.target.tokenizer, facts.vocabulary_size, max(ids))
-        if facts.positions is not None and len(ids) > facts.positions:
-            raise too_long(f"{len(ids):,}", facts.positions)
+        if positions is not None and len(ids) > positions:
+            raise too_long(f"{len(ids):,}", positions)
         return ids
 
     def answer(
@@ -151,7 +155,7 @@ class Speaker:
         Some more memory is reserved: for prompts that are being computed, for cached conversations, and for a copy of a
         cached conversation that is continued. Prompts that are computed together need at least PIECE_TOKENS tokens.
         """
-        base, positions = self.target.model.base, self._facts.positions or UNLIMITED_TOKENS
+        base, positions = self.target.model.base, self.positions or UNLIMITED_TOKENS
         with decoding(base.net), self.adapters.using(BASE):
             decoder = Decoder(base, self.target.tokenizer.pad_id, slots=1, tokens=1)
             decoder.add(Continuation([self.target.tokenizer.pad_id], 1))
@@ -171,12 +175,12 @@ class Speaker:
         """
         prompt, attached = request.prompt, self.adapters.loaded(name)
         model = replace(self.target.model, adapter=attached)
-        virtual, separate = model.virtual_tokens, self._reads_source
-        limits = [request.max_new_tokens or 1]
-        if self._facts.positions is not None:  # an encoder's prompt takes no positions of the answer
-            limits.append(self._facts.positions - virtual - len(prompt) * (not separate))
+        virtual, limits = model.virtual_tokens, [request.max_new_tokens or 1]
+        used = virtual + len(prompt) * (not self._reads_source)  # an encoder's prompt takes no positions of the answer
+        if self.positions is not None:  # a prompt that is only scored may take all positions
+            limits.append(self.positions - used + (not request.max_new_tokens))
         if limit is not None:
-            limits.append(limit + 1 - virtual - len(prompt))
+            limits.append(limit + 1 - used)
         if min(limits) < 1:
             what = f"the conversation has {len(prompt):,} tokens, which leave no room for an answer"
             raise LengthError(what, "shorten the conversation")
@@ -218,12 +222,6 @@ class Speaker:
     def _reads_source(self) -> bool:
         return self.target.model.base.family.reads_source
 
-    @property
-    def _facts(self) -> TextFacts:
-        facts = self.target.model.base.text
-        assert facts is not None  # make_speaker checked it
-        return facts
-
 
 class Answers:
     """The requests that are being answered at the same time. Adding a request does not change the other answers."""
@@ -242,9 +240,12 @@ class Answers:
         """The number of requests that could start now."""
         return self.decoder.free_slots
 
-    def put(self, request: Request, name: str, on_piece: OnPiece, on_end: OnEnd) -> int:
+    def put(
+        self, request: Request, name: str, on_piece: OnPiece, on_end: OnEnd, decode: Callable[..., str] | None = None
+    ) -> int:
         """Answer a prepared request as soon as possible; returns its handle. If no other request is running when it
-        starts, its keys and values are cached for the next turn.
+        starts, its keys and values are cached for the next turn. `decode`: decodes the answer; None: see
+        `Speaker.decode_for`.
 
         Raises: InputError for an unknown name; AdapterError if the adapter does not fit the base; AdapterConflict if it
         cannot be in memory together with an adapter that is in use; LengthError for a prompt that is too long.
@@ -257,7 +258,7 @@ class Answers:
             cached = cached if attached is adapters.loaded(name) else None
             wanted = replace(wanted, states=cached, keeps_states=True)
         handle = self.decoder.add(wanted)
-        writer = AnswerWriter(self.speaker.decode_for(request), request)
+        writer = AnswerWriter(decode or self.speaker.decode_for(request), request)
         self._running[handle] = _Answer(name, writer, on_piece, on_end)
         return handle
 
@@ -335,4 +336,5 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter", *, needs_template:
     if adapter is not None:
         adapters.put(name, adapter)
     made = make_template(model.base, loaded.tokenizer, template)
-    return Speaker(loaded, adapters, BASE if adapter is None else name, made, {template: made})
+    positions = None if model.base.text is None else model.base.text.positions
+    return Speaker(loaded, adapters, BASE if adapter is None else name, made, {template: made}, positions)

@@ -39,7 +39,7 @@ def answer_table(speaker: Speaker, requests: Sequence[Request], places: Sequence
             while waiting and answers.free_slots and not conflicts:
                 row, on_end = waiting[0], partial(replies.__setitem__, waiting[0])
                 try:
-                    answers.put(requests[row], names[row], lambda piece: True, on_end)
+                    answers.put(requests[row], names[row], lambda piece: True, on_end, speaker.target.tokenizer.decode)
                     waiting.popleft()
                 except AdapterConflict:
                     if not answers.is_busy:

@@ -79,7 +79,8 @@ class Decoder:
 
     def add(self, continuation: Continuation) -> int:
         """Queue a continuation, and return its handle. Raises: ValueError if the continuation is empty or too long."""
-        if not len(continuation.prompt) or continuation.max_new_tokens < 1 or continuation.columns > self.tokens:
+        too_long = self._slot_batch is not None and continuation.columns > self.tokens  # other rows have no slots
+        if not len(continuation.prompt) or continuation.max_new_tokens < 1 or too_long:
             raise ValueError(f"a continuation of {continuation.columns} tokens is empty, or longer than {self.tokens}")
         row = DecoderRow(next(self._numbers), continuation, TokenSampler(continuation.sampling))
         self._waiting.append(row)

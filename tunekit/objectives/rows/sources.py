@@ -16,7 +16,7 @@ from tunekit.errors import DataError, ModelError
 from tunekit.formats.example import ChatExample, CompletionExample, Example, TextExample
 from tunekit.objectives.losses.choices import ChoiceLoss
 from tunekit.objectives.rows.choices import LineByLineRows
-from tunekit.objectives.rows.text import TextRows, fill_with, put_around
+from tunekit.objectives.rows.text import TextRows, as_source, fill_with
 
 EMPTY_SOURCE = "empty prompt, so the encoder has nothing to read"
 ONLY_LAST_ANSWER = (
@@ -91,21 +91,13 @@ class SourceRows(TextRows):
         if source is None:
             return None
         text, ids, answer = source
-        return (self.tokenizer.encode_source(text) if ids is None else self._as_source(ids)), answer
+        return (self.tokenizer.encode_source(text) if ids is None else as_source(self.tokenizer, ids)), answer
 
     def question(self, text: str) -> list[int]:
         """The ids that the encoder reads, made from a user's text."""
         if self.renderer.has_template and self.tokenizer.answer_start_id is not None:
-            return self._as_source(self.renderer.question(text))
+            return as_source(self.tokenizer, self.renderer.question(text))
         return self.tokenizer.encode_source(text)
-
-    def _as_source(self, ids: list[int]) -> list[int]:
-        """The ids, with the special tokens that the tokenizer puts before and after a text. Tokens that are already
-        there are not added again."""
-        before, after = put_around(self.tokenizer)
-        before = [] if ids[: len(before)] == before else before  # the template may already have written these tokens
-        after = [] if ids[len(ids) - len(after) :] == after else after
-        return [*before, *ids, *after]
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """The row with the tokens from start to stop-1. Tokens are counted through the source, then through the

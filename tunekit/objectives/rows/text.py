@@ -69,6 +69,15 @@ def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and starts else ([], [])
 
 
+def as_source(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The ids, with the special tokens that the tokenizer puts before and after a text. Tokens that are already there
+    are not added again."""
+    before, after = put_around(tokenizer)
+    before = [] if ids[: len(before)] == before else before  # a template may already have written these tokens
+    after = [] if ids[len(ids) - len(after) :] == after else after
+    return [*before, *ids, *after]
+
+
 def fill_with(rows: Iterator[Row], size: int, kind: RowKind) -> list[Row]:
     """Rows whose sizes sum to `size`; the last row is cut."""
     filled: list[Row] = []
