@@ -82,6 +82,11 @@ def test_one_value_on_the_command_line_is_used_by_all_trials(tmp_path: Path) -> 
     assert {trial.loaded.recipe.training.learning_rate for trial in trials} == {5e-4}
 
 
+def test_settings_that_an_evaluation_ignores_are_compared_by_the_loss(tmp_path: Path) -> None:
+    trials = load_sweep(write(tmp_path), ["objective=classify", "objective.class_weights=null,balanced"]).trials
+    assert len(trials) == 2
+
+
 def test_random_draws_some_combinations_by_the_seed(tmp_path: Path) -> None:
     path = write(tmp_path, "sweep: {strategy: random, trials: 4}\n")
     keys = ["adapter.r=1,2,4,8", "training.learning_rate=1e-4,2e-4,4e-4,8e-4"]
@@ -213,8 +218,9 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
         ),
         ("sweep: {folds: 2, keys: {data.eval: [0.1, 0.2]}}", [], ":5: sweep.folds: sweep.keys changes the rows too"),
         ("sweep: {folds: 2}", ["data.train.0.streaming=true"], ":5: sweep.folds: streamed rows cannot be divided"),
-        ("sweep: {keys: {objective: [sft, {method: dpo}]}}", [], ":5: sweep.by: the losses of different objectives"),
-        ("", ["objective.method=dpo,orpo"], "command line: sweep.by: the losses of different objectives"),
+        ("sweep: {keys: {objective: [sft, {method: dpo}]}}", [], ":5: sweep.by: the loss depends on objective,"),
+        ("", ["objective.method=dpo,orpo"], "command line: sweep.by: the loss depends on objective.method"),
+        ("", ["objective=dpo", "objective.beta=0.1,0.5"], "command line: sweep.by: the loss depends on objective.beta"),
         ("sweep: {strategy: best}", [], ":5: sweep.strategy: must be"),
         ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),
         ("", ["adapter.r=4,8", "~data.eval"], "command line: sweep.by: trials are compared on evaluation rows"),

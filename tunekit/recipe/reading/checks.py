@@ -244,8 +244,13 @@ def _check_folds(draft: Draft, sweep: SweepSection, data: DataSection) -> None:
         draft.add_problem(key, "streamed rows cannot be divided into folds", "write streaming: false, or remove it")
 
 
-def _method_of(objective: object) -> str:
-    return str(objective.get("method") if isinstance(objective, dict) else objective)
+def _changed_loss(draft: Draft, sweep: SweepSection) -> list[str]:
+    """The keys of sweep.keys that change what the loss of an evaluation measures."""
+    settings = _objective_class(draft)
+    others = {f"objective.{key}" for key in (*settings.free_keys, *settings.training_keys)}
+    several = {key: values for key, values in sweep.keys.items() if len(values) > 1 and key not in others}
+    methods = {str(value.get("method") if isinstance(value, dict) else value) for value in several.get("objective", ())}
+    return [key for key in several if key.startswith("objective.") or (key == "objective" and len(methods) > 1)]
 
 
 def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evaluation: Section | None) -> None:
@@ -254,10 +259,9 @@ def _check_sweep(draft: Draft, sweep: SweepSection, data: Section | None, evalua
         _check_best(draft, ("sweep", "by"), sweep.by, settings)
     if sweep.has_trials and sweep.folds is None and isinstance(data, DataSection) and data.eval is None:
         draft.add_problem(("sweep", "by"), "trials are compared on evaluation rows", "set data.eval")
-    objectives = {_method_of(value) for key in ("objective", "objective.method") for value in sweep.keys.get(key, ())}
-    if len(objectives) > 1 and sweep.by == "eval.loss":
-        what = "the losses of different objectives cannot be compared"
-        draft.add_problem(("sweep", "by"), what, "compare another metric, such as eval.exact_match")
+    if sweep.by == "eval.loss" and (changed := _changed_loss(draft, sweep)):
+        what = f"the loss depends on {changed[0]}, so the losses of these trials cannot be compared"
+        draft.add_problem(("sweep", "by"), what, "write another metric of evaluation.metrics")
     if sweep.strategy == "random" and sweep.trials is None:
         draft.add_problem(
             ("sweep", "strategy"), "random needs the number of combinations to draw", "write sweep.trials"
