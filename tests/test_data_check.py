@@ -261,7 +261,8 @@ def test_lengths_are_those_of_the_tokenizer_and_the_template(
     code, found = check(path)
     longer = [line for line, length in enumerate(lengths, 1) if length > limit]
     assert 0 < len(longer) < 60
-    assert (code, found["findings"]) == (2, {"long": longer})
+    assert found["findings"] == {"long": longer}
+    assert code == (0 if excess in ("truncate", "split") else 2)  # rows that training can use do not fail CI
     said = " ".join(capsys.readouterr().out.split())
     assert "tokens are counted with the tokenizer" in said
     assert f"{lengths[longer[0] - 1]} tokens: {EXCESS[excess]}" in said

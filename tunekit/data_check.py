@@ -69,7 +69,7 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     console.next_steps(after_data_check([each.left_out for each in files], loaded.path, fixes=fixes))
     findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in files]
     write_result({"files": findings, "fixed": fix})
-    return 2 if any(each.lines for each in files) else 0
+    return 2 if any(each.left_out for each in files) else 0
 
 
 def _names(sources: Sequence[Source]) -> dict[str, str]:
