@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,11 @@ LENGTHS = [3, 14, 5, 1, 9, 2, 12, 6]
 
 def load(kind: str, folder: Path) -> LoadedModel:
     """A tiny base whose answers differ from prompt to prompt."""
-    model = load_model(ModelSection(name_or_path=str(write_tiny(kind, folder)), dtype="float32"), device=CPU)
+    return strong(load_model(ModelSection(name_or_path=str(write_tiny(kind, folder)), dtype="float32"), device=CPU))
+
+
+def strong(model: LoadedModel) -> LoadedModel:
+    """The model with larger weights, so that its answers differ."""
     for parameter in model.net.parameters():
         parameter.data *= 3 if parameter.dim() > 1 else 1
     return model
@@ -90,6 +95,35 @@ def test_rows_that_join_and_leave_answer_as_if_they_were_alone(kind: str, tmp_pa
     for each, tokens in zip(wanted, results, strict=True):
         assert ids(tokens) == greedy(model, list(each.prompt), each.max_new_tokens, set())
         assert [token.reason for token in tokens] == [None] * (len(tokens) - 1) + ["length"]
+
+
+FACTORS = {"rope_theta": 100.0, "short_factor": [1.0] * 8, "long_factor": [1.0 + n for n in range(8)]}
+LENGTH_DEPENDENT: dict[str, dict[str, Any]] = {
+    "phi3": {"original_max_position_embeddings": 12, "rope_parameters": {"rope_type": "longrope", **FACTORS}},
+    "llama": {"max_position_embeddings": 12, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, **FACTORS}},
+}
+
+
+@pytest.mark.parametrize("kind", LENGTH_DEPENDENT)
+def test_rows_whose_positions_depend_on_their_length_answer_as_if_they_were_alone(kind: str, tmp_path: Path) -> None:
+    """Rows of up to 12 tokens share forwards, and longer rows do not; some pass this length only in their answer."""
+    config = write_tiny(kind, tmp_path / kind) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | LENGTH_DEPENDENT[kind]), "utf-8")
+    model = strong(load_model(ModelSection(name_or_path=str(tmp_path / kind), dtype="float32"), device=CPU))
+    wanted = [Continuation(prompt, count) for prompt, count in zip(PROMPTS, LENGTHS, strict=True)]
+    sizes: list[torch.Size] = []
+    with counting(model, sizes):
+        results = run(model, wanted, {1: 2, 4: 3, 6: 9, 7: 9})
+    assert max(rows for rows, _ in sizes) > 1
+    net: Any = model.net
+    for each, tokens in zip(wanted, results, strict=True):
+        prompt = torch.tensor([each.prompt])
+        with decoding(net):
+            net(input_ids=prompt[:, :1])  # forgets the length of the row before
+            expected = net.generate(prompt, max_new_tokens=each.max_new_tokens, pad_token_id=0)[0, prompt.shape[1] :]
+        assert ids(tokens) == expected.tolist()
+        if kind == "phi3":
+            assert ids(tokens) == greedy(model, list(each.prompt), each.max_new_tokens, set())
 
 
 def test_a_step_computes_a_piece_of_a_prompt_and_a_token_of_each_running_row(llama: LoadedModel) -> None:

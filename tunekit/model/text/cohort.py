@@ -1,5 +1,6 @@
 """Decodes rows that start together (a cohort). This is for bases with an encoder or a recurrent state, whose rows
-cannot join at different times. transformers itself prepares the inputs of each step."""
+cannot join at different times, and for rows that are too long to share a forward. transformers itself prepares the
+inputs of each step."""
 
 from __future__ import annotations
 
@@ -39,9 +40,9 @@ class Cohort:
         inputs = padded(prompts, pad_id, left=not model.family.reads_source, device=model.device)
         adapt = rows[0].continuation.adapt
         inputs = inputs if adapt is None else adapt(inputs)
+        reset_state(model)
         for row in rows:
             row.prompt_scores = _scored_prompt(model, row) if row.continuation.scores_prompt else ()
-        reset_state(model)
         longest = max(row.continuation.max_new_tokens for row in rows)
         self._steps = steps(model, inputs, generation_settings(model, pad_id, longest))
 
@@ -138,9 +139,12 @@ def _setting(model: LoadedModel, name: str) -> int | None:
 
 
 def keeps_state_in_modules(model: LoadedModel) -> bool:
-    """Whether the base stores its recurrent state in its modules, as recurrent_gemma does. Then only one cohort can run
-    at a time."""
-    return any(hasattr(module, "_setup_cache") for module in model.net.modules())
+    """Whether the base stores its recurrent state in its modules, as recurrent_gemma does, or the rotary factors of the
+    longest row so far (dynamic). Then only one cohort can run at a time."""
+    return any(
+        hasattr(module, "_setup_cache") or "dynamic" in str(getattr(module, "rope_type", ""))
+        for module in model.net.modules()
+    )
 
 
 def reset_state(model: LoadedModel) -> None:

@@ -28,7 +28,7 @@ from tunekit.model.text.cohort import Cohort, forced_first_token, keeps_state_in
 from tunekit.model.text.continuation import Continuation, DecoderRow, NewToken, States
 from tunekit.model.text.draws import TokenSampler, choose, score
 from tunekit.model.text.slot_batch import SlotBatch, Using
-from tunekit.model.text.slots import shares_slots
+from tunekit.model.text.slots import shared_length, shares_slots
 
 PIECE_TOKENS = 256  # prompt tokens that are computed between two tokens of the running rows
 
@@ -55,11 +55,13 @@ class Decoder:
         self.model, self.pad_id, self.slots, self.tokens = model, pad_id, slots, tokens
         self.piece_tokens, self.using = piece_tokens, using
         self._numbers, self._waiting = count(), deque[DecoderRow]()
-        self._slot_batch = SlotBatch(model, pad_id, slots, tokens, using) if shares_slots(model) else None
-        self._cohorts: list[Cohort] = []
-        shares = self._slot_batch is not None or slots == 1
-        self._cohort_size = 1 if shares or rows_interact(model, pad_id) else slots
-        self._is_single = self._slot_batch is None and keeps_state_in_modules(model)
+        limit = shared_length(model)  # longer rows are decoded alone
+        self._shared_tokens = tokens if limit is None else min(tokens, limit)
+        self._slot_batch = SlotBatch(model, pad_id, slots, self._shared_tokens, using) if shares_slots(model) else None
+        self._cohorts, self._cohort_queue = list[Cohort](), deque[DecoderRow]()
+        is_alone = self._slot_batch is not None or slots == 1 or self._shared_tokens < tokens
+        self._cohort_size = 1 if is_alone or rows_interact(model, pad_id) else slots
+        self._is_single = keeps_state_in_modules(model)
         self._first_token = forced_first_token(model)
 
     @property
@@ -70,12 +72,12 @@ class Decoder:
     @property
     def is_busy(self) -> bool:
         """Whether a continuation waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self._waiting or self._cohort_queue or self._running)
 
     @property
     def free_slots(self) -> int:
         """The number of continuations that could start now."""
-        return max(self.slots - len(self._running) - len(self._waiting), 0)
+        return max(self.slots - len(self._running) - len(self._waiting) - len(self._cohort_queue), 0)
 
     def add(self, continuation: Continuation) -> int:
         """Queue a continuation, and return its handle. Raises: ValueError if the continuation is empty or too long."""
@@ -83,13 +85,15 @@ class Decoder:
         if not len(continuation.prompt) or continuation.max_new_tokens < 1 or too_long:
             raise ValueError(f"a continuation of {continuation.columns} tokens is empty, or longer than {self.tokens}")
         row = DecoderRow(next(self._numbers), continuation, TokenSampler(continuation.sampling))
-        self._waiting.append(row)
+        is_shared = self._slot_batch is not None and continuation.columns <= self._shared_tokens
+        (self._waiting if is_shared else self._cohort_queue).append(row)
         return row.handle
 
     def cancel(self, handle: int) -> States | None:
         """End a continuation now. Returns its keys and values if it keeps them. Nothing happens if it has already
         ended."""
         self._waiting = deque(row for row in self._waiting if row.handle != handle)
+        self._cohort_queue = deque(row for row in self._cohort_queue if row.handle != handle)
         for batch in self._batches:
             for row in [row for row in batch.rows if row.handle == handle]:
                 states = batch.states(row) if row.continuation.keeps_states else None
@@ -111,7 +115,7 @@ class Decoder:
                 tokens += self._chosen(batch, list(batch.rows), logits)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
         if self._slot_batch is not None:
-            return tokens + self._join(self._slot_batch)
+            tokens += self._join(self._slot_batch)
         return tokens + self._start_cohorts()
 
     @property
@@ -141,18 +145,18 @@ class Decoder:
     def _start_cohorts(self) -> list[NewToken]:
         """Start waiting rows together as a cohort, as soon as half of the slots are free. Rows do not start one by one,
         because a cohort of one row takes as much time as a large cohort."""
-        tokens: list[NewToken] = []
-        while self._waiting and not (self._is_single and self._cohorts):
+        tokens, queue = list[NewToken](), self._cohort_queue
+        while queue and not (self._is_single and self._cohorts):
             free = min(self.slots - len(self._running), self._cohort_size)
-            if 2 * free < min(self._cohort_size, len(self._waiting)) or not free:
+            if 2 * free < min(self._cohort_size, len(queue)) or not free:
                 break
-            first = self._waiting[0].continuation
-            rows = [self._waiting.popleft()]
-            while self._waiting and len(rows) < free and not first.scores_prompt:
-                other = self._waiting[0].continuation
+            first = queue[0].continuation
+            rows = [queue.popleft()]
+            while queue and len(rows) < free and not first.scores_prompt:
+                other = queue[0].continuation
                 if (other.adapter, other.adapt) != (first.adapter, first.adapt):
                     break
-                rows.append(self._waiting.popleft())
+                rows.append(queue.popleft())
             with self.using([first.adapter]):
                 cohort = Cohort(self.model, self.pad_id, rows)
             self._cohorts.append(cohort)

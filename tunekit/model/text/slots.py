@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tunekit.model.attention.self_attention import CACHE_NAMES
+from tunekit.model.families import text_config
 from tunekit.model.families.structure import accepted_names
 from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import as_pretrained, config_of
@@ -132,3 +133,17 @@ def shares_slots(model: LoadedModel) -> bool:
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     names = accepted_names(net)
     return plain and "attention_mask" in names and not names.isdisjoint(CACHE_NAMES)
+
+
+def shared_length(model: LoadedModel) -> int | None:
+    """The maximum number of tokens of rows that can share a forward; None: no limit. In a longer forward, longrope and
+    dynamic rotary embeddings rotate all rows by factors for the longest one."""
+    config = text_config(model.net)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    limits = list[int]()
+    for layers in (parameters, *(part for part in parameters.values() if isinstance(part, dict))):
+        if layers.get("rope_type") == "longrope":
+            limits.append(layers["original_max_position_embeddings"])
+        elif layers.get("rope_type") == "dynamic":  # only a shorter forward resets the factors of a longer one
+            limits.append(config.max_position_embeddings - 1)
+    return min(limits, default=None)
