@@ -26,7 +26,7 @@ SHOWN_ROWS = 8
 
 
 def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None, *, overwrite: bool = False) -> int:
-    """Check all rows; returns 2 if there are findings. Raises: TunekitError if the rows cannot be read."""
+    """Check all rows; returns 2 if rows should be corrected. Raises: TunekitError if the rows cannot be read."""
     try:
         import rensa  # noqa: F401
     except ImportError as error:

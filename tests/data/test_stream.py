@@ -19,7 +19,7 @@ from tunekit.data.reading import shards
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.lines import read_json_lines
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.shards import must_stream, shard_source
+from tunekit.data.reading.shards import shard_source
 from tunekit.data.reading.source import read_source
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import DataError, RecipeError, TunekitError
@@ -200,14 +200,6 @@ def test_a_folder_of_classes_is_streamed_file_by_file(most: int | None, tmp_path
     before = sharded.content
     (tmp_path / "0" / "new.png").touch()
     assert shard_source(source).content != before
-
-
-def test_a_file_beyond_a_quarter_of_memory_is_streamed(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "d.jsonl")
-    size = path.stat().st_size
-    assert must_stream(Source(path=str(path)), 4 * size)
-    assert not must_stream(Source(path=str(path)), 4 * size + 4)
-    assert not must_stream(Source(path=str(tmp_path / "absent.jsonl")), 1)
 
 
 def test_a_wrong_row_stops_with_its_line(

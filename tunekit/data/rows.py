@@ -20,11 +20,9 @@ from tunekit.data.encoding.sample import sample_source
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.folder import with_table
-from tunekit.data.reading.shards import must_stream
 from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
-from tunekit.machine.memory import machine_memory_bytes
 from tunekit.recipe.data import DataSection, Source
 from tunekit.records import RowCounts
 
@@ -101,8 +99,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     """Encoded training and evaluation rows. Raises: DataError listing every wrong row, or if no row is left."""
     data = _with_tables(data)
     objective = _with_options(objective, encode_options(data))
-    memory_bytes = machine_memory_bytes()
-    if any(must_stream(source, memory_bytes) for source in data.train):
+    if any(source.streaming for source in data.train):
         return _load_streamed(data, objective, seed, cache_dir)
     sources = load_sources(data.train, objective.rows, cache_dir)
     train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)

@@ -16,7 +16,9 @@ class Source(Section):
     path: RowsPath = Field(description="a file, or a data set of the hub")
     format: Text = Field("auto", description="the format of a row; auto chooses it by the columns, and prints why")
     weight: Positive = Field(
-        1.0, description="copies of each row per epoch; 1.5: each row once, and a random half of the rows once more"
+        1.0,
+        description="copies of each row per epoch; 1.5: each row once, and a random half of the rows once more. "
+        "With streaming: the share of the rows that come from this source, compared with the other sources' weights",
     )
     columns: dict[Text, Text] = Field(
         default_factory=dict, description="renames columns, as {COLUMN OF THE FILE: FIELD OF THE FORMAT}"

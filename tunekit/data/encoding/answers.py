@@ -3,11 +3,9 @@
 from dataclasses import replace
 
 from tunekit.data.encoding.sources import read_examples
-from tunekit.data.reading.shards import must_stream
 from tunekit.data.rendering.turns import last_answer
 from tunekit.errors import DataError, RecipeError
 from tunekit.formats.example import ChatExample, CompletionExample, Example
-from tunekit.machine.memory import machine_memory_bytes
 from tunekit.recipe.bases.section import LARGEST_COUNT
 from tunekit.recipe.data import DataSection
 
@@ -68,12 +66,12 @@ def answers_of_rows(data: DataSection, kind: str) -> tuple[str, ...]:
     """The sorted, different answers of all training and evaluation examples; blanks around an answer are ignored.
 
     `kind`: the kind of the examples.
-    Raises: RecipeError for a source too large to read completely; DataError for fewer than two answers, or too many.
+    Raises: RecipeError for a streamed source; DataError for fewer than two answers, or too many.
     """
     evaluation = data.eval if isinstance(data.eval, tuple) else ()
     answers: dict[str, str] = {}
     for source in (*data.train, *evaluation):
-        if must_stream(source, machine_memory_bytes()):
+        if source.streaming:
             what = f"{source.path} is streamed, and its first rows can lack some of the answers"
             raise RecipeError(what, "list the answers", key=KEY)
         for _, example in read_examples(source, kind, range(LARGEST_COUNT)):

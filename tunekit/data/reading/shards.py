@@ -5,7 +5,6 @@ from its start (CSV, a compressed file, a hub data set, a source with max_rows) 
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -20,7 +19,6 @@ from tunekit.errors import DataError
 from tunekit.recipe.data import Source
 
 SHARD_BYTES = 2**20
-STREAM_SHARE = 0.25  # files that are larger than this share of the machine's memory are streamed
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,6 @@ class Sharded:
         else:
             rows = _read_lines(self.file, shard, problems)
         return prepare_rows(rows, self.source)
-
-
-def must_stream(source: Source, memory_bytes: int) -> bool:
-    """Whether a source is streamed: the recipe says so, or its file is at least STREAM_SHARE of memory."""
-    if source.streaming:
-        return True
-    try:
-        return Path(source.path).is_file() and os.stat(source.path).st_size >= STREAM_SHARE * memory_bytes
-    except (OSError, ValueError):
-        return False  # reading the file raises the error
 
 
 def shard_source(source: Source) -> Sharded:
