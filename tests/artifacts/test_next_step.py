@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.artifacts.test_report import make_plan
 from tests.support.run_case import write_run
 from tunekit.artifacts.report.next_step import (
     AFTER_TRAINING,
     after_data_check,
     after_evaluation,
+    after_plan,
     after_training,
     evaluation_falls,
     evaluation_rises,
@@ -30,6 +33,7 @@ from tunekit.basics import student
 from tunekit.console import Console
 from tunekit.console.loudness import LOUDNESS
 
+REGRESSION = {"objective": {"method": "classify", "problem_type": "regression"}}
 FALLING = [2.0 - 0.04 * step for step in range(30)]
 
 
@@ -67,6 +71,11 @@ def test_the_evaluation_loss_rises() -> None:
     chosen = evaluation_rises(make_run(evaluations=up, recipe={"evaluation": {"best": "eval.loss"}}))
     assert chosen is not None
     assert "to export" not in chosen
+    for key, length, end in (("epochs", 3, "training.epochs: 2"), ("max_steps", 30, "training.max_steps: 20")):
+        settings = {"evaluation": {"best": "eval.loss", "patience": 1}, "training": {key: length}}
+        assert (evaluation_rises(make_run(evaluations=up, recipe=settings)) or "").endswith(
+            f"to end a run there, set {end}"
+        )
     assert evaluation_rises(make_run(FALLING[::-1], evaluations=up)) is None  # the training loss rises too
     assert evaluation_rises(make_run(evaluations=up | {30: 1.51})) is None  # by less than 1 %
     assert evaluation_rises(make_run(evaluations={0: 1.0, 10: 2.0, 30: 3.0})) is None  # never below the start
@@ -82,8 +91,13 @@ def test_the_evaluation_loss_still_falls() -> None:
     by_steps = evaluation_falls(make_run(evaluations=down, recipe={"training": {"max_steps": 30}}))
     assert by_steps is not None
     assert by_steps.endswith("training.max_steps: 60")
+    early = make_run(evaluations=down, steps=60)
+    early.report["final_step"] = 30
+    assert evaluation_falls(early) is None  # the watched metric stopped the run
     assert evaluation_falls(make_run(evaluations=down | {30: 1.49})) is None  # by less than 1 %
     assert evaluation_falls(make_run(evaluations={0: 0.03, 10: 0.02, 30: 0.001})) is None  # nothing is left to learn
+    for objective in (REGRESSION, {"objective": {"method": "dreambooth"}}):
+        assert evaluation_falls(make_run(evaluations={0: 0.03, 10: 0.02, 30: 0.001}, recipe=objective)) is not None
     assert evaluation_falls(make_run(evaluations={0: 3.0, 30: 1.0})) is None  # two points are no trend
 
 
@@ -105,6 +119,9 @@ def test_nothing_was_left_to_learn() -> None:
     assert text is not None
     assert "0.003 already at step 1" in text
     assert learned_at_once(make_run()) is None
+    methods = [{"objective": {"method": method}} for method in ("distill", "dreambooth")]
+    for objective in (*methods, REGRESSION):  # the loss is no log-probability
+        assert learned_at_once(make_run([0.003, 0.002], recipe=objective)) is None
     evaluations = {2: 2.0, 30: 1.0}
     leaked = learned_at_once(make_run(evaluations=evaluations, accuracy={2: 1.0, 30: 1.0}))
     assert leaked is not None
@@ -133,8 +150,30 @@ def test_memory_for_twice_the_micro_batch() -> None:
         "4.0 GiB of the budget was free: to make the same steps faster, set training.micro_batch_size: 4 and "
     )
     assert "training.gradient_accumulation_steps: 4" in text
-    for change in ({"device": "cpu"}, {"budget_bytes": 6 << 30}, {"budget_bytes": None}):
+    odd = {"choice": {"micro_batch_size": 2, "gradient_accumulation_steps": 3}}
+    for change in (odd, {"device": "cpu"}, {"budget_bytes": 6 << 30}, {"budget_bytes": None}):
         assert memory_is_left(make_run(**facts | change)) is None
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "advice"),
+    [
+        ("sft", {"trained": 2}, "set data.eval: 0.1 "),
+        ("sft", {"trained": 1}, "name a file in data.eval, "),
+        ("sft", {"trained": 500, "estimated": True}, "name a file in data.eval, "),
+        ("dreambooth", {"trained": 5}, "set data.eval to the path of data.train, "),
+    ],
+)
+def test_the_advised_evaluation_rows_are_possible(objective: str, rows: dict[str, int], advice: str) -> None:
+    """No share of one row or of a stream can be held out; five images of a subject are all needed for training."""
+    method = {"objective": {"method": objective}}
+    run = make_run(evaluations={}, recipe=method)
+    run.plan["rows"] = {"training": rows}
+    assert (nothing_measured(run) or "").startswith(f"no evaluation rows measure the result: {advice}")
+    plan = make_plan()
+    counts = replace(plan.rows.training, **rows)
+    plan = replace(plan, recipe={**plan.recipe, **method}, rows=replace(plan.rows, training=counts, evaluation=None))
+    assert after_plan(plan, Path("mine.yaml"), overridden=False)[0] == nothing_measured(run)
 
 
 def test_at_most_two_and_none_after_a_bad_verdict(tmp_path: Path) -> None:

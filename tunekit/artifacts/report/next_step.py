@@ -13,6 +13,8 @@ import numpy as np
 from tunekit.artifacts.report.paired import Losses, ratio_error
 from tunekit.artifacts.report.values import RunValues
 from tunekit.basics import NORMAL_95, student
+from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.reading.names import objective_class
 from tunekit.records import Headline, Plan, bytes_text
 
 MOST = 2  # maximum of sentences after a command
@@ -39,7 +41,8 @@ def learned_at_once(run: RunValues) -> str | None:
     Source: the loss of a model that must guess among K equally likely answers is ln K; Karpathy 2019, A recipe for
     training neural networks (check the loss at the start). Leaks: Lee et al. 2022, section 5.
     """
-    if run.steps and _has_loss(run) and (loss := run.steps[0].number("loss")) is not None and 0 <= loss < LEARNED:
+    loss = run.steps[0].number("loss") if run.steps and _has_loss(run) and _is_log_loss(run) else None
+    if loss is not None and 0 <= loss < LEARNED:
         return (
             f"the training loss was {loss:.2g} already at step 1: check with tunekit preview that the prompt does not "
             "contain the answer"
@@ -69,20 +72,24 @@ def evaluation_rises(run: RunValues) -> str | None:
     rise = (
         f"the evaluation loss has risen since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
     )
-    per_epoch = run.plan.part("rows").count("steps_per_epoch")
-    shorter = f"training.epochs: {best / per_epoch:.2g}" if per_epoch else f"training.max_steps: {best}"
-    if run.recipe.part("evaluation").get("best") == "eval.loss":
-        return f"{rise}: to end a run there, set evaluation.patience or {shorter}"
+    per_epoch, evaluation = run.plan.part("rows").count("steps_per_epoch"), run.recipe.part("evaluation")
+    by_epochs = per_epoch and run.recipe.part("training").number("max_steps") is None
+    shorter = f"training.epochs: {best / per_epoch:.2g}" if by_epochs else f"training.max_steps: {best}"
+    if evaluation.get("best") == "eval.loss":
+        patience = "" if evaluation.get("patience") else "evaluation.patience or "
+        return f"{rise}: to end a run there, set {patience}{shorter}"
     return f"{rise}: to export step {best:,}, set evaluation.best: eval.loss; to end a run there, set {shorter}"
 
 
 def evaluation_falls(run: RunValues) -> str | None:
-    """The evaluation loss fell twice in a row, the last time by more than the share CHANGE.
+    """The evaluation loss fell twice in a row, the last time by more than the share CHANGE, and no other metric stopped
+    the run early.
 
     Source: Prechelt 1998, section 2: training continues while the validation error falls.
     """
     losses = _evaluation_losses(run)
-    if len(losses) < 3 or losses[-1][1] < LEARNED:
+    stopped_early = run.report.count("final_step") < run.plan.count("steps")
+    if len(losses) < 3 or stopped_early or (losses[-1][1] < LEARNED and _is_log_loss(run)):
         return None
     (_, earlier), (before, loss), (last, final) = losses[-3:]
     if not earlier > loss > final or final > (1 - CHANGE) * loss:
@@ -162,7 +169,9 @@ def memory_is_left(run: RunValues) -> str | None:
     choice, parts, budget = run.plan.part("choice"), run.plan.numbers("peak_bytes"), run.plan.number("budget_bytes")
     rows, windows = choice.count("micro_batch_size"), choice.count("gradient_accumulation_steps")
     measured = max(run.report.numbers("measured_bytes").values(), default=0.0)
-    if budget is None or run.plan.get("device") == "cpu" or not rows or windows < 2 or not measured:
+    if budget is None or run.plan.get("device") == "cpu" or not rows or not measured:
+        return None
+    if not windows or windows % 2:  # then no half would make the same steps
         return None
     needed = measured + parts.get("activations", 0.0) + parts.get("logits", 0.0)
     if needed > budget:
@@ -179,10 +188,21 @@ def nothing_measured(run: RunValues) -> str | None:
     Source: the loss of training rows does not show whether a model generalises; Hastie et al. 2009, The elements of
     statistical learning, section 7.2.
     """
-    return None if run.evaluations else NO_ROWS
+    rows = run.plan.part("rows").part("training")
+    streamed = rows.get("estimated") is True
+    return None if run.evaluations else _without_evaluation(run.objective, rows.count("trained"), streamed)
 
 
-NO_ROWS = "no evaluation rows measure the result: set data.eval: 0.1 to evaluate on a tenth of the rows"
+def _without_evaluation(objective: type[ObjectiveSettings], rows: int, streamed: bool) -> str:
+    """The sentence for a recipe without evaluation rows. `rows`: the number of training rows."""
+    how = "set data.eval: 0.1 to evaluate on a tenth of the rows"
+    if objective.measures_training:
+        how = "set data.eval to the path of data.train, because this objective is evaluated on its training rows"
+    elif streamed or rows == 1:
+        how = "name a file in data.eval, because no share of these rows can be held out"
+    return f"no evaluation rows measure the result: {how}"
+
+
 AFTER_TRAINING = (
     *(learned_at_once, evaluation_rises, evaluation_falls, loss_is_flat),
     *(rows_are_few, nothing_measured, memory_is_left),
@@ -196,7 +216,10 @@ def after_plan(plan: Plan, recipe: Path, *, overridden: bool, ranks: int = 1) ->
         return []
     program = "tunekit" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m tunekit"
     train = f"{program} train {shlex.quote(str(recipe))}" + (" with the same overrides" if overridden else "")
-    return [*([] if plan.rows.evaluation is not None else [NO_ROWS]), train]
+    if plan.rows.evaluation is not None:
+        return [train]
+    rows = plan.rows.training
+    return [_without_evaluation(objective_class(plan.objective), rows.trained, rows.estimated), train]
 
 
 CURES = {  # kind of finding -> what to do, most important first
@@ -237,8 +260,13 @@ def after_evaluation(target: str, kind: str, losses: Losses, units: Losses) -> l
 
 
 def _has_loss(run: RunValues) -> bool:
-    """Whether the training loss is a negative log-probability, and shows how good the run is."""
+    """Whether the training loss shows how good the run is."""
     return run.shows.headline == Headline() and not run.shows.draws
+
+
+def _is_log_loss(run: RunValues) -> bool:
+    """Whether the loss is a negative log-probability, so that LEARNED applies to it."""
+    return run.objective.is_log_loss(run.recipe.part("objective"))
 
 
 def _evaluation_losses(run: RunValues) -> list[tuple[int, float]]:

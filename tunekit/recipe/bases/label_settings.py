@@ -127,6 +127,10 @@ class HeadSettings(ObjectiveSettings):
     def sums_of(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
         return SUMS.get(facts.get("problem_type", SINGLE_LABEL), cls.sums)
 
+    @classmethod
+    def is_log_loss(cls, facts: Mapping[str, Any]) -> bool:
+        return facts.get("problem_type") != REGRESSION
+
     @model_validator(mode="after")
     def _check_problem_type(self) -> Self:
         if self.fit_thresholds and self.problem_type != MULTI_LABEL:

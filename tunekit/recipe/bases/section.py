@@ -163,6 +163,11 @@ class ObjectiveSettings(MethodSettings):
         """Names of the sums over evaluation rows. `facts`: settings of the objective, or facts of a trained adapter."""
         return cls.sums
 
+    @classmethod
+    def is_log_loss(cls, facts: Mapping[str, Any]) -> bool:
+        """Whether the loss is a negative log-probability. `facts`: as in `sums_of`."""
+        return True
+
     @property
     def listed_labels(self) -> tuple[str, ...]:
         """The labels that the recipe lists."""

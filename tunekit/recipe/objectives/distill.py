@@ -1,6 +1,7 @@
 """`objective: distill`: knowledge distillation. The model learns a teacher's probabilities of the next token."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -37,3 +38,7 @@ class DistillSettings(ObjectiveSettings):
         1.0,
         description="weight of the divergence; 1 - kd_ratio is the weight of the cross entropy on the data's tokens",
     )
+
+    @classmethod
+    def is_log_loss(cls, facts: Mapping[str, Any]) -> bool:
+        return False

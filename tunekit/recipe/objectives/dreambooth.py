@@ -3,7 +3,8 @@ word, or each image under its own text."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -127,6 +128,10 @@ class DreamboothSettings(ObjectiveSettings):
         description="number of timesteps at which the loss of each evaluation image is measured, always with "
         "the same noise",
     )
+
+    @classmethod
+    def is_log_loss(cls, facts: Mapping[str, Any]) -> bool:
+        return False
 
     @model_validator(mode="after")
     def _class_pictures_have_a_place(self) -> DreamboothSettings:
