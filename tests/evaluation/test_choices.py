@@ -24,6 +24,7 @@ from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.evaluation import choices as room
 from tunekit.evaluation.choices import Choices, choice_scores, choose, make_questions
+from tunekit.evaluation.evaluator import is_better
 from tunekit.formats.example import ChatExample, CompletionExample, Message
 from tunekit.generate import answer
 from tunekit.machine.devices import make_devices
@@ -307,6 +308,14 @@ def test_a_classifier_has_nothing_to_choose_of(tmp_path: Path) -> None:
     recipe.write_text(json.dumps(values), encoding="utf-8")
     with pytest.raises(TunekitError, match="this objective has other rows"):
         load_recipe(recipe)
+
+
+def test_scores_that_are_not_finite_are_wrong() -> None:
+    """They have no bin of probabilities; the step's own check names the rows of a loss that is not finite."""
+    scores = torch.tensor([[float("nan")] * 2, [0.0, float("nan")], [2.0, 1.0]])
+    sums = {name: value.tolist() for name, value in label_sums(scores, torch.tensor([0, 0, 0])).items()}
+    assert (sums["correct"], sums["units"]) == (1, 3)
+    assert [is_better("loss", value, None) for value in (float("nan"), float("inf"), 1.0)] == [False, False, True]
 
 
 def test_sums_of_scores_give_calibration() -> None:

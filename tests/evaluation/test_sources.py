@@ -104,6 +104,17 @@ def test_rows_that_count_little_are_ranked_by_their_mean_loss(tiny_llama: Path, 
     assert [each["number"] for each in kept["worst"]] != [2, 1, 0], "the order of the weights"
 
 
+def test_metrics_of_chosen_answers_are_of_all_rows(tiny_llama: Path, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, "a.jsonl", "b.jsonl")
+    evaluation = {"choices": "from_data", "metrics": ["micro_f1"]}
+    once = {"max_steps": 1, "epochs": None}
+    recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, evaluation=evaluation, training=once)
+    train_verb(load_recipe(recipe), False, False)
+    last = evaluated(tmp_path / "run")[-1]
+    assert "micro_f1" in last["eval"]
+    assert all("loss" in values and "micro_f1" not in values for values in last["sources"].values())
+
+
 def test_one_source_has_no_table_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, training={"max_steps": 1, "epochs": None})
     train_verb(load_recipe(recipe), False, False)

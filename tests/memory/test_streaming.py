@@ -92,6 +92,17 @@ def test_every_method_trains_alike(folder: Path, method: str) -> None:
         assert same((plain, streamed))
 
 
+def test_a_forward_that_keeps_ranks_in_step_changes_no_gradient(folder: Path) -> None:
+    """Also not through a penalty that the method adds to the loss."""
+    for streaming in (None, {"pass_size": 2}):
+        case = make_case(folder, make_rows(23), training=training(), adapter=adapter("adalora"), streaming=streaming)
+        run = case.parts
+        run.optimizer.zero_gradients()
+        batch = next(case.windows.windows(0)).batches[0]
+        run.engine.make_up(run.model, run.objective, batch, 2)
+        assert not any(gradient.any() for gradient in run.optimizer.gradients())
+
+
 def test_a_projected_prefix_trains_alike(folder: Path) -> None:
     """Each layer computes the projection anew, so that its gradients are summed in another order."""
     settings = adapter("prefix", prefix_projection=True)

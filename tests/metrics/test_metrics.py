@@ -19,6 +19,7 @@ from tunekit.metrics import (
     wer,
     wer_normalized,
 )
+from tunekit.metrics.outputs import pearson, spearman
 
 
 def test_exact_match() -> None:
@@ -88,3 +89,11 @@ def test_from_sums() -> None:
         assert set(metric.NEEDS) <= set(sums)
         with pytest.raises(ValueError):
             metric.from_sums(dict.fromkeys(metric.NEEDS, 0.0))
+
+
+def test_correlations_with_values_that_are_not_finite() -> None:
+    """As in scipy: a model whose scores are NaN has no correlation, and is not the best one."""
+    for wrong in (math.nan, math.inf):
+        assert math.isnan(pearson([0.1, wrong, 0.3], [1.0, 2.0, 3.0]))
+        assert math.isnan(spearman([0.1, wrong, 0.3], [1.0, 2.0, 3.0]))
+    assert math.isnan(spearman([math.nan] * 3, [1.0, 2.0, 3.0]))

@@ -218,6 +218,20 @@ def test_ranks_too_large_are_refused(recipe: Path) -> None:
 
 
 @pytest.mark.drawn
+@pytest.mark.parametrize(("objective", "refused"), [("dpo", True), ("simpo", False), ("kto", True)])
+def test_a_reference_model_whose_weights_are_trained_is_refused(
+    objective: str, refused: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The policy would be compared with itself."""
+    pair = {"prompt": "Sky?", "chosen": "blue", "rejected": "green"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    path = write_recipe(tmp_path, tiny_llama, data={"train": "pairs.jsonl", "eval": None})
+    values = json.loads(path.read_text("utf-8")) | {"adapter": {"method": "full"}}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    plan, _ = plan_of(path, f"objective={objective}")
+    assert [refusal.key for refusal in plan.refusals] == (["adapter.method"] if refused else [])
+
+
 def test_a_refusal_says_where_it_was_written(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError) as caught:
         plan_verb(

@@ -37,7 +37,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.objectives.rows.choices import Question
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
-from tunekit.recipe.reading.names import facts_of, needs_generation
+from tunekit.recipe.reading.names import facts_of, follows_from, needs_generation
 from tunekit.tuned.fit import row_problems
 from tunekit.tuned.model import TunedModel
 
@@ -204,10 +204,12 @@ class Evaluator:
 
 def _sources(each: Mapping[str, EvaluationSums], names: Sequence[str]) -> dict[str, dict[str, float]] | None:
     """The finite metrics of each source; None if there is only one source. A source without units (such as one whose
-    rows have no rewards) has no metrics. Values computed from all rows (thresholds, KL) are the same for all sources.
-    So the losses of sources, weighted by units, add up to the loss of all rows."""
+    rows have no rewards) has no metrics. Metrics of chosen answers are computed only from all rows. Values computed
+    from all rows (thresholds, KL) are the same for all sources. So the losses of sources, weighted by units, add up to
+    the loss of all rows."""
     if len(each) < 2:
         return None
+    names = [name for name in names if all(follows_from(name, sums.values) for sums in each.values())]
     by_source = {source: sums.metrics(names) if sums.values["units"] else {} for source, sums in each.items()}
     return {
         source: {"rows": each[source].rows, **{name: value for name, value in values.items() if math.isfinite(value)}}
@@ -276,8 +278,8 @@ def calibration_notes(settings: EvaluationSection) -> list[str]:
 
 
 def is_better(metric: str, value: float, best: float | None) -> bool:
-    """Whether `value` is better than `best` for this metric; NaN is never better."""
-    if math.isnan(value):
+    """Whether `value` is better than `best` for this metric; a value that is not finite is never better."""
+    if not math.isfinite(value):
         return False
     if best is None:
         return True

@@ -55,8 +55,9 @@ def squared_error(scores: Column, values: Column) -> float:
 
 
 def pearson(scores: Column, values: Column) -> float:
-    """Pearson's correlation, as in scipy.stats.pearsonr; nan if the scores or the numbers are constant."""
-    if min(scores) == max(scores) or min(values) == max(values):
+    """Pearson's correlation, as in scipy.stats.pearsonr; nan if the scores or the numbers are constant, or if one is
+    not finite."""
+    if min(scores) == max(scores) or min(values) == max(values) or not all(map(isfinite, (*scores, *values))):
         return nan
     first, second = (_less_mean(each) for each in (scores, values))
     both = fsum(one * other for one, other in zip(first, second, strict=True))
@@ -65,9 +66,9 @@ def pearson(scores: Column, values: Column) -> float:
 
 
 def spearman(scores: Column, values: Column) -> float:
-    """Pearson's correlation of the ranks, as in scipy.stats.spearmanr; nan if the scores or the numbers are
-    constant."""
-    return pearson(_ranks(scores), _ranks(values))
+    """Pearson's correlation of the ranks, as in scipy.stats.spearmanr; nan if the scores or the numbers are constant,
+    or if one is not finite."""
+    return pearson(_ranks(scores), _ranks(values)) if all(map(isfinite, (*scores, *values))) else nan
 
 
 def _less_mean(values: Column) -> list[float]:

@@ -40,7 +40,7 @@ from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
-from tunekit.planning.starts import check_continued, start_bytes, start_notes, start_problems
+from tunekit.planning.starts import check_continued, reference_problems, start_bytes, start_notes, start_problems
 from tunekit.planning.tiers import activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
@@ -124,6 +124,7 @@ def make_plan(
     rows = inputs.rows
     findings.add(row_problems(inputs.base, inputs.processor, objective.rows, rows.all, inputs.virtual_tokens))
     findings.add(start_problems(recipe.adapter, inputs.base, inputs.targets))
+    findings.add(reference_problems(recipe.adapter, objective))
     if previous is None:  # the state of a resumed run is in its checkpoint
         findings.attempt(partial(check_continued, recipe.adapter, inputs.base, inputs.targets))
     findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])

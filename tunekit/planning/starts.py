@@ -28,6 +28,14 @@ def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequen
         )
 
 
+def reference_problems(settings: AdapterSettings, objective: Objective) -> Iterator[Problem]:
+    """Yields a problem if the loss compares the policy with the base, whose own weights the run changes."""
+    if objective.loss.reference and settings.trains_base:
+        what = f"the reference model of {objective.name} is the base, whose own weights {settings.method} changes"
+        how = "use an adapter method such as lora, or an objective without a reference model, such as orpo or simpo"
+        yield Problem(what, how, key="adapter.method")
+
+
 def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> None:
     """Check the adapter that init_from names.
 

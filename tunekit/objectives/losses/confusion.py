@@ -21,11 +21,13 @@ def label_sums(scores: Tensor, labels: Tensor) -> Sums:
     - `calibration` (bins, 3): rows are divided into bins by their largest probability. For each bin: the number of its
       rows, the sum of their largest probabilities, and the number of right rows
 
-    Shapes: scores (R, C), labels (R,). Probabilities are the softmax of the scores.
+    Shapes: scores (R, C), labels (R,). Probabilities are the softmax of the scores. A row whose probabilities are not
+    finite is wrong, with the probability 0.
     """
     confidence, chosen = torch.softmax(for_sums(scores), dim=-1).max(dim=-1)  # (R,) each
+    confidence = confidence.nan_to_num(0.0)
     true, predicted = (for_sums(torch.nn.functional.one_hot(each, scores.shape[1])) for each in (labels, chosen))
-    right = for_sums(chosen == labels)  # (R,)
+    right = for_sums((chosen == labels) & (confidence > 0))  # (R,)
     places = (confidence * BINS).ceil().clamp(1, BINS).long() - 1  # (R,)
     counted = torch.stack([torch.ones_like(right), confidence, right], dim=1)  # (R, 3)
     bins = for_sums(torch.nn.functional.one_hot(places, BINS)).T @ counted  # (bins, 3)

@@ -69,17 +69,19 @@ def unmeasurable(
     from a list (evaluation.choices).
     """
     sums = {*objective.sums_of(facts), *(CHOICE_SUMS if chosen else ())}
-    if _follows(metric, sums):
+    if follows_from(metric, sums):
         return None
     method = objective.model_fields["method"].default
     known = known_names("metrics")
-    measurable = [name for name in known if _follows(name, sums) and (objective.answers or not needs_generation(name))]
-    with_choices = objective.example == "text" and _follows(metric, {*sums, *CHOICE_SUMS})
+    measurable = [
+        name for name in known if follows_from(name, sums) and (objective.answers or not needs_generation(name))
+    ]
+    with_choices = objective.example == "text" and follows_from(metric, {*sums, *CHOICE_SUMS})
     how = f"; with evaluation.choices (answers chosen from a list), also {metric}" if with_choices else ""
     return f"objective {method} has no metric {metric}", f"its metrics are {', '.join(measurable)}{how}"
 
 
-def _follows(metric: str, sums: Iterable[str]) -> bool:
+def follows_from(metric: str, sums: Iterable[str]) -> bool:
     """Whether a known metric can be computed from these sums over rows, or from the answers alone."""
     return set(getattr(facts_of("metrics", metric), "NEEDS", ())) <= set(sums)
 

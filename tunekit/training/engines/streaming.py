@@ -228,7 +228,7 @@ class LayerPass:
         roots += [(side.value, gradient) for side, gradient in zip(outputs, output_gradients, strict=True)]
         penalty = self._penalty(number)
         if penalty is not None:
-            value = penalty / state.piece.shares * self.run.engine.loss_scale
+            value = penalty / state.piece.shares * self.run.engine.loss_scale * self.run.weight
             roots.append((value, torch.ones_like(penalty)))
         pairs = [(root, gradient) for root, gradient in roots if root is not None and gradient is not None]
         torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
