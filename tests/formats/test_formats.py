@@ -166,6 +166,10 @@ def test_text_keeps_every_byte() -> None:
     assert make("text", {"text": " \u2028\x85 a\r\n"}) == TextExample(" \u2028\x85 a\r\n")
 
 
+CONVERSATIONS = {"chosen": CHAT["messages"], "rejected": [ASKED, {"role": "assistant", "content": "b"}]}
+SYSTEM, MORE = {"role": "system", "content": "s"}, {"role": "user", "content": "q2"}
+
+
 def turns(*texts: str) -> tuple[Message, ...]:
     roles = {"q": "user", "s": "system"}
     return tuple(Message(roles.get(text[0], "assistant"), text) for text in texts)
@@ -200,6 +204,17 @@ def turns(*texts: str) -> tuple[Message, ...]:
         ({"question": "q", "chosen": "a", "rejected": "b"}, (turns("q"), turns("a"), turns("b"))),
         ({"prompt": "q", "chosen": None, "rejected": "b"}, ("q", "", "b")),
         ({"chosen": CHAT["messages"], "rejected": CHAT["messages"]}, (turns("q"), turns("a"), turns("a"))),
+        ({"prompt": "q ", **CONVERSATIONS}, (turns("q"), turns("a"), turns("b"))),  # as in ultrafeedback_binarized
+        ({"prompt": [ASKED], **CONVERSATIONS}, (turns("q"), turns("a"), turns("b"))),
+        ({"prompt": "", **CONVERSATIONS}, (turns("q"), turns("a"), turns("b"))),
+        (
+            {"prompt": "q", **{name: [SYSTEM, *answer] for name, answer in CONVERSATIONS.items()}},
+            (turns("s", "q"), turns("a"), turns("b")),
+        ),
+        (
+            {"prompt": CHAT["messages"], **{name: [MORE, answer[1]] for name, answer in CONVERSATIONS.items()}},
+            (turns("q", "a"), turns("q2", "a"), turns("q2", "b")),
+        ),
     ],
 )
 def test_preference(row: dict[str, Any], expected: tuple[Any, Any, Any]) -> None:
@@ -224,6 +239,8 @@ def test_preference(row: dict[str, Any], expected: tuple[Any, Any, Any]) -> None
             "is text, and the other one is a list of messages; write both as text",
         ),
         ({"prompt": "q", "chosen": 3, "rejected": "b"}, "'chosen' must be text"),
+        ({"prompt": "other", **CONVERSATIONS}, "an answer begins with a turn of the user .* leave out the prompt"),
+        ({"prompt": "q", "chosen": CHAT["messages"], "rejected": "b"}, "an answer begins with a turn of the user"),
     ],
 )
 def test_preference_says_what_is_wrong(row: dict[str, Any], said: str) -> None:
@@ -251,6 +268,7 @@ ANSWERED = {"completion": "a", "label": True}
         ({**SHARE, "kto_tag": True}, (turns("q"), turns("a"))),
         ({"question": "q", **ANSWERED}, (turns("q"), turns("a"))),
         ({"completion": CHAT["messages"], "label": True}, (turns("q"), turns("a"))),
+        ({"prompt": "q", "completion": CHAT["messages"], "label": True}, (turns("q"), turns("a"))),
     ],
 )
 def test_unpaired(row: dict[str, Any], expected: tuple[Any, Any]) -> None:
@@ -306,6 +324,8 @@ YES, NO = ([TURN, {"role": "assistant", "content": text}] for text in ("yes", "n
         {"prompt": [TURN], "chosen": YES[1], "rejected": NO[1:], "tools": None},
         {"instruction": "q", "input": "more", "output": "unread", "chosen": "a", "rejected": "b"},
         {"conversations": [{"from": "human", "value": "q"}], "chosen": FROM_A, "rejected": {**FROM_A, "value": "b"}},
+        {"instruction": "q", "chosen": YES, "rejected": NO, "system": "s"},
+        {"prompt": "q", "chosen": [*YES, TURN, YES[1]], "rejected": [*YES, TURN, NO[1]]},
     ],
 )
 @pytest.mark.parametrize("label", [True, False])

@@ -1,8 +1,8 @@
 """`format: preference`: a chosen and a rejected answer, `{"prompt": ..., "chosen": ..., "rejected": ...}`.
 
-All fields are texts or lists of messages. If the row has no prompt, the common beginning of both answers is the prompt.
-Texts are joined without changes. Rows of LLaMA-Factory (instruction and input), rows of Axolotl (question) and messages
-{from, value} become turns, as in those tools.
+All fields are texts or lists of messages. If the row has no prompt, or if both answers are conversations that contain
+it, the common beginning of both answers is the prompt. Texts are joined without changes. Rows of LLaMA-Factory
+(instruction and input), rows of Axolotl (question) and messages {from, value} become turns, as in those tools.
 """
 
 import math
@@ -24,6 +24,7 @@ PROMPTS = ("prompt", "question", "instruction", "conversations")
 FIELDS = (*PROMPTS, "input", "chosen", "rejected", "system", "tools", "margin")
 REQUIRED = ("chosen", "rejected")
 EXAMPLE = "preference"
+ASKING = ("system", "developer", "user")  # roles of a prompt's turns
 
 Turns = tuple[Message, ...]
 TextOrTurns = str | Turns
@@ -57,11 +58,10 @@ class PreferenceExample(PromptedExample):
 def make_example(row: Fields) -> PreferenceExample:
     """The preference pair of a row. A missing answer is the empty text."""
     chosen, rejected = (read_side(row, name) for name in REQUIRED)
-    prompt, chosen, rejected = (
-        (asked, chosen, rejected)
-        if (asked := read_prompt(row)) is not None
-        else (begin := common_beginning(chosen, rejected), chosen[len(begin) :], rejected[len(begin) :])
-    )
+    prompt = prompt_before(row, chosen, rejected)
+    if prompt is None:
+        prompt = common_beginning(chosen, rejected)
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     prompt, chosen, rejected = conversation(row, prompt, chosen, rejected)
     return PreferenceExample(prompt, chosen, rejected, tools=read_tools(row.get("tools")), margin=_read_margin(row))
 
@@ -98,6 +98,31 @@ def read_prompt(row: Fields) -> TextOrTurns | None:
     if columns[0] not in ("question", "instruction") or not isinstance(prompt, str):
         return prompt
     return (Message("user", f"{prompt}\n{more}" if more else prompt),) if prompt else ()
+
+
+def prompt_before(row: Fields, *answers: TextOrTurns) -> TextOrTurns | None:
+    """The prompt that comes before the row's answers. None if the row has no prompt, or if all answers are complete
+    conversations that contain it.
+
+    Raises: DataError if an answer begins with another turn of the user.
+    """
+    prompt = read_prompt(row)
+    starts = {answer[0].role for answer in answers if answer and not isinstance(answer, str)} & set(ASKING)
+    if prompt is None or not starts:
+        return prompt
+    turns = _as_turns(prompt, "user")
+    if all(not isinstance(answer, str) and _contains(answer, turns) for answer in answers):
+        return None
+    if turns and (starts != {"user"} or turns[-1].role == "user"):  # after an answer, the user may go on
+        what = "an answer begins with a turn of the user or the system, which does not repeat the prompt"
+        raise DataError(what, "write only the turns that follow the prompt into the answer, or leave out the prompt")
+    return prompt
+
+
+def _contains(answer: Turns, prompt: Turns) -> bool:
+    """Whether the prompt's turns are consecutive turns of the answer. Spaces around their texts do not count."""
+    said, asked = ([(turn.role, turn.content.strip(), turn.extra) for turn in turns] for turns in (answer, prompt))
+    return any(said[start : start + len(asked)] == asked for start in range(len(said)))
 
 
 def _after(system: str, prompt: TextOrTurns) -> TextOrTurns:

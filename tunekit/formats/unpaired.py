@@ -12,7 +12,15 @@ from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
 from tunekit.formats.fields import Fields, read_value
-from tunekit.formats.preference import PromptedExample, TextOrTurns, conversation, is_pair, read_prompt, read_side
+from tunekit.formats.preference import (
+    PromptedExample,
+    TextOrTurns,
+    conversation,
+    is_pair,
+    prompt_before,
+    read_prompt,
+    read_side,
+)
 
 ALIASES = {"kto_tag": "label", "output": "completion", "messages": "conversations"}
 DESCRIPTION = "prompt, completion: text or messages; label: true or false; system, tools: optional"
@@ -53,16 +61,23 @@ def single_row(row: Fields) -> Fields:
     value = row["chosen" if read_value(row, "label") else "rejected"]
     answer = [value] if isinstance(value, Mapping) else value or ""
     others = {name: row[name] for name in row if name not in (*preference.REQUIRED, "margin", *ALIASES)}
-    if read_prompt(row) is not None:
+    answers = [read_side(row, name) for name in preference.REQUIRED]
+    if prompt_before(row, *answers) is not None:
         return {**others, "completion": answer}
-    begin = len(preference.common_beginning(*(read_side(row, name) for name in preference.REQUIRED)))
+    begin = len(preference.common_beginning(*answers))
+    others = {name: value for name, value in others.items() if name not in (*preference.PROMPTS, "input")}
     return {**others, "prompt": answer[:begin], "completion": answer[begin:]}
 
 
 def _read_answered(row: Fields) -> tuple[TextOrTurns, TextOrTurns]:
-    """Reads the prompt and the answer. If the row contains only a conversation, its last turn is the answer."""
-    prompt, alone = read_prompt(row) or "", row.get("completion") is None
-    turns = prompt if alone else "" if prompt else read_side(row, "completion")
+    """Reads the prompt and the answer. If the row contains only a conversation, or if its answer is a conversation that
+    contains the prompt, the last turn is the answer."""
+    if row.get("completion") is None:
+        prompt = turns = read_prompt(row) or ""
+    else:
+        answer = read_side(row, "completion")
+        prompt = prompt_before(row, answer) or ""
+        turns = "" if prompt else answer
     if not isinstance(turns, str) and turns[-1].role == "assistant":
         return turns[:-1], turns[-1:]
     return prompt, read_side(row, "completion")
