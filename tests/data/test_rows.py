@@ -203,6 +203,17 @@ def test_equal_rows_never_stand_on_both_sides(tiny: LoadedTokenizer, tmp_path: P
     assert not any(note.startswith("warning") for note in found.notes)
 
 
+def test_equal_rows_of_two_sources_never_stand_on_both_sides(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{index:03d}", "completion": "c"} for index in range(150)]
+    paths = write_lines(tmp_path / "d.jsonl", rows[:100]), write_lines(tmp_path / "e.jsonl", rows[50:])
+    for seed in range(4):
+        found = load(tiny, *paths, eval=0.1, seed=seed)
+        assert found.evaluation is not None
+        assert not np.isin(found.evaluation.digests, found.train.digests).any()
+        assert 20 <= len(found.evaluation) < 40
+        assert not any(note.startswith("warning") for note in found.notes)
+
+
 def test_pieces_of_one_document_are_held_out_together(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     texts = [f"{index:02d}" * (5 + 8 * index) for index in range(20)]  # 1 to 16 pieces
     path = write_lines(tmp_path / "d.jsonl", [{"text": text} for text in texts])

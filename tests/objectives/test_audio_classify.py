@@ -16,6 +16,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, WhisperForAudioClassification
 
 from tests.objectives.test_classify import losses_of, start_as_ours
+from tests.support.data_case import write_lines
 from tests.support.image_case import records
 from tests.support.speech_case import RATE, SECONDS, held_sound, keys, write_recipe, write_tiny_whisper
 from tests.support.train_case import ADAPTER_FILES
@@ -425,7 +426,7 @@ def test_a_long_recording_is_dropped_cut_or_refused(processor: AudioProcessor, t
         encoded(processor, long, "error")
     (problem,) = rows_with(processor, "split").problems()
     assert problem.what == "a recording is not split, because its label may be wrong for a piece of the recording"
-    heard, beyond = encoded(processor, long, "truncate")
+    beyond, heard = encoded(processor, long, "truncate")
     (begun,) = encoded(processor, long | {"audio": str(tmp_path / "begun.wav")})
     assert np.array_equal(heard.parts["features"], begun.parts["features"])
     assert (heard.sizes, heard.supervised) == ((100 * SECONDS,), 1)
@@ -435,6 +436,19 @@ def test_a_long_recording_is_dropped_cut_or_refused(processor: AudioProcessor, t
     data = DataSection(train=(Source(path=str(table)),), excess_length="truncate")
     rows = load_rows(data, make_objective(AudioClassifySettings(), processor), seed=0, cache_dir=tmp_path / "cache")
     assert (len(rows.train), rows.counts.truncated) == (3, 3)
+
+
+def test_long_recordings_are_held_out_one_by_one(processor: AudioProcessor, tmp_path: Path) -> None:
+    names = [f"{number}.wav" for number in range(20)]
+    for number, name in enumerate(names):
+        soundfile.write(tmp_path / name, np.sin(np.arange(4 * RATE) * (0.05 + 0.01 * number)), RATE)
+    labelled = [{"audio": name, "label": LABELS[number % 2]} for number, name in enumerate(names)]
+    table = write_lines(tmp_path / "rows.jsonl", labelled)
+    data = DataSection(train=(Source(path=str(table)),), eval=0.2, excess_length="truncate")
+    rows = load_rows(data, make_objective(AudioClassifySettings(), processor), seed=0, cache_dir=tmp_path / "cache")
+    assert rows.evaluation is not None
+    assert (len(rows.train), len(rows.evaluation)) == (16, 4)
+    assert not any("also training rows" in note for note in rows.notes)
 
 
 def test_bad_recordings_are_named(processor: AudioProcessor, recordings: Path, tmp_path: Path) -> None:

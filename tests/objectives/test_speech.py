@@ -21,8 +21,9 @@ from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
 from tests.support.train_case import ADAPTER_FILES
 from tunekit.contracts import EncodeOptions, Row, RowKind
-from tunekit.data.encoding.outcomes import Dropped
+from tunekit.data.encoding.outcomes import Dropped, SourceEncoder
 from tunekit.data.encoding.sounds import pieces, quietest, resampled
+from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.sound import opened
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, TunekitError
@@ -269,6 +270,18 @@ def test_long_sounds_are_cut_between_segments_or_refused(processor: SpeechProces
         encoded(processor, excess_length="split", segments=segments, **long)
     (problem,) = rows_with(processor, excess_length="truncate").problems()
     assert problem.what == "truncating a recording would train on text that is no longer in the audio"
+
+
+def test_an_empty_part_of_a_long_recording_leaves_the_others(processor: SpeechProcessor, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "long.wav", keys(" ".join(["one"] * 18)), RATE)  # 5.4 s, the model hears 2
+    texts = ["first", "", "last"]
+    segments = [{"start": 1.8 * at, "end": 1.8 * at + 1.7, "text": text} for at, text in enumerate(texts)]
+    kind = rows_with(processor, excess_length="split")
+    row = RawRow(1, {"audio": str(tmp_path / "long.wav"), "segments": segments})
+    _, rows = SourceEncoder(make_example, kind, "rows").outcome(row)
+    assert isinstance(rows, list)
+    assert [bytes(row.parts["text"]).decode() for row in rows] == ["first", "last"]
+    assert kind.notices == {"parts of rows left out: empty transcript": 1}
 
 
 def test_bad_sounds_are_named(processor: SpeechProcessor, sounds: Path, tmp_path: Path) -> None:

@@ -223,14 +223,16 @@ def _whole(source: EncodedSource) -> Part:
 
 
 def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) -> tuple[list[Part], list[Part]]:
-    """Training rows and held-out rows of each source. The hash of a row decides where it goes, so
-    equal rows stay together.
+    """Training rows and held-out rows of each source. The hash of a row decides where it goes, so equal rows of all
+    sources stay together.
     """
     if fraction is None:
         return [_whole(source) for source in sources], []
     train, held = [], []
-    for source in sources:
-        chosen = held_out(source.store.records["digest"], fraction, seed)  # (rows,)
+    digests = [source.store.records["digest"] for source in sources]  # (rows,) of each source
+    out = np.concatenate([values[held_out(values, fraction, seed)] for values in digests])  # (held-out rows,)
+    for source, values in zip(sources, digests, strict=True):
+        chosen = np.isin(values, out)  # (rows,)
         train.append(Part(source.store, np.flatnonzero(~chosen).astype(np.int64), source.name))
         held.append(Part(source.store, np.flatnonzero(chosen).astype(np.int64), source.name))
     return train, held

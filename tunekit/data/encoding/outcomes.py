@@ -45,10 +45,23 @@ class SourceEncoder:
     def outcome(self, raw: RawRow) -> Outcome:
         """(line, encoded rows) of a raw row; (line, error) if it cannot be encoded or is dropped."""
         try:
-            examples = self.kind.examples(self.make_example(raw.values))
-            return raw.line, [self.kind.encode(example, f"{self.name}:{raw.line}") for example in examples]
+            return raw.line, self._rows(raw)
         except (Dropped, DataError) as reason:
             return raw.line, reason
+
+    def _rows(self, raw: RawRow) -> list[Row]:
+        """The encoded rows of a raw row. `kind.notices` counts its parts that are dropped. Raises: Dropped if no part
+        is left to train on; DataError for a wrong row."""
+        rows, reasons = list[Row](), list[Dropped]()
+        for example in self.kind.examples(self.make_example(raw.values)):
+            try:
+                rows.append(self.kind.encode(example, f"{self.name}:{raw.line}"))
+            except Dropped as reason:
+                reasons.append(reason)
+        if reasons and not any(row.supervised for row in rows):
+            raise reasons[0]
+        self.kind.notices.update(f"parts of rows left out: {reason}" for reason in reasons)
+        return rows
 
 
 def outcomes(rows: Iterator[RawRow], source: SourceEncoder) -> Iterator[Outcome]:

@@ -61,8 +61,8 @@ class LabelledRecordings(RecordingRows):
         )
 
     def examples(self, example: AudioLabelExample) -> Sequence[LabelledClip]:
-        """The recording. If it is truncated, its later part follows as a second example, which is not trained on but
-        counts as cut data.
+        """The recording. If it is truncated, its later part comes first, as an example that is not trained on but
+        counts as cut data: the last example decides which rows are equal.
         Raises: Dropped or DataError for a recording that is longer than the model's input, unless the recipe truncates
         recordings."""
         processor = self.processor
@@ -75,7 +75,7 @@ class LabelledRecordings(RecordingRows):
                 return [heard]
             if self.options.excess_length != "truncate":
                 raise DataError(lasts(sound, processor.seconds), TRUNCATE)
-            return [heard, LabelledClip(Clip(example.audio, stop, sound.samples), example.label, 0, beyond=True)]
+            return [LabelledClip(Clip(example.audio, stop, sound.samples), example.label, 0, beyond=True), heard]
 
     def _stop(self, sound: Sound) -> int:
         return min(int(self.processor.seconds * sound.rate), sound.samples)
