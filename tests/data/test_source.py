@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.support.data_case import write_lines
+from tunekit.data.reading.first import format_maker
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import hub_fingerprint, is_hub_name, read_source
@@ -101,6 +103,23 @@ def test_columns_and_max_rows(tmp_path: Path) -> None:
         DataError, match=r"maps the column 'completion', which does not exist.*write columns: \{q: completion\}"
     ):
         read(path, columns={"completion": "q"})
+
+
+def test_parquet_adds_no_fields_to_tools(tmp_path: Path) -> None:
+    def row(name: str, arguments: dict[str, str], city: str | None) -> dict[str, Any]:
+        properties = {key: {"type": "string"} for key in arguments}
+        function = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        return {"messages": turns, "functions": [{"type": "function", "function": function}], "city": city}
+
+    rows = [row("weather", {"city": "Rome"}, None), row("date", {"day": "today"}, "Oslo")]
+    write_lines(tmp_path / "d.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    found = [read(tmp_path / name, columns={"functions": "tools"}) for name in ("d.jsonl", "d.parquet")]
+    lines, columns = ([format_maker("chat")(each.values) for each in some] for some in found)
+    assert columns == lines
+    assert [each.values["city"] for each in found[1]] == [None, "Oslo"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.support.data_case import settings, tokenizer_of, write_lines
-from tunekit.contracts import Window
+from tunekit.contracts import Row, Window
 from tunekit.data.batching import stream
 from tunekit.data.batching.windows import filled_batch
 from tunekit.data.reading import shards
@@ -26,6 +26,7 @@ from tunekit.errors import DataError, RecipeError, TunekitError
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.objectives.kto import KtoSettings
 from tunekit.recipe.objectives.sft import SftSettings
 
 ROWS = 200
@@ -185,6 +186,38 @@ def test_what_streaming_needs(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     rows = load(tiny, streamed(path), eval=(Source(path=str(held)),))
     assert rows.evaluation is not None
     assert len(rows.evaluation) == ROWS
+
+
+def test_a_column_may_be_missing_in_the_first_row_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60)
+    rows = [{"q": f"{number}", "a": "b"} | ({"sys": "s"} if number % 5 == 0 else {}) for number in range(30)]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    source = streamed(path, columns={"q": "instruction", "a": "output", "sys": "system"})
+    sharded, problems = shard_source(source), Problems()
+    found = [row for shard in sharded.shards for row in sharded.read(shard, problems)]
+    assert found == list(read_source(source, problems))
+    assert len(found) == 30
+    assert len(sharded.shards) > 5
+    with pytest.raises(DataError, match="maps the column 'w', which does not exist"):
+        list(shard_source(streamed(path, columns={"w": "output"})).read(sharded.shards[0], problems))
+
+
+def test_pairs_are_streamed_as_the_same_two_rows(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"p{number:03d}", "chosen": "a", "rejected": "b"} for number in range(ROWS)]
+    path = write_lines(tmp_path / "d.jsonl", pairs)
+    whole, parts = (
+        load_rows(DataSection(train=(source,), max_length=32), make_objective(KtoSettings(), tiny), seed=0)
+        for source in (Source(path=str(path)), streamed(path))
+    )
+
+    def content(row: Row) -> tuple[str, ...]:
+        return row.origin, *(f"{name} {values.tolist()}" for name, values in sorted(row.parts.items()))
+
+    expected = Counter(content(whole.train[index]) for index in range(len(whole.train)))
+    rows = (row for row, _ in islice(parts.streams[0].rows(0, True), 2 * ROWS))
+    assert Counter(map(content, rows)) == expected
+    assert len(expected) == parts.counts.trained == 2 * ROWS
+    assert any("each pair becomes two rows" in note for note in parts.notes)
 
 
 @pytest.mark.parametrize("most", [None, 7])

@@ -18,7 +18,7 @@ from tunekit.data.batching.pack import first_fit
 from tunekit.data.batching.windows import BatchSettings, Sizes, cut_by_key, cut_micro_batches, dealt
 from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.outcomes import SourceEncoder
-from tunekit.data.reading.first import format_maker
+from tunekit.data.reading.first import format_maker, single_rows
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import Sharded
@@ -102,7 +102,7 @@ class StreamedSource:
             order = permutation(len(shards), "shards", seed, self.number, epoch).tolist()
         for index in order:
             started[0] += 1
-            yield from self.sharded.read(shards[index], problems)
+            yield from single_rows(self.sharded.read(shards[index], problems), self.format_name)
 
 
 class StreamedWindows:

@@ -10,7 +10,7 @@ from tunekit.data.encoding.notes import counted_note, drawn_notes, filled_column
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
-from tunekit.data.reading.first import choose_format, format_maker
+from tunekit.data.reading.first import format_maker, format_of, single_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import first_rows, shard_source
 from tunekit.errors import DataError
@@ -31,11 +31,12 @@ def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedS
     problems.raise_if_any()
     if not rows:
         raise DataError("the source has no rows", "add rows to it, or name another file", file=source.path)
-    format_name, reason = choose_format(source.format, rows[0].values, kind.example)
+    format_name, reason = format_of(source, rows[0], kind.example)
     counting = kind.counting()
     streams = memory_streams(kind.layout)
     writer = StoreWriter(kind.layout, streams)
-    found = map(SourceEncoder(format_maker(format_name, source.path), counting, source.path).outcome, rows)
+    encoder = SourceEncoder(format_maker(format_name, source.path), counting, source.path)
+    found = map(encoder.outcome, single_rows(rows, format_name))
     encoded = encode_rows(found, kind, name=source.path, problems=problems, counts=counts)
     for piece in encoded:
         writer.add(*piece)

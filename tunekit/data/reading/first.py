@@ -4,7 +4,7 @@ This module imports neither numpy nor torch, because validate uses it too.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -38,23 +38,28 @@ def open_rows(source: Source, example: str, problems: Problems) -> tuple[Iterato
     if first is None:
         problems.raise_if_any()
         raise DataError("the source has no rows", "add rows to it, or name another file", file=source.path)
-    rows = chain([first], rows)
+    format_name, reason = format_of(source, first, example)
+    return single_rows(chain([first], rows), format_name), first, format_name, reason
+
+
+def format_of(source: Source, first: RawRow, example: str) -> tuple[str, str]:
+    """The format of a source with this first row, and the reason for this format."""
     if example == "unpaired" and is_pair(first.values) and source.format in ("auto", "unpaired"):
-        return _singles(rows), first, "unpaired", "the first row is a pair, and each pair becomes two rows"
+        return "unpaired", "the first row is a pair, and each pair becomes two rows"
     try:
         format_name, reason = choose_format(source.format, first.values, example)
     except DataError as error:
         problem = error.problems[0]
         raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
-    renamed = " once its columns are renamed" if source.columns and reason != NAMED else ""
-    return rows, first, format_name, reason + renamed
+    return format_name, reason + (" once its columns are renamed" if source.columns and reason != NAMED else "")
 
 
-def _singles(rows: Iterator[RawRow]) -> Iterator[RawRow]:
-    """Split each preference pair into two rows: one for the chosen and one for the rejected answer. Keep other rows."""
+def single_rows(rows: Iterable[RawRow], format_name: str) -> Iterator[RawRow]:
+    """The rows as the format reads them: `unpaired` splits each preference pair into two rows, one for the chosen and
+    one for the rejected answer."""
     for row in rows:
-        labels = ({"label": label} for label in (True, False)) if is_pair(row.values) else ({},)
-        yield from (RawRow(row.line, {**row.values, **label}) for label in labels)
+        splits = format_name == "unpaired" and is_pair(row.values)
+        yield from [RawRow(row.line, {**row.values, "label": label}) for label in (True, False)] if splits else [row]
 
 
 def choose_format(named: str, values: Fields, example: str) -> tuple[str, str]:

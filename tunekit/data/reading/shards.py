@@ -55,7 +55,7 @@ class Sharded:
             rows = read_row_groups(self.file, problems, [shard.start], shard.before)
         else:
             rows = _read_lines(self.file, shard, problems)
-        return prepare_rows(rows, self.source)
+        return prepare_rows(rows, self.source, from_start=shard.before == 0)
 
 
 def shard_source(source: Source) -> Sharded:

@@ -26,6 +26,7 @@ from tunekit.recipe.data import Source
 
 # Separators of files that are wrongly called .csv -> advice
 SEPARATORS = {";": "save the file with commas between columns", "\t": "name the file .tsv"}
+TOOLS = ("tools", "tool_calls")  # fields that contain tools
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -88,12 +89,31 @@ def _count_rows(source: Source) -> int:
     return sum(1 for _ in _all_rows(source, Problems()))
 
 
-def prepare_rows(rows: Iterable[RawRow], source: Source) -> Iterator[RawRow]:
-    """The rows with renamed columns. Raises: DataError if the first row lacks a column that `columns` names."""
+def prepare_rows(rows: Iterable[RawRow], source: Source, *, from_start: bool = True) -> Iterator[RawRow]:
+    """The rows with renamed columns, and without the nulls that Parquet adds to tools. `from_start`: whether the rows
+    begin with the first row of the source.
+
+    Raises: DataError if the first row of the source lacks a column that `columns` names.
+    """
+    adds_nulls = is_data_set(source.path) or Path(source.path).suffix.lower() == ".parquet"
     for index, row in enumerate(rows):
-        if index == 0:
+        if index == 0 and from_start:
             _check_columns(source, row)
-        yield RawRow(row.line, rename_columns(row.values, source.columns)) if source.columns else row
+        values = rename_columns(row.values, source.columns) if source.columns else row.values
+        if adds_nulls:
+            values = {name: without_nulls_in_tools(value, name in TOOLS) for name, value in values.items()}
+        yield RawRow(row.line, values)
+
+
+def without_nulls_in_tools(value: object, inside: bool) -> object:
+    """The value, without the null fields of tools and tool calls: Parquet gives each row the fields of all rows.
+    `inside`: whether the value belongs to a tool."""
+    if isinstance(value, dict):
+        parts = {name: without_nulls_in_tools(part, inside or name in TOOLS) for name, part in value.items()}
+        return {name: part for name, part in parts.items() if part is not None or not inside}
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [without_nulls_in_tools(part, inside) for part in value]
+    return value
 
 
 def rename_columns(values: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
