@@ -76,6 +76,14 @@ def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) ->
     }
 
 
+def test_floats_from_0_to_1_are_all_levels(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 24 * 40, dtype=np.float32).reshape(24, 40)
+    found = read_image(saved(tmp_path, "float.tif", Image.fromarray(values)))
+    assert np.array_equal(found[..., 0], np.rint(values * 255.0).astype(np.uint8))
+    bytes_as_floats = saved(tmp_path, "bytes.tif", Image.fromarray(COLOURS[..., 0].astype(np.float32)))
+    assert np.array_equal(read_image(bytes_as_floats)[..., 0], COLOURS[..., 0])
+
+
 def test_animated_and_tiny_pictures_are_dropped_by_name(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.roll(COLOURS, shift, axis=0)) for shift in (0, 5)]
     moving = saved(tmp_path, "moving.gif", frames[0], save_all=True, append_images=frames[1:])

@@ -22,6 +22,7 @@ from tunekit.data.rendering.render import (
 from tunekit.data.rendering.turns import ONLY_LAST, SHORTENED, TOOLS_IGNORED
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, CompletionExample, Message, TextExample
+from tunekit.formats.prompt_completion import make_example
 from tunekit.model.text.tokenizer import LoadedTokenizer
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -271,6 +272,12 @@ def test_a_turn_that_the_template_does_not_end_gets_eos() -> None:
     row = encoder.encode(TWO_TURNS, "x:1")
     assert trained_texts(row, tokenizer) == ["Hello.\n", " ok \n\n<eos>"]
     assert encoder.notices == {EOS_ADDED: 1}
+    encoder = encoder_of(tokenizer, "all", template)
+    whole = encoder.encode(TWO_TURNS, "x:1").parts["ids"].tolist()
+    assert whole == row.parts["ids"].tolist()
+    assert encoder.notices == {EOS_ADDED: 1}
+    asked = ChatExample(TWO_TURNS.messages[:-1])
+    assert encoder.encode(asked, "x:1").parts["ids"][-1] != tokenizer.eos_id
 
 
 def test_chat_without_a_template_names_the_key() -> None:
@@ -396,3 +403,7 @@ def test_weights_that_are_not_read_are_told(tiny: LoadedTokenizer) -> None:
     turns = (Message("user", "a"), Message("assistant", "b", 0.0))
     assert encoder.encode(ChatExample(turns), "d:1").parts["trained"].all()
     assert [notice for notice in encoder.notices if "data.train_on: all ignores" in notice]
+    completed = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    encoder = encoder_of(tiny, "all")
+    encoder.encode(make_example(completed), "d:1")
+    assert not +encoder.notices

@@ -448,6 +448,7 @@ ROWS: list[tuple[dict[str, Any], str]] = [
     ({"answer": "x"}, "no prompt; this row has 'answer'"),
     ({"prompt": ""}, "the row has no prompt; correct the row, or write objective.unusable_rows: drop"),
     ({"prompt": 3}, "'prompt' must be text"),
+    ({"prompt": "p", "answer": "1", "notes": ["\ud83d"]}, r"'notes' contains the lone surrogate \\ud83d"),
 ]
 
 

@@ -4,6 +4,7 @@ The answer is optional. It is a reference for the reward: `answer`, `completion`
 conversation. Reward functions get all other columns without changes.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from tunekit.basics import JsonObject
 from tunekit.errors import DataError
 from tunekit.formats import preference
 from tunekit.formats.chat import read_tools
-from tunekit.formats.fields import Fields, listed
+from tunekit.formats.fields import Fields, check_encodable, listed
 from tunekit.formats.preference import PromptedExample, conversation, read_prompt, read_side
 
 ALIASES = {"messages": "conversations"}
@@ -50,6 +51,8 @@ def make_example(row: Fields) -> PromptExample:
         prompt, answer = prompt[:-1], prompt[-1].content
     (prompt,) = conversation(row, prompt)
     columns = {name: value for name, value in row.items() if name not in PROMPT_COLUMNS}
+    for name, value in columns.items():
+        check_encodable(json.dumps({name: value}, default=str, ensure_ascii=False), name)
     return PromptExample(prompt, answer, columns, tools=read_tools(row.get("tools")))
 
 

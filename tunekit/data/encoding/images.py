@@ -94,7 +94,8 @@ def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
     more than 8 bits.
     """
     notices[f"images with one deep channel ({image.mode}), scaled to 8 bits"] += 1
-    scale = 1.0 if np.asarray(image).max(initial=0) <= 255 else BIT_DEPTH_STEP
+    most = np.asarray(image).max(initial=0)
+    scale = 1 / 255 if image.mode == "F" and most <= 1 else 1.0 if most <= 255 else BIT_DEPTH_STEP
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 

@@ -211,13 +211,19 @@ class Renderer:
             raise Dropped(EMPTY_ANSWER if conversation.empty_answers else NO_ANSWER)
         text = conversation.text
         ids, offsets = encode_trusted(text, conversation.neutral, self.tokenizer, self._control)
+        eos = self.tokenizer.eos_id
+        ends = {*self._control.ids, eos}
         if self.train_on == "all":
-            self.notices.update([WEIGHTS_UNREAD] if any(each.weight != 1 for each in example.messages) else [])
+            answers = [each for each in example.messages if each.role == "assistant"]
+            self.notices.update([WEIGHTS_UNREAD] if any(each.weight != 1 for each in answers) else [])
+            backwards = zip(reversed(ids), reversed(offsets), strict=True)
+            last = next((each for each, place in backwards if each in ends or text[slice(*place)].strip()), eos)
+            if eos is not None and example.messages[-1].role == "assistant" and last not in ends:
+                self.notices[EOS_ADDED] += 1
+                ids = [*ids, eos]
             return ids, np.ones(len(ids), dtype=np.float32)
         spans = [self._turns.close(span, text, ids, offsets) for span in conversation.spans]
         weights = np.zeros(len(ids), dtype=np.float32)  # (T,)
-        eos = self.tokenizer.eos_id
-        ends = {*self._control.ids, eos}
         for span, weight in zip(spans, conversation.weights, strict=True):
             marks = mark_spans(offsets, [span])
             if any(ids[place] not in ends for place in np.flatnonzero(marks)):  # else the answer has no text
