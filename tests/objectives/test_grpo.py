@@ -28,6 +28,7 @@ from tunekit.data.batching.windows import evaluation_batches
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError, Stopped
 from tunekit.evaluate import evaluate_verb
+from tunekit.evaluation.evaluator import Evaluation, Evaluator
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.formats.example import Message
 from tunekit.formats.preference import PromptedExample
@@ -581,6 +582,31 @@ def test_steps_repeat_their_completions(base: Path, tmp_path: Path) -> None:
     (refusal,) = make_plan(load_recipe(odd), device=CPU)[0].refusals
     assert refusal.key == "training.save_steps"
     assert "write a multiple of 2" in refusal.message
+
+
+def test_an_error_between_steps_that_share_completions_keeps_the_last_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"epochs": 1, "save_steps": 2, "eval_steps": 3}
+    recipe, whole = (
+        write_prompts(tmp_path / name, base, objective={"num_iterations": 2}, training=training)
+        for name in ("run", "whole")
+    )
+    seen, evaluate = list[int](), Evaluator.evaluate
+
+    def failing(evaluator: Evaluator, *given: Any) -> Evaluation:
+        seen.append(1)
+        if len(seen) == 2:
+            raise RewardError("rewards.py: letters raised ValueError")
+        return evaluate(evaluator, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Evaluator, "evaluate", failing)
+        with pytest.raises(InputError, match="the checkpoint of step 2 is written; continue with --resume"):
+            train(recipe)
+    run, other = train(recipe, resume=True), train(whole)
+    assert tensors_of(run) == tensors_of(other)
+    assert without_times(records(run)) == without_times(records(other))
 
 
 def test_a_stop_waits_for_the_last_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,42 @@ def test_mismatched_answers_are_cut_only_where_trl_and_the_model_must(max_length
     assert measured.balance[0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "answers"),
+    [
+        ([0, 0, 1, 1, 2, 2], [5, 5, 1, 1, 3, 3]),
+        ([0, 0, 1, 1, 0], [3, 3, 1, 1, 3]),
+        ([0, 0, 0], [2, 0, 1]),
+        ([0], []),
+    ],
+    ids=["pairs", "a prompt again", "one prompt", "one row"],
+)
+def test_a_mismatched_row_has_an_answer_to_a_different_prompt(prompts: list[int], answers: list[int]) -> None:
+    """The last row is before the first one. A single row has no other answer, so that its KL is 0."""
+    objective = objective_of(KtoSettings())
+    rows, seen = list[Row](), dict[int, int]()
+    for number, prompt in enumerate(prompts):
+        ids = np.array([50 + prompt] * 2 + [number + 1] * 3, np.int32)
+        parts = parts_of(("completion", ids, np.arange(5) >= 2), label=np.array([number % 2 == 0]))
+        rows.append(objective.rows.make_row(parts, f"d:{number}", number))
+
+    def of_batch(name: str, batch: Batch) -> Tensor:
+        if name == "policy":
+            seen.update({row.number: int(row.parts["completion"][-1]) - 1 for row in batch.rows})
+        return torch.full(batch.targets["ids"].shape, -1.0 if name == "policy" else -2.0)
+
+    batches = tuple(objective.rows.collate([[row]]) for row in reversed(rows))
+    expected = 3.0 if answers else 0.0
+    with log_probabilities_of(of_batch):
+        window = objective.prepare(run_of(objective.rows), Window(0, 0.0, tuple(range(len(rows))), batches))
+        assert [seen[number] for number in sorted(seen)] == answers
+        assert {float(batch.targets["facts"][0, 0]) for batch in window.batches} == {expected}
+        seen.clear()
+        measured: Any = objective.loss.measuring(run_of(objective.rows), rows, batches)
+    assert [seen[number] for number in sorted(seen)] == answers
+    assert measured.balance[0] == expected
+
+
 def test_ranks_together_have_the_kl_of_one() -> None:
     objective = objective_of(KtoSettings())
     rows = make_rows(objective, MIXED)

@@ -19,7 +19,7 @@ from tunekit.contracts import Window
 from tunekit.data.batching.windows import TrainingWindows, collate, evaluation_batches
 from tunekit.errors import DataError, InputError, NumericsError, Stopped
 from tunekit.evaluation.evaluator import Evaluation
-from tunekit.evaluation.scores import EvaluationSums, summed_evaluation
+from tunekit.evaluation.scores import EvaluationStopped, EvaluationSums, summed_evaluation
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
@@ -237,6 +237,35 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
     assert kept == [0, 1, 3]  # those of the best weights so far, which would be exported
     assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
     assert case.saved == [1, 3, 5]
+
+
+def test_an_evaluation_that_is_repeated_after_a_stop_is_saved(tiny_llama: Path) -> None:
+    """The checkpoint of the stop has the values of the evaluation before it, and the best one must have its own."""
+    rows, section = make_rows(23), training(max_steps=4, eval_steps=2)
+
+    def case_of(stops: bool) -> tuple[Case, dict[int, dict[str, Any]]]:
+        case, saved = make_case(tiny_llama, rows, training=section), dict[int, dict[str, Any]]()
+
+        def evaluate() -> Evaluation:
+            step = case.parts.state.step
+            if stops and step == 2:
+                case.parts.stop_signal = lambda: 15
+                raise EvaluationStopped
+            return Evaluation(EvaluationSums({}, 0, 0), {"loss": abs(step - 2.0)}, facts={"step": step})
+
+        def save() -> None:
+            state = case.parts.state
+            saved[state.step] = {"best": state.best_step, "facts": state.measured_facts}
+
+        case.parts.evaluate, case.parts.save = evaluate, save
+        case.parts.evaluation = EvaluationSection(best="eval.loss")
+        return case, saved
+
+    (whole, expected), (first, stopped), (second, found) = map(case_of, (False, True, False))
+    whole.run()
+    second.run_after_a_stop(first, 99)
+    assert stopped == {2: {"best": None, "facts": {"step": 0}}}
+    assert found == expected == {2: {"best": 2, "facts": {"step": 2}}, 4: {"best": 2, "facts": {"step": 4}}}
 
 
 def test_the_metrics_are_those_of_the_metrics_folder(monkeypatch: pytest.MonkeyPatch) -> None:

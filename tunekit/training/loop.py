@@ -41,19 +41,23 @@ def loop_steps(run: Run) -> LoopSteps:
     try:
         yield from _make_steps(run, pending)
     except InputError as error:
-        if run.devices.world > 1 or not state.step:  # another rank may be in the middle of a step
+        if run.devices.world > 1:  # another rank may be in the middle of a step
             raise
         _settle(run, pending)
-        if state.step > state.saved_step:
+        if state.step > state.saved_step and run.can_resume:
             _save(run)
-        saved = Problem(f"the checkpoint of step {state.step} is written", error.resume_advice)
+        if not state.saved_step:
+            raise
+        saved = Problem(f"the checkpoint of step {state.saved_step} is written", error.resume_advice)
         raise InputError.of([*error.problems, saved]) from error
 
 
 def _make_steps(run: Run, pending: PendingReadings) -> LoopSteps:
-    state = run.state
+    state, evaluated = run.state, run.state.evaluated_step
     with run.model.training_mode(True):
-        _evaluate_if_due(run)  # before training; a signal may have interrupted it before the resume
+        _evaluate_if_due(run)  # before training; a signal or an error may have interrupted it before the resume
+        if state.evaluated_step > max(evaluated, 0):  # this step's checkpoint lacks the results
+            _save(run)
         _stop_if_asked(run, pending)
         if state.stopped_early:
             return
@@ -168,9 +172,8 @@ def _evaluate_if_due(run: Run) -> bool:
     except EvaluationStopped:
         return False
     state.evaluated_step, state.measured_facts = state.step, dict(evaluation.facts)
-    run.record(
-        EvaluationRecord(state.step, evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources)
-    )
+    values = evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources
+    run.record(EvaluationRecord(state.step, *values))
     run.keep_pictures(state.step, evaluation)
     better = state.judge(settings, evaluation.metrics)
     if better or settings.best is None or not state.step:
@@ -187,12 +190,11 @@ def _save(run: Run) -> None:
 def _stop_if_asked(run: Run, pending: PendingReadings) -> None:
     """If a signal requested a stop, save a checkpoint and end the run. Raises: Stopped."""
     number, step = run.devices.any(run.stop_signal()), run.state.step
-    if not number or step % run.objective.loss.updates_per_sampling:
+    if not number or not run.can_resume:
         return
     _settle(run, pending)
     if step > run.state.saved_step:
         _save(run)
-    name = Signals(number).name
-    if not step:
-        raise Stopped(f"stopped by {name} before the first step; nothing was trained yet", number)
-    raise Stopped(f"stopped by {name} after step {step}; the checkpoint is written; continue with --resume", number)
+    ended = f"after step {step}; the checkpoint is written; continue with --resume"
+    ended = ended if step else "before the first step; nothing was trained yet"
+    raise Stopped(f"stopped by {Signals(number).name} {ended}", number)

@@ -116,6 +116,11 @@ class Run:
         return ModelRun(self.model, self.objective.rows, self.devices.gather)
 
     @property
+    def can_resume(self) -> bool:
+        """Whether a run can resume after this step. Checkpoints do not contain the samples that later steps reuse."""
+        return self.state.step % self.objective.loss.updates_per_sampling == 0
+
+    @property
     def reads_later(self) -> bool:
         """Whether a step's loss and norm are read one step later. This is possible if the device itself skips a
         non-finite update."""

@@ -4,8 +4,8 @@ Source: Ethayarajh et al. 2024, eq. 7. Names and formulas are the same as in trl
 
 - One KL is estimated for the whole step on all ranks, or for all rows of an evaluation. trl estimates one KL for each
   micro-batch.
-- A mismatched row combines a prompt with the answer of the previous row of the files. In trl, it is the previous row of
-  the batch.
+- A mismatched row combines a prompt with the answer of the nearest earlier row of the files that has a different
+  prompt. In trl, it is the previous row of the batch. In a step of one row, the KL is 0.
 - The policy's KL is computed without dropout.
 """
 
@@ -52,14 +52,17 @@ class KtoLoss(AnswerLoss):
         """A copy of the loss with one KL for all evaluation rows, so that metrics do not depend on the division into
         batches."""
 
-        def before(row: Row) -> IdsAndMarks:
-            return _answer(rows[(row.number - 1) % len(rows)])
+        estimated = self.settings.loss_type == "kto" and len(rows) > 1
+        others = _others([_prompt(rows[index]) for index in range(len(rows))]) if estimated else []
+
+        def other(row: Row) -> IdsAndMarks:
+            return _answer(rows[others[row.number]])
 
         apart, labels = list[float](), list[bool]()
         for batch in batches:
             labels += _labels(batch)
-            if self.settings.loss_type == "kto":
-                mismatched = [_mismatched(run, batch, before)]
+            if estimated:
+                mismatched = [_mismatched(run, batch, other)]
                 policy, reference = run.score(mismatched, answer_scores)[0], run.reference(mismatched, answer_scores)[0]
                 apart += (policy - reference).tolist()
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
@@ -82,14 +85,16 @@ class KtoLoss(AnswerLoss):
         return run.rows.with_parts(window, parts)
 
     def _mismatched_window(self, run: RunView, window: Window) -> list[Batch]:
-        """The step's batches with exchanged answers: each row gets the answer of the previous row, by row number, among
-        the step's rows on all ranks."""
+        """The step's batches with exchanged answers: each row gets the answer of the nearest row before it, by row
+        number, with a different prompt, among the step's rows on all ranks. Empty if the step has only one row."""
         if run.is_simulated and self.lengths is not None:
             return [_longest(run, batch, self.lengths) for batch in window.batches]
-        local = [(row.number, _answer(row)) for batch in window.batches for row in batch.rows]
-        numbers, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
-        before = {number: answers[numbers.index(number) - 1] for number in numbers}  # first occurrence decides
-        return [_mismatched(run, batch, lambda row: before[row.number]) for batch in window.batches]
+        local = [(row.number, _prompt(row), _answer(row)) for batch in window.batches for row in batch.rows]
+        numbers, prompts, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
+        if len(set(numbers)) == 1:
+            return []
+        others = {number: answers[other] for number, other in zip(numbers, _others(prompts), strict=True)}
+        return [_mismatched(run, batch, lambda row: others[row.number]) for batch in window.batches]
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
         """The loss of each row, shape (P,), and the logged metrics, summed over rows."""
@@ -148,6 +153,21 @@ def _balance(apart: Sequence[float], labels: Sequence[bool]) -> tuple[float, ...
     count, good = len(labels), sum(labels)
     sides = (count / side if side else math.inf for side in (good, count - good))
     return max(math.fsum(apart) / max(len(apart), 1), 0.0), *sides
+
+
+def _prompt(row: Row) -> bytes:
+    return row.parts[SIDE][: int(np.argmax(row.parts[f"{SIDE}_trained"]))].tobytes()
+
+
+def _others(prompts: Sequence[bytes]) -> list[int]:
+    """For each row, the index of the nearest row before it with a different prompt; the row before the first one is the
+    last one. If all prompts are equal, the index of the previous row."""
+    others = [(place - 1) % len(prompts) for place in range(len(prompts))]
+    if len(set(prompts)) > 1:
+        for place in [*range(len(prompts))] * 2:  # twice, because the first rows may have the last row's prompt
+            if prompts[place - 1] == prompts[place]:
+                others[place] = others[place - 1]
+    return others
 
 
 def _answer(row: Row) -> IdsAndMarks:
