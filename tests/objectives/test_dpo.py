@@ -30,7 +30,7 @@ from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.model.load import load_model
 from tunekit.objectives.losses.preferences import LOSSES
-from tunekit.objectives.rows.answers import NOT_ANSWERED
+from tunekit.objectives.rows.answers import ASKS_AGAIN, NOT_ANSWERED
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -440,6 +440,8 @@ BAD = [
     ({"prompt": "p", "chosen": [turn("a"), turn("c", "user")], "rejected": "b"}, NOT_ANSWERED),
     ({"prompt": "p", "chosen": "a", "rejected": [turn("b", "user")]}, NOT_ANSWERED),
     ({"prompt": "p", "chosen": [turn(" ")], "rejected": "b"}, "an empty answer"),
+    ({"prompt": "p", "chosen": [turn("q", "user"), turn("a")], "rejected": [turn("b")]}, ASKS_AGAIN),
+    ({"prompt": "p", "chosen": [turn("a")], "rejected": [turn("s", "system"), turn("b")]}, ASKS_AGAIN),
 ]
 
 

@@ -102,26 +102,24 @@ def read_prompt(row: Fields) -> TextOrTurns | None:
 
 def prompt_before(row: Fields, *answers: TextOrTurns) -> TextOrTurns | None:
     """The prompt that comes before the row's answers. None if the row has no prompt, or if all answers are complete
-    conversations that contain it.
-
-    Raises: DataError if an answer begins with another turn of the user.
-    """
+    conversations that contain it."""
     prompt = read_prompt(row)
-    starts = {answer[0].role for answer in answers if answer and not isinstance(answer, str)} & set(ASKING)
-    if prompt is None or not starts:
-        return prompt
-    turns = _as_turns(prompt, "user")
-    if all(not isinstance(answer, str) and _contains(answer, turns) for answer in answers):
-        return None
-    if turns and (starts != {"user"} or turns[-1].role == "user"):  # after an answer, the user may go on
-        what = "an answer begins with a turn of the user or the system, which does not repeat the prompt"
-        raise DataError(what, "write only the turns that follow the prompt into the answer, or leave out the prompt")
-    return prompt
+    turns = _as_turns(prompt or "", "user")
+    whole = all(not isinstance(answer, str) and answer[0].role in ASKING for answer in answers)
+    return None if whole and all(_contains(answer, turns) for answer in answers) else prompt
 
 
-def _contains(answer: Turns, prompt: Turns) -> bool:
+def asks_again(prompt: TextOrTurns, answer: TextOrTurns) -> bool:
+    """Whether the answer begins with a turn that belongs to a prompt. A question may follow an answer."""
+    if isinstance(prompt, str) or isinstance(answer, str) or not prompt or not answer:
+        return False
+    return answer[0].role in ("system", "developer") or answer[0].role == prompt[-1].role == "user"
+
+
+def _contains(answer: TextOrTurns, prompt: Turns) -> bool:
     """Whether the prompt's turns are consecutive turns of the answer. Spaces around their texts do not count."""
-    said, asked = ([(turn.role, turn.content.strip(), turn.extra) for turn in turns] for turns in (answer, prompt))
+    sides = (_as_turns(answer, "assistant"), prompt)
+    said, asked = ([(turn.role, turn.content.strip(), turn.extra) for turn in side] for side in sides)
     return any(said[start : start + len(asked)] == asked for start in range(len(said)))
 
 

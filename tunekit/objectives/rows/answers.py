@@ -27,8 +27,7 @@ from tunekit.contracts import (
 from tunekit.data.batching.pad import lay_end_to_end, positions
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
-from tunekit.formats.example import Message
-from tunekit.formats.preference import PromptedExample
+from tunekit.formats.preference import PromptedExample, TextOrTurns, asks_again
 from tunekit.objectives.base import row_fingerprint
 from tunekit.objectives.rows.text import TextRows, text_answering
 from tunekit.recipe.bases.pair_settings import PairSettings
@@ -38,6 +37,7 @@ NO_PROMPT = "no prompt"
 EMPTY_ANSWER = "an empty answer"
 EQUAL = "the chosen and the rejected answer are the same"
 NOT_ANSWERED = "an answer whose last message is not from the assistant"
+ASKS_AGAIN = "an answer that begins with a turn of the user or the system, although the row has a prompt"
 Places = dict[tuple[int, str], NDArray[Any]]  # (T,) positions in the flattened ids, by row number and side
 
 
@@ -95,11 +95,12 @@ class AnswerRows(TextRows):
         parts |= {name: np.asarray([getattr(example, name)], kind) for name, kind in self.further.items()}
         return self.make_row(parts, origin)
 
-    def _check_usable(self, prompt: object, answers: Sequence[str | tuple[Message, ...]]) -> None:
+    def _check_usable(self, prompt: TextOrTurns, answers: Sequence[TextOrTurns]) -> None:
         last = [answer[-1] for answer in answers if answer and isinstance(answer, tuple)]
         empty = not all(answers) or any(turn.empty for turn in last)
         reasons = {NO_PROMPT: not prompt, EMPTY_ANSWER: empty}
         reasons[NOT_ANSWERED] = any(turn.role != "assistant" for turn in last)
+        reasons[ASKS_AGAIN] = any(asks_again(prompt, answer) for answer in answers)
         reasons[EQUAL] = len(answers) > 1 and answers[0] == answers[1]
         for reason in (reason for reason, applies in reasons.items() if applies):
             if self.unusable == "drop":
