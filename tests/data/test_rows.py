@@ -192,7 +192,7 @@ def test_the_eval_fraction_is_taken_by_content_before_weights(tiny: LoadedTokeni
     assert found.counts.tokens == 225 * found.train.lengths[0]
     assert split(mixed, 0)[1] == held
     assert split(path, 1)[1] != held
-    assert len(found.evaluation_prompts()) == 10
+    assert len(list(found.evaluation_prompts())) == 10
 
 
 def test_equal_rows_never_stand_on_both_sides(tiny: LoadedTokenizer, tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_rows_of_a_json_array_on_one_line_are_rows_of_their_own(tiny: LoadedToke
     assert rows.evaluation is not None
     assert rows.eval_counts is not None
     assert rows.counts.trained + rows.eval_counts.trained == rows.counts.read + rows.eval_counts.trained == 20
-    assert len(rows.evaluation_prompts()) == len(rows.evaluation) < 10
+    assert len(list(rows.evaluation_prompts())) == len(rows.evaluation) < 10
 
 
 def test_an_error_of_an_evaluation_row_keeps_its_cure() -> None:
@@ -450,4 +450,4 @@ def test_an_error_of_an_evaluation_row_keeps_its_cure() -> None:
         objective=SimpleNamespace(rows=kind), evaluation_examples=lambda: [("rows.jsonl", 3, None)]
     )
     with pytest.raises(DataError, match=r"^rows\.jsonl:3: 'messages' is empty; leave the row out$"):
-        RowSet.evaluation_prompts(rows)
+        list(RowSet.evaluation_prompts(rows))

@@ -485,6 +485,15 @@ def test_messages_on_shared_completions_and_their_length_name_both_keys(base: Pa
         make_plan(load_recipe(recipe), device=CPU)
 
 
+def test_a_text_metric_without_reference_answers_is_refused(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {number}"} for number in range(8)]
+    metrics = {"metrics": ["loss", "exact_match"]}
+    recipe = write_prompts(tmp_path, base, rows, objective={"reward": [{"regex": "a"}]}, evaluation=metrics)
+    (refusal,) = make_plan(load_recipe(recipe), device=CPU)[0].refusals
+    assert refusal.key == "evaluation.metrics"
+    assert refusal.message.startswith("exact_match compares with reference answers, but no evaluation row has one; add")
+
+
 def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_path: Path) -> None:
     plan, _ = make_plan(load_recipe(write_prompts(tmp_path, base, memory={"streaming": "disk"})), device=CPU)
     (refusal,) = plan.refusals
@@ -610,7 +619,9 @@ def test_an_error_between_steps_that_share_completions_keeps_the_last_checkpoint
 
 
 def test_a_stop_waits_for_the_last_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = write_prompts(tmp_path, base, objective={"num_iterations": 3}, training={"epochs": 1, "save_steps": 3})
+    """Nor does it interrupt an evaluation before that, which no resume would repeat."""
+    training = {"epochs": 1, "save_steps": 3, "eval_steps": 1}
+    recipe = write_prompts(tmp_path, base, objective={"num_iterations": 3}, training=training)
     added, seen = LoopState.__setattr__, list[int]()
 
     def set_step(state: LoopState, name: str, value: Any) -> None:
@@ -622,6 +633,7 @@ def test_a_stop_waits_for_the_last_time(base: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(LoopState, "__setattr__", set_step)
     with pytest.raises(Stopped, match="stopped by SIGTERM after step 3"):
         train(recipe)
+    assert [record["step"] for record in records(tmp_path / "run") if "eval" in record] == [0, 1, 2]
 
 
 def test_a_reward_is_required(base: Path, tmp_path: Path) -> None:

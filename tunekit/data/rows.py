@@ -72,10 +72,9 @@ class RowSet:
         """The training rows, and the evaluation rows if there are any."""
         return [self.train] if self.evaluation is None else [self.train, self.evaluation]
 
-    def evaluation_prompts(self, count: int | None = None) -> list[Prompt]:
-        """The evaluation rows that have an answer, as prompts for generation. `count`: the maximum number."""
+    def evaluation_prompts(self) -> Iterator[Prompt]:
+        """The evaluation rows that have an answer, as prompts for generation."""
         kind = self.objective.rows.counting()
-        prompts: list[Prompt] = []
         for file, line, example in self.evaluation_examples():
             try:
                 prompt = kind.prompt(example)
@@ -83,10 +82,7 @@ class RowSet:
                 first = error.problems[0]
                 raise DataError(first.what, first.how, file=file, line=line) from None
             if prompt is not None:
-                prompts.append(Prompt(*prompt, kind.readable(prompt[0])))
-            if len(prompts) == count:
-                break
-        return prompts
+                yield Prompt(*prompt, kind.readable(prompt[0]))
 
     def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
         """One rank's micro-batches of every optimizer step. Rows are drawn from each source by the source's weight."""

@@ -7,7 +7,7 @@ from typing import Any
 from tunekit.contracts import Answering, AnswerLimits, Progress, no_progress
 from tunekit.data.rows import Prompt
 from tunekit.evaluation.row_losses import text_digest
-from tunekit.evaluation.scores import undisturbed
+from tunekit.evaluation.scores import EvaluationStopped, undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.metrics.pairs import MeanOfPairs
 from tunekit.tuned.model import TunedModel
@@ -20,9 +20,10 @@ def answer_questions(
     devices: Devices,
     limits: AnswerLimits,
     progress: Progress = no_progress,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Generate the model's answer to each question, in order. The questions are divided among the ranks. On each rank,
-    questions of similar length share a batch."""
+    questions of similar length share a batch. Raises: EvaluationStopped if `stop` returns true on any rank."""
     assert answering.write is not None  # the settings of the objective state which metrics it has
     mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
     chunks = [mine[start : start + limits.batch_size] for start in range(0, len(mine), limits.batch_size)]
@@ -31,6 +32,8 @@ def answer_questions(
     texts: list[str] = []
     with undisturbed(model):
         for number, chunk in enumerate(chunks):
+            if devices.any(int(stop())):
+                raise EvaluationStopped
             progress("answers written", number * size, len(questions))
             answers = answering.write(model, [questions[index].prompt for index in chunk], limits)
             texts += answers if number < local_chunks else []

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,14 @@ from tunekit.evaluation.choices import (
     make_questions,
     of_every_row,
 )
-from tunekit.evaluation.scores import EvaluationSums, MeasuringRun, all_together, summed_evaluation, undisturbed
+from tunekit.evaluation.scores import (
+    EvaluationStopped,
+    EvaluationSums,
+    MeasuringRun,
+    all_together,
+    summed_evaluation,
+    undisturbed,
+)
 from tunekit.machine.devices import Devices
 from tunekit.metrics.classes import class_table
 from tunekit.model.load import LoadedModel
@@ -91,9 +98,15 @@ class Evaluator:
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Evaluate all rows. Raises: EvaluationStopped if `stop` returns true."""
         batches = partial(evaluation_batches, self.rows, self.objective.rows, batch_size=self.settings.batch_size)
-        mine = islice(batches(), self.devices.rank, None, self.devices.world)
+        mine = takewhile(lambda batch: not stop(), islice(batches(), self.devices.rank, None, self.devices.world))
+
+        def gather(values: list[Any]) -> list[Any]:
+            if self.devices.any(int(stop())):  # on some rank, `mine` ended early
+                raise EvaluationStopped
+            return self.devices.gather(values)
+
         with undisturbed(self.model):
-            run = MeasuringRun(self.model, self.objective.rows, self.devices.gather, on_split=self.on_split)
+            run = MeasuringRun(self.model, self.objective.rows, gather, on_split=self.on_split)
             measured = self.objective.evaluation_copy()
             objective = replace(measured, loss=measured.loss.measuring(run, self.rows, mine))
         each = self._by_source(objective, stop)
@@ -114,7 +127,7 @@ class Evaluator:
         computed, samples = sums.metrics([name for name in wanted if name not in texts]), None
         if texts or self.queries.prompts:
             prompts, answering = self.queries.prompts, self._answering
-            answers = self._answers(prompts)
+            answers = self._answers(prompts, stop)
             references = [prompt.reference for prompt in prompts]
             computed |= text_metrics(texts, answers, references, answering.normalize)
             of_answers |= answer_values(texts, prompts, answers, answering.normalize)
@@ -155,10 +168,10 @@ class Evaluator:
         assert self.objective.answering is not None  # or the recipe's checks refuse the metric
         return self.objective.answering
 
-    def _answers(self, prompts: Sequence[Prompt]) -> list[str]:
+    def _answers(self, prompts: Sequence[Prompt], stop: Callable[[], bool] = lambda: False) -> list[str]:
         """The model's answers to the prompts."""
         limits = AnswerLimits(self.settings.max_new_tokens, self.settings.batch_size, self.template)
-        return answer_questions(self.model, self._answering, prompts, self.devices, limits, self.progress)
+        return answer_questions(self.model, self._answering, prompts, self.devices, limits, self.progress, stop)
 
     def _pictures(self) -> list[NDArray[np.uint8]]:
         """The images for the report, which only the main rank generates."""
@@ -227,7 +240,8 @@ def queries_of(
     names = [*rows.objective.loss.metrics, *metric_names]
     shown = settings.samples if rows.objective.answering is not None else 0
     needed = None if any(needs_generation(name) for name in names) else shown
-    prompts = rows.evaluation_prompts(needed) if needed != 0 else ()
+    check_answers(rows, names)
+    prompts = tuple(islice(rows.evaluation_prompts(), needed))
     choices = choices_of(settings, rows.objective, data)
     if choices is None:
         if settings.content_free_prompt is not None:
@@ -238,11 +252,25 @@ def queries_of(
     return Queries(prompts, choices, make_questions(rows.evaluation_examples(), choices, rows.objective.rows))
 
 
-def check_choices(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
-    """Check the answers of evaluation rows before a model is loaded. Raises: DataError that lists the rows whose answer
-    is not a choice."""
+def check_answers(rows: RowSet, metric_names: Sequence[str]) -> None:
+    """Check that text metrics have a reference answer to compare with. Raises: DataError that names the metric."""
+    for name in filter(needs_generation, metric_names):
+        facts, answering = facts_of("metrics", name), rows.objective.answering
+        normalize = answering.normalize if answering and getattr(facts, "NORMALIZED", False) else str
+        answers = (normalize(prompt.reference) for prompt in rows.evaluation_prompts())
+        if not any(answer.strip() or not getattr(facts, "LEAVES_OUT", False) for answer in answers):
+            what = f"{name} compares with reference answers, but no evaluation row has one"
+            raise DataError(what, f"add answers to the evaluation rows, or remove {name}", key="evaluation.metrics")
+
+
+def check_queries(rows: RowSet, settings: EvaluationSection, data: DataSection) -> None:
+    """Check the answers of evaluation rows before a model is loaded. Raises: DataError if a metric has no answers, or
+    with a list of the rows whose answer is not a choice."""
     choices = choices_of(settings, rows.objective, data)
-    if choices is not None and rows.evaluation is not None:
+    if rows.evaluation is None:
+        return
+    check_answers(rows, settings.metrics)
+    if choices is not None:
         of_every_row(rows.evaluation_examples(), lambda row: choices.place_of(row.example))
 
 

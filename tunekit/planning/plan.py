@@ -17,7 +17,7 @@ from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
-from tunekit.evaluation.evaluator import calibration_notes, check_choices
+from tunekit.evaluation.evaluator import calibration_notes, check_queries
 from tunekit.machine.devices import make_devices
 from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
 from tunekit.model.families import make_family
@@ -165,7 +165,7 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings, proce
             rows = findings.attempt(partial(load_rows, recipe.data, objective, seed=seed))
             model = (objective if rows is None else rows.objective).section(model, seed)
         if rows is not None:
-            findings.attempt(partial(check_choices, rows, recipe.evaluation, recipe.data))
+            findings.attempt(partial(check_queries, rows, recipe.evaluation, recipe.data))
         if processor is not None or make_family(family).reads_ids:  # else the error is reported already
             base = findings.attempt(lambda: check_family(make_meta_model(model, device=device), family))
     if processor is not None:

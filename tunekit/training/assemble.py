@@ -242,7 +242,8 @@ def _make_evaluate(
     evaluator = make_evaluator(session, prepared, model, state)
     if evaluator is None:
         return None
-    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None)
+    updates = prepared.rows.objective.loss.updates_per_sampling  # the run stops only where it can resume
+    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None and state.step % updates == 0)
 
 
 def make_evaluator(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> Evaluator | None:
