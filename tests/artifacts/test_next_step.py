@@ -76,6 +76,8 @@ def test_the_evaluation_loss_rises() -> None:
         assert (evaluation_rises(make_run(evaluations=up, recipe=settings)) or "").endswith(
             f"to end a run there, set {end}"
         )
+    other = {"evaluation": {"best": "eval.accuracy"}}
+    assert evaluation_rises(make_run(evaluations=up, recipe=other)) is None  # the exported step has the best accuracy
     assert evaluation_rises(make_run(FALLING[::-1], evaluations=up)) is None  # the training loss rises too
     assert evaluation_rises(make_run(evaluations=up | {30: 1.51})) is None  # by less than 1 %
     assert evaluation_rises(make_run(evaluations={0: 1.0, 10: 2.0, 30: 3.0})) is None  # never below the start

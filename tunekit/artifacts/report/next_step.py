@@ -59,12 +59,12 @@ def learned_at_once(run: RunValues) -> str | None:
 
 def evaluation_rises(run: RunValues) -> str | None:
     """The last evaluation loss is above the lowest evaluation loss by more than the share CHANGE, while the training
-    loss continued to fall.
+    loss continued to fall. Not for a run whose exported step another metric chose.
 
     Source: the generalisation loss GL(t) = E(t) / min E - 1; Prechelt 1998, Early stopping - but when?, section 2.
     """
-    losses = _evaluation_losses(run)
-    if len(losses) < 3:
+    losses, evaluation = _evaluation_losses(run), run.recipe.part("evaluation")
+    if len(losses) < 3 or evaluation.get("best") not in (None, "eval.loss"):
         return None
     (best, lowest), (last, loss) = min(losses, key=lambda pair: pair[1]), losses[-1]
     if best in (0, last) or loss <= (1 + CHANGE) * lowest or not _training_fell(run, best):
@@ -72,7 +72,7 @@ def evaluation_rises(run: RunValues) -> str | None:
     rise = (
         f"the evaluation loss has risen since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
     )
-    per_epoch, evaluation = run.plan.part("rows").count("steps_per_epoch"), run.recipe.part("evaluation")
+    per_epoch = run.plan.part("rows").count("steps_per_epoch")
     by_epochs = per_epoch and run.recipe.part("training").number("max_steps") is None
     shorter = f"training.epochs: {best / per_epoch:.2g}" if by_epochs else f"training.max_steps: {best}"
     if evaluation.get("best") == "eval.loss":
