@@ -270,13 +270,14 @@ def test_copies_are_averaged_where_weights_sum_to_one(tmp_path: Path) -> None:
 
 
 def test_rows_of_tokens_are_averaged_where_they_are_the_same_tokens(tmp_path: Path) -> None:
-    folders = [write(tmp_path / n, s, trainable_token_indices=(5, 9)) for n, s in (("a", 1), ("b", 2))]
+    folders = [write(tmp_path / n, s, trainable_token_indices=(9, 5)) for n, s in (("a", 1), ("b", 2))]
     new = call(tmp_path / "new", folders, "svd", "0.7,0.3")
     key = next(key for key in load_file(new / TENSORS) if "trainable_tokens" in key)
     a, b, got = (load_file(folder / TENSORS)[key] for folder in (*folders, new))
     torch.testing.assert_close(got, 0.7 * a + 0.3 * b)
+    assert json.loads((new / CONFIG).read_text())["trainable_token_indices"] == [9, 5]  # the order of the rows
     torch.testing.assert_close(logits_here(new), logits_by_peft(new), rtol=0, atol=2e-5)
-    write(tmp_path / "c", 3, trainable_token_indices=(5, 8))
+    write(tmp_path / "c", 3, trainable_token_indices=(9, 8))
     with pytest.raises(TunekitError, match="rows of different tokens"):
         call(tmp_path / "other", [folders[0], tmp_path / "c"], "cat", "0.7,0.3")
 

@@ -177,6 +177,13 @@ def test_rslora_becomes_plain_exactly(alpha: int, tmp_path: Path) -> None:
     assert json.loads((new / CONFIG).read_text())["use_rslora"] is False
 
 
+@pytest.mark.parametrize("ids", [(7, 3), {"embed_tokens": (7, 3)}])
+def test_rows_of_tokens_keep_their_order(ids: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", 1, use_rslora=True, trainable_token_indices=ids)
+    new = convert(folder, tmp_path / "new")
+    torch.testing.assert_close(logits_by_peft(new), logits_by_peft(folder), rtol=0, atol=1e-5)
+
+
 def test_rslora_of_a_square_rank_keeps_its_tensors(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", 1, alpha=6, use_rslora=True)  # 6 / 2 = 12 / 4
     new = convert(folder, tmp_path / "new")
@@ -309,6 +316,15 @@ def test_what_no_lora_can_do_is_refused(bases: Callable[[str], Path], tmp_path: 
     with pytest.raises(TunekitError, match="only whole modules, but a LoRA only changes layers"):
         convert(biases, tmp_path / "new", 4)
     assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_enlarge_the_vocabulary_are_not_dropped(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    net = BASES["llama"].make()
+    net.resize_token_embeddings(net.config.vocab_size + 2)
+    config = peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(net, config).save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    with pytest.raises(TunekitError, match=r"adds rows to lm_head and model\.embed_tokens, .*; merge it instead"):
+        convert(tmp_path / "a", tmp_path / "new", 4, base=bases("llama"))
 
 
 def test_the_net_of_a_test_is_what_its_folder_holds(bases: Callable[[str], Path]) -> None:

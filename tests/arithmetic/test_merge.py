@@ -138,6 +138,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"target_modules": ["q_proj", "v_proj"], "base": {"num_local_experts": 2}}),
     ("gpt_neox", {"use_rslora": True}),
     ("gemma2", {"base": {"head_dim": 16}}),
+    # a tied head with its own bias
+    ("modernbert-decoder", {"target_modules": ["decoder"], "base": {"pad_token_id": 0}}),
+    ("modernbert-decoder", {"target_modules": ["decoder"], "bias": "lora_only", "base": {"pad_token_id": 0}}),
 ]
 
 
@@ -151,7 +154,7 @@ def test_merged_equals_running(tmp_path: Path, model_type: str, settings: dict[s
     assert result.difference.largest < 1e-4
     report = json.loads((tmp_path / "merged" / REPORT).read_text())
     assert report["largest_logit_difference"] == result.difference.largest
-    tied = {"lm_head", "embed_tokens", "wte"} & set(settings.get("target_modules", ()))
+    tied = {"lm_head", "embed_tokens", "wte", "decoder"} & set(settings.get("target_modules", ()))
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert (config.get("tie_word_embeddings") is False) or not tied
     assert "quantization_config" not in config
@@ -378,6 +381,22 @@ def test_numbers_that_overflow_are_refused_and_leave_nothing(tmp_path: Path) -> 
         merge(adapter, tmp_path / "merged", dtype="float32")
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".merged*"))
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunekit.arithmetic import merge as module
+
+    def broken(*inputs: Any) -> list[torch.Tensor]:
+        logits = computed(*inputs)
+        logits[1][-1, 0] = torch.nan  # the last position of the second row
+        return logits
+
+    computed = module.logits_of
+    monkeypatch.setattr(module, "logits_of", broken)
+    adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
+    with pytest.raises(NumericsError, match="are not finite on 4 fixed texts"):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

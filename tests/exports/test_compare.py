@@ -53,6 +53,10 @@ def test_values_that_are_not_finite() -> None:
     broken[1, 2] = np.nan
     with pytest.raises(NumericsError, match="not finite"):
         difference([ROW], [TORCH], [full_answer(broken, ROW)])
+    broken = PROGRAM.copy()
+    broken[2, 2] = np.nan  # the last position of the second row
+    with pytest.raises(NumericsError, match="not finite"):
+        difference([ROW, ROW], [TORCH, TORCH], [full_answer(PROGRAM, ROW), full_answer(broken, ROW)])
 
 
 def test_vocabulary_of_a_different_size() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     BartForSequenceClassification,
     LlamaConfig,
@@ -29,6 +31,7 @@ from tunekit.arithmetic.merge import merge
 from tunekit.errors import ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
+from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.text.continuation import Continuation
 from tunekit.model.text.generation import generate_texts
@@ -125,6 +128,17 @@ def test_it_loads_and_computes_as_transformers_does(name: str, folders: Path, qu
     assert meta.family == model.family
 
 
+@pytest.mark.parametrize("model_type", ["longt5", "mt5", "switch_transformers", "t5", "umt5"])
+def test_logits_of_t5_and_its_relatives_have_the_net_s_scale(model_type: str) -> None:
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **sizes, num_experts=2, decoder_start_token_id=0, pad_token_id=0)
+    net, inputs, family = AutoModelForSeq2SeqLM.from_config(config).eval(), inputs_of("t5"), make_family("seq2seq")
+    with torch.no_grad():
+        again = family.head(net).logits(family.hidden(net, inputs).flatten(0, 1))
+        torch.testing.assert_close(again, net(**inputs).logits.flatten(0, 1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("said", ["causal", "seq2seq", "classifier", "speech"])
 def test_a_family_that_is_not_the_base_s_is_refused(name: str, folders: Path, said: str) -> None:
     if said == FACTS[name][0]:
@@ -192,6 +206,10 @@ def write_encoder_decoder(folder: Path, name: str) -> Path:
             parameter.mul_(3)
     net.config.eos_token_id = net.generation_config.eos_token_id = 2
     net.save_pretrained(folder)
+    if name == "t5":  # like T5's own files, which state neither
+        config = json.loads((folder / "config.json").read_text())
+        del config["scale_decoder_outputs"], config["tie_word_embeddings"]
+        (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -329,7 +347,9 @@ def test_what_shares_the_embedding_s_matrix_is_merged(
     facts = {"base_name": str(encoder_decoder), "base_fingerprint": model.fingerprint, "revision": None}
     save_adapter_folder(attached, tmp_path / "adapter", **facts, task_type=model.family.task_type)
     target = find_target(str(tmp_path / "adapter"), None, ["model.dtype=float32"])
-    merge(target, tmp_path / "merged")
+    exact = merge(target, tmp_path / "merged").difference
+    rounded = merge(target, tmp_path / "rounded", dtype=torch.bfloat16).difference
+    assert rounded.unrounded == pytest.approx(exact.largest, abs=1e-3 * float(running.std()))
     net: Any = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(net(**inputs).logits, running, rtol=0, atol=1e-3 * float(running.std()))

@@ -2,6 +2,7 @@
 adapter."""
 
 import gc
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tunekit.arithmetic import merge_output
 from tunekit.arithmetic.merge_output import LogitDifference, MergeResult
 from tunekit.arithmetic.merge_pipeline import merge_pipeline
 from tunekit.arithmetic.on_base import attach_without_weights
-from tunekit.errors import InputError
+from tunekit.errors import InputError, NumericsError
 from tunekit.files.work_folder import check_new_folder, new_path
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
@@ -182,7 +183,8 @@ def _without_rounding(
 
 
 def _largest(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
-    return max(float((first - second).abs().max()) for first, second in zip(before, after, strict=True))
+    """The largest absolute difference; NaN if one of the differences is NaN."""
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(before, after, strict=True)]).max())
 
 
 def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], str]:
@@ -227,9 +229,12 @@ def _compare(
     rows: list[NetInputs], before: list[torch.Tensor], after: list[torch.Tensor], described: str, *, predicts: bool
 ) -> LogitDifference:
     gaps = [(first - second).abs() for first, second in zip(before, after, strict=True)]
-    count = sum(gap.numel() for gap in gaps)
+    count, largest = sum(gap.numel() for gap in gaps), _largest(before, after)
+    if not math.isfinite(largest):
+        what = f"the logits of the unmerged adapter or of the merged model are not finite on {described}"
+        raise NumericsError(what, "the training diverged, or numbers overflow in float16; try model.dtype=float32")
     return LogitDifference(
-        largest=max(float(gap.max()) for gap in gaps),
+        largest=largest,
         mean=sum(float(gap.double().sum()) for gap in gaps) / count,
         spread=float(torch.cat([logits.reshape(-1) for logits in before]).std()),
         running_loss=_loss(rows, before) if predicts else None,

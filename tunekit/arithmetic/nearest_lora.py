@@ -74,6 +74,9 @@ def nearest_lora(
     if attached.parameters or not attached.layers:
         what = "fused expert parameters" if attached.parameters else "only whole modules"
         raise AdapterError(f"the adapter changes {what}, but a LoRA only changes layers", "merge it instead")
+    if attached.added_rows:
+        what = f"the adapter adds rows to {' and '.join(sorted(attached.added_rows))}, and the nearest LoRA lacks them"
+        raise AdapterError(what, "merge it instead", file=config.file)
     updates, losses, other_tensors, moved = layer_updates(attached, config, base_layer, rank)
     settings = lora_settings(attached.settings, moved)
     targets = concrete_targets(list(updates), list(base_modules(attached.net)))

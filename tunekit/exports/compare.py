@@ -39,7 +39,7 @@ def difference(rows: Sequence[Sequence[int]], expected: Sequence[Tensor], answer
         torch_following.append(wanted[torch.arange(len(row) - 1), torch.tensor(row[1:])].double())
         changed += int((greedy != wanted.argmax(-1)).sum())
     count = sum(distance.numel() for distance in distances)
-    largest = max(float(distance.max()) for distance in distances)
+    largest = float(torch.stack([distance.max() for distance in distances]).max())  # NaN if one of them is NaN
     if not (math.isfinite(largest) and all(bool(each.isfinite().all()) for each in following)):
         raise NumericsError("the program computes log-probabilities that are not finite", DIFFERENT_EXPORT)
     return Difference(

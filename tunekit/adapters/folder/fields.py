@@ -152,11 +152,11 @@ def same_names(**defaults: object) -> PeftFields:
 
 def json_value(value: object, default: object = None) -> object:
     """Converts a setting to a JSON value. A float without fraction, such as lora_alpha, becomes an integer, unless
-    PEFT's default is a float. A tuple becomes a sorted list."""
+    PEFT's default is a float. A tuple becomes a list; names are sorted, and token ids keep the order of their rows."""
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         return int(value)
     if isinstance(value, tuple):
-        return sorted(value)
+        return list(value) if all(isinstance(each, int) for each in value) else sorted(value)
     if isinstance(value, Mapping):
         return {key: json_value(value[key]) for key in sorted(value)}
     return value

@@ -49,7 +49,7 @@ def make_head(net: nn.Module, name: str) -> TextHead:
         scale = float(getattr(config, "logit_scale", None) or 1.0)
     elif config.model_type == "falcon_h1":
         scale = float(config.lm_head_multiplier)
-    elif getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head
+    elif scales_tied_head(net):
         scale = float(config.d_model) ** -0.5
     if config.model_type.startswith(("granite", "minicpm3")):
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)
@@ -58,6 +58,13 @@ def make_head(net: nn.Module, name: str) -> TextHead:
         cap = cap if cap is not None else getattr(config, field, None)
     offset = "final_logits_bias" if "final_logits_bias" in dict(net.named_buffers(recurse=False)) else None  # BART
     return TextHead(net, name, scale, divisor, None if cap is None else float(cap), offset)
+
+
+def scales_tied_head(net: nn.Module) -> bool:
+    """Whether logits are multiplied by d_model^-0.5, as T5 and its relatives do only if the head is tied."""
+    config = text_config(net)
+    tied = config.model_type == "switch_transformers" and config.tie_word_embeddings
+    return bool(getattr(config, "scale_decoder_outputs", tied))
 
 
 def before_projection(net: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from tunekit.contracts import Tensors
 from tunekit.errors import ModelError, NumericsError
 from tunekit.model.compute import resolve_dtype
+from tunekit.model.families.heads import scales_tied_head
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
+from tunekit.model.pretrained import text_config
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage import inspection
@@ -78,6 +80,7 @@ class Rewriter:
         self.exact_head = self.family.exact_head(self.net)
         self.embedding = self.family.embedding_name(self.net)
         self.tied = self.family.tied(self.net)
+        self.scales_tied_head = self.tied and scales_tied_head(self.net)
         self.modules = dict(self.net.named_modules(remove_duplicate=False))
         self.packable_layers = packable_layers(self.net, self.family, self.new_modules)
         self.pieces: dict[str, StoredPieces] = {}  # name in the files -> the changed parameter with this piece
@@ -125,9 +128,14 @@ class Rewriter:
     def trained_on(self, module_name: str) -> tuple[Tensor, Tensor | None]:
         """The matrix (O, I) and bias (O,) that training used, in float32. For a packed layer these are the unpacked
         numbers."""
-        matrix, bias_name = self.base_weight(module_name).float(), f"{module_name}.bias"
-        bias = self.tensors.read(bias_name).float() if bias_name in self.names else None
-        return self._through_packing(matrix) if self.is_packed(module_name) else matrix, bias
+        matrix, bias = self.base_weight(module_name).float(), self._bias(module_name)
+        matrix = self._through_packing(matrix) if self.is_packed(module_name) else matrix
+        return matrix, None if bias is None else bias.float()
+
+    def _bias(self, module_name: str) -> Tensor | None:
+        name = f"{module_name}.bias"
+        stored_name = self.aliases.get(name, name)
+        return self.tensors.read(stored_name) if stored_name in self.names else None
 
     def _find_aliases(self) -> dict[str, str]:
         """A mapping from matrices that the files leave out, because they are tied to another module's matrix, to the
@@ -203,6 +211,9 @@ class Rewriter:
         """Tie the head of a merged model to its embedding, if the base ties these two."""
         if self.tied and self.head is not None and self.embedding is not None:
             net.get_submodule(self.head).weight = net.get_submodule(self.embedding).weight
+        if self.scales_tied_head:
+            config = text_config(net)
+            config.scale_decoder_outputs = config.tie_word_embeddings = True
 
     def output_bytes(self, changes: Changes) -> int:
         """The number of bytes that `write` writes, or an upper bound if weights are packed again."""
@@ -248,6 +259,8 @@ class Rewriter:
             config["architectures"] = [type(self.net).__name__]
         if self.unties(changes):
             config["tie_word_embeddings"] = False
+            if self.scales_tied_head:
+                config["scale_decoder_outputs"] = False  # `_layer` multiplies the head instead
         if changes.vocabulary_size is not None:
             config["vocab_size"] = changes.vocabulary_size
         if self.output_dtype is not None:
@@ -294,15 +307,13 @@ class Rewriter:
     def _outputs(self, changes: Changes) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the new model with its name."""
         done: set[str] = set()
-        for name in self.tensors.meta:
+        for name in (*self.tensors.meta, *(self.aliases if self.unties(changes) else ())):
             module_name, _, suffix = name.rpartition(".")
             if name in done or (suffix == "bias" and module_name in changes.layers):
                 continue  # a changed layer's bias is written with its weight
             for new_name, tensor in self._joint_outputs(name, changes):
                 done.add(new_name)
                 yield new_name, tensor
-        for name in self.aliases if self.unties(changes) else ():
-            yield from self._joint_outputs(name, changes)
 
     def _joint_outputs(self, name: str, changes: Changes) -> Iterator[tuple[str, Tensor]]:
         """Yield a tensor of the new model, and all tensors that are computed together with this tensor."""
@@ -311,17 +322,14 @@ class Rewriter:
             pieces = self.pieces[name]
             changed = changes.changed(pieces.parameter, pieces.join(self.tensors.read))
             yield from ((piece, self._cast(piece, tensor)) for piece, tensor in pieces.split(changed).items())
-        elif name in self.aliases:
-            yield from self._layer(module_name, self.tensors.read(self.aliases[name]), None, changes)
         elif suffix == "bias" and module_name in changes.layers:
             yield from self._joint_outputs(f"{module_name}.weight", changes)
         elif suffix == "weight" and (module := self.modules.get(module_name)) is not None and layer_kind(module):
-            bias_name = f"{module_name}.bias"
-            changed_bias = module_name in changes.layers and bias_name in self.names
-            bias = self.tensors.read(bias_name) if changed_bias else None
-            yield from self._layer(module_name, self.tensors.read(name), bias, changes)
+            bias = self._bias(module_name) if module_name in changes.layers else None
+            yield from self._layer(module_name, self.tensors.read(self.aliases.get(name, name)), bias, changes)
         else:
-            yield name, self._cast(name, changes.changed(name, self.tensors.read(name)))
+            stored = self.tensors.read(self.aliases.get(name, name))
+            yield name, self._cast(name, changes.changed(name, stored))
 
     def is_packed(self, module_name: str) -> bool:
         """Whether the layer was packed in training, so that training used the rounded numbers of the packed layer."""
@@ -334,7 +342,8 @@ class Rewriter:
         name = f"{module_name}.weight"
         packed = self.onto != "full" and self.is_packed(module_name)
         change, stored = changes.layers.get(module_name), changes.changed(name, stored)
-        if not packed and change is None:
+        rescaled = self.scales_tied_head and module_name == self.head and self.unties(changes)
+        if not packed and change is None and not rescaled:
             yield name, self._cast(name, stored)
             return
         transposed = layer_kind(self.modules[module_name]) == "conv1d"
@@ -348,6 +357,8 @@ class Rewriter:
                 raise ModelError(
                     f"the adapter adds a bias to {module_name}, which has none", "use the adapter without merging"
                 )
+        if rescaled:  # transformers scales logits only if the head is tied
+            matrix = matrix * text_config(self.net).d_model ** -0.5
         if packed and self.onto == "quantized":
             _refuse_non_finite(name, matrix)
             saved = codec.saved_form(matrix.to(self.compute_dtype), *self._packing)
