@@ -443,6 +443,19 @@ def test_unwritable_change_is_refused(tmp_path: Path) -> None:
         rewriter.write(tmp_path / "out", new_bias)
 
 
+def test_an_enlarged_vocabulary_is_stated_where_the_base_states_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunekit.model.storage.rewrite import Changes
+
+    base = write_base(tmp_path / "base", "llama")
+    rewriter, enlarged = Rewriter(ModelSection(name_or_path=str(base)), "full"), Changes({}, {}, vocabulary_size=272)
+    assert rewriter.configuration(enlarged)["vocab_size"] == 272
+    multimodal = {"text_config": {"vocab_size": 270}}  # as that of Gemma 3 with images
+    monkeypatch.setattr("tunekit.model.storage.rewrite.inspection.read_config", lambda source: multimodal)
+    assert rewriter.configuration(enlarged) == {"text_config": {"vocab_size": 272}}
+
+
 @pytest.mark.slow
 def test_memory_is_bounded_by_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a base is rewritten, no more dense tensors are alive than a shard and the layer at hand."""

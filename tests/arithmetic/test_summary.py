@@ -20,6 +20,7 @@ from tunekit.adapters.attach import attach_adapter
 from tunekit.arithmetic.summary import split_name, summarise_adapter
 from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.lora import LoraSettings
+from tunekit.recipe.reading.names import settings_class
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,22 @@ def test_every_folder_of_peft_is_told(name: str, tmp_path: Path) -> None:
         assert {layer.update_norm for layer in summary.layers} == {0.0}
     if name == "pissa":
         assert "init_lora_weights" in summary.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "ranks"),
+    [
+        ("vera", {"target_modules": ["layers.0.self_attn.q_proj"]}, {4: 1}),
+        ("loha", {"target_modules": ["q_proj", "k_proj"], "rank_pattern": {"k_proj": 2}}, {2: 2, 4: 2}),
+        ("loha", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {4: 2}),
+    ],
+)
+def test_ranks_are_counted_by_adapted_layers(
+    method: str, settings: dict[str, Any], ranks: dict[int, int], tmp_path: Path
+) -> None:
+    made = settings_class("adapters", method)(r=4, **settings)
+    attached = attach_adapter(BASES["llama"].make(), made, seed=1, head_name="lm_head")
+    assert summarise_adapter(save(attached, tmp_path / "adapter")).ranks == ranks
 
 
 def test_dead_and_not_finite_tensors_are_told(

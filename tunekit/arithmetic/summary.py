@@ -30,6 +30,7 @@ from tunekit.files.tensors import DTYPES, NAMES, TensorEntry, iterate_tensors
 from tunekit.files.untrusted import printable
 from tunekit.records import JsonObject, bytes_text
 
+BASE_TENSORS = ("weight", "bias", "base_layer", "trainable_tokens_delta")  # trained copies, biases and rows
 LISTED = 12  # lists with more entries are printed as their length; the JSON output has all entries
 NUMBERS = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}  # dtypes that have norms and NaN
 
@@ -123,9 +124,9 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
     try:
         if config is not None and getattr(config.settings, "target_parameters", None):
             factors = _without_experts(factors, config)
-        norms = _update_norms(factors, config)
+        norms, ranks = _update_norms(factors, config), _setting_ranks(tensors, config)
     except AdapterError as error:  # ambiguous patterns
-        norms = {}
+        norms, ranks = {}, Counter()
         faults += [str(problem) for problem in error.problems]
     layers = _layers(tensors, factors, norms)
     not_finite = [tensor.name for tensor in tensors if tensor.not_finite]
@@ -138,7 +139,7 @@ def summarise_adapter(folder: Path) -> AdapterSummary:
         base=config.base_name_or_path if config else _text(fields.get("base_model_name_or_path")),
         revision=config.revision if config else _text(fields.get("revision")),
         fingerprint=config.base_fingerprint if config else None,
-        ranks=_ranks(layers, config),
+        ranks=dict(sorted((Counter(layer.rank for layer in layers if layer.rank is not None) or ranks).items())),
         settings=settings,
         parameters=sum(math.prod(t.shape) for t in tensors if t.dtype in NUMBERS),
         tensor_bytes=path.stat().st_size,
@@ -231,13 +232,15 @@ def _update_norms(factors: Mapping[str, Mapping[str, Tensor]], config: AdapterCo
     return norms
 
 
-def _ranks(layers: list[LayerSummary], config: AdapterConfig | None) -> dict[int, int]:
-    """Rank -> number of layers. For methods other than LoRA, all layers have the rank of the setting `r`."""
-    counted = Counter(layer.rank for layer in layers if layer.rank is not None)
+def _setting_ranks(tensors: list[TensorSummary], config: AdapterConfig | None) -> Counter[int]:
+    """Rank -> number of layers with tensors of the method, by the settings `r` and rank_pattern."""
     rank = getattr(config.settings, "r", None) if config is not None else None
-    if not counted and isinstance(rank, int):
-        counted = Counter({rank: len(layers)})
-    return dict(sorted(counted.items()))
+    if config is None or not isinstance(rank, int):
+        return Counter()
+    names = [split_name(tensor.name) for tensor in tensors]
+    modules = {module for module, name in names if module and name.partition(".")[0] not in BASE_TENSORS}
+    patterns = Resolved(config, "rank_pattern") if hasattr(config.settings, "rank_pattern") else None
+    return Counter(rank if patterns is None else int(patterns.of(module, rank)) for module in modules)
 
 
 def _text(value: object) -> str | None:

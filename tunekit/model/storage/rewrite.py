@@ -262,7 +262,7 @@ class Rewriter:
             if self.scales_tied_head:
                 config["scale_decoder_outputs"] = False  # `_layer` multiplies the head instead
         if changes.vocabulary_size is not None:
-            config["vocab_size"] = changes.vocabulary_size
+            config.get("text_config", config)["vocab_size"] = changes.vocabulary_size
         if self.output_dtype is not None:
             config["dtype"] = str(self.output_dtype).removeprefix("torch.")
         if self.onto == "quantized":
