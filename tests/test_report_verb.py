@@ -167,6 +167,21 @@ def test_only_what_is_not_needed_any_more_is_removed(tmp_path: Path, capsys: pyt
     assert "nothing to remove" in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_of_an_unfinished_run_stays(tmp_path: Path) -> None:
+    """The end of the run may export it."""
+    import torch
+
+    from tunekit.artifacts.checkpoint import list_checkpoints, save_checkpoint
+    from tunekit.artifacts.run import RunFolder
+
+    killed = write_run(tmp_path / "killed", finished=False)
+    with RunFolder.open_resume(killed) as run:
+        for step in (5, 10, 15):
+            save_checkpoint(run, step, {"w": torch.zeros(3)}, {"loop": {"best_step": 5}}, keep=3)
+    clean_verb(str(tmp_path), yes=True)
+    assert [step for step, _ in list_checkpoints(killed / "checkpoints")] == [15, 5]
+
+
 def test_the_newest_whole_checkpoint_stays_and_foreign_folders_too(tmp_path: Path) -> None:
     """A resume passes over a damaged one for the one before it."""
     import torch

@@ -235,9 +235,14 @@ def load_newest(run: RunFolder) -> Checkpoint | None:
 
 def removable(checkpoints: Path, finished: bool) -> list[Path]:
     """The checkpoints that can be deleted, newest first. A finished run needs no checkpoints; any other run needs its
-    newest complete checkpoint. Folders that tunekit did not write are not included."""
-    ours = [folder for _, folder in list_checkpoints(checkpoints) if is_ours(folder)]
-    return ours if finished else ours[next((at for at, each in enumerate(ours, 1) if _is_whole(each)), len(ours)) :]
+    newest complete checkpoint, and the best one so far, which may be exported. Folders that tunekit did not write are
+    not included."""
+    ours = {folder: step for step, folder in list_checkpoints(checkpoints) if is_ours(folder)}
+    newest = next((folder for folder in ours if _is_whole(folder)), None)
+    if finished or newest is None:
+        return list(ours) if finished else []
+    best = json.loads((newest / STATE).read_bytes())["facts"].get("loop", {}).get("best_step")
+    return [folder for folder, step in ours.items() if step < ours[newest] and step != best]
 
 
 def _is_whole(folder: Path) -> bool:
