@@ -305,8 +305,11 @@ def test_halving_ends_the_worse_half(save: int | None, recipe: Path, tmp_path: P
     again = sweep(recipe, folder, *more, resume=True)
     assert again.code == 0, again.output
     assert "4 of 4 trials have ended already" in again.output
+    finished = sweep(recipe, folder, *more, "adapter.r=4,8", resume=True)
+    (folder / "sweep.json").unlink()
     other = sweep(recipe, folder, *more, "adapter.r=4,8", resume=True)
-    assert other.code == 2
+    assert (finished.code, other.code) == (2, 2)
+    assert "holds a sweep with other trials" in finished.output
     assert "halving compared the trials of a different sweep" in other.output
     late = sweep(recipe, tmp_path / "late", *more[:-1], "training.eval_steps=8")
     assert late.code == 2
