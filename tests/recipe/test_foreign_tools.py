@@ -431,11 +431,29 @@ def _written(folder: Path, name: str, text: str) -> Path:
         ),
         (
             "trl dpo --model_name_or_path org/base --dataset_name someone/pairs --use_peft --lora_r 20 --beta 0.3",
-            {"objective.method": "dpo", "training.learning_rate": 1e-6, "objective.beta": 0.3, "adapter.dropout": 0.05},
+            {"objective.method": "dpo", "training.learning_rate": 1e-6, "objective.beta": 0.3, "adapter.dropout": 0.0},
+        ),
+        (
+            "trl dpo --model_name_or_path org/base --dataset_name someone/pairs --use_peft --lora_dropout 0.1",
+            {"adapter.dropout": 0.0},
+        ),
+        (
+            "torchrun --nproc_per_node 4 --nnodes=2 trl/scripts/dpo.py --model_name_or_path org/base --use_peft "
+            "--dataset_name someone/pairs --gradient_accumulation_steps 3 2>&1 | tee log.txt",
+            {"training.gradient_accumulation_steps": 24},
+        ),
+        (
+            "trl sft --model_name_or_path org/base --dataset_name someone/rows --use_peft --load_in_4bit "
+            "--assistant_only_loss false --lora_target_modules q_proj v_proj > log.txt",
+            {
+                "model.double_quantization": False,
+                "data.train_on": "assistant",
+                "adapter.target_modules": ("q_proj", "v_proj"),
+            },
         ),
         (
             "python trl/scripts/reward.py --model_name_or_path org/base --dataset_name someone/pairs",
-            {"objective.method": "reward", "training.learning_rate": 1e-4, "adapter.method": "full"},
+            {"objective.method": "reward", "adapter.method": "full", "data.excess_length": "drop"},
         ),
     ],
 )

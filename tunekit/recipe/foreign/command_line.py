@@ -3,6 +3,7 @@
 A value with a shell variable (`$NAME`) is a problem, because its content is unknown.
 """
 
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from tunekit.recipe.reading.yaml_reader import read_scalar, read_text
 
 TRL_COMMANDS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
 ENDING = ".sh"
+PROCESSES = ("nproc_per_node", "num_processes", "nnodes")  # options of torchrun and accelerate; their product
+_END = re.compile(r"[|&;]+|\d*[<>].*")  # words that end a command, or its options
 
 
 def read_command_line(path: Path) -> Draft:
@@ -30,6 +33,7 @@ def read_command_line(path: Path) -> Draft:
             draft.set(("rl",), after, Place(file, line))
         if draft.program is not None:
             _read_options(draft, words[at + 1 + (word == "trl") :])
+            _count_processes(draft, words[:at])
             return draft
     how = f"known: unsloth-cli.py, {', '.join(f'trl {name}' for name in TRL_COMMANDS)}"
     raise RecipeError("contains no known training command", how, file=file)
@@ -42,13 +46,34 @@ def _words(text: str, file: str) -> Iterator[tuple[str, int]]:
         continues = line.rstrip().endswith("\\")
         try:
             for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True):
-                yield word, number
+                yield "" if _END.fullmatch(word) else word, number
         except ValueError as error:
             raise RecipeError(
                 f"cannot be read as a command: {error}", "close the quotes", file=file, line=number
             ) from None
         if not continues:
             yield "", number
+
+
+def _count_processes(draft: Draft, words: list[tuple[str, int]]) -> None:
+    """Multiply the accumulation by the number of processes that the launcher starts. `words`: those before the program.
+    Each process computes its own micro-batches; in tunekit, the processes share those of the recipe."""
+    launcher = Draft(draft.file)
+    start = max((at + 1 for at, (word, _) in enumerate(words) if not word), default=0)
+    _read_options(launcher, [*words[start:], ("", 0)])
+    key, processes = ("gradient_accumulation_steps",), 1
+    for name in PROCESSES:
+        count = launcher.get((name,), 1)
+        if not isinstance(count, int):
+            what = f"the number of processes is not known: --{name} {count}"
+            draft.add_problem((name,), what, "write a number: each process computes its own micro-batches")
+        else:
+            processes *= count
+    steps = draft.get(key, 1)
+    if processes > 1 and isinstance(steps, int):
+        place = draft.place(key) if draft.has(key) else Place(draft.file, words[start][1])
+        draft.set(key, steps * processes, place)
+        draft.rewrites.append(f"{place}: {processes} processes -> {processes} times the accumulation ({steps})")
 
 
 def _read_options(draft: Draft, words: list[tuple[str, int]]) -> None:

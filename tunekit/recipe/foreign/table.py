@@ -63,7 +63,8 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("data.packing", "sample_packing", "packing", by=_SWITCH),
     **to("data.train_on", "train_on_inputs", "train_on_prompt", by=one_of({False: "assistant", True: "all"})),
     **to("data.train_on", "mask_history", by=switch("last")),
-    **to("data.train_on", "assistant_only_loss", "completion_only_loss", by=one_of({True: "assistant", False: "all"})),
+    **to("data.train_on", "completion_only_loss", by=one_of({True: "assistant", False: "all"})),
+    **to("data.train_on", "assistant_only_loss", by=one_of({True: "assistant", False: NOTHING})),
     **to("data.chat_template", "chat_template_path", *TEMPLATE_KEYS),  # rewrite.py handles the last two
     **{name: Alias(("data", "train", 0, field), same) for name, field in SOURCE_KEYS.items()},  # rewrite.py
     **to("data.shuffle", "shuffle_merged_datasets"),

@@ -72,6 +72,11 @@ PEFT_CHOOSES = (  # printed with our default if the base's architecture is not k
     "; PEFT adapts fewer layers of some architectures (q_proj and v_proj of llama, mistral, gemma and qwen2): "
     "for these, write adapter.target_modules: [q_proj, v_proj]"
 )
+WITHOUT_DROPOUT = ("dpo", "kto", "reward")  # objectives whose trainers in TRL disable all dropout (disable_dropout)
+TRAINED_TOKENS = (
+    "TRL trains on all tokens of conversations, tunekit on those of the assistant; for all tokens, write "
+    "data.train_on: all"
+)
 ONE_OF = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}
 
 
@@ -147,8 +152,17 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         objective = str(draft.get(("objective", "method")))
         defaults["training.learning_rate"] = rate_of(objective)
         defaults |= OF_SAMPLING if objective in ("grpo", "rloo") else {}
+        defaults |= {"data.excess_length": "drop"} if objective == "reward" else {}
+        defaults |= {"model.double_quantization": False} if draft.has(("model", "quantization")) else {}
+        if objective in ("sft", "None") and not draft.has(("data", "train_on")):
+            draft.rewrites.append(f"{draft.file}: {TRAINED_TOKENS}")
         targets = PEFT_TARGETS.get(file_of_base(draft, "config.json").get("model_type", ""))
         defaults["adapter.target_modules"] = "all-linear" if targets is None else list(targets)
+    if tool in (TRL, FACTORY) and draft.get(("objective", "method")) in WITHOUT_DROPOUT:
+        defaults["adapter.dropout"] = 0.0
+        if draft.get(("adapter", "dropout")):
+            record(draft, draft.place(("adapter", "dropout")), "lora_dropout", "nothing (its trainer has no dropout)")
+            draft.remove(("adapter", "dropout"))
     if tool == FACTORY and isinstance(rank := draft.get(("adapter", "r"), 8), int):
         defaults["adapter.alpha"] = 2.0 * rank
     for key, value in defaults.items():
