@@ -22,7 +22,15 @@ VERSIONS = {"tunekit": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "bi
 
 
 def facts(recipe: dict[str, Any] = RECIPE, **changes: Any) -> dict[str, Any]:
-    values = {"data": "d", "base": "b", "versions": VERSIONS, "device": "cpu", "threads": 2, **changes}
+    values = {
+        "data": "d",
+        "base": "b",
+        "versions": VERSIONS,
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 2,
+        **changes,
+    }
     return make_fingerprint(recipe, **values)
 
 
@@ -39,6 +47,14 @@ def changed(key: str, value: Any) -> dict[str, Any]:
 def test_the_same_is_the_same_also_through_json() -> None:
     assert compare_fingerprints(facts(), facts()) == []
     assert compare_fingerprints(json.loads(json.dumps(facts(), allow_nan=False)), facts()) == []
+
+
+def test_another_dtype_of_auto_is_refused() -> None:
+    """A resume on a processor with bfloat16, or ranks with different GPUs. Runs of older versions do not state it."""
+    ((key, text),) = compare_fingerprints(facts(), facts(dtype="bfloat16"))
+    assert (key, text) == ("model.dtype", "auto is float32 on one processor or GPU, but bfloat16 on the other")
+    older = {name: value for name, value in facts().items() if name != "dtype"}
+    assert compare_fingerprints(older, facts(dtype="bfloat16")) == []
 
 
 @pytest.mark.parametrize(

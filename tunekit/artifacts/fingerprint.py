@@ -19,14 +19,15 @@ def make_fingerprint(
     base: str,
     versions: Mapping[str, str],
     device: str,
+    dtype: str,
     accelerator: str | None = None,
     threads: int,
     code: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
     """Make the fingerprint of a run.
 
-    `recipe`: Recipe.model_dump(mode="json"); `device`: cpu or cuda; `code`: recipe key -> sha256 of a Python file that
-    the run executes, or of the teacher's files.
+    `recipe`: Recipe.model_dump(mode="json"); `device`: cpu or cuda; `dtype`: in which the base computes; `code`: recipe
+    key -> sha256 of a Python file that the run executes, or of the teacher's files.
     """
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
     return {
@@ -36,6 +37,7 @@ def make_fingerprint(
         **({"code": dict(code)} if code else {}),
         "versions": {name: versions[name] for name in names if name in versions},
         "device": device,
+        "dtype": dtype,
         "accelerator": accelerator,
         "threads": threads,
     }
@@ -95,6 +97,9 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
     differences += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
     if old.get("device") != new.get("device"):
         differences.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
+    elif "dtype" in old and old["dtype"] != new.get("dtype") and not differences:  # older runs do not state it
+        text = f"auto is {old['dtype']} on one processor or GPU, but {new.get('dtype')} on the other"
+        differences.append(("model.dtype", text))
     return differences
 
 

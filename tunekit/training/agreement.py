@@ -15,6 +15,7 @@ from tunekit.training.session import Session
 
 CLOCK_SECONDS = 30.0  # clocks that differ by more are named
 SAME_COMMAND = "start all ranks with the same recipe and the same options"
+CURES = {"model.dtype": "write a dtype that all of them compute, such as float32"}
 SAME_FILES = "give all machines the same files, or put them on a shared disk"
 
 
@@ -63,7 +64,7 @@ def check_fingerprints(session: Session, fingerprint: JsonObject) -> None:
     if pairs:
         named = list(_different_files(session))
         general = [
-            Problem(f"{text} on {devices.name(rank)} and {devices.name(0)}", SAME_FILES, key=key)
+            Problem(f"{text} on {devices.name(rank)} and {devices.name(0)}", CURES.get(key, SAME_FILES), key=key)
             for rank, key, text in pairs
         ]
         raise InputError.of(named or general)

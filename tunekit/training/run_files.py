@@ -24,6 +24,7 @@ from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.console.progress import StepProgress
 from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
+from tunekit.model.compute import resolve_dtype
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepRecord
 from tunekit.targets.export import facts_for_export
@@ -138,6 +139,7 @@ def check_fingerprint(
         base=base,
         versions=library_versions(),
         device=session.devices.device.type,
+        dtype=str(resolve_dtype(session.loaded.recipe.model, session.devices.device)).removeprefix("torch."),
         accelerator=None if on_cpu else names[0],
         threads=torch.get_num_threads(),
         code=code,
