@@ -232,6 +232,13 @@ def test_a_reference_model_whose_weights_are_trained_is_refused(
     assert [refusal.key for refusal in plan.refusals] == (["adapter.method"] if refused else [])
 
 
+def test_answers_of_a_base_without_attention_can_be_planned(tmp_path: Path) -> None:
+    folder = write_tiny("mamba", tmp_path / "base")
+    path = write_recipe(tmp_path, folder, evaluation={"samples": 1})
+    plan, _ = plan_of(path, "adapter.target_modules=all-linear")
+    assert not plan.refusals
+
+
 def test_a_refusal_says_where_it_was_written(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError) as caught:
         plan_verb(

@@ -167,10 +167,11 @@ class Forecast:
 
     @cached_property
     def _cache_bytes(self) -> int:
-        """Bytes of the key-value cache of all layers when the longest answer ends."""
-        if not self.answer_tokens or self.evaluation_batch is None:
+        """Bytes of the key-value cache of all layers when the longest answer ends; 0 for a base without attention."""
+        config = text_config(self.base.net)
+        if not self.answer_tokens or self.evaluation_batch is None or not hasattr(config, "num_attention_heads"):
             return 0
-        heads, width = heads_and_width(text_config(self.base.net))
+        heads, width = heads_and_width(config)
         rows = len(self.evaluation_batch.sequences)
         return 2 * self.base.facts.layers * rows * heads * self.answer_tokens * width * self.base.dtype.itemsize
 
