@@ -17,6 +17,7 @@ from tests.support.data_case import write_lines
 from tunekit.cli import main
 from tunekit.errors import RecipeError
 from tunekit.foreign import import_verb
+from tunekit.recipe.foreign.command_line import read_command_line
 from tunekit.recipe.foreign.table import IN_ADAPTER, TOP_LEVEL
 from tunekit.recipe.foreign.torchtune import TABLE
 from tunekit.recipe.foreign.unsloth import OPTIONS, SECTIONS
@@ -414,6 +415,13 @@ def test_unsloths_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 def _written(folder: Path, name: str, text: str) -> Path:
     (folder / name).write_text(text, encoding="utf-8")
     return folder / name
+
+
+def test_a_token_in_quotes_does_not_end_a_command(tmp_path: Path) -> None:
+    command = "trl sft --eos_token '<|im_end|>' --lora_r 20 2>&1 | tee log.txt --lora_alpha 3"
+    draft = read_command_line(_written(tmp_path, "run.sh", command))
+    assert (draft.get(("eos_token",)), draft.get(("lora_r",))) == ("<|im_end|>", 20)
+    assert not draft.has(("lora_alpha",))
 
 
 @pytest.mark.parametrize(

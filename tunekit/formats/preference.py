@@ -119,8 +119,8 @@ def asks_again(prompt: TextOrTurns, answer: TextOrTurns) -> bool:
 def _contains(answer: TextOrTurns, prompt: Turns) -> bool:
     """Whether the prompt's turns are consecutive turns of the answer. Spaces around their texts do not count."""
     sides = (_as_turns(answer, "assistant"), prompt)
-    said, asked = ([(turn.role, turn.content.strip(), turn.extra) for turn in side] for side in sides)
-    return any(said[start : start + len(asked)] == asked for start in range(len(said)))
+    turns, part = ([(turn.role, turn.content.strip(), turn.extra) for turn in side] for side in sides)
+    return any(turns[start : start + len(part)] == part for start in range(len(turns)))
 
 
 def _after(system: str, prompt: TextOrTurns) -> TextOrTurns:

@@ -36,8 +36,8 @@ def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedS
     streams = memory_streams(kind.layout)
     writer = StoreWriter(kind.layout, streams)
     encoder = SourceEncoder(format_maker(format_name, source.path), counting, source.path)
-    found = map(encoder.outcome, single_rows(rows, format_name))
-    encoded = encode_rows(found, kind, name=source.path, problems=problems, counts=counts)
+    outcomes = map(encoder.outcome, single_rows(rows, format_name))
+    encoded = encode_rows(outcomes, kind, name=source.path, problems=problems, counts=counts)
     for piece in encoded:
         writer.add(*piece)
     problems.raise_if_any()

@@ -15,7 +15,7 @@ from tunekit.recipe.reading.yaml_reader import read_scalar, read_text
 TRL_COMMANDS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
 ENDING = ".sh"
 PROCESSES = ("nproc_per_node", "num_processes", "nnodes")  # options of torchrun and accelerate; their product
-_END = re.compile(r"[|&;]+|\d*[<>].*")  # words that end a command, or its options
+_END = re.compile(r"[|&;]+|\d*>.*|<")  # words that end a command; not a token such as <|im_end|>
 
 
 def read_command_line(path: Path) -> Draft:

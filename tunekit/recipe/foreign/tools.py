@@ -153,7 +153,7 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         defaults["training.learning_rate"] = rate_of(objective)
         defaults |= OF_SAMPLING if objective in ("grpo", "rloo") else {}
         defaults |= {"data.excess_length": "drop"} if objective == "reward" else {}
-        defaults |= {"model.double_quantization": False} if draft.has(("model", "quantization")) else {}
+        defaults |= {"model.double_quantization": False} if draft.get(("model", "quantization")) == "nf4" else {}
         if objective in ("sft", "None") and not draft.has(("data", "train_on")):
             draft.rewrites.append(f"{draft.file}: {TRAINED_TOKENS}")
         targets = PEFT_TARGETS.get(file_of_base(draft, "config.json").get("model_type", ""))
