@@ -190,6 +190,26 @@ def test_end_to_end_the_same_rows_are_trained_together_without_padding(changes: 
         assert (batch.targets["labels"][0, starts] == IGNORED).all()
 
 
+def test_copies_of_a_row_in_a_step_are_counted_over_all_ranks() -> None:
+    """The random numbers of a row follow from its number and its occurrence in the step, not from the rank."""
+
+    def of_steps(**ranks: int) -> list[dict[int, list[tuple[int, int]]]]:
+        shares = (Share(0, 4, weight=3.0),)
+        windows = TrainingWindows(Rows(LENGTHS[:4]), objective_of().rows, settings(), draws=shares, **ranks)
+        return [
+            {
+                at: [(row.number, row.occurrence) for row in batch.rows]
+                for at, batch in zip(window.indices, window.batches, strict=True)
+            }
+            for window in windows.windows(0)
+        ]
+
+    alone = of_steps()
+    assert [len({place for rows in step.values() for place in rows}) for step in alone] == [10, 2]
+    ranks = zip(*(of_steps(rank=rank, world=2) for rank in range(2)), strict=True)
+    assert [{**one, **other} for one, other in ranks] == alone
+
+
 def test_weights_take_whole_copies_and_a_fresh_draw_of_the_rest() -> None:
     shares = (Share(0, 10, 2.3), Share(10, 30, 0.5), Share(30, 33, 1.0))
     epochs = [Counter(epoch_rows(shares, seed=1, epoch=epoch, shuffle=True).tolist()) for epoch in (0, 1)]

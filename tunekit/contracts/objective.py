@@ -374,14 +374,12 @@ class Objective:
 
 def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
     """The step's micro-batches, after `draw` has changed each of their rows. `draw`: see RowKind.draw."""
-    repeats, batches = Counter[int](), []  # a row may be in a step more than once
-    for batch in window.batches:
-        changed = []
-        for row in batch.rows:
-            changed.append(draw(row, (window.seed, window.step, row.number, repeats[row.number])))
-            repeats[row.number] += 1
-        batches.append(rows.with_rows(batch, changed))
-    return replace(window, batches=tuple(batches))
+
+    def changed(batch: Batch) -> Batch:
+        keys = [(window.seed, window.step, row.number, row.occurrence) for row in batch.rows]
+        return rows.with_rows(batch, list(map(draw, batch.rows, keys)))
+
+    return replace(window, batches=tuple(map(changed, window.batches)))
 
 
 class Engine(Protocol):

@@ -172,6 +172,7 @@ class Row:
     supervised: int
     origin: str  # "train.jsonl:17", for errors and preview
     number: int = 0  # its index in Rows
+    occurrence: int = 0  # how many copies of the row are before it in its step, on all ranks
 
     @property
     def size(self) -> int:

@@ -5,14 +5,15 @@ windows that an uninterrupted run has from this step on.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle
 from typing import TypeVar
 
 import numpy as np
 
-from tunekit.contracts import Batch, RowKind, Rows, Window
+from tunekit.contracts import Batch, Row, RowKind, Rows, Window
 from tunekit.data.batching.order import Share, epoch_rows
 from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
@@ -50,10 +51,19 @@ def group_rows(order: Sequence[int], lengths: Sequence[int], settings: BatchSett
     return [tuple(int(order[position]) for position in pack) for pack in first_fit(lengths, settings.max_length)]
 
 
-def collate(rows: Rows, groups: Sequence[Group], kind: RowKind, *, end_to_end: bool = False) -> Batch:
-    """A batch with the rows of `groups`, one sequence each. `end_to_end`: put all rows into one sequence."""
+def collate(
+    rows: Rows, groups: Sequence[Group], kind: RowKind, *, end_to_end: bool = False, earlier: Counter[int] | None = None
+) -> Batch:
+    """A batch with the rows of `groups`, one sequence each. `end_to_end`: put all rows into one sequence. `earlier`:
+    how often each row is in the step's earlier batches."""
     groups = [tuple(index for group in groups for index in group)] if end_to_end else groups
-    return kind.collate([[rows[index] for index in group] for group in groups])
+    counts = Counter(earlier)
+
+    def row(index: int) -> Row:
+        counts[index] += 1
+        return rows[index] if counts[index] == 1 else replace(rows[index], occurrence=counts[index] - 1)
+
+    return kind.collate([[row(index) for index in group] for group in groups])
 
 
 def cut_micro_batches(
@@ -163,8 +173,14 @@ class TrainingWindows:
         micro_batches = self._step(epoch, position // self._settings.updates_per_sampling)
         indices = dealt(len(micro_batches), self._rank, self._world, self._settings.rank_speeds)
         end_to_end = self._settings.end_to_end
-        batches = tuple(collate(self._rows, micro_batches[at], self._kind, end_to_end=end_to_end) for at in indices)
-        return Window(step, epoch + (position + 1) / self._epoch_steps(epoch), indices, batches, self._settings.seed)
+        earlier, batches = Counter[int](), []
+        for at, groups in enumerate(micro_batches):  # also those of other ranks: a row may be in a step twice
+            if at in indices:
+                batches.append(collate(self._rows, groups, self._kind, end_to_end=end_to_end, earlier=earlier))
+            earlier.update(chain.from_iterable(groups))
+        return Window(
+            step, epoch + (position + 1) / self._epoch_steps(epoch), indices, tuple(batches), self._settings.seed
+        )
 
     def steps_of(self, epoch: int) -> Iterator[Sequence[MicroBatch]]:
         """The micro-batches of each step of an epoch; consecutive steps with the same rows count once."""

@@ -1,7 +1,6 @@
 """The base class of losses on the model's own completions. Completions are sampled and scored by reward functions, then
 used for training or evaluation."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -132,19 +131,11 @@ class SampledLoss(LossKind):
 
     def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
         """The completions of each row. Random numbers depend only on seed, step, row, completion and token."""
-        kind, settings, occurrences, seeds, prompts = (
-            prompt_rows(run),
-            self.settings,
-            Counter[int](),
-            [],
-            list[list[int]](),
-        )
+        kind, settings = prompt_rows(run), self.settings
         size = len(kind.answers.sides)
-        for row in rows:
-            place = occurrences[row.number]  # a step may contain a row twice
-            occurrences[row.number] += 1
-            prompts += [row.parts["prompt"].tolist()] * size
-            seeds += [seed_for("sample", window.seed, window.step, row.number, place, number) for number in range(size)]
+        prompts = [row.parts["prompt"].tolist() for row in rows for _ in range(size)]
+        keys = [("sample", window.seed, window.step, row.number, row.occurrence) for row in rows]
+        seeds = [seed_for(*key, number) for key in keys for number in range(size)]
         stops = find_stop_ids(run.model.base, self.tokenizer, kind.options.template)
         drawn = Sampling(settings.temperature, settings.top_p, settings.top_k)
         completions = run.model.generate(
