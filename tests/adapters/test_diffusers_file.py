@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests.support.image_case import ATTENTION, OF_TEXT, adapter_tensors
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tunekit.adapter import combine_verb, convert_verb
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, METADATA, kohya_tensors, read_foreign, sdxl_name
 from tunekit.adapters.folder.read import attach_adapter_folder
@@ -267,3 +268,21 @@ def test_a_file_for_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     with safe_open(file, "pt") as opened:
         fields = json.loads(opened.metadata()["lora_adapter_metadata"])
     assert (fields["unet.r"], fields["unet.lora_alpha"], fields["text_encoder.lora_alpha"]) == (3, 12, 12)
+
+
+def test_combined_and_converted_adapters_of_a_pipeline_are_for_diffusers_too(tmp_path: Path) -> None:
+    """Also with layers of different ranks and alphas."""
+    first, processor = attached(tmp_path, "sd", **{**RANKS, "rank_pattern": {"up_blocks.*to_q": 2}})
+    folders = [saved(first, tmp_path / name, processor) for name in ("a", "b")]
+    expected = ours(first, processor)
+    first.detach()
+    combine_verb(
+        [str(folder) for folder in folders], "0.5,0.5", "cat", None, None, None, None, None, str(tmp_path / "new")
+    )
+    convert_verb(str(folders[0]), None, None, None, str(tmp_path / "plain"))
+    for folder in (tmp_path / "new", tmp_path / "plain"):
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", DIFFUSERS_NAME, "tunekit.json"]
+        assert torch.allclose(theirs(processor, "sd", folder / DIFFUSERS_NAME), expected, atol=1e-5)
+        net = load_net(processor.folder, [PIPELINES[processor.kind], "text_encoder"], torch.float32)
+        again = attach_adapter_folder(net, folder, head_name=None)
+        assert torch.allclose(ours(again, processor), expected, atol=1e-5)

@@ -12,15 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from tunekit.adapters.base import PeftConfig
-from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig
+from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, tensors_path
+from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, diffusers_header, diffusers_tensors
 from tunekit.adapters.folder.fields import json_value
-from tunekit.adapters.folder.write import base_names, write_adapter_folder
+from tunekit.adapters.folder.write import PEFT_FILE, TensorsFile, base_names, write_adapter_folder
 from tunekit.arithmetic.lora_folder import FACTORS, PREFIX, LoraFolder
 from tunekit.arithmetic.low_rank import LowRank
 from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError
 from tunekit.files.untrusted import printable, read_small
 from tunekit.formats.labels import SINGLE_LABEL
+from tunekit.records import Target
 from tunekit.targets.target import base_override
 
 BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_quantization": "double_quantization"}
@@ -29,7 +31,8 @@ BASE_FACTS = {"dtype": "base_dtype", "quantization": "quantization", "double_qua
 @dataclass(frozen=True)
 class BaseFacts:
     """The information about the base that the new folder contains. `notes`: messages about differences between the
-    source folders."""
+    source folders. `in_diffusers_file`: whether they are LoRAs of a pipeline, which diffusers reads only from its own
+    file."""
 
     name: str | None  # a hub id, or an absolute path
     revision: str | None = None
@@ -41,6 +44,7 @@ class BaseFacts:
     chat_template: str | None = None
     objective: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    in_diffusers_file: bool = False
 
 
 def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
@@ -75,6 +79,7 @@ def base_of(configs: Sequence[AdapterConfig], named: str | None) -> BaseFacts:
         chat_template=templates[0],
         objective=_objective_of(configs),
         notes=tuple(notes),
+        in_diffusers_file=any(tensors_path(config.folder).name == DIFFUSERS_NAME for config in configs),
     )
 
 
@@ -125,11 +130,16 @@ def _located(config: AdapterConfig) -> str | None:
 
 
 def write_without_base(
-    output: Path, base: BaseFacts, config: AdapterConfig, tensors: Mapping[str, Tensor], fields: PeftConfig
+    output: Path,
+    base: BaseFacts,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    fields: PeftConfig,
+    file: TensorsFile = PEFT_FILE,
 ) -> int:
     """Write an adapter folder without reading the base. Returns the folder's size in bytes.
 
-    `fields`: PEFT's fields that do not follow from the settings.
+    `fields`: PEFT's fields that do not follow from the settings. `file`: as in write_adapter_folder.
     """
     name, path = (None, None) if base.name is None else base_names(base.name, output)
     peft, settings = config.method.peft, config.settings
@@ -141,7 +151,7 @@ def write_without_base(
         output.rmdir()  # empty, as checked
     output.parent.mkdir(parents=True, exist_ok=True)
     ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    return write_adapter_folder(output, ready, present, settings, facts, base.chat_template, base.objective)
+    return write_adapter_folder(output, ready, present, settings, facts, base.chat_template, base.objective, file)
 
 
 def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping[str, LowRank]) -> int:
@@ -173,7 +183,17 @@ def write_lora(output: Path, base: BaseFacts, like: LoraFolder, updates: Mapping
     config = replace(like.config, settings=like.config.settings.model_copy(update=changed))
     fields = {"target_modules": json_value(changed["target_modules"]), "fan_in_fan_out": like.fan_in_fan_out}
     tensors = {key: value for name, update in scaled.items() for key, value in _keys(name, update).items()}
-    return write_without_base(output, base, config, {**tensors, **like.rest}, fields)
+    tensors |= like.rest
+    if not base.in_diffusers_file:
+        return write_without_base(output, base, config, tensors, fields)
+    layers = [_target(name, update, update.rank if alpha is None else alpha) for name, update in scaled.items()]
+    file = DIFFUSERS_NAME, diffusers_header({}, config.settings, layers)
+    return write_without_base(output, base, config, diffusers_tensors(tensors), fields, file)
+
+
+def _target(name: str, update: LowRank, alpha: float) -> Target:
+    (rows, columns), count = update.shape, update.a.numel() + update.b.numel()
+    return Target(name, "linear", columns, rows, count, update.rank, float(alpha))
 
 
 def _with_one_scaling(updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], float | None]:

@@ -33,6 +33,7 @@ from tunekit.records import JsonObject
 
 OUR_FILES = {CONFIG_NAME, TENSORS_NAME, FACTS_NAME, TEMPLATE_NAME, DIFFUSERS_NAME}
 TensorsFile = tuple[str, Mapping[str, str]]  # file name, and the entries of its header
+PEFT_FILE: TensorsFile = (TENSORS_NAME, {"format": "pt"})
 
 
 def save_adapter_folder(
@@ -73,7 +74,7 @@ def save_adapter_folder(
         "double_quantization": double_quantization,
     }
     tensors = {part.file_key(name): tensor for part in plain.parts() for name, tensor in part.file_tensors().items()}
-    file: TensorsFile = TENSORS_NAME, {"format": "pt"}
+    file = PEFT_FILE
     if of_pipeline and plain.method.in_diffusers_file:
         file = DIFFUSERS_NAME, diffusers_header(plain.method.peft.claims, plain.settings, plain.targets)
         tensors = diffusers_tensors(tensors)
@@ -88,7 +89,7 @@ def write_adapter_folder(
     base: Mapping[str, Any],
     chat_template: str | None = None,
     objective: Mapping[str, Any] | None = None,
-    file: TensorsFile = (TENSORS_NAME, {"format": "pt"}),
+    file: TensorsFile = PEFT_FILE,
 ) -> int:
     """Write tensors (by file key), PEFT's configuration and tunekit.json, completely or not at all. Returns their size
     in bytes.
