@@ -8,12 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.evaluation.test_batch_size import evaluator_of
 from tests.objectives.test_dpo import write_recipe
 from tests.objectives.test_kto import unpaired
-from tunekit.contracts import Answering, AnswerLimits
+from tunekit.contracts import Answering, AnswerLimits, Progress
 from tunekit.data.rows import Prompt
 from tunekit.errors import DataError
 from tunekit.evaluation.answers import answer_questions
@@ -57,6 +58,25 @@ def test_a_stop_ends_the_pass_that_measures_all_rows(
     with pytest.raises(EvaluationStopped):
         evaluator.evaluate(lambda: len(scored) >= 2)
     assert len(scored) == 2
+
+
+def test_a_stop_ends_the_pictures_before_the_next_one(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama, unpaired(12), objective={"method": "kto"}, data={"eval": 0.5})
+    drawn = list[int]()
+
+    def draw(model: Any, progress: Progress) -> list[Any]:
+        for number in range(3):
+            progress("images drawn", number, 3)
+            drawn.append(number)
+        return [np.zeros((2, 2, 3), np.uint8)] * 3
+
+    evaluator = evaluator_of(recipe)
+    objective = replace(evaluator.objective, answering=Answering("picture", report_pictures=draw))
+    evaluator = replace(evaluator, objective=objective)
+    with pytest.raises(EvaluationStopped):
+        evaluator.evaluate(lambda: bool(drawn))
+    assert drawn == [0]
+    assert len(evaluator.evaluate().pictures) == 3
 
 
 @pytest.mark.parametrize(

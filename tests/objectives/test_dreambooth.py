@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.support.image_case import (
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tunekit.adapter import adopt_verb
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
+from tunekit.companions.pipeline import ClassImages
 from tunekit.contracts import EncodeOptions
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
@@ -37,6 +39,7 @@ from tunekit.objectives.dreambooth import make
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 from tunekit.recipe.recipe import make_objective_settings
 from tunekit.train import train_verb
 
@@ -198,6 +201,25 @@ def test_a_calibrated_initialisation_looks_at_class_pictures_too(tmp_path: Path,
     assert drawn.read_bytes() == first
     assert records(run)[0]["loss"] > 0
     assert any(float(each.abs().max()) > 0 for key, each in adapter_tensors(run / "adapter").items() if "lora_B" in key)
+
+
+def test_ranks_look_for_missing_class_pictures_before_any_of_them_draws(tmp_path: Path) -> None:
+    """Else a late rank counts pictures of another one, and draws more than are missing."""
+    settings = {"class_prompt": CLASS_PROMPT, "class_data_dir": str(tmp_path), "num_class_images": 3}
+    write_photos(tmp_path, 1)
+    found: Any = ClassImages(DreamboothSettings.model_validate(settings))
+    drawn, met = list[list[int]](), list[int]()
+
+    def gather(local: list[Any]) -> list[Any]:
+        met.append(len(drawn))
+        if len(met) == 1:  # the other rank is faster
+            (tmp_path / "class-00000.png").write_bytes(b"")
+        return local
+
+    found._draw = lambda run, prompt, numbers: drawn.append(list(numbers))
+    found._draw_missing(SimpleNamespace(gather=gather))
+    assert drawn == [[0, 1]]
+    assert met == [0, 1]
 
 
 @pytest.mark.slow

@@ -238,20 +238,26 @@ class ClassImages:
 
     def _draw_missing(self, run: RunView) -> None:
         """Generate missing class images with the base, without its adapter."""
-        settings, present, prompt, model = self.settings, len(self.files()), self.settings.class_prompt, run.model
+        settings, prompt = self.settings, self.settings.class_prompt
         assert prompt is not None
-        if present >= settings.num_class_images:
-            return
+        count = max(settings.num_class_images - len(self.files()), 0)
+        numbers = [number for number in range(settings.num_class_images) if not self._place(number).exists()][:count]
+        run.gather([None])  # all ranks have looked into the folder before one of them writes into it
+        if numbers:
+            self._draw(run, prompt, numbers)
+        run.gather([None])  # all ranks have written before one of them reads
+
+    def _draw(self, run: RunView, prompt: str, numbers: Sequence[int]) -> None:
+        """Generate the class images with these numbers, and write them into the folder."""
+        model, net, how = run.model, run.model.base.net, drawing_of(self.settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        net, how, count = model.base.net, drawing_of(settings), settings.num_class_images - present
-        numbers = [number for number in range(settings.num_class_images) if not self._place(number).exists()]
         with (
             model.training_mode(False),
             calling(replace(current_call(), bypassed=True)),
             net.frozen_parts_on(model.device),
         ):
-            for done, number in enumerate(numbers[:count]):
-                run.progress("class images drawn", done, count)
+            for done, number in enumerate(numbers):
+                run.progress("class images drawn", done, len(numbers))
                 seed = seed_for("class picture", prompt, number)
                 pixels = draw_pictures(net, _processor(run), [prompt], [seed], how)[0]
                 write_bytes(self._place(number), png_bytes(pixels))

@@ -137,7 +137,7 @@ class Evaluator:
             ]
         ordered = {name: computed.pop(name) for name in wanted} | computed  # then the numbers of pairs left out
         of_rows = [name for name in wanted if name not in texts and name not in chosen]
-        sources, pictures = _sources(each, of_rows), self._pictures()
+        sources, pictures = _sources(each, of_rows), self._pictures(stop)
         classes = objective.loss.class_counts(sums.values)
         if choices is not None:
             classes = class_table(choices.labels, sums.values["label_counts"], sums.values.get("confusion"))
@@ -173,13 +173,28 @@ class Evaluator:
         limits = AnswerLimits(self.settings.max_new_tokens, self.settings.batch_size, self.template)
         return answer_questions(self.model, self._answering, prompts, self.devices, limits, self.progress, stop)
 
-    def _pictures(self) -> list[NDArray[np.uint8]]:
-        """The images for the report, which only the main rank generates."""
+    def _pictures(self, stop: Callable[[], bool] = lambda: False) -> list[NDArray[np.uint8]]:
+        """The images for the report, which only the main rank generates. Raises: EvaluationStopped, on all ranks, if
+        `stop` returns true before an image."""
         answering = self.objective.answering
-        if not self.devices.is_main or answering is None or answering.report_pictures is None:
+        if answering is None or answering.report_pictures is None:
             return []
-        with undisturbed(self.model):
-            return answering.report_pictures(self.model, self.progress)
+        pictures, stopped = list[NDArray[np.uint8]](), False
+
+        def progress(what: str, done: int, total: int) -> None:
+            if stop():
+                raise EvaluationStopped
+            self.progress(what, done, total)
+
+        if self.devices.is_main:
+            try:
+                with undisturbed(self.model):
+                    pictures = answering.report_pictures(self.model, progress)
+            except EvaluationStopped:
+                stopped = True
+        if self.devices.any(int(stopped)):
+            raise EvaluationStopped
+        return pictures
 
     def _by_source(self, objective: Objective, stop: Callable[[], bool]) -> dict[str, EvaluationSums]:
         """The sums of each source's rows, by the source's name."""
