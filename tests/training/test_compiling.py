@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from tests.support.loop_case import Case, make_case, make_rows
 from tests.support.train_case import write_recipe
 from tests.training.test_loop import assert_same_bits, training, weights
+from tunekit.model.native.library import NoKernels
 from tunekit.planning import compiling as planned
 from tunekit.planning.compiling import compile_problems, planned_compile
 from tunekit.planning.plan import make_plan
@@ -46,10 +48,32 @@ def test_auto_compiles_where_it_pays(
 def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned, "find_spec", lambda name: None)
     monkeypatch.setattr(planned.shutil, "which", lambda name: None)
-    assert [problem.key for problem in compile_problems(True, CUDA, True)] == ["training.compile"] * 2
-    (problem,) = compile_problems(True, CPU, False)
+    assert [problem.key for problem in compile_problems(True, True, CUDA, True)] == ["training.compile"] * 2
+    (problem,) = compile_problems(True, True, CPU, False)
     assert "C++ compiler" in problem.what
-    assert not list(compile_problems(False, CPU, True))
+    assert not list(compile_problems(True, False, CPU, True))
+
+
+def test_a_resumed_run_keeps_what_auto_meant(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled layers and kernels in C round differently: what another machine would choose must not matter."""
+    loaded = load_recipe(write_recipe(tmp_path, tiny_llama, training={"compile": "auto", "kernels": "auto"}))
+    chosen = make_plan(loaded, device=CPU)[0].choice
+    for compiled, kernels in ((False, "none"), (True, "native")):
+        previous = replace(chosen, compiled=compiled, kernels=kernels)
+        monkeypatch.setattr(planned, "load_kernels", lambda: None)
+        plan, _ = make_plan(loaded, device=CPU, previous=previous)
+        assert (plan.choice.compiled, plan.choice.kernels) == (compiled, kernels)
+        assert sum("as in the run that is resumed" in note for note in plan.notes) == 1 + compiled
+
+    def absent() -> None:
+        raise NoKernels("there is no C compiler")
+
+    monkeypatch.setattr(planned, "load_kernels", absent)
+    monkeypatch.setattr(planned.shutil, "which", lambda name: None)
+    plan, _ = make_plan(loaded, device=CPU, previous=previous)
+    texts = {refusal.key: refusal.message for refusal in plan.refusals}
+    assert "there is no C compiler" in texts["training.kernels"]
+    assert "or start a new run" in texts["training.compile"]
 
 
 def test_plan_says_what_it_chose(tmp_path: Path, tiny_llama: Path) -> None:

@@ -25,8 +25,11 @@ TOLERANCE = 0.02  # smaller gains of time are ignored: the rule is rough, and ea
 RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs per token, besides 4 N (frozen base)
 
 
-def written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int) -> Choice:
-    """A Choice that contains the recipe's settings. Fields that plan chooses have default values."""
+def written_choice(
+    recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int, resumed: Choice | None = None
+) -> Choice:
+    """A Choice that contains the recipe's settings. Fields that plan chooses have default values. `resumed`: the
+    settings of the run that is resumed; it keeps its kernels."""
     training, memory = recipe.training, recipe.memory
     return Choice(
         micro_batch_size=training.micro_batch_size,
@@ -35,8 +38,8 @@ def written_choice(recipe: Recipe, base: LoadedModel, device: torch.device, step
         streamed_head=memory.streamed_head,
         activation_offload=memory.activation_offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
-        kernels=planned_kernels(training.kernels, base.net, device, base.dtype)[0],
-        compiled=planned_compile(training.compile, device, steps)[0],
+        kernels=planned_kernels(training.kernels, base.net, device, base.dtype, resumed)[0],
+        compiled=planned_compile(training.compile, device, steps, resumed)[0],
         # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
         shares=ranks,

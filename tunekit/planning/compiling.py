@@ -13,15 +13,23 @@ from tunekit.adapters.kernels.native import has_native_places
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.model.native.library import NoKernels, load_kernels
+from tunekit.records import Choice
 
 LEAST_STEPS = 500  # shorter runs end before compiling has saved time
 KEY = "training.compile"
+AS_BEFORE = "as in the run that is resumed"
+NEW_RUN = "or start a new run in another output.dir"
 
 
-def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tuple[bool, str]:
-    """Whether layers are compiled, and the reason as text."""
+def planned_compile(
+    setting: str | bool, device: torch.device, steps: int, resumed: Choice | None = None
+) -> tuple[bool, str]:
+    """Whether layers are compiled, and the reason as text. A resumed run does as before, because compiled layers round
+    differently."""
     if isinstance(setting, bool):
         return setting, "as the recipe says"
+    if resumed is not None:
+        return resumed.compiled, AS_BEFORE
     if device.type == "cpu":
         return False, "compiled layers are not faster on a CPU"
     if device.type == "mps":
@@ -33,33 +41,42 @@ def planned_compile(setting: str | bool, device: torch.device, steps: int) -> tu
     return True, f"{steps:,} steps on a GPU"
 
 
-def compile_notes(setting: str | bool, device: torch.device, steps: int) -> list[str]:
+def compile_notes(setting: str | bool, device: torch.device, steps: int, resumed: Choice | None = None) -> list[str]:
     """A note that says whether layers are compiled, and why. Empty if the recipe says `compile: false`."""
     if setting is False:
         return []
-    compiled, reason = planned_compile(setting, device, steps)
+    compiled, reason = planned_compile(setting, device, steps, resumed)
     beside = "; the first step takes longer, and results differ in the last digits" if compiled else ""
     return [f"decoder layers compiled: {'yes' if compiled else 'no'}, {reason}{beside}"]
 
 
-def compile_problems(compiled: bool, device: torch.device, whole_model_adapter: bool) -> Iterator[Problem]:
-    """Problems that prevent the compilation of layers."""
+def compile_problems(
+    setting: str | bool, compiled: bool, device: torch.device, whole_model_adapter: bool
+) -> Iterator[Problem]:
+    """Problems that prevent the compilation of layers. `setting`: the recipe's value; with `auto`, a run that is
+    resumed may have been compiled on another machine."""
     if not compiled:
         return
+    instead = NEW_RUN if setting == "auto" else "or write compile: false"
     if whole_model_adapter:
         what = "an adapter of the whole model changes the attention, and the changed attention cannot be compiled"
         yield Problem(what, "write compile: false", key=KEY)
     if kind_of(device).own_memory and find_spec("triton") is None:
-        yield Problem("compiling for a GPU needs triton", "run: pip install triton, or write compile: false", key=KEY)
+        yield Problem("compiling for a GPU needs triton", f"run: pip install triton, {instead}", key=KEY)
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        yield Problem("compiling for a CPU needs a C++ compiler", "install g++, or write compile: false", key=KEY)
+        yield Problem("compiling for a CPU needs a C++ compiler", f"install g++, {instead}", key=KEY)
 
 
-def planned_kernels(setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto`, also the reason as text."""
+def planned_kernels(
+    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, resumed: Choice | None = None
+) -> tuple[str, str]:
+    """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto`, also the reason as text. A
+    resumed run uses the same kernels as before, because others round differently."""
     if setting != "auto":
         return setting, ""
+    if resumed is not None:
+        return resumed.kernels, AS_BEFORE if resumed.kernels == "native" else ""
     if device.type != "cpu" or dtype != torch.bfloat16 or not has_native_places(net):
         return "none", ""
     try:
@@ -70,7 +87,13 @@ def planned_kernels(setting: str, net: nn.Module, device: torch.device, dtype: t
 
 
 def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
-    """Problems that prevent the use of the recipe's kernels."""
+    """Problems that prevent the use of the run's kernels."""
+    if kernels == "native":
+        try:
+            load_kernels()
+        except NoKernels as error:
+            what = f"the run that is resumed uses kernels in C, which round differently, but {error}"
+            yield Problem(what, f"resume it where it ran before, {NEW_RUN}", key="training.kernels")
     if kernels != "liger":
         return
     if not kind_of(device).own_memory:
@@ -80,9 +103,11 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
         yield Problem("liger-kernel is not installed", how, key="training.kernels")
 
 
-def kernel_notes(setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+def kernel_notes(
+    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, resumed: Choice | None = None
+) -> Iterator[str]:
     """A note that says which computations the kernels replace."""
-    kernels, reason = planned_kernels(setting, net, device, dtype)
+    kernels, reason = planned_kernels(setting, net, device, dtype, resumed)
     if kernels == "liger":
         yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU in MLPs (joined into one function)"
     elif reason:

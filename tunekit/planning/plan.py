@@ -33,7 +33,6 @@ from tunekit.planning.compiling import (
     compile_problems,
     kernel_notes,
     kernel_problems,
-    planned_compile,
 )
 from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
@@ -128,8 +127,9 @@ def make_plan(
     if previous is None:  # the state of a resumed run is in its checkpoint
         findings.attempt(partial(check_continued, recipe.adapter, inputs.base, inputs.targets))
     findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])
-    findings.add(_run_problems(recipe, windows.steps, device))
-    forecast = _forecast(recipe, inputs, windows, settings, device, ranks)
+    choice = written_choice(recipe, inputs.base, device, windows.steps, ranks, previous)
+    findings.add(_run_problems(recipe, windows.steps, device, choice))
+    forecast = _forecast(recipe, inputs, windows, settings, device, choice)
     tiers, problems = allowed_tiers(recipe, inputs.base, device, inputs.companion_facts, ranks)
     findings.add(problems)
     cheaper, resumed = partial(cheapest_changes, recipe, forecast), None if rank else previous
@@ -138,6 +138,8 @@ def make_plan(
         settings = as_chosen(settings, memory.choice)
         windows = rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
+    plan.notes.extend(compile_notes(recipe.training.compile, device, windows.steps, previous))
+    plan.notes.extend(kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype, previous))
     largest = forecast.largest_batch(settings.micro_batch_size)
     length = refusals.learned_length(inputs.base, inputs.virtual_tokens)
     return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest, length)
@@ -260,20 +262,20 @@ def _batch_settings(recipe: Recipe, inputs: Inputs, packing: bool) -> BatchSetti
     )
 
 
-def _run_problems(recipe: Recipe, steps: int, device: torch.device) -> list[Problem]:
+def _run_problems(recipe: Recipe, steps: int, device: torch.device, choice: Choice) -> list[Problem]:
     """Problems of settings that do not suit a run with this number of steps."""
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
-    compiled, _ = planned_compile(recipe.training.compile, device, steps)
-    problems += compile_problems(compiled, device, method.model is not None and not recipe.adapter.trains_base)
-    return [*problems, *kernel_problems(recipe.training.kernels, device)]
+    whole = method.model is not None and not recipe.adapter.trains_base
+    problems += compile_problems(recipe.training.compile, choice.compiled, device, whole)
+    return [*problems, *kernel_problems(choice.kernels, device)]
 
 
 def _forecast(
-    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device, ranks: int
+    recipe: Recipe, inputs: Inputs, windows: Windows, settings: BatchSettings, device: torch.device, choice: Choice
 ) -> Forecast:
-    rows, choice = inputs.rows, written_choice(recipe, inputs.base, device, windows.steps, ranks)
+    rows = inputs.rows
     sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
     bases = {recipe.model: inputs.base}
     run = SimulatedRun(*sections, choice, device, recipe.memory, inputs.companions, bases=bases)
@@ -345,12 +347,7 @@ def _assemble(
         choice=memory.choice,
         peak_bytes=memory.peak,
         refusals=findings.refusals(),
-        notes=[
-            *loaded.defaults,
-            *_notes(recipe, device, inputs, memory, windows.steps),
-            *compile_notes(recipe.training.compile, device, windows.steps),
-            *kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype),
-        ],
+        notes=[*loaded.defaults, *_notes(recipe, device, inputs, memory, windows.steps)],
         budget_bytes=memory.budget_bytes,
         tries_longest_batch=memory.tries_longest,
         trial_reason=memory.trial_reason,
