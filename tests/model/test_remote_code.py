@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import torch
 from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_pipelines import saved_pipeline
 from tests.support.tiny_vit import write_tiny_vit
-from tunekit.errors import ModelError
+from tests.support.train_case import write_recipe
+from tunekit.errors import ModelError, RunFolderError
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.load import make_meta_model
 from tunekit.model.speech.features import load_extractor
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
+from tunekit.train import train_verb
 
 PACKAGE = Path(__file__).parents[2] / "tunekit"
 DATA_ONLY = "GenerationConfig"  # its from_pretrained reads numbers alone, and has no such argument
@@ -80,6 +84,19 @@ def test_code_of_a_folder_is_refused_by_name_without_a_question(
     assert str(tmp_path) in str(caught.value)
     assert not questions
     assert not list(tmp_path.rglob("ran"))
+
+
+def test_a_resume_with_changed_code_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    """The code decides what the base computes, like its weights."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    (base / "code.py").write_text("scale = 1\n")
+    recipe = write_recipe(tmp_path, base, model={"trust_remote_code": True}, training={"save_steps": 2})
+    train_verb(load_recipe(recipe), False, False)
+    (tmp_path / "run" / "status.json").unlink()
+    (base / "code.py").write_text("scale = 2\n")
+    with pytest.raises(RunFolderError, match=r"model\.trust_remote_code: changed since the run: its content"):
+        train_verb(load_recipe(recipe), True, False)
 
 
 @pytest.mark.drawn

@@ -20,6 +20,7 @@ from tunekit.memory.slots import waiting_tensor
 from tunekit.memory.streaming import base_obstacle, host_embedding, host_obstacle, layer_weights, stream_base
 from tunekit.model.load import LoadedModel, base_fingerprint, load_model, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.storage.inspection import remote_code
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
@@ -105,7 +106,8 @@ class Teacher(Companion):
     def fingerprint(self) -> Mapping[str, str]:
         """The fingerprint of the teacher's files. Raises: ModelError, which names the teacher's keys in the recipe."""
         with self._about_teacher():
-            return {f"{self.key}.name_or_path": base_fingerprint(self.section)}
+            files = {f"{self.key}.name_or_path": base_fingerprint(self.section)}
+            return files | remote_code(self.section, self.key)
 
     def load(self, device: torch.device) -> None:
         """Load and freeze the teacher. Raises: ModelError, which names the teacher's keys in the recipe."""

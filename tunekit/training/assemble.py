@@ -25,6 +25,7 @@ from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, base_fingerprint
+from tunekit.model.storage.inspection import remote_code
 from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
@@ -50,14 +51,15 @@ from tunekit.tuned.network import prepare_network
 
 
 def check_run(session: Session, prepared: RunInputs, checkpoint: Checkpoint | None = None) -> JsonObject:
-    """Make the fingerprint of the run, which includes the files of its companions (auxiliary models such as a teacher).
-    This is done before the base is loaded, so that a refusal comes early.
+    """Make the fingerprint of the run, which includes the files of its companions (auxiliary models such as a teacher)
+    and the base's remote code. This is done before the base is loaded, so that a refusal comes early.
 
     Raises: RunFolderError if `checkpoint`, or the run in the folder, belongs to a different run; InputError if ranks
     differ.
     """
     companions = make_companions(prepared.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
+    code |= remote_code(prepared.model)
     return check_fingerprint(session, prepared.rows.fingerprint, base_fingerprint(prepared.model), checkpoint, code)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
-from tunekit.files.untrusted import MODEL_FILE
+from tunekit.files.untrusted import MODEL_FILE, sha256_of
 from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
@@ -194,6 +194,17 @@ def fingerprint(source: ModelSource) -> str:
     else:
         _digest_folder(digest, read_config(source), [source.folder / name for name in shard_files(source.folder)])
     return digest.hexdigest()
+
+
+def remote_code(section: ModelSection, key: str = "model") -> dict[str, str]:
+    """The sha256 of the Python files in the folder of a base with remote code, by the recipe's key; empty for other
+    bases. `key`: the section's place in the recipe."""
+    if not section.trust_remote_code:
+        return {}
+    source, digest = find_source(section, weights=False), hashlib.sha256()
+    for path in sorted(source.folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(source.folder).as_posix()} {sha256_of(path, MODEL_FILE)}\n".encode())
+    return {f"{key}.trust_remote_code": digest.hexdigest()}
 
 
 def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Path]) -> None:
