@@ -98,6 +98,7 @@ def test_a_row_says_how_much_it_counts() -> None:
         "prompt_completion": {"prompt": "q", "completion": "a"},
         "text": {"text": "a"},
         "alpaca": {"instruction": "q", "output": "a"},
+        "alpaca_turn": {"instruction": "q", "output": "a"},
     }
     for name, row in rows.items():
         assert format_maker(name)({**row, "sample_weight": 2}) == replace(make(name, row), weight=2.0)
@@ -152,6 +153,21 @@ def test_alpaca() -> None:
     full = make("alpaca", {"instruction": "q", "output": "a", "system": "s", "history": [["x", "y"]]})
     assert [message.content for message in full.messages] == ["s", "x", "y", "q", "a"]
     assert full.without_template is None
+
+
+def test_the_prompts_of_other_tools_for_alpacas_rows() -> None:
+    """As Axolotl, torchtune and Unsloth render these rows: plain text, a user's turn, and with an empty input."""
+    row = {"instruction": "q", "input": "", "output": "a", "system": "s"}
+    head = "Below is an instruction that describes a task"
+    task = "Write a response that appropriately completes the request.\n\n### Instruction:\nq\n\n"
+    plain = CompletionExample(f"{head}. {task}### Response:\n", "a")
+    assert make("alpaca_prompt", row) == plain
+    turns = (Message("user", plain.prompt), Message("assistant", "a"))
+    assert make("alpaca_turn", row) == ChatExample(turns, without_template=plain)
+    further = f"{head}, paired with an input that provides further context. {task}### Input:\n"
+    assert make("alpaca_with_input", row) == CompletionExample(f"{further}\n\n### Response:\n", "a")
+    for name in ("alpaca_prompt", "alpaca_with_input"):
+        assert make(name, {**row, "input": "i"}) == CompletionExample(f"{further}i\n\n### Response:\n", "a")
 
 
 def test_prompt_completion() -> None:

@@ -292,10 +292,10 @@ def test_what_has_no_source_is_refused(folder: Path, name: str, what: str) -> No
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [  # axolotl/examples/llama-3: lora-1b, qlora-1b, instruct-lora-8b, instruct-dpo-lora-8b
-        (["datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"], ("alpaca", {})),
+        (["datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"], ("alpaca_prompt", {})),
         (
             ["load_in_4bit: true", "adapter: qlora", "datasets:\n  - path: data/alpaca.jsonl\n    type: alpaca"],
-            ("alpaca", {}),
+            ("alpaca_prompt", {}),
         ),
         (
             [

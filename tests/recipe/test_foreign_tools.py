@@ -226,14 +226,10 @@ def test_the_reasons_name_keys_that_exist() -> None:
 
 
 @pytest.mark.parametrize("line", ["  max_seq_len: null\n", ""])
-def test_torchtune_without_a_limit_is_said_to_lose_tokens(
-    folder: Path, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_torchtune_without_a_limit_loses_no_tokens(folder: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, said = imported(folder, "theirs.yaml", changed(TORCHTUNE, {"  max_seq_len: 640\n": line}), capsys)
-    assert values(recipe, "data.max_length", "data.excess_length") == [2048, "truncate"]
-    assert "tokenizer.max_seq_len -> data.max_length: 2048 (torchtune has no limit; tunekit drops or truncates" in said
-    assert "write data.max_length: the tokens of the longest row" in said
-    assert "max_length: 2048" in (folder / "recipe.yaml").read_text(encoding="utf-8")
+    assert values(recipe, "data.max_length", "data.excess_length") == [131072, "error"]
+    assert "tokenizer.max_seq_len -> data.max_length: 131072" in said
 
 
 @pytest.mark.parametrize(
@@ -311,6 +307,7 @@ def test_torchtune(
     assert values(recipe, *keys) == [str(folder / "base"), 640, "truncate", 2.0, 4e-4]
     assert values(recipe, *expected) == list(expected.values())
     if "alpaca" in recipe.data.train[0].path:
+        assert recipe.data.train[0].format == "alpaca_turn"
         assert recipe.data.train_on == "all"  # what its builder does where it is not told otherwise
     assert "theirs.yaml: a configuration of torchtune" in said
     assert "checkpointer.recipe_checkpoint -> nothing (it is empty)" in said
@@ -354,6 +351,7 @@ def test_what_torchtune_has_and_nothing_here_is_said(
             {"training_type: lora": "training_type: full", "load_in_4bit: true": "load_in_4bit: false"},
             {"adapter.method": "full", "model.quantization": "none"},
         ),
+        ({"format_type: auto": "format_type: alpaca"}, {"data.train.0.format": "alpaca_with_input"}),
         (
             {
                 "use_dora: false": "use_dora: true",
@@ -382,6 +380,7 @@ def test_unsloth(
     assert values(recipe, *keys) == ["adamw_8bit", "linear", 7, 1536]
     assert values(recipe, *expected) == list(expected.values())
     assert "default of Unsloth -> training.optimizer: 'adamw_8bit'" in said
+    assert ("write format: alpaca_with_input" in said) == (recipe.data.train[0].format == "auto")
 
 
 SCRIPT = """#!/bin/bash
@@ -400,10 +399,12 @@ echo done --r 99
 def test_unsloths_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe, said = imported(folder, "run.sh", SCRIPT, capsys)
     keys = ("adapter.r", "adapter.use_rslora", "model.quantization", "training.max_steps", "training.seed")
-    assert values(recipe, *keys) == [24, True, "nf4", 40, 12]
+    assert values(recipe, *keys, "data.train.0.format") == [24, True, "nf4", 40, 12, "alpaca_with_input"]
+    assert "run.sh:9: the script's prompt is alpaca_with_input with each line" in said
     assert "run.sh:9: quantization -> nothing (run `tunekit merge` or `tunekit export` on the result)" in said
     for change, what in (
         ({"--save_model": "--raw_text_file"}, "raw_text_file: .* tunekit cuts texts to data.max_length"),
+        ({"someone/rows": "rows.jsonl"}, "dataset: the script cuts a file into overlapping chunks of raw text"),
         ({"--r 24": "--r $RANK"}, r"run.sh:5: r: a shell would replace \$RANK"),
     ):
         with pytest.raises(RecipeError, match=what):
@@ -695,6 +696,79 @@ def test_the_teacher_is_a_model(folder: Path, capsys: pytest.CaptureFixture[str]
     assert values(recipe, "objective.teacher.name_or_path") == [str(folder / "teacher")]
 
 
+TRL_FILE = """
+model_name_or_path: org/base
+dataset_name: someone/rows
+use_peft: true
+output_dir: out
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("desirable_weight: 2.0", {"objective.method": "kto", "data.shuffle": False, "training.learning_rate": 1e-6}),
+        ("loss_type: apo_zero_unpaired\nbeta: 0.2", {"objective.method": "kto", "objective.beta": 0.2}),
+        ("loss_type: [sigmoid]\nbeta: 0.2", {"objective.method": "dpo", "objective.beta": 0.2}),
+        ("precompute_ref_log_probs: true\nld_alpha: 0.5", {"objective.method": "dpo", "data.shuffle": True}),
+        ("center_rewards_coefficient: 0.01", {"objective.method": "reward"}),
+        ("loss_type: nll\nassistant_only_loss: true", {"objective.method": "sft", "data.train_on": "assistant"}),
+        ("objective: dpo", {"objective.method": "dpo", "training.learning_rate": 1e-6}),
+        (
+            "objective: kto\nloss_type: apo_zero_unpaired\ntrain_sampling_strategy: random",
+            {"objective.method": "kto", "data.shuffle": True},
+        ),
+        ("packing: false\nshuffle_dataset: false", {"objective.method": "sft", "data.shuffle": True}),
+        ("packing: false\nmax_length: null", {"data.max_length": 131072, "data.excess_length": "error"}),
+        ("packing: false\nwarmup_steps: 0.1", {"training.warmup_ratio": 0.1, "training.warmup_steps": None}),
+        ("packing: false\nbf16: true\ndtype: bfloat16", {"model.dtype": "bfloat16"}),
+        ("packing: false\nbf16: true\ndtype: auto", {"model.dtype": "bfloat16"}),
+        ("packing: false\nbf16: false\nfp16: false", {"model.dtype": "float32"}),
+        ("packing: false\nfp16: false", {"model.dtype": "auto"}),
+        ("packing: false\nbf16: false\ndtype: bfloat16", {"model.dtype": "bfloat16"}),
+    ],
+)
+def test_a_file_of_trl_trains_what_its_trainer_does(
+    folder: Path, lines: str, expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file does not name the trainer; its keys do, or the user."""
+    recipe, _ = imported(folder, "theirs.yaml", f"{TRL_FILE}{lines}\n", capsys)
+    assert values(recipe, *expected) == list(expected.values())
+
+
+@pytest.mark.parametrize(
+    ("lines", "what"),
+    [
+        (
+            "",
+            r"several trainers have its keys; add the line `objective: sft` to it \(or dpo, kto, grpo, rloo, reward\)",
+        ),
+        ("beta: 0.1", r"add the line `objective: dpo` to it \(or kto, grpo, rloo\)"),
+        ("ld_alpha: 0.1\npacking: true", "no trainer has all of the keys ld_alpha, packing; add the line"),
+        ("packing: true\nmax_length: null", "max_length: packing needs the length of a packed row"),
+        ("packing: true\nbf16: true\ndtype: float32", "dtype: dtype and bf16 .* mean the same setting"),
+    ],
+)
+def test_a_file_of_trl_that_does_not_decide_is_refused(folder: Path, lines: str, what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        import_verb(str(_written(folder, "theirs.yaml", f"{TRL_FILE}{lines}\n")), str(folder / "recipe.yaml"))
+
+
+@pytest.mark.slow
+def test_the_trainers_of_a_key_are_those_that_have_it() -> None:
+    from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
+
+    from tunekit.recipe.foreign.trainer import LOSSES, READ_BY
+
+    configs = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "reward": RewardConfig}
+    configs |= {"grpo": GRPOConfig, "rloo": RLOOConfig}
+    for key, trainers in READ_BY.items():  # some keys are those of older versions
+        assert {name for name, config in configs.items() if key in config.__dataclass_fields__} <= {*trainers}, key
+    for name in ("sft", "kto"):
+        choices = configs[name].__dataclass_fields__["loss_type"].metadata["choices"]
+        assert {loss for loss, trainer in LOSSES.items() if trainer == name} == {*choices}
+
+
 AXOLOTL = """
 base_model: base
 datasets:
@@ -727,6 +801,13 @@ output_dir: out
         ),
         ("eval_strategy: epoch\neval_steps: 7", {"training.eval_steps": 100}, "eval_steps -> nothing (eval_strategy: "),
         ("save_strategy: 'no'", {}, "save_strategy -> nothing"),
+        ("shuffle_merged_datasets: false", {"data.shuffle": True}, "shuffle_merged_datasets -> nothing (Axolotl's tr"),
+        ("curriculum_sampling: true", {"data.shuffle": False}, "curriculum_sampling -> data.shuffle: false"),
+        (
+            "excess_length_strategy: raise",
+            {"data.excess_length": "error"},
+            "excess_length_strategy -> data.excess_length",
+        ),
         ("eos_token: <|im_end|>", {}, "eos_token -> nothing (the base's tokenizer has the same token)"),
         ("special_tokens: {eos_token: <|im_end|>, pad_token: x}", {}, "special_tokens -> nothing"),
         ("max_steps: 9", {"training.max_steps": 9}, "num_epochs -> nothing (training.max_steps takes precedence)"),
@@ -746,6 +827,31 @@ def test_what_changes_no_result_is_not_lost(
     recipe, said = imported(folder, "theirs.yaml", f"{AXOLOTL}{more}\n", capsys)
     assert values(recipe, *expected) == list(expected.values())
     assert line in said
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("rl: kto\nshuffle_merged_datasets: false", {"data.shuffle": False}),
+        ("rl: kto", {"data.shuffle": True}),
+        ("rl: dpo\ncurriculum_sampling: true", {"data.shuffle": True}),
+    ],
+)
+def test_axolotls_trainers_of_preferences_have_their_own_order(
+    folder: Path, lines: str, expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = changed(AXOLOTL, {"chat_template": "chatml.intel", "rows.jsonl": "someone/rows"})
+    recipe, _ = imported(folder, "theirs.yaml", f"{text}{lines}\n", capsys)
+    assert values(recipe, *expected) == list(expected.values())
+
+
+def test_axolotl_splits_long_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = AXOLOTL.replace("chat_template", "completion")
+    recipe, _ = imported(folder, "theirs.yaml", f"{text}excess_length_strategy: drop\n", capsys)
+    assert values(recipe, "data.train.0.format", "data.excess_length") == ["text", "split"]
+    mixed = AXOLOTL.replace("type: chat_template", "type: chat_template\n  - path: rows.jsonl\n    type: completion")
+    with pytest.raises(RecipeError, match=r"datasets: Axolotl splits the long texts .* and drops the long rows of the"):
+        import_verb(str(_written(folder, "theirs.yaml", mixed)), None)
 
 
 LOST = """

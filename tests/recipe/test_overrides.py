@@ -145,7 +145,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert recipe.model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (recipe.model.quantization, recipe.model.dtype) == ("nf4", "auto")
     assert recipe.adapter.model_dump(exclude_defaults=True) == {"r": 8, "alpha": 16.0}
-    assert [source.format for source in recipe.data.train] == ["alpaca", "chat"]
+    assert [source.format for source in recipe.data.train] == ["alpaca_prompt", "chat"]
     assert recipe.data.train[1].columns == {"talk": "messages"}
     assert (recipe.data.eval, recipe.data.max_length, recipe.data.packing) == (0.05, 4096, True)
     training = recipe.training

@@ -30,15 +30,21 @@ def make_example(row: Fields) -> Example:
     messages += history
     messages.append(Message("user", f"{instruction}\n{extra_input}" if extra_input else instruction))
     messages.append(Message("assistant", output))
-    plain = None if history else CompletionExample(_plain_prompt(system, instruction, extra_input), output)
+    start = f"{system}\n\n" if system else ""
+    plain = None if history else CompletionExample(f"{start}{plain_prompt(instruction, extra_input)}", output)
     return ChatExample(tuple(messages), without_template=plain)
 
 
-def _plain_prompt(system: str, instruction: str, extra_input: str) -> str:
-    start = f"{system}\n\n" if system else ""
+def plain_prompt(instruction: str, extra_input: str) -> str:
+    """Stanford Alpaca's prompt. Without an input, it has no section for one."""
     if extra_input:
-        return f"{start}{_WITH_INPUT}{instruction}\n\n### Input:\n{extra_input}\n\n### Response:\n"
-    return f"{start}{_WITHOUT_INPUT}{instruction}\n\n### Response:\n"
+        return prompt_with_input(instruction, extra_input)
+    return f"{_WITHOUT_INPUT}{instruction}\n\n### Response:\n"
+
+
+def prompt_with_input(instruction: str, extra_input: str) -> str:
+    """Stanford Alpaca's prompt with its section for the input."""
+    return f"{_WITH_INPUT}{instruction}\n\n### Input:\n{extra_input}\n\n### Response:\n"
 
 
 def _read_history(value: object) -> list[Message]:

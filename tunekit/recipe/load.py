@@ -28,6 +28,7 @@ from tunekit.recipe.foreign.tools import (
     trains_base,
     write_defaults,
 )
+from tunekit.recipe.foreign.trainer import settle_axolotl, settle_trl
 from tunekit.recipe.reading import checks
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, Place
 from tunekit.recipe.reading.dump import dump_recipe
@@ -113,6 +114,10 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
     if tool in WHOLE:
         WHOLE[tool](draft)
     elif tool is not None:
+        if tool == TRL:
+            settle_trl(draft, imported=imported)
+        if tool == AXOLOTL:
+            settle_axolotl(draft)
         drop_empty(draft)
     expand_shorthands(draft)
     rewrite_aliases(draft)

@@ -9,6 +9,7 @@ from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
 
 UNTRANSLATED = "it has no translation"
+UNLIMITED = 1 << 17  # data.max_length for tools without a limit
 
 
 def rewrite(draft: Draft, key: KeyPath, alias: Alias) -> None:
@@ -58,6 +59,16 @@ def write(draft: Draft, target: KeyPath, value: object, place: Place, spelled: s
     shown = f": {text}" if translated and not isinstance(value, list | dict) else ""
     record(draft, place, spelled, f"{dotted(target)}{shown}")
     return True
+
+
+def write_unlimited(draft: Draft, place: Place, spelled: str, *, packing: bool) -> None:
+    """Write data.max_length and data.excess_length for a tool that neither drops nor truncates rows. `packing`: whether
+    it packs rows, which needs a limit."""
+    if packing:
+        complain(draft, place, spelled, "packing needs the length of a packed row", "write data.max_length")
+        return
+    write(draft, ("data", "max_length"), UNLIMITED, place, spelled)
+    write(draft, ("data", "excess_length"), "error", place, spelled)
 
 
 def take(draft: Draft, name: str) -> tuple[Any, Place] | None:

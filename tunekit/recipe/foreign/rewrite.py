@@ -28,6 +28,7 @@ SPECIAL_TOKENS: tuple[KeyPath, ...] = (
 )
 MAX_FILE_BYTES = 8 << 20
 PER_EPOCH = {"evals_per_epoch": "training.eval_steps", "saves_per_epoch": "training.save_steps"}
+UNSET = "nothing (the device decides)"
 _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 
 
@@ -58,6 +59,7 @@ def rewrite_aliases(draft: Draft) -> None:
     if evaluates is not None and draft.has(("eval_strategy",)):
         draft.remove(("eval_strategy",))  # its result depends on data.eval, see below
     _settle_special_tokens(draft)
+    _rewrite_warmup(draft)
     _rewrite_quantization(draft)
     _rewrite_precision(draft)
     dora = [(key, place) for key in DORA if draft.get(key) is True for place in [draft.place(key)] if draft.remove(key)]
@@ -125,8 +127,17 @@ def _write_quantization(draft: Draft, bits: dict[str, tuple[int, Place]]) -> Non
         write(draft, QUANTIZATION, kind if four_bit else "int8", bits[name][1], name)
 
 
+def _rewrite_warmup(draft: Draft) -> None:
+    """warmup_steps below 1 -> warmup_ratio: in transformers 5, such a number is a share of all steps."""
+    steps, key = draft.get(("warmup_steps",)), ("warmup_ratio",)
+    if isinstance(steps, float) and 0 < steps < 1 and not draft.has(key):
+        draft.set(key, steps, draft.place(("warmup_steps",)))
+        record(draft, draft.place(key), "warmup_steps", f"warmup_ratio: {steps:g} (a share of all steps)")
+        draft.remove(("warmup_steps",))
+
+
 def _rewrite_precision(draft: Draft) -> None:
-    """bf16 and fp16 -> model.dtype. If both are false, model.dtype is float32."""
+    """bf16 and fp16 -> model.dtype. If both are false, model.dtype is float32, unless dtype is written."""
     precisions = {name: taken for name in PRECISION_KEYS if (taken := take(draft, name)) is not None}
     names = {("bf16", True): "bfloat16", ("fp16", True): "float16", ("bf16", "auto"): "auto"}
     chosen: list[tuple[str, str]] = []
@@ -142,10 +153,19 @@ def _rewrite_precision(draft: Draft) -> None:
         place = precisions["fp16"][1]
         complain(draft, place, "fp16", f"contradicts bf16 ({precisions['bf16'][1]})", "keep one")
         return
-    if all(value is False for value, _ in precisions.values()):
-        chosen = [(name, "float32") for name in precisions][:1]
-    for name, dtype in chosen:
-        write(draft, ("model", "dtype"), dtype, precisions[name][1], name)
+    written = next((name for name in ("dtype", "torch_dtype") if draft.get((name,)) is not None), None)
+    if not chosen and "bf16" in precisions and written is None:
+        chosen = [("bf16", "float32")]
+    for name, (_, place) in precisions.items():
+        dtype = dict(chosen).get(name)
+        if dtype is None or (written is not None and dtype in ("auto", draft.get((written,)))):
+            record(
+                draft, place, name, f"nothing ({written or 'the other key'} decides)" if written or chosen else UNSET
+            )
+            continue
+        if written is not None and draft.get((written,)) == "auto" and (found := take(draft, written)) is not None:
+            record(draft, found[1], written, f"nothing ({name} decides)")
+        write(draft, ("model", "dtype"), dtype, place, name)
 
 
 def _settle_constant(draft: Draft, spelled: str) -> None:

@@ -24,6 +24,7 @@ _OPTIMIZERS = one_of(
 _SWITCH = these(True, False)
 _ATTENTION = one_of({"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"})
 _STRATEGY = one_of({"steps": NOTHING, "epoch": NOTHING, "no": NOTHING, "best": NOTHING, False: NOTHING})
+_EXCESS = {"drop": "drop", "truncate": "truncate", "raise": "error"}
 _SHARDED = "memory.sharding: full divides the base among the ranks of a run"
 _UPLOADED = "tunekit uploads nothing; use `hf upload` with the finished folder"
 _TOKENS = "rows end with the end token of the base's tokenizer; the chat template defines the end of chat turns"
@@ -67,7 +68,10 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("data.train_on", "assistant_only_loss", by=one_of({True: "assistant", False: NOTHING})),
     **to("data.chat_template", "chat_template_path", *TEMPLATE_KEYS),  # rewrite.py handles the last two
     **{name: Alias(("data", "train", 0, field), same) for name, field in SOURCE_KEYS.items()},  # rewrite.py
-    **to("data.shuffle", "shuffle_merged_datasets"),
+    **to("data.shuffle", "train_sampling_strategy", by=one_of({"random": True, "sequential": False})),
+    **dropped("Axolotl's trainer shuffles the rows of each epoch in any case", "shuffle_merged_datasets"),
+    **to("data.shuffle", "curriculum_sampling", by=one_of({True: False, False: NOTHING})),
+    **to("data.excess_length", "excess_length_strategy", by=one_of(_EXCESS)),
     **to("data.shuffle", "disable_shuffling", by=values.negated),
     **to("adapter.method", "finetuning_type"),
     **nowhere(exactly(True, how="write adapter: {method: ...}"), "use_peft"),

@@ -153,6 +153,7 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         defaults["training.learning_rate"] = rate_of(objective)
         defaults |= OF_SAMPLING if objective in ("grpo", "rloo") else {}
         defaults |= {"data.excess_length": "drop"} if objective == "reward" else {}
+        defaults |= {"data.shuffle": False} if objective == "kto" else {}
         defaults |= {"model.double_quantization": False} if draft.get(("model", "quantization")) == "nf4" else {}
         if objective in ("sft", "None") and not draft.has(("data", "train_on")):
             draft.rewrites.append(f"{draft.file}: {TRAINED_TOKENS}")

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tunekit.recipe.data import DataSection
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
+from tunekit.recipe.foreign.become import write_unlimited
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
 from tunekit.recipe.foreign.values import NOTHING, NotExact, Translate, exactly, lost, mapping_of, one_of, these
@@ -16,7 +16,6 @@ from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show
 
 COMPONENT = "_component_"
-UNLIMITED = DataSection.model_fields["max_length"].default  # used if torchtune has no limit
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 HEAD, TAIL = re.compile(r"(\w+)\[:(\d+)%\]"), re.compile(r"(\w+)\[(\d+)%:\]")  # such as train[:95%]
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
@@ -25,8 +24,8 @@ FUSED = ("phi3", "phi4")  # their modules have other names in transformers
 NOT_TEXT = ("vision", "clip", "flamingo")
 PAIRED = {"question": "prompt", "response_j": "chosen", "response_k": "rejected"}
 DATASETS: dict[str, dict[str, Any]] = {  # the source of a builder without arguments
-    "alpaca_dataset": {"path": "tatsu-lab/alpaca", "format": "alpaca"},
-    "alpaca_cleaned_dataset": {"path": "yahma/alpaca-cleaned", "format": "alpaca"},
+    "alpaca_dataset": {"path": "tatsu-lab/alpaca", "format": "alpaca_turn"},
+    "alpaca_cleaned_dataset": {"path": "yahma/alpaca-cleaned", "format": "alpaca_turn"},
     "slimorca_dataset": {"path": "Open-Orca/SlimOrca-Dedup", "format": "sharegpt"},
     "stack_exchange_paired_dataset": {
         "path": "lvwerra/stack-exchange-paired",
@@ -168,14 +167,11 @@ def rewrite_torchtune(draft: Draft) -> None:
 
 
 def _write_max_length(theirs: Theirs) -> None:
-    """Write data.max_length if torchtune has no limit, with a note that longer rows are dropped or truncated."""
+    """Write data.max_length if torchtune has no limit."""
     key = "tokenizer.max_seq_len"
     if theirs.get(key) is None:
         theirs.take(key)
-        lost = f"{UNLIMITED} (torchtune has no limit; tunekit drops or truncates longer rows)"
-        theirs.draft.set(("data", "max_length"), UNLIMITED, theirs.places[key])
-        how = "write data.max_length: the tokens of the longest row (`tunekit data check` counts them)"
-        theirs.record(key, f"data.max_length: {lost}; {how}")
+        write_unlimited(theirs.draft, theirs.places[key], key, packing=theirs.draft.get(("data", "packing")) is True)
 
 
 def _referred(theirs: Theirs, value: object) -> object:

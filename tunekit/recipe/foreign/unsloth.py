@@ -7,11 +7,17 @@ from tunekit.recipe.foreign import values
 from tunekit.recipe.foreign.alias import Alias, dropped, nowhere, to
 from tunekit.recipe.foreign.nested import Theirs, take_all
 from tunekit.recipe.foreign.table import TOP_LEVEL
-from tunekit.recipe.foreign.values import NOTHING, exactly, lost, one_of, switch, these
+from tunekit.recipe.foreign.values import NOTHING, NotExact, exactly, lost, one_of, switch, these
 from tunekit.recipe.reading.draft import Draft
 from tunekit.recipe.reading.suggest import show
 
-FORMATS = {"auto": "auto", "alpaca": "alpaca", "chatml": "chat", "sharegpt": "sharegpt"}
+FORMATS = {"auto": "auto", "alpaca": "alpaca_with_input", "chatml": "chat", "sharegpt": "sharegpt"}
+RAW_TEXT = (".txt", ".md", ".json", ".jsonl")  # endings of files that the script reads as raw text
+AUTO_ROWS = (
+    "Unsloth renders rows of instruction, input and output with Alpaca's prompt; if the rows have these columns, write "
+    f"format: {FORMATS['alpaca']}"
+)
+INDENTED = "the script's prompt is alpaca_with_input with each line after the first indented by four spaces"
 _RECOMPUTED = one_of({"unsloth": True, "true": True, True: True, "none": False, False: False})
 _LOFTQ = switch("loftq")
 _IMAGES = "tunekit does not train models that read images and write text"
@@ -24,6 +30,13 @@ def unset_by_zero(value: object) -> object:
 
 def _dtype(value: object) -> object:
     return NOTHING if value in ("None", "none", "auto") else these("bfloat16", "float16")(value)
+
+
+def _rows(value: object) -> object:
+    """Translate the data set of Unsloth's script. Raises: NotExact for a file of raw text."""
+    if str(value).endswith(RAW_TEXT):
+        raise NotExact("the script cuts a file into overlapping chunks of raw text", "write data.train")
+    return [{"path": value, "format": FORMATS["alpaca"]}]
 
 
 SECTIONS: dict[str, Alias] = {
@@ -68,7 +81,7 @@ OPTIONS: dict[str, Alias] = {  # options of unsloth-cli.py: TRL's keys and these
     **to("adapter.r", "r"),
     **to("adapter.bias", "bias"),
     **to("adapter.method", "use_dora", by=switch("dora")),
-    **to("data.train", "dataset", by=lambda value: [{"path": value, "format": "alpaca"}]),
+    **to("data.train", "dataset", by=_rows),
     **to("adapter.start", "loftq_config", by=lambda value: NOTHING if value in ("None", "none") else "loftq"),
     **to("memory.gradient_checkpointing", "use_gradient_checkpointing", by=_RECOMPUTED),
     **dropped("training.seed is also the seed of the adapter's initialisation", "random_state"),
@@ -94,7 +107,10 @@ def rewrite_sections(draft: Draft) -> None:
 
 def rewrite_options(draft: Draft) -> None:
     """Replace every option of Unsloth's script, in place."""
-    take_all(draft).settle(OPTIONS)
+    theirs = take_all(draft)
+    if theirs.get("dataset") is not None:
+        draft.rewrites.append(f"{theirs.values['dataset'][1]}: {INDENTED}")
+    theirs.settle(OPTIONS)
 
 
 def _write_sources(theirs: Theirs) -> None:
@@ -109,3 +125,5 @@ def _write_sources(theirs: Theirs) -> None:
     paths = [*([hub] if hub else []), *(files if isinstance(files, list) else [files])]
     if paths:
         theirs.write(name, "data.train", [{"path": path, "format": FORMATS[kind]} for path in paths])
+        if kind == "auto":
+            theirs.draft.rewrites.append(f"{theirs.places[name]}: {AUTO_ROWS}")

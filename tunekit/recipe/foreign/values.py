@@ -13,7 +13,7 @@ NOTHING: Final = object()
 Translate = Callable[[object], object]
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
-_DATASET_TYPES = {"alpaca": "alpaca", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
+_DATASET_TYPES = {"alpaca": "alpaca_prompt", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
 _DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.ultra"), "preference")  # Axolotl's
 _DATASET_TYPES |= dict.fromkeys(("chatml.intel", "chatml.argilla", "chatml.argilla_chat"), "auto")  # pairs, or KTO
 _DATASET_KEYS = (

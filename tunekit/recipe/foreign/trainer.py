@@ -1,0 +1,125 @@
+"""Settings that the trainers of TRL and Axolotl decide, not single keys: the objective, the order of the rows, and what
+becomes of long rows."""
+
+from tunekit.errors import RecipeError
+from tunekit.recipe.foreign.become import complain, record, take, write, write_unlimited
+from tunekit.recipe.reading.draft import Draft, Place
+
+_SAMPLED = ("grpo", "rloo")
+_REFERRED = ("dpo", "kto", *_SAMPLED)  # trainers with a reference model
+TRAINERS = ("sft", *_REFERRED, "reward")
+# keys that some trainers of TRL lack, and the trainers that have them
+READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("packing", "packing_strategy", "eval_packing", "dataset_text_field", "dataset_kwargs"), ("sft",)),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), ("sft",)),
+    "max_seq_length": ("sft",),
+    "padding_free": ("sft", "dpo"),
+    "truncation_mode": ("sft", "dpo", "kto"),
+    **dict.fromkeys(("loss_weights", "rpo_alpha", "ld_alpha", "discopop_tau", "label_smoothing"), ("dpo",)),
+    **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"), ("dpo",)),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",)),
+    "center_rewards_coefficient": ("reward",),
+    "precompute_ref_log_probs": ("dpo", "kto"),
+    **dict.fromkeys(("beta", "sync_ref_model", "max_prompt_length", "max_completion_length"), _REFERRED),
+    **dict.fromkeys(("num_generations", "num_iterations", "temperature", "reward_funcs"), _SAMPLED),
+    **dict.fromkeys(("top_p", "top_k", "epsilon", "epsilon_high", "reward_weights", "use_vllm"), _SAMPLED),
+    **dict.fromkeys(("mask_truncated_completions", "log_completions"), _SAMPLED),
+    **dict.fromkeys(("scale_rewards", "importance_sampling_level", "use_bias_correction_kl"), ("grpo",)),
+    "normalize_advantages": ("rloo",),
+    "shuffle_dataset": ("sft", *_SAMPLED),
+    "max_length": ("sft", "dpo", "kto", "reward"),
+}
+LOSSES = {  # loss_type -> trainer; the other losses are DPO's
+    **dict.fromkeys(("nll", "dft", "chunked_nll"), "sft"),
+    **dict.fromkeys(("kto", "apo_zero_unpaired"), "kto"),
+    **dict.fromkeys(("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"), "grpo"),
+}
+NEXT_TOKEN = ("nll", "chunked_nll")
+COMPLETION = "completion"
+
+
+def settle_trl(draft: Draft, *, imported: bool) -> None:
+    """Rewrite the keys of a TRL configuration whose meaning depends on its trainer, in place.
+
+    Raises: RecipeError if the keys do not decide the trainer, and the file is `imported`.
+    """
+    _write_trainer(draft, imported)
+    length = ("max_length",)
+    if draft.has(length) and draft.get(length) is None:
+        place = draft.place(length)
+        draft.remove(length)
+        write_unlimited(draft, place, "max_length", packing=draft.get(("packing",)) is True)
+    if _objective(draft) not in _SAMPLED:
+        _drop(draft, "shuffle_dataset", "the trainer shuffles the rows of each epoch")
+    if draft.get(("loss_type",)) in NEXT_TOKEN:
+        _drop(draft, "loss_type", "it is the loss of sft")
+
+
+def settle_axolotl(draft: Draft) -> None:
+    """Rewrite the keys of an Axolotl configuration that depend on each other, in place: the order of the rows, and
+    data.excess_length. Its trainers shuffle the rows of each epoch, except with curriculum_sampling, and for KTO."""
+    sources, method = draft.get(("datasets",)), draft.get(("rl",))
+    keeps_order = draft.get(("shuffle_merged_datasets",)) is False
+    mixed = isinstance(sources, list) and len(sources) > 1 and not keeps_order
+    if draft.get(("curriculum_sampling",)) is True and (mixed or method not in (None, *_SAMPLED)):
+        why = "the mixed data sets are shuffled" if mixed else f"the trainer of {method} does not read it"
+        _drop(draft, "curriculum_sampling", why)
+    if method == "kto" and keeps_order:
+        place = draft.place(("shuffle_merged_datasets",))
+        draft.remove(("shuffle_merged_datasets",))
+        write(draft, ("data", "shuffle"), False, place, "shuffle_merged_datasets")
+    _write_excess(draft, sources)
+
+
+def _write_excess(draft: Draft, sources: object) -> None:
+    """Write data.excess_length: split for texts, which Axolotl cuts into pieces of sequence_len tokens. If the file has
+    other rows too, this is a problem: Axolotl drops these, and the recipe has one setting for all rows."""
+    kinds = {str(item.get("type")) for item in sources if isinstance(item, dict)} if isinstance(sources, list) else {""}
+    if COMPLETION not in kinds:
+        return
+    place = draft.place(("datasets",))
+    if len(kinds) > 1:
+        what = f"Axolotl splits the long texts of type {COMPLETION}, and drops the long rows of the other types"
+        complain(draft, place, "datasets", what, "write data.excess_length: split or drop, for all rows")
+        return
+    write(draft, ("data", "excess_length"), "split", place, f"type: {COMPLETION}")
+    _drop(draft, "excess_length_strategy", "long texts are split")
+
+
+def _drop(draft: Draft, name: str, why: str) -> None:
+    if (taken := take(draft, name)) is not None:
+        record(draft, taken[1], name, f"nothing ({why})")
+
+
+def _objective(draft: Draft) -> object:
+    written = draft.get(("rl",), draft.get(("objective",)))
+    return written.get("method") if isinstance(written, dict) else written
+
+
+def _write_trainer(draft: Draft, imported: bool) -> None:
+    """Write objective.method for the trainer whose keys the file has. A configuration of TRL does not name it.
+
+    Raises: RecipeError.
+    """
+    if _objective(draft) is not None:
+        return
+    deciding = [name for name in draft.values if draft.values[name] is not None and _readers(draft, name)]
+    possible = [trainer for trainer in TRAINERS if all(trainer in _readers(draft, name) for name in deciding)]
+    if len(possible) == 1:
+        key = min(deciding, key=lambda name: len(_readers(draft, name)))
+        write(draft, ("objective", "method"), possible[0], draft.place((key,)), key)
+        return
+    why = f"no trainer has all of the keys {', '.join(deciding)}" if not possible else "several trainers have its keys"
+    what, named = f"the file does not name TRL's trainer, and {why}", possible or TRAINERS
+    how = f"add the line `objective: {named[0]}` to it (or {', '.join(named[1:])})"
+    if imported:
+        raise RecipeError(what, how, file=draft.file, key="objective")
+    record(draft, Place(draft.file), "objective", f"sft, because {what}; for a different objective, {how}")
+
+
+def _readers(draft: Draft, name: str) -> tuple[str, ...]:
+    """The trainers that have this key, with its value; empty for keys that all trainers have."""
+    if name != "loss_type":
+        return READ_BY.get(name, ())
+    value = draft.values[name]
+    return (LOSSES.get(value, "dpo") if isinstance(value, str) else "dpo",)
