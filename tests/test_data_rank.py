@@ -25,7 +25,7 @@ from tests.objectives.test_dpo import write_recipe as write_pair_recipe
 from tests.objectives.test_problem_types import write_recipe as write_numbers
 from tests.support.train_case import write_recipe as write_chat_recipe
 from tunekit.artifacts.report.values import read_run
-from tunekit.contracts import Batch, Objective, Row
+from tunekit.contracts import Batch, Objective, Row, RowLayout
 from tunekit.data.rows import RowSet
 from tunekit.data_rank import _labels, _run_rows, data_rank_verb
 from tunekit.errors import AdapterError, InputError, ModelError, ResourceError, RunFolderError
@@ -36,7 +36,7 @@ from tunekit.machine.devices import make_devices
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.states import load_states
 from tunekit.targets.target import LoadedTarget, find_target
-from tunekit.training.influence import SIZE, make_projection, row_gradients
+from tunekit.training.influence import SIZE, _short_together, make_projection, row_gradients
 from tunekit.training.split_gradients import Take, split_gradients
 from tunekit.tuned.model import TunedModel
 
@@ -214,6 +214,22 @@ def test_rows_together_have_the_gradients_of_rows_alone(
     monkeypatch.setattr("tunekit.training.influence.can_split", lambda model: True)
     monkeypatch.setattr("tunekit.training.influence.split_gradients", lambda *arguments: None)
     assert np.allclose(row_gradients(model, rows.objective, rows.train, projection), alone, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    [
+        (RowLayout({}, (), sizes=2), [(0, 2, 1)]),
+        (RowLayout({}, (), sizes=2, minimum=(300, 0)), [(0,), (2,), (1,)]),  # Whisper's encoder reads 30 seconds
+        (RowLayout({}, (), sizes=2, paired=True), [(0, 2), (1,)]),
+    ],
+)
+def test_rows_that_are_computed_together_have_few_tokens_and_frames(
+    layout: RowLayout, groups: list[tuple[int, ...]]
+) -> None:
+    """16 recordings of a few tokens needed more than twice the memory of the training."""
+    rows: Any = SimpleNamespace(sizes=np.array([[5, 1], [4, 150], [5, 2]]))
+    assert [tuple(group) for group in _short_together(rows, layout)] == groups
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunekit.contracts import Objective, Progress, Row, Rows, Window, no_progress
+from tunekit.contracts import Objective, Progress, Row, RowLayout, Rows, Window, no_progress
 from tunekit.errors import is_out_of_memory
 from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.scores import prepared, undisturbed
@@ -73,7 +73,7 @@ def row_gradients(
     """
     gradients, done, splits = torch.zeros(len(rows), SIZE, device=model.device), 0, can_split(model)
     alone = partial(_one_by_one, model, objective, make_engine(0, model.slots, ROWS_AT_ONCE, Splitting()), projection)
-    for numbers in _short_together(rows) if splits else _in_order(rows):
+    for numbers in _short_together(rows, objective.rows.layout) if splits else _in_order(rows):
         some, together = [rows[number] for number in numbers], None
         if splits and len(some) > 1:
             together = _together(model, objective, projection, some)
@@ -91,12 +91,13 @@ def _in_order(rows: Rows) -> Iterator[Sequence[int]]:
     return (range(start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
 
 
-def _short_together(rows: Rows) -> Iterator[Sequence[int]]:
+def _short_together(rows: Rows, layout: RowLayout) -> Iterator[Sequence[int]]:
     """Groups of row numbers, shortest rows first. Padded to its longest row, a group has at most TOKENS_AT_ONCE tokens,
-    or is a single row."""
+    frames and pixels, or is a single row."""
     group: list[int] = []
-    for number in np.argsort(rows.lengths, kind="stable").tolist():
-        if group and (len(group) + 1) * int(rows.lengths[number]) > TOKENS_AT_ONCE:
+    padded = np.array([sum(layout.padded(sizes)) for sizes in rows.sizes.tolist()])
+    for number in np.argsort(padded, kind="stable").tolist():
+        if group and (len(group) + 1) * int(padded[number]) > TOKENS_AT_ONCE:
             yield group
             group = []
         group.append(number)
