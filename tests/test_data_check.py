@@ -74,6 +74,18 @@ def check(recipe: Path, fix: Path | None = None, overwrite: bool = False) -> tup
     return code, json.loads(out.read_text("utf-8"))["files"][0]
 
 
+def test_without_rensa_only_near_duplicates_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fresh install has no rensa, and the README begins with data check."""
+    for module in ("tunekit.data.looking.similar", "tunekit.data_check"):
+        monkeypatch.setattr(f"{module}.finds_near_duplicates", lambda: False)
+    assert data_check_verb(load_recipe(write(tmp_path)), None, str(tmp_path / "found.json")) == 2
+    found = set(json.loads((tmp_path / "found.json").read_text("utf-8"))["files"][0]["findings"])
+    assert found == {kind for _, kind in PLANTED.values()} - {"near"}
+    assert "near duplicates are not looked for, because rensa is not installed: pip install" in capsys.readouterr().out
+
+
 def test_planted_faults_are_found_and_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,8 +136,6 @@ def _key(override: str) -> str:
 def test_what_a_page_shows_runs(page: Page, twins: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "work"
     folder.mkdir()
-    if "tunekit data check" in page.lines and importlib.util.find_spec("rensa") is None:
-        pytest.skip("rensa is absent: pip install 'tunekit[data]'")
     write_rows(folder / "train.jsonl")
     for language, title, body in BLOCK.findall(page.text):
         if title and language != "sh":
@@ -223,6 +221,9 @@ def test_the_generated_pages_have_everything_that_has_a_name(pages: Path) -> Non
     kinds = {each.__name__ for each in classes if issubclass(each, errors.TunekitError)}
     assert kinds - headings("errors.md") <= {"TunekitError"}  # every error has a class of its own
     assert "| exists already | name another file with --output |" in said
+    changed = "| {key}: its files have changed since the run |"
+    assert f"{changed} restore the files, or train again and rank the new run |" in said
+    assert said.count(changed) == 1  # its repair is a variable, which other functions of the file have too
     assert said.count("\n| ") > 400
     assert "name_or_path: HuggingFaceTB/SmolLM2" in (pages / "tutorials" / "sft.md").read_text(encoding="utf-8")
 

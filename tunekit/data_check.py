@@ -11,7 +11,7 @@ from tunekit.artifacts.report.next_step import after_data_check
 from tunekit.console import Console
 from tunekit.data.looking.look import EXCESS, KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, write_rows_file
-from tunekit.data.looking.similar import SimilarityIndex
+from tunekit.data.looking.similar import NEAR_DUPLICATES, SimilarityIndex, finds_near_duplicates
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError, TunekitError, listed
 from tunekit.files.durable import json_result
@@ -27,10 +27,6 @@ SHOWN_ROWS = 8
 
 def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None, *, overwrite: bool = False) -> int:
     """Check all rows; returns 2 if rows should be corrected. Raises: TunekitError if the rows cannot be read."""
-    try:
-        import rensa  # noqa: F401
-    except ImportError as error:
-        raise InputError("finding near duplicates needs the package rensa", "pip install 'tunekit[data]'") from error
     refuse_to_replace("--json", json_file, loaded)
     if fix is not None:
         refuse_rows_file("--fix", fix, loaded, overwrite)
@@ -38,6 +34,8 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
         raise InputError("--overwrite replaces the file of --fix, but --fix is missing", "add --fix FILE")
     recipe, console, write_result = loaded.recipe, Console(json_file=json_file), json_result(json_file)
     console.info(*loaded.rewrites)
+    if not finds_near_duplicates():
+        console.info(f"near duplicates are not looked for, because rensa is not installed: {NEAR_DUPLICATES}")
     evaluation = recipe.data.eval if isinstance(recipe.data.eval, tuple) else ()
     example, data, limit = recipe.objective.example, recipe.data, recipe.data.max_length
     names = _names((*data.train, *evaluation))

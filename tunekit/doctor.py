@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.console import Console
+from tunekit.data.looking.similar import NEAR_DUPLICATES
 from tunekit.errors import InputError, ModelError
 from tunekit.files.cache_folder import cache_entries, clear_cache, default_cache_folder
 from tunekit.files.durable import free_bytes, json_result
@@ -33,7 +34,7 @@ from tunekit.records import bytes_text
 from tunekit.targets.target import find_target
 
 FEATURES = {  # feature -> (modules that it needs, the command that installs them)
-    "tunekit data check": (("rensa",), "pip install 'tunekit[data]'"),
+    "near duplicates in tunekit data check": (("rensa",), NEAR_DUPLICATES),
     "tunekit eval --tasks": (("lm_eval",), "pip install 'tunekit[evals]'"),
     "tunekit serve": (("starlette", "uvicorn"), "pip install 'tunekit[serve]'"),
     "output.report_to: [tensorboard]": (("tensorboard",), "pip install 'tunekit[tensorboard]'"),

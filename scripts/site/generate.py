@@ -275,14 +275,18 @@ def said_errors() -> Iterator[tuple[str, str, str]]:
     """(class, problem, repair) of every error whose text is in the source code. A Problem counts as a RecipeError."""
     for file in sorted((REPOSITORY / "tunekit").rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        words = {
-            node.targets[0].id: node.value
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        }
-        for node in ast.walk(tree):
+        # ast.walk lists an inner function after the function around it, so a node belongs to its innermost function
+        scopes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.FunctionDef)]
+        owners = {node: scope for scope in scopes for node in ast.walk(scope)}
+        assigned: dict[ast.AST, list[ast.Assign]] = {}
+        for node, scope in owners.items():
+            if isinstance(node, ast.Assign):
+                assigned.setdefault(scope, []).append(node)
+        for node, scope in owners.items():
             if not isinstance(node, ast.Call):
                 continue
+            before = sorted(assigned.get(scope, []), key=lambda each: each.lineno)
+            words = dict(pair for each in before if each.lineno < node.lineno for pair in named_values(each))
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             kind = "RecipeError" if name in BEFORE_WHAT else name
             what, how = (
@@ -290,6 +294,16 @@ def said_errors() -> Iterator[tuple[str, str, str]]:
             )
             if kind in CLASSES and re.search(r"[a-z]{2}", re.sub(r"\{[^}]*\}", "", what)):
                 yield kind, what, how
+
+
+def named_values(node: ast.Assign) -> Iterator[tuple[str, ast.expr]]:
+    """The names that an assignment sets, with their values: `what, how = "...", "..."` sets two."""
+    (target,) = node.targets[:1]
+    if isinstance(target, ast.Name):
+        yield target.id, node.value
+    elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+        for each, value in zip(target.elts, node.value.elts, strict=False):
+            yield from [(each.id, value)] if isinstance(each, ast.Name) else []
 
 
 def text_of(node: ast.expr, words: dict[str, ast.expr], depth: int = 0) -> str:

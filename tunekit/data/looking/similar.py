@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Protocol
 
@@ -21,6 +23,7 @@ UNSPACED = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"  # scripts wi
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 PLAIN_WORD = re.compile(r"\w+", re.ASCII)  # equals WORD for texts in ASCII, and takes a third of the time
 UNSPOKEN = str.maketrans(dict.fromkeys(".,;:!?'\"…。、，！？", " "))  # ignored in comparisons; accents are not ignored
+NEAR_DUPLICATES = "pip install 'tunekit[data]'"  # the command that installs the package for near duplicates
 RowLabel = LabelValue | bool | None  # the label of a row; None: the row has no label
 
 
@@ -71,17 +74,23 @@ class RowSignature:
     bands: Sequence[int] = ()
 
 
+@cache
+def finds_near_duplicates() -> bool:
+    """Whether the package that computes MinHashes is installed. Without it, only equal texts are found."""
+    return find_spec("rensa") is not None
+
+
 def signed(text: str, beside: str = "") -> RowSignature:
     """The signature of a text. Case, spaces and punctuation are ignored; a short text has no near duplicates.
 
     `beside`: a second text of the row. Only rows with the same second text can be near duplicates.
     """
-    from rensa import RMinHash
-
     lower, key = text.lower(), hash(_plain(text))
     words = (PLAIN_WORD if lower.isascii() else WORD).findall(lower)
-    if len(words) < FEWEST_WORDS:
+    if len(words) < FEWEST_WORDS or not finds_near_duplicates():
         return RowSignature(key)
+    from rensa import RMinHash
+
     signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
     signature.update([f"{beside}{a} {b}" for a, b in pairwise(words)])
     digest, width = tuple(signature.digest()), PERMUTATIONS // BANDS
