@@ -285,8 +285,9 @@ def said_errors() -> Iterator[tuple[str, str, str]]:
         for node, scope in owners.items():
             if not isinstance(node, ast.Call):
                 continue
-            before = sorted(assigned.get(scope, []), key=lambda each: each.lineno)
-            words = dict(pair for each in before if each.lineno < node.lineno for pair in named_values(each))
+            before = [each for each in assigned.get(scope, []) if each.lineno < node.lineno]
+            before = [*assigned.get(tree, []), *sorted(before, key=lambda each: each.lineno)]
+            words = dict(pair for each in before for pair in named_values(each))
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             kind = "RecipeError" if name in BEFORE_WHAT else name
             what, how = (
