@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,7 @@ from tunekit.exports.format import Certificate, Difference, Evidence, Exported, 
 from tunekit.exports.programs.program import Program
 from tunekit.exports.questions import NotComparable
 from tunekit.exports.whole_model import whole_model
-from tunekit.files.lock import LOCK_NAME
-from tunekit.files.work_folder import new_path
+from tunekit.files.work_folder import MARK, new_path
 from tunekit.merge import merge_verb
 from tunekit.targets.exportable import Exportable, make_exportable
 from tunekit.targets.target import find_target
@@ -192,7 +192,7 @@ def test_the_work_of_a_killed_process_is_removed_by_the_next_one(tmp_path: Path,
     for folder in (running, mine):
         folder.mkdir()
         (folder / "file").write_text("text")
-    (running / LOCK_NAME).write_text(f"{os.getpid()}\n")
+    (running / MARK).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
     assert run(kill=False).code == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"base", "adapter", "log", "out.copy", running.name, mine.name}

@@ -27,18 +27,28 @@ def is_held(folder: Path) -> bool:
     """Whether the process that last locked the folder is still running. This does not try to lock the folder."""
     path = folder / LOCK_NAME
     try:
-        process, machine = _read(path)
+        process, machine = read_holder(path)
         if machine not in ("", socket.gethostname()):
             return time.time() - path.stat().st_mtime < WATCHING_SECONDS
-        return bool(psutil.Process(process).create_time() <= path.stat().st_mtime)
+        return is_running(process, path)
     except PermissionError:  # Windows lets no other process read a locked file
         return not IS_POSIX
-    except (OSError, ValueError, psutil.Error):
+    except (OSError, ValueError):
         return False
 
 
-def _read(path: Path) -> tuple[int, str]:
-    """The id and the machine of the process that holds a lock; no machine in folders that other machines do not use.
+def is_running(process: int, path: Path) -> bool:
+    """Whether the process that wrote the file is running on this machine; a later process can have the same id.
+
+    Raises: OSError if the file cannot be read."""
+    try:
+        return bool(psutil.Process(process).create_time() <= path.stat().st_mtime)
+    except psutil.Error:
+        return False
+
+
+def read_holder(path: Path) -> tuple[int, str]:
+    """The id and the machine of the process that holds a lock; no machine in a lock of an older tunekit.
 
     Raises: OSError; ValueError for a lock that was released.
     """
@@ -72,7 +82,7 @@ class FolderLock:
     def _holder(self) -> str:
         """ " (its id is 123, on node-1)" for a message, if the lock file contains the process."""
         with contextlib.suppress(OSError, ValueError):
-            process, machine = _read(self.path)
+            process, machine = read_holder(self.path)
             return f" (its id is {process}, on {machine})" if machine else f" (its id is {process})"
         return ""
 
@@ -83,7 +93,7 @@ class FolderLock:
         Raises: RunFolderError if it is running: the file system does not show its lock.
         """
         with contextlib.suppress(OSError, ValueError):
-            if _read(self.path)[1] in ("", socket.gethostname()):
+            if read_holder(self.path)[1] in ("", socket.gethostname()):
                 return
             touched, deadline = self._touched(), time.monotonic() + WATCHING_SECONDS
             while time.monotonic() < deadline:

@@ -4,16 +4,18 @@ the folders of killed processes."""
 import glob
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tunekit.errors import InputError
 from tunekit.files.durable import FULL, explain, is_own, is_real_file, is_real_folder, remove_tree, replace_folder, sync
-from tunekit.files.lock import LOCK_NAME, is_held
+from tunekit.files.lock import is_running, read_holder
 
 TEMPORARY_PREFIX = "tunekit-"
+MARK = ".tunekit-temporary"  # only folders with this file are removed: a user's run can be named tunekit-x too
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def work_folder(path: Path) -> Iterator[Path]:
     _remove_leftovers(path.parent, f".{path.name}.part-")
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.part-", dir=path.parent))
     try:
-        _lock(work)
+        _mark(work)
         yield work
     finally:
         remove_tree(work)
@@ -36,21 +38,32 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     this user's killed processes are removed first."""
     _remove_leftovers(Path(tempfile.gettempdir()), TEMPORARY_PREFIX)
     folder = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)
-    _lock(Path(folder.name))
+    _mark(Path(folder.name))
     return folder
 
 
-def _lock(folder: Path) -> None:
-    (folder / LOCK_NAME).write_text(f"{os.getpid()}\n")
+def _mark(folder: Path) -> None:
+    """Write the id and the machine of this process into the folder; never a half file, which another process could
+    read."""
+    written = folder / f"{MARK}.new"
+    written.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+    written.replace(folder / MARK)
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove the folders of this user's killed processes. Other users' folders in a shared temporary folder stay. A
-    folder that cannot be removed is not an error."""
+    """Remove the folders of this user's killed processes on this machine. Folders of other users and of other machines,
+    which share a disk, stay. A folder that cannot be removed is not an error."""
     for folder in parent.glob(f"{glob.escape(prefix)}*"):
-        ours = is_real_folder(folder) and is_real_file(folder / LOCK_NAME) and is_own(folder)
-        if ours and not is_held(folder):
+        if is_real_folder(folder) and is_real_file(folder / MARK) and is_own(folder) and _has_ended(folder / MARK):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_ended(mark: Path) -> bool:
+    """Whether the process that made a folder was on this machine and has ended."""
+    with suppress(OSError, ValueError):
+        process, machine = read_holder(mark)
+        return machine == socket.gethostname() and not is_running(process, mark)
+    return False
 
 
 @contextmanager

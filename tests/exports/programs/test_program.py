@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,11 @@ from tunekit.errors import InputError
 from tunekit.exports.programs import program as module
 from tunekit.exports.programs.program import Program, find_program, run_script
 from tunekit.exports.programs.versions import PROGRAMS, STAMP
-from tunekit.files.lock import LOCK_NAME
-from tunekit.files.work_folder import temporary_folder
+from tunekit.files.lock import FolderLock
+from tunekit.files.work_folder import MARK, temporary_folder
 
 PYTHON = Program("fake", "1.0", Path(sys.executable))
+ENDED = f"99999999\n{socket.gethostname()}\n"  # the mark of a process that is not running
 WAITS = """
 import subprocess, time
 from pathlib import Path
@@ -119,31 +121,34 @@ program.run_script(program.Program("fake", "1.0", Path({sys.executable!r})), "wa
 def test_the_folder_of_a_killed_process_is_removed_by_the_next_one(
     scripts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a running process nor the user loses a folder."""
+    """Neither a running process (here or elsewhere) nor the user loses a folder; a run can have such a name."""
     temporary = tmp_path / "temporary"
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    running, mine, elsewhere = (temporary / f"tunekit-{name}" for name in ("running", "mine", "elsewhere"))
-    for folder in (running, mine, tmp_path / "target"):
+    names = ("running", "remote", "mine", "run", "elsewhere")
+    running, remote, mine, run, elsewhere = (temporary / f"tunekit-{name}" for name in names)
+    for folder in (running, remote, mine, run, tmp_path / "target"):
         folder.mkdir(parents=True)
         (folder / "file").write_text("text")
     elsewhere.symlink_to(tmp_path / "target")
-    (running / LOCK_NAME).write_text(f"{os.getpid()}\n")
-    (tmp_path / "target" / LOCK_NAME).write_text("")
+    (running / MARK).write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+    (remote / MARK).write_text("99999999\nanother-machine\n")
+    FolderLock(run).release()
+    (tmp_path / "target" / MARK).write_text(ENDED)
     (scripts / "kills.py").write_text(
         "import os, signal\ndef answer(request):\n    os.kill(os.getppid(), signal.SIGKILL)\n"
     )
     (scripts / "empty.py").write_text("def answer(request):\n    return {}\n")
     assert in_child(lambda: run_script(PYTHON, "kills", {}), tmp_path / "log").code == -signal.SIGKILL
-    assert len([*temporary.iterdir()]) == 4
+    assert len([*temporary.iterdir()]) == 6
     run_script(PYTHON, "empty", {})
-    assert {*temporary.iterdir()} == {running, mine, elsewhere}
+    assert {*temporary.iterdir()} == {running, remote, mine, run, elsewhere}
     assert (tmp_path / "target" / "file").exists()
 
 
 def test_a_folder_of_another_user_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "tunekit-theirs").mkdir()
-    (tmp_path / "tunekit-theirs" / LOCK_NAME).write_text("")
+    (tmp_path / "tunekit-theirs" / MARK).write_text(ENDED)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
         temporary_folder().cleanup()
