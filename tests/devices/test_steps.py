@@ -31,7 +31,7 @@ def waits_of(case: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         simulated.DOUBLE.waits()
         torch.cuda.set_sync_debug_mode("warn" if run.state.step else "default")
         try:
-            return make_step(run, window)
+            return (yield from make_step(run, window))  # a step is a generator
         finally:
             torch.cuda.set_sync_debug_mode("default")
             found.update(simulated.DOUBLE.waits())
@@ -39,6 +39,19 @@ def waits_of(case: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     monkeypatch.setattr(loop, "_make_step", watched)
     case.run()
     return found
+
+
+def test_a_planted_wait_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests would also pass if nothing was watched."""
+    case = case_of(folder)
+    run_window = case.parts.engine.run_window
+
+    def waits(*given: Any) -> Any:
+        case.optimizer.gradients()[0].sum().item()
+        return run_window(*given)
+
+    case.parts.engine.run_window = waits  # type: ignore[method-assign]
+    assert waits_of(case, monkeypatch) != {}
 
 
 def section(folder: Path, dtype: str = "float32", quantization: str = "none") -> ModelSection:

@@ -19,24 +19,33 @@ __all__ = ["whole_device"]
 
 WATCHING = """
 import os, sys
+from contextlib import contextmanager
 import torch
 from tests.devices import simulated
 from tunekit.training import loop
 
 found = []
 
-def watched(function):
-    def call(run, *given):
-        simulated.DOUBLE.waits()
-        torch.cuda.set_sync_debug_mode("warn" if run.state.step else "default")
-        try:
-            return function(run, *given)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            found.extend(simulated.DOUBLE.waits())
-    return call
+@contextmanager
+def watched(run):
+    simulated.DOUBLE.waits()
+    torch.cuda.set_sync_debug_mode("warn" if run.state.step else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        found.extend(simulated.DOUBLE.waits())
 
-loop._make_step, loop._stop_if_asked = watched(loop._make_step), watched(loop._stop_if_asked)
+def watched_step(run, window):
+    with watched(run):
+        return (yield from make_step(run, window))  # a step is a generator
+
+def watched_stop(run, *given):
+    with watched(run):
+        return stop_if_asked(run, *given)
+
+make_step, stop_if_asked = loop._make_step, loop._stop_if_asked
+loop._make_step, loop._stop_if_asked = watched_step, watched_stop
 from tunekit.cli import main
 
 try:

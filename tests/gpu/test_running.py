@@ -40,7 +40,7 @@ def test_no_step_waits_for_the_device(
         if run.state.step:  # the first makes handles and work spaces
             torch.cuda.set_sync_debug_mode("error")
         try:
-            return make_step(run, window)
+            return (yield from make_step(run, window))  # a step is a generator
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
