@@ -12,6 +12,7 @@ from tunekit.data.reading.first import open_rows
 from tunekit.data.reading.folder import is_folder, is_saved, with_table
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.replaced import refuse_to_replace, refuse_to_replace_named
+from tunekit.data.reading.several import files_of
 from tunekit.errors import DataError, Problem, RecipeError
 from tunekit.files.durable import json_result
 from tunekit.recipe.load import LoadedRecipe, load_recipe
@@ -111,7 +112,10 @@ def _refuse(recipes: Sequence[LoadedRecipe]) -> None:
 
 def _read_by_line(path: str) -> bool:
     """Whether the first row of a source can be read fast. Raises: DataError if the path is not a source of rows."""
-    return is_folder(path) or (not is_saved(path) and inspect_file(Path(path)).kind in READ_BY_LINE)
+    files = files_of(path)
+    if not files and (is_folder(path) or is_saved(path)):
+        return is_folder(path)
+    return inspect_file((files or (Path(path),))[0]).kind in READ_BY_LINE
 
 
 def _missing_files(recipe: Recipe) -> Iterator[Problem]:
@@ -132,5 +136,6 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
                         open_rows(first, recipe.objective.example, Problems())
                 except DataError as error:
                     found = error.problems[0]
-                    place = source.path if found.line is None else f"{source.path}:{found.line}"
+                    file = found.file or source.path
+                    place = file if found.line is None else f"{file}:{found.line}"
                     yield Problem(f"{place}: {found.what}", found.how, key=f"data.{name}.{index}.path")

@@ -9,11 +9,11 @@ from tunekit.recipe.bases.section import Count, Number, Positive, Section, Seed,
 
 
 class Source(Section):
-    """One data source: a file (JSONL, JSON, CSV, Parquet) or a hub data set."""
+    """One data source: a file (JSONL, JSON, CSV, Parquet, text), several such files, or a hub data set."""
 
     short = "path"
 
-    path: RowsPath = Field(description="a file, or a data set of the hub")
+    path: RowsPath = Field(description="a file, a folder, a pattern such as data/*.parquet, or a data set of the hub")
     format: Text = Field("auto", description="the format of a row; auto chooses it by the columns, and prints why")
     weight: Positive = Field(
         1.0,

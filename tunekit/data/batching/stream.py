@@ -7,7 +7,6 @@ encodes all earlier rows again.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +81,7 @@ class StreamedSource:
         buffer: list[Row] = []
         tokens = held = 0
         for row, line, _, _ in encoded:
-            buffer.append(replace(row, origin=f"{Path(self.sharded.source.path).name}:{line}"))
+            buffer.append(replace(row, origin=self.sharded.origin(line)))
             tokens += row.size
             held += sum(part.nbytes for part in row.parts.values())
             if len(buffer) >= BUFFER_ROWS or tokens >= BUFFER_TOKENS or held >= BUFFER_BYTES:

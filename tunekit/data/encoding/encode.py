@@ -11,6 +11,7 @@ import numpy as np
 from tunekit.contracts import Row, RowKind, RowLayout
 from tunekit.data.encoding.outcomes import Dropped, Outcome
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import place_of
 from tunekit.errors import DataError
 
 NO_TARGET = "no supervised token"
@@ -53,7 +54,7 @@ def encode_rows(
             counts.dropped[str(reason)] += 1
             continue
         except DataError as error:
-            problems.add_error(name, line, error)
+            problems.add_error(*place_of(name, line), error)
             continue
         counts.kept += 1
         digest = digest_of(outcome[-1], kind.layout)

@@ -18,6 +18,7 @@ from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.first import format_maker, media_fields, open_rows
 from tunekit.data.reading.folder import is_folder, media_folder, names_hash, passed_over
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.several import files_of
 from tunekit.data.reading.source import hub_fingerprint, is_data_set
 from tunekit.errors import DataError, Problem, RecipeError, TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
@@ -91,7 +92,7 @@ def load_source(
     store, facts = cached_store(cache_folder, key, kind.layout, encode, FACTS)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = format_note(name, facts["format"], facts["reason"], facts["columns"], caller_columns)
-    others = passed_over(Path(source.path)) if is_folder(source.path) else None
+    others = passed_over(Path(source.path), files_of(source.path)) if is_folder(source.path) else None
     counted = (counted_note(name, number, what) for what, number in facts["notices"].items())
     drawn = drawn_notes(name, source) if counts.read >= (source.max_rows or 0) else ()
     notices = (lead, *([] if others is None else [others]), *drawn, *counted)
@@ -106,11 +107,13 @@ def source_fingerprint(source: Source, kind: RowKind) -> str:
     path = Path(source.path)
     if is_data_set(source.path):
         content = hub_fingerprint(source)
+    elif files := files_of(source.path):
+        path, content = files[0], hash_of([content_hash(inspect_file(file).path) for file in files])
     elif is_folder(source.path):
         content = names_hash(path)
     else:
         content = content_hash(inspect_file(path).path)
-    suffixes = [] if is_folder(source.path) else path.suffixes
+    suffixes = [] if is_folder(str(path)) else path.suffixes
     facts = [content, suffixes, *encoding_facts(source, kind)]
     media = _media_hash(source, kind.example)
     return hash_of(facts if media is None else [*facts, media])

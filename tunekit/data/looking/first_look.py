@@ -14,6 +14,7 @@ from tunekit.data.reading.first import choose_format, columns_meant, format_make
 from tunekit.data.reading.folder import MEDIA, is_folder, is_media, passed_over, with_table
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.several import files_of
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
 from tunekit.files.untrusted import printable
@@ -158,7 +159,10 @@ def number_columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 def _folder_notes(data: str) -> list[str]:
     """The note about unread files, if `data` is a folder without a table."""
-    others = passed_over(Path(data)) if is_folder(with_table(Source(path=str(Path(data).absolute()))).path) else None
+    place = Path(data).absolute()
+    if not is_folder(with_table(Source(path=str(place))).path):
+        return []
+    others = passed_over(place, files_of(str(place)))
     return [] if others is None else [others]
 
 

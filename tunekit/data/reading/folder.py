@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from glob import has_magic
 from pathlib import Path
 
 from tunekit.data.reading.lines import RawRow
@@ -19,7 +20,7 @@ MEDIA = {
 CONVERTED = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw")
 SHOWN_NAMES = 4
 WARNING = "warning: "
-HOW = f"name a file in the folder, or put {TABLES[0]} or one folder per class into it"
+HOW = f"name a file, or files with a pattern such as FOLDER/*.jsonl, or put {TABLES[0]} or one folder per class into it"
 
 
 def is_folder(path: str) -> bool:
@@ -48,8 +49,11 @@ def with_table(source: Source) -> Source:
 
 
 def media_folder(path: str) -> Path:
-    """The folder to which paths in the rows of a source are relative."""
-    return Path(path) if os.path.isdir(path) else Path(path).parent
+    """The folder to which paths in the rows of a source are relative. For a pattern such as data/**/*.jsonl: data."""
+    if os.path.isdir(path):
+        return Path(path)
+    folders = Path(path).parents
+    return next((folder for folder in folders if not has_magic(str(folder)) or folder.is_dir()), folders[0])
 
 
 def is_media(name: str, kind: str | None = None) -> bool:
@@ -63,9 +67,9 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
     Raises: DataError if there is no such file, or if recordings and images are mixed.
     """
     kinds = {ending: kind for kind, endings in MEDIA.items() for ending in endings}
-    files = [(kinds[place.suffix.lower()], place) for place in _files(folder) if place.suffix.lower() in kinds]
+    files = [(kinds[place.suffix.lower()], place) for place in files_in(folder) if place.suffix.lower() in kinds]
     if not files:
-        what = "this folder contains no table, no recordings and no images"
+        what = "this folder contains no data files, no recordings and no images"
         others = passed_over(folder)
         what += "" if others is None else f" ({others.removeprefix(WARNING)})"
         raise DataError(what, HOW, file=str(folder))
@@ -76,7 +80,7 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
         yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})
 
 
-def _files(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     """The files in the folder and its subfolders, sorted, without hidden files."""
     return [
         place
@@ -87,10 +91,10 @@ def _files(folder: Path) -> list[Path]:
     ]
 
 
-def passed_over(folder: Path) -> str | None:
-    """A note that lists the unread files of a folder, which are neither recordings nor images. None if all files are
-    read."""
-    others = [place for place in _files(folder) if not is_media(place.name)]
+def passed_over(folder: Path, read: Container[Path] = ()) -> str | None:
+    """A note that lists the unread files of a folder: they are neither recordings nor images, and not in `read`. None
+    if all files are read."""
+    others = [place for place in files_in(folder) if not (is_media(place.name) or place in read)]
     if not others:
         return None
     names = listed([place.relative_to(folder) for place in others], SHOWN_NAMES)

@@ -1,12 +1,12 @@
 """Shards of large sources. Shards can be read separately and in any order.
 
-JSON Lines is cut at line ends, Parquet at row groups, and a folder of classes at files. A source that must be read
-from its start (CSV, a compressed file, a hub data set, a source with max_rows) is a single shard.
+JSON Lines is cut at line ends, Parquet at row groups, and a folder of classes at files. A file that must be read from
+its start (CSV, a compressed file) is a single shard, and so is a hub data set and a source with max_rows.
 """
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -14,8 +14,18 @@ from tunekit.data.reading.data_file import DataFile, inspect_file, open_bytes
 from tunekit.data.reading.folder import is_folder, names_hash
 from tunekit.data.reading.lines import LONGEST_LINE_BYTES, RawRow, parse_line
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import is_data_set, prepare_rows, read_row_groups, read_source, row_group_sizes
+from tunekit.data.reading.several import files_of
+from tunekit.data.reading.source import (
+    LINES_OF_FILE,
+    is_data_set,
+    prepare_rows,
+    read_file,
+    read_row_groups,
+    read_source,
+    row_group_sizes,
+)
 from tunekit.errors import DataError
+from tunekit.files.cache_folder import hash_of
 from tunekit.recipe.data import Source
 
 SHARD_BYTES = 2**20
@@ -23,61 +33,91 @@ SHARD_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Shard:
-    """Bytes start .. stop-1 of a JSON Lines file, or row group `start` of a Parquet file.
+    """Bytes start .. stop-1 of a JSON Lines file, or row group `start` of a Parquet file; with stop = -1, all rows.
 
-    `before`: the number of lines (or rows) before the shard.
+    `before`: the number of lines (or rows) of the file before the shard. `file`: the number of the file in the source.
     """
 
     start: int
     stop: int
     before: int
+    file: int = 0
+
+
+ALL_ROWS = Shard(0, -1, 0)
 
 
 @dataclass(frozen=True)
 class Sharded:
-    """A source with its shards. `lines`: the number of lines, if known. `content`: the sha256 of the file, or of the
+    """A source with its shards. `lines`: the number of lines, if known. `content`: the sha256 of the files, or of the
     name of a hub data set."""
 
     source: Source
-    file: DataFile | None
+    files: tuple[DataFile, ...]
     shards: tuple[Shard, ...]
     lines: int | None
     content: str
     rows: tuple[RawRow, ...] = ()  # rows of a folder, which only name files
 
+    def origin(self, line: int) -> str:
+        """The name of the file and the line of a row in it. `line`: the row's number, as `read` counts."""
+        number, line = divmod(line, LINES_OF_FILE)
+        path = self.files[number].path if self.files else Path(self.source.path)
+        return f"{path.name}:{line}"
+
     def read(self, shard: Shard, problems: Problems) -> Iterator[RawRow]:
-        """The raw rows of one shard."""
+        """The raw rows of one shard. The line numbers in file number n of the source begin at n * LINES_OF_FILE."""
         if self.rows:
             return iter(self.rows[shard.start : shard.stop])
-        if self.file is None or shard.stop < 0:
+        if not self.files:
             return read_source(self.source, problems)
-        if self.file.kind == "parquet":
-            rows = read_row_groups(self.file, problems, [shard.start], shard.before)
+        file = self.files[shard.file]
+        if shard.stop < 0:
+            rows = read_file(file, problems)
+        elif file.kind == "parquet":
+            rows = read_row_groups(file, problems, [shard.start], shard.before)
         else:
-            rows = _read_lines(self.file, shard, problems)
-        return prepare_rows(rows, self.source, from_start=shard.before == 0)
+            rows = _read_lines(file, shard, problems)
+        if shard.file:
+            rows = _renumbered(rows, shard.file * LINES_OF_FILE)
+        named = self.source.model_copy(update={"path": str(file.path)})
+        return prepare_rows(rows, named, from_start=shard.before == shard.file == 0)
 
 
 def shard_source(source: Source) -> Sharded:
     """The shards of a source, after one pass over its bytes. Raises: DataError if the file cannot be streamed."""
     if is_data_set(source.path):
         name = hashlib.sha256(f"{source.path}@{source.revision}/{source.split}".encode()).hexdigest()
-        return Sharded(source, None, (Shard(0, -1, 0),), None, name)
-    if is_folder(source.path):
+        return Sharded(source, (), (ALL_ROWS,), None, name)
+    paths = files_of(source.path)
+    if not paths and is_folder(source.path):
         rows = tuple(read_source(source, Problems()))
         shards = tuple(Shard(number, number + 1, number) for number in range(len(rows)))
-        return Sharded(source, None, shards, len(rows), names_hash(Path(source.path)), rows)
-    file = inspect_file(Path(source.path))
+        return Sharded(source, (), shards, len(rows), names_hash(Path(source.path)), rows)
+    files = tuple(map(inspect_file, paths or (Path(source.path),)))
+    each = [_shards_of(file, number) for number, file in enumerate(files)]
+    content = each[0][2] if not paths else hash_of([digest for _, _, digest in each])
+    known = None if any(file.compressed for file in files) else sum(lines for _, lines, _ in each)
+    if source.max_rows is not None:
+        return Sharded(source, (), (ALL_ROWS,), known and min(known, source.max_rows), content)
+    return Sharded(source, files, tuple(shard for shards, _, _ in each for shard in shards), known, content)
+
+
+def _shards_of(file: DataFile, number: int) -> tuple[list[Shard], int, str]:
+    """The shards, the number of lines and the sha256 of the source's file with this number."""
     if file.kind in ("json", "text"):
         kind = "JSON array" if file.kind == "json" else "text file"
-        raise DataError(f"a {kind} cannot be streamed", "write the data as JSON Lines", file=source.path)
+        raise DataError(f"a {kind} cannot be streamed", "write the data as JSON Lines", file=str(file.path))
     shards, lines, content = _scan(file)
     if file.kind == "parquet":
         shards, lines = _row_groups(file)
-    if file.compressed or file.kind == "csv" or source.max_rows is not None:
-        known = None if file.compressed else min(lines, source.max_rows or lines)
-        return Sharded(source, file, (Shard(0, -1, 0),), known, content)
-    return Sharded(source, file, shards, lines, content)
+    if file.compressed or file.kind == "csv":
+        shards = (ALL_ROWS,)
+    return [replace(shard, file=number) for shard in shards], lines, content
+
+
+def _renumbered(rows: Iterator[RawRow], before: int) -> Iterator[RawRow]:
+    return (RawRow(before + row.line, row.values) for row in rows)
 
 
 def _scan(file: DataFile) -> tuple[tuple[Shard, ...], int, str]:

@@ -10,8 +10,10 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import compress, islice
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, compress, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from tunekit.data.reading.data_file import COPY, KINDS, DataFile, inspect_file, 
 from tunekit.data.reading.folder import is_folder, is_saved, read_classes, with_table
 from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.several import files_of
 from tunekit.errors import DataError
 from tunekit.formats.fields import Fields
 from tunekit.recipe.data import Source
@@ -27,6 +30,7 @@ from tunekit.recipe.data import Source
 # Separators of files that are wrongly called .csv -> advice
 SEPARATORS = {";": "save the file with commas between columns", "\t": "name the file .tsv"}
 TOOLS = ("tools", "tool_calls")  # fields that contain tools
+LINES_OF_FILE = 2**40  # more lines than a file has: numbers of streamed rows begin at a multiple for each file
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -54,15 +58,50 @@ def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
     if source.max_rows is not None:
         draws = source.draw_seed is not None
         rows = compress(rows, _drawn(source)) if draws else islice(rows, source.max_rows)
-    return prepare_rows(rows, source)
+    files = files_of(source.path)
+    return prepare_rows(rows, source.model_copy(update={"path": str(files[0])}) if files else source)
 
 
 def _all_rows(source: Source, problems: Problems) -> Iterator[RawRow]:
     if is_data_set(source.path):
         return _read_hub(source)
+    if files := files_of(source.path):
+        return _read_files(files, problems)
     if is_folder(source.path):
         return read_classes(Path(source.path))
     return read_file(inspect_file(Path(source.path)), problems)
+
+
+def _read_files(files: Sequence[Path], problems: Problems) -> Iterator[RawRow]:
+    """The rows of several files. Their line numbers continue from file to file."""
+    before = 0
+    for path in files:
+        last = 0
+        for row in read_file(inspect_file(path), problems):
+            last = row.line
+            yield RawRow(before + last, row.values)
+        before += last
+
+
+def place_of(path: str, line: int) -> tuple[str, int]:
+    """The file and the line of a row, for an error. `line`: its number in the source. If the source has several files
+    that are not streamed, the files are read again for it."""
+    files = files_of(path)
+    if not files:
+        return path, line
+    if line > LINES_OF_FILE:
+        return str(files[line // LINES_OF_FILE]), line % LINES_OF_FILE
+    ends = _ends(files)
+    number = min(bisect_left(ends, line), len(files) - 1)
+    return str(files[number]), line - (ends[number - 1] if number else 0)
+
+
+@lru_cache(maxsize=8)
+def _ends(files: tuple[Path, ...]) -> list[int]:
+    """The line number of the last row of each file, as `_read_files` counts."""
+    return list(
+        accumulate(max((row.line for row in read_file(inspect_file(file), Problems())), default=0) for file in files)
+    )
 
 
 def _drawn(source: Source) -> Iterable[bool]:
@@ -84,8 +123,10 @@ def _count_rows(source: Source) -> int:
             what = "max_rows draws from all rows, but the rows of a streamed data set of the hub cannot be counted"
             raise DataError(what, "write draw_seed: null to take the first rows, or streaming: false", file=source.path)
         return len(_load_hub(source, streaming=False))
-    if not is_folder(source.path) and (file := inspect_file(Path(source.path))).kind == "parquet":
-        return sum(row_group_sizes(file))
+    paths = files_of(source.path) or (() if is_folder(source.path) else (Path(source.path),))
+    files = [inspect_file(path) for path in paths]
+    if files and files[0].kind == "parquet":
+        return sum(sum(row_group_sizes(file)) for file in files)
     return sum(1 for _ in _all_rows(source, Problems()))
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
 
 def _is_local(text: str, endings: tuple[str, ...]) -> bool:
     """Whether a text looks like a path, not like a name on the hub."""
-    return is_like_path(text) or text.lower().endswith(endings)
+    return is_like_path(text) or text.lower().endswith(endings) or has_magic(text)
 
 
 def relative_path(path: str, folder: Path) -> str:

@@ -1,0 +1,159 @@
+"""A pattern or a folder of data files is one source, as if its files were one file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.data_case import settings, tokenizer_of, write_lines
+from tunekit.data.batching import stream
+from tunekit.data.reading import shards
+from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.shards import shard_source
+from tunekit.data.reading.source import read_source
+from tunekit.data.rows import RowSet, load_rows
+from tunekit.errors import DataError
+from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.objectives.base import make_objective
+from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.validate import validate
+
+SIZES = (30, 1, 25)
+TEXTS = [f"r{number:03d}" + "x" * (number % 5) for number in range(sum(SIZES))]
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_llama: Path) -> LoadedTokenizer:
+    return tokenizer_of(tiny_llama)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200)
+    monkeypatch.setattr(stream, "BUFFER_ROWS", 10)
+    monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
+
+
+def parts(folder: Path, ending: str = "jsonl", key: str = "text") -> Path:
+    """The texts, cut into files of different sizes."""
+    folder.mkdir()
+    start = 0
+    for number, size in enumerate(SIZES):
+        rows, place = [{key: text} for text in TEXTS[start : start + size]], folder / f"part-{number}.{ending}"
+        start += size
+        if ending == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), place, row_group_size=7)
+        elif ending == "csv":
+            place.write_text("".join(f"{line}\n" for line in [key, *(row[key] for row in rows)]), "utf-8")
+        else:
+            content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+            place.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+    return folder
+
+
+def read(path: Path | str, **changes: Any) -> list[Any]:
+    problems = Problems()
+    rows = list(read_source(Source(path=str(path), **changes), problems))
+    problems.raise_if_any()
+    return rows
+
+
+def load(tokenizer: LoadedTokenizer, path: Path | str, **changes: Any) -> RowSet:
+    sources = (Source(path=str(path), **changes),)
+    return load_rows(DataSection(train=sources, max_length=32), make_objective(SftSettings(), tokenizer), seed=0)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv", "jsonl.gz"])
+@pytest.mark.parametrize("pattern", ["", "*", "part-[0-9].*", "../**/part-*"])
+def test_the_files_are_read_in_the_order_of_their_names(ending: str, pattern: str, tmp_path: Path) -> None:
+    folder = parts(tmp_path / "d", ending)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "hidden.jsonl").write_text("{}")
+    rows = read(folder / pattern)
+    assert [row.values for row in rows] == [{"text": text} for text in TEXTS]
+    assert len({row.line for row in rows}) == len(TEXTS)
+    drawn = read(folder / pattern, max_rows=20)
+    assert len(drawn) == 20
+    assert {row.values["text"] for row in drawn} & set(TEXTS[-25:])
+
+
+def test_rows_and_fingerprint_follow_from_all_files(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    folder = parts(tmp_path / "d")
+    one = write_lines(tmp_path / "one.jsonl", [{"text": text} for text in TEXTS])
+    alone, several, pattern = (load(tiny, path) for path in (one, folder, folder / "*.jsonl"))
+    ids = [[rows.train[number].parts["ids"].tolist() for number in range(len(TEXTS))] for rows in (alone, several)]
+    assert ids[0] == ids[1]
+    assert several.train[31].origin == "d:32"
+    assert several.fingerprint == pattern.fingerprint != alone.fingerprint
+    write_lines(folder / "part-3.jsonl", [{"text": "more"}])
+    assert load(tiny, folder).fingerprint != several.fingerprint
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv", "jsonl.gz"])
+def test_a_stream_reads_every_row_of_every_file_once_an_epoch(
+    ending: str, tiny: LoadedTokenizer, tmp_path: Path
+) -> None:
+    folder = parts(tmp_path / "d", ending, key="words")
+    source = Source(path=f"{folder}/*", streaming=True, columns={"words": "text"})
+    sharded = shard_source(source)
+    found = [row for shard in sharded.shards for row in sharded.read(shard, Problems())]
+    whole = read(folder, columns={"words": "text"})
+    assert [row.values for row in found] == [row.values for row in whole]
+    assert sharded.lines == (None if ending.endswith(".gz") else len(TEXTS) + 3 * (ending == "csv"))
+    rows = load(tiny, folder, streaming=True, columns={"words": "text"})
+    steps = settings(micro_batch_size=4, gradient_accumulation_steps=1, max_steps=14, epochs=None)
+    trained = [
+        row.origin for window in rows.windows(steps).windows(0) for batch in window.batches for row in batch.rows
+    ]
+    assert len(trained) == len(TEXTS)
+    places = [sharded.origin(row.line) for row in found]
+    assert sorted(trained) == sorted(places) != trained
+    assert places[SIZES[0]] == f"part-1.{ending}:{2 if ending == 'csv' else 1}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_error_names_the_file_and_its_line(streaming: bool, tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    folder = parts(tmp_path / "d")
+    lines = (folder / "part-2.jsonl").read_text().splitlines()
+    (folder / "part-2.jsonl").write_text("\n".join([*lines[:4], '{"text": 7}', *lines[4:]]))
+    with pytest.raises(DataError, match=r"part-2\.jsonl:5: "):
+        load(tiny, folder, streaming=streaming)
+    (folder / "part-2.jsonl").write_text("\n".join([*lines[:4], "{", *lines[4:]]))
+    with pytest.raises(DataError, match=r"part-2\.jsonl:5: not valid JSON"):
+        load(tiny, folder, streaming=streaming)
+
+
+def test_folders_that_are_not_one_source_are_refused(tmp_path: Path) -> None:
+    folder = parts(tmp_path / "d")
+    with pytest.raises(DataError, match=r"no file matches this pattern"):
+        read(folder / "*.csv")
+    (folder / "test-0.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"rows for evaluation, as the name test-0\.jsonl says; .*/d/train\*\.jsonl"):
+        read(folder)
+    assert len(read(folder / "part-*.jsonl")) == len(TEXTS)
+    (folder / "test-0.jsonl").rename(folder / "notes.txt")
+    with pytest.raises(DataError, match=r"several formats: notes\.txt, part-0\.jsonl.*; .*/d/\*\*/\*\.jsonl"):
+        read(folder)
+    (folder / "notes.txt").rename(folder / "README.md")
+    assert len(read(folder)) == len(TEXTS)
+
+
+def test_a_recipe_may_name_a_folder_or_a_pattern(tmp_path: Path, tiny_llama: Path) -> None:
+    parts(tmp_path / "d")
+    recipe = tmp_path / "recipe.yaml"
+    text = "model: {model}\ndata: {train: {train}}\noutput: {dir: run}\n".replace("{model}", str(tiny_llama))
+    for train in ("d", "d/", "d/*.jsonl", "d/*", "'d/part-?.jsonl'"):
+        recipe.write_text(text.replace("{train}", train) if "{" not in train else text)
+        validate(str(recipe))
+        assert load_recipe(str(recipe)).recipe.data.train[0].path.startswith(str(tmp_path / "d"))
+    recipe.write_text(text.replace("{train}", "e/*.jsonl"))
+    with pytest.raises(DataError.__base__, match="no file matches this pattern"):  # type: ignore[arg-type]
+        validate(str(recipe))
