@@ -135,7 +135,7 @@ def _missing_files(recipe: Recipe) -> Iterator[Problem]:
                         first = source.model_copy(update={"max_rows": None})
                         open_rows(first, recipe.objective.example, Problems())
                 except DataError as error:
-                    found = error.problems[0]
-                    file = found.file or source.path
-                    place = file if found.line is None else f"{file}:{found.line}"
-                    yield Problem(f"{place}: {found.what}", found.how, key=f"data.{name}.{index}.path")
+                    problem = error.problems[0]
+                    file = problem.file or source.path
+                    place = file if problem.line is None else f"{file}:{problem.line}"
+                    yield Problem(f"{place}: {problem.what}", problem.how, key=f"data.{name}.{index}.path")
