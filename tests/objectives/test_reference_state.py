@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -308,3 +309,25 @@ def test_room_on_the_disk_is_asked_for_the_copy_too(
         train(write_recipe(tmp_path / name, base, adapter=adapter, training={"keep_checkpoints": 2, "epochs": 1}))
     fresh, with_copy = asked[0], asked[-1]
     assert with_copy * (3 * 3 + 1) == fresh * (4 * 3 + 1), "a copy in each of three checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "way"),
+    [
+        ({"method": "dpo"}, {"prompt": "a", "chosen": "b", "rejected": "c"}, "such as orpo or simpo"),
+        ({"method": "kto"}, {"prompt": "a", "completion": "b", "label": True}, "pairs of answers with an objective"),
+        ({"method": "grpo", "beta": 0.1, "reward": {"regex": "a"}}, {"prompt": "a"}, r"objective\.beta: 0"),
+        ({"method": "rloo", "beta": 0.1, "reward": {"regex": "a"}}, {"prompt": "a"}, r"objective\.beta: 0"),
+        ({"method": "rloo", "beta": 0, "reward": {"regex": "a"}}, {"prompt": "a"}, None),
+    ],
+)
+def test_full_tuning_with_a_reference_is_refused_with_another_way(
+    tiny_llama: Path, tmp_path: Path, objective: dict[str, Any], row: dict[str, Any], way: str | None
+) -> None:
+    rows = [{**row, "prompt": f"a {number}"} for number in range(8)]
+    recipe = write_recipe(tmp_path, tiny_llama, rows, objective=objective, data={"eval": None})
+    values = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({**values, "adapter": {"method": "full"}}))
+    found = [problem for problem in make_plan(load_recipe(recipe))[0].refusals if problem.key == "adapter.method"]
+    assert len(found) == (way is not None)
+    assert way is None or re.search(way, found[0].message)

@@ -200,13 +200,15 @@ class LossKind:
     """The loss and the metrics for batches of one kind of rows. Subclasses are in objectives/losses.
 
     `metrics`: names of the metrics of each evaluation; `logged`: names of values that each step logs from Loss.metrics;
-    `reference`: whether the loss compares with the policy at step 0;
+    `reference`: whether the loss compares with the policy at step 0; `without_reference`: the setting, or the
+    objective, that does not;
     `updates_per_sampling`: how many steps reuse the same samples. A run resumes only where new samples are drawn.
     """
 
     metrics: Sequence[str] = ("loss",)
     logged: Sequence[str] = ()
     reference: bool = False
+    without_reference = "an objective without a reference model, such as orpo or simpo"
     updates_per_sampling: int = 1
 
     @property

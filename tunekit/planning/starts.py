@@ -32,7 +32,7 @@ def reference_problems(settings: AdapterSettings, objective: Objective) -> Itera
     """Yields a problem if the loss compares the policy with the base, whose own weights the run changes."""
     if objective.loss.reference and settings.trains_base:
         what = f"the reference model of {objective.name} is the base, whose own weights {settings.method} changes"
-        how = "use an adapter method such as lora, or an objective without a reference model, such as orpo or simpo"
+        how = f"use an adapter method such as lora, or {objective.loss.without_reference}"
         yield Problem(what, how, key="adapter.method")
 
 

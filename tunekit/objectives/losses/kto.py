@@ -47,6 +47,7 @@ class KtoLoss(AnswerLoss):
     reference: bool = True
     metrics: Sequence[str] = ("loss", *LOGGED)
     logged: Sequence[str] = LOGGED
+    without_reference = "pairs of answers with an objective that needs no reference model, such as orpo or simpo"
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> KtoLoss:
         """A copy of the loss with one KL for all evaluation rows, so that metrics do not depend on the division into

@@ -68,6 +68,7 @@ class SampledLoss(LossKind):
     updates_per_sampling: int
     measures: bool = False
     metrics: Sequence[str] = ("loss", *REWARDED)
+    without_reference = "objective.beta: 0, which needs no reference model"
 
     @classmethod
     def of(cls, settings: SampleSettings, tokenizer: Tokenizer, clipped: Sequence[str] = CLIPPED) -> Self:
