@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.faulty_disk import KILLED, FaultyDisk, count_events, in_child
+from tunekit.artifacts.metrics_log import append_line
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.errors import ResourceError, RunFolderError, redact
 from tunekit.files import durable
@@ -319,8 +320,25 @@ def test_short_writes_are_carried_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write = os.write
     monkeypatch.setattr(os, "write", lambda number, data: write(number, bytes(data)[:3]))
     durable.write_bytes(tmp_path / "x", b"0123456789")
+    append_line(tmp_path / "lines", b"0123456789\n")
     monkeypatch.undo()
     assert (tmp_path / "x").read_bytes() == b"0123456789"
+    assert (tmp_path / "lines").read_bytes() == b"0123456789\n"
+
+
+def test_a_process_of_another_container_with_the_same_id_writes_another_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would remove the unfinished file, and this process would then rename the other's unfinished file."""
+    place = tmp_path / "x"
+    with durable.atomic_file(place) as file:
+        file.write(b"one")
+        with monkeypatch.context() as patch:
+            patch.setattr("socket.gethostname", lambda: "pod-2")
+            with durable.atomic_file(place) as other:
+                other.write(b"two")
+    assert place.read_bytes() == b"one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
 def test_leftovers_are_tidied_only_if_ours(tmp_path: Path) -> None:

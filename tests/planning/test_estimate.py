@@ -452,14 +452,35 @@ def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: floa
     assert len(set(asked)) <= 5, "each is a simulation"
 
 
-def test_free_memory_is_within_the_control_groups_limit(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _group_available(tmp_path) is None
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\nfile 200\n")
-    assert _group_available(tmp_path) == 500
-    assert _group_available(tmp_path / "none") is None
+SECOND = {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 400\nfile 300\nshmem 100"}
+FIRST = {
+    "memory.limit_in_bytes": "1000",
+    "memory.usage_in_bytes": "700",
+    "memory.stat": "cache 1\ntotal_cache 300\ntotal_shmem 100",
+}
+
+
+@pytest.mark.parametrize(
+    ("groups", "place", "files", "expected"),
+    [
+        ("0::/", "", {**SECOND, "memory.max": "max"}, None),
+        ("0::/", "", SECOND, 500),
+        ("0::/docker/1a2b", "", SECOND, 500),  # a container's own group is the root of the mount
+        ("0::/system.slice/job_7/step_0", "system.slice/job_7", SECOND, 500),  # of SLURM
+        ("2:cpu:/\n1:memory:/slurm/job_7\n0::/", "memory/slurm/job_7", FIRST, 500),
+        ("2:cpu:/slurm/job_7", "memory/slurm/job_7", FIRST, None),
+        ("0::/", "", {}, None),
+    ],
+)
+def test_free_memory_is_within_the_limits_of_all_control_groups(
+    tmp_path: Path, groups: str, place: str, files: dict[str, str], expected: int | None
+) -> None:
+    (tmp_path / "groups").write_text(groups + "\n")
+    (folder := tmp_path / "mounts" / place).mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text + "\n")
+    assert _group_available(tmp_path / "groups", tmp_path / "mounts") == expected
+    assert _group_available(tmp_path / "none", tmp_path / "mounts") is None
 
 
 def load_bench() -> ModuleType:

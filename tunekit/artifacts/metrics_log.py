@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from tunekit.errors import RunFolderError
@@ -43,9 +44,9 @@ def append_line(path: Path, line: bytes) -> None:
     try:
         before = os.fstat(number).st_size
         try:
-            written = durable.effect("write", path, lambda: os.write(number, line), len(line))
-            if written < len(line):
-                durable.effect("write", path, lambda: os.write(number, line[written:]), len(line))
+            done = 0
+            while done < len(line):
+                done += durable.effect("write", path, partial(os.write, number, line[done:]), len(line))
         except BaseException:
             os.ftruncate(number, before)
             raise

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -192,8 +194,9 @@ def is_own(path: Path) -> bool:
 
 
 def temporary_name(path: Path) -> Path:
-    """The temporary file for `path`: in the same folder, so that the rename stays within one file system."""
-    return path.with_name(f".{path.name}.part-{os.getpid()}")
+    """The temporary file for `path`: in the same folder, so that the rename stays within one file system. Containers
+    that share a folder have equal process ids, so the name also depends on the machine."""
+    return path.with_name(f".{path.name}.part-{os.getpid()}{zlib.crc32(socket.gethostname().encode()):010}")
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from tunekit.machine.devices import is_here, kind_of
+from tunekit.machine.threads import CGROUP, GROUPS, group_folders
 
 try:
     import resource
@@ -21,7 +22,6 @@ except ImportError:  # Windows
 KIB = 1024
 STATUS = Path("/proc/self/status")
 CLEAR_REFERENCES = Path("/proc/self/clear_refs")
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -40,16 +40,28 @@ def available_bytes(device: torch.device) -> int | None:
     return min(limit for limit in limits if limit is not None)
 
 
-def _group_available(root: Path = CGROUP) -> int | None:
-    """Free bytes within the memory limit of this process's control group; None without a limit. The group's file cache
-    can be reclaimed, so it counts as free."""
+def _group_available(groups: Path = GROUPS, mounts: Path = CGROUP) -> int | None:
+    """Free bytes within the memory limits of this process's control group and of its parent groups; None without a
+    limit. Jobs of SLURM, services and containers have such limits."""
     try:
-        limit = (root / "memory.max").read_text(encoding="ascii").strip()
-        if limit == "max":
-            return None
-        used = int((root / "memory.current").read_text(encoding="ascii"))
-        statistics = dict(line.split() for line in (root / "memory.stat").read_text(encoding="ascii").splitlines())
-        return max(0, int(limit) - used + int(statistics.get("file", "0")))
+        lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    folders = (folder for line in lines for folder in group_folders(line, "memory", mounts))
+    return min((free for folder in folders if (free := _free_bytes_in(folder)) is not None), default=None)
+
+
+def _free_bytes_in(group: Path) -> int | None:
+    """Free bytes within the limit of one control group of version 2 or 1; None without a limit. The group's file cache
+    can be reclaimed, so it counts as free."""
+    names = ("memory.max", "memory.current", "file", "shmem")
+    if not (group / names[0]).exists():
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in names[:2])
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached, shared = (int(statistics.get(name, "0")) for name in names[2:])
+        return None if limit == "max" else max(0, int(limit) - int(used) + cached - shared)
     except (OSError, ValueError):
         return None
 

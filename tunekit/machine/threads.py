@@ -59,21 +59,22 @@ def cpu_quota(groups: Path = GROUPS, mounts: Path = CGROUP) -> float | None:
         lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    quotas = (quota for line in lines for folder in _folders(line, mounts) if (quota := _quota(folder)) is not None)
-    return min(quotas, default=None)
+    folders = (folder for line in lines for folder in group_folders(line, "cpu", mounts))
+    return min((quota for folder in folders if (quota := _quota(folder)) is not None), default=None)
 
 
-def _folders(line: str, mounts: Path) -> Iterator[Path]:
+def group_folders(line: str, controller: str, mounts: Path) -> Iterator[Path]:
     """The folders of a control group and of its parent groups. `line`: hierarchy:controllers:path, see cgroups(7).
+    `controller`: cpu or memory.
 
     In a container, the path may be a path of the host. Then only the last of these folders, the root of the mount,
     exists.
     """
     _, _, entry = line.partition(":")
     controllers, _, path = entry.partition(":")
-    if controllers and "cpu" not in controllers.split(","):
+    if controllers and controller not in controllers.split(","):
         return
-    roots = {mounts / controllers, mounts / "cpu"} if controllers else {mounts, mounts / "unified"}
+    roots = {mounts / controllers, mounts / controller} if controllers else {mounts, mounts / "unified"}
     group = PurePosixPath(path.lstrip("/"))
     for root in roots:
         for place in (group, *group.parents):

@@ -15,6 +15,8 @@ from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.machine.placing import to_device
 from tunekit.records import StepRecord
 
+CLOCK_SECONDS = 1e-6  # a step is not shorter; the clock of some systems is coarse and may show 0
+
 
 @dataclass
 class Reading:
@@ -60,7 +62,7 @@ class Reading:
             tokens=int(self.counts[0]),
             supervised_tokens=int(self.counts[1]),
             seconds=seconds,
-            tokens_per_second=self.counts[0] / seconds,
+            tokens_per_second=self.counts[0] / max(seconds, CLOCK_SECONDS),
             peak_bytes=peak_bytes,
             metrics=self.logged_values(),
             samples=list(self.window.preparation.samples) or None if shown else None,
@@ -85,7 +87,7 @@ class PendingReadings:
         arrival of the previous step's numbers, if the step was started before."""
         before, arrived = max(reading.started, self.settled), reading.has_arrived()
         loss, norm = reading.read()
-        self.settled = reading.sent if arrived else time.monotonic()
+        self.settled = reading.sent if arrived and reading.sent > before else time.monotonic()
         return loss, norm, self.settled - before
 
 
