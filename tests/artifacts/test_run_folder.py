@@ -55,6 +55,17 @@ def test_relative_and_linked_folders_work(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
+def test_the_new_run_of_a_linked_folder_is_written_where_the_link_points(tmp_path: Path) -> None:
+    (real := tmp_path / "large_disk" / "run").mkdir(parents=True)
+    (real / "plan.json").write_text("{}")
+    (link := tmp_path / "run").symlink_to(real)
+    with RunFolder.open_new(link, overwrite=True, warn=lambda text: None) as run:
+        run.write_text("recipe.yaml", "x")
+    assert link.is_symlink()
+    assert sorted(entry.name for entry in real.iterdir()) == [LOCK_NAME, "recipe.yaml"]
+    assert (tmp_path / "large_disk" / "run.1" / "plan.json").exists()
+
+
 @pytest.mark.parametrize("sign", ["plan.json", "checkpoints"])
 def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path, sign: str) -> None:
     if sign == "checkpoints":

@@ -33,6 +33,7 @@ from tunekit.tuned.model import TunedModel
 
 CPU = torch.device("cpu")
 FAST = {"learning_rate": 0.02, "epochs": 2}
+SHORT = {"max_completion_length": 8, "num_generations": 2}
 
 
 @pytest.fixture(scope="module")
@@ -316,9 +317,9 @@ def test_room_on_the_disk_is_asked_for_the_copy_too(
     [
         ({"method": "dpo"}, {"prompt": "a", "chosen": "b", "rejected": "c"}, "such as orpo or simpo"),
         ({"method": "kto"}, {"prompt": "a", "completion": "b", "label": True}, "pairs of answers with an objective"),
-        ({"method": "grpo", "beta": 0.1, "reward": {"regex": "a"}}, {"prompt": "a"}, r"objective\.beta: 0"),
-        ({"method": "rloo", "beta": 0.1, "reward": {"regex": "a"}}, {"prompt": "a"}, r"objective\.beta: 0"),
-        ({"method": "rloo", "beta": 0, "reward": {"regex": "a"}}, {"prompt": "a"}, None),
+        ({"method": "grpo", "beta": 0.1, "reward": {"regex": "a"}, **SHORT}, {"prompt": "a"}, r"objective\.beta: 0"),
+        ({"method": "rloo", "beta": 0.1, "reward": {"regex": "a"}, **SHORT}, {"prompt": "a"}, r"objective\.beta: 0"),
+        ({"method": "rloo", "beta": 0, "reward": {"regex": "a"}, **SHORT}, {"prompt": "a"}, None),
     ],
 )
 def test_full_tuning_with_a_reference_is_refused_with_another_way(

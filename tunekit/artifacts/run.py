@@ -172,9 +172,12 @@ def is_finished(path: Path | str) -> bool:
 
 def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
     """Rename the folder of an earlier run to PATH.1, or to the first name of PATH.2, PATH.3 ... that is free. Its files
-    are not changed."""
+    are not changed. If the path is a symbolic link, its target is renamed, so that the new run is written where the
+    link points to."""
     if not any(os.path.lexists(path / name) for name in RUN_SIGNS):
         return
+    linked = path.is_symlink()
+    path = path.resolve() if linked else path
     aside = next(each for number in count(1) if not os.path.lexists(each := path.with_name(f"{path.name}.{number}")))
     lock = FolderLock(path)
     if not durable.IS_POSIX:
@@ -185,6 +188,8 @@ def _move_aside(path: Path, warn: Callable[[str], None]) -> None:
         raise durable.explain(error, "move aside", path) from error
     finally:
         lock.release()
+    if linked:
+        durable.make_folder(path)
     warn(f"the old run in {path} is now in {aside}")
 
 
