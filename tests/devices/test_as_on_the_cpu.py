@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.architectures.tiny import write_tiny
 from tests.devices.test_mistakes import CUDA
 from tests.devices.test_runs import train, whole_device
 from tests.support.loop_case import make_case, make_rows
@@ -58,6 +59,15 @@ def test_losses_and_adapter_are_those_of_the_cpu_and_of_a_resumed_run(folder: Pa
     os.environ["TUNEKIT_DEVICE"] = "cuda"
     train_verb(load_recipe(own.parent / "recipe.yaml", [f"output.dir={own}", *overrides]), True, False)
     assert (without_times(records(own)), result_bytes(own)) == before
+
+
+def test_buffers_that_no_file_contains_are_streamed_too(tmp_path: Path) -> None:
+    """Such as the masks of GPT-Neo's layers: they stay on the host, from which the thread copies a layer."""
+    folder, overrides = write_tiny("gpt_neo", tmp_path / "base"), (SAME_KERNELS, "adapter.target_modules=all-linear")
+    own, _ = train(tmp_path / "own", folder, *overrides, "memory.streaming=disk", device="cuda")
+    reference, _ = train(tmp_path / "cpu", folder, *overrides, device="cpu")
+    losses = [[record["loss"] for record in records(run) if "loss" in record] for run in (own, reference)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_states_of_a_paged_optimizer_are_paged(folder: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from tests.memory.test_streaming_seq2seq import make_net
 from tests.support.packed import packed_hash
 from tunekit.errors import ModelError
 from tunekit.model import compute as devices
-from tunekit.model.load import base_fingerprint, load_model, make_meta_model, resolve_dtype
+from tunekit.model.load import base_fingerprint, load_model, load_packed_folder, make_meta_model, resolve_dtype
 from tunekit.model.quantized.weights import PackedLinear, element_count, stored_bytes
+from tunekit.model.storage import inspection
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.model.text.vocabulary import check_vocabulary
@@ -272,6 +274,7 @@ def audit(event, arguments):
 sys.addaudithook(audit)
 import torch
 from tunekit.model.load import load_model
+from tunekit.model.storage import inspection
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
@@ -398,3 +401,19 @@ def test_a_folder_of_the_working_directory_shadows_no_hub_name(
     assert find_source(ModelSection(name_or_path="org/model"), weights=False).folder == tiny_llama
     assert find_source(ModelSection(name_or_path="./org/model"), weights=False).folder == Path("org/model")
     assert asked == ["org/model"]
+
+
+def test_a_packed_folder_is_loaded_to_the_requested_device(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a device map, transformers puts it on the first GPU, although merge compares models on the CPU."""
+    settings: dict[str, object] = {}
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(folder: str, **given: object) -> None:
+            settings.update(given)
+            raise ModelError("stopped", "here")
+
+    monkeypatch.setattr(inspection, "find_family", lambda *_: SimpleNamespace(auto_class=lambda: Loader))
+    with pytest.raises(ModelError, match="stopped"):
+        load_packed_folder(ModelSection(name_or_path=str(tiny_llama)), CPU)
+    assert settings["device_map"] == {"": "cpu"}

@@ -13,13 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.architectures.tiny import write_tiny
 from tests.model.test_families import MODELS, make_net
 from tests.model.test_other_families import MAKERS
+from tests.support.train_case import write_recipe
 from tunekit.errors import ModelError
+from tunekit.memory.streaming import base_obstacle
 from tunekit.model.families import make_family
+from tunekit.model.load import load_model, make_meta_model
 from tunekit.model.storage.reading import BaseReader, fill_net, load_generation_config, open_base, unfilled_net
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import quiet
+from tunekit.planning.plan import make_plan
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
 
 KINDS: dict[str, Callable[[], nn.Module]] = {name: lambda name=name: make_net(name) for name in MODELS}
 KINDS |= MAKERS
@@ -240,11 +247,36 @@ def test_files_that_do_not_cover_the_net_exactly_are_left_to_from_pretrained(
     assert open_base(net, ModelSource(str(folder), folder), torch.float32) is None
 
 
-def test_what_transformers_keeps_in_float32_is_left_to_it(tmp_path: Path) -> None:
-    folder = save(KINDS["t5"](), tmp_path)
-    _, ours, reader = both("t5", folder, torch.float16)
-    assert ours._keep_in_fp32_modules
-    assert reader is None
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("t5", torch.float16), ("deepseek_v3", torch.bfloat16), ("afmoe", torch.float16)]
+)
+def test_what_transformers_keeps_in_float32_is_float32_here_too(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Such as the weights and biases of a router. Otherwise, plan allowed a streamed base that could not be loaded."""
+    folder = save(KINDS["t5"](), tmp_path) if kind == "t5" else write_tiny(kind, tmp_path)
+    theirs, ours, reader = both(kind, folder, dtype)
+    assert reader is not None
+    fill_net(ours, reader)
+    assert_same(theirs, ours)
+    assert torch.float32 in {tensor.dtype for tensor in ours.state_dict().values()}
+
+
+def test_a_planned_net_has_the_float32_parts_of_the_loaded_one(tmp_path: Path) -> None:
+    section = ModelSection(name_or_path=str(write_tiny("deepseek_v3", tmp_path)), dtype="bfloat16")
+    planned = make_meta_model(section, device=torch.device("cpu"))
+    loaded = load_model(section, device=torch.device("cpu"), streamed=True)
+    dtypes = [{name: tensor.dtype for name, tensor in base.net.state_dict().items()} for base in (planned, loaded)]
+    assert dtypes[0] == dtypes[1]
+    assert torch.float32 in dtypes[0].values()
+    assert base_obstacle(planned, section) is None
+
+
+def test_plan_refuses_to_stream_files_that_only_transformers_can_read(tmp_path: Path, tiny_llama: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, folder)
+    change_tensors(folder, add)
+    plan, _ = make_plan(load_recipe(write_recipe(tmp_path, folder, memory={"streaming": "disk"})))
+    assert [refusal.key for refusal in plan.refusals] == ["memory.streaming"]
+    assert "have other names or shapes than the net's parameters" in plan.refusals[0].message
 
 
 def test_a_file_that_shrinks_meanwhile_is_an_error(tmp_path: Path) -> None:

@@ -104,12 +104,13 @@ def base_obstacle(base: LoadedModel, section: ModelSection) -> str | None:
     make_meta_model."""
     if base.family.stages(base.net) is None:
         return f"tunekit has not tested {base.facts.model_type} with layer streaming"
-    alone = base.packed_while_read or base.copied_while_read
-    if find_source(section, weights=False).gguf_file is not None and not alone:
-        return f"in a GGUF file, the tensors of {base.facts.model_type} do not match the network's tensors one to one"
     if section.trust_remote_code:
         return "a base with remote code can only be loaded by transformers, not layer by layer"
-    return None
+    if base.read_alone:
+        return None
+    if find_source(section, weights=False).gguf_file is not None:
+        return f"in a GGUF file, the tensors of {base.facts.model_type} do not match the network's tensors one to one"
+    return f"the weights of {base.facts.name_or_path} have other names or shapes than the net's parameters"
 
 
 def host_obstacle(device: torch.device) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -29,10 +28,11 @@ from tunekit.model.storage.gguf_facts import FOLDER
 from tunekit.model.storage.mapped import mapped_net
 from tunekit.model.storage.packed_cache import cached_base
 from tunekit.model.storage.packing import packed_base, quantize_layers
-from tunekit.model.storage.reading import MappedFiles, fill_net, missing_modules, needs_copies, open_base, open_net
+from tunekit.model.storage.reading import fill_net, keep_float32, missing_modules, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
+from tunekit.model.storage.untying import untie_head
 from tunekit.model.transformers_guard import model_errors, no_fetched_code, quiet
 from tunekit.recipe.model import ModelSection
 from tunekit.records import ModelFacts, TextFacts
@@ -64,6 +64,7 @@ class LoadedModel:
     # for a meta model: whether load_model will read tensor by tensor, to pack or to copy the tensors
     packed_while_read: bool = False
     copied_while_read: bool = False
+    read_alone: bool = True  # for a meta model: whether tunekit can read the files without transformers
     slots: object = None  # memory.slots.LayerSlots of a streamed base, if several runs use it
 
 
@@ -119,7 +120,8 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool, sharded:
     stored = [tensor for _, layer in family.layers(net) for tensor in layer.state_dict(keep_vars=True).values()]
     names = (family.head_name(net), family.embedding_name(net)) if streamed_head else ()
     tables = [tensor for name in names if name for tensor in net.get_submodule(name).parameters()]
-    inside = {id(tensor) for tensor in [*(stored if streamed else []), *tables]}
+    kept = [tensor for _, layer in family.layers(net) for tensor in (*layer.parameters(), *layer.buffers())]
+    inside = {id(tensor) for tensor in [*(kept if streamed else []), *tables]}  # also buffers that no file contains
     for tensor in [*net.parameters(), *net.buffers()]:
         if id(tensor) not in inside:
             tensor.data = tensor.data.to(spec.device)
@@ -144,16 +146,17 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
         net = spec.family.auto_class().from_config(
             spec.config, trust_remote_code=spec.section.trust_remote_code, **spec.arguments
         )
+        keep_float32(net, spec.dtype)
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
         spec = replace(spec, source=find_source(section, weights=True))  # only the files show which modules are new
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
     headers = _headers(source)  # without headers, assume that tensors are not aligned, which is most common
     copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
-    _untie(net, spec.family, source.folder, headers)
+    untie_head(net, spec.family, source.folder, headers)
     new_modules = _new_modules(net, spec)
     notes = _pack_layers(net, spec, torch.device("meta"), new_modules)
     loaded = _finish(net, spec, notes, new_modules, meta=True)
-    loaded.packed_while_read, loaded.copied_while_read = alone and not dense, copied
+    loaded.packed_while_read, loaded.copied_while_read, loaded.read_alone = alone and not dense, copied, alone
     return loaded
 
 
@@ -189,17 +192,6 @@ def _pack_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modul
     return [] if spec.is_dense else quantize_layers(net, spec, device, new_modules)
 
 
-def _untie(net: nn.Module, family: Family, folder: Path, headers: dict[str, TensorEntry]) -> None:
-    """Untie the head from the embedding if the files contain different numbers for the two, as transformers does."""
-    stored = [f"{name}.weight" for name in (family.head_name(net), family.embedding_name(net)) if name is not None]
-    if not family.tied(net) or not headers.keys() >= set(stored):
-        return
-    files = MappedFiles(folder, headers)
-    if not torch.equal(*map(files.view, stored)):
-        head = net.get_submodule(stored[0].removesuffix(".weight"))
-        head.register_parameter("weight", nn.Parameter(torch.empty_like(net.get_parameter(stored[0]))))
-
-
 def _headers(source: ModelSource) -> dict[str, TensorEntry]:
     """The tensor headers of the files; empty for a GGUF file, or if the files are not on this machine yet.
 
@@ -229,7 +221,8 @@ def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
-    """Load a model folder whose weights are packed by bitsandbytes. transformers reads the files."""
+    """Load a model folder whose weights are packed by bitsandbytes. transformers reads the files. Without a device map,
+    it would put the net on the first GPU."""
     source = find_source(section, weights=True)
     read_headers(source.folder)
     codec.import_bitsandbytes()
@@ -241,6 +234,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
             output_loading_info=True,
             use_safetensors=True,
             dtype=dtype,
+            device_map={"": str(device)},
             attn_implementation=None if section.attention == "auto" else section.attention,
             trust_remote_code=section.trust_remote_code,
         )

@@ -88,6 +88,16 @@ def _attention(config: PreTrainedConfig, name: str, module: nn.Module, layer: in
     return attention
 
 
+def attention_sizes(net: nn.Module, layers: int) -> list[tuple[int, int, int]]:
+    """(query heads, key heads, width of a head) of each of `layers` layers. Empty for a base without attention, such as
+    Mamba. In a few bases, such as Gemma 4, layers differ."""
+    config = text_config(net)
+    varied = getattr(config, "per_layer_config", None)
+    of_layers = [config if varied is None else varied[layer] for layer in range(layers)]
+    attentive = [each for each in of_layers if hasattr(each, "num_attention_heads")]
+    return [(int(each.num_attention_heads), *heads_and_width(each)) for each in attentive]
+
+
 def heads_and_width(config: PreTrainedConfig) -> tuple[int, int]:
     """The number of key and value heads, and the width of a head."""
     queries = int(config.num_attention_heads)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
 from tunekit.contracts import Tensors
 from tunekit.files.tensors import TensorEntry, fill_from_file
@@ -47,7 +47,21 @@ def unfilled_net(auto_class: AutoClass, config: PreTrainedConfig, dtype: torch.d
         net = auto_class.from_config(
             copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
+        keep_float32(net, dtype)
     return net.eval()
+
+
+def keep_float32(net: nn.Module, dtype: torch.dtype) -> bool:
+    """Give the parameters and buffers that the model's code wants in float32, such as a router of experts, this dtype,
+    as from_pretrained does. Returns whether there are any."""
+    patterns = list(as_pretrained(net)._get_dtype_plan(dtype)) if hasattr(net, "_get_dtype_plan") else []
+    if not patterns:
+        return False
+    wanted = build_glob_alternation(patterns)[0]
+    tensors = [tensor for name, tensor in net.state_dict(keep_vars=True).items() if wanted.search(name)]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    return bool(tensors)
 
 
 @contextmanager
@@ -296,10 +310,7 @@ def open_base(net: nn.Module, source: ModelSource, dtype: torch.dtype, head: Seq
     `head`: names of the head's modules, which the files may lack.
     Raises: ModelError for damaged or missing files.
     """
-    strict, fp32_modules = (
-        getattr(net, name, None) for name in ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules")
-    )
-    if (strict and dtype != torch.float32) or (fp32_modules and dtype == torch.float16):
+    if source.gguf_file is not None and keep_float32(net, dtype):
         return None
     if not type(net).__module__.startswith("transformers."):
         return None
