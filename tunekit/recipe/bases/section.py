@@ -148,6 +148,11 @@ class ObjectiveSettings(MethodSettings):
     names_labels: ClassVar[bool] = False
     single_score: ClassVar[bool] = False
 
+    @property
+    def single_row(self) -> str:
+        """The reason why a step must not have only one row; empty if it may."""
+        return ""
+
     @classmethod
     def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
         """The settings that this objective needs to train on these rows, for the recipe of `tunekit init`."""

@@ -22,6 +22,11 @@ class KtoSettings(ObjectiveSettings):
     first_order = 80
     default_learning_rate = PublishedRate(5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml")
 
+    @property
+    def single_row(self) -> str:
+        """The reason why a step must not have only one row; empty with a loss that has no KL."""
+        return "kto estimates its KL from the answers of other rows of the step" if self.loss_type == "kto" else ""
+
     beta: Positive = Field(0.1, description="how strongly the model is kept close to the reference")
     loss_type: Literal["kto", "apo_zero_unpaired"] = Field(
         "kto",
