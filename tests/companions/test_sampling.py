@@ -11,7 +11,7 @@ import pytest
 from tests.objectives.test_dpo import CPU, train
 from tests.objectives.test_grpo import base as base
 from tests.objectives.test_grpo import write_prompts
-from tunekit.companions.sampling import Sampler, cache_shape
+from tunekit.companions.sampling import Sampler, cache_shapes
 from tunekit.model.text.decoder import Decoder
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -32,7 +32,8 @@ def test_keys_and_values_of_samples_fit_into_the_planned_memory(
 
     def noted(self: Any, run: Any, *others: Any) -> None:
         tokens = self.prompt_tokens + self.new_tokens
-        planned.append(2 * prod(cache_shape(run.model.base, slots, tokens)) * run.model.base.dtype.itemsize)
+        numbers = 2 * sum(map(prod, cache_shapes(run.model.base, slots, tokens)))
+        planned.append(numbers * run.model.base.dtype.itemsize)
         rehearse(self, run, *others)
 
     def measured(self: Any) -> Any:

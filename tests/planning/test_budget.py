@@ -226,6 +226,24 @@ def test_a_head_in_parts_is_a_change_where_the_vocabulary_is_large(
     assert ["memory.streamed_head: true saves" in message for message in messages] == [False, True]
 
 
+def test_a_change_that_plan_would_refuse_is_not_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of a base that cannot be streamed, shorter rows where longer ones are an error."""
+    for name in ("available_bytes", "total_bytes"):
+        monkeypatch.setattr(f"tunekit.planning.memory.{name}", lambda device: 2**33)
+    folder = write_tiny_llama(tmp_path / "base", layers=1)
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 60_000}
+    (folder / "config.json").write_text(json.dumps(config))  # no weight is read
+    recipe = write_recipe(tmp_path / "recipe", folder, rows=8, data={"eval": None, "excess_length": "error"})
+    overrides = ("memory.budget=1MiB", "memory.streaming=off", "memory.gradient_checkpointing=true")
+    messages = []
+    for obstacle in (None, "it has none of the names"):
+        monkeypatch.setattr("tunekit.planning.tiers.base_obstacle", lambda *_, obstacle=obstacle: obstacle)
+        plan, _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
+        messages += [refusal.message for refusal in plan.refusals if refusal.key == "memory.budget"]
+    assert ["memory.streamed_head: true saves" in message for message in messages] == [True, False]
+    assert not any("data.max_length" in message for message in messages)
+
+
 def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = plan_of(recipe)
     monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: plain.peak_bytes.total - 1)

@@ -17,11 +17,14 @@ from tests.support.recipe_mutator import make_valid_case
 from tests.support.train_case import write_recipe
 from tunekit.artifacts.report.plan_page import facts
 from tunekit.errors import ModelError, RecipeError, TunekitError
+from tunekit.memory.bandwidths import layer_bytes
+from tunekit.model.load import make_meta_model
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import library_problems
 from tunekit.planning.simulated.estimate import PROCESS_BYTES
+from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice, Plan
 from tunekit.training.state import Processors, RunInputs
@@ -237,6 +240,43 @@ def test_answers_of_a_base_without_attention_can_be_planned(tmp_path: Path) -> N
     path = write_recipe(tmp_path, folder, evaluation={"samples": 1})
     plan, _ = plan_of(path, "adapter.target_modules=all-linear")
     assert not plan.refusals
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gemma4_text"])
+def test_sampling_is_planned_for_bases_without_attention_or_with_different_heads(kind: str, tmp_path: Path) -> None:
+    folder = write_tiny(kind, tmp_path / "base")
+    (tmp_path / "rewards.py").write_text("def one(completions):\n    return [1.0] * len(completions)\n")
+    rows = "".join(json.dumps({"prompt": f"say {number}"}) + "\n" for number in range(8))
+    path = write_recipe(tmp_path, folder, evaluation={"samples": 1})
+    (tmp_path / "train.jsonl").write_text(rows)
+    objective: dict[str, Any] = {"method": "grpo", "num_generations": 2, "max_completion_length": 8}
+    objective["reward"] = [{"function": "rewards.py:one", "allow_code": True}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"objective": objective}))
+    plan, _ = plan_of(path, "adapter.target_modules=all-linear")
+    assert not plan.refusals
+    assert not [note for note in plan.notes if "not in the predicted peak" in note]
+    assert any(("keys and values" in note) is (kind != "mamba") for note in plan.notes if note.startswith("sampling"))
+
+
+def test_layers_on_the_host_must_fit_into_its_memory(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_meta_model(load_recipe(recipe).recipe.model, device=CPU)
+    written = load_recipe(recipe, ["memory.streaming=host"]).recipe
+    monkeypatch.setattr("tunekit.planning.tiers.available_bytes", lambda device: 2 * layer_bytes(base))
+    assert allowed_tiers(written, base, CPU, ranks=2) == (["host"], [])
+    _, (problem,) = allowed_tiers(written, base, CPU, ranks=3)
+    assert problem.key == "memory.streaming"
+    assert "3 ranks" in problem.what
+
+
+def test_ranks_that_share_a_host_are_warned_of_together(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_recipe(recipe, ["memory.sharding=off"])
+    peak = make_plan(loaded, device=CPU)[0].peak_bytes.total
+    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: 3 * peak // 2)
+    for ranks in (1, 2):
+        plan, _ = make_plan(loaded, device=CPU, ranks=ranks)
+        assert sum("ranks are on this machine" in note for note in plan.notes) == ranks - 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert not [note for note in make_plan(loaded, device=CPU, ranks=2)[0].notes if "ranks are on" in note]
 
 
 def test_a_refusal_says_where_it_was_written(recipe: Path, tmp_path: Path) -> None:

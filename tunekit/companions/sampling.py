@@ -10,8 +10,7 @@ from torch import Tensor
 from tunekit.companions.base import PlanContext
 from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, CountingAs, RunView, Window
 from tunekit.errors import Problem
-from tunekit.model.attention.self_attention import heads_and_width
-from tunekit.model.families import text_config
+from tunekit.model.attention.self_attention import attention_sizes
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.draws import draw
 from tunekit.model.text.generation import PREFILL_TOKENS
@@ -53,11 +52,11 @@ class Sampler(Companion):
         """A note that states how many completions are sampled in parallel, and how much memory their keys and values
         take."""
         size, tokens = self.sampling_batch_size, self.prompt_tokens + self.new_tokens
-        bytes_of_cache = 2 * prod(cache_shape(planned.base, size, tokens)) * planned.base.dtype.itemsize
-        note = (
-            f"sampling: {size:,} completions in parallel; their keys and values, for up to {tokens:,} tokens each, "
-            f"take {bytes_text(bytes_of_cache)}"
-        )
+        numbers = 2 * sum(map(prod, cache_shapes(planned.base, size, tokens)))
+        note = f"sampling: {size:,} completions in parallel"
+        if numbers:
+            taken = bytes_text(numbers * planned.base.dtype.itemsize)
+            note += f"; their keys and values, for up to {tokens:,} tokens each, take {taken}"
         if size < self.wanted:
             note += f"; {self.wanted:,} in parallel do not fit into memory"
         return [note]
@@ -83,7 +82,8 @@ class Sampler(Companion):
         base, size = run.model.base, self.sampling_batch_size
 
         def cache(rows: int, tokens: int) -> list[Tensor]:
-            return [torch.empty(cache_shape(base, rows, tokens), dtype=base.dtype, device="meta") for _ in range(2)]
+            shapes = cache_shapes(base, rows, tokens)
+            return [torch.empty(shape, dtype=base.dtype, device="meta") for shape in (*shapes, *shapes)]
 
         prompts = min(size // self.settings.num_generations + 1, size, max(PREFILL_TOKENS // self.prompt_tokens, 1))
         keys_values = cache(size, self.prompt_tokens + self.new_tokens)
@@ -93,19 +93,20 @@ class Sampler(Companion):
         hidden = run.model.output({"input_ids": ids, "position_ids": places}).hidden
         assert hidden is not None
         hidden = hidden.new_empty(size, hidden.shape[-1])
-        _, _, heads, tokens, width = keys_values[0].shape
-        repeats = int(text_config(base.net).num_attention_heads) // heads
-        repeated = [keys.new_empty(size, repeats * heads, tokens, width) for keys in keys_values]
-        del repeated
+        sizes = attention_sizes(base.net, base.facts.layers)
+        repeated = max((queries // heads * heads * width for queries, heads, width in sizes), default=0)
+        one_layer = hidden.new_empty(2, size, self.prompt_tokens + self.new_tokens, repeated, dtype=base.dtype)
+        del one_layer
         with counting_as("logits"):
             draw(base.family.head(base.net).logits(hidden), torch.zeros(size, device="meta"))
         del keys_values, of_prompts
 
 
-def cache_shape(base: LoadedModel, rows: int, tokens: int) -> tuple[int, ...]:
-    """The shape of the key cache of all layers, which is also the shape of the value cache: (layers, B, H, T, D)."""
-    heads, width = heads_and_width(text_config(base.net))
-    return base.facts.layers, rows, heads, tokens, width
+def cache_shapes(base: LoadedModel, rows: int, tokens: int) -> list[tuple[int, ...]]:
+    """The shape (B, H, T, D) of each layer's key cache, which is also that of its value cache. Empty for a base without
+    attention."""
+    sizes = attention_sizes(base.net, base.facts.layers)
+    return [(rows, heads, tokens, width) for _, heads, width in sizes]
 
 
 make = Sampler  # companions.base calls it with a CompanionSpec

@@ -14,12 +14,13 @@ from tunekit.contracts import Batch
 from tunekit.data.batching.split import cut_batch
 from tunekit.model.load import make_meta_model
 from tunekit.planning.forecast import Forecast
-from tunekit.planning.refusals import library_problems
+from tunekit.planning.refusals import device_problems, library_problems
 from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
 SHOWN = 3
+Possible = Callable[..., bool]
 LEAST_SHARE = 0.01  # changes that save less than this share of the needed memory are not proposed
 
 
@@ -34,12 +35,20 @@ class Change:
     choice: Callable[[Choice], Choice] = lambda choice: choice
 
 
-def cheapest_changes(recipe: Recipe, forecast: Forecast, choice: Choice, needed: int, limit: int) -> str:
+def cheapest_changes(
+    recipe: Recipe, forecast: Forecast, refused: Callable[[Recipe], object], choice: Choice, needed: int, limit: int
+) -> str:
     """A text that lists up to three changes, cheapest first. A change that saves enough memory alone is preferred.
 
-    `needed`: the bytes that the run needs with `choice`. `limit`: the available bytes.
+    `refused`: returns whether the plan would refuse a recipe because of the base. `needed`: the bytes that the run
+    needs with `choice`. `limit`: the available bytes.
     """
-    changes = ((change, _needs([change], forecast, choice)) for change in _changes(recipe, forecast, choice))
+
+    def possible(section: str, **values: object) -> bool:
+        changed = _changed(recipe, section, **values)
+        return changed is not None and not (any(device_problems(changed, forecast.run.device)) or refused(changed))
+
+    changes = ((change, _needs([change], forecast, choice)) for change in _changes(recipe, forecast, possible, choice))
     most = (1 - LEAST_SHARE) * needed
     tried = [(change, needs) for change, needs in changes if needs is not None and needs <= most]
     if not tried:
@@ -69,37 +78,38 @@ def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | N
         return None
 
 
-def _changes(recipe: Recipe, forecast: Forecast, choice: Choice) -> Iterator[Change]:
-    """Yields all changes that could save memory for this recipe, cheapest first."""
+def _changes(recipe: Recipe, forecast: Forecast, possible: Possible, choice: Choice) -> Iterator[Change]:
+    """Yields all changes that could save memory for this recipe, cheapest first. `possible`: whether the recipe with
+    new values in a section can be run."""
     layers = forecast.base.facts.layers
     if choice.checkpointed_layers < layers:
         every = partial(replace, checkpointed_layers=layers)
         yield Change("memory.gradient_checkpointing", "auto", choice=every)
     if forecast.evaluation_batch is not None and recipe.evaluation.batch_size > 1:
         yield Change("evaluation.batch_size", 1, partial(_with_evaluation_cut, sequences=1))
-    if not choice.streamed_head and _is_possible(recipe, "memory", streamed_head=True):
+    if not choice.streamed_head and possible("memory", streamed_head=True):
         yield Change("memory.streamed_head", "true", choice=partial(replace, streamed_head=True))
-    yield from _changes_of_base(recipe, forecast)
+    yield from _changes_of_base(recipe, forecast, possible)
     training = forecast.run.training
-    if training.optimizer == "adamw" and _is_possible(recipe, "training", optimizer="adamw_8bit"):
+    if training.optimizer == "adamw" and possible("training", optimizer="adamw_8bit"):
         section = training.model_copy(update={"optimizer": "adamw_8bit"})
         yield Change(
             "training.optimizer", "adamw_8bit", lambda old: replace(old, run=replace(old.run, training=section))
         )
     rank = getattr(forecast.run.adapter, "r", None)
-    if isinstance(rank, int) and rank > 1:
+    if isinstance(rank, int) and rank > 1 and possible("adapter", r=rank // 2):
         settings = forecast.run.adapter.model_copy(update={"r": rank // 2})
         yield Change("adapter.r", rank // 2, lambda old: replace(old, run=replace(old.run, adapter=settings)))
     yield from _changes_of_rows(recipe, forecast)
 
 
-def _changes_of_base(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
+def _changes_of_base(recipe: Recipe, forecast: Forecast, possible: Possible) -> Iterator[Change]:
     model = recipe.model
-    if forecast.base.facts.dtype == "float32":
+    if forecast.base.facts.dtype == "float32" and possible("model", dtype="bfloat16"):
         yield _base_change("dtype", "bfloat16", forecast.run.device)
     for name in ("int8_weight_only", "nf4"):
         wanted = model.quantization == "none" or (name == "nf4" and model.quantization.startswith("int8"))
-        if wanted and _is_possible(recipe, "model", quantization=name):
+        if wanted and possible("model", quantization=name):
             yield _base_change("quantization", name, forecast.run.device)
 
 
@@ -119,17 +129,18 @@ def _changes_of_rows(recipe: Recipe, forecast: Forecast) -> Iterator[Change]:
         if len(forecast.largest_batch(None).sequences) > 1:
             yield Change("training.micro_batch_tokens", tokens, _half_the_rows)
         return
+    if recipe.data.excess_length == "error":
+        return  # the rows that are longer would be refused
     longest = forecast.largest_batch(1).width
     half = longest // 2 - longest // 2 % 8
     if half:
         yield Change("data.max_length", half, lambda given: _cut_to(given, half))
 
 
-def _is_possible(recipe: Recipe, section: str, **values: object) -> bool:
-    """Whether tunekit supports the recipe with these new values in this section."""
-    changed = getattr(recipe, section).model_copy(update=values)
-    other = recipe.model_copy(update={section: changed})
-    return not refuse_unsupported(other) and not list(library_problems(other))
+def _changed(recipe: Recipe, section: str, **values: object) -> Recipe | None:
+    """The recipe with these new values in this section; None if tunekit does not support them."""
+    other = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
+    return None if refuse_unsupported(other) or any(library_problems(other)) else other
 
 
 def _with_evaluation_cut(forecast: Forecast, sequences: int | None = None, size: int | None = None) -> Forecast:

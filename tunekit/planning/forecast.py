@@ -14,8 +14,7 @@ from tunekit.contracts import Batch, RowKind, Rows
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
 from tunekit.errors import ModelError
-from tunekit.model.attention.self_attention import heads_and_width
-from tunekit.model.families import text_config
+from tunekit.model.attention.self_attention import attention_sizes
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import packed_layers, stored_bytes, weight_of
 from tunekit.model.storage.packed_cache import can_be_cached
@@ -168,12 +167,11 @@ class Forecast:
     @cached_property
     def _cache_bytes(self) -> int:
         """Bytes of the key-value cache of all layers when the longest answer ends; 0 for a base without attention."""
-        config = text_config(self.base.net)
-        if not self.answer_tokens or self.evaluation_batch is None or not hasattr(config, "num_attention_heads"):
+        if not self.answer_tokens or self.evaluation_batch is None:
             return 0
-        heads, width = heads_and_width(config)
+        numbers = sum(heads * width for _, heads, width in attention_sizes(self.base.net, self.base.facts.layers))
         rows = len(self.evaluation_batch.sequences)
-        return 2 * self.base.facts.layers * rows * heads * self.answer_tokens * width * self.base.dtype.itemsize
+        return 2 * rows * self.answer_tokens * numbers * self.base.dtype.itemsize
 
     @cached_property
     def _stored(self) -> StoredBase | None:
@@ -236,13 +234,16 @@ class Forecast:
         peak = simulation.peak | {"weights": simulation.peak.get("weights", 0) - unread}
         return replace(simulation, peak=peak, total=simulation.total - unread)
 
+    def maps_weights(self, streaming: str) -> bool:
+        """Whether the base's weights are views of files, which the processes of a machine share."""
+        stored = self._stored is not None and self._stored.mapped
+        as_stored = stored and not packed_layers(self.base.net) and not self.base.copied_while_read
+        return (as_stored or self._kept or streaming != "off") and not self.run.adapter.trains_base
+
     def _unread_bytes(self, streaming: str) -> int:
         family, net = self.base.family, self.base.net
         name = family.embedding_name(net)
-        stored = self._stored is not None and self._stored.mapped
-        as_stored = stored and not packed_layers(net) and not self.base.copied_while_read
-        mapped = (as_stored or self._kept or streaming != "off") and not self.run.adapter.trains_base
-        mapped = mapped and not self.any_token
+        mapped = self.maps_weights(streaming) and not self.any_token
         if self.run.device.type != "cpu" or not mapped or name is None or family.tied(net):
             return 0
         embedding = weight_of(net.get_submodule(name))

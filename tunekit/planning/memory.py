@@ -21,6 +21,7 @@ from tunekit.objectives.losses.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, 
 from tunekit.planning.choice import SearchSpace, Workload, fastest, smaller_micro_batches
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast
+from tunekit.planning.ranks import ranks_here
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, PeakBytes, bytes_text
 
@@ -143,10 +144,27 @@ def plan_memory(
     if peaks.unknown:
         model_type = forecast.base.facts.model_type
         reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({peaks.unknown[0]})")
+    reasons += _rank_warnings(peaks, choice, available)
     trial = trial_reason(run.device, needed, available, budget)
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
     tokens = forecast.largest_batch(choice.micro_batch_size).padded
     return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens, budget)
+
+
+def _rank_warnings(peaks: Peaks, choice: Choice, available: int | None) -> Iterator[str]:
+    """A warning if the ranks on a machine without GPUs need more memory together than is free. It is no refusal,
+    because ranks may be on several machines, and this is known only to torchrun."""
+    run, peak = peaks.forecast.run, peaks.of(choice)
+    here = ranks_here(run.device, choice.shares)
+    if run.device.type != "cpu" or here == 1 or available is None or peak.total > available:
+        return
+    shared = peak.weights if choice.streaming != TIER and peaks.forecast.maps_weights(choice.streaming) else 0
+    together = here * (peak.total - shared) + shared
+    if together > available:
+        yield (
+            f"warning: if all {here} ranks are on this machine, they need {bytes_text(together)} together, but only "
+            f"{bytes_text(available)} are free; start fewer ranks, or set memory.sharding: full"
+        )
 
 
 def usable_bytes(device: torch.device, budget: int | None, available: int | None) -> float:

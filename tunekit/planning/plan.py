@@ -130,9 +130,11 @@ def make_plan(
     choice = written_choice(recipe, inputs.base, device, windows.steps, ranks, previous)
     findings.add(_run_problems(recipe, windows.steps, device, choice))
     forecast = _forecast(recipe, inputs, windows, settings, device, choice)
-    tiers, problems = allowed_tiers(recipe, inputs.base, device, inputs.companion_facts, ranks)
+    rules = partial(allowed_tiers, base=inputs.base, device=device, companions=inputs.companion_facts, ranks=ranks)
+    tiers, problems = rules(recipe)
     findings.add(problems)
-    cheaper, resumed = partial(cheapest_changes, recipe, forecast), None if rank else previous
+    cheaper = partial(cheapest_changes, recipe, forecast, lambda changed: len(rules(changed)[1]) > len(problems))
+    resumed = None if rank else previous
     memory = plan_memory(forecast, tiers, resumed, findings, cheaper, shared=previous or shared)
     if as_chosen(settings, memory.choice) != settings:
         settings = as_chosen(settings, memory.choice)

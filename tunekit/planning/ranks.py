@@ -1,5 +1,6 @@
 """Plans the ranks of a run whose devices or budgets differ, as their processes will do it."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -33,6 +34,16 @@ def devices_of(device: torch.device, ranks: int) -> list[torch.device]:
         return [device] * ranks
     count = torch.get_device_module(device).device_count()
     return [torch.device(device.type, rank % count) for rank in range(ranks)]
+
+
+def ranks_here(device: torch.device, ranks: int) -> int:
+    """The number of ranks that share this machine's memory: the number that torchrun states, or else all; at most one
+    for each GPU of the machine."""
+    stated = os.environ.get("LOCAL_WORLD_SIZE", "")
+    here = min(int(stated), ranks) if stated.isdecimal() else ranks
+    if kind_of(device).numbered and is_here(device):
+        here = min(here, torch.get_device_module(device).device_count())
+    return max(here, 1)
 
 
 def plan_ranks(loaded: LoadedRecipe, devices: Sequence[torch.device], make: MakePlan) -> list[Plan]:

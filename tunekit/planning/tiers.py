@@ -14,6 +14,7 @@ from tunekit.memory.sharding import TIER
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
+from tunekit.planning.ranks import ranks_here
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
 from tunekit.recipe.recipe import Recipe
@@ -46,7 +47,7 @@ def allowed_tiers(
 ) -> tuple[list[str], list[Problem]]:
     """The tiers (device, ranks, host, disk) that plan can choose from, fastest first; and the problems of the tier that
     the recipe requests."""
-    tiers, problems = _tiers_of_a_rank(recipe, base, device, companions)
+    tiers, problems = _tiers_of_a_rank(recipe, base, device, companions, ranks_here(device, ranks))
     written = recipe.memory.sharding
     if ranks == 1 or written == "off":
         return tiers, problems
@@ -65,10 +66,10 @@ def sharding_obstacle(recipe: Recipe, base: LoadedModel) -> str | None:
 
 
 def _tiers_of_a_rank(
-    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
+    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts], here: int
 ) -> tuple[list[str], list[Problem]]:
     """The tiers (device, host, disk) of a rank that stores the whole base, fastest first; and the problems of the tier
-    that the recipe requests."""
+    that the recipe requests. `here`: the number of ranks that store their layers in this machine's memory."""
     written = recipe.memory.streaming
     streams = recipe.memory.streamed_head or written != "off"
     obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
@@ -91,7 +92,7 @@ def _tiers_of_a_rank(
         ]
     if written != "auto":
         if obstacle is None:
-            return [written], []
+            return [written], list(_host_problems(base, here)) if written == "host" else []
         return ["off"], [
             Problem(
                 f"weights cannot be streamed from {written}: {obstacle}", "set memory.streaming to off or auto", key=KEY
@@ -102,8 +103,17 @@ def _tiers_of_a_rank(
     if not kind_of(device).own_memory:
         return ["off", "disk"], []
     room = available_bytes(torch.device("cpu"))
-    fits = room is None or layer_bytes(base) < HOST_SHARE * room
+    fits = room is None or here * layer_bytes(base) < HOST_SHARE * room
     return (["off", "host", "disk"] if fits else ["off", "disk"]), []
+
+
+def _host_problems(base: LoadedModel, here: int) -> Iterator[Problem]:
+    """A problem if the layers that this machine's ranks store on the host are larger than its free memory."""
+    room, needed = available_bytes(torch.device("cpu")), here * layer_bytes(base)
+    if room is not None and needed > room:
+        ranks = f" ({here} ranks, each with all layers)" if here > 1 else ""
+        what = f"layers take {bytes_text(needed)} of host memory{ranks}, but only {bytes_text(room)} are free"
+        yield Problem(what, "set memory.streaming to disk", key=KEY)
 
 
 def weight_notes(
