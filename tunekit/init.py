@@ -23,6 +23,7 @@ from tunekit.data.looking.first_look import (
     number_columns,
     proposed_objectives,
 )
+from tunekit.data.reading.several import is_pattern
 from tunekit.data.reading.source import rename_columns
 from tunekit.errors import InputError, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
@@ -340,8 +341,9 @@ def _evaluation_said(look: Look | None, data: str) -> str:
 
 
 def _beside(name: str, target: Path) -> str:
-    """A local path, made relative to the recipe's folder; a hub name stays unchanged."""
-    return relative_to(name, target.absolute().parent) if Path(name).exists() else name
+    """A local path or pattern, made relative to the recipe's folder; a hub name stays unchanged."""
+    is_local = Path(name).exists() or is_pattern(os.path.abspath(name))
+    return relative_to(name, target.absolute().parent) if is_local else name
 
 
 def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]]:

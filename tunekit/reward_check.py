@@ -26,6 +26,7 @@ from tunekit.data.batching.order import epoch_rows
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.replaced import refuse_to_replace
+from tunekit.data.reading.source import place_of
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, ModelError, RewardError
 from tunekit.evaluation.scores import undisturbed
@@ -110,7 +111,7 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
             try:
                 example: Any = make_example(raw.values)
             except DataError as error:
-                problems.add_error(source.path, raw.line, error)
+                problems.add_error(*place_of(source.path, raw.line), error)
                 continue
             origin = {"origin": f"{source.path}:{raw.line}"}
             contexts += [json.loads(context_json(example)) | origin] if example.prompt else []

@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.data_case import settings, tokenizer_of, write_lines
 from tunekit.data.batching import stream
+from tunekit.data.looking.first_look import look_at
 from tunekit.data.reading import shards
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.shards import shard_source
@@ -157,3 +158,13 @@ def test_a_recipe_may_name_a_folder_or_a_pattern(tmp_path: Path, tiny_llama: Pat
     recipe.write_text(text.replace("{train}", "e/*.jsonl"))
     with pytest.raises(DataError.__base__, match="no file matches this pattern"):  # type: ignore[arg-type]
         validate(str(recipe))
+
+
+def test_init_reads_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts(tmp_path / "d")
+    monkeypatch.chdir(tmp_path)
+    look = look_at("d/*.jsonl")
+    assert look is not None
+    assert (look.rows, look.format_name) == (len(TEXTS), "text")
+    with pytest.raises(DataError, match="no file matches this pattern"):
+        look_at("e/*.jsonl")

@@ -14,8 +14,9 @@ from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.contracts import Objective
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.first import open_rows
-from tunekit.data.reading.folder import with_table
+from tunekit.data.reading.folder import media_folder, with_table
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.source import place_of
 from tunekit.data.rows import RowSet, written_rows
 from tunekit.errors import AdapterError, DataError, InputError, Problem
 from tunekit.files.untrusted import printable
@@ -55,7 +56,7 @@ def _places(
     """The adapter's folder of each row of a source. Relative paths start at the folder of the source's file. Adds the
     names of all columns to `columns`."""
     folder, places, raw_rows = (
-        Path(source.path).parent,
+        media_folder(source.path),
         AdaptersOfRows(),
         open_rows(source, objective.rows.example, problems),
     )
@@ -65,7 +66,7 @@ def _places(
         place = adapter_in(Path(os.path.abspath(folder / name))) if isinstance(name, str) and name else None
         if place is None and name not in (None, ""):
             how = "name the folder of an adapter or a run; a relative path starts at the folder of this file"
-            problems.add(source.path, raw.line, f"'{column}': {printable(name)} contains no adapter", how)
+            problems.add(*place_of(source.path, raw.line), f"'{column}': {printable(name)} contains no adapter", how)
         places[number] = place
     return places
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tunekit.data.reading.first import media_fields, open_rows
 from tunekit.data.reading.folder import media_folder
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import read_source
+from tunekit.data.reading.source import place_of, read_source
 from tunekit.errors import DataError, RunFolderError
 from tunekit.files.durable import make_folder, write_text
 from tunekit.formats.fields import Fields
@@ -92,10 +92,12 @@ def _rows(number: int, source: Source, example: str, column: str | None) -> Iter
             text = json.dumps(located(row.values, files, folder), allow_nan=False)
         except (TypeError, ValueError) as error:
             how = "write paths of recordings and images into the rows, or use sweep.seeds instead of sweep.folds"
-            problems.add(source.path, row.line, f"the row has a value that cannot be written as JSON: {error}", how)
+            problems.add(
+                *place_of(source.path, row.line), f"the row has a value that cannot be written as JSON: {error}", how
+            )
             continue
         if column is not None and column not in row.values:
-            problems.add(source.path, row.line, f"has no column '{column}'", "correct sweep.fold_group")
+            problems.add(*place_of(source.path, row.line), f"has no column '{column}'", "correct sweep.fold_group")
             continue
         group = _digest(_text(row.values)) if column is None else _value_text(row.values[column])
         yield _Row(number, group, json.dumps(row.values.get(LABEL), default=str), text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from tunekit.data.reading.first import choose_format, columns_meant, format_make
 from tunekit.data.reading.folder import MEDIA, is_folder, is_media, passed_over, with_table
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.several import files_of
+from tunekit.data.reading.several import files_of, is_pattern
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
 from tunekit.files.untrusted import printable
@@ -86,10 +87,10 @@ def look_at(data: str) -> Look | None:
 
     Raises: DataError if the file cannot be read or has no known format.
     """
-    if not Path(data).exists():
+    if not (Path(data).exists() or is_pattern(os.path.abspath(data))):
         if data.count("/") == 1 and not is_like_path(data) and not Path(data).suffix:
             return None
-        how = "name your rows: JSONL, JSON, CSV, Parquet, text, or a folder of files"
+        how = "name your rows: JSONL, JSON, CSV, Parquet, text, a folder of files, or a pattern such as 'data/*.jsonl'"
         raise DataError(f"there is no file {data}", how)
     problems = Problems()
     rows = read_source(Source(path=str(Path(data).absolute())), problems)
