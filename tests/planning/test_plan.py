@@ -170,6 +170,24 @@ def test_rows_beyond_a_table_of_positions_are_refused(tmp_path: Path, tiny_llama
     assert any("made for at most 40" in note for note in plan.notes)
 
 
+def test_long_rows_that_change_the_positions_of_others_are_stated(tmp_path: Path, tiny_llama: Path) -> None:
+    """Longrope: transformers chooses the factors of all rows by the longest one."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+    for limit in (16, 400):
+        rope = {"rope_type": "longrope", "original_max_position_embeddings": limit, **factors}
+        sizes: dict[str, Any] = {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "rope_parameters": rope,
+        }
+        sizes |= {"original_max_position_embeddings": limit, "num_key_value_heads": 4, "intermediate_size": 64}
+        folder = write_other(tmp_path / f"base-{limit}", tiny_llama, "phi3", pad_token_id=0, **sizes)
+        plan, _ = plan_of(write_recipe(tmp_path / f"{limit}", folder), "adapter.target_modules=all-linear")
+        stated = [note for note in plan.notes if "factors for long rows" in note]
+        assert len(stated) == (limit == 16)
+
+
 def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     small = write_other(tmp_path / "small", tiny_llama, "gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=60)
     plan, _ = plan_of(write_recipe(tmp_path / "other", small))

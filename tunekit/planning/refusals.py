@@ -21,6 +21,7 @@ from tunekit.model.families import make_family, text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
+from tunekit.model.text.slots import shared_length
 from tunekit.recipe.reading.names import facts_of
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
@@ -110,13 +111,19 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def position_notes(base: LoadedModel, rows: RowSet, virtual_tokens: int) -> Iterator[str]:
     """A warning if rows are longer than the rows that the model was trained with. Not for learned positions: there such
-    rows are refused."""
+    rows are refused. Also a note if long rows change the positions of shorter ones."""
     longest = max(longest_tokens(some, rows.objective.rows.layout) for some in rows.all) + virtual_tokens
     trained = getattr(text_config(base.net), "max_position_embeddings", None)
     if isinstance(trained, int) and longest > trained and base.family.learned_positions(base.net) is None:
         yield (
             f"warning: the longest row has {longest} tokens, but the model was made for at most {trained}; "
             "longer rows may give bad results"
+        )
+    limit = shared_length(base)
+    if limit is not None and longest > limit:
+        yield (
+            f"in a micro-batch with a row of more than {limit:,} tokens, this base rotates all rows by the factors for "
+            "long rows, as in transformers; so the size of micro-batches changes losses, also those of evaluations"
         )
 
 
