@@ -76,6 +76,20 @@ def test_a_resumed_run_keeps_what_auto_meant(tmp_path: Path, tiny_llama: Path, m
     assert "or start a new run" in texts["training.compile"]
 
 
+def test_auto_compiles_no_streamed_layers(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "find_spec", lambda name: True)
+    for name in ("available_bytes", "total_bytes"):
+        monkeypatch.setattr(f"tunekit.planning.memory.{name}", lambda device: 2**33)
+    loaded = load_recipe(write_recipe(tmp_path, tiny_llama, training={"compile": "auto", "epochs": 300.0}))
+    for tier in ("off", "disk"):
+        memory = loaded.recipe.memory.model_copy(update={"streaming": tier})
+        recipe = loaded.recipe.model_copy(update={"memory": memory})
+        plan, _ = make_plan(replace(loaded, recipe=recipe), device=CUDA)
+        assert plan.choice.compiled is (tier == "off")
+        (note,) = (note for note in plan.notes if note.startswith("decoder layers compiled"))
+        assert ("not always on the device" in note) is (tier == "disk")
+
+
 def test_plan_says_what_it_chose(tmp_path: Path, tiny_llama: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama, training={"compile": "auto"})
     plan, _ = make_plan(load_recipe(recipe), device=CPU)

@@ -73,6 +73,7 @@ class SearchSpace:
                 logits_chunk_tokens=chunk,
                 checkpointed_layers=fewest,
                 streaming=tier,
+                compiled=self.written.compiled and tier == "off",  # streamed layers cannot be compiled
                 pass_micro_batches=size,
             )
             for (rows, steps), chunk in itertools.product(self.micro_batches, self.logits_chunks)

@@ -41,11 +41,15 @@ def planned_compile(
     return True, f"{steps:,} steps on a GPU"
 
 
-def compile_notes(setting: str | bool, device: torch.device, steps: int, resumed: Choice | None = None) -> list[str]:
+def compile_notes(
+    setting: str | bool, device: torch.device, steps: int, choice: Choice, resumed: Choice | None = None
+) -> list[str]:
     """A note that says whether layers are compiled, and why. Empty if the recipe says `compile: false`."""
     if setting is False:
         return []
     compiled, reason = planned_compile(setting, device, steps, resumed)
+    if compiled and not choice.compiled:
+        compiled, reason = False, "layers that are not always on the device cannot be compiled"
     beside = "; the first step takes longer, and results differ in the last digits" if compiled else ""
     return [f"decoder layers compiled: {'yes' if compiled else 'no'}, {reason}{beside}"]
 

@@ -140,7 +140,7 @@ def make_plan(
         settings = as_chosen(settings, memory.choice)
         windows = rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
-    plan.notes.extend(compile_notes(recipe.training.compile, device, windows.steps, previous))
+    plan.notes.extend(compile_notes(recipe.training.compile, device, windows.steps, memory.choice, previous))
     plan.notes.extend(kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype, previous))
     largest = forecast.largest_batch(settings.micro_batch_size)
     length = refusals.learned_length(inputs.base, inputs.virtual_tokens)
