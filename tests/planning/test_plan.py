@@ -286,6 +286,14 @@ def test_layers_on_the_host_must_fit_into_its_memory(recipe: Path, monkeypatch: 
     assert "3 ranks" in problem.what
 
 
+def test_a_cache_folder_without_room_is_stated(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamed base that is not stored in its compute dtype is read from a cache file."""
+    monkeypatch.setattr("tunekit.planning.tiers.lacks_room", lambda size: True)
+    for overrides, stated in ((("model.dtype=bfloat16", "memory.streaming=disk"), 1), (("model.dtype=bfloat16",), 0)):
+        plan, _ = plan_of(recipe, *overrides)
+        assert sum("set TUNEKIT_CACHE" in note for note in plan.notes) == stated
+
+
 def test_ranks_that_share_a_host_are_warned_of_together(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_recipe(recipe, ["memory.sharding=off"])
     peak = make_plan(loaded, device=CPU)[0].peak_bytes.total

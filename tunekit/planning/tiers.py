@@ -14,6 +14,7 @@ from tunekit.memory.sharding import TIER
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
+from tunekit.model.storage.packed_cache import lacks_room
 from tunekit.planning.ranks import ranks_here
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
@@ -121,6 +122,12 @@ def weight_notes(
 ) -> Iterator[str]:
     """Notes about a run whose weights are streamed or divided among ranks, and about its speed. `tokens`: the tokens of
     a micro-batch, padding included."""
+    stored = stored_bytes(base.net)
+    if choice.streaming != "off" and (base.packed_while_read or base.copied_while_read) and lacks_room(stored):
+        yield (
+            f"warning: weights are streamed from a cache file of {bytes_text(stored)}, but the cache folder is full or "
+            "cannot be written; unless the file exists, free disk space, or set TUNEKIT_CACHE to another folder"
+        )
     if choice.streaming == TIER:
         yield from _sharding_notes(base, choice)
     elif memory.sharding == "full":

@@ -31,6 +31,11 @@ def can_be_cached(size_bytes: int) -> bool:
     )
 
 
+def lacks_room(size_bytes: int) -> bool:
+    """Whether a packed base of this size should be cached, but cannot be."""
+    return size_bytes >= files.MIN_BYTES and not can_be_cached(size_bytes)
+
+
 def _folder() -> Path:
     return default_cache_folder() / "bases"
 
