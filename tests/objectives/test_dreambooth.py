@@ -216,10 +216,18 @@ def test_ranks_look_for_missing_class_pictures_before_any_of_them_draws(tmp_path
             (tmp_path / "class-00000.png").write_bytes(b"")
         return local
 
-    found._draw = lambda run, prompt, numbers: drawn.append(list(numbers))
+    found._draw = lambda run, prompt, numbers, keep: drawn.append(list(numbers))
     found._draw_missing(SimpleNamespace(gather=gather))
     assert drawn == [[0, 1]]
     assert met == [0, 1]
+
+
+def test_a_dry_run_writes_no_class_pictures(tmp_path: Path, pipeline: Path, photos: Path) -> None:
+    (classes := tmp_path / "classes").mkdir()
+    prior = {"class_prompt": CLASS_PROMPT, "class_data_dir": str(classes), "num_class_images": 50}
+    recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"num_inference_steps": 1, **prior})
+    train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, True)
+    assert not any(classes.iterdir())
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ It caches latents of images and embeddings of prompts that stay the same in ever
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -87,6 +87,7 @@ class Pipeline(Companion):
         model, prior = run.model, list[SizedImage]()
         net = model.base.net
         if self.class_images is not None:
+            self.class_images.writes = self.writes
             prior = self.class_images.ready(run, sorted({bucket_of(row) for row in _each(rows)}))
         if self.settings.caches:
             training_images = ((pixels_of(row), bucket_of(row)) for row in _each(rows))
@@ -192,6 +193,8 @@ class ClassImages:
         assert settings.class_data_dir is not None  # reading the recipe sets a default
         self.settings, self.folder = settings, Path(settings.class_data_dir)
         self.paths: list[Path] = []
+        self.writes = True
+        self.stand_in: Pixels | None = None  # a dry run draws one image, in memory, if the folder has none
         self.images: dict[tuple[int, Size], SizedImage] = {}
 
     def files(self) -> list[Path]:
@@ -217,22 +220,18 @@ class ClassImages:
         if not self.paths:
             self._draw_missing(run)
             self.paths = self.files()[: self.settings.num_class_images]
-        return [(self._covering(number, size)[0], size) for number in range(len(self.paths)) for size in sizes]
+        return [(self._covering(number, size)[0], size) for number in range(len(self.paths) or 1) for size in sizes]
 
     def pick(self, number: int, size: Size) -> SizedImage:
         """A class image, scaled to cover this size, and the size of the image in its file. If `number` is too large,
         numbering starts again at the first image."""
-        return self._covering(number % len(self.paths), size)
+        return self._covering(number % (len(self.paths) or 1), size)
 
     def _covering(self, number: int, size: Size) -> SizedImage:
         """The class image with this number, scaled to cover this size, and the size of the image in its file. Results
         are cached."""
         if (number, size) not in self.images:
-            path = self.paths[number]
-            try:
-                pixels = read_image(str(path))
-            except Dropped as reason:
-                raise DataError(f"is an {reason}", "remove this file", file=str(path)) from None
+            pixels = self.stand_in if self.stand_in is not None else _read(self.paths[number])
             self.images[number, size] = covering(pixels, size), (pixels.shape[0], pixels.shape[1])
         return self.images[number, size]
 
@@ -243,14 +242,16 @@ class ClassImages:
         count = max(settings.num_class_images - len(self.files()), 0)
         numbers = [number for number in range(settings.num_class_images) if not self._place(number).exists()][:count]
         run.gather([None])  # all ranks have looked into the folder before one of them writes into it
-        if numbers:
-            self._draw(run, prompt, numbers)
+        if numbers and self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._draw(run, prompt, numbers, lambda number, pixels: write_bytes(self._place(number), png_bytes(pixels)))
+        elif count == settings.num_class_images:
+            self._draw(run, prompt, numbers[:1], lambda _, pixels: setattr(self, "stand_in", pixels))
         run.gather([None])  # all ranks have written before one of them reads
 
-    def _draw(self, run: RunView, prompt: str, numbers: Sequence[int]) -> None:
-        """Generate the class images with these numbers, and write them into the folder."""
+    def _draw(self, run: RunView, prompt: str, numbers: Sequence[int], keep: Callable[[int, Pixels], None]) -> None:
+        """Generate the class images with these numbers. `keep`: called with each number and its image."""
         model, net, how = run.model, run.model.base.net, drawing_of(self.settings)
-        self.folder.mkdir(parents=True, exist_ok=True)
         with (
             model.training_mode(False),
             calling(replace(current_call(), bypassed=True)),
@@ -259,11 +260,17 @@ class ClassImages:
             for done, number in enumerate(numbers):
                 run.progress("class images drawn", done, len(numbers))
                 seed = seed_for("class picture", prompt, number)
-                pixels = draw_pictures(net, _processor(run), [prompt], [seed], how)[0]
-                write_bytes(self._place(number), png_bytes(pixels))
+                keep(number, draw_pictures(net, _processor(run), [prompt], [seed], how)[0])
 
     def _place(self, number: int) -> Path:
         return self.folder / f"class-{number:05d}.png"
+
+
+def _read(path: Path) -> Pixels:
+    try:
+        return read_image(str(path))
+    except Dropped as reason:
+        raise DataError(f"is an {reason}", "remove this file", file=str(path)) from None
 
 
 def _processor(run: RunView) -> PipelineProcessor:

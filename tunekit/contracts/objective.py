@@ -200,8 +200,7 @@ class LossKind:
     """The loss and the metrics for batches of one kind of rows. Subclasses are in objectives/losses.
 
     `metrics`: names of the metrics of each evaluation; `logged`: names of values that each step logs from Loss.metrics;
-    `reference`: whether the loss compares with the policy at step 0; `without_reference`: the setting, or the
-    objective, that does not;
+    `reference`: whether the loss compares with the policy at step 0; `without_reference`: what to use instead;
     `updates_per_sampling`: how many steps reuse the same samples. A run resumes only where new samples are drawn.
     """
 
@@ -284,6 +283,7 @@ class Companion:
     """
 
     head: Head | None = None  # if the loss reads the companion's output projection
+    writes = True  # whether `begin` may write files; false in a dry run
     rehearses, sampling_batch_size = False, 0  # sampling_batch_size: completions sampled in parallel, as plan decided
 
     def __init__(self, spec: CompanionSpec) -> None:

@@ -186,6 +186,7 @@ def _begin_companions(session: Session, prepared: RunInputs, model: TunedModel) 
     files: dict[str, str] = {}
     with session.timed("data"):
         for companion in model.companions.values():
+            companion.writes = not session.dry_run
             files |= companion.begin(run, prepared.rows.all)
     return files
 
