@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from itertools import product
@@ -15,10 +16,11 @@ import pytest
 from tests.data.test_render import THINKING
 from tests.support.data_case import settings, tokenizer_of, write_lines
 from tunekit.contracts import Objective
+from tunekit.data.encoding import cache as cache_module
 from tunekit.data.encoding.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.rendering.render import AS_GIVEN, EMPTY_ANSWER
 from tunekit.data.rows import RowSet, load_evaluation_rows, load_rows
-from tunekit.errors import DataError, RecipeError
+from tunekit.errors import DataError, RecipeError, ResourceError
 from tunekit.files.cache_folder import default_cache_folder
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
@@ -373,6 +375,26 @@ def test_no_cache_folder_is_no_obstacle(tiny: LoadedTokenizer, tmp_path: Path, m
     blocked.write_text("", encoding="utf-8")
     monkeypatch.setenv("TUNEKIT_CACHE", str(blocked / "cache"))
     assert len(load(tiny, write_lines(tmp_path / "d.jsonl", pairs(3, 4))).train) == 2
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_full_disk_is_an_obstacle_only_to_what_is_too_large_for_the_memory(
+    is_large: bool, tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all rows of 100 GB of text would be encoded a second time, into memory."""
+    path, fill = write_lines(tmp_path / "d.jsonl", pairs(3, 4)), cache_module._fill_folder
+
+    def full(*values: Any) -> None:
+        fill(*values)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module, "_fill_folder", full)
+    if not is_large:
+        assert len(load(tiny, path).train) == 2
+        return
+    monkeypatch.setattr(cache_module, "MOST_IN_MEMORY_BYTES", 10)
+    with pytest.raises(ResourceError, match=r"no room for the encoded rows in .*cache.* after .*TUNEKIT_CACHE"):
+        load(tiny, path)
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ An entry is written to a temporary folder, which is then renamed. An entry with 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -13,12 +14,15 @@ from typing import Any
 from tunekit.contracts import RowLayout
 from tunekit.data.encoding.store import StoreWriter, TokenStore, files_of, map_store, memory_streams, store_from_memory
 from tunekit.data.reading.data_file import content_hash
-from tunekit.files.durable import atomic_folder
+from tunekit.errors import ResourceError
+from tunekit.files.durable import FULL, atomic_folder
+from tunekit.records import bytes_text
 
 SourceFacts = dict[str, Any]
 # All code that decides the ids or masks of encoded rows.
 CODE = ("data", "formats", "objectives", "recipe/objectives", "recipe/data.py", "model/text", "model/speech")
 PACKAGES = ("tunekit", "transformers", "tokenizers", "jinja2")
+MOST_IN_MEMORY_BYTES = 2**30  # of an entry for which the disk has no room
 Fill = Callable[[StoreWriter], SourceFacts]
 
 
@@ -27,6 +31,8 @@ def cached_store(
 ) -> tuple[TokenStore, SourceFacts]:
     """The cache entry `key`. `fill` makes a new entry if there is none, if the files are damaged, or if a value named
     in `facts` is missing (older versions did not write it). If the folder cannot be written, the entry stays in memory.
+
+    Raises: ResourceError if the disk is full, and the entry is too large to stay in memory.
     """
     place = folder / "tokens" / key
     found = _load_entry(place, layout, facts)
@@ -34,8 +40,21 @@ def cached_store(
         return found
     shutil.rmtree(place, ignore_errors=True)  # a damaged entry
     with suppress(OSError), atomic_folder(place) as work:  # the disk is full, or another process was faster
-        _fill_folder(work, layout, fill)
+        _fill_or_refuse(work, layout, fill)
     return _load_entry(place, layout, facts) or _fill_memory(layout, fill)
+
+
+def _fill_or_refuse(work: Path, layout: RowLayout, fill: Fill) -> None:
+    """Write an entry. Raises: OSError; ResourceError if the disk is full after MOST_IN_MEMORY_BYTES."""
+    try:
+        _fill_folder(work, layout, fill)
+    except OSError as error:
+        written = sum(file.stat().st_size for file in work.iterdir())
+        if error.errno not in FULL or written <= MOST_IN_MEMORY_BYTES:
+            raise
+        what = f"no room for the encoded rows in {work.parent}: {os.strerror(error.errno)} after {bytes_text(written)}"
+        how = "free some space, name another cache folder with TUNEKIT_CACHE, or write streaming: true for this source"
+        raise ResourceError(what, how) from error
 
 
 def _fill_memory(layout: RowLayout, fill: Fill) -> tuple[TokenStore, SourceFacts]:
