@@ -450,6 +450,18 @@ def helps(command: Any, name: str) -> Iterator[tuple[str, str]]:
         yield from helps(inner, f"{name} {word}")
 
 
+def test_help_states_what_a_command_accepts() -> None:
+    shown = {name: " ".join(text.split()) for name, text in helps(get_command(app), "tunekit")}
+    assert "--device cpu start the processes on CPUs" in shown["tunekit launch"]
+    assert "cuda" not in shown["tunekit launch"]  # refused there
+    assert "Reads only the first row of each file" in shown["tunekit validate"]
+    assert "from 0 to 0.5; default: about 200 rows" in shown["tunekit init"]
+    assert "[[" not in shown["tunekit init"] + shown["tunekit recipes"]
+    assert "a folder of recordings or images" in shown["tunekit generate"]
+    assert shown["tunekit generate"].count("with --temperature") == 3
+    assert "default: dequantized, or full" in shown["tunekit merge"]
+
+
 def test_no_help_cuts_a_sentence_or_an_option() -> None:
     for name, text in helps(get_command(app), "tunekit"):
         cut = [line for line in text.splitlines() if line.endswith(("-", " and..."))]

@@ -273,10 +273,9 @@ def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run
     """Compute the tasks of evaluation.tasks, and write their scores into the run folder. `compares`: also the scores of
     the base."""
     console, settings = session.console, session.loaded.recipe.evaluation
+    command = shlex.join(["tunekit", "eval", relative_to(folder.path), "--tasks", ",".join(settings.tasks)])
     if session.devices.world > 1:
-        console.warn(
-            "a run of several processes does not compute evaluation.tasks; compute them with: tunekit eval RUN --tasks"
-        )
+        console.warn(f"a run of several processes does not compute evaluation.tasks; compute them with: {command}")
         return
     objective, tokenizer = measuring_objective(run.model.base, prepared.processor), prepared.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)  # plan refuses tasks for other models
@@ -288,7 +287,6 @@ def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run
             results = measure(load_tasks(settings), template=prepared.rows.template, progress=CountProgress(console))
     except Exception as error:  # lm-eval and its data may raise anything; the trained run must not be lost
         what = str(error) if isinstance(error, TunekitError) else f"{type(error).__name__}: {error}"
-        command = shlex.join(["tunekit", "eval", relative_to(folder.path), "--tasks", ",".join(settings.tasks)])
         console.warn(f"{what}: evaluation.tasks are not measured; measure them with: {command}")
         return
     values = results.values()

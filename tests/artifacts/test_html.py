@@ -87,6 +87,15 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path) -> None:
     assert "weight_decay" not in page
 
 
+def test_a_single_run_is_compared_with_its_start(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    outcome = outcome_table([run])
+    values = dict(zip(outcome.labels, outcome.values[0], strict=True))
+    before = next(record for record in run.evaluations if record["step"] == 0)
+    assert values["eval loss before training"] == before.numbers("eval")["loss"]
+    assert values["eval loss"] == run.report["eval_loss"] != values["eval loss before training"]
+
+
 @pytest.mark.parametrize("prompt", ["the end of a long question " * 20, "長い質問の終わり" * 50])
 def test_a_long_prompt_is_shown_with_its_end(prompt: str, tmp_path: Path) -> None:
     """Also in a language without blanks between words."""

@@ -234,6 +234,7 @@ def test_the_facts_of_a_gguf_base_are_read(installed: None, tmp_path: Path) -> N
     assert gguf._base_notes(target, {"llama.context_length": 128, "llama.rope.freq_base": 10000.0}) == ()
     (note,) = gguf._base_notes(target, {"llama.context_length": 128, "llama.rope.freq_base": 10001.0})
     assert "must state llama.rope.freq_base = 10001.0, which llama.cpp" in note
+    assert "--to gguf --output base.gguf` writes such a file" in note
 
 
 def change_tokenizer(base: Path, **changes: Any) -> None:

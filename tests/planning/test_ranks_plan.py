@@ -186,6 +186,7 @@ def test_tasks_are_named_before_a_run_that_does_not_compute_them(recipe: Path, r
     assert [note.partition(";")[0] for note in notes] == [
         "a run of several processes does not compute evaluation.tasks"
     ] * (ranks > 1)
+    assert all(note.endswith("--tasks hellaswag") for note in notes)
 
 
 @pytest.mark.slow

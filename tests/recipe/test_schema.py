@@ -39,6 +39,9 @@ def test_the_reference_has_a_meaning_for_every_key() -> None:
         line = re.search(rf"^  {leaf} .*$", reference, re.MULTILINE)
         assert line is not None, key
         assert len(line.group().split()) > 3, f"{key} has no meaning: {line.group()}"
+    for key in ("reward.allow_code", "reward.exact_match", "examples.output"):  # keys of a mapping in a list
+        assert re.search(rf"^  {re.escape(key)} .*\w", reference, re.MULTILINE) is not None, key
+    assert "  train.path" not in reference  # the keys of a source are listed once, as data.train.N
 
 
 def test_every_alias_leads_to_a_key_that_exists() -> None:

@@ -35,7 +35,7 @@ def test_rows_that_see_each_other_are_padded_instead(
     train(recipe, tmp_path / "leaky", chosen)
     assert LEAKY in capsys.readouterr().err
     plan = json.loads((tmp_path / "leaky" / "plan.json").read_text())
-    assert "but padded, if this model cannot keep them apart" in plan["rows"]["packing_reason"]
+    assert "otherwise they are padded" in plan["rows"]["packing_reason"]
     (reaction,) = json.loads((tmp_path / "leaky" / "report.json").read_text())["reactions"]
     assert reaction["probe"].startswith(LEAKY)
     assert (reaction["action"], reaction["step"]) == ("rows are padded instead", 0)

@@ -51,3 +51,13 @@ Device = Annotated[
         help="the device; default: $TUNEKIT_DEVICE, else this machine's accelerator, else its CPU",
     ),
 ]
+LaunchDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="cpu",
+        callback=_set_device,
+        autocompletion=among("cpu"),
+        help="start the processes on CPUs, without GPUs",
+    ),
+]

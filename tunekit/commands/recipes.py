@@ -14,7 +14,7 @@ app = typer.Typer(rich_markup_mode=None)
 def init(
     data: Annotated[
         str | None,
-        typer.Argument(metavar="[DATA]", help="a data file, a folder of recordings or images, or a hub name"),
+        typer.Argument(metavar="DATA", help="a data file, a folder of recordings or images, or a hub name"),
     ] = None,
     output: Annotated[str, typer.Option("--output", metavar="FILE", help="the new recipe")] = "recipe.yaml",
     model: Annotated[str | None, typer.Option(metavar="MODEL", help="a folder, a .gguf file or a hub name")] = None,
@@ -29,7 +29,12 @@ def init(
         ),
     ] = "none",
     evaluation: Annotated[
-        float | None, typer.Option("--eval", metavar="SHARE", help="the share of rows to evaluate on")
+        float | None,
+        typer.Option(
+            "--eval",
+            metavar="SHARE",
+            help="the share of rows to evaluate on, from 0 to 0.5; default: about 200 rows, at most 0.2",
+        ),
     ] = None,
 ) -> None:
     """Write a first recipe for your data. Reads the data, checks this machine, and asks questions in a terminal."""
@@ -54,7 +59,7 @@ def import_recipe(
 @app.command()
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="the recipe to print", autocompletion=shipped_name)
+        str | None, typer.Argument(metavar="NAME", help="the recipe to print", autocompletion=shipped_name)
     ] = None,
     copy_to: Annotated[
         str | None, typer.Option("--copy", metavar="PATH", help="copy the recipe to PATH, with its data")
@@ -79,7 +84,7 @@ def schema(
 
 @app.command()
 def validate(recipe: RecipeFile, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Check a recipe, and that its files exist. Loads no model and no rows."""
+    """Check a recipe, and that its files exist. Reads only the first row of each file, and no model."""
     from tunekit.validate import validate_verb
 
     validate_verb(recipe, overrides or [], json_file)

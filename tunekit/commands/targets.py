@@ -73,21 +73,38 @@ def generate(
         str | None,
         typer.Option(
             metavar="FILE|-",
-            help='one prompt per line (.jsonl: {"prompt": ...}; .csv: a column prompt or text); '
-            "the field adapter is the folder of the adapter that answers the row",
+            help='one prompt per line (.jsonl: {"prompt": ...}; .csv: a column prompt or text), or a folder of '
+            "recordings or images; a row can name its adapter's folder in the field adapter",
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="the maximum length of an answer")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="the maximum length of an answer; default: the run's evaluation.max_new_tokens"
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the most likely token")] = 0.0,
     top_p: Annotated[
         float | None,
-        typer.Option(metavar="P", min=0, max=1, help="sample from the most likely tokens with total probability P"),
+        typer.Option(
+            metavar="P",
+            min=0,
+            max=1,
+            help="with --temperature: sample from the most likely tokens with total probability P",
+        ),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="sample from the K most likely tokens")] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="with --temperature: sample from the K most likely tokens"),
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", min=0, help="the seed of sampling; default: 0")
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            help="the seed of sampling (with --temperature) and of images; default: 0",
+        ),
     ] = None,
     score: Annotated[
         str | None, typer.Option("--score", metavar="FILE", help="a file of answers, which the reward model scores")
@@ -116,7 +133,13 @@ def merge(
     base: Base = None,
     onto: Annotated[
         str | None,
-        typer.Option("--onto", metavar="dequantized|full|quantized", help="the base weights to add the adapter to"),
+        typer.Option(
+            "--onto",
+            metavar="dequantized|full|quantized",
+            help="the weights to add the adapter to: dequantized (the values of the quantized base), full (the base's "
+            "own weights), quantized (the result is quantized again); default: dequantized, or full without "
+            "quantization",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,

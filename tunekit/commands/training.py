@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunekit.commands.completion import among
-from tunekit.commands.options import Device, JsonFile, Overrides, RecipeFile, SweptOverrides
+from tunekit.commands.options import Device, JsonFile, LaunchDevice, Overrides, RecipeFile, SweptOverrides
 
 if TYPE_CHECKING:
     from tunekit.recipe.load import LoadedRecipe
@@ -144,10 +144,10 @@ def launch(
     ] = "torchrun",
     nodes: Annotated[int, typer.Option(metavar="N", min=1, help="the number of machines")] = 1,
     gpus: Annotated[
-        int, typer.Option(metavar="N", min=1, help="GPUs of each node; with --device cpu, its processes")
+        int, typer.Option(metavar="N", min=1, help="GPUs per node (with --device cpu: processes per node)")
     ] = 1,
     output: Annotated[str | None, typer.Option("--output", metavar="FILE", help="the new launch file")] = None,
-    device: Device = None,
+    device: LaunchDevice = None,
 ) -> None:
     """Write the file that starts a run on several GPUs or a cluster."""
     from tunekit.errors import InputError

@@ -91,7 +91,8 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     if writes_adapter(exportable, options):
         facts = write_adapter(exportable, path)
         base = exportable.gguf_file and shlex.quote(str(exportable.folder / exportable.gguf_file))
-        how = f"run it with: llama-server -m {base or 'BASE.gguf'} --lora {path}"
+        how = f"run it with: llama-server -m {base or 'base.gguf'} --lora {path}"
+        how += "" if base else f"; write base.gguf with: {_base_command(exportable)}"
         return Exported(path, "adapter", (*limit_notes(exportable.config), *_base_notes(exportable, facts), how))
     squares, notes = None, [*limit_notes(exportable.config), *token_notes(exportable)]
     if options.imatrix:
@@ -116,8 +117,13 @@ def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[st
     if not facts:
         return ()
     listed = ", ".join(f"{name} = {value}" for name, value in facts.items())
-    how = f"`tunekit export {shlex.quote(exportable.target.model.name_or_path)} --to gguf` writes such a file"
+    how = f"`{_base_command(exportable)}` writes such a file"
     return (f"the base's GGUF file must state {listed}, which llama.cpp's converter leaves out; {how}",)
+
+
+def _base_command(exportable: Exportable) -> str:
+    """The command that writes the base's GGUF file."""
+    return f"tunekit export {shlex.quote(exportable.target.model.name_or_path)} --to gguf --output base.gguf"
 
 
 def _equal(stated: object, value: object) -> bool:

@@ -305,7 +305,7 @@ def trial_reason(device: torch.device, needed: int, available: int | None, budge
         return True, "the run must not exceed memory.budget"
     if available is not None and needed > NEARLY_FULL * available:
         return True, f"the predicted peak is more than {NEARLY_FULL:.0%} of the free memory"
-    return False, "the predicted peak is far below the free memory; --dry-run tries the longest batch"
+    return False, "the predicted peak is far below the free memory, so the longest batch is not tried before step 1"
 
 
 def too_large_problem(

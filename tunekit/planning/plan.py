@@ -53,7 +53,8 @@ from tunekit.training.state import Processors, RunInputs
 from tunekit.tuned.fit import check_family, row_problems
 
 END_TO_END = (
-    "; the rows of a micro-batch are put end to end without padding (but padded, if this model cannot keep them apart)"
+    "; the rows of a micro-batch are put end to end without padding (a test before step 1 checks that they do not see "
+    "each other; otherwise they are padded)"
 )
 Windows = TrainingWindows | StreamedWindows
 

@@ -1,6 +1,7 @@
 """Problems that would make a run fail, and notes about surprising behaviour, found before weights are loaded."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -182,7 +183,8 @@ def rank_notes(recipe: Recipe, choice: Choice) -> Iterator[str]:
     if speeds is not None and len(speeds) != ranks:
         yield f"training.rank_speeds has {len(speeds)} numbers, but the run has {_processes(ranks)}: no effect"
     if recipe.evaluation.tasks and ranks > 1:
-        yield "a run of several processes does not compute evaluation.tasks; run tunekit eval RUN --tasks after it"
+        command = shlex.join(["tunekit", "eval", recipe.output.dir, "--tasks", ",".join(recipe.evaluation.tasks)])
+        yield f"a run of several processes does not compute evaluation.tasks; compute them after it with: {command}"
     unequal = speeds if speeds is not None and len(speeds) == ranks else ()
     seconds = [len(dealt(count, rank, ranks, unequal)) / (unequal[rank] if unequal else 1) for rank in range(ranks)]
     busy = sum(seconds) / (ranks * max(seconds))  # of the time, if all micro-batches are equally large

@@ -98,8 +98,12 @@ def _flat(value: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 
 def outcome_table(runs: Sequence[RunValues]) -> Outcomes:
-    """The results of each run: the metrics of the exported weights, loss, speed, memory, time and size."""
+    """The results of each run: the metrics of the exported weights, loss, speed, memory, time and size. For a single
+    run, also its metrics before training."""
     evaluated = [run.exported.numbers("eval") for run in runs]
+    if len(runs) == 1 and runs[0].exported_step:
+        start = next((record.numbers("eval") for record in runs[0].evaluations if not record.count("step")), {})
+        evaluated[0] |= {f"{name} before training": value for name, value in start.items()}
     metrics = list(dict.fromkeys(name for one in evaluated for name in one))
     rows = [[*(one.get(name) for name in metrics), *_facts(run)] for one, run in zip(evaluated, runs, strict=True)]
     names = [*(f"eval {name}" for name in metrics), *FACTS]

@@ -159,14 +159,22 @@ def _reference_of(title: str, owner: type[Section]) -> list[str]:
 
 
 def reference_keys(owner: type[Section]) -> list[Key]:
-    """Every key of a settings class, as the reference text shows it."""
-    schema, keys = owner.model_json_schema(), list[Key]()
+    """Every key of a settings class, as the reference text shows it. The keys of a mapping in a list follow the list's
+    key: `reward.weight` after `reward`."""
+    schema = owner.model_json_schema()
+    return list(_keys_of(schema, schema.get("$defs", {})))
+
+
+def _keys_of(schema: JsonSchema, definitions: JsonSchema, before: str = "") -> Iterator[Key]:
+    """The keys of one mapping. `before`: the text before their names."""
     for name, field in schema["properties"].items():
         value = field.get("default", {})
         default = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else yaml_scalar(value)
         default = "required" if name in schema.get("required", ()) else default
-        keys.append(Key(name, _type_words(field), default, field.get("description", "")))
-    return keys
+        yield Key(f"{before}{name}", _type_words(field), default, field.get("description", ""))
+        inner = field.get("items", {}).get("$ref", "").rpartition("/")[2]
+        if inner and inner != Source.__name__:  # a source has its own part of the reference
+            yield from _keys_of(definitions[inner], definitions, f"{before}{name}.")
 
 
 def first_line(owner: type[Section]) -> str:
