@@ -200,8 +200,9 @@ def test_validate_looks_for_every_file_that_the_recipe_names(
         "/recipe.yaml:1: model.name_or_path: /folder: contains no model; check the path, or write a hub name",
         "/recipe.yaml:5: data.train.1.path: /rows.jsonl: no such file; check data.train and data.eval",
         "/recipe.yaml:6: data.train.2.path: /empty.jsonl: the file is empty; add rows to it, or name another file",
-        "/recipe.yaml:8: data.eval.0.path: /folder: this folder contains no table, no recordings and "
-        "no images; name a file in the folder, or put metadata.jsonl or one folder per class into it",
+        "/recipe.yaml:8: data.eval.0.path: /folder: this folder contains no data files, no recordings and no "
+        "images; name a file, or files with a pattern such as FOLDER/*.jsonl, or put metadata.jsonl or one folder per "
+        "class into it",
         "/recipe.yaml:9: data.chat_template: /absent.jinja: no such file; check the path",
         "/recipe.yaml:10: adapter.init_from: /folder: contains no adapter (adapter_config.json); check the path",
     ]
