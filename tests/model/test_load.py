@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from tests.memory.test_streaming_seq2seq import make_net
@@ -417,3 +420,46 @@ def test_a_packed_folder_is_loaded_to_the_requested_device(tiny_llama: Path, mon
     with pytest.raises(ModelError, match="stopped"):
         load_packed_folder(ModelSection(name_or_path=str(tiny_llama)), CPU)
     assert settings["device_map"] == {"": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (None, ["model.safetensors"]),
+        ({"a": "model-1.safetensors", "b": "model-2.safetensors"}, ["model-1.safetensors", "model-2.safetensors"]),
+        ({}, []),  # refused when it is read
+    ],
+)
+def test_only_the_weights_that_are_read_are_fetched(
+    index: dict[str, str] | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository like Mistral's and Llama's, which hold the weights twice."""
+    files = ["config.json", "consolidated.safetensors", "original/model.safetensors", "onnx/model.onnx", "model.bin"]
+    files += ["model.safetensors"] if index is None else ["model-1.safetensors", "model-2.safetensors"]
+    if index is not None:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    fetched: set[str] = set()
+
+    def snapshot(name: str, revision: str, allow_patterns: Any) -> str:
+        fetched.update(filter_repo_objects(files, allow_patterns=allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    find_source(ModelSection(name_or_path="org/model"), weights=True)
+    assert sorted(fetched) == ["config.json", *expected]
+
+
+@pytest.mark.parametrize("kind", ["ReadError", "ProxyError", "ReadTimeout", "RemoteProtocolError"])
+def test_a_connection_that_breaks_is_no_bug(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+
+    def snapshot(name: str, **_: Any) -> str:
+        raise getattr(library, kind)("the peer closed the connection\nwith a second line")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(ModelError) as caught:
+        find_source(ModelSection(name_or_path="org/model"), weights=True)
+    assert str(caught.value) == (
+        "model.name_or_path: org/model (main): the peer closed the connection; check the connection and the disk, and "
+        "try again; finished files are kept"
+    )

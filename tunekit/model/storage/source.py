@@ -1,10 +1,12 @@
 """Finds a base: a local folder, a .gguf file, a built-in model, or a hub repository downloaded into the hub's cache."""
 
+import glob
 import json
 import stat
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from tunekit.errors import ModelError
 from tunekit.files.untrusted import MODEL_FILE, read_small
@@ -17,6 +19,7 @@ KEY = "model.name_or_path"
 PIPELINE_INDEX = "model_index.json"  # the index file of a diffusion pipeline
 PIPELINE_WEIGHTS = [f"{part}/*.safetensors" for part in ("unet", "transformer", "vae", "text_encoder*")]
 PIPELINE_VARIANTS = ["*.fp16.*", "*.non_ema.*"]  # the same weights in other variants, which are not downloaded
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "USE_POLICY*", "NOTICE*")
 
 
@@ -80,18 +83,20 @@ def is_here(section: ModelSection) -> bool:
 def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     """Download a hub repository into the local cache of the hub. Returns the folder in the cache, and the commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, XetDownloadError
 
     from tunekit.model.transformers_guard import quiet
 
-    patterns = [*(["*.safetensors"] if weights else []), *(["*.py"] if section.trust_remote_code else [])]
+    http_error = cast(
+        type[Exception], HfHubHTTPError.__bases__[0]
+    )  # also the base of the HTTP library's errors of connections
     try:
         with quiet():
             fetch = partial(snapshot_download, section.name_or_path, revision=section.revision)
             folder = Path(fetch(allow_patterns=CONFIG_PATTERNS))
             if weights and (folder / PIPELINE_INDEX).exists():
                 fetch(allow_patterns=PIPELINE_WEIGHTS, ignore_patterns=PIPELINE_VARIANTS)
-            elif patterns:
+            elif patterns := [*(_weight_files(folder) if weights else []), *(["*.py"] * section.trust_remote_code)]:
                 fetch(allow_patterns=patterns)
     except HFValidationError as error:
         raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "correct it", key=KEY) from error
@@ -100,11 +105,21 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
         how = "name/write the folder's path as ./name/name" if here else "name a local folder"
         what = f"{section.name_or_path} is not on this machine and the hub cannot be reached"
         raise ModelError(what, how, key=KEY) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (http_error, XetDownloadError, OSError, ValueError) as error:
         how = "check the name and the revision; private and gated models need HF_TOKEN in the environment"
+        if not isinstance(error, HfHubHTTPError | ValueError):
+            how = "check the connection and the disk, and try again; finished files are kept"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{section.name_or_path} ({section.revision}): {first_line}", how, key=KEY) from error
     return ModelSource(section.name_or_path, folder, commit=folder.name)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Patterns of the weights that are read: the files of the index, or one file. Many repositories contain the weights
+    a second time, such as consolidated.safetensors or the folder `original`. A damaged index is refused later."""
+    weight_map = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).exists() else None
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return sorted(map(glob.escape, names)) or [WEIGHTS]
 
 
 def read_json(path: Path) -> JsonObject:
