@@ -133,6 +133,10 @@ def test_an_option_of_the_program_after_a_command_is_told_its_place(
 ) -> None:
     assert run(monkeypatch, *words) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"Error: {expected}"
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(monkeypatch, *words) == 2
+    assert capsys.readouterr().err == ""  # the main rank prints it
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import os
@@ -161,9 +160,49 @@ def test_files_for_clusters_of_containers_are_yaml(folder: Path, capsys: pytest.
 
 def test_ray_calls_the_command_line_in_each_worker(folder: Path) -> None:
     text = written("ray", nodes=2, processes=4).read_text()
-    values = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Assign)]
-    assert [ast.literal_eval(value) for value in values] == [["tunekit", "train", NAME, "--resume"]]
+    assert f"    sys.argv = {['tunekit', 'train', NAME, '--resume']!r}\n" in text
     assert "num_workers=8, use_gpu=True" in text
+
+
+RAY = """
+class Given:
+    def __init__(self, *values, **named):
+        self.named = named
+
+FailureConfig = RunConfig = ScalingConfig = Given
+
+class TorchTrainer:
+    def __init__(self, train, run_config, scaling_config):
+        self.train = train
+        self.starts = 1 + run_config.named["failure_config"].named["max_failures"]
+
+    def fit(self):
+        for _ in range(self.starts):
+            try:
+                return [self.train() for _ in range(2)]
+            except RuntimeError as error:
+                print(error)
+        raise error
+"""
+
+
+@pytest.mark.parametrize(("code", "starts", "ends"), [(0, 2, 0), (2, 1, 2), (3, 1, 3), (4, 4, 1), (143, 4, 1)])
+def test_ray_starts_only_what_can_end_otherwise(folder: Path, code: int, starts: int, ends: int) -> None:
+    """A wrong recipe is one start, and its exit code that of the script; a lost worker is started again."""
+    path = written("ray", processes=2)
+    for package, text in {
+        "ray": "",
+        "ray/train": RAY,
+        "ray/train/torch": "from ray.train import TorchTrainer",
+        "tunekit": "",
+        "tunekit/cli": f"import sys\ndef main():\n    print('start')\n    sys.exit({code})",
+    }.items():
+        (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, check=False)
+    assert (ended.stdout.count("start\n"), ended.returncode) == (starts, ends), ended.stderr
+    assert not [*folder.glob(".*.end")]
 
 
 def test_the_shared_paths_include_a_recipe_of_another_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

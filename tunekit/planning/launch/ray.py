@@ -1,37 +1,52 @@
 """A Python script for Ray Train, whose workers are the processes of the run."""
 
+from tunekit.errors import InputError, NumericsError
 from tunekit.planning.launch.job import LaunchJob
 
 ENDING = ".ray.py"
 RETRIES = 3
+FINAL = (InputError.exit_code, NumericsError.exit_code)  # a further start would end in the same way
 SCRIPT = '''\
 """Trains {name} with {count} workers of a Ray cluster. Each start continues from the newest checkpoint."""
 
 import os
 import sys
+from pathlib import Path
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+FOLDER = {folder!r}  # all nodes see this folder
+END = Path(FOLDER, ".{name}.ray.end")  # the exit code of a run that Ray must not start again
+
 
 def train() -> None:
-    os.chdir({folder!r})  # all nodes see this folder
+    if END.exists():
+        return
+    os.chdir(FOLDER)
     from tunekit.cli import main
 
     sys.argv = {words!r}
     try:
         main()
     except SystemExit as end:
-        if end.code:
+        if end.code in {final!r}:
+            END.write_text(str(end.code))
+        elif end.code:
             raise RuntimeError(f"tunekit ended with exit code {{end.code}}") from None
 
 
 if __name__ == "__main__":
+    END.unlink(missing_ok=True)
     TorchTrainer(
         train,
         scaling_config=ScalingConfig(num_workers={count}, use_gpu={use_gpu}),
         run_config=RunConfig(name="{name}", failure_config=FailureConfig(max_failures={retries})),
     ).fit()
+    if END.exists():
+        code = int(END.read_text())
+        END.unlink()
+        sys.exit(code)
 '''
 
 
@@ -44,6 +59,7 @@ def text(job: LaunchJob) -> str:
         use_gpu=not job.on_cpu,
         name=job.name,
         retries=RETRIES,
+        final=FINAL,
     )
 
 
