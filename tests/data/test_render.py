@@ -403,7 +403,11 @@ def test_weights_that_are_not_read_are_told(tiny: LoadedTokenizer) -> None:
     turns = (Message("user", "a"), Message("assistant", "b", 0.0))
     assert encoder.encode(ChatExample(turns), "d:1").parts["trained"].all()
     assert [notice for notice in encoder.notices if "data.train_on: all ignores" in notice]
-    completed = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+    completed = {"prompt": asked, "completion": [{"role": "assistant", "content": "b"}]}
     encoder = encoder_of(tiny, "all")
-    encoder.encode(make_example(completed), "d:1")
+    assert encoder.encode(make_example(completed), "d:1").parts["trained"].all()
     assert not +encoder.notices
+    completed["completion"][0]["weight"] = 0.5  # type: ignore[assignment]
+    encoder.encode(make_example(completed), "d:1")
+    assert [notice for notice in encoder.notices if "data.train_on: all ignores" in notice]

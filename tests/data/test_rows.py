@@ -18,7 +18,17 @@ from tests.support.data_case import settings, tokenizer_of, write_lines
 from tunekit.contracts import Objective
 from tunekit.data.encoding import cache as cache_module
 from tunekit.data.encoding.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
-from tunekit.data.rendering.render import AS_GIVEN, EMPTY_ANSWER
+from tunekit.data.encoding.notes import counted_note
+from tunekit.data.rendering.render import (
+    AS_GIVEN,
+    EMPTY_ANSWER,
+    EOS_ADDED,
+    MERGED_BOUNDARY,
+    NO_TEMPLATE,
+    SPELLED,
+    WEIGHTS_UNREAD,
+)
+from tunekit.data.rendering.turns import ONLY_LAST
 from tunekit.data.rows import RowSet, load_evaluation_rows, load_rows
 from tunekit.errors import DataError, RecipeError, ResourceError
 from tunekit.files.cache_folder import default_cache_folder
@@ -63,8 +73,8 @@ def test_counts(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     assert [rows.train[index].origin for index in range(2)] == ["d.jsonl:1", "d.jsonl:3"]
     assert rows.notes == (
         "d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion')",
-        f"warning: d.jsonl: 1 of 4 rows are dropped: {EMPTY_ANSWER}; correct these rows, or remove them from the file",
-        f"warning: d.jsonl: 1 of 4 rows are dropped: {TOO_LONG}; raise data.max_length (the longest row has 22 tokens),"
+        f"warning: d.jsonl: 1 of 4 rows is dropped: {EMPTY_ANSWER}; correct these rows, or remove them from the file",
+        f"warning: d.jsonl: 1 of 4 rows is dropped: {TOO_LONG}; raise data.max_length (the longest row has 22 tokens),"
         " or set data.excess_length: truncate or split",
     )
 
@@ -88,7 +98,7 @@ def test_the_cure_of_a_cut_row_is_no_cut(tiny: LoadedTokenizer, tmp_path: Path) 
     rows = load_rows(DataSection(train=(source,), max_length=5, excess_length="truncate"), sft(tiny), seed=0)
     assert rows.notes == (
         "d.jsonl: format prompt_completion (the first row has 'prompt' and 'completion' once its columns are renamed)",
-        "warning: d.jsonl: 1 of 2 rows are dropped: no supervised token after truncation; raise data.max_length (the "
+        "warning: d.jsonl: 1 of 2 rows is dropped: no supervised token after truncation; raise data.max_length (the "
         "longest row has 17 tokens)",
     )
 
@@ -473,3 +483,18 @@ def test_an_error_of_an_evaluation_row_keeps_its_cure() -> None:
     )
     with pytest.raises(DataError, match=r"^rows\.jsonl:3: 'messages' is empty; leave the row out$"):
         list(RowSet.evaluation_prompts(rows))
+
+
+@pytest.mark.parametrize(
+    "what", [AS_GIVEN, NO_TEMPLATE, EOS_ADDED, SPELLED, WEIGHTS_UNREAD, MERGED_BOUNDARY, ONLY_LAST]
+)
+def test_a_note_of_one_row_is_about_one_row(what: str) -> None:
+    """And a note of several rows is as it was."""
+    remark = what.removeprefix("warning: ")
+    start = what.removesuffix(remark)
+    assert counted_note("d", 1200, what) == f"{start}d: 1,200 {remark}"
+    note = counted_note("d", 1, what)
+    assert note.startswith(f"{start}d: 1 row ")
+    assert "that train " not in note
+    assert "spell a" not in note
+    assert "their last" not in note

@@ -50,12 +50,14 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A conversation. `without_template`: the example to use with a tokenizer without a chat template, or None."""
+    """A conversation. `without_template`: the example to use with a tokenizer without a chat template, or None.
+    `prompt_turns`: the number of first turns that are the prompt, so that their weight is 0 in every row."""
 
     messages: tuple[Message, ...]
     tools: tuple[JsonObject, ...] | None = None
     without_template: CompletionExample | None = None
     weight: float = 1.0
+    prompt_turns: int = 0
 
 
 Example = ChatExample | CompletionExample | TextExample

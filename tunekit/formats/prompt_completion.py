@@ -21,7 +21,8 @@ def make_example(row: Fields) -> Example:
     kinds = {isinstance(row.get(name), list) for name in ("prompt", "completion")}
     if kinds == {True}:
         prompt = tuple(replace(message, weight=0.0) for message in read_messages(row["prompt"], "prompt"))
-        return ChatExample(prompt + read_messages(row["completion"], "completion"), read_tools(row.get("tools")))
+        messages = prompt + read_messages(row["completion"], "completion")
+        return ChatExample(messages, read_tools(row.get("tools")), prompt_turns=len(prompt))
     if kinds == {True, False}:
         what = "one of 'prompt' and 'completion' is text, and the other one is a list of messages"
         raise DataError(what, "write both as text, or both as lists of messages")

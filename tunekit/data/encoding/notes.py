@@ -3,6 +3,7 @@
 Notes that begin with "warning: " need attention.
 """
 
+import re
 from collections.abc import Container, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -14,6 +15,10 @@ from tunekit.recipe.reading.names import facts_of
 
 WARNING = "warning: "
 MANY_DROPPED = 0.05  # share of a source's rows
+PLURAL = re.compile(r"\b(row|answer|image|prompt|pair|recording)s\b")  # the counted noun of a remark
+SINGULAR = {" that train ": " that trains ", " that spell ": " that spells ", "their last turn": "its last turn"}
+SINGULAR |= {"without their": "without its", " are joined ": " is joined ", " are read ": " is read "}
+SINGULAR |= {"whose ends are": "whose end is", "as their EXIF": "as its EXIF"}
 NEARLY = 0.85  # minimum similarity of a column's name to a field that it may misspell
 
 
@@ -58,8 +63,12 @@ def drawn_notes(name: str, source: Source) -> list[str]:
 
 def counted_note(name: str, number: int, what: str) -> str:
     """A note about `number` rows of a source. `what`: the remark, which begins with "warning: " if it is a warning."""
-    start = WARNING if what.startswith(WARNING) else ""
-    return f"{start}{name}: {number:,} {what.removeprefix(WARNING)}"
+    start, what = (WARNING, what.removeprefix(WARNING)) if what.startswith(WARNING) else ("", what)
+    if number == 1:
+        what = PLURAL.sub(r"\1", what, count=1)
+        for several, one in SINGULAR.items():
+            what = what.replace(several, one)
+    return f"{start}{name}: {number:,} {what}"
 
 
 def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[str]:
@@ -70,7 +79,7 @@ def dropped_notes(name: str, counts: SourceCounts, *, evaluation: bool) -> list[
         reason: f"{longer}, or lower the other length" for reason in counts.dropped if reason.startswith(f"{TOO_LONG} ")
     }
     return [
-        f"warning: {name}: {number:,} of {counts.read:,} rows are dropped: {reason}; "
+        f"warning: {name}: {number:,} of {counts.read:,} rows {'is' if number == 1 else 'are'} dropped: {reason}; "
         + cures.get(reason, "correct these rows, or remove them from the file")
         for reason, number in sorted(counts.dropped.items())
         if evaluation or number > MANY_DROPPED * counts.read

@@ -214,7 +214,7 @@ class Renderer:
         eos = self.tokenizer.eos_id
         ends = {*self._control.ids, eos}
         if self.train_on == "all":
-            answers = [each for each in example.messages if each.role == "assistant"]
+            answers = [each for each in example.messages[example.prompt_turns :] if each.role == "assistant"]
             self.notices.update([WEIGHTS_UNREAD] if any(each.weight != 1 for each in answers) else [])
             backwards = zip(reversed(ids), reversed(offsets), strict=True)
             last = next((each for each, place in backwards if each in ends or text[slice(*place)].strip()), eos)
