@@ -14,6 +14,7 @@ from tunekit.recipe.reading.dump import as_comments, dump_draft, yaml_lines
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 
 ROWS, RUN = "train.jsonl", "runs/imported"  # placeholders, because an adapter's configuration contains neither
+TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "token_classify", "SEQ_2_SEQ_LM": "seq2seq"}  # task_type -> objective
 # the recipe's text, a line for each key, and problems with keys that are lost
 Translation = tuple[str, list[str], Sequence[Problem]]
 
@@ -69,7 +70,7 @@ def _of_adapter(path: Path) -> Translation:
 
     Raises: RecipeError if the method is not known.
     """
-    from tunekit.adapters.folder.config import method_of
+    from tunekit.adapters.folder.config import HEAD_TASKS, HEADS, method_of
     from tunekit.files.untrusted import parse_json, read_small
 
     fields, problems = parse_json(read_small(path), str(path)), list[Problem]()
@@ -84,23 +85,39 @@ def _of_adapter(path: Path) -> Translation:
                 raise RecipeError.of(error.problems, [f"{path}: a configuration of {PEFT}", "lost:"]) from error
             fields = {name: value for name, value in fields.items() if name not in lost}
             problems += error.problems
+    task, place = fields.get("task_type"), read_recipe_file(path).place(("task_type",))
+    if task in HEAD_TASKS and isinstance(fields.get("modules_to_save"), list):  # an objective with a head trains it
+        fields = {
+            **fields,
+            "modules_to_save": [name for name in fields["modules_to_save"] if name not in HEADS] or None,
+        }
+        settings = method.peft.read(fields, str(path))
+    if task not in (None, "CAUSAL_LM", *TASKS):
+        how = f"known: CAUSAL_LM, {', '.join(TASKS)}"
+        problems.append(Problem(f"no objective trains {task}", how, file=str(path), line=place.line, key="task_type"))
     settings_of = {name: setting for name, (setting, _) in method.peft.fields.items()}
     written = settings.model_dump(mode="json", exclude_defaults=True)
     adapter = {"method": settings.method, **{name: value for name, value in written.items() if name != "method"}}
     base = {"name_or_path": fields.get("base_model_name_or_path") or "BASE"}
     if fields.get("revision"):
         base["revision"] = fields["revision"]
-    values: dict[str, Any] = {"model": base, "data": {"train": ROWS}, "adapter": adapter, "output": {"dir": RUN}}
+    values: dict[str, Any] = {"model": base, "data": {"train": ROWS}, "adapter": adapter}
+    if task in TASKS:
+        values["objective"] = TASKS[task]
+    values["output"] = {"dir": RUN}
     identity_fields = ("peft_type", *method.peft.claims)  # fields that identify the method
     from_base = {
         "base_model_name_or_path": "model",
         "revision": "model",
+        **({"task_type": f"objective: {TASKS.get(task, 'sft')}"} if task in (*TASKS, "CAUSAL_LM") else {}),
         **dict.fromkeys(identity_fields, "adapter.method"),
     }
     kept_lines = [f"{path}: {name} -> adapter.{settings_of[name]}" for name in fields if name in settings_of]
     kept_lines += [f"{path}: {name} -> {to}" for name, to in from_base.items() if name in fields]
     others = [f"{path}: {name} -> nothing" for name in fields if name not in settings_of and name not in from_base]
     missing = f"write data.train (now {ROWS}) and output.dir yourself: an adapter's configuration contains neither"
+    if task == "SEQ_CLS":
+        missing += "; for a reward model, write objective: reward"
     lines = [
         f"{path}: a configuration of {PEFT}",
         *_titled("kept:", kept_lines),

@@ -271,6 +271,17 @@ def test_torchtune_without_a_limit_loses_no_tokens(folder: Path, line: str, caps
             {"seed: null": f"seed: null\n{TEACHER.replace('ForwardKL', 'ReverseKL').replace('kd_ratio: 0.3', '')}"},
             {"objective.beta": 1.0, "objective.kd_ratio": 0.5},
         ),
+        (
+            {ALPACA: "_component_: torchtune.datasets.instruct_dataset\n  source: org/rows"},
+            {"data.train.0.format": "alpaca", "data.train.0.columns": {"input": "instruction"}},
+        ),
+        (
+            {
+                ALPACA: "_component_: torchtune.datasets.instruct_dataset\n  source: org/rows\n"
+                "  column_map: {input: question, output: output}"
+            },
+            {"data.train.0.format": "alpaca", "data.train.0.columns": {"question": "instruction"}},
+        ),
         (DPO, {"objective.method": "dpo", "objective.beta": 0.07, "data.train.0.format": "preference"}),
         (
             {
@@ -380,6 +391,7 @@ def test_unsloth(
     assert values(recipe, *keys) == ["adamw_8bit", "linear", 7, 1536]
     assert values(recipe, *expected) == list(expected.values())
     assert "default of Unsloth -> training.optimizer: 'adamw_8bit'" in said
+    assert recipe.training.learning_rate == (3e-4 if "  learning_rate: 0.0003\n" not in changes else 2e-4)
     assert ("write format: alpaca_with_input" in said) == (recipe.data.train[0].format == "auto")
 
 
@@ -655,6 +667,28 @@ def test_an_adapters_configuration(
         validate(str(folder / "adapter_config.json"))
 
 
+@pytest.mark.parametrize(
+    ("task", "objective"),
+    [("SEQ_CLS", "classify"), ("TOKEN_CLS", "token_classify"), ("SEQ_2_SEQ_LM", "seq2seq"), ("CAUSAL_LM", "sft")],
+)
+def test_the_task_of_an_adapter_is_the_objective(folder: Path, task: str, objective: str) -> None:
+    fields = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "task_type": task, "target_modules": ["q"]}
+    saved = ["classifier", "score", "embed_tokens"] if task.endswith("CLS") else None
+    path = _written(folder, "adapter_config.json", json.dumps({**fields, "r": 12, "modules_to_save": saved}))
+    import_verb(str(path), str(folder / "recipe.yaml"))
+    recipe = load_recipe(folder / "recipe.yaml").recipe
+    assert recipe.objective.method == objective
+    assert recipe.adapter.modules_to_save == (("embed_tokens",) if saved else ())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", "QUESTION_ANS"])
+def test_a_task_without_an_objective_is_a_problem(folder: Path, task: str) -> None:
+    fields = {"peft_type": "LORA", "target_modules": ["q"]}
+    path = _written(folder, "adapter_config.json", json.dumps(fields | {"task_type": task}))
+    with pytest.raises(RecipeError, match=f"task_type: no objective trains {task}; known: CAUSAL_LM, SEQ_CLS"):
+        import_verb(str(path), str(folder / "recipe.yaml"))
+
+
 def test_what_an_adapters_configuration_has_and_nothing_here_is_said(folder: Path) -> None:
     text = json.dumps(
         {"peft_type": "LORA", "target_modules": ["q_proj"], "use_qalora": True, "megatron_config": {"a": 1}}
@@ -724,6 +758,7 @@ output_dir: out
         ("packing: false\nbf16: true\ndtype: bfloat16", {"model.dtype": "bfloat16"}),
         ("packing: false\nbf16: true\ndtype: auto", {"model.dtype": "bfloat16"}),
         ("packing: false\nbf16: false\nfp16: false", {"model.dtype": "float32"}),
+        ("packing: false\ntruncation_mode: keep_start", {"data.excess_length": "truncate"}),
         ("packing: false\nfp16: false", {"model.dtype": "auto"}),
         ("packing: false\nbf16: false\ndtype: bfloat16", {"model.dtype": "bfloat16"}),
     ],

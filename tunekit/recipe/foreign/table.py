@@ -166,6 +166,7 @@ TOP_LEVEL: dict[str, Alias] = {
     ),
     **nowhere(same, "dataset_test_split"),  # rewrite.py
     **nowhere(exactly("default", how="write the source under data.train"), "dataset_config"),
+    **nowhere(exactly("keep_start"), "truncation_mode"),
     **nowhere(exactly("bfd", how="write data.excess_length: split"), "packing_strategy"),
     **nowhere(exactly("CAUSAL_LM", how="write objective"), "lora_task_type"),
     **to("memory.activation_offload", "activation_offloading", by=switch(True)),

@@ -27,6 +27,7 @@ _TRAINER = {"training.scheduler": "linear", "training.micro_batch_size": 8, "tra
 _TRAINER |= {"training.epochs": 3.0, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
 _RATES = {**dict.fromkeys(("dpo", "kto", "grpo", "rloo"), 1e-6), "reward": 1e-4}  # TRL's trainers; SFTTrainer has 2e-5
 _UNSLOTH = {  # defaults of both its command and its script
+    "training.learning_rate": 2e-4,
     "training.optimizer": "adamw_8bit",
     "training.scheduler": "linear",
     "training.warmup_steps": 5,

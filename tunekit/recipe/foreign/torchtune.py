@@ -33,11 +33,11 @@ DATASETS: dict[str, dict[str, Any]] = {  # the source of a builder without argum
         "columns": PAIRED,
     },
     "chat_dataset": {},
-    "instruct_dataset": {"format": "prompt_completion"},
+    "instruct_dataset": {"format": "alpaca", "columns": {"input": "instruction"}},  # two turns
     "preference_dataset": {"format": "preference"},
     "text_completion_dataset": {"format": "text"},
 }
-FIELDS = {"input": "prompt", "output": "completion", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+FIELDS = {"input": "instruction", "output": "output", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 TRAINS_ON_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")  # unless train_on_input is false
 TEXTS = ("source", "split", "column", "conversation_style", "conversation_column")  # arguments of a data set
 FILES = ("json", "csv", "parquet", "text")  # values of `source` that name a file type
@@ -316,7 +316,8 @@ def _source(part: object) -> tuple[dict[str, Any], dict[str, object]]:
     source |= {"split": split} if split != "train" else {}
     if any(name not in FIELDS for name in mapped):
         raise NotExact(f"column_map {show(mapped)} has no exact translation", "write columns under the source")
-    source |= {"columns": {column: FIELDS[name] for name, column in mapped.items()}} if mapped else {}
+    if mapped:
+        source["columns"] = {column: FIELDS[name] for name, column in mapped.items() if column != FIELDS[name]}
     others = [name for name, value in arguments.items() if value not in (None, False)]
     if others or not source.get("format") or not source.get("path"):
         what = f"'{others[0]}' would be lost" if others else "source or conversation_style is missing"
