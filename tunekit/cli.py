@@ -91,7 +91,7 @@ class Verb(TyperCommand):
                 similar = [each for each in error.possibilities or () if each.startswith(str(name)[:4])]
                 error.possibilities = similar
                 error.message += "" if similar else "; write a key of the recipe without dashes, as KEY=VALUE"
-            _print_once(error)
+            _print_once(error.exit_code)
             raise
 
     def invoke(self, ctx: Any) -> NoReturn:
@@ -110,7 +110,7 @@ class Verb(TyperCommand):
             code = super().invoke(ctx) or 0
             sys.stdout.flush()
         except typer.BadParameter as error:
-            _print_once(error)
+            _print_once(error.exit_code)
             raise  # typer prints it below the usage
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter's last flush prints another error
@@ -124,11 +124,11 @@ class Verb(TyperCommand):
         raise typer.Exit(code)
 
 
-def _print_once(error: Any) -> None:
+def _print_once(exit_code: int) -> None:
     """Leave the message of a wrong option to the main rank: all ranks have the same options. Raises: typer.Exit on the
     other ranks."""
     if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
-        raise typer.Exit(error.exit_code) from None
+        raise typer.Exit(exit_code) from None
 
 
 def _tell_ranks(error: BaseException) -> None:
