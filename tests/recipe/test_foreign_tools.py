@@ -880,6 +880,52 @@ def test_axolotls_trainers_of_preferences_have_their_own_order(
     assert values(recipe, *expected) == list(expected.values())
 
 
+FACTORY_FILE = """
+model_name_or_path: org/base
+dataset: rows.jsonl
+finetuning_type: lora
+lora_dropout: 0.1
+output_dir: out
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected", "line"),
+    [
+        ("stage: dpo", {"adapter.dropout": 0.0}, "lora_dropout -> nothing (its trainer has no dropout)"),
+        ("stage: rm", {"adapter.dropout": 0.1}, "lora_dropout -> adapter.dropout"),
+        (
+            "stage: sft\npacking: true",
+            {"data.packing": True},
+            "the rows of a pack attend to each other; in tunekit they",
+        ),
+        ("packing: true\nneat_packing: true", {"data.packing": True}, "packing -> nothing (neat_packing: true packs"),
+        ("stage: sft", {"data.excess_length": "truncate"}, "truncates a long row's prompt and answer in proportion"),
+    ],
+)
+def test_llama_factorys_trainers(
+    folder: Path, lines: str, expected: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(folder / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    text = FACTORY_FILE if "sft" in lines or "packing" in lines else FACTORY_FILE.replace("rows.jsonl", "pairs.jsonl")
+    recipe, said = imported(folder, "theirs.yaml", f"{text}{lines}\n", capsys)
+    assert values(recipe, *expected) == list(expected.values())
+    assert line in said
+
+
+def test_axolotls_pairs_are_trained_without_dropout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = changed(AXOLOTL, {"chat_template": "chatml.intel", "rows.jsonl": "someone/rows"})
+    recipe, _ = imported(folder, "theirs.yaml", f"{text}rl: orpo\nlora_dropout: 0.1\n", capsys)
+    assert values(recipe, "adapter.dropout") == [0.0]
+
+
+def test_axolotls_messages_are_in_the_column_messages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines(folder / "rows.jsonl", [{"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}])
+    mapped = "type: chat_template\n    message_property_mappings: {role: from, content: value}"
+    recipe, _ = imported(folder, "theirs.yaml", AXOLOTL.replace("type: chat_template", mapped), capsys)
+    assert values(recipe, "data.train.0.format", "data.train.0.columns") == ["sharegpt", {"messages": "conversations"}]
+
+
 def test_axolotl_splits_long_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = AXOLOTL.replace("chat_template", "completion")
     recipe, _ = imported(folder, "theirs.yaml", f"{text}excess_length_strategy: drop\n", capsys)

@@ -18,6 +18,7 @@ from tunekit.recipe.foreign.rewrite import rewrite_aliases
 from tunekit.recipe.foreign.samples import count_prompts
 from tunekit.recipe.foreign.tools import (
     AXOLOTL,
+    FACTORY,
     PEFT,
     TRL,
     WHOLE,
@@ -28,7 +29,7 @@ from tunekit.recipe.foreign.tools import (
     trains_base,
     write_defaults,
 )
-from tunekit.recipe.foreign.trainer import settle_axolotl, settle_trl
+from tunekit.recipe.foreign.trainer import settle_axolotl, settle_factory, settle_trl
 from tunekit.recipe.reading import checks
 from tunekit.recipe.reading.draft import COMMAND_LINE, Draft, Place
 from tunekit.recipe.reading.dump import dump_recipe
@@ -118,6 +119,8 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
             settle_trl(draft, imported=imported)
         if tool == AXOLOTL:
             settle_axolotl(draft)
+        if tool == FACTORY:
+            settle_factory(draft)
         drop_empty(draft)
     expand_shorthands(draft)
     rewrite_aliases(draft)

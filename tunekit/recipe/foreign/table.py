@@ -62,6 +62,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("data.eval", "val_set_size", "val_size", by=values.evaluation_share),
     **to("data.max_length", "sequence_len", "cutoff_len", "max_seq_length", "max_length"),
     **to("data.packing", "sample_packing", "packing", by=_SWITCH),
+    **to("data.packing", "neat_packing", by=switch(True)),
     **to("data.train_on", "train_on_inputs", "train_on_prompt", by=one_of({False: "assistant", True: "all"})),
     **to("data.train_on", "mask_history", by=switch("last")),
     **to("data.train_on", "completion_only_loss", by=one_of({True: "assistant", False: "all"})),

@@ -73,7 +73,15 @@ PEFT_CHOOSES = (  # printed with our default if the base's architecture is not k
     "; PEFT adapts fewer layers of some architectures (q_proj and v_proj of llama, mistral, gemma and qwen2): "
     "for these, write adapter.target_modules: [q_proj, v_proj]"
 )
-WITHOUT_DROPOUT = ("dpo", "kto", "reward")  # objectives whose trainers in TRL disable all dropout (disable_dropout)
+WITHOUT_DROPOUT = {  # objectives whose trainers disable all dropout (disable_dropout)
+    TRL: ("dpo", "kto", "reward"),
+    FACTORY: ("dpo", "kto"),
+    AXOLOTL: ("dpo", "kto", "orpo", "simpo", "cpo"),
+}
+CUT_PROMPTS = (
+    "LLaMA-Factory truncates a long row's prompt and answer in proportion, tunekit the end of the row; for long "
+    "prompts, raise data.max_length"
+)
 TRAINED_TOKENS = (
     "TRL trains on all tokens of conversations, tunekit on those of the assistant; for all tokens, write "
     "data.train_on: all"
@@ -160,11 +168,13 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
             draft.rewrites.append(f"{draft.file}: {TRAINED_TOKENS}")
         targets = PEFT_TARGETS.get(file_of_base(draft, "config.json").get("model_type", ""))
         defaults["adapter.target_modules"] = "all-linear" if targets is None else list(targets)
-    if tool in (TRL, FACTORY) and draft.get(("objective", "method")) in WITHOUT_DROPOUT:
+    if draft.get(("objective", "method")) in WITHOUT_DROPOUT.get(tool, ()):
         defaults["adapter.dropout"] = 0.0
         if draft.get(("adapter", "dropout")):
             record(draft, draft.place(("adapter", "dropout")), "lora_dropout", "nothing (its trainer has no dropout)")
             draft.remove(("adapter", "dropout"))
+    if tool == FACTORY and not draft.has(("data", "excess_length")):
+        draft.rewrites.append(f"{draft.file}: {CUT_PROMPTS}")
     if tool == FACTORY and isinstance(rank := draft.get(("adapter", "r"), 8), int):
         defaults["adapter.alpha"] = 2.0 * rank
     for key, value in defaults.items():

@@ -1,5 +1,5 @@
-"""Settings that the trainers of TRL and Axolotl decide, not single keys: the objective, the order of the rows, and what
-becomes of long rows."""
+"""Settings that a trainer of TRL, Axolotl or LLaMA-Factory decides, not a single key: the objective, the order of the
+rows, what becomes of long rows, and packing."""
 
 from tunekit.errors import RecipeError
 from tunekit.recipe.foreign.become import complain, record, take, write, write_unlimited
@@ -69,6 +69,16 @@ def settle_axolotl(draft: Draft) -> None:
         draft.remove(("shuffle_merged_datasets",))
         write(draft, ("data", "shuffle"), False, place, "shuffle_merged_datasets")
     _write_excess(draft, sources)
+
+
+def settle_factory(draft: Draft) -> None:
+    """Rewrite the packing of a LLaMA-Factory configuration, in place: neat_packing includes packing."""
+    packs = draft.get(("packing",)) is True
+    if draft.get(("neat_packing",)) is True and packs:
+        _drop(draft, "packing", "neat_packing: true packs the rows")
+    elif packs:
+        what = "data.packing: true (in LLaMA-Factory, the rows of a pack attend to each other; in tunekit they do not)"
+        record(draft, draft.place(("packing",)), "packing", what)
 
 
 def _write_excess(draft: Draft, sources: object) -> None:

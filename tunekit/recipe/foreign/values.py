@@ -197,6 +197,8 @@ def _dataset(item: dict[str, Any]) -> dict[str, Any]:
         source["format"] = _DATASET_TYPES[kind]
     _read_messages(item, source)
     messages = {"preference": "conversations", "sharegpt": "conversations"}.get(source.get("format", ""), "messages")
+    if kind == "chat_template":  # Axolotl's default, also for messages with from and value
+        item = {"field_messages": "messages", **item}
     fields = {"field": "text", "field_messages": messages, "field_chosen": "chosen", "field_rejected": "rejected"}
     columns = {str(item[key]): field for key, field in fields.items() if item.get(key) not in (None, field)}
     return {**source, **({"columns": columns} if columns else {})}
