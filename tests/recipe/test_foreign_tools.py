@@ -875,11 +875,12 @@ def test_what_changes_no_result_is_not_lost(
 def test_axolotls_trainers_of_preferences_have_their_own_order(
     folder: Path, lines: str, expected: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = changed(AXOLOTL, {"chat_template": "chatml.intel", "rows.jsonl": "someone/rows"})
+    text = changed(AXOLOTL, CHATML_PAIRS)
     recipe, _ = imported(folder, "theirs.yaml", f"{text}{lines}\n", capsys)
     assert values(recipe, *expected) == list(expected.values())
 
 
+CHATML_PAIRS = {"base_model: base": "base_model: Qwen/base", "chat_template": "chatml.intel", "rows.jsonl": "a/rows"}
 FACTORY_FILE = """
 model_name_or_path: org/base
 dataset: rows.jsonl
@@ -914,7 +915,7 @@ def test_llama_factorys_trainers(
 
 
 def test_axolotls_pairs_are_trained_without_dropout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = changed(AXOLOTL, {"chat_template": "chatml.intel", "rows.jsonl": "someone/rows"})
+    text = changed(AXOLOTL, CHATML_PAIRS)
     recipe, _ = imported(folder, "theirs.yaml", f"{text}rl: orpo\nlora_dropout: 0.1\n", capsys)
     assert values(recipe, "adapter.dropout") == [0.0]
 
@@ -924,6 +925,13 @@ def test_axolotls_messages_are_in_the_column_messages(folder: Path, capsys: pyte
     mapped = "type: chat_template\n    message_property_mappings: {role: from, content: value}"
     recipe, _ = imported(folder, "theirs.yaml", AXOLOTL.replace("type: chat_template", mapped), capsys)
     assert values(recipe, "data.train.0.format", "data.train.0.columns") == ["sharegpt", {"messages": "conversations"}]
+
+
+def test_axolotls_chatml_is_not_the_template_of_every_base(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"{changed(AXOLOTL, CHATML_PAIRS)}rl: dpo\n"
+    assert "chat_template -> nothing (the tokenizer's own template" in imported(folder, "a.yaml", text, capsys)[1]
+    with pytest.raises(RecipeError, match="chat_template: tunekit does not know the template 'chatml', and the base's"):
+        import_verb(str(_written(folder, "b.yaml", text.replace("Qwen/", "meta-llama/"))), None)
 
 
 def test_axolotl_splits_long_texts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,14 @@ def settle_axolotl(draft: Draft) -> None:
         place = draft.place(("shuffle_merged_datasets",))
         draft.remove(("shuffle_merged_datasets",))
         write(draft, ("data", "shuffle"), False, place, "shuffle_merged_datasets")
-    _write_excess(draft, sources)
+    kinds = _kinds(sources)
+    if any(kind.startswith("chatml.") for kind in kinds):  # this template, also if the tokenizer has a different one
+        draft.set(("chat_template",), "chatml", draft.place(("datasets",)))
+    _write_excess(draft, kinds)
+
+
+def _kinds(sources: object) -> set[str]:
+    return {str(item.get("type")) for item in sources if isinstance(item, dict)} if isinstance(sources, list) else set()
 
 
 def settle_factory(draft: Draft) -> None:
@@ -81,10 +88,9 @@ def settle_factory(draft: Draft) -> None:
         record(draft, draft.place(("packing",)), "packing", what)
 
 
-def _write_excess(draft: Draft, sources: object) -> None:
+def _write_excess(draft: Draft, kinds: set[str]) -> None:
     """Write data.excess_length: split for texts, which Axolotl cuts into pieces of sequence_len tokens. If the file has
     other rows too, this is a problem: Axolotl drops these, and the recipe has one setting for all rows."""
-    kinds = {str(item.get("type")) for item in sources if isinstance(item, dict)} if isinstance(sources, list) else {""}
     if COMPLETION not in kinds:
         return
     place = draft.place(("datasets",))
