@@ -867,8 +867,8 @@ def test_what_changes_no_result_is_not_lost(
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        ("rl: kto\nshuffle_merged_datasets: false", {"data.shuffle": False}),
-        ("rl: kto", {"data.shuffle": True}),
+        ("rl: kto\nmicro_batch_size: 2\nshuffle_merged_datasets: false", {"data.shuffle": False}),
+        ("rl: kto\nmicro_batch_size: 2", {"data.shuffle": True}),
         ("rl: dpo\ncurriculum_sampling: true", {"data.shuffle": True}),
     ],
 )
@@ -901,6 +901,16 @@ output_dir: out
             "the rows of a pack attend to each other; in tunekit they",
         ),
         ("packing: true\nneat_packing: true", {"data.packing": True}, "packing -> nothing (neat_packing: true packs"),
+        (
+            "stage: pt\npacking: false",
+            {"data.excess_length": "truncate"},
+            "default of LLaMA-Factory -> data.excess_length",
+        ),
+        (
+            "stage: pt",
+            {"data.excess_length": "split", "data.packing": True},
+            "stage: pt -> data.excess_length: 'split'",
+        ),
         ("stage: sft", {"data.excess_length": "truncate"}, "truncates a long row's prompt and answer in proportion"),
     ],
 )
@@ -908,7 +918,12 @@ def test_llama_factorys_trainers(
     folder: Path, lines: str, expected: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_lines(folder / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    text = FACTORY_FILE if "sft" in lines or "packing" in lines else FACTORY_FILE.replace("rows.jsonl", "pairs.jsonl")
+    write_lines(folder / "texts.jsonl", [{"instruction": "text"}])
+    described = {"pages": {"file_name": "texts.jsonl"}}
+    (folder / "dataset_info.json").write_text(json.dumps(described), encoding="utf-8")
+    stage = lines.partition("\n")[0].removeprefix("stage: ")
+    rows = {"dpo": "pairs.jsonl", "rm": "pairs.jsonl", "pt": "pages"}
+    text = FACTORY_FILE.replace("rows.jsonl", rows.get(stage, "rows.jsonl"))
     recipe, said = imported(folder, "theirs.yaml", f"{text}{lines}\n", capsys)
     assert values(recipe, *expected) == list(expected.values())
     assert line in said

@@ -35,7 +35,8 @@ _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 def rewrite_aliases(draft: Draft) -> None:
     """Replace every key of another tool in the draft, in place."""
     name_sources(draft)
-    if draft.get(("stage",)) == "pt":  # LLaMA-Factory joins texts and cuts them to equal lengths
+    if draft.get(("stage",)) == "pt" and draft.get(("packing",)) is not False:
+        # LLaMA-Factory joins texts and cuts them to equal lengths; without packing, it truncates them
         write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
         if not draft.has(("packing",)):
             write(draft, ("data", "packing"), True, draft.place(("stage",)), "stage: pt")
