@@ -53,7 +53,7 @@ def media_folder(path: str) -> Path:
     if os.path.isdir(path):
         return Path(path)
     folders = Path(path).parents
-    return next((folder for folder in folders if not has_magic(str(folder)) or folder.is_dir()), folders[0])
+    return next((folder for folder in folders if not has_magic(str(folder)) or folder.is_dir()), Path(path).parent)
 
 
 def is_media(name: str, kind: str | None = None) -> bool:
