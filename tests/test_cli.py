@@ -25,11 +25,12 @@ from typer.main import get_command
 
 import tunekit.validate
 from tests.recipe.test_reader import SMALL
-from tunekit.cli import ENVIRONMENT, app, main, start
+from tunekit.cli import app, main, start
 from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
 from tunekit.machine.threads import WAITING, thread_settings
+from tunekit.machine.variables import ENVIRONMENT
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.load import check_draft, load_recipe, read_draft
 from tunekit.recipe.reading.shipped import shipped_recipes

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ SCRIPT = REPOSITORY / "scripts" / "gpu" / "first"
 import packages  # noqa: E402  (tests.test_bench_gpu adds scripts/gpu to the path)
 import suite  # noqa: E402
 from page import make_page  # noqa: E402
+
+from tunekit.machine.variables import ENVIRONMENT  # noqa: E402
 
 
 def script() -> Any:
@@ -194,6 +197,50 @@ def test_a_child_that_is_stopped_leaves_what_it_measured(monkeypatch: pytest.Mon
     child.write_text("class OddError(Exception): pass\nraise OddError('so it is\\nand more')\n")
     ended = bench_gpu.in_child("tiny", torch.device("cpu"), file, 300.0)
     assert ended["outcome"] == "ended with 1: OddError: so it is"
+
+
+def test_a_child_has_the_settings_of_a_run_and_ends_with_this_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise it is still on the GPU during the next call's measurements."""
+    children: list[subprocess.Popen[Any]] = []
+
+    class Child(subprocess.Popen[Any]):
+        def __init__(self, _: Any, **settings: Any) -> None:
+            super().__init__([sys.executable, "-c", "import time; time.sleep(60)"], **settings)
+            self.environment = settings["env"]
+            children.append(self)
+
+        def poll(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+        communicate = poll
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.in_child("tiny", torch.device("cpu"), tmp_path / "r.json", 60.0)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_suite(tmp_path / "gpu.tests", 60.0)
+    for child in children:
+        assert child.returncode == -signal.SIGKILL
+        assert child.environment["PYTORCH_ALLOC_CONF"] == ENVIRONMENT["PYTORCH_ALLOC_CONF"]
+        assert child.environment["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert len(children) == 2
+
+
+@pytest.mark.parametrize(("module", "work"), [(first, "check"), (bench_gpu, "run_rows")])
+def test_sigterm_stops_the_child_too(module: Any, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        monkeypatch.setattr(sys, "argv", ["script", *(["1"] if module is first else ["--device", "cpu"])])
+        monkeypatch.setattr(module, work, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr(module, "run_call", lambda *_, **__: None, raising=False)
+        with pytest.raises(SystemExit, match="143"):
+            module.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,18 +16,9 @@ from tunekit.commands.order import InOrderOfUse
 from tunekit.console import Console
 from tunekit.console.loudness import LOUDNESS, is_quiet
 from tunekit.errors import EXIT_FAULT, InputError, ResourceError, TunekitError, exit_message, redact
-from tunekit.machine.malloc import CACHED_KERNELS
+from tunekit.machine.variables import ENVIRONMENT
 
 EXIT_BROKEN_PIPE = 141
-ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
-    "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),  # the older name
-    **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(CACHED_KERNELS)),
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings about a lost rank have twenty lines of C++ frames each
-}
 VERBOSE = {"TORCH_CPP_LOG_LEVEL": "WARNING"}
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs", "launch")  # commands that import no torch

@@ -195,7 +195,7 @@ print(json.dumps({{"plan": asdict(plan), "modules": sorted(sys.modules)}}))
 MEASURE = """
 import importlib, json, os, sys
 sys.path.insert(0, {repository!r})
-from tunekit.cli import ENVIRONMENT
+from tunekit.machine.variables import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 def memory(name):
     with open("/proc/self/status") as file:

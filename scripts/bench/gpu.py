@@ -39,7 +39,9 @@ if {"--rehearse", "--dry-run"} & set(sys.argv) == {"--rehearse"} and "TUNEKIT_SI
 import torch  # noqa: E402
 from arithmetic import Ceilings, as_json  # noqa: E402
 from shapes import DOUBLES, ROWS, Row, rehearsed, shrink_models  # noqa: E402
-from suite import counts, run_suite, stop  # noqa: E402
+from suite import counts, exit_at_sigterm, run_suite, stop  # noqa: E402
+
+from tunekit.machine.variables import ENVIRONMENT  # noqa: E402
 
 RESULTS = REPOSITORY / "scripts" / "results"
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     settings = parser.parse_args()
+    exit_at_sigterm()
     known = {row.name: row for row in (DOUBLES if settings.device == "cpu" else ROWS)}
     if settings.rehearse:
         shrink_models()
@@ -246,15 +249,16 @@ def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dic
     answer.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--child", name, "--device", device.type, "--json", str(answer)]
     command += ["--rehearse"] if REHEARSES else []
-    environment = os.environ | {"TUNEKIT_DEVICE": device.type}
+    environment = ENVIRONMENT | os.environ | {"TUNEKIT_DEVICE": device.type}
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         errors, ended = child.communicate(timeout=seconds)[1], {}
     except subprocess.TimeoutExpired:
-        stop(child)
         errors, ended = "", {"outcome": f"stopped after {seconds:.0f} s"}
+    finally:  # also after Ctrl-C
+        stop(child)
     measured = read_results(answer)
     answer.unlink(missing_ok=True)
     if ended or "outcome" not in measured:

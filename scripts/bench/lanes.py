@@ -59,7 +59,7 @@ STATE_BYTES = 16  # of a trained number: weight, gradient and two moments in flo
 RUN = """
 import json, os, resource, sys, time
 sys.path.insert(0, {repository!r})
-from tunekit.cli import ENVIRONMENT
+from tunekit.machine.variables import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 import torch
 torch.set_num_threads(1)

@@ -45,7 +45,7 @@ GB = 1_000_000_000
 TRAIN = """
 import importlib, json, os, resource, sys, threading
 sys.path.insert(0, {repository!r})
-from tunekit.cli import ENVIRONMENT
+from tunekit.machine.variables import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 from tunekit.machine.memory import status_bytes
 def memory(*names):

@@ -17,6 +17,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tunekit.machine.variables import ENVIRONMENT
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUITE = "tests/gpu"
 TEST_SECONDS, START_SECONDS = 150.0, 180.0  # of one test; of a process before it has collected the tests
@@ -71,7 +73,7 @@ def run_suite(
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-p", "outcomes", suite]
     command += [argument for plugin in plugins for argument in ("-p", plugin)]
     paths = [str(Path(__file__).parent), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"TUNEKIT_OUTCOMES": str(file), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = ENVIRONMENT | os.environ | {"TUNEKIT_OUTCOMES": str(file), "PYTHONPATH": os.pathsep.join(paths)}
     problem = "no time was left"
     while time.monotonic() < ends:
         before, size = len(read_outcomes(file)), file.stat().st_size if file.exists() else 0
@@ -79,7 +81,10 @@ def run_suite(
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-            problem = _watch(process, file, ends, test_seconds, size) or f"ended with {process.returncode}"
+            try:
+                problem = _watch(process, file, ends, test_seconds, size) or f"ended with {process.returncode}"
+            finally:  # also after Ctrl-C
+                stop(process)
         problem += f": {file.with_suffix('.log').read_text(encoding='utf-8')[-MESSAGE_CHARACTERS:]}"
         if time.monotonic() < ends:  # a test that the call's end stopped runs again in the next call
             _blame(file, problem, size)
@@ -106,10 +111,14 @@ def _watch(process: subprocess.Popen[bytes], file: Path, ends: float, test_secon
         if current != size:
             size, changed = current, now
         if now - changed > (START_SECONDS if size == before else test_seconds) or now > ends:
-            stop(process)
             return f"stopped after {now - changed:.0f} s"
         time.sleep(POLL_SECONDS)
     return None
+
+
+def exit_at_sigterm() -> None:
+    """Make SIGTERM raise SystemExit, so that the processes that this one started are stopped, too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def stop(process: subprocess.Popen[Any]) -> None:

@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 STOCK = [(size, 2000) for size in range(32, 129, 16)] + [(16_000, 400)]  # (bytes of a chunk, number of chunks): 7 MB
 HEADER_BYTES = 8
 # A CPU product of a new shape leaves a compiled kernel in the caches of oneDNN and torch. Without a limit, rows of
-# many lengths cost 80 MB per step (measured on a model with 135M parameters). cli.py sets this limit for every run.
+# many lengths cost 80 MB per step (measured on a model with 135M parameters). Every command sets this limit.
 CACHED_KERNELS = 64
 
 
