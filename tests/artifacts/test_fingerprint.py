@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from tunekit.artifacts.fingerprint import compare_fingerprints, make_fingerprint, require_same, resume_notes
+from tunekit.artifacts.fingerprint import (
+    RESULT_VERSIONS,
+    compare_fingerprints,
+    make_fingerprint,
+    require_same,
+    resume_notes,
+)
 from tunekit.errors import RunFolderError
 
 RECIPE: dict[str, Any] = {
@@ -110,6 +116,20 @@ def test_bitsandbytes_counts_only_where_it_computes() -> None:
         old, new = (facts(recipe, versions=versions, device=device) for versions in (VERSIONS, other))
         assert [name for name, _ in compare_fingerprints(old, new)] == ["bitsandbytes"]
     assert compare_fingerprints(facts(nf4), facts(nf4, versions=other)) == []  # our own code on a CPU
+
+
+def test_kernels_of_other_packages_count_on_a_gpu() -> None:
+    """Another version rounds differently. Those of liger and flash attention count if the recipe uses them."""
+    other = {**VERSIONS, "mamba-ssm": "2.2.4", "liger-kernel": "0.5"}
+    on_gpu = facts(device="cuda")
+    found = compare_fingerprints(on_gpu, facts(device="cuda", versions=other))
+    assert found == [("mamba-ssm", "was version not installed, is 2.2.4")]
+    liger = changed("training.kernels", "liger")
+    old, new = (facts(liger, device="cuda", versions=versions) for versions in (VERSIONS, other))
+    assert [name for name, _ in compare_fingerprints(old, new)] == ["liger-kernel", "mamba-ssm"]
+    older = {**on_gpu, "versions": {name: VERSIONS[name] for name in RESULT_VERSIONS}}
+    assert compare_fingerprints(older, facts(device="cuda", versions=other)) == []
+    assert compare_fingerprints(facts(), facts(versions=other)) == []
 
 
 def test_threads_are_kept_but_never_refused() -> None:

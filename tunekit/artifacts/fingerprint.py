@@ -9,6 +9,9 @@ from tunekit.recipe.reading.paths import path_mark
 from tunekit.recipe.reading.sections import section_class
 
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
+# If they are installed, transformers' code of recurrent layers computes with them on a GPU, and rounds differently.
+RECURRENT_PACKAGES = ("mamba-ssm", "causal-conv1d", "flash-linear-attention")
+NOT_INSTALLED = "not installed"
 MISSING = "(absent)"
 
 
@@ -35,7 +38,8 @@ def make_fingerprint(
         "data": data,
         "base": base,
         **({"code": dict(code)} if code else {}),
-        "versions": {name: versions[name] for name in names if name in versions},
+        "versions": {name: versions[name] for name in names if name in versions}
+        | {name: versions.get(name, NOT_INSTALLED) for name in _kernel_packages(recipe, device)},
         "device": device,
         "dtype": dtype,
         "accelerator": accelerator,
@@ -56,6 +60,15 @@ def _uses_bitsandbytes(recipe: Mapping[str, object], device: str) -> bool:
     optimizer = _part(recipe, "training").get("optimizer", "adamw")
     kernels = ("int8",) if device == "cpu" else ("int8", "nf4", "fp4")
     return quantization in kernels or optimizer != "adamw"
+
+
+def _kernel_packages(recipe: Mapping[str, object], device: str) -> tuple[str, ...]:
+    """The packages whose kernels the run may use on a GPU, besides those of bitsandbytes."""
+    if device == "cpu":
+        return ()
+    liger = _part(recipe, "training").get("kernels") == "liger"
+    flash = _part(recipe, "model").get("attention") == "flash_attention_2"
+    return (*RECURRENT_PACKAGES, *(["liger-kernel"] if liger else []), *(["flash-attn"] if flash else []))
 
 
 def _part(values: Mapping[str, object], name: str) -> Mapping[str, object]:
@@ -94,7 +107,11 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
     if old.get("base") != new.get("base"):
         differences.append(("model", "the base model's files differ"))
     differences += [(key, "its content is different") for key in changed_files(old, new)]
-    differences += [(name, f"was version {was}, is {is_}") for name, was, is_ in _changes(old, new, "versions")]
+    differences += [
+        (name, f"was version {was}, is {is_}")
+        for name, was, is_ in _changes(old, new, "versions")
+        if MISSING not in (was, is_) or name in (*RESULT_VERSIONS, "bitsandbytes")  # older runs do not state the others
+    ]
     if old.get("device") != new.get("device"):
         differences.append(("device", f"was {old.get('device')}, is {new.get('device')}"))
     elif "dtype" in old and old["dtype"] != new.get("dtype") and not differences:  # older runs do not state it

@@ -22,6 +22,11 @@ LIBRARIES = (
     "huggingface_hub",
     "numpy",
     "peft",
+    "liger-kernel",
+    "flash-attn",
+    "mamba-ssm",
+    "causal-conv1d",
+    "flash-linear-attention",
 )
 
 
