@@ -6,6 +6,7 @@ The quick tier runs N cells of a matrix that is marked `sampled(N)`, and one in 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -26,8 +27,10 @@ pytest_plugins = ["tests.parity.table"]  # gathers the parity table from every p
 def pytest_configure() -> None:
     """The seed of the drawn cells, for the processes of pytest-xdist too."""
     if SEED not in os.environ:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
-        os.environ[SEED] = str(int(commit[:8] or "0", 16))
+        os.environ[SEED] = "0"
+        with contextlib.suppress(OSError, ValueError):  # no git, or no commit
+            commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+            os.environ[SEED] = str(int(commit[:8], 16))
 
 
 @pytest.hookimpl(wrapper=True)

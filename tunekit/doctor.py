@@ -25,11 +25,12 @@ from tunekit.machine.devices import make_devices
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.memory import available_bytes
 from tunekit.machine.signals import StopSignals
-from tunekit.model.compute import computes_bfloat16
+from tunekit.model.compute import resolve_dtype
 from tunekit.model.storage.model_folder import write_portable_copy
 from tunekit.model.storage.portable import read_model_files
 from tunekit.model.storage.programs import FolderReading, readings
 from tunekit.model.storage.source import find_source
+from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
 from tunekit.targets.target import find_target
 
@@ -81,7 +82,7 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
         "accelerators": accelerator_names(),
         "available_bytes": available_bytes(device),
         "free_disk_bytes": free_bytes(Path.cwd()),
-        "computes_in": "bfloat16" if computes_bfloat16(device) else "float32",
+        "computes_in": str(resolve_dtype(ModelSection(name_or_path="any"), device)).removeprefix("torch."),
     }
     findings = []
     if values["free_disk_bytes"] < 2**30:

@@ -171,6 +171,7 @@ MEMORY_MESSAGES = (  # the messages of out-of-memory errors that have a general 
     *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
     *("CUDA error: out of memory", "HIP error: out of memory", "MPS backend out of memory", "OUT_OF_DEVICE_MEMORY"),
     *("BLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "ALLOCATION_FAILED", "miopenStatusAllocFailed"),
+    *("Cuda failure 2 'out of memory'", "cudaErrorMemoryAllocation"),  # NCCL, which allocates beside torch
     # cuDNN: no algorithm's workspace fits; accelerate treats these messages in the same way
     *("CUDNN_STATUS_NOT_SUPPORTED", "valid cuDNN algorithm", "unable to find an engine to execute this computation"),
 )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import PartialState
 
 from tests.devices import simulated
 from tests.devices.test_mistakes import CUDA
@@ -14,7 +17,9 @@ from tests.devices.test_steps import section
 from tests.support.loop_case import make_case, make_rows
 from tests.support.train_case import records
 from tests.training.test_loop import training
+from tunekit.doctor import machine_facts
 from tunekit.errors import ModelError
+from tunekit.machine.devices import Devices
 from tunekit.model.attention.documents import VARLEN
 from tunekit.model.quantized.fp8 import computes_fp8
 
@@ -28,6 +33,30 @@ def generation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(simulated.DOUBLE.properties, "major", major)
     monkeypatch.setattr(simulated.DOUBLE.properties, "minor", minor)
     return major, minor
+
+
+@pytest.mark.parametrize("generation", [(7, 5)], indirect=True)
+def test_doctor_names_the_dtype_of_a_run(generation: tuple[int, int]) -> None:
+    assert machine_facts()[0]["computes_in"] == "float16"
+
+
+def test_cards_without_p2p_and_with_an_old_driver_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate refuses RTX 40 cards with old drivers, unless NCCL is told to leave P2P and InfiniBand out."""
+    for module in ("accelerate.utils", "accelerate.state"):
+        monkeypatch.setattr(f"{module}.check_cuda_p2p_ib_support", lambda: False)
+    for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+        monkeypatch.setenv(name, "0")  # so that the test restores it
+        monkeypatch.delenv(name)
+    PartialState._reset_state()
+    Devices(CUDA).close()
+    assert os.environ["NCCL_P2P_DISABLE"] == "1"
+
+
+def test_convolutions_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch allows TF32 for convolutions by default, and for products not."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Devices(CUDA).close()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("generation", [(7, 5)], indirect=True)

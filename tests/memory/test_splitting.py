@@ -72,6 +72,7 @@ def test_the_allocators_own_errors_are_known() -> None:
         torch.empty(2**46, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(CUDA_ERROR)
+    assert is_out_of_memory(RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"))

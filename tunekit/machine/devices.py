@@ -155,7 +155,11 @@ class Devices:
 
     def __init__(self, wanted: torch.device | None = None) -> None:
         from accelerate.state import PartialState
+        from accelerate.utils import check_cuda_p2p_ib_support
 
+        if torch.cuda.is_available() and not check_cuda_p2p_ib_support():
+            for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+                os.environ.setdefault(name, "1")  # for RTX 40 with an old driver, as `accelerate launch` does
         meeting = meet(kind_wanted(wanted)) if Devices.peers is None else None
         # without `cpu`, ranks on a machine without an accelerator would not form a group
         self.state = PartialState(
@@ -166,13 +170,14 @@ class Devices:
         self.world: int = self.state.num_processes
         device: torch.device = self.state.device if wanted is None or self.world > 1 else wanted
         check_device(device, wanted)
+        torch.backends.cudnn.allow_tf32 = False  # torch's default rounds the convolutions of a float32 model to 10 bits
         # with an index, since torch's limits and streams need one; but accelerate also numbers the CPU of a rank
         self.device = torch.device("cpu") if device.type == "cpu" else torch.device(device.type, device.index or 0)
         if self.device.index:
             torch.accelerator.set_device_index(self.device.index)
         self.rank: int = self.state.process_index
         # called before every exchange: a rank that waits here still helps others to gather a sharded base
-        self.before_exchange: Callable[[], None] = _do_nothing
+        self.before_exchange: Callable[[], None] = lambda: None
         several = self.world > 1 and self.device.type != "cpu"
         # numbers of the host are summed over gloo: the device's backend would wait for the device's computation
         self.host: Any = torch.distributed.new_group(backend="gloo") if several else None
@@ -334,10 +339,6 @@ def kind_wanted(wanted: torch.device | None) -> str:
     """The kind of the device of --device; without it, the kind of the accelerator."""
     device = wanted or torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if device is None else device.type
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def _gather_into(target: Tensor, share: Tensor, **settings: object) -> "torch.distributed.Work":
