@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 import sys
 import weakref
@@ -184,6 +185,25 @@ def test_an_adapter_s_file_has_the_change_of_every_layer(base: Path, tmp_path: P
         change = after[name][0] - before[name][0]
         np.testing.assert_allclose(scale * b @ a, change, atol=1e-6, err_msg=name)
         assert np.abs(change).max() > 0.01
+
+
+@pytest.mark.parametrize("keys", [[], ["model.double_quantization=false"]])
+def test_the_note_of_a_quantized_run_writes_the_base_that_is_compared(
+    keys: list[str], base: Path, tmp_path: Path
+) -> None:
+    """A file with the base's full weights is not the base of this adapter."""
+    adapter = adapter_of(base, tmp_path / "adapter")
+    trained = make_exportable(find_target(str(adapter), None, ["model.quantization=nf4", *keys]))
+    note = format.write(trained, tmp_path / "adapter.gguf", evidence(), Options()).notes[-1]
+    assert "-m base.gguf" in note
+    assert "base.gguf (with the nf4 weights of the training; the full weights differ) with: tunekit export " in note
+    command = shlex.split(note.partition("with: tunekit export ")[2])
+    assert command[-4:] == ["--to", "gguf", "--output", "base.gguf"]
+    export_verb(command[0], "gguf", str(tmp_path / "base.gguf"), certify=False, overrides=command[1:-4])
+    format.write_base(trained, tmp_path / "compared.gguf")
+    assert (tmp_path / "base.gguf").read_bytes() == (tmp_path / "compared.gguf").read_bytes()
+    export_verb(command[0], "gguf", str(tmp_path / "full.gguf"), certify=False)
+    assert (tmp_path / "full.gguf").read_bytes() != (tmp_path / "compared.gguf").read_bytes()
 
 
 LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from tunekit.model.storage.model_folder import copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import read_json
 from tunekit.model.text.tokenizer import LoadedTokenizer
+from tunekit.recipe.model import ModelSection
 from tunekit.targets.exportable import Exportable
 
 TAKES = frozenset({"adapter", "model"})
@@ -89,10 +91,14 @@ def writes_adapter(exportable: Exportable, options: Options) -> bool:
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
     """Write the file. The tensors of a whole model are written one after the other."""
     if writes_adapter(exportable, options):
-        facts = write_adapter(exportable, path)
-        base = exportable.gguf_file and shlex.quote(str(exportable.folder / exportable.gguf_file))
-        how = f"run it with: llama-server -m {base or 'base.gguf'} --lora {path}"
-        how += "" if base else f"; write base.gguf with: {_base_command(exportable)}"
+        facts, base, how = write_adapter(exportable, path), "base.gguf", ""
+        if exportable.gguf_file is not None and not _is_quantized_here(exportable):
+            base = shlex.quote(str(exportable.folder / exportable.gguf_file))
+        else:
+            kind = exportable.target.model.quantization if _is_quantized_here(exportable) else None
+            what = "" if kind is None else f" (with the {kind} weights of the training; the full weights differ)"
+            how = f"; write base.gguf{what} with: {_base_command(exportable)}"
+        how = f"run it with: llama-server -m {base} --lora {path}{how}"
         return Exported(path, "adapter", (*limit_notes(exportable.config), *_base_notes(exportable, facts), how))
     squares, notes = None, [*limit_notes(exportable.config), *token_notes(exportable)]
     if options.imatrix:
@@ -105,6 +111,11 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     counts = Counter(types.values()).most_common()
     notes.append(f"tensors by type: {', '.join(f'{count} {name}' for name, count in counts)}")
     return Exported(path, exportable.whole, (*notes, f"run it with: llama-server -m {path}"))
+
+
+def _is_quantized_here(exportable: Exportable) -> bool:
+    """Whether the training quantized the base's weights, so that no file of the base has the values of the training."""
+    return exportable.target.model.quantization not in ("none", "kept")
 
 
 def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[str, ...]:
@@ -122,8 +133,17 @@ def _base_notes(exportable: Exportable, facts: Mapping[str, object]) -> tuple[st
 
 
 def _base_command(exportable: Exportable) -> str:
-    """The command that writes the base's GGUF file."""
-    return f"tunekit export {shlex.quote(exportable.target.model.name_or_path)} --to gguf --output base.gguf"
+    """The command that writes the base's GGUF file, as `write_base` does."""
+    section, quantized = exportable.target.model, _is_quantized_here(exportable)
+    default = ModelSection(name_or_path=section.name_or_path)
+    names = ("revision", *(("dtype", "quantization", "double_quantization") if quantized else ()))
+    changed = [name for name in names if getattr(section, name) != getattr(default, name)]
+    keys = [f"model.{name}={_text(getattr(section, name))}" for name in changed]
+    return shlex.join(["tunekit", "export", section.name_or_path, *keys, "--to", "gguf", "--output", "base.gguf"])
+
+
+def _text(value: str | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _equal(stated: object, value: object) -> bool:
@@ -248,7 +268,10 @@ def certify(
     with work_folder(written.path) as folder:
         base = folder / "base.gguf"
         write_base(exportable, base)
-        return certify_files(written, exportable, program, base, questions(), options)
+        certificate = certify_files(written, exportable, program, base, questions(), options)
+    kind = exportable.target.model.quantization
+    note = f"the base file has the {kind} weights of the training" if _is_quantized_here(exportable) else ""
+    return replace(certificate, note=note)
 
 
 def certify_files(
