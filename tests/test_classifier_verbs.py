@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import BertForSequenceClassification
 
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
@@ -17,11 +20,13 @@ from tunekit.console import Console
 from tunekit.console.progress import StepProgress
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.export import export_verb
 from tunekit.generate import generate_verb
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.records import EvaluationRecord
+from tunekit.targets.target import find_target, load_target
 
 PAIR = {"sentence1": "good", "sentence2": "bad", "label": "positive"}
 
@@ -105,3 +110,26 @@ def test_an_undefined_correlation_is_left_out(capsys: pytest.CaptureFixture[str]
 def test_an_encoder_without_a_head_is_not_called_unknown(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(TunekitError, match="architecture BertModel has no head for this objective"):
         make_plan(load_recipe(write_recipe(tmp_path, bert, objective="sft", data={"eval": None})))
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_code_of_a_card_computes_the_scores(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Also for three labels (transformers' default is two), and for a base with a head of other labels."""
+    base = shutil.copytree(request.getfixturevalue(name), tmp_path / "base")
+    if name == "bert":
+        BertForSequenceClassification.from_pretrained(base, num_labels=5).save_pretrained(base)
+    run = train(write_recipe(tmp_path, base, training={"epochs": None, "max_steps": 2}))
+    export_verb(str(run), "hub", str(tmp_path / "labels"))
+    code = (tmp_path / "labels" / "README.md").read_text("utf-8").split("```")[1].removeprefix("python\n")
+    places = {'"base"': repr(str(base)), '"NAMESPACE/labels"': repr(str(tmp_path / "labels"))}
+    for written, place in places.items():
+        code = code.replace(written, place)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    loaded = load_target(find_target(str(run), None, ["model.dtype=float32"]), torch.device("cpu"))
+    ids = torch.tensor([loaded.tokenizer.encode("good so so")])
+    model, ours = names["model"].eval(), loaded.model.base.net
+    assert list(model.config.id2label.values()) == ["no", "perhaps", "yes"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=0, atol=1e-5)

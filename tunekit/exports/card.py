@@ -13,8 +13,11 @@ from tunekit.artifacts.report.run_costs import duration_text
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.console.text import cell_text
 from tunekit.model.families import make_family
+from tunekit.model.storage.inspection import head_labels
+from tunekit.model.storage.source import find_source
 from tunekit.model.storage.upload import hub_name
 from tunekit.recipe.bases.paths import is_like_path, last_name
+from tunekit.recipe.model import HeadedModel
 from tunekit.recipe.reading.dump import yaml_lines
 from tunekit.records import JsonObject, bytes_text
 from tunekit.targets.exportable import Exportable
@@ -59,7 +62,7 @@ def model_card(exportable: Exportable, run: RunValues | None, what: str, name: s
         header["datasets"] = data
     shown = base or last_name(origin)
     lines = ["---", *yaml_lines(header), "---", "", f"# {escape(name)}", "", _first_words(shown, what, run is not None)]
-    lines += ["", "```python", *_usage(auto_class, name, shown, what), "```"]
+    lines += ["", "```python", *_usage(exportable, auto_class, name, shown, what), "```"]
     for section in () if run is None else (_training(run), _results(run), _costs(run)):
         lines += section
     lines += ["", "## Licences", "", f"The licence of the base model {escape(shown)}: {licence or NOT_STATED}."]
@@ -106,16 +109,32 @@ def _first_words(base: str, what: str, trained: bool) -> str:
     return f"{kinds[what]} {escape(base)}." if trained or what != "model" else f"The model {escape(base)}."
 
 
-def _usage(auto_class: str, name: str, base: str, what: str) -> list[str]:
+def _usage(exportable: Exportable, auto_class: str, name: str, base: str, what: str) -> list[str]:
     lines = [f"from transformers import {auto_class}", ""]
     if what != "adapter":
         return [*lines, f'model = {auto_class}.from_pretrained("NAMESPACE/{name}")']
     return [
         "from peft import PeftModel",
         *lines,
-        f'base = {auto_class}.from_pretrained("{base}")',
+        *_base_of(exportable, auto_class, base),
         f'model = PeftModel.from_pretrained(base, "NAMESPACE/{name}")',
     ]
+
+
+def _base_of(exportable: Exportable, auto_class: str, base: str) -> list[str]:
+    """The code that loads the base with a head for the adapter's labels."""
+    section = exportable.target.model
+    if not isinstance(section, HeadedModel):
+        return [f'base = {auto_class}.from_pretrained("{base}")']
+    values = {"id2label": "dict(enumerate(labels))", "label2id": "{label: i for i, label in enumerate(labels)}"}
+    for key, value in (("problem_type", section.problem_type), ("pad_token_id", section.head_pad_id)):
+        values |= {} if value is None else {key: repr(value)}
+    stored = head_labels(find_source(section, weights=False), exportable.family)
+    if stored and len(stored) != len(section.labels):  # the adapter's head replaces the base's
+        values["ignore_mismatched_sizes"] = "True"
+    lines = [f"    {key}={value}," for key, value in values.items()]
+    loading = [f"base = {auto_class}.from_pretrained(", f'    "{base}",', *lines, ")"]
+    return [f"labels = {list(section.labels)!r}", *loading]
 
 
 def _training(run: RunValues) -> list[str]:
