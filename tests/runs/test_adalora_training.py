@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tests.support.loop_case import Case, make_case, make_rows
 from tests.support.train_case import result_bytes, train_in_child, write_recipe
+from tunekit.adapters.folder.read import load_into
+from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.adapters.methods.adalora import RankBudget
 from tunekit.errors import RecipeError
 from tunekit.planning.plan import make_plan
@@ -80,6 +82,29 @@ def test_a_skipped_allocation_is_made_up_for(tiny_llama: Path) -> None:
     case.adapter.after_step = lambda step, total: None if step == 4 else hook(step, total)  # type: ignore[method-assign]
     run(case)
     assert ranks(case) == 2 * len(case.adapter.layers)
+
+
+def test_a_trained_folder_is_continued(tiny_llama: Path, tmp_path: Path) -> None:
+    """The removed ranks come back with E = 0, and the new run moves and removes ranks as any other."""
+    first, second = start(tiny_llama), start(tiny_llama)
+    run(first)
+    names = {"base_name": str(tiny_llama), "base_fingerprint": None, "revision": None}
+    save_adapter_folder(first.adapter, tmp_path / "adapter", **names)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = first.model.base.net(input_ids=ids).logits
+        load_into(second.adapter, tmp_path / "adapter")
+        torch.testing.assert_close(second.model.base.net(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+    assert ranks(second) == 2 * len(second.adapter.layers)
+    assert all(layer.kept.all() and layer.A.norm(dim=1).all() for layer in second.adapter.layers.values())
+    before = {name: tensor.clone() for name, tensor in second.adapter.trained().items()}
+    after = run(second)
+    assert ranks(second) == 2 * len(second.adapter.layers)
+    gone = {name.replace("lora_E", "lora_A"): (each[:, 0] == 0) for name, each in before.items() if "lora_E" in name}
+    assert any(not torch.equal(before[name][rows], after[name][rows]) for name, rows in gone.items())
+    recipe = make_recipe(tmp_path, tiny_llama, init_from=str(tmp_path / "adapter"))
+    plan, _ = make_plan(load_recipe(str(recipe), []))
+    assert plan.refusals == []
 
 
 def make_recipe(folder: Path, model: Path, **changes: Any) -> Path:

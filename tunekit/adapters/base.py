@@ -206,6 +206,11 @@ class LayerAdapter(Wrapper, AdapterPart, Generic[Settings]):
         layer."""
         raise NotImplementedError
 
+    def continued_state(self, tensors: Tensors) -> Tensors:
+        """This layer's initial tensors by name, if they are not those of the folder that the recipe's `init_from`
+        names. Required if Method.regrows."""
+        return {}
+
     def base_weight(self) -> Weight:
         """The object that reads the base's weight matrix."""
         weight = weight_of(self.base_layer)

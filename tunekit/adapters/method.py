@@ -73,7 +73,8 @@ class Method:
     `neutral`: the value of the trained tensors with which the adapter changes nothing.
     `unbinding`: settings that do not change the computation. The recipe may change them when it continues from a
     folder. `conflicts`: (settings, targets, whether the settings come from a file) -> conflicts.
-    `run_conflicts`: (settings, number of optimizer steps) -> conflicts.
+    `regrows`: whether the layers of a continued folder may have lower ranks than in the recipe, because training
+    removes ranks. `run_conflicts`: (settings, number of optimizer steps) -> conflicts.
     `with_tokenizer`: (settings, tokenizer) -> the settings with their texts as token ids.
     `read_as`: the name of another method that differs only in training; folders are read as folders of that method.
     `in_diffusers_file`: whether a pipeline's adapter is saved in diffusers' file instead of PEFT's.
@@ -93,6 +94,7 @@ class Method:
     is_linear: Callable[[Any], bool] = lambda settings: False
     neutral: float = 0.0
     unbinding: frozenset[str] = frozenset()
+    regrows: bool = False
     conflicts: Callable[[Any, Sequence[Target], bool], Sequence[Conflict]] = lambda settings, targets, file: ()
     run_conflicts: Callable[[Any, int], Sequence[Conflict]] = lambda settings, steps: ()
     with_tokenizer: Callable[[Any, Tokenizer], Any] = lambda settings, tokenizer: settings

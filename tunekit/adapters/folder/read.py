@@ -129,6 +129,8 @@ def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str 
     tensors = _read_tensors(config, attached.net, targets, attached.head_name, None)
     if attached.model_adapter is not None:
         tensors = attached.model_adapter.continued_state(tensors)
+    for layer in attached.layers.values():
+        tensors |= layer.continued_state(tensors)
     attached.load_state(tensors, ("trained", "saved"))
 
 
@@ -163,6 +165,8 @@ def _refuse_difference(attached: AttachedAdapter, config: AdapterConfig, targets
     differences += [f"{name} is adapted in the recipe but not in the folder" for name in ours if name not in theirs]
     for name, there in theirs.items():
         here = ours.get(name, there)
+        if attached.method.regrows and there.trainable_parameters < here.trainable_parameters:
+            there = replace(there, trainable_parameters=here.trainable_parameters)
         if here != there:
             text = (
                 f"{name} has rank {there.r} and alpha {there.alpha} in the folder, but {here.r} and {here.alpha} in "

@@ -91,6 +91,17 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         )
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
+    def continued_state(self, tensors: Tensors) -> Tensors:
+        """Triplets that the folder lacks, because they were removed, are initialised again: with E = 0 they change
+        nothing until they are trained."""
+        continued: Tensors = {}
+        for factor in FACTORS:
+            name, own = f"{self.module_name}.lora_{factor}", getattr(self, factor).detach().clone()
+            stored = tensors[name]  # (R', I), (R', 1) or (O, R')
+            continued[name] = own
+            own[tuple(slice(size) for size in stored.shape)] = stored.to(own)
+        return continued
+
     def file_tensors(self) -> Tensors:
         state, present = super().file_tensors(), self.present()
         if bool(present.all()):
@@ -233,7 +244,8 @@ METHOD = Method(
     peft=PeftSide("ADALORA", AdaloraSettings, FIELDS, FIXED, remedies=LORA_REMEDIES, refuses_kernel_layers=True),
     layer=Adalora,
     shared=RankBudget,
-    unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}),  # training
+    unbinding=frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "kept"}),
+    regrows=True,
     conflicts=_conflicts,
     run_conflicts=run_conflicts,
 )
