@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import socket
 import threading
 import time
 from http.server import ThreadingHTTPServer
@@ -287,3 +288,27 @@ def test_the_page_of_a_running_run_is_served(tmp_path: Path, monkeypatch: pytest
     assert [status for status, _ in found] == [200, 404, 403]  # the last one asked for another machine's page
     assert "<title>going</title>" in found[0][1]
     assert "refresh" in found[0][1]
+
+
+def test_the_page_has_a_limit_of_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that send nothing have a thread each; those beyond the limit wait, and are answered afterwards."""
+    going, statuses = write_run(tmp_path / "going", finished=False), []
+
+    def look(self: ThreadingHTTPServer) -> None:
+        host, port = self.server_address[:2]
+        before = threading.active_count()
+        thread = threading.Thread(target=lambda: [self.handle_request() for _ in range(4)])
+        thread.start()
+        silent = [socket.create_connection((host, port)) for _ in range(3)]
+        time.sleep(0.5)
+        assert threading.active_count() - before == 3  # this thread's, and two of the connections
+        for each in silent:
+            each.close()
+        with urlopen(Request(f"http://{host}:{port}/", headers={"Host": "localhost"})) as reply:
+            statuses.append(reply.status)
+        thread.join()
+
+    monkeypatch.setattr(watch, "CONNECTIONS", 2)
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", look)
+    watch.watch_verb(str(going), 0)
+    assert statuses == [200]

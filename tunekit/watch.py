@@ -7,6 +7,8 @@ from dataclasses import MISSING, fields
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Semaphore
+from typing import Any
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, LoggedLine, Record, records_from
 from tunekit.artifacts.report.html import html_page
@@ -20,6 +22,7 @@ from tunekit.files.lock import is_held
 from tunekit.machine.network import names_this_machine
 from tunekit.records import EvaluationRecord, StepRecord
 
+CONNECTIONS = 16  # of the page, at a time
 LOOK_SECONDS = 0.5  # between two reads of the files
 REFRESH = '<meta http-equiv="refresh" content="5">'  # the page reloads every 5 seconds
 PLAIN = tuple(field.name for field in fields(StepRecord) if field.default is field.default_factory is MISSING)
@@ -98,6 +101,24 @@ def _record(line: Record) -> StepRecord | EvaluationRecord:
     return StepRecord(**values, metrics=metrics)
 
 
+class _Server(ThreadingHTTPServer):
+    """A server with at most CONNECTIONS threads. Further connections wait in the system's queue."""
+
+    def __init__(self, *values: Any) -> None:
+        self.free = Semaphore(CONNECTIONS)
+        super().__init__(*values)
+
+    def process_request(self, *connection: Any) -> None:
+        self.free.acquire()
+        super().process_request(*connection)
+
+    def process_request_thread(self, *connection: Any) -> None:
+        try:
+            super().process_request_thread(*connection)
+        finally:
+            self.free.release()
+
+
 class _Page(BaseHTTPRequestHandler):
     """A server for a page that shows the current state of the run."""
 
@@ -131,7 +152,7 @@ class _Page(BaseHTTPRequestHandler):
 
 def _serve(path: Path, port: int, console: Console) -> None:
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), type("Page", (_Page,), {"path_of_run": path}))
+        server = _Server(("127.0.0.1", port), type("Page", (_Page,), {"path_of_run": path}))
     except OSError as error:
         raise InputError(f"cannot listen on port {port} ({error.strerror})", "choose another port") from error
     console.info(f"the page of {path}: http://127.0.0.1:{server.server_address[1]}/ - Ctrl-C ends it")
