@@ -86,6 +86,16 @@ def student(freedom: int) -> float:
     )
 
 
+def reach_of_equal(value: float, count: int) -> float:
+    """Half of a 95 % interval of a mean if all `count` numbers are equal to `value`: 2 |value| (1 - 0.025^(1 / count)).
+
+    Their spread is 0, but so few equal numbers do not show that all others are equal too. At least the share
+    0.025^(1 / count) of them is; the others may be as far from `value` as its opposite. As in a sign test, 0 is outside
+    of the interval only from 6 numbers on.    Source: Clopper and Pearson 1934.
+    """
+    return 2 * abs(value) * (1 - 0.025 ** (1 / count))
+
+
 def with_article(noun: str) -> str:
     """The noun, preceded by "a" or "an"."""
     return f"{'an' if noun[:1] in tuple('aeiou') else 'a'} {noun}"

@@ -40,6 +40,18 @@ def test_the_interval_is_that_of_every_possible_resample() -> None:
     assert paired_interval(one, other, units) == pytest.approx(np.quantile(exact, [0.025, 0.975]), abs=0.03)
 
 
+def test_few_rows_that_differ_by_the_same_amount_show_no_difference() -> None:
+    """A metric of 0 or 1 changes by 1 in each of them; the interval had the width 0."""
+    for rows, shows in ((2, False), (5, False), (6, True), (30, True)):
+        low, high = difference_interval(np.zeros(rows), np.ones(rows), np.ones(rows))
+        assert low < 1 < high
+        assert (low > 0) == shows
+    units = np.array([1.0, 3.0, 7.0])
+    low, high = difference_interval(0.1 * units, 0.4 * units, units)  # the same difference for each unit
+    assert low < 0 < high
+    assert difference_interval(units, units, units) == (0.0, 0.0)  # nothing changed
+
+
 @pytest.mark.parametrize("rows", [2, 3, 5, 8])
 def test_few_rows_of_equal_models_rarely_show_a_difference(rows: int) -> None:
     """Quantiles of resamples alone would show one in 48 %, 27 %, 16 % and 13 % of the draws."""

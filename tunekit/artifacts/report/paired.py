@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from tunekit.artifacts.report.sections import Tone
 from tunekit.artifacts.report.values import RunValues, Values
-from tunekit.basics import NORMAL_95, student
+from tunekit.basics import NORMAL_95, reach_of_equal, student
 from tunekit.records import Headline, JsonObject
 
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
 POWER = 0.84  # the 80 % quantile of the normal distribution
+SAME = 1e-9  # relative; a smaller error of the mean is that of rounding
 AT_A_TIME = 64  # number of resamples at a time, which limits memory
 HEADING = [  # of the table with `PairedDifference.texts` as lines
     "run",
@@ -187,12 +188,16 @@ def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]
 def difference_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, float]:
     """The interval of `paired_interval` with each end moved away from the difference by the factor
     t / 1.96 * sqrt(n / (n - 1)), where t is Student's quantile for n - 1 degrees of freedom. Otherwise, the intervals
-    of a few rows are too narrow: for two equal models and 5 rows, one in six would not contain 0.
+    of a few rows are too narrow: for two equal models and 5 rows, one in six would not contain 0. If all rows differ by
+    the same amount, such as a metric that is 0 or 1, the interval is that of `reach_of_equal`.
 
     Shapes: (rows,) each, with at least two rows.    Source: Hesterberg 2015, What teachers should know about the
     bootstrap, expanded percentile intervals. He moves the quantiles instead, which cannot leave the range of the rows.
     """
     rows, middle = len(units), float((other - one).sum() / units.sum())
+    if ratio_error(other - one, units) <= SAME * abs(middle):
+        reach = reach_of_equal(middle, rows)
+        return middle - reach, middle + reach
     factor = student(rows - 1) / NORMAL_95 * math.sqrt(rows / (rows - 1))
     low, high = (middle + factor * (end - middle) for end in paired_interval(one, other, units))
     return low, high

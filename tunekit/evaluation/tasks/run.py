@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunekit.basics import student
+from tunekit.basics import reach_of_equal, student
 from tunekit.contracts import Objective, Progress, no_progress
 from tunekit.errors import InputError, ModelError
 from tunekit.files.work_folder import temporary_folder
@@ -250,8 +250,8 @@ def task_differences(before: Sequence[TaskScore], after: Sequence[TaskScore]) ->
         if old is None or len(score.documents) < 2 or len(old.documents) != len(score.documents):
             continue
         changes = np.array(score.documents) - np.array(old.documents)  # (documents,)
-        half = student(len(changes) - 1) * float(changes.std(ddof=1)) / math.sqrt(len(changes))
-        mean = float(changes.mean())
+        mean, error = float(changes.mean()), float(changes.std(ddof=1)) / math.sqrt(len(changes))
+        half = student(len(changes) - 1) * error if np.ptp(changes) else reach_of_equal(mean, len(changes))
         results.append(
             TaskDifference(
                 score.task, score.metric, old.value, score.value, mean - half, mean + half, score.higher_is_better
