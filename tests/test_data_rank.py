@@ -110,12 +110,13 @@ def test_losses_are_those_of_an_evaluation(chat: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["prompt", "init_from", "regression", "lora_fa"])
+@pytest.mark.parametrize("start", ["prompt", "init_from", "regression", "lora_fa", "loftq"])
 def test_losses_before_and_after_are_those_of_the_run(
     start: str, chat: Path, bert: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run measured the same rows at step 0 and at its end. Before training, the model is the base with a prompt,
-    with the adapter that the run continues, or with a head that starts at the mean number."""
+    with the adapter that the run continues, with LoftQ's correction of a quantized base, or with a head that starts at
+    the mean number."""
     few = {"save_steps": 3, "keep_checkpoints": 9, "epochs": 1}
     if start == "regression":
         recipe = write_numbers(tmp_path, bert, "three", data={"eval": "train.jsonl"}, training=few)
@@ -124,7 +125,10 @@ def test_losses_before_and_after_are_those_of_the_run(
         adapter = {"method": start}
         if start == "init_from":
             adapter = {**{key: settings[key] for key in ("method", "r", "alpha")}, start: str(chat / "adapter")}
-        recipe = write_chat_recipe(tmp_path, tiny_llama, data={"eval": "train.jsonl"}, training=few)
+        if start == "loftq":
+            adapter = {"method": "lora", "r": 4, "start": start}
+        model = {"quantization": "nf4" if start == "loftq" else "none"}
+        recipe = write_chat_recipe(tmp_path, tiny_llama, model=model, data={"eval": "train.jsonl"}, training=few)
         recipe.write_text(json.dumps({**json.loads(recipe.read_text("utf-8")), "adapter": adapter}), encoding="utf-8")
     run = train(recipe)
     rows, measured = ranked(run, influence=True)["rows"], json.loads((run / "evaluation_rows.json").read_text("utf-8"))
@@ -133,12 +137,14 @@ def test_losses_before_and_after_are_those_of_the_run(
         assert np.allclose([row[name] for row in rows], expected, atol=1e-5)
     assert any(row["disagreement"] for row in rows)  # numbers are not classes
     said = capsys.readouterr().out
+    assert ", and before training: " in said
     assert "rows have no classes, so 'likely wrong' lists the 10% of the rows with the highest scores" in said
     assert "next: read the rows in rank.html and correct wrong ones; if many are wrong, leave a" in said
     if start == "init_from":
         shutil.move(chat / "adapter", tmp_path / "moved")
         result = ranked(run)
         shutil.move(tmp_path / "moved", chat / "adapter")
+        assert "before training" not in capsys.readouterr().out  # the cost counts only what is computed
         assert "teaches nothing" not in result["lists"]
         assert "before" not in result["rows"][0]
 

@@ -51,6 +51,7 @@ from tunekit.targets.states import (
     RunState,
     checkpoint_steps,
     keep_step_0,
+    knows_step_0,
     load_states,
     refuse_damaged_states,
 )
@@ -161,13 +162,13 @@ def _refuse_influence(target: TargetSpec, rows: RowSet) -> None:
 
 def _costs(values: RunValues, target: TargetSpec, rows: RowSet, influence: bool) -> list[str]:
     """What the ranking will compute, and about how long it takes at the run's own speed."""
-    steps = checkpoint_steps(target)
-    states = max(len(steps), 1) + (0 if _trains_base(target) else 1)
+    steps, knows_before = checkpoint_steps(target), knows_step_0(target)
+    states = max(len(steps), 1) + knows_before
     speed, forwards = values.report.number("tokens_per_second"), states * len(rows.train)
     tokens = int(rows.train.lengths.sum()) * states / (1 + BACKWARD)  # as if trained on
     checkpoints = "1 checkpoint" if len(steps) == 1 else f"{len(steps)} checkpoints"
     of_states = checkpoints if steps else "the result"
-    before = "" if _trains_base(target) else ", and before training"
+    before = ", and before training" if knows_before else ""
     work = f"{forwards:,} forwards"
     if influence:
         rates = _rates(values)

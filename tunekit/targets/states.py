@@ -7,18 +7,21 @@ from pathlib import Path
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.adapters.folder.read import load_into
 from tunekit.adapters.method import starts_as_base
+from tunekit.adapters.starts.start import initialise_all
 from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from tunekit.artifacts.manifest import checkpoint_name
 from tunekit.contracts import Objective
 from tunekit.errors import RunFolderError, TunekitError
 from tunekit.model.load import LoadedModel
 from tunekit.records import Target
-from tunekit.targets.export import adapter_state
+from tunekit.targets.export import STEP_0, adapter_state
 from tunekit.targets.reference import load_reference
 from tunekit.targets.target import LoadedTarget, TargetSpec, load_base, load_target
 from tunekit.tuned.network import prepare_network
+from tunekit.tuned.originals import originals
 
 BASE_BACK = "put the run's base back in its place"
 
@@ -109,20 +112,41 @@ def _attach(base: LoadedModel, target: TargetSpec, saved: Checkpoint) -> Attache
     )
 
 
+def knows_step_0(target: TargetSpec) -> bool:
+    """Whether `keep_step_0` will know the policy at step 0, decided from the run's files."""
+    if target.adapter is None or target.recipe is None:
+        return False
+    settings = target.recipe.adapter
+    facts = read_adapter_config(target.adapter).objective or {}
+    if starts_as_base(settings, exported=True) or facts.keys() >= STEP_0.keys():
+        return True
+    if not checkpoint_steps(target):
+        return False  # the result does not contain all tensors
+    if settings.init_from is not None:
+        try:
+            read_adapter_config(Path(settings.init_from)).check_files()
+        except TunekitError:
+            return False
+    return True
+
+
 def keep_step_0(loaded: LoadedTarget) -> bool:
     """Store the adapter's state at step 0 in the model, unless the base alone is the policy at step 0. Call this before
     a state is loaded. Returns whether the policy at step 0 is known."""
-    model, adapter = loaded.model, loaded.model.adapter
-    if adapter is None:
+    model, target = loaded.model, loaded.target
+    if not knows_step_0(target):
         return False
-    if model.reference_state is not None or starts_as_base(adapter.settings, exported=True):
+    assert target.recipe is not None
+    assert model.adapter is not None
+    settings, start = target.recipe.adapter, target.recipe.adapter.initialisation
+    if model.reference_state is not None or starts_as_base(settings, exported=True):
         return True
-    if not checkpoint_steps(loaded.target):
-        return False  # the result does not contain all tensors
-    if adapter.settings.init_from is not None:
+    if settings.init_from is not None:
         try:
-            load_into(adapter, Path(adapter.settings.init_from), base_fingerprint=model.base.fingerprint)
+            load_into(model.adapter, Path(settings.init_from), base_fingerprint=model.base.fingerprint)
         except TunekitError:
             return False
+    elif start is not None and start.looks_at == "original":
+        initialise_all(model.adapter.layers, target.seed, originals(model.adapter, target.model))
     model.keep_reference()
     return True

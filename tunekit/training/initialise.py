@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import slot_count
@@ -19,15 +18,13 @@ from tunekit.adapters.method import load_method
 from tunekit.adapters.starts.start import initialise_all, start_module
 from tunekit.adapters.targets import find_targets
 from tunekit.contracts import Companion, Objective, WindowSource
-from tunekit.errors import ModelError
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
-from tunekit.model.quantized.weights import packed_layers
-from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject, Target
 from tunekit.training.calibrate import calibrate
+from tunekit.tuned.originals import originals
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # a checkpoint's layout, for each group: name -> [start, *shape]
 
@@ -56,7 +53,7 @@ def initialise_adapter(
     if start is None:
         adapter, other = attach(), settings.initialisation
         if other is not None and other.looks_at == "original" and resumed is None:
-            initialise_all(adapter.layers, seed, _originals(adapter, model))
+            initialise_all(adapter.layers, seed, originals(adapter, model))
             _copy_from_main(adapter, devices)
     else:
         targets = find_targets(base.net, settings, head_name=head_name)
@@ -101,23 +98,6 @@ def _resumed_rank(target: Target, layout: Layout) -> int | None:
         return None
     shapes = [group[f"{target.name}.lora_B.weight"] for group in layout if f"{target.name}.lora_B.weight" in group]
     return shapes[0][-1] if shapes else 0
-
-
-def _originals(adapter: AttachedAdapter, model: ModelSection) -> Callable[[str], Tensor | None]:
-    """Returns a function that reads a layer's unquantized matrix (O, I) from the base's files, by the layer's name."""
-    rewriter = Rewriter(model, "full")
-    packed = {name for name, layer in adapter.layers.items() if packed_layers(layer.base_layer)}
-
-    def read(name: str) -> Tensor | None:
-        if name not in packed:  # an unpacked matrix has no quantization error to compensate
-            return None
-        try:
-            return rewriter.base_weight(name).float()
-        except KeyError as error:
-            what = f"loftq needs the unquantized weight of '{name}', but the base's files do not contain it"
-            raise ModelError(what, "choose another adapter.start", key="adapter.start") from error
-
-    return read
 
 
 def _copy_from_main(adapter: AttachedAdapter, devices: Devices) -> None:
