@@ -18,6 +18,10 @@ from tunekit.arithmetic.merge import merge
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.targets.target import find_target
 
+EMBEDDING_RANK = {
+    "rank_pattern": {"embed_tokens": 2}
+}  # peft's head then has two ranks: of its tensors, and of its scaling
+
 
 def make(tied: bool) -> Any:
     torch.manual_seed(0)
@@ -32,6 +36,8 @@ def make(tied: bool) -> Any:
         (True, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
         (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}),
         (True, {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}),
+        (True, {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True, **EMBEDDING_RANK}),
+        (True, {"target_modules": ["lm_head"], "ensure_weight_tying": True, "use_rslora": True, **EMBEDDING_RANK}),
         (True, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5], "ensure_weight_tying": True}),
         (False, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
     ],

@@ -1,6 +1,7 @@
 """Reads adapter folders that tunekit or peft wrote. Every tensor's name, shape and type is checked before the tensor is
 read."""
 
+import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.base import slot_count
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, tensors_path
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
 from tunekit.adapters.folder.earlier_peft import refuse_changed_patterns
@@ -67,6 +69,7 @@ def attach_adapter_folder(
     enlarge(net, rows)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
+    targets = _with_tied_rank(targets, config, net, head_name)
     tensors = _read_tensors(config, net, targets, head_name, base_weight, rows)
     attached = attach_adapter(
         net,
@@ -119,6 +122,29 @@ def _with_tied_partners(config: AdapterConfig, net: nn.Module, head_name: str | 
     return config
 
 
+def _with_tied_rank(
+    targets: list[Target], config: AdapterConfig, net: nn.Module, head_name: str | None
+) -> list[Target]:
+    """The targets, in which a head that PEFT keeps tied to the embedding (ensure_weight_tying) has the embedding's
+    rank. PEFT shares the embedding's tensors with the head, whatever rank rank_pattern gives the head, and uses the
+    head's rank only in its scaling. The new alpha gives the same scaling."""
+    modules, layer = base_modules(net), config.method.layer
+    by_name = {target.name: target for target in targets}
+    embedding, head = by_name.get(embedding_name(net, modules)), by_name.get(head_name or "")
+    if not config.fields.get("ensure_weight_tying") or layer is None or embedding is None or head is None:
+        return targets
+    if head.name not in tied_with(modules, embedding.name) or embedding.r == head.r:
+        return targets
+    assert embedding.r is not None
+    assert head.r is not None
+    assert head.alpha is not None
+    ratio = embedding.r / head.r
+    alpha = head.alpha * (math.sqrt(ratio) if config.low_rank.use_rslora else ratio)
+    new = replace(head, r=embedding.r, alpha=alpha)
+    new = replace(new, trainable_parameters=slot_count(layer.slots(config.settings, new).values()))
+    return [new if target is head else target for target in targets]
+
+
 def load_into(attached: AttachedAdapter, folder: Path, *, base_fingerprint: str | None = None) -> None:
     """Load a folder's tensors into an adapter with the same layers, ranks and scaling, to continue its training.
 
@@ -148,6 +174,7 @@ def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterCo
     _refuse_computed(attached, config)
     targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
     refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
+    targets = _with_tied_rank(targets, config, net, head_name)
     _refuse_difference(attached, config, targets)
     return config, targets
 
