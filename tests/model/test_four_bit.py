@@ -102,6 +102,16 @@ def test_values_are_bitsandbytes(kind: str, functional: Any) -> None:
     assert torch.equal(four_bit.nested_values(), functional.create_dynamic_map())
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_bytes_that_bitsandbytes_stores_as_other_numbers_are_read(storage: torch.dtype, functional: Any) -> None:
+    """bnb_4bit_quant_storage, with which FSDP shards 4-bit weights."""
+    matrix = normal(48, 96)
+    packed, state = functional.quantize_4bit(matrix, blocksize=64, quant_type="nf4", quant_storage=storage)
+    assert packed.dtype == storage
+    found, _ = codec.tensors_of_state(packed, state)
+    assert torch.equal(found["packed"], four_bit.pack(matrix, "nf4", False)["packed"])
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_saved_form_is_bitsandbytes(kind: str, double: bool, functional: Any) -> None:

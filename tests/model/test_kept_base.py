@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
 from tests.conftest import write_tiny_llama
 from tests.model.test_four_bit import with_peak
@@ -34,7 +35,7 @@ from tunekit.model.storage.reading import open_net
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 
-CPU = torch.device("cpu")
+CPU, IDS = torch.device("cpu"), torch.arange(3, 12)[None]
 QUANTIZATIONS = ("nf4", "fp4", "int8", "int8_weight_only")
 
 
@@ -102,6 +103,19 @@ def test_a_base_packed_while_it_is_read_equals_one_packed_afterwards(
             ours, theirs = (getattr(each, "generation_config", None) for each in (found, afterwards))
             assert (ours and ours.to_dict()) == (theirs and theirs.to_dict())
             assert not any(tensor.data_ptr() % 64 for tensor in found.net.state_dict().values())
+
+
+def test_layers_that_transformers_keeps_in_float32_are_not_packed(tmp_path: Path) -> None:
+    """T5's wo: a merged model with packed numbers there could not be loaded, and in float16 its products overflow."""
+    folder = save(KINDS["t5"](), tmp_path / "base")
+    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(folder, quantization_config=packing)
+    expected = {name for name, module in theirs.named_modules() if type(module).__name__ == "Linear4bit"}
+    for dtype in ("float32", "float16"):
+        net = load(folder, dtype=dtype).net
+        assert {name for name, module in net.named_modules() if isinstance(module, PackedLinear)} == expected
+        assert net.get_submodule("encoder.block.0.layer.1.DenseReluDense.wo").weight.dtype == torch.float32
+        assert net(input_ids=IDS, decoder_input_ids=IDS).logits.isfinite().all()
 
 
 def test_the_second_load_maps_what_the_first_packed(base: Path, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,8 @@ def tensors_of_state(packed: Tensor, state: QuantState) -> tuple[Tensors, str]:
     """
     if state.blocksize != BLOCK or (state.nested and state.state2.blocksize != NESTED_BLOCK):
         raise ModelError(f"4-bit weights in blocks of {state.blocksize} cannot be read", f"use blocks of {BLOCK}")
-    tensors = {"packed": packed.reshape(-1, 1), "absmax": state.absmax}
+    codes = packed.contiguous().view(torch.uint8)  # bnb_4bit_quant_storage may name another dtype for the same bytes
+    tensors = {"packed": codes.reshape(-1, 1), "absmax": state.absmax}
     if state.nested:
         tensors |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
     return tensors, str(state.quant_type)

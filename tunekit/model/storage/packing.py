@@ -55,11 +55,13 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
 
 def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
     """Names of the layers to quantize: all linear layers except layers of the head, layers in new modules (which are
-    trained), and layers whose matrix the model's code uses without calling the layer."""
+    trained), layers whose matrix the model's code uses without calling the layer, and layers that transformers keeps in
+    float32. It never packs these, such as T5's `wo`, whose products overflow in float16."""
     head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules))
     modules = dict(net.named_modules())
-    uncalled = uncalled_layers(modules)
+    uncalled, exact = uncalled_layers(modules), getattr(net, "_keep_in_fp32_modules", None) or ()
     names = [name for name, module in modules.items() if layer_kind(module) in ("linear", "conv1d")]
+    names = [name for name in names if not any(f".{part}." in f".{name}." for part in exact)]
     return [name for name in names if name not in uncalled and not f"{name}.".startswith(head)]
 
 
