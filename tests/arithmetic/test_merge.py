@@ -454,6 +454,11 @@ def test_an_enlarged_vocabulary_is_stated_where_the_base_states_its_own(
     multimodal = {"text_config": {"vocab_size": 270}}  # as that of Gemma 3 with images
     monkeypatch.setattr("tunekit.model.storage.rewrite.inspection.read_config", lambda source: multimodal)
     assert rewriter.configuration(enlarged) == {"text_config": {"vocab_size": 272}}
+    monkeypatch.setattr(rewriter, "unties", lambda changes: True)
+    tied = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}  # as saved by transformers 4
+    monkeypatch.setattr("tunekit.model.storage.rewrite.inspection.read_config", lambda source: tied)
+    untied = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
+    assert rewriter.configuration(Changes({}, {})) == untied  # else transformers ties the merged head again
 
 
 @pytest.mark.slow

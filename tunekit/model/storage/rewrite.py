@@ -257,12 +257,14 @@ class Rewriter:
             for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a local path
                 config.pop(key, None)
             config["architectures"] = [type(self.net).__name__]
+        text = config.get("text_config") or config  # both may state a value, and transformers ties if one of them does
         if self.unties(changes):
-            config["tie_word_embeddings"] = False
+            config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
             if self.scales_tied_head:
                 config["scale_decoder_outputs"] = False  # `_layer` multiplies the head instead
         if changes.vocabulary_size is not None:
-            config.get("text_config", config)["vocab_size"] = changes.vocabulary_size
+            for place in (text, config) if "vocab_size" in config else (text,):
+                place["vocab_size"] = changes.vocabulary_size
         if self.output_dtype is not None:
             config["dtype"] = str(self.output_dtype).removeprefix("torch.")
         if self.onto == "quantized":
