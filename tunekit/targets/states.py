@@ -122,11 +122,13 @@ def knows_step_0(target: TargetSpec) -> bool:
         return True
     if not checkpoint_steps(target):
         return False  # the result does not contain all tensors
-    if settings.init_from is not None:
-        try:
-            read_adapter_config(Path(settings.init_from)).check_files()
-        except TunekitError:
-            return False
+    if settings.init_from is None:
+        start = settings.initialisation  # a streamed base is not in memory to be decomposed
+        return start is None or start.looks_at != "original" or target.choice.streaming == "off"
+    try:
+        read_adapter_config(Path(settings.init_from)).check_files()
+    except TunekitError:
+        return False
     return True
 
 
