@@ -308,7 +308,7 @@ def test_the_page_has_a_limit_of_connections(tmp_path: Path, monkeypatch: pytest
             statuses.append(reply.status)
         thread.join()
 
-    monkeypatch.setattr(watch, "CONNECTIONS", 2)
+    monkeypatch.setattr(watch._Server, "free", threading.Semaphore(2))
     monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", look)
     watch.watch_verb(str(going), 0)
     assert statuses == [200]

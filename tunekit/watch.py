@@ -7,8 +7,8 @@ from dataclasses import MISSING, fields
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import socket
 from threading import Semaphore
-from typing import Any
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, LoggedLine, Record, records_from
 from tunekit.artifacts.report.html import html_page
@@ -22,6 +22,7 @@ from tunekit.files.lock import is_held
 from tunekit.machine.network import names_this_machine
 from tunekit.records import EvaluationRecord, StepRecord
 
+Connection = socket | tuple[bytes, socket]
 CONNECTIONS = 16  # of the page, at a time
 LOOK_SECONDS = 0.5  # between two reads of the files
 REFRESH = '<meta http-equiv="refresh" content="5">'  # the page reloads every 5 seconds
@@ -104,17 +105,17 @@ def _record(line: Record) -> StepRecord | EvaluationRecord:
 class _Server(ThreadingHTTPServer):
     """A server with at most CONNECTIONS threads. Further connections wait in the system's queue."""
 
-    def __init__(self, *values: Any) -> None:
-        self.free = Semaphore(CONNECTIONS)
-        super().__init__(*values)
+    free = Semaphore(CONNECTIONS)
 
-    def process_request(self, *connection: Any) -> None:
+    def process_request(self, request: Connection, client_address: object) -> None:
+        """Start a thread for this connection."""
         self.free.acquire()
-        super().process_request(*connection)
+        super().process_request(request, client_address)
 
-    def process_request_thread(self, *connection: Any) -> None:
+    def process_request_thread(self, request: Connection, client_address: object) -> None:
+        """Answer this connection, in its thread."""
         try:
-            super().process_request_thread(*connection)
+            super().process_request_thread(request, client_address)
         finally:
             self.free.release()
 

@@ -96,10 +96,10 @@ class Adalora(LowRankLayer[AdaloraSettings]):
         nothing until they are trained."""
         continued: Tensors = {}
         for factor in FACTORS:
-            name, own = f"{self.module_name}.lora_{factor}", getattr(self, factor).detach().clone()
+            name, initial = f"{self.module_name}.lora_{factor}", getattr(self, factor).detach().clone()
             stored = tensors[name]  # (R', I), (R', 1) or (O, R')
-            continued[name] = own
-            own[tuple(slice(size) for size in stored.shape)] = stored.to(own)
+            initial[tuple(slice(size) for size in stored.shape)] = stored.to(initial)
+            continued[name] = initial
         return continued
 
     def file_tensors(self) -> Tensors:
