@@ -14,7 +14,9 @@ from tests.arithmetic.test_merge import write_base
 from tests.support.peft_case import BASES, HEADS, SIZES, close, logits_of, move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
+from tunekit.arithmetic.lora_folder import read_lora_folder
 from tunekit.arithmetic.merge import merge
+from tunekit.errors import AdapterError
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.targets.target import find_target
 
@@ -50,6 +52,9 @@ def test_what_peft_writes_is_read(tied: bool, fields: dict[str, Any], tmp_path: 
     net = make(tied)
     attached = attach_adapter_folder(net, tmp_path, head_name="lm_head")
     close(logits_of(net, BASES["llama"]), logits_of(theirs, BASES["llama"]))
+    if "rank_pattern" in fields:
+        with pytest.raises(AdapterError, match=r"'lm_head' .* do not have rank 3; peft ties .* merge this adapter"):
+            read_lora_folder(tmp_path)
     if "lora_bias" in fields:
         attached.detach()
         for name, layer in attached.layers.items():

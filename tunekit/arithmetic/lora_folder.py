@@ -194,7 +194,9 @@ def _check_shapes(
                 wrong.append(f"the factors of '{module}' have type {NAMES[entry.dtype]}, expected {expected}")
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
-            wrong.append(f"the factors of '{module}' have shapes {shapes}, which do not have rank {rank}")
+            tied = config.fields.get("ensure_weight_tying") is True
+            reason = "; peft ties them to the embedding's factors, so merge this adapter instead" if tied else ""
+            wrong.append(f"the factors of '{module}' have shapes {shapes}, which do not have rank {rank}{reason}")
     _raise(wrong, file)
 
 
