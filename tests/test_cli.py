@@ -330,6 +330,8 @@ def test_overrides_are_no_options(
         (MemoryError(), 4, "memory ran out"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 4, "/x/y: no space left"),
         (OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to"), 4, "/to: no space left"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/y"), 4, "/x/y: "),
+        (OSError(errno.EFBIG, "File too large", "/x/y"), 4, "/x/y: "),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied"),
         (BrokenPipeError(), 141, ""),
         (KeyError("x\ny"), 1, "this is a bug in tunekit: KeyError: 'x\\ny'; run `tunekit --debug ...`"),

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from tests.architectures.tiny import write_tiny
 from tests.support.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
+from tunekit.arithmetic.merge import choose_onto
 from tunekit.arithmetic.merge import merge as merge_target
-from tunekit.arithmetic.merge_output import REPORT
+from tunekit.arithmetic.merge_output import REPORT, SPARE_BYTES, check_space
 from tunekit.errors import InputError, ModelError, NumericsError, ResourceError
 from tunekit.merge import merge_verb
 from tunekit.model.load import LoadedModel, load_model
@@ -412,17 +414,25 @@ def test_a_terminated_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_full_disk_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
-    monkeypatch.setattr("tunekit.arithmetic.merge_output.free_bytes", lambda path: 1000)
+    free = SPARE_BYTES
+    monkeypatch.setattr("tunekit.arithmetic.merge_output.free_bytes", lambda path: free)
     with pytest.raises(ResourceError, match="free"):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    free += 1000
+    check_space(tmp_path / "merged", 1000)
+    with pytest.raises(ResourceError, match="free"):
+        check_space(tmp_path / "merged", 1001)
 
 
 def test_choices_that_cannot_be_are_refused(tmp_path: Path) -> None:
     adapter, _ = prepared(tmp_path, "llama", target_modules=["q_proj"])
     for onto in ("dequantized", "quantized", "sideways"):
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="this adapter's base is not quantized"):
             merge(adapter, tmp_path / "merged", onto)
+    quantized: Any = SimpleNamespace(model=ModelSection(name_or_path="base", quantization="nf4"))
+    with pytest.raises(InputError, match="--onto sideways is unknown"):
+        choose_onto(quantized, "sideways")
     with pytest.raises(InputError, match="no adapter"):
         merge(tmp_path / "base", tmp_path / "merged")
 

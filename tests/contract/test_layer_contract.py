@@ -33,6 +33,7 @@ from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
 from tunekit.recipe.reading.names import known_names, settings_class
+from tunekit.recipe.training import TrainingSection
 
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraSettings(r=4, alpha=6, target_modules=("layer",)),
@@ -216,18 +217,50 @@ def test_meta_base_allocates_nothing(method: str) -> None:
     assert counted == sum(parameter.numel() for parameter in attached.trained().values()) > 0
 
 
-def test_dropout_only_while_training() -> None:
-    base, x = make_base("dense"), make_input("dense")
-    settings = LoraSettings(r=4, dropout=0.5, target_modules=("layer",))
-    attached = attach_adapter(base, settings, seed=0, head_name=None)
-    randomise(attached)
-    assert torch.equal(base(x), base(x))
-    base.train()
-    torch.manual_seed(0)
-    first, second = base(x), base(x)
-    assert not torch.equal(first, second)
-    torch.manual_seed(0)
-    assert torch.equal(base(x), first)
+DROPPING = [name for name, make in METHODS.items() if name != "miss-bat" and "dropout" in type(make()).model_fields]
+
+
+@pytest.mark.parametrize("method", DROPPING)
+def test_dropout_only_while_training(method: str) -> None:
+    evaluated = []
+    for dropout in (0.0, 0.5):
+        base, x = make_base("dense"), make_input("dense")
+        settings = METHODS[method]().model_copy(update={"dropout": dropout})
+        randomise(attach_adapter(base, settings, seed=5, head_name=None))
+        evaluated.append(base(x))
+        base.train()
+        torch.manual_seed(0)
+        first, second = base(x), base(x)
+        assert torch.equal(first, second) == (dropout == 0)
+        torch.manual_seed(0)
+        assert torch.equal(base(x), first)
+    assert torch.equal(*evaluated)
+
+
+SPARED = {  # by weight decay: what is no matrix
+    "dora": {"lora_magnitude_vector"},
+    "ia3": {"ia3_l"},
+    "vera": {"vera_lambda_d", "vera_lambda_b"},
+    "randlora": {"randlora_lambda", "randlora_gamma"},
+    "vblora": {"vblora_logits_A", "vblora_logits_B"},
+    "road": {"road_theta", "road_alpha"},
+    "delora": {"delora_lambda"},
+    "boft": {"boft_s"},
+    "hra": {"hra_u"},
+}
+OUTPUT_FACTORS = {"lora_B.weight", "lora_B", "gralora_B", "gralora_B_general.weight"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_spare_what_is_no_matrix_and_speed_up_output_factors(method: str) -> None:
+    attached = attach(make_base("dense"), method)
+    groups = attached.groups(TrainingSection(weight_decay=0.1, loraplus_ratio=16))
+    names = {name: (rate, decays) for names, rate, decays in groups for name in names}
+    assert names.keys() == attached.trained().keys()
+    spared = {name.removeprefix("layer.") for name, (_, decays) in names.items() if not decays}
+    assert spared == SPARED.get(METHODS[method]().method, set())
+    fast = {name.removeprefix("layer.") for name, (rate, _) in names.items() if rate == 16}
+    assert fast == {name.removeprefix("layer.") for name in names} & OUTPUT_FACTORS
 
 
 def test_unknown_attributes_are_the_base_layers() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.conftest import write_tiny_llama
 from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
+from tunekit.errors import NumericsError
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.checkpointing import prepare_layers
@@ -238,7 +239,7 @@ def test_a_tensor_is_on_its_way_while_the_layer_above_runs(deep_llama: Path) -> 
 
 def test_a_run_without_waits_goes_wrong(deep_llama: Path, plain: dict[str, Tensor]) -> None:
     case = start(deep_llama, store_with(TriedCopies(late=True, waits=False)), LAYERS)
-    with pytest.raises(Exception, match="not finite"):
+    with pytest.raises(NumericsError, match="not finite"):
         case.run()
 
 

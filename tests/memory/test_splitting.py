@@ -63,6 +63,12 @@ def test_halves_hold_every_target_once_and_in_order(groups: list[tuple[int, ...]
         assert ids.numel() == half.padded < batch.padded
 
 
+def test_packed_rows_are_split_in_their_middle() -> None:
+    halves = split_batch(batch_of([(4, 4, 4, 4)]), objective_of().rows)
+    assert halves is not None
+    assert [len(half.rows) for half in halves] == [2, 2]
+
+
 def test_a_single_document_is_not_split() -> None:
     assert split_batch(batch_of([(4,)]), objective_of().rows) is None
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.loop_case import Case, make_case, make_rows
+from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.reading.names import settings_class
 from tunekit.recipe.training import TrainingSection
 
@@ -56,3 +57,19 @@ def test_a_resume_changes_no_bit(tiny_llama: Path, case: str) -> None:
     assert first.losses + second.losses == whole.losses
     ours, theirs = second.adapter.state(), whole.adapter.state()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_penalty_counts_once_per_step_however_it_is_cut(tiny_llama: Path) -> None:
+    found = []
+    for size, accumulation, streaming in ((8, 1, None), (2, 4, None), (2, 4, {"pass_size": 2})):
+        section = TrainingSection(micro_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1)
+        adapter = AdaloraSettings(init_r=4, target_r=2, target_modules=("q_proj",))
+        case = make_case(tiny_llama, make_rows(8), training=section, adapter=adapter, streaming=streaming)
+        window = next(case.windows.windows(0))
+        units = torch.stack([case.parts.objective.loss.units(batch) for batch in window.batches]).sum(0)
+        case.optimizer.zero_gradients()
+        case.parts.engine.run_window(case.model, case.parts.objective, window, units, len(window.batches))
+        found.append(torch.cat([gradient.clone() for gradient in case.optimizer.gradients()]))
+    assert found[0].any()
+    for cut in found[1:]:
+        torch.testing.assert_close(cut, found[0], rtol=1e-4, atol=1e-6)

@@ -9,7 +9,7 @@ import torch
 from transformers import get_scheduler
 
 from tunekit.recipe.training import SCHEDULERS, TrainingSection
-from tunekit.training.schedules import rate_multiplier
+from tunekit.training.schedules import rate_multiplier, warmup_steps
 
 RATE = 3e-4
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -44,6 +44,11 @@ def test_every_step_as_in_transformers(name: str, settings: dict[str, Any], warm
         assert ours == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=1e-20), update
         optimizer.step()
         schedule.step()
+
+
+def test_warm_up_steps_are_rounded_up() -> None:
+    found = [warmup_steps(TrainingSection(warmup_ratio=ratio), 25) for ratio in (0.0, 0.01, 0.03, 0.2, 0.21)]
+    assert found == [0, 1, 1, 5, 6]
 
 
 def test_an_unwritten_decay_is_a_tenth_of_the_steps() -> None:
