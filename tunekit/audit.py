@@ -47,6 +47,7 @@ from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.paths import named_paths
 from tunekit.records import JsonObject
+from tunekit.targets.export import refuse_code
 from tunekit.train import train_session
 from tunekit.training import run_files
 from tunekit.training.session import Session
@@ -76,7 +77,9 @@ class RunPart:
         return f"steps {self.start + 1} to {self.end}"
 
 
-def audit_verb(run: str, count: int | None, seed: int | None, json_file: str | None) -> None:
+def audit_verb(
+    run: str, count: int | None, seed: int | None, json_file: str | None, *, allow_code: bool = False
+) -> None:
     """Re-execute `count` parts of the run, drawn by `seed` (None: all parts), and write the proved parts.
 
     Raises: NumericsError if a number differs; InputError if the run cannot be audited here.
@@ -86,6 +89,8 @@ def audit_verb(run: str, count: int | None, seed: int | None, json_file: str | N
     path, devices, seed = Path(run), make_devices(), seed or 0
     values = read_run(path)
     loaded = load_recipe(path / "recipe.yaml")
+    if not allow_code:
+        refuse_code(path, loaded.recipe.model_dump(serialize_as_any=True))
     refuse_to_replace("--json", json_file, loaded)
     refuse_to_replace_part("--json", json_file, path)
     write_result, console = json_result(json_file), Console(json_file=json_file)

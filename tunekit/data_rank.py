@@ -45,6 +45,7 @@ from tunekit.files.durable import json_result, try_to_write, write_text
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe, load_recipe
+from tunekit.targets.export import refuse_code
 from tunekit.targets.labels import start_facts
 from tunekit.targets.states import (
     BASE_BACK,
@@ -65,7 +66,15 @@ CORRELATION = "(1: the same order of rows, 0: no relation)"
 WrittenRow = tuple[int, int]  # the number of a source, and the number of a row in it
 
 
-def data_rank_verb(run: str, keep: float | None, output: str | None, influence: bool, json_file: str | None) -> None:
+def data_rank_verb(
+    run: str,
+    keep: float | None,
+    output: str | None,
+    influence: bool,
+    json_file: str | None,
+    *,
+    allow_code: bool = False,
+) -> None:
     """Rank the training rows of a run, write the page, and with `keep` write the rows to keep.
 
     Raises: InputError if the run, its data or an option does not allow it; RunFolderError for a damaged checkpoint.
@@ -76,6 +85,8 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
         raise InputError(f"--output and --json both name {output}", "name two files")
     path = Path(run)
     values, loaded = read_run(path), load_recipe(path / "recipe.yaml")
+    if not allow_code:
+        refuse_code(path, loaded.recipe.model_dump(serialize_as_any=True))
     refuse_to_replace("--json", json_file, loaded)
     refuse_to_replace_part("--json", json_file, path)
     if output is not None:
@@ -84,7 +95,7 @@ def data_rank_verb(run: str, keep: float | None, output: str | None, influence: 
         try_to_write(file)  # before hours of work
     write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
     with _base_in_its_place():
-        target = find_target(run, None, [])
+        target = find_target(run, None, [], allow_code=True)
     refuse_damaged_states(target)
     rows = _run_rows(values, loaded, target)
     if keep is not None and output is not None:

@@ -133,7 +133,7 @@ def model_verb(model: str, fix: str | None, json_file: str | None) -> int:
 
 def _model_folder(model: str, *, weights: bool) -> Path:
     """The folder of a model. Raises: InputError for an adapter, a pipeline or a GGUF file."""
-    target = find_target(model, None, [])
+    target = find_target(model, None, [], allow_code=True)  # only files are read
     if target.adapter is not None:
         how = f"merge it first: tunekit merge {shlex.quote(model)} --output MODEL"
         raise InputError(f"{model} is an adapter, and doctor checks model folders", how)

@@ -39,6 +39,7 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import override_data
 from tunekit.recipe.reading.dump import yaml_scalar
 from tunekit.recipe.reading.names import known_names, objective_class, shows_of, unmeasurable
+from tunekit.targets.export import refuse_code
 from tunekit.targets.reference import load_reference
 from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target, measuring_objective
 from tunekit.tuned.fit import row_problems
@@ -53,8 +54,11 @@ def evaluate_verb(
     json_file: str | None,
     overrides: Sequence[str],
     adapter_column: str | None = None,
+    *,
+    allow_code: bool = False,
 ) -> None:
-    """Evaluate a target. With `adapter_column`: evaluate each adapter that the rows name in this column.
+    """Evaluate a target. With `adapter_column`: evaluate each adapter that the rows name in this column. `allow_code`:
+    code that a run's recipe names may run.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
@@ -65,7 +69,9 @@ def evaluate_verb(
     if data is not None:
         overrides = [f"data.eval=[{{path: {yaml_scalar(data)}, format: {yaml_scalar(format or 'auto')}}}]", *overrides]
     of_data = [text for text in overrides if text.removeprefix("~").startswith("data")]
-    spec = find_target(target, base, [text for text in overrides if text not in of_data])
+    spec = find_target(target, base, [text for text in overrides if text not in of_data], allow_code=allow_code)
+    if spec.recipe is not None and spec.run is not None and not allow_code:
+        refuse_code(spec.run, {"objective": spec.recipe.objective.model_dump()})
     if spec.recipe is not None:
         settings = spec.recipe.objective
         _refuse_unmeasurable(metrics, settings.method, settings.model_dump(), spec.evaluation)
@@ -176,7 +182,13 @@ def _of_adapters(
 
 
 def evaluate_tasks(
-    target: str, base: str | None, tasks: Sequence[str], json_file: str | None, overrides: Sequence[str]
+    target: str,
+    base: str | None,
+    tasks: Sequence[str],
+    json_file: str | None,
+    overrides: Sequence[str],
+    *,
+    allow_code: bool = False,
 ) -> None:
     """Evaluate a target on tasks of lm-eval. If the target has an adapter, also compare with its base.
 
@@ -184,7 +196,7 @@ def evaluate_tasks(
     language model.
     """
     write_result, names = json_result(json_file), ", ".join(map(yaml_scalar, tasks))
-    spec = find_target(target, base, [f"evaluation.tasks=[{names}]", *overrides])
+    spec = find_target(target, base, [f"evaluation.tasks=[{names}]", *overrides], allow_code=allow_code)
     refuse_to_replace_part("--json", json_file, Path(target))
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
@@ -209,7 +221,11 @@ def evaluate_tasks(
     console.table(*score_table(values["scores"], values["before"]), title=target)
     if values["changes"]:
         console.table(*change_table(values["changes"]))
-    if spec.kind == "run" and spec.run is not None and spec.model == find_target(target, None, []).model:
+    if (
+        spec.kind == "run"
+        and spec.run is not None
+        and spec.model == find_target(target, None, [], allow_code=True).model
+    ):
         write_json(spec.run / TASKS_NAME, values)  # scores on a changed base are not those of the run
         console.info(f"tunekit report {shlex.quote(target)} shows the scores")
     write_result(values)

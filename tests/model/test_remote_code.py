@@ -15,13 +15,15 @@ from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_pipelines import saved_pipeline
 from tests.support.tiny_vit import write_tiny_vit
 from tests.support.train_case import write_recipe
-from tunekit.errors import ModelError, RunFolderError
+from tunekit.errors import InputError, ModelError, RunFolderError
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.load import make_meta_model
 from tunekit.model.speech.features import load_extractor
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
+from tunekit.targets.export import load_run_recipe, refuse_code
+from tunekit.targets.target import find_target
 from tunekit.train import train_verb
 
 PACKAGE = Path(__file__).parents[2] / "tunekit"
@@ -97,6 +99,33 @@ def test_a_resume_with_changed_code_is_refused(tmp_path: Path, tiny_llama: Path)
     (base / "code.py").write_text("scale = 2\n")
     with pytest.raises(RunFolderError, match=r"model\.trust_remote_code: changed since the run: its content"):
         train_verb(load_recipe(recipe), True, False)
+
+
+def test_code_of_a_run_of_somebody_else_needs_the_users_consent(tmp_path: Path) -> None:
+    """The recipe of the run folder is as foreign as the code that it trusts."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    write_tiny_vit(base)
+    plant(base, "config.json", "AutoConfig", model_type="evil")
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    (run / "adapter").mkdir()
+    (run / "plan.json").write_text("{}")
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    reward = [{"function": "rewards.py:score", "allow_code": True}]
+    recipe: dict[str, object] = {"model": {"name_or_path": str(base), "trust_remote_code": True}}
+    recipe |= {
+        "data": {"train": "rows.jsonl"},
+        "output": {"dir": "."},
+        "objective": {"method": "grpo", "reward": reward},
+    }
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
+    for target in (run, run / "adapter", f"{run}@1"):
+        with pytest.raises(InputError, match=r"has Python code.*add model\.trust_remote_code=true"):
+            find_target(str(target), None, [])
+    values = load_recipe(run / "recipe.yaml").recipe.model_dump(serialize_as_any=True)
+    with pytest.raises(InputError, match=r"model\.trust_remote_code, objective\.reward\.0\.allow_code: .*--allow-code"):
+        refuse_code(run, values)
+    assert not list(tmp_path.rglob("ran"))
+    assert load_run_recipe(run, {"trust_remote_code": True}).model.trust_remote_code
 
 
 @pytest.mark.drawn

@@ -188,7 +188,7 @@ def write_prompts(folder: Path, base: Path, rows: list[dict[str, Any]] | None = 
 
 
 def measured(target: Path, *overrides: str) -> dict[str, float]:
-    evaluate_verb(str(target), None, None, None, [], str(target.parent / "eval.json"), list(overrides))
+    evaluate_verb(str(target), None, None, None, [], str(target.parent / "eval.json"), list(overrides), allow_code=True)
     return json.loads((target.parent / "eval.json").read_text("utf-8"))  # type: ignore[no-any-return]
 
 

@@ -33,6 +33,9 @@ JsonFile = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE|-", help="write the result to this file as JSON; - is standard output"),
 ]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="run the code that the run's recipe names (remote code, reward functions)")
+]
 
 
 def _set_device(name: str | None) -> str | None:

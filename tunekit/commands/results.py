@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.options import Device, JsonFile
+from tunekit.commands.options import AllowCode, Device, JsonFile
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -73,13 +73,14 @@ def audit(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", min=0, help="the seed that selects the parts; default: 0")
     ] = None,
+    allow_code: AllowCode = False,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Prove a run: compute its steps again, and compare every byte."""
     from tunekit.audit import audit_verb
 
-    audit_verb(run, parts, seed, json_file)
+    audit_verb(run, parts, seed, json_file, allow_code=allow_code)
 
 
 @app.command()

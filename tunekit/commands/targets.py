@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from tunekit.commands.completion import named
-from tunekit.commands.options import Base, Device, JsonFile, TargetKeys, TargetName, keys
+from tunekit.commands.options import AllowCode, Base, Device, JsonFile, TargetKeys, TargetName, keys
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -46,6 +46,7 @@ def evaluate(
         str | None,
         typer.Option("--tasks", metavar="NAME,FILE.yaml", help="evaluate these tasks of lm-eval instead of rows"),
     ] = None,
+    allow_code: AllowCode = False,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
@@ -56,9 +57,11 @@ def evaluate(
     from tunekit.evaluate import evaluate_tasks, evaluate_verb
 
     if tasks is None:
-        evaluate_verb(target, base, data, data_format, metrics or [], json_file, overrides or [], adapter_column)
+        options = (data, data_format, metrics or [], json_file, overrides or [], adapter_column)
+        evaluate_verb(target, base, *options, allow_code=allow_code)
     else:
-        evaluate_tasks(target, base, [name for name in tasks.split(",") if name], json_file, overrides or [])
+        names = [name for name in tasks.split(",") if name]
+        evaluate_tasks(target, base, names, json_file, overrides or [], allow_code=allow_code)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunekit.commands.completion import among
-from tunekit.commands.options import Device, JsonFile, LaunchDevice, Overrides, RecipeFile, SweptOverrides
+from tunekit.commands.options import AllowCode, Device, JsonFile, LaunchDevice, Overrides, RecipeFile, SweptOverrides
 
 if TYPE_CHECKING:
     from tunekit.recipe.load import LoadedRecipe
@@ -189,13 +189,14 @@ def rank(
     influence: Annotated[
         bool, typer.Option("--influence", help="also estimate each row's influence on the evaluation rows")
     ] = False,
+    allow_code: AllowCode = False,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """List the training rows of a run that are likely wrong, teach nothing, or teach the same as other rows."""
     from tunekit.data_rank import data_rank_verb
 
-    data_rank_verb(run, keep, output, influence, json_file)
+    data_rank_verb(run, keep, output, influence, json_file, allow_code=allow_code)
 
 
 @reward.command("check", short_help="Test a reward on good and on bad answers.")

@@ -16,7 +16,7 @@ from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.contracts import Answering, Objective, Processor, Tensors
 from tunekit.data.encoding.sources import read_template
-from tunekit.errors import ModelError, RunFolderError
+from tunekit.errors import InputError, ModelError, RunFolderError
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
 from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_files
@@ -25,6 +25,8 @@ from tunekit.model.storage.source import find_source
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.reading.paths import code_keys
+from tunekit.recipe.recipe import Recipe
 from tunekit.records import JsonObject, Target
 
 NAME_BASE = "name the base with --base"
@@ -102,17 +104,41 @@ def _require_base(section: ModelSection) -> None:
         raise ModelError(error.problems[0].what, NAME_BASE, key="model.name_or_path") from error
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any]) -> int:
+def load_run_recipe(run: Path, model: Mapping[str, Any], *, allow_code: bool = False) -> Recipe:
+    """The recipe of a run folder. `model`: overrides of its model section, written by the user.
+
+    A run folder may come from somebody else. So its recipe cannot let the base's code run: the user does this.
+    Raises: InputError if the user has not decided.
+    """
+    recipe = load_recipe(run / "recipe.yaml").recipe
+    if recipe.model.trust_remote_code and not allow_code and "trust_remote_code" not in model:
+        what = f"the base of the run {run} has Python code, {recipe.model.name_or_path}"
+        how = "read the code; if you trust it, add model.trust_remote_code=true (to eval, generate, chat, serve, merge "
+        raise InputError(what, f"{how}or export)", key="model.trust_remote_code")
+    return recipe
+
+
+def refuse_code(run: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a run whose recipe lets code run: of the base, a companion or a reward. `values`: the recipe's.
+
+    Raises: InputError.
+    """
+    if keys := list(code_keys(values)):
+        what = f"the recipe of the run {run} lets Python code run"
+        raise InputError(what, "read the code; if you trust it, add --allow-code", key=", ".join(keys))
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any], *, allow_code: bool = False) -> int:
     """Write the adapter folder that the run would have exported after this step; returns its size in bytes.
 
-    `model`: overrides of the recipe's model section.
-    Raises: RunFolderError, ModelError.
+    `model`, `allow_code`: as for load_run_recipe.
+    Raises: RunFolderError, ModelError, InputError.
     """
     recipe_file = checkpoint.parent.parent / "recipe.yaml"
     if not recipe_file.exists():
         what = f"{checkpoint} is not in a run folder: {recipe_file} is missing"
         raise RunFolderError(what, "move the checkpoint back to the folder where the run wrote it")
-    recipe = load_recipe(recipe_file).recipe
+    recipe = load_run_recipe(recipe_file.parent, model, allow_code=allow_code)
     if recipe.adapter.trains_base:
         what = f"{checkpoint} contains no adapter: the run trains its base, and writes a model only at its end"
         raise RunFolderError(what, "finish the run with: tunekit train RECIPE --resume, then name the run")

@@ -32,7 +32,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import Choice
-from tunekit.targets.export import NAME_BASE, STEP_0, export_checkpoint
+from tunekit.targets.export import NAME_BASE, STEP_0, export_checkpoint, load_run_recipe
 from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
@@ -115,8 +115,9 @@ class LoadedTarget:
         return self.processor.tokenizer
 
 
-def find_target(target: str, base: str | None, overrides: Sequence[str]) -> TargetSpec:
-    """Resolve TARGET from its files; nothing is loaded.
+def find_target(target: str, base: str | None, overrides: Sequence[str], *, allow_code: bool = False) -> TargetSpec:
+    """Resolve TARGET from its files; nothing is loaded. `allow_code`: the code of a run's base may run without
+    model.trust_remote_code=true among the overrides.
 
     Raises: InputError if TARGET cannot be resolved, or if an adapter's base cannot be found; AdapterError if an
     adapter's file is damaged. (This is checked first, because the base takes long to load.)
@@ -129,9 +130,9 @@ def find_target(target: str, base: str | None, overrides: Sequence[str]) -> Targ
         rewrites = [*loaded.rewrites, *rewrites]
         spec = _from_recipe("recipe", loaded.recipe, None, parsed)
     elif (checkpoint := find_checkpoint(target)) is not None:
-        spec = _from_checkpoint(checkpoint, parsed)
+        spec = _from_checkpoint(checkpoint, parsed, allow_code=allow_code)
     elif path.is_dir():
-        spec = _from_folder(path.resolve(), parsed)
+        spec = _from_folder(path.resolve(), parsed, allow_code=allow_code)
     elif path.exists() and path.suffix.lower() != ".gguf":
         what = f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)"
         raise InputError(what, "name a run, an adapter or a model by its folder")
@@ -196,11 +197,11 @@ def _require_model(target: str, section: ModelSection) -> None:
         raise InputError(f"{what}: {error.problems[0].what}", how) from error
 
 
-def _from_folder(folder: Path, parsed: TargetOverrides) -> TargetSpec:
+def _from_folder(folder: Path, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
     if (folder / "adapter_config.json").exists():
-        return _from_adapter(folder, parsed)
+        return _from_adapter(folder, parsed, allow_code=allow_code)
     if (folder / "plan.json").exists():
-        recipe, model_folder = load_recipe(folder / "recipe.yaml").recipe, folder / "model"
+        recipe, model_folder = load_run_recipe(folder, parsed.model, allow_code=allow_code), folder / "model"
         if recipe.adapter.trains_base and (model_folder / "config.json").exists():
             if "name_or_path" in parsed.model:
                 what = f"the run {folder} trained the whole model and not an adapter, so there is no base to choose"
@@ -226,21 +227,22 @@ def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: Target
     return TargetSpec(kind, recipe.model.model_copy(update=model), evaluation, adapter, recipe)
 
 
-def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides) -> TargetSpec:
+def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
     """The target for a run's checkpoint, with the adapter after the checkpoint's step."""
     holder = temporary_folder()
     adapter = Path(holder.name) / "adapter"
-    export_checkpoint(checkpoint, adapter, parsed.model)
+    export_checkpoint(checkpoint, adapter, parsed.model, allow_code=allow_code)
     run = checkpoint.parent.parent
-    recipe = load_recipe(run / "recipe.yaml").recipe
+    recipe = load_run_recipe(run, parsed.model, allow_code=allow_code)
     return replace(_from_recipe("checkpoint", recipe, adapter, parsed), run=run, holder=holder)
 
 
-def _from_adapter(folder: Path, parsed: TargetOverrides) -> TargetSpec:
+def _from_adapter(folder: Path, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
     """The target for an adapter folder. If the folder is in a run folder, the target also has the run's data."""
     run = folder.parent
     if folder.name == "adapter" and (run / "plan.json").exists():
-        return replace(_from_recipe("adapter", load_recipe(run / "recipe.yaml").recipe, folder, parsed), run=run)
+        recipe = load_run_recipe(run, parsed.model, allow_code=allow_code)
+        return replace(_from_recipe("adapter", recipe, folder, parsed), run=run)
     config = read_adapter_config(folder)
     model = base_section(config, parsed.model, NAME_BASE)
     nameless = config.objective is None

@@ -19,6 +19,7 @@ from tunekit.metrics.classes import columns_of, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import facts_of, known_names, settings_class
+from tunekit.recipe.reading.paths import code_keys
 from tunekit.records import Headline, Panel, skipped_text
 
 MOST_CHARACTERS = 240  # maximum characters of a prompt that is shown with its answers
@@ -283,9 +284,14 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
     method = run.recipe.part("adapter").get("method")
     known = method in known_names("adapters")
     full = known and getattr(settings_class("adapters", str(method)), "trains_base", False)
-    commands = [f"tunekit eval {place}", f"tunekit generate {place} --prompt 'your text'"]
+    code = list(code_keys(run.recipe))
+    allowed, trusted = (
+        " --allow-code" * any(code),
+        " model.trust_remote_code=true" * ("model.trust_remote_code" in code),
+    )
+    commands = [f"tunekit eval {place}{allowed}", f"tunekit generate {place}{trusted} --prompt 'your text'"]
     if not full:
-        commands.append(f"tunekit merge {place}/adapter --output {place}/merged")
+        commands.append(f"tunekit merge {place}/adapter{trusted} --output {place}/merged")
     if run.shows.draws:
         commands.append('# diffusers can load a LoRA in adapter/: pipeline.load_lora_weights("adapter")')
     elif not full:

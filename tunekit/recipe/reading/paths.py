@@ -6,7 +6,7 @@ Hub names and `$VAR` are not changed.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from glob import has_magic
@@ -125,3 +125,13 @@ def _fault(text: str) -> str | None:
     ):
         return "is too long for a file name"
     return None
+
+
+def code_keys(value: object, place: str = "") -> Iterator[str]:
+    """The keys of a recipe's plain values that let Python code run: of a model's folder, or a reward's file."""
+    items: Iterable[tuple[object, object]]
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in items:
+        if name in ("trust_remote_code", "allow_code") and item is True:
+            yield f"{place}{name}"
+        yield from code_keys(item, f"{place}{name}.")
