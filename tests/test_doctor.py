@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_what_tunekit_keeps_is_known_as_its_own(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(builtin, "write_tiny_llama", lambda folder: (folder / "config.json").write_text("{}"))
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path / "cache"))
     folder = builtin.tiny_model_folder("builtin:tiny-llama")
+    assert folder is not None
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755  # other users of the cache read it
     with atomic_folder(tmp_path / "cache" / "tokens" / ("0" * 64)) as work:
         assert doctor.cache_entries() == [work, folder]
     doctor.clear_cache()

@@ -148,6 +148,7 @@ def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders:
         ({"messages": [{"role": "user", "content": "x" * 900}]}, 400, "reads at most 512"),
         ({"messages": [{"role": "user", "content": "x" * 900}], "stream": True}, 400, "reads at most 512"),
         ({"stop": [""]}, 400, "'stop' must be"),
+        ({"stop": "x" * 2000}, 400, "each with 1 to 1000 characters"),
         ({"extra_body": {"stream_options": [1]}}, 400, "'stream_options' must be an object"),
         ({"extra_body": {"stream": "yes"}}, 400, "'stream' must be true or false"),
         ({"messages": [{"role": "assistant", "tool_calls": "x"}]}, 400, "messages.0.tool_calls"),

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,7 +24,7 @@ from tests.test_serve import BODY, JSON, Names, Slow, ask_raw, running
 from tunekit import serve
 from tunekit.serve import bind, make_app, make_server
 from tunekit.talking import desk as desk_module
-from tunekit.talking.answer import Reply
+from tunekit.talking.answer import AnswerPiece, Reply
 from tunekit.talking.desk import Desk, Job
 from tunekit.talking.protocol import read_body
 
@@ -118,6 +119,25 @@ def test_header_and_body_have_deadlines_and_answers_none(monkeypatch: pytest.Mon
         speaker.free.set()
         asking.join(10)
     assert [status for status, _ in answered] == [200]
+
+
+def test_a_client_that_does_not_read_its_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "READING_SECONDS", 0.2)
+
+    class Long(Patient):
+        def step(self) -> None:
+            for on_piece, _ in list(self.running.values()):
+                on_piece(AnswerPiece("x" * 1_000_000))
+            time.sleep(0.01)
+
+        def cancel(self, handle: int) -> None:
+            super().cancel(handle)
+            left.set()
+
+    left, body = threading.Event(), json.dumps(BODY | {"stream": True}).encode()
+    with serving(Long()) as port, half_open(port, 0) as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert left.wait(30)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Chat:
     def _save(self) -> None:
         if self.history is not None:
             turns = [{"role": message.role, "content": message.content} for message in self.messages]
-            write_text(self.history, json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+            write_text(self.history.resolve(), json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
 
     # The commands.
     def help(self, argument: str) -> None:

@@ -41,6 +41,7 @@ MAX_BODY_BYTES = 4_000_000
 MIN_TOKENS = 32  # a slot with fewer tokens has no room for a question and its answer
 QUEUED_CONNECTIONS = 1024
 HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # time limits for a client to send a request's header and body
+READING_SECONDS = 300.0  # time limit for a client to read the part of its answer that was sent
 
 
 async def read_request(request: Request) -> bytes:
@@ -237,29 +238,29 @@ def make_server(desk: Desk, app: Starlette) -> Server:
 
 
 def make_connection_class(limit: int) -> type[asyncio.Protocol]:
-    """uvicorn's connection class with two additions. A client must send header and body before a deadline, because
-    uvicorn waits forever. If there are more than `limit` connections, it closes the connection that has kept
-    the server waiting longest."""
+    """uvicorn's connection class with two additions. A client must send header and body and read its answer before
+    deadlines, because uvicorn waits forever. If there are more than `limit` connections, it closes the connection
+    that has kept the server waiting longest."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    deadlines: dict[Connection, asyncio.TimerHandle] = {}  # of connections without a complete request, the oldest first
+    deadlines: dict[Connection, asyncio.TimerHandle] = {}  # of connections whose client must act, the oldest first
 
     class Connection(H11Protocol):  # type: ignore[misc]
         awaited_seconds: float | None = None
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            self.await_request()
+            self.await_client()
             if len(self.connections) > limit:
                 next(iter(deadlines)).give_up()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self.await_request()
+            self.await_client()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self.await_request()
+            self.await_client()
 
         def connection_lost(self, error: Exception | None) -> None:
             self.stop_waiting()
@@ -271,15 +272,24 @@ def make_connection_class(limit: int) -> type[asyncio.Protocol]:
             else:
                 super().shutdown()
 
-        def await_request(self) -> None:
-            """Start a deadline if the server now waits for the client to send a header or a body."""
+        def await_client(self) -> None:
+            """Start a deadline if the server now waits for the client to read, or to send a header or a body."""
             idle = self.cycle is None or self.cycle.response_complete
             seconds = HEADER_SECONDS if idle else BODY_SECONDS if self.cycle.more_body else None
+            seconds = READING_SECONDS if self.flow.write_paused else seconds
             if seconds != self.awaited_seconds:
                 self.stop_waiting()
                 self.awaited_seconds = seconds
                 if seconds is not None:
                     deadlines[self] = self.loop.call_later(seconds, self.give_up)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.await_client()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.await_client()
 
         def stop_waiting(self) -> None:
             if self in deadlines:

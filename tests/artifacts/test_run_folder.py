@@ -315,6 +315,17 @@ def test_a_file_is_the_old_or_the_new_at_every_event(tmp_path: Path) -> None:
                 assert {entry.name for entry in place.parent.iterdir()} == {LOCK_NAME, "recipe.yaml"}
 
 
+def test_a_written_file_keeps_its_mode_and_a_result_its_link(tmp_path: Path) -> None:
+    private, link = tmp_path / "private.json", tmp_path / "link.json"
+    private.touch(0o600)
+    private.chmod(0o600)
+    link.symlink_to(private)
+    durable.json_result(str(link))({"a": 1})
+    assert link.is_symlink()
+    assert private.stat().st_mode & 0o777 == 0o600
+    assert json.loads(private.read_text()) == {"a": 1}
+
+
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "status.json"
     durable.write_text(place, "old")
@@ -433,6 +444,15 @@ def test_metrics_come_back_and_are_cut_to_a_step(tmp_path: Path) -> None:
     assert run.read_metrics()[-1]["loss"] == 1.25
     assert run.truncate_metrics(0) == 0
     assert run.metrics_path.read_bytes() == b""
+
+
+def test_a_link_in_place_of_the_metrics_is_not_truncated(tmp_path: Path) -> None:
+    run, private = RunFolder.open_new(tmp_path / "run"), tmp_path / "token"
+    private.write_text("hf_token")
+    run.metrics_path.symlink_to(private)
+    with pytest.raises(RunFolderError, match=r"cannot truncate .*metrics\.jsonl"):
+        run.truncate_metrics(3)
+    assert private.read_text() == "hf_token"
 
 
 def test_a_torn_last_line_is_passed_over_and_cut_off(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.arithmetic.test_normalise import by_peft
 from tunekit.errors import InputError
 from tunekit.export import export_verb
 from tunekit.exports.format import Options
+from tunekit.exports.mlx import problems
 from tunekit.exports.programs.program import find_program
 from tunekit.model.storage.portable import make_portable
 
@@ -121,6 +123,13 @@ def test_what_mlx_cannot_read_even_merged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"reads tensors with names such as h\.0\.attn"):
         export_verb(str(tmp_path / "prefix" / "adapter"), "mlx", str(tmp_path / "out"), certify=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_code_of_the_base_that_older_mlx_runs_needs_trust() -> None:
+    model = SimpleNamespace(trust_remote_code=False)
+    base: Any = SimpleNamespace(family="causal", config={"model_file": "evil.py"}, target=SimpleNamespace(model=model))
+    (problem,) = problems(base, Options())
+    assert "model_file" in problem.what
 
 
 def test_a_model_that_mlx_computes_otherwise_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from tests.arithmetic.test_merge import write_base
 from tests.exports.test_gguf import adapter_of, read
 from tunekit.errors import InputError
 from tunekit.export import export_verb
+from tunekit.exports import ollama
 from tunekit.exports.format import Options
 from tunekit.exports.llama_cpp.converter import converter_folder
 
@@ -44,6 +47,15 @@ def test_the_folder_has_base_adapter_and_modelfile(base: Path, tmp_path: Path) -
     assert len(re.findall("^PARAMETER stop ", lines, re.MULTILINE)) == 2
     assert read(tmp_path / "small" / "adapter.gguf")[1]["general.type"] == "adapter"
     assert read(tmp_path / "small" / "base.gguf")[1]["general.architecture"] == "llama"
+
+
+def test_a_setting_that_is_no_number_is_no_directive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ollama, "_turns", lambda exportable: None)
+    monkeypatch.setattr(ollama, "_stops", lambda exportable, ends: [])
+    settings = {"do_sample": True, "temperature": "1\nSYSTEM injected", "top_k": True, "top_p": 0.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    base: Any = SimpleNamespace(folder=tmp_path, gguf_file=None)
+    assert ollama._settings(base)[1:] == ["PARAMETER top_p 0.5"]
 
 
 def test_a_type_writes_one_merged_model(base: Path, tmp_path: Path) -> None:

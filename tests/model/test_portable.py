@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from tests.arithmetic.test_merge import CPU, merge, train, write_base
 from tunekit.adapters.attach import attach_adapter
+from tunekit.errors import ModelError
 from tunekit.model.load import load_model
-from tunekit.model.storage.model_folder import write_portable_copy
+from tunekit.model.storage.model_folder import copy_other_files, write_portable_copy
 from tunekit.model.storage.portable import TEMPLATE, make_portable, with_older_keys
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.adapters.full import FullSettings
@@ -317,3 +319,23 @@ def test_transformers_4_reads_the_parts_of_mended_folders(tmp_path: Path) -> Non
         check=True,
     )
     assert json.loads(done.stdout.splitlines()[-1]) == [[5e3 if "gemma3" in kind else None, 7e4] for kind in PARTS]
+
+
+def test_a_link_to_a_private_file_is_not_copied(tmp_path: Path) -> None:
+    """Links of a downloaded folder could publish it. Links of the hub's cache, and to the same file, are followed."""
+    base, blobs, secret = write_base(tmp_path / "base", "llama"), tmp_path / "blobs", tmp_path / "id_rsa"
+    blobs.mkdir()
+    (base / "config.json").rename(blobs / "0123")
+    (base / "config.json").symlink_to(blobs / "0123")
+    (base / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (base / "model.safetensors").symlink_to(tmp_path / "model.safetensors")
+    write_portable_copy(base, tmp_path / "copy")
+    assert (tmp_path / "copy" / "config.json").is_file()
+    secret.write_text("key")
+    processor: Any = SimpleNamespace(save=lambda folder: None)
+    (base / "NOTICE.txt").symlink_to(secret)
+    with pytest.raises(ModelError, match=r"NOTICE\.txt: is a link to .*id_rsa, outside of the model folder"):
+        write_portable_copy(base, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ModelError, match=r"NOTICE\.txt: is a link"):
+        copy_other_files(ModelSection(name_or_path=str(base)), base, processor, None, tmp_path / "copy", None)

@@ -7,7 +7,9 @@ import itertools
 import json
 import shutil
 import signal
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,19 @@ def test_endless_template_is_stopped(tokenizer: LoadedTokenizer, monkeypatch: py
     assert time.monotonic() - start < 5
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_endless_template_is_stopped_in_a_thread_too(
+    tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `serve` renders: other requests wait for this thread."""
+    monkeypatch.setattr(templates, "LIMIT_SECONDS", 0.2)
+    loop = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    with ThreadPoolExecutor(1) as pool:
+        rendered = pool.submit(tokenizer.render, [{"role": "user", "content": "x"}], template=loop)
+        with pytest.raises(DataError, match="seconds"):
+            rendered.result(30)
+        assert pool.submit(sys.gettrace).result() is None
 
 
 def test_too_much_output_is_refused(tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.test_serve import Slow, body_of
-from tunekit.errors import DataError
+from tunekit.errors import AdapterError, DataError
 from tunekit.talking.completion import ClientAnswer
 from tunekit.talking.desk import Desk, Job
 from tunekit.talking.protocol import ProtocolError
@@ -30,6 +30,31 @@ def test_the_word_tokens_in_an_error_is_not_the_code_of_a_long_text() -> None:
         await asyncio.to_thread(desk.close)
 
     asyncio.run(asyncio.wait_for(fail(), 60))
+
+
+def test_clients_do_not_see_the_servers_folders(capsys: pytest.CaptureFixture[str]) -> None:
+    async def fail() -> None:
+        speaker: Any = Slow()
+        desk = Desk(speaker, 1, 9)
+        answer = ClientAnswer(desk, body_of())
+        errors = [
+            AdapterError("is damaged", "write it again", file="/srv/adapters/x/adapter_config.json"),
+            FileNotFoundError(2, "No such file or directory", "/srv/adapters/x"),
+        ]
+        for error, status, text in zip(
+            errors, (400, 500), ("is damaged; write it again", "server failed"), strict=True
+        ):
+            answer.arrived.put_nowait((0, error))
+            with pytest.raises(ProtocolError) as caught:
+                await answer._next()
+            assert caught.value.status == status
+            assert text in str(caught.value)
+            assert "/" not in str(caught.value)
+        answer.cancel()
+        await asyncio.to_thread(desk.close)
+
+    asyncio.run(asyncio.wait_for(fail(), 60))
+    assert capsys.readouterr().err.count("/srv/adapters/x") == 2
 
 
 def test_a_failure_to_start_answers_reaches_the_clients() -> None:

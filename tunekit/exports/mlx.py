@@ -44,7 +44,10 @@ LAYER = re.compile(r".*?\.(?:layers|h)\.\d+\.")  # the part of a module's name t
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
     """Reasons not to export: not a text model, an adapter that is a prompt, a model that mlx-lm computes wrongly,
-    or separate matrices for embedding and head where mlx-lm has only one."""
+    code that mlx-lm would run, or separate matrices for embedding and head where mlx-lm has only one."""
+    if "model_file" in exportable.config and not exportable.target.model.trust_remote_code:
+        what = "the base's config.json names a Python file (model_file), which mlx-lm before 0.32 runs"
+        return [Problem(what, "if you trust this code, add model.trust_remote_code=true", key="--to")]
     if exportable.family != "causal":
         return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)

@@ -82,9 +82,8 @@ def _settings(exportable: Exportable) -> list[str]:
     file = exportable.folder / "generation_config.json"
     settings = read_json(file) if exportable.gguf_file is None and file.is_file() else {}
     if settings.get("do_sample"):
-        lines += [
-            f"PARAMETER {NAMES.get(name, name)} {settings[name]}" for name in SETTINGS if settings.get(name) is not None
-        ]
+        numbers = {name: settings[name] for name in SETTINGS if type(settings.get(name)) in (int, float)}
+        lines += [f"PARAMETER {NAMES.get(name, name)} {number}" for name, number in numbers.items()]
     return lines + [
         f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}"
         for text in _stops(exportable, settings.get("eos_token_id"))

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -161,8 +162,16 @@ def unlink(path: Path) -> None:
 
 
 def truncate(path: Path, size_bytes: int) -> None:
-    """Truncate a file and make that durable."""
-    effect("truncate", path, lambda: os.truncate(path, size_bytes))
+    """Truncate a file, never the target of a link, and make that durable."""
+
+    def cut() -> None:
+        number = open_file(path, os.O_WRONLY)
+        try:
+            os.ftruncate(number, size_bytes)
+        finally:
+            os.close(number)
+
+    effect("truncate", path, cut)
     sync(path)
 
 
@@ -212,12 +221,16 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[DurableFile]:
-    """A file that is written completely or not at all: temporary file, fsync, rename, fsync of the folder."""
+    """A file that is written completely or not at all: temporary file, fsync, rename, fsync of the folder. It has the
+    mode of the file that it replaces."""
     temporary = temporary_name(path)
     if is_real_file(temporary):  # left by a killed process with the same id
         unlink(temporary)
     try:
         with DurableFile(temporary) as file:
+            if is_real_file(path):
+                with contextlib.suppress(OSError):  # some file systems have no modes
+                    os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             yield file
         rename(temporary, path)
     except BaseException:
@@ -267,6 +280,7 @@ def json_result(name: str | None) -> Callable[[object], None]:
     if not path.parent.is_dir():
         what = f"there is no folder {path.parent} for {path.name}"
         raise RunFolderError(what, "make the folder, or name another file")
+    path = path.resolve()  # a link stays
     try_to_write(path)
     return partial(write_json, path)
 

@@ -6,8 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -31,14 +34,18 @@ class TimeUp(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """A context manager that interrupts its block after `seconds`. There is no limit outside the main thread, or on a
-    system without timer signals.
+    """A context manager that interrupts its block after `seconds`. Outside the main thread, only lines of Python are
+    interrupted, not one call that takes long. There is no limit in the main thread of a system without timer signals.
 
     If code in the block catches the interruption with a bare `except:`, it is interrupted again, and its result is
     discarded.
     Raises: TimeUp.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        with _traced_limit(seconds):
+            yield
+        return
+    if not hasattr(signal, "setitimer"):
         yield
         return
     rang = False
@@ -60,6 +67,29 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
     if rang:
         raise TimeUp
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    """A trace function, which Python calls before each line. Raises: TimeUp after `end`, a time of time.monotonic."""
+
+    end: float
+
+    def __call__(self, frame: FrameType, event: str, value: object) -> _Deadline:
+        if time.monotonic() > self.end:
+            raise TimeUp
+        return self
+
+
+@contextlib.contextmanager
+def _traced_limit(seconds: float) -> Iterator[None]:
+    """The time limit of a thread, which gets no signals."""
+    before = sys.gettrace()
+    sys.settrace(_Deadline(time.monotonic() + seconds))
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class StopSignals:

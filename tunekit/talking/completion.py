@@ -6,13 +6,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
-from tunekit.errors import DataError, LengthError, TunekitError
+from tunekit.errors import DataError, LengthError, TunekitError, exit_message, is_out_of_memory, redact
 from tunekit.talking.answer import AnswerPiece, Reply
 from tunekit.talking.choices import ChatForm, TextForm, usage
 from tunekit.talking.desk import Desk, Job
@@ -76,11 +78,17 @@ class ClientAnswer:
         number, item = await self.arrived.get()
         if isinstance(item, DataError | LengthError):
             code = "context_length_exceeded" if isinstance(item, LengthError) else None
-            raise ProtocolError(400, str(item), "messages" if self.question.is_chat else "prompt", code)
+            raise ProtocolError(400, _without_files(item), "messages" if self.question.is_chat else "prompt", code)
         if isinstance(item, TunekitError):
-            raise ProtocolError(400, str(item))
+            if any(problem.file for problem in item.problems):  # a fault of the server, not of the request
+                _print_once(str(item))
+            raise ProtocolError(400, _without_files(item))
+        if isinstance(item, ConnectionError):
+            raise ProtocolError(503, str(item))
         if isinstance(item, Exception):
-            raise ProtocolError(503 if isinstance(item, ConnectionError) else 500, str(item))
+            _print_once(exit_message(item)[0])
+            what = "memory ran out" if is_out_of_memory(item) else "the server failed, and printed the reason"
+            raise ProtocolError(500, what)
         return number, item
 
     async def _complete(self) -> dict[str, Any]:
@@ -121,6 +129,17 @@ class ClientAnswer:
 
     async def _send(self, send: Send, value: dict[str, Any]) -> None:
         await _send_event(send, json.dumps({**self.facts, "object": self.forms[0].part, **value}))
+
+
+def _without_files(error: TunekitError) -> str:
+    """The text of an error for clients, who must not see the server's folders."""
+    return redact("; ".join(str(replace(problem, file=None, line=None)) for problem in error.problems))
+
+
+@lru_cache(maxsize=100)
+def _print_once(text: str) -> None:
+    """Print the complete text of an error on the server, but not again for each request that causes it."""
+    print(redact(text), file=sys.stderr, flush=True)
 
 
 async def _start(send: Send, kind: str, header: tuple[str, str]) -> None:

@@ -22,6 +22,7 @@ T = TypeVar("T")
 Body = Mapping[str, object]
 MAX_CHOICES, MAX_TOP = 128, 20  # the largest n, and the largest number of most likely tokens
 MAX_STOPS = 16  # lm-eval's tasks have up to seven
+MAX_STOP_LENGTH = 1000  # characters: each new token is compared with all beginnings of a stop text
 COMPLETION_TOKENS = 16  # of a completion whose client sets no limit
 SHARED = ("model", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n", "max_tokens", "logprobs")
 READ = {  # by endpoint
@@ -263,9 +264,10 @@ def _stop(stops: object) -> tuple[str, ...]:
     if (
         not isinstance(texts, list)
         or len(texts) > MAX_STOPS
-        or not all(isinstance(text, str) and text for text in texts)
+        or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in texts)
     ):
-        raise ProtocolError(400, f"'stop' must be a text or up to {MAX_STOPS} texts", "stop", "invalid_value")
+        what = f"'stop' must be a text or up to {MAX_STOPS} texts, each with 1 to {MAX_STOP_LENGTH} characters"
+        raise ProtocolError(400, what, "stop", "invalid_value")
     return tuple(texts)
 
 

@@ -170,6 +170,10 @@ def test_a_program_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Mo
     program = find_program("mlx")
     assert program is not None
     assert (program.version, program.python) == ("0.30.0 of mlx-lm", tmp_path / "mlx/bin/python")
+    owner = os.stat(tmp_path).st_uid
+    monkeypatch.setattr(module, "is_own", lambda path: path.name != "python")
+    monkeypatch.setattr(Path, "lstat", lambda path: os.stat_result((0, 0, 0, 0, owner + 1, 0, 0, 0, 0, 0)))
+    assert find_program("mlx") is None  # another user could have changed it
 
 
 def test_a_program_next_to_tunekit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

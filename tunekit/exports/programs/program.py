@@ -18,6 +18,7 @@ import numpy as np
 from tunekit.contracts import Array
 from tunekit.errors import InputError
 from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, programs_folder
+from tunekit.files.durable import is_own
 from tunekit.files.work_folder import temporary_folder
 from tunekit.records import JsonObject
 
@@ -41,17 +42,22 @@ class Program:
 
 def find_program(name: str) -> Program | None:
     """The program in its own environment; else in tunekit's environment, if its packages there have the major
-    versions that PROGRAMS states. None if it is not installed."""
+    versions that PROGRAMS states. None if it is not installed. An environment that another user made is not run."""
     packages, stamp, python = PROGRAMS[name], programs_folder() / name / STAMP, interpreter(name)
     installed = json.loads(stamp.read_text("utf-8")) if stamp.is_file() else []
     first, wanted = next(iter(packages.versions.items()))
-    if installed and python.exists():
+    if installed and python.exists() and all(map(_is_trusted, (stamp, python, python.parent, stamp.parent))):
         return Program(name, _version_text(name, first, installed[0].partition("==")[2]), python)
     for versions in (packages.versions, *({other: wanted} for other in packages.other_names)):
         number = _installed_version(versions)
         if number is not None:
             return Program(name, _version_text(name, next(iter(versions)), number), Path(sys.executable))
     return None
+
+
+def _is_trusted(path: Path) -> bool:
+    """Whether a path belongs to this user or to the administrator."""
+    return is_own(path) or path.lstat().st_uid == 0
 
 
 def _installed_version(wanted: Mapping[str, str]) -> str | None:

@@ -36,6 +36,7 @@ def tiny_model_folder(name: str) -> Path | None:
     if not (folder / "config.json").exists():
         with atomic_folder(folder) as work:
             write_tiny_llama(work)
+            work.chmod(0o755)  # other users of a shared cache read it too
     return folder
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tunekit.contracts import Answering, Processor, Tokenizer
+from tunekit.errors import ModelError
 from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name, write_json
 from tunekit.files.work_folder import new_path
 from tunekit.model.storage.portable import make_portable
@@ -59,6 +60,7 @@ def copy_other_files(
     if Path(section.name_or_path).suffix.lower() != ".gguf":
         patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
         for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
+            _check_link(path, base, may_be_elsewhere=True)
             shutil.copyfile(path, folder / path.name)
     settings, generation = folder / "generation_config.json", {} if answering is None else answering.generation
     if generation and settings.exists():
@@ -74,23 +76,38 @@ def write_portable_copy(source: Path, output: Path) -> None:
     allows it; all other files are copied, so that nothing in `source` changes."""
     with new_path(output) as staging:
         staging.mkdir()
-        _copy_files(source, staging)
+        _copy_files(source, staging, source)
         make_portable(staging)
 
 
-def _copy_files(source: Path, folder: Path) -> None:
-    """Link or copy all files of a folder and its subfolders, except hidden files and links to folders."""
+def _check_link(path: Path, folder: Path, *, may_be_elsewhere: bool) -> None:
+    """Raises: ModelError if a file of the model folder is a link that could lead to a private file: links come with
+    downloaded folders, and copies are published. `may_be_elsewhere`: accept a file of the same name anywhere."""
+    target = path.resolve()
+    is_cached = target.parent.name == "blobs"  # in the hub's cache
+    is_same = may_be_elsewhere and target.name == path.name
+    if not (is_cached or is_same or target.is_relative_to(folder.resolve())):
+        raise ModelError(
+            f"is a link to {target}, outside of the model folder", "replace it by a copy of the file", file=str(path)
+        )
+
+
+def _copy_files(source: Path, folder: Path, model: Path) -> None:
+    """Link or copy all files of a folder of `model` and its subfolders, except hidden files and links to folders."""
     for path in sorted(source.iterdir()):
         place = folder / path.name
         if path.name.startswith("."):
             continue
         if is_real_folder(path):
             place.mkdir()
-            _copy_files(path, place)
+            _copy_files(path, place, model)
             sync(place)
-        elif path.is_file() and not (path.name.endswith(WEIGHTS) and _linked(path, place)):
-            shutil.copyfile(path, place)
-            sync(place)
+        elif path.is_file():
+            is_weights = path.name.endswith(WEIGHTS)
+            _check_link(path, model, may_be_elsewhere=is_weights)
+            if not (is_weights and _linked(path, place)):
+                shutil.copyfile(path, place)
+                sync(place)
 
 
 def _linked(path: Path, place: Path) -> bool:
