@@ -28,13 +28,14 @@ from tunekit.recipe.load import load_recipe
 from tunekit.records import EvaluationRecord
 from tunekit.targets.target import find_target, load_target
 
+ONCE = {"epochs": None, "max_steps": 1, "warmup_steps": 0}
 PAIR = {"sentence1": "good", "sentence2": "bad", "label": "positive"}
 
 
 @pytest.fixture(scope="module")
 def run(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    return train(write_recipe(folder, bert, training={"epochs": None, "max_steps": 1}, data={"eval": "test.jsonl"}))
+    return train(write_recipe(folder, bert, training=ONCE, data={"eval": "test.jsonl"}))
 
 
 def answers(run: Path, prompts: Path, capfd: pytest.CaptureFixture[str]) -> list[str]:
@@ -90,7 +91,7 @@ def test_lists_as_labels_are_one_problem(bert: Path, tmp_path: Path) -> None:
 def test_heads_of_two_sizes_are_not_compared(
     run: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path, bert, training={"epochs": None, "max_steps": 1})
+    recipe = write_recipe(tmp_path, bert, training=ONCE)
     for name in ("train", "test"):
         rows = [json.dumps({"text": text, "label": label[0]}) + "\n" for text, label in [("good", "p"), ("bad", "n")]]
         (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")

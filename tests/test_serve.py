@@ -177,20 +177,9 @@ def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None
     status, reply = ask_raw(port, "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "Hi"}]}')
     assert (status, b"'model' is required; there are: " in reply) == (404, True)
     with serving(tiny_llama, folders, key="secret") as kept:
-        for key in ("wrong", "secré"):
-            with pytest.raises((openai.AuthenticationError, UnicodeEncodeError)):
-                client(kept, key).models.list()
+        with pytest.raises(openai.AuthenticationError):
+            client(kept, "wrong").models.list()
         assert ask(client(kept, "secret"), "base", "x").choices
-
-
-def test_a_client_that_leaves_stops_its_answer(port: int) -> None:
-    """What it would have made is not waited for: the next one is answered at once."""
-    body = {"model": "one", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
-    body |= {"temperature": 2, "seed": 3}
-    request = Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), JSON)
-    with urlopen(request) as reply:
-        reply.readline()
-    assert ask(client(port), "two", "x").choices
 
 
 class Names:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -155,12 +156,27 @@ def test_a_client_that_does_not_read_its_answer_is_given_up(monkeypatch: pytest.
         ({"Authorization": "secret"}, 401, "Authorization: Bearer KEY"),
         ({"Authorization": "Basic secret"}, 401, "Authorization: Bearer KEY"),
         ({"Authorization": "Bearer wrong"}, 401, "Authorization: Bearer KEY"),
+        ({"Authorization": "Bearer secr\u00e9t"}, 401, "Authorization: Bearer KEY"),
     ],
 )
 def test_headers_are_checked(shared_port: int, headers: dict[str, str], status: int, said: str) -> None:
     sent = JSON | {"Authorization": "Bearer secret"} | headers
     found, reply = ask_raw(shared_port, PLACE, json.dumps(BODY).encode(), sent)
     assert (found, said in reply.decode()) == (status, True)
+
+
+def test_a_client_that_leaves_stops_its_answer() -> None:
+    speaker: Any = Slow()
+    speaker.free.set()
+    with serving(speaker) as port:
+        body = json.dumps(BODY | {"stream": True}).encode()
+        with urlopen(Request(f"http://127.0.0.1:{port}{PLACE}", body, JSON)) as reply:
+            reply.readline()
+            assert speaker.running
+        ends = time.monotonic() + 10
+        while speaker.running and time.monotonic() < ends:
+            time.sleep(0.01)
+        assert speaker.running == {}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from tests.arithmetic.test_merge import write_base
 from tests.support.loop_case import make_case, make_rows
@@ -105,6 +106,17 @@ def test_the_merged_rows_are_the_trained_ones_and_the_others_the_base(tiny_llama
     assert torch.equal(merged[[40, 9, 7]], rows)
     others = [number for number in range(len(original)) if number not in (40, 9, 7)]
     assert torch.equal(merged[others], original[others])
+
+
+def test_trained_rows_are_scaled_where_the_base_scales_its_own(tiny_llama: Path) -> None:
+    """As Gemma does."""
+    net, ids = load(tiny_llama), torch.tensor([[40, 3, 9]])
+    scaled = Gemma3TextScaledWordEmbedding(*net.model.embed_tokens.weight.shape, 0, 3.0)
+    net.set_input_embeddings(scaled)
+    attached = attach(net, (40, 9))
+    move(attached)
+    merged = attached.tokens["model.embed_tokens"].merged(scaled.weight)
+    torch.testing.assert_close(net.model.embed_tokens(ids), nn.functional.embedding(ids, merged) * 3)
 
 
 @pytest.mark.parametrize("tied", [True, False])

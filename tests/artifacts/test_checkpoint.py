@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.faulty_disk import KILLED, FaultyDisk, count_events, in_child
-from tunekit.artifacts.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from tunekit.artifacts.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import ResourceError, RunFolderError
 from tunekit.files import durable
@@ -70,6 +77,11 @@ def require_state(checkpoint: Checkpoint | None, *allowed: int) -> int:
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder.open_new(tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_not_the_last_one(run: RunFolder) -> None:
+    folders = [save_checkpoint(run, step, {}, {"loop": {"best_step": 2}}, keep=9) for step in (1, 2, 3)]
+    assert [find_checkpoint(f"{run.path}@{name}") for name in ("1", "best", "last")] == folders
 
 
 def test_everything_comes_back_bit_by_bit(run: RunFolder) -> None:

@@ -80,12 +80,12 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def test_a_damaged_run_hides_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
-    damaged, good = write_run(tmp_path / "damaged"), write_run(tmp_path / "good", seed=1)
+    damaged, good = write_run(tmp_path / "bad"), write_run(tmp_path / "good", seed=1)
     damage(damaged)
     runs_verb(str(tmp_path), None)
     shown = capsys.readouterr()
     assert "good" in shown.out
-    assert "damaged" in shown.out + shown.err
+    assert "bad" in shown.out + shown.err
     code = report_verb([str(damaged), str(good)], str(tmp_path / "page.html"), None, None)
     shown = capsys.readouterr()
     assert "good" in shown.out

@@ -123,7 +123,7 @@ def test_what_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="is not a folder"):
         RunFolder.open_new(tmp_path / "file")
-    with pytest.raises(RunFolderError, match="file"):
+    with pytest.raises(RunFolderError, match="Not a directory"):
         RunFolder.open_new(tmp_path / "file" / "below")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(RunFolderError, match="link to a missing file"):

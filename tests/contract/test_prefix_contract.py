@@ -21,6 +21,7 @@ from tunekit.model.call import Call, calling
 from tunekit.model.quantized.weights import pack_linear
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
+from tunekit.recipe.training import TrainingSection
 
 METHODS: dict[str, Any] = {
     "text": PrefixSettings(num_virtual_tokens=4, init_ids=(5, 6, 7)),
@@ -47,6 +48,14 @@ def make_base(storage: str) -> Any:
 
 def attach(net: nn.Module, method: str) -> AttachedAdapter:
     return attach_adapter(net, METHODS[method], seed=0, head_name="lm_head")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weight_decay_spares_gates_and_biases(method: str) -> None:
+    groups = attach(make_base("none"), method).groups(TrainingSection(weight_decay=0.1))
+    spared = {name for names, _, decays in groups if not decays for name in names}
+    assert spared == {name for names, _, _ in groups for name in names if name.endswith(("bias", "gate"))}
+    assert bool(spared) == (method in ("projection", "llama_adapter"))
 
 
 @pytest.mark.sampled(10)

@@ -22,6 +22,7 @@ from tunekit.recipe.adapters.cpt import CptSettings
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 from tunekit.recipe.adapters.p_tuning import PTuningSettings
 from tunekit.recipe.adapters.prompt import PromptSettings
+from tunekit.recipe.training import TrainingSection
 
 LENGTH = 4
 DECODERS = ("llama", "gpt2", "mixtral")
@@ -52,6 +53,14 @@ def logits(attached: AttachedAdapter, inputs: dict[str, Tensor]) -> Tensor:
 def saved(attached: AttachedAdapter, folder: Path) -> Path:
     save_adapter_folder(attached, folder, base_name="org/base", base_fingerprint=None, revision=None)
     return folder
+
+
+@every
+def test_weight_decay_spares_all_but_an_encoders_matrices(name: str) -> None:
+    groups = attach(BASES["llama"], name).groups(TrainingSection(weight_decay=0.1))
+    decaying = {name for names, _, decays in groups if decays for name in names}
+    matrices = {name for names, _, _ in groups for name in names if ".weight" in name and "embedding" not in name}
+    assert decaying == matrices
 
 
 @pytest.mark.sampled(14)

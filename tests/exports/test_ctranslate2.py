@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,17 @@ def test_unknown_types(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     texts = [str(problem) for problem in error.value.problems]
     assert any("does not read models of type llama" in text for text in texts)
     assert any("--type: Q4_K_M is unknown; choose float32" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [({}, "float32"), ({"dtype": "float64"}, "float32"), ({"dtype": "float16"}, "float16"),
+     ({"torch_dtype": "bfloat16"}, "bfloat16")],
+)  # fmt: skip
+def test_the_weights_keep_their_type_if_the_program_has_it(config: dict[str, str], written: str) -> None:
+    exportable: Any = SimpleNamespace(config=config)
+    assert module.weight_type(exportable, Options()) == written
+    assert module.weight_type(exportable, Options(type="int8")) == "int8"
 
 
 def test_a_base_that_the_recipe_quantizes(tiny_llama: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tunekit.recipe.data import Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.classify import ClassifySettings
 
-ONCE = {"training": {"epochs": None, "max_steps": 1}}
+ONCE = {"training": {"epochs": None, "max_steps": 1, "warmup_steps": 0}}
 
 
 def rows_with(folder: Path, *labels: Any, name: str = "train.jsonl") -> None:

@@ -7,7 +7,8 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tests.support.data_case import Rows, objective_of, settings
 from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.machine.memory import limit_bytes
+from tunekit.planning import cheaper
 from tunekit.planning.choice import (
     TOLERANCE,
     SearchSpace,
@@ -184,6 +186,46 @@ def test_what_the_recipe_writes_is_obeyed(recipe: Path) -> None:
     assert plan.choice.micro_batch_size is None
     assert plan.choice.gradient_accumulation_steps == 1
     assert any("micro_batch_tokens is not reduced" in note for note in plan.notes)
+
+
+LITTLE = ", which is not enough alone"
+
+
+@pytest.mark.parametrize(
+    ("saved", "limit", "said"),
+    [
+        ({"a": 0.5, "b": 0, "c": -9}, 99, "no setting would save enough memory; use a smaller base model"),
+        ({"a": 5, "b": 0}, 50, f"the only change that saves memory: a: 1 saves 5.0 MiB (needs 95.0 MiB{LITTLE})"),
+        (
+            {"a": 5, "b": 0, "c": 30},
+            70,
+            f"the cheapest changes: a: 1 saves 5.0 MiB (needs 95.0 MiB{LITTLE}), c: 1 saves 30.0 MiB (needs 70.0 MiB)",
+        ),
+        (
+            {"a": 5, "b": 10},
+            50,
+            f"the cheapest changes: a: 1 saves 5.0 MiB (needs 95.0 MiB{LITTLE}), b: 1 saves 10.0 MiB "
+            f"(needs 90.0 MiB{LITTLE}); together they need 85.0 MiB",
+        ),
+        (
+            {"a": 5, "b": 40, "c": 30, "d": 50},
+            70,
+            "the cheapest changes: b: 1 saves 40.0 MiB (needs 60.0 MiB), c: 1 saves 30.0 MiB (needs 70.0 MiB), "
+            "d: 1 saves 50.0 MiB (needs 50.0 MiB)",
+        ),
+    ],
+)
+def test_the_cheapest_changes_that_save_memory(
+    monkeypatch: pytest.MonkeyPatch, saved: dict[str, float], limit: int, said: str
+) -> None:
+    """Changes of a peak of 100 MiB, from cheap to costly; the choice stands for the peak."""
+    changes = [
+        cheaper.Change(key, 1, choice=lambda old, less=less: old - int(less * MIB))  # type: ignore[misc]
+        for key, less in saved.items()
+    ]
+    monkeypatch.setattr(cheaper, "_changes", lambda *given: iter(changes))
+    none, peaks = cast(Any, None), cast(Any, SimpleNamespace(peak=lambda choice: SimpleNamespace(total=choice)))
+    assert cheaper.cheapest_changes(none, peaks, none, cast(Any, 100 * MIB), 100 * MIB, limit * MIB) == said
 
 
 @pytest.mark.slow

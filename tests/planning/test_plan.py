@@ -22,10 +22,11 @@ from tunekit.model.load import make_meta_model
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
-from tunekit.planning.refusals import library_problems
+from tunekit.planning.refusals import HIGHEST_RATE, library_problems, rate_notes
 from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, Plan
 from tunekit.training.state import Processors, RunInputs
 
@@ -105,6 +106,12 @@ def test_parameters_are_counted_by_target(recipe: Path) -> None:
     packed, _ = plan_of(recipe, "adapter.target_modules=[q_proj]", "adapter.r=4", "model.quantization=int8_weight_only")
     assert packed.total_parameters == plan.total_parameters, "a packed matrix counts as the numbers that it stands for"
     assert packed.peak_bytes.weights < plan.peak_bytes.weights
+
+
+def test_a_rate_above_the_highest_usual_one_is_told() -> None:
+    for rate in (HIGHEST_RATE, 0.31):
+        notes = [note for note in rate_notes(TrainingSection(learning_rate=rate), 100) if "is very high" in note]
+        assert len(notes) == (rate > HIGHEST_RATE)
 
 
 def test_warm_up_and_chunks_follow_their_rules(recipe: Path) -> None:

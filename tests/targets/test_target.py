@@ -127,9 +127,11 @@ def test_rewritten_keys_of_a_recipe_are_printed_too(tiny_llama: Path, tmp_path: 
     assert rewrite.endswith("base_model -> model.name_or_path")
 
 
-@pytest.mark.parametrize("place", ["nowhere/result.json", "folder"])
+@pytest.mark.parametrize(
+    ("place", "said"), [("nowhere/result.json", "there is no folder .*nowhere"), ("folder", "folder is a folder")]
+)
 def test_a_result_that_could_not_be_kept_is_told_first(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, said: str
 ) -> None:
     def fail(*values: object) -> None:
         raise AssertionError("nothing is loaded before that is known")
@@ -137,12 +139,12 @@ def test_a_result_that_could_not_be_kept_is_told_first(
     (tmp_path / "folder").mkdir()
     rows = write_lines(tmp_path / "rows.jsonl", ROWS)
     monkeypatch.setattr(tunekit.evaluate, "load_target", fail)
-    with pytest.raises(RunFolderError, match="folder"):
+    with pytest.raises(RunFolderError, match=said):
         evaluate_verb(str(tiny_llama), None, str(rows), None, [], str(tmp_path / place), [])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"model": str(tiny_llama), "data": {"train": "rows.jsonl"}, "output": {"dir": "run"}}))
     monkeypatch.setattr("tunekit.planning.plan.make_plan", fail)
-    with pytest.raises(RunFolderError, match="folder"):
+    with pytest.raises(RunFolderError, match=said):
         plan_verb(load_recipe(recipe), str(tmp_path / place))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml", "rows.jsonl"]
 

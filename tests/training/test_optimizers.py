@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from tunekit.errors import RunFolderError
 from tunekit.recipe.training import OptimizerName, TrainingSection
 from tunekit.training.optimizers import Optimizer, ParameterGroup
 
@@ -22,3 +23,11 @@ def test_decay_and_rate_are_those_of_the_group(kind: Any, found_inf: float) -> N
     expected = {"plain": 1 - 0.05 * 0.5, "fast": 1 - 0.2 * 0.5, "spared": 1.0}
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.detach(), torch.full((3,), 1.0 if found_inf else expected[name]))
+
+
+def test_a_checkpoint_without_a_groups_weights_is_refused() -> None:
+    optimizer = Optimizer(TrainingSection(), [ParameterGroup(("a",))], {"a": torch.nn.Parameter(torch.ones(3))})
+    tensors = optimizer.state_tensors()
+    for changed in ({}, {"group0.weights": tensors["group0.weights"][:2]}):
+        with pytest.raises(RunFolderError, match="weights of group 0 are missing or have the wrong shape"):
+            optimizer.load_state(changed, optimizer.layout())
