@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.conftest import write_tiny_llama
 from tunekit import doctor
 from tunekit.errors import InputError, ModelError, ResourceError
 from tunekit.model.storage import model_folder
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def test_missing_features_name_their_command(
@@ -39,6 +42,17 @@ def test_missing_features_name_their_command(
     monkeypatch.setattr(doctor, "cache_sizes", dict)
     doctor.doctor_verb(False, "-")
     assert "cache" not in capsys.readouterr().err  # no empty table
+
+
+def test_doctor_knows_the_packages_of_every_extra() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = {module for modules, _ in doctor.FEATURES.values() for module in modules}
+    commands = {command for _, command in doctor.FEATURES.values()}
+    module_of = {"pillow": "PIL", "lm-eval": "lm_eval"}
+    for extra in project["optional-dependencies"].keys() - {"dev", "docs", "trackers"}:  # trackers: one by one
+        assert f"pip install 'tunekit[{extra}]'" in commands
+        packages = {name.partition(">=")[0] for name in project["optional-dependencies"][extra]}
+        assert {module_of.get(name, name) for name in packages} <= known, extra
 
 
 def test_clear_takes_nothing_that_was_not_kept_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

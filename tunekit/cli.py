@@ -27,7 +27,7 @@ IN_EACH_RANK = (*LIGHT, "train", "eval", "generate", "plan", "doctor")  # severa
 app = typer.Typer(
     name="tunekit",
     cls=InOrderOfUse,
-    help="Fine-tune language models from a YAML recipe.",
+    help="Fine-tune models from a YAML recipe.",
     epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite, "
     "or audit computed different numbers; 4 memory, disk or another resource ran out; "
     "129, 130, 138, 143 stopped by SIGHUP, SIGINT, SIGUSR1, SIGTERM.",
@@ -56,7 +56,7 @@ def start(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    """Fine-tune language models from a YAML recipe."""
+    """Fine-tune models from a YAML recipe."""
     context.obj = debug
     if quiet or verbose:
         os.environ[LOUDNESS] = "verbose" if verbose else "quiet"

@@ -41,7 +41,7 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> No
         for rank, other in enumerate(plans):
             console.info(*(f"rank {rank}: {note}" for note in other.notes if note not in plan.notes))
         refused = next((each for each in plans if each.refusals), plan)
-        console.next_steps(after_plan(refused, loaded.path, overridden=bool(loaded.overridden), ranks=len(places)))
+        console.next_steps(after_plan(refused, loaded.path, overrides=loaded.overrides, ranks=len(places)))
         if devices.is_main:
             more = {"peak_bytes_of_ranks": [each.peak_bytes.total for each in plans]} if len(plans) > 1 else {}
             write_result(asdict(plan) | more)

@@ -137,7 +137,7 @@ def test_the_noise_of_few_rows_is_that_of_their_interval() -> None:
     text = rows_are_few(make_run(rows=columns))
     assert text is not None
     reach = student(15) * math.sqrt(16 / 15) / 4
-    assert text.startswith(f"16 evaluation rows measure the loss to within {reach:.2g}: ")
+    assert text.startswith(f"with 16 evaluation rows, the loss is uncertain by ± {reach:.2g}; ")
     same = {**columns, "losses": [2.0 * units for units in range(1, 17)], "units": [float(at) for at in range(1, 17)]}
     assert rows_are_few(make_run(rows=same)) is None  # each row has the same mean loss
     assert rows_are_few(make_run(rows=columns | {"before": [9.0] * 16})) is None  # training changed the loss much more
@@ -175,7 +175,7 @@ def test_the_advised_evaluation_rows_are_possible(objective: str, rows: dict[str
     plan = make_plan()
     counts = replace(plan.rows.training, **rows)
     plan = replace(plan, recipe={**plan.recipe, **method}, rows=replace(plan.rows, training=counts, evaluation=None))
-    assert after_plan(plan, Path("mine.yaml"), overridden=False)[0] == nothing_measured(run)
+    assert after_plan(plan, Path("mine.yaml"), overrides=())[0] == nothing_measured(run)
 
 
 def test_at_most_two_and_none_after_a_bad_verdict(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_after_a_data_check_and_an_evaluation() -> None:
     ]
     assert after_evaluation("adapter", "adapter", even, units) == []
     (noise,) = after_evaluation("adapter", "adapter", even + np.arange(50) % 2 * 4, units)
-    assert noise.startswith("50 evaluation rows measure the loss to within")
+    assert noise.startswith("with 50 evaluation rows, the loss is uncertain by ± ")
 
 
 def test_quiet_prints_no_next_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

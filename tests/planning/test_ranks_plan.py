@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -101,9 +102,10 @@ def test_plan_shows_the_memory_of_each_rank(recipe: Path, budget: str, capsys: p
 def test_the_next_step_starts_as_many_processes_as_were_planned(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan_verb(load_recipe(recipe, ["memory.sharding=full"]), None, ranks=2)
+    overrides = ["memory.sharding=full", "training.rank_speeds=[1, 1]", "~memory.budget"]
+    plan_verb(load_recipe(recipe, overrides), None, ranks=2)
     shown = capsys.readouterr().out
-    assert f"next: torchrun --nproc-per-node 2 -m tunekit train {recipe} with the same overrides" in shown
+    assert f"next: torchrun --nproc-per-node 2 -m tunekit train {shlex.join([str(recipe), *overrides])}" in shown
     assert "recomputed in the backward pass: all, because gathered weights are on the device only" in shown
     with pytest.raises(TunekitError, match="rank 1: the smallest setting of this run needs"):
         plan_verb(load_recipe(recipe, ["memory.budget=[8GiB, 1MiB]"]), None, ranks=2)

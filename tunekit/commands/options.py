@@ -25,7 +25,10 @@ TargetKeys = Annotated[
     list[str] | None,
     keys("changes keys of model.* and evaluation.*, such as evaluation.batch_size=1", "model.", "evaluation."),
 ]
-TARGET = "a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a recipe or a hub name"
+TARGET = (
+    "a run, a checkpoint (RUN@120, RUN@best, RUN@last), an adapter, a model folder, a .gguf file, a recipe or a name "
+    "of the hub"
+)
 TargetName = Annotated[str, typer.Argument(metavar="TARGET", help=TARGET)]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]

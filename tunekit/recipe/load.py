@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -62,7 +62,8 @@ __all__ = [
 class LoadedRecipe:
     """A valid recipe, and how it was read.
 
-    `lines`: the line of each key; `overridden`: the keys that the command line wrote; `rewrites`: sentences about
+    `lines`: the line of each key; `overrides`: KEY=VALUE and ~KEY of the command line; `overridden`: the keys that they
+    wrote; `rewrites`: sentences about
     rewritten keys of other tools; `defaults`: sentences about defaults that depend on other keys; `tool`: the tool
     whose configuration the file is, None for a recipe; `sweep`: the section that only `tunekit sweep` reads.
     """
@@ -75,6 +76,7 @@ class LoadedRecipe:
     defaults: list[str] = field(default_factory=list)
     tool: str | None = None
     sweep: SweepSection | None = None
+    overrides: tuple[str, ...] = ()
 
     def line_of(self, key: str) -> int | None:
         """The line of a dotted key; None if the key is not in the file."""
@@ -90,7 +92,7 @@ class LoadedRecipe:
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Read, override and check a recipe. Raises: RecipeError with all problems, in the order of the file."""
-    return check_draft(*read_draft(path, overrides))
+    return replace(check_draft(*read_draft(path, overrides)), overrides=tuple(overrides))
 
 
 def read_file(path: Path) -> Draft:

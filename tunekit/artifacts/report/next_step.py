@@ -155,8 +155,8 @@ def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str 
     if not reach > WIDE * (loss if change is None else change):
         return None
     return (
-        f"{len(losses):,} evaluation rows measure the loss to within {reach:.2g}: smaller differences between runs are "
-        "noise, unless tunekit report compares the runs row by row"
+        f"with {len(losses):,} evaluation rows, the loss is uncertain by ± {reach:.2g}; to see a smaller difference "
+        "between two runs, compare them row by row: tunekit report RUN RUN"
     )
 
 
@@ -209,13 +209,13 @@ AFTER_TRAINING = (
 )
 
 
-def after_plan(plan: Plan, recipe: Path, *, overridden: bool, ranks: int = 1) -> list[str]:
-    """The next steps after `tunekit plan`; empty if the plan has refusals, because these contain advice. `overridden`:
-    whether the command line changed the recipe. `ranks`: the number of planned processes."""
+def after_plan(plan: Plan, recipe: Path, *, overrides: Sequence[str], ranks: int = 1) -> list[str]:
+    """The next steps after `tunekit plan`; empty if the plan has refusals, because these contain advice. `overrides`:
+    the changes of the recipe on the command line. `ranks`: the number of planned processes."""
     if plan.refusals:
         return []
     program = "tunekit" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m tunekit"
-    train = f"{program} train {shlex.quote(str(recipe))}" + (" with the same overrides" if overridden else "")
+    train = f"{program} train {shlex.join([str(recipe), *overrides])}"
     if plan.rows.evaluation is not None:
         return [train]
     rows = plan.rows.training
