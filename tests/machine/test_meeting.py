@@ -161,6 +161,30 @@ def test_the_error_of_a_rank_reaches_the_others_with_its_exit_code(pair: list[Pe
     assert pair[0].cause(bug) is bug
 
 
+def test_a_rank_that_fails_tells_the_others_and_does_not_wait_for_its_device(
+    pair: list[Peers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL would wait for ever for collectives that other ranks do not join."""
+    ends: list[Any] = []
+
+    def hang(*_: object) -> None:
+        ends.append(State.read(pair[1]._own_store.get(key_of(1))).end)
+        time.sleep(3)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", hang)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_abort_process_group", hang)
+    started = time.monotonic()
+    pair[1].end(DataError("the image is not there", "mend it"))
+    assert time.monotonic() - started < 2
+    assert ends == [(2, "the image is not there; mend it")]
+    assert str(loss(pair[0], 60)).startswith("rank 1 (on node-1) of 2 has failed")
+    ended = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(pair[0]._ended.is_set()))
+    pair[0].end(None)
+    assert ended == [False], "while it leaves, the loss of another rank is noticed"
+
+
 FAILED = "rank 1 (on node) of 2 has failed: no file"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tunekit.errors import Problem, RecipeError, TunekitError
 from tunekit.machine.meeting import check_own_gpus, gpu_of_nccl, meet
-from tunekit.machine.peers import Peers
+from tunekit.machine.peers import Peers, leave_group
 
 Value = TypeVar("Value")
 Item = TypeVar("Item")
@@ -322,8 +322,8 @@ class Devices:
         """Leave the process group, and tell the other ranks about an error."""
         if self.peers is not None:
             self.peers.end(error)
-        elif self.world > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        elif self.world > 1:
+            leave_group(error)
 
     def __enter__(self) -> "Devices":
         return self

@@ -149,16 +149,19 @@ class Peers:
 
     def end(self, error: BaseException | None) -> None:
         """Tell the other ranks how this rank ends, and leave them. Sets `alone` of the error."""
+        if error is None:
+            leave_group(None)  # NCCL waits for all ranks here, so their loss must still be noticed
         self._ended.set()
-        rank = self.ours.rank
+        rank, deadline = self.ours.rank, time.monotonic() + ENDING_SECONDS
         with self._writing, contextlib.suppress(DistError):  # after the last beat
             if error is None:
                 self._own_store.set(key_of(rank), State(self.ours, end=(0, "")).text())
-        _leave_group()
         if error is not None:
+            tell_end(self._own_store, rank, [], error, 0.0)  # first, since leaving can take long
+            leave_group(error)
             silent = [each.rank for each in self.others if self._is_silent(each)]
             awaited = [each.rank for each in self.others if each.rank not in silent and (rank == 0 or each.rank == 0)]
-            alone = tell_end(self._own_store, rank, awaited, error, ENDING_SECONDS)
+            alone = tell_end(self._own_store, rank, awaited, error, deadline - time.monotonic())
             if isinstance(error, TunekitError):
                 error.alone = alone and (not isinstance(error, OtherRankError) or self._speaks())
 
@@ -179,9 +182,26 @@ class Peers:
         )
 
 
-def _leave_group() -> None:
-    """Close the connections, so that the other ranks notice."""
-    if torch.distributed.is_initialized():
+def leave_group(error: BaseException | None) -> None:
+    """Close the connections, so that the other ranks notice.
+
+    NCCL waits for all ranks and for everything that is queued on the device. After an error this could take for ever:
+    then the group is aborted, and this function returns after at most ENDING_SECONDS.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if error is None:
+        torch.distributed.destroy_process_group()
+        return
+    leaving = threading.Thread(target=_abort_group, daemon=True)
+    leaving.start()
+    leaving.join(ENDING_SECONDS)
+
+
+def _abort_group() -> None:
+    try:
+        torch.distributed.distributed_c10d._abort_process_group()
+    except RuntimeError:  # a backend that cannot abort
         torch.distributed.destroy_process_group()
 
 
