@@ -9,6 +9,7 @@ import torch
 
 from tunekit.errors import RunFolderError
 from tunekit.recipe.training import OptimizerName, TrainingSection
+from tunekit.training import optimizers
 from tunekit.training.optimizers import Optimizer, ParameterGroup
 
 
@@ -31,3 +32,30 @@ def test_a_checkpoint_without_a_groups_weights_is_refused() -> None:
     for changed in ({}, {"group0.weights": tensors["group0.weights"][:2]}):
         with pytest.raises(RunFolderError, match="weights of group 0 are missing or have the wrong shape"):
             optimizer.load_state(changed, optimizer.layout())
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw"])
+def test_no_tensor_is_longer_than_bitsandbytes_can_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2^31 numbers on, it would update some of the weights only, or none."""
+
+    def trained(steps: int, restored: dict[str, torch.Tensor] | None = None) -> Optimizer:
+        generator = torch.Generator().manual_seed(1)
+        parameters = {"weight": torch.nn.Parameter(torch.randn(16_400, generator=generator))}
+        optimizer = Optimizer(TrainingSection(optimizer=name), [ParameterGroup(("weight",))], parameters)
+        gradients = [torch.randn(16_400, generator=generator) for _ in range(2)]
+        if restored is not None:
+            optimizer.load_state(restored, optimizer.layout())
+        for gradient in gradients[2 - steps :] if restored is not None else gradients[:steps]:
+            optimizer.gradients()[0].copy_(gradient)
+            optimizer.step(1.0, torch.tensor(0.0))
+        return optimizer
+
+    whole = trained(2)
+    monkeypatch.setattr(optimizers, "PART_NUMBERS", 6000)
+    split = trained(2)
+    assert [len(part) for part in split.native.param_groups[0]["params"]] == [5632, 5632, 5136]
+    assert torch.equal(whole.state_tensors()["group0.weights"], split.state_tensors()["group0.weights"])
+    first = {key: value.clone() for key, value in trained(1).state_tensors().items()}
+    resumed = trained(1, first).state_tensors()
+    assert resumed.keys() == split.state_tensors().keys()
+    assert all(torch.equal(value, resumed[key]) for key, value in split.state_tensors().items())

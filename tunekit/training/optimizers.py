@@ -1,7 +1,7 @@
 """The optimizer. All parameters of a group share one flat float32 buffer, so a group needs only one norm, one update,
 and one tensor in a checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from tunekit.machine.devices import kind_of
 from tunekit.recipe.training import TrainingSection
 
 OTHER_RUN = "name a different output.dir, or start again with --overwrite"
+BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states
+PART_NUMBERS = 2**30  # bitsandbytes counts a tensor's numbers in 32 bits, and does not notice an overflow
 ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 
@@ -48,6 +50,17 @@ class FlatGroup:
             parameter.grad = self.gradient[start:stop].view(shape)
         self.data.grad = self.gradient
 
+    def parts(self) -> list[nn.Parameter]:
+        """`data` as views of at most PART_NUMBERS numbers, about equally long, with their gradients."""
+        count = -(-self.data.numel() // PART_NUMBERS)
+        if count == 1:
+            return [self.data]
+        length = -(-self.data.numel() // (count * BLOCK)) * BLOCK
+        parts = [nn.Parameter(part) for part in self.data.detach().split(length)]
+        for part, gradient in zip(parts, self.gradient.split(length), strict=True):
+            part.grad = gradient
+        return parts
+
 
 class Optimizer:
     """AdamW, or an 8-bit or paged AdamW of bitsandbytes, for parameters in flat buffers.
@@ -63,13 +76,14 @@ class Optimizer:
         self.name = settings.optimizer
         self.learning_rate = settings.learning_rate
         self.groups = [FlatGroup(group, parameters) for group in groups if group.names]
+        self._parts = [[flat.data] if self.name == "adamw" else flat.parts() for flat in self.groups]
         options = [
             {
-                "params": [flat.data],
+                "params": parts,
                 "lr": settings.learning_rate * flat.group.rate_multiplier,
                 "weight_decay": settings.weight_decay if flat.group.decays else 0.0,
             }
-            for flat in self.groups
+            for flat, parts in zip(self.groups, self._parts, strict=True)
         ]
         self.native = _make_native(self.name, options)
 
@@ -79,7 +93,7 @@ class Optimizer:
         return self.name == "adamw" and kind_of(self.groups[0].data.device).gates
 
     def update_blocks(self, device: torch.device) -> list[int]:
-        """The bytes of each temporary tensor that an update of the largest group allocates. These tensors exist at the
+        """The bytes of each temporary tensor that an update of the largest tensor allocates. These tensors exist at the
         same time.
 
         The fused AdamW and bitsandbytes' CUDA kernels have no temporary tensors. On a CPU, bitsandbytes allocates whole
@@ -88,7 +102,7 @@ class Optimizer:
         """
         if self.name == "adamw" or device.type != "cpu":
             return []
-        largest = max(flat.data.numel() for flat in self.groups) * torch.float32.itemsize
+        largest = max(part.numel() for parts in self._parts for part in parts) * torch.float32.itemsize
         return [largest] * (5 if self.name.endswith("8bit") else 3)
 
     def zero_gradients(self) -> None:
@@ -125,13 +139,19 @@ class Optimizer:
 
     def state_tensors(self) -> Tensors:
         """Weights and optimizer state for a checkpoint: for each group, one tensor of weights and one per kind of
-        state."""
+        state; the states of further parts of the group have the part's number."""
         tensors: Tensors = {}
         for number, flat in enumerate(self.groups):
             tensors[f"group{number}.weights"] = flat.data.detach()
-            for key, value in sorted(self.native.state.get(flat.data, {}).items()):
-                tensors[f"group{number}.optimizer.{key}"] = torch.as_tensor(value).detach()
+            for part, prefix in self._parts_of(number):
+                for key, value in sorted(self.native.state.get(part, {}).items()):
+                    tensors[f"{prefix}{key}"] = torch.as_tensor(value).detach()
         return tensors
+
+    def _parts_of(self, number: int) -> Iterator[tuple[nn.Parameter, str]]:
+        """Yields the optimizer's tensors of a group, and the prefix of their states in a checkpoint."""
+        for at, part in enumerate(self._parts[number]):
+            yield part, f"group{number}.optimizer{at or ''}."
 
     def layout(self) -> list[dict[str, list[int]]]:
         """The place of each parameter in the flat buffer: for each group, a mapping from name to [start, *shape]. A
@@ -152,10 +172,10 @@ class Optimizer:
                 what = f"the checkpoint's weights of group {number} are missing or have the wrong shape"
                 raise RunFolderError(what, OTHER_RUN)
             flat.data.data.copy_(weights)
-            prefix = f"group{number}.optimizer."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                self._restore(flat.data, state)
+            for part, prefix in self._parts_of(number):
+                state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                if state:
+                    self._restore(part, state)
 
     def _restore(self, data: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         if self.name == "adamw":  # the fused AdamW has its step counter on the device
@@ -192,6 +212,7 @@ def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimi
         optimizer = classes[name](options)
         optimizer.check_overrides()
         for number, group in enumerate(optimizer.param_groups):
-            optimizer.init_state(group, group["params"][0], number, 0)
+            for at, part in enumerate(group["params"]):
+                optimizer.init_state(group, part, number, at)
         optimizer.initialized = True
     return optimizer
