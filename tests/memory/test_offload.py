@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.conftest import write_tiny_llama
 from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
-from tunekit.errors import NumericsError
+from tunekit.errors import NumericsError, ResourceError
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.checkpointing import prepare_layers
@@ -156,6 +156,23 @@ def test_what_leaves_is_held_two_deep_and_then_waited_for() -> None:
         assert len(waited) == max(0, number - 1)
     assert torch.equal(store.take(3), kept[3])
     assert len(waited) == 5  # both that were leaving, and the one that came back
+
+
+def test_tensors_stay_once_the_host_has_no_more_memory_to_pin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports this as the GPU's out-of-memory error, after which smaller micro-batches would be tried."""
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    copier = object.__new__(StreamCopier)
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(ResourceError, match=r"1.0 KiB of the host's memory cannot be pinned.*memory\.streaming"):
+        copier.memory(1024, on_host=True)
+    store = BoundaryStore(copier, 0, 0)
+    tensor = values(3)
+    store.put(0, tensor)
+    assert store.take(0).data_ptr() == tensor.data_ptr()
+    assert (store.offloads, store.host_bytes) == (False, 0)
 
 
 def test_auto_leaves_a_cpu_alone() -> None:

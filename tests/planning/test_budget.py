@@ -20,6 +20,7 @@ from tests.support.data_case import Rows, objective_of, settings
 from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
 from tunekit.data.batching.windows import TrainingWindows
 from tunekit.machine.memory import limit_bytes
+from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.planning import cheaper
 from tunekit.planning.choice import (
     TOLERANCE,
@@ -284,6 +285,30 @@ def test_a_change_that_plan_would_refuse_is_not_proposed(tmp_path: Path, monkeyp
         messages += [refusal.message for refusal in plan.refusals if refusal.key == "memory.budget"]
     assert ["memory.streamed_head: true saves" in message for message in messages] == [True, False]
     assert not any("data.max_length" in message for message in messages)
+
+
+def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_any_store(setting: str | bool, *values: Any, **options: Any) -> BoundaryStore:
+        return make_store(setting is not False, *values, **options)  # `auto` without its lowest sizes
+
+    monkeypatch.setattr("tunekit.tuned.network.make_store", make_any_store)
+    monkeypatch.setattr("tunekit.planning.memory.total_bytes", lambda device: 2**33)
+    plans = {}
+    for setting, room in (("auto", 2**33), ("auto", 2**10), ("true", 2**10)):
+        free = {"cuda": 2**33, "cpu": room}
+        monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, free=free: free[device.type])
+        overrides = ("memory.gradient_checkpointing=true", f"memory.activation_offload={setting}")
+        plans[setting, room], _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
+    choices = [plan.choice.activation_offload for plan in plans.values()]
+    assert choices == ["auto", False, True]
+    notes = [" ".join(plan.notes) for plan in plans.values()]
+    assert ["the inputs of recomputed layers stay on the device: with them, " in note for note in notes] == [
+        *(False, True, False)
+    ]
+    refused = [[refusal.key for refusal in plan.refusals] for plan in plans.values()]
+    assert refused == [[], [], ["memory.activation_offload"]]
 
 
 def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from tunekit.errors import ResourceError, is_out_of_memory
 from tunekit.memory.blobs import forget_pages
+from tunekit.records import bytes_text
 
 Mark = torch.Event | None  # a position in the queue of computations; None if the device has already passed it
 Copy = Future[None] | Future[torch.Event] | Mark  # in progress, or finished
@@ -100,8 +102,15 @@ class StreamCopier(ThreadCopier):
         self._next = 0
 
     def memory(self, size_bytes: int, *, on_host: bool) -> Tensor:
-        if on_host:
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        """As Copier. Raises: ResourceError if the host has too little memory to pin."""
+        try:
+            if on_host:
+                return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):  # torch reports the GPU's memory here
+                raise
+            what = f"{bytes_text(size_bytes)} of the host's memory cannot be pinned for copies to the GPU"
+            raise ResourceError(what, "free host memory, or set memory.streaming to disk or off") from error
         return super().memory(size_bytes, on_host=False)
 
     def start(self, copies: Pairs, after: Mark) -> Copy:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunekit.errors import ResourceError
 from tunekit.machine.devices import kind_of
 from tunekit.memory.copies import Copier, Copy, StreamCopier, as_bytes
 
@@ -56,8 +57,8 @@ class BoundaryStore:
     """Stores tensors under keys, between `put` and `take`. Large tensors are stored on the host.
 
     `copier`: makes the copies; None: all tensors stay on their device. A tensor also stays on its device if it has
-    fewer than `min_bytes` bytes or `min_tokens` tokens (all dimensions except the last), or if it is not contiguous.
-    Host memory is reused. Only one thread may use a store.
+    fewer than `min_bytes` bytes or `min_tokens` tokens (all dimensions except the last), if it is not contiguous, or
+    once the host has no more memory to pin. Host memory is reused. Only one thread may use a store.
     """
 
     def __init__(self, copier: Copier | None, min_bytes: int = MIN_BYTES, min_tokens: int = MIN_TOKENS) -> None:
@@ -79,11 +80,12 @@ class BoundaryStore:
         tensor = tensor.detach()
         if key in self._entries:
             raise ValueError(f"the key {key!r} is already in use")
-        if stays or not self._leaves(tensor):
+        size = 1 << (tensor.nbytes - 1).bit_length()  # as CUDA's allocator of pinned memory rounds
+        slot = None if stays or not self._leaves(tensor) else self._slot(size)
+        if slot is None:
             self._entries[key] = tensor
             return
-        size = 1 << (tensor.nbytes - 1).bit_length()  # as CUDA's allocator of pinned memory rounds
-        entry = _OnHost(self._slot(size), size, tensor.shape, tensor.dtype)
+        entry = _OnHost(slot, size, tensor.shape, tensor.dtype)
         copy = self._copier.start([(entry.slot[: entry.bytes], as_bytes(tensor))], self._copier.mark())
         self._leaving.append((copy, tensor))
         self._let_go(LEAVING)
@@ -150,12 +152,18 @@ class BoundaryStore:
         large = tensor.nbytes >= max(1, self.min_bytes) and tokens >= self.min_tokens
         return self.offloads and large and tensor.is_contiguous()
 
-    def _slot(self, size: int) -> Tensor:
+    def _slot(self, size: int) -> Tensor | None:
+        """Host memory (size,) uint8; None if the host has no more."""
         free = self._free.get(size)
         if free:
             return free.pop()
+        try:
+            slot = self._copier.memory(size, on_host=True)
+        except ResourceError:
+            self.offloads = False
+            return None
         self.host_bytes += size
-        return self._copier.memory(size, on_host=True)
+        return slot
 
     def _buffer_of(self, key: Hashable) -> _Buffer | None:
         return next((buffer for buffer in self._buffers if buffer.key == key), None)

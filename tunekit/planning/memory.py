@@ -16,12 +16,14 @@ import torch
 
 from tunekit.errors import Problem
 from tunekit.machine.memory import available_bytes, total_bytes
+from tunekit.memory.bandwidths import layer_bytes
 from tunekit.memory.sharding import TIER
 from tunekit.objectives.losses.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
 from tunekit.planning.choice import SearchSpace, Workload, fastest, smaller_micro_batches
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast
 from tunekit.planning.ranks import ranks_here
+from tunekit.planning.tiers import HOST_SHARE
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, PeakBytes, bytes_text
 
@@ -120,9 +122,13 @@ def plan_memory(
     space, workload = search_space(forecast, tiers, resumed, shared), make_workload(forecast)
     sampled = (shared.sampling_batch_size if shared else 0) or peaks.sampled_together(limit)
     space = replace(space, written=replace(space.written, sampling_batch_size=sampled))
-    fitting = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
-    smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
-    choice = fitting or min(smallest, key=peaks.total)
+    fitting, choice = _choose(space, workload, peaks, limit, budget)
+    crowded = _host_shortage(peaks, choice)
+    if crowded is not None and choice.activation_offload == "auto":
+        space = replace(space, written=replace(space.written, activation_offload=False))
+        fitting, choice = _choose(space, workload, peaks, limit, budget)
+    elif crowded is not None:
+        findings.lack(Problem(crowded, "set memory.activation_offload: auto", key="memory.activation_offload"))
     needed = peaks.total(choice)
     if budget is None:
         reasons = [
@@ -144,11 +150,34 @@ def plan_memory(
     if peaks.unknown:
         model_type = forecast.base.facts.model_type
         reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({peaks.unknown[0]})")
+    if crowded is not None and not choice.activation_offload:
+        reasons.append(f"the inputs of recomputed layers stay on the device: {crowded}")
     reasons += _rank_warnings(peaks, choice, available)
     trial = trial_reason(run.device, needed, available, budget)
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
     tokens = forecast.largest_batch(choice.micro_batch_size).padded
     return PlannedMemory(choice, tuple(reasons), peaks.of(choice), *trial, offloaded, tokens, budget)
+
+
+def _choose(
+    space: SearchSpace, workload: Workload, peaks: Peaks, limit: float, budget: int | None
+) -> tuple[Choice | None, Choice]:
+    """The fastest choice within `limit` bytes, if there is one; and the choice of the run: this one or the smallest."""
+    fitting = fastest(space, workload.relative_time, lambda choice: peaks.total(choice) - limit)
+    smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
+    return fitting, fitting or min(smallest, key=peaks.total)
+
+
+def _host_shortage(peaks: Peaks, choice: Choice) -> str | None:
+    """A text if the inputs of layers, which are offloaded to pinned memory, leave too little of the host's memory."""
+    forecast, room = peaks.forecast, available_bytes(torch.device("cpu"))
+    peaks.total(choice)  # records an error of the model's code
+    offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
+    layers = layer_bytes(forecast.base) if choice.streaming == "host" else 0
+    pinned = ranks_here(forecast.run.device, choice.shares) * (offloaded + layers)
+    if not offloaded or room is None or pinned <= HOST_SHARE * room:
+        return None
+    return f"with them, {bytes_text(pinned)} of host memory would be pinned, but only {bytes_text(room)} are free"
 
 
 def _rank_warnings(peaks: Peaks, choice: Choice, available: int | None) -> Iterator[str]:

@@ -22,7 +22,7 @@ from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice, bytes_text
 
 KEY = "memory.streaming"
-HOST_SHARE = 0.8  # maximum share of the host's free memory for the base's layers
+HOST_SHARE = 0.8  # maximum share of the host's free memory that is pinned
 
 
 def streaming_obstacle(

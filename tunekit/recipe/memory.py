@@ -48,7 +48,8 @@ class MemorySection(Section):
     pass. auto: as few layers as memory allows, never the last layer; a number counts layers from the first.
 
     `activation_offload`: stores the inputs of recomputed layers in the host's memory. auto: on CUDA, inputs of at least
-    2 MiB and 512 tokens. true: all inputs; on a CPU, this saves nothing. The results are equal bit for bit.
+    2 MiB and 512 tokens, if the host has room for them. true: all inputs; on a CPU, this saves nothing. The results are
+    equal bit for bit.
     `mlp_tile_tokens`: MLPs and norms compute this many tokens at a time. This changes the order of sums over tokens.
     `budget`: on a GPU, a limit for the device's memory; on a CPU, a limit for the memory that the run adds to the
     process. The plan then uses the fastest settings that fit: smaller micro-batches with the same number of rows per
