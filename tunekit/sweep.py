@@ -101,20 +101,21 @@ def automatic_verb(
         file_name = str(loaded.path)
         raise RecipeError("trials are compared on evaluation rows", "set data.eval", file=file_name, key="data.eval")
     with _process([loaded], json_file) as (session, write_result):
-        base = SharedBase(load_base)
         automatic = earlier_choice(Path(loaded.recipe.output.dir)) if resume else None
-        plan, limits.costs = _measure(session, base)
+        plan, limits.costs = _measure(session)
         if automatic is None:
             automatic = _choose(session.console, loaded, plan, limits.costs, seconds).automatic
         sweep = load_sweep(path, overrides, automatic)
+        base = SharedBase(load_base)
         _run_sweep(sweep, session, base, resume, write_result, limits, {AUTO_NAME: choice_record(automatic)})
 
 
-def _measure(session: Session, base: SharedBase) -> tuple[Plan, Costs]:
+def _measure(session: Session) -> tuple[Plan, Costs]:
     """The plan of the recipe, and its measured costs. Raises: InputError if its first steps are not finite."""
     with session.signals.at_once("before training began; nothing was trained"):
         plan, prepared = plan_session(session)
-        costs = measure_costs(session, plan, prepared, base.load)
+        costs = measure_costs(session, plan, prepared, load_base)
+    gc.collect()  # the measured base: the trials are planned with the memory that is free
     if costs is None:
         raise InputError(
             "the recipe's loss or gradient is not finite in the first steps", "lower training.learning_rate"

@@ -8,9 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from tests.devices.test_mistakes import CUDA
 from tests.test_bench_gpu import arithmetic, planning, shapes
+from tunekit.machine.memory import available_bytes
 from tunekit.memory import vocabulary
 from tunekit.planning.simulated.kernels import workspace_bytes
 
@@ -48,12 +50,20 @@ def test_the_peak_is_foreseen(model: str, settings: dict[str, Any], monkeypatch:
     assert foreseen == pytest.approx(measured, rel=0.05)
 
 
+def test_memory_that_this_process_has_cached_is_free() -> None:
+    """Otherwise the second run of a process, such as the second part of an audit, would be planned for less."""
+    torch.cuda.empty_cache()
+    before = available_bytes(CUDA)
+    torch.ones(2**24, device=CUDA)
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= 2**26
+    assert available_bytes(CUDA) == before
+
+
 def foreseen_and_measured(row: Any) -> tuple[int, int]:
     """The peak bytes of a row beside what the device had before."""
     import gc
 
     import ours
-    import torch
 
     plan = planning.plan_row(row, CUDA, arithmetic.Ceilings())
     product = torch.ones(8, 8, device=CUDA, requires_grad=True) @ torch.ones(8, 8, device=CUDA)

@@ -16,7 +16,8 @@ import torch
 from tests.devices import simulated
 from tests.support.loop_case import DEVICE
 from tests.support.train_case import records, result_bytes, without_times, write_recipe
-from tunekit.errors import ResourceError, TunekitError
+from tunekit import sweep
+from tunekit.errors import RecipeError, ResourceError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
 from tunekit.machine.memory import limit_bytes
@@ -52,6 +53,26 @@ def train(
         False,
     )
     return place / "run", json.loads((place / "run" / "report.json").read_text())
+
+
+@pytest.mark.skipif(METAL, reason="Metal shares the memory of the CPU")
+@pytest.mark.usefixtures("resident")
+def test_the_measured_model_of_a_sweep_takes_no_memory_from_its_trials(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc.collect()
+    module, allocated = torch.get_device_module(DEVICE), list[int]()
+    before = module.memory_allocated()
+
+    def plan_lanes(*_: object) -> None:
+        allocated.append(module.memory_allocated())
+        raise RecipeError("planned", "go on")
+
+    monkeypatch.setattr(sweep, "_plan_lanes", plan_lanes)
+    recipe = write_recipe(tmp_path, folder, rows=11)
+    with pytest.raises(RecipeError, match="planned"):
+        sweep.automatic_verb(load_recipe(recipe), str(recipe), [], 1000.0, False, None)
+    assert allocated == [before]
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,8 @@ def test_a_gpu_that_does_not_tell_what_is_free(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("The device (Intel(R) Arc(TM) A770) doesn't support querying the available free memory.")
 
     monkeypatch.setattr(torch.xpu, "mem_get_info", refuse)
-    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 1500)
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(total_memory=5000))
     assert available_bytes(torch.device("xpu", 0)) == 4000
 

@@ -25,15 +25,17 @@ CLEAR_REFERENCES = Path("/proc/self/clear_refs")
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device, in bytes. For a CPU: the memory that is available without swapping, within the limit of
-    this process's control group. For Metal: also within the limit of the GPU."""
+    """Free memory of a device, in bytes; memory that this process's allocator has cached is free. For a CPU: the memory
+    that is available without swapping, within the limit of this process's control group. For Metal: also within the
+    limit of the GPU."""
     if kind_of(device).own_memory:
         module = torch.get_device_module(device)
         try:
-            return int(module.mem_get_info(device)[0])
+            free = int(module.mem_get_info(device)[0])
         # some Intel Arc GPUs do not report free memory
         except RuntimeError:
-            return int(module.get_device_properties(device).total_memory - module.memory_reserved(device))
+            free = int(module.get_device_properties(device).total_memory - module.memory_reserved(device))
+        return free + module.memory_reserved(device) - module.memory_allocated(device)
     limits = [int(psutil.virtual_memory().available), _group_available()]
     if device.type == "mps" and is_here(device):
         limits.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
