@@ -56,8 +56,8 @@ class FlatGroup:
         if count == 1:
             return [self.data]
         length = -(-self.data.numel() // (count * BLOCK)) * BLOCK
-        parts = [nn.Parameter(part) for part in self.data.detach().split(length)]
-        for part, gradient in zip(parts, self.gradient.split(length), strict=True):
+        parts = [nn.Parameter(part) for part in torch.split(self.data.detach(), length)]
+        for part, gradient in zip(parts, torch.split(self.gradient, length), strict=True):
             part.grad = gradient
         return parts
 
