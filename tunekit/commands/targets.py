@@ -57,8 +57,8 @@ def evaluate(
     from tunekit.evaluate import evaluate_tasks, evaluate_verb
 
     if tasks is None:
-        options = (data, data_format, metrics or [], json_file, overrides or [], adapter_column)
-        evaluate_verb(target, base, *options, allow_code=allow_code)
+        names, changes = metrics or [], overrides or []
+        evaluate_verb(target, base, data, data_format, names, json_file, changes, adapter_column, allow_code=allow_code)
     else:
         names = [name for name in tasks.split(",") if name]
         evaluate_tasks(target, base, names, json_file, overrides or [], allow_code=allow_code)
