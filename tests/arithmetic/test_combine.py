@@ -25,6 +25,7 @@ from tunekit.arithmetic.lora_folder import read_lora_folder
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.arithmetic.pruning import weighted
 from tunekit.errors import TunekitError
+from tunekit.recipe.adapters.bitfit import BitfitSettings
 from tunekit.recipe.adapters.lora import LoraSettings
 
 peft = pytest.importorskip("peft")
@@ -251,6 +252,25 @@ def test_other_methods_are_refused_by_name(method: str, tmp_path: Path) -> None:
     with pytest.raises(TunekitError, match=r"adapter convert|weights sum to"):
         call(tmp_path / "new", [tmp_path / "a", tmp_path / "b"], "linear")
     assert not (tmp_path / "new").exists()
+
+
+def test_biases_are_averaged_where_weights_sum_to_one(tmp_path: Path) -> None:
+    base, folders = BASES["gpt2"], list[Path]()
+    for number, name in enumerate(("a", "b")):
+        attached = attach_adapter(base.make(), BitfitSettings(), seed=0, head_name=base.head_name)
+        with torch.no_grad():
+            for parameter in attached.trained().values():
+                parameter.fill_(number + 1)
+        save_adapter_folder(attached, tmp_path / name, base_name="org/base", base_fingerprint="f", revision=None)
+        folders.append(tmp_path / name)
+    with pytest.raises(
+        TunekitError, match=r"bitfit trains whole tensors, so the weights must sum to 1, .* sum to 0\.3"
+    ):
+        call(tmp_path / "new", folders, "linear")
+    new = call(tmp_path / "new", folders, "linear", "0.25,0.75")
+    biases = list(attach_adapter_folder(base.make(), new, head_name=base.head_name).trained().values())
+    assert biases
+    assert all(torch.equal(bias, torch.full_like(bias, 1.75)) for bias in biases)
 
 
 def test_copies_are_averaged_where_weights_sum_to_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import sys
 import tracemalloc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
 
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import objective_of
@@ -49,7 +50,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.kto import KtoSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice
+from tunekit.records import Choice, PeakBytes
 from tunekit.training.engines.window import WindowEngine
 from tunekit.training.optimizers import Optimizer, ParameterGroup
 from tunekit.tuned.model import ModelRun
@@ -397,6 +398,29 @@ def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> 
         vars(forecast)["_stored"] = StoredBase(1, converted=False, gguf=gguf_file)
         load = forecast._base_load_bytes(Choice(streaming="disk"))
         assert load == 100 * 8 * 4 + gguf_file * parsing_bytes(net)  # the embedding is copied in one piece
+
+
+@dataclass
+class NoRun:
+    """What a forecast asks of a run whose parts are not simulated."""
+
+    choice: Choice | None = None
+    device: torch.device = CPU
+
+
+def test_answers_keys_and_values_and_an_initialisation_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An initialisation is freed before the optimizer's state is made."""
+    monkeypatch.setattr("tunekit.planning.forecast.peak_bytes", lambda *_, **__: PeakBytes(50, 5, 20, 10, 15, 100))
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+    base: Any = SimpleNamespace(
+        net=SimpleNamespace(config=config), facts=SimpleNamespace(layers=3), dtype=torch.float16
+    )
+    batch, nothing = cast(Any, SimpleNamespace(sequences=range(5))), cast(Any, None)
+    for start, total in ((0, 100), (20, 100), (30, 110)):
+        forecast = Forecast(cast(Any, NoRun()), base, nothing, nothing, batch, answer_tokens=7, start_bytes=start)
+        vars(forecast).update(dict.fromkeys(("_step", "_evaluation", "_rehearsal", "_base_load_bytes"), lambda _: None))
+        assert forecast.peak(Choice()).total == total
+    assert forecast._cache_bytes == 2 * 3 * 5 * 7 * (2 * 8) * 2  # of both, layers, rows, tokens, width, bytes
 
 
 def test_packing_while_reading_holds_one_matrix_beside_the_packed_base() -> None:
