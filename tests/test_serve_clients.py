@@ -251,10 +251,11 @@ def test_a_full_server_is_busy(api: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert caught.value.status_code == 503
 
 
-def test_huggingface_hubs_client(api: Any, port: int) -> None:
-    """It has its own code for requests and streams."""
-    from huggingface_hub import InferenceClient
+def test_huggingface_hubs_client(api: Any, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its own code for requests and streams, and refuses even this machine where HF_HUB_OFFLINE is set."""
+    from huggingface_hub import InferenceClient, constants
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     other = InferenceClient(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret")
     expected = ask(api, "one", QUESTION, logprobs=True, top_logprobs=2).choices[0]
     asked = {"model": "one", "messages": MESSAGES, "temperature": 0}
