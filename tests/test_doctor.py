@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import write_tiny_llama
 from tunekit import doctor
 from tunekit.errors import InputError, ModelError, ResourceError
+from tunekit.files.durable import json_result
 from tunekit.model.storage import model_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,17 +56,35 @@ def test_doctor_knows_the_packages_of_every_extra() -> None:
         assert {module_of.get(name, name) for name in packages} <= known, extra
 
 
+def test_json_replaces_no_other_file(tmp_path: Path) -> None:
+    model, result = tmp_path / "model.gguf", tmp_path / "result.json"
+    model.write_bytes(b"GGUF weights")
+    with pytest.raises(InputError, match=r"model\.gguf would replace a file that may be no result"):
+        json_result(str(model))
+    assert model.read_bytes() == b"GGUF weights"
+    for value in ({}, [], {"a": 1}, [1]):
+        json_result(str(result))(value)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl would replace"):
+        json_result(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "config.json").write_text('{\n  "model_type": "llama"\n}\n')
+    with pytest.raises(InputError, match=r"config\.json would replace"):
+        json_result(str(tmp_path / "config.json"))
+
+
 def test_clear_takes_nothing_that_was_not_kept_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """TUNEKIT_CACHE may name a folder that holds other things, also under the names of the cache's own folders."""
     monkeypatch.setenv("TUNEKIT_CACHE", str(tmp_path))
     others = ["thesis.txt", "models/llama/config.json", "bases/mine.safetensors", "elsewhere/" + "1" * 64 + "/rows"]
+    others += ["kernels/.git/config", "kernels/.env", "models/tiny-llama-v2/config.json"]
     kept = ["models/tiny-llama-v1/config.json", "bases/" + "a" * 16 + "-" + "b" * 32 + ".safetensors"]
+    kept += ["kernels/.tunekit-kernels-abcdefg_/kernels.so"]
     for name in (*others, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * 5000)
     (tmp_path / "tokens").symlink_to(tmp_path / "elsewhere")
     doctor.clear_cache()
-    assert [(tmp_path / name).exists() for name in (*others, *kept)] == [True] * 4 + [False] * 2
+    assert [(tmp_path / name).exists() for name in (*others, *kept)] == [True] * 7 + [False] * 3
 
 
 def test_what_tunekit_keeps_is_known_as_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -147,7 +147,10 @@ class Chat:
         """save the conversation to FILE now and after every turn, as a row of the format chat"""
         if not argument:
             raise InputError("no file name was given", "write /save FILE")
-        self.history = Path(argument).expanduser()
+        path = Path(argument).expanduser()
+        if path.exists() and path != self.history:
+            raise InputError(f"{path} exists", "name a new file; chat --history FILE continues a saved conversation")
+        self.history = path
         self._save()
 
     def quit(self, argument: str) -> None:
@@ -193,9 +196,14 @@ def read_history(path: Path) -> list[Message]:
     if not path.exists():
         return []
     try:
-        turns = json.loads(path.read_text("utf-8"))["messages"]
-        return [Message(str(turn["role"]), str(turn["content"])) for turn in turns]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        row = json.loads(path.read_text("utf-8"))
+        turns = row["messages"]
+        if row.keys() != {"messages"} or any(turn.keys() != {"role", "content"} for turn in turns):
+            raise ValueError("it has other fields than role and content, which would be lost")
+        if not all(isinstance(value, str) for turn in turns for value in turn.values()):
+            raise ValueError("a role or a content is not a text")
+        return [Message(turn["role"], turn["content"]) for turn in turns]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise DataError(f"contains no conversation ({error})", "name another file", file=str(path)) from error
 
 

@@ -145,6 +145,13 @@ def test_a_model_folder_is_copied_without_what_is_private_or_of_a_training(run: 
     (base / "run.log").write_text(f"saved in {base}")
     with pytest.raises(InputError, match=r"run\.log:1: contains .*base, which is private"):
         export_verb(str(base), "hub", str(tmp_path / "logged"))
+    (base / "checkpoint-500").mkdir()
+    (base / "checkpoint-500" / "training_args.bin").write_bytes(b"hub_token")
+    with pytest.raises(
+        InputError, match=r"contains checkpoint-500/training_args\.bin, which is the state of a training"
+    ):
+        export_verb(str(base), "hub", str(tmp_path / "nested"))
+    shutil.rmtree(base / "checkpoint-500")
     (base / "optimizer.pt").write_bytes(b"state")
     with pytest.raises(InputError, match=r"contains optimizer\.pt, which is the state of a training"):
         export_verb(str(base), "hub", str(tmp_path / "trained"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import select
 import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -248,9 +249,23 @@ def test_a_conversation_in_the_terminal(speaker: Speaker, tmp_path: Path, capsys
     for line, said in (("/sett", "no command"), ("/set heat 1", "no setting"), ("/set top_p 2", "out of range")):
         with pytest.raises(InputError, match=said):
             chat.line(line)
-    history.write_text("[]", encoding="utf-8")
-    with pytest.raises(DataError, match="contains no conversation"):
-        read_history(history)
+    turn = {"role": "assistant", "content": "", "tool_calls": []}
+    for damaged in ("[]", json.dumps({"messages": [turn]}), json.dumps({"messages": [], "tools": []})):
+        history.write_text(damaged, encoding="utf-8")
+        with pytest.raises(DataError, match="contains no conversation"):
+            read_history(history)
+
+
+def test_save_replaces_no_file_of_the_user(tmp_path: Path) -> None:
+    rows, saved = tmp_path / "train.jsonl", tmp_path / "talk.jsonl"
+    rows.write_text("{}\n{}\n", encoding="utf-8")
+    chat = Chat(cast("Speaker", None), Console(), "one", GREEDY, 8, None)
+    with pytest.raises(InputError, match=r"train\.jsonl exists; name a new file"):
+        chat.line(f"/save {rows}")
+    assert rows.read_text("utf-8") == "{}\n{}\n"
+    chat.line(f"/save {saved}")
+    chat.line(f"/save {saved}")
+    assert read_history(saved) == []
 
 
 def test_chat_says_who_answers(

@@ -26,7 +26,10 @@ OPTIONS = frozenset({"merged", "push"})
 SUFFIX = ""
 PROGRAM = ""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")  # may hold any text
-TRAINING_STATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+TRAINING_STATE = (
+    *("training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state*.pth", "random_states_*.pkl"),
+    *("checkpoint-[0-9]*", "global_step[0-9]*", "events.out.tfevents*"),
+)
 _HOME = re.compile(r"(/(home|Users|root)/|[A-Za-z]:\\+Users\\+)[^\s\"']*")
 
 
@@ -37,8 +40,8 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     if exportable.kind == "model":
         if name.endswith(".gguf"):
             return [Problem(f"{name} is one file and not a model folder", "upload the file itself", key="--to")]
-        states = [path.name for pattern in TRAINING_STATE for path in folder.glob(pattern)]
-        how = "move this file elsewhere, or merge or copy the model into a new folder"
+        states = [path.relative_to(folder) for pattern in TRAINING_STATE for path in sorted(folder.rglob(pattern))]
+        how = "move this elsewhere, or merge or copy the model into a new folder"
         return [Problem(f"{folder} contains {state}, which is the state of a training", how) for state in states]
     if options.push and not options.merged and hub_name(name) is None:
         what = f"the base {name} is on this machine only: others cannot load the adapter"

@@ -15,8 +15,8 @@ from tunekit.files.durable import is_real_folder, remove_tree, unlink
 ENTRY_NAMES = {  # folder of the cache -> names of its entries, also while they are being written
     "tokens": re.compile(r"[0-9a-f]{64}|\.[0-9a-f]{64}-\w+"),
     "bases": re.compile(r"\.?[0-9a-f]{16}-[0-9a-f]{32}\.safetensors(\.part-\d+)?"),
-    "models": re.compile(r"\.?tiny-llama-v\d+(-\w+)?"),
-    "kernels": re.compile(r"[0-9a-f]{64}\.so|\.\w+"),
+    "models": re.compile(r"tiny-llama-v1|\.tiny-llama-v1-\w{8}"),
+    "kernels": re.compile(r"[0-9a-f]{64}\.so|\.tunekit-kernels-\w{8}"),
 }
 PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tunekit.basics import bytes_text
-from tunekit.errors import ResourceError, RunFolderError, TunekitError
+from tunekit.errors import InputError, ResourceError, RunFolderError, TunekitError
 
 T = TypeVar("T")
 WRITE_BYTES = 8 * 1024 * 1024  # largest single write, so that a failure is noticed early
@@ -268,7 +268,7 @@ def json_result(name: str | None) -> Callable[[object], None]:
     """A function that writes a verb's JSON result to the file `name` (-: standard output; None: nothing is written).
     Call this before the work, so that an unwritable file is reported early.
 
-    Raises: RunFolderError if the file cannot be written.
+    Raises: RunFolderError if the file cannot be written; InputError if it would replace another file.
     """
     if name is None:
         return lambda value: None
@@ -280,9 +280,28 @@ def json_result(name: str | None) -> Callable[[object], None]:
     if not path.parent.is_dir():
         what = f"there is no folder {path.parent} for {path.name}"
         raise RunFolderError(what, "make the folder, or name another file")
+    if path.is_file() and not _is_result(path):  # in many programs --json has no value: `doctor --json model.gguf`
+        raise InputError(f"--json {path} would replace a file that may be no result of tunekit", "name a new file")
     path = path.resolve()  # a link stays
     try_to_write(path)
     return partial(write_json, path)
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is empty, or begins and ends as `json_bytes` writes it. None
+    in a folder of a model is."""
+    if any((path.parent / name).exists() for name in ("config.json", "adapter_config.json", "model_index.json")):
+        return False
+    with path.open("rb") as file:
+        start = file.read(2)
+        file.seek(-min(path.stat().st_size, 2), os.SEEK_END)
+        return (start, file.read()) in (
+            (b"", b""),
+            (b"{\n", b"}\n"),
+            (b"[\n", b"]\n"),
+            (b"[]", b"]\n"),
+            (b"{}", b"}\n"),
+        )
 
 
 def try_to_write(path: Path) -> None:

@@ -60,7 +60,7 @@ def _library(compiler: str, path: Path) -> ctypes.CDLL:
 def _compile(compiler: str, path: Path) -> None:
     """Compile the library under a temporary name, then rename it, because another process may load it now."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".tunekit-kernels-", dir=path.parent) as folder:
         result = Path(folder) / "kernels.so"
         _output_of([compiler, *FLAGS, EXACT, "-shared", "-fPIC", str(SOURCE), "-o", str(result), "-lm"])
         os.replace(result, path)

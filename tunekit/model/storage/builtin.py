@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PREFIX = "builtin:"  # hub names cannot contain a colon
 TINY_LLAMA = f"{PREFIX}tiny-llama"
-LAYOUT = "v1"  # part of the folder's name: change it if anything below changes
+LAYOUT = "v1"  # part of the folder's name: change it, here and in cache_folder.py, if anything below changes
 SEED = 0
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
