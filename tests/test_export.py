@@ -22,7 +22,7 @@ from tests.arithmetic.test_merge import prepared
 from tests.conftest import write_tiny_llama
 from tests.support.train_case import Ended, in_child, kill_self
 from tunekit.cli import app
-from tunekit.errors import InputError, Problem, ResourceError
+from tunekit.errors import InputError, Problem, ResourceError, RunFolderError
 from tunekit.export import export_verb
 from tunekit.exports import questions
 from tunekit.exports.format import Certificate, Difference, Evidence, Exported, Options, Questions, known_formats
@@ -204,6 +204,21 @@ def test_a_full_disk_is_named_by_the_output(base: Path) -> None:
     with pytest.raises(ResourceError, match=rf"no room for {output}: .*free some space"), new_path(output):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(base / "config.json"), None, "there")
     assert [path.name for path in base.parent.iterdir()] == ["base"]
+
+
+def test_an_output_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+
+    def write() -> None:
+        with new_path(late) as partial:
+            partial.mkdir()
+            late.mkdir()
+            (late / "notes.txt").write_text("mine")
+
+    with pytest.raises(RunFolderError, match=r"late has appeared .*use .*late\.1"):
+        write()
+    assert (late / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "late.1").is_dir()
 
 
 def test_a_new_folder_is_flushed_and_renamed(tmp_path: Path) -> None:

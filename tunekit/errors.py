@@ -10,13 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 _PREFIX = r"\b(?:hf_|api_org_|sk-(?:proj-)?|gh[pousr]_|github_pat_|glpat-)"  # prefixes of access tokens
-_PASSWORD = r"(?<=://)[^/\s@]+(?=@)"
+_OTHER_SECRET = (
+    r"\bsk-(?:proj|svcacct|admin|ant|or)-[\w-]{20,}|\bglpat-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[\w-]{10,}"
+    r"|\bAIza[\w-]{35}|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+_PASSWORD = r"(?<=://)(?:[^\s/:@\"'<>]*:(?!\d+/)[^\s\"'<>]*|[^/\s@]+)(?=@)"  # a password may contain @ and /
 EXIT_FAULT, EXIT_INTERRUPTED = 1, 130
 MAX_LINES = 100  # of one list of problems or notes
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_PASSWORD}")
+_MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_OTHER_SECRET}|{_PASSWORD}")
 _SURE_SECRET = re.compile(
-    f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_PASSWORD}"
+    f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_OTHER_SECRET}|{_PASSWORD}"
 )  # a shorter text may be a name, such as the folder hf_checkpoints
 
 

@@ -20,7 +20,7 @@ import pytest
 from tests.support.faulty_disk import KILLED, FaultyDisk, count_events, in_child
 from tunekit.artifacts.metrics_log import append_line
 from tunekit.artifacts.run import RunFolder, is_finished
-from tunekit.errors import ResourceError, RunFolderError, redact
+from tunekit.errors import ResourceError, RunFolderError, holds_secret, redact
 from tunekit.files import durable
 from tunekit.files.lock import LOCK_NAME
 from tunekit.machine.environment import library_versions, read_environment
@@ -422,6 +422,13 @@ def test_secrets_are_taken_out() -> None:
     assert redact("https://alice:pw1@host/x hf_AbCdEfGhIjKl") == "https://[secret]@host/x [secret]"
     assert redact("hf_ is a prefix; a@b") == "hf_ is a prefix; a@b"
     assert redact("glpat-AbCdEfGh12, sk-proj-AbCd_EfGh-1") == "[secret], [secret]"
+    key = "aB3_dEf-gH1jK2lM3nO4pQ5"
+    secrets = [f"{name}-{key}" for name in ("sk-proj", "sk-ant-api03", "sk-or-v1", "sk-svcacct", "glpat")]
+    secrets += [f"AKIA{'B2' * 8}", "xoxb-123456789012-abc", f"AIza{'b' * 35}", "-----BEGIN RSA PRIVATE KEY"]
+    assert [(redact(text), holds_secret(text)) for text in secrets] == [("[secret]", True)] * len(secrets)
+    for text in ("hf_checkpoints_of_may", "http://localhost:8080/a@v2", "https://github.com/a/b:c@main"):
+        assert not holds_secret(text), text
+    assert redact("https://bob:p@s/s@host/x") == "https://[secret]@host/x"
 
 
 # --- metrics.jsonl -------------------------------------------------------------------------------------------------

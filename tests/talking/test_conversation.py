@@ -266,6 +266,14 @@ def test_save_replaces_no_file_of_the_user(tmp_path: Path) -> None:
     chat.line(f"/save {saved}")
     chat.line(f"/save {saved}")
     assert read_history(saved) == []
+    saved.chmod(0o600)
+    (tmp_path / "link").symlink_to(saved)
+    chat.history = tmp_path / "link"
+    chat.line("/system You are brief.")
+    chat.line("/reset")
+    assert (tmp_path / "link").is_symlink()
+    assert [message.role for message in read_history(saved)] == ["system"]
+    assert saved.stat().st_mode & 0o777 == 0o600
 
 
 def test_chat_says_who_answers(

@@ -280,16 +280,16 @@ def json_result(name: str | None) -> Callable[[object], None]:
     if not path.parent.is_dir():
         what = f"there is no folder {path.parent} for {path.name}"
         raise RunFolderError(what, "make the folder, or name another file")
-    if path.is_file() and not _is_result(path):  # in many programs --json has no value: `doctor --json model.gguf`
-        raise InputError(f"--json {path} would replace a file that may be no result of tunekit", "name a new file")
     path = path.resolve()  # a link stays
+    if path.is_file() and not _is_result(path):  # in many programs --json has no value: `doctor --json model.gguf`
+        raise InputError(f"--json {name} would replace a file that may be no result of tunekit", "name a new file")
     try_to_write(path)
     return partial(write_json, path)
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a file is empty, or begins and ends as `json_bytes` writes it. None
-    in a folder of a model is."""
+    """Whether a file may be an earlier result: it is empty, or begins and ends as `json_bytes` writes it, and is not
+    in a model's folder."""
     if any((path.parent / name).exists() for name in ("config.json", "adapter_config.json", "model_index.json")):
         return False
     with path.open("rb") as file:

@@ -8,10 +8,11 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
-from tunekit.errors import InputError
-from tunekit.files.durable import FULL, explain, is_own, is_real_file, is_real_folder, remove_tree, replace_folder, sync
+from tunekit.errors import InputError, RunFolderError
+from tunekit.files.durable import FULL, explain, is_own, is_real_file, is_real_folder, remove_tree, rename, sync
 from tunekit.files.lock import is_running, read_holder
 
 TEMPORARY_PREFIX = "tunekit-"
@@ -71,7 +72,8 @@ def new_path(path: Path) -> Iterator[Path]:
     """A temporary path, where the block writes a new file or folder. After the block, the result is flushed to the disk
     and moved to `path`.
 
-    A failed block leaves no files behind. Raises: ResourceError that names `path` if the disk is full.
+    A failed block leaves no files behind. Raises: ResourceError that names `path` if the disk is full; RunFolderError
+    if something has appeared at `path` meanwhile, which stays.
     """
     with work_folder(path) as work:
         temporary = work / path.name
@@ -84,7 +86,14 @@ def new_path(path: Path) -> Iterator[Path]:
         for each in (*temporary.rglob("*"), temporary):
             if not each.is_symlink():
                 sync(each)
-        replace_folder(temporary, path)
+        with suppress(OSError):
+            path.rmdir()  # only an empty folder
+        if not os.path.lexists(path):
+            rename(temporary, path)
+            return
+        free = next(name for number in count(1) if not os.path.lexists(name := path.with_name(f"{path.name}.{number}")))
+        rename(temporary, free)
+        raise RunFolderError(f"{path} has appeared since the command started, and was not replaced", f"use {free}")
 
 
 def check_new_folder(output: Path, sources: Sequence[Path] = (), key: str = "--output") -> Path:
