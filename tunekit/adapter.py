@@ -135,15 +135,18 @@ def _convert_method(
     console.info(f"written to {place}")
 
 
-def export_checkpoint_verb(checkpoint: str, base: str | None, output: str) -> None:
-    """Write the adapter of a checkpoint. Raises: InputError if the checkpoint or its base does not exist."""
+def export_checkpoint_verb(checkpoint: str, base: str | None, output: str, *, allow_code: bool = False) -> None:
+    """Write the adapter of a checkpoint. `allow_code`: code of the run's base may run.
+
+    Raises: InputError if the checkpoint or its base does not exist.
+    """
     folder = find_checkpoint(checkpoint)
     if folder is None:
         how = "write RUN@120, RUN@best or RUN@last, or the path of a folder in RUN/checkpoints"
         raise InputError(f"{checkpoint} names no checkpoint", how)
     place = check_new_folder(Path(output), [folder])
     place.parent.mkdir(parents=True, exist_ok=True)
-    size_bytes = export_checkpoint(folder, place, base_override(base))
+    size_bytes = export_checkpoint(folder, place, base_override(base), allow_code=allow_code)
     Console().info(f"the adapter of {folder.name} ({bytes_text(size_bytes)}) is written to {place}")
 
 

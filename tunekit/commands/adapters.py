@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.options import Base, Device, JsonFile, Output
+from tunekit.commands.options import AllowCode, Base, Device, JsonFile, Output
 
 app = typer.Typer(rich_markup_mode=None)
 group = typer.Typer(help="Work on adapter folders.", no_args_is_help=True, rich_markup_mode=None)
@@ -53,11 +53,12 @@ def export_checkpoint(
     ],
     output: Output,
     base: Base = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write the adapter of a checkpoint as an adapter folder."""
     from tunekit.adapter import export_checkpoint_verb
 
-    export_checkpoint_verb(checkpoint, base, output)
+    export_checkpoint_verb(checkpoint, base, output, allow_code=allow_code)
 
 
 @group.command()
