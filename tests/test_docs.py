@@ -161,7 +161,10 @@ def test_what_a_page_shows_runs(page: Page, twins: dict[str, str], tmp_path: Pat
 
 @pytest.mark.parametrize("page", written_pages(), ids=lambda page: page.name)
 def test_every_command_that_is_named_exists_with_its_options(page: Page) -> None:
-    for line in {*INLINE.findall(page.text), *(line for line in page.lines if line.startswith("tunekit "))}:
+    elsewhere = "".join(body for language, _, body in BLOCK.findall(page.text) if language == "bash")  # not run here
+    shown = [line for line in page.lines if line.startswith("tunekit ")]
+    shown += re.findall(r"\btunekit [^#\n]*", elsewhere.replace("\\\n", " "))
+    for line in {*INLINE.findall(page.text), *shown}:
         assert not unknown_words(line), f"{page.name}: {line}: there is no {unknown_words(line)}"
 
 
