@@ -33,6 +33,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 Row = dict[str, Any]
 SENTIMENT_ROWS, INTENTS, INTENT_ROWS, HELD = 200, 20, 20, 100  # rows of a label; intents and their rows; held-out rows
+ORDERS, HELD_ORDERS = 120, 30  # rows of the quickstart
 KINDS = {"sentiment": ("uniform",), "banking": ("uniform", "confusable"), "orders": ("field",)}
 RATES = {"sentiment": 1e-3, "banking": 2e-3, "orders": 5e-4}
 EPOCHS = {"sentiment": 4, "banking": 4, "orders": 3}
@@ -50,9 +51,11 @@ HEAD = """# Wrong training rows
 
 How well `tunekit data rank` finds rows that were made wrong on purpose. Sentiment: {sentiment} rows of two labels;
 Banking77: {banking} rows of {intents} intents; all-MiniLM-L6-v2, LoRA on all linear layers, {epochs} epochs, one
-checkpoint for each epoch. AUC: the probability that a wrong row has a higher score than a right row. Precision: the
-share of wrong rows among the k highest scores, where k is the number of wrong rows. cleanlab 2.9 reads the
-probabilities of the same model, of its result or as the mean over the checkpoints; adjusted: with its class thresholds.
+checkpoint for each epoch. Orders: {orders} rows of the quickstart, of which some have a wrong value in one of the five
+fields of the answer; SmolLM2-135M-Instruct, {order_epochs} epochs. AUC: the probability that a wrong row has a higher
+score than a right row. Precision: the share of wrong rows among the k highest scores, where k is the number of wrong
+rows. cleanlab 2.9 reads the probabilities of the same model, of its result or as the mean over the checkpoints;
+adjusted: with its class thresholds. It has no score for texts without labels.
 Made by `scripts/bench/run rank`.
 
 """
@@ -88,9 +91,10 @@ def sentiment(draw: random.Random, data: Path) -> tuple[list[Row], list[Row]]:
 
 
 def orders(draw: random.Random, data: Path) -> tuple[list[Row], list[Row]]:
-    """All rows of the quickstart."""
+    """Rows of the quickstart."""
     folder = REPOSITORY / "recipes" / "data" / "orders"
     parts = [(folder / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("train", "test")]
+    parts = [draw.sample(parts[0], ORDERS), parts[1][:HELD_ORDERS]]
     return [json.loads(line) for line in parts[0]], [json.loads(line) for line in parts[1]]
 
 
@@ -257,7 +261,8 @@ def unit(name: str, kind: str, share: float, seed: int, models: dict[str, str], 
 def page(units: dict[str, dict]) -> str:
     """The page with one table for each data set and kind of fault."""
     rows = 2 * SENTIMENT_ROWS, INTENTS * INTENT_ROWS
-    text = HEAD.format(sentiment=rows[0], banking=rows[1], intents=INTENTS, epochs=EPOCHS["sentiment"])
+    sizes = {"sentiment": rows[0], "banking": rows[1], "intents": INTENTS, "orders": ORDERS}
+    text = HEAD.format(**sizes, epochs=EPOCHS["sentiment"], order_epochs=EPOCHS["orders"])
     cells: dict[str, list[str]] = {}
     for key in sorted(units):
         cells.setdefault(key.rpartition("|")[0], []).append(key)
