@@ -21,10 +21,9 @@ ROW_RIGHT = "rows right"  # (rows,) 1 where all labels of the row are predicted 
 @dataclass
 class Loss:
     """The loss of a micro-batch. `total`: the sum of the losses of its units (tokens, labels, pairs), (K,) float32 with
-    gradient. `per_step`: a loss term that is averaged over the step's micro-batches."""
+    gradient."""
 
     total: Tensor
-    per_step: Tensor | None = None
     metrics: Sums = field(default_factory=dict)  # sums of logged values over the units, without gradient
 
 

@@ -123,9 +123,8 @@ class WindowRun:
         loss = self.objective.loss.loss(output, piece.batch)
         del output
         value = (loss.total / self.units.to(loss.total.dtype)).sum()
-        for term in (loss.per_step, penalty()):
-            if term is not None:
-                value = value + term / piece.shares
+        if (term := penalty()) is not None:
+            value = value + term / piece.shares
         (value * self.engine.loss_scale * self.weight).backward()  # type: ignore[no-untyped-call]
         self.losses[piece.index] += loss.total.detach().to(self.units.dtype)
         for name, metric in loss.metrics.items():
