@@ -16,16 +16,17 @@ from tunekit.data.batching import stream
 from tunekit.data.looking.first_look import look_at
 from tunekit.data.reading import shards
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.reading.shards import shard_source
 from tunekit.data.reading.source import read_source
 from tunekit.data.rows import RowSet, load_rows
-from tunekit.errors import DataError
+from tunekit.errors import DataError, InputError
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.validate import validate
+from tunekit.validate import validate, validate_verb
 
 SIZES = (30, 1, 25)
 TEXTS = [f"r{number:03d}" + "x" * (number % 5) for number in range(sum(SIZES))]
@@ -158,6 +159,24 @@ def test_a_recipe_may_name_a_folder_or_a_pattern(tmp_path: Path, tiny_llama: Pat
     recipe.write_text(text.replace("{train}", "e/*.jsonl"))
     with pytest.raises(DataError.__base__, match="no file matches this pattern"):  # type: ignore[arg-type]
         validate(str(recipe))
+
+
+@pytest.mark.parametrize("train", ["d", "d/*.jsonl", "**/part-*", "d/[!x]*"])
+def test_no_option_replaces_a_file_of_the_data_or_adds_one(train: str, tmp_path: Path, tiny_llama: Path) -> None:
+    folder = parts(tmp_path / "d")
+    (tmp_path / "link.jsonl").symlink_to(folder / "part-1.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(folder / "part-1.jsonl")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_llama}\ndata: {{train: '{train}'}}\noutput: {{dir: run}}\n")
+    loaded = load_recipe(str(recipe))
+    for name in ("d/part-1.jsonl", "link.jsonl", "hard.jsonl"):
+        with pytest.raises(InputError, match=rf"{name} would replace one of the files of data\.train\.0\.path: .*/"):
+            refuse_to_replace("--json", str(tmp_path / name), loaded)
+    with pytest.raises(InputError, match=r"would become one of the files of data\.train\.0\.path"):
+        validate_verb(str(recipe), (), str(folder / "part-9.jsonl"))
+    assert not (folder / "part-9.jsonl").exists()
+    validate_verb(str(recipe), (), str(folder / ".part-9.jsonl"))
+    validate_verb(str(recipe), (), str(tmp_path / "result.json"))
 
 
 def test_init_reads_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,15 +80,12 @@ def read_classes(folder: Path) -> Iterator[RawRow]:
         yield RawRow(number, {kind: str(inner), **({"label": inner.parts[0]} if len(inner.parts) > 1 else {})})
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> Iterator[Path]:
     """The files in the folder and its subfolders, sorted, without hidden files."""
-    return [
-        place
-        for inner in sorted(folder.iterdir())
-        if not inner.name.startswith(".")
-        for place in (sorted(inner.rglob("*")) if inner.is_dir() else [inner])
-        if not place.name.startswith(".") and place.is_file()
-    ]
+    for inner in sorted(folder.iterdir()):
+        if not inner.name.startswith("."):
+            places = sorted(inner.rglob("*")) if inner.is_dir() else [inner]
+            yield from (place for place in places if not place.name.startswith(".") and place.is_file())
 
 
 def passed_over(folder: Path, read: Container[Path] = ()) -> str | None:

@@ -1,10 +1,12 @@
 """Checks that a command does not overwrite a file that the recipe reads."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tunekit.data.reading.folder import TABLES
-from tunekit.errors import InputError
+from tunekit.data.reading.several import includes
+from tunekit.errors import DataError, InputError
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.paths import named_paths
@@ -28,6 +30,18 @@ def refuse_to_replace_named(option: str, name: str | None, values: Mapping[str, 
     used = next((key for key, path in _used_files(values) if _same(Path(name), path)), None)
     if used is not None:
         raise InputError(f"{option} {name} would replace {used} of the recipe", "name a new file")
+    for path in named_paths(values):
+        if path.mark.expected == "rows" and _is_included(path.text, Path(name)):
+            verb = "replace" if Path(name).exists() else "become"
+            what = f"{option} {name} would {verb} one of the files of {dotted(path.key)}: {path.text}"
+            raise InputError(what, "name a file that is not part of the data")
+
+
+def _is_included(path: str, file: Path) -> bool:
+    """Whether a source of several files includes this file. A source that cannot be read includes nothing."""
+    with suppress(DataError, OSError):
+        return includes(path, file)
+    return False
 
 
 def _used_files(values: Mapping[str, object]) -> Iterator[tuple[str, Path]]:

@@ -6,10 +6,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tunekit.data.reading.data_file import KINDS
-from tunekit.data.reading.folder import files_in, is_folder, is_media, with_table
+from tunekit.data.reading.folder import files_in, is_folder, is_media, media_folder, with_table
 from tunekit.errors import DataError, listed
 from tunekit.recipe.data import Source
 
@@ -19,7 +20,8 @@ SHOWN_NAMES = 4
 
 def is_pattern(path: str) -> bool:
     """Whether a path is a pattern that names several files."""
-    return glob.has_magic(path) and os.path.isabs(path) and not os.path.lexists(path)
+    may_be = glob.has_magic(path) and os.path.isabs(path) and not os.path.lexists(path)
+    return may_be and glob.has_magic(_split(path)[1])
 
 
 def files_of(path: str) -> tuple[Path, ...]:
@@ -28,24 +30,61 @@ def files_of(path: str) -> tuple[Path, ...]:
     Raises: DataError if a pattern names no file, if the files have several formats, or if a folder also contains files
     whose names say that they are for evaluation.
     """
-    if is_pattern(path):
-        files = sorted(Path(match) for match in glob.glob(path, recursive=True) if os.path.isfile(match))
-        if not files:
-            raise DataError("no file matches this pattern", "check data.train and data.eval", file=path)
+    files = _data_files(path)
+    if is_pattern(path) and not files:
+        raise DataError("no file matches this pattern", "check data.train and data.eval", file=path)
+    if files:
         _require_one_kind(path, files)
-        return tuple(files)
-    if not is_folder(path) or with_table(Source(path=path)).path != path:
-        return ()
-    inside = files_in(Path(path))
-    files = [file for file in inside if _kind(file)]
-    if not files or any(is_media(file.name) for file in inside):
-        return ()
-    _require_one_kind(path, files)
-    if len({_held_out(file) for file in files}) > 1:
+    if files and not is_pattern(path) and len({_held_out(file) for file in files}) > 1:
         named = next(file.name for file in files if _held_out(file))
         what = f"the folder also contains rows for evaluation, as the name {named} says"
         raise DataError(what, f"name files with a pattern: {path}/train*{files[0].suffix}", file=path)
     return tuple(files)
+
+
+def includes(path: str, file: Path) -> bool:
+    """Whether a file is one of the files of a pattern or of a folder of data files, or will be after it is written."""
+    if file.exists():
+        status = file.stat()
+        return any(os.path.samestat(status, each.stat()) for each in _data_files(path))
+    folder, pattern = _split(path) if is_pattern(path) else (Path(path), "**/*")
+    try:
+        parts = file.resolve().relative_to(folder.resolve()).parts
+    except ValueError:
+        return False
+    return _matches(parts, Path(pattern).parts) and (is_pattern(path) or bool(_kind(file) and _data_files(path)))
+
+
+def _data_files(path: str) -> list[Path]:
+    """The files of a pattern or of a folder of data files, sorted by name; [] for any other source."""
+    if is_pattern(path):
+        folder, pattern = _split(path)
+        files = [folder / match for match in glob.glob(pattern, root_dir=folder, recursive=True)]
+        return sorted(file for file in files if file.is_file())
+    if not is_folder(path) or with_table(Source(path=path)).path != path:
+        return []
+    files = []
+    for file in files_in(Path(path)):
+        if is_media(file.name):
+            return []
+        files += [file] if _kind(file) else []
+    return files
+
+
+def _split(path: str) -> tuple[Path, str]:
+    """The folder of a pattern and the rest. The folder's name can contain brackets, as in `my [old] data/*.jsonl`."""
+    folder = media_folder(path)
+    return folder, str(Path(path).relative_to(folder))
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path matches a pattern as in glob: `**` is any number of folders, and `*` matches no hidden name."""
+    if not pattern or (not parts and pattern[0] != "**"):
+        return not parts and not pattern
+    visible = bool(parts) and (pattern[0].startswith(".") or not parts[0].startswith("."))
+    if pattern[0] == "**":
+        return _matches(parts, pattern[1:]) or (visible and _matches(parts[1:], pattern))
+    return visible and fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
 def _kind(file: Path) -> str | None:
