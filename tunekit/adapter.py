@@ -172,8 +172,13 @@ def diff_verb(
     base: str | None,
     json_file: str | None,
     output: str | None,
+    *,
+    allow_code: bool = False,
 ) -> None:
-    """Compare two adapters or two models. Raises: InputError if one is an adapter and the other is a model."""
+    """Compare two adapters or two models. `allow_code`: the code of a run's base may run, for `data`.
+
+    Raises: InputError if one is an adapter and the other is a model.
+    """
     console, write_result = Console(json_file=json_file), json_result(json_file)
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("extracting a LoRA needs a rank and a folder", "give --extract-rank R --output DIR")
@@ -188,7 +193,7 @@ def diff_verb(
         )
     if data is not None and not all(adapters):
         raise InputError("--data needs two adapters of one base", "measure a model with: tunekit eval", key="--data")
-    losses = None if data is None else losses_on_rows(folders, data, base)
+    losses = None if data is None else losses_on_rows(folders, data, base, allow_code=allow_code)
     if all(adapters):
         place = None if output is None else check_new_folder(Path(output), folders)
         differences = _diff_adapters(console, folders, rank, base, place)

@@ -98,6 +98,14 @@ def test_what_may_not_change_is_named(key: str, value: Any) -> None:
     assert any(name == key or name.startswith(f"{key}.") for name, _ in found), found
 
 
+def test_a_permission_may_change() -> None:
+    """A reward model needs it now, which runs of older versions did not write."""
+    old, new = copy.deepcopy(RECIPE), copy.deepcopy(RECIPE)
+    for recipe, allowed in ((old, False), (new, True)):
+        recipe["objective"] = {"method": "grpo", "reward": [{"model": "/runs/reward", "allow_code": allowed}]}
+    assert compare_fingerprints(facts(old), facts(new)) == []
+
+
 def test_data_base_versions_and_device_are_told_apart() -> None:
     assert [name for name, _ in compare_fingerprints(facts(), facts(data="other"))] == ["data"]
     assert [name for name, _ in compare_fingerprints(facts(), facts(base="other"))] == ["model"]

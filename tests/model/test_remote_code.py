@@ -15,11 +15,15 @@ from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_pipelines import saved_pipeline
 from tests.support.tiny_vit import write_tiny_vit
 from tests.support.train_case import write_recipe
-from tunekit.errors import InputError, ModelError, RunFolderError
+from tunekit.adapter import export_checkpoint_verb
+from tunekit.arithmetic.losses import losses_on_rows
+from tunekit.companions.reward_model import find_reward_model
+from tunekit.errors import AdapterError, InputError, ModelError, RunFolderError
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.load import make_meta_model
 from tunekit.model.speech.features import load_extractor
+from tunekit.recipe.bases.sample_settings import RewardSource
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.targets.export import load_run_recipe, refuse_code
@@ -124,6 +128,16 @@ def test_code_of_a_run_of_somebody_else_needs_the_users_consent(tmp_path: Path) 
     values = load_recipe(run / "recipe.yaml").recipe.model_dump(serialize_as_any=True)
     with pytest.raises(InputError, match=r"model\.trust_remote_code, objective\.reward\.0\.allow_code: .*--allow-code"):
         refuse_code(run, values)
+    with pytest.raises(InputError, match=r"or --allow-code to adapter diff and adapter export-checkpoint"):
+        export_checkpoint_verb(f"{run}@1", None, str(tmp_path / "out"))
+    with pytest.raises(RunFolderError, match="step-000001"):  # the empty checkpoint
+        export_checkpoint_verb(f"{run}@1", None, str(tmp_path / "out"), allow_code=True)
+    with pytest.raises(InputError, match="has Python code"):
+        losses_on_rows([run / "adapter"], "rows.jsonl", None)
+    with pytest.raises(InputError, match=r"if the run is a reward model, write allow_code: true next to its model"):
+        find_reward_model(RewardSource(model=str(run)))
+    with pytest.raises(AdapterError, match="adapters of type None"):  # the empty adapter
+        find_reward_model(RewardSource(model=str(run), allow_code=True))
     assert not list(tmp_path.rglob("ran"))
     assert load_run_recipe(run, {"trust_remote_code": True}).model.trust_remote_code
 

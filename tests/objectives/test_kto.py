@@ -317,3 +317,17 @@ def test_other_tools_spellings_are_read(base: Path, tmp_path: Path) -> None:
     recipe.write_text(json.dumps({**values, **theirs}), encoding="utf-8")
     expected = KtoSettings(beta=0.2, desirable_weight=2.0, undesirable_weight=0.5)
     assert load_recipe(recipe).recipe.objective == expected
+
+
+def test_a_new_run_whose_steps_have_one_row_has_no_kl(base: Path, tmp_path: Path) -> None:
+    """Runs of older versions can be read and resumed."""
+    one = {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    loaded = load_recipe(write_kto(tmp_path, base, training=one))
+    (refusal,) = make_plan(loaded, device=CPU)[0].refusals
+    assert refusal.key == "training.micro_batch_size"
+    assert refusal.message.startswith("a step has one row, but kto estimates its KL from the answers of other rows")
+    previous = make_plan(load_recipe(loaded.path, ["training.gradient_accumulation_steps=2"]), device=CPU)[0]
+    assert not previous.refusals
+    assert not make_plan(loaded, device=CPU, previous=previous.choice)[0].refusals
+    without_kl = load_recipe(loaded.path, ["objective.loss_type=apo_zero_unpaired"])
+    assert not make_plan(without_kl, device=CPU)[0].refusals

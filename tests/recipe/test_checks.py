@@ -48,17 +48,6 @@ def test_a_draw_needs_a_number_of_rows(tmp_path: Path) -> None:
     assert recipe.data.train[0].draw_seed is None
 
 
-def test_a_step_of_one_row_has_no_kl_of_kto(tmp_path: Path) -> None:
-    text = "model: m\ndata: {train: a}\noutput: {dir: out}\nobjective: kto\ntraining: {micro_batch_size: 1}\n"
-    one = "training.gradient_accumulation_steps=1"
-    assert problems_of(text, tmp_path, one) == [
-        "recipe.yaml:5: training.micro_batch_size: a step has one row, but kto estimates its KL from the answers of "
-        "other rows of the step; write a larger number here, or a larger training.gradient_accumulation_steps"
-    ]
-    assert load(text, tmp_path, "training.gradient_accumulation_steps=2")
-    assert load(text, tmp_path, one, "objective={method: kto, loss_type: apo_zero_unpaired}")
-
-
 @pytest.mark.parametrize("zero", ["0", "0.0", "null"])
 def test_an_evaluation_fraction_of_zero_is_none(zero: str, tmp_path: Path) -> None:
     text = "model: m\ndata: {train: a}\noutput: {dir: out}\n"

@@ -59,3 +59,11 @@ def test_no_tensor_is_longer_than_bitsandbytes_can_count(name: Any, monkeypatch:
     resumed = trained(1, first).state_tensors()
     assert resumed.keys() == split.state_tensors().keys()
     assert all(torch.equal(value, resumed[key]) for key, value in split.state_tensors().items())
+    monkeypatch.undo()
+    first = {key: value.clone() for key, value in trained(1).state_tensors().items()}  # of an older version: one part
+    monkeypatch.setattr(optimizers, "PART_NUMBERS", 6000)
+    resumed = trained(1, first).state_tensors()
+    assert all(torch.equal(value, resumed[key]) for key, value in split.state_tensors().items())
+    monkeypatch.setattr(optimizers, "COUNTED_NUMBERS", 16_399)
+    with pytest.raises(RunFolderError, match="updated only a part of a group of 16,400 weights"):
+        trained(1, first)

@@ -13,10 +13,10 @@ from tunekit.recipe.data import DataSection, Source
 from tunekit.targets.target import find_target, load_base
 
 
-def losses_on_rows(folders: Sequence[Path], data: str, base: str | None) -> list[float]:
+def losses_on_rows(folders: Sequence[Path], data: str, base: str | None, *, allow_code: bool = False) -> list[float]:
     """Returns three losses on the same rows: of the base alone, of adapter A and of adapter B. The base is loaded
-    once."""
-    target = find_target(str(folders[0]), base, [])
+    once. `allow_code`: the code of a run's base may run."""
+    target = find_target(str(folders[0]), base, [], allow_code=allow_code)
     source = Source(path=str(Path(data).resolve()) if Path(data).exists() else data)
     template = None if target.template_file is None else str(target.template_file)
     section = DataSection(train=(source,), eval=(source,), chat_template=template)

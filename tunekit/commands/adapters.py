@@ -117,13 +117,14 @@ def diff(
         str | None, typer.Option(metavar="FILE", help="rows on which the losses of A and B are measured")
     ] = None,
     base: Base = None,
+    allow_code: AllowCode = False,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Compare two adapters, or two models, layer by layer."""
     from tunekit.adapter import diff_verb
 
-    diff_verb(left, right, rank, data, base, json_file, output)
+    diff_verb(left, right, rank, data, base, json_file, output, allow_code=allow_code)
 
 
 @group.command(short_help="Convert a LoRA file of a diffusion pipeline.")

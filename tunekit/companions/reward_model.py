@@ -20,15 +20,16 @@ from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.prompts import Completion
 from tunekit.objectives.rows.text import TextRows
+from tunekit.recipe.bases.sample_settings import RewardSource
 from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target, processor_of
 
 BATCH_SIZE = 16  # completions per forward
 Scorer = Callable[[Sequence[Completion]], list[float]]
 
 
-def find_reward_model(folder: str) -> TargetSpec:
+def find_reward_model(source: RewardSource) -> TargetSpec:
     """Find the reward model in a folder, by the same rules as for a model on the command line."""
-    return find_target(folder, None, [])
+    return find_target(str(source.model), None, [], allow_code=source.allow_code)
 
 
 def weight_bytes(target: TargetSpec, device: torch.device) -> int:
@@ -36,10 +37,10 @@ def weight_bytes(target: TargetSpec, device: torch.device) -> int:
     return stored_bytes(make_meta_model(target.model, device=device).net)
 
 
-def reward_model_content(folder: str) -> bytes:
+def reward_model_content(source: RewardSource) -> bytes:
     """All content that affects the model's scores: weights, adapter, configuration, tokenizer and template."""
-    target = find_reward_model(folder)
-    places = [Path(folder) / name for name in ("", "adapter", "model")]
+    target = find_reward_model(source)
+    places = [Path(str(source.model)) / name for name in ("", "adapter", "model")]
     weights = [file for place in places for file in sorted(place.glob("*.safetensors"))]
     settings = [file for place in places for file in (place / "adapter_config.json", place / FACTS_NAME)]
     files = [*weights, *filter(Path.is_file, settings)]
@@ -48,10 +49,10 @@ def reward_model_content(folder: str) -> bytes:
     return "\0".join([*(sha256_of(file, MODEL_FILE) for file in files), *texts]).encode("utf-8", "surrogatepass")
 
 
-def load_scorer(folder: str, key: str, device: torch.device) -> Scorer:
+def load_scorer(source: RewardSource, key: str, device: torch.device) -> Scorer:
     """Load a recipe's reward model, and return a function that scores completions. Raises: RecipeError if the folder
     contains no reward model."""
-    return _scorer(load_target(find_reward_model(folder), device), key)
+    return _scorer(load_target(find_reward_model(source), device), key)
 
 
 def _scorer(loaded: LoadedTarget, key: str) -> Scorer:

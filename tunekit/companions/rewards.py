@@ -49,7 +49,7 @@ class RewardFunctions(Companion):
     def facts(self, planned: PlanContext) -> CompanionFacts:
         """Facts for `plan`: the size of the reward models' weights, and problems for columns that rewards need and no
         row has."""
-        models = [find_reward_model(source.model) for source in self.sources if source.model is not None]
+        models = [find_reward_model(source) for source in self.sources if source.model is not None]
         size = sum(weight_bytes(model, planned.device) for model in models)
         return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
 
@@ -97,7 +97,7 @@ class RewardFunctions(Companion):
     def _function(self, number: int, device: torch.device) -> RewardFunction:
         source = self.sources[number]
         if source.model is not None:
-            return load_scorer(source.model, f"{self.key}.{number}.model", device)
+            return load_scorer(source, f"{self.key}.{number}.model", device)
         if source.regex is not None:
             search = self._search(number, "regex", source.regex)
             return lambda completions: [float(match is not None) for match in search(completions)]
@@ -255,7 +255,7 @@ def _content_of(source: RewardSource) -> bytes | None:
     """The content that a reward depends on besides the recipe: the function's code, or the reward model's files."""
     if source.kind == "function":
         return code_content(source)
-    return None if source.model is None else reward_model_content(source.model)
+    return None if source.model is None else reward_model_content(source)
 
 
 def _exact_match(column: str, extracted: MatchSearch | None, completions: Sequence[Completion]) -> list[float | None]:

@@ -107,6 +107,8 @@ def make_plan(
     findings.add(refusals.device_problems(recipe, device))
     if check_folder:
         findings.add(refusals.folder_problems(recipe))
+    if previous is None:  # a run of an older version can be resumed
+        findings.add(refusals.step_problems(recipe))
     inputs = _read_inputs(recipe, device, findings, {} if processors is None else processors)
     if inputs is None:
         raise findings.error()

@@ -91,6 +91,14 @@ def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
         yield Problem(what, "write optimizer: adamw", key="training.optimizer")
 
 
+def step_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yields a problem if a step has too few rows for the objective."""
+    training, reason = recipe.training, recipe.objective.single_row
+    if reason and training.micro_batch_size == 1 and training.gradient_accumulation_steps == 1:
+        how = "write a larger number here, or a larger training.gradient_accumulation_steps"
+        yield Problem(f"a step has one row, but {reason}", how, key="training.micro_batch_size")
+
+
 def folder_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yields a problem if `train` could not start in output.dir. No file is written."""
     path = Path(recipe.output.dir)

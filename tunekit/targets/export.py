@@ -113,7 +113,10 @@ def load_run_recipe(run: Path, model: Mapping[str, Any], *, allow_code: bool = F
     recipe = load_recipe(run / "recipe.yaml").recipe
     if recipe.model.trust_remote_code and not allow_code and "trust_remote_code" not in model:
         what = f"the base of the run {run} has Python code, {recipe.model.name_or_path}"
-        how = "read it; if you trust it, add model.trust_remote_code=true, or --allow-code to a command without keys"
+        how = (
+            "read the code; if you trust it, add model.trust_remote_code=true, or --allow-code to adapter diff and "
+            "adapter export-checkpoint; if the run is a reward model, write allow_code: true next to its model"
+        )
         raise InputError(what, how, key="model.trust_remote_code")
     return recipe
 

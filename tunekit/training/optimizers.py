@@ -17,6 +17,7 @@ from tunekit.recipe.training import TrainingSection
 OTHER_RUN = "name a different output.dir, or start again with --overwrite"
 BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states
 PART_NUMBERS = 2**30  # bitsandbytes counts a tensor's numbers in 32 bits, and does not notice an overflow
+COUNTED_NUMBERS = 2**31 - 1  # in a longer tensor, it updated some of the numbers only
 ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 
@@ -162,7 +163,8 @@ class Optimizer:
         """Restore weights and optimizer state. `tensors`, `layout`: values that `state_tensors` and `layout` returned
         earlier.
 
-        Raises: RunFolderError if the layout or a tensor's shape differs.
+        Raises: RunFolderError if the layout or a tensor's shape differs, or if an older version updated only a part of
+        the weights.
         """
         if layout != self.layout():
             raise RunFolderError("the adapter tensors in the checkpoint do not match this recipe's adapter", OTHER_RUN)
@@ -172,8 +174,13 @@ class Optimizer:
                 what = f"the checkpoint's weights of group {number} are missing or have the wrong shape"
                 raise RunFolderError(what, OTHER_RUN)
             flat.data.data.copy_(weights)
-            for part, prefix in self._parts_of(number):
-                state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            states = [
+                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                for _, prefix in self._parts_of(number)
+            ]
+            if not any(states[1:]):
+                states = _cut_state(states[0], [part.numel() for part in self._parts[number]])
+            for part, state in zip(self._parts[number], states, strict=True):
                 if state:
                     self._restore(part, state)
 
@@ -187,6 +194,25 @@ class Optimizer:
                 buffers[key].copy_(value)
             else:
                 buffers[key] = int(value)  # the step counter
+
+
+def _cut_state(state: Mapping[str, Tensor], lengths: Sequence[int]) -> list[Tensors]:
+    """Cut the state of a whole group, as older versions wrote it, into the states of its parts. They start at multiples
+    of BLOCK, so that no block of numbers with a common scale is cut.
+
+    Raises: RunFolderError if bitsandbytes could not count the group's numbers.
+    """
+    if state and len(lengths) > 1 and sum(lengths) > COUNTED_NUMBERS:
+        what = f"the older tunekit of this run updated only a part of a group of {sum(lengths):,} weights"
+        raise RunFolderError(what, OTHER_RUN)
+    blocks = [-(-length // BLOCK) for length in lengths]
+    parts: list[Tensors] = [{} for _ in lengths]
+    for key, value in state.items():
+        sizes = lengths if key.startswith("state") else blocks
+        cut = torch.split(value, list(sizes)) if key.startswith(("state", "absmax")) else [value] * len(lengths)
+        for part, piece in zip(parts, cut, strict=True):
+            part[key] = piece
+    return parts
 
 
 def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:

@@ -68,7 +68,9 @@ class RewardSource(Section):
         "the function gets only the arguments that its signature has",
     )
     allow_code: bool = Field(
-        False, description="allow tunekit to run the function's file; the code runs with all your permissions"
+        False,
+        description="allow tunekit to run the function's file, or the code of the reward model's base; the code runs "
+        "with all your permissions",
     )
     regex: Expression | None = Field(
         None, description="a regular expression; the reward is 1 if it matches anywhere in the completion, else 0"
@@ -122,8 +124,8 @@ class RewardSource(Section):
             raise ValueError("extract needs exact_match; remove it")
         if self.limit_seconds is not None and self.model is not None:
             raise ValueError("limit_seconds has no effect on a reward model; remove it")
-        if self.allow_code and self.function is None:
-            raise ValueError("allow_code needs function; remove it")
+        if self.allow_code and self.function is None and self.model is None:
+            raise ValueError("allow_code needs function or model; remove it")
         return self
 
 

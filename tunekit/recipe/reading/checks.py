@@ -19,7 +19,6 @@ from tunekit.recipe.reading.sections import section_class
 from tunekit.recipe.reading.suggest import did_you_mean, show
 from tunekit.recipe.recipe import DEFAULT_METHOD
 from tunekit.recipe.sweep import SweepSection
-from tunekit.recipe.training import TrainingSection
 
 EITHER_OR = (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio"), ("micro_batch_tokens", "micro_batch_size"))
 _ONE_NEEDED = (("epochs", "max_steps"), ("micro_batch_size", "micro_batch_tokens"))
@@ -102,11 +101,6 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
         for name in ("best", "patience"):
             if isinstance(data, DataSection) and data.eval is None and getattr(evaluation, name) is not None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
-    if isinstance(written, ObjectiveSettings) and isinstance(training := sections.get("training"), TrainingSection):
-        rows = (training.micro_batch_size or 2) * training.gradient_accumulation_steps
-        if rows == 1 and written.single_row:
-            how = "write a larger number here, or a larger training.gradient_accumulation_steps"
-            draft.add_problem(("training", "micro_batch_size"), f"a step has one row, but {written.single_row}", how)
     if isinstance(sweep := sections.get("sweep"), SweepSection):
         _check_sweep(draft, sweep, data, evaluation)
 
