@@ -129,15 +129,41 @@ def test_bitsandbytes_counts_only_where_it_computes() -> None:
 def test_kernels_of_other_packages_count_on_a_gpu() -> None:
     """Another version rounds differently. Those of liger and flash attention count if the recipe uses them."""
     other = {**VERSIONS, "mamba-ssm": "2.2.4", "liger-kernel": "0.5"}
-    on_gpu = facts(device="cuda")
-    found = compare_fingerprints(on_gpu, facts(device="cuda", versions=other))
+    recurrent: dict[str, Any] = {"device": "cuda", "packages": ("mamba-ssm", "causal-conv1d")}
+    on_gpu = facts(**recurrent)
+    found = compare_fingerprints(on_gpu, facts(**recurrent, versions=other))
     assert found == [("mamba-ssm", "was version not installed, is 2.2.4")]
     liger = changed("training.kernels", "liger")
-    old, new = (facts(liger, device="cuda", versions=versions) for versions in (VERSIONS, other))
+    old, new = (facts(liger, **recurrent, versions=versions) for versions in (VERSIONS, other))
     assert [name for name, _ in compare_fingerprints(old, new)] == ["liger-kernel", "mamba-ssm"]
     older = {**on_gpu, "versions": {name: VERSIONS[name] for name in RESULT_VERSIONS}}
-    assert compare_fingerprints(older, facts(device="cuda", versions=other)) == []
-    assert compare_fingerprints(facts(), facts(versions=other)) == []
+    assert compare_fingerprints(older, facts(**recurrent, versions=other)) == []
+    assert compare_fingerprints(facts(packages=("mamba-ssm",)), facts(packages=("mamba-ssm",), versions=other)) == []
+    assert compare_fingerprints(on_gpu, facts(device="cuda", versions=other)) == []  # a base without such layers
+
+
+def test_remote_code_that_an_older_run_does_not_state_has_not_changed() -> None:
+    stated = {"model.trust_remote_code": "a", "objective.reward.0.function": "b"}
+    assert compare_fingerprints(facts(), facts(code={"model.trust_remote_code": "a"})) == []
+    found = compare_fingerprints(facts(code=stated), facts(code={**stated, "model.trust_remote_code": "c"}))
+    assert found == [("model.trust_remote_code", "its content is different")]
+    assert [name for name, _ in compare_fingerprints(facts(), facts(code=stated))] == ["objective.reward.0.function"]
+
+
+def test_runs_of_an_older_tunekit_are_told_of_numbers_that_change() -> None:
+    def notes(**changes: Any) -> list[str]:
+        new = facts(**changes)
+        assert resume_notes(new, new) == []
+        older = {name: value for name, value in new.items() if name != "numerics"}
+        assert compare_fingerprints(older, new) == []
+        return resume_notes(older, new)
+
+    assert notes() == []
+    assert notes(device="cuda", dtype="bfloat16") == []
+    (note,) = notes(recipe=changed("model.quantization", "nf4"))
+    assert "T5" in note
+    (note,) = notes(device="cuda")
+    assert "convolutions" in note
 
 
 def test_threads_are_kept_but_never_refused() -> None:

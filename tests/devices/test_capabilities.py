@@ -49,6 +49,10 @@ def test_cards_without_p2p_and_with_an_old_driver_can_be_used(monkeypatch: pytes
         monkeypatch.delenv(name)
     PartialState._reset_state()
     Devices(CUDA).close()
+    assert "NCCL_P2P_DISABLE" not in os.environ  # one process needs no NCCL, and no slow check
+    monkeypatch.setattr("tunekit.machine.devices.is_launched", lambda: True)
+    PartialState._reset_state()
+    Devices(CUDA).close()
     assert os.environ["NCCL_P2P_DISABLE"] == "1"
 
 

@@ -10,6 +10,7 @@ import torch
 from tunekit.errors import RecipeError
 from tunekit.machine import devices
 from tunekit.machine.devices import (
+    Devices,
     capability,
     check_device,
     computes_bfloat16,
@@ -129,3 +130,17 @@ def test_kernels_are_deterministic_in_the_block_alone(filled: bool, monkeypatch:
     for wanted, message in ((True, "shapes differ"), (False, "no deterministic implementation")):
         with pytest.raises(RuntimeError, match=message), deterministic_kernels(wanted):
             raise RuntimeError(message)
+
+
+def test_one_process_does_not_run_the_check_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts nvidia-smi, which may take seconds."""
+
+    def check() -> bool:
+        raise AssertionError
+
+    monkeypatch.setattr("accelerate.utils.check_cuda_p2p_ib_support", check)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    Devices(torch.device("cpu")).close()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(AssertionError):
+        Devices(torch.device("cpu"))

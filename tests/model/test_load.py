@@ -422,26 +422,32 @@ def test_a_packed_folder_is_loaded_to_the_requested_device(tiny_llama: Path, mon
     assert settings["device_map"] == {"": "cpu"}
 
 
+SHARDS = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+
+
 @pytest.mark.parametrize(
-    ("index", "expected"),
+    ("index", "single", "expected"),
     [
-        (None, ["model.safetensors"]),
-        ({"a": "model-1.safetensors", "b": "model-2.safetensors"}, ["model-1.safetensors", "model-2.safetensors"]),
-        ({}, []),  # refused when it is read
+        (None, True, ["model.safetensors"]),
+        (SHARDS, False, ["model-1.safetensors", "model-2.safetensors"]),
+        (SHARDS, True, ["model.safetensors"]),  # read even if there is an index, which may be left over
+        ({}, False, []),  # refused when it is read
     ],
 )
 def test_only_the_weights_that_are_read_are_fetched(
-    index: dict[str, str] | None, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: dict[str, str] | None, single: bool, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A repository like Mistral's and Llama's, which hold the weights twice."""
     files = ["config.json", "consolidated.safetensors", "original/model.safetensors", "onnx/model.onnx", "model.bin"]
-    files += ["model.safetensors"] if index is None else ["model-1.safetensors", "model-2.safetensors"]
+    files += [*(["model.safetensors"] * single), *([] if index is None else SHARDS.values())]
     if index is not None:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
     fetched: set[str] = set()
 
     def snapshot(name: str, revision: str, allow_patterns: Any) -> str:
-        fetched.update(filter_repo_objects(files, allow_patterns=allow_patterns))
+        fetched.update(names := [*filter_repo_objects(files, allow_patterns=allow_patterns)])
+        for name in names:
+            (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)

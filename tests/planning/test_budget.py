@@ -296,6 +296,7 @@ def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
 
     monkeypatch.setattr("tunekit.tuned.network.make_store", make_any_store)
     monkeypatch.setattr("tunekit.planning.memory.total_bytes", lambda device: 2**33)
+    monkeypatch.setattr("tunekit.planning.memory.is_here", lambda device: True)
     plans = {}
     for setting, room in (("auto", 2**33), ("auto", 2**10), ("true", 2**10)):
         free = {"cuda": 2**33, "cpu": room}
@@ -310,6 +311,9 @@ def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
     ]
     refused = [[refusal.key for refusal in plan.refusals] for plan in plans.values()]
     assert refused == [[], [], ["memory.activation_offload"]]
+    monkeypatch.setattr("tunekit.planning.memory.is_here", lambda device: False)  # this machine's memory is irrelevant
+    plan, _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
+    assert not plan.refusals
 
 
 def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

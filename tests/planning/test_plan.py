@@ -18,6 +18,7 @@ from tests.support.train_case import write_recipe
 from tunekit.artifacts.report.plan_page import facts
 from tunekit.errors import ModelError, RecipeError, TunekitError
 from tunekit.memory.bandwidths import layer_bytes
+from tunekit.model.compute import kernel_packages
 from tunekit.model.load import make_meta_model
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
@@ -26,6 +27,7 @@ from tunekit.planning.refusals import HIGHEST_RATE, library_problems, rate_notes
 from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice, Plan
 from tunekit.training.state import Processors, RunInputs
@@ -295,6 +297,30 @@ def test_layers_on_the_host_must_fit_into_its_memory(recipe: Path, monkeypatch: 
     _, (problem,) = allowed_tiers(written, base, CPU, ranks=3)
     assert problem.key == "memory.streaming"
     assert "3 ranks" in problem.what
+    monkeypatch.setattr("tunekit.planning.tiers.is_here", lambda device: False)  # the GPUs of another machine
+    on_gpu = torch.device("cuda")
+    assert allowed_tiers(written, base, on_gpu, ranks=16) == (["host"], [])
+    automatic = load_recipe(recipe).recipe
+    assert allowed_tiers(automatic, base, on_gpu, ranks=16)[0] == ["off", "ranks", "host", "disk"]
+
+
+def test_a_link_that_cannot_be_copied_to_the_trained_model_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    """As DVC and git-annex make them: the run would end after its last step."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    (tmp_path / "0123").write_text("the licence")
+    (base / "LICENSE").symlink_to(tmp_path / "0123")
+    path = write_recipe(tmp_path / "recipe", base, rows=8)
+    (refusal,) = plan_of(path, "adapter={method: full}")[0].refusals
+    assert refusal.message.startswith(f"is a link to {tmp_path / '0123'}, outside of the model folder")
+    assert not plan_of(path)[0].refusals
+
+
+def test_packages_of_kernels_are_those_of_the_bases_code(tmp_path: Path, recipe: Path) -> None:
+    """A resume compares their versions on a GPU."""
+    assert plan_of(recipe)[1].kernel_packages == ()
+    mamba = make_meta_model(ModelSection(name_or_path=str(write_tiny("mamba", tmp_path / "mamba"))), device=CPU)
+    assert kernel_packages(mamba.net) == ("mamba-ssm", "causal-conv1d")
 
 
 def test_a_cache_folder_without_room_is_stated(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from tunekit.recipe.reading.paths import path_mark
 from tunekit.recipe.reading.sections import section_class
 
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
-# If they are installed, transformers' code of recurrent layers computes with them on a GPU, and rounds differently.
-RECURRENT_PACKAGES = ("mamba-ssm", "causal-conv1d", "flash-linear-attention")
+# It is raised by every change of tunekit after which a resumed run continues with different numbers.
+NUMERICS = 1
 NOT_INSTALLED = "not installed"
 MISSING = "(absent)"
 
@@ -26,20 +26,24 @@ def make_fingerprint(
     accelerator: str | None = None,
     threads: int,
     code: Mapping[str, str] | None = None,
+    packages: Collection[str] = (),
 ) -> dict[str, object]:
     """Make the fingerprint of a run.
 
     `recipe`: Recipe.model_dump(mode="json"); `device`: cpu or cuda; `dtype`: in which the base computes; `code`: recipe
-    key -> sha256 of a Python file that the run executes, or of the teacher's files.
+    key -> sha256 of a Python file that the run executes, or of the teacher's files; `packages`: those whose kernels the
+    base uses on a GPU.
     """
     names = (*RESULT_VERSIONS, "bitsandbytes") if _uses_bitsandbytes(recipe, device) else RESULT_VERSIONS
+    kernels = () if device == "cpu" else (*packages, *_kernel_packages(recipe))
     return {
         "recipe": recipe_values(recipe),
         "data": data,
         "base": base,
         **({"code": dict(code)} if code else {}),
         "versions": {name: versions[name] for name in names if name in versions}
-        | {name: versions.get(name, NOT_INSTALLED) for name in _kernel_packages(recipe, device)},
+        | {name: versions.get(name, NOT_INSTALLED) for name in kernels},
+        "numerics": NUMERICS,
         "device": device,
         "dtype": dtype,
         "accelerator": accelerator,
@@ -62,13 +66,11 @@ def _uses_bitsandbytes(recipe: Mapping[str, object], device: str) -> bool:
     return quantization in kernels or optimizer != "adamw"
 
 
-def _kernel_packages(recipe: Mapping[str, object], device: str) -> tuple[str, ...]:
-    """The packages whose kernels the run may use on a GPU, besides those of bitsandbytes."""
-    if device == "cpu":
-        return ()
+def _kernel_packages(recipe: Mapping[str, object]) -> tuple[str, ...]:
+    """The packages whose kernels the recipe requests on a GPU, besides those of bitsandbytes."""
     liger = _part(recipe, "training").get("kernels") == "liger"
     flash = _part(recipe, "model").get("attention") == "flash_attention_2"
-    return (*RECURRENT_PACKAGES, *(["liger-kernel"] if liger else []), *(["flash-attn"] if flash else []))
+    return (*(["liger-kernel"] if liger else []), *(["flash-attn"] if flash else []))
 
 
 def _part(values: Mapping[str, object], name: str) -> Mapping[str, object]:
@@ -122,10 +124,15 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
 
 def changed_files(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     """The keys whose files (code, models) have changed. --accept-changed can allow these differences, but no others."""
+    code = [
+        key
+        for key, was, _ in _changes(old, new, "code")
+        if was != MISSING or not key.endswith(".trust_remote_code")  # older runs do not state it
+    ]
     read = [
         key for key, was, is_ in _changes(old, new, "files") if MISSING not in (was, is_)
     ]  # files that both runs have read
-    return list(dict.fromkeys([*(key for key, _, _ in _changes(old, new, "code")), *read]))
+    return list(dict.fromkeys([*code, *read]))
 
 
 def _changes(old: Mapping[str, object], new: Mapping[str, object], part: str) -> Iterator[tuple[str, object, object]]:
@@ -152,12 +159,23 @@ def _shown(value: object) -> str:
 
 
 def resume_notes(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
-    """Notes about differences that do not prevent a resume, but may change the last digits of results: a different
-    model of GPU."""
-    if old.get("accelerator") == new.get("accelerator"):
-        return []
-    what = f"the checkpoint was made on {old.get('accelerator')}, but this device is {new.get('accelerator')}"
-    return [f"{what}: the run continues, but its results may differ in the last digits"]
+    """Notes about differences that do not prevent a resume, but may change results: a different model of GPU, or an
+    older tunekit that computed some models differently."""
+    notes = []
+    if old.get("accelerator") != new.get("accelerator"):
+        what = f"the checkpoint was made on {old.get('accelerator')}, but this device is {new.get('accelerator')}"
+        notes.append(f"{what}: the run continues, but its results may differ in the last digits")
+    if not old.get("numerics") and _part(new, "recipe").get("model.quantization", "none") != "none":
+        notes.append(
+            "an older tunekit started this run: if the base is T5, mT5 or umT5, the layers `wo` were quantized then, "
+            "and are dense now, so the results change; to avoid this, start the run again with --overwrite"
+        )
+    if not old.get("numerics") and new.get("device") != "cpu" and new.get("dtype") == "float32":
+        notes.append(
+            "an older tunekit started this run: convolutions in float32 were rounded to 10 bits on a GPU, and are "
+            "exact now, so the results of a base with convolutions may differ slightly"
+        )
+    return notes
 
 
 def require_same(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tunekit.errors import Problem, RecipeError, TunekitError
-from tunekit.machine.meeting import check_own_gpus, gpu_of_nccl, meet
+from tunekit.machine.meeting import check_own_gpus, gpu_of_nccl, is_launched, meet
 from tunekit.machine.peers import Peers, leave_group
 
 Value = TypeVar("Value")
@@ -157,7 +157,7 @@ class Devices:
         from accelerate.state import PartialState
         from accelerate.utils import check_cuda_p2p_ib_support
 
-        if torch.cuda.is_available() and not check_cuda_p2p_ib_support():
+        if is_launched() and torch.cuda.is_available() and not check_cuda_p2p_ib_support():
             for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
                 os.environ.setdefault(name, "1")  # for RTX 40 with an old driver, as `accelerate launch` does
         meeting = meet(kind_wanted(wanted)) if Devices.peers is None else None

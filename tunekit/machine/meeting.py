@@ -114,6 +114,12 @@ def place_in_group() -> tuple[int, int] | None:
     return rank, world
 
 
+def is_launched() -> bool:
+    """Whether a launcher of several processes has started this process. Only such a process needs NCCL, whose check by
+    accelerate runs nvidia-smi for up to some seconds."""
+    return any(name in os.environ for name in ("LOCAL_RANK", *OF_MPI))
+
+
 def _alone(values: Mapping[str, str]) -> bool:
     return values["WORLD_SIZE"] == "1"
 

@@ -1,6 +1,11 @@
-"""Resolves `auto` to a compute dtype and an attention implementation that the device runs natively."""
+"""Resolves `auto` to a compute dtype and an attention implementation that the device runs natively; and names the
+packages that a model's code computes with."""
+
+import sys
+from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from tunekit.errors import ModelError
@@ -9,6 +14,8 @@ from tunekit.machine.environment import cpu_facts
 from tunekit.model.pretrained import AutoClass
 from tunekit.recipe.model import ModelSection
 
+# If they are installed, transformers' code of recurrent layers computes with them on a GPU, and rounds differently.
+RECURRENT_PACKAGES = ("mamba-ssm", "causal-conv1d", "flash-linear-attention")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -63,3 +70,11 @@ def resolve_attention(
         what = f"{config.model_type} cannot use sdpa, because sdpa would leave out a part of this model's attention"
         raise ModelError(what, "write attention: auto or eager", key="model.attention")
     return section.attention
+
+
+def kernel_packages(net: nn.Module) -> tuple[str, ...]:
+    """The packages, of those for recurrent layers, that the files of the net's classes name."""
+    names = {type(module).__module__ for module in net.modules()}
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in names if not name.startswith("torch.")]
+    code = "".join(Path(file).read_text("utf-8") for file in files if file).replace("-", "_")
+    return tuple(package for package in RECURRENT_PACKAGES if package.replace("-", "_") in code)

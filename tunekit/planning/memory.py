@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tunekit.errors import Problem
+from tunekit.machine.devices import is_here
 from tunekit.machine.memory import available_bytes, total_bytes
 from tunekit.memory.bandwidths import layer_bytes
 from tunekit.memory.sharding import TIER
@@ -170,7 +171,8 @@ def _choose(
 
 def _host_shortage(peaks: Peaks, choice: Choice) -> str | None:
     """A text if the inputs of layers, which are offloaded to pinned memory, leave too little of the host's memory."""
-    forecast, room = peaks.forecast, available_bytes(torch.device("cpu"))
+    forecast = peaks.forecast
+    room = available_bytes(torch.device("cpu")) if is_here(forecast.run.device) else None
     peaks.total(choice)  # records an error of the model's code
     offloaded = 0 if peaks.unknown else forecast.offloaded_bytes(choice)
     layers = layer_bytes(forecast.base) if choice.streaming == "host" else 0

@@ -20,9 +20,12 @@ from tunekit.errors import Problem, RecipeError
 from tunekit.evaluation.evaluator import calibration_notes, check_queries
 from tunekit.machine.devices import make_devices
 from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
+from tunekit.model.compute import kernel_packages
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.storage.model_folder import copied_files
+from tunekit.model.storage.source import find_source
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
@@ -146,8 +149,8 @@ def make_plan(
     plan.notes.extend(compile_notes(recipe.training.compile, device, windows.steps, memory.choice, previous))
     plan.notes.extend(kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype, previous))
     largest = forecast.largest_batch(settings.micro_batch_size)
-    length = refusals.learned_length(inputs.base, inputs.virtual_tokens)
-    return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest, length)
+    facts = refusals.learned_length(inputs.base, inputs.virtual_tokens), kernel_packages(inputs.base.net)
+    return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest, *facts)
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
@@ -178,6 +181,8 @@ def _read_inputs(recipe: Recipe, device: torch.device, findings: Findings, proce
     if processor is not None:
         text, with_tokenizer = processor.tokenizer, load_method(recipe.adapter.method).with_tokenizer
         adapter = findings.attempt(lambda: recipe.adapter if text is None else with_tokenizer(recipe.adapter, text))
+    if base is not None and recipe.adapter.trains_base:
+        findings.attempt(lambda: copied_files(model, find_source(model, weights=False).folder))
     if base is not None and adapter is not None:
         trained_whole = list(dict.fromkeys([*base.new_modules, *base.family.trained_with(base.net)]))
         adapter = findings.attempt(partial(with_saved_modules, adapter, trained_whole))

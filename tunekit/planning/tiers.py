@@ -7,7 +7,7 @@ import torch
 
 from tunekit.contracts import CompanionFacts
 from tunekit.errors import Problem
-from tunekit.machine.devices import kind_of
+from tunekit.machine.devices import is_here, kind_of
 from tunekit.machine.memory import available_bytes
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.sharding import TIER
@@ -93,7 +93,7 @@ def _tiers_of_a_rank(
         ]
     if written != "auto":
         if obstacle is None:
-            return [written], list(_host_problems(base, here)) if written == "host" else []
+            return [written], list(_host_problems(base, here)) if written == "host" and is_here(device) else []
         return ["off"], [
             Problem(
                 f"weights cannot be streamed from {written}: {obstacle}", "set memory.streaming to off or auto", key=KEY
@@ -103,7 +103,7 @@ def _tiers_of_a_rank(
         return ["off"], []
     if not kind_of(device).own_memory:
         return ["off", "disk"], []
-    room = available_bytes(torch.device("cpu"))
+    room = available_bytes(torch.device("cpu")) if is_here(device) else None
     fits = room is None or here * layer_bytes(base) < HOST_SHARE * room
     return (["off", "host", "disk"] if fits else ["off", "disk"]), []
 

@@ -60,7 +60,8 @@ def check_run(session: Session, prepared: RunInputs, checkpoint: Checkpoint | No
     companions = make_companions(prepared.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
     code |= remote_code(prepared.model)
-    return check_fingerprint(session, prepared.rows.fingerprint, base_fingerprint(prepared.model), checkpoint, code)
+    base, packages = base_fingerprint(prepared.model), prepared.kernel_packages
+    return check_fingerprint(session, prepared.rows.fingerprint, base, checkpoint, code, packages)
 
 
 def assemble_run(

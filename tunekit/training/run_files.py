@@ -1,7 +1,7 @@
 """Reads and writes the files of a run folder: status, plan, environment, records and checkpoints. The exported adapter
 is written elsewhere."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -125,10 +125,15 @@ def choice_in(path: Path) -> Choice | None:
 
 
 def check_fingerprint(
-    session: Session, data: str, base: str, checkpoint: Checkpoint | None, code: Mapping[str, str]
+    session: Session,
+    data: str,
+    base: str,
+    checkpoint: Checkpoint | None,
+    code: Mapping[str, str],
+    packages: Collection[str],
 ) -> JsonObject:
     """Make the fingerprint of this run, and compare it with the fingerprint of the run in this folder or of
-    `checkpoint`.
+    `checkpoint`. `code`, `packages`: as for make_fingerprint.
 
     Raises: RunFolderError with each difference of recipe, data, base or version.
     """
@@ -143,6 +148,7 @@ def check_fingerprint(
         accelerator=None if on_cpu else names[0],
         threads=torch.get_num_threads(),
         code=code,
+        packages=packages,
     )
     old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]
     check_fingerprints(session, new)

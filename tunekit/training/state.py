@@ -76,6 +76,7 @@ class RunInputs:
     adapter: AdapterSettings  # with its texts as token ids
     largest_batch: Batch  # the largest micro-batch of the run; for a stream, of the largest possible size
     learned_length: int | None = None  # tokens of a row for which the base has learned positions
+    kernel_packages: tuple[str, ...] = ()  # packages whose kernels the base uses on a GPU
 
 
 @dataclass

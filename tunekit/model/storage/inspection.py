@@ -197,13 +197,15 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def remote_code(section: ModelSection, key: str = "model") -> dict[str, str]:
-    """The sha256 of the Python files in the folder of a base with remote code, by the recipe's key; empty for other
-    bases. `key`: the section's place in the recipe."""
+    """The sha256 of the Python files in the folder of a base with remote code, without hidden folders and installed
+    packages, by the recipe's key; empty for other bases. `key`: the section's place in the recipe."""
     if not section.trust_remote_code:
         return {}
     source, digest = find_source(section, weights=False), hashlib.sha256()
     for path in sorted(source.folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(source.folder).as_posix()} {sha256_of(path, MODEL_FILE)}\n".encode())
+        name = path.relative_to(source.folder)
+        if not any(part.startswith(".") or part == "site-packages" for part in name.parts):
+            digest.update(f"{name.as_posix()} {sha256_of(path, MODEL_FILE)}\n".encode())
     return {f"{key}.trust_remote_code": digest.hexdigest()}
 
 

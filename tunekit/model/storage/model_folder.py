@@ -57,11 +57,8 @@ def copy_other_files(
     (answering_processor or processor).save(folder)
     if isinstance(section, HeadedModel) and processor.tokenizer is not None:
         _name_padding(folder / "tokenizer_config.json", processor.tokenizer)
-    if Path(section.name_or_path).suffix.lower() != ".gguf":
-        patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
-        for path in sorted(path for pattern in patterns for path in base.glob(pattern)):
-            _check_link(path, base, may_be_elsewhere=True)
-            shutil.copyfile(path, folder / path.name)
+    for path in copied_files(section, base):
+        shutil.copyfile(path, folder / path.name)
     settings, generation = folder / "generation_config.json", {} if answering is None else answering.generation
     if generation and settings.exists():
         values = {**json.loads(settings.read_bytes()), **generation}
@@ -69,6 +66,21 @@ def copy_other_files(
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     make_portable(folder)
+
+
+def copied_files(section: ModelSection, base: Path) -> list[Path]:
+    """The files in the folder of a base that a model made from it needs unchanged: generation settings, licence, and
+    code if the base may run it. Call this before long work, too.
+
+    Raises: ModelError if one is a link that could lead to a private file.
+    """
+    if Path(section.name_or_path).suffix.lower() == ".gguf":
+        return []
+    patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
+    paths = sorted(path for pattern in patterns for path in base.glob(pattern))
+    for path in paths:
+        _check_link(path, base, may_be_elsewhere=True)
+    return paths
 
 
 def write_portable_copy(source: Path, output: Path) -> None:

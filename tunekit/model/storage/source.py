@@ -96,8 +96,10 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
             folder = Path(fetch(allow_patterns=CONFIG_PATTERNS))
             if weights and (folder / PIPELINE_INDEX).exists():
                 fetch(allow_patterns=PIPELINE_WEIGHTS, ignore_patterns=PIPELINE_VARIANTS)
-            elif patterns := [*(_weight_files(folder) if weights else []), *(["*.py"] * section.trust_remote_code)]:
+            elif patterns := [*([WEIGHTS] * weights), *(["*.py"] * section.trust_remote_code)]:
                 fetch(allow_patterns=patterns)
+                if weights and not (folder / WEIGHTS).exists() and (files := _indexed_files(folder)):
+                    fetch(allow_patterns=files)
     except HFValidationError as error:
         raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "correct it", key=KEY) from error
     except LocalEntryNotFoundError as error:
@@ -114,12 +116,13 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     return ModelSource(section.name_or_path, folder, commit=folder.name)
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """Patterns of the weights that are read: the files of the index, or one file. Many repositories contain the weights
-    a second time, such as consolidated.safetensors or the folder `original`. A damaged index is refused later."""
+def _indexed_files(folder: Path) -> list[str]:
+    """Patterns of the weights that are read if there is no single file: the files of the index. Many repositories
+    contain the weights a second time, such as consolidated.safetensors or the folder `original`. A damaged index is
+    refused later."""
     weight_map = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).exists() else None
     names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-    return sorted(map(glob.escape, names)) or [WEIGHTS]
+    return sorted(map(glob.escape, names))
 
 
 def read_json(path: Path) -> JsonObject:
