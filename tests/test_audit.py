@@ -15,6 +15,7 @@ import pytest
 from tests.support.train_case import in_child, lose_the_end, records, train_in_child, write_recipe
 from tunekit import audit
 from tunekit.errors import InputError
+from tunekit.recipe.load import load_recipe
 
 FILES = ("tensors.safetensors", "state.json")
 SECTIONS = {"training": {"save_steps": 2, "eval_steps": 3, "keep_checkpoints": 2, "max_grad_norm": 1.0}}
@@ -109,6 +110,14 @@ def test_an_honest_run_is_proved_and_not_touched(case: Path) -> None:
     assert proof["files"]["data.train.0.path"] == rows
     recorded = json.loads((case / "environment.json").read_text("utf-8"))["fingerprint"]
     assert (proof["data"], proof["base"]) == (recorded["data"], recorded["base"])
+
+
+def test_the_files_of_a_pattern_are_hashed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    loaded = load_recipe(write_recipe(tmp_path, Path("base")), [f"data.train={tmp_path}/[ab].jsonl"])
+    lines = "".join(f"{hashlib.sha256(name.encode()).hexdigest()}  {name}.jsonl\n" for name in ("a", "b"))
+    assert audit._file_hashes(loaded)["data.train.0.path"] == hashlib.sha256(lines.encode()).hexdigest()
 
 
 @pytest.mark.drawn

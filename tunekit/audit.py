@@ -33,7 +33,9 @@ from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, refuse_to_replace_part
 from tunekit.console import Console
 from tunekit.console.text import time_text
+from tunekit.data.reading.folder import media_folder
 from tunekit.data.reading.replaced import refuse_to_replace
+from tunekit.data.reading.several import files_of, is_pattern
 from tunekit.errors import InputError, NumericsError, Problem, RunFolderError, Stopped
 from tunekit.files.durable import json_result
 from tunekit.files.lock import is_held
@@ -300,15 +302,16 @@ def _proof(
 
 
 def _file_hashes(loaded: LoadedRecipe) -> dict[str, str]:
-    """The sha256 of every local file that the recipe reads, by the recipe's key. For a folder, it is the sha256 of the
-    names and hashes of its files."""
+    """The sha256 of every local file that the recipe reads, by the recipe's key. For a folder or a pattern, it is the
+    sha256 of the names and hashes of its files."""
     paths = named_paths(loaded.recipe.model_dump(mode="json", exclude={"output"}))
-    return {dotted(path.key): _hash_of(path.file) for path in paths if path.file.exists()}
+    return {dotted(path.key): _hash_of(path.file) for path in paths if path.file.exists() or is_pattern(path.text)}
 
 
 def _hash_of(path: Path) -> str:
     if path.is_file():
         return sha256_of(path, RUN_RECORD)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = (f"{sha256_of(file, RUN_RECORD)}  {file.relative_to(path).as_posix()}\n" for file in files)
+    several = files_of(str(path)) if is_pattern(str(path)) else path.rglob("*")
+    folder, files = media_folder(str(path)), sorted(file for file in several if file.is_file())
+    lines = (f"{sha256_of(file, RUN_RECORD)}  {file.relative_to(folder).as_posix()}\n" for file in files)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,6 +1,5 @@
 """`tunekit eval`: loss, perplexity and text metrics of a run, an adapter, a model, or the untuned base of a recipe."""
 
-import glob
 import math
 import os
 import shlex
@@ -22,6 +21,7 @@ from tunekit.console.progress import CountProgress
 from tunekit.contracts import Progress
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.reading.replaced import refuse_to_replace_named
+from tunekit.data.reading.several import is_pattern
 from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.evaluation.by_adapter import check_adapters, rows_by_adapter, with_adapter
@@ -253,7 +253,7 @@ def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | 
     different then."""
     for number, source in enumerate(section.eval if isinstance(section.eval, tuple) else section.train):
         path = source.path
-        if not os.path.isabs(path) or os.path.lexists(path) or glob.has_magic(path):
+        if not os.path.isabs(path) or os.path.lexists(path) or is_pattern(path):
             continue
         if data is not None:
             raise InputError(f"{path}: no such file", "check the path of --data")

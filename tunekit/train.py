@@ -77,6 +77,7 @@ def train_verb(
     if accepted and not resume:
         raise InputError("--accept-changed only has an effect with --resume", "add --resume, or remove it")
     refuse_to_replace("--json", json_file, loaded)
+    refuse_to_replace("output.dir: the run's file", str(Path(loaded.recipe.output.dir) / "metrics.jsonl"), loaded)
     write_result = json_result(json_file)
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)

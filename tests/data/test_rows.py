@@ -498,3 +498,9 @@ def test_a_note_of_one_row_is_about_one_row(what: str) -> None:
     assert "that train " not in note
     assert "spell a" not in note
     assert "their last" not in note
+
+
+def test_a_note_of_one_left_out_part_has_its_grammar() -> None:
+    what = "parts of rows left out: empty transcript"
+    assert counted_note("d", 2, what) == f"d: 2 {what}"
+    assert counted_note("d", 1, what) == "d: 1 part of a row left out: empty transcript"

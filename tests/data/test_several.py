@@ -14,11 +14,12 @@ import pytest
 from tests.support.data_case import settings, tokenizer_of, write_lines
 from tunekit.data.batching import stream
 from tunekit.data.looking.first_look import look_at
-from tunekit.data.reading import shards
+from tunekit.data.reading import folder as folder_module
+from tunekit.data.reading import several, shards, source
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.reading.shards import shard_source
-from tunekit.data.reading.source import read_source
+from tunekit.data.reading.source import place_of, read_source
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import DataError, InputError
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -26,6 +27,7 @@ from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.sft import SftSettings
+from tunekit.train import train_verb
 from tunekit.validate import validate, validate_verb
 
 SIZES = (30, 1, 25)
@@ -90,13 +92,13 @@ def test_the_files_are_read_in_the_order_of_their_names(ending: str, pattern: st
 def test_rows_and_fingerprint_follow_from_all_files(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     folder = parts(tmp_path / "d")
     one = write_lines(tmp_path / "one.jsonl", [{"text": text} for text in TEXTS])
-    alone, several, pattern = (load(tiny, path) for path in (one, folder, folder / "*.jsonl"))
-    ids = [[rows.train[number].parts["ids"].tolist() for number in range(len(TEXTS))] for rows in (alone, several)]
+    alone, folded, pattern = (load(tiny, path) for path in (one, folder, folder / "*.jsonl"))
+    ids = [[rows.train[number].parts["ids"].tolist() for number in range(len(TEXTS))] for rows in (alone, folded)]
     assert ids[0] == ids[1]
-    assert several.train[31].origin == "d:32"
-    assert several.fingerprint == pattern.fingerprint != alone.fingerprint
+    assert folded.train[31].origin == "d:32"
+    assert folded.fingerprint == pattern.fingerprint != alone.fingerprint
     write_lines(folder / "part-3.jsonl", [{"text": "more"}])
-    assert load(tiny, folder).fingerprint != several.fingerprint
+    assert load(tiny, folder).fingerprint != folded.fingerprint
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "csv", "jsonl.gz"])
@@ -104,8 +106,7 @@ def test_a_stream_reads_every_row_of_every_file_once_an_epoch(
     ending: str, tiny: LoadedTokenizer, tmp_path: Path
 ) -> None:
     folder = parts(tmp_path / "d", ending, key="words")
-    source = Source(path=f"{folder}/*", streaming=True, columns={"words": "text"})
-    sharded = shard_source(source)
+    sharded = shard_source(Source(path=f"{folder}/*", streaming=True, columns={"words": "text"}))
     found = [row for shard in sharded.shards for row in sharded.read(shard, Problems())]
     whole = read(folder, columns={"words": "text"})
     assert [row.values for row in found] == [row.values for row in whole]
@@ -146,6 +147,90 @@ def test_folders_that_are_not_one_source_are_refused(tmp_path: Path) -> None:
         read(folder)
     (folder / "notes.txt").rename(folder / "README.md")
     assert len(read(folder)) == len(TEXTS)
+
+
+def test_a_folder_with_files_for_another_use_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    parts(folder / "train")
+    parts(folder / "test")
+    with pytest.raises(DataError, match=r"as the name test/part-0\.jsonl says; .*/d/train/\*\*/\*\.jsonl"):
+        read(folder)
+    assert len(read(folder / "train/**/*.jsonl")) == len(read(folder / "test")) == len(TEXTS)
+    (folder / "test").rename(folder / "runs")
+    assert len(read(folder)) == 2 * len(TEXTS)
+    (folder / "runs" / "plan.json").write_text("{}")
+    with pytest.raises(DataError, match=r"the folder also contains the run runs; move the run"):
+        read(folder)
+
+
+def test_a_run_cannot_write_into_its_data(tmp_path: Path, tiny_llama: Path) -> None:
+    parts(tmp_path / "d")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_llama}\ndata: {{train: .}}\noutput: {{dir: runs/first}}\n")
+    with pytest.raises(
+        InputError, match=r"output\.dir: the run's file .*/metrics\.jsonl would become one of the files"
+    ):
+        train_verb(load_recipe(str(recipe)), resume=False, dry_run=False)
+
+
+def test_the_place_of_a_wrong_row_reads_no_later_file(
+    tmp_path: Path, tiny: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = parts(tmp_path / "d")
+    opened: list[str] = []
+    inspect = source.inspect_file
+    monkeypatch.setattr(source, "inspect_file", lambda path: opened.append(path.name) or inspect(path))
+    assert place_of(str(folder), 31) == (str(folder / "part-1.jsonl"), 1)
+    assert place_of(str(folder), 30) == (str(folder / "part-0.jsonl"), 30)
+    assert place_of(str(folder), 33) == (str(folder / "part-2.jsonl"), 2)
+    assert opened == ["part-0.jsonl", "part-1.jsonl"]
+    streamed = parts(tmp_path / "e")
+    sharded = shard_source(Source(path=str(streamed), streaming=True))
+    opened.clear()
+    first = next(sharded.read(sharded.shards[0], Problems()))
+    assert place_of(str(streamed), first.line) == (str(streamed / "part-0.jsonl"), 1)
+    assert not opened
+    with pytest.raises(DataError, match=r"e/part-0\.jsonl:1: data\.train\[\]\.columns maps"):
+        load(tiny, streamed, streaming=True, columns={"absent": "text"})
+
+
+def test_a_folder_of_pictures_is_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            (tmp_path / name / f"{number}.png").touch()
+    walked: list[Path] = []
+    walk = folder_module.files_in
+    for module in (folder_module, several):
+        monkeypatch.setattr(module, "files_in", lambda path: (walked.append(file) or file for file in walk(path)))
+    assert len(read(tmp_path)) == 10
+    assert len(walked) == 11  # all files, and the first one, which shows that the folder contains pictures
+
+
+@pytest.mark.parametrize("train", ["data/*.jsonl", "data", "data/part-0.jsonl", "missing.jsonl"])
+def test_the_recipes_folder_may_have_brackets(train: str, tmp_path: Path, tiny_llama: Path) -> None:
+    project = tmp_path / "my [old] project"
+    project.mkdir()
+    parts(project / "data")
+    recipe = project / "recipe.yaml"
+    recipe.write_text(f"model: {tiny_llama}\ndata: {{train: {train}}}\noutput: {{dir: run}}\n")
+    if train == "missing.jsonl":
+        with pytest.raises(DataError.__base__, match="no such file"):  # type: ignore[arg-type]
+            validate(str(recipe))
+    else:
+        loaded = validate(str(recipe))
+        assert len(read(loaded.recipe.data.train[0].path)) == (SIZES[0] if "part" in train else len(TEXTS))
+        with pytest.raises(InputError, match="would replace"):
+            refuse_to_replace("--json", str(project / "data" / "part-0.jsonl"), loaded)
+
+
+def test_only_rows_can_be_a_pattern(tmp_path: Path, tiny_llama: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tiny_llama}\ndata: {{train: 'd/*'}}\nevaluation: {{tasks: ['mmlu_*']}}\noutput: {{dir: run}}\n"
+    )
+    assert load_recipe(str(recipe)).recipe.evaluation.tasks == ("mmlu_*",)
 
 
 def test_a_recipe_may_name_a_folder_or_a_pattern(tmp_path: Path, tiny_llama: Path) -> None:

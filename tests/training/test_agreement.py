@@ -83,6 +83,28 @@ def test_a_file_that_differs_is_named(make: Any) -> None:
         check_fingerprints(make(other)[0], json.loads(json.dumps(PRINT)))
 
 
+def test_one_of_several_files_that_differs_or_is_missing_is_named(make: Any, tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    data.mkdir()
+    for name in ("a", "b"):
+        (data / f"{name}.jsonl").write_text("{}")
+
+    def other(value: Any) -> Any:
+        if "data" in value:
+            return {**value, "data": "other"}
+        place, gone = "data.train.0.path a.jsonl", "data.train.0.path b.jsonl"
+        return {**{key: each for key, each in value.items() if key != gone}, place: ["/node-1/a.jsonl", "0"]}
+
+    for train in (data, data / "*.jsonl"):
+        session = make(other)[0]
+        session.loaded = load_recipe(write_recipe(tmp_path, Path("base")), [f"data.train={train}"])
+        with pytest.raises(InputError) as caught:
+            check_fingerprints(session, json.loads(json.dumps(PRINT)))
+        first, second = map(str, caught.value.problems)
+        assert "/node-1/a.jsonl: data.train.0.path: the file of rank 1 (on node-1) differs" in first
+        assert "d/b.jsonl: data.train.0.path: rank 0 (on node-0) has this file, but not rank 1 (on node-1)" in second
+
+
 def test_another_base_and_another_number_of_threads(make: Any) -> None:
     with pytest.raises(InputError, match=r"model: the base model's files differ on rank 1 \(on node-1\)"):
         check_fingerprints(make(lambda value: {**value, "base": "c"} if "base" in value else value)[0], {**PRINT})

@@ -6,10 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tunekit.artifacts.fingerprint import MISSING, compare_fingerprints, flat_values, is_moved_file
+from tunekit.data.reading.folder import media_folder
+from tunekit.data.reading.several import files_of
 from tunekit.errors import InputError, Problem
 from tunekit.files.lock import LOCK_NAME
 from tunekit.files.untrusted import RUN_RECORD, sha256_of
-from tunekit.recipe.reading.paths import named_paths
+from tunekit.recipe.reading.draft import dotted
+from tunekit.recipe.reading.paths import NamedPath, named_paths
 from tunekit.records import JsonObject
 from tunekit.training.session import Session
 
@@ -80,16 +83,30 @@ def _different_files(session: Session) -> Iterator[Problem]:
     """The files named by the recipe whose content differs from that of the main rank."""
     devices = session.devices
     digests = {
-        ".".join(map(str, path.key)): (path.text, sha256_of(path.file, RUN_RECORD))
+        f"{dotted(path.key)} {name}".strip(): (str(file), sha256_of(file, RUN_RECORD))
         for path in named_paths(session.loaded.recipe.model_dump(mode="json"))
-        if path.file.is_file()
+        for name, file in _files_by_name(path).items()
     }
     of_ranks = devices.gather([digests])
     for rank, theirs in enumerate(of_ranks):
-        for key, (text, digest) in theirs.items():
-            if key in of_ranks[0] and of_ranks[0][key][1] != digest:
+        for place in dict.fromkeys([*of_ranks[0], *theirs]):
+            key, _, name = place.partition(" ")
+            ours, other = of_ranks[0].get(place), theirs.get(place)
+            if ours is not None and other is not None and ours[1] != other[1]:
                 what = f"the file of {devices.name(rank)} differs from that of {devices.name(0)}"
-                yield Problem(what, SAME_FILES, file=text, key=key)
+                yield Problem(what, SAME_FILES, file=other[0], key=key)
+            elif name and (ours is None or other is None):  # one of several files
+                present, absent = (0, rank) if other is None else (rank, 0)
+                what = f"{devices.name(present)} has this file, but not {devices.name(absent)}"
+                yield Problem(what, SAME_FILES, file=(other or ours or ("",))[0], key=key)
+
+
+def _files_by_name(path: NamedPath) -> dict[str, Path]:
+    """The file that a path names, under the name ""; for a source of several files, each under its name."""
+    if path.file.is_file():
+        return {"": path.file}
+    several = files_of(path.text) if path.mark.expected == "rows" else ()
+    return {str(file.relative_to(media_folder(path.text))): file for file in several}
 
 
 def check_folder_is_shared(session: Session, path: Path) -> None:

@@ -55,9 +55,9 @@ def collate(
     rows: Rows, groups: Sequence[Group], kind: RowKind, *, end_to_end: bool = False, earlier: Counter[int] | None = None
 ) -> Batch:
     """A batch with the rows of `groups`, one sequence each. `end_to_end`: put all rows into one sequence. `earlier`:
-    how often each row is in the step's earlier batches."""
+    how often each row is in the step's earlier batches; this batch's rows are added to it."""
     groups = [tuple(index for group in groups for index in group)] if end_to_end else groups
-    counts = Counter(earlier)
+    counts = Counter[int]() if earlier is None else earlier
 
     def row(index: int) -> Row:
         counts[index] += 1
@@ -173,11 +173,12 @@ class TrainingWindows:
         micro_batches = self._step(epoch, position // self._settings.updates_per_sampling)
         indices = dealt(len(micro_batches), self._rank, self._world, self._settings.rank_speeds)
         end_to_end = self._settings.end_to_end
-        earlier, batches = Counter[int](), []
+        earlier, local, batches = Counter[int](), set(indices), []
         for at, groups in enumerate(micro_batches):  # also those of other ranks: a row may be in a step twice
-            if at in indices:
+            if at in local:
                 batches.append(collate(self._rows, groups, self._kind, end_to_end=end_to_end, earlier=earlier))
-            earlier.update(chain.from_iterable(groups))
+            else:
+                earlier.update(chain.from_iterable(groups))
         return Window(
             step, epoch + (position + 1) / self._epoch_steps(epoch), indices, tuple(batches), self._settings.seed
         )

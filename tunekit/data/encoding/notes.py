@@ -15,10 +15,10 @@ from tunekit.recipe.reading.names import facts_of
 
 WARNING = "warning: "
 MANY_DROPPED = 0.05  # share of a source's rows
-PLURAL = re.compile(r"\b(row|answer|image|prompt|pair|recording)s\b")  # the counted noun of a remark
+PLURAL = re.compile(r"\b(part|row|answer|image|prompt|pair|recording)s\b")  # the counted noun of a remark
 SINGULAR = {" that train ": " that trains ", " that spell ": " that spells ", "their last turn": "its last turn"}
 SINGULAR |= {"without their": "without its", " are joined ": " is joined ", " are read ": " is read "}
-SINGULAR |= {"whose ends are": "whose end is", "as their EXIF": "as its EXIF"}
+SINGULAR |= {"part of rows": "part of a row", "whose ends are": "whose end is", "as their EXIF": "as its EXIF"}
 NEARLY = 0.85  # minimum similarity of a column's name to a field that it may misspell
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from tunekit.data.reading.folder import MEDIA, is_media, media_folder
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import read_source
+from tunekit.data.reading.source import place_of, read_source
 from tunekit.errors import DataError
 from tunekit.formats.example import Example
 from tunekit.formats.fields import Fields, read_weight
@@ -50,7 +50,8 @@ def format_of(source: Source, first: RawRow, example: str) -> tuple[str, str]:
         format_name, reason = choose_format(source.format, first.values, example)
     except DataError as error:
         problem = error.problems[0]
-        raise DataError(problem.what, problem.how, file=source.path, line=first.line) from None
+        file, line = place_of(source.path, first.line)
+        raise DataError(problem.what, problem.how, file=file, line=line) from None
     return format_name, reason + (" once its columns are renamed" if source.columns and reason != NAMED else "")
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterable, Iterator
 from glob import has_magic
 from pathlib import Path
 
@@ -88,10 +88,11 @@ def files_in(folder: Path) -> Iterator[Path]:
             yield from (place for place in places if not place.name.startswith(".") and place.is_file())
 
 
-def passed_over(folder: Path, read: Container[Path] = ()) -> str | None:
+def passed_over(folder: Path, read: Iterable[Path] = ()) -> str | None:
     """A note that lists the unread files of a folder: they are neither recordings nor images, and not in `read`. None
     if all files are read."""
-    others = [place for place in files_in(folder) if not (is_media(place.name) or place in read)]
+    known = set(read)
+    others = [place for place in files_in(folder) if not (is_media(place.name) or place in known)]
     if not others:
         return None
     names = listed([place.relative_to(folder) for place in others], SHOWN_NAMES)

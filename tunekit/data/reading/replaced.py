@@ -34,7 +34,7 @@ def refuse_to_replace_named(option: str, name: str | None, values: Mapping[str, 
         if path.mark.expected == "rows" and _is_included(path.text, Path(name)):
             verb = "replace" if Path(name).exists() else "become"
             what = f"{option} {name} would {verb} one of the files of {dotted(path.key)}: {path.text}"
-            raise InputError(what, "name a file that is not part of the data")
+            raise InputError(what, "choose a name or a folder that is not part of it")
 
 
 def _is_included(path: str, file: Path) -> bool:

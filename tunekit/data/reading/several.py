@@ -28,17 +28,17 @@ def files_of(path: str) -> tuple[Path, ...]:
     """The files of a source of several files, sorted by name; () for any other source.
 
     Raises: DataError if a pattern names no file, if the files have several formats, or if a folder also contains files
-    whose names say that they are for evaluation.
+    of a run, or files whose names or folders say that they are for evaluation.
     """
     files = _data_files(path)
     if is_pattern(path) and not files:
         raise DataError("no file matches this pattern", "check data.train and data.eval", file=path)
+    if not is_pattern(path):
+        _require_no_run(Path(path), files)
     if files:
         _require_one_kind(path, files)
-    if files and not is_pattern(path) and len({_held_out(file) for file in files}) > 1:
-        named = next(file.name for file in files if _held_out(file))
-        what = f"the folder also contains rows for evaluation, as the name {named} says"
-        raise DataError(what, f"name files with a pattern: {path}/train*{files[0].suffix}", file=path)
+    if not is_pattern(path):
+        _require_one_use(Path(path), files)
     return tuple(files)
 
 
@@ -92,9 +92,27 @@ def _kind(file: Path) -> str | None:
     return KINDS.get(Path(file.name.lower().removesuffix(".gz")).suffix)
 
 
-def _held_out(file: Path) -> str | None:
-    """The word in a file's name that says that its rows are for evaluation; None if there is none."""
-    return next((word for word in re.split(r"[^a-z]+", file.stem.lower()) if word in HELD_OUT), None)
+def _require_one_use(folder: Path, files: Sequence[Path]) -> None:
+    """Raises: DataError if only some of a folder's files are for evaluation."""
+    inner = [file.relative_to(folder) for file in files]
+    held_out = [name for name in inner if _held_out(name)]
+    if len({_held_out(name) for name in inner}) > 1:
+        what = f"the folder also contains rows for evaluation, as the name {held_out[0]} says"
+        within = "train/**/*" if _held_out(held_out[0].parent) else "train*"
+        raise DataError(what, f"name files with a pattern: {folder}/{within}{files[0].suffix}", file=str(folder))
+
+
+def _require_no_run(folder: Path, files: Sequence[Path]) -> None:
+    """Raises: DataError if a folder of rows also contains a run, whose metrics would be read as rows."""
+    for inner in dict.fromkeys(parent for file in files for parent in file.relative_to(folder).parents):
+        if inner.name and (folder / inner / "plan.json").is_file():
+            how = f"move the run, or name the files of rows with a pattern, such as {folder}/*.jsonl"
+            raise DataError(f"the folder also contains the run {inner}", how, file=str(folder))
+
+
+def _held_out(name: Path) -> str | None:
+    """The word in the name of a file or of its folders that says that the rows are for evaluation; None without it."""
+    return next((word for word in re.split(r"[^a-z]+", str(name).lower()) if word in HELD_OUT), None)
 
 
 def _require_one_kind(path: str, files: Sequence[Path]) -> None:

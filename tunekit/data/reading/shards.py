@@ -62,11 +62,12 @@ class Sharded:
     def origin(self, line: int) -> str:
         """The name of the file and the line of a row in it. `line`: the row's number, as `read` counts."""
         number, line = divmod(line, LINES_OF_FILE)
-        path = self.files[number].path if self.files else Path(self.source.path)
+        path = self.files[max(number - 1, 0)].path if self.files else Path(self.source.path)
         return f"{path.name}:{line}"
 
     def read(self, shard: Shard, problems: Problems) -> Iterator[RawRow]:
-        """The raw rows of one shard. The line numbers in file number n of the source begin at n * LINES_OF_FILE."""
+        """The raw rows of one shard. If the source has several files, the line numbers of file n, counted from
+        1, begin at n * LINES_OF_FILE."""
         if self.rows:
             return iter(self.rows[shard.start : shard.stop])
         if not self.files:
@@ -78,10 +79,9 @@ class Sharded:
             rows = read_row_groups(file, problems, [shard.start], shard.before)
         else:
             rows = _read_lines(file, shard, problems)
-        if shard.file:
-            rows = _renumbered(rows, shard.file * LINES_OF_FILE)
         named = self.source.model_copy(update={"path": str(file.path)})
-        return prepare_rows(rows, named, from_start=shard.before == shard.file == 0)
+        rows = prepare_rows(rows, named, from_start=shard.before == shard.file == 0)
+        return _renumbered(rows, (shard.file + 1) * LINES_OF_FILE) if len(self.files) > 1 else rows
 
 
 def shard_source(source: Source) -> Sharded:

@@ -13,7 +13,7 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, compress, islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from tunekit.recipe.data import Source
 # Separators of files that are wrongly called .csv -> advice
 SEPARATORS = {";": "save the file with commas between columns", "\t": "name the file .tsv"}
 TOOLS = ("tools", "tool_calls")  # fields that contain tools
-LINES_OF_FILE = 2**40  # more lines than a file has: numbers of streamed rows begin at a multiple for each file
+LINES_OF_FILE = 2**40  # more lines than a file has: rows of streamed file n are numbered from n times this
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -54,18 +54,19 @@ def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
     Raises: DataError if the source cannot be read at all.
     """
     source = with_table(source)
-    rows = _all_rows(source, problems)
+    files = () if is_data_set(source.path) else files_of(source.path)
+    rows = _all_rows(source, files, problems)
     if source.max_rows is not None:
         draws = source.draw_seed is not None
-        rows = compress(rows, _drawn(source)) if draws else islice(rows, source.max_rows)
-    files = files_of(source.path)
+        rows = compress(rows, _drawn(source, files)) if draws else islice(rows, source.max_rows)
     return prepare_rows(rows, source.model_copy(update={"path": str(files[0])}) if files else source)
 
 
-def _all_rows(source: Source, problems: Problems) -> Iterator[RawRow]:
+def _all_rows(source: Source, files: Sequence[Path], problems: Problems) -> Iterator[RawRow]:
+    """`files`: the files of a source of several files."""
     if is_data_set(source.path):
         return _read_hub(source)
-    if files := files_of(source.path):
+    if files:
         return _read_files(files, problems)
     if is_folder(source.path):
         return read_classes(Path(source.path))
@@ -85,36 +86,37 @@ def _read_files(files: Sequence[Path], problems: Problems) -> Iterator[RawRow]:
 
 def place_of(path: str, line: int) -> tuple[str, int]:
     """The file and the line of a row, for an error. `line`: its number in the source. If the source has several files
-    that are not streamed, the files are read again for it."""
-    files = files_of(path)
+    that are not streamed, the files before the row are read again for it."""
+    files, ends = _files_and_ends(path)
     if not files:
         return path, line
     if line > LINES_OF_FILE:
-        return str(files[line // LINES_OF_FILE]), line % LINES_OF_FILE
-    ends = _ends(files)
-    number = min(bisect_left(ends, line), len(files) - 1)
-    return str(files[number]), line - (ends[number - 1] if number else 0)
+        return str(files[line // LINES_OF_FILE - 1]), line % LINES_OF_FILE
+    while len(ends) < len(files) and ends[-1] < line:
+        read = read_file(inspect_file(files[len(ends) - 1]), Problems())
+        ends.append(ends[-1] + max((row.line for row in read), default=0))
+    number = bisect_left(ends, line) - 1
+    return str(files[number]), line - ends[number]
 
 
 @lru_cache(maxsize=8)
-def _ends(files: tuple[Path, ...]) -> list[int]:
-    """The line number of the last row of each file, as `_read_files` counts."""
-    return list(
-        accumulate(max((row.line for row in read_file(inspect_file(file), Problems())), default=0) for file in files)
-    )
+def _files_and_ends(path: str) -> tuple[tuple[Path, ...], list[int]]:
+    """The files of a source, and 0 followed by the last line of each file, as `_read_files` counts. `place_of` adds the
+    lines as far as it needs them. Cached because a source can have many wrong rows."""
+    return files_of(path), [0]
 
 
-def _drawn(source: Source) -> Iterable[bool]:
+def _drawn(source: Source, files: Sequence[Path]) -> Iterable[bool]:
     """For each row of the source: whether it is among the max_rows rows that are drawn with equal probability."""
     from tunekit.data.batching.order import permutation  # imports numpy, which is not needed to read a recipe
 
-    order = permutation(_count_rows(source), "max_rows", str(source.draw_seed))
+    order = permutation(_count_rows(source, files), "max_rows", str(source.draw_seed))
     chosen = order < 0  # (rows,)
     chosen[order[: source.max_rows]] = True
     return chosen.tolist()
 
 
-def _count_rows(source: Source) -> int:
+def _count_rows(source: Source, several: Sequence[Path]) -> int:
     """The number of rows of a source, counted by reading them. Raises: DataError for a source that is streamed over
     the network.
     """
@@ -123,11 +125,11 @@ def _count_rows(source: Source) -> int:
             what = "max_rows draws from all rows, but the rows of a streamed data set of the hub cannot be counted"
             raise DataError(what, "write draw_seed: null to take the first rows, or streaming: false", file=source.path)
         return len(_load_hub(source, streaming=False))
-    paths = files_of(source.path) or (() if is_folder(source.path) else (Path(source.path),))
+    paths = several or (() if is_folder(source.path) else (Path(source.path),))
     files = [inspect_file(path) for path in paths]
     if files and files[0].kind == "parquet":
         return sum(sum(row_group_sizes(file)) for file in files)
-    return sum(1 for _ in _all_rows(source, Problems()))
+    return sum(1 for _ in _all_rows(source, several, Problems()))
 
 
 def prepare_rows(rows: Iterable[RawRow], source: Source, *, from_start: bool = True) -> Iterator[RawRow]:

@@ -91,14 +91,16 @@ def resolve_paths(draft: Draft, folder: Path) -> None:
             continue
         base = Path.cwd() if draft.place(path.key).file == COMMAND_LINE else folder
         absolute = os.path.normpath(base / os.path.expanduser(path.text))
-        if path.mark.endings is None or _is_local(path.text, path.mark.endings) or os.path.lexists(absolute):
+        is_pattern = path.mark.expected == "rows" and has_magic(path.text)
+        is_local = path.mark.endings is None or _is_local(path.text, path.mark.endings) or is_pattern
+        if is_local or os.path.lexists(absolute):
             is_run = path.mark.expected == "adapter" and os.path.exists(f"{absolute}/plan.json")
             path.write(f"{absolute}/adapter" if is_run else absolute)  # a run folder: its result
 
 
 def _is_local(text: str, endings: tuple[str, ...]) -> bool:
     """Whether a text looks like a path, not like a name on the hub."""
-    return is_like_path(text) or text.lower().endswith(endings) or has_magic(text)
+    return is_like_path(text) or text.lower().endswith(endings)
 
 
 def relative_path(path: str, folder: Path) -> str:
