@@ -779,6 +779,7 @@ def test_a_file_of_trl_trains_what_its_trainer_does(
             r"several trainers have its keys; add the line `objective: sft` to it \(or dpo, kto, grpo, rloo, reward\)",
         ),
         ("beta: 0.1", r"add the line `objective: dpo` to it \(or kto, grpo, rloo\)"),
+        ("vllm_mode: colocate\nnum_generations_eval: 2", r"add the line `objective: grpo` to it \(or rloo\)"),
         ("ld_alpha: 0.1\npacking: true", "no trainer has all of the keys ld_alpha, packing; add the line"),
         ("packing: true\nmax_length: null", "max_length: packing needs the length of a packed row"),
         ("packing: true\nbf16: true\ndtype: float32", "dtype: dtype and bf16 .* mean the same setting"),
@@ -793,12 +794,19 @@ def test_a_file_of_trl_that_does_not_decide_is_refused(folder: Path, lines: str,
 def test_the_trainers_of_a_key_are_those_that_have_it() -> None:
     from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
-    from tunekit.recipe.foreign.trainer import LOSSES, READ_BY
+    from tunekit.recipe.foreign.trainer import LOSSES, READ_BY, trainers_with
 
     configs = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "reward": RewardConfig}
     configs |= {"grpo": GRPOConfig, "rloo": RLOOConfig}
-    for key, trainers in READ_BY.items():  # some keys are those of older versions
-        assert {name for name, config in configs.items() if key in config.__dataclass_fields__} <= {*trainers}, key
+    of_older_versions = ("max_seq_length", "rpo_alpha", "max_prompt_length")
+    for key, trainers in READ_BY.items():  # some trainers had a key in older versions
+        names = {name for name, config in configs.items() if key in config.__dataclass_fields__}
+        assert names <= {*trainers}, key
+        assert names or key in (*of_older_versions, "reward_funcs"), key  # the latter is an argument of TRL's script
+    others = {key for name in ("sft", "dpo", "kto", "reward") for key in configs[name].__dataclass_fields__}
+    for key in {*GRPOConfig.__dataclass_fields__, *RLOOConfig.__dataclass_fields__} - others - {*READ_BY}:
+        names = {name for name in ("grpo", "rloo") if key in configs[name].__dataclass_fields__}
+        assert {*trainers_with(key)} == names, key
     for name in ("sft", "kto"):
         choices = configs[name].__dataclass_fields__["loss_type"].metadata["choices"]
         assert {loss for loss, trainer in LOSSES.items() if trainer == name} == {*choices}

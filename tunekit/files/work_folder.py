@@ -2,10 +2,12 @@
 the folders of killed processes."""
 
 import glob
+import math
 import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -13,19 +15,21 @@ from pathlib import Path
 
 from tunekit.errors import InputError, RunFolderError
 from tunekit.files.durable import FULL, explain, is_own, is_real_file, is_real_folder, remove_tree, rename, sync
-from tunekit.files.lock import is_running, read_holder
+from tunekit.files.lock import LOCK_NAME, is_running, read_holder
 
 TEMPORARY_PREFIX = "tunekit-"
 MARK = ".tunekit-temporary"  # only folders with this file are removed: a user's run can be named tunekit-x too
+# After this time, a work folder of another machine has been left: a container often has a new name at each start.
+LEFT_SECONDS = 7 * 24 * 3600.0
 
 
 @contextmanager
 def work_folder(path: Path) -> Iterator[Path]:
     """A new folder next to `path`, removed after the block. Folders that killed processes left for the same `path` are
-    removed first; a lock file in each folder contains the id of its process.
+    removed first; a file in each folder contains the id of its process (older versions: a lock file).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent, f".{path.name}.part-")
+    _remove_leftovers(path.parent, f".{path.name}.part-", (MARK, LOCK_NAME), LEFT_SECONDS)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.part-", dir=path.parent))
     try:
         _mark(work)
@@ -37,7 +41,7 @@ def work_folder(path: Path) -> Iterator[Path]:
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """A new folder in the system's temporary folder, removed with the object or after its `with` block. The folders of
     this user's killed processes are removed first."""
-    _remove_leftovers(Path(tempfile.gettempdir()), TEMPORARY_PREFIX)
+    _remove_leftovers(Path(tempfile.gettempdir()), TEMPORARY_PREFIX, (MARK,), math.inf)
     folder = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX)
     _mark(Path(folder.name))
     return folder
@@ -51,19 +55,24 @@ def _mark(folder: Path) -> None:
     written.replace(folder / MARK)
 
 
-def _remove_leftovers(parent: Path, prefix: str) -> None:
-    """Remove the folders of this user's killed processes on this machine. Folders of other users and of other machines,
-    which share a disk, stay. A folder that cannot be removed is not an error."""
+def _remove_leftovers(parent: Path, prefix: str, names: Sequence[str], seconds: float) -> None:
+    """Remove the folders of this user's killed processes on this machine, and folders of other machines, which share a
+    disk, after `seconds`. Folders of other users stay. A folder that cannot be removed is not an error. `names`: the
+    files that name the process."""
     for folder in parent.glob(f"{glob.escape(prefix)}*"):
-        if is_real_folder(folder) and is_real_file(folder / MARK) and is_own(folder) and _has_ended(folder / MARK):
+        mark = next((folder / name for name in names if is_real_file(folder / name)), None)
+        if is_real_folder(folder) and mark and is_own(folder) and _has_ended(mark, seconds):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _has_ended(mark: Path) -> bool:
-    """Whether the process that made a folder was on this machine and has ended."""
+def _has_ended(mark: Path, seconds: float) -> bool:
+    """Whether the process that made a folder has ended. A process of another machine, or of one that is not stated, is
+    taken to have ended `seconds` after its start."""
     with suppress(OSError, ValueError):
         process, machine = read_holder(mark)
-        return machine == socket.gethostname() and not is_running(process, mark)
+        if machine == socket.gethostname():
+            return not is_running(process, mark)
+        return time.time() - mark.stat().st_mtime > seconds
     return False
 
 

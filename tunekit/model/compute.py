@@ -76,5 +76,5 @@ def kernel_packages(net: nn.Module) -> tuple[str, ...]:
     """The packages, of those for recurrent layers, that the files of the net's classes name."""
     names = {type(module).__module__ for module in net.modules()}
     files = [getattr(sys.modules.get(name), "__file__", None) for name in names if not name.startswith("torch.")]
-    code = "".join(Path(file).read_text("utf-8") for file in files if file).replace("-", "_")
+    code = "".join(Path(file).read_text("utf-8", "ignore") for file in files if file).replace("-", "_")
     return tuple(package for package in RECURRENT_PACKAGES if package.replace("-", "_") in code)

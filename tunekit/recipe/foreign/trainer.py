@@ -19,15 +19,27 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"), ("dpo",)),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",)),
     "center_rewards_coefficient": ("reward",),
-    "precompute_ref_log_probs": ("dpo", "kto"),
+    **dict.fromkeys(("precompute_ref_log_probs", "precompute_ref_batch_size"), ("dpo", "kto")),
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERRED),
     **dict.fromkeys(("beta", "sync_ref_model", "max_prompt_length", "max_completion_length"), _REFERRED),
     **dict.fromkeys(("num_generations", "num_iterations", "temperature", "reward_funcs"), _SAMPLED),
     **dict.fromkeys(("top_p", "top_k", "epsilon", "epsilon_high", "reward_weights", "use_vllm"), _SAMPLED),
     **dict.fromkeys(("mask_truncated_completions", "log_completions"), _SAMPLED),
     **dict.fromkeys(("scale_rewards", "importance_sampling_level", "use_bias_correction_kl"), ("grpo",)),
-    "normalize_advantages": ("rloo",),
+    **dict.fromkeys(("cast_lm_head_to_fp32", "delta", "log_completions_hub_repo", "use_adaptive_entropy"), ("grpo",)),
+    **dict.fromkeys(("max_tool_calling_iterations", "multi_objective_aggregation"), ("grpo",)),
+    **dict.fromkeys(("off_policy_mask_threshold", "top_entropy_quantile"), ("grpo",)),
+    **dict.fromkeys(("normalize_advantages", "reward_clip_range"), ("rloo",)),
+    **dict.fromkeys(("generation_batch_size", "steps_per_generation", "num_generations_eval"), _SAMPLED),
+    **dict.fromkeys(("min_p", "repetition_penalty", "generation_kwargs", "chat_template_kwargs"), _SAMPLED),
+    **dict.fromkeys(("cache_implementation", "ds3_gather_for_generation", "log_multimodal"), _SAMPLED),
+    **dict.fromkeys(("log_unique_prompts", "num_completions_to_print", "use_transformers_paged"), _SAMPLED),
     "shuffle_dataset": ("sft", *_SAMPLED),
     "max_length": ("sft", "dpo", "kto", "reward"),
+}
+PREFIXES = {  # of further keys
+    **dict.fromkeys(("vllm_importance_sampling_", "entropy_", "sapo_", "vespo_"), ("grpo",)),
+    **dict.fromkeys(("vllm_", "transformers_continuous_", "use_transformers_continuous_"), _SAMPLED),
 }
 LOSSES = {  # loss_type -> trainer; the other losses are DPO's
     **dict.fromkeys(("nll", "dft", "chunked_nll"), "sft"),
@@ -133,9 +145,15 @@ def _write_trainer(draft: Draft, imported: bool) -> None:
     record(draft, Place(draft.file), "objective", f"sft, because {what}; for a different objective, {how}")
 
 
+def trainers_with(key: str) -> tuple[str, ...]:
+    """The trainers of TRL that have a key; empty for keys that all trainers have."""
+    prefixed = (PREFIXES[prefix] for prefix in PREFIXES if key.startswith(prefix))
+    return READ_BY.get(key) or next(prefixed, ())
+
+
 def _readers(draft: Draft, name: str) -> tuple[str, ...]:
     """The trainers that have this key, with its value; empty for keys that all trainers have."""
     if name != "loss_type":
-        return READ_BY.get(name, ())
+        return trainers_with(name)
     value = draft.values[name]
     return (LOSSES.get(value, "dpo") if isinstance(value, str) else "dpo",)
