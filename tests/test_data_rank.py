@@ -66,7 +66,10 @@ def chat(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ranked(run: Path, **options: Any) -> dict[str, Any]:
     file = run.parent / "rank.json"
-    data_rank_verb(str(run), options.get("keep"), options.get("output"), options.get("influence", False), str(file))
+    data_rank_verb(
+        *(str(run), options.get("keep"), options.get("output"), options.get("influence", False), str(file)),
+        allow_code=options.get("allow_code", False),
+    )
     return dict(json.loads(file.read_text("utf-8")))
 
 
@@ -336,12 +339,15 @@ def test_without_evaluation_rows_only_influence_is_refused(tiny_llama: Path, tmp
 @pytest.mark.slow
 def test_another_teacher_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "teacher")
-    objective = {"method": "distill", "teacher": {"name_or_path": str(tmp_path / "teacher"), "dtype": "float32"}}
-    run = train(write_chat_recipe(tmp_path, tiny_llama, rows=9, objective=objective))
-    assert ranked(run)["rows"]
+    teacher = {"name_or_path": str(tmp_path / "teacher"), "dtype": "float32", "trust_remote_code": True}
+    run = train(write_chat_recipe(tmp_path, tiny_llama, rows=9, objective={"method": "distill", "teacher": teacher}))
+    environment = json.loads((run / "environment.json").read_text("utf-8"))
+    del environment["fingerprint"]["code"]["objective.teacher.trust_remote_code"]  # as in a run of an older version
+    (run / "environment.json").write_text(json.dumps(environment), "utf-8")
+    assert ranked(run, allow_code=True)["rows"]
     write_tiny_llama(tmp_path / "teacher", seed=9)
     with pytest.raises(InputError, match=r"objective\.teacher\.name_or_path: its files have changed since the run"):
-        ranked(run)
+        ranked(run, allow_code=True)
 
 
 @pytest.mark.slow

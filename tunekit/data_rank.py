@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunekit.artifacts.fingerprint import changed_files
 from tunekit.artifacts.report.rank_page import rank_page, rows_count
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.artifacts.run import RANK_NAME, refuse_to_replace_part
@@ -141,11 +142,11 @@ def _run_rows(values: RunValues, loaded: LoadedRecipe, target: TargetSpec) -> Ro
         what = "the run's rows were streamed, so they have no fixed numbers to rank"
         raise InputError(what, "rank a run without data.train[].streaming")
     then = values.environment.part("fingerprint")
-    for companion in make_companions(rows.objective.companions).values():
-        for key, digest in companion.fingerprint().items():
-            if then.part("code").get(key) != digest:
-                what = f"{key}: its files have changed since the run"
-                raise InputError(what, "restore the files, or train again and rank the new run")
+    companions = make_companions(rows.objective.companions).values()
+    code = {key: digest for companion in companions for key, digest in companion.fingerprint().items()}
+    for key in changed_files(then, {"code": then.part("code") | code}):
+        what = f"{key}: its files have changed since the run"
+        raise InputError(what, "restore the files, or train again and rank the new run")
     if then.get("data") != rows.fingerprint:
         what = "the rows have changed since the run: their fingerprint differs from the one in environment.json"
         raise InputError(what, "restore the files, or train again and rank the new run")
