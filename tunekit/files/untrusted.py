@@ -19,6 +19,7 @@ from tunekit.files.durable import open_file
 
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_NUMBER_CHARACTERS = 40
+WRITE_AGAIN = "copy the file again, or write it again with the program that made it"
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,11 @@ def parse_json(data: bytes, file: str, error: type[InputError] = AdapterError) -
             parse_constant=refuse_constant,
         )
     except RecursionError as fault:
-        raise error("is nested too deeply", file=file) from fault
+        raise error("is nested too deeply", WRITE_AGAIN, file=file) from fault
     except ValueError as fault:  # also JSONDecodeError and UnicodeDecodeError
-        raise error(f"is not valid JSON: {printable(str(fault), 200)}", file=file) from fault
+        raise error(f"is not valid JSON: {printable(str(fault), 200)}", WRITE_AGAIN, file=file) from fault
     if not isinstance(value, dict):
-        raise error("does not contain a JSON object", file=file)
+        raise error("does not contain a JSON object", WRITE_AGAIN, file=file)
     return value
 
 
