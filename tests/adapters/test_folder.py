@@ -282,7 +282,10 @@ CONFIG_DAMAGE: dict[str, tuple[Damage, str]] = {
     "config is a folder": (lambda f: instead(f, CONFIG, os.mkdir), "not a regular file"),
     "config is not utf-8": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "not valid JSON"),
     "config is empty": (lambda f: (f / CONFIG).write_bytes(b""), "not valid JSON"),
-    "config is a list": (lambda f: (f / CONFIG).write_text("[]"), "does not contain a JSON object; copy the file again"),
+    "config is a list": (
+        lambda f: (f / CONFIG).write_text("[]"),
+        "does not contain a JSON object; copy the file again",
+    ),
     "deep nesting": (lambda f: (f / CONFIG).write_text('{"r":' + "[" * 100_000 + "]" * 100_000 + "}"), "nested too"),
     "NaN literal": (lambda f: edit_text(f, '"lora_dropout": 0', '"lora_dropout": NaN'), "literal NaN"),
     "infinite number": (lambda f: edit_text(f, '"lora_alpha": 6', '"lora_alpha": 1e999'), "infinite"),

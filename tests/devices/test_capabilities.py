@@ -40,17 +40,15 @@ def test_doctor_names_the_dtype_of_a_run(generation: tuple[int, int]) -> None:
     assert machine_facts()[0]["computes_in"] == "float16"
 
 
-def test_cards_without_p2p_and_with_an_old_driver_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launched", [False, True])
+def test_cards_without_p2p_and_with_an_old_driver_can_be_used(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate refuses RTX 40 cards with old drivers, unless NCCL is told to leave P2P and InfiniBand out."""
     for module in ("accelerate.utils", "accelerate.state"):
         monkeypatch.setattr(f"{module}.check_cuda_p2p_ib_support", lambda: False)
     for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
         monkeypatch.setenv(name, "0")  # so that the test restores it
         monkeypatch.delenv(name)
-    PartialState._reset_state()
-    Devices(CUDA).close()
-    assert "NCCL_P2P_DISABLE" not in os.environ  # one process needs no NCCL, and no slow check
-    monkeypatch.setattr("tunekit.machine.devices.is_launched", lambda: True)
+    monkeypatch.setattr("tunekit.machine.devices.is_launched", lambda: launched)
     PartialState._reset_state()
     Devices(CUDA).close()
     assert os.environ["NCCL_P2P_DISABLE"] == "1"

@@ -38,7 +38,7 @@ from tests.support.peft_case import make_t5
 from tunekit.adapters.attach import attach_adapter
 from tunekit.errors import ModelError
 from tunekit.model.attention.earlier_keys import enter, keys_and_values
-from tunekit.model.attention.self_attention import self_attentions
+from tunekit.model.attention.self_attention import attention_sizes, heads_and_width, self_attentions
 from tunekit.model.call import Call, calling
 from tunekit.recipe.adapters.prefix import PrefixSettings
 
@@ -203,3 +203,10 @@ def test_other_families_are_refused_by_name(kind: str) -> None:
     make_net, text = REFUSED[kind]
     with torch.device("meta"), pytest.raises(ModelError, match=text):
         self_attentions(make_net())
+
+
+def test_an_encoder_decoder_has_the_sizes_of_all_its_layers() -> None:
+    """Its configuration lists the layers of one stack: plan with generated answers ended with an IndexError."""
+    net = make_bart()
+    layers = 2 * net.config.num_hidden_layers
+    assert attention_sizes(net, layers) == [(net.config.num_attention_heads, *heads_and_width(net.config))] * layers

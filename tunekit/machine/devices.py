@@ -157,9 +157,9 @@ class Devices:
         from accelerate.state import PartialState
         from accelerate.utils import check_cuda_p2p_ib_support
 
-        if is_launched() and torch.cuda.is_available() and not check_cuda_p2p_ib_support():
+        if torch.cuda.is_available() and not (is_launched() and check_cuda_p2p_ib_support()):
             for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
-                os.environ.setdefault(name, "1")  # for RTX 40 with an old driver, as `accelerate launch` does
+                os.environ.setdefault(name, "1")  # for RTX 40 with an old driver; one process does not use NCCL
         meeting = meet(kind_wanted(wanted)) if Devices.peers is None else None
         # without `cpu`, ranks on a machine without an accelerator would not form a group
         self.state = PartialState(

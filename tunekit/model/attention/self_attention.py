@@ -92,8 +92,9 @@ def attention_sizes(net: nn.Module, layers: int) -> list[tuple[int, int, int]]:
     """(query heads, key heads, width of a head) of each of `layers` layers. Empty for a base without attention, such as
     Mamba. In a few bases, such as Gemma 4, layers differ."""
     config = text_config(net)
-    varied = getattr(config, "per_layer_config", None)
-    of_layers = [config if varied is None else varied[layer] for layer in range(layers)]
+    varied = getattr(config, "per_layer_config", None) or ()
+    # an encoder-decoder has more layers than its configuration lists
+    of_layers = [varied[layer] if layer < len(varied) else config for layer in range(layers)]
     attentive = [each for each in of_layers if hasattr(each, "num_attention_heads")]
     return [(int(each.num_attention_heads), *heads_and_width(each)) for each in attentive]
 
