@@ -1,12 +1,13 @@
 """`format: alpaca_with_input`: as alpaca_prompt, but the prompt has the section `Input` also if the row has none."""
 
+from tunekit.formats import alpaca_prompt
 from tunekit.formats.alpaca import prompt_with_input
 from tunekit.formats.example import CompletionExample, Example
 from tunekit.formats.fields import Fields, read_optional_text, read_text
 
 DESCRIPTION = "as alpaca_prompt, but the prompt always has the section Input, empty for a row without input"
-FIELDS = ("instruction", "input", "output", "sample_weight")
-REQUIRED = ("instruction", "output")
+FIELDS = alpaca_prompt.FIELDS
+REQUIRED = alpaca_prompt.REQUIRED
 EXAMPLE = "text"
 
 

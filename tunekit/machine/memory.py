@@ -45,11 +45,7 @@ def available_bytes(device: torch.device) -> int | None:
 def _group_available(groups: Path = GROUPS, mounts: Path = CGROUP) -> int | None:
     """Free bytes within the memory limits of this process's control group and of its parent groups; None without a
     limit. Jobs of SLURM, services and containers have such limits."""
-    try:
-        lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    folders = (folder for line in lines for folder in group_folders(line, "memory", mounts))
+    folders = group_folders("memory", groups, mounts)
     return min((free for folder in folders if (free := _free_bytes_in(folder)) is not None), default=None)
 
 

@@ -4,6 +4,7 @@ library reads these settings when torch loads it."""
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 COUNT = "OMP_NUM_THREADS"
@@ -55,21 +56,23 @@ def cpu_quota(groups: Path = GROUPS, mounts: Path = CGROUP) -> float | None:
     The limits of all parent groups apply too. In version 2 of control groups there is one tree of groups; in version 1,
     the CPU has a separate tree.
     """
-    try:
-        lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    folders = (folder for line in lines for folder in group_folders(line, "cpu", mounts))
+    folders = group_folders("cpu", groups, mounts)
     return min((quota for folder in folders if (quota := _quota(folder)) is not None), default=None)
 
 
-def group_folders(line: str, controller: str, mounts: Path) -> Iterator[Path]:
-    """The folders of a control group and of its parent groups. `line`: hierarchy:controllers:path, see cgroups(7).
-    `controller`: cpu or memory.
+def group_folders(controller: str, groups: Path, mounts: Path) -> Iterator[Path]:
+    """The folders of this process's control groups and of their parent groups. `controller`: cpu or memory. `groups`:
+    a file of lines hierarchy:controllers:path, see cgroups(7); without it, there are no folders.
 
     In a container, the path may be a path of the host. Then only the last of these folders, the root of the mount,
     exists.
     """
+    with suppress(OSError):
+        for line in groups.read_text(encoding="utf-8", errors="replace").splitlines():
+            yield from _folders_of(line, controller, mounts)
+
+
+def _folders_of(line: str, controller: str, mounts: Path) -> Iterator[Path]:
     _, _, entry = line.partition(":")
     controllers, _, path = entry.partition(":")
     if controllers and controller not in controllers.split(","):
