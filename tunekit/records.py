@@ -131,9 +131,9 @@ class Choice:
     shares: int = 1
 
     @property
-    def batches(self) -> tuple[int | None, int]:
-        """The rows per micro-batch and the micro-batches per step, which are the same on all ranks."""
-        return self.micro_batch_size, self.gradient_accumulation_steps
+    def common(self) -> tuple[int | None, int, str, bool]:
+        """The settings that must be the same on all ranks."""
+        return self.micro_batch_size, self.gradient_accumulation_steps, self.kernels, self.compiled
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan
         if loaded is not session.loaded and plan.choice.streaming != TIER:
             plan, prepared = make(loaded)  # the whole base does not fit on another rank
         shared = shared_choice(_choices(session, plan))
-        if plan.choice.batches != shared.batches:
+        if plan.choice.common != shared.common:
             plan, prepared = make(loaded, shared=shared)
     session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
     raise_refusals(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tunekit.data.batching.windows import dealt
 from tunekit.errors import TunekitError
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
-from tunekit.planning.ranks import plan_ranks
+from tunekit.planning.ranks import plan_ranks, shared_choice
 from tunekit.planning.refusals import rank_notes
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.records import Choice, Plan
@@ -75,16 +76,27 @@ def test_each_rank_plans_with_its_own_budget_and_all_with_the_same_micro_batches
     assert tight.choice.micro_batch_size < ample.choice.micro_batch_size, "the budget is a limit"
     both = load_recipe(recipe, [f"memory.budget=[8GiB, {budget}]"])
     plans = plan_ranks(both, [CPU, CPU], _plan)
-    assert [plan.choice.batches for plan in plans] == [tight.choice.batches] * 2
+    assert [plan.choice.common for plan in plans] == [tight.choice.common] * 2
     assert [plan.budget_bytes for plan in plans] == [8 * 2**30, tight.budget_bytes]
     assert plans[1] == _replaced(tight, plans[1])
     assert plans[0].recipe["memory"]["budget"] == ["8GiB", budget]
 
 
+def test_all_ranks_round_the_same_if_auto_means_something_else_on_another_machine(recipe: Path) -> None:
+    """A machine without a C compiler or triton decides, because kernels and compiled layers round differently."""
+    loaded = load_recipe(recipe, ["training.kernels=auto", "training.compile=auto"])
+    one, other = Choice(4, kernels="native", compiled=True), Choice(4, kernels="none", compiled=True)
+    assert shared_choice([one, other]) == replace(other, compiled=True)
+    assert shared_choice([one, replace(one, compiled=False)]) == replace(one, compiled=False)
+    assert shared_choice([one, one]) == one
+    for shared in (one, other):
+        plan = _plan(loaded, 0, shared)
+        assert plan.choice.common == shared.common
+        assert any("compiled: yes, so that all ranks" in note for note in plan.notes)
+
+
 def _replaced(plan: Plan, other: Plan) -> Plan:
     """`plan` with the recipe and the notes of the other."""
-    from dataclasses import replace
-
     return replace(plan, recipe=other.recipe, notes=other.notes)
 
 

@@ -63,7 +63,10 @@ def test_a_resumed_run_keeps_what_auto_meant(tmp_path: Path, tiny_llama: Path, m
         monkeypatch.setattr(planned, "load_kernels", lambda: None)
         plan, _ = make_plan(loaded, device=CPU, previous=previous)
         assert (plan.choice.compiled, plan.choice.kernels) == (compiled, kernels)
-        assert sum("as in the run that is resumed" in note for note in plan.notes) == 1 + compiled
+        assert (
+            sum("so that all ranks, and a run that is resumed, round the same" in note for note in plan.notes)
+            == 1 + compiled
+        )
 
     def absent() -> None:
         raise NoKernels("there is no C compiler")

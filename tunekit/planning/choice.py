@@ -26,10 +26,10 @@ RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs 
 
 
 def written_choice(
-    recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int, resumed: Choice | None = None
+    recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int, decided: Choice | None = None
 ) -> Choice:
-    """A Choice that contains the recipe's settings. Fields that plan chooses have default values. `resumed`: the
-    settings of the run that is resumed; it keeps its kernels."""
+    """A Choice that contains the recipe's settings. Fields that plan chooses have default values. `decided`: the
+    settings of the run that is resumed, or of all ranks; their kernels are kept."""
     training, memory = recipe.training, recipe.memory
     return Choice(
         micro_batch_size=training.micro_batch_size,
@@ -38,8 +38,8 @@ def written_choice(
         streamed_head=memory.streamed_head,
         activation_offload=memory.activation_offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
-        kernels=planned_kernels(training.kernels, base.net, device, base.dtype, resumed)[0],
-        compiled=planned_compile(training.compile, device, steps, resumed)[0],
+        kernels=planned_kernels(training.kernels, base.net, device, base.dtype, decided)[0],
+        compiled=planned_compile(training.compile, device, steps, decided)[0],
         # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
         shares=ranks,

@@ -12,24 +12,26 @@ from tunekit.adapters.kernels.liger import liger_places
 from tunekit.adapters.kernels.native import has_native_places
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
+from tunekit.model.load import LoadedModel
 from tunekit.model.native.library import NoKernels, load_kernels
+from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 
 LEAST_STEPS = 500  # shorter runs end before compiling has saved time
 KEY = "training.compile"
-AS_BEFORE = "as in the run that is resumed"
+AS_DECIDED = "so that all ranks, and a run that is resumed, round the same"
 NEW_RUN = "or start a new run in another output.dir"
 
 
 def planned_compile(
-    setting: str | bool, device: torch.device, steps: int, resumed: Choice | None = None
+    setting: str | bool, device: torch.device, steps: int, decided: Choice | None = None
 ) -> tuple[bool, str]:
-    """Whether layers are compiled, and the reason as text. A resumed run does as before, because compiled layers round
-    differently."""
+    """Whether layers are compiled, and the reason as text. `decided`: the choice of the run that is resumed, or of all
+    ranks; it is kept, because compiled layers round differently."""
     if isinstance(setting, bool):
         return setting, "as the recipe says"
-    if resumed is not None:
-        return resumed.compiled, AS_BEFORE
+    if decided is not None:
+        return decided.compiled, AS_DECIDED
     if device.type == "cpu":
         return False, "compiled layers are not faster on a CPU"
     if device.type == "mps":
@@ -41,13 +43,27 @@ def planned_compile(
     return True, f"{steps:,} steps on a GPU"
 
 
-def compile_notes(
-    setting: str | bool, device: torch.device, steps: int, choice: Choice, resumed: Choice | None = None
+def speed_notes(
+    training: TrainingSection,
+    base: LoadedModel,
+    device: torch.device,
+    steps: int,
+    choice: Choice,
+    decided: Choice | None,
+) -> Iterator[str]:
+    """Notes that say which layers are compiled and which computations kernels replace, and why. `decided`: see
+    `planned_compile`."""
+    yield from _compile_notes(training.compile, device, steps, choice, decided)
+    yield from _kernel_notes(training.kernels, base.net, device, base.dtype, decided)
+
+
+def _compile_notes(
+    setting: str | bool, device: torch.device, steps: int, choice: Choice, decided: Choice | None
 ) -> list[str]:
     """A note that says whether layers are compiled, and why. Empty if the recipe says `compile: false`."""
     if setting is False:
         return []
-    compiled, reason = planned_compile(setting, device, steps, resumed)
+    compiled, reason = planned_compile(setting, device, steps, decided)
     if compiled and not choice.compiled:
         compiled, reason = False, "layers that are not always on the device cannot be compiled"
     beside = "; the first step takes longer, and results differ in the last digits" if compiled else ""
@@ -73,14 +89,14 @@ def compile_problems(
 
 
 def planned_kernels(
-    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, resumed: Choice | None = None
+    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: Choice | None = None
 ) -> tuple[str, str]:
-    """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto`, also the reason as text. A
-    resumed run uses the same kernels as before, because others round differently."""
+    """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto`, also the reason as text.
+    `decided`: see `planned_compile`; other kernels round differently."""
     if setting != "auto":
         return setting, ""
-    if resumed is not None:
-        return resumed.kernels, AS_BEFORE if resumed.kernels == "native" else ""
+    if decided is not None:
+        return decided.kernels, AS_DECIDED if decided.kernels == "native" else ""
     if device.type != "cpu" or dtype != torch.bfloat16 or not has_native_places(net):
         return "none", ""
     try:
@@ -107,11 +123,11 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
         yield Problem("liger-kernel is not installed", how, key="training.kernels")
 
 
-def kernel_notes(
-    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, resumed: Choice | None = None
+def _kernel_notes(
+    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: Choice | None
 ) -> Iterator[str]:
     """A note that says which computations the kernels replace."""
-    kernels, reason = planned_kernels(setting, net, device, dtype, resumed)
+    kernels, reason = planned_kernels(setting, net, device, dtype, decided)
     if kernels == "liger":
         yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU in MLPs (joined into one function)"
     elif reason:

@@ -32,10 +32,9 @@ from tunekit.planning import refusals
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.choice import written_choice
 from tunekit.planning.compiling import (
-    compile_notes,
     compile_problems,
-    kernel_notes,
     kernel_problems,
+    speed_notes,
 )
 from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
@@ -98,7 +97,7 @@ def make_plan(
 
     `check_folder`: also check output.dir; not for `train`, which has already locked it.
     `previous`: the settings of the resumed run; only the number of recomputed layers may change. `ranks`: the number
-    of processes; `rank`: the process that is planned. `shared`: a Choice with the micro-batches of all ranks.
+    of processes; `rank`: the process that is planned. `shared`: a Choice with the settings of all ranks.
     `processors`: the loaded processors, which other plans of this process use too.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
@@ -133,7 +132,8 @@ def make_plan(
     if previous is None:  # the state of a resumed run is in its checkpoint
         findings.attempt(partial(check_continued, recipe.adapter, inputs.base, inputs.targets))
     findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])
-    choice = written_choice(recipe, inputs.base, device, windows.steps, ranks, previous)
+    decided = previous or shared
+    choice = written_choice(recipe, inputs.base, device, windows.steps, ranks, decided)
     findings.add(_run_problems(recipe, windows.steps, device, choice))
     forecast = _forecast(recipe, inputs, windows, settings, device, choice)
     rules = partial(allowed_tiers, base=inputs.base, device=device, companions=inputs.companion_facts, ranks=ranks)
@@ -141,13 +141,12 @@ def make_plan(
     findings.add(problems)
     cheaper = partial(cheapest_changes, recipe, forecast, lambda changed: len(rules(changed)[1]) > len(problems))
     resumed = None if rank else previous
-    memory = plan_memory(forecast, tiers, resumed, findings, cheaper, shared=previous or shared)
+    memory = plan_memory(forecast, tiers, resumed, findings, cheaper, shared=decided)
     if as_chosen(settings, memory.choice) != settings:
         settings = as_chosen(settings, memory.choice)
         windows = rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
-    plan.notes.extend(compile_notes(recipe.training.compile, device, windows.steps, memory.choice, previous))
-    plan.notes.extend(kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype, previous))
+    plan.notes.extend(speed_notes(recipe.training, inputs.base, device, windows.steps, memory.choice, decided))
     largest = forecast.largest_batch(settings.micro_batch_size)
     facts = refusals.learned_length(inputs.base, inputs.virtual_tokens), kernel_packages(inputs.base.net)
     return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest, *facts)

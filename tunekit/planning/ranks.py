@@ -12,12 +12,16 @@ from tunekit.memory.sharding import TIER
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import Choice, Plan
 
-MakePlan = Callable[[LoadedRecipe, int, Choice | None], Plan]  # of a recipe, for a rank, with the shared micro-batches
+MakePlan = Callable[[LoadedRecipe, int, Choice | None], Plan]  # of a recipe, for a rank, with the shared settings
 
 
 def shared_choice(choices: Sequence[Choice]) -> Choice:
-    """The choice whose micro-batches all ranks use: those that the rank with the least memory can hold."""
-    return min(choices, key=lambda choice: choice.micro_batch_size or 0)
+    """The choice whose `common` settings all ranks use: the micro-batches that the rank with the least memory can hold,
+    and special kernels and compiled layers only if all ranks have them, because they round differently."""
+    least = min(choices, key=lambda choice: choice.micro_batch_size or 0)
+    same = len({choice.kernels for choice in choices}) == 1
+    compiled = all(choice.compiled for choice in choices)
+    return replace(least, kernels=least.kernels if same else "none", compiled=compiled)
 
 
 def shards(loaded: LoadedRecipe, choices: Sequence[Choice]) -> LoadedRecipe:
@@ -59,5 +63,5 @@ def plan_ranks(loaded: LoadedRecipe, devices: Sequence[torch.device], make: Make
         plans = [plan if plan.choice.streaming == TIER else make(loaded, rank, None) for rank, plan in enumerate(plans)]
     shared = shared_choice([plan.choice for plan in plans])
     return [
-        plan if plan.choice.batches == shared.batches else make(loaded, rank, shared) for rank, plan in enumerate(plans)
+        plan if plan.choice.common == shared.common else make(loaded, rank, shared) for rank, plan in enumerate(plans)
     ]
