@@ -64,7 +64,9 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     if fix is not None:
         _write_fixed(fix, trained, data, console)
     files = (*trained, *eval_findings)
-    console.next_steps(after_data_check([each.left_out for each in files], loaded.path, fixes=fixes))
+    remaining = [each.left_out for each in (files if fix is None else eval_findings)]
+    if fix is None or any(remaining):  # else the note about FILE says what to do
+        console.next_steps(after_data_check(remaining, loaded.path, overrides=loaded.overrides, fixes=fixes))
     findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in files]
     write_result({"files": findings, "fixed": fix})
     return 2 if any(each.left_out for each in files) else 0

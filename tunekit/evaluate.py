@@ -64,6 +64,7 @@ def evaluate_verb(
     """
     _check_metrics(metrics)
     write_result = json_result(json_file)
+    changes = [*([] if base is None else [f"model.name_or_path={yaml_scalar(base)}"]), *overrides]
     if data is None and format is not None:
         raise InputError("--format describes the file of --data, but --data is missing", "add --data FILE")
     if data is not None:
@@ -102,14 +103,21 @@ def evaluate_verb(
         else:
             evaluation = evaluate(loaded, rows, data=of_run)
     if devices.is_main and adapter_column is not None:
-        by_adapter = {name: _values(loaded.objective.name, each) for name, each in evaluations.items()}
-        names = list(dict.fromkeys(name for values in by_adapter.values() for name in values))
-        lines = [[adapter, *(values.get(name) for name in names)] for adapter, values in by_adapter.items()]
-        console.table(["adapter", *names], lines, title=target)
-        write_result({"adapters": {adapter: _finite(values) for adapter, values in by_adapter.items()}})
+        values = {name: _values(loaded.objective.name, each) for name, each in evaluations.items()}
+        write_result(_shown_adapters(console, target, values))
     elif devices.is_main:
         write_result(_shown(console, target, _values(loaded.objective.name, evaluation), evaluation))
-        console.next_steps(after_evaluation(target, spec.kind, *_row_losses(rows, evaluation)))
+        # the report of a run has only its unchanged evaluation
+        kind = "model" if spec.kind == "run" and (changes or data is not None) else spec.kind
+        console.next_steps(after_evaluation(target, kind, *_row_losses(rows, evaluation), changes=changes))
+
+
+def _shown_adapters(console: Console, target: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Print the table of several adapters, and return the content of the JSON file."""
+    names = list(dict.fromkeys(name for each in values.values() for name in each))
+    lines = [[adapter, *(each.get(name) for name in names)] for adapter, each in values.items()]
+    console.table(["adapter", *names], lines, title=target)
+    return {"adapters": {adapter: _finite(each) for adapter, each in values.items()}}
 
 
 def _shown(console: Console, target: str, values: Mapping[str, float], evaluation: Evaluation) -> dict[str, Any]:

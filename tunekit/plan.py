@@ -20,8 +20,8 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import Choice, Plan
 
 
-def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> None:
-    """Print the plan of a training run on `ranks` processes.
+def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1, device: str | None = None) -> None:
+    """Print the plan of a training run on `ranks` processes. `device`: --device, for the command to train.
 
     Raises: TunekitError with all refusals.
     """
@@ -41,7 +41,8 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1) -> No
         for rank, other in enumerate(plans):
             console.info(*(f"rank {rank}: {note}" for note in other.notes if note not in plan.notes))
         refused = next((each for each in plans if each.refusals), plan)
-        console.next_steps(after_plan(refused, loaded.path, overrides=loaded.overrides, ranks=len(places)))
+        command = partial(after_plan, overrides=loaded.overrides, ranks=len(places), device=device)
+        console.next_steps(command(refused, loaded.path))
         if devices.is_main:
             more = {"peak_bytes_of_ranks": [each.peak_bytes.total for each in plans]} if len(plans) > 1 else {}
             write_result(asdict(plan) | more)

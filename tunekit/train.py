@@ -98,7 +98,9 @@ def train_verb(
             else:
                 with run_files.locked_folder(session, path, resume, overwrite):
                     train_session(session, resume)
-                console.next_steps([] if session.folder is None else after_training(run_values(path)))
+                values = None if session.folder is None else run_values(path)
+                if values is not None and "verdict" not in values.report:  # a warning has named its remedy
+                    console.next_steps(after_training(values))
             if devices.is_main:
                 write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
 

@@ -15,6 +15,7 @@ from tests.artifacts.test_report import make_plan
 from tests.support.run_case import write_run
 from tunekit.artifacts.report.next_step import (
     AFTER_TRAINING,
+    AFTER_VERDICT,
     after_data_check,
     after_evaluation,
     after_plan,
@@ -81,6 +82,10 @@ def test_the_evaluation_loss_rises() -> None:
     assert evaluation_rises(make_run(FALLING[::-1], evaluations=up)) is None  # the training loss rises too
     assert evaluation_rises(make_run(evaluations=up | {30: 1.51})) is None  # by less than 1 %
     assert evaluation_rises(make_run(evaluations={0: 1.0, 10: 2.0, 30: 3.0})) is None  # never below the start
+    flat = [2.0 + 0.1 * math.sin(7.0 * step) - 0.0003 * step for step in range(30)]
+    assert [text[:26] for text in after_training(make_run(flat, up))] == ["the training loss is flat "]
+    long = make_run([2.0 - 0.001 * step for step in range(2000)], {0: 3.0, 1495: 1.5, 1800: 1.7, 2000: 1.9})
+    assert (evaluation_rises(long) or "").endswith("set training.epochs: 149.5")  # was 1.5e+02
 
 
 def test_the_evaluation_loss_still_falls() -> None:
@@ -93,6 +98,12 @@ def test_the_evaluation_loss_still_falls() -> None:
     by_steps = evaluation_falls(make_run(evaluations=down, recipe={"training": {"max_steps": 30}}))
     assert by_steps is not None
     assert by_steps.endswith("training.max_steps: 60")
+    many = evaluation_falls(make_run(evaluations=down, recipe={"training": {"max_steps": 650_001}}))
+    assert (many or "").endswith("training.max_steps: 1300002")  # was 1.3e+06
+    for best, advice in ((10, False), (30, True)):  # the step with the best accuracy
+        judged = make_run(evaluations=down, recipe={"evaluation": {"best": "eval.accuracy"}})
+        judged.report["best_step"] = best
+        assert (evaluation_falls(judged) is not None) == advice
     early = make_run(evaluations=down, steps=60)
     early.report["final_step"] = 30
     assert evaluation_falls(early) is None  # the watched metric stopped the run
@@ -114,6 +125,8 @@ def test_the_training_loss_is_flat() -> None:
     assert clipped.endswith("training.learning_rate=0.0001,0.0009")
     assert loss_is_flat(make_run()) is None
     assert loss_is_flat(make_run(flat[:8])) is None  # too few steps
+    assert loss_is_flat(make_run([loss / 1000 for loss in flat])) is None  # nothing is left to learn
+    assert loss_is_flat(make_run([loss / 1000 for loss in flat], recipe=REGRESSION)) is not None
 
 
 def test_nothing_was_left_to_learn() -> None:
@@ -128,6 +141,9 @@ def test_nothing_was_left_to_learn() -> None:
     leaked = learned_at_once(make_run(evaluations=evaluations, accuracy={2: 1.0, 30: 1.0}))
     assert leaked is not None
     assert "at step 2: check with tunekit data check" in leaked
+    before = learned_at_once(make_run(evaluations={0: 2.0} | evaluations, accuracy={0: 1.0, 2: 1.0, 30: 1.0}))
+    assert before is not None  # training rows cannot be the reason
+    assert before.endswith("at step 0: check with tunekit preview that the prompt does not contain the answer")
     assert learned_at_once(make_run(evaluations=evaluations, accuracy={2: 0.9, 30: 1.0})) is None
 
 
@@ -175,17 +191,18 @@ def test_the_advised_evaluation_rows_are_possible(objective: str, rows: dict[str
     plan = make_plan()
     counts = replace(plan.rows.training, **rows)
     plan = replace(plan, recipe={**plan.recipe, **method}, rows=replace(plan.rows, training=counts, evaluation=None))
-    assert after_plan(plan, Path("mine.yaml"), overrides=())[0] == nothing_measured(run)
+    steps = after_plan(plan, Path("mine.yaml"), overrides=(), device="cpu")
+    assert steps == [nothing_measured(run), "tunekit train mine.yaml --device cpu"]
 
 
-def test_at_most_two_and_none_after_a_bad_verdict(tmp_path: Path) -> None:
-    run = make_run([0.003] * 30, {0: 0.02, 10: 0.03}, rows={"losses": [1.0, 9.0], "units": [1.0, 1.0]})
+def test_at_most_two_and_the_remedy_after_a_bad_verdict(tmp_path: Path) -> None:
+    run = make_run([0.003] * 30, {}, rows={"losses": [1.0, 9.0], "units": [1.0, 1.0]})
     assert sum(rule(run) is not None for rule in AFTER_TRAINING) > 2
     assert len(after_training(run)) == 2
     blind = make_run(evaluations={})
     assert after_training(blind) == [nothing_measured(blind)]
     run.report["verdict"] = "worse than the base"
-    assert after_training(run) == []
+    assert after_training(run) == [AFTER_VERDICT]
     folder = write_run(tmp_path / "run")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.001}) + "\n", encoding="utf-8")
     from tunekit.artifacts.report.values import read_run
@@ -195,8 +212,11 @@ def test_at_most_two_and_none_after_a_bad_verdict(tmp_path: Path) -> None:
 
 def test_after_a_data_check_and_an_evaluation() -> None:
     recipe = Path("my recipe.yaml")
-    assert after_data_check([{}], recipe, fixes=False) == [
-        "tunekit preview 'my recipe.yaml' shows which tokens are trained on"
+    assert after_data_check([{}], recipe, overrides=["data.max_length=9"], fixes=False) == [
+        "tunekit preview 'my recipe.yaml' data.max_length=9 shows what the model is trained on"
+    ]
+    assert after_data_check([{}, {"near": [3]}], recipe, fixes=False) == [  # of the evaluation rows
+        "correct the rows with findings, or remove them"
     ]
     steps = after_data_check([{"near": [3], "long": [4]}, {"leak": [7]}], recipe, fixes=True)
     assert steps[0].startswith("remove training rows that equal evaluation rows")
@@ -205,6 +225,8 @@ def test_after_a_data_check_and_an_evaluation() -> None:
     assert after_evaluation("mine.yaml", "recipe", even, units) == [
         "tunekit train mine.yaml, then evaluate its run on the same rows"
     ]
+    (changed,) = after_evaluation("mine.yaml", "recipe", even, units, changes=["model.dtype=float32"])
+    assert changed.startswith("tunekit train mine.yaml model.dtype=float32, then ")
     assert after_evaluation("adapter", "adapter", even, units) == []
     (noise,) = after_evaluation("adapter", "adapter", even + np.arange(50) % 2 * 4, units)
     assert noise.startswith("with 50 evaluation rows, the loss is uncertain by ± ")

@@ -42,7 +42,7 @@ def plan(
     loaded = _checked(recipe, overrides)
     from tunekit.plan import plan_verb
 
-    plan_verb(loaded, json_file, ranks)
+    plan_verb(loaded, json_file, ranks, device)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from tunekit.artifacts.checkpoint import list_checkpoints
+from tunekit.artifacts.report.next_step import AFTER_VERDICT
 from tunekit.artifacts.run import RunFolder
 from tunekit.machine.memory import DevicePeaks
 from tunekit.metrics.classes import class_facts
@@ -38,12 +39,11 @@ def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:
 def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
     """The advice for a run that ended badly: how to change the training, and how to export the weights of an earlier
     step."""
-    how = "lower training.learning_rate, train for fewer steps, or check the rows"
     if saved_best:
-        return how
+        return AFTER_VERDICT
     earlier = [step for step, _ in list_checkpoints(run.checkpoints) if step < final_step]
     kept = f"the checkpoint of step {earlier[0]} is {relative_to(run.path)}@{earlier[0]}" if earlier else ""
-    return f"{how}; {KEEP_BEST}; {kept or 'set training.save_steps to save checkpoints of earlier steps'}"
+    return f"{AFTER_VERDICT}; {KEEP_BEST}; {kept or 'set training.save_steps to save checkpoints of earlier steps'}"
 
 
 def report_facts(

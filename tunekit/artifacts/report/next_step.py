@@ -24,13 +24,13 @@ LEAST_STEPS = 12  # minimum of steps that show a trend
 TIMES = 3.0  # factor between learning rates to try
 WIDE = 0.1  # share of the change by training; a wider interval hides differences between recipes
 CLIPPED = 0.5  # share of the steps
+AFTER_VERDICT = "lower training.learning_rate, train for fewer steps, or check the rows"
 
 
 def after_training(run: RunValues) -> list[str]:
-    """The next steps after a finished run, most important first. Empty if the report has a bad verdict, because the
-    verdict contains advice."""
+    """The next steps after a finished run, most important first. For a run with a bad verdict, only AFTER_VERDICT."""
     if not run.report or "verdict" in run.report:
-        return []
+        return [AFTER_VERDICT] if run.report else []
     return [text for rule in AFTER_TRAINING if (text := rule(run)) is not None][:MOST]
 
 
@@ -51,15 +51,17 @@ def learned_at_once(run: RunValues) -> str | None:
     first = next((record for record in run.evaluations if record.part("eval").number("accuracy") == 1.0), None)
     if first is None or first.count("step") > half:
         return None
+    check = "data check that no training row equals an evaluation row"
+    if not first.count("step"):  # before training, equal rows do not matter
+        check = "preview that the prompt does not contain the answer"
     return (
-        f"the accuracy on evaluation rows was 1.0 already at step {first.count('step'):,}: check with tunekit data "
-        "check that no training row equals an evaluation row"
+        f"the accuracy on evaluation rows was 1.0 already at step {first.count('step'):,}: check with tunekit {check}"
     )
 
 
 def evaluation_rises(run: RunValues) -> str | None:
     """The last evaluation loss is above the lowest evaluation loss by more than the share CHANGE, while the training
-    loss continued to fall. Not for a run whose exported step another metric chose.
+    loss continued to fall and is not flat. Not for a run whose exported step another metric chose.
 
     Source: the generalisation loss GL(t) = E(t) / min E - 1; Prechelt 1998, Early stopping - but when?, section 2.
     """
@@ -67,14 +69,14 @@ def evaluation_rises(run: RunValues) -> str | None:
     if len(losses) < 3 or evaluation.get("best") not in (None, "eval.loss"):
         return None
     (best, lowest), (last, loss) = min(losses, key=lambda pair: pair[1]), losses[-1]
-    if best in (0, last) or loss <= (1 + CHANGE) * lowest or not _training_fell(run, best):
+    if best in (0, last) or loss <= (1 + CHANGE) * lowest or not _training_fell(run, best) or loss_is_flat(run):
         return None
     rise = (
         f"the evaluation loss has risen since step {best:,} ({lowest:.4g} to {loss:.4g}), but the training loss falls"
     )
     per_epoch = run.plan.part("rows").count("steps_per_epoch")
     by_epochs = per_epoch and run.recipe.part("training").number("max_steps") is None
-    shorter = f"training.epochs: {best / per_epoch:.2g}" if by_epochs else f"training.max_steps: {best}"
+    shorter = f"training.epochs: {best / per_epoch:.4g}" if by_epochs else f"training.max_steps: {best}"
     if evaluation.get("best") == "eval.loss":
         patience = "" if evaluation.get("patience") else "evaluation.patience or "
         return f"{rise}: to end a run there, set {patience}{shorter}"
@@ -82,14 +84,16 @@ def evaluation_rises(run: RunValues) -> str | None:
 
 
 def evaluation_falls(run: RunValues) -> str | None:
-    """The evaluation loss fell twice in a row, the last time by more than the share CHANGE, and no other metric stopped
-    the run early.
+    """The evaluation loss fell twice in a row, the last time by more than the share CHANGE. No other metric stopped the
+    run early, and none was better at an earlier step, which was exported.
 
     Source: Prechelt 1998, section 2: training continues while the validation error falls.
     """
     losses = _evaluation_losses(run)
     stopped_early = run.report.count("final_step") < run.plan.count("steps")
-    if len(losses) < 3 or stopped_early or (losses[-1][1] < LEARNED and _is_log_loss(run)):
+    if len(losses) < 3 or stopped_early or _is_learned(run, losses[-1][1]):
+        return None
+    if run.report.get("best_step", losses[-1][0]) != losses[-1][0]:
         return None
     (_, earlier), (before, loss), (last, final) = losses[-3:]
     if not earlier > loss > final or final > (1 - CHANGE) * loss:
@@ -97,7 +101,7 @@ def evaluation_falls(run: RunValues) -> str | None:
     training = run.recipe.part("training")
     key = "max_steps" if training.number("max_steps") is not None else "epochs"
     length = training.number(key)
-    longer = "" if length is None else f", for example with training.{key}: {2 * length:g}"
+    longer = "" if length is None else f", for example with training.{key}: {2 * length:.9g}"
     return (
         f"the evaluation loss still falls ({loss:.4g} to {final:.4g} in the last {last - before:,} steps): train "
         f"longer{longer}"
@@ -106,8 +110,8 @@ def evaluation_falls(run: RunValues) -> str | None:
 
 def loss_is_flat(run: RunValues) -> str | None:
     """The mean training loss of the last third of the steps is about equal to the mean of the first third: their
-    difference is below the noise, and the loss fell by less than the share CHANGE. If most gradients were clipped, the
-    sentence names a lower learning rate first.
+    difference is below the noise, and the loss fell by less than the share CHANGE. Not if nothing is left to learn. If
+    most gradients were clipped, the sentence names a lower learning rate first.
 
     Source: noise is estimated from successive differences, variance = mean((x[t+1] - x[t])^2) / 2; von Neumann 1941.
     Rates at factors of about 3: Bengio 2012, section 3.1 (a rate 3 times smaller).
@@ -119,7 +123,7 @@ def loss_is_flat(run: RunValues) -> str | None:
     first, last = fmean(losses[:third]), fmean(losses[-third:])
     variance = fmean((after - before) ** 2 for before, after in pairwise(losses)) / 2
     noise = NORMAL_95 * math.sqrt(2 * variance / third)
-    if abs(last - first) > noise or first - last > CHANGE * abs(first):
+    if abs(last - first) > noise or first - last > CHANGE * abs(first) or _is_learned(run, last):
         return None
     rates = [rate * TIMES, rate / TIMES]
     limit, norms = run.recipe.part("training").number("max_grad_norm"), _norms(run)
@@ -209,13 +213,16 @@ AFTER_TRAINING = (
 )
 
 
-def after_plan(plan: Plan, recipe: Path, *, overrides: Sequence[str], ranks: int = 1) -> list[str]:
+def after_plan(
+    plan: Plan, recipe: Path, *, overrides: Sequence[str], ranks: int = 1, device: str | None = None
+) -> list[str]:
     """The next steps after `tunekit plan`; empty if the plan has refusals, because these contain advice. `overrides`:
-    the changes of the recipe on the command line. `ranks`: the number of planned processes."""
+    the changes of the recipe on the command line. `ranks`: the number of planned processes. `device`: --device."""
     if plan.refusals:
         return []
     program = "tunekit" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m tunekit"
-    train = f"{program} train {shlex.join([str(recipe), *overrides])}"
+    options = [] if device is None else ["--device", device]
+    train = f"{program} train {shlex.join([str(recipe), *overrides, *options])}"
     if plan.rows.evaluation is not None:
         return [train]
     rows = plan.rows.training
@@ -231,29 +238,36 @@ CURES = {  # kind of finding -> what to do, most important first
 }
 
 
-def after_data_check(findings: Sequence[Mapping[str, Sequence[int]]], recipe: Path, *, fixes: bool) -> list[str]:
+def after_data_check(
+    findings: Sequence[Mapping[str, Sequence[int]]], recipe: Path, *, overrides: Sequence[str] = (), fixes: bool
+) -> list[str]:
     """The next steps after a data check. `findings`: for each file, the line numbers of rows by kind of finding.
-    `fixes`: whether --fix would leave out any training rows.
+    `overrides`: the changes of the recipe on the command line. `fixes`: whether --fix would leave out any training
+    rows.
 
     Source: secrets, Carlini et al. 2021, Extracting training data; leaks, Lee et al. 2022, section 5; labels, Northcutt
     et al. 2021, Pervasive label errors.
     """
     kinds = {kind for each in findings for kind, lines in each.items() if lines}
     if not kinds:
-        return [f"tunekit preview {shlex.quote(str(recipe))} shows which tokens are trained on"]
+        return [f"tunekit preview {shlex.join([str(recipe), *overrides])} shows what the model is trained on"]
     cures = [cure for kind, cure in CURES.items() if kind in kinds][:1]
-    return [*cures, *(["--fix FILE writes the training rows without findings"] if fixes else [])]
+    if not fixes:
+        return cures or ["correct the rows with findings, or remove them"]
+    return [*cures, "--fix FILE writes the training rows without findings"]
 
 
-def after_evaluation(target: str, kind: str, losses: Losses, units: Losses) -> list[str]:
+def after_evaluation(
+    target: str, kind: str, losses: Losses, units: Losses, *, changes: Sequence[str] = ()
+) -> list[str]:
     """The next steps after an evaluation: a sentence about the noise of the loss, then the next command. `kind`:
-    recipe, run, adapter or model.
+    recipe, run, adapter or model. `changes`: the changes of a recipe on the command line.
 
     Shapes: `losses`, `units` (rows,) each, empty if they were not measured.
     """
     noise = None if len(losses) < 2 or not units.sum() else few_rows(losses, units)
     commands = {
-        "recipe": f"tunekit train {shlex.quote(target)}, then evaluate its run on the same rows",
+        "recipe": f"tunekit train {shlex.join([target, *changes])}, then evaluate its run on the same rows",
         "run": f"tunekit report {shlex.quote(target)} shows the rows with the highest loss",
     }
     return [*([] if noise is None else [noise]), *([commands[kind]] if kind in commands else [])]
@@ -262,6 +276,11 @@ def after_evaluation(target: str, kind: str, losses: Losses, units: Losses) -> l
 def _has_loss(run: RunValues) -> bool:
     """Whether the training loss shows how good the run is."""
     return run.shows.headline == Headline() and not run.shows.draws
+
+
+def _is_learned(run: RunValues, loss: float) -> bool:
+    """Whether nothing is left to learn at this loss."""
+    return loss < LEARNED and _is_log_loss(run)
 
 
 def _is_log_loss(run: RunValues) -> bool:
