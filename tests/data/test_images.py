@@ -49,7 +49,7 @@ def test_a_turned_picture_is_put_upright(tmp_path: Path, orientation: int) -> No
     stored = np.ascontiguousarray(undo[orientation](COLOURS))  # as a camera that was held so has it
     path = saved(tmp_path, "turned.png", Image.fromarray(stored), exif=exif)
     assert np.array_equal(read_image(path, notices), COLOURS)
-    assert notices["images turned upright, as their EXIF data states"] == 1
+    assert notices["images turned upright, as the EXIF data states"] == 1
 
 
 def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_ink_depth_and_transparency_are_converted_and_counted(tmp_path: Path) ->
     assert +notices == {
         "images converted from CMYK to RGB": 1,
         "images with one deep channel (I;16), scaled to 8 bits": 1,
-        "partly transparent images, placed on a white background": 1,
+        "images with transparency, placed on a white background": 1,
     }
 
 

@@ -526,7 +526,7 @@ def test_rows_end_to_end_have_the_losses_of_rows_alone(packing: bool, bases: dic
 
 def test_a_tokenizer_that_separates_nothing_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
     plan, prepared = make_plan(load_recipe(write_pairs(tmp_path, bases["llama"])), device=CPU)
-    notes = [note for note in plan.notes if "are joined without a separator" in note]
+    notes = [note for note in plan.notes if "joined without a separator" in note]
     assert [note.partition(" of texts")[0] for note in notes] == [
         "warning: train.jsonl: 42 pairs",
         "warning: test.jsonl: 12 pairs",

@@ -281,7 +281,7 @@ def test_an_empty_part_of_a_long_recording_leaves_the_others(processor: SpeechPr
     _, rows = SourceEncoder(make_example, kind, "rows").outcome(row)
     assert isinstance(rows, list)
     assert [bytes(row.parts["text"]).decode() for row in rows] == ["first", "last"]
-    assert kind.notices == {"parts of rows left out: empty transcript": 1}
+    assert kind.notices == {"parts of the rows left out: empty transcript": 1}
 
 
 def test_bad_sounds_are_named(processor: SpeechProcessor, sounds: Path, tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_features_without_room_are_made_in_each_step(
     monkeypatch.setattr("tunekit.objectives.rows.recordings.free_bytes", lambda path: 10**9)
     capsys.readouterr()
     assert losses(train(recipe, f"output.dir={tmp_path / 'made'}")) == kept
-    assert "12 recordings are read again in each step" in capsys.readouterr().out
+    assert "12 recordings read again in each step" in capsys.readouterr().out
     (files,) = (tmp_path / "other" / "tokens").iterdir()
     assert (files / "features.bin").stat().st_size == 0
 

@@ -58,7 +58,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
                     raise Dropped(ANIMATED)
                 opened.load()
                 turned = opened.getexif().get(ORIENTATION) in range(2, 9)
-                notices["images turned upright, as their EXIF data states"] += turned
+                notices["images turned upright, as the EXIF data states"] += turned
                 ImageOps.exif_transpose(opened, in_place=True)
                 return _as_pixels(opened, notices)
     except Dropped:
@@ -107,7 +107,7 @@ def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
         notices[f"images converted from {image.mode} to RGB"] += 1
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return lambda block: np.asarray(block.convert("RGB"))
-    notices["partly transparent images, placed on a white background"] += 1
+    notices["images with transparency, placed on a white background"] += 1
     white = (255, 255, 255, 255)
     return lambda block: np.asarray(
         Image.alpha_composite(Image.new("RGBA", block.size, white), block.convert("RGBA")).convert("RGB")

@@ -3,7 +3,6 @@
 Notes that begin with "warning: " need attention.
 """
 
-import re
 from collections.abc import Container, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -15,10 +14,6 @@ from tunekit.recipe.reading.names import facts_of
 
 WARNING = "warning: "
 MANY_DROPPED = 0.05  # share of a source's rows
-PLURAL = re.compile(r"\b(part|row|answer|image|prompt|pair|recording)s\b")  # the counted noun of a remark
-SINGULAR = {" that train ": " that trains ", " that spell ": " that spells ", "their last turn": "its last turn"}
-SINGULAR |= {"without their": "without its", " are joined ": " is joined ", " are read ": " is read "}
-SINGULAR |= {"part of rows": "part of a row", "whose ends are": "whose end is", "as their EXIF": "as its EXIF"}
 NEARLY = 0.85  # minimum similarity of a column's name to a field that it may misspell
 
 
@@ -62,12 +57,13 @@ def drawn_notes(name: str, source: Source) -> list[str]:
 
 
 def counted_note(name: str, number: int, what: str) -> str:
-    """A note about `number` rows of a source. `what`: the remark, which begins with "warning: " if it is a warning."""
+    """A note about `number` rows of a source. `what`: the remark. It begins with a plural, or with "warning: " and a
+    plural.
+    """
     start, what = (WARNING, what.removeprefix(WARNING)) if what.startswith(WARNING) else ("", what)
     if number == 1:
-        what = PLURAL.sub(r"\1", what, count=1)
-        for several, one in SINGULAR.items():
-            what = what.replace(several, one)
+        counted, _, text = what.partition(" ")
+        what = f"{counted.removesuffix('s')} {text}"
     return f"{start}{name}: {number:,} {what}"
 
 

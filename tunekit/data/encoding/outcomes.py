@@ -60,7 +60,7 @@ class SourceEncoder:
                 reasons.append(reason)
         if reasons and not any(row.supervised for row in rows):
             raise reasons[0]
-        self.kind.notices.update(f"parts of rows left out: {reason}" for reason in reasons)
+        self.kind.notices.update(f"parts of the rows left out: {reason}" for reason in reasons)
         return rows
 
 

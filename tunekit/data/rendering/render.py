@@ -27,10 +27,10 @@ EMPTY_TEXT = "empty text"
 NO_ANSWER = "no answer to train on"
 NO_WEIGHT = "sample_weight 0"
 NO_TEMPLATE = "rows encoded as a plain prompt and answer, because the tokenizer has no chat template"
-EOS_ADDED = "rows that got an end-of-sequence token, because the chat template does not end their last turn"
+EOS_ADDED = "rows that got an end-of-sequence token, because the chat template does not end the last turn"
 SPELLED = (
-    "warning: rows that spell a special token; it stays text, because only a chat template makes special tokens; "
-    "write conversations as messages (format chat)"
+    "warning: rows whose text contains a special token; it stays text, because only a chat template makes special "
+    "tokens; write conversations as messages (format chat)"
 )
 PIECE_CHARACTERS, CUT_TOKENS = (
     8192,

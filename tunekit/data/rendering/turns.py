@@ -18,7 +18,7 @@ from tunekit.formats.example import ChatExample, Message
 from tunekit.records import JsonObject
 
 ONLY_LAST = (
-    "rows that train only on the last answer, because the chat template rewrites earlier turns "
+    "rows with only the last answer trained on, because the chat template rewrites earlier turns "
     "(set data.rewritten_answers: each to train on all answers)"
 )
 TOOLS_IGNORED = "rows whose tools the chat template leaves out"
@@ -28,7 +28,7 @@ REASONING = (
     "reasoning",
     "tool_plan",
 )  # names of the field with the reasoning, in different models
-THOUGHTLESS = "answers trained on without their reasoning, which the chat template leaves out"
+THOUGHTLESS = "answers trained on without the reasoning, which the chat template leaves out"
 SHORTENED = "answers that the chat template changes"
 _OPENING, _CLOSING = "\ue001", "\ue002"
 Tools = Sequence[JsonObject] | None  # the tools of a row

@@ -37,7 +37,7 @@ from tunekit.recipe.bases.label_settings import LabelSettings
 UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # in files of these data sets, this label means that a pair has no label
 TWO_TEXTS = 'give both texts with --prompts FILE.jsonl: {"sentence1": "...", "sentence2": "..."} in each line'
 JOINED = (
-    "warning: pairs of texts are joined without a separator, because this tokenizer has none; "
+    "warning: pairs of texts joined without a separator, because this tokenizer has none; "
     "add a separator to the rows, such as a line break at the end of the first text"
 )
 

@@ -78,7 +78,7 @@ class PictureRows(RowKind):
             raise DataError("the image has no 'text'", "add a 'text' to the row, or write objective.instance_prompt")
         pixels = read_pixels(example.image, self.notices)
         for cut in self.processor.cut_prompts([prompt]):
-            self.notices[f"prompts too long for CLIP, whose ends are ignored ({cut[:40]}...)"] += 1
+            self.notices[f"prompts too long for CLIP, which ignores the end ({cut[:40]}...)"] += 1
         size = fitting_bucket(pixels.shape[:2], (self.buckets, *self.smaller))
         if len(self.buckets) > 1:
             self.notices[f"images trained on at {size[1]} x {size[0]} pixels"] += 1

@@ -24,7 +24,7 @@ from tunekit.objectives.rows.labels import utf8
 from tunekit.objectives.rows.spec_augment import drawn_masks, masked
 
 SILENT = "silent recording"
-COMPUTED = "recordings are read again in each step, because the cache's disk has less than 5 GiB of free space"
+COMPUTED = "recordings read again in each step, because the cache's disk has less than 5 GiB of free space"
 MIN_FREE_BYTES = 5 * 2**30  # free space of the cache's disk: features of 30 s take about 1 MB
 SOUND_PARTS = {"features": "<f4", "place": "u1", "samples": "<i4"}
 MASKS = "masks"  # a part that `draw` adds
