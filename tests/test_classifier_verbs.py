@@ -13,7 +13,8 @@ from transformers import BertForSequenceClassification
 
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
-from tests.objectives.test_classify import texts, train, write_recipe
+from tests.objectives.test_classify import texts, write_recipe
+from tests.support.train_case import train
 from tunekit.adapter import diff_verb
 from tunekit.chat import chat_verb
 from tunekit.console import Console

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.objectives.test_dpo import CPU, train
+from tests.objectives.test_dpo import CPU
 from tests.objectives.test_grpo import base as base
 from tests.objectives.test_grpo import write_prompts
+from tests.support.train_case import train
 from tunekit.companions.sampling import Sampler, cache_shapes
 from tunekit.model.text.decoder import Decoder
 from tunekit.planning.plan import make_plan

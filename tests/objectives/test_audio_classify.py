@@ -17,9 +17,8 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.data_case import write_lines
-from tests.support.image_case import records
 from tests.support.speech_case import RATE, SECONDS, held_sound, keys, write_recipe, write_tiny_whisper
-from tests.support.train_case import ADAPTER_FILES
+from tests.support.train_case import check_a_resume, losses, train
 from tunekit.contracts import EncodeOptions, Row, RowKind
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import resampled
@@ -43,7 +42,6 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 from tunekit.targets.target import find_target, load_target
-from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -81,15 +79,6 @@ def write(folder: Path, base: Path, source: Path, **sections: Any) -> Path:
     values["objective"] = {key: value for key, value in objective.items() if key != "language"}
     path.write_text(json.dumps(values), encoding="utf-8")
     return path
-
-
-def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(load_recipe(recipe, list(overrides)), resume, False)
-    return Path(load_recipe(recipe, list(overrides)).recipe.output.dir)
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in records(run)]
 
 
 def rows_with(processor: AudioProcessor, excess_length: str = "drop") -> RowKind:
@@ -306,16 +295,7 @@ def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, re
 @pytest.mark.drawn
 def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, recordings: Path, tmp_path: Path) -> None:
     recipe = write(tmp_path, whisper, recordings, objective=AUGMENTED, adapter={"dropout": 0.1})
-    steps = ["training.max_steps=6", "training.save_steps=3", "data.shuffle=true"]
-    whole = train(recipe, *steps, f"output.dir={tmp_path / 'whole'}")
-    part = train(recipe, *steps, f"output.dir={tmp_path / 'part'}")
-    shutil.rmtree(part / "adapter")
-    shutil.rmtree(part / "checkpoints" / "step-000006")
-    (part / "status.json").unlink()
-    train(recipe, *steps, f"output.dir={part}", resume=True)
-    for name in ADAPTER_FILES:
-        assert (part / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
-    assert losses(part) == losses(whole)
+    check_a_resume(recipe, "training.max_steps=6", "training.save_steps=3", "data.shuffle=true")
 
 
 @pytest.mark.parametrize("streaming", ["host", pytest.param("disk", marks=pytest.mark.slow)])

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.support.image_case import CLASS_PROMPT, ByHand, adapter_tensors, records, write_image_recipe, write_photos
+from tests.support.image_case import CLASS_PROMPT, ByHand, records, write_image_recipe, write_photos
 from tests.support.tiny_pipelines import SIZE, saved_pipeline
+from tests.support.train_case import check_a_resume
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.objectives.dreambooth import CUT
@@ -179,15 +179,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipe
     objective = {"aspect_ratio_buckets": "auto", "center_crop": False, **with_prior(tmp_path)}
     training = {"max_steps": 6, "micro_batch_size": 3, "save_steps": 3, "keep_checkpoints": 3}
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, training=training)
-    whole, cut = trained(recipe, tmp_path / "whole"), trained(recipe, tmp_path / "cut")
-    for name in ("checkpoints/step-000006", "adapter"):
-        shutil.rmtree(cut / name)
-    for name in ("report.json", "report.md", "report.html", "status.json"):
-        (cut / name).unlink()
-    trained(recipe, cut, resume=True)
-    ours, theirs = (adapter_tensors(run / "adapter") for run in (cut, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [record["loss"] for record in records(cut)] == [record["loss"] for record in records(whole)]
+    check_a_resume(recipe)
 
 
 @pytest.mark.drawn

@@ -11,19 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.objectives.test_classify import (
-    CPU,
-    losses,
-    losses_of,
-    start_as_ours,
-    tensors_of,
-    texts,
-    train,
-    write_recipe,
-)
+from tests.objectives.test_classify import CPU, losses_of, start_as_ours, texts, write_recipe
 from tests.objectives.test_classify import base as base
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
+from tests.support.train_case import lose_the_end, losses, tensors_of, train
 from tunekit.errors import RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.planning.plan import make_plan
@@ -117,11 +109,8 @@ def test_a_weighted_run_resumes_and_streams_exactly(llama: Path, tmp_path: Path)
         tmp_path / "streamed", llama, objective=objective, training=training, memory={"streaming": "disk"}
     )
     assert tensors_of(train(streamed)) == tensors_of(plain)
-    (plain / "status.json").unlink()
     expected = tensors_of(plain)
-    newest = sorted((plain / "checkpoints").iterdir())[-1]
-    newest.rename(tmp_path / "taken")
-    (plain / "adapter").rename(tmp_path / "adapter")
+    lose_the_end(plain)
     train(tmp_path / "plain" / "recipe.yaml", resume=True)
     assert tensors_of(plain) == expected
 

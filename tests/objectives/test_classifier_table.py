@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.test_classify import losses, losses_of, start_as_ours, texts, train, write_recipe
+from tests.objectives.test_classify import losses_of, start_as_ours, texts, write_recipe
 from tests.objectives.test_problem_types import KINDS, rows_of, target_of
 from tests.objectives.test_problem_types import write_recipe as write_typed
 from tests.support.classifier_case import check_each_reads_the_other, close
+from tests.support.train_case import losses, train
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.errors import ModelError
 from tunekit.planning.plan import make_plan

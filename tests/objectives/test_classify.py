@@ -30,6 +30,7 @@ from transformers import (
 
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import tokenizer_of
+from tests.support.train_case import check_a_resume, losses, tensors_of, train, write_sections
 from tunekit.adapter import combine_verb, convert_verb, diff_verb, export_checkpoint_verb
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.contracts import AnswerLimits, EncodeOptions, Row
@@ -112,26 +113,7 @@ def write_recipe(folder: Path, base: Path, **sections: Any) -> Path:
         "training": {"learning_rate": 0.01, "micro_batch_size": 6, "gradient_accumulation_steps": 1, "epochs": 3},
         "output": {"dir": "run"},
     }
-    for name, section in sections.items():
-        written = values.get(name, {})
-        values[name] = {**written, **section} if isinstance(section, dict) and isinstance(written, dict) else section
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
-def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(load_recipe(recipe, list(overrides)), resume, False)
-    return recipe.parent / "run"
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def tensors_of(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    return write_sections(folder, values, sections)
 
 
 @pytest.mark.sampled(1)
@@ -324,15 +306,7 @@ def test_peft_reads_the_folder_and_its_own_is_read(base: Path, tmp_path: Path) -
 
 @pytest.mark.sampled(1)
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
-    whole = train(write_recipe(tmp_path / "whole", base, adapter={"dropout": 0.1}))
-    recipe = write_recipe(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 5})
-    run = train(recipe)
-    (run / "status.json").unlink()
-    newest = sorted((run / "checkpoints").iterdir())[-1]
-    shutil.rmtree(newest)
-    shutil.rmtree(run / "adapter")
-    train(recipe, resume=True)
-    assert tensors_of(run) == tensors_of(whole)
+    check_a_resume(write_recipe(tmp_path, base, adapter={"dropout": 0.1}, training={"save_steps": 5}))
 
 
 @pytest.mark.sampled(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_logprobs import CappedHead, numbers
-from tests.support.train_case import lose_the_end, records, result_bytes, without_times, write_recipe
+from tests.support.train_case import lose_the_end, losses, records, result_bytes, without_times, write_recipe
 from tunekit.companions.base import load_companions
 from tunekit.contracts import ModelOutput
 from tunekit.errors import ModelError, RecipeError, RunFolderError, TunekitError
@@ -92,10 +92,6 @@ def trained(folder: Path, student: Path, teacher: Path, run: str, *overrides: st
         write_recipe(folder, student, objective=values, adapter={"dropout": 0.0}, training={"save_steps": 100})
     train_verb(load_recipe(path, [f"output.dir={folder / run}", *overrides]), False, False)
     return folder / run
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in records(run) if "loss" in record]
 
 
 @pytest.mark.drawn

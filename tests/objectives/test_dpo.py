@@ -21,7 +21,16 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import objective_of
 from tests.support.pair_case import Told, make_rows, trainer_of
-from tests.support.train_case import lose_the_end, records, without_times
+from tests.support.train_case import (
+    check_a_resume,
+    lose_the_end,
+    losses,
+    records,
+    tensors_of,
+    train,
+    without_times,
+    write_sections,
+)
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.errors import DataError, ModelError, TunekitError
@@ -40,7 +49,6 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.records import Choice
 from tunekit.targets.target import find_target, load_target
-from tunekit.train import train_verb
 from tunekit.training.trial import probe_reference
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
@@ -183,20 +191,7 @@ def write_recipe(folder: Path, base: Path, rows: list[dict[str, Any]] | None = N
         "training": {"learning_rate": 0.003, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "epochs": 2},
         "output": {"dir": "run"},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
-def train(recipe: Path, *, resume: bool = False) -> Path:
-    train_verb(load_recipe(recipe), resume, False)
-    return recipe.parent / "run"
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in records(run) if "loss" in record]
+    return write_sections(folder, values, sections)
 
 
 def check_it_is_one_run(
@@ -220,10 +215,6 @@ def check_it_is_one_run(
     monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
     assert losses(train(recipe("padded", 1))) == pytest.approx(whole, rel=1e-5)
     return run
-
-
-def tensors_of(run: Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.drawn
@@ -341,12 +332,7 @@ def test_a_prompt_computed_once_is_two_plain_rows(base: Path, tmp_path: Path, ob
 
 @pytest.mark.drawn
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
-    whole = train(write_recipe(tmp_path / "whole", base, adapter={"dropout": 0.1}))
-    recipe = write_recipe(tmp_path / "parts", base, adapter={"dropout": 0.1}, training={"save_steps": 2})
-    run = train(recipe)
-    lose_the_end(run)
-    train(recipe, resume=True)
-    assert tensors_of(run) == tensors_of(whole)
+    check_a_resume(write_recipe(tmp_path, base, adapter={"dropout": 0.1}, training={"save_steps": 2}))
 
 
 @pytest.mark.drawn

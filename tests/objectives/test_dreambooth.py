@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from tests.support.image_case import (
     write_photos,
 )
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
+from tests.support.train_case import check_a_resume, lose_the_end
 from tunekit.adapter import adopt_verb
 from tunekit.artifacts.report.plan_page import facts, memory_rows, target_rows
 from tunekit.companions.pipeline import ClassImages
@@ -126,16 +126,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, pipe
     adapter = {"target_modules": [*ATTENTION, *OF_TEXT], "dropout": 0.1}
     training = {"max_steps": 6, "save_steps": 3, "keep_checkpoints": 3, "gradient_accumulation_steps": 2}
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, adapter=adapter, training=training)
-    whole, cut = trained(recipe, tmp_path / "whole"), trained(recipe, tmp_path / "cut")
-    expected = records(whole)
-    shutil.rmtree(cut / "checkpoints" / "step-000006")
-    for name in ("report.json", "report.md", "report.html", "status.json"):
-        (cut / name).unlink()
-    shutil.rmtree(cut / "adapter")
-    trained(recipe, cut, resume=True)
-    ours, theirs = adapter_tensors(cut / "adapter"), adapter_tensors(whole / "adapter")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [record["loss"] for record in records(cut)] == [record["loss"] for record in expected]
+    check_a_resume(recipe)
 
 
 @pytest.mark.slow
@@ -308,10 +299,7 @@ def test_other_class_images_refuse_a_resume(tmp_path: Path, pipeline: Path, phot
     training = {"max_steps": 2, "save_steps": 1}
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=with_prior(tmp_path), training=training)
     run = trained(recipe, tmp_path / "run")
-    shutil.rmtree(run / "checkpoints" / "step-000002")
-    for name in ("report.json", "report.md", "report.html", "status.json"):
-        (run / name).unlink()
-    shutil.rmtree(run / "adapter")
+    lose_the_end(run)
     write_photos(tmp_path / "classes", 3, seed=10)
     with pytest.raises(InputError, match="class_data_dir: changed since the run: its content is different"):
         trained(recipe, run, resume=True)

@@ -16,12 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.test_dpo import CPU, losses, tensors_of, train, write_recipe
+from tests.objectives.test_dpo import CPU, write_recipe
 from tests.objectives.test_reward import write_reward
 from tests.objectives.test_rewards import loaded
 from tests.support.pair_case import on_two_ranks
 from tests.support.sample_case import Case
-from tests.support.train_case import lose_the_end, records, without_times
+from tests.support.train_case import lose_the_end, losses, records, tensors_of, train, without_times
 from tunekit.companions.base import load_companions
 from tunekit.contracts import Gather, Window
 from tunekit.data.batching.windows import evaluation_batches

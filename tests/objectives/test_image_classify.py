@@ -26,6 +26,7 @@ from transformers import (
 
 from tests.support.image_case import COLOURS, records, write_classes
 from tests.support.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
+from tests.support.train_case import check_a_resume, write_sections
 from tunekit.adapters.attach import attach_adapter
 from tunekit.data.encoding import augmentation
 from tunekit.data.encoding.images import read_image
@@ -57,7 +58,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(folder: Path, model: Path, pictures: Path, **sections: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, dict[str, Any]] = {
         "model": {"name_or_path": str(model), "dtype": "float32"},
         "data": {"train": [{"path": str(pictures)}], "eval": [{"path": str(pictures)}]},
@@ -74,11 +74,7 @@ def write(folder: Path, model: Path, pictures: Path, **sections: dict[str, Any])
         },
         "output": {"dir": "run"},
     }
-    for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
+    return write_sections(folder, values, sections)
 
 
 def trained(recipe: Path, run: Path, resume: bool = False) -> Path:
@@ -152,16 +148,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, vit:
     objective = {"randaugment_ops": 2, "random_erasing": 0.3}
     training = {"max_steps": 4, "save_steps": 2, "keep_checkpoints": 3}
     recipe = write(tmp_path, vit, pictures, objective=objective, training=training)
-    whole, cut = trained(recipe, tmp_path / "whole"), trained(recipe, tmp_path / "cut")
-    for name in ("checkpoints/step-000004", "adapter"):
-        shutil.rmtree(cut / name)
-    for name in ("report.json", "report.md", "report.html", "status.json"):
-        (cut / name).unlink()
-    trained(recipe, cut, resume=True)
-    files = [run / "adapter" / "adapter_model.safetensors" for run in (whole, cut)]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    check_a_resume(recipe)
     plain = write(tmp_path / "plain", vit, pictures, training=training)
-    assert records(trained(plain, tmp_path / "plain" / "run")) != records(whole)
+    assert records(trained(plain, tmp_path / "plain" / "run")) != records(tmp_path / "whole")
 
 
 @pytest.mark.slow

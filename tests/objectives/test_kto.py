@@ -19,10 +19,10 @@ from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import pad
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.test_dpo import CPU, check_it_is_one_run, train, write_recipe
+from tests.objectives.test_dpo import CPU, check_it_is_one_run, write_recipe
 from tests.support.data_case import objective_of
 from tests.support.pair_case import Output, log_probabilities_of, on_two_ranks, parts_of, run_of, trainer_of
-from tests.support.train_case import records
+from tests.support.train_case import records, train
 from tunekit.contracts import Batch, EncodeOptions, Row, Window
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb

@@ -12,9 +12,10 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from tests.objectives.test_classify import CPU, classifier, train, write_recipe
+from tests.objectives.test_classify import CPU, classifier, write_recipe
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
+from tests.support.train_case import train
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
 from tunekit.errors import TunekitError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import peft
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer, MoonshineConfig, MoonshineForConditional
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.speech_case import texts, write_recipe, write_sounds
-from tests.support.train_case import ADAPTER_FILES
+from tests.support.train_case import check_a_resume, losses, train
 from tunekit.data.encoding.sounds import resampled
 from tunekit.errors import DataError, RecipeError
 from tunekit.evaluate import evaluate_verb
@@ -25,7 +24,6 @@ from tunekit.model.storage.builtin import tiny_model_folder
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
-from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -67,16 +65,6 @@ def moonshine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sounds(tmp_path_factory.mktemp("sounds") / "keys", texts(12))
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(load_recipe(recipe, list(overrides)), resume, False)
-    return Path(load_recipe(recipe, list(overrides)).recipe.output.dir)
 
 
 def heard(sounds: Path, number: int) -> torch.Tensor:
@@ -132,15 +120,7 @@ def test_micro_batches_change_nothing(moonshine: Path, sounds: Path, tmp_path: P
 @pytest.mark.drawn
 def test_a_resumed_run_is_the_same_to_the_bit(moonshine: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, moonshine, sounds, objective=NO_LANGUAGE, adapter={"dropout": 0.1})
-    steps = ["training.max_steps=6", "training.save_steps=3", "data.shuffle=true"]
-    whole = train(recipe, *steps, f"output.dir={tmp_path / 'whole'}")
-    part = train(recipe, *steps, f"output.dir={tmp_path / 'part'}")
-    shutil.rmtree(part / "adapter")
-    shutil.rmtree(part / "checkpoints" / "step-000006")
-    (part / "status.json").unlink()
-    train(recipe, *steps, f"output.dir={part}", resume=True)
-    for name in ADAPTER_FILES:
-        assert (part / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    check_a_resume(recipe, "training.max_steps=6", "training.save_steps=3", "data.shuffle=true")
 
 
 @pytest.mark.drawn

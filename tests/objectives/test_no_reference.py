@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.test_dpo import losses, tensors_of, train, write_recipe
+from tests.objectives.test_dpo import write_recipe
 from tests.support.pair_case import Told, trainer_of
+from tests.support.train_case import losses, tensors_of, train
 from tunekit.contracts import EncodeOptions
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.preference import make_example

@@ -32,9 +32,10 @@ from transformers import (
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_classifier_table import DEBERTA_2, DROPOUT, ROBERTA, SIZES
-from tests.objectives.test_classify import losses, losses_of, start_as_ours, tensors_of, train, write_recipe
+from tests.objectives.test_classify import losses_of, start_as_ours, write_recipe
 from tests.support.classifier_case import check_each_reads_the_other
 from tests.support.data_case import tokenizer_of
+from tests.support.train_case import check_a_resume, losses, train
 from tests.test_data_check import check
 from tunekit.contracts import EncodeOptions, Row
 from tunekit.data.reading.first import choose_format
@@ -500,13 +501,7 @@ def test_other_objectives_take_no_pairs(bases: dict[str, Path], tmp_path: Path) 
 
 @pytest.mark.drawn
 def test_a_resumed_run_is_the_uninterrupted_one(bases: dict[str, Path], tmp_path: Path) -> None:
-    whole = tensors_of(train(write_pairs(tmp_path / "whole", bases["bert"])))
-    recipe = write_pairs(tmp_path / "parts", bases["bert"], training={"save_steps": 5})
-    run = train(recipe)
-    (run / "status.json").unlink()
-    shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
-    shutil.rmtree(run / "adapter")
-    assert tensors_of(train(recipe, resume=True)) == whole
+    check_a_resume(write_pairs(tmp_path, bases["bert"], training={"save_steps": 5}))
 
 
 @pytest.mark.drawn

@@ -20,13 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.objectives.test_classify import CPU, losses, losses_of, start_as_ours, tensors_of, train
+from tests.objectives.test_classify import CPU, losses_of, start_as_ours
 from tests.objectives.test_classify import base as base
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import write_recipe as write_labelled
 from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_vit import write_tiny_vit
+from tests.support.train_case import lose_the_end, losses, tensors_of, train
 from tunekit.adapter import combine_verb
 from tunekit.data.looking.first_look import look_at
 from tunekit.errors import DataError, TunekitError
@@ -195,10 +196,7 @@ def test_a_run_resumes_streams_and_batches_exactly(kind: str, llama: Path, tmp_p
     streamed = write_recipe(tmp_path / "streamed", llama, kind, training=training, memory={"streaming": "disk"})
     assert tensors_of(train(streamed)) == tensors_of(plain)
     expected, records = tensors_of(plain), (plain / "metrics.jsonl").read_text("utf-8").splitlines()
-    (plain / "status.json").unlink()
-    newest = sorted((plain / "checkpoints").iterdir())[-1]
-    newest.rename(tmp_path / "taken")
-    (plain / "adapter").rename(tmp_path / "adapter")
+    lose_the_end(plain)
     train(tmp_path / "plain" / "recipe.yaml", resume=True)
     assert tensors_of(plain) == expected
     again = [json.loads(line) for line in (plain / "metrics.jsonl").read_text("utf-8").splitlines()]

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from tests.conftest import write_tiny_llama
-from tests.objectives.test_dpo import check_it_is_one_run, losses, tensors_of, train, write_recipe
+from tests.objectives.test_dpo import check_it_is_one_run, write_recipe
 from tests.objectives.test_grpo import measured, write_prompts
 from tests.objectives.test_kto import write_kto
-from tests.support.train_case import lose_the_end, records
+from tests.support.train_case import lose_the_end, losses, records, tensors_of, train
 from tests.support.train_case import write_recipe as write_chat_recipe
 from tests.training.test_ranks import TORCHRUN, run_two
 from tunekit.errors import InputError

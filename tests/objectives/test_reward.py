@@ -18,10 +18,10 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import bert, llama  # noqa: F401
-from tests.objectives.test_dpo import CPU, check_it_is_one_run, losses, pairs, train, write_recipe
+from tests.objectives.test_dpo import CPU, check_it_is_one_run, pairs, write_recipe
 from tests.support.data_case import objective_of
 from tests.support.pair_case import PAIRS, parts_of, trainer_of
-from tests.support.train_case import records
+from tests.support.train_case import losses, records, train
 from tunekit.contracts import Batch, ModelOutput, Row
 from tunekit.errors import InputError, TunekitError
 from tunekit.evaluate import evaluate_verb

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import _compute_mask_indices
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
-from tests.support.train_case import ADAPTER_FILES
+from tests.support.train_case import check_a_resume, losses, train
 from tunekit.contracts import EncodeOptions, Row, RowKind
 from tunekit.data.encoding.outcomes import Dropped, SourceEncoder
 from tunekit.data.encoding.sounds import pieces, quietest, resampled
@@ -45,7 +44,6 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.speech import SpeechSettings
 from tunekit.targets.target import find_target, load_target
-from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -71,16 +69,6 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def processor(whisper: Path) -> SpeechProcessor:
     return load_speech_processor(ModelSection(name_or_path=str(whisper)))
-
-
-def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(load_recipe(recipe, list(overrides)), resume, False)
-    return Path(load_recipe(recipe, list(overrides)).recipe.output.dir)
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def rows_with(
@@ -376,16 +364,7 @@ def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, so
 @pytest.mark.drawn
 def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, whisper, sounds, objective=AUGMENTED, adapter={"dropout": 0.1})
-    recipe_steps = ["training.max_steps=6", "training.save_steps=3", "data.shuffle=true"]
-    whole = train(recipe, *recipe_steps, f"output.dir={tmp_path / 'whole'}")
-    part = train(recipe, *recipe_steps, f"output.dir={tmp_path / 'part'}")
-    shutil.rmtree(part / "adapter")
-    shutil.rmtree(part / "checkpoints" / "step-000006")
-    (part / "status.json").unlink()
-    train(recipe, *recipe_steps, f"output.dir={part}", resume=True)
-    for name in ADAPTER_FILES:
-        assert (part / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
-    assert losses(part) == losses(whole)
+    check_a_resume(recipe, "training.max_steps=6", "training.save_steps=3", "data.shuffle=true")
 
 
 @pytest.mark.parametrize("streaming", ["host", pytest.param("disk", marks=pytest.mark.slow)])

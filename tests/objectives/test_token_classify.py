@@ -9,11 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from tests.conftest import write_tiny_llama
+from tests.objectives.test_classify import base as base
+from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import losses_of, start_as_ours
-from tests.support.train_case import lose_the_end
+from tests.support.train_case import check_a_resume, losses, train, write_sections
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
@@ -24,7 +26,6 @@ from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
-from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
 TAGS = {"anna": "B-PER", "berg": "I-PER", "rome": "B-LOC", "is": "O", "in": "O"}
@@ -39,23 +40,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "classifier_dropout": 0.0}), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def bert(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    BertModel(BertConfig(vocab_size=len(tokenizer) + 5, **sizes, **dropout)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def base(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
 def bases(quick: str, slow: str) -> pytest.MarkDecorator:
@@ -82,22 +66,7 @@ def write_recipe(folder: Path, base: Path, **sections: Any) -> Path:
         "training": {"learning_rate": 0.01, "micro_batch_size": 6, "gradient_accumulation_steps": 1, "epochs": 3},
         "output": {"dir": "run"},
     }
-    for name, section in sections.items():
-        written = values.get(name, {})
-        values[name] = {**written, **section} if isinstance(section, dict) and isinstance(written, dict) else section
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
-
-
-def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
-    train_verb(load_recipe(recipe, list(overrides)), resume, False)
-    return recipe.parent / "run"
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return write_sections(folder, values, sections)
 
 
 def test_the_accuracy_of_the_most_frequent_tag_is_stated(llama: Path, tmp_path: Path) -> None:
@@ -172,15 +141,8 @@ def test_twenty_steps_equal_transformers_and_peft(base: Path, tmp_path: Path) ->
 @pytest.mark.drawn
 @bases("llama", "bert")
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> None:
-    dropping = {"adapter": {"dropout": 0.1}}
-    short = {"epochs": 1}
-    whole = train(write_recipe(tmp_path / "whole", base, **dropping, training=short))
-    recipe = write_recipe(tmp_path / "parts", base, **dropping, training={**short, "save_steps": 2})
-    run = train(recipe)
-    lose_the_end(run)
-    train(recipe, resume=True)
-    name = "adapter/adapter_model.safetensors"
-    assert (run / name).read_bytes() == (whole / name).read_bytes()
+    training = {"epochs": 1, "save_steps": 2}
+    check_a_resume(write_recipe(tmp_path, base, adapter={"dropout": 0.1}, training=training))
 
 
 @pytest.mark.slow  # quickly, halves of a batch add up to it in tests/contract

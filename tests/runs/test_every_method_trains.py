@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.train_case import losses
 from tunekit.adapter import export_checkpoint_verb
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
@@ -101,11 +102,6 @@ def train(recipe: Path, name: str, *overrides: str, resume: bool = False) -> Pat
     run = recipe.parent / name
     train_verb(load_recipe(recipe, [f"output.dir={run}", *overrides]), resume, False)
     return run
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def result_of(run: Path) -> Path:

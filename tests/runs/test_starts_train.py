@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.train_case import (
     in_child,
     kill_self,
+    losses,
     records,
     result_bytes,
     train_in_child,
@@ -74,10 +75,6 @@ def recipe_of(folder: Path, model: Path, case: str, **training: Any) -> Path:
     values["model"] |= section
     path.write_text(json.dumps(values))
     return path
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in records(run) if "loss" in record]
 
 
 def kill_after(step: int) -> Callable[[], None]:

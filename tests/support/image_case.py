@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from PIL.ImageOps import exif_transpose
 from torchvision import transforms
 
+from tests.support import train_case
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.config import adapter_header, tensors_path
@@ -67,7 +67,6 @@ def held_picture(seed: int) -> Media:
 
 def write_image_recipe(folder: Path, pipeline: Path, photos: Path, **sections: dict[str, Any]) -> Path:
     """A DreamBooth recipe; sections override what stands here."""
-    folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, dict[str, Any]] = {
         "model": {"name_or_path": str(pipeline), "dtype": "float32"},
         "data": {"train": [{"path": str(photos)}], "eval": [{"path": str(photos)}]},
@@ -85,17 +84,12 @@ def write_image_recipe(folder: Path, pipeline: Path, photos: Path, **sections: d
         },
         "output": {"dir": "run"},
     }
-    for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
-    return path
+    return train_case.write_sections(folder, values, sections)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
     """The steps of metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    return [record for record in train_case.records(run) if "loss" in record]
 
 
 def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:

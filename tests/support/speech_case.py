@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 import torch
 
+from tests.support.train_case import write_sections
 from tunekit.formats.media import Media
 from tunekit.model.storage.builtin import tiny_model_folder
 
@@ -111,9 +112,4 @@ def write_recipe(folder: Path, base: Path, sounds: Path, **sections: Any) -> Pat
         "training": {"learning_rate": 2e-3, "max_steps": 3, "micro_batch_size": 4, "gradient_accumulation_steps": 1},
         "output": {"dir": "run"},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(values), encoding="utf-8")
-    return path
+    return write_sections(folder, values, sections)

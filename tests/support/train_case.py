@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ import torch
 
 from tunekit.errors import TunekitError
 from tunekit.recipe.load import load_recipe
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "tunekit.json")
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,18 @@ def train_in_child(
     """`tunekit train RECIPE output.dir=RUN OVERRIDES [--resume]`; `before` runs in the child first."""
 
     def work() -> None:
-        from tunekit.train import train_verb
-
-        train_verb(load_recipe(recipe, [f"output.dir={run}", *overrides]), resume, False)
+        train(recipe, f"output.dir={run}", *overrides, resume=resume)
 
     return in_child(work, run.parent / f"{run.name}.log", before)
+
+
+def train(recipe: Path, *overrides: str, resume: bool = False) -> Path:
+    """Train in this process, and return the run's folder."""
+    from tunekit.train import train_verb
+
+    loaded = load_recipe(recipe, overrides)
+    train_verb(loaded, resume, False)
+    return Path(loaded.recipe.output.dir)
 
 
 def write_recipe(folder: Path, model: Path, /, rows: int = 23, **sections: dict[str, Any]) -> Path:
@@ -116,8 +121,15 @@ def write_recipe(folder: Path, model: Path, /, rows: int = 23, **sections: dict[
         },
         "output": {"dir": "run"},
     }
+    return write_sections(folder, values, sections)
+
+
+def write_sections(folder: Path, values: dict[str, Any], sections: Mapping[str, Any]) -> Path:
+    """A recipe of these values, in which `sections` replace values of the same name, or some keys of a section."""
     for name, section in sections.items():
-        values[name] = values.get(name, {}) | section
+        written = values.get(name, {})
+        values[name] = {**written, **section} if isinstance(section, dict) and isinstance(written, dict) else section
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     return path
@@ -125,7 +137,12 @@ def write_recipe(folder: Path, model: Path, /, rows: int = 23, **sections: dict[
 
 def result_bytes(run: Path) -> dict[str, bytes]:
     """The exported adapter, byte for byte."""
-    return {name: (run / "adapter" / name).read_bytes() for name in ADAPTER_FILES}
+    return {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+
+
+def tensors_of(run: Path) -> bytes:
+    """The file of the exported adapter's tensors."""
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def lose_the_end(run: Path) -> None:
@@ -133,6 +150,15 @@ def lose_the_end(run: Path) -> None:
     (run / "status.json").unlink()
     shutil.rmtree(sorted((run / "checkpoints").iterdir())[-1])
     shutil.rmtree(run / "adapter")
+
+
+def check_a_resume(recipe: Path, *overrides: str) -> None:
+    """A run that is resumed ends with the losses and the adapter of the run that was not interrupted."""
+    whole, cut = (train(recipe, *overrides, f"output.dir={recipe.parent / name}") for name in ("whole", "cut"))
+    lose_the_end(cut)
+    train(recipe, *overrides, f"output.dir={cut}", resume=True)
+    assert losses(cut) == losses(whole)
+    assert result_bytes(cut) == result_bytes(whole)
 
 
 def kill_self() -> None:
@@ -143,6 +169,11 @@ def kill_self() -> None:
 def records(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step."""
+    return [record["loss"] for record in records(run) if "loss" in record]
 
 
 def without_times(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
