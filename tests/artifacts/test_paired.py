@@ -84,6 +84,14 @@ def test_that_many_rows_show_the_difference_in_four_of_five_draws() -> None:
         drawn = (other - one)[generator.integers(0, 50, needed)]
         shown += abs(drawn.mean()) > 1.96 * ratio_error(drawn, np.ones(len(drawn)))
     assert 0.74 < shown / draws < 0.86
+    for start in (2, 5):  # with few rows, t is much larger than 1.96
+        few = np.linspace(-1.0, 1.0, start)
+        few = few / few.std(ddof=1) + 1.2
+        needed = rows_needed(np.zeros(start), few, np.ones(start))
+        assert needed is not None
+        drawn = generator.normal(1.2, 1.0, (400, needed))
+        ends = [difference_interval(np.zeros(needed), rows, np.ones(needed)) for rows in drawn]
+        assert np.mean([low > 0 for low, _ in ends]) > 0.74  # 0.65 without t, or no number for 2 rows
     assert rows_needed(one, one, np.ones(50)) is None  # no difference
     assert rows_needed(one, one + 0.1, np.ones(50)) is None  # the same difference on each row
 
@@ -110,7 +118,7 @@ def test_runs_are_compared_on_the_rows_that_they_share(tmp_path: Path) -> None:
     kept = json.loads((plain / "evaluation_rows.json").read_text("utf-8"))
     names, losses = [*kept["digests"][:20], *(f"other {at}" for at in range(10))], kept["losses"]
     moved = [None if at == 3 else loss - 0.1 * kept["units"][at] for at, loss in enumerate(losses)]
-    columns = {"digests": names, "losses": moved, "units": kept["units"]}
+    columns = {"digests": names, "losses": moved, "units": kept["units"], "before": kept["before"]}
     better = change(write_run(tmp_path / "better"), **{name: values[::-1] for name, values in columns.items()})
     runs = [read_run(folder) for folder in (plain, better)]
     (found,) = differences(runs)
@@ -168,6 +176,30 @@ def test_keys_of_training_are_settings_of_their_objective() -> None:
     assert objective_class("image_classify").training_keys[:2] == ("class_weights", "label_smoothing")
 
 
+def test_copies_of_a_row_are_one_row(tmp_path: Path) -> None:
+    """They vary together. Counted as many rows, five copies of each would show a difference of equal models in 37 % of
+    the draws."""
+    runs = {}
+    for copies in (1, 5):
+        folders = [write_run(tmp_path / f"{name} {copies}", seed=seed) for seed, name in enumerate(("one", "other"))]
+        for folder in folders:
+            kept = json.loads((folder / "evaluation_rows.json").read_text("utf-8"))
+            change(folder, **{name: kept[name] * copies for name in ("rows", "digests", "units", "losses", "before")})
+        (runs[copies],) = differences([read_run(folder) for folder in folders])
+    assert runs[5].rows == runs[1].rows == 30
+    assert (runs[5].low, runs[5].high) == pytest.approx((runs[1].low, runs[1].high))
+
+
+def test_the_loss_before_training_is_that_of_both_runs(tmp_path: Path) -> None:
+    plain, other = write_run(tmp_path / "plain"), write_run(tmp_path / "other")
+    kept = json.loads((plain / "evaluation_rows.json").read_text("utf-8"))
+    runs = [read_run(plain), read_run(other)]
+    assert "2.6 before training" in who_won(runs, differences(runs))[0]
+    change(other, before=[loss * 2 for loss in kept["before"]])  # a different base
+    runs = [read_run(plain), read_run(other)]
+    assert "before training" not in who_won(runs, differences(runs))[0]
+
+
 def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     """Rows of other weights than the exported ones; a loss of another objective; no rows in common."""
     plain = write_run(tmp_path / "plain")
@@ -179,7 +211,13 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     (other / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     runs = [read_run(folder) for folder in (plain, older, apart, other)]
     assert differences(runs) == []
-    assert who_won(runs, []) == ["the runs cannot be compared: they have no evaluation rows or no objective in common"]
+    why = "they have fewer than two evaluation rows in common, or different objectives"
+    assert who_won(runs, []) == [f"the runs cannot be compared: {why}"]
+    runs[2:] = [change(write_run(tmp_path / "noisy", seed=1), step=40), runs[3].path]
+    runs[2:] = map(read_run, runs[2:])
+    _, compared, last = who_won(runs, differences(runs))
+    assert compared.startswith("noisy is worse than plain: ")
+    assert last == f"other cannot be compared with plain: {why}"
     page = html_page(comparison_report([read_run(plain), read_run(older)]))
     assert "highest loss" not in page
     assert '<p class="verdict neutral">the runs cannot be compared' in page

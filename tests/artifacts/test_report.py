@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.run_case import write_run
 from tunekit.artifacts.report.markdown import curve, escape, markdown_page
 from tunekit.artifacts.report.plan_page import memory_rows
+from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.sections import Chart, ReportPage, ReportSection, Series
+from tunekit.artifacts.report.values import read_run
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import EXPORTS, RunFolder
 from tunekit.records import (
@@ -333,6 +336,19 @@ def test_text_of_others_is_never_markup(run: RunFolder) -> None:
     assert "pw123" not in values
     assert "abcdefghijklmnop" not in values
     assert escape("plain words, 1.5") == "plain words, 1.5"
+
+
+def test_no_text_of_a_file_commands_the_terminal(tmp_path: Path) -> None:
+    """report.md is made to be read in one."""
+    hostile = "\x1b[2J\x1b]0;title\x07 \u202eback"
+    folder = write_run(tmp_path / "run")
+    for name in ("evaluation_rows.json", "metrics.jsonl"):
+        text = (folder / name).read_text("utf-8").replace("<|user|>cakes?", json.dumps(hostile)[1:-1])
+        (folder / name).write_text(text, "utf-8")
+    (folder / "recipe.yaml").write_text(f"model: base # {hostile}\n", "utf-8")
+    page = markdown_page(run_report(read_run(folder)))
+    assert not any(control in page for control in ("\x1b", "\x07", "\u202e"))
+    assert page.replace("\\\\", "\\").count("x1b") == 6  # of the answers, the worst row and the recipe
 
 
 def test_the_curve_falls_with_the_loss() -> None:

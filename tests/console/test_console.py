@@ -16,10 +16,12 @@ from dataclasses import replace
 from itertools import islice
 
 import pytest
+from rich.cells import cell_len
 
 from tunekit.console import Console, visible
 from tunekit.console.loudness import LOUDNESS
 from tunekit.console.progress import CountProgress, StepProgress, beat_waits
+from tunekit.console.tables import TableColumn, stacked
 from tunekit.console.text import Flow, cell_text, time_text, wrapped
 from tunekit.records import EvaluationRecord, StepRecord
 
@@ -565,3 +567,11 @@ def test_the_first_piece_is_written_at_once() -> None:
     assert "".join(pieces) == "Once upon a \ntimeless \nlong day\nSoon"
     assert pieces[0] == "On"
     assert pieces[5].endswith("\nSo")
+
+
+def test_wide_letters_count_as_two_columns_in_stacked_tables() -> None:
+    """The values below a name start in the same column of the screen, also next to Chinese headings."""
+    columns = [TableColumn("key", ["epochs"], False), TableColumn("漢字の実行", ["one " * 9], False)]
+    lines = stacked([*columns, TableColumn("short", ["two " * 9], False)], 40, "-").splitlines()
+    starts = {cell_len(line[: line.index(word)]) for line in lines for word in ("one", "two") if word in line}
+    assert starts == {2 + 10 + 2}

@@ -120,7 +120,12 @@ def test_lines_of_keys(tmp_path: Path) -> None:
         ("data.train.5=x", "data.train.5: data.train has 1 items"),
         ("data.train.x=1", "data.train.x: data.train has 1 items"),
         ("output.dir.x=1", "output.dir.x: output.dir is 'out', not a mapping"),
-        ("model=5", "model: must be a mapping or a name, not 5"),
+        ("model=5", "model: must be a mapping or a name, not 5; write model: NAME"),
+        ("model=", "model: must be a mapping or a name, not empty; write model: NAME"),  # it has no default
+        ("data=rows.jsonl", "data: must be a mapping, not 'rows.jsonl'; write data: {train: rows.jsonl}"),
+        ("output=first", "output: must be a mapping, not 'first'; write output: {dir: runs/first}"),
+        ("adapter=", "adapter: must be a mapping or a name, not empty; remove the key to use the defaults"),
+        ("objective.method=distill", "objective.teacher: is required; write teacher: NAME"),
         ("~training.epoch", "training.epoch: unknown key; did you mean 'epochs'?"),
         ("~data.train.3", "data.train.3: the list has no such item"),
         ("~output.dir", "output.dir: is required; write dir: runs/first"),

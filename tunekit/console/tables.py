@@ -86,14 +86,16 @@ def _lines(columns: Sequence[TableColumn]) -> tuple[list[str], list[list[str]]]:
 def _blocks(columns: Sequence[TableColumn], room: int, rows: int) -> list[list[str]]:
     """For each row, one line for each column: its heading and its cell."""
     heads = [" ".join(column.head.replace("-\n", "").split()) for column in columns]
-    width = min(max(map(len, heads)), room // 2)
+    width = min(max(map(cell_len, heads)), room // 2)
     indent = " " * (2 * GAP + width)
     return [
         [
             line
             for head, column in zip(heads, columns, strict=True)
             if column.cells[row]
-            for line in wrapped(f"  {head:<{width}}  {column.cells[row]}", room, indent).split("\n")
+            for line in wrapped(f"  {head}{' ' * (width - cell_len(head))}  {column.cells[row]}", room, indent).split(
+                "\n"
+            )
         ]
         for row in range(rows)
     ]

@@ -36,7 +36,7 @@ from tunekit.recipe.reading.dump import dump_recipe
 from tunekit.recipe.reading.names import adapter_class, known_names
 from tunekit.recipe.reading.overrides import apply_overrides
 from tunekit.recipe.reading.paths import resolve_paths
-from tunekit.recipe.reading.problems import missing_key, problems_of, unknown_key
+from tunekit.recipe.reading.problems import SECTION_EXAMPLES, missing_key, problems_of, unknown_key
 from tunekit.recipe.reading.sections import kind_of, section_class
 from tunekit.recipe.reading.shorthands import expand_shorthands
 from tunekit.recipe.reading.suggest import did_you_mean, show
@@ -274,7 +274,8 @@ def _make_section(name: str, draft: Draft) -> Section | None:
         return None
     if not isinstance(values, dict):
         what = f"must be a mapping{' or a name' if name in ('model', *DEFAULT_METHOD) else ''}, not {show(values)}"
-        draft.add_problem((name,), what, "remove the key to use the defaults" if values is None else "")
+        how = f"write {SECTION_EXAMPLES[name]}" if name in SECTION_EXAMPLES else ""
+        draft.add_problem((name,), what, how or ("remove the key to use the defaults" if values is None else ""))
         return None
     try:
         return owner.model_validate(values)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from tunekit.artifacts.report.sections import Bar, MarkedText, ReportPage, ReportSection, ReportTable
 from tunekit.artifacts.run import PICTURES
-from tunekit.console.text import cell_text, curve_text, means_of
+from tunekit.console.text import cell_text, curve_text, means_of, visible
 from tunekit.errors import redact
 
 CURVE_COLUMNS = 60
@@ -20,8 +20,8 @@ def markdown_page(page: ReportPage) -> str:
 
 
 def escape(value: object) -> str:
-    """A text from a recipe or a file, escaped for Markdown: on one line and without secrets."""
-    flat = " ".join(redact(str(value)).split())
+    """A text from a recipe or a file, escaped for Markdown: on one line, without secrets and control characters."""
+    flat = visible(" ".join(redact(str(value)).split()))
     return "".join(f"\\{letter}" if letter in SPECIAL else letter for letter in flat)
 
 
@@ -86,8 +86,9 @@ def curve(values: Sequence[float]) -> str:
 
 
 def _fenced(text: str, language: str = "") -> str:
-    """The text in a code block, without secrets. The fence of the block is longer than every fence in the text."""
+    """The text in a code block, without secrets and control characters. The fence of the block is longer than every
+    fence in the text."""
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}{language}\n{redact(text)}\n{fence}"
+    return f"{fence}{language}\n{visible(redact(text))}\n{fence}"

@@ -101,15 +101,15 @@ def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str 
     per seed). Every pair has the same weight, so that the difference is that of the means over the runs. None if there
     are fewer than two common rows.
 
-    A row that several pairs have is resampled for all of them at once. `metric`: the loss, or a metric that is a mean
-    over rows.
+    A row that several pairs have is resampled for all of them at once; so are the copies of a repeated row, which
+    count as one row. `metric`: the loss, or a metric that is a mean over rows.
     """
-    sums: dict[tuple[str, int], Losses] = {}
+    sums: dict[str, Losses] = {}
     for one, other in pairs:
         rows = _pairs(one, other, metric)
         units = sum(float(values[2]) for values in rows.values()) if len(pairs) > 1 else 1.0
-        for key, values in rows.items():
-            sums[key] = sums.get(key, np.zeros(4)) + values / units
+        for (digest, _), values in rows.items():
+            sums[digest] = sums.get(digest, np.zeros(4)) + values / units
     if len(sums) < 2:
         return None
     return _difference(*pairs[0], np.stack(list(sums.values())))
@@ -127,36 +127,54 @@ def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDiffe
 
 def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
     """The number of rows that would show the measured difference with 80 % probability at the 5 % level, if more rows
-    vary as much as these rows: n ((1.96 + 0.84) error / difference)^2. None if there is no difference, or if these rows
-    are enough.
+    vary as much as these rows: n ((t + 0.84) error / difference)^2, where t is Student's quantile for that number of
+    rows. None if there is no difference, or if these rows are enough.
 
     Shapes: (rows,) each, as in `paired_interval`.    Source: Miller 2024, Adding error bars to evals, section 5 (power,
     paired differences); Cohen 1988, section 2.4.
     """
     difference = abs(float((other - one).sum() / units.sum()))
-    ratio = (NORMAL_95 + POWER) * ratio_error(other - one, units) / difference if difference else 0.0
-    return math.ceil(len(units) * ratio**2) if ratio > 1 else None
+    if not difference:
+        return None
+    variance = len(units) * (ratio_error(other - one, units) / difference) ** 2  # of one row, in squared differences
+    rows = max(math.ceil(variance * (NORMAL_95 + POWER) ** 2), 2)
+    while rows < variance * (student(rows - 1) + POWER) ** 2:  # a few times, because t falls quickly to 1.96
+        rows += 1
+    return rows if rows > len(units) else None
 
 
 def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> list[str]:
-    """A sentence for each run that is compared with the first run. Empty if a metric other than the loss shows how good
-    a run is."""
+    """A sentence for each run after the first run, with which it is compared. Empty if a metric other than the loss
+    shows how good a run is."""
     if any(run.shows.headline != Headline() for run in runs):
         return []
+    sentences, why = (
+        {each.run: each.sentence() for each in paired},
+        "they have fewer than two evaluation rows in common",
+    )
     if not paired and len(runs) > 1:
-        return ["the runs cannot be compared: they have no evaluation rows or no objective in common"]
-    return [each.sentence() for each in paired]
+        return [f"the runs cannot be compared: {why}, or different objectives"]
+    other = f"cannot be compared with {runs[0].name}: {why}, or different objectives"
+    return [sentences.get(run.name, f"{run.name} {other}") for run in runs[1:]]
 
 
 def _pairs(one: RunValues, other: RunValues, metric: str) -> dict[tuple[str, int], Losses]:
     """For each row that both runs evaluated, four numbers (4,): its value in `one`, its value in `other`, its units,
-    and its value in `one` before training (NaN if not measured). If a row occurs several times, its occurrences are
-    matched in order."""
+    and its value in `one` before training (NaN if not measured, or if it is different in `other`). If a row occurs
+    several times, its occurrences are matched in order."""
     if metric == "loss" and _loss_settings(one) != _loss_settings(other):
         return {}
     first, second = (dict(_keyed(_rows_of(run, metric))) for run in (one, other))
-    both = {key: (first[key][0], *second[key][:2], first[key][2]) for key in first if key in second}
+    both = {
+        key: (first[key][0], *second[key][:2], _same(first[key][2], second[key][2])) for key in first if key in second
+    }
     return {key: np.array(values, np.float64) for key, values in both.items() if None not in values[:3] and values[2]}
+
+
+def _same(before: float | None, other: float | None) -> float | None:
+    """The loss of a row before training; None if the runs have different ones, because their bases differ."""
+    differ = before is not None and other is not None and not math.isclose(before, other, rel_tol=0.01, abs_tol=1e-6)
+    return None if differ else before
 
 
 def _loss_settings(run: RunValues) -> dict[str, object]:

@@ -175,16 +175,21 @@ def _written_key(loc: tuple[str | int, ...], draft: Draft, *, keep_last: bool) -
     return tuple(key)
 
 
+SECTION_EXAMPLES = {  # of the sections that a recipe must have
+    "model": "model: NAME",
+    "data": "data: {train: rows.jsonl}",
+    "output": "output: {dir: runs/first}",
+}
+
+
 def missing_key(key: KeyPath, draft: Draft) -> Problem:
     """The problem of a required key that is missing, with an example of it."""
-    examples = {
+    examples = SECTION_EXAMPLES | {
         "name_or_path": "a local folder or a hub id",
         "path": "a file or a hub data set",
         "train": "train: rows.jsonl",
         "dir": "dir: runs/first",
-        "model": "model: NAME",
-        "data": "data: {train: rows.jsonl}",
-        "output": "output: {dir: runs/first}",
+        "teacher": "teacher: NAME",
     }
     name = str(key[-1])
     return draft.problem(key, "is required", f"write {examples.get(name, name)}")
