@@ -160,6 +160,11 @@ def test_what_a_page_shows_runs(page: Page, twins: dict[str, str], tmp_path: Pat
         assert ended.code == 0, f"{page.name}: {line}\n{ended.output}"
 
 
+def test_every_page_for_users_has_a_command_that_runs() -> None:
+    without = {page.name for page in written_pages()} - {page.name for page in PAGES}
+    assert without == {"architecture.md", "changelog.md", "gpu.md"}
+
+
 @pytest.mark.parametrize("page", written_pages(), ids=lambda page: page.name)
 def test_every_command_that_is_named_exists_with_its_options(page: Page) -> None:
     elsewhere = "".join(body for language, _, body in BLOCK.findall(page.text) if language == "bash")  # not run here

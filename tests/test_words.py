@@ -12,7 +12,7 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SITE = REPOSITORY / "scripts" / "site"
-SENTENCE_WORDS, PARAGRAPH_CHARACTERS, SHORT_LIFE = 35, 5 * 125, 3
+SENTENCE_WORDS, PARAGRAPH_CHARACTERS, SHORT_LIFE, PAGE_WORDS = 35, 5 * 125, 3, 1000
 BANNED = r"\b(told|said|senseless|sensible|comes in|goes out|goes on|gone on|going on|begun|none of what)\b"
 VAGUE = {"found", "told", "said", "given", "kept", "made", "seen", "every", "own", "whole", "rest", "asked"}
 WITHOUT_CURE = {  # file -> the errors in it that state no cure of their own
@@ -127,6 +127,17 @@ def test_paragraphs_of_pages_are_short() -> None:
             if len(paragraph) > PARAGRAPH_CHARACTERS:
                 long.append(f"{file.name}: {paragraph[:80]}")
     assert long == []
+
+
+def test_pages_are_short() -> None:
+    """A page is read, except those of reference, which are looked up, and the one for contributors."""
+    long = {}
+    for file in sorted((SITE / "pages").rglob("*.md")):
+        text = re.sub(r"<!--.*?-->|\]\([^)]*\)", "", file.read_text(encoding="utf-8"), flags=re.S)
+        words = len(re.findall(r"\w[\w.\-/:=%',]*", text))
+        if words > PAGE_WORDS and file.parent.name != "reference" and file.name != "architecture.md":
+            long[file.name] = words
+    assert long == {}
 
 
 def test_tutorials_have_the_titles_of_the_field() -> None:
