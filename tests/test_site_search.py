@@ -33,7 +33,6 @@ QUESTIONS = {
     "weights and biases": "guide/trackers",
     "100 GB": "guide/large-data",
     "100GB": "guide/large-data",
-    "dataset does not fit in ram": "guide/large-data",
     "out of memory": "guide/out-of-memory",
     "not enough memory": "guide/out-of-memory",
     "OOM": "guide/out-of-memory",
