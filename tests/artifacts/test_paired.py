@@ -154,6 +154,8 @@ def test_runs_are_compared_on_the_rows_that_they_share(tmp_path: Path) -> None:
         ({"method": "dpo", "label_smoothing": 0.0}, {"label_smoothing": 0.1}, 0),
         ({"method": "dpo", "beta": 0.1}, {"beta": 0.2}, 0),
         ({"method": "classify"}, {"problem_type": "regression"}, 0),
+        ({"method": "dpo"}, {"beta": 0.1}, 1),  # an earlier version's run lacks a key, which has its default
+        ({"method": "dpo"}, {"beta": 0.2}, 0),
     ],
 )
 def test_only_settings_that_an_evaluation_reads_must_be_equal(
@@ -165,6 +167,21 @@ def test_only_settings_that_an_evaluation_reads_must_be_equal(
         plan = json.loads((folder / "plan.json").read_text("utf-8"))
         plan["recipe"]["objective"] = settings
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        runs.append(read_run(folder))
+    assert len(differences(runs)) == compared
+
+
+@pytest.mark.parametrize(("method", "compared"), [("dpo", 0), ("kto", 0), ("orpo", 1), ("sft", 1)])
+def test_a_loss_relative_to_the_base_is_not_compared_with_that_of_another_base(
+    method: str, compared: int, tmp_path: Path
+) -> None:
+    runs = []
+    for base in ("one", "other"):
+        folder = write_run(tmp_path / base)
+        plan = json.loads((folder / "plan.json").read_text("utf-8"))
+        plan["recipe"]["objective"] = {"method": method}
+        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        (folder / "environment.json").write_text(json.dumps({"fingerprint": {"base": base}}), encoding="utf-8")
         runs.append(read_run(folder))
     assert len(differences(runs)) == compared
 
@@ -211,7 +228,7 @@ def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     (other / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     runs = [read_run(folder) for folder in (plain, older, apart, other)]
     assert differences(runs) == []
-    why = "they have fewer than two evaluation rows in common, or different objectives"
+    why = "they have fewer than two evaluation rows in common, or different objectives or reference models"
     assert who_won(runs, []) == [f"the runs cannot be compared: {why}"]
     runs[2:] = [change(write_run(tmp_path / "noisy", seed=1), step=40), runs[3].path]
     runs[2:] = map(read_run, runs[2:])

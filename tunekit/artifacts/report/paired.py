@@ -1,6 +1,7 @@
 """Compares each run with the first run: the difference of their evaluation loss (or another metric) on rows that both
 evaluated, with a confidence interval."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -148,13 +149,11 @@ def who_won(runs: Sequence[RunValues], paired: Sequence[PairedDifference]) -> li
     shows how good a run is."""
     if any(run.shows.headline != Headline() for run in runs):
         return []
-    sentences, why = (
-        {each.run: each.sentence() for each in paired},
-        "they have fewer than two evaluation rows in common",
-    )
+    sentences = {each.run: each.sentence() for each in paired}
+    why = "they have fewer than two evaluation rows in common, or different objectives or reference models"
     if not paired and len(runs) > 1:
-        return [f"the runs cannot be compared: {why}, or different objectives"]
-    other = f"cannot be compared with {runs[0].name}: {why}, or different objectives"
+        return [f"the runs cannot be compared: {why}"]
+    other = f"cannot be compared with {runs[0].name}: {why}"
     return [sentences.get(run.name, f"{run.name} {other}") for run in runs[1:]]
 
 
@@ -177,10 +176,16 @@ def _same(before: float | None, other: float | None) -> float | None:
     return None if differ else before
 
 
-def _loss_settings(run: RunValues) -> dict[str, object]:
-    """The settings of the objective that affect the loss of an evaluation."""
-    others = (*run.objective.free_keys, *run.objective.training_keys)
-    return {key: value for key, value in run.recipe.part("objective").items() if key not in others}
+def _loss_settings(run: RunValues) -> str:
+    """The settings of the objective that affect the loss of an evaluation, as JSON. A run of an earlier version lacks
+    new settings, which have their defaults then. A loss relative to the policy at step 0 depends on this policy too."""
+    others, objective = (*run.objective.free_keys, *run.objective.training_keys), run.objective
+    fields = objective.model_fields.items()
+    values = {name: each.get_default(call_default_factory=True) for name, each in fields} | run.recipe.part("objective")
+    policy = (run.environment.part("fingerprint").get("base"), run.recipe.part("adapter").get("init_from"))
+    relative = {"policy": policy} if objective.reference == "policy at step 0" else {}
+    shown = {key: value for key, value in values.items() if key not in others} | relative
+    return json.dumps(shown, default=str, sort_keys=True)
 
 
 def _rows_of(run: RunValues, metric: str) -> Values:
