@@ -338,6 +338,28 @@ def test_text_of_others_is_never_markup(run: RunFolder) -> None:
     assert escape("plain words, 1.5") == "plain words, 1.5"
 
 
+@pytest.mark.parametrize(
+    ("objective", "asked"),
+    [
+        ("sft", "--prompt 'your text'"),
+        ("dreambooth", "--prompt 'your text'"),
+        ("speech", "--prompt FILE"),
+        ("image_classify", "--prompt FILE"),
+        ("reward", "--score FILE"),
+    ],
+)
+def test_the_shown_commands_are_not_refused(objective: str, asked: str, tmp_path: Path) -> None:
+    """A model that reads files or scores answers has no text as prompt, and without data.eval, eval needs rows."""
+    folder = write_run(tmp_path / "run")
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    plan["recipe"]["objective"]["method"] = objective
+    (folder / "plan.json").write_text(json.dumps(plan), "utf-8")
+    run = read_run(folder)
+    for rows, shown in (("", run), (" --data FILE", dataclasses.replace(run, evaluations=[]))):
+        commands = next(section.commands for section in run_report(shown).sections if section.commands)
+        assert commands[:2] == [f"tunekit eval {folder}{rows}", f"tunekit generate {folder} {asked}"]
+
+
 def test_no_text_of_a_file_commands_the_terminal(tmp_path: Path) -> None:
     """report.md is made to be read in one."""
     hostile = "\x1b[2J\x1b]0;title\x07 \u202eback"

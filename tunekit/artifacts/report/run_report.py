@@ -289,7 +289,12 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
         " --allow-code" * any(code),
         " model.trust_remote_code=true" * ("model.trust_remote_code" in code),
     )
-    commands = [f"tunekit eval {place}{allowed}", f"tunekit generate {place}{trusted} --prompt 'your text'"]
+    rows, asked = "" if run.evaluations else " --data FILE", "--prompt 'your text'"
+    if run.objective.single_score:
+        asked = "--score FILE"
+    elif run.objective.medium is not None and not run.shows.draws:
+        asked = "--prompt FILE"
+    commands = [f"tunekit eval {place}{allowed}{rows}", f"tunekit generate {place}{trusted} {asked}"]
     if not full:
         commands.append(f"tunekit merge {place}/adapter{trusted} --output {place}/merged")
     if run.shows.draws:
