@@ -93,6 +93,8 @@ def test_that_many_rows_show_the_difference_in_four_of_five_draws() -> None:
         ends = [difference_interval(np.zeros(needed), rows, np.ones(needed)) for rows in drawn]
         assert np.mean([low > 0 for low, _ in ends]) > 0.74  # 0.65 without t, or no number for 2 rows
     assert rows_needed(one, one, np.ones(50)) is None  # no difference
+    with np.errstate(over="ignore"):
+        assert rows_needed(np.zeros(3), np.array([1e200, -1e200, 1e199]), np.ones(3)) is None  # of a damaged file
     assert rows_needed(one, one + 0.1, np.ones(50)) is None  # the same difference on each row
 
 

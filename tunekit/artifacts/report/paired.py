@@ -138,6 +138,8 @@ def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
     if not difference:
         return None
     variance = len(units) * (ratio_error(other - one, units) / difference) ** 2  # of one row, in squared differences
+    if not math.isfinite(variance):  # squares of damaged losses overflow
+        return None
     rows = max(math.ceil(variance * (NORMAL_95 + POWER) ** 2), 2)
     while rows < variance * (student(rows - 1) + POWER) ** 2:  # a few times, because t falls quickly to 1.96
         rows += 1
