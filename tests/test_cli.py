@@ -327,7 +327,7 @@ def test_overrides_are_no_options(
         (ResourceError("no memory"), 4, "no memory\n"),
         (Stopped("stopped", 15), 143, "stopped\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (MemoryError(), 4, "memory ran out"),
+        (MemoryError(), 4, "memory ran out; free memory, or lower "),  # merge and export have no batch size
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 4, "/x/y: no space left"),
         (OSError(errno.ENOSPC, "No space left on device", "/from", None, "/to"), 4, "/to: no space left"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/y"), 4, "/x/y: "),

@@ -195,7 +195,8 @@ def exit_message(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
     if is_out_of_memory(error):
-        return "memory ran out; lower training.micro_batch_size or data.max_length", ResourceError.exit_code
+        keys = "training.micro_batch_size, evaluation.batch_size or data.max_length"
+        return f"memory ran out; free memory, or lower {keys}", ResourceError.exit_code
     if isinstance(error, OSError):
         full = error.errno in _NO_SPACE
         place = error.filename2 if full and error.filename2 is not None else error.filename  # of a copy
