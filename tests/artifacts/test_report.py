@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.run_case import write_run
+from tunekit.adapters.method import load_method
 from tunekit.artifacts.report.markdown import curve, escape, markdown_page
 from tunekit.artifacts.report.plan_page import memory_rows
 from tunekit.artifacts.report.run_report import run_report
@@ -18,6 +19,7 @@ from tunekit.artifacts.report.sections import Chart, ReportPage, ReportSection, 
 from tunekit.artifacts.report.values import read_run
 from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import EXPORTS, RunFolder
+from tunekit.recipe.reading.names import known_names
 from tunekit.records import (
     Choice,
     EvaluationRecord,
@@ -358,6 +360,17 @@ def test_the_shown_commands_are_not_refused(objective: str, asked: str, tmp_path
     for rows, shown in (("", run), (" --data FILE", dataclasses.replace(run, evaluations=[]))):
         commands = next(section.commands for section in run_report(shown).sections if section.commands)
         assert commands[:2] == [f"tunekit eval {folder}{rows}", f"tunekit generate {folder} {asked}"]
+
+
+@pytest.mark.parametrize("method", known_names("adapters"))
+def test_the_command_to_merge_is_only_shown_where_merge_is_possible(method: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    plan["recipe"]["adapter"] = {"method": method}
+    (folder / "plan.json").write_text(json.dumps(plan), "utf-8")
+    commands = next(section.commands for section in run_report(read_run(folder)).sections if section.commands)
+    changes_weights = load_method(method).model is None and method != "full"
+    assert any(command.startswith("tunekit merge ") for command in commands) == changes_weights
 
 
 def test_no_text_of_a_file_commands_the_terminal(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tunekit.artifacts.run import PICTURES
 from tunekit.metrics.classes import columns_of, confusion_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.bases.paths import relative_to
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import facts_of, known_names, settings_class
 from tunekit.recipe.reading.paths import code_keys
 from tunekit.records import Headline, Panel, skipped_text
@@ -282,8 +283,8 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
     place = relative_to(run.path)
     place = shlex.quote(str(run.path) if place.startswith("..") else place)
     method = run.recipe.part("adapter").get("method")
-    known = method in known_names("adapters")
-    full = known and getattr(settings_class("adapters", str(method)), "trains_base", False)
+    settings = settings_class("adapters", str(method)) if method in known_names("adapters") else AdapterSettings
+    full = getattr(settings, "trains_base", False)
     code = list(code_keys(run.recipe))
     allowed, trusted = (
         " --allow-code" * any(code),
@@ -295,7 +296,7 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
     elif run.objective.medium is not None and not run.shows.draws:
         asked = "--prompt FILE"
     commands = [f"tunekit eval {place}{allowed}{rows}", f"tunekit generate {place}{trusted} {asked}"]
-    if not full:
+    if not full and getattr(settings, "merges", True):
         commands.append(f"tunekit merge {place}/adapter{trusted} --output {place}/merged")
     if run.shows.draws:
         commands.append('# diffusers can load a LoRA in adapter/: pipeline.load_lora_weights("adapter")')

@@ -23,6 +23,7 @@ class CptSettings(AdapterSettings):
     the rows."""
 
     summary = "examples before each row, with trained embeddings"
+    merges = False
 
     examples: Several[ContextExample] = Field((), description="a list of {input, output}, in order")
     input_template: Text = Field("input: {}\n", description="the text around each input, which replaces {}")

@@ -11,6 +11,7 @@ class LlamaAdapterSettings(AdapterSettings):
     .212 at 5e-4."""
 
     summary = "trained tokens behind gates that start at 0"
+    merges = False
     default_learning_rate = metamath_rate(5e-3, "adaptionprompt/llama-3.2-3B-lr_5e-3")
 
     adapter_len: Count = Field(100, description="number of trained tokens of each layer")

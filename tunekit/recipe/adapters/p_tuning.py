@@ -17,6 +17,7 @@ class PTuningSettings(AdapterSettings):
     adapter folders contain only the vectors."""
 
     summary = "vectors before each row, computed by a trained encoder"
+    merges = False
     default_learning_rate = PublishedRate(
         1e-4, "huggingface/peft, pull request 3356: MetaMathQA accuracy .382 at 1e-4 and .353 at 5e-4, 20 tokens, MLP"
     )

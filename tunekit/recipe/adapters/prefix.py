@@ -21,6 +21,7 @@ class PrefixSettings(AdapterSettings):
     tokens of text, and .186 at 1e-3, initialised with random values."""
 
     summary = "trained keys and values before the tokens, in every layer"
+    merges = False
     default_learning_rate = metamath_rate(5e-3, "prefixtuning/llama-3.2-3B-tokens50-init_prefix-lr_0.005")
 
     num_virtual_tokens: Count = Field(

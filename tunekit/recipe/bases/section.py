@@ -70,11 +70,13 @@ class AdapterSettings(MethodSettings):
 
     `default_learning_rate`: the value of training.learning_rate if the recipe has none; None: the general default.
     `trains_base`: whether the method trains the base's own weights, so that the result is a model, not an adapter.
+    `merges`: whether the adapter can be merged into the base's weights; False for adapters of the whole model.
     `first_lines`: the lines that `tunekit init` writes below the key `method`.
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
     trains_base: ClassVar[bool] = False
+    merges: ClassVar[bool] = True
     first_lines: ClassVar[Sequence[Line]] = ()
 
     @property

@@ -20,6 +20,8 @@ MODULES_TO_SAVE = Field(
 class StartedTokenSettings(AdapterSettings):
     """Trained vectors before each row. Their initial values can be the embeddings of real tokens."""
 
+    merges = False
+
     num_virtual_tokens: Count = NUM_VIRTUAL_TOKENS
     num_transformer_submodules: Literal[1, 2] = NUM_TRANSFORMER_SUBMODULES
     modules_to_save: Several[Text] = MODULES_TO_SAVE
