@@ -290,12 +290,12 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
         " --allow-code" * any(code),
         " model.trust_remote_code=true" * ("model.trust_remote_code" in code),
     )
-    rows, asked = "" if run.evaluations else " --data FILE", "--prompt 'your text'"
+    rows, prompt = "" if run.evaluations else " --data FILE", "--prompt 'your text'"
     if run.objective.single_score:
-        asked = "--score FILE"
+        prompt = "--score FILE"
     elif run.objective.medium is not None and not run.shows.draws:
-        asked = "--prompt FILE"
-    commands = [f"tunekit eval {place}{allowed}{rows}", f"tunekit generate {place}{trusted} {asked}"]
+        prompt = "--prompt FILE"
+    commands = [f"tunekit eval {place}{allowed}{rows}", f"tunekit generate {place}{trusted} {prompt}"]
     if not full and getattr(settings, "merges", True):
         commands.append(f"tunekit merge {place}/adapter{trusted} --output {place}/merged")
     if run.shows.draws:
