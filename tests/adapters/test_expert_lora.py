@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.arithmetic.test_merge import write_base
-from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import check_four_steps
 from tests.support.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
@@ -26,7 +26,6 @@ from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.adapters.lora_fa import LoraFaSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.training import TrainingSection
 from tunekit.targets.target import find_target
 
 BOTH = ("experts.gate_up_proj", "experts.down_proj")
@@ -225,32 +224,8 @@ def test_training_goes_on_from_a_folder(mixture: Path, tmp_path: Path) -> None:
         load_into(other, tmp_path / "a")
 
 
-def start(folder: Path, rate: float = 0.02, checkpointed: int = 0) -> Case:
-    section = TrainingSection(
-        learning_rate=rate, scheduler="constant", warmup_ratio=None, epochs=None, max_steps=4, micro_batch_size=4,
-        gradient_accumulation_steps=2,
-    )  # fmt: skip
-    settings = LoraSettings(**{**FIELDS, "target_modules": ()})
-    return make_case(folder, make_rows(8), training=section, adapter=settings, checkpointed=checkpointed)
-
-
-def run(case: Case) -> dict[str, Tensor]:
-    case.run()
-    return {name: tensor.clone() for name, tensor in case.adapter.state().items()}
-
-
 def test_four_steps(mixture: Path) -> None:
-    still, trained = start(mixture, 0.0), start(mixture)
-    before = {name: tensor.clone() for name, tensor in trained.adapter.trained().items()}
-    run(still)
-    after = run(trained)
-    assert [name for name in before if torch.equal(before[name], after[name])] == []
-    assert trained.losses[-1] < still.losses[-1] - 0.01
-    again = run(start(mixture, checkpointed=2))
-    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
-    first, second = start(mixture), start(mixture)
-    second.run_after_a_stop(first, 2)
-    assert all(torch.equal(second.adapter.state()[name], tensor) for name, tensor in after.items())
+    check_four_steps(mixture, LoraSettings(**{**FIELDS, "target_modules": ()}))
 
 
 @pytest.mark.drawn

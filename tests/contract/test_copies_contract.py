@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import check_four_steps
 from tests.support.peft_case import BASES, Base, logits_of, merged_net, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
@@ -96,32 +95,6 @@ def biased_llama(tiny_llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def start(folder: Path, settings: Any, rate: float, checkpointed: int = 0) -> Case:
-    section = TrainingSection(
-        learning_rate=rate,
-        scheduler="constant",
-        warmup_ratio=None,
-        epochs=None,
-        max_steps=4,
-        micro_batch_size=4,
-        gradient_accumulation_steps=2,
-        weight_decay=0.1,
-    )
-    return make_case(folder, make_rows(8), training=section, adapter=settings, checkpointed=checkpointed)
-
-
 @pytest.mark.parametrize("method", SETTINGS)
 def test_four_steps(method: str, biased_llama: Path) -> None:
-    still, whole, again, stopped, resumed = (
-        start(biased_llama, SETTINGS[method], rate, checkpointed)
-        for rate, checkpointed in ((0.0, 0), (2e-2, 0), (2e-2, 2), (2e-2, 0), (2e-2, 0))
-    )
-    before = {name: tensor.clone() for name, tensor in whole.adapter.state().items()}
-    for case in (still, whole, again):
-        case.run()
-    after = whole.adapter.state()
-    assert [name for name in after if torch.equal(before[name], after[name]) and "k_proj" not in name] == []
-    assert whole.losses[-1] < still.losses[-1]
-    resumed.run_after_a_stop(stopped, 2)
-    for other in (again, resumed):
-        assert all(torch.equal(other.adapter.state()[name], tensor) for name, tensor in after.items())
+    check_four_steps(biased_llama, SETTINGS[method])

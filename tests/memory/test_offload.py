@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
-from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import Case, assert_same_bits, make_case, make_rows
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.errors import NumericsError, ResourceError
 from tunekit.evaluation.evaluator import Evaluation
@@ -206,20 +206,11 @@ def run_window(case: Case) -> None:
         case.parts.engine.run_window(case.model, case.parts.objective, window, units)
 
 
-def state(case: Case) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in case.adapter.state().items()}
-
-
-def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
 @pytest.fixture(scope="module")
 def plain(deep_llama: Path) -> dict[str, Tensor]:
     case = start(deep_llama, None, 0)
     case.run()
-    return state(case)
+    return case.state()
 
 
 @pytest.mark.sampled(2)
@@ -232,7 +223,7 @@ def test_a_run_is_the_same_bit_for_bit(
     store = store_with(copies)
     case = start(deep_llama, store, checkpointed)
     case.run()
-    assert_same_bits(state(case), plain)
+    assert_same_bits(case.state(), plain)
     micro_batches = sum(len(window.batches) for window in case.windows.windows(0))
     moved = micro_batches * (checkpointed - 1)  # all but the last recomputed layer
     assert copies.events.count("out") == moved
@@ -277,7 +268,7 @@ def test_evaluation_in_between_touches_nothing(deep_llama: Path, plain: dict[str
     case.parts.training = case.training.model_copy(update={"eval_steps": 1})
     case.run()
     assert len(losses) >= 3
-    assert_same_bits(state(case), plain)
+    assert_same_bits(case.state(), plain)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.loop_case import KEPT, Case, make_case, make_rows
+from tests.support.loop_case import KEPT, assert_same_bits, check_four_steps, four_steps
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError
@@ -19,7 +19,6 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.llama_adapter import LlamaAdapterSettings
 from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.training import TrainingSection
 
 TEXT_IDS = tuple(range(40, 46))
 METHODS: dict[str, Any] = {
@@ -30,61 +29,22 @@ METHODS: dict[str, Any] = {
 }
 
 
-def start(folder: Path, name: str, rate: float = 2e-2, checkpointed: int = 0, **model: Any) -> Case:
-    """Four steps over the same eight rows, so that the losses of two rates can be compared."""
-    section = TrainingSection(
-        learning_rate=rate,
-        scheduler="constant",
-        warmup_ratio=None,
-        epochs=None,
-        max_steps=4,
-        micro_batch_size=4,
-        gradient_accumulation_steps=2,
-        weight_decay=0.1,
-    )
-    base = ModelSection(**{"name_or_path": str(folder), "dtype": "float32", **model})
-    rows = make_rows(8)
-    return make_case(folder, rows, training=section, adapter=METHODS[name], checkpointed=checkpointed, model=base)
-
-
-def run(folder: Path, name: str, rate: float = 2e-2, checkpointed: int = 0, **model: Any) -> Case:
-    case = start(folder, name, rate, checkpointed, **model)
-    case.run()
-    return case
-
-
-def state(case: Case) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in case.adapter.state().items()}
-
-
-def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_four_steps(name: str, tiny_llama: Path) -> None:
-    still, whole = run(tiny_llama, name, 0.0), start(tiny_llama, name)
-    before = state(whole)
-    whole.run()
-    after = state(whole)
-    assert [key for key in after if torch.equal(before[key], after[key])] == []
-    assert whole.losses[-1] < still.losses[-1]
-    assert_same_bits(state(run(tiny_llama, name, checkpointed=2)), after)
-    stopped, resumed = start(tiny_llama, name), start(tiny_llama, name)
-    resumed.run_after_a_stop(stopped, 2)
-    assert_same_bits(state(resumed), after)
+    check_four_steps(tiny_llama, METHODS[name])
 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @pytest.mark.parametrize("name", ["text", "llama_adapter"])
 def test_four_steps_on_a_quantized_base(name: str, storage: str, tiny_llama: Path) -> None:
-    still = run(tiny_llama, name, 0.0, quantization=storage)
-    case = run(tiny_llama, name, quantization=storage, checkpointed=1)
+    still = four_steps(tiny_llama, METHODS[name], 0.0, quantization=storage)
+    case = four_steps(tiny_llama, METHODS[name], quantization=storage, checkpointed=1)
+    still.run()
+    case.run()
     assert case.losses[-1] < still.losses[-1]
-    assert all(torch.isfinite(tensor).all() for tensor in state(case).values())
+    assert all(torch.isfinite(tensor).all() for tensor in case.state().values())
 
 
 def base_and_adapter(folder: Path, name: str) -> tuple[LoadedModel, AttachedAdapter]:
@@ -155,7 +115,7 @@ def test_a_folder_alone_generates_and_continues(name: str, tiny_llama: Path, tmp
             load_into(fresh, tmp_path / "a")
     else:
         load_into(fresh, tmp_path / "a")
-        assert_same_bits({**fresh.state()}, {**attached.state()})
+        assert_same_bits(fresh.state(), attached.state())
     fresh.detach()
     read = attach_adapter_folder(other.net, tmp_path / "a", head_name="lm_head")
     torch.testing.assert_close(logits(other, ids), expected, rtol=0, atol=1e-6)
@@ -164,13 +124,15 @@ def test_a_folder_alone_generates_and_continues(name: str, tiny_llama: Path, tmp
 
 
 def test_a_base_in_half_precision_is_prefixed_in_its_own(tiny_llama: Path) -> None:
-    case = run(tiny_llama, "projection", dtype="bfloat16")
+    case, still = (four_steps(tiny_llama, METHODS["projection"], rate, dtype="bfloat16") for rate in (2e-2, 0.0))
+    case.run()
+    still.run()
     assert all(parameter.dtype == torch.float32 for parameter in case.adapter.trained().values())
-    assert case.losses[-1] < run(tiny_llama, "projection", 0.0, dtype="bfloat16").losses[-1]
+    assert case.losses[-1] < still.losses[-1]
 
 
 def test_packed_rows_of_a_llama_adapter_are_as_alone(tiny_llama: Path) -> None:
-    case = start(tiny_llama, "llama_adapter")
+    case = four_steps(tiny_llama, METHODS["llama_adapter"])
     with torch.no_grad():
         for parameter in case.adapter.trained().values():
             parameter.add_(0.5)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import check_four_steps, four_steps, make_case, make_rows
 from tests.support.peft_case import BASES
 from tests.support.train_case import (
     in_child,
@@ -51,67 +50,30 @@ RATES = {"multitask_prompt": 0.3}  # a product of small factors
 every = pytest.mark.parametrize("name", METHODS)
 
 
-def start(folder: Path, name: str, rate: float | None = None, checkpointed: int = 0, **model: Any) -> Case:
-    """Four steps over the same eight rows, so that the losses of two rates can be compared."""
-    section = TrainingSection(
-        learning_rate=RATES.get(name, 2e-2) if rate is None else rate,
-        scheduler="constant",
-        warmup_ratio=None,
-        epochs=None,
-        max_steps=4,
-        micro_batch_size=4,
-        gradient_accumulation_steps=2,
-        weight_decay=0.1,
-    )
-    base = ModelSection(**{"name_or_path": str(folder), "dtype": "float32", **model})
-    adapter = METHODS[name]
-    return make_case(folder, make_rows(8), training=section, adapter=adapter, checkpointed=checkpointed, model=base)
-
-
-def run(folder: Path, name: str, rate: float | None = None, checkpointed: int = 0, **model: Any) -> Case:
-    case = start(folder, name, rate, checkpointed, **model)
-    case.run()
-    return case
-
-
-def state(case: Case) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in case.adapter.state().items()}
-
-
-def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.sampled(2)
 @every
 def test_four_steps(name: str, tiny_llama: Path) -> None:
-    still, whole = run(tiny_llama, name, 0.0), start(tiny_llama, name)
-    before = state(whole)
-    whole.run()
-    after = state(whole)
-    assert [key for key in whole.adapter.trained() if torch.equal(before[key], after[key])] == []
-    assert whole.losses[-1] < still.losses[-1]
-    assert_same_bits(state(run(tiny_llama, name, checkpointed=2)), after)
-    stopped, resumed = start(tiny_llama, name), start(tiny_llama, name)
-    resumed.run_after_a_stop(stopped, 2)
-    assert_same_bits(state(resumed), after)
+    check_four_steps(tiny_llama, METHODS[name], RATES.get(name, 2e-2))
 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
 @every
 def test_four_steps_on_a_quantized_base(name: str, storage: str, tiny_llama: Path) -> None:
-    still = run(tiny_llama, name, 0.0, quantization=storage)
-    case = run(tiny_llama, name, quantization=storage, checkpointed=1)
+    still = four_steps(tiny_llama, METHODS[name], 0.0, quantization=storage)
+    case = four_steps(tiny_llama, METHODS[name], RATES.get(name, 2e-2), quantization=storage, checkpointed=1)
+    still.run()
+    case.run()
     assert case.losses[-1] < still.losses[-1]
-    assert all(torch.isfinite(tensor).all() for tensor in state(case).values())
+    assert all(torch.isfinite(tensor).all() for tensor in case.state().values())
 
 
 def test_a_base_in_half_precision(tiny_llama: Path) -> None:
-    case = run(tiny_llama, "p_tuning", dtype="bfloat16")
+    case, still = (four_steps(tiny_llama, METHODS["p_tuning"], rate, dtype="bfloat16") for rate in (2e-2, 0.0))
+    case.run()
+    still.run()
     assert all(parameter.dtype == torch.float32 for parameter in case.adapter.trained().values())
-    assert case.losses[-1] < run(tiny_llama, "p_tuning", 0.0, dtype="bfloat16").losses[-1]
+    assert case.losses[-1] < still.losses[-1]
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 8])

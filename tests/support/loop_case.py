@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.support.data_case import objective_of, sequence_row
@@ -119,6 +120,10 @@ class Case:
     def losses(self) -> list[float]:
         return [record.loss for record in self.records if isinstance(record, StepRecord)]
 
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the adapter's tensors."""
+        return {name: tensor.clone() for name, tensor in self.adapter.state().items()}
+
 
 def make_case(
     folder: Path,
@@ -193,3 +198,43 @@ def make_case(
         save=lambda: saved.append(run.state.step),
     )
     return Case(tuned, attached, windows, optimizer, training, run, records, saved)
+
+
+def four_steps(folder: Path, adapter: Any, rate: float = 2e-2, checkpointed: int = 0, **model: Any) -> Case:
+    """Four steps over the same eight rows, so that the losses of two rates can be compared."""
+    training = TrainingSection(
+        learning_rate=rate,
+        scheduler="constant",
+        warmup_ratio=None,
+        epochs=None,
+        max_steps=4,
+        micro_batch_size=4,
+        gradient_accumulation_steps=2,
+        weight_decay=0.1,
+    )
+    section = ModelSection(**{"name_or_path": str(folder), "dtype": "float32", **model})
+    return make_case(folder, make_rows(8), training=training, adapter=adapter, checkpointed=checkpointed, model=section)
+
+
+def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def check_four_steps(folder: Path, adapter: Any, rate: float = 2e-2) -> None:
+    """It learns, all trained tensors move and no others, and neither recomputed layers nor a resume change a bit."""
+    still, whole = four_steps(folder, adapter, 0.0), four_steps(folder, adapter, rate)
+    again = four_steps(folder, adapter, rate, checkpointed=2)
+    before = whole.state()
+    for case in (still, whole, again):
+        case.run()
+    after = whole.state()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    without_gradient = {name for name in after if name.endswith("k_proj.bias")}  # attention ignores a bias of all keys
+    assert moved | without_gradient == set(whole.adapter.trained()) | without_gradient
+    assert whole.losses[-1] < still.losses[-1]
+    assert_same_bits(again.state(), after)
+    stopped, resumed = four_steps(folder, adapter, rate), four_steps(folder, adapter, rate)
+    resumed.run_after_a_stop(stopped, 2)
+    assert stopped.losses + resumed.losses == whole.losses
+    assert_same_bits(resumed.state(), after)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.loop_case import check_four_steps, make_case, make_rows
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.reading.names import settings_class
 from tunekit.recipe.training import TrainingSection
@@ -25,38 +25,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def start(folder: Path, case: str, learning_rate: float = 0.02) -> Case:
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("case", CASES)
+def test_four_steps(tiny_llama: Path, case: str) -> None:
     method, own = CASES[case]
-    adapter = settings_class("adapters", method)(**{"r": 4, "alpha": 8.0, **own})
-    training = TrainingSection(
-        learning_rate=learning_rate, scheduler="constant", warmup_steps=0, epochs=4, micro_batch_size=2,
-        gradient_accumulation_steps=2, weight_decay=0.1,
-    )  # fmt: skip
-    return make_case(folder, make_rows(4, shortest=8, longest=15), training=training, adapter=adapter)  # one row set
-
-
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("case", CASES)
-def test_four_steps_train_everything_and_lower_the_loss(tiny_llama: Path, case: str) -> None:
-    trained, still = start(tiny_llama, case), start(tiny_llama, case, learning_rate=0.0)
-    before = {name: tensor.clone() for name, tensor in trained.adapter.state(("trained",)).items()}
-    trained.run()
-    still.run()
-    assert len(trained.losses) == len(still.losses) == 4
-    assert trained.losses[-1] < still.losses[-1] - 0.01
-    same = [name for name, tensor in trained.adapter.state(("trained",)).items() if torch.equal(tensor, before[name])]
-    assert same == []
-
-
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("case", CASES)
-def test_a_resume_changes_no_bit(tiny_llama: Path, case: str) -> None:
-    whole, first, second = (start(tiny_llama, case) for _ in range(3))
-    whole.run()
-    second.run_after_a_stop(first, 2)
-    assert first.losses + second.losses == whole.losses
-    ours, theirs = second.adapter.state(), whole.adapter.state()
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    check_four_steps(tiny_llama, settings_class("adapters", method)(**{"r": 4, "alpha": 8.0, **own}))
 
 
 def test_a_penalty_counts_once_per_step_however_it_is_cut(tiny_llama: Path) -> None:

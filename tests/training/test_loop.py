@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tests.support.data_case import objective_of
-from tests.support.loop_case import Case, ListedRows, make_case, make_rows
+from tests.support.loop_case import Case, ListedRows, assert_same_bits, make_case, make_rows
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import TrainingWindows, collate, evaluation_batches
 from tunekit.errors import DataError, InputError, NumericsError, Stopped
@@ -42,11 +42,6 @@ def training(**changes: Any) -> TrainingSection:
 
 def weights(case: Case) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in case.adapter.trained().items()}
-
-
-def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
 def test_the_last_partial_window_is_stepped_with_its_own_count(tiny_llama: Path) -> None:
