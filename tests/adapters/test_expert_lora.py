@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.arithmetic.test_merge import write_base
 from tests.support.loop_case import check_four_steps
+from tests.support.peft_case import move_from_start
 from tests.support.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
@@ -52,13 +53,6 @@ def logits(net: nn.Module) -> Tensor:
     return net(input_ids=IDS).logits.float()
 
 
-def move(attached: AttachedAdapter) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for tensor in attached.trained().values():
-            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.2)
-
-
 @pytest.mark.parametrize("kind", [LoraSettings, LoraFaSettings])
 @pytest.mark.parametrize(
     ("quantization", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("nf4", "float32"), ("int8", "float32")]
@@ -70,7 +64,7 @@ def test_contract(mixture: Path, tmp_path: Path, kind: Any, quantization: str, d
     alone = {"target_modules": ()} if kind is LoraFaSettings else {}  # its folder is read as lora, which rounds layers
     attached = attach(net, kind(**{**FIELDS, **alone}))  # otherwise
     assert torch.equal(logits(net), plain)
-    move(attached)
+    move_from_start(attached.trained().values(), 0.2)
     changed = logits(net)
     assert (changed - plain).abs().max() > 1e-2
     with calling(Call(bypassed=True)):
@@ -120,7 +114,7 @@ def test_merged_parameters_compute_the_same(mixture: Path, implementation: str) 
     net = load(mixture)
     net.config._experts_implementation = implementation
     attached = attach(net, LoraSettings(**{**FIELDS, "target_modules": ()}))
-    move(attached)
+    move_from_start(attached.trained().values(), 0.2)
     expected = logits(net)
     attached.detach()
     with torch.no_grad():
@@ -143,7 +137,7 @@ def test_merged_model_folder(tmp_path: Path, architecture: str, changes: dict[st
     base = write_base(tmp_path / "base", architecture, **changes)
     net = load(base)
     attached = attach(net, LoraSettings(**FIELDS))
-    move(attached)
+    move_from_start(attached.trained().values(), 0.2)
     expected = logits(net)
     facts = {"base_fingerprint": None, "revision": None, "base_dtype": "float32"}
     save_adapter_folder(attached, tmp_path / "adapter", base_name=str(base), **facts)
@@ -214,7 +208,7 @@ def test_files_are_refused_by_name(mixture: Path, tmp_path: Path) -> None:
 
 def test_training_goes_on_from_a_folder(mixture: Path, tmp_path: Path) -> None:
     first = attach(load(mixture), LoraSettings(**FIELDS))
-    move(first)
+    move_from_start(first.trained().values(), 0.2)
     save_adapter_folder(first, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     second = attach(load(mixture), LoraSettings(**{**FIELDS, "target_parameters": ("gate_up_proj", "down_proj")}))
     load_into(second, tmp_path / "a")

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tunekit.adapters.folder.read
+from tests.support.peft_case import move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, read_adapter_config, save_adapter_folder
 from tunekit.errors import AdapterError, ResourceError
@@ -40,10 +41,7 @@ def make_llama() -> nn.Module:
 def make_adapter(net: nn.Module | None = None, **values: Any) -> AttachedAdapter:
     settings = LoraSettings(**{"r": 4, "alpha": 6, "target_modules": ("q_proj", "v_proj"), **values})
     attached = attach_adapter(net or make_llama(), settings, seed=1, head_name="lm_head")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in attached.trained().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    move_from_start(attached.trained().values(), 0.2)
     return attached
 
 

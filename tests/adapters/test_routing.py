@@ -50,7 +50,7 @@ ROWS = {
 
 def load(net: nn.Module, settings: Any, seed: int = 1) -> Any:
     attached = attach_adapter(net, settings, seed=seed, head_name="lm_head")
-    move_from_start(list(attached.trained().values()), 0.2)
+    move_from_start(attached.trained().values(), 0.2)
     return attached
 
 

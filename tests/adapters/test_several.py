@@ -51,7 +51,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 def make(net: nn.Module, family: str, name: str) -> AttachedAdapter:
     attached = attach_adapter(net, ADAPTERS[family][name], seed=1, head_name="lm_head")
-    move_from_start(list(attached.trained().values()), 0.2)
+    move_from_start(attached.trained().values(), 0.2)
     return attached
 
 

@@ -14,6 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from tests.arithmetic.test_merge import write_base
 from tests.support.loop_case import make_case, make_rows
+from tests.support.peft_case import move_from_start
 from tests.support.train_case import train_in_child, write_recipe
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
@@ -46,13 +47,6 @@ def logits(net: nn.Module) -> torch.Tensor:
     return net(input_ids=IDS).logits.float()
 
 
-def move(attached: AttachedAdapter) -> None:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for tensor in attached.trained().values():
-            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.3)
-
-
 @pytest.mark.parametrize(
     ("quantization", "dtype"), [("none", "float32"), ("none", "bfloat16"), ("nf4", "float32"), ("int8", "float32")]
 )
@@ -69,7 +63,7 @@ def test_contract(tiny_llama: Path, tmp_path: Path, quantization: str, dtype: st
     groups = attached.groups(TrainingSection())
     assert rows.keys() <= {name for names, _, decays in groups if not decays for name in names}
     torch.testing.assert_close(logits(net), plain, rtol=0, atol=0.05 if dtype == "bfloat16" else 1e-5)
-    move(attached)
+    move_from_start(attached.trained().values(), 0.3)
     changed = logits(net)
     assert (changed - plain).abs().max() > 1e-2
     with calling(Call(bypassed=True)):
@@ -100,7 +94,7 @@ def test_the_merged_rows_are_the_trained_ones_and_the_others_the_base(tiny_llama
     net = load(tiny_llama)
     original = net.model.embed_tokens.weight.clone()
     attached = attach(net, (40, 9, 7))
-    move(attached)
+    move_from_start(attached.trained().values(), 0.3)
     merged = attached.tokens["model.embed_tokens"].merged(original)
     rows = attached.trained()["model.embed_tokens.token_adapter.trainable_tokens_delta"]
     assert torch.equal(merged[[40, 9, 7]], rows)
@@ -114,7 +108,7 @@ def test_trained_rows_are_scaled_where_the_base_scales_its_own(tiny_llama: Path)
     scaled = Gemma3TextScaledWordEmbedding(*net.model.embed_tokens.weight.shape, 0, 3.0)
     net.set_input_embeddings(scaled)
     attached = attach(net, (40, 9))
-    move(attached)
+    move_from_start(attached.trained().values(), 0.3)
     merged = attached.tokens["model.embed_tokens"].merged(scaled.weight)
     torch.testing.assert_close(net.model.embed_tokens(ids), nn.functional.embedding(ids, merged) * 3)
 
@@ -125,7 +119,7 @@ def test_merged_model_folder(tmp_path: Path, tied: bool, asked: Any) -> None:
     base = write_base(tmp_path / "base", "llama", tie_word_embeddings=tied)
     net = load(base)
     attached = attach(net, asked)
-    move(attached)
+    move_from_start(attached.trained().values(), 0.3)
     expected = logits(net)
     folder = tmp_path / "adapter"
     facts = {"base_fingerprint": None, "revision": None, "base_dtype": "float32"}
@@ -184,7 +178,7 @@ def test_a_file_with_other_rows_is_refused(tiny_llama: Path, tmp_path: Path) -> 
 
 def test_training_goes_on_from_a_folder(tiny_llama: Path, tmp_path: Path) -> None:
     first = attach(load(tiny_llama), (40, 9))
-    move(first)
+    move_from_start(first.trained().values(), 0.3)
     save_adapter_folder(first, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     second = attach(load(tiny_llama), {"model.embed_tokens": (40, 9)})
     load_into(second, tmp_path / "a")

@@ -195,7 +195,7 @@ def test_rslora_of_a_square_rank_keeps_its_tensors(tmp_path: Path) -> None:
 def trained(folder: Path, family: str, settings: Any, base_name: str) -> Path:
     base = BASES[family]
     attached = attach_adapter(base.make(), settings, seed=1, head_name=base.head_name)
-    move_from_start(list(attached.trained().values()), 0.1)
+    move_from_start(attached.trained().values(), 0.1)
     save_adapter_folder(
         attached, folder, base_name=base_name, base_fingerprint=None, revision=None, task_type=base.task_type
     )
@@ -269,7 +269,7 @@ def test_a_low_rank_is_the_best_one_and_its_error_is_told(
     assert run(monkeypatch, *words) == 0
     out = capsys.readouterr().out
     attached = attach_adapter(BASES["llama"].make(), settings, seed=1, head_name="lm_head")
-    move_from_start(list(attached.trained().values()), 0.1)
+    move_from_start(attached.trained().values(), 0.1)
     lost = energy = 0.0
     for layer in attached.layers.values():
         delta, _ = layer.merged(torch.zeros(layer.target.out_features, layer.target.in_features), None)

@@ -272,7 +272,7 @@ def test_losses_are_measured_over_one_base(
     expected = {}
     for name, settings in kinds.items():
         attached = attach_adapter(net.net, settings, seed=1, head_name="lm_head")
-        move_from_start(list(attached.trained().values()), 0.3)
+        move_from_start(attached.trained().values(), 0.3)
         save_adapter_folder(attached, tmp_path / name, base_name=str(base), base_fingerprint=None, revision=None)
         attached.detach()
     for target in (base, tmp_path / "a", tmp_path / "b"):
@@ -283,7 +283,7 @@ def test_losses_are_measured_over_one_base(
     second = tmp_path / "c"
     settings = LoraSettings(r=3, target_modules=("v_proj",))
     attached = attach_adapter(net.net, settings, seed=2, head_name="lm_head")
-    move_from_start(list(attached.trained().values()), 0.3)
+    move_from_start(attached.trained().values(), 0.3)
     save_adapter_folder(attached, second, base_name=str(base), base_fingerprint=None, revision=None)
     attached.detach()
     capsys.readouterr()

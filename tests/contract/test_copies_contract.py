@@ -54,7 +54,7 @@ def test_contract(method: str, storage: str, tmp_path: Path) -> None:
     assert all(name.endswith("bias") or "LayerNorm" in name for name in trained)
     assert any("LayerNorm" in name for name in trained)
     assert (method == "bitfit") == any("query.bias" in name for name in trained)
-    move_from_start(list(trained.values()), 0.2)
+    move_from_start(trained.values(), 0.2)
     changed = logits_of(net, BERT)
     assert (changed - plain).abs().max() > 1e-3
     with calling(Call(bypassed=True)):
@@ -74,7 +74,7 @@ def test_contract(method: str, storage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", SETTINGS)
 def test_merged_is_the_running_adapter(method: str) -> None:
     attached = attach(BERT.make(), method)
-    move_from_start(list(attached.trained().values()), 0.2)
+    move_from_start(attached.trained().values(), 0.2)
     assert torch.equal(logits_of(merged_net(attached, BERT), BERT), logits_of(attached.net, BERT))
 
 

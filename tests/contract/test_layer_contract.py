@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tunekit.adapters.methods
 import tunekit.recipe.adapters
+from tests.support.peft_case import move_from_start
 from tests.support.product_methods import PRODUCTS, ROTATIONS
 from tests.support.vector_methods import SCALED_OUTPUTS, VECTORS
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
@@ -97,13 +98,6 @@ def attach(base: Base, method: str, seed: int = 5) -> AttachedAdapter:
     return attach_adapter(base, METHODS[method](), seed=seed, head_name=None)
 
 
-def randomise(attached: AttachedAdapter) -> None:
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for parameter in attached.trained().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-
 def fits(method: str, storage: str) -> bool:
     """Whether the method adapts layers of this kind at all."""
     layer = load_method(METHODS[method]().method).layer
@@ -125,7 +119,7 @@ def test_starts_as_identity_and_bypass_is_the_base(method: str, storage: str) ->
             torch.testing.assert_close(base(x), plain, rtol=0, atol=0.05 if storage == "bfloat16" else 1e-5)
         else:
             assert torch.equal(base(x), plain)
-    randomise(attached)
+    move_from_start(attached.trained().values(), 0.2)
     assert not torch.equal(base(x), plain)
     with calling(Call(bypassed=True)):
         assert torch.equal(base(x), plain)
@@ -136,7 +130,7 @@ def test_only_its_tensors_get_gradients_and_the_base_stays(method: str, storage:
     base = make_base(storage)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     attached = attach(base, method)
-    randomise(attached)
+    move_from_start(attached.trained().values(), 0.2)
     trained = attached.trained()
     base(make_input(storage)).float().square().sum().backward()
     shared = {id(p) for p in attached.shared.parameters()} if attached.shared else set()  # belongs to no layer
@@ -158,7 +152,7 @@ def test_forward_is_the_base_layer_with_merged_weight(method: str, storage: str)
     base, x = make_base(storage), make_input(storage)
     plain = base(x)
     attached = attach(base, method)
-    randomise(attached)
+    move_from_start(attached.trained().values(), 0.2)
     layer = attached.layers["layer"]
     weight = weight_of(layer.base_layer)
     assert weight is not None
@@ -186,7 +180,7 @@ def test_forward_is_the_base_layer_with_merged_weight(method: str, storage: str)
 def test_save_and_load_is_bitwise(method: str, storage: str, tmp_path: Path) -> None:
     base, x = make_base(storage), make_input(storage)
     attached = attach(base, method)
-    randomise(attached)
+    move_from_start(attached.trained().values(), 0.2)
     save_adapter_folder(attached, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     other = make_base(storage)
     read = attach_adapter_folder(other, tmp_path / "a", head_name=None)
@@ -233,7 +227,7 @@ def test_dropout_only_while_training(method: str) -> None:
     for dropout in (0.0, 0.5):
         base, x = make_base("dense"), make_input("dense")
         settings = METHODS[method]().model_copy(update={"dropout": dropout})
-        randomise(attach_adapter(base, settings, seed=5, head_name=None))
+        move_from_start(attach_adapter(base, settings, seed=5, head_name=None).trained().values(), 0.2)
         evaluated.append(base(x))
         base.train()
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from tests.support.peft_case import move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import LayerAdapter, ModelAdapter, SharedPart, Slot
 from tunekit.adapters.expert_parameters import ParameterAdapter
@@ -188,13 +189,6 @@ def logits(net: nn.Module, attached: AttachedAdapter | None) -> Tensor:
     return net.lm_head(attached.outputs(hidden) if attached else hidden)
 
 
-def randomise(attached: AttachedAdapter) -> None:
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for parameter in attached.trained().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_contract(kind: str, tmp_path: Path) -> None:
     make, method, _ = KINDS[kind]
@@ -204,7 +198,7 @@ def test_contract(kind: str, tmp_path: Path) -> None:
     attached = attach(kind, net)
     if attached.starts_as_identity():
         torch.testing.assert_close(logits(net, attached), plain, rtol=0, atol=1e-6)
-    randomise(attached)
+    move_from_start(attached.trained().values(), 0.2)
     changed = logits(net, attached)
     assert (changed - plain).abs().max() > 1e-3
     with calling(Call(bypassed=True)):
@@ -285,7 +279,7 @@ def test_copies_are_float32_over_a_bfloat16_base() -> None:
 def test_fused_experts_equal_their_merged_weights(implementation: str) -> None:
     net = make_mixtral(implementation)
     attached = attach("experts", net)
-    randomise(attached)
+    move_from_start(attached.trained().values(), 0.2)
     running = logits(net, attached)
     assert len(attached.parameters) == 4
     attached.detach()

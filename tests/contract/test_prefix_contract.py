@@ -70,7 +70,7 @@ def test_contract(method: str, storage: str, tmp_path: Path) -> None:
     started = logits_of(net, BASE)
     assert torch.equal(started, plain) == (method == IDENTITY)
     trained = attached.trained()
-    move_from_start(list(trained.values()), 0.2)
+    move_from_start(trained.values(), 0.2)
     changed = logits_of(net, BASE)
     assert (changed - plain).abs().max() > 1e-3
     with calling(Call(bypassed=True)):
@@ -126,7 +126,7 @@ def test_every_attention_function_agrees(method: str, implementation: str) -> No
     other.set_attn_implementation(implementation)
     moved = attach(other, method)
     for adapter in (attached, moved):
-        move_from_start(list(adapter.trained().values()), 0.2)
+        move_from_start(adapter.trained().values(), 0.2)
     torch.testing.assert_close(logits_of(other, BASE), logits_of(attached.net, BASE), rtol=0, atol=1e-5)
 
 

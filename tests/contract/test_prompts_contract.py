@@ -78,7 +78,7 @@ def test_contract(name: str, family: str, tmp_path: Path) -> None:
         assert torch.equal(logits(attached, base.inputs), plain)
         assert attached.virtual_tokens == 0
     assert attached.virtual_tokens == LENGTH
-    move_from_start(list(attached.trained().values()), 0.2)
+    move_from_start(attached.trained().values(), 0.2)
     changed = logits(attached, base.inputs)
     assert changed.shape == plain.shape
     changed.square().sum().backward()
@@ -146,7 +146,7 @@ def test_padding_on_the_left_changes_nothing(name: str, family: str) -> None:
 def test_cpt_keeps_outputs_and_bounds_the_rest() -> None:
     attached = attach(BASES["llama"], "cpt")
     start = attached.file_tensors()["prompt_embeddings"]
-    move_from_start(list(attached.trained().values()), 5.0)
+    move_from_start(attached.trained().values(), 5.0)
     far = attached.trained()["delta_embedding.weight"].detach().clone()
     moved = attached.file_tensors()["prompt_embeddings"] - start
     bound = 0.1 * (32 / 2048) ** 0.5
@@ -161,7 +161,7 @@ def test_cpt_keeps_outputs_and_bounds_the_rest() -> None:
 @every
 def test_a_folder_is_continued_where_it_holds_what_was_trained(name: str, tmp_path: Path) -> None:
     first, second = attach(BASES["llama"], name, 1), attach(BASES["llama"], name, 2)
-    move_from_start(list(first.trained().values()), 0.2)
+    move_from_start(first.trained().values(), 0.2)
     folder = saved(first, tmp_path / "a")
     if name in COMPUTED:
         with pytest.raises(AdapterError, match="contains only values computed from the trained tensors"):

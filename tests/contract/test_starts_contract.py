@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.peft_case import BASES, close
+from tests.support.peft_case import BASES, close, move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.starts.start import LayerActivations, initialise_all, start_module
@@ -52,13 +52,6 @@ def attach(family: str, settings: Any) -> AttachedAdapter:
     return adapter
 
 
-def move(adapter: AttachedAdapter) -> None:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in adapter.trained().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
 def logits(net: nn.Module, family: str) -> Tensor:
     found: Tensor = net(**BASES[family].inputs).logits
     return found
@@ -74,7 +67,7 @@ def test_the_start_is_the_base_and_the_base_stays(method: str, start: str, famil
     adapter = attach(family, settings_of(method, start, family))
     exactly = start != "orthogonal" and method != "dora"  # there up to rounding
     torch.testing.assert_close(logits(adapter.net, family), plain, rtol=0, atol=0 if exactly else 1e-5)
-    move(adapter)
+    move_from_start(adapter.trained().values(), 0.1)
     assert (logits(adapter.net, family) - plain).abs().max() > 1e-2
     with calling(Call(bypassed=True)):
         assert torch.equal(logits(adapter.net, family), plain)
@@ -127,7 +120,7 @@ def test_gradients_are_those_of_a_base_without_the_part(start: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_export_is_plain_lora_that_peft_reads(method: str, start: str, family: str, tmp_path: Path) -> None:
     adapter, base = attach(family, settings_of(method, start, family)), BASES[family]
-    move(adapter)
+    move_from_start(adapter.trained().values(), 0.1)
     native = {name: tensor.clone() for name, tensor in adapter.state().items()}
     folder = tmp_path / "adapter"
     save_adapter_folder(
@@ -150,7 +143,7 @@ def test_twice_the_rank_is_never_more_than_the_matrix_has(start: str, tmp_path: 
     targets = ("q_proj", "k_proj", "down_proj")
     settings = LoraSettings(r=12, alpha=6.0, target_modules=targets, start=start)
     adapter = attach("llama", settings)
-    move(adapter)
+    move_from_start(adapter.trained().values(), 0.1)
     save_adapter_folder(adapter, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     read = attach_adapter_folder(BASES["llama"].make(), tmp_path / "a", head_name="lm_head")
     assert {target.name.rpartition(".")[2]: target.r for target in read.targets} == {

@@ -11,8 +11,7 @@ import pytest
 
 from tests.devices import plugin
 from tests.devices.test_runs import train, whole_device
-from tests.support.train_case import records, write_recipe
-from tests.training.test_ranks import free_port
+from tests.support.train_case import free_port, records, write_recipe
 
 __all__ = ["whole_device"]
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from tests.architectures.test_architectures import NAMES
 from tests.support.data_case import objective_of, source_row
 from tests.support.loop_case import CPU
+from tests.support.peft_case import move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Engine, Row, Window
 from tunekit.memory.blobs import frozen_tensors
@@ -106,10 +107,7 @@ def tune(
     layers = [layer for _, layer in base.family.layers(base.net)]
     weights = [frozen_tensors(layer) for layer in layers]
     adapter = attach_adapter(base.net, settings, seed=1, head_name=base.family.head_name(base.net))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapter.trained().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    move_from_start(adapter.trained().values(), 0.1)
     prepare_layers(layers, 0)
     if streaming is None:
         return TunedModel(base, adapter), WindowEngine(5)

@@ -23,7 +23,7 @@ from transformers import (
 
 from tests.conftest import write_tiny_llama
 from tests.model.test_decoder import run
-from tests.support.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY
+from tests.support.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY, move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import find_targets
@@ -174,10 +174,7 @@ def test_adapters_attach_compute_and_come_back_from_their_folders(
     head = model.family.head_name(model.net)
     attached = attach_adapter(model.net, settings, seed=1, head_name=head)
     trained = attached.trained()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in trained.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    move_from_start(trained.values(), 0.2)
     logits = model.family.logits(model.net, inputs)
     gradients = torch.autograd.grad(logits.square().sum(), list(trained.values()), allow_unused=True)
     without = [n for n, g in zip(trained, gradients, strict=True) if g is None or not bool(g.abs().max() > 0)]

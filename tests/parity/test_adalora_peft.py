@@ -98,7 +98,7 @@ def test_twenty_steps_of_masks_and_importances() -> None:
 def cut_down(kept: list[list[bool]]) -> AttachedAdapter:
     """An adapter at its end, with these ranks left in its layers."""
     ours = attach_adapter(LLAMA.make(), settings(LLAMA.attention), seed=0, head_name="lm_head")
-    move_from_start(list(ours.trained().values()), 0.3)
+    move_from_start(ours.trained().values(), 0.3)
     for layer, left in zip(ours.layers.values(), kept, strict=True):
         layer.kept.copy_(torch.tensor(left))
         layer.E.data[~layer.kept] = 0

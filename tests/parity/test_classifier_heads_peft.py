@@ -49,7 +49,7 @@ def test_heads_travel_with_the_adapter_both_ways(name: str, tmp_path: Path) -> N
     ours = attach_adapter(
         BASE.make(), settings.model_copy(update={"modules_to_save": ("classifier",)}), seed=3, head_name=BASE.head_name
     )
-    move_from_start(list(ours.trained().values()), 0.2)
+    move_from_start(ours.trained().values(), 0.2)
     facts = {"base_name": "org/base", "base_fingerprint": None, "revision": None, "task_type": "SEQ_CLS"}
     save_adapter_folder(ours, tmp_path / "ours", **facts)
     with warnings.catch_warnings(record=True) as caught:

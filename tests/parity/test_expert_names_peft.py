@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.architectures.tiny import make_tiny
-from tests.support.peft_case import close
+from tests.support.peft_case import close, move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.adapters.targets import find_targets
@@ -32,19 +31,12 @@ def logits(net: Any) -> Tensor:
     return found
 
 
-def move(parameters: Iterable[nn.Parameter]) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
 @pytest.mark.parametrize("model_type", SHARED)
 def test_peft_reads_what_is_written(model_type: str, tmp_path: Path) -> None:
     net = make_tiny(model_type)
     plain, settings = logits(net), LoraSettings(r=4, dropout=0.1, rank_pattern={"gate_proj": 2})
     attached = attach_adapter(net, settings, seed=0, head_name="lm_head")
-    move(attached.trained().values())
+    move_from_start(attached.trained().values(), 0.1)
     ours = logits(net.eval())
     assert (ours - plain).abs().max() > 0.1
     save_adapter_folder(attached, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
@@ -63,7 +55,7 @@ def test_what_peft_makes_of_all_linear_is_read(model_type: str, tmp_path: Path) 
     """Experts, and the router's matrix under target_parameters."""
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(make_tiny(model_type), config).eval()
-    move(parameter for name, parameter in theirs.named_parameters() if "lora_" in name)
+    move_from_start((parameter for name, parameter in theirs.named_parameters() if "lora_" in name), 0.1)
     theirs.save_pretrained(str(tmp_path))
     assert "gate.weight" in json.loads((tmp_path / "adapter_config.json").read_text())["target_parameters"]
     net = make_tiny(model_type)

@@ -104,7 +104,7 @@ def test_no_changed_matrix_is_made(monkeypatch: pytest.MonkeyPatch, make: Any, i
     """W x and L (R x) one after the other, wherever transformers multiplies."""
     settings = LoraSettings(r=3, alpha=6.0, target_parameters=BOTH, target_modules=())
     ours = attach_adapter(make(implementation), settings, seed=1, head_name="lm_head")
-    move_from_start(list(ours.trained().values()), 0.2)
+    move_from_start(ours.trained().values(), 0.2)
     base = Base(lambda: ours.net, "lm_head", None, (), (), ())
     expected = logits_of(ours.net, base)
 

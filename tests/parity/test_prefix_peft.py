@@ -85,7 +85,7 @@ def test_prefix_with_a_projection(row: str, family: str, tmp_path: Path) -> None
     fields = {"num_virtual_tokens": LENGTH, "prefix_projection": True, "encoder_hidden_size": 10}
     theirs = peft.get_peft_model(base.make(), peft.PrefixTuningConfig(task_type=base.task_type, **fields)).eval()
     encoder = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
-    move_from_start(list(encoder.values()), 0.2)
+    move_from_start(encoder.values(), 0.2)
     theirs.save_pretrained(str(tmp_path / "theirs"))
     tensors = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     ours = attach_adapter(base.make(), settings, seed=1, head_name=base.head_name)

@@ -147,7 +147,7 @@ def test_cell(case: str, family: str, tmp_path: Path) -> None:
     cell = Cell(method=pair.settings.method, family=family, row=case, refused=dict(NO_MERGE))
     theirs = peft.get_peft_model(pair.base.make(), pair.config).eval()
     trained = {pair.state_name(name): p for name, p in theirs.named_parameters() if p.requires_grad}
-    move_from_start(list(trained.values()), SPREAD)
+    move_from_start(trained.values(), SPREAD)
     expected = pair.their_logits(theirs).detach()  # CPT's forward also brings its parameters within their bounds
     theirs.save_pretrained(str(tmp_path / "theirs"))
     ours = pair.ours()
@@ -177,7 +177,7 @@ def test_cell(case: str, family: str, tmp_path: Path) -> None:
 def peft_reads(pair: Pair, folder: Path) -> None:
     """A file written here computes the same in peft, which finds nothing to warn of."""
     ours = pair.ours()
-    move_from_start(list(ours.trained().values()), SPREAD)
+    move_from_start(ours.trained().values(), SPREAD)
     task_type = TASKS[pair.family]
     save_adapter_folder(ours, folder, base_name="org/base", base_fingerprint="f", revision=None, task_type=task_type)
     with warnings.catch_warnings(record=True) as caught:
@@ -243,7 +243,7 @@ def test_a_prompt_goes_on_from_the_tasks_of_another(chosen: Any, init: str, tmp_
     """As peft starts from a file of three tasks; what it draws anew for "none" is drawn here by the run's seed."""
     pair = Pair("multitask_prompt", "llama")
     source = pair.ours()
-    move_from_start(list(source.trained().values()), SPREAD)
+    move_from_start(source.trained().values(), SPREAD)
     save_adapter_folder(source, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     path = str(tmp_path / "a" / "adapter_model.safetensors")
     config = peft.MultitaskPromptTuningConfig(

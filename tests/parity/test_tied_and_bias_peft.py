@@ -82,7 +82,7 @@ def test_an_adapter_that_keeps_weights_tied_is_merged(tmp_path: Path) -> None:
 def test_peft_reads_a_bias_of_ours(tmp_path: Path) -> None:
     net = make(False)
     attached = attach_adapter(net, LoraSettings(r=3, lora_bias=True), seed=0, head_name="lm_head")
-    move_from_start(list(attached.trained().values()), 0.1)
+    move_from_start(attached.trained().values(), 0.1)
     save_adapter_folder(attached, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     theirs = peft.PeftModel.from_pretrained(make(False), str(tmp_path / "a")).eval()
     close(logits_of(theirs, BASES["llama"]), logits_of(net, BASES["llama"]))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.loop_case import KEPT, assert_same_bits, check_four_steps, four_steps
+from tests.support.peft_case import move_from_start
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, load_into, save_adapter_folder
 from tunekit.errors import AdapterError
@@ -51,10 +52,7 @@ def base_and_adapter(folder: Path, name: str) -> tuple[LoadedModel, AttachedAdap
     """An adapter that is not as it starts."""
     base = load_model(ModelSection(name_or_path=str(folder), dtype="float32"), device=torch.device("cpu"))
     attached = attach_adapter(base.net, METHODS[name], seed=0, head_name="lm_head")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in attached.trained().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    move_from_start(attached.trained().values(), 0.3)
     return base, attached
 
 

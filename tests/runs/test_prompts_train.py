@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.loop_case import check_four_steps, four_steps, make_case, make_rows
-from tests.support.peft_case import BASES
+from tests.support.peft_case import BASES, move_from_start
 from tests.support.train_case import (
     in_child,
     kill_self,
@@ -96,10 +96,7 @@ def tuned(folder: Path, name: str) -> TunedModel:
     """An adapter that is not as it starts."""
     base = load_model(ModelSection(name_or_path=str(folder), dtype="float32"), device=torch.device("cpu"))
     attached = attach_adapter(base.net, METHODS[name], seed=0, head_name="lm_head")
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in attached.trained().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    move_from_start(attached.trained().values(), 1.0)
     return TunedModel(base, attached)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from tests.support.faulty_disk import FaultyDisk
-from tests.support.two_nodes import Node, Plant, checkpoints, free_port, message, run_nodes, write_nodes
+from tests.support.train_case import free_port
+from tests.support.two_nodes import Node, Plant, checkpoints, message, run_nodes, write_nodes
 from tunekit.files import durable
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,7 +241,7 @@ def peft_refuses(method: str, family: str, reason: str, refusal: Callable[[], ob
     return cell
 
 
-def move_from_start(parameters: Sequence[nn.Parameter], spread: float) -> None:
+def move_from_start(parameters: Iterable[nn.Parameter], spread: float) -> None:
     """Add normal numbers, the same each time."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -325,7 +325,7 @@ def merged_net(ours: AttachedAdapter, base: Base) -> nn.Module:
 def peft_reads(settings: Any, base: Base, folder: Path, spread: float, known_warnings: tuple[str, ...] = ()) -> None:
     """A file written here, from a start of our own, computes the same in peft, which finds nothing to warn of."""
     ours = attach_adapter(base.make(), settings, seed=3, head_name=base.head_name)
-    move_from_start(list(ours.trained().values()), spread)
+    move_from_start(ours.trained().values(), spread)
     save_adapter_folder(
         ours, folder, base_name="org/base", base_fingerprint="f", revision=None, task_type=base.task_type
     )

@@ -5,28 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import write_tiny_llama
-from tests.support.train_case import Ended, end_of, records, start_child, write_recipe
+from tests.support.train_case import Ended, end_of, free_port, records, start_child, write_recipe
 from tunekit.recipe.load import load_recipe
 
 TIME_LIMIT = 900  # seconds; a rank that waits for ever is ended
 LAYERS = 4
 REWARD = "def score(completions):\n    return [len(set(said)) for said in completions]\n"
 MEASURED = {"seconds", "tokens_per_second", "peak_bytes", "threads"}
-
-
-def free_port() -> int:
-    """A port that no program uses now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def train_in_ranks(

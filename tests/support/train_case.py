@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,14 @@ def check_a_resume(recipe: Path, *overrides: str) -> None:
     train(recipe, *overrides, f"output.dir={cut}", resume=True)
     assert losses(cut) == losses(whole)
     assert result_bytes(cut) == result_bytes(whole)
+
+
+def free_port() -> int:
+    """A port that no program uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def kill_self() -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.train_case import write_recipe
+from tests.support.train_case import free_port, write_recipe
 
 STEPS = 8
 PATIENCE_SECONDS = 240.0
@@ -56,14 +55,6 @@ class NodeEnd:
     code: int | None
     seconds: float
     output: str
-
-
-def free_port() -> int:
-    """A port that nobody uses."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def write_nodes(case: Path, base: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.train_case import records, train_in_child, write_recipe
+from tests.support.train_case import free_port, records, train_in_child, write_recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch"]
@@ -26,13 +26,6 @@ num_machines: 1
 num_processes: 2
 use_cpu: true
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def run_two(launcher: list[str], recipe: Path, run: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.conftest import write_tiny_llama
-from tests.support.ranks_case import LAYERS, differences, free_port, stop_at, train_in_ranks, write_case
-from tests.support.train_case import end_of, kill_self, start_child, write_recipe
+from tests.support.ranks_case import LAYERS, differences, stop_at, train_in_ranks, write_case
+from tests.support.train_case import end_of, free_port, kill_self, start_child, write_recipe
 from tunekit.errors import OtherRankError
 from tunekit.machine.devices import Devices
 from tunekit.machine.memory import peak_host_bytes
