@@ -15,7 +15,6 @@ not measured again keep their results.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,13 @@ from beside.harness import (
     best_flags,
     ended,
     facts,
-    find_base,
     interleaved,
     keep,
-    make_environment,
     make_parser,
     memory_above,
-    start,
+    start_on_pairs,
     summary,
 )
-from beside.prepare import write_base
 from beside.watch import MOST_MEMORY
 
 from tunekit.data.rows import load_rows
@@ -244,15 +240,7 @@ def page(result: dict) -> str:
 def main() -> None:
     parser = make_parser(__doc__, CANDIDATES, steps=3)
     parser.add_argument("--lengths", default="256,1024")
-    parser.add_argument("--data", help="JSON Lines of prompt, chosen, rejected")
-    settings = parser.parse_args()
-    bench, shared = start(settings, WARM_STEPS), os.environ.get("TUNEKIT_SHARED", "")
-    source = Path(settings.data or Path(shared) / "data" / "preference_dpo" / "dpo_280.jsonl").resolve()
-    if not source.is_file():
-        sys.exit("no pairs: give --data FILE (JSON Lines of prompt, chosen, rejected), or set TUNEKIT_SHARED")
-    make_environment(Path(settings.venv))
-    if not (bench.model / "model.safetensors").exists():
-        write_base(find_base(), bench.model)
+    settings, bench, source = start_on_pairs(parser, WARM_STEPS)
     path = Path(settings.output) / "dpo.json"
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
     for length in settings.lengths.split(","):

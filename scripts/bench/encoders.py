@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from beside.harness import Bench, ended, facts, hardware, keep, make_environment, make_parser, start
+from beside.units import write_parts
 
 FIGURES = {
     "minutes": 25,
@@ -126,10 +127,6 @@ class Task:
     dropout: tuple[str, ...] = ()
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-
-
 def banking_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
     """Write rows of Banking77, drawn by a seed; returns the recipe's objective."""
     from transformers import AutoTokenizer
@@ -138,15 +135,10 @@ def banking_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
         drawn = random.Random(0).sample(list(csv.DictReader(file)), count)
     labels = sorted({row["category"] for row in drawn})
     texts = [" ".join(row["text"].split()) for row in drawn]
-    write_lines(
-        place / "ours.jsonl",
-        [{"text": text, "label": row["category"]} for text, row in zip(texts, drawn, strict=True)],
-    )
+    ours = [{"text": text, "label": row["category"]} for text, row in zip(texts, drawn, strict=True)]
     ids = AutoTokenizer.from_pretrained(str(model))(texts)["input_ids"]
-    write_lines(
-        place / "theirs.jsonl",
-        [{"input_ids": row, "label": labels.index(each["category"])} for row, each in zip(ids, drawn, strict=True)],
-    )
+    theirs = [{"input_ids": row, "label": labels.index(each["label"])} for row, each in zip(ids, ours, strict=True)]
+    write_parts(place, ours=ours, theirs=theirs)
     return {"method": "classify", "labels": labels}
 
 
@@ -161,9 +153,8 @@ def digit_rows(model: Path, place: Path, count: int) -> dict[str, Any]:
     tokenizer = WhisperProcessor.from_pretrained(str(model), language="en", task="transcribe").tokenizer
     audio = [at_whispers_rate(folder / row["audio"], place) for row in drawn]
     ours = [{"audio": str(file), "text": row["text"]} for file, row in zip(audio, drawn, strict=True)]
-    write_lines(place / "ours.jsonl", ours)
     theirs = [{"audio": row["audio"], "labels": tokenizer(f" {row['text']}").input_ids[1:]} for row in ours]
-    write_lines(place / "theirs.jsonl", theirs)
+    write_parts(place, ours=ours, theirs=theirs)
     return {"method": "speech", "language": "en", "apply_spec_augment": False}
 
 

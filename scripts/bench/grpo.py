@@ -16,7 +16,6 @@ are in grpo.json and grpo.md; with --only, the results of the other competitors 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -25,16 +24,13 @@ from beside.harness import (
     Bench,
     ended,
     facts,
-    find_base,
     interleaved,
     keep,
-    make_environment,
     make_parser,
-    start,
+    start_on_pairs,
     summary,
 )
 from beside.harness import memory_above as memory_of
-from beside.prepare import write_base
 
 from tunekit.data.rows import load_rows
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -230,15 +226,7 @@ def main() -> None:
     parser = make_parser(__doc__, {name: {} for name in THEIRS}, steps=3)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--completions", type=int, default=128)
-    parser.add_argument("--data", help="JSON Lines of prompt, chosen, rejected")
-    settings = parser.parse_args()
-    bench, shared = start(settings, WARM_STEPS), os.environ.get("TUNEKIT_SHARED", "")
-    source = Path(settings.data or Path(shared) / "data" / "preference_dpo" / "dpo_280.jsonl").resolve()
-    if not source.is_file():
-        sys.exit("no pairs: give --data FILE (JSON Lines of prompt, chosen, rejected), or set TUNEKIT_SHARED")
-    make_environment(Path(settings.venv))
-    if not (bench.model / "model.safetensors").exists():
-        write_base(find_base(), bench.model)
+    settings, bench, source = start_on_pairs(parser, WARM_STEPS)
     write_rows(source, bench, settings.prompts, settings.completions)
     lengths = [len(json.loads(line)["prompt_ids"]) for line in (bench.work / "groups.jsonl").open(encoding="utf-8")]
     path = Path(settings.output) / "grpo.json"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from beside.harness import REPOSITORY, hardware
-from beside.units import SMOLLM, parse_options, run_units, shared_data, tunekit
+from beside.units import SMOLLM, parse_options, run_units, shared_data, tunekit, write_parts
 
 Row = dict[str, Any]
 KEYS = {
@@ -108,9 +108,7 @@ def orders(data: Path, draw: random.Random, train: int, held: int) -> tuple[list
 
 def write_rows(place: Path, train: Sequence[Row], test: Sequence[Row]) -> None:
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    for name, rows in (("train", train), ("test", test)):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    write_parts(place, train=train, test=test)
 
 
 def halving_unit(strategy: str, seed: int, data: Path, model: str, place: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from beside.units import parse_options, run_units, shared_data, tunekit
+from beside.units import parse_options, run_units, shared_data, tunekit, write_parts
 
 Row = dict[str, Any]
 Scores = dict[str, float]
@@ -189,9 +189,7 @@ TASKS = {
 def run_unit(task: Task, seed: int, data: Path, model: str, place: Path) -> dict[str, Any]:
     """Run one training; returns the results of its evaluations."""
     rows = task.rows(data, random.Random(seed))
-    place.mkdir(parents=True, exist_ok=True)
-    for name, some in (("train", rows.train), ("test", rows.test)):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
+    write_parts(place, train=rows.train, test=rows.test)
     often = {"save_steps": 10**6, "eval_steps": 10**6, "micro_batch_size": 16, "gradient_accumulation_steps": 1}
     recipe = {
         "model": model,

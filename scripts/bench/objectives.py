@@ -24,7 +24,7 @@ from pathlib import Path
 from beside.harness import FOLDER, REPOSITORY, find_base, hardware
 from beside.prepare import write_base
 from beside.tasks import TASKS, Split, Task, paired_accuracy
-from beside.units import Results
+from beside.units import Results, write_parts
 from beside.watch import watch
 
 MOST_SECONDS = 300
@@ -33,9 +33,7 @@ MOST_SECONDS = 300
 def run_unit(task: Task, split: Split, base: Path, work: Path, core: int) -> dict:
     """Run one training; returns its results."""
     place = work / "units" / split.name
-    place.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", split.train), ("held", split.held)):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    write_parts(place, train=split.train, held=split.held)
     recipe = task.recipe(base, place, split.seed)
     (place / "recipe.yaml").write_text(json.dumps(recipe, indent=1), "utf-8")
     argv = [sys.executable, "-m", "tunekit", "train", str(place / "recipe.yaml"), "--overwrite"]

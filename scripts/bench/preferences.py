@@ -26,7 +26,7 @@ from typing import Any
 from beside.harness import FOLDER, REPOSITORY, find_base, hardware
 from beside.prepare import write_base
 from beside.tasks import Split, pair_task, pairs
-from beside.units import Results
+from beside.units import Results, write_parts
 from beside.watch import ENVIRONMENT, watch
 from objectives import wilson
 
@@ -70,9 +70,8 @@ def fold_results(split: Split, base: Path, work: Path, core: int) -> Recipe:
     """Four runs over the pairs of one fold."""
     place = work / "preferences" / split.name
     place.mkdir(parents=True, exist_ok=True)
-    _write(place / "train.jsonl", split.train)
-    _write(place / "held.jsonl", split.held)
-    _write(place / "chosen.jsonl", [{"messages": row["prompt"] + row["chosen"]} for row in split.train])
+    chosen = [{"messages": row["prompt"] + row["chosen"]} for row in split.train]
+    write_parts(place, train=split.train, held=split.held, chosen=chosen)
     dpo = DPO.recipe(base, place, split.seed)
     data = {**dpo["data"], "train": [{"path": str(place / "chosen.jsonl")}], "eval": None}
     supervised, result = train({**dpo, "data": data, "objective": {"method": "sft"}}, place / "sft", core)
@@ -87,10 +86,6 @@ def fold_results(split: Split, base: Path, work: Path, core: int) -> Recipe:
         print(f"{time.strftime('%H:%M:%S')} {split.name} {way}: {json.dumps(found[way])}", flush=True)
     shutil.rmtree(place / "model")
     return {**found, "processor": hardware()["processor"], "date": time.strftime("%Y-%m-%d")}
-
-
-def _write(path: Path, rows: list[Recipe]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 HEAD = """# DPO after supervised tuning

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from beside.harness import REPOSITORY
-from beside.units import SMOLLM, parse_options, run_units, shared_data, tunekit
+from beside.units import SMOLLM, parse_options, run_units, shared_data, tunekit, write_parts
 
 sys.path.insert(0, str(REPOSITORY))
 
@@ -143,9 +143,7 @@ def write_rows(place: Path, name: str, kind: str, share: float, seed: int, data:
     draw = random.Random(seed)
     rows, held = {"banking": banking, "sentiment": sentiment, "orders": orders}[name](draw, data)
     planted, wrong = plant(rows, kind, share, draw)
-    place.mkdir(parents=True, exist_ok=True)
-    for file, some in (("train", planted), ("eval", held)):
-        (place / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
+    write_parts(place, train=planted, eval=held)
     (place / "wrong.json").write_text(json.dumps(wrong), "utf-8")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from beside.harness import REPOSITORY, hardware
-from beside.units import parse_options, run_units, shared_data
+from beside.units import parse_options, run_units, shared_data, write_parts
 from beside.watch import ENVIRONMENT
 from rank import Row, recipe_of, sentiment
 
@@ -77,9 +77,7 @@ def measured(place: Path, *words: str) -> dict[str, float]:
 
 def unit(name: str, models: Path, place: Path) -> dict[str, Any]:
     rows, held, changes = run_of(name, shared_data())
-    place.mkdir(parents=True, exist_ok=True)
-    for file, some in (("train", rows), ("eval", held)):
-        (place / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
+    write_parts(place, train=rows, eval=held)
     model = {"classify": "minilm", "speech": "whisper-base"}.get(name, "smollm2")
     recipe = recipe_of("sentiment" if name == "classify" else "orders", str(models / model), 0, 4)
     for key, section in changes.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import rank
-from beside.units import parse_options, run_units, shared_data, tunekit
+from beside.units import parse_options, run_units, shared_data, tunekit, write_parts
 
 SHOWN = 10
 rank.SENTIMENT_ROWS, rank.INTENTS, rank.INTENT_ROWS = 300, 12, 60  # for each label; intents; for each intent
@@ -36,9 +36,7 @@ hard or rare. Made by `scripts/bench/run rank_found`.
 def unit(name: str, model: str, place: Path) -> dict[str, Any]:
     """Train on the rows, rank them, and return the first rows of the list."""
     rows, held = {"sentiment": rank.sentiment, "banking": rank.banking}[name](random.Random(0), shared_data())
-    place.mkdir(parents=True, exist_ok=True)
-    for file, some in (("train", rows), ("eval", held)):
-        (place / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
+    write_parts(place, train=rows, eval=held)
     recipe = rank.recipe_of(name, model, 0, -(-len(rows) // 16))
     (place / "recipe.yaml").write_text(json.dumps(recipe, indent=1), "utf-8")
     tunekit(place, "train", str(place / "recipe.yaml"), "--overwrite")

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from beside.harness import FOLDER, REPOSITORY, find_base
-from beside.units import Results
+from beside.units import Results, write_parts
 from beside.watch import ENVIRONMENT, watch
 from objectives import MOST_SECONDS, wilson
 
@@ -152,7 +152,7 @@ def write_rows(work: Path) -> None:
     for name, count in ROWS.items():
         turns = [[_turn("user", q), _turn("assistant", a)] for q, a in pairs[start:][:count]]
         assert len(turns) == count
-        _write(work / f"{name}.jsonl", [{"messages": each} for each in turns])
+        write_parts(work, **{name: [{"messages": each} for each in turns]})
         start += count
     draw = random.Random(0)
     wrong = [1, -1, 2, -2, 9, 10, -10, 11, 20, -20]
@@ -164,17 +164,12 @@ def write_rows(work: Path) -> None:
         }
         for q, a in pairs[: ROWS["supervised"] + ROWS["taught"]]
     ]
-    _write(work / "pairs.jsonl", judged[:-60])
-    _write(work / "held_pairs.jsonl", judged[-60:])
+    write_parts(work, pairs=judged[:-60], held_pairs=judged[-60:])
     (work / "rewards.py").write_text(CODE, "utf-8")
 
 
 def _turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def supervised(rows: str, objective: Recipe, *, seed: int = 0, **training: Any) -> Callable[[Bench], Recipe]:

@@ -253,6 +253,22 @@ def start(settings: argparse.Namespace, warm_steps: int = WARM_STEPS) -> Bench:
     return bench
 
 
+def start_on_pairs(parser: argparse.ArgumentParser, warm_steps: int) -> tuple[argparse.Namespace, Bench, Path]:
+    """Parse the options, and prepare the base, the environment and the file of pairs for a comparison on pairs."""
+    from beside.prepare import write_base
+
+    parser.add_argument("--data", help="JSON Lines of prompt, chosen, rejected")
+    settings = parser.parse_args()
+    bench, shared = start(settings, warm_steps), os.environ.get("TUNEKIT_SHARED", "")
+    source = Path(settings.data or Path(shared) / "data" / "preference_dpo" / "dpo_280.jsonl").resolve()
+    if not source.is_file():
+        sys.exit("no pairs: give --data FILE (JSON Lines of prompt, chosen, rejected), or set TUNEKIT_SHARED")
+    make_environment(Path(settings.venv))
+    if not (bench.model / "model.safetensors").exists():
+        write_base(find_base(), bench.model)
+    return settings, bench, source
+
+
 def facts(bench: Bench) -> dict:
     """What was measured with."""
     return {

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from beside.harness import FOLDER, REPOSITORY
 from beside.watch import ENVIRONMENT
@@ -71,6 +72,13 @@ def run_units(
 def shared_data() -> Path:
     """The folder of the data sets."""
     return Path(os.environ.get("TUNEKIT_SHARED", "")) / "data"
+
+
+def write_parts(place: Path, **parts: Iterable[Any]) -> None:
+    """Write each part's rows to PART.jsonl in the folder."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def tunekit(place: Path, *words: str) -> tuple[float, float]:
