@@ -178,7 +178,7 @@ def test_gradients_of_rows_add_up_to_that_of_all_rows(chat: Path) -> None:
     rows, loaded = loaded_run(chat)
     model = loaded.model
     assert model.adapter is not None
-    projection = make_projection(model.adapter.trained(), 0)
+    projection = make_projection(model.adapter.trained())
     gradients = row_gradients(model, rows.objective, rows.train, projection)
     batch = rows.objective.rows.collate([[rows.train[number]] for number in range(len(rows.train))])
     with model.training_mode(False):
@@ -207,7 +207,7 @@ def test_rows_together_have_the_gradients_of_rows_alone(
     rows, loaded = loaded_run(run)
     model = loaded.model
     assert model.adapter is not None
-    projection = make_projection(model.adapter.trained(), 0)
+    projection = make_projection(model.adapter.trained())
     counts = []
 
     def split(model: TunedModel, objective: Objective, some: Sequence[Row], take: Take) -> None:
@@ -291,7 +291,7 @@ def test_a_streamed_base_gives_the_same_gradients_and_losses(
         model = loaded.model
         assert model.adapter is not None
         assert (model.slots is None) == (each is target)
-        gradients = row_gradients(model, rows.objective, rows.train, make_projection(model.adapter.trained(), 0))
+        gradients = row_gradients(model, rows.objective, rows.train, make_projection(model.adapter.trained()))
         values = RowReader(model, rows.objective, make_devices(), rows.train, 4).read()
         both.append((gradients, values.losses, values.margins, values.hidden))
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(*both, strict=True))

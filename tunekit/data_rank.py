@@ -167,7 +167,7 @@ def _refuse_influence(target: TargetSpec, rows: RowSet) -> None:
     if rows.evaluation is None:
         what = "--influence estimates the influence on evaluation rows, but the run has none"
         raise InputError(what, "leave --influence out: the other lists need no evaluation rows")
-    if _trains_base(target):
+    if target.recipe is not None and target.recipe.adapter.trains_base:
         what = "--influence reads the gradients of an adapter, but the run trained the whole model"
         raise InputError(what, "leave --influence out: the other lists need no gradients")
 
@@ -200,10 +200,6 @@ def _costs(values: RunValues, target: TargetSpec, rows: RowSet, influence: bool)
             "rows are learned late"
         )
     return lines
-
-
-def _trains_base(target: TargetSpec) -> bool:
-    return target.recipe is not None and target.recipe.adapter.trains_base
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
@@ -251,7 +247,7 @@ def _influence(
     model, held = reader.model, rows.evaluation
     assert model.adapter is not None
     assert held is not None  # _refuse_influence checked both
-    projection, weights = make_projection(model.adapter.trained(), 0), state_weights([state.rate for state in states])
+    projection, weights = make_projection(model.adapter.trained()), state_weights([state.rate for state in states])
     influences, near = np.zeros((3, len(rows.train))), None
     for at in np.argsort(-weights, kind="stable").tolist():
         if not weights[at]:

@@ -105,22 +105,21 @@ def train_verb(
                 write_result(result if dry_run else json.loads((path / "report.json").read_bytes()))
 
 
-def train_session(
-    session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
-) -> None:
-    """Train in the session's run folder: plan, load, train, export, report. `planned`: the result of `plan_session`, if
-    it was called before. `load`: a function that replaces `load_base`.
+def train_session(session: Session, resume: bool) -> None:
+    """Train in the session's run folder: plan, load, train, export, report.
 
     Raises: Stopped at the session's last step, or after a stop signal.
     """
-    run_alone(session_steps(session, resume, planned, load))
+    run_alone(session_steps(session, resume))
 
 
 def session_steps(
     session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
 ) -> LoopSteps:
-    """A generator form of `train_session`: yields each window (the
-    micro-batches of a step), which the caller runs."""
+    """A generator form of `train_session`: yields each window (the micro-batches of a step), which the caller runs.
+
+    `planned`: the result of `plan_session`, if it was called before. `load`: a function that replaces `load_base`.
+    """
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
         plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)

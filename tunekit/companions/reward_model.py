@@ -21,7 +21,7 @@ from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.prompts import Completion
 from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.bases.sample_settings import RewardSource
-from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target, processor_of
+from tunekit.targets.target import TargetSpec, find_target, load_target, processor_of
 
 BATCH_SIZE = 16  # completions per forward
 Scorer = Callable[[Sequence[Completion]], list[float]]
@@ -52,10 +52,7 @@ def reward_model_content(source: RewardSource) -> bytes:
 def load_scorer(source: RewardSource, key: str, device: torch.device) -> Scorer:
     """Load a recipe's reward model, and return a function that scores completions. Raises: RecipeError if the folder
     contains no reward model."""
-    return _scorer(load_target(find_reward_model(source), device), key)
-
-
-def _scorer(loaded: LoadedTarget, key: str) -> Scorer:
+    loaded = load_target(find_reward_model(source), device)
     objective, model, tokenizer = loaded.objective, loaded.model, loaded.tokenizer
     scores = None if objective.answering is None else objective.answering.score
     if scores is None:

@@ -67,7 +67,8 @@ def model_card(exportable: Exportable, run: RunValues | None, what: str, name: s
         lines += section
     lines += ["", "## Licences", "", f"The licence of the base model {escape(shown)}: {licence or NOT_STATED}."]
     for path, place in _sources(run):
-        lines.append(f"The licence of the data {escape(_shown(path))}: {_data_licence(place) or NOT_STATED}.")
+        known = licence_of(place) if place.is_absolute() else None
+        lines.append(f"The licence of the data {escape(_shown(path))}: {known or NOT_STATED}.")
     return "\n".join([*lines, "", f"Made with tunekit {__version__}.", ""])
 
 
@@ -98,10 +99,6 @@ def _sources(run: RunValues | None) -> Iterator[tuple[str, Path]]:
 
 def _shown(path: str) -> str:
     return last_name(path) if is_like_path(path) else path
-
-
-def _data_licence(folder: Path) -> str | None:
-    return licence_of(folder) if folder.is_absolute() else None
 
 
 def _first_words(base: str, what: str, trained: bool) -> str:

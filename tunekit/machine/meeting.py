@@ -96,8 +96,8 @@ def place_in_group() -> tuple[int, int] | None:
     Raises: InputError if a variable of the launcher is missing or wrong.
     """
     values = {name: os.environ.get(name, "").strip() for name in VARIABLES}
-    several = values["WORLD_SIZE"] not in ("", "1")
-    if any(name in os.environ for name in OF_MPI) or not (several or (values["LOCAL_RANK"] and not _alone(values))):
+    is_alone = values["WORLD_SIZE"] == "1" or not (values["WORLD_SIZE"] or values["LOCAL_RANK"])
+    if is_alone or any(name in os.environ for name in OF_MPI):
         return None
     if missing := [name for name, value in values.items() if not value]:
         raise InputError(f"this process is one of several, but {' and '.join(missing)} is not set", START)
@@ -118,10 +118,6 @@ def is_launched() -> bool:
     """Whether a launcher of several processes has started this process. Only such a process needs NCCL, whose check by
     accelerate runs nvidia-smi for up to some seconds."""
     return any(name in os.environ for name in ("LOCAL_RANK", *OF_MPI))
-
-
-def _alone(values: Mapping[str, str]) -> bool:
-    return values["WORLD_SIZE"] == "1"
 
 
 def meet(device: str) -> Meeting | None:

@@ -147,11 +147,6 @@ def status_bytes(name: str, status: Path = STATUS) -> int:
     raise ValueError(f"{status} does not contain {name}")
 
 
-def machine_memory_bytes() -> int:
-    """The machine's memory."""
-    return int(psutil.virtual_memory().total)
-
-
 @contextlib.contextmanager
 def address_space_limit(extra_bytes: int) -> Iterator[None]:
     """A context manager: inside the block, the process's address space can grow by at most `extra_bytes`. Only on

@@ -155,16 +155,8 @@ def _completions(body: Body) -> list[Request]:
     if not request.max_new_tokens and not request.echoes:
         raise ProtocolError(400, "'max_tokens' is 0, which needs 'echo': true", "max_tokens", "invalid_value")
     prompt = body.get("prompt")
-    is_single = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and _is_id(prompt[0]))
-    prompts = [prompt] if is_single else prompt
-    if not isinstance(prompts, list) or not prompts:
-        raise ProtocolError(
-            400,
-            "'prompt' must be a text, a list of token ids, or a list of texts or of lists of token ids",
-            "prompt",
-            "invalid_value",
-        )
-    return [_with_prompt(request, prompt) for prompt in prompts]
+    prompts = prompt if isinstance(prompt, list) and prompt and not _is_id(prompt[0]) else [prompt]
+    return [_with_prompt(request, each) for each in prompts]
 
 
 def _with_prompt(request: Request, prompt: object) -> Request:

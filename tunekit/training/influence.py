@@ -53,11 +53,11 @@ class Projection:
         totals.scatter_add_(1, self.places[name].long().expand_as(values), values)
 
 
-def make_projection(parameters: Mapping[str, nn.Parameter], seed: int) -> Projection:
-    """The projection of these tensors. It depends only on the seed and the tensors' names and sizes."""
+def make_projection(parameters: Mapping[str, nn.Parameter]) -> Projection:
+    """The projection of these tensors. It depends only on their names and sizes."""
     places, signs = dict[str, Tensor](), dict[str, Tensor]()
     for name, parameter in parameters.items():
-        generator, count = torch.Generator("cpu").manual_seed(seed_for("influence", seed, name)), parameter.numel()
+        generator, count = torch.Generator("cpu").manual_seed(seed_for("influence", 0, name)), parameter.numel()
         drawn = torch.randint(2 * SIZE, (count,), generator=generator, dtype=torch.int32)
         places[name] = (drawn // 2).to(parameter.device)
         signs[name] = (drawn % 2 * 2 - 1).to(parameter.device, torch.int8)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tunekit.model.storage.portable import LETTERS, PERIODS, config_parts, older_rope, period_of
+from tunekit.model.storage.portable import LETTERS, PERIODS, all_parts, older_rope, period_of
 from tunekit.model.storage.windows import sliding_window
 
 ConfigPart = Mapping[str, Any]
@@ -91,21 +91,18 @@ YARN_KEYS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "msca
 NEAR = 1e-3  # a relative difference of a factor that has no visible effect
 
 
-def cannot(config: ConfigPart, place: str = "") -> Iterator[str]:
+def cannot(config: ConfigPart) -> Iterator[str]:
     """Messages about settings that mlx-lm computes wrongly, or because of which it refuses the model."""
-    return _of_parts((_activation, _scaling, _yarn, _share, _pattern, _required, _fixed), config, place)
+    return _messages((_activation, _scaling, _yarn, _share, _pattern, _required, _fixed), config)
 
 
-def limits(config: ConfigPart, place: str = "") -> Iterator[str]:
+def limits(config: ConfigPart) -> Iterator[str]:
     """Messages about the text lengths for which mlx-lm computes the same as transformers."""
-    return _of_parts((_window, _long_factors), config, place)
+    return _messages((_window, _long_factors), config)
 
 
-def _of_parts(rules: tuple[PartRule, ...], config: ConfigPart, place: str) -> Iterator[str]:
-    for rule in rules:
-        yield from rule(place, config)
-    for name, part in config_parts(config):
-        yield from _of_parts(rules, part, f"{place}{name}.")
+def _messages(rules: tuple[PartRule, ...], config: ConfigPart) -> Iterator[str]:
+    return (message for place, part in all_parts(config) for rule in rules for message in rule(place, part))
 
 
 def _kind(part: ConfigPart) -> str:

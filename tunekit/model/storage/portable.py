@@ -5,7 +5,7 @@ program that reads only the older keys and files would silently compute other lo
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -259,6 +259,13 @@ def config_parts(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]
         for name, part in parts
         if (name.endswith("_config") or "model_type" in part) and name != "quantization_config"
     ]
+
+
+def all_parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the configuration and its nested configurations, each with the prefix of its keys."""
+    yield place, config
+    for name, part in config_parts(config):
+        yield from all_parts(part, f"{place}{name}.")
 
 
 def untagged(value: object) -> object:

@@ -16,7 +16,7 @@ from tunekit.model.storage.portable import (
     SAME_TOKENIZER,
     TEMPLATE,
     ModelFiles,
-    config_parts,
+    all_parts,
     needs_n_ctx,
     older_rope,
     portable,
@@ -118,13 +118,6 @@ def _installed_types() -> frozenset[str]:
     return frozenset(CONFIG_MAPPING_NAMES)
 
 
-def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the configuration and its nested configurations, each with the prefix of its keys."""
-    yield place, config
-    for name, part in config_parts(config):
-        yield from _parts(part, f"{place}{name}.")
-
-
 def _other_rope(
     place: str, part: Mapping[str, Any], defaults: Mapping[str, float], keys: tuple[str, ...]
 ) -> Iterator[str]:
@@ -140,7 +133,7 @@ def _other_rope(
 
 
 def _older_rope_of_transformers_4(files: ModelFiles) -> Iterator[str]:
-    for place, part in _parts(files.config):
+    for place, part in all_parts(files.config):
         kind = str(part.get("model_type"))
         theta, share = supported.TRANSFORMERS_4_THETA.get(kind, THETA), PARTIAL.get(kind, 1.0)
         defaults = {**OLDER_DEFAULTS, "rope_theta": theta, "partial_rotary_factor": share, "rotary_pct": share}
@@ -153,7 +146,7 @@ def _older_rope_of_transformers_4(files: ModelFiles) -> Iterator[str]:
 
 
 def _rope_of_mlx(files: ModelFiles) -> Iterator[str]:
-    for place, part in _parts(files.config):
+    for place, part in all_parts(files.config):
         kind = str(part.get("model_type"))
         if kind in supported.MLX_LM_OWN_THETA:
             defaults = {"rope_theta": supported.MLX_LM_OWN_THETA[kind], "rope_local_base_freq": THETA}
@@ -180,7 +173,7 @@ def _others_of_mlx(files: ModelFiles) -> Iterator[str]:
 def _one_frequency(files: ModelFiles) -> Iterator[str]:
     """A message for programs that use one rotary base frequency for all layers, if the model's layer types have
     different base frequencies."""
-    for place, part in _parts(files.config):
+    for place, part in all_parts(files.config):
         keys = next(
             (keys for start, keys in BY_LAYER_TYPE.items() if str(part.get("model_type")).startswith(start)), None
         )
@@ -197,14 +190,14 @@ def _rope_of_ollama(files: ModelFiles) -> Iterator[str]:
     theta = supported.OLLAMA_OWN_THETA.get(files.architecture)
     if theta is not None:
         defaults = {"rope_theta": theta, "rope_local_base_freq": THETA}
-        for place, part in _parts(files.config):
+        for place, part in all_parts(files.config):
             yield from _other_rope(place, part, defaults, ("rope_theta", "rope_local_base_freq", "rope_scaling"))
 
 
 def _renamed(files: ModelFiles) -> Iterator[str]:
     """Messages for keys that transformers 5 writes under a new name. transformers 4 does not know the new name, and
     uses its defaults."""
-    for place, part in _parts(files.config):
+    for place, part in all_parts(files.config):
         for old, new in RENAMED.get(str(part.get("model_type")), {}).items():
             if old == "num_experts" and new in part and old not in part:
                 yield f"{place}{new}, the newer name of {old}, is not read"
@@ -219,7 +212,7 @@ def _newer_tokenizer(files: ModelFiles) -> Iterator[str]:
 
 
 def _tagged_numbers(files: ModelFiles) -> Iterator[str]:
-    for place, part in _parts(files.config):
+    for place, part in all_parts(files.config):
         for key, value in part.items():
             if untagged(value) != value:
                 yield f"{place}{key} is read as {value}, which is not a number"
