@@ -70,9 +70,7 @@ def test_what_is_written_keeps_the_rules_of_the_project(copy: Path) -> None:
     done = call(copy, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_architecture.py")
     assert done.returncode == 0, done.stdout[-3000:]
     for words in (["check", "--quiet"], ["format", "--check", "--quiet"]):
-        linted = call(
-            copy, "-m", "ruff", *words, "tunekit", "tests/formats", "tests/metrics", "tests/model", "tests/objectives"
-        )
+        linted = call(copy, "-m", "ruff", *words, "tunekit", *(f"tests/{name}" for name in LINTED))
         assert linted.returncode == 0, linted.stdout
 
 

@@ -65,7 +65,7 @@ def test_a_damaged_run_keeps_its_page(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "page:" not in capsys.readouterr().out
 
 
-def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:
     folders = [str(write_run(tmp_path / place / "first")) for place in ("x", "y")]
     files = [str(tmp_path / f"both.{name}") for name in ("html", "json", "csv")]
     report_verb(folders, *files)

@@ -277,7 +277,7 @@ def simulated(folder: Path, device: str = "cpu", layers: int = 0, tokens: int = 
     return run.training_step(objective_of().rows.collate([rows.rows]))
 
 
-def test_tiles_take_a_tiles_memory(tmp_path: Path) -> None:
+def test_tiles_take_a_tiles_memory() -> None:
     """Peak of one MLP with adapters inside, forward and backward: what grows with the row is its input and output."""
     peaks = {}
     for tile in (None, 64):

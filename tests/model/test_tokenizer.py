@@ -203,7 +203,7 @@ def test_saved_files_are_the_bases_own(folder: Path, tmp_path: Path) -> None:
     assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in names)
 
 
-def test_tokenizer_without_tokenizer_json(shared: Path, tmp_path: Path) -> None:
+def test_tokenizer_without_tokenizer_json(shared: Path) -> None:
     """gpt2 as vocab.json and merges.txt: transformers makes the fast one."""
     tokenizer = load(shared / "models" / "tokenizers" / "gpt2")
     assert tokenizer.decode(tokenizer.encode(" hello wörld")) == " hello wörld"

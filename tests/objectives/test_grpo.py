@@ -327,7 +327,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("body", "said"), WRONG)
-def test_what_is_no_reward_is_named(base: Path, tmp_path: Path, body: str, said: str) -> None:
+def test_what_is_no_reward_is_named(tmp_path: Path, body: str, said: str) -> None:
     (tmp_path / "rewards.py").write_text(f"\ndef letters(completions, **columns):\n{body}\n", encoding="utf-8")
     rewards = loaded(ONE | {"function": f"{tmp_path}/rewards.py:letters"})
     with pytest.raises(RewardError, match=said):

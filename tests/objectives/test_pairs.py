@@ -403,7 +403,7 @@ def test_init_writes_a_length_for_which_the_model_has_positions(bases: dict[str,
     ],
 )
 def test_a_pair_that_is_none_is_refused_with_its_line(
-    row: dict[str, Any], what: str, tokenizers: dict[str, Path], bases: dict[str, Path], tmp_path: Path
+    row: dict[str, Any], what: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe = write_pairs(tmp_path, bases["bert"])
     lines = (tmp_path / "train.jsonl").read_text("utf-8").splitlines()
@@ -493,7 +493,7 @@ def test_a_file_of_prompts_with_half_a_pair_is_refused(tmp_path: Path) -> None:
         read_prompts(tmp_path / "asked.jsonl")
 
 
-def test_other_objectives_take_no_pairs(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_other_objectives_take_no_pairs(tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text('{"sentence1": "good", "sentence2": "bad"}\n', encoding="utf-8")
     with pytest.raises(TunekitError, match="some prompts are pairs of texts, but the target was trained with sft"):
         generate_verb(str(write_tiny_llama(tmp_path / "llama")), None, None, str(tmp_path / "asked.jsonl"), [])
@@ -568,9 +568,7 @@ def test_init_writes_a_recipe_for_pairs(bases: dict[str, Path], tmp_path: Path) 
     assert not make_plan(load_recipe(tmp_path / "new.yaml"), device=CPU)[0].refusals
 
 
-def test_data_check_compares_both_texts(
-    bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_compares_both_texts(bases: dict[str, Path], tmp_path: Path) -> None:
     recipe = write_pairs(tmp_path, bases["bert"], data={"max_length": 1024})
     premise = "the quick brown fox jumps over the lazy dog by the river " * 4
     first = "a fox that is both quick and brown jumps over some lazy dog near the old river bank in summer"

@@ -139,7 +139,7 @@ def test_an_answer_begins_as_transformers_begins_it(processor: SpeechProcessor, 
         processor.prefix(None, "transcribe", False)
 
 
-def test_answers_are_those_of_transformers(whisper: Path, sounds: Path, tmp_path: Path) -> None:
+def test_answers_are_those_of_transformers(whisper: Path, sounds: Path) -> None:
     target = load_target(find_target(str(whisper), None, ["evaluation.max_new_tokens=8", "model.dtype=float32"]), CPU)
     paths = [str(sounds / f"{number}.wav") for number in range(3)]
     net = WhisperForConditionalGeneration.from_pretrained(whisper, dtype=torch.float32).eval()
@@ -326,7 +326,7 @@ def test_three_hours_are_refused_without_being_read(processor: SpeechProcessor, 
 # Steps.
 
 
-def test_masks_are_as_many_as_transformers_draws(processor: SpeechProcessor) -> None:
+def test_masks_are_as_many_as_transformers_draws() -> None:
     settings = SpeechSettings(language="en", apply_spec_augment=True, mask_time_prob=0.2, mask_time_length=5)
     size = 120
     rows = [Row({}, (size, 5), 5, "", number) for number in range(200)]

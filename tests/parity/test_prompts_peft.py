@@ -199,7 +199,7 @@ def tunekit_reads(pair: Pair, folder: Path, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_field_of_pefts_configuration_is_written(case: str, tmp_path: Path) -> None:
+def test_every_field_of_pefts_configuration_is_written(case: str) -> None:
     pair = Pair(case, "llama")
     theirs = peft.get_peft_model(pair.base.make(), pair.config)
     fields = theirs.peft_config["default"].to_dict()

@@ -165,7 +165,7 @@ def write_other(folder: Path, tokenizer: Path, kind: str, **sizes: Any) -> Path:
     return folder
 
 
-def test_rows_beyond_a_table_of_positions_are_refused(tmp_path: Path, tiny_llama: Path, recipe: Path) -> None:
+def test_rows_beyond_a_table_of_positions_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     gpt2 = write_other(tmp_path / "gpt2", tiny_llama, "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=40)
     plan, _ = plan_of(write_recipe(tmp_path / "other", gpt2))
     assert [refusal.key for refusal in plan.refusals] == ["data.max_length"]
@@ -231,7 +231,7 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
     assert plan.refusals[0].key == "training.micro_batch_size"
 
 
-def test_all_problems_are_told_at_once(recipe: Path, tmp_path: Path) -> None:
+def test_all_problems_are_told_at_once(recipe: Path) -> None:
     (recipe.parent / "train.jsonl").write_text("{}\n")
     with pytest.raises(TunekitError) as caught:
         plan_of(recipe, "adapter.target_modules=[q_prj]", "model.quantization=int8", "memory.mlp_tile_tokens=64")

@@ -1060,9 +1060,7 @@ def test_of_a_file_that_is_not_there_nothing_is_lost(folder: Path) -> None:
     assert not found.value.notes
 
 
-def test_values_that_nothing_can_hold_are_refused_in_words(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_values_that_nothing_can_hold_are_refused_in_words(folder: Path, tmp_path: Path) -> None:
     """Found by scripts/fuzz: a list for a name, and half a surrogate pair, which no file in UTF-8 holds."""
     for old, new in (("torch.optim.AdamW", "[adamw]"), ("seed: null", 'seed: "\\ud800"')):
         path = folder / "odd.yaml"

@@ -194,9 +194,7 @@ def recipe_of(folder: Path, model: Path, name: str, **data: Any) -> Path:
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", SECTIONS)
-def test_a_recipe_trains_resumes_evaluates_and_generates(
-    name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recipe_trains_resumes_evaluates_and_generates(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     path = recipe_of(tmp_path, tiny_llama, name)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ended = train_in_child(path, whole)

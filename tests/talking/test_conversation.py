@@ -290,7 +290,7 @@ def test_chat_says_who_answers(
 
 
 def test_an_interrupted_answer_is_kept_and_the_next_one_right(
-    speaker: Speaker, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    speaker: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = Chat(speaker, Console(), "one", GREEDY, 8)
     written: list[str] = []
