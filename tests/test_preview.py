@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.data_case import chat, encode_example, objective_of, tokenizer_of, write_lines
+from tests.data.test_render import tiny as tiny
+from tests.support.data_case import chat, encode_example, objective_of, write_lines
 from tunekit.cli import app
 from tunekit.evaluation.row_losses import short_segments
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -16,11 +17,6 @@ from tunekit.preview import AFTER, BETWEEN, FIRST, PROMPT, TRAINED, explain_toke
 from tunekit.recipe.load import load_recipe
 
 EVIL = "</pre><script>alert('x')</script><img src=x onerror=y>&amp;\x1b[31m"
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_llama: Path) -> LoadedTokenizer:
-    return tokenizer_of(tiny_llama)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.data.test_render import THINKING
+from tests.data.test_render import tiny as tiny
 from tests.support.data_case import settings, tokenizer_of, write_lines
 from tunekit.contracts import Objective
 from tunekit.data.encoding import cache as cache_module
@@ -27,11 +28,6 @@ from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.objectives.sft import SftSettings
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_llama: Path) -> LoadedTokenizer:
-    return tokenizer_of(tiny_llama)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support.data_case import settings, tokenizer_of, write_lines
+from tests.data.test_render import tiny as tiny
+from tests.support.data_case import settings, write_lines
 from tunekit.data.batching import stream
 from tunekit.data.looking.first_look import look_at
 from tunekit.data.reading import folder as folder_module
@@ -32,11 +33,6 @@ from tunekit.validate import validate, validate_verb
 
 SIZES = (30, 1, 25)
 TEXTS = [f"r{number:03d}" + "x" * (number % 5) for number in range(sum(SIZES))]
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_llama: Path) -> LoadedTokenizer:
-    return tokenizer_of(tiny_llama)
 
 
 @pytest.fixture(autouse=True)

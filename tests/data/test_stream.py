@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.data_case import settings, tokenizer_of, write_lines
+from tests.data.test_render import tiny as tiny
+from tests.support.data_case import settings, write_lines
 from tunekit.contracts import Row, Window
 from tunekit.data.batching import stream
 from tunekit.data.batching.windows import filled_batch
@@ -30,11 +31,6 @@ from tunekit.recipe.objectives.kto import KtoSettings
 from tunekit.recipe.objectives.sft import SftSettings
 
 ROWS = 200
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_llama: Path) -> LoadedTokenizer:
-    return tokenizer_of(tiny_llama)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import write_tiny_llama
+from tests.objectives.test_dpo import base as base
 from tests.objectives.test_dpo import pairs, write_recipe
 from tests.objectives.test_kto import unpaired
 from tunekit.adapters.attach import attach_adapter
@@ -39,11 +39,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "orpo": {"method": "orpo"},
     "kto": {"method": "kto", "beta": 2.0},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 def evaluator_of(recipe: Path) -> Evaluator:

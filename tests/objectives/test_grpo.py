@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.conftest import write_tiny_llama
 from tests.objectives.test_dpo import CPU, write_recipe
+from tests.objectives.test_dpo import base as base
 from tests.objectives.test_reward import write_reward
 from tests.objectives.test_rewards import loaded
 from tests.support.pair_case import on_two_ranks
@@ -160,11 +160,6 @@ def test_a_reward_that_fails_in_an_evaluation_is_raised_on_all_ranks(base: Path,
 
 
 # Whole runs.
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 CODE = """

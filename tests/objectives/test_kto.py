@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.utils import pad
 
-from tests.conftest import write_tiny_llama
 from tests.objectives.test_dpo import CPU, check_it_is_one_run, write_recipe
+from tests.objectives.test_dpo import base as base
 from tests.support.data_case import objective_of
 from tests.support.pair_case import Output, log_probabilities_of, on_two_ranks, parts_of, run_of, trainer_of
 from tests.support.train_case import records, train
@@ -202,11 +202,6 @@ def test_ranks_together_have_the_kl_of_one() -> None:
 
 
 # Whole runs.
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 def unpaired(count: int) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import write_tiny_llama
+from tests.objectives.test_dpo import base as base
 from tests.objectives.test_dpo import write_recipe
 from tests.support.pair_case import Told, trainer_of
 from tests.support.train_case import losses, tensors_of, train
@@ -89,11 +89,6 @@ def test_certain_answers_have_finite_odds() -> None:
     torch.testing.assert_close(
         log_odds(logp.detach())[2:].double(), exact - torch.log1p(-exact.exp()), rtol=1e-5, atol=1e-5
     )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.sampled(1)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
-from tests.conftest import write_tiny_llama
+from tests.objectives.test_dpo import base as base
 from tests.objectives.test_dpo import check_it_is_one_run, write_recipe
 from tests.objectives.test_grpo import measured, write_prompts
 from tests.objectives.test_kto import write_kto
@@ -34,11 +34,6 @@ from tunekit.tuned.model import TunedModel
 CPU = torch.device("cpu")
 FAST = {"learning_rate": 0.02, "epochs": 2}
 SHORT = {"max_completion_length": 8, "num_generations": 2}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.reward_trainer import RewardTrainer
 
-from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import bert, llama  # noqa: F401
 from tests.objectives.test_dpo import CPU, check_it_is_one_run, pairs, write_recipe
+from tests.objectives.test_dpo import base as base
 from tests.support.data_case import objective_of
 from tests.support.pair_case import PAIRS, parts_of, trainer_of
 from tests.support.train_case import losses, records, train
@@ -109,11 +109,6 @@ def test_a_score_is_read_before_the_padding() -> None:
 
 
 # Whole runs.
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("base"))
 
 
 def write_reward(folder: Path, base: Path, rows: list[dict[str, Any]] | None = None, **sections: Any) -> Path:
