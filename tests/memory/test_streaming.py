@@ -146,15 +146,8 @@ def check(folder: Path, chosen: dict[str, Any]) -> None:
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(128))
 def test_drawn_settings_train_alike(folder: Path, number: int) -> None:
-    print(f"seed {SEED}")
-    check(folder, drawn(number))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(8, 128))
-def test_many_drawn_settings_train_alike(folder: Path, number: int) -> None:
     print(f"seed {SEED}")
     check(folder, drawn(number))
 
