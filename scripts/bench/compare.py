@@ -209,6 +209,9 @@ def main() -> None:
         bench.say("first steps")
         result["first_step_runs"] = [*first_steps(bench), *smoke_steps(bench)]
         result["first_step"] = summary(result["first_step_runs"])
+    later = [run for run in result.get("runs", []) if run["repeat"]]
+    for run in (*result.get("candidates", []), *later, *result.get("first_step_runs", [])):
+        run.pop("samples", None)  # of memory over time; the page shows them for the first repeat
     output = keep(bench, result | ended(bench), "cpu.json")
     if "summary" in result:
         page = [str(bench.rival_python), str(BESIDE / "page.py"), str(output.parent)]

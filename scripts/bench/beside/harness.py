@@ -299,6 +299,8 @@ def keep(bench: Bench, result: dict, name: str) -> Path:
     text = text.replace(str(bench.rival_python.parent.parent), "venv")
     text = text.replace(f"{REPOSITORY}/", "")  # places inside the repository, whatever holds it
     text = re.sub(r'"/(?:[^"/\s]+/)+([^"/\s]+)"', r'"\1"', text)  # other places, such as a cache, by their names
+    # a list of numbers takes one line
+    text = re.sub(r"\[\s+([-+.,\de\s]*\d)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     path.write_text(text + "\n", "utf-8")
     bench.say(str(path))
     return path
