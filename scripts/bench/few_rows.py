@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from beside.harness import json_text
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
@@ -274,7 +275,7 @@ def main() -> None:
                         continue
                     shared = Path(os.environ.get("TUNEKIT_SHARED", "")) / "data"
                     unit = run_unit(name, shared, settings.model, Path(settings.work))
-                    path.write_text(json.dumps({**units, name: unit}, indent=1) + "\n", "utf-8")
+                    path.write_text(json_text({**units, name: unit}) + "\n", "utf-8")
                     path.with_suffix(".md").write_text(page({**units, name: unit}), "utf-8")
                     print(f"{time.strftime('%H:%M:%S')} {name}: {unit['accuracy']['sum']}, {unit['cpu_seconds']} CPU s")
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import jiwer
 import numpy as np
+from beside.harness import json_text
 
 from tunekit.model.speech.processor import load_speech_processor
 from tunekit.recipe.model import ModelSection
@@ -174,7 +175,7 @@ def main() -> None:
                     if key in kept["runs"]:
                         continue
                     kept["runs"][key] = measure(Path(folder), quantization, split, seed, given.steps)
-                    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                    RESULTS.write_text(json_text(kept) + "\n", encoding="utf-8")
                     RESULTS.with_suffix(".md").write_text(page(kept["runs"], given.steps), encoding="utf-8")
                     print(
                         key,

@@ -291,16 +291,20 @@ def ended(bench: Bench) -> dict:
     return {"load_after": os.getloadavg(), "minutes": (time.monotonic() - bench.started) / 60}
 
 
+def json_text(value: object) -> str:
+    """A value as JSON, in which a list of numbers takes one line."""
+    text = json.dumps(value, indent=1)
+    return re.sub(r"\[\s+([-+.,\de\s]*\d)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+
+
 def keep(bench: Bench, result: dict, name: str) -> Path:
     """Write the result; the file."""
     path = Path(bench.settings.output) / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1).replace(str(bench.work), "work")
+    text = json_text(result).replace(str(bench.work), "work")
     text = text.replace(str(bench.rival_python.parent.parent), "venv")
     text = text.replace(f"{REPOSITORY}/", "")  # places inside the repository, whatever holds it
     text = re.sub(r'"/(?:[^"/\s]+/)+([^"/\s]+)"', r'"\1"', text)  # other places, such as a cache, by their names
-    # a list of numbers takes one line
-    text = re.sub(r"\[\s+([-+.,\de\s]*\d)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     path.write_text(text + "\n", "utf-8")
     bench.say(str(path))
     return path

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from beside.harness import FOLDER, REPOSITORY
+from beside.harness import FOLDER, REPOSITORY, json_text
 from beside.watch import ENVIRONMENT
 
 MINILM, SMOLLM = "sentence-transformers/all-MiniLM-L6-v2", "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -35,7 +35,7 @@ class Results:
         self.units[name] = unit
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.units, indent=1) + "\n", "utf-8")
+        partial.write_text(json_text(self.units) + "\n", "utf-8")
         partial.replace(self.path)
 
 
