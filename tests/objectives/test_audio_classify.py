@@ -18,7 +18,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.data_case import write_lines
 from tests.support.speech_case import RATE, SECONDS, held_sound, keys, write_recipe, write_tiny_whisper
-from tests.support.train_case import check_a_resume, losses, train
+from tests.support.train_case import check_a_resume, check_streamed, losses, train
 from tunekit.contracts import EncodeOptions, Row, RowKind
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.encoding.sounds import resampled
@@ -301,11 +301,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, recordings: Path, t
 @pytest.mark.parametrize("streaming", ["host", pytest.param("disk", marks=pytest.mark.slow)])
 def test_streamed_layers_compute_the_same(streaming: str, whisper: Path, recordings: Path, tmp_path: Path) -> None:
     recipe = write(tmp_path, whisper, recordings, objective=AUGMENTED)
-    resident = train(recipe, f"output.dir={tmp_path / 'resident'}")
-    streamed = train(recipe, f"memory.streaming={streaming}", f"output.dir={tmp_path / 'streamed'}")
-    assert losses(streamed) == losses(resident)
-    name = "adapter/adapter_model.safetensors"
-    assert (streamed / name).read_bytes() == (resident / name).read_bytes()
+    check_streamed(recipe, streaming)
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("int8_weight_only", marks=pytest.mark.slow)])

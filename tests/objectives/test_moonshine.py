@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, MoonshineConfig, MoonshineForConditional
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.speech_case import texts, write_recipe, write_sounds
-from tests.support.train_case import check_a_resume, losses, train
+from tests.support.train_case import check_a_resume, check_streamed, losses, train
 from tunekit.data.encoding.sounds import resampled
 from tunekit.errors import DataError, RecipeError
 from tunekit.evaluate import evaluate_verb
@@ -139,11 +139,7 @@ def test_merged_it_answers_the_same(moonshine: Path, sounds: Path, tmp_path: Pat
 @pytest.mark.parametrize("streaming", ["host", pytest.param("disk", marks=pytest.mark.slow)])
 def test_streamed_layers_compute_the_same(streaming: str, moonshine: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, moonshine, sounds, objective=NO_LANGUAGE)
-    resident = train(recipe, f"output.dir={tmp_path / 'resident'}")
-    streamed = train(recipe, f"memory.streaming={streaming}", f"output.dir={tmp_path / 'streamed'}")
-    assert losses(streamed) == losses(resident)
-    name = "adapter/adapter_model.safetensors"
-    assert (streamed / name).read_bytes() == (resident / name).read_bytes()
+    check_streamed(recipe, streaming)
 
 
 def test_a_recording_too_short_for_a_frame_is_named(moonshine: Path, tmp_path: Path) -> None:

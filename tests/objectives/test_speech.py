@@ -18,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import _compute_mask_indices
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
-from tests.support.train_case import check_a_resume, losses, train
+from tests.support.train_case import check_a_resume, check_streamed, losses, train
 from tunekit.contracts import EncodeOptions, Row, RowKind
 from tunekit.data.encoding.outcomes import Dropped, SourceEncoder
 from tunekit.data.encoding.sounds import pieces, quietest, resampled
@@ -370,11 +370,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(whisper: Path, sounds: Path, tmp_p
 @pytest.mark.parametrize("streaming", ["host", pytest.param("disk", marks=pytest.mark.slow)])
 def test_streamed_layers_compute_the_same(streaming: str, whisper: Path, sounds: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, whisper, sounds, objective=AUGMENTED)
-    resident = train(recipe, f"output.dir={tmp_path / 'resident'}")
-    streamed = train(recipe, f"memory.streaming={streaming}", f"output.dir={tmp_path / 'streamed'}")
-    assert losses(streamed) == losses(resident)
-    name = "adapter/adapter_model.safetensors"
-    assert (streamed / name).read_bytes() == (resident / name).read_bytes()
+    check_streamed(recipe, streaming)
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("int8_weight_only", marks=pytest.mark.slow)])

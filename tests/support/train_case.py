@@ -162,6 +162,14 @@ def check_a_resume(recipe: Path, *overrides: str) -> None:
     assert result_bytes(cut) == result_bytes(whole)
 
 
+def check_streamed(recipe: Path, tier: str) -> None:
+    """A run whose base is streamed from the tier ends with the losses and the adapter of the resident run."""
+    resident = train(recipe, f"output.dir={recipe.parent / 'resident'}")
+    streamed = train(recipe, f"memory.streaming={tier}", f"output.dir={recipe.parent / 'streamed'}")
+    assert losses(streamed) == losses(resident)
+    assert tensors_of(streamed) == tensors_of(resident)
+
+
 def free_port() -> int:
     """A port that no program uses now."""
     with socket.socket() as listener:
