@@ -119,7 +119,7 @@ def test_starts_as_identity_and_bypass_is_the_base(method: str, storage: str) ->
             torch.testing.assert_close(base(x), plain, rtol=0, atol=0.05 if storage == "bfloat16" else 1e-5)
         else:
             assert torch.equal(base(x), plain)
-    move_from_start(attached.trained().values(), 0.2)
+    move_from_start(attached.trained().values(), 0.2, seed=6)
     assert not torch.equal(base(x), plain)
     with calling(Call(bypassed=True)):
         assert torch.equal(base(x), plain)
@@ -130,7 +130,7 @@ def test_only_its_tensors_get_gradients_and_the_base_stays(method: str, storage:
     base = make_base(storage)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     attached = attach(base, method)
-    move_from_start(attached.trained().values(), 0.2)
+    move_from_start(attached.trained().values(), 0.2, seed=6)
     trained = attached.trained()
     base(make_input(storage)).float().square().sum().backward()
     shared = {id(p) for p in attached.shared.parameters()} if attached.shared else set()  # belongs to no layer
@@ -152,7 +152,7 @@ def test_forward_is_the_base_layer_with_merged_weight(method: str, storage: str)
     base, x = make_base(storage), make_input(storage)
     plain = base(x)
     attached = attach(base, method)
-    move_from_start(attached.trained().values(), 0.2)
+    move_from_start(attached.trained().values(), 0.2, seed=6)
     layer = attached.layers["layer"]
     weight = weight_of(layer.base_layer)
     assert weight is not None
@@ -180,7 +180,7 @@ def test_forward_is_the_base_layer_with_merged_weight(method: str, storage: str)
 def test_save_and_load_is_bitwise(method: str, storage: str, tmp_path: Path) -> None:
     base, x = make_base(storage), make_input(storage)
     attached = attach(base, method)
-    move_from_start(attached.trained().values(), 0.2)
+    move_from_start(attached.trained().values(), 0.2, seed=6)
     save_adapter_folder(attached, tmp_path / "a", base_name="org/base", base_fingerprint=None, revision=None)
     other = make_base(storage)
     read = attach_adapter_folder(other, tmp_path / "a", head_name=None)
@@ -227,7 +227,7 @@ def test_dropout_only_while_training(method: str) -> None:
     for dropout in (0.0, 0.5):
         base, x = make_base("dense"), make_input("dense")
         settings = METHODS[method]().model_copy(update={"dropout": dropout})
-        move_from_start(attach_adapter(base, settings, seed=5, head_name=None).trained().values(), 0.2)
+        move_from_start(attach_adapter(base, settings, seed=5, head_name=None).trained().values(), 0.2, seed=6)
         evaluated.append(base(x))
         base.train()
         torch.manual_seed(0)

@@ -241,9 +241,9 @@ def peft_refuses(method: str, family: str, reason: str, refusal: Callable[[], ob
     return cell
 
 
-def move_from_start(parameters: Iterable[nn.Parameter], spread: float) -> None:
+def move_from_start(parameters: Iterable[nn.Parameter], spread: float, seed: int = 7) -> None:
     """Add normal numbers, the same each time."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
