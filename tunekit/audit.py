@@ -20,13 +20,7 @@ from typing import Any
 import torch
 
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
-from tunekit.artifacts.equality import (
-    Mismatch,
-    compare_checkpoints,
-    compare_records,
-    compare_results,
-    result_hashes,
-)
+from tunekit.artifacts.equality import Mismatch, compare_checkpoints, compare_records, compare_results, result_hashes
 from tunekit.artifacts.fingerprint import compare_fingerprints, recipe_values
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run

@@ -20,15 +20,7 @@ from tunekit.console import Console
 from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
 from tunekit.data.reading.replaced import refuse_to_replace
-from tunekit.errors import (
-    InputError,
-    NumericsError,
-    Problem,
-    RecipeError,
-    Stopped,
-    TunekitError,
-    listed,
-)
+from tunekit.errors import InputError, NumericsError, Problem, RecipeError, Stopped, TunekitError, listed
 from tunekit.files.durable import json_result, write_json
 from tunekit.machine.cpu_times import process_seconds
 from tunekit.machine.devices import deterministic_kernels, make_devices

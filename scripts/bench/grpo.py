@@ -20,16 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from beside.harness import (
-    Bench,
-    ended,
-    facts,
-    interleaved,
-    keep,
-    make_parser,
-    start_on_pairs,
-    summary,
-)
+from beside.harness import Bench, ended, facts, interleaved, keep, make_parser, start_on_pairs, summary
 from beside.harness import memory_above as memory_of
 
 from tunekit.data.rows import load_rows

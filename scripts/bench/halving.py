@@ -24,11 +24,7 @@ from beside.harness import REPOSITORY, hardware
 from beside.units import SMOLLM, parse_options, run_units, shared_data, tunekit, write_parts
 
 Row = dict[str, Any]
-KEYS = {
-    "training.learning_rate": [3e-4, 1e-3, 3e-3, 1e-2],
-    "adapter.r": [4, 16],
-    "training.micro_batch_size": [16, 32],
-}
+KEYS = {"training.learning_rate": [3e-4, 1e-3, 3e-3, 1e-2], "adapter.r": [4, 16], "training.micro_batch_size": [16, 32]}
 TRAIN, HELD, EPOCHS, COMPARISONS = 20, 13, 4, 16  # rows of each intent; evaluations of a run of halving
 FEW = {"banking": (5, 20), "sentiment": (100, 290)}  # rows of each label to learn from and to test on
 ORDERS = REPOSITORY / "recipes" / "data" / "orders"

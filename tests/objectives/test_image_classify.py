@@ -19,10 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import v2
-from transformers import (
-    AutoModelForImageClassification,
-    ViTImageProcessor,
-)
+from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from tests.support.image_case import COLOURS, records, write_classes
 from tests.support.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit

@@ -22,13 +22,7 @@ from tunekit.data.batching.windows import TrainingWindows
 from tunekit.machine.memory import limit_bytes
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.planning import cheaper
-from tunekit.planning.choice import (
-    TOLERANCE,
-    SearchSpace,
-    Workload,
-    fastest,
-    smaller_micro_batches,
-)
+from tunekit.planning.choice import TOLERANCE, SearchSpace, Workload, fastest, smaller_micro_batches
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.memory import MARGIN, trial_reason, usable_bytes
 from tunekit.planning.plan import as_chosen, make_plan

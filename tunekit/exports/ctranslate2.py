@@ -46,10 +46,7 @@ SCALINGS = {"llama": ("linear", "llama3"), **dict.fromkeys(("mistral", "qwen2", 
 # the only theta of each type; the others have that of the base
 THETAS = {"falcon": (1e4, 1e4), "gemma": (1e4, 1e4), "gemma3_text": (1e6, 1e4)}  # of full and of windowed attention
 EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
-TYPES = (
-    *("float32", "float16", "bfloat16", "int16", "int8"),
-    *("int8_float32", "int8_float16", "int8_bfloat16"),
-)
+TYPES = (*("float32", "float16", "bfloat16", "int16", "int8"), *("int8_float32", "int8_float16", "int8_bfloat16"))
 FILES = (  # of the model, which other programs read in the converted folder
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
     *("preprocessor_config.json", "processor_config.json"),

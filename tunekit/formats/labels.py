@@ -20,11 +20,7 @@ DESCRIPTION = (
 FIELDS = ("text", "label")
 REQUIRED = ("text", "label")
 EXAMPLE = "label"
-PAIR_LABELS = (
-    "gold_label",
-    "is_duplicate",
-    "score",
-)  # names for pairs, used if no other name fits
+PAIR_LABELS = ("gold_label", "is_duplicate", "score")  # names for pairs, used if no other name fits
 
 # transformers' names for the meaning of a head's scores
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"

@@ -31,11 +31,7 @@ from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.choice import written_choice
-from tunekit.planning.compiling import (
-    compile_problems,
-    kernel_problems,
-    speed_notes,
-)
+from tunekit.planning.compiling import compile_problems, kernel_problems, speed_notes
 from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens

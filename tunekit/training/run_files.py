@@ -11,13 +11,7 @@ import torch
 
 from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate, save_checkpoint
-from tunekit.artifacts.fingerprint import (
-    flat_values,
-    make_fingerprint,
-    recipe_values,
-    require_same,
-    resume_notes,
-)
+from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_values, require_same, resume_notes
 from tunekit.artifacts.report.values import Values
 from tunekit.artifacts.run import RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers

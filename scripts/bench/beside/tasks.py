@@ -211,12 +211,7 @@ def paired_accuracy(run: Path, held: Path, length: int) -> float:
     return found.metrics(["rewards_accuracies"])["rewards_accuracies"]
 
 
-PAIR_TRAINING = {
-    "micro_batch_size": 4,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 5e-4,
-    "scheduler": "linear",
-}
+PAIR_TRAINING = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-4, "scheduler": "linear"}
 
 
 def pair_task(told: str, objective: Row, **evaluation: Any) -> Task:

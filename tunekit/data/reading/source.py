@@ -349,8 +349,4 @@ def _undecoded(rows: HubRows) -> HubRows:
 def _hub_error(source: Source, error: Exception) -> DataError:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     how = "check path, split, revision and network; without a network, only data sets in the cache can be read"
-    return DataError(
-        f"there is no such file, and the hub's data set cannot be loaded: {first}",
-        how,
-        file=source.path,
-    )
+    return DataError(f"there is no such file, and the hub's data set cannot be loaded: {first}", how, file=source.path)

@@ -132,10 +132,7 @@ class LabelledTexts(RowKind):
         """Rows for texts whose labels are not known. Raises: InputError for an empty text; DataError for a text that is
         longer than the model's maximum number of positions."""
         if not all(prompts):
-            raise InputError(
-                "a text is empty, and this tokenizer adds no tokens to it",
-                "write words to classify",
-            )
+            raise InputError("a text is empty, and this tokenizer adds no tokens to it", "write words to classify")
         check_prompts(prompts, model.base.family.learned_positions(model.base.net), model.virtual_tokens)
         return [self.make_row(self.first_label(ids), "") for ids in prompts]
 

@@ -19,11 +19,7 @@ from tunekit.objectives.rows.recordings import SOUND_PARTS, Clip, RecordingRows,
 from tunekit.recipe.objectives.audio_classify import AudioClassifySettings
 
 TRUNCATE = "cut the file, or write data.excess_length: truncate to use only its beginning"
-UNHEARD: dict[str, Array] = {
-    "features": np.zeros(0, np.float32),
-    "place": utf8(""),
-    "samples": np.zeros(1, np.int32),
-}
+UNHEARD: dict[str, Array] = {"features": np.zeros(0, np.float32), "place": utf8(""), "samples": np.zeros(1, np.int32)}
 
 
 @dataclass(frozen=True)

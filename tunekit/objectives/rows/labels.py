@@ -34,10 +34,8 @@ from tunekit.objectives.rows.pairs import are_pairs
 from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
 
-MOST_NOTES, MOST_ALONE = (
-    8,
-    100,
-)  # maximum of notes on single labels; maximum number of labels that may have only one row each
+MOST_NOTES = 8  # on single labels
+MOST_ALONE = 100  # labels that may have only one row each
 NUMBER = r"[-+]?[0-9]{1,18}(\.[0-9]{1,18})?"  # a label that is a number
 
 

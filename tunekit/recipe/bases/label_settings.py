@@ -6,15 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tunekit.basics import Shows
-from tunekit.formats.labels import (
-    MULTI_LABEL,
-    PAIR_LABELS,
-    REGRESSION,
-    SINGLE_LABEL,
-    label_field,
-    label_text,
-    of_cell,
-)
+from tunekit.formats.labels import MULTI_LABEL, PAIR_LABELS, REGRESSION, SINGLE_LABEL, label_field, label_text, of_cell
 from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.recipe.bases.section import Fraction, ObjectiveSettings, Positive, Several, Text
 
