@@ -19,9 +19,8 @@ EXIT_FAULT, EXIT_INTERRUPTED = 1, 130
 MAX_LINES = 100  # of one list of problems or notes
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_OTHER_SECRET}|{_PASSWORD}")
-_SURE_SECRET = re.compile(
-    f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_OTHER_SECRET}|{_PASSWORD}"
-)  # a shorter text may be a name, such as the folder hf_checkpoints
+# a shorter text may be a name, such as the folder hf_checkpoints
+_SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_OTHER_SECRET}|{_PASSWORD}")
 
 
 def redact(text: str) -> str:

@@ -261,9 +261,8 @@ class ReportFacts:
     skipped_steps: int | None = None  # steps whose gradients overflowed in float16
     calibration: Mapping[str, object] | None = None
     budget_bytes: int | None = None
-    headline: Mapping[str, float] = field(
-        default_factory=dict
-    )  # first_NAME and final_NAME, if the headline is not the loss
+    # first_NAME and final_NAME, if the headline is not the loss
+    headline: Mapping[str, float] = field(default_factory=dict)
     classes: Mapping[str, object] | None = None  # counts of each label, with the exported weights
     base_bytes_of_rank: int | None = None  # the part of a sharded base that each rank stores
 

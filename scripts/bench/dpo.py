@@ -151,9 +151,8 @@ class Pairs:
     def measured(self) -> dict:
         """Measure both sides; TRL also with its fastest flags."""
         self.say(f"length {self.length}: the initial adapter")
-        begin = self.ours(
-            "initial", max_steps=1, warmup_steps=1, gradient_accumulation_steps=1
-        )  # a warm-up's first step has learning rate 0
+        # a warm-up's first step has learning rate 0
+        begin = self.ours("initial", max_steps=1, warmup_steps=1, gradient_accumulation_steps=1)
         self.initial = str(Path(begin["place"]) / "run" / "adapter")
         settings, candidates = self.bench.settings, list[dict]()
         best = settings.best

@@ -55,9 +55,8 @@ class TrainedCopy(Wrapper, AdapterPart):
         for attribute, slot in self.declared.items():
             original = self.base_layer.get_parameter(slot.suffix).detach()
             copy = getattr(self, attribute).data
-            copy.zero_() if original.is_meta else copy.copy_(
-                original
-            )  # on a meta base the values are loaded afterwards
+            # on a meta base the values are loaded afterwards
+            copy.zero_() if original.is_meta else copy.copy_(original)
 
     def cast_copies(self) -> Tensors:
         """The copies, cast to the dtypes of the original parameters, by the parameters' names in the module."""

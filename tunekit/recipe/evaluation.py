@@ -9,9 +9,8 @@ from tunekit.recipe.bases.paths import TaskPath
 from tunekit.recipe.bases.section import Count, CountOrZero, Section, Several, Text
 
 FROM_DATA = "from_data"
-CHOICE_SUMS = frozenset(
-    {"labelled", "label_counts", "confusion", "calibration"}
-)  # the sums that `choices` adds to the sums of an objective
+# the sums that `choices` adds to the sums of an objective
+CHOICE_SUMS = frozenset({"labelled", "label_counts", "confusion", "calibration"})
 CHOICE_METRICS = ("accuracy", "macro_f1", "expected_calibration_error")  # always measured with `choices`
 
 _BEST = re.compile(r"eval\.[a-z0-9_]+")

@@ -192,9 +192,8 @@ def with_tokenizer(settings: PrefixSettings, tokenizer: Tokenizer) -> PrefixSett
         return settings
     ids = tokenizer.encode(settings.init_text or INIT_TEXT)
     begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    repeated_ids = ids * (
-        settings.num_virtual_tokens // max(1, len(ids)) + 1
-    )  # the begin token is not repeated with the text
+    # the begin token is not repeated with the text
+    repeated_ids = ids * (settings.num_virtual_tokens // max(1, len(ids)) + 1)
     return settings.model_copy(update={"init_ids": tuple(begin + repeated_ids)[: settings.num_virtual_tokens]})
 
 

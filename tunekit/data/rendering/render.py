@@ -32,10 +32,8 @@ SPELLED = (
     "warning: rows whose text contains a special token; it stays text, because only a chat template makes special "
     "tokens; write conversations as messages (format chat)"
 )
-PIECE_CHARACTERS, CUT_TOKENS = (
-    8192,
-    16,
-)  # characters of a piece whose tokens are counted; tokens that cutting can add to a piece
+PIECE_CHARACTERS = 8192  # of a piece whose tokens are counted
+CUT_TOKENS = 16  # that cutting can add to a piece
 UNSAID = ("name", "tool_call_id", "tool_calls")  # fields that a template may ignore; turns.py checks tool_calls
 WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all ignores"
 AS_GIVEN = "rows whose earlier answers the chat template rewrites; each answer is trained on in its original form"

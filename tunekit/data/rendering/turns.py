@@ -22,12 +22,8 @@ ONLY_LAST = (
     "(set data.rewritten_answers: each to train on all answers)"
 )
 TOOLS_IGNORED = "rows whose tools the chat template leaves out"
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-    "tool_plan",
-)  # names of the field with the reasoning, in different models
+# names of the field with the reasoning, in different models
+REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
 THOUGHTLESS = "answers trained on without the reasoning, which the chat template leaves out"
 SHORTENED = "answers that the chat template changes"
 _OPENING, _CLOSING = "\ue001", "\ue002"

@@ -87,9 +87,8 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
 
     from tunekit.model.transformers_guard import quiet
 
-    http_error = cast(
-        type[Exception], HfHubHTTPError.__bases__[0]
-    )  # also the base of the HTTP library's errors of connections
+    # also the base of the HTTP library's errors of connections
+    http_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     try:
         with quiet():
             fetch = partial(snapshot_download, section.name_or_path, revision=section.revision)

@@ -32,9 +32,8 @@ class Draft:
     rewrites: list[str] = field(default_factory=list)
     defaults: list[str] = field(default_factory=list)  # sentences about defaults that depend on other keys
     program: str | None = None  # the training command, if the keys are its options
-    untranslated: set[KeyPath] = field(
-        default_factory=set
-    )  # keys that could not be translated, so they are not reported as missing
+    # keys that could not be translated, so they are not reported as missing
+    untranslated: set[KeyPath] = field(default_factory=set)
 
     def has(self, key: KeyPath) -> bool:
         """Whether the key is written. A key that is written as null counts."""

@@ -17,9 +17,8 @@ _BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 MAX_COMMENT = 300  # maximum characters of a line
 _BREAKS = {ord(mark): " " for mark in "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"}  # they would end a comment
 _TAKEN_FOR_BOOLEAN = {"y", "n", "yes", "no", "on", "off"}  # by readers of YAML 1.1
-_ESCAPED = re.compile(
-    "[\x7f-\xa0\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
-)  # some of these reverse the text in a terminal
+# some of these reverse the text in a terminal
+_ESCAPED = re.compile("[\x7f-\xa0\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def dump_recipe(recipe: Recipe, relative_to: Path, *, written_only: bool = False) -> str:
