@@ -8,7 +8,7 @@ from tunekit.adapters.folder.config import CONFIG_NAME, AdapterConfig, read_adap
 from tunekit.arithmetic.adopt import adopt_lora
 from tunekit.arithmetic.combine import Mixture, check_mixture, combine
 from tunekit.arithmetic.difference import TensorDifference, compare, extract, read_changes, together
-from tunekit.arithmetic.linear import write_linear
+from tunekit.arithmetic.linear import TO_LORA, write_linear
 from tunekit.arithmetic.lora_folder import LoraFolder, plain_lora_method, read_lora_folder
 from tunekit.arithmetic.losses import losses_on_rows
 from tunekit.arithmetic.low_rank import reduce_rank
@@ -67,7 +67,7 @@ def combine_verb(
         _combine_loras(console, folders, mixture, facts, place)
     elif len(methods) > 1:
         what = f"the adapters have different methods: {', '.join(sorted(methods))}"
-        raise AdapterError(what, "first convert each adapter to a LoRA: tunekit adapter convert --rank R")
+        raise AdapterError(what, TO_LORA)
     else:
         write_linear(place, folders, mixture, facts)
     console.warn(*facts.notes)

@@ -17,8 +17,7 @@ from tunekit.errors import AdapterError
 from tunekit.files.untrusted import printable, same_value
 
 NOT_COMPARED = {"init_from", "dropout"}  # settings that do not change the output of a trained adapter
-
-
+TO_LORA = "first convert each adapter to a LoRA: tunekit adapter convert --rank R"
 LinearFolder = tuple[AdapterConfig, Tensors]  # an adapter of such a method, without its base
 
 
@@ -30,17 +29,14 @@ def read_linear(folder: Path) -> LinearFolder:
     config = read_adapter_config(folder)
     if not config.method.is_linear(config.settings):
         what = f"{config.settings.method} adapters cannot be added: their update is not linear in their tensors"
-        raise AdapterError(
-            what, "first convert each adapter to a LoRA: tunekit adapter convert --rank R", file=config.file
-        )
+        raise AdapterError(what, TO_LORA, file=config.file)
     path = tensors_path(folder)
     header = adapter_header(path)
     endings = tuple(f".{name}" for name in config.method.tensors)
     foreign = [key for key in header if not key.startswith(PREFIX) or not key.endswith(endings)]
     if foreign and getattr(config.settings, "modules_to_save", None):
         what = f"{config.settings.method} adapters that also train whole modules cannot be added"
-        how = "first convert each adapter to a LoRA: tunekit adapter convert --rank R"
-        raise AdapterError(what, how, file=config.file, key="modules_to_save")
+        raise AdapterError(what, TO_LORA, file=config.file, key="modules_to_save")
     if foreign or not header:
         what = f"'{printable(foreign[0], 200)}' is not a tensor of this adapter" if foreign else "holds no tensors"
         raise AdapterError(what, "write the adapter again with the program that made it", file=str(path))
@@ -104,9 +100,7 @@ def _refuse_difference(first: LinearFolder, other: LinearFolder) -> None:
             raise AdapterError(what, "only adapters of the same base and modules can be added", file=file)
         if not left.is_floating_point() and not torch.equal(left, right):
             what = f"'{key}' has different indices than in {name}"
-            raise AdapterError(
-                what, "first convert each adapter to a LoRA: tunekit adapter convert --rank R", file=file
-            )
+            raise AdapterError(what, TO_LORA, file=file)
 
 
 def _plain(value: object) -> object:
