@@ -14,8 +14,8 @@ from torch import Tensor
 
 import tunekit.arithmetic.pruning
 from tests.architectures.tiny import make_tiny
-from tests.contract.test_layer_contract import METHODS, attach, make_base, make_input, randomise
-from tests.support.peft_case import BASES, HARMLESS_WARNINGS, logits_of
+from tests.contract.test_layer_contract import METHODS, attach, make_base, make_input
+from tests.support.peft_case import BASES, HARMLESS_WARNINGS, logits_of, move_from_start
 from tests.test_cli import run
 from tunekit.adapter import combine_verb, convert_verb
 from tunekit.adapters.attach import attach_adapter
@@ -227,7 +227,7 @@ def test_linear_methods_add_their_updates(method: str, tmp_path: Path) -> None:
     plain = base(x).detach()
     for name in ("a", "b"):
         attached = attach(make_base("dense"), method)
-        randomise(attached)
+        move_from_start(attached.trained().values(), 0.2, seed=6)
         if name == "b":
             with torch.no_grad():
                 for parameter in attached.trained().values():
@@ -430,7 +430,7 @@ def test_layers_that_peft_reads_as_parameters_are_combined_and_converted(tmp_pat
         patterns = {"down_proj": 3} if seed else {}
         settings = LoraSettings(r=2, target_modules=layers, rank_pattern=patterns)
         attached = attach_adapter(make_tiny("deepseek_v3"), settings, seed=seed, **head)
-        randomise(attached)
+        move_from_start(attached.trained().values(), 0.2, seed=6)
         sources.append(tmp_path / f"{seed}")
         save_adapter_folder(
             attached, sources[-1], base_name="b", base_fingerprint="f", revision=None, task_type="CAUSAL_LM"
