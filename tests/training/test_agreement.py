@@ -9,10 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.train_case import write_recipe
 from tunekit.errors import InputError
+from tunekit.planning import compiling
 from tunekit.recipe.load import load_recipe
+from tunekit.train import plan_session
 from tunekit.training.agreement import check_command, check_fingerprints, check_folder_is_shared
 from tunekit.training.session import Session
 
@@ -23,7 +26,7 @@ Change = Callable[[Any], Any]
 class TwoRanks:
     """Rank 0 of two. `change` makes the other rank's value from this rank's."""
 
-    world = 2
+    world, rank, device = 2, 0, torch.device("cpu")
 
     def __init__(self, change: Change) -> None:
         self.change = change
@@ -36,6 +39,9 @@ class TwoRanks:
 
     def from_main(self, value: Any) -> Any:
         return value
+
+    def main_first(self, make: Callable[[], Any]) -> Any:
+        return make()
 
 
 @pytest.fixture
@@ -117,3 +123,14 @@ def test_a_rank_that_does_not_see_the_run_folder_is_named(make: Any, tmp_path: P
     session, warnings = make(lambda value: False)
     check_folder_is_shared(session, tmp_path / "run")
     assert f"output.dir: {tmp_path / 'run'} of rank 0 (on node-0) is not visible on rank 1 (on node-1)" in warnings[0]
+
+
+def test_kernels_that_another_machine_lacks_are_not_used(
+    make: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "load_kernels", lambda: None)  # this machine has a C compiler
+    recipe = write_recipe(tmp_path, tiny_llama, model={"dtype": "bfloat16"}, training={"kernels": "auto"})
+    for other, used in (("native", "native"), ("none", "none")):
+        session = make(lambda choice, other=other: {**choice, "kernels": other})[0]
+        session.loaded = load_recipe(recipe, [])
+        assert plan_session(session)[0].choice.kernels == used
