@@ -94,7 +94,8 @@ def test_that_many_rows_show_the_difference_in_four_of_five_draws() -> None:
         assert np.mean([low > 0 for low, _ in ends]) > 0.74  # 0.65 without t, or no number for 2 rows
     assert rows_needed(one, one, np.ones(50)) is None  # no difference
     with np.errstate(over="ignore"):
-        assert rows_needed(np.zeros(3), np.array([1e200, -1e200, 1e199]), np.ones(3)) is None  # of a damaged file
+        for damaged in ([1e200, -1e200, 1e199], [1e150, -1e150, 1e-10], [1e60, -1e60, 1e-5]):
+            assert rows_needed(np.zeros(3), np.array(damaged), np.ones(3)) is None
     assert rows_needed(one, one + 0.1, np.ones(50)) is None  # the same difference on each row
 
 
@@ -173,15 +174,17 @@ def test_only_settings_that_an_evaluation_reads_must_be_equal(
     assert len(differences(runs)) == compared
 
 
+@pytest.mark.parametrize("other", [("other", "none"), ("one", "nf4")])
 @pytest.mark.parametrize(("method", "compared"), [("dpo", 0), ("kto", 0), ("orpo", 1), ("sft", 1)])
 def test_a_loss_relative_to_the_base_is_not_compared_with_that_of_another_base(
-    method: str, compared: int, tmp_path: Path
+    method: str, compared: int, other: tuple[str, str], tmp_path: Path
 ) -> None:
     runs = []
-    for base in ("one", "other"):
-        folder = write_run(tmp_path / base)
+    for name, (base, quantization) in (("run", ("one", "none")), ("another", other)):
+        folder = write_run(tmp_path / name)
         plan = json.loads((folder / "plan.json").read_text("utf-8"))
         plan["recipe"]["objective"] = {"method": method}
+        plan["recipe"]["model"]["quantization"] = quantization
         (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         (folder / "environment.json").write_text(json.dumps({"fingerprint": {"base": base}}), encoding="utf-8")
         runs.append(read_run(folder))

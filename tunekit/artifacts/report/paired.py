@@ -18,6 +18,7 @@ from tunekit.records import Headline, JsonObject
 Losses = NDArray[np.float64]
 RESAMPLES, LEVEL = 2000, 0.95
 POWER = 0.84  # the 80 % quantile of the normal distribution
+MOST_RATIO = 1e6  # of the error to the difference; a smaller difference needs more rows than any file has
 SAME = 1e-9  # relative; a smaller error of the mean is that of rounding
 AT_A_TIME = 64  # number of resamples at a time, which limits memory
 HEADING = [  # of the table with `PairedDifference.texts` as lines
@@ -129,7 +130,7 @@ def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDiffe
 def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
     """The number of rows that would show the measured difference with 80 % probability at the 5 % level, if more rows
     vary as much as these rows: n ((t + 0.84) error / difference)^2, where t is Student's quantile for that number of
-    rows. None if there is no difference, or if these rows are enough.
+    rows. None if there is no difference, if it is far below its error, or if these rows are enough.
 
     Shapes: (rows,) each, as in `paired_interval`.    Source: Miller 2024, Adding error bars to evals, section 5 (power,
     paired differences); Cohen 1988, section 2.4.
@@ -137,9 +138,10 @@ def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
     difference = abs(float((other - one).sum() / units.sum()))
     if not difference:
         return None
-    variance = len(units) * (ratio_error(other - one, units) / difference) ** 2  # of one row, in squared differences
-    if not math.isfinite(variance):  # squares of damaged losses overflow
+    ratio = ratio_error(other - one, units) / difference
+    if not ratio < MOST_RATIO:  # also of damaged losses, whose squares overflow
         return None
+    variance = len(units) * ratio**2  # of one row, in squared differences
     rows = max(math.ceil(variance * (NORMAL_95 + POWER) ** 2), 2)
     while rows < variance * (student(rows - 1) + POWER) ** 2:  # a few times, because t falls quickly to 1.96
         rows += 1
@@ -184,7 +186,8 @@ def _loss_settings(run: RunValues) -> str:
     others, objective = (*run.objective.free_keys, *run.objective.training_keys), run.objective
     fields = objective.model_fields.items()
     values = {name: each.get_default(call_default_factory=True) for name, each in fields} | run.recipe.part("objective")
-    policy = (run.environment.part("fingerprint").get("base"), run.recipe.part("adapter").get("init_from"))
+    base = (run.environment.part("fingerprint").get("base"), run.recipe.part("model").get("quantization"))
+    policy = (*base, run.recipe.part("adapter").get("init_from"))
     relative = {"policy": policy} if objective.reference == "policy at step 0" else {}
     shown = {key: value for key, value in values.items() if key not in others} | relative
     return json.dumps(shown, default=str, sort_keys=True)
