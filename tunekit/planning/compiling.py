@@ -95,9 +95,10 @@ def planned_kernels(
     `decided`: see `planned_compile`; other kernels round differently."""
     if setting != "auto":
         return setting, ""
+    suitable = device.type == "cpu" and dtype == torch.bfloat16 and has_native_places(net)
     if decided is not None:
-        return decided.kernels, AS_DECIDED if decided.kernels == "native" else ""
-    if device.type != "cpu" or dtype != torch.bfloat16 or not has_native_places(net):
+        return decided.kernels, AS_DECIDED if suitable or decided.kernels == "native" else ""
+    if not suitable:
         return "none", ""
     try:
         load_kernels()
