@@ -394,6 +394,14 @@ def test_folds_are_of_another_sweep_if_a_run_has_begun(tmp_path: Path) -> None:
         sweep_folder.open_sweep(tmp_path, [], resume=False)
 
 
+def test_the_folder_of_a_run_is_refused_with_a_cure_that_sweep_has(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    message = refused(recipe, None, "adapter.r=2,3", f"output.dir={tmp_path / 'run'}")
+    assert "run already holds a run (checkpoints); choose another output.dir, such as output.dir=" in message
+    assert message.endswith("run-sweep")
+
+
 @pytest.mark.parametrize("name", ["sweep.json", "rungs.json", "auto.json", "best.yaml", "folds"])
 def test_the_folder_of_another_sweep_is_refused(name: str, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)

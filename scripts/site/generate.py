@@ -187,7 +187,7 @@ def formats_page() -> str:
         "# Data formats\n\ntunekit recognises the format of a source by the fields of its first row, and prints the "
         "format with the reason. `format: NAME` in the source sets the format instead. `columns: {question: prompt}` "
         "states that the file's column `question` is the format's field `prompt`. A source can be a file (JSONL, JSON, "
-        "CSV, Parquet or text) or a data set of the hub.\n"
+        "CSV, Parquet or text), a folder or a pattern of such files, or a data set of the hub.\n"
     )
     return f"{head}\n{table(['format', 'a row', 'required fields', 'kind of example'], rows)}"
 

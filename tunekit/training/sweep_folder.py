@@ -27,6 +27,9 @@ WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
 def open_sweep(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
     """Lock the sweep's folder; returns the lock. Raises: RunFolderError if this folder or a trial's folder cannot be
     used."""
+    if signs := [sign for sign in RUN_SIGNS if (folder / sign).exists()]:  # a sweep cannot continue or move a run
+        how = f"choose another output.dir, such as output.dir={relative_to(folder)}-sweep"
+        raise RunFolderError(f"{folder} already holds a run ({signs[0]})", how)
     refuse_old_run(folder)
     if not resume and (any((folder / name).exists() for name in WRITTEN) or _has_used_folds(folder)):
         raise RunFolderError(f"{folder} already holds a sweep", "add --resume, or choose another output.dir")
