@@ -30,7 +30,9 @@ def evaluated(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.drawn
-def test_each_source_is_measured_as_if_it_were_alone(tiny_llama: Path, tmp_path: Path) -> None:
+def test_each_source_is_measured_as_if_it_were_alone(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sources = write_sources(tmp_path, "a.jsonl", "b.jsonl")
     metrics = {"metrics": ["loss", "token_accuracy"]}
     recipe = write_recipe(tmp_path, tiny_llama, data={"eval": sources}, evaluation=metrics)
@@ -50,7 +52,10 @@ def test_each_source_is_measured_as_if_it_were_alone(tiny_llama: Path, tmp_path:
     assert report["evaluations"][-1]["sources"] == last["sources"]
     assert "| b.jsonl | 6 |" in (run / "report.md").read_text()
     assert "By source" in (run / "report.html").read_text()
+    rows_of_report = f"tunekit report {run} shows the rows with the highest loss"
+    assert rows_of_report not in " ".join(capsys.readouterr().out.split())  # it has those of all sources
     evaluate_verb(str(run), None, None, None, [], str(tmp_path / "both.json"), [])
+    assert rows_of_report in " ".join(capsys.readouterr().out.split())
     both = json.loads((tmp_path / "both.json").read_text())
     assert both["sources"]["b.jsonl"]["loss"] == pytest.approx(last["sources"]["b.jsonl"]["loss"], rel=1e-6)
     assert both["loss"] == pytest.approx(last["eval"]["loss"], rel=1e-6)

@@ -118,9 +118,9 @@ def test_the_next_step_starts_as_many_processes_as_were_planned(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["memory.sharding=full", "training.rank_speeds=[1, 1]", "~memory.budget"]
-    plan_verb(load_recipe(recipe, overrides), None, ranks=2)
-    shown = capsys.readouterr().out
-    assert f"next: torchrun --nproc-per-node 2 -m tunekit train {shlex.join([str(recipe), *overrides])}" in shown
+    plan_verb(load_recipe(recipe, overrides), None, ranks=2, device="cpu")
+    shown, command = capsys.readouterr().out, shlex.join([str(recipe), *overrides, "--device", "cpu"])
+    assert f"next: torchrun --nproc-per-node 2 -m tunekit train {command}" in shown
     assert "recomputed in the backward pass: all, because gathered weights are on the device only" in shown
     with pytest.raises(TunekitError, match="rank 1: the smallest setting of this run needs"):
         plan_verb(load_recipe(recipe, ["memory.budget=[8GiB, 1MiB]"]), None, ranks=2)

@@ -71,6 +71,7 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
     assert report["verdict"].startswith("the exported weights are worse than the base: eval loss ")
     assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
+    assert "next: " not in ended.output  # the warning has the advice
     assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")
     (reaction,) = [each for each in report["reactions"] if "at step 1" in each["probe"]]
     assert "rows.jsonl:" in reaction["action"]
