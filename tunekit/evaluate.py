@@ -26,7 +26,7 @@ from tunekit.data.rows import RowSet, load_evaluation_rows
 from tunekit.errors import InputError, ModelError, RecipeError
 from tunekit.evaluation.by_adapter import check_adapters, rows_by_adapter, with_adapter
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, calibration_notes, queries_of
-from tunekit.evaluation.row_losses import unit_counts
+from tunekit.evaluation.row_losses import row_digest, unit_counts
 from tunekit.evaluation.tasks.measure import measure_tasks
 from tunekit.evaluation.tasks.run import load_tasks
 from tunekit.files.durable import json_result, write_json
@@ -145,15 +145,18 @@ def _values(objective: str, evaluation: Evaluation) -> dict[str, float]:
     return {**defined, "rows": sums.rows, sizes: sums.tokens, units: int(sums.values["units"])}
 
 
-def _row_losses(rows: RowSet, evaluation: Evaluation) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The loss of each row (rows,), summed over its units, and the number of units of each row (rows,). If a row has no
-    finite loss, both arrays are empty."""
+def _row_losses(rows: RowSet, evaluation: Evaluation) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
+    """The digest of each row (rows,), its loss (rows,), summed over its units, and its number of units (rows,). If a
+    row has no finite loss, all three are empty."""
     measured, losses = evaluation.sums.row_losses, list[float]()
     units = [] if rows.evaluation is None else unit_counts(rows.evaluation, rows.objective)
     if len(measured) == len(units):
         losses = [measured[number] for number in range(len(units))]
     usable = losses and np.isfinite(losses).all()
-    return np.array(losses if usable else [], np.float64), np.array(units if usable else [], np.float64)
+    if not usable or rows.evaluation is None:
+        return [], np.array([]), np.array([])
+    digests = [row_digest(rows.evaluation[number]) for number in range(len(units))]
+    return digests, np.array(losses, np.float64), np.array(units, np.float64)
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from tunekit.console import Console
 from tunekit.console.loudness import LOUDNESS
 
 REGRESSION = {"objective": {"method": "classify", "problem_type": "regression"}}
+NAMES = [f"row {at}" for at in range(16)]
 FALLING = [2.0 - 0.04 * step for step in range(30)]
 
 
@@ -45,7 +46,7 @@ def make_run(
     norm: float = 0.5,
     accuracy: dict[int, float] | None = None,
     recipe: dict[str, Any] | None = None,
-    rows: dict[str, list[float]] | None = None,
+    rows: dict[str, list[Any]] | None = None,
     **plan: Any,
 ) -> RunValues:
     """A finished run of these losses; `evaluations`: loss by step."""
@@ -59,7 +60,8 @@ def make_run(
     facts = {"recipe": {"training": training, **(recipe or {})}, "rows": {"steps_per_epoch": 10}, "device": "cpu"}
     report = Values(measured_bytes={"cuda": 4 << 30})
     run = RunValues(Path("runs/first"), "", Values(facts | plan), report, Values(), Values(), steps, records)
-    run.__dict__["row_losses"] = Values(rows or {})
+    digests = [f"row {at}" for at in range(len((rows or {}).get("losses", [])))]
+    run.__dict__["row_losses"] = Values({"digests": digests, **rows} if rows else {})
     return run
 
 
@@ -153,7 +155,14 @@ def test_the_noise_of_few_rows_is_that_of_their_interval() -> None:
     text = rows_are_few(make_run(rows=columns))
     assert text is not None
     reach = student(15) * math.sqrt(16 / 15) / 4
-    assert text.startswith(f"with 16 evaluation rows, the loss is uncertain by ± {reach:.2g}; ")
+    assert text.startswith(f"with 16 different evaluation rows, the loss is uncertain by ± {reach:.2g}; ")
+    copies = rows_are_few(
+        make_run(rows={name: values * 9 for name, values in columns.items()} | {"digests": NAMES * 9})
+    )
+    assert copies == text  # copies of a row do not make the loss more certain
+    one = rows_are_few(make_run(rows=columns | {"digests": ["the same row"] * 16}))
+    assert one == "one evaluation row does not show how uncertain the loss is: evaluate more rows"
+    assert rows_are_few(make_run(rows=columns | {"digests": NAMES[:5]})) is None  # a damaged record
     same = {**columns, "losses": [2.0 * units for units in range(1, 17)], "units": [float(at) for at in range(1, 17)]}
     assert rows_are_few(make_run(rows=same)) is None  # each row has the same mean loss
     assert rows_are_few(make_run(rows=columns | {"before": [9.0] * 16})) is None  # training changed the loss much more
@@ -221,15 +230,16 @@ def test_after_a_data_check_and_an_evaluation() -> None:
     steps = after_data_check([{"near": [3], "long": [4]}, {"leak": [7]}], recipe, fixes=True)
     assert steps[0].startswith("remove training rows that equal evaluation rows")
     assert steps[1].startswith("--fix FILE")
-    even, units = np.full(50, 2.0), np.ones(50)
-    assert after_evaluation("mine.yaml", "recipe", even, units) == [
+    names, even, units = list(range(50)), np.full(50, 2.0), np.ones(50)
+    assert after_evaluation("mine.yaml", "recipe", names, even, units) == [
         "tunekit train mine.yaml, then evaluate its run on the same rows"
     ]
-    (changed,) = after_evaluation("mine.yaml", "recipe", even, units, changes=["model.dtype=float32"])
+    (changed,) = after_evaluation("mine.yaml", "recipe", names, even, units, changes=["model.dtype=float32"])
     assert changed.startswith("tunekit train mine.yaml model.dtype=float32, then ")
-    assert after_evaluation("adapter", "adapter", even, units) == []
-    (noise,) = after_evaluation("adapter", "adapter", even + np.arange(50) % 2 * 4, units)
-    assert noise.startswith("with 50 evaluation rows, the loss is uncertain by ± ")
+    assert after_evaluation("adapter", "adapter", names, even, units) == []
+    assert after_evaluation("adapter", "adapter", [], np.array([]), np.array([])) == []  # no loss was measured
+    (noise,) = after_evaluation("adapter", "adapter", names, even + np.arange(50) % 2 * 4, units)
+    assert noise.startswith("with 50 different evaluation rows, the loss is uncertain by ± ")
 
 
 def test_quiet_prints_no_next_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

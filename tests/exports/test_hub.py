@@ -38,9 +38,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 
 def test_the_interval_of_a_card_is_that_of_a_comparison() -> None:
     before, after, units = np.array([2.0, 3.0, 4.0]), np.array([1.0, 2.5, 3.9]), np.array([1.0, 1.0, 2.0])
-    rows = Values(before=before.tolist(), losses=after.tolist(), units=units.tolist())
+    rows = Values(digests=["a", "b", "c"], before=before.tolist(), losses=after.tolist(), units=units.tolist())
     low, high = difference_interval(before, after, units)
-    assert f"{low:+.4g} to {high:+.4g}." in card._interval(rows)[-1]
+    (_, text) = card._interval(rows)
+    assert f"on 3 held-out rows, 95 % interval over rows: {low:+.4g} to {high:+.4g}." in text
+    copies = {name: values * 9 for name, values in rows.items()}
+    assert card._interval(Values(copies)) == ["", text]  # copies of a row are no further rows
+    assert card._interval(Values(rows | {"digests": ["a", "a", "a"]})) == []
 
 
 def test_an_adapter_folder_has_a_card_and_no_path_of_this_machine(

@@ -189,7 +189,11 @@ LITTLE = ", which is not enough alone"
 @pytest.mark.parametrize(
     ("saved", "limit", "said"),
     [
-        ({"a": 0.5, "b": 0, "c": -9}, 99, "no setting would save enough memory; use a smaller base model"),
+        (
+            {"a": 0.5, "b": 0, "c": -9},
+            99,
+            "no setting would save enough memory; use a smaller base model, or more memory",
+        ),
         ({"a": 5, "b": 0}, 50, f"the only change that saves memory: a: 1 saves 5.0 MiB (needs 95.0 MiB{LITTLE})"),
         (
             {"a": 5, "b": 0, "c": 30},

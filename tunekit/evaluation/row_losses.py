@@ -33,7 +33,7 @@ class RowLosses:
         rows = [self.rows[number] for number in range(len(self.rows))]
         return {
             "rows": [row.origin for row in rows],
-            "digests": [_digest(row) for row in rows],
+            "digests": [row_digest(row) for row in rows],
             "units": unit_counts(rows, self.objective),
         }
 
@@ -113,7 +113,8 @@ def text_digest(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def _digest(row: Row) -> str:
+def row_digest(row: Row) -> str:
+    """A hash of all parts of a row, equal for the copies of a row."""
     digest = blake2b(digest_size=8)
     for name, values in sorted(row.parts.items()):
         digest.update(f"{name} {len(values)} ".encode())

@@ -8,7 +8,7 @@ import numpy as np
 
 from tunekit import __version__
 from tunekit.artifacts.report.markdown import escape, markdown_table
-from tunekit.artifacts.report.paired import difference_interval
+from tunekit.artifacts.report.paired import difference_interval, different_rows
 from tunekit.artifacts.report.run_costs import duration_text
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.console.text import cell_text
@@ -166,14 +166,19 @@ def _results(run: RunValues) -> list[str]:
 
 
 def _interval(rows: Values) -> list[str]:
-    before, after, units = (rows.column(name) for name in ("before", "losses", "units"))
-    measured = [each for each in zip(before, after, units, strict=False) if None not in each and each[2]]
-    if len(measured) < 2:
+    columns = (rows.column(name) for name in ("before", "losses", "units"))
+    lines = zip(rows.items_of("digests"), *columns, strict=False)
+    measured = [line for line in lines if None not in line and line[3]]
+    if not measured:
         return []
-    low, high = difference_interval(*np.array(measured, np.float64).T)
+    digests, *values = zip(*measured, strict=True)
+    different = different_rows(digests, np.array(values, np.float64).T)
+    if len(different) < 2:
+        return []
+    low, high = difference_interval(*different.T)
     return [
         "",
-        f"Change of the loss on {len(measured):,} held-out rows, 95 % interval over rows: {low:+.4g} to {high:+.4g}.",
+        f"Change of the loss on {len(different):,} held-out rows, 95 % interval over rows: {low:+.4g} to {high:+.4g}.",
     ]
 
 

@@ -52,7 +52,7 @@ def cheapest_changes(
     most = (1 - LEAST_SHARE) * needed
     tried = [(change, needs) for change, needs in changes if needs is not None and needs <= most]
     if not tried:
-        return "no setting would save enough memory; use a smaller base model"
+        return "no setting would save enough memory; use a smaller base model, or more memory"
     chosen = sorted(tried, key=lambda one: one[1] > limit)[:SHOWN]  # sorting keeps the order of cost
     chosen.sort(key=tried.index)
     texts = [_text(change, needs, needed, limit) for change, needs in chosen]

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
-from tunekit.artifacts.report.paired import Losses, ratio_error
+from tunekit.artifacts.report.paired import Losses, different_rows, ratio_error
 from tunekit.artifacts.report.values import RunValues
 from tunekit.basics import NORMAL_95, student
 from tunekit.recipe.bases.section import ObjectiveSettings
@@ -143,24 +143,31 @@ def rows_are_few(run: RunValues) -> str | None:
     """
     rows = run.row_losses
     losses, units, before = (_array(rows.column(name)) for name in ("losses", "units", "before"))
-    if losses is None or units is None or len(losses) < 2 or not units.sum():
+    digests = rows.items_of("digests")
+    if losses is None or units is None or not len(digests) == len(losses) == len(units):
         return None
     change = None if before is None or len(before) != len(losses) else abs((before - losses).sum() / units.sum())
-    return few_rows(losses, units, change)
+    return few_rows(digests, losses, units, change)
 
 
-def few_rows(losses: Losses, units: Losses, change: float | None = None) -> str | None:
+def few_rows(digests: Sequence[object], losses: Losses, units: Losses, change: float | None = None) -> str | None:
     """A sentence about the noise of a loss; None if its 95 % interval is narrow compared with `change`, or without
     `change`, with the loss.
 
-    Shapes: (rows,) each. `losses`: the sum over each row's units.    Source: see `ratio_error`.
+    Shapes: (rows,) each. `digests`: equal for the copies of a row, which count as one row. `losses`: the sum over each
+    row's units.    Source: see `ratio_error`.
     """
-    loss, reach = abs(losses.sum() / units.sum()), student(len(losses) - 1) * ratio_error(losses, units)
+    if not units.sum():
+        return None
+    different = different_rows(digests, np.stack([losses, units], axis=1))
+    if len(different) < 2:
+        return "one evaluation row does not show how uncertain the loss is: evaluate more rows"
+    loss, reach = abs(losses.sum() / units.sum()), student(len(different) - 1) * ratio_error(*different.T)
     if not reach > WIDE * (loss if change is None else change):
         return None
     return (
-        f"with {len(losses):,} evaluation rows, the loss is uncertain by ± {reach:.2g}; to see a smaller difference "
-        "between two runs, compare them row by row: tunekit report RUN RUN"
+        f"with {len(different):,} different evaluation rows, the loss is uncertain by ± {reach:.2g}; to see a "
+        "smaller difference between two runs, compare them row by row: tunekit report RUN RUN"
     )
 
 
@@ -258,14 +265,20 @@ def after_data_check(
 
 
 def after_evaluation(
-    target: str, kind: str, losses: Losses, units: Losses, *, changes: Sequence[str] = ()
+    target: str,
+    kind: str,
+    digests: Sequence[object],
+    losses: Losses,
+    units: Losses,
+    *,
+    changes: Sequence[str] = (),
 ) -> list[str]:
     """The next steps after an evaluation: a sentence about the noise of the loss, then the next command. `kind`:
     recipe, run, adapter or model. `changes`: the changes of a recipe on the command line.
 
-    Shapes: `losses`, `units` (rows,) each, empty if they were not measured.
+    Shapes: `digests`, `losses` and `units` (rows,) each, empty if losses were not measured.
     """
-    noise = None if len(losses) < 2 or not units.sum() else few_rows(losses, units)
+    noise = few_rows(digests, losses, units)
     commands = {
         "recipe": f"tunekit train {shlex.join([target, *changes])}, then evaluate its run on the same rows",
         "run": f"tunekit report {shlex.quote(target)} shows the rows with the highest loss",

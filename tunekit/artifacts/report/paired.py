@@ -248,6 +248,17 @@ def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, f
     return float(low), float(high)
 
 
+def different_rows(digests: Sequence[object], values: Losses) -> Losses:
+    """The sums over the copies of each row, so that a repeated row counts as one row.
+
+    Shapes: `values` (rows, n); the result (different rows, n). `digests`: one for each row, equal for copies.
+    """
+    _, places = np.unique(np.array(digests), return_inverse=True)
+    sums = np.zeros((int(places.max(initial=-1)) + 1, values.shape[1]))
+    np.add.at(sums, places, values)
+    return sums
+
+
 def ratio_error(sums: Losses, units: Losses) -> float:
     """The standard error of sum(sums) / sum(units) over rows: sqrt(n / (n - 1) sum((s - r u)^2)) / sum(u).
 
