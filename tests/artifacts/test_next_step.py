@@ -13,6 +13,7 @@ import pytest
 
 from tests.artifacts.test_report import make_plan
 from tests.support.run_case import write_run
+from tests.support.train_case import write_recipe
 from tunekit.artifacts.report.next_step import (
     AFTER_TRAINING,
     AFTER_VERDICT,
@@ -33,6 +34,7 @@ from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.basics import student
 from tunekit.console import Console
 from tunekit.console.loudness import LOUDNESS
+from tunekit.evaluate import evaluate_verb
 
 REGRESSION = {"objective": {"method": "classify", "problem_type": "regression"}}
 NAMES = [f"row {at}" for at in range(16)]
@@ -248,3 +250,13 @@ def test_quiet_prints_no_next_step(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setenv(LOUDNESS, "quiet")
     Console().next_steps(["tunekit train mine.yaml"])
     assert capsys.readouterr().out == ""
+
+
+def test_an_evaluation_counts_copies_of_a_row_once(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = json.dumps({"prompt": "a", "completion": "abab"})
+    (tmp_path / "eval.jsonl").write_text("\n".join([row] * 4), "utf-8")
+    recipe = write_recipe(tmp_path, tiny_llama, data={"eval": "eval.jsonl"})
+    evaluate_verb(str(recipe), None, None, None, [], None, [])
+    assert "one evaluation row does not show how uncertain the loss is" in " ".join(capsys.readouterr().out.split())
