@@ -131,9 +131,10 @@ class Choice:
     shares: int = 1
 
     @property
-    def common(self) -> tuple[int | None, int, str, bool]:
-        """The settings that must be the same on all ranks."""
-        return self.micro_batch_size, self.gradient_accumulation_steps, self.kernels, self.compiled
+    def common(self) -> tuple[object, ...]:
+        """The settings that must be the same on all ranks, and that all ranks of a resumed run take from its plan."""
+        micro_batches = self.micro_batch_size, self.gradient_accumulation_steps
+        return (*micro_batches, self.kernels, self.compiled, self.sampling_batch_size)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +98,17 @@ def test_all_ranks_round_the_same_if_auto_means_something_else_on_another_machin
         assert plan.choice.common == shared.common
         assert any("compiled: yes, so that all ranks" in note for note in plan.notes)
         assert any(f"norms, SwiGLU and attention: {has}, so that all ranks" in note for note in plan.notes)
+
+
+def test_all_ranks_sample_as_many_completions_together_as_the_smallest(recipe: Path) -> None:
+    """plan.json has one number, which a resume gives to all ranks."""
+
+    def make(loaded: LoadedRecipe, rank: int, shared: Choice | None) -> Any:
+        size = (64, 16)[rank] if shared is None else shared.sampling_batch_size
+        return SimpleNamespace(choice=Choice(4, sampling_batch_size=size))
+
+    plans = plan_ranks(load_recipe(recipe, ["memory.budget=[8GiB, 4GiB]"]), [CPU, CPU], make)
+    assert [plan.choice.sampling_batch_size for plan in plans] == [16, 16]
 
 
 def _replaced(plan: Plan, other: Plan) -> Plan:
