@@ -154,6 +154,8 @@ def test_runs_are_compared_on_the_rows_that_they_share(tmp_path: Path) -> None:
         ({"method": "classify"}, {"label_smoothing": 0.1}, 1),
         ({"method": "distill", "teacher_streaming": "off"}, {"teacher_streaming": "host"}, 1),
         ({"method": "audio_classify"}, {"apply_spec_augment": True, "label_smoothing": 0.1}, 1),
+        ({"method": "dpo"}, {"precompute_ref_log_probs": True}, 1),
+        ({"method": "kto"}, {"precompute_ref_log_probs": True}, 1),
         ({"method": "dpo", "label_smoothing": 0.0}, {"label_smoothing": 0.1}, 0),
         ({"method": "dpo", "beta": 0.1}, {"beta": 0.2}, 0),
         ({"method": "classify"}, {"problem_type": "regression"}, 0),

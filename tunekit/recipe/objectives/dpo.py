@@ -47,6 +47,7 @@ class DpoSettings(PairSettings):
 
     summary = "prefers chosen over rejected answers, close to the reference model"
     reference = "policy at step 0"
+    training_keys = ("precompute_ref_log_probs",)
     first_order = 50
 
     beta: Positive = Field(

@@ -18,6 +18,7 @@ class KtoSettings(ObjectiveSettings):
     example = "unpaired"
     shows = Shows(unit="answer")
     reference = "policy at step 0"
+    training_keys = ("precompute_ref_log_probs",)
     sums = ("loss", "units", *LOGGED, "chosen_units", "rejected_units")
     first_order = 80
     default_learning_rate = PublishedRate(5e-6, "hiyouga/LLaMA-Factory, examples/train_lora/llama3_lora_kto.yaml")
