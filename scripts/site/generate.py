@@ -148,7 +148,8 @@ def methods_page() -> str:
         owner = settings_class("adapters", name)
         title = (facts_of("adapters", name).__doc__ or "").splitlines()[0].partition(" settings of ")[2]
         kind = load_method(name).peft.peft_type
-        lines = [f"\n## {name}\n", f"{escaped(title)} {f'In PEFT: `{kind}`.' if kind else 'Not an adapter in PEFT.'}"]
+        named = f"Its `peft_type`: `{kind}`." if kind else "Not an adapter in PEFT."
+        lines = [f"\n## {name}\n", f"{escaped(title)} {named}"]
         rate = getattr(owner, "default_learning_rate", None)
         if rate is not None:
             lines.append(f"\nThe default of `training.learning_rate` is {rate.value:g} ({escaped(rate.source)}).")
