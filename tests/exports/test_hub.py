@@ -92,12 +92,13 @@ def test_a_secret_or_a_private_path_ends_the_export(run: Path, tmp_path: Path) -
     copied = shutil.copytree(run, tmp_path / "run")
     secret = "hf_" + "a" * 34
     home = "/ho" + "me/ada/notes"
-    (copied / "adapter" / "chat_template.jinja").write_text(f"{{# {secret} #}}\n{{# {home} #}}")
+    template = copied / "adapter" / "chat_template.jinja"
+    template.write_text(f"{{# {secret} #}}\n{{# {home} #}}")
     with pytest.raises(InputError) as refused:
         export_verb(str(copied), "hub", str(tmp_path / "orders"))
     lines = [str(problem) for problem in refused.value.problems]
-    assert lines[0].startswith("chat_template.jinja:1: contains a secret, which is private")
-    assert lines[1].startswith(f"chat_template.jinja:2: contains {home}, which is private")
+    assert lines[0].startswith(f"{template}:1: contains a secret, which is private")
+    assert lines[1].startswith(f"{template}:2: contains {home}, which is private")
     assert not (tmp_path / "orders").exists()
 
 

@@ -68,8 +68,9 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     if (results := evaluation_results(evidence.run)) is not None:
         (path / ".eval_results").mkdir()
         (path / ".eval_results" / "tunekit.yaml").write_text(results, "utf-8")
+    source = exportable.adapter if exportable.kind == "adapter" else exportable.folder
     private = [place for place in (exportable.target.run, exportable.folder) if place is not None]
-    if leaks := list(_leaks(path, private)):
+    if leaks := list(_leaks(path, private, source)):
         raise InputError.of(leaks)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     listed = [f"  {file.relative_to(path)} ({bytes_text(file.stat().st_size)})" for file in files]
@@ -99,8 +100,9 @@ def _copy_adapter(exportable: Exportable, path: Path) -> None:
         write_json(path / FACTS_NAME, facts)
 
 
-def _leaks(folder: Path, private: list[Path]) -> Iterator[Problem]:
-    """A problem for each line with a secret or a path of this machine, in all files except weights."""
+def _leaks(folder: Path, private: list[Path], source: Path) -> Iterator[Problem]:
+    """A problem for each line with a secret or a path of this machine, in all files except weights. It names the file
+    of `source` that was copied, because the exported folder is removed."""
     places = [place for place in (Path.home(), Path.cwd(), *private) if len(place.parts) > 1]
     for file in sorted(folder.rglob("*")):
         if not file.is_file() or file.name.endswith(WEIGHTS):
@@ -112,5 +114,6 @@ def _leaks(folder: Path, private: list[Path]) -> Iterator[Problem]:
             match = (any_place and any_place.search(line)) or (None if is_vocabulary else _HOME.search(line))
             leak = match[0] if match else "a secret" if holds_secret(line) else None
             if leak is not None:
-                what, where = f"contains {redact(leak)}, which is private", str(file.relative_to(folder))
-                yield Problem(what, "remove this text from the file in the exported folder", file=where, line=number)
+                what, name = f"contains {redact(leak)}, which is private", file.relative_to(folder)
+                where = source / name if (source / name).is_file() else name
+                yield Problem(what, "remove this text from the file, and export again", file=str(where), line=number)
