@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -404,6 +404,14 @@ def test_a_folder_of_the_working_directory_shadows_no_hub_name(
     assert find_source(ModelSection(name_or_path="org/model"), weights=False).folder == tiny_llama
     assert find_source(ModelSection(name_or_path="./org/model"), weights=False).folder == Path("org/model")
     assert asked == ["org/model"]
+
+    def offline(name: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError(name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ModelError) as caught:
+        find_source(ModelSection(name_or_path="org/model"), weights=False)
+    assert f"if you mean the folder {tmp_path / 'org' / 'model'}, write this path" in str(caught.value)
 
 
 def test_a_packed_folder_is_loaded_to_the_requested_device(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,7 @@ SECOND = "train.jsonl:2: "
         (MULTI, [["a"], "b"], SECOND + r"the label 'b' is not a list of names; write a list of label names"),
         (MULTI, [["a"], [0.5]], SECOND + r"the label \[0.5\] is not a list of names"),
         (MULTI, [["a"], [0, 1, 0]], SECOND + "the row has the label '0' twice.*multi-hot"),
+        (MULTI, [[0, 1], [1, 0]], r"train.jsonl:1: each training row has all labels \(0, 1\).*multi-hot"),
         (MULTI, [["a"], ["a", None]], SECOND + "'label' must be a text or a number, or a list of them, not null"),
         (MULTI, [["a"], [["a"]]], SECOND + "'label' must be a text or a number, or a list of them, not list"),
         (MULTI, [["a"], "[a"], SECOND + r"the label '\[a' begins with '\[' but is not a list; write a JSON list"),

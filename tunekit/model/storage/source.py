@@ -102,8 +102,8 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelSource:
     except HFValidationError as error:
         raise ModelError(f"{section.name_or_path!r} is neither a path nor a hub name", "correct it", key=KEY) from error
     except LocalEntryNotFoundError as error:
-        here = Path(section.name_or_path).exists()
-        how = "name/write the folder's path as ./name/name" if here else "name a local folder"
+        here = Path(section.name_or_path)
+        how = f"if you mean the folder {here.resolve()}, write this path" if here.exists() else "name a local folder"
         what = f"{section.name_or_path} is not on this machine and the hub cannot be reached"
         raise ModelError(what, how, key=KEY) from error
     except (http_error, XetDownloadError, OSError, ValueError) as error:

@@ -29,7 +29,7 @@ from tunekit.files.cache_folder import hash_of
 from tunekit.formats.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from tunekit.metrics.classes import f1
 from tunekit.objectives.losses.labels import LabelLoss
-from tunekit.objectives.rows.label_kinds import LABEL_KINDS, Quantities
+from tunekit.objectives.rows.label_kinds import LABEL_KINDS, LabelSets, Quantities
 from tunekit.objectives.rows.pairs import are_pairs
 from tunekit.recipe.bases.label_settings import BALANCED, ClassWeights, LabelSettings
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -258,8 +258,8 @@ def _note_rare(labels: Sequence[str]) -> list[str]:
 
 
 def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[Row]) -> None:
-    """Raises: DataError if the labels seem to be texts or quantities, not classes: numbers with a fraction, or many
-    labels with one row each."""
+    """Raises: DataError if the labels seem to be no names of classes: numbers with a fraction, many labels with one row
+    each, or the same labels in all rows (as 0 and 1 in multi-hot rows of two labels)."""
     numbers = [label for label in counts if re.fullmatch(NUMBER, label) and not float(label).is_integer()]
     if numbers:
         what = f"the label {numbers[0]} is a number with a fraction"
@@ -274,6 +274,12 @@ def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[
         how = (
             f"name the column of labels under data.train[].columns; to learn numbers, write objective.problem_type: "
             f"{REGRESSION}"
+        )
+    elif isinstance(kind.labels, LabelSets) and len(counts) > 1 and min(counts.values()) == len(rows) > 1:
+        label = next(iter(counts))
+        what = f"each training row has all labels ({Labels.text(tuple(counts))})"
+        how = (
+            "write the names of the labels that the row has; multi-hot rows (0 or 1 for every label) are not supported"
         )
     else:
         return
