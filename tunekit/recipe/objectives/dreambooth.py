@@ -49,8 +49,8 @@ Buckets = Annotated[
 
 
 class DreamboothSettings(ObjectiveSettings):
-    """Settings of DreamBooth. The names and defaults are from diffusers, except center_crop: diffusers crops at
-    random."""
+    """Settings of DreamBooth. The names and most defaults are from diffusers. Other defaults: center_crop (diffusers
+    crops at random), weighting_scheme and resolution."""
 
     summary = "a diffusion model learns the subject of a few images"
     family = "diffusion"
