@@ -130,6 +130,8 @@ def test_completions_with_echo_score_the_prompt(api: Any, speaker: Speaker) -> N
 def test_completions_continue_the_text(api: Any) -> None:
     text = complete(api).choices[0].text
     assert complete(api, echo=True).choices[0].text == PROMPT + text
+    without_effect = {"messages": None, "reasoning_effort": None, "prompt_cache_key": "x", "safety_identifier": "x"}
+    assert complete(api, extra_body=without_effect).choices[0].text == text
     events = [event.choices[0] for event in complete(api, echo=True, stream=True, logprobs=1)]
     assert "".join(event.text for event in events) == PROMPT + text
     assert events[-1].finish_reason == "length"
@@ -170,6 +172,7 @@ SCHEMA = {
     "properties": {"name": {"type": "string", "maxLength": 5}, "big": {"type": "boolean"}},
     "required": ["name", "big"],
     "additionalProperties": False,
+    "x-origin": "an unknown keyword is ignored",
 }
 
 

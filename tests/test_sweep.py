@@ -157,6 +157,9 @@ def test_an_interrupted_sweep_resumes(
     ended = sweep(recipe, folder, before=at_save(save, action))
     assert ended.code == (-signal.SIGKILL if action is kill_self else 130), ended.output
     assert not (folder / TRIALS[-1] / "adapter").exists()
+    fewer = sweep(recipe, folder, "sweep.keys={adapter.method: [lora]}", resume=True)
+    assert fewer.code == 2
+    assert "holds a sweep with other trials" in fewer.output
     resumed = sweep(recipe, folder, resume=True)
     assert resumed.code == 0, resumed.output
     assert_equal_to_solo(folder, solo)

@@ -60,6 +60,7 @@ from tunekit.training.sweep_folder import (
     open_sweep,
     require_space,
     write_results,
+    write_trials,
 )
 from tunekit.training.timing import STEPS as MEASURED_STEPS
 from tunekit.training.timing import Costs, measure_costs
@@ -185,6 +186,7 @@ def _run_sweep(
             if not resume:
                 require_space(folder, lanes)
             announce(lanes, base, console, len(setting_names(lanes)) if halves and not rungs else 0, limits, start)
+        write_trials(sweep)
         for name, value in files.items():
             write_json(folder / name, value)
         if halves:

@@ -44,7 +44,7 @@ class Grammars:
         """Returns a function for an answer that must follow a JSON schema. Call this function after each token, with
         all new tokens so far; it returns which tokens may come next, (V,) bool.
 
-        Raises: InputError for a schema that is invalid, too large, or has unknown keywords.
+        Raises: InputError for a schema that is invalid, too large, or has keywords that llguidance does not implement.
         """
         make = self._matcher.grammar_from_json_schema
         return self._mask(lambda: make(json.dumps(schema), overrides=OPTIONS), "response_format")

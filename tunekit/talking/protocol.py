@@ -32,7 +32,7 @@ READ = {  # by endpoint
     ),
     "completions": (*SHARED, "prompt", "echo"),
 }
-WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier")
+WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that are accepted only with values that change nothing
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -110,9 +110,11 @@ def _check_fields(body: Body, endpoint: str) -> None:
     """Raises: ProtocolError for an unknown field, or for a field whose value is not supported."""
     neutral = NEUTRAL | NEUTRAL_IN[endpoint]
     for field, content in body.items():
+        if content is None:  # some clients send all fields of the API, and null for those that are not set
+            continue
         if field not in READ[endpoint] and field not in WITHOUT_EFFECT and field not in neutral:
             raise ProtocolError(400, f"'{field}' is not a known field", field, "unknown_parameter")
-        if field in neutral and content is not None and content not in neutral[field]:
+        if field in neutral and content not in neutral[field]:
             raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
 
 

@@ -69,6 +69,13 @@ def require_space(folder: Path, lanes: Sequence[Lane]) -> None:
         raise ResourceError(f"{what} for their checkpoints and results", how)
 
 
+def write_trials(sweep: LoadedSweep) -> None:
+    """Write the trials into sweep.json before the first step: a resume after a stop must know them. Earlier results
+    stay."""
+    file = Path(sweep.loaded.recipe.output.dir) / SWEEP_NAME
+    write_json(file, {**(read_json(file) or {}), "trials": {trial.name: trial.values for trial in sweep.trials}})
+
+
 def write_results(sweep: LoadedSweep, results: SweepResults) -> None:
     """Write sweep.json. If a trial is finished, also write the page, and the recipe of the best setting."""
     folder = Path(sweep.loaded.recipe.output.dir)
