@@ -92,6 +92,9 @@ def test_a_model_that_is_here_is_planned(tiny_llama: Path, tmp_path: Path, capsy
     init(data, tmp_path / "another.yaml", "org/model")
     assert (tmp_path / SCHEMA_NAME).read_text("utf-8") == "{}"
     assert (tmp_path / "new.yaml").read_bytes() == before
+    capsys.readouterr()
+    init(data, tmp_path / "builtin.yaml", "builtin:tiny-llama")
+    assert "steps; predicted peak" in capsys.readouterr().out
 
 
 def test_little_memory_takes_a_packed_base(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tunekit.artifacts.report.next_step import after_evaluation
 from tunekit.artifacts.report.tasks import change_table, score_table
-from tunekit.artifacts.run import TASKS_NAME, refuse_to_replace_part
+from tunekit.artifacts.run import TASKS_NAME, read_json, refuse_to_replace_part
 from tunekit.companions.base import load_companions
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
@@ -232,12 +232,15 @@ def evaluate_tasks(
     console.table(*score_table(values["scores"], values["before"]), title=target)
     if values["changes"]:
         console.table(*change_table(values["changes"]))
-    if (
+    if (  # scores on a changed base are not those of the run
         spec.kind == "run"
         and spec.run is not None
         and spec.model == find_target(target, None, [], allow_code=True).model
     ):
-        write_json(spec.run / TASKS_NAME, values)  # scores on a changed base are not those of the run
+        file, measured = spec.run / TASKS_NAME, {score["task"] for score in values["scores"]}
+        earlier = read_json(file) or {}
+        others = {part: [each for each in earlier.get(part, ()) if each["task"] not in measured] for part in values}
+        write_json(file, {part: others[part] + values[part] for part in values})
         console.info(f"tunekit report {shlex.quote(target)} shows the scores")
     write_result(values)
 

@@ -353,7 +353,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     Raises: TunekitError if planning fails for a reason other than memory or a missing model.
     """
     recipe = load_recipe(target).recipe
-    if not Path(first.model).exists() and first.model not in models_at_hand():
+    if not (Path(first.model).exists() or first.model in models_at_hand() or first.model.startswith("builtin:")):
         return first, [
             f"{first.model} is not on this machine yet: the first run downloads it; `tunekit plan` reads its "
             "configuration from the hub"

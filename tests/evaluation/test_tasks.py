@@ -29,6 +29,7 @@ from tunekit.artifacts.report.values import read_run
 from tunekit.errors import DataError, InputError
 from tunekit.evaluation.continuations import continuation_scores
 from tunekit.evaluation.tasks.run import TaskScore, scores_of, task_differences
+from tunekit.files.durable import write_json
 from tunekit.machine.devices import Devices
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import LoadedTarget, find_target, load_target, measuring_objective
@@ -250,21 +251,28 @@ def test_eval_measures_a_run_and_its_base(
     assert "it/s" not in ended.output  # a progress bar of lm-eval
     trained = json.loads((run / "tasks.json").read_text("utf-8"))
     (run / "tasks.json").unlink()
+    earlier = {part: [each | {"task": "mmlu"} for each in trained[part]] for part in trained}
+    absent = folder / "absent.yaml"
+    absent.write_text(json.dumps({**TASK, "task": "absent", "dataset_path": "no/such-data-set"}), encoding="utf-8")
 
     def work() -> None:
         from tunekit.evaluate import evaluate_tasks
 
         evaluate_tasks(str(run), None, [str(task)], None, ["model.dtype=bfloat16"])
         assert not (run / "tasks.json").exists()  # the run's own dtype is float32
+        write_json(run / "tasks.json", {part: earlier[part] + trained[part] for part in trained})
         evaluate_tasks(str(run), None, [str(task)], str(folder / "out.json"), [])
+        with pytest.raises(InputError, match="lm-eval cannot load a task: "):
+            evaluate_tasks(str(run), None, [str(absent)], None, [])
         with pytest.raises(InputError, match="lm-eval has no task 'no_such_task'"):
             evaluate_tasks(str(run), None, ["no_such_task"], None, [])
 
     ended = in_child(work, folder / "log", harness)
     assert ended.code == 0, ended.output
-    assert ended.output.count("loading ") == 2  # a wrong name is refused before the base is loaded
+    assert ended.output.count("loading ") == 3  # a wrong name is refused before the base is loaded
     values = json.loads((folder / "out.json").read_text("utf-8"))
-    assert values == json.loads((run / "tasks.json").read_text("utf-8"))
+    all_values = json.loads((run / "tasks.json").read_text("utf-8"))
+    assert all_values == {part: earlier[part] + values[part] for part in trained}
     for part in ("scores", "before"):
         in_training = [each["value"] for each in trained[part]]
         assert [each["value"] for each in values[part]] == pytest.approx(in_training)

@@ -122,7 +122,7 @@ def run_tasks(
     replaces the tokenizer's own.
 
     Raises: ModelError if the model is not a causal language model, or if the settings request a chat template and there
-    is none.
+    is none; InputError if a task's data or package is missing.
     """
     family, settings = model.base.family, tasks.settings
     if not family.answers or family.reads_source or not family.reads_ids:
@@ -138,14 +138,19 @@ def run_tasks(
     with temporary_folder() as folder, _quiet():
         tokenizer.save(Path(folder))  # generated tasks count tokens
         tasks.manager.metadata["tokenizer"] = folder
-        results = simple_evaluate(
-            harness,
-            tasks=deepcopy(tasks.specs),
-            task_manager=tasks.manager,
-            limit=settings.task_documents,
-            apply_chat_template=settings.task_chat_template,
-            bootstrap_iters=RESAMPLES,
-        )
+        try:
+            results = simple_evaluate(
+                harness,
+                tasks=deepcopy(tasks.specs),
+                task_manager=tasks.manager,
+                limit=settings.task_documents,
+                apply_chat_template=settings.task_chat_template,
+                bootstrap_iters=RESAMPLES,
+            )
+        except (ConnectionError, FileNotFoundError, ImportError) as error:
+            what = f"lm-eval cannot load a task: {' '.join(str(error).split())}"
+            how = "check the connection and the task's files, or install what is missing"
+            raise InputError(what, how, key=KEY) from error
     return list(scores_of(results))
 
 
