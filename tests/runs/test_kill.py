@@ -159,7 +159,9 @@ def test_killed_at_every_event_of_one_save(recipe: Path, whole: tuple[Path, list
 
 @pytest.mark.drawn
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=["term", "int", "hup"]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+    ids=["term", "int", "hup", "usr1"],
 )
 def test_a_stop_signal_saves_and_the_resume_is_exact(
     recipe: Path, whole: tuple[Path, list[Event]], tmp_path: Path, number: int, code: int
