@@ -70,6 +70,7 @@ def generate_verb(
     score: str | None = None,
     choices: str | None = None,
     output: str | None = None,
+    system: str | None = None,
 ) -> None:
     """Generate answers, scores or images. Raises: TunekitError; the command line returns its exit code."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
@@ -83,7 +84,7 @@ def generate_verb(
     spec = find_target(target, base, overrides)
     draws = make_family(family_of(spec)).is_pipeline
     sampling_flags = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
-    other_flags = {"--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices}
+    other_flags = {"--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices, "--system": system}
     flags = {**sampling_flags, **other_flags, "the key adapter": adapters or None}
     _check_flags(draws, output, [flag for flag, value in flags.items() if value is not None])
     if spec.evaluation.choices is not None and (temperature or max_new_tokens is not None):
@@ -106,8 +107,8 @@ def generate_verb(
         questions: Sequence[TextOrPair] = items
         if not loaded.model.base.family.reads_ids and prompts is not None:
             questions = [str(media_folder(prompts) / Path(text)) for text in texts]
-        alone = partial(answer, loaded, questions, devices=devices)
-        ask = partial(answer_with_adapters, loaded, rows) if adapters else alone
+        alone = partial(answer, loaded, questions, devices=devices, system=system)
+        ask = partial(answer_with_adapters, loaded, rows, system=system) if adapters else alone
         answers = ask(sampling) if score is None else []
         scores = [] if score is None else score_file(loaded, Path(score).absolute())
     for scored, value in scores:
@@ -284,35 +285,41 @@ def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], f
 
 @torch.no_grad()
 def answer(
-    loaded: LoadedTarget, texts: Sequence[TextOrPair], sampling: Sampling = GREEDY, devices: Devices | None = None
+    loaded: LoadedTarget,
+    texts: Sequence[TextOrPair],
+    sampling: Sampling = GREEDY,
+    devices: Devices | None = None,
+    system: str | None = None,
 ) -> list[str]:
-    """The model's answer to each text, which is formatted like the training rows. With evaluation.choices, the answer
-    is the most likely choice."""
+    """The model's answer to each text, which is formatted like the training rows, after an optional system message.
+    With evaluation.choices, the answer is the most likely choice."""
     settings, model, data = loaded.target.evaluation, loaded.model, loaded.target.data
-    objective = _objective_of(loaded)
+    objective = _objective_of(loaded, system)
     choices = choices_of(settings, objective, data)
     if choices is not None:
         asked = [text for text in texts if isinstance(text, str)]
-        return choose(model, objective, choices, asked, settings.batch_size, devices or make_devices())
+        return choose(model, objective, choices, asked, settings.batch_size, devices or make_devices(), system)
     answering = objective.answering
     if answering is None or answering.write is None:
         scores = answering is not None and answering.score is not None
         how = "score answers with --score FILE" if scores else "name a different target"
         raise InputError(f"the target was trained with {objective.name}, which does not generate answers", how)
-    prompts = _questions(loaded, objective, texts)
+    prompts = _questions(loaded, objective, texts, system)
     with undisturbed(model):
         limits = AnswerLimits(settings.max_new_tokens, settings.batch_size, loaded.target.chat_template, sampling)
         return answering.write(model, prompts, limits)
 
 
 @torch.no_grad()
-def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampling: Sampling = GREEDY) -> list[str]:
+def answer_with_adapters(
+    loaded: LoadedTarget, rows: Sequence[PromptRow], sampling: Sampling = GREEDY, system: str | None = None
+) -> list[str]:
     """The answer to each prompt, computed with the prompt's adapter; the target is the base of all adapters. Each
     answer is the same as if its adapter alone were loaded.
 
     Raises: InputError if the target does not generate texts, or chooses answers from a list.
     """
-    settings, objective = loaded.target.evaluation, _objective_of(loaded)
+    settings, objective = loaded.target.evaluation, _objective_of(loaded, system)
     answering, base = objective.answering, loaded.model.base
     is_text = answering is not None and answering.kind == "text" and base.family.reads_ids
     if not is_text or settings.choices is not None:
@@ -326,25 +333,33 @@ def answer_with_adapters(loaded: LoadedTarget, rows: Sequence[PromptRow], sampli
             sampling=replace(sampling, seed=seed_for("generate", sampling.seed, number)),
             prompt=prompt,
         )
-        for number, prompt in enumerate(_questions(loaded, objective, [row.prompt for row in rows]))
+        for number, prompt in enumerate(_questions(loaded, objective, [row.prompt for row in rows], system))
     ]
     prepared = [speaker.prepare(request) for request in requests]
     with undisturbed(loaded.model):
         return answer_table(speaker, prepared, [row.adapter for row in rows], settings.batch_size)
 
 
-def _objective_of(loaded: LoadedTarget) -> Objective:
-    """The target's objective, which encodes prompts by the rules of the target's data section."""
+def _objective_of(loaded: LoadedTarget, system: str | None) -> Objective:
+    """The target's objective, which encodes prompts by the rules of the target's data section. Raises: InputError for a
+    system message if the target does not read it."""
     data = loaded.target.data
     length, excess = (0, "drop") if data is None else (data.max_length, data.excess_length)
     options = EncodeOptions(template=loaded.target.chat_template, max_length=length, excess_length=excess)
-    return loaded.objective.with_options(options)
+    objective = loaded.objective.with_options(options)
+    rows = objective.rows
+    if system is not None and not (isinstance(rows, TextRows) and rows.renderer.has_template):
+        raise InputError("the target reads no conversations, so --system has no effect", "remove it")
+    return objective
 
 
-def _questions(loaded: LoadedTarget, objective: Objective, texts: Sequence[TextOrPair]) -> list[Any]:
-    """The prompt made from each text, formatted like the training rows."""
+def _questions(
+    loaded: LoadedTarget, objective: Objective, texts: Sequence[TextOrPair], system: str | None
+) -> list[Any]:
+    """The prompt made from each text, formatted like the training rows, after an optional system message."""
     rows, base = objective.rows, loaded.model.base
-    prompts = [rows.question(text) if isinstance(text, str) else rows.question_of_pair(*text) for text in texts]
+    ask = partial(rows.question, system=system) if isinstance(rows, TextRows) else rows.question
+    prompts = [ask(text) if isinstance(text, str) else rows.question_of_pair(*text) for text in texts]
     if base.family.reads_ids and base.text is not None:
         largest = max((max(ids, default=0) for ids in prompts), default=0)
         check_vocabulary(loaded.tokenizer, base.text.vocabulary_size, largest)

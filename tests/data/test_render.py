@@ -13,6 +13,7 @@ from tunekit.data.reading.first import format_maker
 from tunekit.data.rendering.render import (
     EMPTY_ANSWER,
     EOS_ADDED,
+    HAS_SYSTEM,
     MERGED_BOUNDARY,
     NO_TEMPLATE,
     SPELLED,
@@ -294,6 +295,15 @@ def test_alpaca_without_a_template_falls_back_to_its_own_prompt() -> None:
     row = encoder.encode(example, "x:1")
     assert (tokenizer.decode(row.parts["ids"].tolist()), trained_texts(row, tokenizer)) == ("P: a<eos>", ["a<eos>"])
     assert encoder.notices == {NO_TEMPLATE: 1}
+
+
+def test_rows_with_a_system_message_are_counted() -> None:
+    """The model answers as in training only if it gets a system message in use too."""
+    encoder = encoder_of(make_tokenizer(["<eos>"], eos="<eos>"), "assistant", CHATML)
+    encoder.encode(TWO_TURNS, "x:1")
+    assert not encoder.notices[HAS_SYSTEM]
+    encoder.encode(ChatExample((Message("system", "Be short."), *TWO_TURNS.messages)), "x:2")
+    assert encoder.notices[HAS_SYSTEM] == 1
 
 
 @pytest.mark.parametrize(("text", "ends"), [("foo\n", "foo\n<eos>"), ("foo<eos>", "foo<eos>")])

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from tests.support.tiny_pipelines import KINDS, saved_pipeline
 from tests.talking.test_conversation import adapter_of, load, peft_folder
 from tunekit.contracts import Sampling
-from tunekit.errors import TunekitError
+from tunekit.errors import InputError, TunekitError
+from tunekit.evaluation import choices
 from tunekit.generate import PromptRow, answer, answer_with_adapters, generate_verb, read_prompts
+from tunekit.objectives.rows import text as text_rows
 from tunekit.talking.answer import Request
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.table import answer_table
@@ -151,3 +154,33 @@ def test_a_pipeline_refuses_rows_that_name_an_adapter(folder: Path, tmp_path: Pa
     rows, pipeline = write(folder, ["one"]), saved_pipeline(tmp_path / "pipeline", KINDS[0])
     with pytest.raises(TunekitError, match="draws images; the key adapter has no effect"):
         generate_verb(str(pipeline), None, None, str(rows), [])
+
+
+def test_a_system_message_stands_before_each_prompt(
+    folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The oracle is the tokenizer's own template."""
+    loaded, turns = load(tiny_llama, *SETTINGS), [{"role": "system", "content": "Be short."}]
+    turns.append({"role": "user", "content": TEXTS[0]})
+    expected = AutoTokenizer.from_pretrained(tiny_llama).apply_chat_template(turns, add_generation_prompt=True)
+    asked: list[Any] = []
+    monkeypatch.setattr(text_rows, "generate_texts", lambda *args, **_: asked.extend(args[2]) or [[1]])
+    generate_verb(str(tiny_llama), None, TEXTS[:1], None, ["model.dtype=float32"], system="Be short.")
+    assert asked == [list(expected["input_ids"])]
+    monkeypatch.undo()
+    capsys.readouterr()
+    rows = [PromptRow(TEXTS[0], place) for place in (None, folder / "one")]
+    answers = answer_with_adapters(loaded, rows, system="Be short.")
+    assert answers[0] == answer(loaded, TEXTS[:1], system="Be short.")[0] != answer(loaded, TEXTS[:1])[0]
+    assert answers[1] == answer(load(folder / "one", *SETTINGS), TEXTS[:1], system="Be short.")[0]
+    scored: list[Any] = []
+    monkeypatch.setattr(choices, "choice_scores", lambda *args, **_: scored.extend(args[3]) or torch.zeros(1, 2))
+    answer(load(tiny_llama, "evaluation.choices=[a, b]"), TEXTS[:1], system="Be short.")
+    assert list(scored[0].prompt) == list(expected["input_ids"])
+
+
+def test_a_system_message_that_nothing_reads_is_refused(stories: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the target reads no conversations, so --system has no effect; remove it"):
+        generate_verb(str(stories), None, ["a"], None, [], system="Be short.")
+    with pytest.raises(InputError, match="draws images; --system has no effect"):
+        generate_verb(str(saved_pipeline(tmp_path / "pipeline", KINDS[0])), None, ["a"], None, [], system="Be short.")

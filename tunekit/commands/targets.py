@@ -102,12 +102,7 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed",
-            metavar="N",
-            min=0,
-            help="the seed of sampling (with --temperature) and of images; default: 0",
-        ),
+        typer.Option(metavar="N", min=0, help="the seed of sampling (with --temperature) and of images; default: 0"),
     ] = None,
     score: Annotated[
         str | None, typer.Option("--score", metavar="FILE", help="a file of answers, which the reward model scores")
@@ -116,15 +111,16 @@ def generate(
         str | None, typer.Option(metavar="LIST", help="choose the answer from a list, such as '[yes, no]'")
     ] = None,
     output: Annotated[str | None, typer.Option(metavar="DIR", help="the folder for images; default: pictures")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system prompt")] = None,
     device: Device = None,
 ) -> None:
     """Answer prompts, score answers, or draw images. Prints text for one prompt, JSON lines for several."""
     from tunekit.generate import generate_verb
 
-    changes = overrides or []
+    changes, length = overrides or [], max_new_tokens
     texts = prompt or None  # an option that is not given may be an empty list
     generate_verb(
-        target, base, texts, prompts, changes, max_new_tokens, temperature, top_p, top_k, seed, score, choices, output
+        target, base, texts, prompts, changes, length, temperature, top_p, top_k, seed, score, choices, output, system
     )
 
 

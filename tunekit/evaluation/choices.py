@@ -16,7 +16,7 @@ from tunekit.data.rows import Written
 from tunekit.errors import DataError, RecipeError
 from tunekit.evaluation.row_losses import text_digest
 from tunekit.evaluation.scores import summed_evaluation
-from tunekit.formats.example import ChatExample, CompletionExample, Example, Message
+from tunekit.formats.example import ChatExample, CompletionExample, Example, Message, question_turns
 from tunekit.machine.devices import Devices
 from tunekit.model.attention.documents import keeps_documents_apart, within_windows
 from tunekit.objectives.losses.confusion import label_sums
@@ -237,13 +237,14 @@ def choose(
     prompts: Sequence[str],
     batch_size: int,
     devices: Devices,
+    system: str | None = None,
 ) -> list[str]:
     """The most likely of the choices for each prompt. If there is a chat template, the prompt is encoded as a user's
-    turn."""
+    turn, after an optional system message."""
     maker, (start, end) = QuestionMaker(choices, objective.rows), choices.around
 
     def answered(prompt: str) -> Example:
-        turns = (Message("user", prompt), Message("assistant", choices.texts[0]))
+        turns = (*question_turns(prompt, system), Message("assistant", choices.texts[0]))
         return ChatExample(turns, without_template=CompletionExample(prompt, choices.texts[0]))
 
     questions = [

@@ -31,6 +31,11 @@ class Message:
         return {"role": self.role, "content": self.content, **self.extra}
 
 
+def question_turns(text: str, system: str | None = None) -> tuple[Message, ...]:
+    """A user's turn, after an optional system message."""
+    return (*([] if system is None else [Message("system", system)]), Message("user", text))
+
+
 @dataclass(frozen=True)
 class CompletionExample:
     """A prompt and its completion, joined without changes."""

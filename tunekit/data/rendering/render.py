@@ -18,7 +18,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
 from tunekit.data.rendering.turns import REASONING, TurnFinder, TurnSpan, answer_indices, last_answer
 from tunekit.errors import DataError, LengthError
-from tunekit.formats.example import ChatExample, Example, Message, TextExample
+from tunekit.formats.example import ChatExample, Example, Message, TextExample, question_turns
 
 Weights = NDArray[np.float32]  # (T,)
 
@@ -26,6 +26,7 @@ EMPTY_ANSWER = "empty answer"
 EMPTY_TEXT = "empty text"
 NO_ANSWER = "no answer to train on"
 NO_WEIGHT = "sample_weight 0"
+HAS_SYSTEM = "rows with a system message at the beginning; give the model one in use too (--system TEXT)"
 NO_TEMPLATE = "rows encoded as a plain prompt and answer, because the tokenizer has no chat template"
 EOS_ADDED = "rows that got an end-of-sequence token, because the chat template does not end the last turn"
 SPELLED = (
@@ -116,9 +117,10 @@ class Renderer:
         self._count_spelled(prompt + completion)
         return prompt, None, completion
 
-    def question(self, text: str) -> list[int]:
-        """The ids of a user's turn, up to the start of the answer; without a template, the ids of the text alone."""
-        return self.turns([Message("user", text)]) if self.has_template else self.plain(text)
+    def question(self, text: str, system: str | None = None) -> list[int]:
+        """The ids of a user's turn after an optional system message, up to the start of the answer. Without a template,
+        the ids of the text alone."""
+        return self.turns(question_turns(text, system)) if self.has_template else self.plain(text)
 
     def turns(
         self, messages: Sequence[Message], most: int | None = None, tools: tuple[JsonObject, ...] | None = None
@@ -204,6 +206,7 @@ class Renderer:
 
     def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Weights]:
         self._need_template(example)
+        self.notices.update([HAS_SYSTEM] if example.messages[0].role == "system" else [])
         conversation = self._turns.find(example, self.train_on)
         if not conversation.spans and self.train_on != "all":
             raise Dropped(EMPTY_ANSWER if conversation.empty_answers else NO_ANSWER)

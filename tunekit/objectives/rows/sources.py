@@ -93,10 +93,10 @@ class SourceRows(TextRows):
         text, ids, answer = source
         return (self.tokenizer.encode_source(text) if ids is None else as_source(self.tokenizer, ids)), answer
 
-    def question(self, text: str) -> list[int]:
-        """The ids that the encoder reads, made from a user's text."""
+    def question(self, text: str, system: str | None = None) -> list[int]:
+        """The ids that the encoder reads, made from a user's text and an optional system message."""
         if self.renderer.has_template and self.tokenizer.answer_start_id is not None:
-            return as_source(self.tokenizer, self.renderer.question(text))
+            return as_source(self.tokenizer, self.renderer.question(text, system))
         return self.tokenizer.encode_source(text)
 
     def cut(self, row: Row, start: int, stop: int) -> Row:

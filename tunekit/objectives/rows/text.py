@@ -30,10 +30,10 @@ class TextRows(RowKind):
         text, which has no prompt."""
         return self.renderer.prompt(example)
 
-    def question(self, text: str) -> list[int]:
-        """The ids of the text: rendered as a user's turn if there is a chat template, otherwise as a text to
-        continue."""
-        return self.renderer.question(text)
+    def question(self, text: str, system: str | None = None) -> list[int]:
+        """The ids of the text. If there is a chat template, it is rendered as a user's turn after an optional system
+        message; otherwise it is a text to continue."""
+        return self.renderer.question(text, system)
 
     def readable(self, prompt: Sequence[int]) -> str:
         """The text of the ids."""
