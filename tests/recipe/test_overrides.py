@@ -118,7 +118,7 @@ def test_lines_of_keys(tmp_path: Path) -> None:
         ("training.seed=", "training.seed: must be a whole number, not empty"),
         ("training.seed.x=1", "training.seed: must be a whole number, not a mapping"),
         ("data.train.5=x", "data.train.5: data.train has 1 items"),
-        ("data.train.x=1", "data.train.x: data.train has 1 items"),
+        ("data.train.x=1", "data.train.x: data.train has 1 items; write data.train.0.x"),
         ("output.dir.x=1", "output.dir.x: output.dir is 'out', not a mapping"),
         ("model=5", "model: must be a mapping or a name, not 5; write model: NAME"),
         ("model=", "model: must be a mapping or a name, not empty; write model: NAME"),  # it has no default

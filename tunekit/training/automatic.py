@@ -54,9 +54,10 @@ def earlier_choice(folder: Path) -> Automatic | None:
     if earlier is None:
         return None
     try:
-        keys = {str(key): list(values) for key, values in earlier["keys"].items()}
-        steps = {float(value): int(count) for value, count in earlier["eval_steps"]}
         length = str(earlier["length"])
+        # the names of the trials follow this order, which the file does not keep
+        keys = {key: list(earlier["keys"][key]) for key in (length, RATE, RANK) if key in earlier["keys"]}
+        steps = {float(value): int(count) for value, count in earlier["eval_steps"]}
         if set(keys[length]) != set(steps):
             raise ValueError(length)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -90,7 +90,9 @@ def _set(draft: Draft, key: KeyPath, value: object, place: Place) -> None:
         fits = isinstance(holder, dict) or in_list
         if not fits:
             inner = f"has {len(holder)} items" if isinstance(holder, list) else f"is {show(holder)}, not a mapping"
-            _complain(draft, dotted(key), f"{dotted(key[:length])} {inner}", "", place)
+            first = dotted((*key[:length], 0, *key[length:]))
+            how = f"write {first}" if isinstance(holder, list) and isinstance(part, str) else ""
+            _complain(draft, dotted(key), f"{dotted(key[:length])} {inner}", how, place)
             return
         at_end = isinstance(holder, list) and part == len(holder)
         holder = {} if at_end else holder.get(part, {}) if isinstance(holder, dict) else holder[part]
