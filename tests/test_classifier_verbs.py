@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import BertForSequenceClassification
@@ -48,6 +50,14 @@ def answers(run: Path, prompts: Path, capfd: pytest.CaptureFixture[str]) -> list
 def test_prompts_are_read_from_columns(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.csv").write_text('label,text\nx,"good, so\nso"\ny,bad\n', encoding="utf-8")
     assert answers(run, tmp_path / "rows.csv", capfd) == ["good, so\nso", "bad"]
+    rows = [{"label": "x", "text": "good, so\nso"}, {"label": "y", "text": "bad"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for ending in ("json", "parquet"):
+        assert answers(run, tmp_path / f"rows.{ending}", capfd) == ["good, so\nso", "bad"]
+    (tmp_path / "none.csv").write_text("label,text\n", encoding="utf-8")
+    with pytest.raises(TunekitError, match=r"none\.csv: it contains no prompt"):
+        answers(run, tmp_path / "none.csv", capfd)
     assert answers(run, run.parent / "test.jsonl", capfd) == [text for text, _ in texts(12)]
     (tmp_path / "rows.csv").write_text("label,review\nx,good\n", encoding="utf-8")
     with pytest.raises(TunekitError, match=r"rows\.csv:2: has no text under 'prompt' or 'text'"):

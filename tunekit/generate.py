@@ -42,7 +42,7 @@ from tunekit.talking.table import answer_table
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
 TextOrPair = str | tuple[str, str]  # a text, or a pair of texts
-TABLES = (".csv", ".tsv")  # endings of files of prompts with columns
+TABLES = (".csv", ".tsv", ".json", ".parquet")  # endings of files of prompts with columns, besides .jsonl
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
 def read_prompts(path: Path) -> list[PromptRow]:
     """The prompts in a file; `-` is standard input.
 
-    - A .jsonl file has one object per line, with `prompt`, `text` or the two texts of a pair. A .csv or .tsv file has
-      such columns. `adapter` names the folder of an adapter or run, relative to the file.
+    - A .jsonl file has one object per line, with `prompt`, `text` or the two texts of a pair. A .csv, .tsv, .json or
+      .parquet file has such columns. `adapter` names the folder of an adapter or run, relative to the file.
     - A recording or an image is one prompt. A folder of them has one prompt per file.
     - In any other file, each line is a prompt.
 
@@ -200,18 +200,22 @@ def read_prompts(path: Path) -> list[PromptRow]:
         problems = Problems()
         prompts = [_row_of(row.values, path, row.line) for row in read_source(Source(path=str(path)), problems)]
         problems.raise_if_any()
-        return prompts
+    else:
+        prompts = _prompts_in_lines(path)
+    if not prompts:
+        file = "standard input" if str(path) == "-" else str(path)
+        raise DataError("it contains no prompt", "write one prompt per line, or use --prompt TEXT", file=file)
+    return prompts
+
+
+def _prompts_in_lines(path: Path) -> list[PromptRow]:
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", "use a UTF-8 text file", file=str(path)) from error
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
-    prompts = [_prompt_of(line, path, number) for number, line in numbered]
-    if not prompts:
-        file = "standard input" if str(path) == "-" else str(path)
-        raise DataError("it contains no prompt", "write one prompt per line, or use --prompt TEXT", file=file)
-    return prompts
+    return [_prompt_of(line, path, number) for number, line in numbered]
 
 
 def _prompt_of(line: str, path: Path, number: int) -> PromptRow:
