@@ -18,6 +18,7 @@ from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, METADATA, kohya_tensors, read_foreign, sdxl_name
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.adapters.folder.write import save_adapter_folder
+from tunekit.arithmetic.adopt import adopt_lora
 from tunekit.arithmetic.summary import summarise_adapter
 from tunekit.errors import AdapterError, InputError
 from tunekit.export import export_verb
@@ -257,6 +258,11 @@ def test_a_damaged_header_is_told_of(tmp_path: Path, text: str) -> None:
     save_file({f"unet.a.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}, file, {METADATA: text})
     with pytest.raises(AdapterError, match=r"lora\.safetensors: has a damaged lora_adapter_metadata"):
         read_foreign(file, ["unet.a"])
+
+
+def test_a_text_model_is_no_pipeline(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--base: .* is not a diffusion pipeline; name a diffusion pipeline"):
+        adopt_lora(tmp_path / "lora.safetensors", {"name_or_path": str(tiny_llama)}, tmp_path / "adapter")
 
 
 def test_a_file_for_another_pipeline_is_refused_by_name(tmp_path: Path) -> None:

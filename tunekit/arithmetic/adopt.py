@@ -10,6 +10,7 @@ from torch import nn
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.diffusers_file import ForeignLora, read_foreign
 from tunekit.adapters.folder.write import save_adapter_folder
+from tunekit.errors import InputError
 from tunekit.model.families.diffusion import FAMILY
 from tunekit.model.families.pipeline.parts import PipelineNet
 from tunekit.model.load import base_fingerprint, make_meta_model
@@ -28,9 +29,11 @@ def adopt_lora(path: Path, base: Mapping[str, str], place: Path) -> tuple[int, i
     Raises: InputError if the file does not fit the pipeline.
     """
     bare = ModelSection.model_validate({**base, "dtype": "float32"})
-    whole = make_meta_model(bare, device=CPU).net
-    assert isinstance(whole, PipelineNet)
-    parts = tuple(name for name in PARTS if whole.part(name) is not None)
+    pipeline = make_meta_model(bare, device=CPU).net
+    if not isinstance(pipeline, PipelineNet):
+        how = "name a diffusion pipeline; the commands read adapter folders of text models as they are"
+        raise InputError(f"{bare.name_or_path} is not a diffusion pipeline", how, key="--base")
+    parts = tuple(name for name in PARTS if pipeline.part(name) is not None)
     section = PipelineModel.of(bare, family=FAMILY.name, trained=parts)
     net = make_meta_model(section, device=CPU).net
     linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
