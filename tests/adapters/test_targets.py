@@ -111,6 +111,7 @@ def test_lists_and_expressions(llama: nn.Module, entries: str | tuple[str, ...],
         ({"target_modules": ("proj",)}, ["'proj' matches no module", "'q_proj'"]),  # no substrings
         ({"target_modules": ("Q_PROJ", "xyz")}, ["'Q_PROJ'", "'xyz' matches no module", "its layers are"]),
         ({"target_modules": "q_proj|nothing"}, ["'q_proj|nothing' matches no module"]),  # the whole name, not its end
+        ({"target_modules": "q_proj"}, ["'q_proj' matches no module", "write a list: [q_proj]"]),
         ({"target_modules": ("self_attn",)}, ["LlamaAttention", "k_proj, o_proj, q_proj, v_proj"]),
         ({"target_modules": ("norm",)}, ["'model.norm' (LlamaRMSNorm)", "remove it"]),
         ({"target_modules": ".*norm"}, ["LlamaRMSNorm"]),

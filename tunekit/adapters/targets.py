@@ -261,6 +261,8 @@ class Search:
     def _nearest(self, key: str, entry: str) -> str:
         names = [name for name in self.modules if name] if key == "exclude_modules" else self._adaptable_names()
         last = sorted({name.rpartition(".")[2] for name in names})
+        if entry in last:  # in a list it would match
+            return f"a text is a pattern for the whole name of a module; write a list: [{entry}]"
         return self._nearest_of(entry, names) or f"its layers are {', '.join(last[:12])}"
 
     def _nearest_of(self, entry: str, names: Iterable[str]) -> str:
