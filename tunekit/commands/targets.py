@@ -76,8 +76,9 @@ def generate(
         str | None,
         typer.Option(
             metavar="FILE|-",
-            help='one prompt per line (.jsonl: {"prompt": ...}; .csv: a column prompt or text), or a folder of '
-            "recordings or images; a row can name its adapter's folder in the field adapter",
+            help='one prompt per line (.jsonl: {"prompt": ...}), a table (.csv, .tsv, .json, .parquet) with a column '
+            "prompt or text, or a folder of recordings or images; a row can name its adapter's folder in the field "
+            "adapter",
         ),
     ] = None,
     max_new_tokens: Annotated[
