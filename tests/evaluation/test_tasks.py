@@ -252,8 +252,10 @@ def test_eval_measures_a_run_and_its_base(
     trained = json.loads((run / "tasks.json").read_text("utf-8"))
     (run / "tasks.json").unlink()
     earlier = {part: [each | {"task": "mmlu"} for each in trained[part]] for part in trained}
-    absent = folder / "absent.yaml"
-    absent.write_text(json.dumps({**TASK, "task": "absent", "dataset_path": "no/such-data-set"}), encoding="utf-8")
+    wrong = {"absent": {"dataset_path": "no/such-data-set"}, "misspelt": {"doc_to_text": "{{qestion}}"}}
+    for name, change in wrong.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({**TASK, **change, "task": name}), encoding="utf-8")
+    (folder / "broken.yaml").write_text("task: [a", encoding="utf-8")
 
     def work() -> None:
         from tunekit.evaluate import evaluate_tasks
@@ -262,14 +264,19 @@ def test_eval_measures_a_run_and_its_base(
         assert not (run / "tasks.json").exists()  # the run's own dtype is float32
         write_json(run / "tasks.json", {part: earlier[part] + trained[part] for part in trained})
         evaluate_tasks(str(run), None, [str(task)], str(folder / "out.json"), [])
-        with pytest.raises(InputError, match="lm-eval cannot load a task: "):
-            evaluate_tasks(str(run), None, [str(absent)], None, [])
+        for name, words in (
+            ("absent", "lm-eval cannot compute a task: .*no/such-data-set"),
+            ("misspelt", "lm-eval cannot compute a task: UndefinedError: 'qestion' is undefined"),
+            ("broken", r"broken\.yaml cannot be read: ParserError"),
+        ):
+            with pytest.raises(InputError, match=words):
+                evaluate_tasks(str(run), None, [str(folder / f"{name}.yaml")], None, [])
         with pytest.raises(InputError, match="lm-eval has no task 'no_such_task'"):
             evaluate_tasks(str(run), None, ["no_such_task"], None, [])
 
     ended = in_child(work, folder / "log", harness)
     assert ended.code == 0, ended.output
-    assert ended.output.count("loading ") == 3  # a wrong name is refused before the base is loaded
+    assert ended.output.count("loading ") == 4  # a wrong name is refused before the base is loaded
     values = json.loads((folder / "out.json").read_text("utf-8"))
     all_values = json.loads((run / "tasks.json").read_text("utf-8"))
     assert all_values == {part: earlier[part] + values[part] for part in trained}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tunekit.basics import reach_of_equal, student
 from tunekit.contracts import Objective, Progress, no_progress
-from tunekit.errors import InputError, ModelError
+from tunekit.errors import InputError, ModelError, TunekitError
 from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -122,7 +122,7 @@ def run_tasks(
     replaces the tokenizer's own.
 
     Raises: ModelError if the model is not a causal language model, or if the settings request a chat template and there
-    is none; InputError if a task's data or package is missing.
+    is none; InputError if a task fails.
     """
     family, settings = model.base.family, tasks.settings
     if not family.answers or family.reads_source or not family.reads_ids:
@@ -147,10 +147,10 @@ def run_tasks(
                 apply_chat_template=settings.task_chat_template,
                 bootstrap_iters=RESAMPLES,
             )
-        except (ConnectionError, FileNotFoundError, ImportError) as error:
-            what = f"lm-eval cannot load a task: {' '.join(str(error).split())}"
-            how = "check the connection and the task's files, or install what is missing"
-            raise InputError(what, how, key=KEY) from error
+        except (TunekitError, RuntimeError):  # the second also if memory runs out
+            raise
+        except Exception as error:  # the code of tasks and data sets may raise anything
+            raise _task_error("lm-eval cannot compute a task", error) from error
     return list(scores_of(results))
 
 
@@ -160,13 +160,21 @@ def _read_task(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file", "check the path", key=KEY)
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = dict(load_yaml(path, resolve_func=True))
+    try:
+        config = dict(load_yaml(path, resolve_func=True))
+    except Exception as error:  # the file may name code
+        raise _task_error(f"{path} cannot be read", error) from error
     if "group" in config:  # lm-eval reads these only from its own folders
         raise InputError(f"{path} describes a group of tasks", "write the files of the group's tasks", key=KEY)
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     if files is not None:
         config["dataset_kwargs"]["data_files"] = _near(files, path.parent)
     return config
+
+
+def _task_error(what: str, error: Exception) -> InputError:
+    how = "check the task's file, its data and the connection; tunekit --debug shows the place"
+    return InputError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}", how, key=KEY)
 
 
 def _near(files: object, folder: Path) -> object:
