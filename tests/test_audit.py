@@ -300,6 +300,14 @@ def test_a_result_of_a_run_that_has_not_finished_is_refused(case: Path) -> None:
     assert "has a result, but its status.json does not state that it finished" in ended.output
 
 
+def test_a_finished_run_without_its_result_is_refused(case: Path) -> None:
+    """Otherwise it would be computed again, and then reported as a run that does not follow from its recipe."""
+    shutil.rmtree(case / "adapter")
+    ended, _ = audited(case)
+    assert ended.code == 2
+    assert "has finished, but it has no folder adapter or model to compare with" in ended.output
+
+
 @pytest.mark.drawn
 def test_changed_files_next_to_the_weights_are_named(case: Path) -> None:
     """tunekit.json states the labels and settings with which an adapter computes."""

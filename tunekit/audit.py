@@ -137,7 +137,11 @@ def _compared(result: Mapping[str, Any]) -> str:
 def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
     """The parts of the run. Their borders are step 0, the checkpoints, and the end of a finished run."""
     finished = values.status.get("exit_code") == 0
-    if not finished and any((values.path / name).exists() for name in RESULT_FILES):
+    has_result = any((values.path / name).exists() for name in RESULT_FILES)
+    if finished and not has_result:
+        what = f"{values.path} has finished, but it has no folder {' or '.join(RESULT_FILES)} to compare with"
+        raise RunFolderError(what, "restore the folder")
+    if has_result and not finished:
         what = f"{values.path} has a result, but its status.json does not state that it finished"
         raise RunFolderError(what, "finish it with: tunekit train RECIPE --resume")
     last = values.steps[-1].count("step") if finished and values.steps else 0
