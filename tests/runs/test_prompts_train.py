@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.loop_case import check_four_steps, four_steps, make_case, make_rows
 from tests.support.peft_case import BASES, move_from_start
 from tests.support.train_case import (
     in_child,
     kill_self,
+    lose_the_end,
     records,
     result_bytes,
     train_in_child,
@@ -21,7 +24,7 @@ from tests.support.train_case import (
     write_recipe,
 )
 from tunekit.adapters.attach import attach_adapter
-from tunekit.errors import RecipeError
+from tunekit.errors import RecipeError, RunFolderError
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -257,12 +260,25 @@ def test_merge_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
 def test_init_from_continues_a_folder(tiny_llama: Path, tmp_path: Path) -> None:
     path = recipe_of(tmp_path, tiny_llama, "prompt")
     assert train_in_child(path, tmp_path / "first").code == 0
-    second = train_in_child(
-        path, tmp_path / "second", f"adapter.init_from={tmp_path / 'first' / 'adapter'}", "training.learning_rate=0"
+    run, frozen = (
+        tmp_path / "second",
+        ("training.learning_rate=0", "training.save_steps=1", "training.keep_checkpoints=2"),
     )
+    second = train_in_child(path, run, f"adapter.init_from={tmp_path / 'first' / 'adapter'}", *frozen)
     assert second.code == 0, second.output
     name = "adapter_model.safetensors"
-    assert result_bytes(tmp_path / "second")[name] == result_bytes(tmp_path / "first")[name]
+    assert result_bytes(run)[name] == result_bytes(tmp_path / "first")[name]
+    lose_the_end(run)
+    moved = shutil.copytree(tmp_path / "first" / "adapter", tmp_path / "moved")
+    tensors = {key: tensor + 1 for key, tensor in load_file(moved / name).items()}
+    other = shutil.copytree(moved, tmp_path / "other")
+    (other / "tunekit.json").unlink()  # the folder is not damaged
+    save_file(tensors, other / name, {"format": "pt"})
+    refused = train_in_child(path, run, f"adapter.init_from={other}", *frozen, resume=True)
+    assert refused.code == RunFolderError.exit_code
+    assert "adapter.init_from: changed since the run: its content is different" in refused.output
+    resumed = train_in_child(path, run, f"adapter.init_from={moved}", *frozen, resume=True)
+    assert resumed.code == 0, resumed.output
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("prompt", 5 * 64), ("multitask_prompt", 5 * 64 + 2 * (5 + 64))])

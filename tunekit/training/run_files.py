@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tunekit.adapters.folder.config import TENSORS_NAME
 from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate, save_checkpoint
 from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_values, require_same, resume_notes
@@ -17,6 +18,7 @@ from tunekit.artifacts.run import RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.console.progress import StepProgress
 from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
+from tunekit.files.untrusted import sha256_of
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.model.compute import resolve_dtype
 from tunekit.recipe.load import dump_recipe
@@ -160,10 +162,13 @@ def check_fingerprint(
 def with_files(
     session: Session, fingerprint: JsonObject, files: Mapping[str, str], checkpoint: Checkpoint | None
 ) -> JsonObject:
-    """Add `files` to the fingerprint: the sha256, by key, of files that the objective read before the first step.
+    """Add `files` to the fingerprint: the sha256, by key, of files that the objective read before the first step; and
+    the sha256 of the adapter that the recipe continues.
 
     Raises: RunFolderError if the checkpoint that is resumed has different values.
     """
+    if (start := session.loaded.recipe.adapter.init_from) is not None:
+        files = {**files, "adapter.init_from": sha256_of(Path(start) / TENSORS_NAME)}
     if not files:
         return fingerprint
     new = {**fingerprint, "files": dict(files)}
