@@ -64,6 +64,15 @@ def test_a_model_that_gives_no_answers_gives_no_samples(tmp_path: Path) -> None:
     ]
 
 
+def test_several_values_are_for_a_sweep(tmp_path: Path) -> None:
+    text = "model: m\ndata: {train: a}\nadapter: lora\nobjective: sft\noutput: {dir: out}\n"
+    assert problems_of(text, tmp_path, "adapter.r=2,4", "training.max_steps='1,000'") == [
+        "command line: adapter.r: must be a whole number, not '2,4'; write one value, or compare several with tunekit "
+        "sweep",
+        "command line: training.max_steps: must be a whole number, not '1,000'; write 1000 without quotes",
+    ]
+
+
 def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     text = (
         "model: {name_or_path: m, quantizaton: nf4, dtype: bf16, trust_remote_code: no}\n"

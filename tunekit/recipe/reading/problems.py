@@ -155,6 +155,9 @@ def _mend(what: str, value: object) -> str:
         meant = _YES_NO.get(value.lower())
         return f"write {meant}" if meant else ""
     if "number" in what and isinstance(value, str):
+        parts = value.split(",")
+        if len(parts) > 1 and not all(len(part) == 3 for part in parts[1:]):  # no commas between thousands
+            return "write one value, or compare several with tunekit sweep"
         bare = value.replace("_", "").replace(",", "")
         return f"write {bare} without quotes" if isinstance(read_scalar(bare), int | float) else ""
     if "list" in what and isinstance(value, str):
