@@ -277,7 +277,7 @@ def _refuse_no_classes(counts: Mapping[str, int], kind: RowKind, rows: Sequence[
         )
     elif isinstance(kind.labels, LabelSets) and len(counts) > 1 and min(counts.values()) == len(rows) > 1:
         label = next(iter(counts))
-        what = f"each training row has all labels ({Labels.text(tuple(counts))})"
+        what = f"each training row has all labels ({Labels.text(sorted(counts))})"
         how = (
             "write the names of the labels that the row has; multi-hot rows (0 or 1 for every label) are not supported"
         )
