@@ -66,9 +66,11 @@ def test_a_model_that_gives_no_answers_gives_no_samples(tmp_path: Path) -> None:
 
 def test_several_values_are_for_a_sweep(tmp_path: Path) -> None:
     text = "model: m\ndata: {train: a}\nadapter: lora\nobjective: sft\noutput: {dir: out}\n"
-    assert problems_of(text, tmp_path, "adapter.r=2,4", "training.max_steps='1,000'") == [
+    assert problems_of(text, tmp_path, "adapter.r=2,4", "training.max_steps='1,000'", "adapter.dropout=0.1,0.3") == [
         "command line: adapter.r: must be a whole number, not '2,4'; write one value, or compare several with tunekit "
         "sweep",
+        "command line: adapter.dropout: must be a number, not '0.1,0.3'; write one value, or compare several with "
+        "tunekit sweep",
         "command line: training.max_steps: must be a whole number, not '1,000'; write 1000 without quotes",
     ]
 

@@ -4,7 +4,7 @@ evaluated, with a confidence interval."""
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -106,15 +106,14 @@ def pooled_difference(pairs: Sequence[tuple[RunValues, RunValues]], metric: str 
     A row that several pairs have is resampled for all of them at once; so are the copies of a repeated row, which
     count as one row. `metric`: the loss, or a metric that is a mean over rows.
     """
-    sums: dict[str, Losses] = {}
+    digests, losses = list[str](), list[Losses]()
     for one, other in pairs:
         rows = _pairs(one, other, metric)
         units = sum(float(values[2]) for values in rows.values()) if len(pairs) > 1 else 1.0
-        for (digest, _), values in rows.items():
-            sums[digest] = sums.get(digest, np.zeros(4)) + values / units
-    if len(sums) < 2:
-        return None
-    return _difference(*pairs[0], np.stack(list(sums.values())))
+        digests += [digest for digest, _ in rows]
+        losses += [values / units for values in rows.values()]
+    different = different_rows(digests, losses)
+    return None if len(different) < 2 else _difference(*pairs[0], different)
 
 
 def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDifference:
@@ -248,15 +247,16 @@ def paired_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, f
     return float(low), float(high)
 
 
-def different_rows(digests: Sequence[object], values: Losses) -> Losses:
-    """The sums over the copies of each row, so that a repeated row counts as one row.
+def different_rows(digests: Iterable[object], values: Iterable[Losses]) -> Losses:
+    """The sums over the copies of each row, so that a repeated row counts as one row. The order is that of the first
+    copies.
 
     Shapes: `values` (rows, n); the result (different rows, n). `digests`: one for each row, equal for copies.
     """
-    _, places = np.unique(np.array(digests), return_inverse=True)
-    sums = np.zeros((int(places.max(initial=-1)) + 1, values.shape[1]))
-    np.add.at(sums, places, values)
-    return sums
+    sums: dict[object, Losses] = {}
+    for digest, row in zip(digests, values, strict=True):
+        sums[digest] = sums[digest] + row if digest in sums else row
+    return np.array(list(sums.values()))
 
 
 def ratio_error(sums: Losses, units: Losses) -> float:

@@ -156,7 +156,7 @@ def _mend(what: str, value: object) -> str:
         return f"write {meant}" if meant else ""
     if "number" in what and isinstance(value, str):
         parts = value.split(",")
-        if len(parts) > 1 and not all(len(part) == 3 for part in parts[1:]):  # no commas between thousands
+        if len(parts) > 1 and not all(part.isdigit() and len(part) == 3 for part in parts[1:]):  # not 1,000
             return "write one value, or compare several with tunekit sweep"
         bare = value.replace("_", "").replace(",", "")
         return f"write {bare} without quotes" if isinstance(read_scalar(bare), int | float) else ""
