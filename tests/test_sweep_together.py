@@ -33,7 +33,7 @@ def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model={"quantization": "nf4", "dtype": "bfloat16"},
         memory={"streaming": "disk"},
         training={"epochs": None, "max_steps": 4},
-        sweep={"keys": KEYS, "joined": False},
+        sweep={"keys": KEYS},
     )
 
 
@@ -182,46 +182,3 @@ def test_trials_that_do_not_fit_into_memory_are_divided(recipe: Path, solo: Solo
     assert sizes_of(ended) == [2] * 8
     assert ended.output.count("loading ") == 1
     assert_equal_to_solo(tmp_path / "all", solo, LORA, DORA)
-
-
-@pytest.mark.drawn
-def test_joined_trials_agree_with_their_solo_runs(recipe: Path, tmp_path: Path) -> None:
-    """Also over a base in memory, and after a kill: a resume joins the trials again."""
-    more = ("model.quantization=none", "model.dtype=float32", "memory.streaming=off", "adapter.dropout=0")
-    keys = ("~sweep.keys.adapter.method", "~sweep.keys.training.learning_rate", "adapter.r=4,8", "sweep.joined=true")
-    ended = sweep(recipe, tmp_path / "all", *more, *keys, before=at_save(2, kill_self))
-    assert ended.code == -signal.SIGKILL, ended.output
-    assert "2 trials run together: their rows are joined" in ended.output
-    ended = sweep(recipe, tmp_path / "all", *more, *keys, resume=True, before=count_windows)
-    assert ended.code == 0, ended.output
-    assert sizes_of(ended)
-    for rank in (4, 8):
-        run = tmp_path / "all" / f"r={rank}"
-        assert (
-            "the rows of this run are joined with other trials of a sweep, 2 in all"
-            in json.loads((run / "plan.json").read_text())["notes"]
-        )
-        alone = train_in_child(recipe, tmp_path / str(rank), *more, f"adapter.r={rank}")
-        assert alone.code == 0, alone.output
-        losses = [[entry["loss"] for entry in records(each) if "loss" in entry] for each in (run, tmp_path / str(rank))]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_auto_joins_the_rows_where_steps_are_small(recipe: Path, tmp_path: Path) -> None:
-    """A product of few tokens takes as long as one of a hundred, so that joined rows are free; of many it is not."""
-    more = ("model.quantization=none", "memory.streaming=off", "adapter.dropout=0", "sweep.joined=auto")
-    more += ("~sweep.keys.adapter.method", "training.learning_rate=0.01,0.02,0.03,0.04", "training.max_steps=1")
-    for rows, joined in ((1, True), (16, False)):
-        ended = sweep(recipe, tmp_path / str(rows), *more, f"training.micro_batch_size={rows}")
-        assert ended.code == 0, ended.output
-        assert ("4 trials run together: their rows are joined" in ended.output) is joined
-        assert (tmp_path / str(rows) / "learning_rate=0.04" / "adapter").is_dir()
-
-
-@pytest.mark.drawn
-def test_what_prevents_joining_is_named(recipe: Path, tmp_path: Path) -> None:
-    keys = ("~sweep.keys.adapter.method", "~sweep.keys.training.learning_rate", "adapter.r=4,8", "sweep.joined=true")
-    ended = sweep(recipe, tmp_path / "all", *keys, "adapter.dropout=0.1")
-    assert ended.code == 0, ended.output
-    assert "sweep.joined: true has no effect on 2 trials; r=4: its adapter uses dropout" in ended.output

@@ -174,7 +174,7 @@ def _run_sweep(
     start = process_seconds()  # before the trials are planned
     console, folder, halves = session.console, Path(sweep.loaded.recipe.output.dir), sweep.section.strategy == "halving"
     sessions = [replace(session, loaded=trial.loaded, seconds={}) for trial in sweep.trials]
-    lanes = [Lane(*pair, joined=sweep.section.joined) for pair in zip(sweep.trials, sessions, strict=True)]
+    lanes = [Lane(*pair) for pair in zip(sweep.trials, sessions, strict=True)]
     lock = open_sweep(folder, lanes, resume)
     try:
         rungs = earlier_rungs(folder, lanes) if halves and resume else []
@@ -278,11 +278,10 @@ def _train_lanes(
     Raises: Stopped after a stop signal.
     """
     seconds, steps = 0.0, 0
-    passes = make_passes(lanes)
-    groups = [(group, each.joined) for each in passes for group in each.groups()]
-    for number, (group, choice) in enumerate(groups):
+    groups = [group for each in make_passes(lanes) for group in each.groups()]
+    for number, group in enumerate(groups):
         base.use_for(group[0])
-        left = sum(lane.steps for each, _ in groups[number:] for lane in each)
+        left = sum(lane.steps for each in groups[number:] for lane in each)
         time_left = f", about {time_text(seconds / steps * left)} left" if steps and ends is None else ""
         names = ", ".join(lane.trial.name for lane in group)
         numbers = ", ".join(str(lanes.index(lane) + 1) for lane in group)
@@ -291,7 +290,7 @@ def _train_lanes(
         with deterministic_kernels(group[0].trial.loaded.recipe.training.deterministic):
             ends_of = [None if ends is None else ends[lane.trial.name] for lane in group]
             loops = (_lane_steps(*pair, base, resume, len(group) > 1) for pair in zip(group, ends_of, strict=True))
-            run_lanes(loops, Together(lambda: base.base, choice, console.warn))
+            run_lanes(loops, Together(console.warn))
         seconds, steps = seconds + time.monotonic() - started, steps + sum(lane.steps for lane in group)
         gc.collect()
         reset_host_peak()

@@ -167,7 +167,6 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "sweep.trials": (["null"], ["3", *(each for each in NOT_COUNTS if each != "null")]),
     "sweep.by": (["eval.loss"], ["loss", "eval.bleu", "true", "5", "null"]),
     "sweep.seeds": (["1", "3"], NOT_COUNTS),
-    "sweep.joined": (["auto", "true", "false"], ["rows", "5", "null"]),
     "sweep.folds": (["null"], ["1", "0", "-3", "1.5", "true", "text", "[2]"]),
     "sweep.fold_group": (["null"], ["speaker", "5", "true", "[speaker]"]),  # needs folds
     "sweep.leave_out": (["null"], ["fold", "true", "5", "[source]"]),

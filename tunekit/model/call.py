@@ -22,7 +22,6 @@ class Call:
 
     `adapter_of_row`: if rows use different adapters, the name of each row's adapter (None: the base alone).
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
-    `lanes`: if several runs are trained in one forward (1, T), the number of tokens of each run, in order; else ().
     `fuses`: whether products with 4-bit weights may use a faster kernel that rounds differently (for generation).
     """
 
@@ -33,7 +32,6 @@ class Call:
     seed: int = 0
     segments: Segments | None = None
     adapter_of_row: tuple[str | None, ...] | None = None
-    lanes: tuple[int, ...] = ()
     real_tokens: object = None
     fuses: bool = False
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from tunekit.recipe.bases.section import AutoOrBool, Count, Section, Several, Text
+from tunekit.recipe.bases.section import Count, Section, Several, Text
 from tunekit.recipe.evaluation import check_best
 
 
@@ -26,11 +26,6 @@ class SweepSection(Section):
         "eval.loss", description="compare the trials by this metric"
     )
     seeds: Count = Field(1, description="run every combination with this many seeds, starting with training.seed")
-    joined: AutoOrBool = Field(
-        False,
-        description="compute the rows of several trials in one forward pass; results equal separate runs up to "
-        "rounding. auto: only where this is faster; false: each trial equals a separate run bit for bit",
-    )
     folds: Annotated[Count, Field(ge=2)] | None = Field(
         None,
         description="cross-validation: divide the rows of data.train into this number of folds. Every combination runs "

@@ -44,7 +44,6 @@ class Lane:
     ended: bool = False
     begun: bool = False  # in this process
     error: TunekitError | None = None
-    joined: str | bool = False  # sweep.joined
 
     @property
     def path(self) -> Path:

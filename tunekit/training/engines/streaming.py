@@ -85,7 +85,7 @@ class StreamingEngine(WindowEngine):
     def passes(self, run: WindowRun, pieces: Sequence[Piece]) -> Iterator[LayerPass]:
         """Yields a LayerPass for each group of `micro_batches_per_pass` pieces. Run each pass before you take the next
         one."""
-        self._stages = self._stages or stages_of(run.model.base)
+        self._stages = self._stages or _stages_of(run.model.base)
         for start in range(0, len(pieces), self.micro_batches_per_pass):
             some = pieces[start : start + self.micro_batches_per_pass]
             layer_pass = LayerPass(run, self._stages, self.slots, some, self._requires)
@@ -111,16 +111,13 @@ class LayerPass:
         numbers = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
         for part in run.model.adapter.parts() if run.model.adapter else []:
             self._adapters[numbers.get(part)].append(part)
-        self.states = self.begin(pieces)
+        self.states = [self._begin(piece) for piece in pieces]
         self._recorded = self.states[0] if self.records else None
 
-    def begin(self, pieces: Sequence[Piece]) -> list[PieceState]:
-        """Create the states of the micro-batches (`pieces`) before the first layer."""
-        states = []
-        for piece in pieces:
-            with calling(self.run.call(piece)):
-                states.append(PieceState(piece, self.run.model.call_for(piece.batch.inputs), piece.batch.inputs))
-        return states
+    def _begin(self, piece: Piece) -> PieceState:
+        """The state of a micro-batch before the first layer."""
+        with calling(self.run.call(piece)):
+            return PieceState(piece, self.run.model.call_for(piece.batch.inputs), piece.batch.inputs)
 
     def embed(self, number: int) -> None:
         """Compute the embeddings of every micro-batch, if a stack (encoder or decoder) starts with this layer."""
@@ -138,7 +135,7 @@ class LayerPass:
         for state in self.states:
             self.run.computing(state.piece)
             hidden = state.hidden.requires_grad_(self.requires.layers[-1])
-            state.hidden = self.head_gradient(self.run, state.piece, state.call, hidden)
+            state.hidden = self._head_gradient(state, hidden)
 
     def needs(self, number: int) -> bool:
         """Whether the output of this layer requires a gradient."""
@@ -204,12 +201,12 @@ class LayerPass:
             output: Tensor = self.layers[number](hidden, state.calls[number])
         return output
 
-    def head_gradient(self, run: WindowRun, piece: Piece, call: Call, hidden: Tensor) -> Tensor:
+    def _head_gradient(self, state: PieceState, hidden: Tensor) -> Tensor:
         """Run the head and the loss forward and backward. Returns the gradient (B, T, D) of the loss with respect to
         the last hidden states."""
-        with calling(call):
-            output = run.model.to_output(run.model.real_positions(hidden))
-            run.backward(piece, output, lambda: self._penalty(None))
+        with calling(state.call):
+            output = self.run.model.to_output(self.run.model.real_positions(hidden))
+            self.run.backward(state.piece, output, lambda: self._penalty(None))
         return hidden.grad if hidden.grad is not None else hidden.detach()
 
     def _layer_backward(self, state: PieceState, number: int, next_key: tuple[int, int]) -> None:
@@ -296,7 +293,7 @@ def _take_gradient(side: SideInput) -> Tensor | None:
     return gradient
 
 
-def stages_of(base: LoadedModel) -> Stages:
+def _stages_of(base: LoadedModel) -> Stages:
     """The base's stacks of layers, for layer-by-layer execution. Raises: ModelError for a base that was not tested this
     way; plan refuses such a base earlier."""
     stages = base.family.stages(base.net)
