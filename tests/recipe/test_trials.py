@@ -222,6 +222,12 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
         ("", ["objective.method=dpo,orpo"], "command line: sweep.by: the loss depends on objective.method"),
         ("", ["objective=dpo", "objective.beta=0.1,0.5"], "command line: sweep.by: the loss depends on objective.beta"),
         ("sweep: {strategy: best}", [], ":5: sweep.strategy: must be"),
+        (
+            "sweep:\n  keys: {adapter.r: [4, 8]}\n  joined: auto",
+            [],
+            ":7: sweep.joined: was removed: joined trials were slower than separate steps; remove the key",
+        ),
+        ("", ["adapter.r=4,8", "sweep.joined=false"], "command line: sweep.joined: was removed"),
         ("", ["adapter.r=4,x"], "command line: adapter.r: must be a whole number"),
         ("", ["adapter.r=4,8", "~data.eval"], "command line: sweep.by: trials are compared on evaluation rows"),
         ("", ["adapter.r=4,8", "lora_r=2,3"], "command line: adapter.r: is given twice"),
@@ -235,6 +241,11 @@ def test_other_commands_leave_the_section_out(tmp_path: Path) -> None:
 def test_a_problem_has_its_place(sweep: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
     lines = problems(write(tmp_path, sweep + "\n"), *overrides)
     assert any(line.startswith(expected) for line in lines), lines
+
+
+def test_a_removed_key_is_refused_by_every_command(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r":5: sweep\.joined: was removed: .*; remove the key$"):
+        load_recipe(write(tmp_path, "sweep: {joined: true}\n"))
 
 
 def test_the_problems_of_all_trials_are_shown(tmp_path: Path) -> None:

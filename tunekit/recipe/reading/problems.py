@@ -39,6 +39,7 @@ _MEANT_KEYS = {
     "accumulation_steps": "gradient_accumulation_steps",
     "targets": "target_modules",
 }
+_REMOVED_KEYS = {("sweep", "joined"): "joined trials were slower than separate steps"}  # and why they were removed
 _MEANT_VALUES = {
     **dict.fromkeys(("int4", "4bit", "4", "bnb", "bnb_nf4", "qlora"), "nf4"),
     **dict.fromkeys(("8bit", "8", "llm.int8"), "int8"),
@@ -62,7 +63,10 @@ def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[
 
 
 def unknown_key(key: KeyPath, draft: Draft) -> Problem:
-    """The problem of an unknown key, with the name that was probably meant."""
+    """The problem of an unknown key, with the name that was probably meant. For a key that older versions had: why it
+    was removed."""
+    if key in _REMOVED_KEYS:
+        return draft.problem(key, f"was removed: {_REMOVED_KEYS[key]}", "remove the key")
     name = str(key[-1])
     here = list(fields_at(key[:-1], draft))
     target = alias_target(name)
