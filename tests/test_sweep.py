@@ -35,6 +35,7 @@ from tunekit.training import assemble, sweep_folder
 KEYS = {"training.learning_rate": [0.001, 0.01], "adapter.method": ["lora", "dora"]}
 TRIALS = [f"learning_rate={rate},method={method}" for rate in (0.001, 0.01) for method in ("lora", "dora")]
 SHORT = {"epochs": None, "max_steps": 4}
+JOINED_NOTE = "the rows of this run are joined with other trials of a sweep, 2 in all"  # of an older version's plan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -425,6 +426,37 @@ def test_a_resume_keeps_the_trials_of_a_sweep(tmp_path: Path) -> None:
         sweep_folder.open_sweep(tmp_path, lanes, resume=True)
     lanes += [SimpleNamespace(trial=SimpleNamespace(name="r=2"), path=tmp_path / "r=2")]
     sweep_folder.open_sweep(tmp_path, lanes, resume=True).release()
+
+
+@pytest.mark.drawn
+def test_a_resume_refuses_trials_that_an_older_version_joined(tiny_llama: Path, tmp_path: Path) -> None:
+    """Their notes name it. Trials of `sweep.joined: auto` that ran separately, and finished ones, do not matter."""
+    recipe, folder = write_recipe(tmp_path, tiny_llama, training=SHORT), tmp_path / "all"
+    ended = sweep(recipe, folder, "adapter.r=2,4", before=at_save(3, kill_self))  # r=2 is finished, r=4 is not
+    assert ended.code == -signal.SIGKILL, ended.output
+    separate = {name: json.loads((folder / name / "plan.json").read_text("utf-8")) for name in ("r=2", "r=4")}
+    for name, plan in separate.items():
+        write_json(folder / name / "plan.json", {**plan, "notes": [*plan["notes"], JOINED_NOTE]})
+    ended = sweep(recipe, folder, "adapter.r=2,4", resume=True)
+    assert ended.code == 2, ended.output
+    assert f"{folder} holds trials that an older version began with joined rows (sweep.joined" in ended.output
+    assert "with the same bytes (r=4); choose another output.dir, such as output.dir=" in ended.output
+    write_json(folder / "r=4" / "plan.json", separate["r=4"])
+    ended = sweep(recipe, folder, "adapter.r=2,4", resume=True)
+    assert ended.code == 0, ended.output
+    assert train_in_child(recipe, tmp_path / "solo", "adapter.r=4").code == 0
+    assert weights(folder / "r=4") == weights(tmp_path / "solo")
+
+
+def test_a_joined_trial_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
+    lane: Any = SimpleNamespace(path=tmp_path / "r=2")
+    sweep_folder.refuse_joined(lane)  # it has no folder
+    lane.path.mkdir()
+    write_json(lane.path / "plan.json", {"notes": [JOINED_NOTE]})
+    sweep_folder.refuse_joined(lane)
+    (lane.path / "checkpoints" / "step-000002").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="began with joined rows"):
+        sweep_folder.refuse_joined(lane)
 
 
 def test_the_folders_of_all_trials_are_checked_first(tiny_llama: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ from tunekit.training.sweep_folder import (
     SWEEP_NAME,
     WRITTEN,
     open_sweep,
+    refuse_joined,
     require_space,
     write_results,
     write_trials,
@@ -231,6 +232,8 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
             lane.ended = lane.ended or (resume and _has_ended(lane, console))
             if lane.ended:
                 continue
+            if resume:
+                refuse_joined(lane)
             previous = run_files.choice_in(lane.path) if resume else None
             lane.plan, lane.prepared = plan_session(lane.session, previous)
         except TunekitError as error:

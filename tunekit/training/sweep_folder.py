@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import SweepResults
@@ -21,6 +22,7 @@ from tunekit.training.rungs import RUNGS_NAME
 
 SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
 MOST_NAMED = 4  # trials that a message names
+JOINED = "the rows of this run are joined with other trials"  # in the notes of a plan by an older version
 WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
 
 
@@ -46,6 +48,18 @@ def open_sweep(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
         if not path.exists():
             make_folder(path)
     return FolderLock(folder)
+
+
+def refuse_joined(lane: Lane) -> None:
+    """Raises: RunFolderError if an older version trained this trial with joined rows up to a checkpoint. Separate steps
+    round differently, so the end of the run would not belong to its beginning."""
+    plan, folder = read_json(lane.path / "plan.json"), lane.path.parent
+    notes = plan.get("notes") if isinstance(plan, dict) else None
+    if JOINED in str(notes) and list_checkpoints(lane.path / "checkpoints"):
+        what = f"{folder} holds trials that an older version began with joined rows (sweep.joined, which was removed)"
+        what += ", and separate steps cannot continue them with the same bytes"
+        how = f"choose another output.dir, such as output.dir={relative_to(folder)}-separate"
+        raise RunFolderError(what, how)
 
 
 def _has_used_folds(folder: Path) -> bool:
