@@ -1,21 +1,19 @@
 """Compares eight trials of a sweep over one streamed base with eight `tunekit train`: CPU seconds and peak memory.
 
-    scripts/bench/run lanes [--tokens 4,16,32,64,80,256] [--lanes 8] [--rank 16] [--layers 22] [--steps 4]
-        [--quantization nf4] [--dtype bfloat16] [--joined] [--model FOLDER] [--json FILE] [--work FOLDER]
+    scripts/bench/run lanes [--tokens 16,80,256] [--lanes 8] [--rank 16] [--layers 22] [--steps 4]
+        [--quantization nf4] [--dtype bfloat16] [--json FILE] [--work FOLDER]
 
 The base is TinyLlama's shape (1.1B parameters, random weights), streamed from disk; each step has one row of
 --tokens tokens; LoRA r16 on all linear layers; one thread. Take --dtype float32 on a processor without bfloat16. Both
 sides are fresh processes of the real commands. One `train` is measured and counted eight times, because the eight runs
-differ only in their learning rate. With --model: this model in float32, kept in memory, and the text of the
-quickstart's rows.
+differ only in their learning rate.
 
 - a step: CPU seconds of all trials together, from the end of one step to the end of the next, without the first step
 - a process: all CPU seconds, with imports, planning, loading and the export
 - memory: the peak of the process. The bar is the peak of one run, and for each further trial its adapter, gradient,
   moments and the hidden states between layers, plus 10 %.
 
-Checked: the adapter of a trial that runs lane by lane equals the adapter of its `train`, byte for byte (two trials are
-compared).
+Checked: the adapter of a trial equals the adapter of its `train`, byte for byte (one trial is compared).
 """
 
 from __future__ import annotations
@@ -29,13 +27,13 @@ import tempfile
 from pathlib import Path
 
 from beside.harness import hardware
-from estimate import REPOSITORY, run_python, write_rows
+from estimate import run_python, write_rows
 from load import HIDDEN
 from stream import write_model
 
 FIGURES = {
     "minutes": 40,
-    "options": "--tokens 16,64 --json $RESULTS/lanes.json",
+    "options": "--json $RESULTS/lanes.json",
     "result": "lanes.json",
     "figures": {
         "step16": {
@@ -45,12 +43,19 @@ FIGURES = {
             "ours": "rows/8x16/together/step",
             "theirs": "rows/8x16/alone/step",
         },
-        "step64": {
-            "what": "the same with 64 tokens",
+        "step80": {
+            "what": "the same with 80 tokens",
             "unit": "CPU seconds",
             "digits": 1,
-            "ours": "rows/8x64/together/step",
-            "theirs": "rows/8x64/alone/step",
+            "ours": "rows/8x80/together/step",
+            "theirs": "rows/8x80/alone/step",
+        },
+        "step256": {
+            "what": "the same with 256 tokens",
+            "unit": "CPU seconds",
+            "digits": 1,
+            "ours": "rows/8x256/together/step",
+            "theirs": "rows/8x256/alone/step",
         },
     },
 }
@@ -99,44 +104,23 @@ def side(ran: dict) -> dict[str, float]:
     return {"step": statistics.median(steps), "process": ran["cpu_seconds"], "peak_bytes": ran["peak_bytes"]}
 
 
-def losses_of(run: Path) -> list[float]:
-    """The loss of each step."""
-    records = map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines())
-    return [record["loss"] for record in records if "loss" in record]
-
-
-def write_text_rows(path: Path, model: str, count: int, tokens: int) -> None:
-    """Write rows of `tokens` tokens, with their end token, from the text of the quickstart's rows."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = map(json.loads, (REPOSITORY / "recipes/data/orders/train.jsonl").read_text("utf-8").splitlines())
-    ids = tokenizer("\n".join("\n".join(turn["content"] for turn in row["messages"]) for row in rows))["input_ids"]
-    pieces = [tokenizer.decode(ids[start : start + tokens - 1]) for start in range(0, count * tokens, tokens)]
-    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces), "utf-8")
-
-
 def write_recipe(folder: Path, tokens: int, options: argparse.Namespace) -> Path:
     """Write the recipe and rows of `tokens` tokens each."""
     rows = str(folder / "rows.jsonl")
-    if options.model:
-        write_text_rows(Path(rows), options.model, options.steps, tokens)
-    else:
-        write_rows(Path(rows), options.steps, tokens)
+    write_rows(Path(rows), options.steps, tokens)
     training = {"max_steps": options.steps, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_ratio": 0}
     recipe = {
         "model": {
-            "name_or_path": options.model or str(folder / "model"),
+            "name_or_path": str(folder / "model"),
             "dtype": options.dtype,
             "quantization": options.quantization,
         },
         "data": {"train": rows, "eval": [rows], "max_length": max(tokens, 16)},  # a sweep compares evaluations
         "adapter": {"method": "lora", "r": options.rank},
         "training": training,
-        "memory": {"streaming": "off" if options.model else "disk"},
+        "memory": {"streaming": "disk"},
         "evaluation": {"before_training": False},
         "output": {"dir": "run"},
-        "sweep": {"joined": options.joined},
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
@@ -154,7 +138,7 @@ def measure(folder: Path, tokens: int, options: argparse.Namespace) -> dict[str,
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (trial, alone)]
     plan = json.loads((alone / "plan.json").read_text("utf-8"))
     of_number = 4 if options.dtype == "float32" else 2
-    added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * options.hidden * of_number
+    added = plan["trainable_parameters"] * STATE_BYTES + options.layers * tokens * HIDDEN * of_number
     return {
         "tokens": tokens,
         "lanes": options.lanes,
@@ -162,43 +146,32 @@ def measure(folder: Path, tokens: int, options: argparse.Namespace) -> dict[str,
         "together": together,
         "alone": {key: value * (1 if key == "peak_bytes" else options.lanes) for key, value in solo.items()},
         "bar_bytes": round(1.1 * (solo["peak_bytes"] + (options.lanes - 1) * added)),
-        "joined": options.joined,
         "equal": weights[0] == weights[1],
-        "losses": losses_of(trial),
-        "losses_alone": losses_of(alone),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="4,16,32,64,80,256")
+    parser.add_argument("--tokens", default="16,80,256")
     parser.add_argument("--lanes", type=int, default=8)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--joined", action="store_true", help="join the rows of the trials")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--model", help="a model folder, instead of random weights")
     options = parser.parse_args()
-    options.hidden = HIDDEN
-    if options.model:
-        options.dtype = "float32"
-        config = json.loads((Path(options.model) / "config.json").read_text("utf-8"))
-        options.hidden, options.layers = config["hidden_size"], config["num_hidden_layers"]
     rows = json.loads(options.json.read_text("utf-8"))["rows"] if options.json and options.json.exists() else {}
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:
         folder = Path(scratch)
         os.environ["TUNEKIT_CACHE"] = str(folder / "cache")
-        if not options.model:
-            write_model(folder / "model", options.layers)
+        write_model(folder / "model", options.layers)
         warm = [f"output.dir={folder / 'warm'}", "training.max_steps=1"]  # packs the base into the cache
         run_python(RUN, "train", str(write_recipe(folder, 16, options)), *warm)
         for tokens in map(int, options.tokens.split(",")):
             row = {**measure(folder, tokens, options), "load": os.getloadavg(), "processor": hardware()["processor"]}
-            of_dtype = "" if options.model or options.dtype == "bfloat16" else f" {options.dtype}"
+            of_dtype = "" if options.dtype == "bfloat16" else f" {options.dtype}"
             rows[f"{options.lanes}x{tokens}{of_dtype}"] = row
             ours, theirs = row["together"], row["alone"]
             print(
@@ -211,7 +184,7 @@ def main() -> None:
             )
             if options.json:
                 options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
-    if not options.joined and not all(row["equal"] for row in rows.values()):
+    if not all(row["equal"] for row in rows.values()):
         sys.exit("a trial differs from its own train")
 
 
