@@ -35,8 +35,9 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: Bounda
 
 def _seed_on_entry(forward: Callable[..., object], number: int) -> Callable[..., object]:
     def run(*inputs: object, **named: object) -> object:
-        if torch.is_grad_enabled():  # evaluation draws nothing and must not change the generator
-            seed_layer(current_call(), number)
+        call = current_call()
+        if call.seeded:
+            seed_layer(call, number)
         return forward(*inputs, **named)
 
     return run

@@ -20,6 +20,9 @@ class Call:
     """Settings of one forward: whether adapters are bypassed, which of several adapters is used, the step and
     micro-batch (for seeds), and the document boundaries in packed rows (`segments`).
 
+    `seeded`: whether every layer seeds its random numbers from step, micro-batch and `seed`. Evaluation and generation
+    draw nothing inside layers, and must not change the generators.
+
     `adapter_of_row`: if rows use different adapters, the name of each row's adapter (None: the base alone).
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
     `fuses`: whether products with 4-bit weights may use a faster kernel that rounds differently (for generation).
@@ -30,6 +33,7 @@ class Call:
     step: int = 0
     micro_batch: int = 0
     seed: int = 0
+    seeded: bool = False
     segments: Segments | None = None
     adapter_of_row: tuple[str | None, ...] | None = None
     real_tokens: object = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from tunekit.contracts import NamedModules, Stages, Tensors
@@ -75,8 +74,9 @@ class TwoStacks:
         rows = inputs.get("source_rows")
         if rows is not None:
             source, inputs = source[rows], {**inputs, "attention_mask": inputs["attention_mask"][rows]}  # (N, S, D)
-        if torch.is_grad_enabled():
-            seed_layer(current_call(), BETWEEN_STACKS)
+        call = current_call()
+        if call.seeded:
+            seed_layer(call, BETWEEN_STACKS)
         return last_hidden(_answer(decoder, inputs, source))
 
     def stages(self, net: nn.Module) -> Stages | None:

@@ -16,13 +16,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import total_penalty
-from tunekit.contracts import LayerCall, SideInput, Stages, Tensors
+from tunekit.contracts import LayerCall, Read, SideInput, Stages, Tensors
 from tunekit.errors import ModelError
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import Splitting
@@ -53,6 +54,11 @@ class RequiresGrad:
     layers: list[bool] = field(default_factory=list)  # of each layer's output
     side_outputs: list[list[bool]] = field(default_factory=list)  # of each layer
 
+    @staticmethod
+    def nowhere(stages: Stages) -> RequiresGrad:
+        """No hidden state requires a gradient, because there is no backward pass."""
+        return RequiresGrad([False] * len(stages.stacks), [False] * len(stages.layers))
+
     def before(self, number: int, stack: int | None) -> bool:
         """Whether this layer's input requires a gradient. `stack`: the index of the stack (encoder or decoder) that
         starts with this layer; None if no stack starts here."""
@@ -81,6 +87,17 @@ class StreamingEngine(WindowEngine):
     def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
         for layer_pass in self.passes(run, pieces):
             run_passes([layer_pass])
+
+    def _read_outputs(self, run: WindowRun, pieces: Sequence[Piece], read: Read) -> Iterator[Tensor]:
+        stages = self._stages = self._stages or _stages_of(run.model.base)
+        for start in range(0, len(pieces), self.micro_batches_per_pass):
+            some = pieces[start : start + self.micro_batches_per_pass]
+            layer_pass = LayerPass(run, stages, self.slots, some, RequiresGrad.nowhere(stages))
+            for number in range(len(stages.layers)):
+                layer_pass.embed(number)
+                with self.slots.holding(number, (number + 1) % len(stages.layers)):
+                    layer_pass.forward(number)
+            yield from layer_pass.read(read)
 
     def passes(self, run: WindowRun, pieces: Sequence[Piece]) -> Iterator[LayerPass]:
         """Yields a LayerPass for each group of `micro_batches_per_pass` pieces. Run each pass before you take the next
@@ -137,6 +154,14 @@ class LayerPass:
             hidden = state.hidden.requires_grad_(self.requires.layers[-1])
             state.hidden = self._head_gradient(state, hidden)
 
+    def read(self, read: Read) -> Iterator[Tensor]:
+        """Yields the values that `read` computes from the output of every micro-batch."""
+        for state in self.states:
+            self.run.computing(state.piece)
+            with calling(state.call):
+                output = self.run.model.to_output(self.run.model.real_positions(state.hidden))
+                yield self.run.read(state.piece, output, read)
+
     def needs(self, number: int) -> bool:
         """Whether the output of this layer requires a gradient."""
         return number >= 0 and self.requires.layers[number]
@@ -189,7 +214,8 @@ class LayerPass:
             hidden = self._run_layer(state, number, state.hidden)
         if recording:
             self.requires.record(number, self.stack_at.get(number), hidden, call)
-        for side, needed in zip(call.side_outputs, self.requires.side_outputs[number], strict=True):
+        needs = self.requires.side_outputs[number] if self.requires.side_outputs else repeat(False)
+        for side, needed in zip(call.side_outputs, needs, strict=False):
             if side is not None and side.value is not None:
                 side.value = side.value.detach().requires_grad_(needed)
         state.hidden = hidden.detach()

@@ -7,14 +7,14 @@ on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Engine, ModelOutput, Objective, Sums, Window
+from tunekit.contracts import Batch, Engine, ModelOutput, Objective, Read, Sums, Window
 from tunekit.machine.placing import to_device
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting
 from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, Call, calling, current_call, seed_layer
@@ -102,7 +102,8 @@ class WindowRun:
     def call(self, piece: Piece) -> Call:
         """The settings (Call) of a micro-batch's forward. Each part of a split micro-batch gets different random
         numbers."""
-        return Call(step=self.step, micro_batch=piece.index + piece.number * PIECE_STRIDE, seed=self.engine.seed)
+        micro_batch = piece.index + piece.number * PIECE_STRIDE
+        return Call(step=self.step, micro_batch=micro_batch, seed=self.engine.seed, seeded=True)
 
     def results(self) -> tuple[Tensor, Sums]:
         """The sum of losses / units, (K,) float64, and the sums of logged values."""
@@ -116,6 +117,11 @@ class WindowRun:
         """Remember which micro-batch is running. If memory runs out, this one is split."""
         if self.engine.splitting is not None:
             self.engine.splitting.running = piece.batch
+
+    def read(self, piece: Piece, output: ModelOutput, read: Read) -> Tensor:
+        """The values that `read` computes from a piece's output, with the seed that the piece's loss will have."""
+        seed_layer(current_call(), AFTER_LAYERS)
+        return read(output, piece.batch)
 
     def backward(self, piece: Piece, output: ModelOutput, penalty: Callable[[], Tensor | None]) -> None:
         """Add a micro-batch's loss to the sums, and run its backward pass."""
@@ -164,6 +170,33 @@ class WindowEngine:
         if self.splitting is None:
             return attempt([[batch] for batch in window.batches])
         return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
+
+    def score(self, model: TunedModel, objective: Objective, window: Window, read: Read) -> list[Tensor]:
+        """The values that `read` computes from each micro-batch's output, on the device and without gradient. They are
+        the values that `run_window` computes later from the same batches, because parts, modes and seeds are the same.
+
+        `read` returns one value for each row or token, so that the values of the parts of a micro-batch follow each
+        other. If memory runs out, the micro-batch is split, here and in `run_window`.
+        Raises: ResourceError if a single document does not fit into memory (only with `splitting`).
+        """
+
+        def attempt(parts: list[list[Batch]]) -> list[Tensor]:
+            run = WindowRun(self, model, objective, window, torch.ones(1, dtype=torch.float64))
+            with torch.no_grad(), model.training_mode(True), model.unchanged_weights(), model.clearing_on_failure():
+                values = iter(list(self._read_outputs(run, pieces_of(window, parts, 1), read)))
+            return [torch.cat([next(values) for _ in pieces]) for pieces in parts]
+
+        if self.splitting is None:
+            return attempt([[batch] for batch in window.batches])
+        return self.splitting.run(objective.rows, window.batches, attempt, model.clear_gradient, window.step + 1)
+
+    def _read_outputs(self, run: WindowRun, pieces: Sequence[Piece], read: Read) -> Iterator[Tensor]:
+        """Yields the values that `read` computes from the output of each piece."""
+        for piece in pieces:
+            run.computing(piece)
+            with calling(run.call(piece)) as call:
+                seed_layer(call, OUTSIDE_LAYERS)
+                yield run.read(piece, run.model.output(piece.batch.inputs), read)
 
     def make_up(self, model: TunedModel, objective: Objective, batch: Batch, forwards: int) -> None:
         """Run forward and backward of a batch `forwards` times with loss weight 0. Gradients do not change. Used on
