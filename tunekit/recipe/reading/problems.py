@@ -48,6 +48,13 @@ _MEANT_VALUES = {
     **dict.fromkeys(("flash", "fa2", "flash_attention"), "flash_attention_2"),
     "adam": "adamw",
 }
+_REMOVED = {  # keys of older versions: why they were removed, and what to do
+    ("training", "compile"): (
+        "was removed: it compiled almost nothing, because kernels replace norms first and layers with adapters were "
+        "not compiled",
+        "remove the key",
+    )
+}
 
 
 def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[Problem]:
@@ -63,6 +70,8 @@ def problems_of(error: ValidationError, section: KeyPath, draft: Draft) -> list[
 
 def unknown_key(key: KeyPath, draft: Draft) -> Problem:
     """The problem of an unknown key, with the name that was probably meant."""
+    if key in _REMOVED:
+        return draft.problem(key, *_REMOVED[key])
     name = str(key[-1])
     here = list(fields_at(key[:-1], draft))
     target = alias_target(name)
