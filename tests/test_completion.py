@@ -39,7 +39,7 @@ def completed(*words: str, shell: str = "bash", folder: Path | None = None) -> l
     [
         (["tra"], {"train"}),
         (["adapter", "c"], {"combine", "convert"}),
-        (["recipes", "sft-qlora-"], {"sft-qlora-compile", "sft-qlora-loftq", "sft-qlora-streamed"}),
+        (["recipes", "sft-qlora-"], {"sft-qlora-loftq", "sft-qlora-streamed"}),
         (["train", RECIPE, "--dry"], {"--dry-run"}),
         (["train", RECIPE, "--device", "c"], {"cpu", "cuda"}),
         (["eval", "run", "--metric", "rou"], {"rouge_l"}),

@@ -125,7 +125,6 @@ class Choice:
     activation_offload: str | bool = "auto"
     mlp_tile_tokens: int | None = None
     kernels: str = "none"
-    compiled: bool = False
     threads: int | None = None
     sampling_batch_size: int = 0
     shares: int = 1
@@ -134,7 +133,7 @@ class Choice:
     def common(self) -> tuple[object, ...]:
         """The settings that must be the same on all ranks, and that all ranks of a resumed run take from its plan."""
         micro_batches = self.micro_batch_size, self.gradient_accumulation_steps
-        return (*micro_batches, self.kernels, self.compiled, self.sampling_batch_size)
+        return (*micro_batches, self.kernels, self.sampling_batch_size)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def plan_lines(row: Row, plan: dict[str, Any]) -> list[str]:
     """A row's plan as text."""
     packed = "" if row.quantization == "none" else f", {row.quantization}"
     where = "resident" if row.engine == "resident" else f"streamed from {row.engine}"
-    ways = (", compiled layers" if row.compiled else "") + (", liger kernels" if row.kernels != "none" else "")
+    ways = ", liger kernels" if row.kernels != "none" else ""
     kind = "documents packed into" if row.documents else "rows of"
     lines = [
         f"\n{row.name} ({row.goal}, {row.tool}): {row.model}, {plan['parameters'] / 1e9:.2f}e9 parameters{packed}, "

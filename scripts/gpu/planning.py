@@ -62,7 +62,6 @@ def training_section(row: Row) -> TrainingSection:
         max_steps=row.steps,
         micro_batch_size=row.rows,
         gradient_accumulation_steps=row.micro_batches,
-        compile=row.compiled,
         kernels=row.kernels,
     )
 
@@ -78,7 +77,6 @@ def row_choice(row: Row, vocabulary_size: int, checkpointed: int) -> Choice:
         pass_micro_batches=row.pass_size,
         mlp_tile_tokens=row.tile_tokens,
         kernels=row.kernels,
-        compiled=row.compiled,
     )
 
 

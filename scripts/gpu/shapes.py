@@ -75,7 +75,6 @@ class Row:
     r: int = 16
     targets: str = "all-linear"
     checkpointing: str | int = "auto"
-    compiled: bool = False
     kernels: str = "none"
     tile_tokens: int | None = None  # of MLPs
     steps: int = 8
@@ -152,7 +151,6 @@ ROWS: list[Row] = [
     Row("8b-nf4-128k", "G7", **LONG_8B, **NF4, length=2**17, steps=2),
     Row("8b-nf4-256k", "G7", **LONG_8B, **NF4, length=2**18, steps=1),
     Row("8b-bf16-packed", "G3", **FULL_8B, documents=True),
-    Row("8b-bf16-compiled", "G3", **FULL_8B, compiled=True),
     Row("8b-bf16-liger", "G3", **FULL_8B, kernels="liger"),
     Row("8b-fp8", "G3", **FULL_8B, quantization="fp8"),
     Row("8b-nf4-24gb", "G4", **FULL_8B, **NF4, cap_bytes=24 * GIB),

@@ -42,7 +42,6 @@ ORDER = (
     "test_float8_products_are_those_of_the_double",
     "test_speed_and_memory_are_recorded_for_each_step",
     "test_liger_kernels_give_the_same_gradient",
-    "test_compiled_layers_give_the_same_curve",
 )
 
 

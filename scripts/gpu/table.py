@@ -50,7 +50,6 @@ def _line(cells: Any) -> str:
 def _cells(row: Row, found: dict[str, Any]) -> list[str]:
     weights = {"none": "bf16", "fp8": "fp8 (approximate)"}.get(row.quantization, row.quantization)
     weights += "" if row.engine == "resident" else f", streamed from {row.engine}"
-    weights += ", compiled layers" if row.compiled else ""
     weights += f", {row.kernels} kernels" if row.kernels != "none" else ""
     weights += f", capped to {_gib(row.cap_bytes)}" if row.cap_bytes else ""
     first = [row.name, row.goal, row.tool, row.model, weights, f"{row.step_tokens:,}"]

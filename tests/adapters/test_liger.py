@@ -15,8 +15,8 @@ from tests.adapters.test_joined_lora import adapted, gradients
 from tests.model.test_families import make_net
 from tests.support.train_case import write_recipe
 from tunekit.adapters.kernels.liger import liger_places, use_liger
-from tunekit.planning import compiling
-from tunekit.planning.compiling import kernel_problems
+from tunekit.planning import kernels
+from tunekit.planning.kernels import kernel_problems
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
@@ -106,7 +106,7 @@ def test_plan_refuses_them_where_they_cannot_run(
     plan, _ = make_plan(load_recipe(recipe), device=torch.device("cpu"))
     assert [refusal.key for refusal in plan.refusals] == ["training.kernels"]
     assert any("liger-kernel computes 5 norms" in note for note in plan.notes)
-    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     (problem,) = kernel_problems("liger", torch.device("cuda"))
     assert "pip install liger-kernel" in problem.how
     assert not list(kernel_problems("none", torch.device("cpu")))

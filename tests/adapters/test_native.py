@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from tunekit.model.call import Call, calling
 from tunekit.model.native import library
 from tunekit.model.native.attention import attend_natively
 from tunekit.model.native.library import NoKernels, load_kernels
-from tunekit.planning import compiling
-from tunekit.planning.compiling import planned_kernels
+from tunekit.planning import kernels
+from tunekit.planning.kernels import planned_kernels
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
@@ -257,6 +258,26 @@ def test_a_cache_that_does_not_serve_is_not_used(tmp_path: Path, monkeypatch: py
         load_kernels.cache_clear()
 
 
+def test_a_resumed_run_keeps_its_kernels(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They round differently: what another machine would choose must not matter."""
+    loaded = load_recipe(write_recipe(tmp_path, tiny_llama, training={"kernels": "auto"}))
+    chosen = make_plan(loaded, device=CPU)[0].choice
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
+    for name in ("none", "native"):
+        previous = replace(chosen, kernels=name)
+        plan, _ = make_plan(loaded, device=CPU, previous=previous)
+        assert plan.choice.kernels == name
+        told = "so that all ranks, and a run that is resumed, round the same"
+        assert any(told in note for note in plan.notes) is (name == "native")
+
+    def absent() -> None:
+        raise NoKernels("there is no C compiler")
+
+    monkeypatch.setattr(kernels, "load_kernels", absent)
+    plan, _ = make_plan(loaded, device=CPU, previous=previous)
+    assert ["there is no C compiler" in refusal.message for refusal in plan.refusals] == [True]
+
+
 @needs_kernels
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "kernels.c"
@@ -273,7 +294,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_only_what_can_use_them_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "load_kernels", lambda: None)
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)
     net, _ = native_net()
     assert planned_kernels("auto", net, CPU, torch.bfloat16)[0] == "native"
     assert planned_kernels("auto", net, torch.device("cuda"), torch.bfloat16) == ("none", "")

@@ -106,6 +106,10 @@ def test_a_permission_may_change() -> None:
     assert compare_fingerprints(facts(old), facts(new)) == []
 
 
+def test_a_removed_key_is_no_difference() -> None:
+    assert compare_fingerprints(facts(changed("training.compile", False)), facts()) == []
+
+
 def test_data_base_versions_and_device_are_told_apart() -> None:
     assert [name for name, _ in compare_fingerprints(facts(), facts(data="other"))] == ["data"]
     assert [name for name, _ in compare_fingerprints(facts(), facts(base="other"))] == ["model"]

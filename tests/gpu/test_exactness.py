@@ -1,4 +1,4 @@
-"""What must be equal, on a GPU: packed and alone, fused and plain, recomputed, resumed, streamed, compiled."""
+"""What must be equal, on a GPU: packed and alone, fused and plain, recomputed, resumed, streamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from tests.adapters.test_joined_lora import unfused
 from tests.support import pair_case
 from tests.support.data_case import objective_of
 from tests.support.loop_case import Case, ListedRows, make_case, make_rows
-from tests.training.test_compiling import compiled_case, needs_compiler
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.adapters.kernels.liger import use_liger
 from tunekit.contracts import Batch, Window
@@ -153,22 +152,6 @@ def test_liger_kernels_give_the_same_gradient(folder: Path, gpu: torch.device, d
     ours = gradient_of(case, [batch])
     assert difference(ours[0], plain[0]) < TOLERANCE[dtype]
     assert difference(ours[1], plain[1]) < TOLERANCE[dtype]
-
-
-@pytest.mark.slow
-@needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_layers_give_the_same_curve(
-    folder: Path, device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if device.type == "cuda":
-        pytest.importorskip("triton", reason="inductor needs triton on a GPU")
-    torch._dynamo.reset()
-    settings = {"training": training(), "device": device, "model": section(folder, dtype), "checkpointed": 1}
-    plain, compiled = (compiled_case(folder, on, monkeypatch, packing=True, **settings) for on in (False, True))
-    plain.run()
-    compiled.run()
-    assert compiled.losses == pytest.approx(plain.losses, rel=TOLERANCE[dtype])
 
 
 def test_float8_products_are_those_of_the_double(gpu: torch.device) -> None:

@@ -75,6 +75,23 @@ def test_several_values_are_for_a_sweep(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("value", ["true", "false", "auto"])
+def test_a_removed_key_is_refused_with_its_reason(tmp_path: Path, value: str) -> None:
+    reason = (
+        "training.compile: was removed: it compiled almost nothing, because kernels replace norms first and layers "
+        "with adapters were not compiled; remove the key"
+    )
+    text = f"model: m\ndata: {{train: a}}\noutput: {{dir: out}}\ntraining:\n  seed: 1\n  compile: {value}\n"
+    assert problems_of(text, tmp_path) == [f"recipe.yaml:6: {reason}"]
+    assert problems_of(SMALL, tmp_path, f"training.compile={value}") == [f"command line: {reason}"]
+    load(text, tmp_path, "~training.compile")
+    (tmp_path / "plan.json").touch()  # a run folder: older versions saved all keys there
+    if value == "true":
+        assert problems_of(text, tmp_path) == [f"recipe.yaml:6: {reason}"]
+    else:
+        load(text, tmp_path)
+
+
 def test_every_problem_at_once_by_line(tmp_path: Path) -> None:
     text = (
         "model: {name_or_path: m, quantizaton: nf4, dtype: bf16, trust_remote_code: no}\n"

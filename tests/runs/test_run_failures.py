@@ -134,6 +134,38 @@ def test_a_changed_recipe_is_refused_before_the_base_is_loaded(recipe: Path, who
     assert "loading" not in ended.output
 
 
+def test_a_run_of_an_older_version_continues_unless_its_layers_were_compiled(
+    recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Older versions wrote training.compile into recipe.yaml and the fingerprint, and `compiled` into plan.json."""
+
+    def before() -> None:
+        from tunekit.training import run_files
+
+        make = run_files.make_fingerprint
+
+        def older(values: Any, **facts: Any) -> Any:
+            return make({**values, "training": {**values["training"], "compile": False}}, **facts)
+
+        run_files.make_fingerprint = older
+
+    run = tmp_path / "run"
+    ended = train_in_child(recipe, run, before=before)
+    assert ended.code == 0, ended.output
+    lose_the_end(run)
+    saved = run / "recipe.yaml"
+    saved.write_text(saved.read_text().replace("\ntraining:\n", "\ntraining:\n  compile: false\n"))
+    plan = json.loads((run / "plan.json").read_text())
+    for compiled, code in ((True, 2), (False, 0)):
+        plan["choice"]["compiled"] = compiled
+        (run / "plan.json").write_text(json.dumps(plan))
+        ended = train_in_child(saved, run, resume=True)
+        assert ended.code == code, ended.output
+        assert ("plan.json: the run was trained with compiled layers" in ended.output) is compiled
+    assert result_bytes(run) == result_bytes(whole)
+    assert "compile" not in saved.read_text()
+
+
 def test_without_resume_a_folder_with_a_run_is_refused(recipe: Path, whole: Path) -> None:
     ended = train_in_child(recipe, whole)
     assert ended.code == 2

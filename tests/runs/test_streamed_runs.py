@@ -180,12 +180,6 @@ def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypa
         assert plans[-1].peak_bytes.total < plans[-2].peak_bytes.total
 
 
-def test_compiled_layers_cannot_be_streamed(tmp_path: Path, model: Path) -> None:
-    plan = plan_of(write_recipe(tmp_path / "recipe", model), "memory.streaming=disk", "training.compile=true")
-    assert "memory.streaming" in {refusal.key for refusal in plan.refusals}
-    assert any("training.compile" in refusal.message for refusal in plan.refusals)
-
-
 @pytest.mark.drawn
 def test_a_disk_too_full_for_the_sidecar_is_said(
     tmp_path: Path, model: Path, kept: Path, monkeypatch: pytest.MonkeyPatch

@@ -124,7 +124,6 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "training.gradient_accumulation_steps": (["1", "5"], NOT_COUNTS),
     "training.rank_speeds": (["null", "[2, 1]", "[0.5, 1, 3.5]", "[1]"], ["[]", "[1, 0]", "2", "[1, x]", "true"]),
     "training.loraplus_ratio": (["null", "16", "1.5"], NOT_POSITIVE),
-    "training.compile": (["auto", "false"], ["1", "null", "max-autotune"]),
     "training.deterministic": (["true", "false"], ["1", "null", "auto"]),
     "training.kernels": (["none"], ["ligers", "null", "true"]),
     "training.threads": (["null", "1", "8", "adaptive"], ["0", "-1", "1.5", "1025", "true", "auto", "[1]", "9" * 5000]),

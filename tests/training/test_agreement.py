@@ -13,7 +13,7 @@ import torch
 
 from tests.support.train_case import write_recipe
 from tunekit.errors import InputError
-from tunekit.planning import compiling
+from tunekit.planning import kernels
 from tunekit.recipe.load import load_recipe
 from tunekit.train import plan_session
 from tunekit.training.agreement import check_command, check_fingerprints, check_folder_is_shared
@@ -128,7 +128,7 @@ def test_a_rank_that_does_not_see_the_run_folder_is_named(make: Any, tmp_path: P
 def test_kernels_that_another_machine_lacks_are_not_used(
     make: Any, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "load_kernels", lambda: None)  # this machine has a C compiler
+    monkeypatch.setattr(kernels, "load_kernels", lambda: None)  # this machine has a C compiler
     recipe = write_recipe(tmp_path, tiny_llama, model={"dtype": "bfloat16"}, training={"kernels": "auto"})
     for other, used in (("native", "native"), ("none", "none")):
         session = make(lambda choice, other=other: {**choice, "kernels": other})[0]

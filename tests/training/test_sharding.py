@@ -154,7 +154,6 @@ def test_ranks_may_need_different_units_and_different_numbers_of_them(tmp_path: 
         (["adapter.start.method=eva"], "adapter.start: eva needs the whole base on one device"),
         (["memory.streaming=disk"], "memory.streaming: disk stores it on the host"),
         (["memory.streamed_head=true"], "memory.streamed_head stores a part of it on the host"),
-        (["training.compile=true"], "training.compile needs all layers on the device"),
         (["~adapter", "adapter.method=full"], "full trains the base's own weights"),
         (["~adapter", "adapter.method=prefix"], "the initial values of prefix need the whole base on one device"),
     ],

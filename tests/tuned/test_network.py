@@ -23,7 +23,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
 from tunekit.targets.target import find_target, load_target
-from tunekit.tuned.network import LayerForward, prepare_network
+from tunekit.tuned.network import prepare_network
 
 CPU = torch.device("cpu")
 
@@ -58,28 +58,18 @@ def test_a_simulated_network_is_put_together_like_the_real_one(tiny_llama: Path,
     assert {"model.layers.0", "model.layers.1", "model.layers.0.mlp"} <= replaced_forwards(real).keys()
 
 
-def test_a_layers_own_code_is_compiled_and_nothing_around_it(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[LayerForward] = []
-    monkeypatch.setattr("tunekit.tuned.network.compile_layers", given.extend)
-    base = load_model(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), device=CPU)
-    prepared(base, Choice(compiled=True, checkpointed_layers=1))
-    layers = [layer for _, layer in base.family.layers(base.net)]
-    assert [each.plain for each in given] == [type(layer).forward.__get__(layer) for layer in layers]
-
-
-def test_a_simulation_counts_other_kernels_and_runs_compiled_layers_plain(tiny_llama: Path) -> None:
+def test_a_simulation_counts_other_kernels(tiny_llama: Path) -> None:
     """liger's norms keep their input and one number a row, whether or not liger-kernel is installed."""
     section = ModelSection(name_or_path=str(tiny_llama), dtype="bfloat16")
     run = SimulatedRun(section, LoraSettings(r=4), objective_of(), TrainingSection(), Choice(), CPU)
     small = Choice(logits_chunk_tokens=64)  # so that the peak lies in the layers
     rows = make_rows(2, shortest=256, longest=256)
     batch = objective_of().rows.collate([[rows[0]], [rows[1]]])
-    plain, liger, compiled = (
+    plain, liger = (
         replace(run, choice=choice).training_step(batch).peak["activations"]
-        for choice in (small, replace(small, kernels="liger"), replace(small, compiled=True))
+        for choice in (small, replace(small, kernels="liger"))
     )
     assert liger < plain
-    assert compiled == plain
 
 
 def test_an_evaluation_computes_in_the_tiles_of_its_recipe(tmp_path: Path, tiny_llama: Path) -> None:

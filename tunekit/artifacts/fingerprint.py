@@ -103,6 +103,7 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
         (key, f"was {_shown(was)}, is {_shown(is_)}")
         for key, was, is_ in _changes(old, new, "recipe")
         if not (is_moved_file(key, was, is_, now) or key.endswith(".allow_code"))  # a permission changes no number
+        and key != "training.compile"  # it was removed; the plan of an older run states whether layers were compiled
     ]
     if old.get("data") != new.get("data"):
         differences.append(("data", "the training or evaluation rows differ (files, options or tokenizer)"))

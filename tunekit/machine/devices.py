@@ -34,8 +34,7 @@ REQUESTS = {
     "ACCELERATE_MIXED_PRECISION": (NOTHING, "set model.dtype in the recipe, and mixed_precision: 'no' in "
     "accelerate's "
     "configuration"),
-    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "set training.compile in the recipe, and remove dynamo from accelerate's "
-    "configuration"),
+    "ACCELERATE_DYNAMO_BACKEND": (NOTHING, "remove dynamo from accelerate's configuration"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
         (*NOTHING, "1"),
         "set training.gradient_accumulation_steps in the recipe, and gradient_accumulation_steps: 1 in accelerate's "

@@ -13,7 +13,7 @@ import torch
 
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
-from tunekit.planning.compiling import planned_compile, planned_kernels
+from tunekit.planning.kernels import planned_kernels
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice
 
@@ -26,7 +26,7 @@ RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs 
 
 
 def written_choice(
-    recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int, decided: Choice | None = None
+    recipe: Recipe, base: LoadedModel, device: torch.device, ranks: int, decided: Choice | None = None
 ) -> Choice:
     """A Choice that contains the recipe's settings. Fields that plan chooses have default values. `decided`: the
     settings of the run that is resumed, or of all ranks; their kernels are kept."""
@@ -39,7 +39,6 @@ def written_choice(
         activation_offload=memory.activation_offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
         kernels=planned_kernels(training.kernels, base.net, device, base.dtype, decided)[0],
-        compiled=planned_compile(training.compile, device, steps, decided)[0],
         # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
         shares=ranks,
@@ -73,7 +72,6 @@ class SearchSpace:
                 logits_chunk_tokens=chunk,
                 checkpointed_layers=fewest,
                 streaming=tier,
-                compiled=self.written.compiled and tier == "off",  # streamed layers cannot be compiled
                 pass_micro_batches=size,
             )
             for (rows, steps), chunk in itertools.product(self.micro_batches, self.logits_chunks)

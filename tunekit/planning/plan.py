@@ -31,10 +31,10 @@ from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning import refusals
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.choice import written_choice
-from tunekit.planning.compiling import compile_problems, kernel_problems, speed_notes
 from tunekit.planning.ends import end_notes
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import Forecast, largest_batch, supervised_tokens
+from tunekit.planning.kernels import kernel_notes, kernel_problems
 from tunekit.planning.memory import PlannedMemory, plan_memory
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.planning.starts import check_continued, reference_problems, start_bytes, start_notes, start_problems
@@ -129,7 +129,7 @@ def make_plan(
         findings.attempt(partial(check_continued, recipe.adapter, inputs.base, inputs.targets))
     findings.add([problem for facts in inputs.companion_facts for problem in facts.problems])
     decided = previous or shared
-    choice = written_choice(recipe, inputs.base, device, windows.steps, ranks, decided)
+    choice = written_choice(recipe, inputs.base, device, ranks, decided)
     findings.add(_run_problems(recipe, windows.steps, device, choice))
     forecast = _forecast(recipe, inputs, windows, settings, device, choice)
     rules = partial(allowed_tiers, base=inputs.base, device=device, companions=inputs.companion_facts, ranks=ranks)
@@ -142,7 +142,7 @@ def make_plan(
         settings = as_chosen(settings, memory.choice)
         windows = rows.windows(settings)
     plan = _assemble(loaded, device, inputs, windows, settings, (packing, reason), memory, findings)
-    plan.notes.extend(speed_notes(recipe.training, inputs.base, device, windows.steps, memory.choice, decided))
+    plan.notes.extend(kernel_notes(recipe.training.kernels, inputs.base.net, device, inputs.base.dtype, decided))
     largest = forecast.largest_batch(settings.micro_batch_size)
     facts = refusals.learned_length(inputs.base, inputs.virtual_tokens), kernel_packages(inputs.base.net)
     return plan, RunInputs(inputs.model, inputs.processor, rows, settings, inputs.adapter, largest, *facts)
@@ -272,8 +272,6 @@ def _run_problems(recipe: Recipe, steps: int, device: torch.device, choice: Choi
     method = load_method(recipe.adapter.method)
     found = method.run_conflicts(recipe.adapter, steps)
     problems = [Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}") for conflict in found]
-    whole = method.model is not None and not recipe.adapter.trains_base
-    problems += compile_problems(recipe.training.compile, choice.compiled, device, whole)
     return [*problems, *kernel_problems(choice.kernels, device)]
 
 

@@ -17,14 +17,13 @@ MakePlan = Callable[[LoadedRecipe, int, Choice | None], Plan]  # of a recipe, fo
 
 def shared_choice(choices: Sequence[Choice]) -> Choice:
     """The choice whose `common` settings all ranks use: the micro-batches that the rank with the least memory can hold,
-    and special kernels and compiled layers only if all ranks have them, because they round differently. It samples as
-    few completions together as the rank that can hold the fewest."""
+    and special kernels only if all ranks have them, because they round differently. It samples as few completions
+    together as the rank that can hold the fewest."""
     least = min(choices, key=lambda choice: choice.micro_batch_size or 0)
     same = len({choice.kernels for choice in choices}) == 1
-    compiled = all(choice.compiled for choice in choices)
     sampled = min(choice.sampling_batch_size for choice in choices)
     kernels = least.kernels if same else "none"
-    return replace(least, kernels=kernels, compiled=compiled, sampling_batch_size=sampled)
+    return replace(least, kernels=kernels, sampling_batch_size=sampled)
 
 
 def shards(loaded: LoadedRecipe, choices: Sequence[Choice]) -> LoadedRecipe:

@@ -34,8 +34,6 @@ def streaming_obstacle(
         return next(filter(None, obstacles))
     if recipe.adapter.needs_base_first and device.type != "cpu":
         return "the adapter's initialisation needs the whole base on the device at once"
-    if recipe.training.compile is True:
-        return "training.compile works only if all layers stay on the device"
     return None
 
 

@@ -109,6 +109,7 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
     """
     path = Path(path)
     draft = read_file(path)
+    _drop_compile(draft)
     tool = tool_of(draft)
     if tool == PEFT:
         how = f"convert it: `tunekit import {shlex.quote(str(path))} --output RECIPE`"
@@ -141,6 +142,13 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
         command = f"tunekit import {shlex.quote(str(path))} --output RECIPE"
         draft.rewrites.insert(0, f"{path} is a configuration of {tool}; to convert it, run `{command}`")
     return draft, tool
+
+
+def _drop_compile(draft: Draft) -> None:
+    """Drop training.compile, unless it is true, if the file is in a run folder: older versions saved all keys there."""
+    key = ("training", "compile")
+    if draft.get(key) in (False, "auto") and (Path(draft.file).parent / "plan.json").exists():
+        draft.remove(key)
 
 
 def check_draft(draft: Draft, tool: str | None) -> LoadedRecipe:

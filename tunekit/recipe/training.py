@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunekit.recipe.bases.section import (
-    AutoOrBool,
     Count,
     CountOrZero,
     NotNegative,
@@ -129,9 +128,6 @@ class TrainingSection(Section):
         "null: all ranks get equally many",
     )
     loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B divided by the rate of A")
-    compile: AutoOrBool = Field(
-        False, description="compile decoder layers with torch.compile; auto: on a GPU, in runs of 500 steps or more"
-    )
     kernels: Literal["auto", "none", "liger"] = Field(
         "auto",
         description="auto: C kernels for norms, SwiGLU and attention, in bfloat16 on a CPU with a C compiler; liger: "

@@ -59,13 +59,13 @@ class Lane:
     def base_key(self) -> BaseKey | None:
         """Identifies the base that this trial can share with other trials.
 
-        None if the trial must load the base for itself alone. This is so if it changes the base, compiles its layers or
-        streams the head, or if it streams layers and `runs_together` is false.
+        None if the trial must load the base for itself alone. This is so if it changes the base or streams
+        the head, or if it streams layers and `runs_together` is false.
         """
         if self.plan is None or self.prepared is None:
             return None
         choice, recipe = self.plan.choice, self.trial.loaded.recipe
-        if recipe.adapter.trains_base or choice.compiled or choice.streamed_head:
+        if recipe.adapter.trains_base or choice.streamed_head:
             return None
         if choice.streaming != "off" and not self.runs_together:
             return None

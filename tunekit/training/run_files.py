@@ -114,9 +114,15 @@ def previous_choice(session: Session) -> Choice | None:
 
 
 def choice_in(path: Path) -> Choice | None:
-    """The memory settings (Choice) in the plan of a run folder; None if there is no plan."""
+    """The memory settings (Choice) in the plan of a run folder; None if there is no plan.
+
+    Raises: RunFolderError if an older version trained the run with compiled layers.
+    """
     plan = read_json(path / "plan.json")
     choice = plan.get("choice") if isinstance(plan, dict) else None
+    if choice is not None and choice.pop("compiled", False):
+        what = "the run was trained with compiled layers (training.compile), which were removed and rounded differently"
+        raise RunFolderError(what, "start a new run in another output.dir", file=str(path / "plan.json"))
     return None if choice is None else Choice(**choice)
 
 

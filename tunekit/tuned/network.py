@@ -1,9 +1,9 @@
 """Builds the network for training, measurement or simulation from a loaded base and the settings that plan chose. The
-order of steps is always the same. This module also compiles decoder layers if plan chose that."""
+order of steps is always the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,9 @@ from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weights, shared_slots, stream_base
 from tunekit.memory.tiling import tile_layers
 from tunekit.memory.vocabulary import HeadParts, head_obstacle, stream_head
-from tunekit.model.attention.documents import uncompiled_attention
-from tunekit.model.attention.padding_free import uncompiled_rows
 from tunekit.model.load import LoadedModel
-from tunekit.model.quantized.weights import packed_layers
 from tunekit.records import Choice
 from tunekit.tuned.model import TunedModel
-
-MAX_VARIANTS = 64  # variants of a function; with more, torch would switch to uncompiled code, whose rounding differs
 
 
 def prepare_network(
@@ -40,18 +35,16 @@ def prepare_network(
     devices: Devices | None = None,
 ) -> TunedModel:
     """Add the features that `choice` selects to the base's network, in this order: checkpointing, adapter, MLPs in
-    tiles, faster kernels, compiled layers, streaming.
+    tiles, faster kernels, streaming.
 
     `attach` attaches the adapter. The layers already have seeds and checkpointing then, because an initialisation with
     calibration data runs them. Adapted layers are replaced or moved only afterwards.
-    `planned_for`: the run's device, if the base is on the meta device. Then layers are not compiled, because that does
-    not change the memory. `devices`: the ranks that share a sharded base.
+    `planned_for`: the run's device, if the base is on the meta device. `devices`: the ranks that share a sharded base.
     Raises: ModelError if an MLP cannot be computed in tiles, and the errors of `attach`.
     """
     layers, frozen = base.family.layers(base.net), layer_weights(base)
     tables = divided_tables(base) if choice.streaming == TIER else []
     modules = [layer for _, layer in layers]
-    forwards = wrap_forwards(modules) if choice.compiled and planned_for is None else []
     store = make_store(choice.activation_offload, planned_for or base.device, simulated=planned_for is not None)
     prepare_layers(modules, choice.checkpointed_layers, store)
     shared = None if attach is None else shared_slots(base)
@@ -64,7 +57,6 @@ def prepare_network(
         use_liger(base.net)
     if choice.kernels == "native" and planned_for is None:
         use_native(base.net)
-    compile_layers(forwards)
     if choice.streaming == TIER:
         used = [(weight, modules) for weight in tables if (modules := _plain_users(base.net, weight))]
         slots: LayerSlots | None = shard_base(base, frozen, used, choice.shares, devices)
@@ -101,58 +93,3 @@ def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
     if embedding is not None:  # otherwise layer streaming has already done this
         gather_on_host(embedding, base.device)
     return stream_head(cast(nn.Linear, module), base.device, tier, base.net)
-
-
-class LayerForward:
-    """Replaces a layer's forward, so that it can be compiled for training later.
-
-    The model's own code of a layer (norms, residuals, rotary embeddings) is compiled once for all similar layers.
-    Adapted and quantized layers, layers of joined_lora.py, and attention per document are not compiled, because each is
-    already one autograd function or one kernel. Forwards without gradients (evaluation, generation) and forwards before
-    `compile_layers` run uncompiled.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer, self.plain = layer, layer.forward
-        self.compiled: Callable[..., Any] | None = None
-
-    def __call__(self, *inputs: object, **named: object) -> object:
-        if self.compiled is not None and torch.is_grad_enabled():
-            return self.compiled(*inputs, **named)
-        return self.plain(*inputs, **named)
-
-
-def wrap_forwards(layers: Sequence[nn.Module]) -> list[LayerForward]:
-    """Replace each layer's forward by a LayerForward, before anything else wraps it."""
-    forwards = [LayerForward(layer) for layer in layers]
-    for forward in forwards:
-        forward.layer.forward = forward
-    return forwards
-
-
-def compile_layers(forwards: Sequence[LayerForward]) -> None:
-    """Use compiled layers from the next training forward on. The adapter must already be attached.
-
-    Sizes are symbolic from the first compilation on, so that kernels do not depend on the first batch. A resumed run
-    therefore computes the same as an uninterrupted run.
-    """
-    if not forwards:
-        return
-    from torch._dynamo import config
-
-    uncompiled_attention()
-    uncompiled_rows()
-    for forward in forwards:
-        for module in forward.layer.modules():
-            if _stays_uncompiled(module):
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
-        limited = config.patch(recompile_limit=MAX_VARIANTS)  # applied to each call
-        forward.compiled = limited(torch.compile(forward.plain, dynamic=True))
-
-
-def _stays_uncompiled(module: nn.Module) -> bool:
-    """Whether compiled code must call this module uncompiled, because the module has an adapter, is quantized, or has a
-    replaced forward, such as a fused MLP."""
-    forward = module.__dict__.get("forward")
-    replaced = forward is not None and not isinstance(forward, LayerForward)
-    return replaced or isinstance(module, Wrapper) or bool(packed_layers(module).get(""))

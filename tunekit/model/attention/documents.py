@@ -149,15 +149,6 @@ def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:
     return size in HEAD_SIZES
 
 
-def uncompiled_attention() -> None:
-    """Exclude attention per document from compilation, because it is one kernel call or a loop of varying length."""
-    from transformers import AttentionInterface
-
-    _register()
-    for name, function in _functions().items():
-        AttentionInterface.register(name, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
-
 def may_be_packed(net: nn.Module) -> bool:
     """False if the net surely mixes the documents of a packed row. True if it attends document by document, if it makes
     its mask from positions, or if a trial on the meta device is impossible."""

@@ -135,13 +135,6 @@ def skip_padding(net: nn.Module, layers: Sequence[nn.Module], device: torch.devi
     layers[-1].register_forward_hook(_restore_padding)
 
 
-def uncompiled_rows() -> None:
-    """Exclude attention of rows without padding from compiled layers."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(NAME, torch.compiler.disable(_attend))  # type: ignore[no-untyped-call]
-
-
 def _remove_padding(
     layer: nn.Module, inputs: tuple[Any, ...], named: Tensors
 ) -> tuple[tuple[Any, ...], Tensors] | None:

@@ -171,7 +171,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **nowhere(exactly("bfd", how="write data.excess_length: split"), "packing_strategy"),
     **nowhere(exactly("CAUSAL_LM", how="write objective"), "lora_task_type"),
     **to("memory.activation_offload", "activation_offloading", by=switch(True)),
-    **to("training.compile", "torch_compile", by=one_of({True: True, False: NOTHING, "auto": "auto"})),
+    **dropped("tunekit does not compile layers", "torch_compile"),
     **to("adapter.target_parameters", "lora_target_parameters"),
     **nowhere(values.plugins, "plugins"),
     **dropped("kernels change no result, and training.kernels chooses them", "liger_rope", "liger_rms_norm"),

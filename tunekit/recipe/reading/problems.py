@@ -39,7 +39,11 @@ _MEANT_KEYS = {
     "accumulation_steps": "gradient_accumulation_steps",
     "targets": "target_modules",
 }
-_REMOVED_KEYS = {("sweep", "joined"): "joined trials were slower than separate steps"}  # and why they were removed
+_REMOVED_KEYS = {  # keys of older versions, and why they were removed
+    ("sweep", "joined"): "joined trials were slower than separate steps",
+    ("training", "compile"): "it compiled almost nothing, because kernels replace norms first and layers with adapters "
+    "were not compiled",
+}
 _MEANT_VALUES = {
     **dict.fromkeys(("int4", "4bit", "4", "bnb", "bnb_nf4", "qlora"), "nf4"),
     **dict.fromkeys(("8bit", "8", "llm.int8"), "int8"),

@@ -75,8 +75,6 @@ def unsharded_reason(recipe: Recipe) -> str | None:
         return f"memory.streaming: {memory.streaming} stores it on the host"
     if memory.streamed_head:
         return "memory.streamed_head stores a part of it on the host"
-    if recipe.training.compile is True:
-        return "training.compile needs all layers on the device"
     return None
 
 
