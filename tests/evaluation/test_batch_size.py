@@ -63,7 +63,7 @@ def in_one_step(evaluator: Evaluator) -> float:
     objective, rows = evaluator.objective, evaluator.rows
     batch = objective.rows.collate([[rows[number]] for number in range(len(rows))])
     with undisturbed(evaluator.model):
-        window = objective.prepare(ModelRun(evaluator.model, objective.rows), Window(0, 0.0, (0,), (batch,)))
+        window = objective.prepare_step(ModelRun(evaluator.model, objective.rows), Window(0, 0.0, (0,), (batch,)))
         loss = objective.loss.loss(evaluator.model.output(window.batches[0].inputs), window.batches[0])
     return float(loss.total) / len(rows)
 

@@ -115,7 +115,7 @@ class Told:
         batches = [objective.rows.collate([[row] for row in self.rows[start:stop]]) for start, stop in pairwise(starts)]
         with log_probabilities_of(self._of_batch):
             window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
-            window = objective.prepare(run_of(objective.rows), window)
+            window = objective.prepare_step(run_of(objective.rows), window)
             outputs: Any = [(Output("policy", batch), batch) for batch in window.batches]
             losses = [objective.loss.loss(*pair) for pair in outputs]
             sums = [objective.loss.sums(*pair) for pair in outputs]
@@ -131,7 +131,7 @@ class Told:
         batches = tuple(objective.rows.collate([[row]]) for row in rows)
         window = Window(0, 0.0, tuple(range(len(rows))), batches)
         with log_probabilities_of(self._of_batch):
-            window = objective.prepare(run_of(objective.rows, gather), window)
+            window = objective.prepare_step(run_of(objective.rows, gather), window)
         return [float(row.parts["matched"]) for batch in window.batches for row in batch.rows]
 
     def _of_batch(self, name: str, batch: Batch) -> Tensor:

@@ -183,7 +183,7 @@ class Case:
         batches, loss = tuple(kind.collate(group) for group in groups), objective.loss
         assert isinstance(loss, SampledLoss)
         with self.log_probabilities():
-            window = objective.prepare(run, Window(3, 0.0, tuple(range(len(batches))), batches, 5))
+            window = objective.prepare_step(run, Window(3, 0.0, tuple(range(len(batches))), batches, 5))
             if self.off_policy:
                 window = kind.with_tokens(window, "old", run.score(window.batches, loss.token_scores))
             losses = [loss.loss(Output(self.policy, batch), batch) for batch in window.batches]

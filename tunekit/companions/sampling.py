@@ -1,5 +1,4 @@
-"""Companion that samples completions during training. It plans the memory for sampling, and keeps the last samples,
-which later steps may reuse."""
+"""Companion that samples completions during training. It plans the memory for sampling."""
 
 from collections.abc import Iterator
 from math import prod
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tunekit.companions.base import PlanContext
-from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, CountingAs, RunView, Window
+from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, CountingAs, RunView
 from tunekit.errors import Problem
 from tunekit.model.attention.self_attention import attention_sizes
 from tunekit.model.load import LoadedModel
@@ -20,14 +19,13 @@ from tunekit.tuned.fit import longest_tokens
 
 
 class Sampler(Companion):
-    """The companion that samples completions. `window`: the micro-batches of the last step with new samples.
+    """The companion that samples completions.
 
     A simulation assumes that `sampling_batch_size` completions are generated in parallel. `prompt_tokens` and
     `new_tokens`: the maximum number of tokens of a prompt, and of a completion.
     """
 
     rehearses = True
-    window: Window | None = None
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)

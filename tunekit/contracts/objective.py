@@ -151,7 +151,7 @@ class RowKind:
         return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Make a batch with one line per sequence of rows. Values that `prepare` added to the rows become targets."""
+        """Make a batch with one line per sequence of rows. Values that `prepare_step` added to the rows become targets."""
         raise NotImplementedError
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
@@ -215,8 +215,9 @@ class LossKind:
         """Values to save in the adapter's folder: chosen in an evaluation, or read from a trained adapter."""
         return {}
 
-    def prepare(self, run: RunView, window: Window) -> Window:
-        """Add values that depend on the whole step to this rank's micro-batches. They have no gradient."""
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+        """Add values that depend on the whole step to this rank's micro-batches. They have no gradient. All ranks call
+        this together. `earlier`: the prepared previous step, if this step may reuse its samples."""
         return window
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
@@ -369,9 +370,11 @@ class Objective:
         """A copy whose rows are encoded with these options."""
         return replace(self, rows=self.rows.with_options(options))
 
-    def prepare(self, run: RunView, window: Window) -> Window:
-        """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs."""
-        return self.loss.prepare(run, draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None = None) -> Window:
+        """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs.
+        `earlier`: see LossKind.prepare_step."""
+        window = draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window
+        return self.loss.prepare_step(run, window, earlier)
 
 
 def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:

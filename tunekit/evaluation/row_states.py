@@ -101,8 +101,8 @@ class _HiddenReader(LossKind):
         self.loss_kind, self.last = loss, last
         self.hidden: dict[int, NDArray[np.float32]] = {}  # row number -> (D,)
 
-    def prepare(self, run: RunView, window: Window) -> Window:
-        return self.loss_kind.prepare(run, window)
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+        return self.loss_kind.prepare_step(run, window, earlier)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         states = self.last() if output.hidden is None else output.hidden

@@ -55,7 +55,7 @@ def undisturbed(model: TunedModel) -> Iterator[None]:
 
 def prepared(model: TunedModel, objective: Objective, batch: Batch) -> Batch:
     """The batch after the objective has prepared it, in the same way as the batches of a training step."""
-    return objective.prepare(ModelRun(model, objective.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
+    return objective.prepare_step(ModelRun(model, objective.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
 
 
 def summed_evaluation(

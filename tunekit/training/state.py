@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Batch, Engine, Objective, Processor, WindowSource
+from tunekit.contracts import Batch, Engine, Objective, Processor, Window, WindowSource
 from tunekit.data.batching.windows import BatchSettings
 from tunekit.data.rows import RowSet
 from tunekit.evaluation.evaluator import Evaluation, is_better
@@ -104,6 +104,7 @@ class Run:
     warn: Callable[[str], None] = lambda text: None
     shows: Shows = DEFAULT_SHOWS
     pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
+    earlier: Window | None = None  # the prepared previous step, if several steps reuse its samples
     spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
 
     @property
@@ -115,6 +116,12 @@ class Run:
     def view(self) -> ModelRun:
         """The parts of the run that the objective and its companions (auxiliary models) may use."""
         return ModelRun(self.model, self.objective.rows, self.devices.gather)
+
+    def prepare_step(self, window: Window) -> Window:
+        """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
+        prepared = self.objective.prepare_step(self.view(), window, self.earlier)
+        self.earlier = prepared if self.objective.loss.updates_per_sampling > 1 else None
+        return prepared
 
     @property
     def can_resume(self) -> bool:

@@ -108,7 +108,7 @@ def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch
 
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
     """The batch, prepared by the objective for a dry-run step."""
-    return run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
+    return run.objective.prepare_step(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
 
 
 def measured_speeds(run: Run, batch: Batch) -> list[float]:

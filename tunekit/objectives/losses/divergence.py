@@ -33,7 +33,7 @@ class DivergenceLoss(LossKind):
     teacher: str  # key of the companion
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Add the teacher's last hidden states to each row of the step. From these the loss computes the teacher's
         logits, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask."""
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]

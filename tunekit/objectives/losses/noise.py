@@ -51,7 +51,7 @@ class DiffusionLoss(LossKind):
         """A copy of the loss for evaluation, at fixed diffusion times."""
         return self.evaluation_copy()
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Add noisy latents, their diffusion times and their targets to each row of the step. A row that already has
         latents is not changed."""
         return draw_rows(run.rows, window, partial(self._prepared, run))

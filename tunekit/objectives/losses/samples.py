@@ -55,7 +55,7 @@ class SampledLoss(LossKind):
     """Turns rewards into advantages, and advantages into a loss, divided by the step's number of completions.
     Subclasses define `loss`.
 
-    `prepare` samples the completions with the seed hash(seed, step, row, completion), and computes advantages from the
+    `prepare_step` samples the completions with the seed hash(seed, step, row, completion), and computes advantages from the
     rewards of the whole step on all ranks. If several steps reuse samples, they learn from the same completions.
 
     `measures`: the loss is for evaluation, with one greedy completion of each row.
@@ -101,7 +101,7 @@ class SampledLoss(LossKind):
         each batch, which is subtracted from the rewards, or None. Called only if the loss has a KL."""
         raise NotImplementedError
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Sample completions of the step's prompts, and add them with all values that the loss needs.
 
         A simulated or dry-run step does not sample. It uses completions of the maximum length, and calls no rewards.
@@ -109,8 +109,10 @@ class SampledLoss(LossKind):
         """
         kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
         if not (dry or self.measures) and window.step % self.updates_per_sampling:
-            previous = run.companion(SAMPLING).window  # a run resumes only at a step that samples
-            return replace(window, batches=previous.batches, preparation=previous.preparation)
+            assert earlier is not None  # a run resumes only at a step that samples
+            # A calibration may shorten its last step.
+            batches = earlier.batches[: len(window.batches)]
+            return replace(window, batches=batches, preparation=replace(earlier.preparation, seconds={}))
         rows, start = [row for batch in window.batches for row in batch.rows], monotonic()
         groups = [kind.longest_samples(row) for row in rows] if dry else self.sampled(run, window, rows)
         sampled = monotonic()
@@ -126,8 +128,6 @@ class SampledLoss(LossKind):
         window, penalties = self.compared(run, window) if self.reference else (window, None)
         window, metrics = self._with_advantages(run, window, groups, scores, penalties)
         samples = self._shown(rows, groups, scores, window)
-        if not dry:
-            run.companion(SAMPLING).window = replace(window, preparation=Preparation(metrics, {}, samples))
         return replace(window, preparation=Preparation(metrics, seconds, samples))
 
     def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
