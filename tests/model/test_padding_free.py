@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.model.attention import padding_free
-from tunekit.model.attention.padding_free import PROVEN, TOKENS, RealTokens, _RowAttention, real_tokens, skip_padding
+from tunekit.model.attention.padding_free import PROVEN, _RowAttention, skip_padding
+from tunekit.model.attention.real_tokens import TOKENS, RealTokens, real_tokens
 from tunekit.model.call import Call, calling
 from tunekit.model.dropout import dropout_noise, quicken_dropout
 

@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import torch
 
+from tunekit.model.attention.real_tokens import RealTokens
 from tunekit.model.attention.segments import Segments
 
 # Seeds for random numbers drawn outside the layers: embedding dropout before them, an adapted head's dropout after
@@ -34,7 +35,7 @@ class Call:
     segments: Segments | None = None
     adapter_of_row: tuple[str | None, ...] | None = None
     lanes: tuple[int, ...] = ()
-    real_tokens: object = None
+    real_tokens: RealTokens | None = None
     fuses: bool = False
 
 
