@@ -48,12 +48,19 @@ def log_probabilities_of(of_batch: Callable[[str, Batch], Tensor]) -> Iterator[N
 def run_of(rows: RowKind, gather: Gather = list, positions: int | None = None) -> ModelRun:
     """A run whose model gives Outputs. `positions`: those that the model has learned."""
 
-    def score_batches(batches: Sequence[Batch], read: Any, *, reference: bool = False) -> list[Tensor]:
-        return [read(Output("reference" if reference else "policy", batch), batch).detach() for batch in batches]
+    scored = ["policy"]  # or reference
+
+    @contextmanager
+    def scoring(*, reference: bool) -> Iterator[None]:
+        scored[:] = ["reference" if reference else "policy"]
+        yield
+
+    def scores(batches: Sequence[Batch], read: Any) -> list[Tensor]:
+        return [read(Output(scored[0], batch), batch).detach() for batch in batches]
 
     base = SimpleNamespace(net=None, family=SimpleNamespace(learned_positions=lambda net: positions))
     more = {"base": base, "virtual_tokens": 0, "reference_scores": {}, "repeats_rows": False, "companions": {}}
-    model: Any = SimpleNamespace(score_batches=score_batches, device=torch.device("cpu"), **more)
+    model: Any = SimpleNamespace(scoring=scoring, scores=scores, slots=None, device=torch.device("cpu"), **more)
     return ModelRun(model, rows, gather)
 
 

@@ -4,7 +4,7 @@ contains."""
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch, Engine, Objective, Processor, Window, WindowSource
@@ -17,7 +17,7 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Shows, StepRecord
+from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Reaction, Shows, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
@@ -115,7 +115,15 @@ class Run:
 
     def view(self) -> ModelRun:
         """The parts of the run that the objective and its companions (auxiliary models) may use."""
-        return ModelRun(self.model, self.objective.rows, self.devices.gather)
+        return ModelRun(self.model, self.objective.rows, self.devices.gather, on_split=self._note_split)
+
+    def _note_split(self, size: str) -> None:
+        """Warn and record that memory ran out while a step was prepared, once for each size."""
+        what = f"{size} ran out of memory while a step was prepared"
+        if all(reaction["probe"] != what for reaction in self.state.reactions):
+            action = "split in two, which does not change the result"
+            self.state.reactions.append(asdict(Reaction(what, action, self.state.step + 1)))
+            self.warn(f"step {self.state.step + 1}: {what}; split in two")
 
     def prepare_step(self, window: Window) -> Window:
         """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
