@@ -344,17 +344,17 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     micro-batches and however often the run is begun anew."""
     plain = train(write_recipe(tmp_path / "plain", base, objective={"precompute_ref_log_probs": False}))
     asked: list[int] = []
-    scored = TunedModel.score_batches
+    scored = ModelRun.reference
 
-    def counted(self: Any, batches: Any, score: Any, *, reference: bool = False) -> Any:
-        if reference and self.device.type == "cpu" and step_is_real(self):
+    def counted(self: ModelRun, batches: Any, *values: Any) -> Any:
+        if self.model.device.type == "cpu" and step_is_real(self.model):
             asked.extend(len(batch.rows) for batch in batches)
-        return scored(self, batches, score, reference=reference)
+        return scored(self, batches, *values)
 
     def step_is_real(model: Any) -> bool:
         return not next(model.base.net.parameters()).is_meta
 
-    monkeypatch.setattr(TunedModel, "score_batches", counted)
+    monkeypatch.setattr(ModelRun, "reference", counted)
     kept = {"objective": {"precompute_ref_log_probs": keeps}}
     run = train(write_recipe(tmp_path / "kept", base, **kept))
     assert asked == [1] * 24

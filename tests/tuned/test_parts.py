@@ -20,6 +20,7 @@ from tests.support.data_case import objective_of
 from tests.support.pair_case import make_rows
 from tests.support.train_case import records, tensors_of, train, without_times
 from tunekit.adapters.attach import attach_adapter
+from tunekit.companions.base import load_companions
 from tunekit.companions.rewards import RewardFunctions
 from tunekit.contracts import Batch, ModelOutput, Objective, Window
 from tunekit.errors import ResourceError
@@ -100,6 +101,25 @@ def test_halves_of_a_batch_have_its_scores(base: Path, tmp_path: Path, method: s
     limit_memory(model, 1)
     with pytest.raises(ResourceError, match="out of memory for a single document of size"):
         prepared(model, objective, batches, lambda size: None)
+
+
+def test_a_teacher_reads_halves_of_a_batch(base: Path, tmp_path: Path) -> None:
+    """Its hidden states at the supervised tokens of four rows in one micro-batch."""
+    write_recipe(tmp_path, base, pairs(1), objective={"method": "distill", "teacher": str(base)}, data={"eval": None})
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"text": "say {"very " * at}{at}"}}\n' for at in range(4)))
+    _, planned = make_plan(load_recipe(tmp_path / "recipe.yaml"), device=CPU)
+    objective, rows = planned.rows.objective, planned.rows.train
+    batch = objective.rows.collate([[rows[number]] for number in range(4)])
+    model, sizes = model_of(base, "off"), list[str]()
+    model.companions = load_companions(objective, CPU)
+    (teacher,) = model.companions.values()
+    (whole,) = prepared(model, objective, [batch], lambda size: pytest.fail("it fits"))
+    failed = limit_memory(vars(teacher)["_model"], batch.padded // 2)
+    (parts,) = prepared(model, objective, [batch], sizes.append)
+    assert failed
+    assert sizes
+    assert whole.targets["teacher"].shape[0] == batch.supervised
+    torch.testing.assert_close(parts.targets["teacher"], whole.targets["teacher"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
