@@ -22,7 +22,7 @@ class Call:
     micro-batch (for seeds), and the document boundaries in packed rows (`segments`).
 
     `adapter_of_row`: if rows use different adapters, the name of each row's adapter (None: the base alone).
-    `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
+    `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding.
     `lanes`: if several runs are trained in one forward (1, T), the number of tokens of each run, in order; else ().
     `fuses`: whether products with 4-bit weights may use a faster kernel that rounds differently (for generation).
     """
