@@ -38,7 +38,7 @@ from tunekit.targets.states import load_states
 from tunekit.targets.target import LoadedTarget, find_target
 from tunekit.training.influence import SIZE, _short_together, make_projection, row_gradients
 from tunekit.training.split_gradients import Take, split_gradients
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 
 SAVES = {"save_steps": 7, "keep_checkpoints": 9}
 WRONG_LINES = (8, 20)
@@ -245,13 +245,13 @@ def test_rows_that_are_computed_together_have_few_tokens_and_frames(
 def test_the_reference_scores_of_a_pair_are_computed_once(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All states share them, before training too; the losses are those without the cache."""
     counts: list[int] = []
-    scores = TunedModel.score_batches
+    reference = ModelRun.reference
 
-    def counted(model: TunedModel, batches: Sequence[Batch], score: Any, *, reference: bool = False) -> list[Any]:
-        counts.extend(len(batch.rows) for batch in batches if reference)
-        return scores(model, batches, score, reference=reference)
+    def counted(run: ModelRun, batches: Sequence[Batch], *values: Any) -> list[Any]:
+        counts.extend(len(batch.rows) for batch in batches)
+        return reference(run, batches, *values)
 
-    monkeypatch.setattr(TunedModel, "score_batches", counted)
+    monkeypatch.setattr(ModelRun, "reference", counted)
     shutil.rmtree(pairs.parent / "copy", ignore_errors=True)
     shutil.copytree(pairs, pairs.parent / "copy")
     result = ranked(pairs.parent / "copy", influence=True)

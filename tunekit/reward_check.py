@@ -36,7 +36,7 @@ from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.advantages import Rewards, mean, spread, teaches_nothing
-from tunekit.objectives.losses.samples import REWARD, SAMPLING, SampledLoss
+from tunekit.objectives.losses.samples import SampledLoss
 from tunekit.objectives.rows.prompts import Completion, completions_of, context_json
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.recipe.load import LoadedRecipe
@@ -78,7 +78,7 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
     settings = recipe.objective
     if not isinstance(settings, SampleSettings):
         raise InputError(f"objective {settings.method} has no reward", "name a recipe with objective: grpo or rloo")
-    rewards, size = make(CompanionSpec("rewards", REWARD, settings.reward)), settings.num_generations
+    rewards, size = make(CompanionSpec("rewards", "objective.reward", settings.reward)), settings.num_generations
     device = make_devices().device
     rewards.load(device)
     rewards.limit_seconds = LIMIT_SECONDS
@@ -196,7 +196,7 @@ def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completio
     order = epoch_rows(rows.draws, seed=seed, epoch=0, shuffle=recipe.data.shuffle)[:count]
     chosen = [rows.train[int(index)] for index in order]
     base = load_model(objective.section(recipe.model, 0), device=device)
-    sampling = make_companions([spec for spec in rows.objective.companions if spec.key == SAMPLING])
+    sampling = make_companions([spec for spec in rows.objective.companions if spec.kind == "sampling"])
     model, adapter = TunedModel(base, None, companions=sampling), getattr(recipe.adapter, "init_from", None)
     if adapter is not None:
         head = base.family.head_name(base.net)

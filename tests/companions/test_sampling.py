@@ -12,7 +12,7 @@ from tests.objectives.test_dpo import CPU
 from tests.objectives.test_grpo import base as base
 from tests.objectives.test_grpo import write_prompts
 from tests.support.train_case import train
-from tunekit.companions.sampling import Sampler, cache_shapes
+from tunekit.companions.sampling import SamplingMemory, cache_shapes
 from tunekit.model.text.decoder import Decoder
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
@@ -29,7 +29,7 @@ def test_keys_and_values_of_samples_fit_into_the_planned_memory(
     training = {"micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2, "epochs": None}
     recipe = write_prompts(tmp_path, base, objective=objective, training=training)
     planned: list[int] = []
-    rehearse, step, peaks = Sampler.rehearse, Decoder.step, [(0, 0)]
+    rehearse, step, peaks = SamplingMemory.rehearse, Decoder.step, [(0, 0)]
 
     def noted(self: Any, run: Any, *others: Any) -> None:
         tokens = self.prompt_tokens + self.new_tokens
@@ -42,7 +42,7 @@ def test_keys_and_values_of_samples_fit_into_the_planned_memory(
         peaks.append((self.nbytes, 0 if prefill is None else prefill.slots.nbytes))
         return tokens
 
-    monkeypatch.setattr(Sampler, "rehearse", noted)
+    monkeypatch.setattr(SamplingMemory, "rehearse", noted)
     monkeypatch.setattr(Decoder, "step", measured)
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
     assert any(f"tokens each, take {bytes_text(planned[0])}" in note for note in plan.notes)

@@ -335,7 +335,7 @@ def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp
     base = load_model(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), device=CPU)
     adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     model, trained = TunedModel(base, adapter), adapter.trained()
-    window = objective.prepare(ModelRun(model, objective.rows), window)
+    window = objective.prepare_step(ModelRun(model, objective.rows), window)
     reference = {row.number: row.parts["reference"] for batch in window.batches for row in batch.rows}
     assert len(reference) == len(PAIR_LENGTHS)
     generator = torch.Generator().manual_seed(0)

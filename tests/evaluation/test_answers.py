@@ -48,13 +48,13 @@ def test_a_stop_ends_the_pass_that_measures_all_rows(
     """KTO's KL: the policy and the reference score each batch."""
     recipe = write_recipe(tmp_path, tiny_llama, unpaired(12), objective={"method": "kto"}, data={"eval": 0.5})
     evaluator = replace(evaluator_of(recipe), settings=EvaluationSection(batch_size=1))
-    scored, score = list[int](), TunedModel.score_batches
+    scored, score = list[int](), TunedModel.scores
 
     def counted(*values: Any, **named: Any) -> Any:
         scored.append(1)
         return score(*values, **named)
 
-    monkeypatch.setattr(TunedModel, "score_batches", counted)
+    monkeypatch.setattr(TunedModel, "scores", counted)
     with pytest.raises(EvaluationStopped):
         evaluator.evaluate(lambda: len(scored) >= 2)
     assert len(scored) == 2

@@ -16,7 +16,7 @@ from tests.objectives.test_dpo import base as base
 from tests.objectives.test_dpo import pairs, write_recipe
 from tests.objectives.test_kto import unpaired
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Batch, Window
+from tunekit.contracts import Window
 from tunekit.errors import ResourceError
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, Queries
 from tunekit.evaluation.scores import undisturbed
@@ -63,7 +63,7 @@ def in_one_step(evaluator: Evaluator) -> float:
     objective, rows = evaluator.objective, evaluator.rows
     batch = objective.rows.collate([[rows[number]] for number in range(len(rows))])
     with undisturbed(evaluator.model):
-        window = objective.prepare(ModelRun(evaluator.model, objective.rows), Window(0, 0.0, (0,), (batch,)))
+        window = objective.prepare_step(ModelRun(evaluator.model, objective.rows), Window(0, 0.0, (0,), (batch,)))
         loss = objective.loss.loss(evaluator.model.output(window.batches[0].inputs), window.batches[0])
     return float(loss.total) / len(rows)
 
@@ -93,7 +93,7 @@ def test_an_evaluation_is_one_step_of_all_its_rows(base: Path, tmp_path: Path, o
     expected = in_one_step(evaluator)
     whole = in_batches(evaluator, 11)
     assert whole.metrics["loss"] == pytest.approx(expected, rel=1e-6)
-    split: list[Batch] = []
+    split: list[str] = []
     evaluator = replace(evaluator, on_split=split.append)
     largest = int(max(evaluator.rows.lengths))
     for size in (1, 4):

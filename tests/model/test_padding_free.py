@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.model.attention import padding_free
-from tunekit.model.attention.padding_free import PROVEN, TOKENS, RealTokens, _RowAttention, real_tokens, skip_padding
+from tunekit.model.attention import real_tokens as real_tokens_file
+from tunekit.model.attention.padding_free import PROVEN, _RowAttention, skip_padding
+from tunekit.model.attention.real_tokens import TOKENS, RealTokens, real_tokens
 from tunekit.model.call import Call, calling
 from tunekit.model.dropout import dropout_noise, quicken_dropout
 
@@ -55,7 +57,7 @@ def test_logits_and_gradients_equal_those_of_padded_rows(
     model_type: str, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(padding_free, "MAX_TOKENS", longest)
-    monkeypatch.setattr(padding_free, "MIN_WIDTH_BITS", 3)  # rows of up to 8 tokens, and rows of 9
+    monkeypatch.setattr(real_tokens_file, "MIN_WIDTH_BITS", 3)  # rows of up to 8 tokens, and rows of 9
     padded = results(make_net(model_type), Call())
     net, sizes = make_net(model_type), list[int]()
     skip_padding(net, layers_of(net), CPU)
@@ -84,7 +86,7 @@ def test_other_devices_and_masks_of_pairs_of_tokens_keep_their_padding() -> None
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_backward_pass_is_the_derivative(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(padding_free, "MIN_WIDTH_BITS", 1)  # so that the row of three tokens is alone
+    monkeypatch.setattr(real_tokens_file, "MIN_WIDTH_BITS", 1)  # so that the row of three tokens is alone
     real, heads, size = RealTokens((3, 1, 2), 4), 2, 3
     assert [group.lengths for group in real.groups] == [[1, 2], [3]]
     tensors = [torch.randn(8, heads, size, dtype=torch.float64, requires_grad=True) for _ in range(3)]

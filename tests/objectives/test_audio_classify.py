@@ -289,7 +289,7 @@ def test_micro_batches_change_nothing_and_evaluation_hears_all(whisper: Path, re
     plain = losses(train(recipe, "objective.apply_spec_augment=false", f"output.dir={tmp_path / 'plain'}"))
     assert all(abs(a - b) > 1e-4 for a, b in zip(one, plain, strict=True))
     objective: Any = make_plan(load_recipe(recipe), device=CPU)[1].rows.objective
-    assert objective.evaluation_copy().prepare(None, "as it is") == "as it is"
+    assert objective.evaluation_copy().prepare_step(None, "as it is") == "as it is"
 
 
 @pytest.mark.drawn

@@ -24,6 +24,7 @@ from tunekit.objectives.losses.logprobs import divergence, divergences
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
+from tunekit.tuned.model import ModelRun
 
 POSITIONS, HIDDEN, WIDE = 11, 6, 10
 CPU = torch.device("cpu")
@@ -140,7 +141,8 @@ def test_a_streamed_teacher_teaches_the_same(tier: str, tiny_llama: Path, teache
     assert any("layers are stored" in note and "once per step" in note for note in planned.notes)
     companion: Any = load_companions(prepared.rows.objective, CPU)["objective.teacher"]
     batches = [prepared.rows.objective.rows.collate([[prepared.rows.train[number]]]) for number in range(3)]
-    companion.score(batches, lambda output, batch: output.hidden)
+    run = ModelRun(companion.model, prepared.rows.objective.rows)
+    companion.score(run, batches, lambda output, batch: output.hidden)
     assert companion.model.slots.copies == 3, "its layers"
 
 

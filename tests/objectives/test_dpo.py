@@ -318,7 +318,7 @@ def test_a_prompt_computed_once_is_two_plain_rows(base: Path, tmp_path: Path, ob
     found = []
     for layout in (sharing, sharing.laid_out(True), sharing.laid_out(False)):
         batch = layout.rows.collate([[prepared.rows.train[at]] for at in range(6)])
-        batch = layout.prepare(ModelRun(model, layout.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
+        batch = layout.prepare_step(ModelRun(model, layout.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
         loss = layout.loss.loss(model.output(batch.inputs), batch)
         gradient = torch.autograd.grad(loss.total.sum(), list(adapter.trained().values()))
         found.append((batch.padded, loss, torch.cat([each.flatten() for each in gradient])))
@@ -344,17 +344,17 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
     micro-batches and however often the run is begun anew."""
     plain = train(write_recipe(tmp_path / "plain", base, objective={"precompute_ref_log_probs": False}))
     asked: list[int] = []
-    scored = TunedModel.score_batches
+    scored = ModelRun.reference
 
-    def counted(self: Any, batches: Any, score: Any, *, reference: bool = False) -> Any:
-        if reference and self.device.type == "cpu" and step_is_real(self):
+    def counted(self: ModelRun, batches: Any, *values: Any) -> Any:
+        if self.model.device.type == "cpu" and step_is_real(self.model):
             asked.extend(len(batch.rows) for batch in batches)
-        return scored(self, batches, score, reference=reference)
+        return scored(self, batches, *values)
 
     def step_is_real(model: Any) -> bool:
         return not next(model.base.net.parameters()).is_meta
 
-    monkeypatch.setattr(TunedModel, "score_batches", counted)
+    monkeypatch.setattr(ModelRun, "reference", counted)
     kept = {"objective": {"precompute_ref_log_probs": keeps}}
     run = train(write_recipe(tmp_path / "kept", base, **kept))
     assert asked == [1] * 24
@@ -490,9 +490,9 @@ def test_the_reference_of_a_streamed_base_is_one_pass_of_the_whole_step(base: Pa
     slots.holding = lambda layer, then=None: (held.append(layer), holding(layer, then))[1]
     batches = tuple(objective.rows.collate([[row]]) for row in make_rows()[:3])
     run = ModelRun(model, objective.rows)
-    window = objective.prepare(run, Window(0, 0.0, (0, 1, 2), batches))
+    window = objective.prepare_step(run, Window(0, 0.0, (0, 1, 2), batches))
     assert [layer for layer, _ in groupby(held)] == list(range(len(slots.blobs)))
-    alone = [objective.prepare(run, Window(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
+    alone = [objective.prepare_step(run, Window(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
     for together, single in zip(window.batches, alone, strict=True):
         assert torch.equal(together.targets["reference"], single.targets["reference"])
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +113,7 @@ def test_ranks_together_prepare_what_one_does(tmp_path: Path) -> None:
 
     def prepared(number: int, gather: Gather) -> Window:
         share = [objective.rows.collate([[row]]) for row in rows[number::2]]
-        return objective.prepare(case.run(objective.rows, gather), Window(3, 0.0, (0, 1), tuple(share), 5))
+        return objective.prepare_step(case.run(objective.rows, gather), Window(3, 0.0, (0, 1), tuple(share), 5))
 
     with case.log_probabilities():
         found = on_two_ranks(prepared)
@@ -124,13 +125,34 @@ def test_ranks_together_prepare_what_one_does(tmp_path: Path) -> None:
                 torch.testing.assert_close(batch.targets[name], alone.targets[name], rtol=1e-6, atol=1e-7)
 
 
+def test_later_steps_reuse_the_samples_of_an_earlier_one(tmp_path: Path) -> None:
+    """The caller keeps the earlier step. Without it, a dry-run step makes its own completions; nothing else is kept."""
+    case = Case(tmp_path, GrpoSettings, {"num_iterations": 3})
+    objective = case.objective()
+    batches = tuple(objective.rows.collate([[row]]) for row in case.rows(objective))
+    run = case.run(objective.rows)
+    with case.log_probabilities():
+        first = objective.prepare_step(run, Window(3, 0.0, (0, 1, 2, 3), batches, 5))
+    run.model.generate = lambda *_, **__: pytest.fail("no new completions")  # type: ignore[method-assign]
+    second = objective.prepare_step(run, Window(4, 0.0, (0, 1, 2, 3), batches, 5), first)
+    third = objective.prepare_step(run, Window(5, 0.0, (0, 1), batches[:2], 5), second)
+    assert second.batches == first.batches
+    assert third.batches == first.batches[:2], "a calibration shortens its last step"
+    assert third.preparation == second.preparation == replace(first.preparation, seconds={})
+    assert set(first.preparation.seconds) == {"sample", "reward"}
+    with pytest.raises(AssertionError):
+        objective.prepare_step(run, Window(4, 0.0, (0, 1, 2, 3), batches, 5))
+
+
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     case = Case(tmp_path, GrpoSettings, {})
     objective = case.objective()
     batch = objective.rows.collate([[row] for row in case.rows(objective)])
     other = RewardError("rewards.py: score raised ValueError on another rank")
     with pytest.raises(RewardError, match="on another rank"):
-        objective.prepare(case.run(objective.rows, lambda local: [*local, other]), Window(3, 0.0, (0,), (batch,), 5))
+        objective.prepare_step(
+            case.run(objective.rows, lambda local: [*local, other]), Window(3, 0.0, (0,), (batch,), 5)
+        )
 
 
 def test_a_reward_that_fails_in_an_evaluation_is_raised_on_all_ranks(base: Path, tmp_path: Path) -> None:

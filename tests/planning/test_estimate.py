@@ -585,7 +585,7 @@ def test_kto_s_mismatched_rows_are_simulated_as_long_as_they_get(wide_llama: Pat
     with tracker:
         tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
         tracker.start()
-        objective.prepare(ModelRun(tuned, kind), Window(0, 0.0, (0, 1), tuple(batches)))
+        objective.prepare_step(ModelRun(tuned, kind), Window(0, 0.0, (0, 1), tuple(batches)))
     assert tracker.peak_total < run.evaluation(batches[0]).total < 1.2 * tracker.peak_total
     assert tracker.peak_total < run.training_step(batches[0]).total < 1.2 * tracker.peak_total
 

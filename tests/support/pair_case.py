@@ -48,12 +48,19 @@ def log_probabilities_of(of_batch: Callable[[str, Batch], Tensor]) -> Iterator[N
 def run_of(rows: RowKind, gather: Gather = list, positions: int | None = None) -> ModelRun:
     """A run whose model gives Outputs. `positions`: those that the model has learned."""
 
-    def score_batches(batches: Sequence[Batch], read: Any, *, reference: bool = False) -> list[Tensor]:
-        return [read(Output("reference" if reference else "policy", batch), batch).detach() for batch in batches]
+    scored = ["policy"]  # or reference
+
+    @contextmanager
+    def scoring(*, reference: bool) -> Iterator[None]:
+        scored[:] = ["reference" if reference else "policy"]
+        yield
+
+    def scores(batches: Sequence[Batch], read: Any) -> list[Tensor]:
+        return [read(Output(scored[0], batch), batch).detach() for batch in batches]
 
     base = SimpleNamespace(net=None, family=SimpleNamespace(learned_positions=lambda net: positions))
     more = {"base": base, "virtual_tokens": 0, "reference_scores": {}, "repeats_rows": False, "companions": {}}
-    model: Any = SimpleNamespace(score_batches=score_batches, device=torch.device("cpu"), **more)
+    model: Any = SimpleNamespace(scoring=scoring, scores=scores, slots=None, device=torch.device("cpu"), **more)
     return ModelRun(model, rows, gather)
 
 
@@ -115,7 +122,7 @@ class Told:
         batches = [objective.rows.collate([[row] for row in self.rows[start:stop]]) for start, stop in pairwise(starts)]
         with log_probabilities_of(self._of_batch):
             window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
-            window = objective.prepare(run_of(objective.rows), window)
+            window = objective.prepare_step(run_of(objective.rows), window)
             outputs: Any = [(Output("policy", batch), batch) for batch in window.batches]
             losses = [objective.loss.loss(*pair) for pair in outputs]
             sums = [objective.loss.sums(*pair) for pair in outputs]
@@ -131,7 +138,7 @@ class Told:
         batches = tuple(objective.rows.collate([[row]]) for row in rows)
         window = Window(0, 0.0, tuple(range(len(rows))), batches)
         with log_probabilities_of(self._of_batch):
-            window = objective.prepare(run_of(objective.rows, gather), window)
+            window = objective.prepare_step(run_of(objective.rows, gather), window)
         return [float(row.parts["matched"]) for batch in window.batches for row in batch.rows]
 
     def _of_batch(self, name: str, batch: Batch) -> Tensor:

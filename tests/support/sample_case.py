@@ -153,15 +153,23 @@ class Case:
             assert named["seeds"] == expected, "what is drawn follows from seed, step, row and completion"
             return [known[tuple(prompt)][at % count] for at, prompt in enumerate(prompts)]
 
-        def score_batches(batches: Sequence[Batch], score: Any, *, reference: bool = False) -> list[Tensor]:
-            table = self.reference if reference else self.old
-            return [score(Output(table, batch), batch).detach() for batch in batches]
+        tables = [self.old]
+
+        @contextmanager
+        def scoring(*, reference: bool) -> Iterator[None]:
+            tables[:] = [self.reference if reference else self.old]
+            yield
+
+        def scores(batches: Sequence[Batch], read: Any) -> list[Tensor]:
+            return [read(Output(tables[0], batch), batch).detach() for batch in batches]
 
         model: Any = SimpleNamespace(
             device=torch.device("cpu"),
-            base=SimpleNamespace(generation_config=None),
+            slots=None,
+            stop_ids=lambda tokenizer, template: [END],
             generate=generate,
-            score_batches=score_batches,
+            scoring=scoring,
+            scores=scores,
             companions=load_companions(self.objective(), torch.device("cpu")),
         )
         return ModelRun(model, rows, gather)
@@ -183,7 +191,7 @@ class Case:
         batches, loss = tuple(kind.collate(group) for group in groups), objective.loss
         assert isinstance(loss, SampledLoss)
         with self.log_probabilities():
-            window = objective.prepare(run, Window(3, 0.0, tuple(range(len(batches))), batches, 5))
+            window = objective.prepare_step(run, Window(3, 0.0, tuple(range(len(batches))), batches, 5))
             if self.off_policy:
                 window = kind.with_tokens(window, "old", run.score(window.batches, loss.token_scores))
             losses = [loss.loss(Output(self.policy, batch), batch) for batch in window.batches]

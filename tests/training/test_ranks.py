@@ -156,6 +156,38 @@ def test_two_processes_give_the_preferences_of_one(tiny_llama: Path, tmp_path: P
             assert right[name] == pytest.approx(left[name], rel=1e-4, abs=1e-6), name
 
 
+GATHERING = """
+import sys
+from types import SimpleNamespace
+import torch
+from tunekit.contracts import Window
+from tunekit.machine.devices import make_devices
+from tunekit.tuned.model import ModelRun
+
+with make_devices() as devices:
+    run = ModelRun(None, None, devices.gather)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        step = torch.arange(42).view(14, 3).to(dtype) / 7  # the rows of micro-batches of 1, 4, 2, 5 and 2 rows
+        step[0, 0], step[2, 1], step[5, 2] = -0.0, float("nan"), float("inf")
+        parts = step.split([1, 4, 2, 5, 2])
+        indices = [(4, 0, 3), (), (1, 2)][devices.rank]  # the second rank has none
+        together = run.gather_rows(Window(0, 0.0, indices, ()), [parts[index] for index in indices])
+        assert together.dtype == dtype and together.shape == step.shape
+        assert torch.equal(together.view(torch.uint8), step.view(torch.uint8)), "bit by bit"
+print("gathered")
+"""
+
+
+@pytest.mark.drawn
+def test_rows_of_all_ranks_are_gathered_in_the_order_of_the_step(tmp_path: Path) -> None:
+    (tmp_path / "gathering.py").write_text(GATHERING)
+    places = {"OMP_NUM_THREADS": "1", "TUNEKIT_DEVICE": "cpu", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, *TORCHRUN[:-1], "3", str(tmp_path / "gathering.py")]
+    done = subprocess.run(command, env=os.environ | places, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("gathered") == 3
+
+
 DYING = """
 import os, signal, sys, time
 import torch

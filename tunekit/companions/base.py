@@ -1,41 +1,27 @@
-"""Makes an objective's companions: other models or functions that its loss needs, such as a teacher or reward models.
-Also defines PlanContext, which `plan` passes to companions."""
+"""Makes an objective's companions: models or functions that its loss needs, such as a teacher or reward models."""
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from tunekit.contracts import Companion, CompanionSpec, Objective, Processor, Rows
-from tunekit.model.load import LoadedModel
-from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.memory import MemorySection
-from tunekit.recipe.training import TrainingSection
-from tunekit.records import Target
-
-
-@dataclass(frozen=True)
-class PlanContext:
-    """The facts that `plan` knows before weights are loaded. `base`: the base on the meta device; `rows`: training
-    rows, then evaluation rows; `streams`: whether the data is streamed, so that `rows` contains only its first rows."""
-
-    device: torch.device
-    base: LoadedModel
-    processor: Processor
-    objective: Objective
-    rows: Sequence[Rows]
-    streams: bool
-    memory: MemorySection
-    training: TrainingSection
-    evaluation: EvaluationSection
-    targets: Sequence[Target] = ()
-    virtual_tokens: int = 0
+from tunekit.contracts import Companion, CompanionSpec, Objective
 
 
 def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
-    """Make the companions from these specs, by recipe key. Their weights are not loaded yet."""
-    return {spec.key: importlib.import_module(f"tunekit.companions.{spec.kind}").make(spec) for spec in specs}
+    """Make the companions from these specs, by recipe key. Their weights are not loaded yet.
+
+    Raises: TypeError if two companions have the same protocol, because a loss finds a companion by its protocol.
+    """
+    companions, taken = dict[str, Companion](), dict[type, str]()
+    for spec in specs:
+        companion = importlib.import_module(f"tunekit.companions.{spec.kind}").make(spec)
+        for protocol in (kind for kind in type(companion).__mro__ if kind not in Companion.__mro__):
+            if protocol in taken:
+                raise TypeError(f"{taken[protocol]} and {spec.key} are both a {protocol.__name__}")
+            taken[protocol] = spec.key
+        companions[spec.key] = companion
+    return companions
 
 
 def load_companions(objective: Objective, device: torch.device) -> dict[str, Companion]:

@@ -15,16 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.companions.base import PlanContext
 from tunekit.contracts import (
     Array,
     Batch,
-    Companion,
     CompanionFacts,
     CompanionSpec,
     CountingAs,
     Model,
     Pixels,
+    PlanContext,
     Row,
     RowParts,
     Rows,
@@ -40,9 +39,10 @@ from tunekit.files.durable import write_bytes
 from tunekit.model.call import calling, current_call, seed_for
 from tunekit.model.families.diffusion import IDS
 from tunekit.model.families.pipeline.drawing import draw_pictures
-from tunekit.model.families.pipeline.parts import TEXT_ENCODERS
+from tunekit.model.families.pipeline.parts import TEXT_ENCODERS, as_pipeline
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.families.pipeline.prompts import encode_prompts
+from tunekit.objectives.losses.noise import Pipeline
 from tunekit.objectives.rows.pictures import PictureRows, bucket_of, drawing_of, pixels_of, prompt_of
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
@@ -51,7 +51,7 @@ Posterior = tuple[Tensor, Tensor]  # mean and standard deviation, (C, H, W) each
 SizedImage = tuple[Pixels, Size]  # an image and a size that belongs to it
 
 
-class Pipeline(Companion):
+class PipelineParts(Pipeline):
     """VAE and text encoders. Latents are cached for each image, and embeddings for each prompt."""
 
     rehearses = True
@@ -85,7 +85,7 @@ class Pipeline(Companion):
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
         """Generate missing class images. Encode the images and prompts that stay the same in every step."""
         model, prior = run.model, list[SizedImage]()
-        net = model.base.net
+        net = as_pipeline(model.base.net)
         if self.class_images is not None:
             self.class_images.writes = self.writes
             prior = self.class_images.ready(run, sorted({bucket_of(row) for row in _each(rows)}))
@@ -120,7 +120,7 @@ class Pipeline(Companion):
     def _posterior(self, run: RunView, pixels: Pixels, keep: bool = True) -> Posterior:
         """The mean and standard deviation of an image's latents. Each image is encoded alone and in float32, so that
         the result does not depend on other images."""
-        net, device = run.model.base.net, run.model.device
+        net, device = as_pipeline(run.model.base.net), run.model.device
         if run.is_simulated:  # if the VAE stays on the device, the simulation counts its work too
             if net.stays:
                 net.part("vae").encode(torch.empty(1, 3, *pixels.shape[:2], device="meta"))
@@ -140,7 +140,7 @@ class Pipeline(Companion):
     def texts(self, run: RunView, prompts: Sequence[str]) -> list[RowParts]:
         """The denoiser's inputs for each prompt: embeddings; or, if a text encoder is trained, the token ids for each
         text encoder."""
-        if run.model.base.net.trains_text:
+        if as_pipeline(run.model.base.net).trains_text:
             ids = _processor(run).ids(prompts)
             return [{f"{IDS}{name}": values[place] for name, values in ids.items()} for place in range(len(prompts))]
         self._embed(run, prompts)
@@ -149,7 +149,7 @@ class Pipeline(Companion):
     @torch.no_grad()
     def _embed(self, run: RunView, prompts: Iterable[str]) -> None:
         """Cache the float32 embeddings of new prompts: `prompt` (T, D), and `pooled` (P,) if the denoiser reads it."""
-        processor, net, device = _processor(run), run.model.base.net, run.model.device
+        processor, net, device = _processor(run), as_pipeline(run.model.base.net), run.model.device
         for prompt in dict.fromkeys(prompts):
             if prompt in self.embeddings:
                 continue
@@ -162,20 +162,20 @@ class Pipeline(Companion):
                 encoded = encode_prompts(net, ids)
             self.embeddings[prompt] = {name: values[0].float().cpu().numpy() for name, values in encoded.items()}
 
-    def simulated(self) -> Pipeline:
+    def simulated(self) -> PipelineParts:
         """A copy without cached results."""
-        return Pipeline(self.spec)
+        return PipelineParts(self.spec)
 
     def present(self, model: Model) -> list[Tensor]:
         """The weights of all frozen parts if the run generates images. Otherwise only the VAE's weights, because the
         text encoders use the same memory at another time."""
-        net = model.base.net
+        net = as_pipeline(model.base.net)
         parts = net.frozen_parts.values() if self.draws or net.stays else [net.part("vae")]
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
 
     def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
         """Simulate encoding an image. If the run generates images, also simulate decoding an image."""
-        vae, how = run.model.base.net.part("vae"), drawing_of(self.settings)
+        vae, how = as_pipeline(run.model.base.net).part("vae"), drawing_of(self.settings)
         vae.encode(torch.empty(1, 3, *bucket_of(batch.rows[0]), device="meta"))
         if self.draws:
             vae.decode(torch.empty(1, *_processor(run).latent_shape(how.height, how.width), device="meta"))
@@ -251,7 +251,7 @@ class ClassImages:
 
     def _draw(self, run: RunView, prompt: str, numbers: Sequence[int], keep: Callable[[int, Pixels], None]) -> None:
         """Generate the class images with these numbers. `keep`: called with each number and its image."""
-        model, net, how = run.model, run.model.base.net, drawing_of(self.settings)
+        model, net, how = run.model, as_pipeline(run.model.base.net), drawing_of(self.settings)
         with (
             model.training_mode(False),
             calling(replace(current_call(), bypassed=True)),
@@ -283,4 +283,4 @@ def _each(rows: Sequence[Rows]) -> Iterator[Row]:
     return (some[index] for some in rows for index in range(len(some)))
 
 
-make = Pipeline  # companions.base calls it with a CompanionSpec
+make = PipelineParts  # companions.base calls it with a CompanionSpec

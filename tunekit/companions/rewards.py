@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunekit.companions.base import PlanContext
 from tunekit.companions.reward_code import UserFunction, code_content, error_line
 from tunekit.companions.reward_model import find_reward_model, load_scorer, reward_model_content, weight_bytes
 from tunekit.console import visible
-from tunekit.contracts import Companion, CompanionFacts, CompanionSpec, Rows, RunView
+from tunekit.contracts import CompanionFacts, CompanionSpec, PlanContext, Rows, RunView
 from tunekit.errors import Problem, RewardError
 from tunekit.files.patterns import Match, compile_expression
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.objectives.losses.advantages import Rewards, weighted_sum
+from tunekit.objectives.losses.samples import Rewarder
 from tunekit.objectives.rows.prompts import Completion, read_context
 from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
 
@@ -33,11 +33,8 @@ RewardFunction = Callable[[Sequence[Completion]], Sequence[Any]]
 MatchSearch = Callable[[Sequence[Completion]], Iterable[Match | None]]
 
 
-class RewardFunctions(Companion):
-    """All rewards of a recipe, in the recipe's order. `silent_steps`: the number of consecutive steps, up to now, in
-    which no completion got a reward."""
-
-    silent_steps = 0
+class RewardFunctions(Rewarder):
+    """All rewards of a recipe, in the recipe's order."""
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)

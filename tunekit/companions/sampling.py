@@ -1,5 +1,4 @@
-"""Companion that samples completions during training. It plans the memory for sampling, and keeps the last samples,
-which later steps may reuse."""
+"""Plans and simulates the memory for sampling completions during training."""
 
 from collections.abc import Iterator
 from math import prod
@@ -7,27 +6,25 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tunekit.companions.base import PlanContext
-from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, CountingAs, RunView, Window
+from tunekit.contracts import Batch, CompanionFacts, CompanionSpec, CountingAs, LoadedBase, PlanContext, RunView
 from tunekit.errors import Problem
 from tunekit.model.attention.self_attention import attention_sizes
-from tunekit.model.load import LoadedModel
 from tunekit.model.text.draws import draw
 from tunekit.model.text.generation import PREFILL_TOKENS
+from tunekit.objectives.losses.samples import Sampler
 from tunekit.recipe.bases.sample_settings import SampleSettings
 from tunekit.records import bytes_text
 from tunekit.tuned.fit import longest_tokens
 
 
-class Sampler(Companion):
-    """The companion that samples completions. `window`: the micro-batches of the last step with new samples.
+class SamplingMemory(Sampler):
+    """The companion that plans the memory for sampling.
 
     A simulation assumes that `sampling_batch_size` completions are generated in parallel. `prompt_tokens` and
     `new_tokens`: the maximum number of tokens of a prompt, and of a completion.
     """
 
     rehearses = True
-    window: Window | None = None
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
@@ -102,11 +99,11 @@ class Sampler(Companion):
         del keys_values, of_prompts
 
 
-def cache_shapes(base: LoadedModel, rows: int, tokens: int) -> list[tuple[int, ...]]:
+def cache_shapes(base: LoadedBase, rows: int, tokens: int) -> list[tuple[int, ...]]:
     """The shape (B, H, T, D) of each layer's key cache, which is also that of its value cache. Empty for a base without
     attention."""
     sizes = attention_sizes(base.net, base.facts.layers)
     return [(rows, heads, tokens, width) for _, heads, width in sizes]
 
 
-make = Sampler  # companions.base calls it with a CompanionSpec
+make = SamplingMemory  # companions.base calls it with a CompanionSpec

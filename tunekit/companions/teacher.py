@@ -12,8 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tunekit.companions.base import PlanContext
-from tunekit.contracts import Batch, Companion, CompanionFacts, CompanionSpec, Head, Read
+from tunekit.contracts import Batch, CompanionFacts, CompanionSpec, Counts, Head, PlanContext, Read, RunView
 from tunekit.errors import Problem, TunekitError
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.slots import waiting_tensor
@@ -22,12 +21,13 @@ from tunekit.model.load import LoadedModel, base_fingerprint, load_model, make_m
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import remote_code
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
+from tunekit.objectives.losses.divergence import Teacher
 from tunekit.recipe.model import ModelSection
 from tunekit.records import bytes_text
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 
 
-class Teacher(Companion):
+class TeacherModel(Teacher):
     """The teacher model as a companion. `tier`: host or disk if its layers are stored there and streamed to the device;
     off if all layers stay on the device."""
 
@@ -49,9 +49,9 @@ class Teacher(Companion):
         """The teacher's output projection."""
         return self.model.base.family.head(self.model.base.net)
 
-    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The values that `read` takes from the teacher's forward of each batch."""
-        return self.model.score_batches(batches, read)
+    def score(self, run: RunView, batches: Sequence[Batch], read: Read, counts: Counts | None = None) -> list[Tensor]:
+        """The values that `read` computes from the teacher's forward of each batch, as in RunView.score."""
+        return ModelRun(self.model, run.rows, on_split=run.on_split).score(batches, read, counts)
 
     def facts(self, planned: PlanContext) -> CompanionFacts:
         """Facts for `plan`: problems if this teacher cannot teach this student. Raises: ModelError, which names the
@@ -114,7 +114,7 @@ class Teacher(Companion):
         with self._about_teacher():
             self._model = self._freeze(load_model(self.section, device=device, streamed=self.tier != "off"))
 
-    def simulated(self) -> Teacher:
+    def simulated(self) -> TeacherModel:
         """A copy on the meta device. A simulated step may change its net, to place streamed layers in slots on the
         device."""
         assert self._meta is not None  # set by `facts`
@@ -151,4 +151,4 @@ class Teacher(Companion):
             raise type(error).of(moved) from error
 
 
-make = Teacher  # companions.base calls it with a CompanionSpec
+make = TeacherModel  # companions.base calls it with a CompanionSpec

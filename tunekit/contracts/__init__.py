@@ -5,6 +5,7 @@ Letters in shapes: B batch, T tokens, D hidden size, V vocabulary size, I/O inpu
 adapters.
 """
 
+from tunekit.contracts.companion import *  # noqa: F403
 from tunekit.contracts.model import *  # noqa: F403
 from tunekit.contracts.objective import *  # noqa: F403
 from tunekit.contracts.rows import *  # noqa: F403

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tunekit.contracts.rows import Batch, Pixels, Processor, Progress, Tensors, Tokenizer
+from tunekit.records import ModelFacts
 
 Modules = Mapping[str, torch.nn.Module]  # by name
 NamedModules = list[tuple[str, torch.nn.Module]]
@@ -44,11 +45,12 @@ class ModelOutput:
     head_parameters: Sequence[Tensor] = ()  # trained parameters inside the head
     chunk_tokens: int = 1  # positions per call of the head
     logits: Tensor | None = None  # (B, C)
-    # output projections of the companions that have one, by the companion's key
-    companion_heads: Mapping[str, Head] = field(default_factory=dict)
+    companion_head: Head | None = None  # the output projection of the companion that has one
 
 
 Read = Callable[[ModelOutput, Batch], Tensor]  # a function that computes values from the output of a batch
+# How many of these values belong to each of the batch's sequences: first sequence of all rows, second of all rows ...
+Counts = Callable[[Batch], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,35 @@ class AnswerLimits:
     sampling: Sampling = GREEDY
 
 
-class Model(Protocol):
-    """The interface of a base with its adapter, called by engines, losses and generation."""
+class BaseFamily(Protocol):
+    """What objectives and companions ask the family of a base."""
 
-    base: Any  # model.load.LoadedModel
-    companions: Mapping[str, Any]  # Companion, by key
+    def learned_positions(self, net: torch.nn.Module) -> int | None:
+        """The number of positions that the base has learned; None if positions are computed."""
+
+    def head(self, net: torch.nn.Module) -> Head:
+        """The output projection."""
+
+
+class LoadedBase(Protocol):
+    """The interface of a loaded base (model.loaded_model.LoadedModel), with or without weights."""
+
+    net: torch.nn.Module
+    dtype: torch.dtype
+    facts: ModelFacts
+
+    @property
+    def family(self) -> BaseFamily: ...
+
+
+class Model(Protocol):
+    """The interface of a base with its adapter, called by losses, answers and companions."""
+
     reference_scores: dict[bytes, Tensor]  # cached by the loss, by row
     repeats_rows: bool  # whether the run has more than one epoch
+
+    @property
+    def base(self) -> LoadedBase: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -94,23 +118,8 @@ class Model(Protocol):
     def output(self, inputs: Tensors) -> ModelOutput:
         """The output of one forward."""
 
-    def score_batches(self, batches: Sequence[Batch], read: Read, *, reference: bool = False) -> list[Tensor]:
-        """The values that `read` computes from the forward of each batch, on the host, without gradient or dropout.
-        `reference`: use the policy at step 0. If the base is streamed, its layers are copied to the device once for all
-        batches."""
-
-    def generate(
-        self,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        batch_size: int,
-        stop_ids: Sequence[int],
-        sampling: Sampling = GREEDY,
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[int]]:
-        """The generated ids for each prompt, up to and including a stop id. `seeds`: one seed for each prompt."""
+    def stop_ids(self, tokenizer: Tokenizer, template: str | None) -> list[int]:
+        """The ids that end an answer. `template`: a chat template, if it is not the tokenizer's."""
 
     def adapt_inputs(self, inputs: Tensors) -> Tensors:
         """The inputs, extended by an adapter that acts on the whole model (virtual tokens). Generation calls this for

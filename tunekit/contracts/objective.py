@@ -1,17 +1,26 @@
-"""Interfaces of objectives (a kind of rows, a loss, companions), and of the engine that trains on a step's batches."""
+"""Interfaces of objectives (a kind of rows, a loss), and of the engine that trains on a step's batches."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from tunekit.contracts.model import Answering, Head, Loss, Model, ModelOutput, Read, Sums
+from tunekit.contracts.model import (
+    GREEDY,
+    Answering,
+    Counts,
+    Loss,
+    Model,
+    ModelOutput,
+    Read,
+    Sampling,
+    Sums,
+)
 from tunekit.contracts.rows import (
     Array,
     Batch,
@@ -24,17 +33,23 @@ from tunekit.contracts.rows import (
     RowParts,
     Rows,
     Span,
+    Tokenizer,
     Window,
 )
 from tunekit.errors import Problem
+from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
+
+CompanionType = TypeVar("CompanionType")
 
 
 class RunView(Protocol):
     """The part of a run that an objective and its companions can use: the model, the rows and the ranks."""
 
-    model: Model
     rows: RowKind
+
+    @property
+    def model(self) -> Model: ...
 
     @property
     def gather(self) -> Gather: ...
@@ -46,14 +61,37 @@ class RunView(Protocol):
     def is_simulated(self) -> bool:
         """Whether the model is on the meta device."""
 
-    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The values that `read` computes from each batch's forward, on the host, without gradient or dropout."""
+    @property
+    def on_split(self) -> Callable[[str], None]:
+        """A callback: it gets the size of each batch that ran out of memory, and that is now computed in parts."""
 
-    def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The values that `read` computes from each batch's forward with the policy at step 0."""
+    def score(self, batches: Sequence[Batch], read: Read, counts: Counts | None = None) -> list[Tensor]:
+        """The values that `read` computes from each batch's forward, on the host, without gradient or dropout.
+        `counts`: how many values each sequence has; None: 1 each, so S values for each of P rows are (S P, ...)."""
 
-    def companion(self, key: str) -> Any:
-        """The loaded companion with this key."""
+    def reference(self, batches: Sequence[Batch], read: Read, counts: Counts | None = None) -> list[Tensor]:
+        """Like `score`, but with the policy at step 0."""
+
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """The generated ids for each prompt, up to and including a stop id. `seeds`: one seed for each prompt.
+        `batch_size`: how many prompts are continued at once."""
+
+    def gather_rows(self, window: Window, values: Sequence[Tensor]) -> Tensor:
+        """The rows of all ranks, on the host of every rank, in the order of the step's micro-batches.
+        `values`: one tensor (rows, ...) for each micro-batch of this rank, which may have none."""
+
+    def companion(self, protocol: type[CompanionType]) -> CompanionType:
+        """The companion that has this protocol. The loss that uses a companion declares its protocol."""
 
 
 class RowKind:
@@ -151,7 +189,7 @@ class RowKind:
         return [next(rows)]
 
     def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
-        """Make a batch with one line per sequence of rows. Values that `prepare` added to the rows become targets."""
+        """Make a batch with one line per sequence of rows. Values that `prepare_step` added to rows become targets."""
         raise NotImplementedError
 
     def draw(self, row: Row, key: tuple[int, ...]) -> Row:
@@ -215,8 +253,9 @@ class LossKind:
         """Values to save in the adapter's folder: chosen in an evaluation, or read from a trained adapter."""
         return {}
 
-    def prepare(self, run: RunView, window: Window) -> Window:
-        """Add values that depend on the whole step to this rank's micro-batches. They have no gradient."""
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+        """Add values that depend on the whole step to this rank's micro-batches. They have no gradient. All ranks call
+        this together. `earlier`: the prepared previous step, if this step may reuse its samples."""
         return window
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
@@ -256,76 +295,7 @@ class CompanionSpec:
     settings: Any
 
 
-@dataclass(frozen=True)
-class CompanionFacts:
-    """Facts about a companion that `plan` knows before any weights are loaded.
-
-    `weight_bytes`: the size of its weights, if they are in memory during the whole run and no simulation counts them.
-    `any_token`: whether the model may read any token of its vocabulary, not only tokens of the rows.
-    `streaming_obstacle`: why the base cannot be streamed in a run with this companion; None if it can be streamed.
-    `usable`: False if a run with this companion cannot be simulated.
-    """
-
-    weight_bytes: int = 0
-    problems: Sequence[Problem] = ()
-    any_token: bool = False
-    streaming_obstacle: str | None = None
-    usable: bool = True
-
-
-CountingAs = Callable[[str], AbstractContextManager[None]]  # name of a memory part -> a block counted under it
-
-
-class Companion:
-    """A part of a run besides the trained model: a teacher, reward models, parts of a pipeline, or sampling.
-
-    Each kind is defined in companions/KIND.py. `rehearses`: whether the method `rehearse` simulates any work.
-    """
-
-    head: Head | None = None  # if the loss reads the companion's output projection
-    writes = True  # whether `begin` may write files; false in a dry run
-    rehearses, sampling_batch_size = False, 0  # sampling_batch_size: completions sampled in parallel, as plan decided
-
-    def __init__(self, spec: CompanionSpec) -> None:
-        self.spec, self.key = spec, spec.key
-
-    def facts(self, planned: Any) -> CompanionFacts:
-        """The companion's facts for the plan; `planned`: companions.base.PlanContext."""
-        return CompanionFacts()
-
-    def notes(self, planned: Any, step_tokens: int) -> Sequence[str]:
-        """The companion's notes for the plan. `step_tokens`: the tokens of the largest step, including padding."""
-        return ()
-
-    def fingerprint(self) -> Mapping[str, str]:
-        """The sha256 of files that affect the results, by recipe key. A resume first checks these files."""
-        return {}
-
-    def load(self, device: torch.device) -> None:
-        """Load the companion."""
-
-    def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
-        """Prepare values that all steps need (class images, latents), before the first step and after a resume. Returns
-        the sha256 of the files read, by recipe key. A resume is refused if a file changed."""
-        return {}
-
-    def simulated(self) -> Companion:
-        """A copy on the meta device, for one simulated step."""
-        return self
-
-    def resident(self, device: torch.device) -> Sequence[Tensor]:
-        """The tensors of a simulated companion that are on the device in every step."""
-        return ()
-
-    def present(self, model: Model) -> Sequence[Tensor]:
-        """The tensors that are on the device only while `rehearse` runs."""
-        return ()
-
-    def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
-        """Simulate the companion's work that needs the most memory, with the largest batch of the run."""
-
-
-def _unchanged(section: object, seed: int) -> object:
+def _unchanged(section: ModelSection, seed: int) -> ModelSection:
     return section
 
 
@@ -345,7 +315,7 @@ class Objective:
     loss: LossKind
     answering: Answering | None = None
     companions: tuple[CompanionSpec, ...] = ()
-    section: Callable[[Any, int], Any] = _unchanged
+    section: Callable[[ModelSection, int], ModelSection] = _unchanged
     learning: Callable[[Sequence[Rows]], Objective] | None = None
     complete: bool = True
     counts_rows: str | None = None
@@ -369,9 +339,11 @@ class Objective:
         """A copy whose rows are encoded with these options."""
         return replace(self, rows=self.rows.with_options(options))
 
-    def prepare(self, run: RunView, window: Window) -> Window:
-        """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs."""
-        return self.loss.prepare(run, draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window)
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None = None) -> Window:
+        """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs.
+        `earlier`: see LossKind.prepare_step."""
+        window = draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window
+        return self.loss.prepare_step(run, window, earlier)
 
 
 def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Objective, Progress, Row, RowKind, Sums, no_progress
+from tunekit.contracts import Objective, Progress, Row, RowKind, Sums, no_progress
 from tunekit.data.encoding.answers import answer_of, prompt_of, with_answer, with_own_text
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.problems import Problems
@@ -160,7 +160,7 @@ def choice_scores(
     *,
     batch_size: int,
     stop: Callable[[], bool] = lambda: False,
-    on_split: Callable[[Batch], None] = lambda batch: None,
+    on_split: Callable[[str], None] = lambda size: None,
     progress: Progress = no_progress,
 ) -> Tensor:
     """The score of each answer, (rows, choices) float64. There are three kinds of score. sum: the sum of the tokens'
@@ -197,7 +197,7 @@ def answer_sums(
     *,
     most: int,
     stop: Callable[[], bool] = lambda: False,
-    on_split: Callable[[Batch], None] = lambda batch: None,
+    on_split: Callable[[str], None] = lambda size: None,
 ) -> dict[str, list[list[float]]]:
     """The sums of ChoiceLoss for questions that have equally many answers. A forward has at most `most` positions.
     Raises: DataError if a question needs more positions than the model has; EvaluationStopped if `stop` returns

@@ -33,7 +33,6 @@ from tunekit.evaluation.choices import (
 from tunekit.evaluation.scores import (
     EvaluationStopped,
     EvaluationSums,
-    MeasuringRun,
     all_together,
     summed_evaluation,
     undisturbed,
@@ -46,7 +45,7 @@ from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import CHOICE_METRICS, FROM_DATA, EvaluationSection
 from tunekit.recipe.reading.names import facts_of, follows_from, needs_generation
 from tunekit.tuned.fit import row_problems
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 
 SAMPLES = 8  # answers that a report shows
 
@@ -92,7 +91,7 @@ class Evaluator:
     settings: EvaluationSection
     metric_names: tuple[str, ...] = ()
     template: str | None = None  # chat template of the prompts, if it is not the tokenizer's
-    on_split: Callable[[Batch], None] = lambda batch: None  # called with a batch that ran out of memory
+    on_split: Callable[[str], None] = lambda size: None  # called with the size of a batch that ran out of memory
     progress: Progress = no_progress
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
@@ -106,7 +105,7 @@ class Evaluator:
             return self.devices.gather(values)
 
         with undisturbed(self.model):
-            run = MeasuringRun(self.model, self.objective.rows, gather, on_split=self.on_split)
+            run = ModelRun(self.model, self.objective.rows, gather, on_split=self.on_split)
             measured = self.objective.evaluation_copy()
             objective = replace(measured, loss=measured.loss.measuring(run, self.rows, mine))
         each = self._by_source(objective, stop)

@@ -25,9 +25,9 @@ from tunekit.contracts import (
 from tunekit.data.batching.windows import evaluation_batches
 from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.row_ranking import Numbers
-from tunekit.evaluation.scores import MeasuringRun, summed_evaluation, undisturbed
+from tunekit.evaluation.scores import summed_evaluation, undisturbed
 from tunekit.machine.devices import Devices
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class RowReader:
         batches = partial(evaluation_batches, self.rows, self.objective.rows, batch_size=self.batch_size)
         copy = self.objective.evaluation_copy()
         with undisturbed(self.model):
-            run = MeasuringRun(self.model, self.objective.rows, self.devices.gather)
+            run = ModelRun(self.model, self.objective.rows, self.devices.gather)
             return replace(copy, loss=copy.loss.measuring(run, self.rows, batches()))
 
     def _counted(self) -> Iterator[Batch]:
@@ -101,8 +101,8 @@ class _HiddenReader(LossKind):
         self.loss_kind, self.last = loss, last
         self.hidden: dict[int, NDArray[np.float32]] = {}  # row number -> (D,)
 
-    def prepare(self, run: RunView, window: Window) -> Window:
-        return self.loss_kind.prepare(run, window)
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+        return self.loss_kind.prepare_step(run, window, earlier)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         states = self.last() if output.hidden is None else output.hidden

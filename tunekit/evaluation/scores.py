@@ -8,13 +8,11 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tunekit.contracts import ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, Batch, Objective, Read, RowKind, Sums, Window
-from tunekit.data.batching.split import split_batch
-from tunekit.errors import RewardError, is_out_of_memory
+from tunekit.contracts import ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, Batch, Objective, Sums, Window
+from tunekit.errors import RewardError
 from tunekit.machine.devices import Devices, forked_random
-from tunekit.memory.splitting import collect_failed, document_too_large, first_line
+from tunekit.memory.splitting import compute_in_parts
 from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.model.call import calling, current_call
 from tunekit.tuned.model import ModelRun, TunedModel
@@ -53,9 +51,12 @@ def undisturbed(model: TunedModel) -> Iterator[None]:
         yield
 
 
-def prepared(model: TunedModel, objective: Objective, batch: Batch) -> Batch:
+def prepared(
+    model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[str], None] = lambda size: None
+) -> Batch:
     """The batch after the objective has prepared it, in the same way as the batches of a training step."""
-    return objective.prepare(ModelRun(model, objective.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
+    run = ModelRun(model, objective.rows, on_split=on_split)
+    return objective.prepare_step(run, Window(0, 0.0, (0,), (batch,))).batches[0]
 
 
 def summed_evaluation(
@@ -64,12 +65,12 @@ def summed_evaluation(
     batches: Iterable[Batch],
     devices: Devices,
     stop: Callable[[], bool] = lambda: False,
-    on_split: Callable[[Batch], None] = lambda batch: None,
+    on_split: Callable[[str], None] = lambda size: None,
 ) -> EvaluationSums:
     """The sums of all batches. The batches are divided among the ranks.
 
     Sums are in float64, so the batch size changes them only by the rounding errors of a forward.
-    `on_split`: called for each batch that ran out of memory and is evaluated in two halves.
+    `on_split`: called with the size of each batch that ran out of memory and is evaluated in two halves.
     Raises: EvaluationStopped if `stop` returns true on any rank; ResourceError if a single document does not fit into
     memory; RewardError, on all ranks, if a reward function returned an invalid result on one rank.
     """
@@ -81,7 +82,7 @@ def summed_evaluation(
             if stopped:
                 break
             try:
-                measured = _sums_or_halves(model, objective, batch, on_split)
+                measured = _sums_in_parts(model, objective, batch, on_split)
                 sums = added(sums, measured) if counts else sums
             except RewardError as error:  # the user's code failed; the other ranks do not know it yet
                 failed = error
@@ -128,60 +129,20 @@ def added(one: Sums, other: Sums) -> Sums:
     }
 
 
-def _sums_or_halves(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[Batch], None]) -> Sums:
-    """The sums of the batch. If the batch runs out of memory, the sum of its two halves."""
-    try:
-        batch = prepared(model, objective, batch)
-        sums = objective.loss.sums(model.output(batch.inputs), batch)
-        numbers = [row.number for row in batch.rows] if ROW_LOSSES in sums else []
-        counted = {TOKENS: batch.tokens, ROWS: len(batch.rows), NUMBERS: numbers}
-        counts = {name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()}
-        return {name: value.cpu().double() for name, value in sums.items()} | counts
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    # Not inside `except`: there the error still holds the failed attempt's tensors.
-    halves = _halves(batch, objective.rows, reason, on_split)
-    first, second = (_sums_or_halves(model, objective, half, on_split) for half in halves)
-    return added(first, second)
+def _sums_in_parts(model: TunedModel, objective: Objective, batch: Batch, on_split: Callable[[str], None]) -> Sums:
+    """The sums of the batch. If its forward runs out of memory, the sum of its two halves."""
+
+    def sums_of(batches: Sequence[Batch]) -> list[Sums]:
+        return [_sums(model, objective, batch) for batch in batches]
+
+    batch = prepared(model, objective, batch, on_split)
+    return compute_in_parts([batch], sums_of, lambda _, halves: added(*halves), objective.rows, on_split)[0]
 
 
-def _halves(batch: Batch, rows: RowKind, reason: str, on_split: Callable[[Batch], None]) -> tuple[Batch, Batch]:
-    """The two halves of a batch that ran out of memory. Raises: ResourceError if the batch is a single document."""
-    halves = split_batch(batch, rows)
-    if halves is None:
-        raise document_too_large(batch, reason)
-    on_split(batch)
-    collect_failed()
-    return halves
-
-
-@dataclass
-class MeasuringRun(ModelRun):
-    """A ModelRun that is passed to LossKind.measuring. If a batch runs out of memory, it is scored in two halves.
-    `read` returns S numbers for each of P rows, in this order: the first number of every row, the second number of
-    every row, and so on."""
-
-    on_split: Callable[[Batch], None] = lambda batch: None
-
-    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The policy's scores, as in ModelRun."""
-        return [self._in_halves(batch, read, reference=False) for batch in batches]
-
-    def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """The scores of the reference (the policy at step 0), as in ModelRun."""
-        return [self._in_halves(batch, read, reference=True) for batch in batches]
-
-    def _in_halves(self, batch: Batch, read: Read, *, reference: bool) -> Tensor:
-        """The values that `read` returns for a batch; if the batch runs out of memory, for its two halves, joined.
-        Shape (S P,): S values of P rows."""
-        try:
-            return self.model.score_batches([batch], read, reference=reference)[0]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
-        halves = _halves(batch, self.rows, reason, self.on_split)
-        scores = [self._in_halves(half, read, reference=reference).view(-1, len(half.rows)) for half in halves]
-        return torch.cat(scores, dim=1).flatten()  # (S P,)
+def _sums(model: TunedModel, objective: Objective, batch: Batch) -> Sums:
+    """The sums of a prepared batch, with the counts of its tokens and rows."""
+    sums = objective.loss.sums(model.output(batch.inputs), batch)
+    numbers = [row.number for row in batch.rows] if ROW_LOSSES in sums else []
+    counted = {TOKENS: batch.tokens, ROWS: len(batch.rows), NUMBERS: numbers}
+    counts = {name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()}
+    return {name: value.cpu().double() for name, value in sums.items()} | counts

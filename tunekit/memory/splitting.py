@@ -97,6 +97,37 @@ class Splitting:
             self._react(Reaction(what, how, step))
 
 
+def compute_in_parts(
+    batches: Sequence[Batch],
+    compute: Callable[[Sequence[Batch]], list[Result]],
+    join: Callable[[Sequence[Batch], Sequence[Result]], Result],
+    kind: RowKind,
+    on_split: Callable[[str], None],
+) -> list[Result]:
+    """Call `compute`, which returns one result for each batch. If memory runs out, compute half as many batches at
+    once; a single batch is cut into two halves, and `join` makes its result from those of the halves.
+
+    `on_split`: called with the size of what ran out of memory.
+    Raises: ResourceError if a single document does not fit into memory.
+    """
+    try:
+        return compute(batches)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # Not inside `except`: the error keeps the failed attempt's tensors alive there.
+    halves = split_batch(batches[0], kind) if len(batches) == 1 else None
+    if halves is None and len(batches) == 1:
+        raise document_too_large(batches[0], reason)
+    middle = len(batches) // 2
+    parts = [[half] for half in halves] if halves else [batches[:middle], batches[middle:]]
+    on_split(f"a batch of {shape_text(batches[0])}" if halves else f"{len(batches):,} batches together")
+    collect_failed()
+    results = [result for part in parts for result in compute_in_parts(part, compute, join, kind, on_split)]
+    return [join(halves, results)] if halves else results
+
+
 def collect_failed() -> None:
     """Free the memory of a failed attempt: graphs in reference cycles, and memory that the device's allocator has
     cached."""

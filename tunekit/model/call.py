@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import torch
 
+from tunekit.model.attention.real_tokens import RealTokens
 from tunekit.model.attention.segments import Segments
 
 # Seeds for random numbers drawn outside the layers: embedding dropout before them, an adapted head's dropout after
@@ -24,7 +25,7 @@ class Call:
     draw nothing inside layers, and must not change the generators.
 
     `adapter_of_row`: if rows use different adapters, the name of each row's adapter (None: the base alone).
-    `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding (attention/padding_free.py).
+    `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding.
     `fuses`: whether products with 4-bit weights may use a faster kernel that rounds differently (for generation).
     """
 
@@ -36,7 +37,7 @@ class Call:
     seeded: bool = False
     segments: Segments | None = None
     adapter_of_row: tuple[str | None, ...] | None = None
-    real_tokens: object = None
+    real_tokens: RealTokens | None = None
     fuses: bool = False
 
 

@@ -4,8 +4,8 @@ meta device."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.families.heads import compute_in_float32
 from tunekit.model.families.structure import modules_with_statistics
+from tunekit.model.loaded_model import LoadedModel
 from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import PackedLinear, adopt_packed, element_count
@@ -37,35 +38,7 @@ from tunekit.model.transformers_guard import model_errors, no_fetched_code, quie
 from tunekit.recipe.model import ModelSection
 from tunekit.records import ModelFacts, TextFacts
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig
-
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
-
-
-@dataclass
-class LoadedModel:
-    """A base model, frozen and in eval mode. `fingerprint` is None for a model on the meta device."""
-
-    net: nn.Module
-    config: PreTrainedConfig
-    family: Family
-    dtype: torch.dtype
-    device: torch.device
-    fingerprint: str | None
-    facts: ModelFacts
-    text: TextFacts | None  # None if the model neither reads nor writes text
-    generation_config: GenerationConfig | None
-    notes: list[str] = field(default_factory=list)
-    new_modules: tuple[str, ...] = ()  # modules of the head that are initialised at random, because the files lack them
-    sidecar: Sidecar | None = None  # on a CPU: the file that contains the mapped weights
-    # for a streamed or sharded base: addresses of the weights that are views of files and will be copied
-    mapped: frozenset[int] = frozenset()
-    # for a meta model: whether load_model will read tensor by tensor, to pack or to copy the tensors
-    packed_while_read: bool = False
-    copied_while_read: bool = False
-    read_alone: bool = True  # for a meta model: whether tunekit can read the files without transformers
-    slots: object = None  # memory.slots.LayerSlots of a streamed base, if several runs use it
 
 
 def load_model(

@@ -7,13 +7,11 @@ from tunekit.objectives.rows.sequences import SequenceRows
 from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.objectives.distill import DistillSettings
 
-TEACHER = "objective.teacher"
-
 
 def make(settings: DistillSettings, tokenizer: Tokenizer, facts: Facts, options: EncodeOptions) -> Objective:
     """Make the objective: rows are token sequences, the loss is a divergence, and the teacher is a companion model. The
     rows do not depend on the teacher."""
     rows = SequenceRows(tokenizer, hash_of([settings.method, tokenizer.fingerprint]), options)
-    teacher = CompanionSpec("teacher", TEACHER, settings)
-    loss, answering = DivergenceLoss(settings, TEACHER), text_answering(tokenizer)
+    teacher = CompanionSpec("teacher", "objective.teacher", settings)
+    loss, answering = DivergenceLoss(settings), text_answering(tokenizer)
     return Objective(settings.method, settings.family, rows, loss, answering, (teacher,))

@@ -8,7 +8,7 @@ from tunekit.errors import RecipeError
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.families.pipeline.parts import PIPELINES
 from tunekit.model.families.pipeline.processor import PipelineProcessor
-from tunekit.objectives.losses.noise import KEY, DiffusionLoss, NoiseSchedule, setting_problems
+from tunekit.objectives.losses.noise import DiffusionLoss, NoiseSchedule, setting_problems
 from tunekit.objectives.rows.pictures import Artist, PictureRows, buckets_of, size_problems, smaller_buckets
 from tunekit.recipe.model import ModelSection, PipelineModel
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
@@ -40,7 +40,7 @@ def make(settings: DreamboothSettings, processor: PipelineProcessor, facts: Fact
         PictureRows(processor, settings.instance_prompt, buckets, fingerprint, smaller, options),
         DiffusionLoss(settings, _schedule(processor)),
         Answering("picture", draw=artist.draw, report_pictures=artist.report_pictures, processor=processor),
-        companions=(CompanionSpec("pipeline", KEY, settings),),
+        companions=(CompanionSpec("pipeline", "objective", settings),),
         section=partial(_section, settings, processor),
         facts=stated,
         notes=() if len(buckets) == 1 else (CUT,),

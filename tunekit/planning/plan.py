@@ -11,8 +11,8 @@ from tunekit.adapters.base import slot_count
 from tunekit.adapters.kernels.joined_lora import describe
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, find_targets, trained_count, unreached_experts
-from tunekit.companions.base import PlanContext, make_companions
-from tunekit.contracts import Batch, Companion, CompanionFacts, Processor
+from tunekit.companions.base import make_companions
+from tunekit.contracts import Batch, Companion, CompanionFacts, PlanContext, Processor
 from tunekit.data.batching.stream import StreamedWindows
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
 from tunekit.data.rows import RowSet, load_rows

@@ -75,7 +75,7 @@ class SimulatedRun:
             engine = make_engine(self.training.seed, tuned.slots, micro_batches)
             units = objective.loss.units(batch)
             window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
-            window = objective.prepare(ModelRun(tuned, objective.rows), window)
+            window = objective.prepare_step(ModelRun(tuned, objective.rows), window)
             with tuned.training_mode(True):
                 engine.run_window(tuned, objective, window, units)
             optimizer.gradient_norm()
@@ -209,7 +209,7 @@ class _CountedLoss(LossKind):
 
     def __init__(self, counted: LossKind, tracker: StorageTracker) -> None:
         self.counted, self.tracker = counted, tracker
-        self.prepare, self.units = counted.prepare, counted.units  # type: ignore[method-assign]
+        self.prepare_step, self.units = counted.prepare_step, counted.units  # type: ignore[method-assign]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         with self.tracker.counting_as("logits"):

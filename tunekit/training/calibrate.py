@@ -121,7 +121,9 @@ def calibrate(
     model, watch = TunedModel(base, None, companions=companions or {}), StatisticsCollector(start, targets)
     backward = start.looks_at == "gradients"
     run = ModelRun(model, objective.rows)
-    chosen = [objective.prepare(run, window) for window in first_windows(windows, start.batches)]
+    chosen = list[Window]()
+    for window in first_windows(windows, start.batches):
+        chosen.append(objective.prepare_step(run, window, chosen[-1] if chosen else None))
     batches = [batch for window in chosen for batch in window.batches]
     with _watching(base.net, watch, backward):
         if backward:

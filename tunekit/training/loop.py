@@ -81,7 +81,7 @@ def _make_steps(run: Run, pending: PendingReadings) -> LoopSteps:
 def _make_step(run: Run, window: Window) -> Generator[WindowRequest, WindowResult, Reading]:
     """Make one optimizer step, update the state, and start to copy the step's numbers to the host."""
     state, started = run.state, time.monotonic()
-    window = run.objective.prepare(run.view(), window)
+    window = run.prepare_step(window)
     units, counts = _step_counts(run, window)
     run.optimizer.zero_gradients()
     run.engine.loss_scale = state.scale.factor

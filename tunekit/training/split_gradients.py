@@ -17,7 +17,7 @@ from tunekit.adapters.base import AdapterPart, LayerAdapter
 from tunekit.adapters.copies import TrainedCopy
 from tunekit.contracts import Objective, Row
 from tunekit.evaluation.scores import prepared, undisturbed
-from tunekit.model.attention.padding_free import RealTokens
+from tunekit.model.attention.real_tokens import RealTokens
 from tunekit.model.call import Call, calling, current_call
 from tunekit.tuned.model import TunedModel
 
@@ -71,9 +71,9 @@ def _splitting(model: TunedModel, count: int, take: Take) -> Iterator[None]:
                 parameter.grad = None
 
 
-def _split(part: AdapterPart, x: Tensor, gradient: Tensor, count: int, real: object, take: Take) -> None:
+def _split(part: AdapterPart, x: Tensor, gradient: Tensor, count: int, real: RealTokens | None, take: Take) -> None:
     """Call `take` with the gradients of a part's tensors. Line l of x and of `gradient` belongs to row l % `count`."""
-    if isinstance(real, RealTokens) and x.shape[:2] == (1, len(real.filled_index)):
+    if real is not None and x.shape[:2] == (1, len(real.filled_index)):
         x, gradient = real.padded(x), real.padded(gradient)
     if len(x) % count or len(x) != len(gradient):
         return  # no line for each row: the caller sees that the gradients are wrong

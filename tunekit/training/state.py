@@ -4,10 +4,10 @@ contains."""
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Batch, Engine, Objective, Processor, WindowSource
+from tunekit.contracts import Batch, Engine, Objective, Processor, Window, WindowSource
 from tunekit.data.batching.windows import BatchSettings
 from tunekit.data.rows import RowSet
 from tunekit.evaluation.evaluator import Evaluation, is_better
@@ -17,7 +17,7 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Shows, StepRecord
+from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Reaction, Shows, StepRecord
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import rate_multiplier
@@ -104,6 +104,7 @@ class Run:
     warn: Callable[[str], None] = lambda text: None
     shows: Shows = DEFAULT_SHOWS
     pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
+    earlier: Window | None = None  # the prepared previous step, if several steps reuse its samples
     spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
 
     @property
@@ -114,7 +115,21 @@ class Run:
 
     def view(self) -> ModelRun:
         """The parts of the run that the objective and its companions (auxiliary models) may use."""
-        return ModelRun(self.model, self.objective.rows, self.devices.gather)
+        return ModelRun(self.model, self.objective.rows, self.devices.gather, on_split=self._note_split)
+
+    def _note_split(self, size: str) -> None:
+        """Warn and record that memory ran out while a step was prepared, once for each size."""
+        what = f"{size} ran out of memory while a step was prepared"
+        if all(reaction["probe"] != what for reaction in self.state.reactions):
+            action = "split in two, which does not change the result"
+            self.state.reactions.append(asdict(Reaction(what, action, self.state.step + 1)))
+            self.warn(f"step {self.state.step + 1}: {what}; split in two")
+
+    def prepare_step(self, window: Window) -> Window:
+        """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
+        prepared = self.objective.prepare_step(self.view(), window, self.earlier)
+        self.earlier = prepared if self.objective.loss.updates_per_sampling > 1 else None
+        return prepared
 
     @property
     def can_resume(self) -> bool:

@@ -11,7 +11,7 @@ from tunekit.contracts import Batch, Objective, Window
 from tunekit.errors import ModelError
 from tunekit.evaluation.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 from tunekit.machine.devices import forked_random
-from tunekit.memory.splitting import Splitting, shape_text
+from tunekit.memory.splitting import Splitting
 from tunekit.records import Reaction
 from tunekit.training.reached import reaching_all
 from tunekit.training.session import Session
@@ -93,12 +93,12 @@ def make_splitting(session: Session, state: LoopState) -> Splitting:
     return splitting
 
 
-def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch], None]:
-    """Returns a function that warns and records that an evaluation batch ran out of memory, once for each shape of
+def note_split_evaluation(session: Session, state: LoopState) -> Callable[[str], None]:
+    """Returns a function that warns and records that a batch ran out of memory in an evaluation, once for each size of
     batch."""
 
-    def note(batch: Batch) -> None:
-        what = f"an evaluation batch of {shape_text(batch)} ran out of memory"
+    def note(size: str) -> None:
+        what = f"{size} ran out of memory in an evaluation"
         if all(reaction["probe"] != what for reaction in state.reactions):
             state.reactions.append(asdict(Reaction(what, "split in two, which does not change the result", state.step)))
             session.console.warn(f"step {state.step}: {what}; split in two")
@@ -108,7 +108,7 @@ def note_split_evaluation(session: Session, state: LoopState) -> Callable[[Batch
 
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
     """The batch, prepared by the objective for a dry-run step."""
-    return run.objective.prepare(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
+    return run.objective.prepare_step(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
 
 
 def measured_speeds(run: Run, batch: Batch) -> list[float]:

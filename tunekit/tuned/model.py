@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from tunekit.contracts import (
     GREEDY,
     Batch,
     Companion,
+    CompanionType,
+    Counts,
     Gather,
-    Model,
     ModelOutput,
     Progress,
     Read,
@@ -21,18 +23,21 @@ from tunekit.contracts import (
     Sampling,
     Tensors,
     Tokenizer,
+    Window,
     no_progress,
 )
+from tunekit.errors import is_out_of_memory
 from tunekit.machine.placing import to_device
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
+from tunekit.memory.splitting import collect_failed, compute_in_parts, document_too_large, first_line
 from tunekit.memory.vocabulary import HeadParts, StreamedHead
-from tunekit.model.attention.padding_free import real_tokens
+from tunekit.model.attention.real_tokens import real_tokens
 from tunekit.model.attention.segments import Segments, find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
-from tunekit.model.text.generation import generate_texts
+from tunekit.model.text.generation import find_stop_ids, generate_texts
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 
 
@@ -68,17 +73,19 @@ class TunedModel:
         assert output.hidden is not None
         return self.to_output(self.real_positions(output.hidden))
 
-    def score_batches(
-        self, batches: Sequence[Batch], score: Callable[[ModelOutput, Batch], Tensor], *, reference: bool = False
-    ) -> list[Tensor]:
-        """Call `score` with the model's output for each batch, without gradient or dropout. Returns the results on the
-        host. `reference`: use the policy at step 0. A streamed base copies its layers once for all batches."""
+    @contextmanager
+    def scoring(self, *, reference: bool = False) -> Iterator[None]:
+        """Context manager for `scores`: without gradient or dropout. `reference`: use the policy at step 0."""
         policy = self.at_step_0() if reference else nullcontext()
         with torch.no_grad(), self.training_mode(False), policy, self.unchanged_weights():
-            single = (self.output(batch.inputs) for batch in batches)
-            outputs = single if self.slots is None else self._by_layer(batches)
-            scores = [score(output, batch) for output, batch in zip(outputs, batches, strict=True)]
-        return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in scores]
+            yield
+
+    def scores(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        """The values that `read` computes from the output of each batch, on the device. A streamed base copies its
+        layers once for all batches."""
+        single = (self.output(batch.inputs) for batch in batches)
+        outputs = single if self.slots is None else self._by_layer(batches)
+        return [read(output, batch) for output, batch in zip(outputs, batches, strict=True)]
 
     def keep_reference(self) -> None:
         """Save the current state of the adapter as the reference policy (the policy at step 0)."""
@@ -150,10 +157,11 @@ class TunedModel:
         text = self.base.text
         chunk = self.chunk_tokens or logits_chunk_tokens(1 if text is None else text.vocabulary_size)
         head = self.base.family.head(self.base.net)
-        heads = {key: companion.head for key, companion in self.companions.items() if companion.head is not None}
+        heads = (companion.head for companion in self.companions.values())
+        other = next((each for each in heads if each is not None), None)
         if self.head_parts is not None:
-            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, companion_heads=heads)
-        return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_heads=heads)
+            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, companion_head=other)
+        return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_head=other)
 
     def hidden(self, inputs: Tensors) -> Tensor:
         """Last hidden states (B, T, D) after the final norm. A row can contain several documents: a new document begins
@@ -192,6 +200,10 @@ class TunedModel:
     def virtual_tokens(self) -> int:
         """The number of virtual tokens that the adapter puts before each row."""
         return 0 if self.adapter is None else self.adapter.virtual_tokens
+
+    def stop_ids(self, tokenizer: Tokenizer, template: str | None) -> list[int]:
+        """The ids that end an answer. `template`: a chat template, if it is not the tokenizer's."""
+        return find_stop_ids(self.base, tokenizer, template)
 
     def own_logits(self, inputs: Tensors) -> Tensor:
         """The logits (B, T, V) that the network itself computes, not in chunks. This needs much memory for many
@@ -235,27 +247,115 @@ class TunedModel:
 @dataclass
 class ModelRun:
     """A model as objectives see it during a run (a RunView). Companions are other models that the objective needs, such
-    as a teacher."""
+    as a teacher.
 
-    model: Model
+    If memory runs out in `score`, `reference` or `generate`, they compute less at once. Nothing else is repeated, and
+    no values are exchanged, so the other ranks need not know it. `on_split` is called with the size that ran out.
+    """
+
+    model: TunedModel
     rows: RowKind
     gather: Gather = list
     progress: Progress = no_progress
+    on_split: Callable[[str], None] = lambda size: None
 
     @property
     def is_simulated(self) -> bool:
         """Whether the model is on the meta device."""
         return self.model.device.type == "meta"
 
-    def score(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
-        """Run a forward of each batch without gradient or dropout. Returns the values that `read` takes from each
-        output, on the host."""
-        return self.model.score_batches(batches, read)
+    def score(self, batches: Sequence[Batch], read: Read, counts: Counts | None = None) -> list[Tensor]:
+        """The values that `read` computes from each batch's forward, on the host, without gradient or dropout.
 
-    def reference(self, batches: Sequence[Batch], read: Read) -> list[Tensor]:
+        `counts`: how many values each sequence has; None: 1 each, so S values for each of P rows are (S P, ...).
+        Raises: ResourceError if a single document does not fit into memory.
+        """
+        return self._score(batches, read, counts, reference=False)
+
+    def reference(self, batches: Sequence[Batch], read: Read, counts: Counts | None = None) -> list[Tensor]:
         """Like `score`, but with the policy at step 0."""
-        return self.model.score_batches(batches, read, reference=True)
+        return self._score(batches, read, counts, reference=True)
 
-    def companion(self, key: str) -> Companion:
-        """The loaded companion with this key."""
-        return self.model.companions[key]
+    def _score(self, batches: Sequence[Batch], read: Read, counts: Counts | None, *, reference: bool) -> list[Tensor]:
+        # The layers of a streamed base are copied once for all batches that are computed together.
+        together = [[batch] for batch in batches] if self.model.slots is None else [batches]
+        in_parts = partial(
+            compute_in_parts,
+            compute=partial(self.model.scores, read=read),
+            join=partial(_joined, counts=counts),
+            kind=self.rows,
+            on_split=self.on_split,
+        )
+        with self.model.scoring(reference=reference):
+            scores = [score for some in together for score in in_parts(some)]
+        return [torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.cpu() for value in scores]
+
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        stop_ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """As TunedModel.generate. If memory runs out, all prompts are continued again, half as many at once. Their
+        seeds do not depend on it. Raises: ResourceError if a single prompt does not fit into memory."""
+        while True:
+            try:
+                return self.model.generate(
+                    tokenizer,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    stop_ids=stop_ids,
+                    sampling=sampling,
+                    seeds=seeds,
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # Not inside `except`: the error keeps the failed attempt's tensors alive there.
+            size = min(batch_size, len(prompts))
+            if size < 2:
+                raise document_too_large(None, reason)
+            self.on_split(f"a batch of {size:,} completions")
+            collect_failed()
+            batch_size = size // 2
+
+    def gather_rows(self, window: Window, values: Sequence[Tensor]) -> Tensor:
+        """The rows of all ranks, on the host of every rank, in the order of the step's micro-batches.
+
+        Shapes: `values`, one tensor (rows, ...) for each micro-batch of this rank -> (all rows, ...).
+        """
+        # A copy, because a view would be sent with the whole tensor that it is a view of.
+        local = [tensor.detach().cpu().clone() for tensor in values]
+        numbered = self.gather(list(zip(window.indices, local, strict=True)))
+        return torch.cat([tensor for _, tensor in sorted(numbered, key=lambda pair: pair[0])])
+
+    def companion(self, protocol: type[CompanionType]) -> CompanionType:
+        """The loaded companion that has this protocol."""
+        (companion,) = (each for each in self.model.companions.values() if isinstance(each, protocol))
+        return companion
+
+
+def _joined(halves: Sequence[Batch], values: Sequence[Tensor], counts: Counts | None) -> Tensor:
+    """The values of a batch from those of its halves. The order of values is: the first sequence of every row, the
+    second sequence of every row, and so on; so the halves alternate."""
+    sizes = [
+        [1] * len(value) if counts is None else [*counts(half)] for half, value in zip(halves, values, strict=True)
+    ]
+    parts = [torch.split(value, size) for value, size in zip(values, sizes, strict=True)]
+    rows = [len(half.rows) for half in halves]
+    sides = range(len(parts[0]) // rows[0])  # S sequences for each row
+    return torch.cat(
+        [
+            part
+            for side in sides
+            for some, count in zip(parts, rows, strict=True)
+            for part in some[side * count :][:count]
+        ]
+    )

@@ -14,9 +14,7 @@ forward and backward of six layers on a busy core: 124 ms in groups of similar l
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from tunekit.contracts import Tensors
 from tunekit.model.attention.documents import AttentionOutput, DocumentMask, LayerMask, attend_by_sdpa
+from tunekit.model.attention.real_tokens import RealTokens, RowGroup
 from tunekit.model.attention.segments import Segments
 from tunekit.model.autograd import Context
 from tunekit.model.call import current_call
@@ -32,88 +31,11 @@ from tunekit.model.dropout import dropout_noise, quicken_dropout
 from tunekit.model.pretrained import config_of, text_config
 
 NAME = "sdpa_padding_free"  # the attention function's name in transformers' table
-TOKENS = 64  # the number of tokens is a multiple of this, because oneDNN compiles its products anew for each number
-MIN_WIDTH_BITS = 4  # rows of up to 16 tokens are one group, then those of up to 32, 64 and 128
 MAX_TOKENS = 128  # maximum length of a row in the padded product, whose scores grow with the square of the length
 
 # Families for which tests prove that rows without padding equal padded rows. Their layers need nothing but hidden
 # states and a mask, and only attention connects tokens.
 PROVEN = frozenset(["bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"])
-
-
-class RowGroup:
-    """Rows that attend in one product, padded to the longest row. `lengths`: the number of tokens in each row.
-    `tokens`: (N,) indices of the group's tokens among the real tokens of all rows."""
-
-    def __init__(self, lengths: Sequence[int], tokens: Tensor) -> None:
-        self.lengths, self.tokens, self.longest = lengths, tokens, max(lengths)
-        self._places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @cached_property
-    def bias(self) -> Tensor:
-        """(B, 1, 1, T) float32: minus infinity at padding, 0 elsewhere; T is the length of the longest row."""
-        real = torch.arange(self.longest)[None] < torch.tensor(self.lengths)[:, None]  # (B, T)
-        return torch.zeros(real.shape).masked_fill(~real, -math.inf)[:, None, None]
-
-    def places(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Three index tensors for copies between the tensor of all tokens, flattened to (M * H), and the group's padded
-        tensor, flattened to (B * H * T).
-
-        (N * H,): index of each head of the group's tokens among all tokens. (N * H,): its index in the padded tensor.
-        (B * H * T,): for each element of the padded tensor, the index among all tokens (0 at padding).
-        """
-        if heads not in self._places:
-            rows = torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))  # (N,)
-            positions = torch.cat([torch.arange(length) for length in self.lengths])  # (N,)
-            of_head = torch.arange(heads)
-            places = (self.tokens[:, None] * heads + of_head).flatten()
-            padded = ((rows[:, None] * heads + of_head) * self.longest + positions[:, None]).flatten()
-            inverse = torch.zeros(len(self.lengths) * heads * self.longest, dtype=torch.int64)
-            inverse[padded] = places
-            self._places[heads] = places, padded, inverse
-        return self._places[heads]
-
-
-class RealTokens:
-    """The real tokens of padded rows. `lengths`: the number of tokens in each row of width `width`."""
-
-    def __init__(self, lengths: Sequence[int], width: int) -> None:
-        self.lengths, self.width = tuple(lengths), width
-
-    @cached_property
-    def index(self) -> Tensor:
-        """(N,) positions of the real tokens in the flattened padded rows (B * T)."""
-        return torch.cat([torch.arange(length) + row * self.width for row, length in enumerate(self.lengths)])
-
-    @cached_property
-    def filled_index(self) -> Tensor:
-        """(M,): `index`, extended with zeros to a multiple of TOKENS. The added entries are copies of the first token.
-        Nothing reads the outputs of these copies, so their gradient is zero."""
-        return F.pad(self.index, (0, -len(self.index) % TOKENS))
-
-    @cached_property
-    def groups(self) -> list[RowGroup]:
-        """The rows grouped by length: no row is padded to more than twice its length, except rows with few tokens."""
-        rows = torch.split(torch.arange(len(self.index)), list(self.lengths))
-        groups: dict[int, list[Tensor]] = {}
-        for row in rows:
-            groups.setdefault(max(MIN_WIDTH_BITS, (len(row) - 1).bit_length()), []).append(row)
-        return [RowGroup([len(row) for row in each], torch.cat(each)) for _, each in sorted(groups.items())]
-
-    def padded(self, hidden: Tensor) -> Tensor:
-        """Put values of real tokens (1, M, D) back into padded rows (B, T, D), with zeros at padding."""
-        places, width = len(self.lengths) * self.width, hidden.shape[-1]
-        real = hidden[0, : len(self.index)]
-        padded = hidden.new_zeros(places, width).index_copy(0, self.index.to(hidden.device), real)
-        return padded.view(len(self.lengths), self.width, width)
-
-
-def real_tokens(inputs: Mapping[str, Tensor]) -> RealTokens | None:
-    """The real tokens of a batch whose mask has padding only at the end of rows; None if there is no such mask."""
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or mask.device.type != "cpu":
-        return None
-    return RealTokens(mask.sum(dim=1).tolist(), mask.shape[1])
 
 
 def skip_padding(net: nn.Module, layers: Sequence[nn.Module], device: torch.device) -> None:
@@ -140,7 +62,7 @@ def _remove_padding(
 ) -> tuple[tuple[Any, ...], Tensors] | None:
     """The first layer's inputs with hidden states (1, M, D) in place of (B, T, D)."""
     real = current_call().real_tokens
-    if not isinstance(real, RealTokens):
+    if real is None:
         return None
     hidden, *others = inputs
     real_hidden = hidden.flatten(0, 1).index_select(0, real.filled_index.to(hidden.device))  # (M, D)
@@ -150,7 +72,7 @@ def _remove_padding(
 def _restore_padding(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
     """Put the last layer's output (1, M, D) back into padded rows (B, T, D)."""
     real = current_call().real_tokens
-    return real.padded(output) if isinstance(real, RealTokens) else None
+    return None if real is None else real.padded(output)
 
 
 def _attend(
@@ -158,7 +80,7 @@ def _attend(
 ) -> AttentionOutput:
     """Attention of rows without padding, (1, H, M, D) -> (1, M, H, D); other calls go to sdpa."""
     real = current_call().real_tokens
-    if not isinstance(real, RealTokens) or query.shape[:3:2] != (1, len(real.filled_index)):
+    if real is None or query.shape[:3:2] != (1, len(real.filled_index)):
         return attend_by_sdpa(module, query, key, value, attention_mask, **named)
     if max(real.lengths) > MAX_TOKENS:
         mask = DocumentMask(Segments((real.lengths,)), None, query.device)

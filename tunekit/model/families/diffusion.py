@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tunekit.contracts import NamedModules, Processor, Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families.family import Family
-from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, PipelineNet, denoising_layers, load_pipeline
+from tunekit.model.families.pipeline.parts import INDEX, PIPELINES, as_pipeline, denoising_layers, load_pipeline
 from tunekit.model.families.pipeline.processor import load_processor
 from tunekit.model.families.pipeline.prompts import encode_prompts
 from tunekit.recipe.model import ModelSection
@@ -36,12 +36,12 @@ class DiffusionFamily(Family):
 
     def layers(self, net: nn.Module) -> NamedModules:
         """The denoiser's layers, in the order in which they run."""
-        part = PIPELINES[_as_pipeline(net).config.model_type]
-        return [(f"{part}.{name}", layer) for name, layer in denoising_layers(_as_pipeline(net).denoiser)]
+        part = PIPELINES[as_pipeline(net).config.model_type]
+        return [(f"{part}.{name}", layer) for name, layer in denoising_layers(as_pipeline(net).denoiser)]
 
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """The denoiser's prediction, (B, C, H, W) float32. The variance that some denoisers also predict is removed."""
-        pipeline = _as_pipeline(net)
+        pipeline = as_pipeline(net)
         latents = inputs["latents"].to(pipeline.dtype)
         embeddings = {name: value for name, value in inputs.items() if name in ("prompt", "pooled")}
         if "prompt" not in embeddings:
@@ -62,7 +62,7 @@ class DiffusionFamily(Family):
         return predicted[:, :channels].float() if predicted.shape[1] == 2 * channels else predicted.float()
 
     def frozen_parts(self, net: nn.Module) -> list[nn.Module]:
-        return list(_as_pipeline(net).frozen_parts.values())
+        return list(as_pipeline(net).frozen_parts.values())
 
     def looks_back(self, net: nn.Module) -> bool:
         return False
@@ -72,11 +72,6 @@ class DiffusionFamily(Family):
 
     def head_name(self, net: nn.Module) -> str | None:
         return None
-
-
-def _as_pipeline(net: nn.Module) -> PipelineNet:
-    assert isinstance(net, PipelineNet)
-    return net
 
 
 def _check(section: ModelSection, family: str) -> None:

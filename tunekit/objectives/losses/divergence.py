@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, RunView, Sums, Window
+from tunekit.contracts import Batch, Companion, Counts, Loss, LossKind, ModelOutput, Read, RunView, Sums, Window
 from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, sums_of_positions
 from tunekit.objectives.losses.row_sums import loss_sums
@@ -18,6 +18,14 @@ from tunekit.objectives.losses.tokens import TokenLoss, next_tokens
 from tunekit.recipe.objectives.distill import DistillSettings
 
 HIDDEN = "teacher"  # part of a prepared row, (N, D): the teacher's last hidden states at the supervised tokens
+
+
+class Teacher(Companion):
+    """The companion of this loss: a frozen model. The loss gets its `head` as ModelOutput.companion_head."""
+
+    def score(self, run: RunView, batches: Sequence[Batch], read: Read, counts: Counts | None = None) -> list[Tensor]:
+        """Like `run.score`, but with the teacher."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -30,17 +38,16 @@ class DivergenceLoss(LossKind):
     """
 
     settings: DistillSettings
-    teacher: str  # key of the companion
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Add the teacher's last hidden states to each row of the step. From these the loss computes the teacher's
         logits, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask."""
         alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
-        hidden = run.companion(self.teacher).score(alone, _supervised_hidden)
+        hidden = run.companion(Teacher).score(run, alone, _supervised_hidden, _supervised_counts)
         parts = []
         for batch, states in zip(window.batches, hidden, strict=True):
-            of_rows = torch.split(_raw(states), [row.supervised for row in batch.rows])
+            of_rows = torch.split(_raw(states), _supervised_counts(batch))
             parts.append({HIDDEN: [part.numpy() for part in of_rows]})
         return run.rows.with_parts(window, parts)
 
@@ -69,11 +76,12 @@ class DivergenceLoss(LossKind):
     def _divergences(self, output: ModelOutput, batch: Batch) -> Tensor:
         """The divergence at each supervised token, times the token's weight, shape (N,)."""
         settings, (index, _, weights) = self.settings, next_tokens(batch)
+        assert output.companion_head is not None
         values = divergences(
             output,
             index,
             _read(batch.targets[HIDDEN]),
-            output.companion_heads[self.teacher],
+            output.companion_head,
             beta=settings.beta,
             temperature=settings.temperature,
         )
@@ -82,6 +90,10 @@ class DivergenceLoss(LossKind):
 
 def _supervised_hidden(output: ModelOutput, batch: Batch) -> Tensor:
     return hidden_at(output, next_tokens(batch)[0])
+
+
+def _supervised_counts(batch: Batch) -> list[int]:
+    return [row.supervised for row in batch.rows]
 
 
 def _raw(hidden: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from tunekit.objectives.losses.advantages import (
     teaches_nothing,
 )
 from tunekit.objectives.losses.answers import by_sequence
-from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
+from tunekit.objectives.losses.samples import SampledLoss, prompt_rows, token_counts
 from tunekit.recipe.objectives.grpo import GrpoSettings
 
 
@@ -68,7 +68,7 @@ class GroupRelative(SampledLoss):
 
     def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
         """Add the reference's log-probability of each completion token to the step's rows."""
-        scores = run.reference(window.batches, self.token_scores)
+        scores = run.reference(window.batches, self.token_scores, token_counts)
         return prompt_rows(run).with_tokens(window, "reference", scores), None
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:

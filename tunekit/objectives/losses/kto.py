@@ -36,7 +36,7 @@ class KtoLoss(AnswerLoss):
 
     s is the logistic function, r the log-ratio of policy to reference, w the weight of good or bad answers. With
     apo_zero_unpaired, kl is 0.
-    `balance`: the result of `_balance` for all evaluation rows; None: `prepare` computes it for each step.
+    `balance`: the result of `_balance` for all evaluation rows; None: `prepare_step` computes it for each step.
     `lengths`: the lengths of all prompts and the lengths of all answers, in descending order. A simulated step makes
     mismatched rows of these lengths.
     """
@@ -68,7 +68,7 @@ class KtoLoss(AnswerLoss):
                 apart += (policy - reference).tolist()
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Add three values to each row of the step: its reference score, the step's KL, and the two factors of
         `_balance`. The factors turn a mean over all rows into a mean over the good rows, or over the bad rows."""
         estimated = self.settings.loss_type == "kto" and self.balance is None

@@ -16,7 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Pixels, Row, Rows, RunView, Sums, Window, draw_rows
+from tunekit.contracts import (
+    Batch,
+    Companion,
+    Loss,
+    LossKind,
+    ModelOutput,
+    Pixels,
+    Row,
+    RowParts,
+    Rows,
+    RunView,
+    Sums,
+    Window,
+    draw_rows,
+)
 from tunekit.data.encoding.images import Size, cropped
 from tunekit.errors import Problem
 from tunekit.machine.placing import to_device
@@ -25,8 +39,23 @@ from tunekit.objectives.losses.row_sums import loss_sums
 from tunekit.objectives.rows.pictures import bucket_of, pixels_of, prompt_of, text_parts
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
 
-KEY = "objective"  # key of the companion that encodes images and prompts
 DrawKey = tuple[int | str, ...]  # key of random draws: seed, step, row, and the number of the image in the row
+
+
+class Pipeline(Companion):
+    """The companion of this loss: the frozen parts of a pipeline, which encode images and prompts."""
+
+    def class_image(self, run: RunView, number: int, size: Size) -> tuple[Pixels, Size]:
+        """A class image, scaled to cover this size, and the size of the image in its file."""
+        raise NotImplementedError
+
+    def latents(self, run: RunView, pixels: Pixels, generator: torch.Generator, *, keep: bool) -> Tensor:
+        """A sample of the image's latents, shape (C, H, W), scaled for the denoiser. `keep`: whether to cache them."""
+        raise NotImplementedError
+
+    def texts(self, run: RunView, prompts: Sequence[str]) -> list[RowParts]:
+        """The denoiser's inputs for each prompt."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +80,7 @@ class DiffusionLoss(LossKind):
         """A copy of the loss for evaluation, at fixed diffusion times."""
         return self.evaluation_copy()
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Add noisy latents, their diffusion times and their targets to each row of the step. A row that already has
         latents is not changed."""
         return draw_rows(run.rows, window, partial(self._prepared, run))
@@ -72,7 +101,7 @@ class DiffusionLoss(LossKind):
             weights = [float(min_snr_weights(self.schedule, step, settings.snr_gamma))]
         if settings.class_prompt is not None:
             number = seed_for("class picture", *place)
-            prior, original = run.companion(KEY).class_image(run, number, size)
+            prior, original = run.companion(Pipeline).class_image(run, number, size)
             pictures.append(self._sample(run, prior, original, size, (*place, 1)))
             weights.append(settings.prior_loss_weight)
             prompts.append(settings.class_prompt)
@@ -101,7 +130,7 @@ class DiffusionLoss(LossKind):
         settings, fixed = self.settings, step is not None
         pixels, corner = self.view(pixels, size, place) if settings.varies and not fixed else cropped(pixels, size)
         normal = generator_for("latents", *place)
-        latents = run.companion(KEY).latents(run, pixels, normal, keep=settings.caches or fixed)[None]
+        latents = run.companion(Pipeline).latents(run, pixels, normal, keep=settings.caches or fixed)[None]
         step = self._step(place) if step is None else step
         offset = 0.0 if self.measures else settings.noise_offset
         noise, steps = drawn_noise(latents.shape[1:], offset, *place)[None], torch.tensor([step])
@@ -146,7 +175,7 @@ class DiffusionLoss(LossKind):
         parts["times"] = self.schedule.times[torch.tensor([picture["step"] for picture in pictures])].numpy().copy()
         parts["sizes"] = np.array([picture["sizes"] for picture in pictures], np.int64)
         parts["weights"] = np.array(weights, np.float32)
-        return replace(row, parts=parts | text_parts(run.companion(KEY).texts(run, prompts)))
+        return replace(row, parts=parts | text_parts(run.companion(Pipeline).texts(run, prompts)))
 
     def losses(self, output: ModelOutput, batch: Batch) -> Tensor:
         """The loss of each row, shape (R,) float32: the weighted sum of its images' mean squared errors."""

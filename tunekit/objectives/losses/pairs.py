@@ -15,7 +15,7 @@ from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
 from tunekit.recipe.bases.pair_settings import REWARDS
 
-PREPARED = ("reference", "share", "matched")  # parts that `prepare` adds to a row
+PREPARED = ("reference", "share", "matched")  # parts that `prepare_step` adds to a row
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PairLoss(AnswerLoss):
     `keeps`: whether the reference's scores of each row are cached; auto: as in `reference_scores`.
 
     An evaluation sets `share` (pairs per token of `likelihood`) and `matched` (by row number) once for all its rows. If
-    they are None, `prepare` computes them for each step.
+    they are None, `prepare_step` computes them for each step.
     """
 
     formula: Callable[[Scores], Tensor]
@@ -97,7 +97,7 @@ class PairLoss(AnswerLoss):
         of_rank = same_rank(np.array(ours, np.float32), ours, theirs).tolist()
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Add up to three values to each row of the step: the reference's scores, the weight of each token in
         `likelihood`, and the matched preference."""
         if self.reference:

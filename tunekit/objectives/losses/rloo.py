@@ -15,7 +15,7 @@ from torch import Tensor
 from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Window
 from tunekit.objectives.losses.advantages import Rewards, clipping, mean, read_tokens, scaled, spread, summed
 from tunekit.objectives.losses.answers import by_row, by_sequence
-from tunekit.objectives.losses.samples import SampledLoss, prompt_rows
+from tunekit.objectives.losses.samples import SampledLoss, prompt_rows, token_counts
 from tunekit.recipe.objectives.rloo import RlooSettings
 
 
@@ -38,8 +38,8 @@ class LeaveOneOut(SampledLoss):
     def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
         """Add the KL of each token to the step's rows. Also return beta times the KL of each completion, as a penalty
         on its reward. The KL (k1) is the policy's log-probability minus the reference's."""
-        rows, read = prompt_rows(run), self.token_scores
-        policy, reference = run.score(window.batches, read), run.reference(window.batches, read)
+        rows, what = prompt_rows(run), (window.batches, self.token_scores, token_counts)
+        policy, reference = run.score(*what), run.reference(*what)
         apart = [ours.float() - theirs.float() for ours, theirs in zip(policy, reference, strict=True)]  # (N,) each
         pairs, sides = zip(apart, window.batches, strict=True), len(rows.answers.sides)
         kl = [by_row(by_sequence(tokens, batch.targets["counts"]), sides).astype(np.float64) for tokens, batch in pairs]

@@ -15,6 +15,7 @@ from tunekit.contracts import (
     GREEDY,
     Array,
     Batch,
+    Companion,
     CompanionSpec,
     EncodeOptions,
     LossKind,
@@ -30,7 +31,6 @@ from tunekit.contracts import (
 from tunekit.errors import RewardError
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.call import seed_for
-from tunekit.model.text.generation import find_stop_ids
 from tunekit.objectives.losses.advantages import (
     CLIPPED,
     Rewards,
@@ -41,13 +41,33 @@ from tunekit.objectives.losses.advantages import (
 )
 from tunekit.objectives.losses.answers import predicted
 from tunekit.objectives.rows.answers import AnswerRows
-from tunekit.objectives.rows.prompts import PromptRows, Sample, completions_of, read_context
+from tunekit.objectives.rows.prompts import Completion, PromptRows, Sample, completions_of, read_context
 from tunekit.objectives.rows.text import text_answering
 from tunekit.recipe.bases.sample_settings import REWARDED, SILENT_STEPS, SampleSettings, reward_names
 from tunekit.records import Preparation
 
-REWARD, SAMPLING = "objective.reward", "objective.sampling"  # keys of the companions
 SHOWN_ROWS, SHOWN_SAMPLES = 2, 4  # rows of a step, and samples of a row, in the report
+
+
+class Sampler(Companion):
+    """The companion that plans the memory for sampling: `sampling_batch_size` completions fit in parallel."""
+
+
+class Rewarder(Companion):
+    """The companion that computes rewards. `silent_steps`: the number of consecutive steps, up to now, in which no
+    completion got a reward."""
+
+    silent_steps = 0
+
+    def score(self, completions: Sequence[Completion]) -> Rewards:
+        """The rewards (N, F): each of N completions, scored by each of F reward functions. Raises: RewardError for an
+        invalid result."""
+        raise NotImplementedError
+
+    def no_rewards(self, number: int, completions: Sequence[Completion]) -> RewardError:
+        """The error for a function that scores none of the completions. `number`: the function's place in the
+        recipe."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -55,8 +75,8 @@ class SampledLoss(LossKind):
     """Turns rewards into advantages, and advantages into a loss, divided by the step's number of completions.
     Subclasses define `loss`.
 
-    `prepare` samples the completions with the seed hash(seed, step, row, completion), and computes advantages from the
-    rewards of the whole step on all ranks. If several steps reuse samples, they learn from the same completions.
+    `prepare_step` samples the completions with the seed hash(seed, step, row, completion), and computes advantages from
+    the rewards of the whole step on all ranks. If several steps reuse samples, they learn from the same completions.
 
     `measures`: the loss is for evaluation, with one greedy completion of each row.
     """
@@ -101,7 +121,7 @@ class SampledLoss(LossKind):
         each batch, which is subtracted from the rewards, or None. Called only if the loss has a KL."""
         raise NotImplementedError
 
-    def prepare(self, run: RunView, window: Window) -> Window:
+    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
         """Sample completions of the step's prompts, and add them with all values that the loss needs.
 
         A simulated or dry-run step does not sample. It uses completions of the maximum length, and calls no rewards.
@@ -109,8 +129,10 @@ class SampledLoss(LossKind):
         """
         kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
         if not (dry or self.measures) and window.step % self.updates_per_sampling:
-            previous = run.companion(SAMPLING).window  # a run resumes only at a step that samples
-            return replace(window, batches=previous.batches, preparation=previous.preparation)
+            assert earlier is not None  # a run resumes only at a step that samples
+            # A calibration may shorten its last step.
+            batches = earlier.batches[: len(window.batches)]
+            return replace(window, batches=batches, preparation=replace(earlier.preparation, seconds={}))
         rows, start = [row for batch in window.batches for row in batch.rows], monotonic()
         groups = [kind.longest_samples(row) for row in rows] if dry else self.sampled(run, window, rows)
         sampled = monotonic()
@@ -122,12 +144,10 @@ class SampledLoss(LossKind):
         if self.measures:
             return self._measured(run, window, groups, scores)
         if self.updates_per_sampling > 1:
-            window = kind.with_tokens(window, "old", run.score(window.batches, self.token_scores))
+            window = kind.with_tokens(window, "old", run.score(window.batches, self.token_scores, token_counts))
         window, penalties = self.compared(run, window) if self.reference else (window, None)
         window, metrics = self._with_advantages(run, window, groups, scores, penalties)
         samples = self._shown(rows, groups, scores, window)
-        if not dry:
-            run.companion(SAMPLING).window = replace(window, preparation=Preparation(metrics, {}, samples))
         return replace(window, preparation=Preparation(metrics, seconds, samples))
 
     def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
@@ -137,13 +157,13 @@ class SampledLoss(LossKind):
         prompts = [row.parts["prompt"].tolist() for row in rows for _ in range(size)]
         keys = [("sample", window.seed, window.step, row.number, row.occurrence) for row in rows]
         seeds = [seed_for(*key, number) for key in keys for number in range(size)]
-        stops = find_stop_ids(run.model.base, self.tokenizer, kind.options.template)
+        stops = run.model.stop_ids(self.tokenizer, kind.options.template)
         drawn = Sampling(settings.temperature, settings.top_p, settings.top_k)
-        completions = run.model.generate(
+        completions = run.generate(
             self.tokenizer,
             prompts,
             max_new_tokens=settings.max_completion_length,
-            batch_size=run.companion(SAMPLING).sampling_batch_size,
+            batch_size=run.companion(Sampler).sampling_batch_size,
             stop_ids=stops,
             sampling=GREEDY if self.measures else drawn,
             seeds=None if self.measures else seeds,
@@ -163,14 +183,14 @@ class SampledLoss(LossKind):
             return np.tile(np.arange(shape[1], dtype=np.float64)[:, None], (shape[0], 1, shape[2]))
         completions, error, scores = completions_of(rows, groups), None, np.empty(shape)
         try:
-            scores = run.companion(REWARD).score(completions).reshape(shape)
+            scores = run.companion(Rewarder).score(completions).reshape(shape)
         except RewardError as problem:
             error = problem
         failed = next((problem for problem in run.gather([error]) if problem is not None), None)
         if failed is not None:
             raise failed
         if not self.measures:
-            rewards, silent = run.companion(REWARD), all(run.gather([bool(np.isnan(scores).all())]))
+            rewards, silent = run.companion(Rewarder), all(run.gather([bool(np.isnan(scores).all())]))
             rewards.silent_steps = rewards.silent_steps + 1 if silent else 0
             if silent and (starts_run or rewards.silent_steps == SILENT_STEPS):
                 raise rewards.no_rewards(0, completions)
@@ -281,9 +301,17 @@ def sampled_objective(loss: SampledLoss, options: EncodeOptions) -> Objective:
         rows,
         loss,
         text_answering(tokenizer),
-        (CompanionSpec("rewards", REWARD, settings.reward), CompanionSpec("sampling", SAMPLING, settings)),
+        (
+            CompanionSpec("rewards", "objective.reward", settings.reward),
+            CompanionSpec("sampling", "objective.sampling", settings),
+        ),
         notes=(f"batches are planned for {count} completions of {longest:,} tokens (the maximum) for each prompt",),
     )
+
+
+def token_counts(batch: Batch) -> list[int]:
+    """The number of predicted tokens of each sequence."""
+    return batch.targets["counts"].tolist()
 
 
 def prompt_rows(run: RunView) -> PromptRows:

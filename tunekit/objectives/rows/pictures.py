@@ -33,6 +33,7 @@ from tunekit.errors import DataError, Problem
 from tunekit.formats.image import ImageExample
 from tunekit.model.call import seed_for
 from tunekit.model.families.pipeline.drawing import Drawing, draw_pictures
+from tunekit.model.families.pipeline.parts import as_pipeline
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.objectives.rows.images import read_pixels
 from tunekit.objectives.rows.labels import utf8
@@ -236,11 +237,11 @@ class Artist:
 
     def draw(self, model: Model, prompts: Sequence[str], seeds: Sequence[int], progress: Progress) -> list[Pixels]:
         """One image for each prompt."""
-        pictures, how = list[Pixels](), drawing_of(self.settings)
-        with model.base.net.frozen_parts_on(model.device):
+        pictures, net, how = list[Pixels](), as_pipeline(model.base.net), drawing_of(self.settings)
+        with net.frozen_parts_on(model.device):
             for done, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                 progress("images drawn", done, len(prompts))
-                pictures += draw_pictures(model.base.net, self.processor, [prompt], [seed], how)
+                pictures += draw_pictures(net, self.processor, [prompt], [seed], how)
         return pictures
 
 

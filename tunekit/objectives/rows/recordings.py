@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tunekit.formats.media import Media
 from tunekit.model.speech.features import FeatureExtractor
 from tunekit.objectives.rows.labels import utf8
 from tunekit.objectives.rows.spec_augment import drawn_masks, masked
+from tunekit.recipe.bases.spec_augment_settings import SpecAugmentSettings
 
 SILENT = "silent recording"
 COMPUTED = "recordings read again in each step, because the cache's disk has less than 5 GiB of free space"
@@ -56,7 +57,7 @@ class RecordingRows(RowKind):
     features are computed; and `samples`, the number of samples at the model's rate. `draws`: whether SpecAugment masks
     frames and frequencies."""
 
-    settings: Any  # the objective's settings, with the fields of SpecAugmentSettings
+    settings: SpecAugmentSettings
     processor: FeatureExtractor
     fingerprint: str
     options: EncodeOptions

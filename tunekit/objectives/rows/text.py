@@ -8,6 +8,7 @@ from typing import Any
 
 from tunekit.contracts import Answering, AnswerLimits, EncodeOptions, Model, Row, RowKind, Tokenizer
 from tunekit.data.rendering.render import Renderer
+from tunekit.model.loaded_model import as_loaded
 from tunekit.model.text.generation import generate_texts
 
 
@@ -49,7 +50,7 @@ def _continuations(
     tokenizer: Tokenizer, model: Model, prompts: Sequence[Sequence[int]], limits: AnswerLimits
 ) -> list[str]:
     ids_of_answers = generate_texts(
-        model.base,
+        as_loaded(model.base),
         tokenizer,
         prompts,
         max_new_tokens=limits.max_new_tokens,

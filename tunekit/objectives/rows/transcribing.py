@@ -10,6 +10,7 @@ from tunekit.data.encoding.sounds import pieces
 from tunekit.data.reading.sound import opened
 from tunekit.errors import DataError, InputError
 from tunekit.formats.media import Media
+from tunekit.model.loaded_model import as_loaded
 from tunekit.model.speech.processor import SpeechProcessor
 from tunekit.model.speech.transcribe import transcribe, without_padding
 from tunekit.objectives.rows.recordings import Clip
@@ -45,7 +46,7 @@ def write_transcripts(
             some = places[start : start + together]
             features = [processor.padded_features(clips[place][1].features(processor).reshape(-1)) for place in some]
             answers = transcribe(
-                model.base,
+                as_loaded(model.base),
                 torch.stack([torch.from_numpy(each) for each in features]),
                 keywords,
                 timestamps=timestamps,

@@ -120,6 +120,12 @@ class PipelineNet(nn.Module):
                 part.to(device if self.stays else before[name])
 
 
+def as_pipeline(net: nn.Module) -> PipelineNet:
+    """The net of a base, which is a pipeline's."""
+    assert isinstance(net, PipelineNet)
+    return net
+
+
 def import_diffusers() -> ModuleType:
     """The library diffusers. Raises: ModelError if it is not installed."""
     if find_spec("bitsandbytes") is not None:
