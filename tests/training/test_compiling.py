@@ -82,7 +82,7 @@ def test_a_resumed_run_keeps_what_auto_meant(tmp_path: Path, tiny_llama: Path, m
 def test_auto_compiles_no_streamed_layers(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned, "find_spec", lambda name: True)
     for name in ("available_bytes", "total_bytes"):
-        monkeypatch.setattr(f"tunekit.planning.memory.{name}", lambda device: 2**33)
+        monkeypatch.setattr(f"tunekit.planning.resources.{name}", lambda device: 2**33)
     loaded = load_recipe(write_recipe(tmp_path, tiny_llama, training={"compile": "auto", "epochs": 300.0}))
     for tier in ("off", "disk"):
         memory = loaded.recipe.memory.model_copy(update={"streaming": tier})

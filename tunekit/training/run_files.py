@@ -24,7 +24,7 @@ from tunekit.model.compute import resolve_dtype
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepRecord
 from tunekit.targets.export import facts_for_export
-from tunekit.training.agreement import check_fingerprints, check_folder_is_shared
+from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
 from tunekit.training.state import Run, RunInputs

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tunekit.data.batching.windows import BatchSettings
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning.compiling import planned_compile, planned_kernels
+from tunekit.planning.resources import Resources
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice
 
@@ -25,12 +27,12 @@ TOLERANCE = 0.02  # smaller gains of time are ignored: the rule is rough, and ea
 RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs per token, besides 4 N (frozen base)
 
 
-def written_choice(
-    recipe: Recipe, base: LoadedModel, device: torch.device, steps: int, ranks: int, decided: Choice | None = None
+def written_execution(
+    recipe: Recipe, base: LoadedModel, resources: Resources, steps: int, decided: Choice | None = None
 ) -> Choice:
     """A Choice that contains the recipe's settings. Fields that plan chooses have default values. `decided`: the
     settings of the run that is resumed, or of all ranks; their kernels are kept."""
-    training, memory = recipe.training, recipe.memory
+    training, memory, device = recipe.training, recipe.memory, resources.device
     return Choice(
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -42,8 +44,15 @@ def written_choice(
         compiled=planned_compile(training.compile, device, steps, decided)[0],
         # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
-        shares=ranks,
+        shares=resources.ranks,
     )
+
+
+def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
+    """The batch settings, with the size and number of micro-batches in the Choice. Each step keeps its rows and their
+    order."""
+    rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
+    return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class SearchSpace:
 
 
 @dataclass(frozen=True)
-class Workload:
+class StepCost:
     """Properties of a run that determine how long a step takes.
 
     `row_tokens`: padded tokens of one row of a micro-batch. `step_tokens`: tokens of an optimizer step. `head_share`:
