@@ -1,4 +1,4 @@
-"""The settings (Choice) that the recipe decides, and the search for the fastest settings that fit into memory.
+"""The settings that the recipe decides, and the search for the fastest settings that fit into memory.
 
 Times are only compared with each other; their unit is not seconds. All settings compute the same sums, in different
 orders. So they affect only speed and memory.
@@ -30,8 +30,8 @@ RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs 
 def written_execution(
     recipe: Recipe, base: LoadedModel, resources: Resources, steps: int, decided: Choice | None = None
 ) -> Choice:
-    """A Choice that contains the recipe's settings. Fields that plan chooses have default values. `decided`: the
-    settings of the run that is resumed, or of all ranks; their kernels are kept."""
+    """The recipe's settings. Fields that plan chooses have default values. `decided`: the settings of the run that is
+    resumed, or of all ranks; their kernels are kept."""
     training, memory, device = recipe.training, recipe.memory, resources.device
     return Choice(
         micro_batch_size=training.micro_batch_size,
@@ -49,7 +49,7 @@ def written_execution(
 
 
 def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
-    """The batch settings, with the size and number of micro-batches in the Choice. Each step keeps its rows and their
+    """The batch settings, with the chosen size and number of micro-batches. Each step keeps its rows and their
     order."""
     rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
     return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)

@@ -133,8 +133,8 @@ def weight_notes(
     size, count = layer_bytes(base), choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(size)} of layers are stored {WHERE[choice.streaming]}; {together} through each layer "
-        "before the next layer is loaded, and the backward pass recomputes every layer"
+        f"streamed: {bytes_text(size)} of layers are stored {WHERE[choice.streaming]}; {together} through each "
+        "layer before the next layer is loaded, and the backward pass recomputes every layer"
     )
     rates = rates_text(choice.streaming, count * tokens, size, copies=2)
     yield (
@@ -150,9 +150,9 @@ def _sharding_notes(base: LoadedModel, choice: Choice) -> Iterator[str]:
     share, count = stored_bytes(base.net) // choice.shares, choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"sharded: each of the {choice.shares} ranks stores {bytes_text(share)} of the base; a layer is gathered from "
-        f"all ranks before it is computed; {together} through each layer before the next layer is gathered, and the "
-        "backward pass recomputes every layer"
+        f"sharded: each of the {choice.shares} ranks stores {bytes_text(share)} of the base; a layer is gathered "
+        f"from all ranks before it is computed; {together} through each layer before the next layer is gathered, and "
+        "the backward pass recomputes every layer"
     )
     if choice.sampling_batch_size:
         yield "sampling is slow with a sharded base: each token gathers all layers"

@@ -108,13 +108,13 @@ def refuse_changed_recipe(session: Session) -> None:
 
 
 def previous_choice(session: Session) -> Choice | None:
-    """The memory settings (Choice) in the plan of the run in this folder. A resumed run uses them again, so that its
-    micro-batches are the same even if a different amount of memory is free."""
+    """The settings in the plan of the run in this folder. A resumed run uses them again, so that its micro-batches are
+    the same even if a different amount of memory is free."""
     return session.from_folder(lambda folder: choice_in(folder.path))
 
 
 def choice_in(path: Path) -> Choice | None:
-    """The memory settings (Choice) in the plan of a run folder; None if there is no plan."""
+    """The settings in the plan of a run folder; None if there is no plan."""
     plan = read_json(path / "plan.json")
     choice = plan.get("choice") if isinstance(plan, dict) else None
     return None if choice is None else Choice(**choice)
