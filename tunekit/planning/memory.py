@@ -10,7 +10,7 @@ this number.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -25,7 +25,7 @@ from tunekit.planning.prepared import Prepared
 from tunekit.planning.resources import Resources
 from tunekit.planning.tiers import HOST_SHARE
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice, PeakBytes, bytes_text
+from tunekit.records import Choice, bytes_text
 
 # On a GPU, a logits chunk takes at least 1/128 of the memory: smaller products only wait for the head's weights.
 DEVICE_SHARE = 128
@@ -49,35 +49,19 @@ def margin_of(device: torch.device) -> float:
     return MARGIN.get(device.type, MARGIN_OF_A_GPU)
 
 
-@dataclass(frozen=True)
-class PlannedMemory:
-    """The chosen settings with their reasons and their predicted peak. `tries_longest`: whether the longest batch is
-    run before step 1."""
-
-    choice: Choice
-    reasons: tuple[str, ...]
-    peak: PeakBytes
-    tries_longest: bool
-    trial_reason: str
-    offloaded_bytes: int = 0  # pinned host memory, which is not part of a GPU's peak
-    largest_tokens: int = 0  # tokens of the largest micro-batch, padding included
-    budget_bytes: int | None = None
-
-
-def plan_memory(
+def choose_execution(
     prepared: Prepared,
     space: SearchSpace,
     fixed: Choice | None,
     findings: Findings,
     cheaper: Callable[[Choice, int, int], str],
-) -> PlannedMemory:
-    """Simulate the largest batches, and choose the settings from `space`.
+) -> tuple[Choice, list[str]]:
+    """Simulate the largest batches, and choose the settings from `space`. Returns them and the reasons as notes.
 
     `fixed`: the settings whose `common` values are decided. `cheaper`: a function that advises how to change the
     recipe; its arguments are a choice, the needed bytes and the available bytes.
     """
-    forecast, resources = prepared.forecast, prepared.resources
-    budget = prepared.recipe.memory.budget_bytes
+    forecast, resources, budget = prepared.forecast, prepared.resources, prepared.recipe.memory.budget_bytes
     limit = usable_bytes(resources.device, budget, resources.free_bytes)
     sampled = (fixed.sampling_batch_size if fixed else 0) or forecast.sampled_together(limit)
     space = replace(space, written=replace(space.written, sampling_batch_size=sampled))
@@ -89,8 +73,7 @@ def plan_memory(
         fitting, choice = _choose(space, cost, forecast, limit, budget)
     elif crowded is not None:
         findings.lack(Problem(crowded, "set memory.activation_offload: auto", key="memory.activation_offload"))
-    peak = forecast.known_peak(choice)
-    for problem in _shortages(prepared, space, choice, peak.total, cheaper):
+    for problem in _shortages(prepared, space, choice, cheaper):
         findings.lack(problem)
     if budget is None:
         reasons = list(_free_memory_reasons(prepared, space, choice, fitting is not None, fixed))
@@ -101,11 +84,7 @@ def plan_memory(
         reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({forecast.errors[0]})")
     if crowded is not None and not choice.activation_offload:
         reasons.append(f"the inputs of recomputed layers stay on the device: {crowded}")
-    reasons += _rank_warnings(prepared, choice)
-    trial = trial_reason(resources.device, peak.total, resources.free_bytes, budget)
-    offloaded = forecast.offloaded_bytes(choice)
-    tokens = forecast.largest_batch(choice.micro_batch_size).padded
-    return PlannedMemory(choice, tuple(reasons), peak, *trial, offloaded, tokens, budget)
+    return choice, [*reasons, *_rank_warnings(prepared, choice)]
 
 
 def _choose(
@@ -122,11 +101,11 @@ def _choose(
 
 
 def _shortages(
-    prepared: Prepared, space: SearchSpace, choice: Choice, needed: int, cheaper: Callable[[Choice, int, int], str]
+    prepared: Prepared, space: SearchSpace, choice: Choice, cheaper: Callable[[Choice, int, int], str]
 ) -> Iterator[Problem]:
-    """Yields a problem if the run needs more than its budget, and one if it needs more than the free memory."""
+    """Yields a problem if the run needs more than its budget or than the free memory."""
     memory, free = prepared.recipe.memory, prepared.resources.free_bytes
-    budget = memory.budget_bytes
+    budget, needed = memory.budget_bytes, prepared.forecast.known_peak(choice).total
     if budget is not None and needed > budget:
         what = f"the smallest setting of this run needs {bytes_text(needed)}, but the budget is {bytes_text(budget)}"
         yield Problem(what, cheaper(choice, needed, budget), key="memory.budget")

@@ -1,6 +1,6 @@
 """Makes the Plan of a run: all decisions, before weights are loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import partial
 
@@ -24,7 +24,7 @@ from tunekit.planning.execution import as_chosen, written_execution
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import supervised_tokens
 from tunekit.planning.initialisation import initialisation_notes
-from tunekit.planning.memory import PlannedMemory, plan_memory, search_space
+from tunekit.planning.memory import choose_execution, search_space, trial_reason
 from tunekit.planning.prepare import prepare
 from tunekit.planning.prepared import Prepared
 from tunekit.planning.tiers import activation_notes, allowed_tiers, weight_notes
@@ -80,12 +80,11 @@ def plan(
 
     resumed = fixed if may_recompute_more and prepared.resources.rank == 0 else None
     space = search_space(prepared, written, tiers, fixed, resumed)
-    memory = plan_memory(
-        prepared, space, fixed, findings, partial(cheapest_changes, recipe, prepared.forecast, refused)
-    )
-    notes = list(_notes(prepared, written_recipe, memory, fixed))
-    settings, base = as_chosen(prepared.batch_settings, memory.choice), prepared.base
-    plan = _make_plan(prepared, written_recipe, settings, memory, findings.refusals(), notes)
+    cheaper = partial(cheapest_changes, recipe, prepared.forecast, refused)
+    choice, reasons = choose_execution(prepared, space, fixed, findings, cheaper)
+    notes = _notes(prepared, written_recipe, choice, reasons, fixed)
+    settings, base = as_chosen(prepared.batch_settings, choice), prepared.base
+    plan = _make_plan(prepared, written_recipe, settings, choice, findings.refusals(), list(notes))
     inputs = prepared.recipe.model, prepared.context.processor, prepared.rows, settings, prepared.recipe.adapter
     largest = prepared.forecast.largest_batch(settings.micro_batch_size)
     facts = refusals.learned_length(base, prepared.context.virtual_tokens), kernel_packages(base.net)
@@ -101,11 +100,13 @@ def _make_plan(
     prepared: Prepared,
     recipe: Recipe,
     settings: BatchSettings,
-    memory: PlannedMemory,
+    choice: Choice,
     refused: list[Refusal],
     notes: list[str],
 ) -> Plan:
     facts, rows, trainable = prepared.base.facts, prepared.rows, _trained_numbers(prepared)
+    peak, budget = prepared.forecast.known_peak(choice), prepared.recipe.memory.budget_bytes
+    trial = trial_reason(prepared.resources.device, peak.total, prepared.resources.free_bytes, budget)
     steps = prepared.steps if settings == prepared.batch_settings else rows.windows(settings)
     per_epoch = (steps.micro_batches_per_epoch, steps.steps_per_epoch)
     return Plan(
@@ -121,13 +122,13 @@ def _make_plan(
         warmup_steps=warmup_steps(recipe.training, steps.steps),
         supervised_tokens=supervised_tokens(steps, rows.train, settings),
         rows=PlannedRows(rows.counts, rows.eval_counts, settings.packing, prepared.packing_reason, *per_epoch),
-        choice=memory.choice,
-        peak_bytes=memory.peak,
+        choice=choice,
+        peak_bytes=peak,
         refusals=refused,
         notes=notes,
-        budget_bytes=memory.budget_bytes,
-        tries_longest_batch=memory.tries_longest,
-        trial_reason=memory.trial_reason,
+        budget_bytes=budget,
+        tries_longest_batch=trial[0],
+        trial_reason=trial[1],
     )
 
 
@@ -139,11 +140,13 @@ def _trained_numbers(prepared: Prepared) -> int:
     return whole + trained_count(method, settings, targets) + copied_parameters(net, method, settings, targets)
 
 
-def _notes(prepared: Prepared, recipe: Recipe, memory: PlannedMemory, fixed: Choice | None) -> Iterator[str]:
+def _notes(
+    prepared: Prepared, recipe: Recipe, choice: Choice, reasons: Sequence[str], fixed: Choice | None
+) -> Iterator[str]:
     """The notes of the plan, in the order in which plan.json lists them. `recipe`: the recipe that plan.json contains.
-    `fixed`: see `plan`."""
+    `reasons`: those of the choice. `fixed`: see `plan`."""
     base, rows, context, device = prepared.base, prepared.rows, prepared.context, prepared.resources.device
-    choice, steps = memory.choice, prepared.steps.steps
+    steps, tokens = prepared.steps.steps, prepared.forecast.largest_batch(choice.micro_batch_size).padded
     yield from [*prepared.loaded.defaults, *base.notes, *rows.notes, *rows.objective.notes]
     yield from [] if rows.evaluation is None else calibration_notes(recipe.evaluation)
     yield from _adapter_notes(recipe.adapter, context)
@@ -156,12 +159,13 @@ def _notes(prepared: Prepared, recipe: Recipe, memory: PlannedMemory, fixed: Cho
     groups = load_method(recipe.adapter.method).groups(base.net, recipe.adapter, context.targets)
     if groups:
         yield f"some layers are computed together, which saves memory and time: {describe(groups)}"
-    yield from memory.reasons
-    yield from weight_notes(recipe.memory, base, device, choice, memory.largest_tokens)
+    yield from reasons
+    yield from weight_notes(recipe.memory, base, device, choice, tokens)
     for companion in map(copy, prepared.companions.values()):  # a copy: Prepared can be planned again
         companion.sampling_batch_size = choice.sampling_batch_size
-        yield from companion.notes(context, choice.gradient_accumulation_steps * memory.largest_tokens)
-    yield from activation_notes(recipe.memory, device, choice.checkpointed_layers, memory.offloaded_bytes)
+        yield from companion.notes(context, choice.gradient_accumulation_steps * tokens)
+    offloaded = prepared.forecast.offloaded_bytes(choice)
+    yield from activation_notes(recipe.memory, device, choice.checkpointed_layers, offloaded)
     yield from speed_notes(recipe.training, base, device, steps, choice, fixed)
 
 
