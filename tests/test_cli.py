@@ -657,7 +657,7 @@ def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.Monke
     run = SimpleNamespace(state=SimpleNamespace(step=0))
     plan = SimpleNamespace(choice=SimpleNamespace(threads=None))
     monkeypatch.setattr(tunekit.train, "plan_session", lambda *_: (plan, None))
-    monkeypatch.setattr(tunekit.train, "_describe", lambda *_: None)
+    monkeypatch.setattr(tunekit.train, "print_plan", lambda *_: None)
     monkeypatch.setattr(tunekit.train, "check_run", lambda *_: {})
     monkeypatch.setattr(tunekit.train, "load_base", lambda *_: None)
     monkeypatch.setattr(tunekit.train, "assemble_run", lambda *_: (None, run))

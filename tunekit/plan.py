@@ -14,10 +14,9 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.planning.ranks import devices_of, plan_ranks
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.records import Choice, Plan
+from tunekit.records import Plan
 
 
 def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1, device: str | None = None) -> None:
@@ -32,7 +31,7 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1, devic
     with devices:
         console.info(*loaded.rewrites)
         places = devices_of(devices.device, max(ranks, devices.world))
-        plans = plan_ranks(loaded, places, partial(_make, places))
+        plans = plan_ranks(loaded, places)
         plan = plans[0]
         console.panel(plan.model.name_or_path, facts(plan))
         console.table(["target", "layers", "shape", "rank", "parameters"], target_rows(plan))
@@ -50,11 +49,6 @@ def plan_verb(loaded: LoadedRecipe, json_file: str | None, ranks: int = 1, devic
         for rank, other in enumerate(plans):
             named = [replace(refusal, message=f"rank {rank}: {refusal.message}") for refusal in other.refusals]
             raise_refusals(replace(other, refusals=named))
-
-
-def _make(places: Sequence[torch.device], loaded: LoadedRecipe, rank: int, shared: Choice | None) -> Plan:
-    make = partial(make_plan, device=places[rank], ranks=len(places), rank=rank, shared=shared)
-    return make(loaded, check_folder=not rank)[0]
 
 
 def _heads(plans: int, ranks: int) -> list[str]:

@@ -28,11 +28,12 @@ from tunekit.machine.memory import reset_host_peak
 from tunekit.machine.signals import StopSignals
 from tunekit.planning.announce import announce
 from tunekit.planning.lanes import make_passes
+from tunekit.planning.session import plan_session
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.trials import LoadedSweep, load_sweep, refuse_values
 from tunekit.records import Plan
-from tunekit.train import load_base, plan_session, session_steps
+from tunekit.train import load_base, session_steps
 from tunekit.training import run_files
 from tunekit.training.automatic import AUTO_NAME, AutomaticChoice, choice_record, choose_values, earlier_choice
 from tunekit.training.engines.together import Together

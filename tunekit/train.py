@@ -7,7 +7,6 @@ import gc
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.report.next_step import after_training
-from tunekit.artifacts.report.plan_page import WEIGHTS
 from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
 from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.report.write import write_report
@@ -29,28 +27,26 @@ from tunekit.evaluation.tasks.measure import measure_tasks
 from tunekit.evaluation.tasks.run import load_tasks
 from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
-from tunekit.machine.memory import limit_bytes, resident_bytes
+from tunekit.machine.memory import limit_bytes
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.sharding import TIER
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.text.tokenizer import LoadedTokenizer
-from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
-from tunekit.planning.ranks import shards, shared_choice
+from tunekit.planning.session import plan_session, print_plan
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.names import shows_of
-from tunekit.records import Choice, Plan, bytes_text, skipped_text
+from tunekit.records import Plan, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
 from tunekit.targets.target import measuring_objective
 from tunekit.training import run_files
-from tunekit.training.agreement import check_command
 from tunekit.training.assemble import assemble_run, check_run
 from tunekit.training.engines.window import LoopSteps, run_alone
 from tunekit.training.finish import remedy, report_facts
 from tunekit.training.lane import Load
 from tunekit.training.loop import loop_steps
+from tunekit.training.ranks import check_command
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
 from tunekit.training.state import Run, RunInputs, timed
@@ -129,7 +125,7 @@ def session_steps(
                     f"{session.loaded.recipe.output.dir} has no checkpoint; the run starts from the beginning"
                 )
             torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
-        _describe(session, plan)
+        print_plan(session, plan)
         fingerprint = check_run(session, prepared, checkpoint)
         run_files.announce_run(session, plan, prepared)
         base = (load or load_base)(session, plan, prepared)
@@ -150,7 +146,7 @@ def _try_out(session: Session) -> dict[str, Any]:
     nothing."""
     plan, prepared = plan_session(session)
     torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
-    _describe(session, plan)
+    print_plan(session, plan)
     fingerprint = check_run(session, prepared)
     try:
         plan, run = assemble_run(session, plan, prepared, load_base(session, plan, prepared), fingerprint)
@@ -178,48 +174,6 @@ def _try_out(session: Session) -> dict[str, Any]:
         "trainable_parameters": plan.trainable_parameters,
         "steps": plan.steps,
     }
-
-
-def plan_session(session: Session, previous: Choice | None = None) -> tuple[Plan, RunInputs]:
-    """Make the plan, on the main rank first, so that rows are encoded only once. Raises: TunekitError with all
-    refusals."""
-    devices = session.devices
-    make = partial(make_plan, device=devices.device, previous=previous, ranks=devices.world, rank=devices.rank)
-    make = partial(make, processors=session.processors)
-    with session.timed("data"):
-        plan, prepared = devices.main_first(lambda: make(session.loaded))
-        loaded = shards(session.loaded, _choices(session, plan))
-        if loaded is not session.loaded and plan.choice.streaming != TIER:
-            plan, prepared = make(loaded)  # the whole base does not fit on another rank
-        shared = shared_choice(_choices(session, plan))
-        if plan.choice.common != shared.common:
-            plan, prepared = make(loaded, shared=shared)
-    session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
-    raise_refusals(plan)
-    return plan, prepared
-
-
-def _choices(session: Session, plan: Plan) -> list[Choice]:
-    """The choices of all ranks."""
-    return [Choice(**each) for each in session.devices.gather([asdict(plan.choice)])]
-
-
-def _describe(session: Session, plan: Plan) -> None:
-    """Print the most important facts of the plan. The trials of a sweep print a line only once."""
-    console, facts, rows = session.console, plan.model, plan.rows.training
-    peaks = session.devices.gather([bytes_text(plan.peak_bytes.total)])
-    weights = WEIGHTS.get(facts.quantization, facts.quantization)
-    quantized = "" if facts.quantization == "none" else f", weights in {weights}"
-    lines = [
-        f"{facts.name_or_path}: {facts.model_type}, computed in {facts.dtype}{quantized}; "
-        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters trained",
-        f"{rows.trained:,} rows, {rows.dropped:,} dropped, {plan.steps:,} steps, {plan.supervised_tokens:,} "
-        f"{shows_of(plan.objective).units}; predicted peak {', '.join(peaks)}"
-        f"{' on the ranks' if len(peaks) > 1 else ''}",
-        *plan.notes,
-    ]
-    console.info(*(line for line in lines if line not in session.described))
-    session.described.update(lines)
 
 
 def load_base(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:

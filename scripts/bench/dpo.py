@@ -100,7 +100,7 @@ load average {load:.2f} before. trl {trl}, peft {peft}, torch {torch}, transform
 
 """
 NOT_RUN = f"does not run within {MOST_MEMORY:.0%} of this machine's memory"
-PLAIN_ROWS = "import tunekit.planning.plan as plan\nplan.shares_prefixes = lambda net, longest: False"
+PLAIN_ROWS = "import tunekit.planning.prepare as prepare\nprepare.shares_prefixes = lambda net, longest: False"
 HEAD = (
     "| | tokens per CPU second (least, median, most) | factor of the first line | peak, GB | above the weights, MB "
     "| share of the first line |\n|---|--:|--:|--:|--:|--:|"

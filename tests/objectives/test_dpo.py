@@ -212,7 +212,7 @@ def check_it_is_one_run(
     lose_the_end(run)
     train(run.parent / "recipe.yaml", resume=True)
     assert tensors_of(run) == tensors
-    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
+    monkeypatch.setattr("tunekit.planning.prepare.keeps_documents_apart", lambda net: False)
     assert losses(train(recipe("padded", 1))) == pytest.approx(whole, rel=1e-5)
     return run
 
@@ -256,10 +256,10 @@ def test_micro_batches_layouts_and_engines_are_one_run(
     streamed = train(write_recipe(tmp_path / "streamed", base, memory={"streaming": "disk"}))
     assert tensors_of(streamed) == tensors_of(plain)
     assert without_times(records(streamed)) == without_times(records(plain))
-    monkeypatch.setattr("tunekit.planning.plan.shares_prefixes", lambda net, longest: False)
+    monkeypatch.setattr("tunekit.planning.prepare.shares_prefixes", lambda net, longest: False)
     apart = train(write_recipe(tmp_path / "apart", base))
     assert losses(apart) == pytest.approx(losses(plain), rel=1e-5)
-    monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net: False)
+    monkeypatch.setattr("tunekit.planning.prepare.keeps_documents_apart", lambda net: False)
     padded = train(write_recipe(tmp_path / "padded", base))
     assert losses(padded) == pytest.approx(losses(plain), rel=1e-5)
 
@@ -269,8 +269,8 @@ def test_batches_are_what_they_say(base: Path, tmp_path: Path, monkeypatch: pyte
     """The prompt once and both answers behind it, or each with its own; or two padded lines a pair."""
     found = []
     for keeps, shares in ((True, True), (True, False), (False, False)):
-        monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net, keeps=keeps: keeps)
-        monkeypatch.setattr("tunekit.planning.plan.shares_prefixes", lambda net, longest, shares=shares: shares)
+        monkeypatch.setattr("tunekit.planning.prepare.keeps_documents_apart", lambda net, keeps=keeps: keeps)
+        monkeypatch.setattr("tunekit.planning.prepare.shares_prefixes", lambda net, longest, shares=shares: shares)
         plan, prepared = make_plan(load_recipe(write_recipe(tmp_path, base)), device=CPU)
         found.append(prepared.largest_batch)
         assert plan.peak_bytes.activations > 0

@@ -268,8 +268,8 @@ def test_micro_batches_layouts_and_interruptions_are_one_run(
     assert tensors_of(run) == tensors
     assert without_times(records(run)) == log, "samples included"
     for name, size, keeps, shares in (("alone", 1, True, True), ("apart", 3, True, False), ("padded", 6, False, False)):
-        monkeypatch.setattr("tunekit.planning.plan.keeps_documents_apart", lambda net, keeps=keeps: keeps)
-        monkeypatch.setattr("tunekit.planning.plan.shares_prefixes", lambda net, longest, shares=shares: shares)
+        monkeypatch.setattr("tunekit.planning.prepare.keeps_documents_apart", lambda net, keeps=keeps: keeps)
+        monkeypatch.setattr("tunekit.planning.prepare.shares_prefixes", lambda net, longest, shares=shares: shares)
         other = train(recipe(name, size))
         assert losses(other) == pytest.approx(whole, rel=1e-4, abs=1e-6)
         for ours, theirs in zip(records(other), log, strict=True):

@@ -88,16 +88,14 @@ def ours(
     section = {name: own.pop(name) for name in ("quantization",) if name in own}
     base = loaded(family, folder, net, **section)
     settings = LoraSettings(r=RANK, alpha=float(ALPHA), target_modules=targets_of(family), start=start, **own)
-    return initialise_adapter(
-        base,
-        settings,
-        ModelSection(name_or_path=str(folder), dtype="float32", **section),
-        seed=0,
-        devices=make_devices(),
-        objective=objective_of(),
-        windows=lambda: windows or make_windows(2, 1),
-        resumed=None,
-    )[0]
+    rows: Any = SimpleNamespace(objective=objective_of(), windows=lambda _: windows or make_windows(2, 1))
+    planned: Any = SimpleNamespace(
+        adapter=settings,
+        model=ModelSection(name_or_path=str(folder), dtype="float32", **section),
+        rows=rows,
+        batch_settings=None,
+    )
+    return initialise_adapter(base, planned, seed=0, devices=make_devices(), resumed=None)[0]
 
 
 def peft_config(family: str, start: str, **more: Any) -> peft.LoraConfig:

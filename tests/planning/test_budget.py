@@ -22,15 +22,15 @@ from tunekit.data.batching.windows import TrainingWindows
 from tunekit.machine.memory import limit_bytes
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.planning import cheaper
-from tunekit.planning.choice import TOLERANCE, SearchSpace, Workload, fastest, smaller_micro_batches
+from tunekit.planning.execution import TOLERANCE, SearchSpace, StepCost, as_chosen, fastest, smaller_micro_batches
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.memory import MARGIN, trial_reason, usable_bytes
-from tunekit.planning.plan import as_chosen, make_plan
+from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.records import Choice
 
 MIB = 2**20
-WORKLOAD = Workload("cpu", layers=12, row_tokens=300, step_tokens=4800, head_share=0.2)
+COST = StepCost("cpu", layers=12, row_tokens=300, step_tokens=4800, head_share=0.2)
 
 
 def some_peak(choice: Choice) -> int:
@@ -60,14 +60,14 @@ def test_no_other_setting_that_fits_is_faster(seed: int) -> None:
         asked.append(choice)
         return some_peak(choice) - limit
 
-    found = fastest(space, WORKLOAD.relative_time, excess)
+    found = fastest(space, COST.relative_time, excess)
     every = {tier: [choice for start in space.grid(tier) for choice in space.deeper(start)] for tier in space.tiers}
     for tier, choices in every.items():
         assert some_peak(space.smallest(tier)) == min(map(some_peak, choices))
         fitting = [choice for choice in choices if some_peak(choice) <= limit]
         if fitting:  # of the first tier in which anything fits
             assert found in fitting
-            assert WORKLOAD.relative_time(found) <= min(map(WORKLOAD.relative_time, fitting)) / (1 - TOLERANCE)
+            assert COST.relative_time(found) <= min(map(COST.relative_time, fitting)) / (1 - TOLERANCE)
             break
     else:
         assert found is None
@@ -81,11 +81,11 @@ def test_time_grows_with_everything_that_saves_memory() -> None:
         replace(base, logits_chunk_tokens=64),
         replace(base, checkpointed_layers=1),
     ):
-        assert WORKLOAD.relative_time(slower) > WORKLOAD.relative_time(base)
+        assert COST.relative_time(slower) > COST.relative_time(base)
     every, none = replace(base, checkpointed_layers=12), base
-    assert WORKLOAD.relative_time(every) - WORKLOAD.relative_time(none) == pytest.approx(0.5)
+    assert COST.relative_time(every) - COST.relative_time(none) == pytest.approx(0.5)
     streamed = replace(base, streaming="host")
-    assert WORKLOAD.relative_time(replace(streamed, pass_micro_batches=2)) < WORKLOAD.relative_time(streamed)
+    assert COST.relative_time(replace(streamed, pass_micro_batches=2)) < COST.relative_time(streamed)
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"epochs": None, "max_steps": 11}])
@@ -253,7 +253,7 @@ def test_a_head_in_parts_is_a_change_where_the_vocabulary_is_large(
 ) -> None:
     """On a GPU, where it leaves the device; of what a tiny vocabulary would save nothing is said."""
     for name in ("available_bytes", "total_bytes"):
-        monkeypatch.setattr(f"tunekit.planning.memory.{name}", lambda device: 2**33)
+        monkeypatch.setattr(f"tunekit.planning.resources.{name}", lambda device: 2**33)
     monkeypatch.setattr("tunekit.planning.tiers.base_obstacle", lambda *_: None)  # of a smaller vocabulary
     messages = []
     for vocabulary in (267, 60_000):
@@ -271,7 +271,7 @@ def test_a_head_in_parts_is_a_change_where_the_vocabulary_is_large(
 def test_a_change_that_plan_would_refuse_is_not_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of a base that cannot be streamed, shorter rows where longer ones are an error."""
     for name in ("available_bytes", "total_bytes"):
-        monkeypatch.setattr(f"tunekit.planning.memory.{name}", lambda device: 2**33)
+        monkeypatch.setattr(f"tunekit.planning.resources.{name}", lambda device: 2**33)
     folder = write_tiny_llama(tmp_path / "base", layers=1)
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 60_000}
     (folder / "config.json").write_text(json.dumps(config))  # no weight is read
@@ -293,12 +293,12 @@ def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
         return make_store(setting is not False, *values, **options)  # `auto` without its lowest sizes
 
     monkeypatch.setattr("tunekit.tuned.network.make_store", make_any_store)
-    monkeypatch.setattr("tunekit.planning.memory.total_bytes", lambda device: 2**33)
-    monkeypatch.setattr("tunekit.planning.memory.is_here", lambda device: True)
+    monkeypatch.setattr("tunekit.planning.resources.total_bytes", lambda device: 2**33)
+    monkeypatch.setattr("tunekit.planning.resources.is_here", lambda device: True)
     plans = {}
     for setting, room in (("auto", 2**33), ("auto", 2**10), ("true", 2**10)):
         free = {"cuda": 2**33, "cpu": room}
-        monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, free=free: free[device.type])
+        monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device, free=free: free[device.type])
         overrides = ("memory.gradient_checkpointing=true", f"memory.activation_offload={setting}")
         plans[setting, room], _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
     choices = [plan.choice.activation_offload for plan in plans.values()]
@@ -309,14 +309,16 @@ def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
     ]
     refused = [[refusal.key for refusal in plan.refusals] for plan in plans.values()]
     assert refused == [[], [], ["memory.activation_offload"]]
-    monkeypatch.setattr("tunekit.planning.memory.is_here", lambda device: False)  # this machine's memory is irrelevant
+    monkeypatch.setattr(
+        "tunekit.planning.resources.is_here", lambda device: False
+    )  # this machine's memory is irrelevant
     plan, _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
     assert not plan.refusals
 
 
 def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = plan_of(recipe)
-    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: plain.peak_bytes.total - 1)
     plan, _ = plan_of(recipe, "memory.budget=10GiB")
     assert [(refusal.key, refusal.exit_code) for refusal in plan.refusals] == [("memory.budget", 4)]
     assert plan.choice.checkpointed_layers == 0, "the budget decides, not what is free at the moment"
@@ -324,7 +326,7 @@ def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.
 
 def test_what_is_free_decides_nothing_that_changes_a_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = plan_of(recipe)
-    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: plain.peak_bytes.total - 1)
     plan, _ = plan_of(recipe)
     assert plan.choice.checkpointed_layers > 0
     assert replace(plan.choice, checkpointed_layers=0) == plain.choice

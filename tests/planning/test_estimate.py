@@ -30,7 +30,7 @@ from tunekit.machine.devices import deterministic_kernels
 from tunekit.machine.memory import _group_available
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
-from tunekit.planning.choice import SearchSpace, Workload, fastest
+from tunekit.planning.execution import SearchSpace, StepCost, fastest
 from tunekit.planning.forecast import Forecast, largest_batch
 from tunekit.planning.simulated import outputs
 from tunekit.planning.simulated.estimate import COMPILED_BYTES, KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
@@ -417,7 +417,9 @@ def test_answers_keys_and_values_and_an_initialisation_count(monkeypatch: pytest
     )
     batch, nothing = cast(Any, SimpleNamespace(sequences=range(5))), cast(Any, None)
     for start, total in ((0, 100), (20, 100), (30, 110)):
-        forecast = Forecast(cast(Any, NoRun()), base, nothing, nothing, batch, answer_tokens=7, start_bytes=start)
+        forecast = Forecast(
+            cast(Any, NoRun()), base, nothing, nothing, batch, answer_tokens=7, initialisation_bytes=start
+        )
         vars(forecast).update(dict.fromkeys(("_step", "_evaluation", "_rehearsal", "_base_load_bytes"), lambda _: None))
         assert forecast.peak(Choice()).total == total
     assert forecast._cache_bytes == 2 * 3 * 5 * 7 * (2 * 8) * 2  # of both, layers, rows, tokens, width, bytes
@@ -464,7 +466,7 @@ def test_probes_look_up_no_row_that_the_run_does_not(tiny_llama: Path) -> None:
 )
 def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: float, expected: int | None) -> None:
     space = SearchSpace([(1, 1)], [64], setting, layers=8)
-    time = Workload("cpu", layers=8, row_tokens=10, step_tokens=10, head_share=0.1).relative_time
+    time = StepCost("cpu", layers=8, row_tokens=10, step_tokens=10, head_share=0.1).relative_time
     asked: list[int] = []
 
     def excess(choice: Choice) -> float:
@@ -549,11 +551,11 @@ def test_a_fresh_process_grows_as_predicted(adapter: str, quantization: str, tmp
 
 def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Planning imports the libraries: they are no part of what is compared with the prediction."""
-    train = importlib.import_module("tunekit.train")
+    train, session = importlib.import_module("tunekit.train"), importlib.import_module("tunekit.planning.session")
     order: list[str] = []
 
-    def noted(name: str) -> Any:
-        original = getattr(train, name)
+    def noted(module: Any, name: str) -> Any:
+        original = getattr(module, name)
 
         def call(*given: Any, **named: Any) -> Any:
             result = original(*given, **named)
@@ -562,11 +564,11 @@ def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.Monke
 
         return call
 
-    for name in ("make_plan", "resident_bytes", "load_model"):
-        monkeypatch.setattr(train, name, noted(name))
+    for module, name in ((session, "plan_together"), (session, "resident_bytes"), (train, "load_model")):
+        monkeypatch.setattr(module, name, noted(module, name))
     recipe = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
     train.train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, True)
-    assert order == ["make_plan", "resident_bytes", "load_model"]
+    assert order == ["plan_together", "resident_bytes", "load_model"]
 
 
 def test_kto_s_mismatched_rows_are_simulated_as_long_as_they_get(wide_llama: Path) -> None:

@@ -24,6 +24,7 @@ from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import HIGHEST_RATE, library_problems, rate_notes
+from tunekit.planning.resources import Resources
 from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe
@@ -224,7 +225,7 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
         (one.peak_bytes.total - 1, 1, True),  # never the last layer
         (1000, 1, True),
     ):
-        monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, free=available: free)
+        monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device, free=available: free)
         plan, _ = plan_of(recipe, *overrides)
         assert plan.choice.checkpointed_layers == layers
         assert bool(plan.refusals) == refused
@@ -289,19 +290,18 @@ def test_sampling_is_planned_for_bases_without_attention_or_with_different_heads
     assert any(("keys and values" in note) is (kind != "mamba") for note in plan.notes if note.startswith("sampling"))
 
 
-def test_layers_on_the_host_must_fit_into_its_memory(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_on_the_host_must_fit_into_its_memory(recipe: Path) -> None:
     base = make_meta_model(load_recipe(recipe).recipe.model, device=CPU)
     written = load_recipe(recipe, ["memory.streaming=host"]).recipe
-    monkeypatch.setattr("tunekit.planning.tiers.available_bytes", lambda device: 2 * layer_bytes(base))
-    assert allowed_tiers(written, base, CPU, ranks=2) == (["host"], [])
-    _, (problem,) = allowed_tiers(written, base, CPU, ranks=3)
+    room = Resources(CPU, host_bytes=2 * layer_bytes(base), ranks=2, ranks_here=2)
+    assert allowed_tiers(written, base, room) == (["host"], [])
+    _, (problem,) = allowed_tiers(written, base, replace(room, ranks=3, ranks_here=3))
     assert problem.key == "memory.streaming"
     assert "3 ranks" in problem.what
-    monkeypatch.setattr("tunekit.planning.tiers.is_here", lambda device: False)  # the GPUs of another machine
-    on_gpu = torch.device("cuda")
-    assert allowed_tiers(written, base, on_gpu, ranks=16) == (["host"], [])
+    elsewhere = Resources(torch.device("cuda"), ranks=16, ranks_here=16)  # the GPUs of another machine
+    assert allowed_tiers(written, base, elsewhere) == (["host"], [])
     automatic = load_recipe(recipe).recipe
-    assert allowed_tiers(automatic, base, on_gpu, ranks=16)[0] == ["off", "ranks", "host", "disk"]
+    assert allowed_tiers(automatic, base, elsewhere)[0] == ["off", "ranks", "host", "disk"]
 
 
 def test_a_link_that_cannot_be_copied_to_the_trained_model_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_cache_folder_without_room_is_stated(recipe: Path, monkeypatch: pytest
 def test_ranks_that_share_a_host_are_warned_of_together(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_recipe(recipe, ["memory.sharding=off"])
     peak = make_plan(loaded, device=CPU)[0].peak_bytes.total
-    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: 3 * peak // 2)
+    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: 3 * peak // 2)
     for ranks in (1, 2):
         plan, _ = make_plan(loaded, device=CPU, ranks=ranks)
         assert sum("ranks are on this machine" in note for note in plan.notes) == ranks - 1

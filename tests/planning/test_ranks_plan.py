@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,11 +19,13 @@ from tests.support.train_case import write_recipe
 from tunekit.data.batching.windows import dealt
 from tunekit.errors import TunekitError
 from tunekit.plan import plan_verb
-from tunekit.planning.plan import make_plan
-from tunekit.planning.ranks import plan_ranks, shared_choice
+from tunekit.planning.plan import plan
+from tunekit.planning.prepare import prepare
+from tunekit.planning.ranks import plan_ranks, plan_together
 from tunekit.planning.refusals import rank_notes
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.records import Choice, Plan
+from tunekit.training.ranks import shared_choice
 from tunekit.training.trial import speeds_text
 
 CPU = torch.device("cpu")
@@ -62,7 +64,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def _plan(recipe: LoadedRecipe, rank: int, shared: Choice | None, ranks: int = 2) -> Plan:
-    return make_plan(recipe, device=CPU, ranks=ranks, rank=rank, shared=shared)[0]
+    return plan(prepare(recipe, CPU, ranks=ranks, rank=rank), shared)[0]
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_each_rank_plans_with_its_own_budget_and_all_with_the_same_micro_batches
     ample = _plan(load_recipe(recipe, ["memory.budget=8GiB"]), 0, None)
     assert tight.choice.micro_batch_size < ample.choice.micro_batch_size, "the budget is a limit"
     both = load_recipe(recipe, [f"memory.budget=[8GiB, {budget}]"])
-    plans = plan_ranks(both, [CPU, CPU], _plan)
+    plans = plan_ranks(both, [CPU, CPU])
     assert [plan.choice.common for plan in plans] == [tight.choice.common] * 2
     assert [plan.budget_bytes for plan in plans] == [8 * 2**30, tight.budget_bytes]
     assert plans[1] == _replaced(tight, plans[1])
@@ -98,15 +100,37 @@ def test_all_ranks_round_the_same_if_auto_means_something_else_on_another_machin
         assert any(f"norms, SwiGLU and attention: {has}, so that all ranks" in note for note in plan.notes)
 
 
-def test_all_ranks_sample_as_many_completions_together_as_the_smallest(recipe: Path) -> None:
+def test_all_ranks_sample_as_many_completions_together_as_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     """plan.json has one number, which a resume gives to all ranks."""
 
-    def make(loaded: LoadedRecipe, rank: int, shared: Choice | None) -> Any:
-        size = (64, 16)[rank] if shared is None else shared.sampling_batch_size
-        return SimpleNamespace(choice=Choice(4, sampling_batch_size=size))
+    def make(prepared: Any, shared: Choice | None, **_: Any) -> Any:
+        size = prepared if shared is None else shared.sampling_batch_size
+        return SimpleNamespace(choice=Choice(4, sampling_batch_size=size)), None
 
-    plans = plan_ranks(load_recipe(recipe, ["memory.budget=[8GiB, 4GiB]"]), [CPU, CPU], make)
-    assert [plan.choice.sampling_batch_size for plan in plans] == [16, 16]
+    monkeypatch.setattr("tunekit.planning.ranks.plan", make)
+    plans = plan_together(cast(Any, [64, 16]), list)
+    assert [plan.choice.sampling_batch_size for plan, _ in plans] == [16, 16]
+
+
+def test_all_ranks_shard_if_one_of_them_must(recipe: Path) -> None:
+    """The others then plan again with a sharded base, and no rank reads its data again."""
+    loaded = load_recipe(recipe, ["memory.gradient_checkpointing=false"])
+    first, second = (prepare(loaded, CPU, ranks=2, rank=rank) for rank in range(2))
+    needed = plan(first)[0].peak_bytes.total
+    second = replace(second, resources=replace(second.resources, free_bytes=needed - 1))
+    assert [plan(each)[0].choice.streaming for each in (first, second)] == ["off", "ranks"]
+    plans = [plan for plan, _ in plan_together([first, second], list)]
+    assert [plan.choice.streaming for plan in plans] == ["ranks", "ranks"]
+    assert [plan.recipe["memory"]["sharding"] for plan in plans] == ["full", "auto"]
+
+
+def test_a_second_plan_simulates_nothing_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(load_recipe(recipe), CPU)
+    first, _ = plan(prepared)
+    monkeypatch.setattr("tunekit.planning.simulation.SimulatedRun._tracked", None)
+    monkeypatch.setattr("tunekit.planning.resources.available_bytes", None)
+    assert plan(prepared)[0] == first
+    assert plan(prepared, first.choice, may_recompute_more=True)[0].choice == first.choice
 
 
 def _replaced(plan: Plan, other: Plan) -> Plan:

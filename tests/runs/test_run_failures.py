@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -226,11 +227,9 @@ def test_another_base_is_refused(tmp_path: Path, whole: Path) -> None:
     assert "base" in ended.output
 
 
-@pytest.mark.parametrize("where", ["tunekit.train.make_plan", "tunekit.train.load_model"])
+@pytest.mark.parametrize("where", ["tunekit.planning.session.prepare", "tunekit.train.load_model"])
 def test_a_stop_signal_before_training_ends_the_run_at_once(recipe: Path, tmp_path: Path, where: str) -> None:
     def before() -> None:
-        import tunekit.train
-
         def stopped(*_: object, **__: object) -> None:
             try:
                 signal.raise_signal(signal.SIGTERM)
@@ -238,7 +237,8 @@ def test_a_stop_signal_before_training_ends_the_run_at_once(recipe: Path, tmp_pa
                 print("swallowed")
             print("went on")
 
-        setattr(tunekit.train, where.rpartition(".")[2], stopped)
+        module, _, name = where.rpartition(".")
+        setattr(importlib.import_module(module), name, stopped)
 
     ended = train_in_child(recipe, tmp_path / "run", before=before)
     assert ended.code == 143, ended.output

@@ -148,7 +148,7 @@ def test_a_budget_too_small_for_the_base_streams_it(
     streamed = plan_of(recipe, "memory.streaming=disk")
     assert streamed.peak_bytes.weights < resident.peak_bytes.weights
     between = (resident.peak_bytes.total + streamed.peak_bytes.total) // 2
-    monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device: between)
+    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: between)
     plan = plan_of(recipe)
     assert not plan.refusals
     assert plan.choice.streaming == "disk"
@@ -174,7 +174,7 @@ def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypa
     assert plans[0].choice.pass_micro_batches == 4
     for expected in (2, 1):
         limit = plans[-1].peak_bytes.total - 1
-        monkeypatch.setattr("tunekit.planning.memory.available_bytes", lambda device, limit=limit: limit)
+        monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device, limit=limit: limit)
         plans.append(plan_of(recipe, "memory.streaming=disk", accumulation))
         assert plans[-1].choice.pass_micro_batches == expected
         assert plans[-1].peak_bytes.total < plans[-2].peak_bytes.total

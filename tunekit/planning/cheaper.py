@@ -26,8 +26,8 @@ LEAST_SHARE = 0.01  # changes that save less than this share of the needed memor
 
 @dataclass(frozen=True)
 class Change:
-    """A new value for one key of the recipe. `forecast`: applies the change to a Forecast. `choice`: applies the change
-    to a Choice."""
+    """A new value for one key of the recipe. `forecast`, `choice`: apply the change to a Forecast, and to the chosen
+    settings."""
 
     key: str
     value: str | int

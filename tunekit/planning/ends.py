@@ -3,47 +3,41 @@ token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.module_names import base_modules, named_copies
 from tunekit.adapters.tokens import tied_with, token_rows
-from tunekit.contracts import Tokenizer
 from tunekit.data.rows import RowSet
 from tunekit.errors import ModelError
-from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import input_embedding
 from tunekit.model.storage.reading import MappedFiles
 from tunekit.model.storage.shards import read_headers
 from tunekit.model.storage.source import find_source
 from tunekit.model.text.generation import end_of_turn_ids
-from tunekit.recipe.bases.section import AdapterSettings
+from tunekit.planning.prepared import Prepared
 from tunekit.recipe.model import ModelSection
-from tunekit.records import Target
 
 SAMPLED_ROWS = 4096  # evenly spaced rows of the output matrix
 READ_ROWS = 64  # rows of the data: nearly all of them contain an end of turn
 NEAR = 0.3  # a row is untrained if its distance to the mean is below this share of the usual distance
 
 
-def end_notes(
-    model: ModelSection,
-    base: LoadedModel,
-    tokenizer: Tokenizer | None,
-    rows: RowSet,
-    adapter: AdapterSettings,
-    targets: Sequence[Target],
-) -> Iterator[str]:
+def end_notes(prepared: Prepared) -> Iterator[str]:
     """Yields a warning for each end token in the rows that neither the base's training nor the adapter trains."""
-    head = base.family.head_name(base.net)
+    base, rows, adapter = prepared.base, prepared.rows, prepared.loaded.recipe.adapter
+    tokenizer, head = prepared.context.processor.tokenizer, base.family.head_name(base.net)
     if tokenizer is None or head is None or not base.family.answers or adapter.trains_base:
         return
     ends = _ids(rows).intersection([*end_of_turn_ids(tokenizer, rows.template), tokenizer.eos_id])
-    matrix = _matrix(model, base.net, head) if ends else None
+    matrix = _matrix(prepared.recipe.model, base.net, head) if ends else None
     modules = base_modules(base.net)
-    wholly = {*named_copies(modules, getattr(adapter, "modules_to_save", None) or ()), *(each.name for each in targets)}
+    wholly = {
+        *named_copies(modules, getattr(adapter, "modules_to_save", None) or ()),
+        *(each.name for each in prepared.context.targets),
+    }
     if matrix is None or wholly & set(tied_with(modules, head)):
         return
     trained = token_rows(base.net, adapter).get(head)

@@ -11,11 +11,12 @@ Made = TypeVar("Made")
 
 
 class Findings:
-    """The problems of a run. All parts of the plan add their problems here."""
+    """The problems of a run. All parts of the plan add their problems here. `problems`: those that are known
+    already."""
 
-    def __init__(self, loaded: LoadedRecipe) -> None:
+    def __init__(self, loaded: LoadedRecipe, problems: Iterable[Problem] = ()) -> None:
         self._loaded = loaded
-        self.problems: list[Problem] = []
+        self.problems = list(problems)
         self._lacks: list[Problem] = []  # the problems in which memory is too small
         self._errors: list[TunekitError] = []
 
@@ -28,10 +29,13 @@ class Findings:
         self.add([problem])
         self._lacks.append(self.problems[-1])
 
-    def attempt(self, work: Callable[[], Made]) -> Made | None:
-        """Call `work` and return its result. If it raises an error, add the error's problems and return None."""
+    def attempt(self, work: Callable[..., Made], *values: object, **named: object) -> Made | None:
+        """Call `work` with these values and return its result. If it raises an error, add the error's problems and
+        return None. If a value is None, because an earlier attempt failed, return None at once."""
+        if any(value is None for value in values):
+            return None
         try:
-            return work()
+            return work(*values, **named)
         except TunekitError as error:
             self._errors.append(error)
             self.add(error.problems)

@@ -36,6 +36,7 @@ from tunekit.records import Choice, PeakBytes
 
 EXAMINED_EPOCHS = 8  # packs differ by epoch, but hardly in size
 SAMPLED_ROWS = 20_000  # rows that are searched for token ids
+MODEL_ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of the model's code, on the meta device
 
 
 def largest_batch(
@@ -89,10 +90,10 @@ class Forecast:
     """The inputs for a prediction of a run's peak memory.
 
     `largest_batch`: a function from the rows per micro-batch (None if limited by tokens) to the largest micro-batch.
-    `answer_tokens`: the length of the longest prompt with its answer; 0 if the run generates no answers. `start_bytes`:
-    maximum memory of the adapter's initialisation, without the base; it is freed before the optimizer is made.
-    `companion_bytes`: weights of companions (auxiliary models) that are always in memory and are not simulated.
-    `any_token`: whether the run may look up embeddings of tokens that do not occur in the rows.
+    `answer_tokens`: the length of the longest prompt with its answer; 0 if the run generates no answers.
+    `initialisation_bytes`: maximum memory of the adapter's initialisation, without the base; it is freed before the
+    optimizer is made. `companion_bytes`: weights of companions (auxiliary models) that are always in memory and are not
+    simulated. `any_token`: whether the run may look up embeddings of tokens that do not occur in the rows.
     """
 
     run: SimulatedRun
@@ -101,27 +102,54 @@ class Forecast:
     rows: Rows
     evaluation_batch: Batch | None = None
     answer_tokens: int = 0
-    start_bytes: int = 0
+    initialisation_bytes: int = 0
     companion_bytes: int = 0
     any_token: bool = False
+    errors: list[str] = field(default_factory=list, init=False, repr=False)  # of models that cannot be simulated
+    _peaks: dict[Choice, PeakBytes] = field(default_factory=dict, init=False, repr=False)
     _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
     _rehearsals: dict[int, Simulation | None] = field(default_factory=dict, init=False, repr=False)
 
+    def known_peak(self, choice: Choice) -> PeakBytes:
+        """Peak memory of the run with these settings; without activations if the model cannot be simulated. Every
+        search for settings uses this function. Peaks are cached."""
+        if choice not in self._peaks:
+            try:
+                self._peaks[choice] = self.peak(choice)
+            except MODEL_ERRORS as error:
+                self.errors.append(str(error).strip().partition("\n")[0])
+                self._peaks[choice] = self._without_activations()
+        return self._peaks[choice]
+
+    def sampled_together(self, limit: float) -> int:
+        """The number of completions that are sampled together: the recipe's number, halved until they fit into `limit`
+        bytes. 0 if the run samples no completions."""
+        companions = self.run.companions.values()
+        size = max((companion.sampling_batch_size for companion in companions), default=0)
+        try:
+            while size > 1 and self._sampling_peak(size) > limit:
+                size = (size + 1) // 2
+        except MODEL_ERRORS:  # `known_peak` records it
+            pass
+        return size
+
     def peak(self, choice: Choice) -> PeakBytes:
-        """Peak memory of the run with these settings. Every search for settings uses this function."""
+        """Peak memory of the run with these settings. Raises: errors of the model's own code."""
         run = replace(self.run, choice=choice)
         load = self._base_load_bytes(choice)
         simulations, device = (self._step(choice), self._evaluation(run), self._rehearsal(run)), self.run.device
         peak = peak_bytes(*simulations, device, self.base.dtype, cache_bytes=self._cache_bytes, load_bytes=load)
         peak = replace(peak, weights=peak.weights + self.companion_bytes, total=peak.total + self.companion_bytes)
-        if not self.start_bytes:
+        if not self.initialisation_bytes:
             return peak
-        return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.start_bytes))
+        return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.initialisation_bytes))
 
     def offloaded_bytes(self, choice: Choice) -> int:
-        """Bytes of pinned host memory for the offloaded inputs of recomputed layers."""
-        return self._step(choice).offloaded
+        """Bytes of pinned host memory for the offloaded inputs of recomputed layers; 0 if the model cannot be
+        simulated."""
+        self.known_peak(choice)  # records an error of the model's code
+        return 0 if self.errors else self._step(choice).offloaded
 
     def _step(self, choice: Choice) -> Simulation:
         if choice not in self._steps:
@@ -130,7 +158,7 @@ class Forecast:
             self._steps[choice] = self._without_unread(simulation, choice.streaming)
         return self._steps[choice]
 
-    def without_activations(self) -> PeakBytes:
+    def _without_activations(self) -> PeakBytes:
         """Peak memory without activations, for a model whose code cannot run on the meta device."""
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
@@ -148,7 +176,7 @@ class Forecast:
             known[size] = run.rehearsals(self.largest_batch(run.choice.micro_batch_size))
         return known[size]
 
-    def sampling_peak(self, size: int) -> int:
+    def _sampling_peak(self, size: int) -> int:
         """Total peak bytes if `size` completions are sampled together."""
         rehearsal = self._rehearsal(replace(self.run, choice=replace(self.run.choice, sampling_batch_size=size)))
         assert rehearsal is not None

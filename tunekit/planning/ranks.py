@@ -1,37 +1,19 @@
-"""Plans the ranks of a run whose devices or budgets differ, as their processes will do it."""
+"""Plans the ranks of a run, whose devices or budgets may differ, so that they agree."""
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
 from tunekit.machine.devices import is_here, kind_of
 from tunekit.machine.memory import total_bytes
 from tunekit.memory.sharding import TIER
+from tunekit.planning.plan import plan
+from tunekit.planning.prepare import prepare
+from tunekit.planning.prepared import Prepared
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import Choice, Plan
-
-MakePlan = Callable[[LoadedRecipe, int, Choice | None], Plan]  # of a recipe, for a rank, with the shared settings
-
-
-def shared_choice(choices: Sequence[Choice]) -> Choice:
-    """The choice whose `common` settings all ranks use: the micro-batches that the rank with the least memory can hold,
-    and special kernels only if all ranks have them, because they round differently. It samples as few completions
-    together as the rank that can hold the fewest."""
-    least = min(choices, key=lambda choice: choice.micro_batch_size or 0)
-    same = len({choice.kernels for choice in choices}) == 1
-    sampled = min(choice.sampling_batch_size for choice in choices)
-    kernels = least.kernels if same else "none"
-    return replace(least, kernels=kernels, sampling_batch_size=sampled)
-
-
-def shards(loaded: LoadedRecipe, choices: Sequence[Choice]) -> LoadedRecipe:
-    """The recipe; if a rank needs a sharded base, with memory.sharding: full, because then all ranks shard it."""
-    if all(choice.streaming != TIER for choice in choices):
-        return loaded
-    memory = loaded.recipe.memory.model_copy(update={"sharding": "full"})
-    return replace(loaded, recipe=loaded.recipe.model_copy(update={"memory": memory}))
+from tunekit.training.ranks import shard_on_all_ranks, shared_choice
+from tunekit.training.state import RunInputs
 
 
 def devices_of(device: torch.device, ranks: int) -> list[torch.device]:
@@ -42,28 +24,38 @@ def devices_of(device: torch.device, ranks: int) -> list[torch.device]:
     return [torch.device(device.type, rank % count) for rank in range(ranks)]
 
 
-def ranks_here(device: torch.device, ranks: int) -> int:
-    """The number of ranks that share this machine's memory: the number that torchrun states, or else all; at most one
-    for each GPU of the machine."""
-    stated = os.environ.get("LOCAL_WORLD_SIZE", "")
-    here = min(int(stated), ranks) if stated.isdecimal() else ranks
-    if kind_of(device).numbered and is_here(device):
-        here = min(here, torch.get_device_module(device).device_count())
-    return max(here, 1)
-
-
-def plan_ranks(loaded: LoadedRecipe, devices: Sequence[torch.device], make: MakePlan) -> list[Plan]:
+def plan_ranks(loaded: LoadedRecipe, devices: Sequence[torch.device]) -> list[Plan]:
     """The plan of each rank; only that of rank 0 if all ranks have the same budget and memory."""
-    first, ranks = make(loaded, 0, None), len(devices)
+    ranks = len(devices)
     totals = [total_bytes(device) if is_here(device) else None for device in devices]
     budgets = [loaded.recipe.memory.of_rank(rank, ranks).budget for rank in range(ranks)]
-    if len(set(zip(budgets, totals, strict=True))) == 1:
-        return [first]
-    plans = [first, *(make(loaded, rank, None) for rank in range(1, ranks))]
-    loaded = shards(loaded, [plan.choice for plan in plans])
-    if loaded.recipe.memory.sharding == "full":
-        plans = [plan if plan.choice.streaming == TIER else make(loaded, rank, None) for rank, plan in enumerate(plans)]
-    shared = shared_choice([plan.choice for plan in plans])
-    return [
-        plan if plan.choice.common == shared.common else make(loaded, rank, shared) for rank, plan in enumerate(plans)
+    equal = len(set(zip(budgets, totals, strict=True))) == 1
+    prepared = [
+        prepare(loaded, device, rank=rank, ranks=ranks, check_folder=rank == 0)
+        for rank, device in enumerate(devices[:1] if equal else devices)
     ]
+    return [plan for plan, _ in plan_together(prepared, list)]
+
+
+def plan_together(
+    prepared: Sequence[Prepared], gather: Callable[[list[Choice]], list[Choice]], resumed: Choice | None = None
+) -> list[tuple[Plan, RunInputs]]:
+    """Plan the ranks of this process, so that they agree with all ranks of the run.
+
+    `gather`: returns the settings of all ranks, from those of this process. `resumed`: the settings of the run that is
+    resumed.
+    """
+
+    def make(one: Prepared, shared: Choice | None, sharded: bool) -> tuple[Plan, RunInputs]:
+        return plan(one, resumed or shared, may_recompute_more=resumed is not None, sharded=sharded)
+
+    planned = [make(one, None, False) for one in prepared]
+    settings = gather([each.choice for each, _ in planned])
+    sharded = shard_on_all_ranks(settings)
+    if sharded:  # the whole base does not fit on some rank
+        pairs = zip(prepared, planned, strict=True)
+        planned = [pair if pair[0].choice.streaming == TIER else make(one, None, True) for one, pair in pairs]
+        settings = gather([each.choice for each, _ in planned])
+    shared = shared_choice(settings)
+    pairs = zip(prepared, planned, strict=True)
+    return [pair if pair[0].choice.common == shared.common else make(one, shared, sharded) for one, pair in pairs]

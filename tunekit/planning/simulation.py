@@ -3,7 +3,7 @@ run's real network, engine and optimizer."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -21,7 +21,6 @@ from tunekit.model.quantized import codec
 from tunekit.planning.simulated.kernels import kernels_as_on
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.recipe.bases.section import AdapterSettings
-from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Choice
@@ -45,7 +44,6 @@ class SimulatedRun:
     training: TrainingSection
     choice: Choice
     device: torch.device
-    memory: MemorySection = field(default_factory=MemorySection)
     companions: Mapping[str, Companion] = field(default_factory=dict)
     bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made before
 
@@ -113,7 +111,7 @@ class SimulatedRun:
         simulations = []
         for key in (key for key, companion in self.companions.items() if companion.rehearses):
             with self._tracked() as (tuned, tracker, _):
-                companion = tuned.companions[key]
+                companion = copy(tuned.companions[key])
                 companion.sampling_batch_size = self.choice.sampling_batch_size
                 tracker.adopt(companion.present(tuned), "weights")
                 tracker.start()

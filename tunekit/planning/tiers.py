@@ -7,15 +7,14 @@ import torch
 
 from tunekit.contracts import CompanionFacts
 from tunekit.errors import Problem
-from tunekit.machine.devices import is_here, kind_of
-from tunekit.machine.memory import available_bytes
+from tunekit.machine.devices import kind_of
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.sharding import TIER
 from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.storage.packed_cache import lacks_room
-from tunekit.planning.ranks import ranks_here
+from tunekit.planning.resources import Resources
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
 from tunekit.recipe.recipe import Recipe
@@ -38,17 +37,13 @@ def streaming_obstacle(
 
 
 def allowed_tiers(
-    recipe: Recipe,
-    base: LoadedModel,
-    device: torch.device,
-    companions: Sequence[CompanionFacts] = (),
-    ranks: int = 1,
+    recipe: Recipe, base: LoadedModel, resources: Resources, companions: Sequence[CompanionFacts] = ()
 ) -> tuple[list[str], list[Problem]]:
     """The tiers (device, ranks, host, disk) that plan can choose from, fastest first; and the problems of the tier that
     the recipe requests."""
-    tiers, problems = _tiers_of_a_rank(recipe, base, device, companions, ranks_here(device, ranks))
+    tiers, problems = _tiers_of_a_rank(recipe, base, resources, companions)
     written = recipe.memory.sharding
-    if ranks == 1 or written == "off":
+    if resources.ranks == 1 or written == "off":
         return tiers, problems
     obstacle = sharding_obstacle(recipe, base)
     if written == "full" and obstacle is not None:
@@ -65,11 +60,11 @@ def sharding_obstacle(recipe: Recipe, base: LoadedModel) -> str | None:
 
 
 def _tiers_of_a_rank(
-    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts], here: int
+    recipe: Recipe, base: LoadedModel, resources: Resources, companions: Sequence[CompanionFacts]
 ) -> tuple[list[str], list[Problem]]:
     """The tiers (device, host, disk) of a rank that stores the whole base, fastest first; and the problems of the tier
-    that the recipe requests. `here`: the number of ranks that store their layers in this machine's memory."""
-    written = recipe.memory.streaming
+    that the recipe requests."""
+    written, device = recipe.memory.streaming, resources.device
     streams = recipe.memory.streamed_head or written != "off"
     obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
     if recipe.memory.streamed_head and obstacle is not None:
@@ -91,7 +86,7 @@ def _tiers_of_a_rank(
         ]
     if written != "auto":
         if obstacle is None:
-            return [written], list(_host_problems(base, here)) if written == "host" and is_here(device) else []
+            return [written], list(_host_problems(base, resources)) if written == "host" else []
         return ["off"], [
             Problem(
                 f"weights cannot be streamed from {written}: {obstacle}", "set memory.streaming to off or auto", key=KEY
@@ -101,14 +96,15 @@ def _tiers_of_a_rank(
         return ["off"], []
     if not kind_of(device).own_memory:
         return ["off", "disk"], []
-    room = available_bytes(torch.device("cpu")) if is_here(device) else None
+    room, here = resources.host_bytes, resources.ranks_here
     fits = room is None or here * layer_bytes(base) < HOST_SHARE * room
     return (["off", "host", "disk"] if fits else ["off", "disk"]), []
 
 
-def _host_problems(base: LoadedModel, here: int) -> Iterator[Problem]:
+def _host_problems(base: LoadedModel, resources: Resources) -> Iterator[Problem]:
     """A problem if the layers that this machine's ranks store on the host are larger than its free memory."""
-    room, needed = available_bytes(torch.device("cpu")), here * layer_bytes(base)
+    room, here = resources.host_bytes, resources.ranks_here
+    needed = here * layer_bytes(base)
     if room is not None and needed > room:
         ranks = f" ({here} ranks, each with all layers)" if here > 1 else ""
         what = f"layers take {bytes_text(needed)} of host memory{ranks}, but only {bytes_text(room)} are free"
@@ -135,8 +131,8 @@ def weight_notes(
     size, count = layer_bytes(base), choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(size)} of layers are stored {WHERE[choice.streaming]}; {together} through each layer "
-        "before the next layer is loaded, and the backward pass recomputes every layer"
+        f"streamed: {bytes_text(size)} of layers are stored {WHERE[choice.streaming]}; {together} through each "
+        "layer before the next layer is loaded, and the backward pass recomputes every layer"
     )
     rates = rates_text(choice.streaming, count * tokens, size, copies=2)
     yield (
@@ -152,9 +148,9 @@ def _sharding_notes(base: LoadedModel, choice: Choice) -> Iterator[str]:
     share, count = stored_bytes(base.net) // choice.shares, choice.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"sharded: each of the {choice.shares} ranks stores {bytes_text(share)} of the base; a layer is gathered from "
-        f"all ranks before it is computed; {together} through each layer before the next layer is gathered, and the "
-        "backward pass recomputes every layer"
+        f"sharded: each of the {choice.shares} ranks stores {bytes_text(share)} of the base; a layer is gathered "
+        f"from all ranks before it is computed; {together} through each layer before the next layer is gathered, and "
+        "the backward pass recomputes every layer"
     )
     if choice.sampling_batch_size:
         yield "sampling is slow with a sharded base: each token gathers all layers"

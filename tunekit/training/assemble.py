@@ -157,12 +157,9 @@ def _make_model(
     def attach() -> AttachedAdapter:
         adapter, state.calibration = initialise_adapter(
             base,
-            prepared.adapter,
-            prepared.model,
+            prepared,
             seed=recipe.training.seed,
             devices=devices,
-            objective=prepared.rows.objective,
-            windows=lambda: prepared.rows.windows(prepared.batch_settings),
             resumed=None if checkpoint is None else checkpoint.facts["layout"],
             companions=companions,
         )

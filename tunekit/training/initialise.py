@@ -4,7 +4,7 @@ a trained adapter.
 A resumed run restores its values from the checkpoint, so the data is not read again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,13 +17,13 @@ from tunekit.adapters.folder.read import load_into
 from tunekit.adapters.method import load_method
 from tunekit.adapters.starts.start import initialise_all, start_module
 from tunekit.adapters.targets import find_targets
-from tunekit.contracts import Companion, Objective, WindowSource
+from tunekit.contracts import Companion
 from tunekit.machine.devices import Devices
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import AdapterSettings
-from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject, Target
 from tunekit.training.calibrate import calibrate
+from tunekit.training.state import RunInputs
 from tunekit.tuned.originals import originals
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # a checkpoint's layout, for each group: name -> [start, *shape]
@@ -31,13 +31,10 @@ Layout = Sequence[Mapping[str, Sequence[int]]]  # a checkpoint's layout, for eac
 
 def initialise_adapter(
     base: LoadedModel,
-    settings: AdapterSettings,
-    model: ModelSection,
+    planned: RunInputs,
     *,
     seed: int,
     devices: Devices,
-    objective: Objective,
-    windows: Callable[[], WindowSource],
     resumed: Layout | None,
     companions: Mapping[str, Companion] | None = None,
 ) -> tuple[AttachedAdapter, JsonObject | None]:
@@ -47,13 +44,13 @@ def initialise_adapter(
     `resumed`: the layout of the checkpoint that will be restored later; None for a new run.
     Raises: RecipeError, DataError or ModelError if something that the initialisation needs is missing.
     """
-    head_name, start = base.family.head_name(base.net), settings.calibration
+    settings, head_name, start = planned.adapter, base.family.head_name(base.net), planned.adapter.calibration
     attach = partial(attach_adapter, base.net, settings, seed=seed, head_name=head_name, device=base.device)
     facts = None
     if start is None:
         adapter, other = attach(), settings.initialisation
         if other is not None and other.looks_at == "original" and resumed is None:
-            initialise_all(adapter.layers, seed, originals(adapter, model))
+            initialise_all(adapter.layers, seed, originals(adapter, planned.model))
             _copy_from_main(adapter, devices)
     else:
         targets = find_targets(base.net, settings, head_name=head_name)
@@ -61,7 +58,8 @@ def initialise_adapter(
             ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
             adapter = attach(targets=with_ranks(settings, targets, ranks))
         else:
-            evidence, facts = calibrate(base, start, targets, windows(), objective, seed=seed, companions=companions)
+            windows, objective = planned.rows.windows(planned.batch_settings), planned.rows.objective
+            evidence, facts = calibrate(base, start, targets, windows, objective, seed=seed, companions=companions)
             share = getattr(start_module(start.method), "share_ranks", None)
             if share is not None:
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, evidence)))

@@ -24,7 +24,7 @@ from tunekit.model.compute import resolve_dtype
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepRecord
 from tunekit.targets.export import facts_for_export
-from tunekit.training.agreement import check_fingerprints, check_folder_is_shared
+from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
 from tunekit.training.state import Run, RunInputs
@@ -108,13 +108,13 @@ def refuse_changed_recipe(session: Session) -> None:
 
 
 def previous_choice(session: Session) -> Choice | None:
-    """The memory settings (Choice) in the plan of the run in this folder. A resumed run uses them again, so that its
-    micro-batches are the same even if a different amount of memory is free."""
+    """The settings in the plan of the run in this folder. A resumed run uses them again, so that its micro-batches are
+    the same even if a different amount of memory is free."""
     return session.from_folder(lambda folder: choice_in(folder.path))
 
 
 def choice_in(path: Path) -> Choice | None:
-    """The memory settings (Choice) in the plan of a run folder; None if there is no plan.
+    """The settings in the plan of a run folder; None if there is no plan.
 
     Raises: RunFolderError if an older version trained the run with compiled layers.
     """

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,11 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
     Otherwise torch would use an attention kernel that stores all scores, and it would compute grouped products only in
     bfloat16. torch's functions are replaced globally, because a torch function mode is not active in recomputation.
     """
-    attend = partial(_attend, functional.scaled_dot_product_attention, device)
+    attention = functional.scaled_dot_product_attention
+
+    def attend(*inputs: object, **named: object) -> Tensor:
+        return _attend(attention, device, AttentionCall(*inputs, **named))  # type: ignore[arg-type]
+
     product = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
     others = {} if product is None else {"grouped_mm": partial(_multiply, product)}
     with replaced(vars(functional), scaled_dot_product_attention=attend, **others):
@@ -50,22 +54,25 @@ def _multiply(original: Callable[..., Tensor], rows: Tensor, matrices: Tensor, *
     return rows @ matrices[0] if rows.is_meta else original(rows, matrices, **named)
 
 
-def _attend(
-    original: Callable[..., Tensor],
-    device: torch.device,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+class AttentionCall(NamedTuple):
+    """The arguments of a call of torch's scaled_dot_product_attention, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+def _attend(original: Callable[..., Tensor], device: torch.device, call: AttentionCall) -> Tensor:
     """Attention with the kernel that `device` would use.
 
     Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D).
     """
+    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
     if not query.is_meta:
         choice = SDPBackend.MATH  # torch chooses
     elif not is_here(device):
@@ -79,17 +86,17 @@ def _attend(
     mask = attn_mask
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))  # as torch does itself
-    kernels, inputs, masked = torch.ops.aten, (query, key, value), (mask, True, dropout_p, is_causal)
+    kernels, tensors, masked = torch.ops.aten, (query, key, value), (mask, True, dropout_p, is_causal)
     outputs: tuple[Tensor, ...]
     if choice == SDPBackend.FLASH_ATTENTION and device.type == "cpu":
         flash = kernels._scaled_dot_product_flash_attention_for_cpu
-        outputs = flash(*inputs, dropout_p, is_causal, attn_mask=mask, scale=scale)
+        outputs = flash(*tensors, dropout_p, is_causal, attn_mask=mask, scale=scale)
     elif choice == SDPBackend.FLASH_ATTENTION:
-        outputs = kernels._scaled_dot_product_flash_attention(*inputs, dropout_p, is_causal, False, scale=scale)
+        outputs = kernels._scaled_dot_product_flash_attention(*tensors, dropout_p, is_causal, False, scale=scale)
     elif choice in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.OVERRIDEABLE):  # the latter is XPU's own
-        outputs = kernels._scaled_dot_product_efficient_attention(*inputs, *masked, scale=scale)
+        outputs = kernels._scaled_dot_product_efficient_attention(*tensors, *masked, scale=scale)
     else:
-        outputs = kernels._scaled_dot_product_cudnn_attention(*inputs, *masked, False, scale=scale)
+        outputs = kernels._scaled_dot_product_cudnn_attention(*tensors, *masked, False, scale=scale)
     return outputs[0]
 
 

@@ -1,4 +1,4 @@
-"""The settings (Choice) that the recipe decides, and the search for the fastest settings that fit into memory.
+"""The settings that the recipe decides, and the search for the fastest settings that fit into memory.
 
 Times are only compared with each other; their unit is not seconds. All settings compute the same sums, in different
 orders. So they affect only speed and memory.
@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from tunekit.data.batching.windows import BatchSettings
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning.kernels import planned_kernels
+from tunekit.planning.resources import Resources
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Choice
 
@@ -25,12 +27,10 @@ TOLERANCE = 0.02  # smaller gains of time are ignored: the rule is rough, and ea
 RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs per token, besides 4 N (frozen base)
 
 
-def written_choice(
-    recipe: Recipe, base: LoadedModel, device: torch.device, ranks: int, decided: Choice | None = None
-) -> Choice:
-    """A Choice that contains the recipe's settings. Fields that plan chooses have default values. `decided`: the
-    settings of the run that is resumed, or of all ranks; their kernels are kept."""
-    training, memory = recipe.training, recipe.memory
+def written_execution(recipe: Recipe, base: LoadedModel, resources: Resources, decided: Choice | None = None) -> Choice:
+    """The recipe's settings. Fields that plan chooses have default values. `decided`: the settings of the run that is
+    resumed, or of all ranks; their kernels are kept."""
+    training, memory, device = recipe.training, recipe.memory, resources.device
     return Choice(
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -41,8 +41,15 @@ def written_choice(
         kernels=planned_kernels(training.kernels, base.net, device, base.dtype, decided)[0],
         # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
-        shares=ranks,
+        shares=resources.ranks,
     )
+
+
+def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
+    """The batch settings, with the chosen size and number of micro-batches. Each step keeps its rows and their
+    order."""
+    rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
+    return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class SearchSpace:
 
 
 @dataclass(frozen=True)
-class Workload:
+class StepCost:
     """Properties of a run that determine how long a step takes.
 
     `row_tokens`: padded tokens of one row of a micro-batch. `step_tokens`: tokens of an optimizer step. `head_share`:

@@ -9,7 +9,7 @@ from tunekit.adapters.folder.read import continued_folder
 from tunekit.adapters.method import load_method, needs_reference_state
 from tunekit.adapters.starts.start import LINEAR, start_module
 from tunekit.contracts import Objective
-from tunekit.errors import Problem
+from tunekit.errors import Problem, TunekitError
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import AdapterSettings, CalibratedStart
 from tunekit.records import Target, bytes_text
@@ -17,7 +17,9 @@ from tunekit.records import Target, bytes_text
 DECOMPOSITION_BYTES = 4 * 8  # per element of the largest matrix: the matrix and its factors in float64
 
 
-def start_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> Iterator[Problem]:
+def initialisation_problems(
+    settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]
+) -> Iterator[Problem]:
     """Yields a problem if the initialisation needs statistics of the output head. The pass over the data cannot collect
     them."""
     start, head = settings.calibration, base.family.head_name(base.net)
@@ -36,19 +38,22 @@ def reference_problems(settings: AdapterSettings, objective: Objective) -> Itera
         yield Problem(what, how, key="adapter.method")
 
 
-def check_continued(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> None:
-    """Check the adapter that init_from names.
-
-    Raises: AdapterError if it is not an adapter folder, is damaged, or has an adapter with different settings.
-    """
-    if settings.init_from is not None:
-        adapter = AttachedAdapter(base.net, settings, load_method(settings.method), list(targets))
-        adapter.head_name = base.family.head_name(base.net)
+def continued_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> Sequence[Problem]:
+    """The problems of the adapter that init_from names: it is not an adapter folder, is damaged, or has an adapter with
+    different settings."""
+    if settings.init_from is None:
+        return ()
+    adapter = AttachedAdapter(base.net, settings, load_method(settings.method), list(targets))
+    adapter.head_name = base.family.head_name(base.net)
+    try:
         config, _ = continued_folder(adapter, Path(settings.init_from))
         config.check_files()
+    except TunekitError as error:
+        return error.problems
+    return ()
 
 
-def start_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
+def initialisation_bytes(settings: AdapterSettings, targets: Sequence[Target]) -> int:
     """Maximum memory of the adapter's initialisation, without the base. It is freed before step 1."""
     start, linear = settings.initialisation, [target for target in targets if target.kind in LINEAR]
     if start is None or not start.decomposes or not linear:
@@ -63,7 +68,7 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
     return sum(start_module(start.method).statistics_bytes(start, target) for target in targets)
 
 
-def start_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
+def initialisation_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
     """Notes about the reference model, and about the pass over the data that initialises the adapter before step 1."""
     if needs_reference_state(objective, settings):
         yield "the reference model is the base with the adapter at step 0; the run stores a frozen copy of this adapter"

@@ -1,8 +1,9 @@
-"""Checks, before the first step, that all ranks of a run have the same recipe, options, data and base. Each difference
-is named, with its rank and its machine."""
+"""All agreement between the ranks of a run: the settings that all ranks use; and checks, before the first step, that
+all ranks have the same recipe, options, data and base. Each difference is named, with its rank and its machine."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tunekit.artifacts.fingerprint import MISSING, compare_fingerprints, flat_values, is_moved_file
@@ -11,15 +12,32 @@ from tunekit.data.reading.several import files_of
 from tunekit.errors import InputError, Problem
 from tunekit.files.lock import LOCK_NAME
 from tunekit.files.untrusted import RUN_RECORD, sha256_of
+from tunekit.memory.sharding import TIER
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.paths import NamedPath, named_paths
-from tunekit.records import JsonObject
+from tunekit.records import Choice, JsonObject
 from tunekit.training.session import Session
 
 CLOCK_SECONDS = 30.0  # clocks that differ by more are named
 SAME_COMMAND = "start all ranks with the same recipe and the same options"
 CURES = {"model.dtype": "write a dtype that all of them compute, such as float32"}
 SAME_FILES = "give all machines the same files, or put them on a shared disk"
+
+
+def shared_choice(choices: Sequence[Choice]) -> Choice:
+    """The choice whose `common` settings all ranks use: the micro-batches that the rank with the least memory can hold,
+    and special kernels only if all ranks have them, because they round differently. It samples as
+    few completions together as the rank that can hold the fewest."""
+    least = min(choices, key=lambda choice: choice.micro_batch_size or 0)
+    same = len({choice.kernels for choice in choices}) == 1
+    sampled = min(choice.sampling_batch_size for choice in choices)
+    kernels = least.kernels if same else "none"
+    return replace(least, kernels=kernels, sampling_batch_size=sampled)
+
+
+def shard_on_all_ranks(choices: Sequence[Choice]) -> bool:
+    """Whether all ranks shard the base, because some rank must shard it."""
+    return any(choice.streaming == TIER for choice in choices)
 
 
 def check_command(session: Session, options: Mapping[str, object]) -> None:

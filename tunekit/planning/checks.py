@@ -1,0 +1,54 @@
+"""All checks before a run starts. Each function lists checks, one per line; plan.json has their problems in this
+order."""
+
+from collections.abc import Iterator
+
+import torch
+
+from tunekit.adapters.method import load_method
+from tunekit.errors import Problem
+from tunekit.planning import refusals
+from tunekit.planning.initialisation import continued_problems, initialisation_problems, reference_problems
+from tunekit.planning.kernels import kernel_problems
+from tunekit.planning.prepared import Prepared
+from tunekit.recipe.reading.supported import refuse_unsupported
+from tunekit.recipe.recipe import Recipe
+from tunekit.records import Choice
+from tunekit.tuned.fit import row_problems
+
+
+def recipe_checks(recipe: Recipe, device: torch.device, *, check_folder: bool, resumed: bool) -> Iterator[Problem]:
+    """Checks that read neither the model nor the data."""
+    yield from refuse_unsupported(recipe)
+    yield from refusals.library_problems(recipe)
+    yield from refusals.device_problems(recipe, device)
+    if check_folder:
+        yield from refusals.folder_problems(recipe)
+    if not resumed:  # a run of an older version can be resumed
+        yield from refusals.step_problems(recipe)
+
+
+def run_checks(prepared: Prepared, *, resumed: bool) -> Iterator[Problem]:
+    """Checks of model, data and adapter together."""
+    adapter, base, context, objective = (
+        prepared.recipe.adapter,
+        prepared.base,
+        prepared.context,
+        prepared.rows.objective,
+    )
+    yield from row_problems(base, context.processor, objective.rows, context.rows, context.virtual_tokens)
+    yield from initialisation_problems(adapter, base, context.targets)
+    yield from reference_problems(adapter, objective)
+    if not resumed:  # the state of a resumed run is in its checkpoint
+        yield from continued_problems(adapter, base, context.targets)
+    for facts in prepared.companion_facts:
+        yield from facts.problems
+
+
+def execution_checks(prepared: Prepared, choice: Choice) -> Iterator[Problem]:
+    """Checks of the settings that the recipe or an earlier decision fixes."""
+    adapter, device = prepared.recipe.adapter, prepared.resources.device
+    method = load_method(adapter.method)
+    for conflict in method.run_conflicts(adapter, prepared.steps.steps):
+        yield Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}")
+    yield from kernel_problems(choice.kernels, device)

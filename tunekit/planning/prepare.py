@@ -1,0 +1,204 @@
+"""Reads all that planning needs: the model without its weights, the data, the adapter and the free memory."""
+
+from dataclasses import replace
+
+import torch
+
+from tunekit.adapters.method import load_method
+from tunekit.adapters.targets import find_targets
+from tunekit.companions.base import make_companions
+from tunekit.contracts import Companion, CompanionFacts, PlanContext, Processor
+from tunekit.data.batching.windows import BatchSettings
+from tunekit.data.rows import RowSet, load_rows
+from tunekit.errors import Problem, RecipeError
+from tunekit.evaluation.evaluator import check_queries
+from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
+from tunekit.model.families import make_family
+from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.model.loaded_model import as_loaded
+from tunekit.model.storage.gguf import parsed_once
+from tunekit.model.storage.model_folder import copied_files
+from tunekit.model.storage.source import find_source
+from tunekit.objectives.base import make_objective
+from tunekit.planning import refusals
+from tunekit.planning.checks import recipe_checks, run_checks
+from tunekit.planning.ends import end_notes
+from tunekit.planning.execution import written_execution
+from tunekit.planning.findings import Findings
+from tunekit.planning.prepared import Prepared
+from tunekit.planning.resources import read_resources
+from tunekit.recipe.bases.section import AdapterSettings
+from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.recipe import Recipe
+from tunekit.records import Target
+from tunekit.targets.labels import start_facts
+from tunekit.training.state import Processors
+from tunekit.tuned.fit import check_family
+
+END_TO_END = (
+    "; the rows of a micro-batch are put end to end without padding (a test before step 1 checks that they do not see "
+    "each other; otherwise they are padded)"
+)
+
+
+def prepare(
+    loaded: LoadedRecipe,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    resumed: bool = False,
+    check_folder: bool = False,
+    processors: Processors | None = None,
+) -> Prepared:
+    """Read model, data, adapter and free memory for one rank of a run on `ranks` ranks, and check them.
+
+    `resumed`: the run continues from a checkpoint. `check_folder`: also check output.dir; not for `train`, which has
+    already locked it. `processors`: the loaded processors, which other plans of this process use too.
+    Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
+    """
+    recipe = loaded.recipe.model_copy(update={"memory": loaded.recipe.memory.of_rank(rank, ranks)})
+    findings = Findings(loaded)
+    findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed))
+    recipe, context, rows = _read(recipe, device, findings, {} if processors is None else processors)
+    companions = make_companions(rows.objective.companions)
+    found = [findings.attempt(_companion_facts, companion, context) for companion in companions.values()]
+    facts = [each for each in found if each is not None]
+    if len(facts) < len(found):
+        raise findings.error()
+    findings.add(refusals.template_problems(recipe, context.processor, rows.template))
+    packing, reason = _packing(recipe, context, findings)
+    settings = _batch_settings(recipe, context, packing)
+    shares = settings.end_to_end and shares_prefixes(context.base.net, recipe.data.max_length)
+    rows = replace(rows, objective=rows.objective.laid_out(settings.end_to_end, shares))
+    steps = findings.attempt(rows.windows, settings)
+    if steps is None:
+        raise findings.error()
+    reason += END_TO_END if settings.end_to_end else ""
+    resources = read_resources(device, rank, ranks)
+    written = written_execution(recipe, as_loaded(context.base), resources)
+    prepared = Prepared(loaded, recipe, resources, context, rows, companions, facts, settings, reason, steps, written)
+    findings.add(run_checks(prepared, resumed=resumed))
+    return replace(prepared, problems=tuple(findings.problems), end_notes=tuple(end_notes(prepared)))
+
+
+def _read(
+    recipe: Recipe, device: torch.device, findings: Findings, processors: Processors
+) -> tuple[Recipe, PlanContext, RowSet]:
+    """Read model, data and adapter. Returns the recipe too, with the model section as the objective changes it, and
+    with token ids in place of the adapter's texts. Raises: TunekitError with all problems, if one cannot be read."""
+    attempt, model, seed = findings.attempt, recipe.model, recipe.training.seed
+    key = recipe.objective.family, model
+    family = make_family(recipe.objective.family)
+    with parsed_once(model.name_or_path):
+        processor = processors.get(key) or attempt(family.processor, model)
+        labels = attempt(start_facts, recipe) or {}
+        objective = attempt(make_objective, recipe.objective, processor, labels)
+        rows = attempt(load_rows, recipe.data, objective, seed=seed)
+        attempt(check_queries, rows, recipe.evaluation, recipe.data)
+        if objective is not None:
+            model = (objective if rows is None else rows.objective).section(model, seed)
+        readable = processor is not None or family.reads_ids  # else the error is reported already
+        base = attempt(_read_base, model, recipe.objective.family, device) if readable else None
+    adapter = attempt(_with_token_ids, recipe.adapter, processor)
+    if recipe.adapter.trains_base:
+        attempt(_check_copies, model, base)
+    adapter = attempt(_with_whole_modules, adapter, base)
+    targets = attempt(_find_targets, adapter or recipe.adapter, base)
+    method = load_method(recipe.adapter.method).model
+    slots = attempt(_check_fit, adapter, base)
+    if processor is None or rows is None or base is None or adapter is None or targets is None or slots is None:
+        raise findings.error()
+    processors[key] = processor
+    virtual_tokens = 0 if method is None else method.virtual_tokens(adapter)
+    data, sections = (rows.objective, rows.all, bool(rows.streams)), (recipe.memory, recipe.training, recipe.evaluation)
+    context = PlanContext(device, base, processor, *data, *sections, targets, virtual_tokens)
+    return recipe.model_copy(update={"adapter": adapter, "model": model}), context, rows
+
+
+def _read_base(model: ModelSection, family: str, device: torch.device) -> LoadedModel:
+    return check_family(make_meta_model(model, device=device), family)
+
+
+def _with_token_ids(adapter: AdapterSettings, processor: Processor) -> AdapterSettings:
+    text = processor.tokenizer
+    return adapter if text is None else load_method(adapter.method).with_tokenizer(adapter, text)
+
+
+def _check_copies(model: ModelSection, base: LoadedModel) -> None:
+    """Check the files that a trained base copies from its folder."""
+    copied_files(model, find_source(model, weights=False).folder)
+
+
+def _find_targets(adapter: AdapterSettings, base: LoadedModel) -> list[Target]:
+    return find_targets(base.net, adapter, head_name=base.family.head_name(base.net))
+
+
+def _with_whole_modules(adapter: AdapterSettings, base: LoadedModel) -> AdapterSettings:
+    """The adapter's settings, with the modules that the objective trains whole added to modules_to_save.
+
+    Raises: RecipeError if the adapter's method cannot train other modules.
+    """
+    names = dict.fromkeys([*base.new_modules, *base.family.trained_with(base.net)])
+    saved = getattr(adapter, "modules_to_save", None)
+    if saved is None and names:
+        what = (
+            f"{adapter.method} cannot train modules outside the adapter, but this objective trains the head "
+            f"'{list(names)[-1]}'"
+        )
+        raise RecipeError(what, "choose another method, for example lora", key="adapter.method")
+    missing = [name for name in names if name not in (saved or ())]
+    return adapter.model_copy(update={"modules_to_save": (*(saved or ()), *missing)}) if missing else adapter
+
+
+def _check_fit(adapter: AdapterSettings, base: LoadedModel) -> bool:
+    """Raises: TunekitError if an adapter of the whole model does not fit the base."""
+    method = load_method(adapter.method).model
+    if method is not None and not adapter.trains_base and not base.family.reads_ids:
+        what = (
+            f"{adapter.method} adds vectors to the embeddings of token ids, but {base.family.text} reads no token ids"
+        )
+        raise RecipeError(what, "choose a method that adapts layers, for example lora", key="adapter.method")
+    if method is not None:
+        method.slots(adapter, base.net)
+    return True
+
+
+def _companion_facts(companion: Companion, context: PlanContext) -> CompanionFacts:
+    """Raises: RecipeError if a run with this companion (auxiliary model) cannot be simulated."""
+    facts = companion.facts(context)
+    if not facts.usable:
+        raise RecipeError.of(facts.problems)
+    return facts
+
+
+def _packing(recipe: Recipe, context: PlanContext, findings: Findings) -> tuple[bool, str]:
+    """Whether rows are packed, and the reason as text."""
+    if not recipe.data.packing:
+        return False, "each step has as many rows as the recipe says"
+    obstacle = refusals.packing_obstacle(as_loaded(context.base), context.objective.rows, context.virtual_tokens > 0)
+    if obstacle is not None:
+        findings.add([Problem(obstacle, "write packing: false", key="data.packing")])
+    return obstacle is None, obstacle or "as the recipe says"
+
+
+def _batch_settings(recipe: Recipe, context: PlanContext, packing: bool) -> BatchSettings:
+    """The batch settings of the run. Rows that are not packed are put end to end without padding, if the model allows
+    it."""
+    objective, training, data = context.objective, recipe.training, recipe.data
+    apart = objective.rows.packable and not context.virtual_tokens and keeps_documents_apart(context.base.net)
+    return BatchSettings(
+        micro_batch_size=training.micro_batch_size,
+        micro_batch_tokens=training.micro_batch_tokens,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        max_length=data.max_length,
+        packing=packing,
+        shuffle=data.shuffle,
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        updates_per_sampling=objective.loss.updates_per_sampling,
+        end_to_end=apart and not packing,
+        rank_speeds=training.rank_speeds or (),
+    )
