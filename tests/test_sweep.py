@@ -471,8 +471,8 @@ def test_the_folders_of_all_trials_are_checked_first(tiny_llama: Path, tmp_path:
 
 def test_the_disk_must_have_room_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of all trials, and a second copy of the largest."""
-    lanes: Any = [SimpleNamespace(session=size, plan=1, prepared=1) for size in (100, 300)]
-    monkeypatch.setattr(sweep_folder, "folder_bytes", lambda session, plan, prepared: session)
+    lanes: Any = [SimpleNamespace(session=size, plan=1, planned=1) for size in (100, 300)]
+    monkeypatch.setattr(sweep_folder, "folder_bytes", lambda session, plan, planned: session)
     monkeypatch.setattr(sweep_folder, "free_bytes", lambda path: 700)
     sweep_folder.require_space(tmp_path, lanes)
     monkeypatch.setattr(sweep_folder, "free_bytes", lambda path: 699)

@@ -104,7 +104,7 @@ class TextFacts:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ExecutionSettings:
     """The settings that plan chose for computing a step. `micro_batch_size`: rows per micro-batch; None if tokens limit
     micro-batches.
 
@@ -164,7 +164,7 @@ class Plan:
     warmup_steps: int
     supervised_tokens: int
     rows: PlannedRows
-    choice: Choice
+    choice: ExecutionSettings
     peak_bytes: PeakBytes
     refusals: list[Refusal]
     notes: list[str] = field(default_factory=list)

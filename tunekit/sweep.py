@@ -108,8 +108,8 @@ def automatic_verb(
 def _measure(session: Session) -> tuple[Plan, Costs]:
     """The plan of the recipe, and its measured costs. Raises: InputError if its first steps are not finite."""
     with session.signals.at_once("before training began; nothing was trained"):
-        plan, prepared = plan_session(session)
-        costs = measure_costs(session, plan, prepared, load_base)
+        plan, planned = plan_session(session)
+        costs = measure_costs(session, plan, planned, load_base)
     gc.collect()  # the measured base: the trials are planned with the memory that is free
     if costs is None:
         raise InputError(
@@ -235,8 +235,8 @@ def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
                 continue
             if resume:
                 refuse_joined(lane)
-            previous = run_files.choice_in(lane.path) if resume else None
-            lane.plan, lane.prepared = plan_session(lane.session, previous)
+            previous = run_files.execution_in(lane.path) if resume else None
+            lane.plan, lane.planned = plan_session(lane.session, previous)
         except TunekitError as error:
             kind = kind or type(error)
             for problem in error.problems:
@@ -313,11 +313,11 @@ def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, nam
     seconds = {} if lane.begun else lane.session.seconds
     session = replace(lane.session, last_step=end, seconds=seconds, console=console)
     assert lane.plan is not None
-    assert lane.prepared is not None
-    planned, lane.begun, lane.ended = (lane.plan, lane.prepared), True, True
+    assert lane.planned is not None
+    planned_run, lane.begun, lane.ended = (lane.plan, lane.planned), True, True
     try:
         with run_files.locked_folder(session, lane.path, resume, overwrite=False):
-            yield from session_steps(session, resume, planned, base.load)
+            yield from session_steps(session, resume, planned_run, base.load)
     except Stopped as stop:
         lane.ended = False  # it pauses
         if session.signals.requested is not None:
@@ -326,7 +326,7 @@ def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, nam
         lane.session.console.warn(f"{lane.trial.name}: {error}")
         lane.error = type(error).of(error.problems)  # without the traceback, which would keep the lane's tensors
     if lane.ended:
-        lane.prepared = None
+        lane.planned = None
 
 
 def _train_by_halves(

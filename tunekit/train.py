@@ -46,10 +46,11 @@ from tunekit.training.engines.window import LoopSteps, run_alone
 from tunekit.training.finish import remedy, report_facts
 from tunekit.training.lane import Load
 from tunekit.training.loop import loop_steps
+from tunekit.training.planned import Planned
 from tunekit.training.ranks import check_command
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
-from tunekit.training.state import Run, RunInputs, timed
+from tunekit.training.state import Run, timed
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 
@@ -110,15 +111,15 @@ def train_session(session: Session, resume: bool) -> None:
 
 
 def session_steps(
-    session: Session, resume: bool, planned: tuple[Plan, RunInputs] | None = None, load: Load | None = None
+    session: Session, resume: bool, planned_run: tuple[Plan, Planned] | None = None, load: Load | None = None
 ) -> LoopSteps:
     """A generator form of `train_session`: yields each window (the micro-batches of a step), which the caller runs.
 
-    `planned`: the result of `plan_session`, if it was called before. `load`: a function that replaces `load_base`.
+    `planned_run`: the result of `plan_session`, if it was called before. `load`: a function that replaces `load_base`.
     """
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.newest_checkpoint(session) if resume else None
-        plan, prepared = planned or plan_session(session, run_files.previous_choice(session) if resume else None)
+        plan, planned = planned_run or plan_session(session, run_files.previous_execution(session) if resume else None)
         if checkpoint is None:
             if resume:
                 session.console.info(
@@ -126,10 +127,10 @@ def session_steps(
                 )
             torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
         print_plan(session, plan)
-        fingerprint = check_run(session, prepared, checkpoint)
-        run_files.announce_run(session, plan, prepared)
-        base = (load or load_base)(session, plan, prepared)
-        plan, run = assemble_run(session, plan, prepared, base, fingerprint, checkpoint)
+        fingerprint = check_run(session, planned, checkpoint)
+        run_files.announce_run(session, plan, planned)
+        base = (load or load_base)(session, plan, planned)
+        plan, run = assemble_run(session, plan, planned, base, fingerprint, checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had delayed garbage collection
     trackers = run_files.make_trackers(session, run.state.step)
     progress = StepProgress(session.console, plan.steps, budget_bytes=plan.budget_bytes, shows=shows_of(plan.objective))
@@ -138,18 +139,18 @@ def session_steps(
         yield from loop_steps(run)
     reactions = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
     run.state.reactions = [reaction for place, reaction in enumerate(reactions) if reaction not in reactions[:place]]
-    session.in_folder(lambda folder: _finish(session, folder, plan, prepared, run))
+    session.in_folder(lambda folder: _finish(session, folder, plan, planned, run))
 
 
 def _try_out(session: Session) -> dict[str, Any]:
     """Perform --dry-run: load the model and run the longest batch forward and backward, without an update. Writes
     nothing."""
-    plan, prepared = plan_session(session)
+    plan, planned = plan_session(session)
     torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
     print_plan(session, plan)
-    fingerprint = check_run(session, prepared)
+    fingerprint = check_run(session, planned)
     try:
-        plan, run = assemble_run(session, plan, prepared, load_base(session, plan, prepared), fingerprint)
+        plan, run = assemble_run(session, plan, planned, load_base(session, plan, planned), fingerprint)
     except Exception as error:
         if is_out_of_memory(error):
             raise session.out_of_memory() from error
@@ -159,7 +160,7 @@ def _try_out(session: Session) -> dict[str, Any]:
     session.console.panel(
         "dry run: everything worked, nothing was written",
         {
-            "longest micro-batch": shape_text(prepared.largest_batch),
+            "longest micro-batch": shape_text(planned.largest_batch),
             "predicted peak": bytes_text(plan.peak_bytes.total),
             "measured peak": bytes_text(peak),
             "base": bytes_text(measured.base_bytes),
@@ -176,7 +177,7 @@ def _try_out(session: Session) -> dict[str, Any]:
     }
 
 
-def load_base(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
+def load_base(session: Session, plan: Plan, planned: Planned) -> LoadedModel:
     """Load the base within the memory budget."""
     device = session.devices.device
     if plan.budget_bytes is not None:
@@ -185,11 +186,11 @@ def load_base(session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
     with session.timed("load"):
         waits, head_waits = plan.choice.streaming != "off", plan.choice.streamed_head
         if plan.choice.streaming == TIER:  # the main rank first: it packs the weights into a cache file
-            return session.devices.main_first(lambda: load_model(prepared.model, device=device, sharded=True))
-        return load_model(prepared.model, device=device, streamed=waits, streamed_head=head_waits)
+            return session.devices.main_first(lambda: load_model(planned.model, device=device, sharded=True))
+        return load_model(planned.model, device=device, streamed=waits, streamed_head=head_waits)
 
 
-def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs, run: Run) -> None:
+def _finish(session: Session, folder: RunFolder, plan: Plan, planned: Planned, run: Run) -> None:
     """Export the best or the last state, write the report, then mark the run as finished."""
     recipe, state, console = session.loaded.recipe, run.state, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
@@ -197,18 +198,18 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         measured = restore(best.tensors, best.facts, run.optimizer, run.adapter).measured_facts
-    base, template = run.model.base, prepared.rows.template
+    base, template = run.model.base, planned.rows.template
     run.optimizer.native.state.clear()  # writing the result may need as much memory as the optimizer's moments
     place = folder.path / ("model" if recipe.adapter.trains_base else "adapter")
     if recipe.adapter.trains_base:
-        answering, section = run.objective.answering, prepared.model.model_copy(update=measured)
-        size_bytes = export_model(place, section, base, run.adapter, prepared.processor, template, answering)
+        answering, section = run.objective.answering, planned.model.model_copy(update=measured)
+        size_bytes = export_model(place, section, base, run.adapter, planned.processor, template, answering)
     else:
         size_bytes = export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint, measured)
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
     start = "the base" if is_base else "before training"
     if recipe.evaluation.tasks:
-        _measure_tasks(session, folder, prepared, run, compares=is_base and not recipe.adapter.trains_base)
+        _measure_tasks(session, folder, planned, run, compares=is_base and not recipe.adapter.trains_base)
     facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, start)
     write_report(folder, facts, plan)
     ended = "stopped early: no gain" if state.stopped_early else "finished"
@@ -219,13 +220,13 @@ def _finish(session: Session, folder: RunFolder, plan: Plan, prepared: RunInputs
         console.warn(skipped_text(facts.skipped_steps))
     console.info(f"{place.name + ':':<8} {place} ({bytes_text(size_bytes)})")
     console.info(f"report:  {folder.path / 'report.html'}")
-    text = prepared.processor.tokenizer
+    text = planned.processor.tokenizer
     if base.family.answers and base.family.reads_ids and text and (template or text.chat_template) is not None:
         console.info(f"chat with the result: tunekit chat {shlex.quote(relative_to(folder.path))}")
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))
 
 
-def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run: Run, *, compares: bool) -> None:
+def _measure_tasks(session: Session, folder: RunFolder, planned: Planned, run: Run, *, compares: bool) -> None:
     """Compute the tasks of evaluation.tasks, and write their scores into the run folder. `compares`: also the scores of
     the base."""
     console, settings = session.console, session.loaded.recipe.evaluation
@@ -233,14 +234,14 @@ def _measure_tasks(session: Session, folder: RunFolder, prepared: RunInputs, run
     if session.devices.world > 1:
         console.warn(f"a run of several processes does not compute evaluation.tasks; compute them with: {command}")
         return
-    objective, tokenizer = measuring_objective(run.model.base, prepared.processor), prepared.processor.tokenizer
+    objective, tokenizer = measuring_objective(run.model.base, planned.processor), planned.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)  # plan refuses tasks for other models
     measure = partial(measure_tasks, run.model, tokenizer, objective, devices=session.devices, compares=compares)
     try:
         if session.signals.requested is not None:
             raise Stopped("stopped before the tasks", session.signals.requested)
         with timed(run.state.seconds, "evaluate"), session.signals.at_once("during the tasks"):
-            results = measure(load_tasks(settings), template=prepared.rows.template, progress=CountProgress(console))
+            results = measure(load_tasks(settings), template=planned.rows.template, progress=CountProgress(console))
     except Exception as error:  # lm-eval and its data may raise anything; the trained run must not be lost
         what = str(error) if isinstance(error, TunekitError) else f"{type(error).__name__}: {error}"
         console.warn(f"{what}: evaluation.tasks are not measured; measure them with: {command}")

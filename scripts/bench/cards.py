@@ -42,7 +42,7 @@ from tunekit.recipe.adapters.lora import LoraSettings  # noqa: E402
 from tunekit.recipe.model import ModelSection  # noqa: E402
 from tunekit.recipe.objectives.sft import SftSettings  # noqa: E402
 from tunekit.recipe.training import TrainingSection  # noqa: E402
-from tunekit.records import Choice  # noqa: E402
+from tunekit.records import ExecutionSettings  # noqa: E402
 
 RESULTS = REPOSITORY / "scripts" / "results" / "cards.json"
 PAGES = REPOSITORY / "scripts" / "site" / "pages" / "guide"
@@ -152,7 +152,7 @@ def simulated(case: Case) -> dict[str, int]:
         objective = make_objective(SftSettings(), NO_TOKENIZER)
         text, layers = base.text, base.facts.layers
         assert text is not None
-        choice = Choice(
+        choice = ExecutionSettings(
             logits_chunk_tokens=logits_chunk_tokens(text.vocabulary_size),
             checkpointed_layers=layers - 1 if case.recomputed and case.streaming == "off" else 0,
             streaming=case.streaming,

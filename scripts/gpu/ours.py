@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
-from planning import adapter_settings, row_choice, training_section
+from planning import adapter_settings, row_execution, training_section
 from random_model import begin_alike, random_base
 from shapes import Row
 from work import Windows, objective_of
@@ -68,7 +68,7 @@ def _run(
     row: Row, base: LoadedModel, checkpointed: int, device: torch.device, keep: Callable[[dict[str, Any]], None]
 ) -> tuple[Run, list[StepRecord]]:
     base = replace(base, device=device)  # of a streamed one, the layers stay where they are
-    choice = row_choice(row, base.text.vocabulary_size, checkpointed)
+    choice = row_execution(row, base.text.vocabulary_size, checkpointed)
     head = base.family.head_name(base.net)
     attach = partial(attach_adapter, base.net, adapter_settings(row), seed=0, head_name=head, device=device)
     model = prepare_network(base, choice, attach)

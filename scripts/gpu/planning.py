@@ -35,7 +35,7 @@ from tunekit.planning.simulated.estimate import peak_bytes
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 
 SEES_SOURCE = r"encoder\.block\.|EncDecAttention\.[kv]\."  # of a T5's parameters
 CARD_BYTES = 78 * 2**30  # of an H100, where there is none to ask
@@ -66,10 +66,10 @@ def training_section(row: Row) -> TrainingSection:
     )
 
 
-def row_choice(row: Row, vocabulary_size: int, checkpointed: int) -> Choice:
+def row_execution(row: Row, vocabulary_size: int, checkpointed: int) -> ExecutionSettings:
     """The settings with which the row computes. If weights are streamed, all layers are recomputed in any case."""
     streamed = row.engine != "resident"
-    return Choice(
+    return ExecutionSettings(
         logits_chunk_tokens=logits_chunk_tokens(vocabulary_size),
         checkpointed_layers=0 if streamed else checkpointed,
         streaming=row.engine if streamed else "off",
@@ -123,7 +123,7 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
     run_device = torch.device("cuda") if device.type != "cpu" else device
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
-        choice = row_choice(row, base.text.vocabulary_size, checkpointed)
+        choice = row_execution(row, base.text.vocabulary_size, checkpointed)
         run = SimulatedRun(section, adapter_settings(row), objective_of(row), training_section(row), choice, run_device)
         together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size)
         step = run.training_step(micro_batch(row, 0, 0), together)

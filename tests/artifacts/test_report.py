@@ -21,8 +21,8 @@ from tunekit.artifacts.report.write import report_values, write_report
 from tunekit.artifacts.run import EXPORTS, RunFolder
 from tunekit.recipe.reading.names import known_names
 from tunekit.records import (
-    Choice,
     EvaluationRecord,
+    ExecutionSettings,
     ModelFacts,
     PeakBytes,
     Plan,
@@ -91,7 +91,7 @@ def make_plan(**changes: Any) -> Plan:
             micro_batches_per_epoch=4,
             steps_per_epoch=2,
         ),
-        choice=Choice(logits_chunk_tokens=128),
+        choice=ExecutionSettings(logits_chunk_tokens=128),
         peak_bytes=PeakBytes(50 * MIB, 2 * MIB, 4 * MIB, 40 * MIB, 14 * MIB, 110 * MIB),
         refusals=[],
     )

@@ -85,11 +85,11 @@ def test_every_micro_batch_of_a_streamed_pass_counts(
     import ours
 
     def offloading(*given: Any) -> Any:
-        return replace(row_choice(*given), activation_offload=offloads)
+        return replace(row_execution(*given), activation_offload=offloads)
 
-    row_choice = planning.row_choice
+    row_execution = planning.row_execution
     for module in (planning, ours):
-        monkeypatch.setattr(module, "row_choice", offloading)
+        monkeypatch.setattr(module, "row_execution", offloading)
     monkeypatch.setitem(shapes.MODELS, "reduced", REDUCED["llama"] | {"vocab_size": 512})
     planning.meta_base.cache_clear()
     row = shapes.Row("peak", "test", "reduced", rows=4, length=64, steps=2, **STREAMED)

@@ -39,7 +39,7 @@ from tunekit.recipe.adapters.prefix import PrefixSettings
 from tunekit.recipe.adapters.vera import VeraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 
 SEED = 20240607
 LAYERS = 4
@@ -271,7 +271,8 @@ def simulated(folder: Path, device: str = "cpu", layers: int = 0, tokens: int = 
     """A step of one long row; eager attention, whose memory needs no kernel of the device."""
     run = SimulatedRun(
         ModelSection(name_or_path=str(folder), dtype="float32", attention="eager"), LoraSettings(r=4), objective_of(),
-        TrainingSection(), Choice(logits_chunk_tokens=16, checkpointed_layers=layers, **memory), torch.device(device),
+        TrainingSection(), ExecutionSettings(logits_chunk_tokens=16, checkpointed_layers=layers, **memory),
+        torch.device(device),
     )  # fmt: skip
     rows = make_rows(1, shortest=tokens, longest=tokens)
     return run.training_step(objective_of().rows.collate([rows.rows]))

@@ -83,12 +83,12 @@ def test_auto_enlarges_no_picture(size: tuple[int, int], bucket: tuple[int, int]
 def test_small_photos_are_trained_on_as_they_are(tmp_path: Path, pipeline: Path, photos: Path) -> None:
     objective = {"aspect_ratio_buckets": "auto", "resolution": 32}
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective)
-    _, prepared = make_plan(load_recipe(recipe), device=torch.device("cpu"))
-    rows = prepared.rows.train
+    _, planned = make_plan(load_recipe(recipe), device=torch.device("cpu"))
+    rows = planned.rows.train
     sizes = [(rows[index].parts["original"], bucket_of(rows[index])) for index in range(len(rows))]
     assert len(sizes) == 5
     assert all(height >= high and width >= wide for (height, width), (high, wide) in sizes)
-    assert prepared.rows.objective.facts["aspect_ratio_buckets"] == "auto"
+    assert planned.rows.objective.facts["aspect_ratio_buckets"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_steps_over_two_buckets_equal_diffusers_by_hand(tmp_path: Path, photos: 
         tmp_path, saved_pipeline(tmp_path / kind, kind), photos, objective=objective, training=training
     )
     hand = ByHand(recipe, photos, kind)
-    windows = list(hand.prepared.rows.windows(hand.prepared.batch_settings).windows(0))
+    windows = list(hand.planned.rows.windows(hand.planned.batch_settings).windows(0))
     kinds = [[len({bucket_of(row) for row in batch.rows}) for batch in window.batches] for window in windows]
     assert {count for each in kinds for count in each} == {1}
     assert any(len(each) == 2 for each in kinds)  # a step of both, although one micro-batch is a step
@@ -138,10 +138,10 @@ def test_a_step_keeps_its_rows_on_any_number_of_ranks_and_each_micro_batch_is_of
     training = {"max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
     objective = {"aspect_ratio_buckets": BUCKETS}
     recipe = write_image_recipe(tmp_path, pipeline, photos, data=data, objective=objective, training=training)
-    prepared = make_plan(load_recipe(str(recipe), []))[1]
+    planned = make_plan(load_recipe(str(recipe), []))[1]
     for ranks in (1, 3):
         sources = [
-            prepared.rows.windows(prepared.batch_settings, rank=rank, world=ranks).windows(0) for rank in range(ranks)
+            planned.rows.windows(planned.batch_settings, rank=rank, world=ranks).windows(0) for rank in range(ranks)
         ]
         for windows in zip(*sources, strict=True):
             batches = [batch for window in windows for batch in window.batches]
@@ -150,9 +150,9 @@ def test_a_step_keeps_its_rows_on_any_number_of_ranks_and_each_micro_batch_is_of
             assert all(len({bucket_of(row) for row in batch.rows}) == 1 for batch in batches)
             assert all(1 <= len(batch.rows) <= 2 for batch in batches)
             assert len(batches) <= 3  # of four rows in two buckets, in twos
-    cut = list(prepared.rows.windows(prepared.batch_settings).windows(0))
+    cut = list(planned.rows.windows(planned.batch_settings).windows(0))
     monkeypatch.setattr(PictureRows, "layout", replace(PictureRows.layout, batch_key=None))
-    for one, other in zip(cut, prepared.rows.windows(prepared.batch_settings).windows(0), strict=True):
+    for one, other in zip(cut, planned.rows.windows(planned.batch_settings).windows(0), strict=True):
         rows = [sorted(row.number for batch in window.batches for row in batch.rows) for window in (one, other)]
         assert rows[0] == rows[1]
 
@@ -206,8 +206,8 @@ def test_the_plan_is_of_the_largest_bucket(tmp_path: Path, pipeline: Path, photo
     peaks = []
     for buckets in ([[16, 16]], [[16, 16], [36, 24]], [[48, 48]]):
         recipe = write_image_recipe(tmp_path, pipeline, photos, objective={"aspect_ratio_buckets": buckets})
-        plan, prepared = make_plan(load_recipe(str(recipe), []))
-        assert len({bucket_of(row) for row in prepared.largest_batch.rows}) == 1
+        plan, planned = make_plan(load_recipe(str(recipe), []))
+        assert len({bucket_of(row) for row in planned.largest_batch.rows}) == 1
         peaks.append(plan.peak_bytes.total)
         assert (CUT in plan.notes) == (len(buckets) > 1)
     assert peaks[0] < peaks[1] < peaks[2]

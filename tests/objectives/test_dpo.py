@@ -47,7 +47,7 @@ from tunekit.recipe.bases.pair_settings import REWARDS
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.targets.target import find_target, load_target
 from tunekit.training.trial import probe_reference
 from tunekit.tuned.model import ModelRun, TunedModel
@@ -375,7 +375,7 @@ def test_a_reference_that_is_kept_is_computed_once_and_changes_nothing(
 
 @pytest.mark.drawn
 def test_a_cpu_takes_no_more_long_pairs_at_a_time_than_full_speed_needs(base: Path, tmp_path: Path) -> None:
-    def planned(name: str, words: int, *overrides: str, previous: Choice | None = None) -> Any:
+    def planned(name: str, words: int, *overrides: str, previous: ExecutionSettings | None = None) -> Any:
         answers = [[{"role": "assistant", "content": f"{word} " * words}] for word in ("so", "no")]
         rows = [
             {"prompt": [{"role": "user", "content": str(n)}], "chosen": answers[0], "rejected": answers[1]}
@@ -484,7 +484,7 @@ def test_an_adapter_that_is_not_the_identity_is_no_reference(base: Path) -> None
 def test_the_reference_of_a_streamed_base_is_one_pass_of_the_whole_step(base: Path) -> None:
     loaded = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=CPU, streamed=True)
     attach = partial(attach_adapter, loaded.net, LoraSettings(r=4), seed=0, head_name="lm_head")
-    model, objective = prepare_network(loaded, Choice(streaming="disk"), attach), objective_of(DpoSettings())
+    model, objective = prepare_network(loaded, ExecutionSettings(streaming="disk"), attach), objective_of(DpoSettings())
     slots: Any = model.slots
     held, holding = list[int](), slots.holding
     slots.holding = lambda layer, then=None: (held.append(layer), holding(layer, then))[1]

@@ -81,7 +81,7 @@ def test_20_steps_equal_diffusers_script_by_hand(
     training = {"max_steps": STEPS}
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=objective, adapter=adapter, training=training)
     hand = ByHand(recipe, photos)
-    windows = hand.prepared.rows.windows(hand.prepared.batch_settings)
+    windows = hand.planned.rows.windows(hand.planned.batch_settings)
     losses, norms = zip(*map(hand.step, windows.windows(0)), strict=True)
     run = trained(recipe, tmp_path / "run")
     ours = records(run)
@@ -100,7 +100,7 @@ def test_10_steps_of_other_pipelines_equal_diffusers_scripts_by_hand(tmp_path: P
     pipeline = saved_pipeline(tmp_path / kind, kind)
     recipe = write_image_recipe(tmp_path, pipeline, photos, objective=with_prior(tmp_path), training={"max_steps": 10})
     hand = ByHand(recipe, photos, kind)
-    windows = hand.prepared.rows.windows(hand.prepared.batch_settings)
+    windows = hand.planned.rows.windows(hand.planned.batch_settings)
     losses, norms = zip(*map(hand.step, windows.windows(0)), strict=True)
     ours = records(trained(recipe, tmp_path / "run"))
     assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
@@ -389,8 +389,8 @@ def test_bad_pictures_are_counted_or_named(tmp_path: Path, pipeline: Path) -> No
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     recipe = write_image_recipe(tmp_path, pipeline, folder, data={"eval": None})
-    plan, prepared = make_plan(load_recipe(str(recipe), []))
-    assert prepared.rows.counts.dropped_reasons == {"animated image": 1, "less than 16 pixels on a side": 1}
+    plan, planned = make_plan(load_recipe(str(recipe), []))
+    assert planned.rows.counts.dropped_reasons == {"animated image": 1, "less than 16 pixels on a side": 1}
     assert plan.rows.training.trained == 2
     (folder / "broken.png").write_text("no picture")
     with pytest.raises(InputError, match=r"photos:3: .*broken\.png cannot be read as an image"):

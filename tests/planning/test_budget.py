@@ -22,18 +22,18 @@ from tunekit.data.batching.windows import TrainingWindows
 from tunekit.machine.memory import limit_bytes
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.planning import cheaper
-from tunekit.planning.execution import TOLERANCE, SearchSpace, StepCost, as_chosen, fastest, smaller_micro_batches
+from tunekit.planning.execution import TOLERANCE, SearchSpace, StepCost, fastest, smaller_micro_batches, with_execution
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.memory import MARGIN, trial_reason, usable_bytes
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 
 MIB = 2**20
 COST = StepCost("cpu", layers=12, row_tokens=300, step_tokens=4800, head_share=0.2)
 
 
-def some_peak(choice: Choice) -> int:
+def some_peak(choice: ExecutionSettings) -> int:
     """Falls with every axis, and not below what loading takes."""
     rows, layers = choice.micro_batch_size or 1, choice.checkpointed_layers
     weights = 400 if choice.streaming == "off" else 60
@@ -54,9 +54,9 @@ def test_no_other_setting_that_fits_is_faster(seed: int) -> None:
         tiers=draw.choice([("off",), ("off", "host")]),
     )
     limit = draw.randrange(50, 5000)
-    asked: list[Choice] = []
+    asked: list[ExecutionSettings] = []
 
-    def excess(choice: Choice) -> int:
+    def excess(choice: ExecutionSettings) -> int:
         asked.append(choice)
         return some_peak(choice) - limit
 
@@ -75,7 +75,7 @@ def test_no_other_setting_that_fits_is_faster(seed: int) -> None:
 
 
 def test_time_grows_with_everything_that_saves_memory() -> None:
-    base = Choice(4, 2, 512)
+    base = ExecutionSettings(4, 2, 512)
     for slower in (
         replace(base, micro_batch_size=2, gradient_accumulation_steps=4),
         replace(base, logits_chunk_tokens=64),
@@ -98,7 +98,7 @@ def test_smaller_micro_batches_leave_every_step_its_rows(written: tuple[int, int
     assert options[0] == written
     assert options[-1] == (1, written[0] * written[1])
     for size, steps in options:
-        windows = TrainingWindows(rows, objective_of().rows, as_chosen(given, Choice(size, steps, 64)))
+        windows = TrainingWindows(rows, objective_of().rows, with_execution(given, ExecutionSettings(size, steps, 64)))
         found = list(windows.windows(0))
         assert [_rows_of(window) for window in found] == expected
         assert max(len(batch.lengths) for window in found for batch in window.batches) <= (size or 0)
@@ -219,7 +219,7 @@ def test_the_cheapest_changes_that_save_memory(
 ) -> None:
     """Changes of a peak of 100 MiB, from cheap to costly; the choice stands for the peak."""
     changes = [
-        cheaper.Change(key, 1, choice=lambda old, less=less: old - int(less * MIB))  # type: ignore[misc]
+        cheaper.Change(key, 1, execution=lambda old, less=less: old - int(less * MIB))  # type: ignore[misc]
         for key, less in saved.items()
     ]
     monkeypatch.setattr(cheaper, "_changes", lambda *given: iter(changes))

@@ -50,7 +50,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.kto import KtoSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice, PeakBytes
+from tunekit.records import ExecutionSettings, PeakBytes
 from tunekit.training.engines.window import WindowEngine
 from tunekit.training.optimizers import Optimizer, ParameterGroup
 from tunekit.tuned.model import ModelRun
@@ -139,7 +139,7 @@ def test_a_simulated_step_needs_what_a_real_one_needs(
         LoraSettings(r=8, dropout=dropout),
         objective_of(),
         TrainingSection(),
-        Choice(checkpointed_layers=checkpointed),
+        ExecutionSettings(checkpointed_layers=checkpointed),
         CPU,
     )
     rows = make_rows(8, shortest=100, longest=120)
@@ -181,7 +181,12 @@ def test_a_remembered_output_is_what_torch_makes(
     monkeypatch.setattr("tunekit.planning.simulated.values.meta_output", checked)
     section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
     run = SimulatedRun(
-        section, LoraSettings(r=8, dropout=0.1), objective_of(), TrainingSection(), Choice(streaming=streaming), CPU
+        section,
+        LoraSettings(r=8, dropout=0.1),
+        objective_of(),
+        TrainingSection(),
+        ExecutionSettings(streaming=streaming),
+        CPU,
     )
     batch = collate(make_rows(2), [(0, 1)], objective_of().rows)
     run.training_step(batch)  # in which bitsandbytes makes a table that it keeps
@@ -212,7 +217,7 @@ def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> N
         section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
         for optimizer in ("adamw", "adamw_8bit", "paged_adamw") if quantization == "none" else ("adamw",):
             training = TrainingSection(optimizer=optimizer)
-            run = SimulatedRun(section, LoraSettings(r=64), objective_of(), training, Choice(), CPU)
+            run = SimulatedRun(section, LoraSettings(r=64), objective_of(), training, ExecutionSettings(), CPU)
             peaks[quantization, optimizer] = run.training_step(batch).peak
     weights = {name: peaks[name, "adamw"]["weights"] for name in ("none", "int8_weight_only", "nf4")}
     assert weights["nf4"] < weights["int8_weight_only"] < weights["none"]
@@ -254,11 +259,13 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
         LoraSettings(),
         objective_of(),
         TrainingSection(),
-        Choice(),
+        ExecutionSettings(),
         CPU,
     )
     batch = collate(make_rows(4, shortest=200, longest=220), [(0,), (1,)], objective_of().rows)
-    totals = [replace(run, choice=Choice(checkpointed_layers=n)).training_step(batch).total for n in range(4)]
+    totals = [
+        replace(run, execution=ExecutionSettings(checkpointed_layers=n)).training_step(batch).total for n in range(4)
+    ]
     assert totals == sorted(totals, reverse=True)
     assert totals[3] < totals[0]
     assert run.evaluation(batch).total < totals[0]
@@ -274,7 +281,7 @@ def test_every_micro_batch_of_a_streamed_pass_counts(wide_llama: Path, device: s
         LoraSettings(),
         objective_of(),
         TrainingSection(),
-        Choice(streaming="host", activation_offload=True),
+        ExecutionSettings(streaming="host", activation_offload=True),
         torch.device(device),
     )
     batch = collate(make_rows(2, shortest=100, longest=120), [(0,), (1,)], objective_of().rows)
@@ -285,7 +292,12 @@ def test_every_micro_batch_of_a_streamed_pass_counts(wide_llama: Path, device: s
 
 def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama)), LoraSettings(), objective_of(), TrainingSection(), Choice(), CPU
+        ModelSection(name_or_path=str(wide_llama)),
+        LoraSettings(),
+        objective_of(),
+        TrainingSection(),
+        ExecutionSettings(),
+        CPU,
     )
     before = torch.random.get_rng_state()
     run.training_step(collate(make_rows(2), [(0,)], objective_of().rows))
@@ -396,7 +408,7 @@ def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> 
     forecast = Forecast(cast(Any, SimpleNamespace()), base, cast(Any, None), cast(Any, None))
     for gguf_file in (False, True):
         vars(forecast)["_stored"] = StoredBase(1, converted=False, gguf=gguf_file)
-        load = forecast._base_load_bytes(Choice(streaming="disk"))
+        load = forecast._base_load_bytes(ExecutionSettings(streaming="disk"))
         assert load == 100 * 8 * 4 + gguf_file * parsing_bytes(net)  # the embedding is copied in one piece
 
 
@@ -404,7 +416,7 @@ def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> 
 class NoRun:
     """What a forecast asks of a run whose parts are not simulated."""
 
-    choice: Choice | None = None
+    execution: ExecutionSettings | None = None
     device: torch.device = CPU
 
 
@@ -421,7 +433,7 @@ def test_answers_keys_and_values_and_an_initialisation_count(monkeypatch: pytest
             cast(Any, NoRun()), base, nothing, nothing, batch, answer_tokens=7, initialisation_bytes=start
         )
         vars(forecast).update(dict.fromkeys(("_step", "_evaluation", "_rehearsal", "_base_load_bytes"), lambda _: None))
-        assert forecast.peak(Choice()).total == total
+        assert forecast.peak(ExecutionSettings()).total == total
     assert forecast._cache_bytes == 2 * 3 * 5 * 7 * (2 * 8) * 2  # of both, layers, rows, tokens, width, bytes
 
 
@@ -469,7 +481,7 @@ def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: floa
     time = StepCost("cpu", layers=8, row_tokens=10, step_tokens=10, head_share=0.1).relative_time
     asked: list[int] = []
 
-    def excess(choice: Choice) -> float:
+    def excess(choice: ExecutionSettings) -> float:
         asked.append(choice.checkpointed_layers)
         return 1000 - 100 * choice.checkpointed_layers - available
 
@@ -579,7 +591,7 @@ def test_kto_s_mismatched_rows_are_simulated_as_long_as_they_get(wide_llama: Pat
     objective = objective_of(KtoSettings()).learn([rows])  # type: ignore[list-item]
     batches = [kind.collate([[rows[at]], [rows[at + 2]]]) for at in (0, 1)]
     model = ModelSection(name_or_path=str(wide_llama), dtype="float32", attention="eager")
-    choice = Choice(checkpointed_layers=3)
+    choice = ExecutionSettings(checkpointed_layers=3)
     run = SimulatedRun(model, LoraSettings(r=8), objective, TrainingSection(), choice, CPU)
     base = load_model(run.model, device=CPU)
     tuned = prepare_network(base, choice, partial(attach_adapter, base.net, run.adapter, seed=0, head_name="lm_head"))

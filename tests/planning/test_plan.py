@@ -30,8 +30,9 @@ from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice, Plan
-from tunekit.training.state import Processors, RunInputs
+from tunekit.records import ExecutionSettings, Plan
+from tunekit.training.planned import Planned
+from tunekit.training.state import Processors
 
 CPU = torch.device("cpu")
 # what a mutated recipe may draw so that a tiny llama over chat rows can take it
@@ -58,7 +59,7 @@ PLANNABLE: dict[str, list[str]] = {
 }
 
 
-def plan_of(path: Path, *overrides: str) -> tuple[Plan, RunInputs]:
+def plan_of(path: Path, *overrides: str) -> tuple[Plan, Planned]:
     return make_plan(load_recipe(path, overrides), device=CPU)
 
 
@@ -401,7 +402,7 @@ def test_the_verb_prints_and_writes(recipe: Path, tmp_path: Path, capsys: pytest
     fixed = {"targets", "trainable_parameters", "total_parameters", "supervised_tokens", "refusals"}
     assert fixed <= written.keys()
     plan, _ = plan_of(recipe, "training.epochs=1")
-    assert Choice(**written["choice"]) == plan.choice, "a resumed run reads it back"
+    assert ExecutionSettings(**written["choice"]) == plan.choice, "a resumed run reads it back"
     assert written["text"] == {"vocabulary_size": 264, "positions": plan.text.positions if plan.text else None}
     assert set(written["peak_bytes"]) == {"weights", "adapter", "optimizer", "activations", "logits", "total"}
     assert not (recipe.parent / "run").exists(), "plan makes no folder"

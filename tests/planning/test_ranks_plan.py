@@ -24,8 +24,8 @@ from tunekit.planning.prepare import prepare
 from tunekit.planning.ranks import plan_ranks, plan_together
 from tunekit.planning.refusals import rank_notes
 from tunekit.recipe.load import LoadedRecipe, load_recipe
-from tunekit.records import Choice, Plan
-from tunekit.training.ranks import shared_choice
+from tunekit.records import ExecutionSettings, Plan
+from tunekit.training.ranks import shared_execution
 from tunekit.training.trial import speeds_text
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def recipe(tmp_path: Path) -> Path:
     return write_recipe(tmp_path, model, data={"eval": None}, training={"micro_batch_size": 4})
 
 
-def _plan(recipe: LoadedRecipe, rank: int, shared: Choice | None, ranks: int = 2) -> Plan:
+def _plan(recipe: LoadedRecipe, rank: int, shared: ExecutionSettings | None, ranks: int = 2) -> Plan:
     return plan(prepare(recipe, CPU, ranks=ranks, rank=rank), shared)[0]
 
 
@@ -89,11 +89,11 @@ def test_each_rank_plans_with_its_own_budget_and_all_with_the_same_micro_batches
 def test_all_ranks_round_the_same_if_auto_means_something_else_on_another_machine(recipe: Path) -> None:
     """A machine without a C compiler decides, because kernels round differently."""
     loaded = load_recipe(recipe, ["training.kernels=auto", "model.dtype=bfloat16"])
-    one, other = Choice(4, kernels="native"), Choice(4, kernels="none")
-    assert shared_choice([one, other]) == other
-    assert shared_choice([one, one]) == one
+    one, other = ExecutionSettings(4, kernels="native"), ExecutionSettings(4, kernels="none")
+    assert shared_execution([one, other]) == other
+    assert shared_execution([one, one]) == one
     sampling = [replace(one, sampling_batch_size=64), replace(other, sampling_batch_size=16)]
-    assert shared_choice(sampling).sampling_batch_size == 16  # more would not fit into the second rank's memory
+    assert shared_execution(sampling).sampling_batch_size == 16  # more would not fit into the second rank's memory
     for shared, has in ((one, "yes"), (other, "no")):
         plan = _plan(loaded, 0, shared)
         assert plan.choice.common == shared.common
@@ -103,9 +103,9 @@ def test_all_ranks_round_the_same_if_auto_means_something_else_on_another_machin
 def test_all_ranks_sample_as_many_completions_together_as_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     """plan.json has one number, which a resume gives to all ranks."""
 
-    def make(prepared: Any, shared: Choice | None, **_: Any) -> Any:
+    def make(prepared: Any, shared: ExecutionSettings | None, **_: Any) -> Any:
         size = prepared if shared is None else shared.sampling_batch_size
-        return SimpleNamespace(choice=Choice(4, sampling_batch_size=size)), None
+        return SimpleNamespace(choice=ExecutionSettings(4, sampling_batch_size=size)), None
 
     monkeypatch.setattr("tunekit.planning.ranks.plan", make)
     plans = plan_together(cast(Any, [64, 16]), list)
@@ -212,14 +212,14 @@ def test_a_slow_process_without_work_is_named(
     """(2, 1) with 4 micro-batches: 3 take 1.5 units of time, 1 takes 1 unit. Three speeds for two processes count as
     equal speeds."""
     loaded = load_recipe(recipe, [f"training.rank_speeds={list(speeds)}"]).recipe
-    notes = [note for note in rank_notes(loaded, Choice(1, count, 64, shares=2)) if "idle" in note]
+    notes = [note for note in rank_notes(loaded, ExecutionSettings(1, count, 64, shares=2)) if "idle" in note]
     assert len(notes) == (idle is not None)
     if idle is not None:
         assert f"idle {idle}% of the time; choose a {'larger' if len(speeds) == 2 else 'multiple'}" in notes[0]
 
 
 def test_a_thousand_processes_are_not_idle_all_the_time(recipe: Path) -> None:
-    (note,) = rank_notes(load_recipe(recipe).recipe, Choice(1, 3, 64, shares=1000))
+    (note,) = rank_notes(load_recipe(recipe).recipe, ExecutionSettings(1, 3, 64, shares=1000))
     assert "idle 99% of the time" in note
 
 
@@ -234,7 +234,7 @@ def test_dropout_depends_on_micro_batches_and_not_on_ranks(recipe: Path) -> None
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tasks_are_named_before_a_run_that_does_not_compute_them(recipe: Path, ranks: int) -> None:
     loaded = load_recipe(recipe, ["evaluation.tasks=[hellaswag]"]).recipe
-    notes = [*rank_notes(loaded, Choice(1, 8, 64, shares=ranks))]
+    notes = [*rank_notes(loaded, ExecutionSettings(1, 8, 64, shares=ranks))]
     assert [note.partition(";")[0] for note in notes] == [
         "a run of several processes does not compute evaluation.tasks"
     ] * (ranks > 1)

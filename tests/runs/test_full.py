@@ -52,7 +52,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
 from tunekit.validate import validate
@@ -354,7 +354,7 @@ def test_what_a_model_computes_once_is_not_trained() -> None:
 def test_a_simulated_step_needs_what_a_real_one_needs(dtype: Any, checkpointed: int, tmp_path: Path) -> None:
     """Weights, gradients and moments of four bytes each, and two more for weights of 16 bits."""
     folder = write_tiny_llama(tmp_path, layers=3, hidden=128)
-    choice = Choice(checkpointed_layers=checkpointed)
+    choice = ExecutionSettings(checkpointed_layers=checkpointed)
     objective = make_case(folder, make_rows(2), training=training()).parts.objective
     section = ModelSection(name_or_path=str(folder), dtype=dtype)
     run = SimulatedRun(section, FullSettings(), objective, TrainingSection(), choice, CPU)

@@ -21,7 +21,7 @@ from tunekit.planning.tiers import weight_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.model import ModelSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.train import train_verb
 
 CPU = torch.device("cpu")
@@ -157,13 +157,13 @@ def test_a_budget_too_small_for_the_base_streams_it(
 
 def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:
     base = make_meta_model(ModelSection(name_or_path=str(model), dtype="float32"), device=CPU)
-    choice = Choice(1, 4, 64, streaming="disk", pass_micro_batches=4)
+    choice = ExecutionSettings(1, 4, 64, streaming="disk", pass_micro_batches=4)
     notes = list(weight_notes(MemorySection(), base, CPU, choice, tokens=50))
     rate = BANDWIDTHS["disk"]["NVMe of PCIe 3"] * 200 / (2 * layer_bytes(base))  # BW T / (2 b): there and back
     assert f"{rate:,.0f} over NVMe of PCIe 3" in notes[1]
     assert f"{2 * rate:,.0f} over NVMe of PCIe 4" in notes[1]
     assert max_tokens_per_second(1000, 10**9, 25e9) == 12_500
-    assert not list(weight_notes(MemorySection(), base, CPU, Choice(1, 4, 64), tokens=50))
+    assert not list(weight_notes(MemorySection(), base, CPU, ExecutionSettings(1, 4, 64), tokens=50))
 
 
 @pytest.mark.drawn

@@ -102,8 +102,8 @@ class ByHand:
     """The script's loop over the rows that a recipe's windows name, with the numbers that tunekit draws."""
 
     def __init__(self, recipe: Path, photos: Path, kind: str = "sd") -> None:
-        self.plan, self.prepared = make_plan(load_recipe(recipe, []), device=CPU)
-        self.settings: Any = self.prepared.rows.objective.loss.settings  # type: ignore[attr-defined]
+        self.plan, self.planned = make_plan(load_recipe(recipe, []), device=CPU)
+        self.settings: Any = self.planned.rows.objective.loss.settings  # type: ignore[attr-defined]
         self.kind, folder = kind, Path(self.plan.model.name_or_path)
         self.pipeline = loaded_by_diffusers(folder, kind)
         self.scheduler: Any = self.pipeline.scheduler
@@ -124,8 +124,8 @@ class ByHand:
 
     def _adapted(self) -> dict[str, torch.nn.Parameter]:
         """peft's LoRA with tunekit's first values."""
-        settings: Any = self.prepared.adapter
-        base, found = load_model(self.prepared.model, device=CPU), {}
+        settings: Any = self.planned.adapter
+        base, found = load_model(self.planned.model, device=CPU), {}
         first = attach_adapter(base.net, settings, seed=0, head_name=None).state()
         for name, part in self.parts.items():
             targets = [each.name.removeprefix(f"{name}.") for each in self.plan.targets if each.name.startswith(name)]

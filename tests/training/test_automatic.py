@@ -152,7 +152,7 @@ def lanes_of(recipe: Recipe, steps: int, *settings: str) -> Any:
         SimpleNamespace(
             plan=plan_of(recipe, steps),
             steps=steps,
-            prepared=SimpleNamespace(rows=rows),
+            planned=SimpleNamespace(rows=rows),
             error=None,
             trial=SimpleNamespace(setting=setting, loaded=SimpleNamespace(recipe=recipe)),
         )

@@ -65,7 +65,7 @@ def lane(name: str, steps: int, eval_steps: int) -> Any:
     recipe = SimpleNamespace(training=SimpleNamespace(eval_steps=eval_steps))
     rows = SimpleNamespace(objective=SimpleNamespace(loss=SimpleNamespace(updates_per_sampling=1)))
     trial = SimpleNamespace(name=name, setting=name, loaded=SimpleNamespace(recipe=recipe))
-    return SimpleNamespace(trial=trial, plan=object(), prepared=SimpleNamespace(rows=rows), steps=steps)
+    return SimpleNamespace(trial=trial, plan=object(), planned=SimpleNamespace(rows=rows), steps=steps)
 
 
 def test_comparisons_without_training_between_them_are_named() -> None:

@@ -21,14 +21,14 @@ from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.targets.target import find_target, load_target
 from tunekit.tuned.network import prepare_network
 
 CPU = torch.device("cpu")
 
 
-def prepared(base: LoadedModel, choice: Choice, **more: Any) -> nn.Module:
+def prepared(base: LoadedModel, choice: ExecutionSettings, **more: Any) -> nn.Module:
     attach = partial(attach_adapter, base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     return prepare_network(base, choice, attach, **more).base.net
 
@@ -42,15 +42,15 @@ def replaced_forwards(net: nn.Module) -> dict[str, str]:
 @pytest.mark.parametrize(
     "choice",
     [
-        Choice(),
-        Choice(checkpointed_layers=1),
-        Choice(mlp_tile_tokens=4),
-        Choice(kernels="liger"),
-        Choice(streaming="disk"),
-        Choice(checkpointed_layers=2, mlp_tile_tokens=4, kernels="liger", streaming="host"),
+        ExecutionSettings(),
+        ExecutionSettings(checkpointed_layers=1),
+        ExecutionSettings(mlp_tile_tokens=4),
+        ExecutionSettings(kernels="liger"),
+        ExecutionSettings(streaming="disk"),
+        ExecutionSettings(checkpointed_layers=2, mlp_tile_tokens=4, kernels="liger", streaming="host"),
     ],
 )
-def test_a_simulated_network_is_put_together_like_the_real_one(tiny_llama: Path, choice: Choice) -> None:
+def test_a_simulated_network_is_put_together_like_the_real_one(tiny_llama: Path, choice: ExecutionSettings) -> None:
     section = ModelSection(name_or_path=str(tiny_llama), dtype="float32")
     real = prepared(load_model(section, device=CPU, streamed=choice.streaming != "off"), choice)
     simulated = prepared(make_meta_model(section, device=CPU), choice, planned_for=CPU)
@@ -61,8 +61,8 @@ def test_a_simulated_network_is_put_together_like_the_real_one(tiny_llama: Path,
 def test_a_simulation_counts_other_kernels(tiny_llama: Path) -> None:
     """liger's norms keep their input and one number a row, whether or not liger-kernel is installed."""
     section = ModelSection(name_or_path=str(tiny_llama), dtype="bfloat16")
-    run = SimulatedRun(section, LoraSettings(r=4), objective_of(), TrainingSection(), Choice(), CPU)
-    small = Choice(logits_chunk_tokens=64)  # so that the peak lies in the layers
+    run = SimulatedRun(section, LoraSettings(r=4), objective_of(), TrainingSection(), ExecutionSettings(), CPU)
+    small = ExecutionSettings(logits_chunk_tokens=64)  # so that the peak lies in the layers
     rows = make_rows(2, shortest=256, longest=256)
     batch = objective_of().rows.collate([[rows[0]], [rows[1]]])
     plain, liger = (

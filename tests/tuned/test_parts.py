@@ -32,7 +32,7 @@ from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -44,7 +44,10 @@ def model_of(base: Path, streaming: str) -> TunedModel:
     section = ModelSection(name_or_path=str(base), dtype="float32")
     loaded = load_model(section, device=CPU, streamed=streaming != "off")
     attach = partial(attach_adapter, loaded.net, LoraSettings(r=4), seed=0, head_name="lm_head")
-    model, draw = prepare_network(loaded, Choice(streaming=streaming), attach), torch.Generator().manual_seed(1)
+    model, draw = (
+        prepare_network(loaded, ExecutionSettings(streaming=streaming), attach),
+        torch.Generator().manual_seed(1),
+    )
     assert model.adapter is not None
     for parameter in model.adapter.trained().values():
         parameter.data = torch.randn(parameter.shape, generator=draw) * 0.1

@@ -11,7 +11,7 @@ from tunekit.adapters.attach import attach_adapter
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.tuned.network import prepare_network
 from tunekit.tuned.twin import TensorVersions, make_twin
 
@@ -27,7 +27,7 @@ def test_a_run_in_a_twin_leaves_the_base_and_other_twins_as_they_were(base: Load
     kinds, attributes = [type(m) for m in base.net.modules()], [set(vars(m)) for m in base.net.modules()]
     twins = [make_twin(base) for _ in range(2)]
     for seed, twin in enumerate(twins):
-        choice = Choice(checkpointed_layers=1, mlp_tile_tokens=4)
+        choice = ExecutionSettings(checkpointed_layers=1, mlp_tile_tokens=4)
         net = twin.net
         model = prepare_network(
             twin, choice, lambda net=net: attach_adapter(net, settings, seed=0, head_name="lm_head")

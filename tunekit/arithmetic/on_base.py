@@ -11,7 +11,7 @@ from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.model.load import make_meta_model
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.recipe.model import ModelSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.tuned.network import prepare_network
 
 
@@ -34,6 +34,6 @@ def attach_without_weights(folder: Path, section: ModelSection, rewriter: Rewrit
         device=cpu,
         base_weight=rewriter.base_weight,
     )
-    attached = prepare_network(base, Choice(), attach, planned_for=cpu).adapter
+    attached = prepare_network(base, ExecutionSettings(), attach, planned_for=cpu).adapter
     assert attached is not None
     return attached

@@ -28,7 +28,7 @@ from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import stream_layers
 from tunekit.model.load import LoadedModel
 
-TIER = "ranks"  # the value of Choice.streaming for a sharded base
+TIER = "ranks"  # the value of ExecutionSettings.streaming for a sharded base
 NO_UNIT = -1
 CHUNK_BYTES = 2**20  # of a mapped file, copied at a time
 

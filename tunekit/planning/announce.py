@@ -26,10 +26,10 @@ def announce(
     `settings`: the number of settings that successive halving compares; 0 without halving. `start`: the seconds that
     Python and its libraries needed to start.
     """
-    planned, passes = [(lane, lane.plan) for lane in lanes if lane.plan is not None], make_passes(lanes)
-    if len(planned) < len(lanes):
-        console.info(f"{len(lanes) - len(planned)} of {len(lanes)} trials have ended already")
-    if not planned:
+    planned_trials, passes = [(lane, lane.plan) for lane in lanes if lane.plan is not None], make_passes(lanes)
+    if len(planned_trials) < len(lanes):
+        console.info(f"{len(lanes) - len(planned_trials)} of {len(lanes)} trials have ended already")
+    if not planned_trials:
         return
     forecasts = None if limits is not None else _forecast(passes, base, settings, start)
     seconds = {} if forecasts is None else forecasts.trials
@@ -37,13 +37,13 @@ def announce(
     lines: list[list[object]] = [
         [lane.trial.name, plan.steps, plan.trainable_parameters, bytes_text(plan.peak_bytes.total),
          *([time_text(seconds[lane.trial.name]) if lane.trial.name in seconds else "–"] if seconds else [])]
-        for lane, plan in planned
+        for lane, plan in planned_trials
     ]  # fmt: skip
     if not is_quiet():  # a plan is not a result
         console.table(head, lines)
-    steps, together = sum(plan.steps for _, plan in planned), any(each.together for each in passes)
+    steps, together = sum(plan.steps for _, plan in planned_trials), any(each.together for each in passes)
     peak = bytes_text(max(each.peak_bytes for each in passes))
-    console.info(f"{summary(len(planned), steps, count_bases(passes), together)}; predicted peak {peak}")
+    console.info(f"{summary(len(planned_trials), steps, count_bases(passes), together)}; predicted peak {peak}")
     console.info(*pass_notes(passes))
     console.info(*([] if forecasts is None else forecasts.lines()))
 
@@ -68,11 +68,11 @@ def _forecast(passes: Sequence[LanePass], base: SharedBase, settings: int, start
     key = passes[0].lanes[0].base_key
     lanes = [lane for each in passes if each.lanes[0].base_key == key for lane in each.lanes]
     lane = max(lanes, key=lambda lane: lane.plan.trainable_parameters if lane.plan else 0)
-    if key is None or lane.plan is None or lane.prepared is None or len(lanes) < 2:
+    if key is None or lane.plan is None or lane.planned is None or len(lanes) < 2:
         return None
     base.use_for(lane)
     try:
-        costs = measure_costs(lane.session, lane.plan, lane.prepared, base.load)
+        costs = measure_costs(lane.session, lane.plan, lane.planned, base.load)
     except Stopped:
         raise
     except TunekitError:

@@ -17,7 +17,7 @@ from tunekit.planning.forecast import Forecast
 from tunekit.planning.refusals import device_problems, library_problems
 from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Choice, bytes_text
+from tunekit.records import ExecutionSettings, bytes_text
 
 SHOWN = 3
 Possible = Callable[..., bool]
@@ -26,29 +26,36 @@ LEAST_SHARE = 0.01  # changes that save less than this share of the needed memor
 
 @dataclass(frozen=True)
 class Change:
-    """A new value for one key of the recipe. `forecast`, `choice`: apply the change to a Forecast, and to the chosen
+    """A new value for one key of the recipe. `forecast`, `execution`: apply the change to a Forecast, and to the chosen
     settings."""
 
     key: str
     value: str | int
     forecast: Callable[[Forecast], Forecast] = lambda forecast: forecast
-    choice: Callable[[Choice], Choice] = lambda choice: choice
+    execution: Callable[[ExecutionSettings], ExecutionSettings] = lambda execution: execution
 
 
 def cheapest_changes(
-    recipe: Recipe, forecast: Forecast, refused: Callable[[Recipe], object], choice: Choice, needed: int, limit: int
+    recipe: Recipe,
+    forecast: Forecast,
+    refused: Callable[[Recipe], object],
+    execution: ExecutionSettings,
+    needed: int,
+    limit: int,
 ) -> str:
     """A text that lists up to three changes, cheapest first. A change that saves enough memory alone is preferred.
 
     `refused`: returns whether the plan would refuse a recipe because of the base. `needed`: the bytes that the run
-    needs with `choice`. `limit`: the available bytes.
+    needs with `execution`. `limit`: the available bytes.
     """
 
     def possible(section: str, **values: object) -> bool:
         changed = _changed(recipe, section, **values)
         return changed is not None and not (any(device_problems(changed, forecast.run.device)) or refused(changed))
 
-    changes = ((change, _needs([change], forecast, choice)) for change in _changes(recipe, forecast, possible, choice))
+    changes = (
+        (change, _needs([change], forecast, execution)) for change in _changes(recipe, forecast, possible, execution)
+    )
     most = (1 - LEAST_SHARE) * needed
     tried = [(change, needs) for change, needs in changes if needs is not None and needs <= most]
     if not tried:
@@ -57,7 +64,7 @@ def cheapest_changes(
     chosen.sort(key=tried.index)
     texts = [_text(change, needs, needed, limit) for change, needs in chosen]
     sufficient = any(needs <= limit for _, needs in chosen)
-    together = None if sufficient else _needs([change for change, _ in chosen], forecast, choice)
+    together = None if sufficient else _needs([change for change, _ in chosen], forecast, execution)
     head = "the cheapest changes: " if len(chosen) > 1 else "the only change that saves memory: "
     tail = "" if together is None or len(chosen) < 2 else f"; together they need {bytes_text(together)}"
     return head + ", ".join(texts) + tail
@@ -68,27 +75,27 @@ def _text(change: Change, needs: int, needed: int, limit: int) -> str:
     return f"{change.key}: {change.value} saves {bytes_text(needed - needs)} (needs {bytes_text(needs)}{enough})"
 
 
-def _needs(changes: list[Change], forecast: Forecast, choice: Choice) -> int | None:
+def _needs(changes: list[Change], forecast: Forecast, execution: ExecutionSettings) -> int | None:
     """Peak memory in bytes if all these changes are made; None if the changed run cannot be simulated."""
     try:
         for change in changes:
-            forecast, choice = change.forecast(forecast), change.choice(choice)
-        return forecast.peak(choice).total
+            forecast, execution = change.forecast(forecast), change.execution(execution)
+        return forecast.peak(execution).total
     except Exception:  # an error in the model's own code, or a value that a section refuses: not proposed
         return None
 
 
-def _changes(recipe: Recipe, forecast: Forecast, possible: Possible, choice: Choice) -> Iterator[Change]:
+def _changes(recipe: Recipe, forecast: Forecast, possible: Possible, execution: ExecutionSettings) -> Iterator[Change]:
     """Yields all changes that could save memory for this recipe, cheapest first. `possible`: whether the recipe with
     new values in a section can be run."""
     layers = forecast.base.facts.layers
-    if choice.checkpointed_layers < layers:
+    if execution.checkpointed_layers < layers:
         every = partial(replace, checkpointed_layers=layers)
-        yield Change("memory.gradient_checkpointing", "auto", choice=every)
+        yield Change("memory.gradient_checkpointing", "auto", execution=every)
     if forecast.evaluation_batch is not None and recipe.evaluation.batch_size > 1:
         yield Change("evaluation.batch_size", 1, partial(_with_evaluation_cut, sequences=1))
-    if not choice.streamed_head and possible("memory", streamed_head=True):
-        yield Change("memory.streamed_head", "true", choice=partial(replace, streamed_head=True))
+    if not execution.streamed_head and possible("memory", streamed_head=True):
+        yield Change("memory.streamed_head", "true", execution=partial(replace, streamed_head=True))
     yield from _changes_of_base(recipe, forecast, possible)
     training = forecast.run.training
     if training.optimizer == "adamw" and possible("training", optimizer="adamw_8bit"):

@@ -13,7 +13,7 @@ from tunekit.planning.kernels import kernel_problems
 from tunekit.planning.prepared import Prepared
 from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.tuned.fit import row_problems
 
 
@@ -45,10 +45,10 @@ def run_checks(prepared: Prepared, *, resumed: bool) -> Iterator[Problem]:
         yield from facts.problems
 
 
-def execution_checks(prepared: Prepared, choice: Choice) -> Iterator[Problem]:
+def execution_checks(prepared: Prepared, execution: ExecutionSettings) -> Iterator[Problem]:
     """Checks of the settings that the recipe or an earlier decision fixes."""
     adapter, device = prepared.recipe.adapter, prepared.resources.device
     method = load_method(adapter.method)
     for conflict in method.run_conflicts(adapter, prepared.steps.steps):
         yield Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}")
-    yield from kernel_problems(choice.kernels, device)
+    yield from kernel_problems(execution.kernels, device)

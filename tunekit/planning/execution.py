@@ -17,7 +17,7 @@ from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning.kernels import planned_kernels
 from tunekit.planning.resources import Resources
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 
 # Fixed cost of each product, in rows: weights are read (and unpacked), and kernels are launched. Computed from 2 bytes
 # per weight at 3 TB/s and 450 TFLOP/s, with NF4 unpacked; for a CPU, from 10 GB/s and 0.2 TFLOP/s.
@@ -27,11 +27,13 @@ TOLERANCE = 0.02  # smaller gains of time are ignored: the rule is rough, and ea
 RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs per token, besides 4 N (frozen base)
 
 
-def written_execution(recipe: Recipe, base: LoadedModel, resources: Resources, decided: Choice | None = None) -> Choice:
+def written_execution(
+    recipe: Recipe, base: LoadedModel, resources: Resources, decided: ExecutionSettings | None = None
+) -> ExecutionSettings:
     """The recipe's settings. Fields that plan chooses have default values. `decided`: the settings of the run that is
     resumed, or of all ranks; their kernels are kept."""
     training, memory, device = recipe.training, recipe.memory, resources.device
-    return Choice(
+    return ExecutionSettings(
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         logits_chunk_tokens=LEAST_CHUNK_TOKENS,
@@ -45,10 +47,10 @@ def written_execution(recipe: Recipe, base: LoadedModel, resources: Resources, d
     )
 
 
-def as_chosen(settings: BatchSettings, choice: Choice) -> BatchSettings:
+def with_execution(settings: BatchSettings, execution: ExecutionSettings) -> BatchSettings:
     """The batch settings, with the chosen size and number of micro-batches. Each step keeps its rows and their
     order."""
-    rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
+    rows, steps = execution.micro_batch_size, execution.gradient_accumulation_steps
     return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
@@ -65,9 +67,9 @@ class SearchSpace:
     layers: int
     tiers: Sequence[str] = ("off",)  # values of memory.streaming
     passes: Sequence[int] = ()  # micro-batches per pass; (): plan chooses
-    written: Choice = field(default_factory=Choice)  # the settings that only the recipe decides
+    written: ExecutionSettings = field(default_factory=ExecutionSettings)  # the settings that only the recipe decides
 
-    def grid(self, tier: str) -> list[Choice]:
+    def grid(self, tier: str) -> list[ExecutionSettings]:
         """All choices of a tier (device, host or disk) that recompute as few layers as allowed. The last choice needs
         the least memory."""
         fewest = self.layer_range()[0] if tier == "off" else 0
@@ -85,7 +87,7 @@ class SearchSpace:
             for size in self.passes or pass_sizes(tier, steps)
         ]
 
-    def deeper(self, start: Choice) -> list[Choice]:
+    def deeper(self, start: ExecutionSettings) -> list[ExecutionSettings]:
         """Copies of a choice that recompute more and more layers, starting with the choice's own number.
 
         If weights are streamed, all layers are recomputed anyway. Then only the choice itself is returned.
@@ -95,7 +97,7 @@ class SearchSpace:
         most = self.layer_range()[1]
         return [replace(start, checkpointed_layers=count) for count in range(start.checkpointed_layers, most + 1)]
 
-    def smallest(self, tier: str) -> Choice:
+    def smallest(self, tier: str) -> ExecutionSettings:
         """The choice of a tier (device, host or disk) that needs the least memory."""
         return self.deeper(self.grid(tier)[-1])[-1]
 
@@ -124,20 +126,20 @@ class StepCost:
     step_tokens: int
     head_share: float
 
-    def relative_time(self, choice: Choice) -> float:
+    def relative_time(self, execution: ExecutionSettings) -> float:
         """Time of a step, relative to an ideal step that recomputes nothing and computes all rows at once.
 
         A step with streamed weights is assumed to wait only for copies of the weights. So its time is proportional to
         the number of passes.
         """
         overhead = OVERHEAD_TOKENS.get(self.device, ON_ACCELERATOR)
-        tokens = (choice.micro_batch_size or 1) * self.row_tokens
-        share = choice.checkpointed_layers / max(self.layers, 1) if choice.streaming == "off" else 1.0
+        tokens = (execution.micro_batch_size or 1) * self.row_tokens
+        share = execution.checkpointed_layers / max(self.layers, 1) if execution.streaming == "off" else 1.0
         compute = 1.0 + share * RECOMPUTED
-        compute += overhead / max(tokens, 1) + self.head_share * overhead / choice.logits_chunk_tokens
-        if choice.streaming == "off":
+        compute += overhead / max(tokens, 1) + self.head_share * overhead / execution.logits_chunk_tokens
+        if execution.streaming == "off":
             return compute
-        return compute * max(1.0, self.step_tokens / max(choice.pass_micro_batches * tokens, 1))
+        return compute * max(1.0, self.step_tokens / max(execution.pass_micro_batches * tokens, 1))
 
 
 def pass_sizes(tier: str, accumulation: int) -> list[int]:
@@ -158,7 +160,9 @@ def smaller_micro_batches(rows: int | None, accumulation: int) -> list[tuple[int
     return [(size, accumulation * rows // size) for size in range(rows, 0, -1) if rows % size == 0]
 
 
-def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callable[[Choice], float]) -> Choice | None:
+def fastest(
+    space: SearchSpace, time: Callable[[ExecutionSettings], float], excess: Callable[[ExecutionSettings], float]
+) -> ExecutionSettings | None:
     """The fastest choice that fits into memory, from the first tier that has one; None if no choice fits. A tier is
     where weights are stored: device, host or disk.
 
@@ -166,12 +170,15 @@ def fastest(space: SearchSpace, time: Callable[[Choice], float], excess: Callabl
     limit.
     """
     found = (_fastest_of_tier(space, tier, time, excess) for tier in space.tiers)
-    return next((choice for choice in found if choice is not None), None)
+    return next((execution for execution in found if execution is not None), None)
 
 
 def _fastest_of_tier(
-    space: SearchSpace, tier: str, time: Callable[[Choice], float], excess: Callable[[Choice], float]
-) -> Choice | None:
+    space: SearchSpace,
+    tier: str,
+    time: Callable[[ExecutionSettings], float],
+    excess: Callable[[ExecutionSettings], float],
+) -> ExecutionSettings | None:
     """The fastest choice of a tier that fits into memory. Only a few peaks are predicted, because a prediction is slow.
 
     The search starts with a choice that fits: the fastest one that recomputes as few layers as allowed. If none fits,
@@ -188,10 +195,10 @@ def _fastest_of_tier(
         if deepest is None or len(grid) == 1:
             return deepest
         best = deepest
-    unfit: list[Choice] = []
+    unfit: list[ExecutionSettings] = []
     for start in starts:
         bound = time(best) * (1 - TOLERANCE)
-        faster = [choice for choice in space.deeper(start) if time(choice) < bound]
+        faster = [execution for execution in space.deeper(start) if time(execution) < bound]
         if not faster or any(_needs_no_less(faster[-1], other) for other in unfit):
             continue
         better = _first_fitting(faster, excess)
@@ -202,32 +209,34 @@ def _fastest_of_tier(
     return best
 
 
-def _first_fitting(choices: Sequence[Choice], excess: Callable[[Choice], float]) -> Choice | None:
+def _first_fitting(
+    executions: Sequence[ExecutionSettings], excess: Callable[[ExecutionSettings], float]
+) -> ExecutionSettings | None:
     """The first choice that fits into memory; None if no choice fits. Later choices in the list must have lower peaks.
 
     The search alternates between linear interpolation of the peaks and bisection, because peaks can fall unevenly.
     """
-    low, high = 0, len(choices) - 1
-    if excess(choices[high]) > 0:
+    low, high = 0, len(executions) - 1
+    if excess(executions[high]) > 0:
         return None
-    if excess(choices[low]) <= 0:
-        return choices[low]
+    if excess(executions[low]) <= 0:
+        return executions[low]
     for turn in itertools.count():  # choice `low` does not fit, choice `high` fits
         if high - low <= 1:
             break
-        above, below = excess(choices[low]), -excess(choices[high])
+        above, below = excess(executions[low]), -excess(executions[high])
         share = above / (above + below) if turn % 2 == 0 else 0.5
         guess = min(max(low + math.ceil(share * (high - low)), low + 1), high - 1)
-        low, high = (low, guess) if excess(choices[guess]) <= 0 else (guess, high)
-    return choices[high]
+        low, high = (low, guess) if excess(executions[guess]) <= 0 else (guess, high)
+    return executions[high]
 
 
-def _needs_no_less(choice: Choice, other: Choice) -> bool:
+def _needs_no_less(execution: ExecutionSettings, other: ExecutionSettings) -> bool:
     """Whether a choice certainly needs at least as much memory as `other`, a choice of the same tier. This is true if
     none of its settings saves more memory."""
     return (
-        choice.pass_micro_batches >= other.pass_micro_batches
-        and (choice.micro_batch_size or 0) >= (other.micro_batch_size or 0)
-        and choice.logits_chunk_tokens >= other.logits_chunk_tokens
-        and choice.checkpointed_layers <= other.checkpointed_layers
+        execution.pass_micro_batches >= other.pass_micro_batches
+        and (execution.micro_batch_size or 0) >= (other.micro_batch_size or 0)
+        and execution.logits_chunk_tokens >= other.logits_chunk_tokens
+        and execution.checkpointed_layers <= other.checkpointed_layers
     )

@@ -32,7 +32,7 @@ from tunekit.planning.simulated.loading import (
 )
 from tunekit.planning.simulated.tracker import Simulation
 from tunekit.planning.simulation import SimulatedRun
-from tunekit.records import Choice, PeakBytes
+from tunekit.records import ExecutionSettings, PeakBytes
 
 EXAMINED_EPOCHS = 8  # packs differ by epoch, but hardly in size
 SAMPLED_ROWS = 20_000  # rows that are searched for token ids
@@ -106,21 +106,21 @@ class Forecast:
     companion_bytes: int = 0
     any_token: bool = False
     errors: list[str] = field(default_factory=list, init=False, repr=False)  # of models that cannot be simulated
-    _peaks: dict[Choice, PeakBytes] = field(default_factory=dict, init=False, repr=False)
-    _steps: dict[Choice, Simulation] = field(default_factory=dict, init=False, repr=False)
+    _peaks: dict[ExecutionSettings, PeakBytes] = field(default_factory=dict, init=False, repr=False)
+    _steps: dict[ExecutionSettings, Simulation] = field(default_factory=dict, init=False, repr=False)
     _evaluations: dict[tuple[int, str], Simulation] = field(default_factory=dict, init=False, repr=False)
     _rehearsals: dict[int, Simulation | None] = field(default_factory=dict, init=False, repr=False)
 
-    def known_peak(self, choice: Choice) -> PeakBytes:
+    def known_peak(self, execution: ExecutionSettings) -> PeakBytes:
         """Peak memory of the run with these settings; without activations if the model cannot be simulated. Every
         search for settings uses this function. Peaks are cached."""
-        if choice not in self._peaks:
+        if execution not in self._peaks:
             try:
-                self._peaks[choice] = self.peak(choice)
+                self._peaks[execution] = self.peak(execution)
             except MODEL_ERRORS as error:
                 self.errors.append(str(error).strip().partition("\n")[0])
-                self._peaks[choice] = self._without_activations()
-        return self._peaks[choice]
+                self._peaks[execution] = self._without_activations()
+        return self._peaks[execution]
 
     def sampled_together(self, limit: float) -> int:
         """The number of completions that are sampled together: the recipe's number, halved until they fit into `limit`
@@ -134,35 +134,35 @@ class Forecast:
             pass
         return size
 
-    def peak(self, choice: Choice) -> PeakBytes:
+    def peak(self, execution: ExecutionSettings) -> PeakBytes:
         """Peak memory of the run with these settings. Raises: errors of the model's own code."""
-        run = replace(self.run, choice=choice)
-        load = self._base_load_bytes(choice)
-        simulations, device = (self._step(choice), self._evaluation(run), self._rehearsal(run)), self.run.device
+        run = replace(self.run, execution=execution)
+        load = self._base_load_bytes(execution)
+        simulations, device = (self._step(execution), self._evaluation(run), self._rehearsal(run)), self.run.device
         peak = peak_bytes(*simulations, device, self.base.dtype, cache_bytes=self._cache_bytes, load_bytes=load)
         peak = replace(peak, weights=peak.weights + self.companion_bytes, total=peak.total + self.companion_bytes)
         if not self.initialisation_bytes:
             return peak
         return replace(peak, total=max(peak.total, peak.total - peak.optimizer + self.initialisation_bytes))
 
-    def offloaded_bytes(self, choice: Choice) -> int:
+    def offloaded_bytes(self, execution: ExecutionSettings) -> int:
         """Bytes of pinned host memory for the offloaded inputs of recomputed layers; 0 if the model cannot be
         simulated."""
-        self.known_peak(choice)  # records an error of the model's code
-        return 0 if self.errors else self._step(choice).offloaded
+        self.known_peak(execution)  # records an error of the model's code
+        return 0 if self.errors else self._step(execution).offloaded
 
-    def _step(self, choice: Choice) -> Simulation:
-        if choice not in self._steps:
-            batch = self.largest_batch(choice.micro_batch_size)
-            simulation = replace(self.run, choice=choice).training_step(batch, choice.pass_micro_batches)
-            self._steps[choice] = self._without_unread(simulation, choice.streaming)
-        return self._steps[choice]
+    def _step(self, execution: ExecutionSettings) -> Simulation:
+        if execution not in self._steps:
+            batch = self.largest_batch(execution.micro_batch_size)
+            simulation = replace(self.run, execution=execution).training_step(batch, execution.pass_micro_batches)
+            self._steps[execution] = self._without_unread(simulation, execution.streaming)
+        return self._steps[execution]
 
     def _without_activations(self) -> PeakBytes:
         """Peak memory without activations, for a model whose code cannot run on the meta device."""
         before = self.run.before_a_step()
         parts = {name: before.get(name, 0) for name in ("weights", "adapter", "optimizer")}
-        load = self._base_load_bytes(self.run.choice)
+        load = self._base_load_bytes(self.run.execution)
         simulation = Simulation(parts, sum(parts.values()))
         return peak_bytes(simulation, None, None, self.run.device, self.base.dtype, load_bytes=load)
 
@@ -171,14 +171,14 @@ class Forecast:
         all settings, it depends only on the number of completions that are sampled together."""
         if not any(companion.rehearses for companion in run.companions.values()):
             return None
-        known, size = self._rehearsals, run.choice.sampling_batch_size
+        known, size = self._rehearsals, run.execution.sampling_batch_size
         if size not in known:
-            known[size] = run.rehearsals(self.largest_batch(run.choice.micro_batch_size))
+            known[size] = run.rehearsals(self.largest_batch(run.execution.micro_batch_size))
         return known[size]
 
     def _sampling_peak(self, size: int) -> int:
         """Total peak bytes if `size` completions are sampled together."""
-        rehearsal = self._rehearsal(replace(self.run, choice=replace(self.run.choice, sampling_batch_size=size)))
+        rehearsal = self._rehearsal(replace(self.run, execution=replace(self.run.execution, sampling_batch_size=size)))
         assert rehearsal is not None
         return peak_bytes(rehearsal, None, None, self.run.device, self.base.dtype).total + self.companion_bytes
 
@@ -187,7 +187,7 @@ class Forecast:
         only on the size of logits chunks and on where weights are stored."""
         if self.evaluation_batch is None:
             return None
-        known, chunk, tier = self._evaluations, run.choice.logits_chunk_tokens, run.choice.streaming
+        known, chunk, tier = self._evaluations, run.execution.logits_chunk_tokens, run.execution.streaming
         if (chunk, tier) not in known:
             known[chunk, tier] = self._without_unread(run.evaluation(self.evaluation_batch), tier)
         return known[chunk, tier]
@@ -217,10 +217,10 @@ class Forecast:
         read = [each for name, each in headers.items() if not name.startswith(self.base.family.unread)]
         return stored_base([(header.size_bytes, header.dtype) for header in read], self.base.dtype)
 
-    def _base_load_bytes(self, choice: Choice) -> int:
+    def _base_load_bytes(self, execution: ExecutionSettings) -> int:
         """Peak memory of loading the base."""
         parsed = parsing_bytes(self.base.net) if self._stored is not None and self._stored.gguf else 0
-        return parsed + (self._load_bytes if choice.streaming == "off" else self._streamed_load_bytes)
+        return parsed + (self._load_bytes if execution.streaming == "off" else self._streamed_load_bytes)
 
     @cached_property
     def _load_bytes(self) -> int:

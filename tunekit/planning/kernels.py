@@ -11,14 +11,14 @@ from tunekit.adapters.kernels.native import has_native_places
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.model.native.library import NoKernels, load_kernels
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 
 AS_DECIDED = "so that all ranks, and a run that is resumed, round the same"
 NEW_RUN = "or start a new run in another output.dir"
 
 
 def planned_kernels(
-    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: Choice | None = None
+    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: ExecutionSettings | None = None
 ) -> tuple[str, str]:
     """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto`, also the reason as text.
     `decided`: the choice of the run that is resumed, or of all ranks; it is kept, because other kernels round
@@ -55,7 +55,7 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
 
 
 def kernel_notes(
-    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: Choice | None
+    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: ExecutionSettings | None
 ) -> Iterator[str]:
     """A note that says which computations the kernels replace, and why. `decided`: see `planned_kernels`."""
     kernels, reason = planned_kernels(setting, net, device, dtype, decided)

@@ -88,9 +88,9 @@ def _peak_together(lanes: Sequence[Lane], unpacked_bytes: int) -> int:
 def _added_bytes(lane: Lane) -> int:
     """The memory that one more trial adds: its adapter, gradient, optimizer moments and the inputs of all layers."""
     assert lane.plan is not None
-    assert lane.prepared is not None
+    assert lane.planned is not None
     facts = lane.plan.model
-    tokens = lane.prepared.largest_batch.padded * lane.plan.choice.pass_micro_batches
+    tokens = lane.planned.largest_batch.padded * lane.plan.choice.pass_micro_batches
     inputs = facts.layers * tokens * facts.hidden_size * (4 if facts.dtype == "float32" else 2)
     return lane.plan.trainable_parameters * STATE_BYTES + inputs
 
@@ -98,7 +98,7 @@ def _added_bytes(lane: Lane) -> int:
 def _gain(lanes: Sequence[Lane], packed: bool) -> float:
     """How many times faster steps are if the trials run together, estimated from the cost of their matrix products."""
     unpack, count = UNPACK_TOKENS if packed else 0, len(lanes)
-    tokens = [lane.prepared.largest_batch.padded for lane in lanes if lane.prepared is not None]
+    tokens = [lane.planned.largest_batch.padded for lane in lanes if lane.planned is not None]
     products = PRODUCTS * sum(max(each, LEAST_TOKENS) for each in tokens)
     return (PRODUCTS * unpack * count + products) / (UNPACKED_TOGETHER * unpack + products)
 

@@ -25,7 +25,7 @@ from tunekit.planning.prepared import Prepared
 from tunekit.planning.resources import Resources
 from tunekit.planning.tiers import HOST_SHARE
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice, bytes_text
+from tunekit.records import ExecutionSettings, bytes_text
 
 # On a GPU, a logits chunk takes at least 1/128 of the memory: smaller products only wait for the head's weights.
 DEVICE_SHARE = 128
@@ -52,10 +52,10 @@ def margin_of(device: torch.device) -> float:
 def choose_execution(
     prepared: Prepared,
     space: SearchSpace,
-    fixed: Choice | None,
+    fixed: ExecutionSettings | None,
     findings: Findings,
-    cheaper: Callable[[Choice, int, int], str],
-) -> tuple[Choice, list[str]]:
+    cheaper: Callable[[ExecutionSettings, int, int], str],
+) -> tuple[ExecutionSettings, list[str]]:
     """Simulate the largest batches, and choose the settings from `space`. Returns them and the reasons as notes.
 
     `fixed`: the settings whose `common` values are decided. `cheaper`: a function that advises how to change the
@@ -66,73 +66,76 @@ def choose_execution(
     sampled = (fixed.sampling_batch_size if fixed else 0) or forecast.sampled_together(limit)
     space = replace(space, written=replace(space.written, sampling_batch_size=sampled))
     cost = step_cost(forecast)
-    fitting, choice = _choose(space, cost, forecast, limit, budget)
-    crowded = _host_shortage(prepared, choice)
-    if crowded is not None and choice.activation_offload == "auto":
+    fitting, execution = _choose(space, cost, forecast, limit, budget)
+    crowded = _host_shortage(prepared, execution)
+    if crowded is not None and execution.activation_offload == "auto":
         space = replace(space, written=replace(space.written, activation_offload=False))
-        fitting, choice = _choose(space, cost, forecast, limit, budget)
+        fitting, execution = _choose(space, cost, forecast, limit, budget)
     elif crowded is not None:
         findings.lack(Problem(crowded, "set memory.activation_offload: auto", key="memory.activation_offload"))
-    for problem in _shortages(prepared, space, choice, cheaper):
+    for problem in _shortages(prepared, space, execution, cheaper):
         findings.lack(problem)
     if budget is None:
-        reasons = list(_free_memory_reasons(prepared, space, choice, fitting is not None, fixed))
+        reasons = list(_free_memory_reasons(prepared, space, execution, fitting is not None, fixed))
     else:
-        reasons = list(_budget_reasons(prepared, space, choice, cost, fitting is not None))
+        reasons = list(_budget_reasons(prepared, space, execution, cost, fitting is not None))
     if forecast.errors:
         model_type = prepared.base.facts.model_type
         reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({forecast.errors[0]})")
-    if crowded is not None and not choice.activation_offload:
+    if crowded is not None and not execution.activation_offload:
         reasons.append(f"the inputs of recomputed layers stay on the device: {crowded}")
-    return choice, [*reasons, *_rank_warnings(prepared, choice)]
+    return execution, [*reasons, *_rank_warnings(prepared, execution)]
 
 
 def _choose(
     space: SearchSpace, cost: StepCost, forecast: Forecast, limit: float, budget: int | None
-) -> tuple[Choice | None, Choice]:
+) -> tuple[ExecutionSettings | None, ExecutionSettings]:
     """The fastest choice within `limit` bytes, if there is one; and the choice of the run: this one or the smallest."""
 
-    def needed(choice: Choice) -> int:
-        return forecast.known_peak(choice).total
+    def needed(execution: ExecutionSettings) -> int:
+        return forecast.known_peak(execution).total
 
-    fitting = fastest(space, cost.relative_time, lambda choice: needed(choice) - limit)
+    fitting = fastest(space, cost.relative_time, lambda execution: needed(execution) - limit)
     smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
     return fitting, fitting or min(smallest, key=needed)
 
 
 def _shortages(
-    prepared: Prepared, space: SearchSpace, choice: Choice, cheaper: Callable[[Choice, int, int], str]
+    prepared: Prepared,
+    space: SearchSpace,
+    execution: ExecutionSettings,
+    cheaper: Callable[[ExecutionSettings, int, int], str],
 ) -> Iterator[Problem]:
     """Yields a problem if the run needs more than its budget or than the free memory."""
     memory, free = prepared.recipe.memory, prepared.resources.free_bytes
-    budget, needed = memory.budget_bytes, prepared.forecast.known_peak(choice).total
+    budget, needed = memory.budget_bytes, prepared.forecast.known_peak(execution).total
     if budget is not None and needed > budget:
         what = f"the smallest setting of this run needs {bytes_text(needed)}, but the budget is {bytes_text(budget)}"
-        yield Problem(what, cheaper(choice, needed, budget), key="memory.budget")
+        yield Problem(what, cheaper(execution, needed, budget), key="memory.budget")
     elif free is not None and needed > free:
-        can_recompute = memory.gradient_checkpointing != "auto" and choice.checkpointed_layers < space.layers
+        can_recompute = memory.gradient_checkpointing != "auto" and execution.checkpointed_layers < space.layers
         yield too_large_problem(needed, free, can_recompute, budget, prepared.recipe.adapter.less_memory)
 
 
-def _host_shortage(prepared: Prepared, choice: Choice) -> str | None:
+def _host_shortage(prepared: Prepared, execution: ExecutionSettings) -> str | None:
     """A text if the inputs of layers, which are offloaded to pinned memory, leave too little of the host's memory."""
     resources, room = prepared.resources, prepared.resources.host_bytes
-    offloaded = prepared.forecast.offloaded_bytes(choice)
-    layers = layer_bytes(prepared.base) if choice.streaming == "host" else 0
+    offloaded = prepared.forecast.offloaded_bytes(execution)
+    layers = layer_bytes(prepared.base) if execution.streaming == "host" else 0
     pinned = resources.ranks_here * (offloaded + layers)
     if not offloaded or room is None or pinned <= HOST_SHARE * room:
         return None
     return f"with them, {bytes_text(pinned)} of host memory would be pinned, but only {bytes_text(room)} are free"
 
 
-def _rank_warnings(prepared: Prepared, choice: Choice) -> Iterator[str]:
+def _rank_warnings(prepared: Prepared, execution: ExecutionSettings) -> Iterator[str]:
     """A warning if the ranks on a machine without GPUs need more memory together than is free. It is no refusal,
     because ranks may be on several machines, and this is known only to torchrun."""
     forecast, here, free = prepared.forecast, prepared.resources.ranks_here, prepared.resources.free_bytes
-    peak = forecast.known_peak(choice)
+    peak = forecast.known_peak(execution)
     if prepared.resources.device.type != "cpu" or here == 1 or free is None or peak.total > free:
         return
-    shared = peak.weights if choice.streaming != TIER and forecast.maps_weights(choice.streaming) else 0
+    shared = peak.weights if execution.streaming != TIER and forecast.maps_weights(execution.streaming) else 0
     together = here * (peak.total - shared) + shared
     if together > free:
         yield (
@@ -155,7 +158,11 @@ def usable_bytes(device: torch.device, budget: int | None, available: int | None
 
 
 def search_space(
-    prepared: Prepared, written: Choice, tiers: Sequence[str], fixed: Choice | None, resumed: Choice | None
+    prepared: Prepared,
+    written: ExecutionSettings,
+    tiers: Sequence[str],
+    fixed: ExecutionSettings | None,
+    resumed: ExecutionSettings | None,
 ) -> SearchSpace:
     """The settings that plan can choose from. Without a budget, only the number of recomputed layers and the place of
     the weights can vary.
@@ -180,7 +187,7 @@ def search_space(
     )
 
 
-def _micro_batches(prepared: Prepared, fixed: Choice | None) -> list[tuple[int | None, int]]:
+def _micro_batches(prepared: Prepared, fixed: ExecutionSettings | None) -> list[tuple[int | None, int]]:
     """Pairs of (rows per micro-batch, micro-batches per step) that plan can choose from."""
     recipe = prepared.recipe
     if fixed is not None:
@@ -212,50 +219,50 @@ def rows_at_full_speed(prepared: Prepared) -> tuple[int | None, int]:
 
 
 def _free_memory_reasons(
-    prepared: Prepared, space: SearchSpace, choice: Choice, fits: bool, fixed: Choice | None
+    prepared: Prepared, space: SearchSpace, execution: ExecutionSettings, fits: bool, fixed: ExecutionSettings | None
 ) -> Iterator[str]:
     """Yields notes on the settings of a run without a budget."""
     free, training = prepared.resources.free_bytes, prepared.recipe.training
-    yield f"layers recomputed in the backward pass: {_recomputed(choice, space, fits, free)}"
-    if choice.micro_batch_size != training.micro_batch_size and fixed is None:
-        size = _micro_batches_text(choice, training)
+    yield f"layers recomputed in the backward pass: {_recomputed(execution, space, fits, free)}"
+    if execution.micro_batch_size != training.micro_batch_size and fixed is None:
+        size = _micro_batches_text(execution, training)
         yield f"{size}, because they need less memory and are as fast on a CPU"
 
 
-def _recomputed(choice: Choice, space: SearchSpace, fits: bool, available: int | None) -> str:
+def _recomputed(execution: ExecutionSettings, space: SearchSpace, fits: bool, available: int | None) -> str:
     """A text that says which layers are recomputed, and why. For a run without a memory budget."""
-    if choice.streaming != "off":
-        weights = "gathered" if choice.streaming == TIER else "streamed"
+    if execution.streaming != "off":
+        weights = "gathered" if execution.streaming == TIER else "streamed"
         return f"all, because {weights} weights are on the device only while their layer runs"
     if space.gradient_checkpointing != "auto":
-        return f"{choice.checkpointed_layers:,} of {space.layers:,}, as the recipe says"
+        return f"{execution.checkpointed_layers:,} of {space.layers:,}, as the recipe says"
     if not fits:
         return "all except the last, because the free memory is hardly enough for the step"
     if available is None:
         return "none, because the system does not report how much memory is free"
     return (
         "only as many as needed for the step to fit into memory"
-        if choice.checkpointed_layers
+        if execution.checkpointed_layers
         else "none, because the step fits into memory without recomputation"
     )
 
 
 def _budget_reasons(
-    prepared: Prepared, space: SearchSpace, choice: Choice, cost: StepCost, has_margin: bool
+    prepared: Prepared, space: SearchSpace, execution: ExecutionSettings, cost: StepCost, has_margin: bool
 ) -> Iterator[str]:
     """Yields notes on the settings that were chosen for the budget, and on settings that plan was not allowed to
     change. Nothing if no setting fits into the budget."""
     memory, training = prepared.recipe.memory, prepared.recipe.training
-    if prepared.forecast.known_peak(choice).total > (memory.budget_bytes or 0):
+    if prepared.forecast.known_peak(execution).total > (memory.budget_bytes or 0):
         return
     margin = f"{margin_of(prepared.resources.device):.0%} of the budget is left free"
     note = f"{margin}, because predictions can be too low by this share"
     if not has_margin:
         note = f"warning: less than {margin}, but predictions can be too low by this share"
-    slower = cost.relative_time(choice) / cost.relative_time(space.grid("off")[0])
-    if choice.streaming == "off" and slower > 1.005:
+    slower = cost.relative_time(execution) / cost.relative_time(space.grid("off")[0])
+    if execution.streaming == "off" and slower > 1.005:
         note += f"; a step takes about {slower:.2f} times as long as without a budget (a rough estimate)"
-    yield f"memory.budget {memory.budget}: {_choice_text(choice, training, space.layers)}; {note}"
+    yield f"memory.budget {memory.budget}: {_execution_text(execution, training, space.layers)}; {note}"
     if memory.gradient_checkpointing != "auto":
         yield "memory.gradient_checkpointing fixes the recomputed layers; set it to auto, so that plan chooses them"
     if training.micro_batch_size is None:
@@ -278,23 +285,23 @@ def step_cost(forecast: Forecast) -> StepCost:
     )
 
 
-def _micro_batches_text(choice: Choice, training: TrainingSection) -> str:
+def _micro_batches_text(execution: ExecutionSettings, training: TrainingSection) -> str:
     """The chosen micro-batches as text. If they differ from the recipe, the recipe's numbers follow."""
-    rows, steps = choice.micro_batch_size, choice.gradient_accumulation_steps
+    rows, steps = execution.micro_batch_size, execution.gradient_accumulation_steps
     text = f"{steps:,} micro-batch{'' if steps == 1 else 'es'} of size {rows:,} a step"
     if rows == training.micro_batch_size:
         return text
     return f"{text} (the same rows as {training.gradient_accumulation_steps:,} of size {training.micro_batch_size:,})"
 
 
-def _choice_text(choice: Choice, training: TrainingSection, layers: int) -> str:
+def _execution_text(execution: ExecutionSettings, training: TrainingSection, layers: int) -> str:
     """The chosen settings as text. If micro-batches differ from the recipe, the recipe's numbers follow."""
-    parts = [] if choice.micro_batch_size is None else [_micro_batches_text(choice, training)]
-    if choice.streaming == "off":
-        parts.append(f"{choice.checkpointed_layers:,} of {layers:,} layers recomputed")
+    parts = [] if execution.micro_batch_size is None else [_micro_batches_text(execution, training)]
+    if execution.streaming == "off":
+        parts.append(f"{execution.checkpointed_layers:,} of {layers:,} layers recomputed")
     else:
-        parts.append(f"weights streamed (memory.streaming: {choice.streaming})")
-    return ", ".join([*parts, f"logits of {choice.logits_chunk_tokens:,} positions at a time"])
+        parts.append(f"weights streamed (memory.streaming: {execution.streaming})")
+    return ", ".join([*parts, f"logits of {execution.logits_chunk_tokens:,} positions at a time"])
 
 
 def trial_reason(device: torch.device, needed: int, available: int | None, budget: int | None) -> tuple[bool, str]:

@@ -19,7 +19,7 @@ from tunekit.model.compute import kernel_packages
 from tunekit.planning import refusals
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.checks import execution_checks
-from tunekit.planning.execution import as_chosen, written_execution
+from tunekit.planning.execution import with_execution, written_execution
 from tunekit.planning.findings import Findings
 from tunekit.planning.forecast import supervised_tokens
 from tunekit.planning.initialisation import initialisation_notes
@@ -31,9 +31,10 @@ from tunekit.planning.tiers import activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Choice, Plan, PlannedRows, Refusal
+from tunekit.records import ExecutionSettings, Plan, PlannedRows, Refusal
+from tunekit.training.planned import Planned
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.state import Processors, RunInputs
+from tunekit.training.state import Processors
 
 
 def make_plan(
@@ -41,10 +42,10 @@ def make_plan(
     *,
     device: torch.device | None = None,
     check_folder: bool = False,
-    previous: Choice | None = None,
+    previous: ExecutionSettings | None = None,
     ranks: int = 1,
     processors: Processors | None = None,
-) -> tuple[Plan, RunInputs]:
+) -> tuple[Plan, Planned]:
     """Prepare and plan the main rank of a run. `previous`: the settings of the run that is resumed. The other
     parameters: see `prepare`. Raises: TunekitError with all problems, if the inputs cannot be read at all."""
     device, resumed = device or make_devices().device, previous is not None
@@ -53,8 +54,12 @@ def make_plan(
 
 
 def plan(
-    prepared: Prepared, fixed: Choice | None = None, *, may_recompute_more: bool = False, sharded: bool = False
-) -> tuple[Plan, RunInputs]:
+    prepared: Prepared,
+    fixed: ExecutionSettings | None = None,
+    *,
+    may_recompute_more: bool = False,
+    sharded: bool = False,
+) -> tuple[Plan, Planned]:
     """Make the plan of a rank, and the values that training needs. Problems that would make the run fail are in
     `plan.refusals`. Nothing of the run is read, so that a rank can be planned again with the settings of all ranks.
 
@@ -81,14 +86,14 @@ def plan(
     resumed = fixed if may_recompute_more and prepared.resources.rank == 0 else None
     space = search_space(prepared, written, tiers, fixed, resumed)
     cheaper = partial(cheapest_changes, recipe, prepared.forecast, refused)
-    choice, reasons = choose_execution(prepared, space, fixed, findings, cheaper)
-    notes = _notes(prepared, written_recipe, choice, reasons, fixed)
-    settings, base = as_chosen(prepared.batch_settings, choice), prepared.base
-    plan = _make_plan(prepared, written_recipe, settings, choice, findings.refusals(), list(notes))
+    execution, reasons = choose_execution(prepared, space, fixed, findings, cheaper)
+    notes = _notes(prepared, written_recipe, execution, reasons, fixed)
+    settings, base = with_execution(prepared.batch_settings, execution), prepared.base
+    plan = _make_plan(prepared, written_recipe, settings, execution, findings.refusals(), list(notes))
     inputs = prepared.recipe.model, prepared.context.processor, prepared.rows, settings, prepared.recipe.adapter
     largest = prepared.forecast.largest_batch(settings.micro_batch_size)
     facts = refusals.learned_length(base, prepared.context.virtual_tokens), kernel_packages(base.net)
-    return plan, RunInputs(*inputs, largest, *facts)
+    return plan, Planned(*inputs, largest, *facts)
 
 
 def _sharded(recipe: Recipe) -> Recipe:
@@ -100,12 +105,12 @@ def _make_plan(
     prepared: Prepared,
     recipe: Recipe,
     settings: BatchSettings,
-    choice: Choice,
+    execution: ExecutionSettings,
     refused: list[Refusal],
     notes: list[str],
 ) -> Plan:
     facts, rows, trainable = prepared.base.facts, prepared.rows, _trained_numbers(prepared)
-    peak, budget = prepared.forecast.known_peak(choice), prepared.recipe.memory.budget_bytes
+    peak, budget = prepared.forecast.known_peak(execution), prepared.recipe.memory.budget_bytes
     trial = trial_reason(prepared.resources.device, peak.total, prepared.resources.free_bytes, budget)
     steps = prepared.steps if settings == prepared.batch_settings else rows.windows(settings)
     per_epoch = (steps.micro_batches_per_epoch, steps.steps_per_epoch)
@@ -122,7 +127,7 @@ def _make_plan(
         warmup_steps=warmup_steps(recipe.training, steps.steps),
         supervised_tokens=supervised_tokens(steps, rows.train, settings),
         rows=PlannedRows(rows.counts, rows.eval_counts, settings.packing, prepared.packing_reason, *per_epoch),
-        choice=choice,
+        choice=execution,
         peak_bytes=peak,
         refusals=refused,
         notes=notes,
@@ -141,18 +146,22 @@ def _trained_numbers(prepared: Prepared) -> int:
 
 
 def _notes(
-    prepared: Prepared, recipe: Recipe, choice: Choice, reasons: Sequence[str], fixed: Choice | None
+    prepared: Prepared,
+    recipe: Recipe,
+    execution: ExecutionSettings,
+    reasons: Sequence[str],
+    fixed: ExecutionSettings | None,
 ) -> Iterator[str]:
     """The notes of the plan, in the order in which plan.json lists them. `recipe`: the recipe that plan.json contains.
     `reasons`: those of the choice. `fixed`: see `plan`."""
     base, rows, context, device = prepared.base, prepared.rows, prepared.context, prepared.resources.device
-    steps, tokens = prepared.steps.steps, prepared.forecast.largest_batch(choice.micro_batch_size).padded
+    steps, tokens = prepared.steps.steps, prepared.forecast.largest_batch(execution.micro_batch_size).padded
     yield from [*prepared.loaded.defaults, *base.notes, *rows.notes, *rows.objective.notes]
     yield from [] if rows.evaluation is None else calibration_notes(recipe.evaluation)
     yield from _adapter_notes(recipe.adapter, context)
     yield from refusals.position_notes(base, rows, context.virtual_tokens)
     yield from refusals.run_notes(recipe, base, device)
-    yield from refusals.rank_notes(recipe, choice)
+    yield from refusals.rank_notes(recipe, execution)
     yield from initialisation_notes(recipe.adapter, rows.objective, context.targets)
     yield from refusals.rate_notes(recipe.training, steps)
     yield from prepared.end_notes
@@ -160,12 +169,12 @@ def _notes(
     if groups:
         yield f"some layers are computed together, which saves memory and time: {describe(groups)}"
     yield from reasons
-    yield from weight_notes(recipe.memory, base, device, choice, tokens)
+    yield from weight_notes(recipe.memory, base, device, execution, tokens)
     for companion in map(copy, prepared.companions.values()):  # a copy: Prepared can be planned again
-        companion.sampling_batch_size = choice.sampling_batch_size
-        yield from companion.notes(context, choice.gradient_accumulation_steps * tokens)
-    offloaded = prepared.forecast.offloaded_bytes(choice)
-    yield from activation_notes(recipe.memory, device, choice.checkpointed_layers, offloaded)
+        companion.sampling_batch_size = execution.sampling_batch_size
+        yield from companion.notes(context, execution.gradient_accumulation_steps * tokens)
+    offloaded = prepared.forecast.offloaded_bytes(execution)
+    yield from activation_notes(recipe.memory, device, execution.checkpointed_layers, offloaded)
     yield from kernel_notes(recipe.training.kernels, base.net, device, base.dtype, fixed)
 
 

@@ -16,7 +16,7 @@ from tunekit.planning.resources import Resources
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 
 Windows = TrainingWindows | StreamedWindows
 
@@ -42,7 +42,7 @@ class Prepared:
     batch_settings: BatchSettings
     packing_reason: str
     steps: Windows
-    written: Choice
+    written: ExecutionSettings
     problems: Sequence[Problem] = ()
     end_notes: Sequence[str] = ()
 

@@ -11,9 +11,9 @@ from tunekit.planning.plan import plan
 from tunekit.planning.prepare import prepare
 from tunekit.planning.prepared import Prepared
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.records import Choice, Plan
-from tunekit.training.ranks import shard_on_all_ranks, shared_choice
-from tunekit.training.state import RunInputs
+from tunekit.records import ExecutionSettings, Plan
+from tunekit.training.planned import Planned
+from tunekit.training.ranks import shard_on_all_ranks, shared_execution
 
 
 def devices_of(device: torch.device, ranks: int) -> list[torch.device]:
@@ -38,15 +38,17 @@ def plan_ranks(loaded: LoadedRecipe, devices: Sequence[torch.device]) -> list[Pl
 
 
 def plan_together(
-    prepared: Sequence[Prepared], gather: Callable[[list[Choice]], list[Choice]], resumed: Choice | None = None
-) -> list[tuple[Plan, RunInputs]]:
+    prepared: Sequence[Prepared],
+    gather: Callable[[list[ExecutionSettings]], list[ExecutionSettings]],
+    resumed: ExecutionSettings | None = None,
+) -> list[tuple[Plan, Planned]]:
     """Plan the ranks of this process, so that they agree with all ranks of the run.
 
     `gather`: returns the settings of all ranks, from those of this process. `resumed`: the settings of the run that is
     resumed.
     """
 
-    def make(one: Prepared, shared: Choice | None, sharded: bool) -> tuple[Plan, RunInputs]:
+    def make(one: Prepared, shared: ExecutionSettings | None, sharded: bool) -> tuple[Plan, Planned]:
         return plan(one, resumed or shared, may_recompute_more=resumed is not None, sharded=sharded)
 
     planned = [make(one, None, False) for one in prepared]
@@ -56,6 +58,6 @@ def plan_together(
         pairs = zip(prepared, planned, strict=True)
         planned = [pair if pair[0].choice.streaming == TIER else make(one, None, True) for one, pair in pairs]
         settings = gather([each.choice for each, _ in planned])
-    shared = shared_choice(settings)
+    shared = shared_execution(settings)
     pairs = zip(prepared, planned, strict=True)
     return [pair if pair[0].choice.common == shared.common else make(one, shared, sharded) for one, pair in pairs]

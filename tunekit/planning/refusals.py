@@ -26,7 +26,7 @@ from tunekit.model.text.slots import shared_length
 from tunekit.recipe.reading.names import facts_of
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_tokens
 
@@ -181,10 +181,10 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
     return None
 
 
-def rank_notes(recipe: Recipe, choice: Choice) -> Iterator[str]:
+def rank_notes(recipe: Recipe, execution: ExecutionSettings) -> Iterator[str]:
     """Notes about a number of processes that does not suit the recipe: lists that have not one entry for each process,
     tasks, and steps whose micro-batches leave processes without work."""
-    ranks, count = choice.shares, choice.gradient_accumulation_steps
+    ranks, count = execution.shares, execution.gradient_accumulation_steps
     budget, speeds = recipe.memory.budget, recipe.training.rank_speeds
     if isinstance(budget, tuple) and len(budget) != ranks:
         yield f"memory.budget has {len(budget)} sizes, but the run has {_processes(ranks)}: the smallest size counts"

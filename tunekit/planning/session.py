@@ -8,18 +8,18 @@ from tunekit.planning.findings import raise_refusals
 from tunekit.planning.prepare import prepare
 from tunekit.planning.ranks import plan_together
 from tunekit.recipe.reading.names import shows_of
-from tunekit.records import Choice, Plan, bytes_text
+from tunekit.records import ExecutionSettings, Plan, bytes_text
+from tunekit.training.planned import Planned
 from tunekit.training.session import Session
-from tunekit.training.state import RunInputs
 
 
-def plan_session(session: Session, resumed: Choice | None = None) -> tuple[Plan, RunInputs]:
+def plan_session(session: Session, resumed: ExecutionSettings | None = None) -> tuple[Plan, Planned]:
     """Make the plan of this process. The main rank reads the data first, so that rows are encoded only once. `resumed`:
     the settings of the run that is resumed. Raises: TunekitError with all refusals."""
     devices = session.devices
 
-    def gather(settings: list[Choice]) -> list[Choice]:
-        return [Choice(**each) for each in devices.gather([asdict(each) for each in settings])]
+    def gather(settings: list[ExecutionSettings]) -> list[ExecutionSettings]:
+        return [ExecutionSettings(**each) for each in devices.gather([asdict(each) for each in settings])]
 
     with session.timed("data"):
         prepared = devices.main_first(

@@ -23,7 +23,7 @@ from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.tuned.model import ModelRun, TunedModel
@@ -42,7 +42,7 @@ class SimulatedRun:
     adapter: AdapterSettings
     objective: Objective
     training: TrainingSection
-    choice: Choice
+    execution: ExecutionSettings
     device: torch.device
     companions: Mapping[str, Companion] = field(default_factory=dict)
     bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made before
@@ -112,7 +112,7 @@ class SimulatedRun:
         for key in (key for key, companion in self.companions.items() if companion.rehearses):
             with self._tracked() as (tuned, tracker, _):
                 companion = copy(tuned.companions[key])
-                companion.sampling_batch_size = self.choice.sampling_batch_size
+                companion.sampling_batch_size = self.execution.sampling_batch_size
                 tracker.adopt(companion.present(tuned), "weights")
                 tracker.start()
                 with undisturbed(tuned):
@@ -144,7 +144,7 @@ class SimulatedRun:
         base = self._base()
         head = base.family.head_name(base.net)
         attach = partial(attach_adapter, base.net, self.adapter, seed=self.training.seed, head_name=head)
-        tuned = prepare_network(base, self.choice, attach, planned_for=self.device)
+        tuned = prepare_network(base, self.execution, attach, planned_for=self.device)
         tuned.companions = {key: companion.simulated() for key, companion in self.companions.items()}
         return tuned
 
@@ -171,7 +171,7 @@ class SimulatedRun:
         tracker.adopt(weights, "weights")
         if slots is not None:
             with tracker.counting_as("weights"):
-                slots.waiting = waiting_tensor(slots, self.choice.streaming, self.device)
+                slots.waiting = waiting_tensor(slots, self.execution.streaming, self.device)
         for each in (slots, None if tuned.head_parts is None else tuned.head_parts.slots):
             tracker.adopt([] if each is None else [slot.memory for slot in each.slots], "weights")
         return make_tracked_optimizer(tracker, tuned.adapter, self.training)

@@ -18,7 +18,7 @@ from tunekit.planning.resources import Resources
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Choice, bytes_text
+from tunekit.records import ExecutionSettings, bytes_text
 
 KEY = "memory.streaming"
 HOST_SHARE = 0.8  # maximum share of the host's free memory that is pinned
@@ -112,47 +112,47 @@ def _host_problems(base: LoadedModel, resources: Resources) -> Iterator[Problem]
 
 
 def weight_notes(
-    memory: MemorySection, base: LoadedModel, device: torch.device, choice: Choice, tokens: int
+    memory: MemorySection, base: LoadedModel, device: torch.device, execution: ExecutionSettings, tokens: int
 ) -> Iterator[str]:
     """Notes about a run whose weights are streamed or divided among ranks, and about its speed. `tokens`: the tokens of
     a micro-batch, padding included."""
     stored = stored_bytes(base.net)
-    if choice.streaming != "off" and (base.packed_while_read or base.copied_while_read) and lacks_room(stored):
+    if execution.streaming != "off" and (base.packed_while_read or base.copied_while_read) and lacks_room(stored):
         yield (
             f"warning: weights are streamed from a cache file of {bytes_text(stored)}, but the cache folder is full or "
             "cannot be written; unless the file exists, free disk space, or set TUNEKIT_CACHE to another folder"
         )
-    if choice.streaming == TIER:
-        yield from _sharding_notes(base, choice)
+    if execution.streaming == TIER:
+        yield from _sharding_notes(base, execution)
     elif memory.sharding == "full":
         yield "memory.sharding: full has no effect, because the run has one process"
-    if choice.streaming in ("off", TIER):
+    if execution.streaming in ("off", TIER):
         return
-    size, count = layer_bytes(base), choice.pass_micro_batches
+    size, count = layer_bytes(base), execution.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"streamed: {bytes_text(size)} of layers are stored {WHERE[choice.streaming]}; {together} through each "
+        f"streamed: {bytes_text(size)} of layers are stored {WHERE[execution.streaming]}; {together} through each "
         "layer before the next layer is loaded, and the backward pass recomputes every layer"
     )
-    rates = rates_text(choice.streaming, count * tokens, size, copies=2)
+    rates = rates_text(execution.streaming, count * tokens, size, copies=2)
     yield (
         f"speed of streaming: each pass of up to {count * tokens:,} tokens copies all layers twice. This limits tokens "
         f"per second to {rates} (published bandwidths). A device that computes more slowly does not wait for copies"
     )
-    if choice.streaming == "host" and device.type == "cpu":
+    if execution.streaming == "host" and device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, because host and device share one memory"
 
 
-def _sharding_notes(base: LoadedModel, choice: Choice) -> Iterator[str]:
+def _sharding_notes(base: LoadedModel, execution: ExecutionSettings) -> Iterator[str]:
     """Notes about a run whose base is divided among ranks."""
-    share, count = stored_bytes(base.net) // choice.shares, choice.pass_micro_batches
+    share, count = stored_bytes(base.net) // execution.shares, execution.pass_micro_batches
     together = "one micro-batch passes" if count == 1 else f"{count:,} micro-batches pass"
     yield (
-        f"sharded: each of the {choice.shares} ranks stores {bytes_text(share)} of the base; a layer is gathered "
+        f"sharded: each of the {execution.shares} ranks stores {bytes_text(share)} of the base; a layer is gathered "
         f"from all ranks before it is computed; {together} through each layer before the next layer is gathered, and "
         "the backward pass recomputes every layer"
     )
-    if choice.sampling_batch_size:
+    if execution.sampling_batch_size:
         yield "sampling is slow with a sharded base: each token gathers all layers"
 
 

@@ -31,7 +31,7 @@ from tunekit.recipe.load import TargetOverrides, load_recipe, load_target_overri
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.targets.export import NAME_BASE, STEP_0, export_checkpoint, load_run_recipe
 from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts
 from tunekit.tuned.fit import check_family
@@ -87,14 +87,14 @@ class TargetSpec:
         return 0 if self.recipe is None else self.recipe.training.seed
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> ExecutionSettings:
         """The recipe's memory settings that also apply without training."""
         if self.recipe is None:
-            return Choice()
+            return ExecutionSettings()
         memory = self.recipe.memory
         tier = memory.streaming if memory.streaming in ("host", "disk") else "off"
         tiles = memory.mlp_tile_tokens
-        return Choice(streaming=tier, streamed_head=memory.streamed_head, mlp_tile_tokens=tiles)
+        return ExecutionSettings(streaming=tier, streamed_head=memory.streamed_head, mlp_tile_tokens=tiles)
 
 
 @dataclass(frozen=True)
@@ -347,11 +347,11 @@ def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:
 
 
 def load_base(
-    target: TargetSpec, device: torch.device, choice: Choice | None = None, learned: Objective | None = None
+    target: TargetSpec, device: torch.device, choice: ExecutionSettings | None = None, learned: Objective | None = None
 ) -> tuple[TargetSpec, LoadedModel, Processor, Objective]:
     """Load the target's base as the objective requires; returns the target, the base, its processor and the
     objective. `learned`: the objective, if the caller has already made it from the rows."""
-    choice = choice or Choice()
+    choice = choice or ExecutionSettings()
     with parsed_once(target.model.name_or_path):
         processor = processor_of(target)
         target, objective = with_objective(target, processor, learned)

@@ -30,11 +30,12 @@ from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
+from tunekit.training.planned import Planned
 from tunekit.training.run_files import check_fingerprint, save_run, with_files, write_plan
 from tunekit.training.saved_state import restore, restore_reference
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Run, RunInputs, add_seconds
+from tunekit.training.state import LoopState, Run, add_seconds
 from tunekit.training.trial import (
     dry_run_batch,
     make_splitting,
@@ -50,24 +51,24 @@ from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
 
-def check_run(session: Session, prepared: RunInputs, checkpoint: Checkpoint | None = None) -> JsonObject:
+def check_run(session: Session, planned: Planned, checkpoint: Checkpoint | None = None) -> JsonObject:
     """Make the fingerprint of the run, which includes the files of its companions (auxiliary models such as a teacher)
     and the base's remote code. This is done before the base is loaded, so that a refusal comes early.
 
     Raises: RunFolderError if `checkpoint`, or the run in the folder, belongs to a different run; InputError if ranks
     differ.
     """
-    companions = make_companions(prepared.rows.objective.companions)
+    companions = make_companions(planned.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
-    code |= remote_code(prepared.model)
-    base, packages = base_fingerprint(prepared.model), prepared.kernel_packages
-    return check_fingerprint(session, prepared.rows.fingerprint, base, checkpoint, code, packages)
+    code |= remote_code(planned.model)
+    base, packages = base_fingerprint(planned.model), planned.kernel_packages
+    return check_fingerprint(session, planned.rows.fingerprint, base, checkpoint, code, packages)
 
 
 def assemble_run(
     session: Session,
     plan: Plan,
-    prepared: RunInputs,
+    planned: Planned,
     base: LoadedModel,
     fingerprint: JsonObject,
     checkpoint: Checkpoint | None = None,
@@ -79,18 +80,18 @@ def assemble_run(
     fails.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    companions = _load_companions(session, prepared)
+    companions = _load_companions(session, planned)
     state, files = LoopState(LossScale(base.dtype == torch.float16)), None
     if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation uses whole steps
         bare = TunedModel(base, None, companions=companions)
-        prepared = probe_layout(session, prepared, bare, state)
-        files = _begin_companions(session, prepared, bare)
-    model = _make_model(session, plan, prepared, base, companions, state, checkpoint)
-    files = _begin_companions(session, prepared, model) if files is None else files
+        planned = probe_layout(session, planned, bare, state)
+        files = _begin_companions(session, planned, bare)
+    model = _make_model(session, plan, planned, base, companions, state, checkpoint)
+    files = _begin_companions(session, planned, model) if files is None else files
     fingerprint = with_files(session, fingerprint, files, checkpoint)
-    prepared = probe_layout(session, prepared, model, state)
-    probe_logprobs(model, prepared.largest_batch)
-    _settle_reference(prepared, model)
+    planned = probe_layout(session, planned, model, state)
+    probe_logprobs(model, planned.largest_batch)
+    _settle_reference(planned, model)
     adapter = model.adapter
     assert adapter is not None
     optimizer = make_optimizer(recipe.training, adapter)
@@ -106,35 +107,35 @@ def assemble_run(
     splitting = make_splitting(session, state)
     run = Run(
         model=model,
-        objective=prepared.rows.objective,
+        objective=planned.rows.objective,
         engine=make_engine(recipe.training.seed, model.slots, plan.choice.pass_micro_batches, splitting),
         optimizer=optimizer,
         devices=devices,
-        windows=prepared.rows.windows(prepared.batch_settings, rank=devices.rank, world=devices.world),
+        windows=planned.rows.windows(planned.batch_settings, rank=devices.rank, world=devices.world),
         training=recipe.training,
         evaluation=recipe.evaluation,
         warmup_steps=plan.warmup_steps,
         state=state,
         save=lambda: save_run(session, run, fingerprint),
-        evaluate=_make_evaluate(session, prepared, model, state),
-        keep_rows=_make_keep_rows(session, prepared),
+        evaluate=_make_evaluate(session, planned, model, state),
+        keep_rows=_make_keep_rows(session, planned),
         keep_pictures=partial(_keep_pictures, session),
         stop_signal=lambda: session.stop_signal(state.step),
         peak_bytes=session.peak_bytes,
         warn=session.console.warn,
         shows=recipe.objective.shows,
     )
-    if devices.world > 1 and not prepared.batch_settings.rank_speeds:  # else faster ranks make more forwards
-        run.spare = dry_run_batch(run, cut_batch(prepared.largest_batch, run.objective.rows, sequences=1))
+    if devices.world > 1 and not planned.batch_settings.rank_speeds:  # else faster ranks make more forwards
+        run.spare = dry_run_batch(run, cut_batch(planned.largest_batch, run.objective.rows, sequences=1))
     if plan.tries_longest_batch or session.dry_run:
-        _try_longest(session, prepared, run)
+        _try_longest(session, planned, run)
     add_seconds(state.seconds, session.seconds)
     return plan, run
 
 
-def _load_companions(session: Session, prepared: RunInputs) -> dict[str, Companion]:
+def _load_companions(session: Session, planned: Planned) -> dict[str, Companion]:
     """Load the objective's companions (auxiliary models such as a teacher or a reward model)."""
-    companions = make_companions(prepared.rows.objective.companions)
+    companions = make_companions(planned.rows.objective.companions)
     with session.timed("load"):
         for companion in companions.values():
             companion.load(session.devices.device)
@@ -144,7 +145,7 @@ def _load_companions(session: Session, prepared: RunInputs) -> dict[str, Compani
 def _make_model(
     session: Session,
     plan: Plan,
-    prepared: RunInputs,
+    planned: Planned,
     base: LoadedModel,
     companions: Mapping[str, Companion],
     state: LoopState,
@@ -157,7 +158,7 @@ def _make_model(
     def attach() -> AttachedAdapter:
         adapter, state.calibration = initialise_adapter(
             base,
-            prepared,
+            planned,
             seed=recipe.training.seed,
             devices=devices,
             resumed=None if checkpoint is None else checkpoint.facts["layout"],
@@ -177,15 +178,15 @@ def _make_model(
     return model
 
 
-def _begin_companions(session: Session, prepared: RunInputs, model: TunedModel) -> dict[str, str]:
+def _begin_companions(session: Session, planned: Planned, model: TunedModel) -> dict[str, str]:
     """Let the companions (auxiliary models such as a teacher) prepare data that all steps need. Returns the sha256 of
     each file that a companion read, by recipe key."""
-    run = ModelRun(model, prepared.rows.objective.rows, session.devices.gather, CountProgress(session.console))
+    run = ModelRun(model, planned.rows.objective.rows, session.devices.gather, CountProgress(session.console))
     files: dict[str, str] = {}
     with session.timed("data"):
         for companion in model.companions.values():
             companion.writes = not session.dry_run
-            files |= companion.begin(run, prepared.rows.all)
+            files |= companion.begin(run, planned.rows.all)
     return files
 
 
@@ -201,14 +202,14 @@ def _note_changes(session: Session, state: LoopState) -> None:
         session.console.warn(f"{what}; {action}")
 
 
-def _settle_reference(prepared: RunInputs, model: TunedModel) -> None:
+def _settle_reference(planned: Planned, model: TunedModel) -> None:
     """Prepare the reference model, if the loss needs one: the policy at step 0. Either check that the base without
     adapter equals this policy, or save the adapter's state at step 0."""
-    objective = prepared.rows.objective
-    if needs_reference_state(objective, prepared.adapter):
+    objective = planned.rows.objective
+    if needs_reference_state(objective, planned.adapter):
         model.keep_reference()
     elif objective.loss.reference:
-        probe_reference(model, objective, prepared.largest_batch)
+        probe_reference(model, objective, planned.largest_batch)
 
 
 def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
@@ -220,36 +221,36 @@ def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
     return replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
 
 
-def _try_longest(session: Session, prepared: RunInputs, run: Run) -> None:
+def _try_longest(session: Session, planned: Planned, run: Run) -> None:
     """Run the longest training batch and the longest evaluation batch once. If memory is too small, this shows before
     step 1."""
-    rows = prepared.rows.evaluation
+    rows = planned.rows.evaluation
     with session.timed("try"):
-        try_longest_batch(run, prepared.largest_batch)
+        try_longest_batch(run, planned.largest_batch)
         if rows is not None:
             batches = evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size)
             split = note_split_evaluation(session, run.state)
             summed_evaluation(run.model, run.objective.evaluation_copy(), [next(batches)], run.devices, on_split=split)
     if session.dry_run and run.devices.world > 1:
-        session.console.info(speeds_text(measured_speeds(run, prepared.largest_batch)))
+        session.console.info(speeds_text(measured_speeds(run, planned.largest_batch)))
     if not run.state.reactions:
-        session.console.info(f"the longest micro-batch, {shape_text(prepared.largest_batch)}, was tried and fits")
+        session.console.info(f"the longest micro-batch, {shape_text(planned.largest_batch)}, was tried and fits")
 
 
 def _make_evaluate(
-    session: Session, prepared: RunInputs, model: TunedModel, state: LoopState
+    session: Session, planned: Planned, model: TunedModel, state: LoopState
 ) -> Callable[[], Evaluation] | None:
     """Returns a function that runs an evaluation; None if the recipe has no evaluation rows."""
-    evaluator = make_evaluator(session, prepared, model, state)
+    evaluator = make_evaluator(session, planned, model, state)
     if evaluator is None:
         return None
-    updates = prepared.rows.objective.loss.updates_per_sampling  # the run stops only where it can resume
+    updates = planned.rows.objective.loss.updates_per_sampling  # the run stops only where it can resume
     return lambda: evaluator.evaluate(lambda: session.signals.requested is not None and state.step % updates == 0)
 
 
-def make_evaluator(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> Evaluator | None:
+def make_evaluator(session: Session, planned: Planned, model: TunedModel, state: LoopState) -> Evaluator | None:
     """The evaluator of the run's evaluation rows; None if the recipe has none."""
-    recipe, rows = session.loaded.recipe, prepared.rows
+    recipe, rows = session.loaded.recipe, planned.rows
     if rows.evaluation is None:
         return None
     return Evaluator(
@@ -273,10 +274,10 @@ def _keep_pictures(session: Session, step: int, evaluation: Evaluation) -> None:
         session.folder.write_bytes(picture_name(step, number), png_bytes(pixels))
 
 
-def _make_keep_rows(session: Session, prepared: RunInputs) -> Callable[[int, Evaluation], None]:
+def _make_keep_rows(session: Session, planned: Planned) -> Callable[[int, Evaluation], None]:
     """Returns a function that writes the loss of each evaluation row to the run folder."""
-    rows = prepared.rows.evaluation
-    row_losses = None if rows is None else RowLosses(rows, prepared.rows.objective, prepared.processor.tokenizer)
+    rows = planned.rows.evaluation
+    row_losses = None if rows is None else RowLosses(rows, planned.rows.objective, planned.processor.tokenizer)
 
     def keep_rows(step: int, evaluation: Evaluation) -> None:
         if row_losses is not None and session.folder is not None and evaluation.sums.row_losses:

@@ -23,7 +23,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import JsonObject, Target
 from tunekit.training.calibrate import calibrate
-from tunekit.training.state import RunInputs
+from tunekit.training.planned import Planned
 from tunekit.tuned.originals import originals
 
 Layout = Sequence[Mapping[str, Sequence[int]]]  # a checkpoint's layout, for each group: name -> [start, *shape]
@@ -31,7 +31,7 @@ Layout = Sequence[Mapping[str, Sequence[int]]]  # a checkpoint's layout, for eac
 
 def initialise_adapter(
     base: LoadedModel,
-    planned: RunInputs,
+    planned: Planned,
     *,
     seed: int,
     devices: Devices,

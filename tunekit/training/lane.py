@@ -16,11 +16,11 @@ from tunekit.recipe.reading.trials import SweepTrial
 from tunekit.records import Plan
 from tunekit.training.engines.together import Together
 from tunekit.training.engines.window import LoopSteps, WindowRequest, answer
+from tunekit.training.planned import Planned
 from tunekit.training.session import Session
-from tunekit.training.state import RunInputs
 from tunekit.tuned.twin import TensorVersions, make_twin
 
-Load = Callable[[Session, Plan, RunInputs], LoadedModel]
+Load = Callable[[Session, Plan, Planned], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Lane:
     trial: SweepTrial
     session: Session
     plan: Plan | None = None
-    prepared: RunInputs | None = None
+    planned: Planned | None = None
     ended: bool = False
     begun: bool = False  # in this process
     error: TunekitError | None = None
@@ -62,14 +62,14 @@ class Lane:
         None if the trial must load the base for itself alone. This is so if it changes the base or streams
         the head, or if it streams layers and `runs_together` is false.
         """
-        if self.plan is None or self.prepared is None:
+        if self.plan is None or self.planned is None:
             return None
         choice, recipe = self.plan.choice, self.trial.loaded.recipe
         if recipe.adapter.trains_base or choice.streamed_head:
             return None
         if choice.streaming != "off" and not self.runs_together:
             return None
-        return BaseKey(self.prepared.model, choice.streaming)
+        return BaseKey(self.planned.model, choice.streaming)
 
     @property
     def process_settings(self) -> tuple[int | None, bool]:
@@ -83,7 +83,7 @@ class Lane:
         """Whether this trial's steps can run together with steps of other trials. This requires that no calibration or
         companion (auxiliary model) uses the base, and that the number of threads is fixed."""
         recipe = self.trial.loaded.recipe
-        companions = self.prepared is not None and self.prepared.rows.objective.companions
+        companions = self.planned is not None and self.planned.rows.objective.companions
         return not (recipe.adapter.calibration or companions or recipe.training.threads == "adaptive")
 
 
@@ -102,13 +102,13 @@ class SharedBase:
             self.base = self.versions = None
         self.key = lane.base_key
 
-    def load(self, session: Session, plan: Plan, prepared: RunInputs) -> LoadedModel:
+    def load(self, session: Session, plan: Plan, planned: Planned) -> LoadedModel:
         """Return the base, and load it first if necessary. It is loaded again if its weights have changed. A trial that
         shares the base gets separate module objects over the same weights."""
         if self.base is None or (self.versions is not None and not self.versions.unchanged()):
             self.base = self.versions = None
             gc.collect()
-            self.base = self._load(session, plan, prepared)
+            self.base = self._load(session, plan, planned)
             if self.key is not None and self.key.streaming != "off":
                 base, weights = self.base, layer_weights(self.base)
                 base.slots = make_slots(weights, base.device, tier=self.key.streaming, mapped=base.mapped)
@@ -156,12 +156,12 @@ def run_lanes(loops: Iterable[LoopSteps], together: Together) -> None:
 def refuse_changed_rows(lanes: Sequence[Lane]) -> None:
     """Raises: RunFolderError if a trial that has ended read other rows than a planned trial with the same data would,
     so that the two could not be compared."""
-    planned = [(lane, lane.prepared.rows.fingerprint) for lane in lanes if lane.prepared is not None]
+    planned_trials = [(lane, lane.planned.rows.fingerprint) for lane in lanes if lane.planned is not None]
     for lane in lanes:
         was = ((read_json(lane.path / "environment.json") or {}).get("fingerprint") or {}).get("data")
-        if was is None or lane.prepared is not None:
+        if was is None or lane.planned is not None:
             continue
-        for other, rows in planned:
+        for other, rows in planned_trials:
             if _reading(lane) == _reading(other) and rows != was:
                 what = f"{lane.trial.name} was trained on rows that have changed since"
                 raise RunFolderError(what, "restore the files of data, or choose another output.dir")

@@ -15,7 +15,7 @@ from tunekit.files.untrusted import RUN_RECORD, sha256_of
 from tunekit.memory.sharding import TIER
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.paths import NamedPath, named_paths
-from tunekit.records import Choice, JsonObject
+from tunekit.records import ExecutionSettings, JsonObject
 from tunekit.training.session import Session
 
 CLOCK_SECONDS = 30.0  # clocks that differ by more are named
@@ -24,20 +24,20 @@ CURES = {"model.dtype": "write a dtype that all of them compute, such as float32
 SAME_FILES = "give all machines the same files, or put them on a shared disk"
 
 
-def shared_choice(choices: Sequence[Choice]) -> Choice:
+def shared_execution(executions: Sequence[ExecutionSettings]) -> ExecutionSettings:
     """The choice whose `common` settings all ranks use: the micro-batches that the rank with the least memory can hold,
     and special kernels only if all ranks have them, because they round differently. It samples as
     few completions together as the rank that can hold the fewest."""
-    least = min(choices, key=lambda choice: choice.micro_batch_size or 0)
-    same = len({choice.kernels for choice in choices}) == 1
-    sampled = min(choice.sampling_batch_size for choice in choices)
+    least = min(executions, key=lambda execution: execution.micro_batch_size or 0)
+    same = len({execution.kernels for execution in executions}) == 1
+    sampled = min(execution.sampling_batch_size for execution in executions)
     kernels = least.kernels if same else "none"
     return replace(least, kernels=kernels, sampling_batch_size=sampled)
 
 
-def shard_on_all_ranks(choices: Sequence[Choice]) -> bool:
+def shard_on_all_ranks(executions: Sequence[ExecutionSettings]) -> bool:
     """Whether all ranks shard the base, because some rank must shard it."""
-    return any(choice.streaming == TIER for choice in choices)
+    return any(execution.streaming == TIER for execution in executions)
 
 
 def check_command(session: Session, options: Mapping[str, object]) -> None:

@@ -22,12 +22,13 @@ from tunekit.files.untrusted import sha256_of
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.model.compute import resolve_dtype
 from tunekit.recipe.load import dump_recipe
-from tunekit.records import Choice, EvaluationRecord, JsonObject, Plan, StepRecord
+from tunekit.records import EvaluationRecord, ExecutionSettings, JsonObject, Plan, StepRecord
 from tunekit.targets.export import facts_for_export
+from tunekit.training.planned import Planned
 from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
-from tunekit.training.state import Run, RunInputs
+from tunekit.training.state import Run
 
 OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained number in a checkpoint
 
@@ -107,23 +108,23 @@ def refuse_changed_recipe(session: Session) -> None:
         require_same(old, same, lines=session.loaded.lines, file=str(session.loaded.path))
 
 
-def previous_choice(session: Session) -> Choice | None:
+def previous_execution(session: Session) -> ExecutionSettings | None:
     """The settings in the plan of the run in this folder. A resumed run uses them again, so that its micro-batches are
     the same even if a different amount of memory is free."""
-    return session.from_folder(lambda folder: choice_in(folder.path))
+    return session.from_folder(lambda folder: execution_in(folder.path))
 
 
-def choice_in(path: Path) -> Choice | None:
+def execution_in(path: Path) -> ExecutionSettings | None:
     """The settings in the plan of a run folder; None if there is no plan.
 
     Raises: RunFolderError if an older version trained the run with compiled layers.
     """
     plan = read_json(path / "plan.json")
-    choice = plan.get("choice") if isinstance(plan, dict) else None
-    if choice is not None and choice.pop("compiled", False):
+    execution = plan.get("choice") if isinstance(plan, dict) else None
+    if execution is not None and execution.pop("compiled", False):
         what = "the run was trained with compiled layers (training.compile), which were removed and rounded differently"
         raise RunFolderError(what, "start a new run in another output.dir", file=str(path / "plan.json"))
-    return None if choice is None else Choice(**choice)
+    return None if execution is None else ExecutionSettings(**execution)
 
 
 def check_fingerprint(
@@ -208,20 +209,20 @@ def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
     return None if environment is None else environment.get("fingerprint")
 
 
-def announce_run(session: Session, plan: Plan, prepared: RunInputs) -> None:
+def announce_run(session: Session, plan: Plan, planned: Planned) -> None:
     """Write the status "running" to the run folder, and check the free disk space.
 
     Raises: ResourceError if the disk is too small for the run's files.
     """
     if session.folder is not None:
         session.folder.status(None, "running")
-        session.folder.require_free_bytes(folder_bytes(session, plan, prepared))
+        session.folder.require_free_bytes(folder_bytes(session, plan, planned))
 
 
-def folder_bytes(session: Session, plan: Plan, prepared: RunInputs) -> int:
+def folder_bytes(session: Session, plan: Plan, planned: Planned) -> int:
     """The bytes of the adapter and of training.keep_checkpoints + 1 checkpoints: an old checkpoint is deleted only
     after a new one is complete."""
-    of_checkpoint = OPTIMIZER_COPIES + needs_reference_state(prepared.rows.objective, prepared.adapter)
+    of_checkpoint = OPTIMIZER_COPIES + needs_reference_state(planned.rows.objective, planned.adapter)
     copies = of_checkpoint * (session.loaded.recipe.training.keep_checkpoints + 1) + 1
     return plan.trainable_parameters * torch.float32.itemsize * copies
 

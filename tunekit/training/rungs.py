@@ -100,10 +100,10 @@ def most_settings(limits: Limits | None, results: SweepResults, lanes: Sequence[
 def rung_of(lane: Lane, left: int) -> int | None:
     """The step at which a trial is compared next; None if its run ends before. `left`: the number of comparisons
     left."""
-    if lane.plan is None or lane.prepared is None:
+    if lane.plan is None or lane.planned is None:
         return None
     every = lane.trial.loaded.recipe.training.eval_steps
-    sampling = lane.prepared.rows.objective.loss.updates_per_sampling
+    sampling = lane.planned.rows.objective.loss.updates_per_sampling
     step = rung_step(lane.steps, left, math.lcm(every, sampling))
     return step if step < lane.steps else None
 

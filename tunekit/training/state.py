@@ -8,12 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch, Engine, Objective, Processor, Window, WindowSource
-from tunekit.data.batching.windows import BatchSettings
-from tunekit.data.rows import RowSet
 from tunekit.evaluation.evaluator import Evaluation, is_better
 from tunekit.machine.cpu_times import CpuTimes
 from tunekit.machine.devices import Devices
-from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
@@ -65,20 +62,6 @@ class LoopState:
         return False
 
 
-@dataclass(frozen=True)
-class RunInputs:
-    """Results of planning that training needs: rows, batch settings, adapter settings, the largest batch."""
-
-    model: ModelSection  # includes the heads that the objective needs
-    processor: Processor
-    rows: RowSet
-    batch_settings: BatchSettings  # with the micro-batches that plan chose
-    adapter: AdapterSettings  # with its texts as token ids
-    largest_batch: Batch  # the largest micro-batch of the run; for a stream, of the largest possible size
-    learned_length: int | None = None  # tokens of a row for which the base has learned positions
-    kernel_packages: tuple[str, ...] = ()  # packages whose kernels the base uses on a GPU
-
-
 @dataclass
 class Run:
     """A run: its model, objective, data and state. All ranks call `save` and `evaluate`."""
@@ -127,9 +110,9 @@ class Run:
 
     def prepare_step(self, window: Window) -> Window:
         """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
-        prepared = self.objective.prepare_step(self.view(), window, self.earlier)
-        self.earlier = prepared if self.objective.loss.updates_per_sampling > 1 else None
-        return prepared
+        planned = self.objective.prepare_step(self.view(), window, self.earlier)
+        self.earlier = planned if self.objective.loss.updates_per_sampling > 1 else None
+        return planned
 
     @property
     def can_resume(self) -> bool:

@@ -72,9 +72,7 @@ def _has_used_folds(folder: Path) -> bool:
 def require_space(folder: Path, lanes: Sequence[Lane]) -> None:
     """Refuse to start if the disk is too small for the files of all trials. Raises: ResourceError."""
     sizes = [
-        folder_bytes(lane.session, lane.plan, lane.prepared)
-        for lane in lanes
-        if lane.plan and lane.prepared is not None
+        folder_bytes(lane.session, lane.plan, lane.planned) for lane in lanes if lane.plan and lane.planned is not None
     ]
     free, needed = free_bytes(folder), sum(sizes) + max(sizes, default=0)
     if free < needed:

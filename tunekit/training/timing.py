@@ -19,8 +19,9 @@ from tunekit.training.assemble import assemble_run, make_evaluator
 from tunekit.training.halving import halving_seconds
 from tunekit.training.lane import Lane, Load
 from tunekit.training.loop import run_loop
+from tunekit.training.planned import Planned
 from tunekit.training.session import Session
-from tunekit.training.state import Run, RunInputs
+from tunekit.training.state import Run
 
 STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not counted, and evaluation batches
 
@@ -65,7 +66,7 @@ def step_tokens(plan: Plan) -> float:
     return plan.rows.training.tokens / per_epoch if per_epoch else plan.supervised_tokens / plan.steps
 
 
-def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load) -> Costs | None:
+def measure_costs(session: Session, plan: Plan, planned: Planned, load: Load) -> Costs | None:
     """Measure the costs of a run without writing any file. None if loss or gradient become non-finite at once.
 
     Raises: TunekitError if the run cannot be assembled.
@@ -73,9 +74,9 @@ def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load)
     session, records = replace(session, last_step=STEPS, seconds={}), list[StepRecord]()
     torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
     with deterministic_kernels(session.loaded.recipe.training.deterministic):
-        base = load(session, plan, prepared)
+        base = load(session, plan, planned)
         started = time.monotonic()
-        plan, run = assemble_run(session, plan, prepared, base, {})
+        plan, run = assemble_run(session, plan, planned, base, {})
         prepare = time.monotonic() - started
         run.record = lambda record: records.append(record) if isinstance(record, StepRecord) else None
         run.save, run.evaluate = lambda: None, None
@@ -86,17 +87,17 @@ def measure_costs(session: Session, plan: Plan, prepared: RunInputs, load: Load)
         except Stopped:
             if session.signals.requested:
                 raise
-        first_evaluation, evaluation = _evaluation_seconds(session, plan, prepared, run)
+        first_evaluation, evaluation = _evaluation_seconds(session, plan, planned, run)
     counted = records[1:] or records
     token = median(record.seconds / max(record.tokens, 1) for record in counted)
     return Costs(session.seconds.get("load", 0.0), prepare, token, evaluation, first_evaluation)
 
 
-def _evaluation_seconds(session: Session, plan: Plan, prepared: RunInputs, run: Run) -> tuple[float, float]:
+def _evaluation_seconds(session: Session, plan: Plan, planned: Planned, run: Run) -> tuple[float, float]:
     """Seconds of an evaluation, estimated from some of its batches and one batch of generated answers: with answers of
     the model as it is, and with answers as long as the references."""
-    rows, counts = prepared.rows.evaluation, plan.rows.evaluation
-    evaluator = make_evaluator(session, prepared, run.model, run.state)
+    rows, counts = planned.rows.evaluation, plan.rows.evaluation
+    evaluator = make_evaluator(session, planned, run.model, run.state)
     if rows is None or counts is None or evaluator is None:
         return 0.0, 0.0
     objective = run.objective.evaluation_copy()
@@ -146,13 +147,13 @@ def forecast(
 ) -> TimeForecast:
     """The predicted time of planned trials. `ends`: for each comparison of successive halving, the step of each trial.
     `gain`: how many times faster steps are if all trials run together."""
-    planned = [(lane.trial.name, lane.plan, lane.trial.loaded.recipe) for lane in lanes if lane.plan is not None]
-    trials = {name: costs.of_run(plan, recipe) for name, plan, recipe in planned}
+    planned_trials = [(lane.trial.name, lane.plan, lane.trial.loaded.recipe) for lane in lanes if lane.plan is not None]
+    trials = {name: costs.of_run(plan, recipe) for name, plan, recipe in planned_trials}
     halved = None
     if ends:
         parts = {
             name: costs.of_parts(plan, recipe, [end[name] or plan.steps for end in ends])
-            for name, plan, recipe in planned
+            for name, plan, recipe in planned_trials
         }
         halved = halving_seconds(parts)
     return TimeForecast(costs, measured.trial.name, start, trials, halved, gain)

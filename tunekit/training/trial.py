@@ -13,9 +13,10 @@ from tunekit.evaluation.probes import TOLERANCE, bypass_difference, logprob_diff
 from tunekit.machine.devices import forked_random
 from tunekit.memory.splitting import Splitting
 from tunekit.records import Reaction
+from tunekit.training.planned import Planned
 from tunekit.training.reached import reaching_all
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Run, RunInputs
+from tunekit.training.state import LoopState, Run
 from tunekit.tuned.model import TunedModel
 
 BEFORE_TRAINING = -1  # the step of a dry-run window
@@ -23,28 +24,28 @@ TIMED = 3  # the first time may include the compilation of kernels
 NEARLY_EQUAL = 0.9  # speeds of ranks that differ by less are called equal
 
 
-def probe_layout(session: Session, prepared: RunInputs, model: TunedModel, state: LoopState) -> RunInputs:
+def probe_layout(session: Session, planned: Planned, model: TunedModel, state: LoopState) -> Planned:
     """Check, on token ids of the run, whether rows in the same sequence can attend to each other. If they can and the
-    recipe does not set data.packing, return `prepared` with padded rows.
+    recipe does not set data.packing, return `planned` with padded rows.
 
     Raises: ModelError if they can and the recipe sets data.packing.
     """
-    settings, batch = prepared.batch_settings, prepared.largest_batch
+    settings, batch = planned.batch_settings, planned.largest_batch
     if not (settings.packing or settings.end_to_end):
-        return prepared
+        return planned
     leak = packing_leak(model, batch.inputs["input_ids"])
     if leak <= TOLERANCE[model.base.dtype]:
-        return prepared
+        return planned
     what = f"packed rows attend to each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
     if settings.packing:
         raise ModelError(what, "set data.packing: false", key="data.packing")
     reaction = Reaction(what, "rows are padded instead", state.step)
     state.reactions.append(asdict(reaction))
     session.console.warn(f"{reaction.probe}; {reaction.action}")
-    objective = prepared.rows.objective.laid_out(end_to_end=False)
+    objective = planned.rows.objective.laid_out(end_to_end=False)
     padded = objective.rows.collate([[row] for row in batch.rows])
-    rows = replace(prepared.rows, objective=objective)
-    return replace(prepared, rows=rows, batch_settings=replace(settings, end_to_end=False), largest_batch=padded)
+    rows = replace(planned.rows, objective=objective)
+    return replace(planned, rows=rows, batch_settings=replace(settings, end_to_end=False), largest_batch=padded)
 
 
 def probe_reference(model: TunedModel, objective: Objective, batch: Batch) -> None:

@@ -22,19 +22,19 @@ from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weigh
 from tunekit.memory.tiling import tile_layers
 from tunekit.memory.vocabulary import HeadParts, head_obstacle, stream_head
 from tunekit.model.load import LoadedModel
-from tunekit.records import Choice
+from tunekit.records import ExecutionSettings
 from tunekit.tuned.model import TunedModel
 
 
 def prepare_network(
     base: LoadedModel,
-    choice: Choice,
+    execution: ExecutionSettings,
     attach: Callable[[], AttachedAdapter] | None = None,
     *,
     planned_for: torch.device | None = None,
     devices: Devices | None = None,
 ) -> TunedModel:
-    """Add the features that `choice` selects to the base's network, in this order: checkpointing, adapter, MLPs in
+    """Add the features that `execution` selects to the base's network, in this order: checkpointing, adapter, MLPs in
     tiles, faster kernels, streaming.
 
     `attach` attaches the adapter. The layers already have seeds and checkpointing then, because an initialisation with
@@ -43,27 +43,27 @@ def prepare_network(
     Raises: ModelError if an MLP cannot be computed in tiles, and the errors of `attach`.
     """
     layers, frozen = base.family.layers(base.net), layer_weights(base)
-    tables = divided_tables(base) if choice.streaming == TIER else []
+    tables = divided_tables(base) if execution.streaming == TIER else []
     modules = [layer for _, layer in layers]
-    store = make_store(choice.activation_offload, planned_for or base.device, simulated=planned_for is not None)
-    prepare_layers(modules, choice.checkpointed_layers, store)
+    store = make_store(execution.activation_offload, planned_for or base.device, simulated=planned_for is not None)
+    prepare_layers(modules, execution.checkpointed_layers, store)
     shared = None if attach is None else shared_slots(base)
     with nullcontext() if shared is None else shared.on_host():
         adapter = None if attach is None else attach()
-    if choice.mlp_tile_tokens is not None:
+    if execution.mlp_tile_tokens is not None:
         hidden = torch.empty(0, base.facts.hidden_size, dtype=base.dtype, device=base.device)  # (0, D)
-        tile_layers(layers, choice.mlp_tile_tokens, hidden)
-    if choice.kernels == "liger":
+        tile_layers(layers, execution.mlp_tile_tokens, hidden)
+    if execution.kernels == "liger":
         use_liger(base.net)
-    if choice.kernels == "native" and planned_for is None:
+    if execution.kernels == "native" and planned_for is None:
         use_native(base.net)
-    if choice.streaming == TIER:
+    if execution.streaming == TIER:
         used = [(weight, modules) for weight in tables if (modules := _plain_users(base.net, weight))]
-        slots: LayerSlots | None = shard_base(base, frozen, used, choice.shares, devices)
+        slots: LayerSlots | None = shard_base(base, frozen, used, execution.shares, devices)
     else:
-        slots = stream_base(base, frozen, choice.streaming)
-    parts = _streamed_head(base, choice)
-    return TunedModel(base, adapter, store, slots, choice.logits_chunk_tokens, parts)
+        slots = stream_base(base, frozen, execution.streaming)
+    parts = _streamed_head(base, execution)
+    return TunedModel(base, adapter, store, slots, execution.logits_chunk_tokens, parts)
 
 
 def _plain_users(net: nn.Module, weight: Tensor) -> list[nn.Module]:
@@ -74,14 +74,14 @@ def _plain_users(net: nn.Module, weight: Tensor) -> list[nn.Module]:
     return [] if weight.requires_grad or any(id(user) in wrapped for user in users) else users
 
 
-def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
+def _streamed_head(base: LoadedModel, execution: ExecutionSettings) -> HeadParts | None:
     """Prepare the output projection for streaming in parts; None if it is not streamed.
 
     Raises: ModelError if this base's output projection cannot be streamed.
     """
-    if not choice.streamed_head:
+    if not execution.streamed_head:
         return None
-    name, tier = base.family.head_name(base.net), "host" if choice.streaming == "off" else choice.streaming
+    name, tier = base.family.head_name(base.net), "host" if execution.streaming == "off" else execution.streaming
     if not kind_of(base.device).own_memory:
         tier = "disk"  # it stays in its file
     module = None if name is None else base.net.get_submodule(name)
@@ -89,7 +89,7 @@ def _streamed_head(base: LoadedModel, choice: Choice) -> HeadParts | None:
     if module is None or obstacle is not None:
         what = obstacle or "the base has no output projection"
         raise ModelError(what, "write false", key="memory.streamed_head")
-    embedding = host_embedding(base) if choice.streaming == "off" and base.device.type != "meta" else None
+    embedding = host_embedding(base) if execution.streaming == "off" and base.device.type != "meta" else None
     if embedding is not None:  # otherwise layer streaming has already done this
         gather_on_host(embedding, base.device)
     return stream_head(cast(nn.Linear, module), base.device, tier, base.net)
