@@ -320,3 +320,21 @@ def test_what_waits_is_counted_on_the_host_on_a_gpu_and_saves_nothing_on_a_cpu(l
     plain, waiting = (simulated(llama, "cpu", LAYERS, activation_offload=way) for way in ("auto", True))
     assert waiting.total >= plain.total
     assert waiting.offloaded == 0
+
+
+def test_a_recomputed_layer_has_the_same_dropout_outside_a_step() -> None:
+    """A forward that is not seeded stores the generator's state instead."""
+    layer = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    plain = layer.forward
+    gradients = []
+    for checkpointed in (0, 1):
+        layer.forward = plain  # type: ignore[method-assign]
+        prepare_layers([layer], checkpointed)
+        layer.zero_grad()
+        x = torch.ones(4, 8, requires_grad=True)
+        torch.manual_seed(3)
+        y = layer(x)
+        torch.manual_seed(11)  # something else draws before the backward pass
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)

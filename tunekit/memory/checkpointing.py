@@ -22,8 +22,8 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: Bounda
     """Seed the random numbers of every layer when it starts, and recompute the first `checkpointed` layers in the
     backward pass.
 
-    A layer's random numbers are a function of (seed, step, micro-batch, layer). So the recomputation draws the same
-    dropout masks as the forward, and no state of random generators is stored.
+    In a seeded Call, a layer's random numbers are a function of (seed, step, micro-batch, layer). So the recomputation
+    draws the same dropout masks as the forward, and no state of random generators is stored.
     `store`: stores the inputs of recomputed layers. The input of the last recomputed layer stays on the device, because
     it is needed again at once.
     """
@@ -62,7 +62,7 @@ def _checkpoint_layer(
             stand_in,
             *others,
             use_reentrant=False,
-            preserve_rng_state=False,
+            preserve_rng_state=not call.seeded,
             context_fn=lambda: (contextlib.nullcontext(), calling(call)),
             **named,
         )
