@@ -105,7 +105,7 @@ def real_step(run: SimulatedRun, batch: Any) -> Simulation:
     """The same step as SimulatedRun.training_step with values, followed by the same tracker."""
     base = load_model(run.model, device=CPU)
     head = base.family.head_name(base.net)
-    tuned = prepare_network(base, run.choice, partial(attach_adapter, base.net, run.adapter, seed=0, head_name=head))
+    tuned = prepare_network(base, run.execution, partial(attach_adapter, base.net, run.adapter, seed=0, head_name=head))
     adapter = tuned.adapter
     assert adapter is not None
     tracker = StorageTracker(CPU)

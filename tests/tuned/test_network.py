@@ -66,7 +66,7 @@ def test_a_simulation_counts_other_kernels(tiny_llama: Path) -> None:
     rows = make_rows(2, shortest=256, longest=256)
     batch = objective_of().rows.collate([[rows[0]], [rows[1]]])
     plain, liger = (
-        replace(run, choice=choice).training_step(batch).peak["activations"]
+        replace(run, execution=choice).training_step(batch).peak["activations"]
         for choice in (small, replace(small, kernels="liger"))
     )
     assert liger < plain
