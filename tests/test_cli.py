@@ -34,6 +34,7 @@ from tunekit.machine.variables import ENVIRONMENT
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.load import check_draft, load_recipe, read_draft
 from tunekit.recipe.reading.shipped import shipped_recipes
+from tunekit.training import begin
 from tunekit.validate import CHECKED
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "rich", "tunekit.model", "tunekit.train")
@@ -654,20 +655,19 @@ def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.Monke
         pass
 
     before = gc.get_threshold()
-    run = SimpleNamespace(state=SimpleNamespace(step=0))
+    run = SimpleNamespace(train=stop)
     plan = SimpleNamespace(choice=SimpleNamespace(threads=None))
     monkeypatch.setattr(tunekit.train, "plan_session", lambda *_: (plan, None))
-    monkeypatch.setattr(tunekit.train, "print_plan", lambda *_: None)
-    monkeypatch.setattr(tunekit.train, "check_run", lambda *_: {})
-    monkeypatch.setattr(tunekit.train, "load_base", lambda *_: None)
-    monkeypatch.setattr(tunekit.train, "assemble_run", lambda *_: (None, run))
-    monkeypatch.setattr(tunekit.train.run_files, "announce_run", lambda *_: None)
-    monkeypatch.setattr(tunekit.train.run_files, "make_trackers", stop)
+    monkeypatch.setattr(begin, "print_plan", lambda *_: None)
+    monkeypatch.setattr(begin, "check_run", lambda *_: {})
+    monkeypatch.setattr(begin, "load_base", lambda *_: None)
+    monkeypatch.setattr(begin, "assemble_run", lambda *_: (None, run))
+    monkeypatch.setattr(begin.run_files, "announce_run", lambda *_: None)
     try:
         gc.set_threshold(*WHILE_STARTING)
         session = SimpleNamespace(signals=SimpleNamespace(at_once=lambda _: nullcontext()))
         with pytest.raises(Reached):
             tunekit.train.train_session(session, False)
-        assert gc.get_threshold() == tunekit.train.ORDINARY_COLLECTION
+        assert gc.get_threshold() == begin.ORDINARY_COLLECTION
     finally:
         gc.set_threshold(*before)

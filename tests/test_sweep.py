@@ -30,7 +30,7 @@ from tunekit.files import durable
 from tunekit.files.durable import write_json
 from tunekit.planning.announce import summary
 from tunekit.recipe.reading.trials import load_sweep
-from tunekit.training import assemble, sweep_folder
+from tunekit.training import sweep_folder
 
 KEYS = {"training.learning_rate": [0.001, 0.01], "adapter.method": ["lora", "dora"]}
 TRIALS = [f"learning_rate={rate},method={method}" for rate in (0.001, 0.01) for method in ("lora", "dora")]
@@ -93,16 +93,18 @@ def at_save(number: int, action: Callable[[], Any]) -> Callable[[], None]:
     """Makes a child call `action` in place of its checkpoint with this number, from 0."""
 
     def install() -> None:
-        save, count = assemble.save_run, 0
+        from tunekit.training.run import Run
 
-        def counted(*arguments: Any) -> None:
+        save, count = Run.save, 0
+
+        def counted(run: Run) -> None:
             nonlocal count
             count += 1
             if count - 1 == number:
                 action()
-            save(*arguments)
+            save(run)
 
-        assemble.save_run = counted
+        Run.save = counted  # type: ignore[method-assign]
 
     return install
 

@@ -18,7 +18,6 @@ from tunekit.errors import NumericsError
 from tunekit.files import durable
 from tunekit.planning import lanes
 from tunekit.recipe.reading.trials import load_sweep
-from tunekit.training.engines.together import Together
 
 KEYS = {"training.learning_rate": [0.01, 0.001], "adapter.method": ["lora", "dora"]}
 LORA, DORA = (f"learning_rate=0.01,method={method}" for method in ("lora", "dora"))
@@ -65,13 +64,16 @@ def assert_equal_to_solo(folder: Path, solo: Solo, *names: str) -> None:
 
 def count_windows() -> None:
     """Makes a child print how many windows run together."""
-    run = Together._run
+    from tunekit.training import streaming
 
-    def counted(self: Together, requests: Any) -> Any:
-        print(f"windows together: {len(requests)}")
-        return run(self, requests)
+    run = streaming._run_groups
 
-    Together._run = counted  # type: ignore[method-assign]
+    def counted(attempts: Any, **named: Any) -> None:
+        if len(attempts) > 1:
+            print(f"windows together: {len(attempts)}")
+        run(attempts, **named)
+
+    streaming._run_groups = counted
 
 
 def sizes_of(ended: Ended) -> list[int]:
@@ -142,13 +144,16 @@ def test_a_full_folder_ends_only_its_trial(recipe: Path, solo: Solo, tmp_path: P
 @pytest.mark.drawn
 def test_a_window_that_fails_together_runs_alone(recipe: Path, solo: Solo, tmp_path: Path) -> None:
     def lack_memory() -> None:
-        run = Together._run
+        from tunekit.training import streaming
 
-        def failing(self: Together, requests: Any) -> Any:
-            run(self, requests)
-            raise MemoryError("not enough memory")
+        run = streaming._run_groups
 
-        Together._run = failing  # type: ignore[method-assign]
+        def failing(attempts: Any, **named: Any) -> None:
+            run(attempts, **named)
+            if len(attempts) > 1:
+                raise MemoryError("not enough memory")
+
+        streaming._run_groups = failing
 
     ended = sweep(recipe, tmp_path / "all", before=lack_memory)
     assert ended.code == 0, ended.output

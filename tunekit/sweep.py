@@ -13,7 +13,6 @@ from types import MappingProxyType
 
 import torch
 
-from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.report.sweep_results import SweepResults, sweep_results
 from tunekit.artifacts.run import read_json
 from tunekit.console import Console
@@ -33,14 +32,12 @@ from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.trials import LoadedSweep, load_sweep, refuse_values
 from tunekit.records import Plan
-from tunekit.train import load_base, session_steps
 from tunekit.training import run_files
 from tunekit.training.automatic import AUTO_NAME, AutomaticChoice, choice_record, choose_values, earlier_choice
-from tunekit.training.engines.together import Together
-from tunekit.training.engines.window import LoopSteps
+from tunekit.training.begin import load_base
 from tunekit.training.folds import fold_notes, write_folds
 from tunekit.training.halving import dropped_settings, rung_count
-from tunekit.training.lane import Lane, SharedBase, refuse_changed_rows, run_lanes
+from tunekit.training.lane import Lane, SharedBase, refuse_changed_rows
 from tunekit.training.rungs import (
     RUNGS_NAME,
     Limits,
@@ -66,6 +63,7 @@ from tunekit.training.sweep_folder import (
 )
 from tunekit.training.timing import STEPS as MEASURED_STEPS
 from tunekit.training.timing import Costs, measure_costs
+from tunekit.training.together import opened_trial, train_together
 
 MOST_NAMED = 4  # trials that a message names
 
@@ -293,40 +291,11 @@ def _train_lanes(
         started = time.monotonic()
         with deterministic_kernels(group[0].trial.loaded.recipe.training.deterministic):
             ends_of = [None if ends is None else ends[lane.trial.name] for lane in group]
-            loops = (_lane_steps(*pair, base, resume, len(group) > 1) for pair in zip(group, ends_of, strict=True))
-            run_lanes(loops, Together(console.warn))
+            openings = (opened_trial(*pair, base, resume, len(group) > 1) for pair in zip(group, ends_of, strict=True))
+            train_together(openings, console.warn)
         seconds, steps = seconds + time.monotonic() - started, steps + sum(lane.steps for lane in group)
         gc.collect()
         reset_host_peak()
-
-
-def _lane_steps(lane: Lane, end: int | None, base: SharedBase, resume: bool, named: bool) -> LoopSteps:
-    """Train one lane (trial) to its end, or to the step `end`. Yields each window (the micro-batches of a step), which
-    the caller runs. An error is stored in the lane. `named`: printed lines begin with the lane's name.
-
-    Raises: Stopped after a stop signal.
-    """
-    resume = resume or lane.begun
-    if end is not None and any(step >= end for step, _ in list_checkpoints(lane.path / "checkpoints")):
-        return
-    console = lane.session.console.named(lane.trial.name) if named else lane.session.console
-    seconds = {} if lane.begun else lane.session.seconds
-    session = replace(lane.session, last_step=end, seconds=seconds, console=console)
-    assert lane.plan is not None
-    assert lane.planned is not None
-    planned_run, lane.begun, lane.ended = (lane.plan, lane.planned), True, True
-    try:
-        with run_files.locked_folder(session, lane.path, resume, overwrite=False):
-            yield from session_steps(session, resume, planned_run, base.load)
-    except Stopped as stop:
-        lane.ended = False  # it pauses
-        if session.signals.requested is not None:
-            raise Stopped(f"{lane.trial.name}: {stop}", stop.exit_code - 128) from stop
-    except TunekitError as error:
-        lane.session.console.warn(f"{lane.trial.name}: {error}")
-        lane.error = type(error).of(error.problems)  # without the traceback, which would keep the lane's tensors
-    if lane.ended:
-        lane.planned = None
 
 
 def _train_by_halves(

@@ -68,25 +68,22 @@ from tunekit.machine.variables import ENVIRONMENT
 os.environ.update(ENVIRONMENT)
 import torch
 torch.set_num_threads(1)
-from tunekit.training.engines.together import Together
-from tunekit.training.engines.window import WindowEngine
-ends = []
-def timed(run):
-    def call(*values):
-        result = run(*values)
+from tunekit.training.engine import Engine
+ends, run = [], Engine.run
+def timed(engine, works):
+    results = run(engine, works)
+    if any(work.window.step >= 0 for work in works):  # not the longest batch, which is tried before training
         ends.append(time.process_time())
-        return result
-    return call
+    return results
+Engine.run = timed
 verb, recipe, *overrides = sys.argv[1:]
 if verb == "sweep":
     from tunekit.recipe.reading.trials import load_sweep
     from tunekit.sweep import sweep_verb
-    Together._run = timed(Together._run)
     sweep_verb(load_sweep(recipe, overrides), False, None)
 else:
     from tunekit.recipe.load import load_recipe
     from tunekit.train import train_verb
-    WindowEngine.run_window = timed(WindowEngine.run_window)
     train_verb(load_recipe(recipe, overrides), False, False)
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({{"ends": ends, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}}))

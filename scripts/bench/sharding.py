@@ -42,12 +42,12 @@ SAMPLE_SECONDS = 0.002
 
 def measure_loading(file: Path) -> None:
     """In a rank's process: write the base's bytes and the peak of loading to `file` with the rank's number, and end."""
-    from tunekit import train
     from tunekit.machine.malloc import trim_heap
     from tunekit.machine.memory import status_bytes
+    from tunekit.training import begin
     from tunekit.tuned import network
 
-    load, shard, stream = train.load_base, network.shard_base, network.stream_base
+    load, shard, stream = begin.load_base, network.shard_base, network.stream_base
     values: dict[str, Any] = {}
     samples: list[int] = []
     ended = threading.Event()
@@ -98,7 +98,7 @@ def measure_loading(file: Path) -> None:
     def in_memory(base: Any) -> int:
         return sum({id(each): min(each.nbytes, each.untyped_storage().nbytes()) for each in frozen(base)}.values())
 
-    train.load_base, network.shard_base, network.stream_base = loaded, sharded, streamed
+    begin.load_base, network.shard_base, network.stream_base = loaded, sharded, streamed
 
 
 def touch_libraries() -> None:

@@ -30,7 +30,7 @@ from tunekit.objectives.rows.sequences import sequence_parts
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
-from tunekit.training.engines.window import WindowEngine
+from tunekit.training.engine import Engine, StepWork
 from tunekit.tuned.model import TunedModel
 
 MEDIAN_TOKENS, SPREAD, SHORTEST = 180, 0.6, 16
@@ -89,9 +89,13 @@ def measure(model: TunedModel, objective: Objective, batch: Batch, repeats: int)
             for name, (attention, groups) in VARIANTS.items():
                 switch.choose(attention, groups)
                 started = time.process_time()
-                loss, _ = WindowEngine(0).run_window(model, objective, window, units)
+                [result] = Engine().run([StepWork(model, objective, window, units, 0)])
                 seconds = min(time.process_time() - started, found.get(name, {}).get("seconds", float("inf")))
-                found[name] = {"seconds": seconds, "loss": float(loss), "tokens_per_second": batch.tokens / seconds}
+                found[name] = {
+                    "seconds": seconds,
+                    "loss": float(result.checked().total),
+                    "tokens_per_second": batch.tokens / seconds,
+                }
     return found
 
 

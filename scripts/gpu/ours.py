@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,22 @@ from shapes import Row
 from work import Windows, objective_of
 
 from tunekit.adapters.attach import attach_adapter
+from tunekit.console import Console
 from tunekit.machine.devices import make_devices
+from tunekit.machine.signals import StopSignals
 from tunekit.model.load import LoadedModel
+from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.model import ModelSection
+from tunekit.recipe.output import OutputSection
+from tunekit.recipe.recipe import Recipe
 from tunekit.records import StepRecord
-from tunekit.training.engines.streaming import make_engine
-from tunekit.training.loop import run_loop
 from tunekit.training.optimizers import make_optimizer
-from tunekit.training.state import LoopState, Run
+from tunekit.training.run import Run
+from tunekit.training.session import Session
+from tunekit.training.state import LoopState
+from tunekit.training.streaming import make_engine
 from tunekit.tuned.network import prepare_network
 
 
@@ -42,7 +51,7 @@ def run_row(
     loaded = time.monotonic() - started
     found = reset_peaks(device)
     keep({"load_seconds": loaded, "attention": base.facts.attention, **found})
-    run_loop(run)
+    run.train()
     peaks = device_peaks(device)
     return {
         **found,
@@ -82,18 +91,25 @@ def _run(
             records.append(each)
             keep(_curve(records) | device_peaks(device))
 
-    run = Run(
-        model=model,
-        objective=objective_of(row),
-        engine=make_engine(0, model.slots, row.pass_size),
-        optimizer=make_optimizer(training, model.adapter),
-        devices=make_devices(),
-        windows=Windows(row),
+    recipe = Recipe(
+        model=ModelSection(name_or_path=row.model),
+        data=DataSection.model_validate({"train": [{"path": "rows.jsonl"}]}),
         training=training,
-        evaluation=EvaluationSection(),
-        warmup_steps=0,
-        state=LoopState(),
-        save=lambda: None,
-        record=record,
+        output=OutputSection(dir="no-run"),
     )
+    session = Session(LoadedRecipe(recipe, Path("recipe.yaml")), make_devices(), Console(enabled=False), StopSignals())
+    run = Run(
+        session,
+        model,
+        objective_of(row),
+        make_engine(model),
+        make_optimizer(training, model.adapter),
+        Windows(row),
+        training,
+        EvaluationSection(),
+        0,
+        LoopState(),
+        micro_batches_per_pass=row.pass_size,
+    )
+    run.record, run.save = record, lambda: None  # type: ignore[method-assign]
     return run, records

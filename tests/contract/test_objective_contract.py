@@ -18,6 +18,7 @@ from tests.support.image_case import held_picture
 from tests.support.loop_case import CPU, ListedRows
 from tests.support.pair_case import parts_of
 from tests.support.speech_case import held_sound, write_sounds, write_tiny_whisper
+from tests.support.steps import run_step
 from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tests.support.tiny_vit import write_tiny_vit
 from tunekit.adapters.attach import attach_adapter
@@ -63,7 +64,6 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.reading.names import known_names, settings_class
-from tunekit.training.engines.window import WindowEngine
 from tunekit.tuned.model import ModelRun, TunedModel
 
 ANSWERED = tuple(
@@ -350,9 +350,10 @@ def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter)
         with model.training_mode(True):
-            total, _ = WindowEngine(0, splitting).run_window(model, objective, window, units, len(window.batches))
+            count = len(window.batches)
+            result = run_step(model, objective, window, units, micro_batches=count, splitting=splitting)
         found.append(
-            (float(total), torch.cat([p.grad.flatten().clone() for p in trained.values() if p.grad is not None]))
+            (float(result.total), torch.cat([p.grad.flatten().clone() for p in trained.values() if p.grad is not None]))
         )
         assert sorted(row.number for batch in seen for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
         for batch in seen:

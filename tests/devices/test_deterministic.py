@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +17,11 @@ from tests.objectives.test_grpo import base, write_prompts
 from tests.support.loop_case import make_case, make_rows
 from tests.support.train_case import records
 from tests.training.test_loop import training, weights
+from tunekit.contracts import Window
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.model.attention.documents import VARLEN
-from tunekit.training import loop
+from tunekit.training.engine import StepWork
+from tunekit.training.run import Run
 
 __all__ = ["base", "whole_device"]
 
@@ -62,13 +63,13 @@ def test_cumulated_probabilities_refuse_no_deterministic_run(base: Path, tmp_pat
 def test_a_run_asks_torch_for_it_while_it_lasts(
     folder: Path, tmp_path: Path, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_step, seen = loop._make_step, set[bool]()
+    begin_step, seen = Run.begin_step, set[bool]()
 
-    def watched(run: Any, window: Any) -> Any:
+    def watched(run: Run, window: Window) -> StepWork:
         seen.add(torch.are_deterministic_algorithms_enabled())
-        return make_step(run, window)
+        return begin_step(run, window)
 
-    monkeypatch.setattr(loop, "_make_step", watched)
+    monkeypatch.setattr(Run, "begin_step", watched)
     train(tmp_path, folder, f"training.deterministic={str(wanted).lower()}", device="cuda")
     assert seen == {wanted}
     assert not torch.are_deterministic_algorithms_enabled()

@@ -23,7 +23,7 @@ from tunekit.model.attention import documents
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import StepRecord
-from tunekit.training import loop
+from tunekit.training import run as run_module
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.readings import start_reading
 
@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
     "what leaves is gone before its copy is waited for": (OFFLOAD, BoundaryStore, "_let_go", let_go_too_early),
     "gradients are cleared beside what adds to them": ({}, Optimizer, "zero_gradients", clear_elsewhere),
     "numbers are read before they are there": (
-        {}, loop, "start_reading", lambda *given: replace(start_reading(*given), copied=None),
+        {}, run_module, "start_reading", lambda *given: replace(start_reading(*given), copied=None),
     ),
 }  # fmt: skip
 
@@ -216,7 +216,7 @@ def read_after_the_first(*given: Any) -> Any:
     ("settings", "place", "function", "mistake"),
     [
         (OFFLOAD, StreamCopier, "__init__", made_for_the_first),
-        ({}, loop, "start_reading", read_after_the_first),
+        ({}, run_module, "start_reading", read_after_the_first),
     ],
     ids=["copies", "numbers"],
 )

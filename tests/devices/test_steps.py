@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,43 @@ import torch
 from tests.devices import simulated
 from tests.devices.test_mistakes import CUDA, DISK, HOST, OFFLOAD, case_of
 from tests.memory.test_streaming import WHOLE_MODEL, adapter
-from tests.support.loop_case import make_case, make_rows
+from tests.support.loop_case import Case, make_case, make_rows
 from tests.training.test_loop import training
 from tunekit.memory import vocabulary
 from tunekit.memory.streaming import gather_on_host
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, settings_class
-from tunekit.training import loop
+from tunekit.training.engine import StepResult, StepWork
 
 
-def waits_of(case: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def waits_of(case: Case) -> Counter[str]:
     """What the host waited for after the first step, while steps were sent off; reading their numbers is not in it."""
-    make_step, found = loop._make_step, Counter[str]()
+    found = Counter[str]()
 
-    def watched(run: Any, window: Any) -> Any:
+    def enter(step: int) -> None:
         simulated.DOUBLE.waits()
-        torch.cuda.set_sync_debug_mode("warn" if run.state.step else "default")
-        try:
-            return (yield from make_step(run, window))  # a step is a generator
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            found.update(simulated.DOUBLE.waits())
+        torch.cuda.set_sync_debug_mode("warn" if step else "default")
 
-    monkeypatch.setattr(loop, "_make_step", watched)
+    def leave() -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        found.update(simulated.DOUBLE.waits())
+
+    case.watch_steps(enter, leave)
     case.run()
     return found
 
 
-def test_a_planted_wait_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_wait_is_seen(folder: Path) -> None:
     """The other tests would also pass if nothing was watched."""
     case = case_of(folder)
-    run_window = case.parts.engine.run_window
 
-    def waits(*given: Any) -> Any:
+    def waits(run: Callable[[], StepResult], work: StepWork) -> StepResult:
         case.optimizer.gradients()[0].sum().item()
-        return run_window(*given)
+        return run()
 
-    case.parts.engine.run_window = waits  # type: ignore[method-assign]
-    assert waits_of(case, monkeypatch) != {}
+    case.around_steps(waits)
+    assert waits_of(case) != {}
 
 
 def section(folder: Path, dtype: str = "float32", quantization: str = "none") -> ModelSection:
@@ -71,17 +70,17 @@ STORAGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_no_storage_makes_the_host_wait(folder: Path, storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_storage_makes_the_host_wait(folder: Path, storage: str) -> None:
     settings = dict(STORAGES[storage])
     model = section(folder, **settings.pop("model", {}))
-    assert waits_of(case_of(folder, model=model, **settings), monkeypatch) == {}
+    assert waits_of(case_of(folder, model=model, **settings)) == {}
 
 
-def test_an_embedding_on_the_host_is_looked_up_without_a_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedding_on_the_host_is_looked_up_without_a_wait(folder: Path) -> None:
     """The ids are known there: asking the device for them would be a wait in every forward."""
     plain, gathered = case_of(folder, **HOST), case_of(folder, **HOST)
     gather_on_host(gathered.model.base.net.get_submodule("model.embed_tokens"), CUDA)
-    assert waits_of(gathered, monkeypatch) == {}
+    assert waits_of(gathered) == {}
     plain.run()
     assert gathered.losses == plain.losses
 
@@ -93,20 +92,20 @@ def test_a_streamed_output_projection_makes_no_wait(folder: Path, monkeypatch: p
     case.model = case.parts.model = replace(
         case.model, head_parts=vocabulary.stream_head(net.lm_head, CUDA, "host", net)
     )
-    assert waits_of(case, monkeypatch) == {}
+    assert waits_of(case) == {}
 
 
-def test_a_base_on_the_disk_waits_for_the_ring_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_on_the_disk_waits_for_the_ring_alone(folder: Path) -> None:
     """The thread that fills the ring waits for a part of it to be free; the computation does not."""
-    assert set(waits_of(case_of(folder, **DISK), monkeypatch)) <= {"event.synchronize"}
+    assert set(waits_of(case_of(folder, **DISK))) <= {"event.synchronize"}
 
 
 @pytest.mark.parametrize("method", sorted(set(known_names("adapters")) - {"bitfit", "lora"}))
-def test_no_method_makes_the_host_wait(folder: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_method_makes_the_host_wait(folder: Path, method: str) -> None:
     if settings_class("adapters", method).trains_base:
         pytest.skip("a base that is trained itself has an optimizer of its own size")
     rows, packing = make_rows(11), method not in WHOLE_MODEL
     case = make_case(
         folder, rows, training=training(max_steps=3), device=CUDA, adapter=adapter(method), packing=packing
     )
-    assert waits_of(case, monkeypatch) == {}
+    assert waits_of(case) == {}

@@ -18,33 +18,36 @@ __all__ = ["whole_device"]
 
 WATCHING = """
 import os, sys
-from contextlib import contextmanager
+from types import SimpleNamespace
 import torch
 from tests.devices import simulated
-from tunekit.training import loop
+from tests.support.loop_case import Case
+from tunekit.training.run import Run
 
 found = []
 
-@contextmanager
-def watched(run):
+def enter(step):
     simulated.DOUBLE.waits()
-    torch.cuda.set_sync_debug_mode("warn" if run.state.step else "default")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        found.extend(simulated.DOUBLE.waits())
+    torch.cuda.set_sync_debug_mode("warn" if step else "default")
 
-def watched_step(run, window):
-    with watched(run):
-        return (yield from make_step(run, window))  # a step is a generator
+def leave():
+    torch.cuda.set_sync_debug_mode("default")
+    found.extend(simulated.DOUBLE.waits())
 
-def watched_stop(run, *given):
-    with watched(run):
-        return stop_if_asked(run, *given)
+class Watched(Run):
+    def start(self):
+        Case.watch_steps(SimpleNamespace(parts=self), enter, leave)
+        return super().start()
 
-make_step, stop_if_asked = loop._make_step, loop._stop_if_asked
-loop._make_step, loop._stop_if_asked = watched_step, watched_stop
+    def _stop_if_asked(self):
+        enter(self.state.step)
+        try:
+            super()._stop_if_asked()
+        finally:
+            leave()
+
+from tunekit.training import assemble
+assemble.Run = Watched
 from tunekit.cli import main
 
 try:

@@ -297,13 +297,13 @@ def test_a_stop_during_the_tasks_of_a_run_leaves_them_out(
 ) -> None:
     def before() -> None:
         harness()
-        import tunekit.train
+        from tunekit.training import result
 
         def stop(*inputs: object, **named: object) -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(60)
 
-        tunekit.train.measure_tasks = stop  # type: ignore[assignment]
+        result.measure_tasks = stop  # type: ignore[assignment]
 
     task = write_task(tmp_path)
     sections: dict[str, Any] = {"evaluation": {"tasks": [task.name]}, "training": {"epochs": 1.0}}

@@ -13,6 +13,7 @@ from tests.adapters.test_joined_lora import unfused
 from tests.support import pair_case
 from tests.support.data_case import objective_of
 from tests.support.loop_case import Case, ListedRows, make_case, make_rows
+from tests.support.steps import run_step
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.adapters.kernels.liger import use_liger
 from tunekit.contracts import Batch, Window
@@ -21,7 +22,6 @@ from tunekit.model.attention.documents import PRODUCTS, VARLEN, _varlen
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.simpo import SimpoSettings
-from tunekit.training.engines.window import WindowEngine
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 5e-3}
 
@@ -44,8 +44,8 @@ def gradient_of(case: Case, batches: list[Batch], objective: Any = None) -> tupl
     units = torch.stack([objective.loss.units(batch) for batch in batches]).sum(0)
     window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
     with case.model.training_mode(True):
-        loss, _ = WindowEngine(0).run_window(case.model, objective, window, units)
-    return loss.cpu(), torch.cat(case.optimizer.gradients()).cpu()
+        result = run_step(case.model, objective, window, units)
+    return result.total.cpu(), torch.cat(case.optimizer.gradients()).cpu()
 
 
 def difference(ours: Tensor, reference: Tensor) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.support.train_case import records, write_recipe
 from tests.test_bench_gpu import arithmetic, planning, shapes
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.errors import NumericsError
-from tunekit.training import loop
+from tunekit.training.engine import StepResult, StepWork
 
 WITH_MEMORY = (
     "import sys, torch; torch.cuda.set_per_process_memory_fraction({share}); from tunekit.cli import main; main()"
@@ -26,42 +27,36 @@ WITH_MEMORY = (
 
 
 @pytest.mark.parametrize(("packing", "quantization"), [(False, "none"), (True, "none"), (True, "nf4")])
-def test_no_step_waits_for_the_device(
-    folder: Path, gpu: torch.device, packing: bool, quantization: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_step_waits_for_the_device(folder: Path, gpu: torch.device, packing: bool, quantization: str) -> None:
     """From the second step on any synchronizing call is an error, but for the one that reads the step before."""
     model = section(folder, "bfloat16", quantization)
     case = case_of(folder, gpu, model=model, packing=packing, training=training(max_steps=5))
     assert case.parts.reads_later
-    make_step, seen = loop._make_step, []
+    seen: set[int] = set()
 
-    def watched(run: Any, window: Any) -> Any:
-        seen.append(run.state.step)
-        if run.state.step:  # the first makes handles and work spaces
+    def enter(step: int) -> None:
+        seen.add(step)
+        if step:  # the first makes handles and work spaces
             torch.cuda.set_sync_debug_mode("error")
-        try:
-            return (yield from make_step(run, window))  # a step is a generator
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(loop, "_make_step", watched)
+    case.watch_steps(enter, lambda: torch.cuda.set_sync_debug_mode("default"))
     case.run()
-    assert seen == [0, 1, 2, 3, 4]
+    assert seen >= {0, 1, 2, 3, 4}
     assert all(math.isfinite(loss) for loss in case.losses)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(folder: Path, device: torch.device) -> None:
     case = case_of(folder, device, training=training(max_steps=6))
-    run, seen = case.parts.engine.run_window, {}
+    seen = {}
 
-    def run_window(model: Any, objective: Any, window: Any, units: Any, count: int = 1) -> Any:
-        seen[window.step + 1] = weights(case)
-        found = run(model, objective, window, units, count)
-        if window.step + 1 == 3:
+    def poison(run: Callable[[], StepResult], work: StepWork) -> StepResult:
+        seen[work.window.step + 1] = weights(case)
+        result = run()
+        if work.window.step + 1 == 3:
             case.optimizer.gradients()[0][7] = float("nan")
-        return found
+        return result
 
-    case.parts.engine.run_window = run_window  # type: ignore[method-assign]
+    case.around_steps(poison)
     with pytest.raises(NumericsError, match="step 3: the gradient is not finite"):
         case.run()
     assert_same_bits(seen.get(4, weights(case)), seen[3])  # a GPU makes step 4 before it reads step 3's numbers

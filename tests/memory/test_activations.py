@@ -116,9 +116,8 @@ def in_tiles(case: Case, tokens: int) -> Case:
 def first_gradients(case: Case) -> dict[str, Tensor]:
     """Of the first window, by name."""
     window = next(iter(case.windows.windows(0)))
-    units: Any = sum(case.parts.objective.loss.units(batch) for batch in window.batches)
     with case.model.training_mode(True):
-        case.parts.engine.run_window(case.model, case.parts.objective, window, units)
+        case.step(window)
     found = {name: tensor.grad.clone() for name, tensor in case.adapter.trained().items() if tensor.grad is not None}
     case.optimizer.zero_gradients()
     return found

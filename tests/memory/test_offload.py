@@ -198,12 +198,11 @@ def start(folder: Path, store: BoundaryStore | None, checkpointed: int, **change
     return make_case(folder, make_rows(17), training=section, checkpointed=checkpointed, store=store, **given)
 
 
-def run_window(case: Case) -> None:
+def run_step(case: Case) -> None:
     """Forward and backward of the first step."""
     window = next(iter(case.windows.windows(0)))
-    units: Any = sum(case.parts.objective.loss.units(batch) for batch in window.batches)
     with case.model.training_mode(True):
-        case.parts.engine.run_window(case.model, case.parts.objective, window, units)
+        case.step(window)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +237,7 @@ def test_a_tensor_is_on_its_way_while_the_layer_above_runs(deep_llama: Path) -> 
     case = start(deep_llama, store, LAYERS)
     for number, (_, layer) in enumerate(case.model.base.family.layers(case.model.base.net)):
         layer.self_attn.register_forward_pre_hook(lambda *_, name=str(number): order.append(name))  # type: ignore[misc]
-    run_window(case)
+    run_step(case)
     assert order[:18] == [
         *("out", "0", "out", "1", "out", "2", "out", "3", "4"),
         *("back", "4", "back", "3", "back", "2", "back", "1", "0"),
@@ -264,7 +263,7 @@ def test_evaluation_in_between_touches_nothing(deep_llama: Path, plain: dict[str
         assert len(copies.events) == before
         return Evaluation(sums, {"loss": losses[-1]})
 
-    case.parts.evaluate = evaluate
+    case.evaluate_with(evaluate)
     case.parts.training = case.training.model_copy(update={"eval_steps": 1})
     case.run()
     assert len(losses) >= 3
@@ -287,14 +286,14 @@ def test_after_a_failed_step_the_next_one_is_right(deep_llama: Path, when: str) 
 
     hook = layer.self_attn.register_forward_pre_hook(fail)  # type: ignore[union-attr, operator]
     with pytest.raises(MemoryError):
-        run_window(case)
+        run_step(case)
     assert copies.events.count("out") == LAYERS - 1
     hook.remove()
     assert (len(store), store.host_bytes) == (0, 0)
     case.optimizer.zero_gradients()
-    run_window(case)
+    run_step(case)
     other = start(deep_llama, None, 0)
-    run_window(other)
+    run_step(other)
     assert all(
         torch.equal(ours, theirs)
         for ours, theirs in zip(case.optimizer.gradients(), other.optimizer.gradients(), strict=True)
@@ -315,7 +314,7 @@ def test_without_copies_a_failed_step_keeps_no_input_either(deep_llama: Path) ->
 
     layer.self_attn.register_forward_pre_hook(fail)  # type: ignore[union-attr, operator]
     with pytest.raises(MemoryError):
-        run_window(case)
+        run_step(case)
     assert kept == [2, 2]
     assert len(store) == 0
 

@@ -23,7 +23,7 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.splitting import Splitting
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Reaction
-from tunekit.training.engines.window import WindowEngine
+from tunekit.training.engine import StepResult
 from tunekit.training.trial import try_longest_batch
 
 ROWS = make_rows(24, shortest=3, longest=20)
@@ -144,14 +144,11 @@ def failing(case: Case, *, tokens: int, where: str) -> Iterator[list[int]]:
         del case.model.output
 
 
-def gradient(case: Case, engine: WindowEngine, window: Window) -> tuple[torch.Tensor, float]:
-    units = sum(
-        (case.parts.objective.loss.units(batch) for batch in window.batches), torch.zeros(1, dtype=torch.float64)
-    )
+def gradient(case: Case, window: Window, splitting: Splitting | None = None) -> tuple[torch.Tensor, StepResult]:
     case.optimizer.zero_gradients()
     with case.model.training_mode(True):
-        total, _ = engine.run_window(case.model, case.parts.objective, window, units, len(window.batches))
-    return torch.cat(case.optimizer.gradients()).clone(), float(total)
+        result = case.step(window, micro_batches=len(window.batches), splitting=splitting)
+    return torch.cat(case.optimizer.gradients()).clone(), result
 
 
 @pytest.mark.sampled(1)
@@ -164,20 +161,20 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, wh
     groups = [(0, 1), (2, 3), (4, 5, 6), (7,)] if packed else [(0,), (9,), (17,), (3,)]
     last = [(10, 11, 12, 13)] if packed else [(5,), (6,)]
     window = Window(2, 0.0, (0, 1), (batch_of(groups), batch_of(last)))
-    expected, loss = gradient(case, WindowEngine(0), window)
+    expected, whole = gradient(case, window)
     reactions: list[Reaction] = []
-    engine = WindowEngine(0, Splitting(reactions.append))
+    splitting = Splitting(reactions.append)
     limit = 36 if packed else 30
     with failing(case, tokens=limit, where=where) as failed:
-        found, split_loss = gradient(case, engine, window)
+        found, split = gradient(case, window, splitting)
         assert failed, "something did run out of memory"
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()) + 1e-8)
-        assert split_loss == pytest.approx(loss, rel=1e-6)
-        assert len(engine.losses) == 2, "one for each micro-batch, whatever it was split into"
+        assert float(split.total) == pytest.approx(float(whole.total), rel=1e-6)
+        assert len(split.losses) == 2, "one for each micro-batch, whatever it was split into"
         assert {reaction.step for reaction in reactions} == {3}
         assert len(reactions) == len(failed)
         before = len(failed)
-        again, _ = gradient(case, engine, window)
+        again, _ = gradient(case, window, splitting)
         assert len(failed) == before, "what is as large is split before it fails"
         assert torch.equal(again, found)
     assert float(expected.abs().max()) > 0
@@ -187,7 +184,7 @@ def test_a_document_that_does_not_fit_alone_is_an_error_of_its_own(tiny_llama: P
     case = make_model(tiny_llama)
     window = Window(0, 0.0, (0,), (batch_of([(17,), (9,)]),))
     with failing(case, tokens=15, where="forward"), pytest.raises(ResourceError) as caught:
-        gradient(case, WindowEngine(0, Splitting()), window)
+        gradient(case, window, Splitting())
     assert caught.value.exit_code == 4
     assert "rows:18" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -201,7 +198,7 @@ def test_another_error_is_not_taken_for_one_of_memory(tiny_llama: Path) -> None:
 
     case.model.output = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shapes"):
-        gradient(case, WindowEngine(0, Splitting()), Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)))
+        gradient(case, Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)), Splitting())
 
 
 @pytest.mark.drawn
@@ -211,7 +208,7 @@ def test_a_run_with_split_batches_is_the_plain_run(tiny_llama: Path, where: str)
     plain.run()
     case = make_model(tiny_llama)
     reactions: list[Reaction] = []
-    case.parts.engine = WindowEngine(0, Splitting(reactions.append))
+    case.parts.splitting = Splitting(reactions.append)
     with failing(case, tokens=30, where=where):
         case.run()
     assert reactions

@@ -18,6 +18,7 @@ from tests.conftest import write_tiny_llama
 from tests.model.test_families import MODELS, make_net
 from tests.runs.test_every_method_trains import SETTINGS as SMALL_LAYERS
 from tests.support.loop_case import Case, make_case, make_rows
+from tunekit.contracts import Window
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
 from tunekit.memory.copies import StreamCopier, ThreadCopier, copy_bytes
@@ -28,7 +29,7 @@ from tunekit.model.families.stages import PROVEN
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, settings_class
 from tunekit.recipe.training import TrainingSection
-from tunekit.training.engines.streaming import StreamingEngine
+from tunekit.training.streaming import StreamingEngine
 
 LAYERS = 5
 # What small layers need in place of a method's defaults.
@@ -99,7 +100,8 @@ def test_a_forward_that_keeps_ranks_in_step_changes_no_gradient(folder: Path) ->
         run = case.parts
         run.optimizer.zero_gradients()
         batch = next(case.windows.windows(0)).batches[0]
-        run.engine.make_up(run.model, run.objective, batch, 2)
+        empty = Window(0, 0.0, (), ())
+        case.step(empty, run.objective.loss.units(batch), micro_batches=2, missing=2, spare=batch)
         assert not any(gradient.any() for gradient in run.optimizer.gradients())
 
 
@@ -189,17 +191,18 @@ def test_nothing_is_computed_below_the_lowest_trained_layer(folder: Path) -> Non
     case = make_case(folder, make_rows(23), training=training(max_steps=1), adapter=settings, streaming=streaming)
     case.run()
     # forward 5 layers; back from layer 4 (still there) to layer 3 (still there); then layer 0 for the next step
-    assert case.parts.engine.slots.copies == LAYERS + 1  # type: ignore[attr-defined]
+    assert case.parts.model.slots.copies == LAYERS + 1  # type: ignore[union-attr]
 
 
 def test_layers_cross_the_bus_twice_a_pass(folder: Path) -> None:
     case = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 99, "count": 2})
     case.run()
-    slots = case.parts.engine.slots  # type: ignore[attr-defined]
+    slots = case.model.slots
+    assert slots is not None
     assert slots.copies == 2 * LAYERS - 2  # the last two are still there at the turn
     twice = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 2, "count": 2})
     twice.run()
-    assert twice.parts.engine.slots.copies == 2 * (2 * LAYERS - 2) - 2  # type: ignore[attr-defined]
+    assert twice.parts.model.slots.copies == 2 * (2 * LAYERS - 2) - 2  # type: ignore[union-attr]
 
 
 def test_evaluation_finds_each_layer_in_its_slot(folder: Path) -> None:
@@ -216,7 +219,8 @@ def test_evaluation_finds_each_layer_in_its_slot(folder: Path) -> None:
 
 def test_no_more_layers_are_mapped_in_than_there_are_slots(folder: Path) -> None:
     case = make_case(folder, make_rows(23), training=training(), streaming={"count": 2})
-    slots = case.parts.engine.slots  # type: ignore[attr-defined]
+    slots = case.model.slots
+    assert slots is not None
     seen = []
     for blob in slots.blobs:
         bind = blob.bind
@@ -239,7 +243,8 @@ def _bound(slots: LayerSlots) -> list[int]:
 
 def test_a_layer_that_is_not_mapped_in_gives_no_number(folder: Path) -> None:
     case = make_case(folder, make_rows(5), training=training(), streaming={"count": 2})
-    slots = case.parts.engine.slots  # type: ignore[attr-defined]
+    slots = case.model.slots
+    assert slots is not None
     with slots.holding(0, 1):
         assert all(torch.isfinite(piece.tensor).all() for piece in slots.blobs[0].pieces)
         assert all(torch.isnan(piece.tensor).all() for piece in slots.blobs[4].pieces)
@@ -286,7 +291,7 @@ def test_a_late_copy_is_noticed(folder: Path, late: int) -> None:
     """The check that all others rest on: were a copy not waited for, losses or gradients would not be the same."""
     plain = run(folder, training=training(max_steps=1))
     case = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"count": 2})
-    case.parts.engine.slots.copier = LateCopier(late)  # type: ignore[attr-defined]
+    case.parts.model.slots.copier = LateCopier(late)  # type: ignore[union-attr]
     try:
         case.run()
         noticed = plain.losses != case.losses or not torch.equal(weights(plain), weights(case))
@@ -308,7 +313,7 @@ class SlowCopier(ThreadCopier):
 def test_slow_copies_change_nothing(folder: Path) -> None:
     plain = run(folder)
     case = make_case(folder, make_rows(23), training=training(), streaming={"count": 3})
-    case.parts.engine.slots.copier = SlowCopier(torch.device("cpu"))  # type: ignore[attr-defined]
+    case.parts.model.slots.copier = SlowCopier(torch.device("cpu"))  # type: ignore[union-attr]
     case.run()
     assert same((plain, case))
 
@@ -395,7 +400,6 @@ def test_a_shared_tensor_lies_in_a_blob_once() -> None:
 def test_an_engine_without_stages_says_so(folder: Path) -> None:
     case = make_case(folder, make_rows(5), training=training(), streaming={})
     case.model.base.family = type("Uncut", (), {"stages": lambda self, net: None})()  # type: ignore[assignment]
-    engine = case.parts.engine
-    assert isinstance(engine, StreamingEngine)
+    assert isinstance(case.parts.engine, StreamingEngine)
     with pytest.raises(TunekitError, match="cannot be computed layer by layer"), calling(Call()):
-        engine.run_window(case.model, case.parts.objective, next(case.windows.windows(0)), torch.ones(1))
+        case.step(next(case.windows.windows(0)))

@@ -17,7 +17,7 @@ from tests.support.data_case import objective_of, source_row
 from tests.support.loop_case import CPU
 from tests.support.peft_case import move_from_start
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Engine, Row, Window
+from tunekit.contracts import Row, Window
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
@@ -27,8 +27,8 @@ from tunekit.model.load import load_model
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.reading.names import settings_class
-from tunekit.training.engines.streaming import StreamingEngine
-from tunekit.training.engines.window import WindowEngine
+from tunekit.training.engine import StepWork
+from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import TunedModel
 
 LAYERS, VOCABULARY = 3, 97
@@ -93,15 +93,15 @@ def answer_row(generator: np.random.Generator, source: int, answer: int) -> Row:
 class Run:
     """What two steps left: losses, and each trained tensor's gradients."""
 
-    engine: Engine
+    model: TunedModel
     losses: list[Tensor]
     gradients: dict[str, list[Tensor]]
 
 
 def tune(
     folder: Path, settings: Any, streaming: dict[str, Any] | None, quantization: str = "none"
-) -> tuple[TunedModel, Engine]:
-    """A base with an adapter that is not as it starts, and the engine that runs it."""
+) -> tuple[TunedModel, int]:
+    """A base with an adapter that is not as it starts, and the micro-batches of a pass."""
     section = ModelSection(name_or_path=str(folder), dtype="float32", quantization=quantization)
     base = load_model(section, device=CPU)
     layers = [layer for _, layer in base.family.layers(base.net)]
@@ -110,17 +110,17 @@ def tune(
     move_from_start(adapter.trained().values(), 0.1)
     prepare_layers(layers, 0)
     if streaming is None:
-        return TunedModel(base, adapter), WindowEngine(5)
+        return TunedModel(base, adapter), 1
     chosen = dict(streaming)
     pass_size = chosen.pop("pass_size", 99)
     slots = make_slots(weights, CPU, tier="host", poison=True, **chosen)
     stream_layers(layers, slots)
-    return TunedModel(base, adapter), StreamingEngine(5, slots, pass_size)
+    return TunedModel(base, adapter, slots=slots), pass_size
 
 
 def run(folder: Path, settings: Any, streaming: dict[str, Any] | None, quantization: str = "none") -> Run:
     """Two steps of plain gradient descent, dropout as the base says."""
-    tuned, engine = tune(folder, settings, streaming, quantization)
+    tuned, pass_size = tune(folder, settings, streaming, quantization)
     assert tuned.adapter is not None
     trained, objective = tuned.adapter.trained(), objective_of(Seq2seqSettings())
     losses, gradients = [], {name: list[Tensor]() for name in trained}
@@ -128,14 +128,16 @@ def run(folder: Path, settings: Any, streaming: dict[str, Any] | None, quantizat
         for step in range(2):
             window = make_window(step)
             units = torch.stack([objective.loss.units(batch) for batch in window.batches]).sum(0)
-            losses.append(engine.run_window(tuned, objective, window, units, 3)[0])
+            work = StepWork(tuned, objective, window, units, 5, micro_batches=3, micro_batches_per_pass=pass_size)
+            [result] = make_engine(tuned).run([work])
+            losses.append(result.checked().total)
             for name, parameter in trained.items():
                 assert parameter.grad is not None, name
                 gradients[name].append(parameter.grad.clone())
                 with torch.no_grad():
                     parameter.sub_(parameter.grad * 0.1)
                 parameter.grad = None
-    return Run(engine, losses, gradients)
+    return Run(tuned, losses, gradients)
 
 
 def adapter_of(method: str, **values: Any) -> Any:
@@ -223,9 +225,9 @@ def test_nothing_is_computed_again_below_the_lowest_trained_layer(folders: dict[
     """Of six layers; in the second step the first is still to be brought in, and what trains is there at the turn."""
     settings = adapter_of("lora", r=4, target_modules=r"decoder\.block\.[12]\..*\.q")
     streamed = run(folders["t5"], settings, {"count": 2})
-    assert isinstance(streamed.engine, StreamingEngine)
+    assert streamed.model.slots is not None
     # forward 6; back through 5 and 4, which are there; layer 0 for the next step, whose forward brings five more
-    assert streamed.engine.slots.copies == 2 * (2 * LAYERS + 1) - 1
+    assert streamed.model.slots.copies == 2 * (2 * LAYERS + 1) - 1
     assert_same(run(folders["t5"], settings, None), streamed)
 
 

@@ -22,6 +22,7 @@ from tests.conftest import write_tiny_llama
 from tests.support.data_case import objective_of
 from tests.support.loop_case import make_case, make_rows
 from tests.support.pair_case import parts_of
+from tests.support.steps import run_step
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Window
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
@@ -30,6 +31,7 @@ from tunekit.machine.devices import deterministic_kernels
 from tunekit.machine.memory import _group_available
 from tunekit.model.load import load_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
+from tunekit.planning import session
 from tunekit.planning.execution import SearchSpace, StepCost, fastest
 from tunekit.planning.forecast import Forecast, largest_batch
 from tunekit.planning.simulated import outputs
@@ -51,7 +53,8 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.kto import KtoSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import ExecutionSettings, PeakBytes
-from tunekit.training.engines.window import WindowEngine
+from tunekit.train import train_verb
+from tunekit.training import begin
 from tunekit.training.optimizers import Optimizer, ParameterGroup
 from tunekit.tuned.model import ModelRun
 from tunekit.tuned.network import prepare_network
@@ -116,7 +119,7 @@ def real_step(run: SimulatedRun, batch: Any) -> Simulation:
         tracker.start()
         with tuned.training_mode(True):
             units = run.objective.loss.units(batch)
-            WindowEngine(0).run_window(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
+            run_step(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
         optimizer.gradient_norm()
     return tracker.result()
 
@@ -563,7 +566,6 @@ def test_a_fresh_process_grows_as_predicted(adapter: str, quantization: str, tmp
 
 def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Planning imports the libraries: they are no part of what is compared with the prediction."""
-    train, session = importlib.import_module("tunekit.train"), importlib.import_module("tunekit.planning.session")
     order: list[str] = []
 
     def noted(module: Any, name: str) -> Any:
@@ -576,10 +578,10 @@ def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.Monke
 
         return call
 
-    for module, name in ((session, "plan_together"), (session, "resident_bytes"), (train, "load_model")):
+    for module, name in ((session, "plan_together"), (session, "resident_bytes"), (begin, "load_model")):
         monkeypatch.setattr(module, name, noted(module, name))
     recipe = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
-    train.train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, True)
+    train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, True)
     assert order == ["plan_together", "resident_bytes", "load_model"]
 
 

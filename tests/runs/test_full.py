@@ -263,7 +263,7 @@ def test_gradients_of_16_bits_are_summed_in_float32(tied_llama: Path) -> None:
         base = case.model.base
         tile_layers(base.family.layers(base.net), tokens, torch.empty(0, base.facts.hidden_size, dtype=base.dtype))
         window = next(case.windows.windows(0))
-        case.parts.engine.run_window(case.model, case.parts.objective, window, torch.ones(1, dtype=torch.float64))
+        case.step(window, torch.ones(1, dtype=torch.float64))
         gradients.append({name: value.grad.clone() for name, value in case.adapter.trained().items() if "mlp" in name})
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() < 0.01 * gradient.norm(), name

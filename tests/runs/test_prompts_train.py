@@ -205,16 +205,16 @@ def test_a_recipe_trains_resumes_evaluates_and_generates(name: str, tiny_llama: 
     assert "virtual tokens are put before each row" in ended.output
 
     def die_in_step_3() -> None:
-        from tunekit.training.engines.window import WindowEngine
+        from tunekit.training.engine import Engine
 
-        plain = WindowEngine.run_window
+        plain = Engine.run
 
-        def run_window(self: Any, model: Any, objective: Any, window: Any, *more: Any) -> Any:
-            if window.step == 3:
+        def run(self: Any, works: Any) -> Any:
+            if works[0].window.step == 3:
                 kill_self()
-            return plain(self, model, objective, window, *more)
+            return plain(self, works)
 
-        WindowEngine.run_window = run_window  # type: ignore[method-assign]
+        Engine.run = run  # type: ignore[method-assign]
 
     assert train_in_child(path, cut, before=die_in_step_3).code != 0
     ended = train_in_child(path, cut, resume=True)

@@ -17,8 +17,7 @@ import pytest
 from tests.conftest import CHAT_TEMPLATE
 from tests.runs.test_kill import Watched, assert_resumes_to, events_of, interrupted
 from tests.support.train_case import kill_self, lose_the_end, records, result_bytes, train_in_child, write_recipe
-from tunekit.training.engines.window import LoopSteps
-from tunekit.training.state import Run
+from tunekit.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +226,7 @@ def test_another_base_is_refused(tmp_path: Path, whole: Path) -> None:
     assert "base" in ended.output
 
 
-@pytest.mark.parametrize("where", ["tunekit.planning.session.prepare", "tunekit.train.load_model"])
+@pytest.mark.parametrize("where", ["tunekit.planning.session.prepare", "tunekit.training.begin.load_model"])
 def test_a_stop_signal_before_training_ends_the_run_at_once(recipe: Path, tmp_path: Path, where: str) -> None:
     def before() -> None:
         def stopped(*_: object, **__: object) -> None:
@@ -263,14 +262,12 @@ def test_a_run_needs_neither_its_eval_file_nor_its_template_once_it_has_begun(ti
     kept["eval"].write_bytes(b"".join((tmp_path / "train.jsonl").read_bytes().splitlines(keepends=True)[:3]))
 
     def before() -> None:
-        from tunekit import train
-
-        def loop_steps(run: Run) -> LoopSteps:
+        def train(run: Run) -> None:
             for path in kept.values():
                 path.unlink()
-            return loop(run)
+            plain(run)
 
-        loop, train.loop_steps = train.loop_steps, loop_steps
+        plain, Run.train = Run.train, train  # type: ignore[method-assign]
 
     ended = train_in_child(recipe, tmp_path / "run", before=before)
     assert ended.code == 0, ended.output

@@ -81,16 +81,16 @@ def kill_after(step: int) -> Callable[[], None]:
     """A child that is gone once the checkpoint of `step` is written."""
 
     def patch() -> None:
-        import tunekit.training.loop as loop
+        from tunekit.training.run import Run
 
-        save = loop._save
+        save = Run._save
 
         def save_and_die(run: Any) -> None:
             save(run)
             if run.state.step == step:
                 kill_self()
 
-        loop._save = save_and_die
+        Run._save = save_and_die
 
     return patch
 

@@ -111,9 +111,9 @@ def test_a_resumed_run_goes_on_alike_in_either_way(tmp_path: Path, model: Path) 
         import os
         import signal
 
-        import tunekit.training.loop as loop
+        from tunekit.training.run import Run
 
-        save, saved = loop._save, []
+        save, saved = Run._save, []
 
         def stop(run: Any) -> None:
             save(run)
@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on_alike_in_either_way(tmp_path: Path, model: Path) 
             if len(saved) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        loop._save = stop
+        Run._save = stop
         train(recipe, tmp_path / "run", *overrides)
 
     ended = in_child(work, tmp_path / "log")

@@ -102,17 +102,17 @@ def at_step(step: int, action: Plant) -> Plant:
     """A plant that acts before the step after `step`."""
 
     def change(node: Node) -> None:
-        from tunekit.training import loop
+        from tunekit.training.run import Run
 
-        make_step = loop._make_step
+        begin_step = Run.begin_step
 
         def acting(run: Any, window: Any) -> Any:
             if run.state.step == step:
                 node.strike()
                 action(node)
-            return make_step(run, window)
+            return begin_step(run, window)
 
-        loop._make_step = acting
+        Run.begin_step = acting
 
     return change
 
@@ -151,9 +151,9 @@ def at_evaluation(action: Plant) -> Plant:
 
     def change(node: Node) -> None:
         from tunekit.evaluation import scores
-        from tunekit.training import loop
+        from tunekit.training.run import Run
 
-        measure, evaluate, steps = scores._sums_or_halves, loop._evaluate_if_due, [0]
+        measure, evaluate, steps = scores._sums_or_halves, Run._evaluate_if_due, [0]
 
         def at(run: Any) -> Any:
             steps.append(run.state.step)
@@ -165,7 +165,7 @@ def at_evaluation(action: Plant) -> Plant:
                 action(node)
             return measure(*values)
 
-        loop._evaluate_if_due, scores._sums_or_halves = at, acting
+        Run._evaluate_if_due, scores._sums_or_halves = at, acting
 
     return change
 

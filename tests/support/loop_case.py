@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +17,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.support.data_case import objective_of, sequence_row
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
-from tunekit.contracts import Engine, Row
+from tunekit.console import Console
+from tunekit.contracts import Row, Window
 from tunekit.data.batching.windows import BatchSettings, TrainingWindows
 from tunekit.errors import Stopped
+from tunekit.evaluation.evaluator import Evaluation
 from tunekit.machine.devices import make_devices
+from tunekit.machine.signals import StopSignals
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.offload import BoundaryStore
@@ -28,18 +31,23 @@ from tunekit.memory.streaming import make_slots, shared_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.bases.section import ObjectiveSettings
+from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
+from tunekit.recipe.output import OutputSection
+from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
-from tunekit.training.engines.streaming import StreamingEngine
-from tunekit.training.engines.window import WindowEngine
-from tunekit.training.loop import run_loop
+from tunekit.training.engine import StepResult, StepWork
 from tunekit.training.optimizers import Optimizer, make_optimizer
+from tunekit.training.run import Run
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.state import LoopState, Run
+from tunekit.training.session import Session
+from tunekit.training.state import LoopState
+from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import TunedModel
 
 # how a model is given kept keys and values, and gives them back, in this release of transformers
@@ -102,12 +110,68 @@ class Case:
 
     def run(self, state: LoopState | None = None) -> LoopState:
         self.parts.state = state or LoopState(self.parts.state.scale)
-        run_loop(self.parts)
+        self.parts.train()
         return self.parts.state
+
+    def work(self, window: Window, units: Tensor | None = None, **changes: Any) -> StepWork:
+        """A step of the run. Without `units`: those of the window."""
+        zero = torch.zeros(1, dtype=torch.float64)
+        units = sum(map(self.parts.objective.loss.units, window.batches), zero) if units is None else units
+        return replace(self.parts._work(window), units=units, **changes)
+
+    def step(self, window: Window, units: Tensor | None = None, **changes: Any) -> StepResult:
+        """Run the forward and backward of one step."""
+        [result] = self.parts.engine.run([self.work(window, units, **changes)])
+        return result.checked()
+
+    def evaluate_with(self, evaluate: Callable[[], Evaluation]) -> None:
+        """Let the run call this function in place of an evaluation."""
+        self.parts.evaluator = object()  # type: ignore[assignment]
+        self.parts.evaluate = lambda evaluator: evaluate()  # type: ignore[method-assign]
+
+    def around_steps(self, around: Callable[[Callable[[], StepResult], StepWork], StepResult]) -> None:
+        """Let `around` run each step of this run: it gets a function that runs it, and the step."""
+        run = self.parts.engine.run
+
+        def replaced(works: Sequence[StepWork]) -> list[StepResult]:
+            return [around(lambda work=work: run([work])[0], work) for work in works]  # type: ignore[misc]
+
+        self.parts.engine.run = replaced  # type: ignore[method-assign]
+
+    def watch_steps(self, enter: Callable[[int], None], leave: Callable[[], None]) -> None:
+        """Call `enter` with the number of finished steps, and `leave`, around everything that a step does, but for the
+        reading of numbers of an earlier step."""
+        run, plain = self.parts, self.parts.settle
+
+        def inside(work: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(*values: Any) -> Any:
+                enter(run.state.step)
+                try:
+                    return work(*values)
+                finally:
+                    leave()
+
+            return watched
+
+        def settle() -> None:
+            leave()
+            plain()
+            enter(run.state.step)
+
+        def finish(*values: Any) -> None:
+            run.settle = settle  # type: ignore[method-assign]
+            try:
+                finish_step(*values)
+            finally:
+                run.settle = plain  # type: ignore[method-assign]
+
+        finish_step = run.finish_step
+        run.begin_step, run.finish_step = inside(run.begin_step), inside(finish)  # type: ignore[method-assign]
+        run.engine.run = inside(run.engine.run)  # type: ignore[method-assign]
 
     def run_after_a_stop(self, stopped: Case, steps: int) -> None:
         """Stop `stopped` by a signal after so many steps, and go on here from what a checkpoint holds of it."""
-        stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= steps else 0
+        stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= steps else 0  # type: ignore[method-assign]
         with pytest.raises(Stopped):
             stopped.run()
         tensors = {
@@ -157,15 +221,15 @@ def make_case(
         attached = attach_adapter(base.net, lora, seed=training.seed, head_name=head, device=device)
     layers = [layer for _, layer in base.family.layers(base.net)]
     prepare_layers(layers, checkpointed, store)
-    engine: Engine = WindowEngine(training.seed)
+    slots, pass_size = None, 1
     if streaming is not None:
         settings_of_slots = dict(streaming)
         pass_size = settings_of_slots.pop("pass_size", 99)
         settings_of_slots = {"tier": "host", "poison": True, **settings_of_slots}
         slots = shared or make_slots(weights, device, mapped=base.mapped, **settings_of_slots)
         stream_layers(layers, slots)
-        engine = StreamingEngine(training.seed, slots, pass_size)
-    tuned = TunedModel(base, attached, BoundaryStore(None) if store is None else store, chunk)
+    boundaries = BoundaryStore(None) if store is None else store
+    tuned = TunedModel(base, attached, boundaries, chunk_tokens=chunk, slots=slots)
     settings = BatchSettings(
         micro_batch_size=training.micro_batch_size,
         micro_batch_tokens=training.micro_batch_tokens,
@@ -183,20 +247,30 @@ def make_case(
     optimizer = make_optimizer(training, attached)
     records: list[StepRecord | EvaluationRecord] = []
     saved: list[int] = []
-    run = Run(
-        model=tuned,
-        objective=minimised,
-        engine=engine,
-        optimizer=optimizer,
-        devices=devices,
-        windows=windows,
+    recipe = Recipe(
+        model=section,
+        data=DataSection.model_validate({"train": [{"path": "rows.jsonl"}]}),
         training=training,
-        evaluation=EvaluationSection(),
-        warmup_steps=warmup_steps(training, windows.steps),
-        state=LoopState(LossScale(base.dtype == torch.float16)),
-        record=records.append,
-        save=lambda: saved.append(run.state.step),
+        output=OutputSection(dir="no-run"),
     )
+    console = Console(enabled=False)
+    run = Run(
+        Session(LoadedRecipe(recipe, Path("recipe.yaml")), devices, console, StopSignals()),
+        tuned,
+        minimised,
+        make_engine(tuned),
+        optimizer,
+        windows,
+        training,
+        EvaluationSection(),
+        warmup_steps(training, windows.steps),
+        LoopState(LossScale(base.dtype == torch.float16)),
+        micro_batches_per_pass=pass_size,
+    )
+    run.record = records.append  # type: ignore[method-assign]
+    run.save = lambda: saved.append(run.state.step)  # type: ignore[method-assign]
+    run.warn = lambda text: None  # type: ignore[method-assign]
+    run.peak_bytes = lambda: 0  # type: ignore[method-assign]
     return Case(tuned, attached, windows, optimizer, training, run, records, saved)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import tunekit.train
 from tests.support.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
@@ -26,6 +25,7 @@ from tunekit.recipe.load import load_recipe
 from tunekit.serve import serve_verb
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
+from tunekit.training import begin
 
 NAME = "adapter_model.safetensors"
 TARGETS = ("q_proj", "v_proj")
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_named_before_the_base_is_loaded(
 def test_a_run_that_continues_a_damaged_adapter_ends_before_its_base_is_loaded(
     tiny_llama: Path, place: Path, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunekit.train, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(begin, "load_model", lambda *_, **__: pytest.fail("loaded"))
     damage(place / "adapter" / NAME)
     settings = {"target_modules": TARGETS, "init_from": str(place / "adapter")}
     recipe = load_recipe(write_recipe(place, tiny_llama, adapter=settings, output={"dir": str(place / "run")}))

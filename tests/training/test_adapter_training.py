@@ -41,7 +41,7 @@ def test_a_penalty_counts_once_per_step_however_it_is_cut(tiny_llama: Path) -> N
         window = next(case.windows.windows(0))
         units = torch.stack([case.parts.objective.loss.units(batch) for batch in window.batches]).sum(0)
         case.optimizer.zero_gradients()
-        case.parts.engine.run_window(case.model, case.parts.objective, window, units, len(window.batches))
+        case.step(window, units, micro_batches=len(window.batches))
         found.append(torch.cat([gradient.clone() for gradient in case.optimizer.gradients()]))
     assert found[0].any()
     for cut in found[1:]:

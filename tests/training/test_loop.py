@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.training.engine import StepResult, StepWork
+from tunekit.training.readings import Reading as StepReading
+from tunekit.training.run import Run
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.state import LoopState
 
@@ -108,7 +111,7 @@ def test_the_loss_is_exact_over_batches_cut_by_tokens(tiny_llama: Path) -> None:
     counts = {len(batch.lengths) for window in case.windows.windows(0) for batch in window.batches}
     assert len(counts) > 2, "they are uneven"
     case.run()
-    alone.parts.windows = OneByOne(alone.windows, rows)
+    alone.parts.steps = OneByOne(alone.windows, rows)
     alone.run()
     assert alone.losses == pytest.approx(case.losses, rel=1e-5)
 
@@ -209,7 +212,7 @@ def test_evaluation_changes_nothing(tiny_llama: Path) -> None:
         modes["after"] = net.training
         return Evaluation(sums, sums.metrics(case.parts.objective.loss.metrics))
 
-    case.parts.evaluate = evaluate
+    case.evaluate_with(evaluate)
     case.run()
     assert case.losses == plain.losses
     assert_same_bits(weights(case), weights(plain))
@@ -240,10 +243,10 @@ def test_patience_stops_and_best_is_saved(tiny_llama: Path) -> None:
     """The evaluation before training is only compared with, however good it was."""
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, eval_steps=1))
     values = iter([0.5, 3.0, float("nan"), 2.0, 2.5, 2.0, 1.0])
-    case.parts.evaluate = lambda: Evaluation(EvaluationSums({}, 0, 0), {"loss": next(values)})
+    case.evaluate_with(lambda: Evaluation(EvaluationSums({}, 0, 0), {"loss": next(values)}))
     case.parts.evaluation = EvaluationSection(best="eval.loss", patience=2)
     kept: list[int] = []
-    case.parts.keep_rows = lambda step, found: kept.append(step)
+    case.parts.keep_rows = lambda found: kept.append(case.parts.state.step)
     state = case.run()
     assert kept == [0, 1, 3]  # those of the best weights so far, which would be exported
     assert (state.step, state.best_step, state.best_value, state.stopped_early) == (5, 3, 2.0, True)
@@ -268,7 +271,8 @@ def test_an_evaluation_that_is_repeated_after_a_stop_is_saved(tiny_llama: Path) 
             state = case.parts.state
             saved[state.step] = {"best": state.best_step, "facts": state.measured_facts}
 
-        case.parts.evaluate, case.parts.save = evaluate, save
+        case.evaluate_with(evaluate)
+        case.parts.save = save
         case.parts.evaluation = EvaluationSection(best="eval.loss")
         return case, saved
 
@@ -308,7 +312,7 @@ def test_a_step_that_overflowed_is_recorded(tmp_path: Path) -> None:
 @pytest.fixture
 def read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device."""
-    monkeypatch.setattr("tunekit.training.state.Run.reads_later", True)
+    monkeypatch.setattr("tunekit.training.run.Run.reads_later", True)
 
 
 class ReadsForbidden(TorchDispatchMode):
@@ -326,12 +330,11 @@ def test_numbers_read_one_step_later_are_the_same(
     rows, section = make_rows(23), training(max_steps=steps, save_steps=every)
     plain = make_case(tiny_llama, rows, training=section)
     plain.run()
-    monkeypatch.setattr("tunekit.training.state.Run.reads_later", True)
+    monkeypatch.setattr("tunekit.training.run.Run.reads_later", True)
     case = make_case(tiny_llama, rows, training=section)
     known: list[int] = []
     case.parts.save = lambda: (case.saved.append(case.parts.state.step), known.append(len(case.losses)))
-    run_window = case.parts.engine.run_window
-    monkeypatch.setattr(case.parts.engine, "run_window", lambda *given: (time.sleep(0.02), run_window(*given))[1])
+    case.around_steps(lambda run, work: (time.sleep(0.02), run())[1])
     state = case.run()
     assert case.losses == plain.losses
     assert_same_bits(weights(case), weights(plain))
@@ -344,28 +347,36 @@ def test_numbers_read_one_step_later_are_the_same(
 
 @pytest.mark.usefixtures("read_later")
 def test_no_step_reads_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunekit.training import loop
-
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=4))
     order: list[str] = []
-    make_step, read = loop._make_step, loop.Reading.read
+    plain = {name: getattr(Run, name) for name in ("begin_step", "finish_step", "_count_units", "settle")}
+    read = StepReading.read
 
-    def step(*values: Any) -> Any:
+    def begin(self: Run, window: Window) -> StepWork:
         order.append("step")
         with ReadsForbidden():
-            return make_step(*values)
+            return plain["begin_step"](self, window)
 
-    monkeypatch.setattr(
-        loop, "_step_counts", lambda parts, window, plain=loop._step_counts: unwatched(plain, parts, window)
-    )
-    monkeypatch.setattr(loop, "_make_step", step)
-    monkeypatch.setattr(loop.Reading, "read", lambda self: (order.append("read"), read(self))[1])
+    def finish(self: Run, work: StepWork, result: StepResult) -> None:
+        with ReadsForbidden():
+            plain["finish_step"](self, work, result)
+
+    def forbidden(run: Callable[[], StepResult], work: StepWork) -> StepResult:
+        with ReadsForbidden():
+            return run()
+
+    case.around_steps(forbidden)
+    monkeypatch.setattr(Run, "begin_step", begin)
+    monkeypatch.setattr(Run, "finish_step", finish)
+    for name in ("_count_units", "settle"):
+        monkeypatch.setattr(Run, name, lambda self, *values, name=name: unwatched(plain[name], self, *values))
+    monkeypatch.setattr(StepReading, "read", lambda self: (order.append("read"), read(self))[1])
     case.run()
     assert order == ["step", "step", "read", "step", "read", "step", "read", "read"]
 
 
 def unwatched(plain: Any, *values: Any) -> Any:
-    """Counts of tokens are the host's own."""
+    """Counts of tokens are the host's own, and numbers of an earlier step have arrived."""
     with _disable_current_modes():
         return plain(*values)
 
@@ -374,18 +385,17 @@ def unwatched(plain: Any, *values: Any) -> Any:
 def test_an_error_that_is_read_later_names_its_own_step_and_no_checkpoint_holds_it(tiny_llama: Path) -> None:
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, save_steps=2))
     poisoned, window = 3, list(case.windows.windows(0))[2]
-    run = case.parts.engine.run_window
     seen: dict[int, Any] = {}
 
-    def run_window(model: Any, objective: Any, window: Any, units: Any, count: int = 1) -> Any:
-        seen[window.step + 1] = weights(case)
-        total, metrics = run(model, objective, window, units, count)
-        if window.step + 1 == poisoned:
-            case.parts.engine.losses[1].fill_(float("nan"))
-            total = total * float("nan")
-        return total, metrics
+    def poison(run: Callable[[], StepResult], work: StepWork) -> StepResult:
+        seen[work.window.step + 1] = weights(case)
+        result = run()
+        if work.window.step + 1 == poisoned:
+            result.losses[1].fill_(float("nan"))
+            result.total *= float("nan")
+        return result
 
-    case.parts.engine.run_window = run_window  # type: ignore[method-assign]
+    case.around_steps(poison)
     with pytest.raises(NumericsError) as caught:
         case.run()
     assert "step 3: the loss is not finite" in str(caught.value)
@@ -414,7 +424,7 @@ def test_data_that_are_gone_end_the_run_after_a_checkpoint(
     if place == "windows":
         monkeypatch.setattr(case.windows, "windows", three)
     else:
-        case.parts.evaluate = gone
+        case.evaluate_with(gone)
     with pytest.raises(InputError) as caught:
         case.run()
     assert [problem.what for problem in caught.value.problems] == [

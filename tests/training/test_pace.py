@@ -13,7 +13,8 @@ from tests.support.loop_case import CPU, Case, make_case, make_rows
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.machine.cpu_times import CpuTimes
 from tunekit.records import StepRecord
-from tunekit.training import pace
+from tunekit.training import engine, pace
+from tunekit.training.engine import Engine, StepAttempt
 from tunekit.training.pace import missing_processors
 from tunekit.training.saved_state import checkpoint_facts
 
@@ -38,18 +39,18 @@ def case_with(
     def read() -> CpuTimes:  # at the start and at the end of each step
         return clock[0]
 
-    def next_step(self: Case, *values: Any, **options: Any) -> Any:
+    def compute(self: Engine, attempt: StepAttempt) -> None:
         clock[0] += next(spent)
-        return run_window(*values, **options)
+        plain(self, attempt)
 
-    monkeypatch.setattr(pace, "cpu_times", read)
+    plain = Engine._compute
+    monkeypatch.setattr(engine, "cpu_times", read)
     monkeypatch.setattr(pace, "processors", lambda: 2)
     monkeypatch.setattr(pace, "cpu_quota", lambda: None)
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=len(steps), **changes), device=CPU)
-    run_window = case.parts.engine.run_window
-    monkeypatch.setattr(type(case.parts.engine), "run_window", next_step)
+    monkeypatch.setattr(Engine, "_compute", compute)
     warnings: list[str] = []
-    case.parts.warn = warnings.append
+    case.parts.warn = warnings.append  # type: ignore[method-assign]
     return case, warnings
 
 
@@ -120,13 +121,13 @@ def test_times_of_this_process_and_of_other_systems(tmp_path: Path) -> None:
     for thread, text in (("1", "2000000000 500000000 7"), ("2", "1000000000 1500000000 3")):
         (tmp_path / thread).mkdir()
         (tmp_path / thread / "schedstat").write_text(text, encoding="ascii")
-    assert pace.cpu_times(tmp_path).waited == 2.0
-    assert pace.cpu_times(tmp_path / "absent").waited is None
+    assert engine.cpu_times(tmp_path).waited == 2.0
+    assert engine.cpu_times(tmp_path / "absent").waited is None
     (tmp_path / "1" / "schedstat").write_text("0 0 0", encoding="ascii")  # a kernel that does not measure it
     (tmp_path / "2" / "schedstat").write_text("0 0 0", encoding="ascii")
-    assert pace.cpu_times(tmp_path).waited is None
-    start = pace.cpu_times()
-    spent = pace.cpu_times().since(start)
+    assert engine.cpu_times(tmp_path).waited is None
+    start = engine.cpu_times()
+    spent = engine.cpu_times().since(start)
     assert min(spent.wall, spent.process, spent.main) >= 0
 
 

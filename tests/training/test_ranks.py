@@ -191,14 +191,14 @@ def test_rows_of_all_ranks_are_gathered_in_the_order_of_the_step(tmp_path: Path)
 DYING = """
 import os, signal, sys, time
 import torch
-import tunekit.training.loop as loop
+from tunekit.training.run import Run
 from tunekit.cli import main
-make_step = loop._make_step
+begin_step = Run.begin_step
 def dying(run, window):
     if os.environ["RANK"] == "1" and run.state.step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return make_step(run, window)
-loop._make_step = dying
+    return begin_step(run, window)
+Run.begin_step = dying
 torch.distributed.destroy_process_group = lambda: time.sleep(600)  # as NCCL, which waits for the lost rank
 main()
 """
@@ -264,16 +264,16 @@ def test_a_lost_rank_is_named(recipe: Path, tmp_path: Path) -> None:
 ALONE = """
 import os
 from tunekit.errors import DataError
-from tunekit.training import loop
+from tunekit.training.run import Run
 
-make_step = loop._make_step
+begin_step = Run.begin_step
 
 def failing(run, window):
     if os.environ["RANK"] == "1" and run.state.step == 1:
         raise DataError("the image is not there", "mend it", file="pictures/7.png")
-    return make_step(run, window)
+    return begin_step(run, window)
 
-loop._make_step = failing
+Run.begin_step = failing
 from tunekit.cli import main
 main()
 """

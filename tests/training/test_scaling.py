@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.support.loop_case import make_case, make_rows
 from tunekit.errors import NumericsError
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import StepRecord
-from tunekit.training.loop import run_loop
+from tunekit.training.engine import StepResult, StepWork
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.scaling import LossScale
 
@@ -24,12 +24,12 @@ def test_an_overflow_moves_neither_schedule_nor_adapter_and_halves_the_scale(tin
     case = make_case(tiny_llama, make_rows(12), training=section)
     state = case.parts.state
     state.scale = LossScale(True, 16.0)
-    run_window, after_step = case.parts.engine.run_window, case.adapter.after_step
+    after_step = case.adapter.after_step
     seen, told = list[tuple[float, list[Tensor]]](), list[int]()
 
-    def overflowing(*given: Any) -> Any:
+    def overflowing(run: Callable[[], StepResult], work: StepWork) -> StepResult:
         seen.append((state.scale.scale, [value.detach().clone() for value in case.adapter.trained().values()]))
-        result = run_window(*given)
+        result = run()
         if state.step == 2:
             case.optimizer.gradients()[0][0] = math.inf
         return result
@@ -38,8 +38,9 @@ def test_an_overflow_moves_neither_schedule_nor_adapter_and_halves_the_scale(tin
         told.append(step)
         after_step(step, total)
 
-    case.parts.engine.run_window, case.adapter.after_step = overflowing, counted  # type: ignore[method-assign]
-    run_loop(case.parts)
+    case.around_steps(overflowing)
+    case.adapter.after_step = counted  # type: ignore[method-assign]
+    case.parts.train()
     rates = [record.learning_rate for record in case.records if isinstance(record, StepRecord)]
     assert rates == pytest.approx([1e-2 * (1 - update / 6) for update in (0, 1, 2, 2, 3, 4)])
     assert told == [0, 1, 3, 4, 5]

@@ -72,16 +72,14 @@ def test_scores_equal_the_later_forward(name: str, tiny_llama: Path) -> None:
     with torch.no_grad():  # another policy than the base, so that dropout matters
         for number, tensor in enumerate(case.adapter.trained().values()):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)) / 8)
-    engine, window = case.parts.engine, list(case.windows.windows(0))[1]
-    if splits:
-        tokens = max(batch.padded for batch in window.batches)
-        engine.splitting = Splitting(tokens=tokens)  # type: ignore[attr-defined]
-    scores = engine.score(case.model, case.parts.objective, window, read)
-    again = engine.score(case.model, case.parts.objective, window, read)
+    window = list(case.windows.windows(0))[1]
+    splitting = Splitting(tokens=max(batch.padded for batch in window.batches)) if splits else None
+    work = case.work(window, micro_batches=3, splitting=splitting)
+    scores, again = (case.parts.engine.score(work, read) for _ in range(2))
     later: list[Tensor] = []
-    units = torch.ones(1, dtype=torch.float64)
     with case.model.training_mode(True):
-        engine.run_window(case.model, noted(case.parts.objective, later), window, units, 3)
+        [result] = case.parts.engine.run([replace(work, objective=noted(case.parts.objective, later))])
+    result.checked()
     assert [len(each) for each in scores] == [len(batch.rows) for batch in window.batches]
     assert len(later) > len(scores) if splits else len(later) == len(scores)
     assert torch.equal(torch.cat(scores), torch.cat(later))
@@ -97,15 +95,13 @@ def test_scores_of_another_step_have_other_dropout(tiny_llama: Path) -> None:
     with torch.no_grad():
         for tensor in case.adapter.trained().values():
             tensor.fill_(0.05)
-    window, engine = next(case.windows.windows(0)), case.parts.engine
+    window = next(case.windows.windows(0))
 
     def hidden(output: ModelOutput, batch: Batch) -> Tensor:
         assert output.hidden is not None
         return output.hidden
 
-    one, other = (
-        engine.score(case.model, case.parts.objective, each, hidden) for each in (window, replace(window, step=7))
-    )
+    one, other = (case.parts.engine.score(case.work(each), hidden) for each in (window, replace(window, step=7)))
     assert not torch.equal(one[0], other[0])
 
 
@@ -115,7 +111,6 @@ def test_memory_that_runs_out_splits_the_scored_micro_batch(tiny_llama: Path) ->
     case = make_case(tiny_llama, make_rows(36), training=training)
     window: Window = next(case.windows.windows(0))
     splitting = Splitting()
-    case.parts.engine.splitting = splitting  # type: ignore[attr-defined]
     largest, sizes = max(batch.padded for batch in window.batches), list[int]()
 
     def limited(output: ModelOutput, batch: Batch) -> Tensor:
@@ -124,11 +119,12 @@ def test_memory_that_runs_out_splits_the_scored_micro_batch(tiny_llama: Path) ->
             raise torch.OutOfMemoryError("out of memory")
         return read(output, batch)
 
-    scores = case.parts.engine.score(case.model, case.parts.objective, window, limited)
+    work = case.work(window, micro_batches=2, splitting=splitting)
+    scores = case.parts.engine.score(work, limited)
     assert splitting.tokens == largest
     assert [len(each) for each in scores] == [len(batch.rows) for batch in window.batches]
     later: list[Tensor] = []
     with case.model.training_mode(True):
-        objective = noted(case.parts.objective, later)
-        case.parts.engine.run_window(case.model, objective, window, torch.ones(1, dtype=torch.float64), 2)
+        [result] = case.parts.engine.run([replace(work, objective=noted(case.parts.objective, later))])
+    result.checked()
     assert torch.equal(torch.cat(scores), torch.cat(later))

@@ -90,6 +90,10 @@ class RunView(Protocol):
         """The rows of all ranks, on the host of every rank, in the order of the step's micro-batches.
         `values`: one tensor (rows, ...) for each micro-batch of this rank, which may have none."""
 
+    def score_step(self, window: Window, read: Read) -> list[Tensor]:
+        """The values that `read` computes from each micro-batch in the later forward of a training step, on the device.
+        Parts, modes and seeds are the same, so they are equal bit for bit on a CPU."""
+
     def companion(self, protocol: type[CompanionType]) -> CompanionType:
         """The companion that has this protocol. The loss that uses a companion declares its protocol."""
 
@@ -354,19 +358,3 @@ def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...
         return rows.with_rows(batch, list(map(draw, batch.rows, keys)))
 
     return replace(window, batches=tuple(map(changed, window.batches)))
-
-
-class Engine(Protocol):
-    """Runs forward and backward of a step's micro-batches. Adds the gradient of loss / `units` to parameters' grad."""
-
-    loss_scale: float
-    losses: list[Tensor]  # the sum of each micro-batch of the last window
-
-    def run_window(
-        self, model: Any, objective: Objective, window: Window, units: Tensor, micro_batches: int = 1
-    ) -> tuple[Tensor, Sums]:
-        """This rank's sum of losses divided by `units`, (K,) float64, and the sums of logged values. `micro_batches`:
-        the number of micro-batches in the step on all ranks, by which terms per step are divided."""
-
-    def make_up(self, model: Any, objective: Objective, batch: Batch, forwards: int) -> None:
-        """Run a batch `forwards` times with weight 0, so that all ranks run equally many forwards."""

@@ -55,32 +55,7 @@ class Splitting:
         halves = split_batch(batch, kind)
         return [batch] if halves is None else [piece for half in halves for piece in self.pieces(kind, half)]
 
-    def run(
-        self,
-        kind: RowKind,
-        batches: Sequence[Batch],
-        attempt: Callable[[list[list[Batch]]], Result],
-        undo: Callable[[], None],
-        step: int,
-    ) -> Result:
-        """Call `attempt` with the parts of each micro-batch, and return its result. If memory runs out, call `undo` and
-        try again with smaller parts.
-
-        `step`: the number of the step for the user's message (Reaction); 0 before the first step.
-        Raises: ResourceError if a single document does not fit into memory.
-        """
-        while True:
-            try:
-                return attempt([self.pieces(kind, batch) for batch in batches])
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            # Not inside `except`: the error keeps the failed attempt's tensors alive there.
-            self._shrink(kind, reason, step)
-            undo()
-
-    def _shrink(self, kind: RowKind, reason: str, step: int) -> None:
+    def shrink(self, kind: RowKind, reason: str, step: int) -> None:
         """Record that a micro-batch has failed: micro-batches of at least its size are split from now on. Raises:
         ResourceError if this micro-batch cannot be split."""
         failed, self.running = self.running, None

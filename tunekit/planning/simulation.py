@@ -24,8 +24,9 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import ExecutionSettings
-from tunekit.training.engines.streaming import make_engine
+from tunekit.training.engine import StepWork
 from tunekit.training.optimizers import Optimizer, make_optimizer
+from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -70,12 +71,15 @@ class SimulatedRun:
         fixed = deterministic_kernels(self.training.deterministic)
         with torch.random.fork_rng(devices=[]), fixed, self._tracked() as (tuned, tracker, optimizer):
             objective = _logits_apart(self.objective, tuned, tracker)
-            engine = make_engine(self.training.seed, tuned.slots, micro_batches)
             units = objective.loss.units(batch)
             window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
             window = objective.prepare_step(ModelRun(tuned, objective.rows), window)
             with tuned.training_mode(True):
-                engine.run_window(tuned, objective, window, units)
+                work = StepWork(
+                    tuned, objective, window, units, self.training.seed, micro_batches_per_pass=micro_batches
+                )
+                [result] = make_engine(tuned).run([work])
+            result.checked()
             optimizer.gradient_norm()
             with tracker.counting_as("optimizer"):
                 tracker.pass_through(optimizer.update_blocks(self.device))

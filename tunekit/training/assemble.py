@@ -1,24 +1,20 @@
 """Assembles the Run for the training loop from a plan and a loaded base: attaches the adapter, checks the model
 (probes), and restores the checkpoint. If the plan requires it, the longest batch is run once before step 1."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 
 import torch
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint
-from tunekit.artifacts.report.pictures import picture_name
-from tunekit.artifacts.run import ROWS_NAME
 from tunekit.companions.base import make_companions
 from tunekit.console.progress import CountProgress
 from tunekit.contracts import Companion
 from tunekit.data.batching.split import cut_batch
 from tunekit.data.batching.windows import evaluation_batches
-from tunekit.data.encoding.images import png_bytes
-from tunekit.evaluation.evaluator import Evaluation, Evaluator, queries_of
+from tunekit.evaluation.evaluator import Evaluator, queries_of
 from tunekit.evaluation.row_losses import RowLosses
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.malloc import settle_heap, trim_heap
@@ -27,15 +23,16 @@ from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, base_fingerprint
 from tunekit.model.storage.inspection import remote_code
 from tunekit.records import JsonObject, Plan, Reaction, calibration_text
-from tunekit.training.engines.streaming import make_engine
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.planned import Planned
-from tunekit.training.run_files import check_fingerprint, save_run, with_files, write_plan
+from tunekit.training.run import Run
+from tunekit.training.run_files import check_fingerprint, with_files, write_plan
 from tunekit.training.saved_state import restore, restore_reference
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Run, add_seconds
+from tunekit.training.state import LoopState, add_seconds
+from tunekit.training.streaming import make_engine
 from tunekit.training.trial import (
     dry_run_batch,
     make_splitting,
@@ -104,25 +101,23 @@ def assemble_run(
     _note_changes(session, state)
     plan = _with_targets(plan, adapter)
     write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
-    splitting = make_splitting(session, state)
     run = Run(
-        model=model,
-        objective=planned.rows.objective,
-        engine=make_engine(recipe.training.seed, model.slots, plan.choice.pass_micro_batches, splitting),
-        optimizer=optimizer,
-        devices=devices,
-        windows=planned.rows.windows(planned.batch_settings, rank=devices.rank, world=devices.world),
-        training=recipe.training,
-        evaluation=recipe.evaluation,
-        warmup_steps=plan.warmup_steps,
-        state=state,
-        save=lambda: save_run(session, run, fingerprint),
-        evaluate=_make_evaluate(session, planned, model, state),
-        keep_rows=_make_keep_rows(session, planned),
-        keep_pictures=partial(_keep_pictures, session),
-        stop_signal=lambda: session.stop_signal(state.step),
-        peak_bytes=session.peak_bytes,
-        warn=session.console.warn,
+        session,
+        model,
+        planned.rows.objective,
+        make_engine(model, session.console.warn),
+        optimizer,
+        planned.rows.windows(planned.batch_settings, rank=devices.rank, world=devices.world),
+        recipe.training,
+        recipe.evaluation,
+        plan.warmup_steps,
+        state,
+        fingerprint,
+        evaluator=make_evaluator(session, planned, model, state),
+        row_losses=_row_losses(planned),
+        splitting=make_splitting(session, state),
+        micro_batches_per_pass=plan.choice.pass_micro_batches,
+        budget_bytes=plan.budget_bytes,
         shows=recipe.objective.shows,
     )
     if devices.world > 1 and not planned.batch_settings.rank_speeds:  # else faster ranks make more forwards
@@ -237,17 +232,6 @@ def _try_longest(session: Session, planned: Planned, run: Run) -> None:
         session.console.info(f"the longest micro-batch, {shape_text(planned.largest_batch)}, was tried and fits")
 
 
-def _make_evaluate(
-    session: Session, planned: Planned, model: TunedModel, state: LoopState
-) -> Callable[[], Evaluation] | None:
-    """Returns a function that runs an evaluation; None if the recipe has no evaluation rows."""
-    evaluator = make_evaluator(session, planned, model, state)
-    if evaluator is None:
-        return None
-    updates = planned.rows.objective.loss.updates_per_sampling  # the run stops only where it can resume
-    return lambda: evaluator.evaluate(lambda: session.signals.requested is not None and state.step % updates == 0)
-
-
 def make_evaluator(session: Session, planned: Planned, model: TunedModel, state: LoopState) -> Evaluator | None:
     """The evaluator of the run's evaluation rows; None if the recipe has none."""
     recipe, rows = session.loaded.recipe, planned.rows
@@ -266,24 +250,7 @@ def make_evaluator(session: Session, planned: Planned, model: TunedModel, state:
     )
 
 
-def _keep_pictures(session: Session, step: int, evaluation: Evaluation) -> None:
-    """Save generated images in the run folder."""
-    if session.folder is None or not evaluation.pictures:
-        return
-    for number, pixels in enumerate(evaluation.pictures):
-        session.folder.write_bytes(picture_name(step, number), png_bytes(pixels))
-
-
-def _make_keep_rows(session: Session, planned: Planned) -> Callable[[int, Evaluation], None]:
-    """Returns a function that writes the loss of each evaluation row to the run folder."""
+def _row_losses(planned: Planned) -> RowLosses | None:
+    """Makes the values of evaluation rows for the run folder; None without evaluation rows."""
     rows = planned.rows.evaluation
-    row_losses = None if rows is None else RowLosses(rows, planned.rows.objective, planned.processor.tokenizer)
-
-    def keep_rows(step: int, evaluation: Evaluation) -> None:
-        if row_losses is not None and session.folder is not None and evaluation.sums.row_losses:
-            earlier = session.folder.read_json(ROWS_NAME) if step else None
-            session.folder.write_json(
-                ROWS_NAME, row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier)
-            )
-
-    return keep_rows
+    return None if rows is None else RowLosses(rows, planned.rows.objective, planned.processor.tokenizer)

@@ -18,7 +18,7 @@ from tunekit.machine.devices import forked_random
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.bases.section import CalibratedStart
 from tunekit.records import JsonObject, Target
-from tunekit.training.engines.window import WindowEngine
+from tunekit.training.engine import Engine, StepWork
 from tunekit.tuned.model import ModelRun, TunedModel
 
 HALF_SCALE = 1024.0  # loss scale for float16, whose gradients would underflow
@@ -161,11 +161,13 @@ def _run_backward(
     model: TunedModel, watch: StatisticsCollector, objective: Objective, windows: Sequence[Window], seed: int
 ) -> None:
     """Compute the gradient of the mean loss over all batches of `windows`, one micro-batch at a time."""
-    engine, batches = WindowEngine(seed), [batch for window in windows for batch in window.batches]
-    engine.loss_scale = watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
+    engine, batches = Engine(), [batch for window in windows for batch in window.batches]
+    watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
     units = sum(map(objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
     with forked_random(model.device), model.training_mode(True):
         for window in windows:
             for index, batch in zip(window.indices, window.batches, strict=True):
                 watch.batch = batch
-                engine.run_window(model, objective, Window(window.step, window.epoch, (index,), (batch,)), units)
+                one = Window(window.step, window.epoch, (index,), (batch,))
+                [result] = engine.run([StepWork(model, objective, one, units, seed, loss_scale=watch.scale)])
+                result.checked()

@@ -3,13 +3,13 @@ shows these warnings."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from statistics import fmean, median, median_low, pstdev
 
-from tunekit.records import Reaction
+from tunekit.machine.devices import Devices
+from tunekit.records import Reaction, Shows
 from tunekit.training.readings import Reading, rows_text
-from tunekit.training.state import Run
+from tunekit.training.state import LoopState
 
 PAST = 50  # number of previous steps that are compared
 LEAST = 8  # minimum number of previous steps, to distinguish a spike from noise
@@ -27,42 +27,45 @@ KEEP_BEST = (
 )
 
 
-def watch_step(run: Run, reading: Reading, loss: float) -> None:
-    """Warn if the loss diverges; this is skipped if a metric other than the loss shows how good the run is. Also warn
-    if samples of several steps teach nothing."""
-    if run.shows.headline.name == "loss":
-        watch_loss(run, reading, loss)
-    watch_stalls(run, reading)
+def watch_step(
+    state: LoopState, reading: Reading, loss: float, shows: Shows, devices: Devices, *, exported: bool
+) -> list[Reaction]:
+    """Warnings if the loss diverges, and if samples of several steps teach nothing. The loss is not watched if another
+    metric shows how good the run is. `exported`: the weights after this step are exported."""
+    watched = watch_loss(state, reading, loss, devices, exported=exported) if shows.headline.name == "loss" else []
+    return [*watched, *watch_stalls(state, reading, shows)]
 
 
-def watch_loss(run: Run, reading: Reading, loss: float) -> None:
-    """Compare a step's loss with the losses of earlier steps, warn if it diverges, and store it. The result is the same
-    on every rank."""
-    state = run.state
-    why = divergence(state.first_losses, state.past_losses, loss)
+def watch_loss(
+    state: LoopState, reading: Reading, loss: float, devices: Devices, *, exported: bool = False
+) -> list[Reaction]:
+    """Compare a step's loss with the losses of earlier steps, and store it. Returns a warning if it diverges. The
+    result is the same on every rank."""
+    why, reactions = divergence(state.first_losses, state.past_losses, loss), []
     if why is not None:
-        rows = rows_text(reading.window.batches, run.devices)
-        last = reading.step == run.windows.steps and run.evaluation.best is None
-        outcome = f"this was the last step, and its weights are exported; {KEEP_BEST}" if last else "training continues"
+        rows = rows_text(reading.window.batches, devices)
+        outcome = "training continues"
+        if exported:
+            outcome = f"this was the last step, and its weights are exported; {KEEP_BEST}"
         action = f"{outcome}; lower training.learning_rate, or check the rows of this step: {rows}"
-        state.reactions.append(asdict(Reaction(why, action, reading.step)))
-        run.warn(f"step {reading.step}: {why}; {action}")
+        reactions.append(Reaction(why, action, reading.step))
     state.first_losses = state.first_losses or [loss]
     state.past_losses = [*state.past_losses, loss][-PAST:]
+    return reactions
 
 
-def watch_stalls(run: Run, reading: Reading) -> None:
-    """Warn if a metric shows for several consecutive steps that the samples teach nothing. If a single step is enough
-    for a warning, this warning is printed only once in a run. The result is the same on every rank."""
-    state, metrics = run.state, reading.window.preparation.metrics
-    for stall in run.shows.stalled:
+def watch_stalls(state: LoopState, reading: Reading, shows: Shows) -> list[Reaction]:
+    """Warnings if a metric shows for several consecutive steps that the samples teach nothing. If a single step is
+    enough for a warning, it is given only once in a run. The result is the same on every rank."""
+    reactions, metrics = list[Reaction](), reading.window.preparation.metrics
+    for stall in shows.stalled:
         count = state.useless_steps.get(stall.metric, 0) + 1 if metrics.get(stall.metric) == 1.0 else 0
         state.useless_steps[stall.metric] = count
         what = f"{stall.meaning} for {count} steps" if stall.steps > 1 else stall.meaning
         repeats = stall.steps == 1 and any(reaction["probe"] == what for reaction in state.reactions)
         if count == stall.steps and not repeats:
-            state.reactions.append(asdict(Reaction(what, stall.action, reading.step)))
-            run.warn(f"step {reading.step}: {what}; {stall.action}")
+            reactions.append(Reaction(what, stall.action, reading.step))
+    return reactions
 
 
 def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:

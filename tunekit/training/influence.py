@@ -25,9 +25,9 @@ from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.memory.splitting import Splitting
 from tunekit.model.call import seed_for
-from tunekit.training.engines.streaming import make_engine
-from tunekit.training.engines.window import WindowEngine
+from tunekit.training.engine import StepWork
 from tunekit.training.split_gradients import can_split, split_gradients
+from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import TunedModel
 
 SIZE = 4096  # numbers of a projected gradient; the error of a cosine is about 1 / sqrt(SIZE)
@@ -72,7 +72,7 @@ def row_gradients(
     Raises: ResourceError if memory is too small for a single row.
     """
     gradients, done, splits = torch.zeros(len(rows), SIZE, device=model.device), 0, can_split(model)
-    alone = partial(_one_by_one, model, objective, make_engine(0, model.slots, ROWS_AT_ONCE, Splitting()), projection)
+    alone = partial(_one_by_one, model, objective, Splitting(), projection)
     for numbers in _short_together(rows, objective.rows.layout) if splits else _in_order(rows):
         some, together = [rows[number] for number in numbers], None
         if splits and len(some) > 1:
@@ -123,14 +123,13 @@ def _agree(together: Tensor, alone: Tensor) -> bool:
 
 
 def _one_by_one(
-    model: TunedModel, objective: Objective, engine: WindowEngine, projection: Projection, rows: Sequence[Row]
+    model: TunedModel, objective: Objective, splitting: Splitting, projection: Projection, rows: Sequence[Row]
 ) -> Tensor:
     """The projected gradients of the rows' summed losses, one row after the other, (P, SIZE)."""
-    totals, splitting = torch.zeros(len(rows), SIZE, device=model.device), engine.splitting
+    totals = torch.zeros(len(rows), SIZE, device=model.device)
     places = {row.number: place for place, row in enumerate(rows)}
 
     def running() -> Tensor:
-        assert splitting is not None
         assert splitting.running is not None
         place = places[splitting.running.rows[0].number]
         return totals[place : place + 1]
@@ -140,7 +139,11 @@ def _one_by_one(
     window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
     ones = torch.ones_like(objective.loss.units(batches[0]))
     with _projecting(model, projection, running), model.training_mode(False):
-        engine.run_window(model, objective, window, ones, NO_PENALTY)
+        work = StepWork(
+            model, objective, window, ones, 0, NO_PENALTY, splitting=splitting, micro_batches_per_pass=ROWS_AT_ONCE
+        )
+        [result] = make_engine(model).run([work])
+        result.checked()
     return totals
 
 

@@ -2,9 +2,8 @@
 after another or at the same time."""
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from tunekit.artifacts.run import read_json
@@ -14,13 +13,10 @@ from tunekit.model.load import LoadedModel
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.trials import SweepTrial
 from tunekit.records import Plan
-from tunekit.training.engines.together import Together
-from tunekit.training.engines.window import LoopSteps, WindowRequest, answer
+from tunekit.training.begin import Load
 from tunekit.training.planned import Planned
 from tunekit.training.session import Session
 from tunekit.tuned.twin import TensorVersions, make_twin
-
-Load = Callable[[Session, Plan, Planned], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -115,42 +111,6 @@ class SharedBase:
             else:
                 self.versions = TensorVersions(self.base)
         return self.base if self.key is None else make_twin(self.base)
-
-
-def run_lanes(loops: Iterable[LoopSteps], together: Together) -> None:
-    """Start these training loops one by one, then run their steps together until all loops have ended.
-
-    When a loop ends, the others continue. If a loop raises an error, no further loop is started.
-    Raises: the first error, after all started loops have ended.
-    """
-    errors: list[TunekitError] = []
-    waiting: dict[LoopSteps, WindowRequest] = {}
-
-    def advance(loop: LoopSteps, move: Callable[[], WindowRequest | None]) -> None:
-        waiting.pop(loop, None)
-        try:
-            request = move()
-        except TunekitError as error:
-            errors.append(error)
-        else:
-            waiting.update({} if request is None else {loop: request})
-
-    try:
-        for loop in loops:
-            advance(loop, partial(next, loop, None))
-            if errors:
-                break
-        while waiting:
-            round_of = list(waiting.items())
-            results = together.run([request for _, request in round_of])
-            for number, (loop, request) in enumerate(round_of):
-                run = request.run if results is None else partial(results.__getitem__, number)
-                advance(loop, partial(answer, loop, run))
-    finally:
-        for loop in waiting:
-            loop.close()
-    if errors:
-        raise errors[0]
 
 
 def refuse_changed_rows(lanes: Sequence[Lane]) -> None:

@@ -2,16 +2,13 @@
 run then continues with fewer threads."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 
 import torch
 
-from tunekit.machine.cpu_times import CpuTimes, cpu_times
+from tunekit.machine.cpu_times import CpuTimes
+from tunekit.machine.devices import Devices
 from tunekit.machine.threads import cpu_quota, processors
 from tunekit.records import Reaction
-from tunekit.training.state import Run
 
 WINDOW_SECONDS, WINDOW_STEPS = 15.0, 3  # a shorter burst of other programs is no reason to act
 BEHIND = 0.75  # a run is behind if its main thread computes for less than this share of the time
@@ -19,34 +16,22 @@ EXPLAINED = 0.8  # share of the lost time that waiting for a processor must expl
 MARK = "CPU seconds in"  # in every statement about the pace
 
 
-@contextmanager
-def measured(run: Run) -> Iterator[None]:
-    """A context manager for the computation of a step: it adds the CPU times of its block to `run.pace`. The
-    preparation of a step must be outside the block, because it may wait for other processes, such as a reward
-    function."""
-    start = cpu_times()
-    yield
-    if run.computes_on_cpu:
-        run.pace.append(cpu_times().since(start))
-
-
-def watch_pace(run: Run, step: int) -> None:
-    """Check the CPU times after a few steps. If threads lacked processors, warn once; an adaptive run continues with
-    fewer threads, the same number on every rank."""
-    threads, adaptive = torch.get_num_threads(), run.adapts_threads
-    times, missing = sum(run.pace, CpuTimes()), 0
-    if times.wall >= WINDOW_SECONDS and len(run.pace) >= WINDOW_STEPS:
-        missing = missing_processors(times, threads)
-        run.pace.clear()
-    here, missing = missing, run.devices.any(missing) if adaptive else missing
+def watch_pace(times: list[CpuTimes], step: int, devices: Devices, *, adaptive: bool, warned: bool) -> Reaction | None:
+    """Check the CPU times of the last steps, after a few of them. If threads lacked processors, return a warning,
+    unless the run has `warned`; an adaptive run continues with fewer threads, the same number on every rank."""
+    threads = torch.get_num_threads()
+    total, missing = sum(times, CpuTimes()), 0
+    if total.wall >= WINDOW_SECONDS and len(times) >= WINDOW_STEPS:
+        missing = missing_processors(total, threads)
+        times.clear()
+    here, missing = missing, devices.any(missing) if adaptive else missing
     fewer = max(1, threads - missing)
-    what, cure = _statement(times, threads, fewer) if here else ("another rank lacked processors", "")
+    what, cure = _statement(total, threads, fewer) if here else ("another rank lacked processors", "")
     if adaptive and fewer < threads:
         torch.set_num_threads(fewer)
-        run.pace.clear()
-        _react(run, step, what, f"training.threads: adaptive continues with {threads_text(fewer)}")
-    elif here and not any(MARK in reaction["probe"] for reaction in run.state.reactions):
-        _react(run, step, what, cure)
+        times.clear()
+        return Reaction(what, f"training.threads: adaptive continues with {threads_text(fewer)}", step)
+    return Reaction(what, cure, step) if here and not warned else None
 
 
 def _statement(times: CpuTimes, threads: int, fewer: int) -> tuple[str, str]:
@@ -84,8 +69,3 @@ def missing_processors(times: CpuTimes, threads: int) -> int:
     else:
         missing = times.waited / times.wall
     return min(max(1, round(missing)), threads)
-
-
-def _react(run: Run, step: int, probe: str, action: str) -> None:
-    run.state.reactions.append(asdict(Reaction(probe, action, step)))
-    run.warn(f"step {step}: {probe}; {action}")

@@ -14,18 +14,11 @@ SHOWN = 4
 
 
 @contextmanager
-def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = True) -> Iterator[None]:
-    """A context manager. The backward passes inside the block must give every trained tensor a gradient on at least one
-    rank; the gradient may be 0.
+def watching_gradients(adapter: AttachedAdapter, reached: set[str]) -> Iterator[None]:
+    """A context manager: the kinds of trained tensors that get a gradient in the block are added to `reached`.
 
-    In a layer with experts, one expert with a gradient is enough, because other experts may get no tokens. If the base
-    itself is trained, nothing is checked: it may contain tensors that its code never reads.
-    Raises: AdapterError with the names of tensors without a gradient.
+    Raises: AdapterError if the loss depends on no trained tensor.
     """
-    if not watched or adapter.settings.trains_base:
-        yield
-        return
-    reached: set[str] = set()
     trained = adapter.trained()
     with ExitStack() as hooks:
         for name, parameter in trained.items():
@@ -37,8 +30,17 @@ def reaching_all(adapter: AttachedAdapter, devices: Devices, watched: bool = Tru
             if reached or "does not require grad" not in str(error):
                 raise
             raise _unreached(list(trained)) from error
+
+
+def require_gradients(adapter: AttachedAdapter, reached: set[str], devices: Devices) -> None:
+    """Check that every trained tensor got a gradient on at least one rank; the gradient may be 0.
+
+    In a layer with experts, one expert with a gradient is enough, because other experts may get no tokens. If the base
+    itself is trained, nothing is checked: it may contain tensors that its code never reads.
+    Raises: AdapterError with the names of tensors without a gradient.
+    """
     everywhere = set(devices.gather(sorted(reached)))
-    missing = [name for name in trained if _kind(name) not in everywhere]
+    missing = [name for name in adapter.trained() if _kind(name) not in everywhere]
     if missing:
         raise _unreached(missing)
 

@@ -13,22 +13,24 @@ from tunekit.adapters.folder.config import TENSORS_NAME
 from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate, save_checkpoint
 from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_values, require_same, resume_notes
+from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.report.values import Values
-from tunekit.artifacts.run import RunFolder, is_finished, read_json
+from tunekit.artifacts.run import ROWS_NAME, RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
-from tunekit.console.progress import StepProgress
+from tunekit.contracts import Tensors
+from tunekit.data.encoding.images import png_bytes
 from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
+from tunekit.evaluation.evaluator import Evaluation
+from tunekit.evaluation.row_losses import RowLosses
 from tunekit.files.untrusted import sha256_of
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.model.compute import resolve_dtype
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import EvaluationRecord, ExecutionSettings, JsonObject, Plan, StepRecord
-from tunekit.targets.export import facts_for_export
 from tunekit.training.planned import Planned
 from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.session import Session
-from tunekit.training.state import Run
+from tunekit.training.state import LoopState
 
 OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained number in a checkpoint
 
@@ -160,7 +162,7 @@ def check_fingerprint(
         for note in resume_notes(old, new):
             session.console.warn(note)
     if checkpoint is not None:  # the process that wrote it may have been killed before it removed older checkpoints
-        protected = _protected(session, checkpoint.facts["loop"]["best_step"])
+        protected = protected_steps(session, checkpoint.facts["loop"]["best_step"])
         keep = session.loaded.recipe.training.keep_checkpoints
         session.in_folder(lambda folder: rotate(folder, checkpoint.step, keep=keep, protect=protected))
     return new
@@ -198,7 +200,7 @@ def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
             session.changed.append(key)
 
 
-def _protected(session: Session, best_step: int | None) -> set[int]:
+def protected_steps(session: Session, best_step: int | None) -> set[int]:
     """The steps whose checkpoints must not be deleted: the best step, if evaluation.best is set."""
     return {best_step} if session.loaded.recipe.evaluation.best and best_step is not None else set()
 
@@ -263,42 +265,41 @@ def make_trackers(session: Session, step: int) -> Trackers:
     return Trackers(names, TrackedRun(path.name, path / "tracking", values, step), session.console.warn)
 
 
-def make_recorder(
-    session: Session, progress: StepProgress, trackers: Trackers
-) -> Callable[[StepRecord | EvaluationRecord], None]:
-    """Returns a function that writes a record to metrics.jsonl, the progress line and the trackers. On other ranks, it
-    does nothing."""
-
-    def record(value: StepRecord | EvaluationRecord) -> None:
-        if session.folder is None:
-            return
-        session.folder.append_metrics(value)
-        if isinstance(value, StepRecord):
-            progress.update(value)
-            numbers = {"loss": value.loss, "learning_rate": value.learning_rate, "grad_norm": value.grad_norm}
-            numbers |= {"tokens_per_second": value.tokens_per_second, **value.metrics}
-        else:
-            progress.evaluation(value)
-            numbers = {f"eval/{name}": number for name, number in value.metrics.items()}
-        trackers.log(numbers, value.step)
-
-    return record
+def tracked_numbers(value: StepRecord | EvaluationRecord) -> dict[str, float]:
+    """The numbers of a record that trackers receive."""
+    if isinstance(value, EvaluationRecord):
+        return {f"eval/{name}": number for name, number in value.metrics.items()}
+    numbers = {"loss": value.loss, "learning_rate": value.learning_rate, "grad_norm": value.grad_norm}
+    return {**numbers, "tokens_per_second": value.tokens_per_second, **value.metrics}
 
 
-def save_run(session: Session, run: Run, fingerprint: JsonObject) -> None:
-    """Write a checkpoint on the main rank. An error there is raised on every rank."""
-    state, recipe = run.state, session.loaded.recipe
+def write_rows(folder: RunFolder, row_losses: RowLosses, step: int, evaluation: Evaluation) -> None:
+    """Write the loss of each evaluation row."""
+    earlier = folder.read_json(ROWS_NAME) if step else None
+    folder.write_json(ROWS_NAME, row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier))
+
+
+def write_pictures(folder: RunFolder, step: int, evaluation: Evaluation) -> None:
+    """Write the images that an evaluation generated."""
+    for number, pixels in enumerate(evaluation.pictures or ()):
+        folder.write_bytes(picture_name(step, number), png_bytes(pixels))
+
+
+def save_run(
+    session: Session, state: LoopState, tensors: Callable[[], Tensors], facts: Callable[[], JsonObject]
+) -> None:
+    """Write a checkpoint on the main rank; only there, `tensors` and `facts` are called. An error is raised on every
+    rank."""
 
     def write(folder: RunFolder) -> None:
         with session.signals.critical():
             save_checkpoint(
                 folder,
                 state.step,
-                checkpoint_tensors(run.optimizer, run.adapter, run.model.reference_state),
-                checkpoint_facts(run.optimizer, state, fingerprint)
-                | {"export": facts_for_export(run.adapter, run.objective, state.measured_facts)},
-                keep=recipe.training.keep_checkpoints,
-                protect=_protected(session, state.best_step),
+                tensors(),
+                facts(),
+                keep=session.loaded.recipe.training.keep_checkpoints,
+                protect=protected_steps(session, state.best_step),
             )
 
     session.in_folder(write)

@@ -2,23 +2,16 @@
 contains."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from tunekit.adapters.attach import AttachedAdapter
-from tunekit.contracts import Batch, Engine, Objective, Processor, Window, WindowSource
-from tunekit.evaluation.evaluator import Evaluation, is_better
-from tunekit.machine.cpu_times import CpuTimes
-from tunekit.machine.devices import Devices
+from tunekit.contracts import Processor
+from tunekit.evaluation.evaluator import is_better
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.training import TrainingSection
-from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Reaction, Shows, StepRecord
-from tunekit.training.optimizers import Optimizer
+from tunekit.records import JsonObject
 from tunekit.training.scaling import LossScale
-from tunekit.training.schedules import rate_multiplier
-from tunekit.tuned.model import ModelRun, TunedModel
 
 Processors = dict[tuple[str, ModelSection], Processor]  # by the objective's family and the base
 
@@ -60,89 +53,6 @@ class LoopState:
         self.evaluations_without_gain += 1
         self.stopped_early = settings.patience is not None and self.evaluations_without_gain >= settings.patience
         return False
-
-
-@dataclass
-class Run:
-    """A run: its model, objective, data and state. All ranks call `save` and `evaluate`."""
-
-    model: TunedModel
-    objective: Objective
-    engine: Engine
-    optimizer: Optimizer
-    devices: Devices
-    windows: WindowSource
-    training: TrainingSection
-    evaluation: EvaluationSection
-    warmup_steps: int
-    state: LoopState
-    save: Callable[[], None]
-    record: Callable[[StepRecord | EvaluationRecord], None] = lambda record: None
-    starting: Callable[[int], None] = lambda step: None  # called before the first step of this process
-    evaluate: Callable[[], Evaluation] | None = None
-    keep_rows: Callable[[int, Evaluation], None] = lambda step, evaluation: None  # writes losses of rows
-    keep_pictures: Callable[[int, Evaluation], None] = lambda step, evaluation: None
-    stop_signal: Callable[[], int] = lambda: 0  # 0, or the number of the signal that requested the stop
-    peak_bytes: Callable[[], int] = lambda: 0
-    warn: Callable[[str], None] = lambda text: None
-    shows: Shows = DEFAULT_SHOWS
-    pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
-    earlier: Window | None = None  # the prepared previous step, if several steps reuse its samples
-    spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
-
-    @property
-    def adapter(self) -> AttachedAdapter:
-        """The trained adapter."""
-        assert self.model.adapter is not None
-        return self.model.adapter
-
-    def view(self) -> ModelRun:
-        """The parts of the run that the objective and its companions (auxiliary models) may use."""
-        return ModelRun(self.model, self.objective.rows, self.devices.gather, on_split=self._note_split)
-
-    def _note_split(self, size: str) -> None:
-        """Warn and record that memory ran out while a step was prepared, once for each size."""
-        what = f"{size} ran out of memory while a step was prepared"
-        if all(reaction["probe"] != what for reaction in self.state.reactions):
-            action = "split in two, which does not change the result"
-            self.state.reactions.append(asdict(Reaction(what, action, self.state.step + 1)))
-            self.warn(f"step {self.state.step + 1}: {what}; split in two")
-
-    def prepare_step(self, window: Window) -> Window:
-        """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
-        planned = self.objective.prepare_step(self.view(), window, self.earlier)
-        self.earlier = planned if self.objective.loss.updates_per_sampling > 1 else None
-        return planned
-
-    @property
-    def can_resume(self) -> bool:
-        """Whether a run can resume after this step. Checkpoints do not contain the samples that later steps reuse."""
-        return self.state.step % self.objective.loss.updates_per_sampling == 0
-
-    @property
-    def reads_later(self) -> bool:
-        """Whether a step's loss and norm are read one step later. This is possible if the device itself skips a
-        non-finite update."""
-        return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
-
-    @property
-    def computes_on_cpu(self) -> bool:
-        """Whether the steps are computed on a CPU, by threads of this process."""
-        return self.model.device.type == "cpu"
-
-    @property
-    def adapts_threads(self) -> bool:
-        """Whether the number of threads may fall during the run."""
-        return self.computes_on_cpu and self.training.threads == "adaptive"
-
-    def shows_samples(self, step: int) -> bool:
-        """Whether the report shows samples of this step: the first step, the last step, and steps with an
-        evaluation."""
-        return step in (1, self.windows.steps) or step % self.training.eval_steps == 0
-
-    def rate(self) -> float:
-        """Multiplier of the learning rate of the next update."""
-        return rate_multiplier(self.training, self.state.updates, self.windows.steps, self.warmup_steps)
 
 
 @contextmanager

@@ -10,18 +10,18 @@ import torch
 
 from tunekit.console.text import time_text
 from tunekit.data.batching.windows import evaluation_batches
-from tunekit.errors import NumericsError, Stopped
+from tunekit.errors import NumericsError
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Plan, StepRecord
+from tunekit.records import Plan
 from tunekit.training.assemble import assemble_run, make_evaluator
+from tunekit.training.begin import Load
 from tunekit.training.halving import halving_seconds
-from tunekit.training.lane import Lane, Load
-from tunekit.training.loop import run_loop
+from tunekit.training.lane import Lane
 from tunekit.training.planned import Planned
+from tunekit.training.run import Run
 from tunekit.training.session import Session
-from tunekit.training.state import Run
 
 STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not counted, and evaluation batches
 
@@ -71,26 +71,32 @@ def measure_costs(session: Session, plan: Plan, planned: Planned, load: Load) ->
 
     Raises: TunekitError if the run cannot be assembled.
     """
-    session, records = replace(session, last_step=STEPS, seconds={}), list[StepRecord]()
+    session = replace(session, seconds={})
     torch.set_num_threads(plan.choice.threads or torch.get_num_threads())
     with deterministic_kernels(session.loaded.recipe.training.deterministic):
         base = load(session, plan, planned)
         started = time.monotonic()
         plan, run = assemble_run(session, plan, planned, base, {})
         prepare = time.monotonic() - started
-        run.record = lambda record: records.append(record) if isinstance(record, StepRecord) else None
-        run.save, run.evaluate = lambda: None, None
         try:
-            run_loop(run)
+            tokens = _token_seconds(run)
         except NumericsError:
             return None
-        except Stopped:
-            if session.signals.requested:
-                raise
         first_evaluation, evaluation = _evaluation_seconds(session, plan, planned, run)
-    counted = records[1:] or records
-    token = median(record.seconds / max(record.tokens, 1) for record in counted)
-    return Costs(session.seconds.get("load", 0.0), prepare, token, evaluation, first_evaluation)
+    return Costs(session.seconds.get("load", 0.0), prepare, median(tokens[1:] or tokens), evaluation, first_evaluation)
+
+
+def _token_seconds(run: Run) -> list[float]:
+    """The seconds for a token in each of the first steps. Raises: NumericsError."""
+    seconds = []
+    with run.model.training_mode(True):
+        for window in islice(run.steps.windows(0), STEPS):
+            work = run.begin_step(window)
+            [result] = run.engine.run([work])
+            run.finish_step(work, result)
+            run.settle()
+            seconds.append((time.monotonic() - run.started) / max(run.counts[0], 1))
+    return seconds
 
 
 def _evaluation_seconds(session: Session, plan: Plan, planned: Planned, run: Run) -> tuple[float, float]:

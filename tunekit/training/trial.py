@@ -14,9 +14,9 @@ from tunekit.machine.devices import forked_random
 from tunekit.memory.splitting import Splitting
 from tunekit.records import Reaction
 from tunekit.training.planned import Planned
-from tunekit.training.reached import reaching_all
+from tunekit.training.run import Run
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, Run
+from tunekit.training.state import LoopState
 from tunekit.tuned.model import TunedModel
 
 BEFORE_TRAINING = -1  # the step of a dry-run window
@@ -109,7 +109,8 @@ def note_split_evaluation(session: Session, state: LoopState) -> Callable[[str],
 
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
     """The batch, prepared by the objective for a dry-run step."""
-    return run.objective.prepare_step(run.view(), Window(BEFORE_TRAINING, 0.0, (0,), (batch,))).batches[0]
+    window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
+    return run.objective.prepare_step(run.view(window), window).batches[0]
 
 
 def measured_speeds(run: Run, batch: Batch) -> list[float]:
@@ -137,7 +138,7 @@ def _speed(run: Run, batch: Batch) -> float:
         window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
         for _ in range(TIMED):
             started = time.perf_counter()
-            run.engine.run_window(run.model, run.objective, window, run.objective.loss.units(batch))
+            run.try_batch(window)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             seconds.append(time.perf_counter() - started)
@@ -153,6 +154,5 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
     """
     with forked_random(run.model.device), run.model.training_mode(True):
         window = Window(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))
-        with reaching_all(run.adapter, run.devices):
-            run.engine.run_window(run.model, run.objective, window, run.objective.loss.units(batch))
+        run.try_batch(window, watches_gradients=not run.adapter.settings.trains_base)
     run.model.clear_gradient()

@@ -21,6 +21,7 @@ from tunekit.contracts import (
     Read,
     RowKind,
     Sampling,
+    Stages,
     Tensors,
     Tokenizer,
     Window,
@@ -39,6 +40,7 @@ from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.generation import find_stop_ids, generate_texts
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
+from tunekit.tuned.requires_grad import RequiresGrad
 
 
 @dataclass
@@ -57,6 +59,8 @@ class TunedModel:
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # cached by the loss, by row
     repeats_rows: bool = False  # whether the run has more than one epoch
     companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
+    stages: Stages | None = None  # of a streamed base, once it has run
+    requires: RequiresGrad | None = None  # of a streamed base, recorded by its first step
 
     @property
     def device(self) -> torch.device:
@@ -325,6 +329,10 @@ class ModelRun:
             self.on_split(f"a batch of {size:,} completions")
             collect_failed()
             batch_size = size // 2
+
+    def score_step(self, window: Window, read: Read) -> list[Tensor]:
+        """Only a training step has a later forward. Raises: NotImplementedError."""
+        raise NotImplementedError("only a training step is scored as its later forward computes it")
 
     def gather_rows(self, window: Window, values: Sequence[Tensor]) -> Tensor:
         """The rows of all ranks, on the host of every rank, in the order of the step's micro-batches.

@@ -1,7 +1,7 @@
 """The layer-by-layer engine: several micro-batches run through one layer before the next layer is loaded. So weights
 are copied twice per group of micro-batches, not twice per micro-batch.
 
-Gradients equal those of the engine for weights on the device (window.py). They are equal bit for bit if each trained
+Gradients equal those of the engine for weights on the device (engine.py). They are equal bit for bit if each trained
 tensor belongs to one layer; otherwise sums have a different order.
 
 The forward builds no graph and stores each layer's input. The backward recomputes each layer from its stored input,
@@ -13,10 +13,10 @@ side inputs are summed in the same order as in a single graph.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import repeat, zip_longest
 from typing import Any
 
 import torch
@@ -25,19 +25,20 @@ from torch import Tensor
 from tunekit.adapters.attach import total_penalty
 from tunekit.contracts import LayerCall, Read, SideInput, Stages, Tensors
 from tunekit.errors import ModelError
-from tunekit.memory.slots import LayerSlots
-from tunekit.memory.splitting import Splitting
+from tunekit.machine.cpu_times import cpu_times
+from tunekit.memory.splitting import collect_failed, first_line
 from tunekit.model.call import BETWEEN_STACKS, OUTSIDE_LAYERS, Call, calling, seed_layer
-from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import UNPACKED
-from tunekit.training.engines.window import Piece, WindowEngine, WindowRun
+from tunekit.training.engine import Engine, MicroBatchPart, StepAttempt, StepResult, StepWork
+from tunekit.tuned.model import TunedModel
+from tunekit.tuned.requires_grad import RequiresGrad
 
 
 @dataclass(eq=False)
-class PieceState:
-    """The state of one piece (a micro-batch, or a part of a split micro-batch) between two layers."""
+class PartState:
+    """The state of one part of a step between two layers."""
 
-    piece: Piece
+    part: MicroBatchPart
     call: Call
     inputs: Tensors  # the network's inputs
     hidden: Tensor = field(init=False)  # (B, T, D) after the last layer so far; in the backward pass, its gradient
@@ -45,96 +46,94 @@ class PieceState:
     calls: list[LayerCall] = field(default_factory=list)  # calls of the layers of all stacks so far
 
 
-@dataclass
-class RequiresGrad:
-    """Records which hidden states depend on trained parameters, and so require a gradient. The values are recorded
-    while the first micro-batch runs."""
+class StreamingEngine(Engine):
+    """Runs steps layer by layer. If several runs over one base are given, they take turns in each layer, so that it is
+    loaded and unpacked once for all runs. Each result has the same bits as alone. `warn`: prints a warning."""
 
-    embeddings: list[bool] = field(default_factory=list)  # of each stack
-    layers: list[bool] = field(default_factory=list)  # of each layer's output
-    side_outputs: list[list[bool]] = field(default_factory=list)  # of each layer
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn, self._apart = warn, False
 
-    @staticmethod
-    def nowhere(stages: Stages) -> RequiresGrad:
-        """No hidden state requires a gradient, because there is no backward pass."""
-        return RequiresGrad([False] * len(stages.stacks), [False] * len(stages.layers))
+    def _run_all(self, works: Sequence[StepWork]) -> list[StepResult]:
+        """Run the works together. After any error, each of them runs alone, and what it raises alone is its result. If
+        the error was no work's own, they stay apart."""
+        if len(works) < 2 or self._apart:
+            return super()._run_all(works)
+        attempts, started = list(map(StepAttempt, works)), cpu_times()
+        try:
+            with ExitStack() as blocks:
+                for attempt in attempts:
+                    blocks.enter_context(attempt.work.model.unchanged_weights())
+                    blocks.enter_context(attempt.work.model.clearing_on_failure())
+                    blocks.enter_context(attempt.watching())
+                _run_groups(attempts, unpacks_once=True)
+            times = cpu_times().since(started)
+            return [attempt.result(times) for attempt in attempts]
+        except Exception as error:
+            reason = first_line(error) or type(error).__name__
+        attempts.clear()
+        collect_failed()  # not inside `except`: the error keeps the failed attempt's tensors alive there
+        for work in works:
+            work.model.clear_gradient()
+        limits = [work.splitting and work.splitting.tokens for work in works]
+        results = super()._run_all(works)
+        split = limits != [work.splitting and work.splitting.tokens for work in works]
+        if not split and all(result.error is None for result in results):
+            self._apart = True
+            self._warn(f"the trials cannot run together ({reason}); from now on, their steps run one after another")
+        return results
 
-    def before(self, number: int, stack: int | None) -> bool:
-        """Whether this layer's input requires a gradient. `stack`: the index of the stack (encoder or decoder) that
-        starts with this layer; None if no stack starts here."""
-        return self.layers[number - 1] if stack is None else self.embeddings[stack]
+    def _compute(self, attempt: StepAttempt) -> None:
+        _run_groups([attempt])
 
-    def record(self, number: int, stack: int | None, hidden: Tensor, call: LayerCall) -> None:
-        """Record whether a layer's output requires a gradient. `hidden`: the output, computed with a graph for this
-        layer alone."""
-        self.layers.append(self.before(number, stack) or hidden.requires_grad)
-        values = [None if side is None else side.value for side in call.side_outputs]
-        self.side_outputs.append([value is not None and value.requires_grad for value in values])
-
-
-class StreamingEngine(WindowEngine):
-    """Runs the forward and backward of a window (the micro-batches of one optimizer step). `micro_batches_per_pass`
-    micro-batches pass through each layer together."""
-
-    def __init__(
-        self, seed: int, slots: LayerSlots, micro_batches_per_pass: int, splitting: Splitting | None = None
-    ) -> None:
-        super().__init__(seed, splitting)
-        self.slots, self.micro_batches_per_pass = slots, micro_batches_per_pass
-        self._stages: Stages | None = None
-        self._requires: RequiresGrad | None = None
-
-    def _run(self, run: WindowRun, pieces: Sequence[Piece]) -> None:
-        for layer_pass in self.passes(run, pieces):
-            run_passes([layer_pass])
-
-    def _read_outputs(self, run: WindowRun, pieces: Sequence[Piece], read: Read) -> Iterator[Tensor]:
-        stages = self._stages = self._stages or _stages_of(run.model.base)
-        for start in range(0, len(pieces), self.micro_batches_per_pass):
-            some = pieces[start : start + self.micro_batches_per_pass]
-            layer_pass = LayerPass(run, stages, self.slots, some, RequiresGrad.nowhere(stages))
-            for number in range(len(stages.layers)):
+    def _read_outputs(self, attempt: StepAttempt, read: Read) -> Iterator[Tensor]:
+        for parts in _groups(attempt):
+            layer_pass = LayerPass(attempt, parts, reads_only=True)
+            count = len(layer_pass.layers)
+            for number in range(count):
                 layer_pass.embed(number)
-                with self.slots.holding(number, (number + 1) % len(stages.layers)):
+                with layer_pass.slots.holding(number, (number + 1) % count):
                     layer_pass.forward(number)
             yield from layer_pass.read(read)
 
-    def passes(self, run: WindowRun, pieces: Sequence[Piece]) -> Iterator[LayerPass]:
-        """Yields a LayerPass for each group of `micro_batches_per_pass` pieces. Run each pass before you take the next
-        one."""
-        self._stages = self._stages or _stages_of(run.model.base)
-        for start in range(0, len(pieces), self.micro_batches_per_pass):
-            some = pieces[start : start + self.micro_batches_per_pass]
-            layer_pass = LayerPass(run, self._stages, self.slots, some, self._requires)
-            yield layer_pass
-            self._requires = layer_pass.requires  # only after success: a failed attempt has not recorded all
+
+def _groups(attempt: StepAttempt) -> list[list[MicroBatchPart]]:
+    """The parts that pass through each layer together."""
+    parts, size = attempt.flat_parts, attempt.work.micro_batches_per_pass
+    return [parts[start : start + size] for start in range(0, len(parts), size)]
+
+
+def _run_groups(attempts: Sequence[StepAttempt], *, unpacks_once: bool = False) -> None:
+    """Run all parts of these attempts, one group of each attempt at a time."""
+    for groups in zip_longest(*map(_groups, attempts)):
+        passes = [LayerPass(attempt, parts) for attempt, parts in zip(attempts, groups, strict=True) if parts]
+        run_passes(passes, unpacks_once=unpacks_once)
+        for each in passes:  # only after success: a failed pass has not recorded all
+            each.attempt.work.model.requires = each.requires
 
 
 class LayerPass:
-    """Runs several micro-batches (`pieces`) forward and backward through all layers.
+    """Runs some parts of an attempt through all layers: forward and, unless it `reads_only`, backward. The first pass
+    of a model records with its first part which hidden states require a gradient."""
 
-    `requires`: which hidden states require a gradient, as an earlier LayerPass recorded it. None: record it with the
-    first micro-batch.
-    """
-
-    def __init__(
-        self, run: WindowRun, stages: Stages, slots: LayerSlots, pieces: Sequence[Piece], requires: RequiresGrad | None
-    ) -> None:
-        self.run, self.slots = run, slots
+    def __init__(self, attempt: StepAttempt, parts: Sequence[MicroBatchPart], *, reads_only: bool = False) -> None:
+        self.attempt, self.model = attempt, attempt.work.model
+        assert self.model.slots is not None
+        self.slots, stages = self.model.slots, _stages_of(self.model)
         self.stacks, self.layers, self.stack_at = stages.stacks, stages.layers, stages.stack_at
-        self.requires, self.records = requires or RequiresGrad(), requires is None
-        self.store = run.model.boundaries
+        known = RequiresGrad.nowhere(stages) if reads_only else self.model.requires
+        self.requires, records = known or RequiresGrad(), known is None
+        self.store = self.model.boundaries
         self._adapters: dict[int | None, list[Any]] = defaultdict(list)
         numbers = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
-        for part in run.model.adapter.parts() if run.model.adapter else []:
-            self._adapters[numbers.get(part)].append(part)
-        self.states = [self._begin(piece) for piece in pieces]
-        self._recorded = self.states[0] if self.records else None
+        for each in self.model.adapter.parts() if self.model.adapter else []:
+            self._adapters[numbers.get(each)].append(each)
+        self.states = [self._begin(part) for part in parts]
+        self._recorded = self.states[0] if records else None
 
-    def _begin(self, piece: Piece) -> PieceState:
-        """The state of a micro-batch before the first layer."""
-        with calling(self.run.call(piece)):
-            return PieceState(piece, self.run.model.call_for(piece.batch.inputs), piece.batch.inputs)
+    def _begin(self, part: MicroBatchPart) -> PartState:
+        """The state of a part before the first layer."""
+        with calling(self.attempt.call(part)):
+            return PartState(part, self.model.call_for(part.batch.inputs), part.batch.inputs)
 
     def embed(self, number: int) -> None:
         """Compute the embeddings of every micro-batch, if a stack (encoder or decoder) starts with this layer."""
@@ -150,17 +149,17 @@ class LayerPass:
     def head(self) -> None:
         """Run the head and the loss of every micro-batch, forward and backward."""
         for state in self.states:
-            self.run.computing(state.piece)
+            self.attempt.computing(state.part)
             hidden = state.hidden.requires_grad_(self.requires.layers[-1])
             state.hidden = self._head_gradient(state, hidden)
 
     def read(self, read: Read) -> Iterator[Tensor]:
         """Yields the values that `read` computes from the output of every micro-batch."""
         for state in self.states:
-            self.run.computing(state.piece)
+            self.attempt.computing(state.part)
             with calling(state.call):
-                output = self.run.model.to_output(self.run.model.real_positions(state.hidden))
-                yield self.run.read(state.piece, output, read)
+                output = self.model.to_output(self.model.real_positions(state.hidden))
+                yield self.attempt.read(state.part, output, read)
 
     def needs(self, number: int) -> bool:
         """Whether the output of this layer requires a gradient."""
@@ -184,7 +183,7 @@ class LayerPass:
             for number in range(len(self.layers)):
                 self.store.drop((id(state), number))
 
-    def _embed(self, state: PieceState, number: int, recording: bool) -> None:
+    def _embed(self, state: PartState, number: int, recording: bool) -> None:
         """Compute the embedding before the first layer of a stack (encoder or decoder)."""
         if number > 0:
             state.source = SideInput(state.hidden.requires_grad_(self.requires.layers[number - 1]))
@@ -195,18 +194,18 @@ class LayerPass:
         state.hidden = hidden.detach()
         state.calls += calls
 
-    def _run_embedding(self, state: PieceState, stack: int) -> tuple[Tensor, list[LayerCall]]:
+    def _run_embedding(self, state: PartState, stack: int) -> tuple[Tensor, list[LayerCall]]:
         """Returns the stack's first hidden state (B, T, D), and the arguments with which the model calls each layer of
         the stack."""
         seed_layer(state.call, OUTSIDE_LAYERS)
-        inputs = self.run.model.prepare_inputs(state.inputs)
+        inputs = self.model.prepare_inputs(state.inputs)
         if stack > 0:
             seed_layer(state.call, BETWEEN_STACKS)
         return self.stacks[stack].embed(inputs, state.source)
 
-    def _layer_forward(self, state: PieceState, number: int, recording: bool) -> None:
+    def _layer_forward(self, state: PartState, number: int, recording: bool) -> None:
         """Run one layer. Its input is stored if the backward pass will recompute the layer."""
-        self.run.computing(state.piece)
+        self.attempt.computing(state.part)
         if recording or self.requires.layers[number]:
             self.store.put((id(state), number), state.hidden, stays=number == len(self.layers) - 1)
         call = state.calls[number]
@@ -220,25 +219,25 @@ class LayerPass:
                 side.value = side.value.detach().requires_grad_(needed)
         state.hidden = hidden.detach()
 
-    def _run_layer(self, state: PieceState, number: int, hidden: Tensor) -> Tensor:
+    def _run_layer(self, state: PartState, number: int, hidden: Tensor) -> Tensor:
         """The hidden state (B, T, D) after one layer."""
         with calling(state.call):
             seed_layer(state.call, number)
             output: Tensor = self.layers[number](hidden, state.calls[number])
         return output
 
-    def _head_gradient(self, state: PieceState, hidden: Tensor) -> Tensor:
+    def _head_gradient(self, state: PartState, hidden: Tensor) -> Tensor:
         """Run the head and the loss forward and backward. Returns the gradient (B, T, D) of the loss with respect to
         the last hidden states."""
         with calling(state.call):
-            output = self.run.model.to_output(self.run.model.real_positions(hidden))
-            self.run.backward(state.piece, output, lambda: self._penalty(None))
+            output = self.model.to_output(self.model.real_positions(hidden))
+            self.attempt.backward(state.part, output, lambda: self._penalty(None))
         return hidden.grad if hidden.grad is not None else hidden.detach()
 
-    def _layer_backward(self, state: PieceState, number: int, next_key: tuple[int, int]) -> None:
+    def _layer_backward(self, state: PartState, number: int, next_key: tuple[int, int]) -> None:
         """Recompute one layer and compute the gradients of its parameters. If a layer below is trained, also compute
         the gradients of its inputs."""
-        self.run.computing(state.piece)
+        self.attempt.computing(state.part)
         key, call = (id(state), number), state.calls[number]
         hidden = self.store.take(key).detach()
         hidden.requires_grad_(self.requires.before(number, self.stack_at.get(number)))
@@ -251,7 +250,7 @@ class LayerPass:
         roots += [(side.value, gradient) for side, gradient in zip(outputs, output_gradients, strict=True)]
         penalty = self._penalty(number)
         if penalty is not None:
-            value = penalty / state.piece.shares * self.run.engine.loss_scale * self.run.weight
+            value = penalty / state.part.divisor * self.attempt.work.loss_scale * self.attempt.work.weight
             roots.append((value, torch.ones_like(penalty)))
         pairs = [(root, gradient) for root, gradient in roots if root is not None and gradient is not None]
         torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
@@ -261,10 +260,10 @@ class LayerPass:
         if hidden.grad is not None:
             state.hidden = hidden.grad
 
-    def _embedding_backward(self, state: PieceState, stack: int) -> None:
+    def _embedding_backward(self, state: PartState, stack: int) -> None:
         """Run the backward pass of a stack's embedding. If the stack reads an encoder's output, continue with the
         gradient of that output."""
-        self.run.computing(state.piece)
+        self.attempt.computing(state.part)
         if self.requires.embeddings[stack]:
             with calling(state.call):
                 self._run_embedding(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]
@@ -319,21 +318,16 @@ def _take_gradient(side: SideInput) -> Tensor | None:
     return gradient
 
 
-def _stages_of(base: LoadedModel) -> Stages:
+def _stages_of(model: TunedModel) -> Stages:
     """The base's stacks of layers, for layer-by-layer execution. Raises: ModelError for a base that was not tested this
     way; plan refuses such a base earlier."""
-    stages = base.family.stages(base.net)
-    if stages is None:
+    base, model.stages = model.base, model.stages or model.base.family.stages(model.base.net)
+    if model.stages is None:
         what = f"{base.facts.model_type} cannot be computed layer by layer"
         raise ModelError(what, "write memory.streaming: off", key="memory.streaming")
-    return stages
+    return model.stages
 
 
-def make_engine(
-    seed: int, slots: LayerSlots | None, pass_micro_batches: int, splitting: Splitting | None = None
-) -> WindowEngine:
-    """Returns the engine of a run. `slots`: device memory for layers that are copied in one by one; None: all weights
-    are on the device, so micro-batches run one after another."""
-    if slots is None:
-        return WindowEngine(seed, splitting)
-    return StreamingEngine(seed, slots, pass_micro_batches, splitting)
+def make_engine(model: TunedModel, warn: Callable[[str], None] = lambda text: None) -> Engine:
+    """The engine for a model: layer by layer if its layers are copied to the device one by one."""
+    return Engine() if model.slots is None else StreamingEngine(warn)

@@ -1,0 +1,400 @@
+"""A run and its training loop. Each step runs the engine, clips and checks gradients, updates weights and records
+numbers. The run also evaluates, saves and stops when necessary.
+
+On a GPU, a step's loss and norm are read one step later, so that the host never waits for them. Until then, the device
+itself skips a non-finite update.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from signal import Signals
+
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.artifacts.trackers import Trackers
+from tunekit.console.progress import StepProgress
+from tunekit.contracts import Batch, Objective, Window, WindowSource
+from tunekit.errors import InputError, Problem, Stopped
+from tunekit.evaluation.evaluator import Evaluation, Evaluator
+from tunekit.evaluation.row_losses import RowLosses
+from tunekit.evaluation.scores import EvaluationStopped
+from tunekit.machine.cpu_times import CpuTimes
+from tunekit.machine.devices import Devices
+from tunekit.memory.splitting import Splitting
+from tunekit.recipe.evaluation import EvaluationSection
+from tunekit.recipe.training import TrainingSection
+from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Reaction, Shows, StepRecord
+from tunekit.targets.export import facts_for_export
+from tunekit.training.divergence import watch_step
+from tunekit.training.engine import Engine, StepResult, StepView, StepWork
+from tunekit.training.optimizers import Optimizer
+from tunekit.training.pace import MARK, watch_pace
+from tunekit.training.reached import require_gradients
+from tunekit.training.readings import PendingReadings, check_finite, means, start_reading
+from tunekit.training.run_files import make_trackers, save_run, tracked_numbers, write_pictures, write_rows
+from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
+from tunekit.training.schedules import rate_multiplier
+from tunekit.training.session import Session
+from tunekit.training.state import LoopState, add_seconds, timed
+from tunekit.tuned.model import TunedModel
+
+CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
+
+
+@dataclass(eq=False)
+class Run:
+    """A run: its model, objective, data and state. All ranks call its methods in the same order."""
+
+    session: Session
+    model: TunedModel
+    objective: Objective
+    engine: Engine
+    optimizer: Optimizer
+    steps: WindowSource
+    training: TrainingSection
+    evaluation: EvaluationSection
+    warmup_steps: int
+    state: LoopState
+    fingerprint: JsonObject = field(default_factory=dict)
+    evaluator: Evaluator | None = None  # None without evaluation rows
+    row_losses: RowLosses | None = None
+    splitting: Splitting | None = None
+    micro_batches_per_pass: int = 1
+    budget_bytes: int | None = None
+    shows: Shows = DEFAULT_SHOWS
+    spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
+    earlier: Window | None = None  # the prepared previous step, if several steps reuse its samples
+    pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
+    pending: PendingReadings = field(default_factory=PendingReadings)
+    progress: StepProgress | None = None  # while the run is open
+    trackers: Trackers | None = None
+    started: float = 0.0  # when the present step began
+    counts: tuple[float, ...] = ()  # of the present step on all ranks: tokens, supervised tokens, micro-batches
+
+    def train(self) -> None:
+        """Train from the present state to the last step. Raises: NumericsError; Stopped or InputError, after a
+        checkpoint was saved."""
+        with self.opened():  # progress, trackers, training mode: closed in every case
+            if self.start():  # the evaluation before step 1; False: nothing is left to train
+                for window in self.steps.windows(self.state.step):
+                    work = self.begin_step(window)
+                    [result] = self.engine.run([work])
+                    self.finish_step(work, result)
+                    if not self.after_step():  # evaluate, save; False: the run has ended
+                        break
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """A context manager for everything that a run holds open while it trains. If the data has an error, the steps
+        before it are saved first."""
+        with ExitStack() as stack:
+            self.trackers = stack.enter_context(make_trackers(self.session, self.state.step))
+            shown = StepProgress(
+                self.session.console, self.steps.steps, budget_bytes=self.budget_bytes, shows=self.shows
+            )
+            self.progress = stack.enter_context(shown)
+            stack.enter_context(self.model.training_mode(True))
+            try:
+                yield
+            except InputError as error:
+                if self.devices.world > 1:  # another rank may be in the middle of a step
+                    raise
+                self.settle()
+                if self.state.step > self.state.saved_step and self.can_resume:
+                    self._save()
+                if not self.state.saved_step:
+                    raise
+                saved = Problem(f"the checkpoint of step {self.state.saved_step} is written", error.resume_advice)
+                raise InputError.of([*error.problems, saved]) from error
+
+    def start(self) -> bool:
+        """Evaluate before step 1. Returns whether a step is left to train. Raises: Stopped after a stop signal."""
+        state, evaluated = self.state, self.state.evaluated_step
+        self._evaluate_if_due()  # a signal or an error may have interrupted it before the resume
+        if state.evaluated_step > max(evaluated, 0):  # this step's checkpoint lacks the results
+            self._save()
+        self._stop_if_asked()
+        if state.stopped_early or state.step >= self.steps.steps:
+            return False
+        if self.progress is not None:
+            self.progress.start(state.step + 1)
+        return True
+
+    def begin_step(self, window: Window) -> StepWork:
+        """Prepare a step, and count its units on all ranks."""
+        self.started = time.monotonic()
+        window = self.prepare_step(window)
+        units = self._count_units(window)
+        self.optimizer.zero_gradients()
+        micro_batches = int(self.counts[2])
+        return replace(
+            self._work(window),
+            units=units,
+            micro_batches=micro_batches,
+            loss_scale=self.state.scale.factor,  # fixed here, so that a second attempt uses the same one
+            missing=max(self.devices.missing(micro_batches, len(window.batches)), 0),
+            spare=self.spare,
+            watches_gradients=self.state.step == self.state.saved_step and not self.adapter.settings.trains_base,
+        )
+
+    def finish_step(self, work: StepWork, result: StepResult) -> None:
+        """Sum the gradients over ranks, clip and check them, update weights and state, and start to copy the step's
+        numbers to the host. Then settle the previous step. Raises: the step's error; NumericsError."""
+        result, state = result.checked(), self.state
+        if self.computes_on_cpu:
+            self.pace.append(result.times)
+        self.adapter.after_backward()
+        self.devices.sum_in_place(self.optimizer.gradients())
+        loss, norm, found_inf = self._clip(self.devices.sum(result.total).sum())
+        named = means(self.objective.loss.logged, result.metrics, work.units, self.devices)
+        if work.watches_gradients:
+            require_gradients(self.adapter, result.reached, self.devices)
+        numbers = {"loss": loss, "norm": norm, **named}
+        reading = start_reading(state.step + 1, work.window, result.losses, self.counts, numbers, self.started)
+        finite = True
+        if not self.reads_later:
+            check_finite(reading, *reading.read(), self.devices, may_overflow=state.scale.enabled)
+            finite = math.isfinite(reading.read()[1])
+        reading.rate = self.optimizer.step(self.rate(), found_inf)
+        state.scale.update(finite, reading.step)
+        self._advance(finite)
+        reading.sent = time.monotonic()
+        self.settle()  # the previous step, whose numbers arrived while this one was queued
+        self.pending.readings.append(reading)
+
+    def after_step(self) -> bool:
+        """Evaluate and save when due. Returns whether the run continues. Raises: Stopped after a stop signal."""
+        state, settings = self.state, self.training
+        last = state.step == self.steps.steps
+        evaluates = self.evaluator is not None and state.step % settings.eval_steps == 0
+        if not self.reads_later or last or evaluates or state.step % settings.save_steps == 0:
+            self.settle()
+        warned = any(MARK in reaction["probe"] for reaction in state.reactions)
+        slow = watch_pace(self.pace, state.step, self.devices, adaptive=self.adapts_threads, warned=warned)
+        if slow is not None:
+            self.react(slow)
+        saved_best = self._evaluate_if_due()
+        ended = last or state.stopped_early
+        if saved_best or ended or state.step % settings.save_steps == 0:
+            self._save()
+        self._stop_if_asked()
+        return not ended
+
+    def _count_units(self, window: Window) -> Tensor:
+        """The step's number of loss units, (K,) float64, summed over ranks. The other numbers of the step are kept in
+        `counts`."""
+        batches = window.batches
+        counts = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), len(batches)]
+        units = sum(map(self.objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
+        together = self.devices.sum(torch.cat([torch.tensor(counts, dtype=torch.float64), units]))
+        self.counts = tuple(together[:3].tolist())
+        return together[3:]
+
+    def settle(self) -> None:
+        """Wait for the numbers of pending steps, check them and record them. Raises: NumericsError."""
+        state = self.state
+        for reading in self.pending.readings:
+            loss, norm, seconds = self.pending.read(reading)
+            check_finite(reading, loss, norm, self.devices, may_overflow=state.scale.enabled)
+            exported = reading.step == self.steps.steps and self.evaluation.best is None
+            for reaction in watch_step(state, reading, loss, self.shows, self.devices, exported=exported):
+                self.react(reaction)
+            add_seconds(state.seconds, reading.spent(seconds))
+            record = reading.record(loss, norm, seconds, self.peak_bytes(), shown=self._shows_samples(reading.step))
+            self.record(replace(record, threads=torch.get_num_threads()) if self.adapts_threads else record)
+        self.pending.readings.clear()
+
+    def prepare_step(self, window: Window) -> Window:
+        """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
+        prepared = self.objective.prepare_step(self.view(window), window, self.earlier)
+        self.earlier = prepared if self.objective.loss.updates_per_sampling > 1 else None
+        return prepared
+
+    def view(self, window: Window) -> StepView:
+        """The parts of the run that the objective and its companions (auxiliary models) may use in a step."""
+        view = StepView(self.model, self.objective.rows, self.devices.gather, on_split=self._note_split)
+        view.engine, view.work = self.engine, self._work(window)
+        return view
+
+    def _work(self, window: Window) -> StepWork:
+        """A step, before its units are known."""
+        return StepWork(
+            self.model,
+            self.objective,
+            window,
+            torch.ones(1, dtype=torch.float64),
+            self.training.seed,
+            splitting=self.splitting,
+            micro_batches_per_pass=self.micro_batches_per_pass,
+        )
+
+    def try_batch(self, window: Window, *, watches_gradients: bool = False) -> None:
+        """Run forward and backward of a prepared dry-run step. The gradient is not cleared. Raises: its error."""
+        units = sum(map(self.objective.loss.units, window.batches), torch.zeros(1, dtype=torch.float64))
+        work = replace(self._work(window), units=units, watches_gradients=watches_gradients)
+        [result] = self.engine.run([work])
+        result.checked()
+        if watches_gradients:
+            require_gradients(self.adapter, result.reached, self.devices)
+
+    def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unscale the gradients and clip them by their norm. Returns the loss, the norm before clipping, and found_inf;
+        each has shape ()."""
+        if self.state.scale.enabled:
+            self.optimizer.scale_gradients(1.0 / self.state.scale.factor)
+        norm = self.optimizer.gradient_norm()  # () float32
+        found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).to(torch.float32)
+        if self.training.max_grad_norm is not None:
+            factor = (self.training.max_grad_norm / (norm + CLIPPING_EPSILON)).clamp(max=1.0)
+            self.optimizer.scale_gradients(factor)
+        return loss, norm, found_inf
+
+    def _advance(self, finite: bool) -> None:
+        state = self.state
+        state.step += 1
+        state.updates += int(finite)
+        state.tokens += int(self.counts[0])
+        state.supervised_tokens += int(self.counts[1])
+        if finite:
+            self.adapter.after_step(state.step - 1, self.steps.steps)
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate before training, at every multiple of eval_steps and at the end. Returns whether this evaluation is
+        the best so far, so that a checkpoint must be saved. The evaluation before training is only a reference."""
+        state, settings = self.state, self.evaluation
+        due = state.step % self.training.eval_steps == 0 or state.step == self.steps.steps
+        due = due if state.step else settings.before_training
+        if self.evaluator is None or not due or state.step <= state.evaluated_step:
+            return False
+        try:
+            with timed(state.seconds, "evaluate"):
+                evaluation = self.evaluate(self.evaluator)
+        except EvaluationStopped:
+            return False
+        state.evaluated_step, state.measured_facts = state.step, dict(evaluation.facts)
+        values = evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources
+        self.record(EvaluationRecord(state.step, *values))
+        if self.session.folder is not None:
+            write_pictures(self.session.folder, state.step, evaluation)
+        better = state.judge(settings, evaluation.metrics)
+        if better or settings.best is None or not state.step:
+            self.keep_rows(evaluation)
+        return better and settings.best is not None
+
+    def evaluate(self, evaluator: Evaluator) -> Evaluation:
+        """Run an evaluation. Raises: EvaluationStopped after a stop signal, at a step at which the run can resume."""
+        return evaluator.evaluate(lambda: self.session.signals.requested is not None and self.can_resume)
+
+    def record(self, value: StepRecord | EvaluationRecord) -> None:
+        """Write a record to metrics.jsonl, the progress line and the trackers. On other ranks, do nothing."""
+        if self.session.folder is None or self.progress is None or self.trackers is None:
+            return
+        self.session.folder.append_metrics(value)
+        show = self.progress.update if isinstance(value, StepRecord) else self.progress.evaluation
+        show(value)  # type: ignore[arg-type]
+        self.trackers.log(tracked_numbers(value), value.step)
+
+    def keep_rows(self, evaluation: Evaluation) -> None:
+        """Write the loss of each evaluation row to the run folder."""
+        if self.row_losses is not None and self.session.folder is not None and evaluation.sums.row_losses:
+            write_rows(self.session.folder, self.row_losses, self.state.step, evaluation)
+
+    def save(self) -> None:
+        """Write a checkpoint on the main rank. An error there is raised on every rank."""
+        exported = {"export": facts_for_export(self.adapter, self.objective, self.state.measured_facts)}
+        save_run(
+            self.session,
+            self.state,
+            lambda: checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state),
+            lambda: checkpoint_facts(self.optimizer, self.state, self.fingerprint) | exported,
+        )
+
+    def _save(self) -> None:
+        self.state.saved_step = self.state.step
+        with timed(self.state.seconds, "save"):
+            self.save()
+
+    def _stop_if_asked(self) -> None:
+        """If a signal requested a stop, save a checkpoint and end the run. Raises: Stopped."""
+        number, step = self.devices.any(self.stop_signal()), self.state.step
+        if not number or not self.can_resume:
+            return
+        self.settle()
+        if step > self.state.saved_step:
+            self._save()
+        ended = f"after step {step}; the checkpoint is written; continue with --resume"
+        ended = ended if step else "before the first step; nothing was trained yet"
+        raise Stopped(f"stopped by {Signals(number).name} {ended}", number)
+
+    def stop_signal(self) -> int:
+        """The number of the signal that requests a stop after this step; 0 if the run continues."""
+        return self.session.stop_signal(self.state.step)
+
+    def peak_bytes(self) -> int:
+        """The peak of memory so far, comparable with the predicted peak of plan."""
+        return self.session.peak_bytes()
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.session.console.warn(text)
+
+    def react(self, reaction: Reaction) -> None:
+        """Print a reaction, and keep it for the report."""
+        self.state.reactions.append(asdict(reaction))
+        self.warn(f"step {reaction.step}: {reaction.probe}; {reaction.action}")
+
+    def _note_split(self, size: str) -> None:
+        """Warn and record that memory ran out while a step was prepared, once for each size."""
+        what, step = f"{size} ran out of memory while a step was prepared", self.state.step + 1
+        if all(reaction["probe"] != what for reaction in self.state.reactions):
+            action = "split in two, which does not change the result"
+            self.state.reactions.append(asdict(Reaction(what, action, step)))
+            self.warn(f"step {step}: {what}; split in two")
+
+    @property
+    def devices(self) -> Devices:
+        """The device of this rank, and the other ranks."""
+        return self.session.devices
+
+    @property
+    def adapter(self) -> AttachedAdapter:
+        """The trained adapter."""
+        assert self.model.adapter is not None
+        return self.model.adapter
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a run can resume after this step. Checkpoints do not contain the samples that later steps reuse."""
+        return self.state.step % self.objective.loss.updates_per_sampling == 0
+
+    @property
+    def reads_later(self) -> bool:
+        """Whether a step's loss and norm are read one step later. This is possible if the device itself skips a
+        non-finite update."""
+        return self.optimizer.gated and not self.state.scale.enabled and self.model.device.type != "cpu"
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether the steps are computed on a CPU, by threads of this process."""
+        return self.model.device.type == "cpu"
+
+    @property
+    def adapts_threads(self) -> bool:
+        """Whether the number of threads may fall during the run."""
+        return self.computes_on_cpu and self.training.threads == "adaptive"
+
+    def _shows_samples(self, step: int) -> bool:
+        """Whether the report shows samples of this step: the first step, the last step, and steps with an
+        evaluation."""
+        return step in (1, self.steps.steps) or step % self.training.eval_steps == 0
+
+    def rate(self) -> float:
+        """Multiplier of the learning rate of the next update."""
+        return rate_multiplier(self.training, self.state.updates, self.steps.steps, self.warmup_steps)

@@ -1,0 +1,134 @@
+"""Trains trials of a sweep together: in each round, every trial makes one step."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+
+from tunekit.artifacts.checkpoint import list_checkpoints
+from tunekit.errors import Stopped, TunekitError
+from tunekit.training import run_files
+from tunekit.training.begin import begin_run, read_checkpoint
+from tunekit.training.lane import Lane, SharedBase
+from tunekit.training.result import finish_run
+from tunekit.training.run import Run
+from tunekit.training.streaming import make_engine
+
+
+class _OpenRun:
+    """A run that trains together with others. `opening`: a context manager in which the run trains. It keeps the errors
+    of its run."""
+
+    def __init__(self, opening: AbstractContextManager[Run | None]) -> None:
+        self._opening = opening
+        self.is_open = False
+        self.stopped: Stopped | None = None  # by a signal
+
+    def open(self) -> None:
+        """Open the run, and start it. It is closed again if nothing is left to train."""
+        with self._kept_errors():
+            run = self._opening.__enter__()
+            self.is_open = True
+        with self.closed_by_errors():
+            if not self.is_open or run is None or not run.start():
+                self.close()
+            else:
+                self.run, self.steps = run, iter(run.steps.windows(run.state.step))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the context of the run. Raises: an error that is no TunekitError."""
+        if self.is_open:
+            self.is_open = False
+            with self._kept_errors():
+                if not self._opening.__exit__(type(error) if error else None, error, None) and error is not None:
+                    raise error
+
+    @contextmanager
+    def closed_by_errors(self) -> Iterator[None]:
+        """A context manager: an error in the block closes the run."""
+        try:
+            yield
+        except BaseException as error:
+            self.close(error)
+
+    @contextmanager
+    def _kept_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Stopped as stopped:
+            self.stopped = stopped
+        except TunekitError:
+            pass  # the context keeps it
+
+
+def train_together(openings: Iterable[AbstractContextManager[Run | None]], warn: Callable[[str], None]) -> None:
+    """Open these runs one by one, then train them together until all have ended.
+
+    When a run ends or fails, the others continue. After a stop signal, no further run is opened.
+    Raises: Stopped after a stop signal, when all open runs have ended.
+    """
+    opened: list[_OpenRun] = []
+    try:
+        for opening in openings:
+            opened.append(_OpenRun(opening))
+            opened[-1].open()
+            if opened[-1].stopped is not None:
+                break
+        engine = None
+        while running := [one for one in opened if one.is_open]:
+            engine = engine or make_engine(running[0].run.model, warn)
+            works = []
+            for one in running:
+                with one.closed_by_errors():
+                    works.append((one, one.run.begin_step(next(one.steps))))
+            results = engine.run([work for _, work in works])
+            for (one, work), result in zip(works, results, strict=True):
+                with one.closed_by_errors():
+                    one.run.finish_step(work, result)
+                    if not one.run.after_step():
+                        one.close()
+    except BaseException as error:
+        for one in opened:
+            one.close(error)
+        raise
+    for one in opened:
+        if one.stopped is not None:
+            raise one.stopped
+
+
+@contextmanager
+def opened_trial(lane: Lane, end: int | None, base: SharedBase, resume: bool, named: bool) -> Iterator[Run | None]:
+    """A context manager: the open run of a lane (trial), which the block trains to its end, or to the step `end`; None
+    if it has reached this step. Its result is then exported. An error is stored in the lane. `named`: printed lines
+    begin with the lane's name.
+
+    Raises: Stopped after a stop signal.
+    """
+    resume = resume or lane.begun
+    if end is not None and any(step >= end for step, _ in list_checkpoints(lane.path / "checkpoints")):
+        yield None
+        return
+    console = lane.session.console.named(lane.trial.name) if named else lane.session.console
+    seconds = {} if lane.begun else lane.session.seconds
+    session = replace(lane.session, last_step=end, seconds=seconds, console=console)
+    assert lane.plan is not None
+    assert lane.planned is not None
+    plan, planned, lane.begun, lane.ended = lane.plan, lane.planned, True, True
+    try:
+        with run_files.locked_folder(session, lane.path, resume, overwrite=False):
+            with session.signals.at_once("before training began; nothing was trained"):
+                checkpoint = read_checkpoint(session, resume)
+            plan, run = begin_run(session, plan, planned, checkpoint, base.load)
+            with run.opened():
+                yield run
+            finish_run(session, plan, planned, run)
+    except Stopped as stop:
+        lane.ended = False  # it pauses
+        if session.signals.requested is not None:
+            raise Stopped(f"{lane.trial.name}: {stop}", stop.exit_code - 128) from stop
+    except TunekitError as error:
+        lane.session.console.warn(f"{lane.trial.name}: {error}")
+        lane.error = type(error).of(error.problems)  # without the traceback, which would keep the lane's tensors
+        raise lane.error from None
+    finally:
+        if lane.ended:
+            lane.planned = None
