@@ -21,7 +21,7 @@ from tunekit.adapters.folder.read import load_into
 from tunekit.companions.base import make_companions
 from tunekit.companions.rewards import RewardFunctions, make, name_of
 from tunekit.console import Console, visible
-from tunekit.contracts import CompanionSpec, Window
+from tunekit.contracts import CompanionSpec, StepBatches
 from tunekit.data.batching.order import epoch_rows
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.problems import Problems
@@ -205,7 +205,7 @@ def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completio
     loss = rows.objective.loss
     assert isinstance(loss, SampledLoss)
     with undisturbed(model):
-        groups = loss.sampled(ModelRun(model, rows.objective.rows), Window(0, 0.0, (), (), seed), chosen)
+        groups = loss.sampled(ModelRun(model, rows.objective.rows), StepBatches(0, 0.0, (), (), seed), chosen)
     return completions_of(chosen, groups)
 
 

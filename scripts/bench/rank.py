@@ -174,7 +174,7 @@ def write_probabilities(run: Path, file: Path) -> None:
     """Write the label of each row, and the probabilities of the labels at each checkpoint, (states, rows, labels)."""
     import torch
 
-    from tunekit.data.batching.windows import evaluation_batches
+    from tunekit.data.batching.steps import evaluation_batches
     from tunekit.data.rows import load_rows
     from tunekit.evaluation.scores import undisturbed
     from tunekit.machine.devices import make_devices

@@ -23,7 +23,7 @@ import torch
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.kernels.joined_lora import GatedMlp
-from tunekit.contracts import Batch, Objective, Row, Window
+from tunekit.contracts import Batch, Objective, Row, StepBatches
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.sequences import sequence_parts
@@ -82,14 +82,14 @@ class Switch:
 def measure(model: TunedModel, objective: Objective, batch: Batch, repeats: int) -> dict[str, dict[str, float]]:
     """CPU seconds and loss of each variant."""
     switch = Switch(model)
-    window, units = Window(0, 0.0, (0,), (batch,)), objective.loss.units(batch)
+    step, units = StepBatches(0, 0.0, (0,), (batch,)), objective.loss.units(batch)
     found: dict[str, dict[str, float]] = {}
     with model.training_mode(True):
         for _ in range(repeats):
             for name, (attention, groups) in VARIANTS.items():
                 switch.choose(attention, groups)
                 started = time.process_time()
-                [result] = Engine().run([StepWork(model, objective, window, units, 0)])
+                [result] = Engine().run([StepWork(model, objective, step, units, 0)])
                 seconds = min(time.process_time() - started, found.get(name, {}).get("seconds", float("inf")))
                 found[name] = {
                     "seconds": seconds,

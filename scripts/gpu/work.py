@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from shapes import MODELS, Row
 
-from tunekit.contracts import Batch, Objective, Window
+from tunekit.contracts import Batch, Objective, StepBatches
 from tunekit.contracts import Row as EncodedRow
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.sequences import sequence_parts
@@ -65,17 +65,17 @@ def _documents(draw: np.random.Generator, tokens: int) -> list[int]:
     return lengths
 
 
-def window(row: Row, step: int) -> Window:
+def step(row: Row, step: int) -> StepBatches:
     """The micro-batches of one step."""
     batches = tuple(micro_batch(row, step, number) for number in range(row.micro_batches))
-    return Window(step, 0.0, tuple(range(row.micro_batches)), batches)
+    return StepBatches(step, 0.0, tuple(range(row.micro_batches)), batches)
 
 
 class Windows:
-    """A WindowSource that yields the steps of a row."""
+    """A StepSource that yields the steps of a row."""
 
     def __init__(self, row: Row) -> None:
         self.row, self.steps = row, row.steps
 
-    def windows(self, first_step: int):
-        return (window(self.row, step) for step in range(first_step, self.steps))
+    def after(self, first_step: int):
+        return (step(self.row, step) for step in range(first_step, self.steps))

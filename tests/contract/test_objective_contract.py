@@ -35,7 +35,7 @@ from tunekit.contracts import (
     RowLayout,
 )
 from tunekit.data.batching.split import split_batch
-from tunekit.data.batching.windows import TrainingWindows
+from tunekit.data.batching.steps import StoredSteps
 from tunekit.data.encoding import sources
 from tunekit.data.encoding.cache import CODE, PACKAGES, cached_store
 from tunekit.data.encoding.store import ChosenRows, Part, StoreWriter, TokenStore
@@ -280,7 +280,7 @@ def test_halves_hold_each_row_once_and_add_up(
         declared = {*settings_class("objectives", name).sums, ROW_LOSSES}  # type: ignore[attr-defined]
         assert set(sums[0]) - {ROW_RIGHT, ROW_MARGINS} == declared
         assert sums[0]["loss"].item() == pytest.approx(float(losses[0]), rel=1e-5)
-        by_itself = [objective.rows.collate([[row]]) for row in whole.rows]  # as prepared: of the same window
+        by_itself = [objective.rows.collate([[row]]) for row in whole.rows]  # as prepared: of the same step
         alone = [float(objective.loss.sums(model.output(batch.inputs), batch)["loss"]) for batch in by_itself]
         assert sums[0][ROW_LOSSES].tolist() == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
@@ -325,23 +325,23 @@ def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp
     store = stored(tmp_path, objective.rows.layout, written)
     rows = ChosenRows([Part(store, np.arange(len(store)), "d")])
     chosen = settings(micro_batch_size=None, micro_batch_tokens=60, gradient_accumulation_steps=9)
-    (window,) = TrainingWindows(rows, objective.rows, chosen).windows(0)
-    assert sorted(row.number for batch in window.batches for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
-    assert max(len(batch.rows) for batch in window.batches) > 1
-    assert max(batch.padded for batch in window.batches) <= 60
-    for row in (row for batch in window.batches for row in batch.rows):
+    (step,) = StoredSteps(rows, objective.rows, chosen).after(0)
+    assert sorted(row.number for batch in step.batches for row in batch.rows) == list(range(len(PAIR_LENGTHS)))
+    assert max(len(batch.rows) for batch in step.batches) > 1
+    assert max(batch.padded for batch in step.batches) <= 60
+    for row in (row for batch in step.batches for row in batch.rows):
         assert_equal(row, written[row.number], objective.rows.layout)
 
     base = load_model(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), device=CPU)
     adapter = attach_adapter(base.net, LoraSettings(r=4), seed=0, head_name="lm_head")
     model, trained = TunedModel(base, adapter), adapter.trained()
-    window = objective.prepare_step(ModelRun(model, objective.rows), window)
-    reference = {row.number: row.parts["reference"] for batch in window.batches for row in batch.rows}
+    step = objective.prepare_step(ModelRun(model, objective.rows), step)
+    reference = {row.number: row.parts["reference"] for batch in step.batches for row in batch.rows}
     assert len(reference) == len(PAIR_LENGTHS)
     generator = torch.Generator().manual_seed(0)
     for parameter in trained.values():  # else the policy is its own reference
         parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    units = torch.stack([objective.loss.units(batch) for batch in window.batches]).sum(0)
+    units = torch.stack([objective.loss.units(batch) for batch in step.batches]).sum(0)
     assert units.tolist() == [len(PAIR_LENGTHS)]
 
     found = []
@@ -350,8 +350,8 @@ def test_pairs_are_never_split(tiny_llama: Path, tokenizer: LoadedTokenizer, tmp
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter)
         with model.training_mode(True):
-            count = len(window.batches)
-            result = run_step(model, objective, window, units, micro_batches=count, splitting=splitting)
+            count = len(step.batches)
+            result = run_step(model, objective, step, units, micro_batches=count, splitting=splitting)
         found.append(
             (float(result.total), torch.cat([p.grad.flatten().clone() for p in trained.values() if p.grad is not None]))
         )

@@ -14,23 +14,23 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.support.data_case import Rows, objective_of, settings
-from tunekit.contracts import IGNORED, Batch, Window
+from tunekit.contracts import IGNORED, Batch, StepBatches
 from tunekit.data.batching.order import Share, epoch_rows, held_out
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate, evaluation_batches, filled_batch
+from tunekit.data.batching.steps import BatchSettings, StoredSteps, collate, evaluation_batches, filled_batch
 
 LENGTHS = [2 + (7 * index) % 30 for index in range(23)]  # 2 .. 31 tokens
 
 
-def windows_of(lengths: list[int], chosen: BatchSettings, **changes: int) -> TrainingWindows:
-    return TrainingWindows(Rows(lengths), objective_of().rows, chosen, **changes)
+def windows_of(lengths: list[int], chosen: BatchSettings, **changes: int) -> StoredSteps:
+    return StoredSteps(Rows(lengths), objective_of().rows, chosen, **changes)
 
 
 def groups_of(batch: Batch) -> list[list[int]]:
     return [[row.number for row in sequence] for sequence in batch.sequences]
 
 
-def rows_of(window: Window) -> list[int]:
-    return [row.number for batch in window.batches for row in batch.rows]
+def rows_of(step: StepBatches) -> list[int]:
+    return [row.number for batch in step.batches for row in batch.rows]
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -40,18 +40,18 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_the_last_partial_window_is_stepped() -> None:
-    windows = windows_of(LENGTHS, settings())
-    assert (windows.steps, windows.steps_per_epoch, windows.micro_batches_per_epoch) == (3, 3, 12)
-    found = list(windows.windows(0))
-    assert [len(window.batches) for window in found] == [5, 5, 2]
-    assert [len(rows_of(window)) for window in found] == [10, 10, 3]
-    assert sorted(row for window in found for row in rows_of(window)) == list(range(23))
-    assert [window.epoch for window in found] == [1 / 3, 2 / 3, 1.0]
-    assert [len(step) for step in windows.steps_of(0)] == [5, 5, 2], "the forecast looks at the last one too"
+    steps = windows_of(LENGTHS, settings())
+    assert (steps.count, steps.steps_per_epoch, steps.micro_batches_per_epoch) == (3, 3, 12)
+    found = list(steps.after(0))
+    assert [len(step.batches) for step in found] == [5, 5, 2]
+    assert [len(rows_of(step)) for step in found] == [10, 10, 3]
+    assert sorted(row for step in found for row in rows_of(step)) == list(range(23))
+    assert [step.epoch for step in found] == [1 / 3, 2 / 3, 1.0]
+    assert [len(step) for step in steps.steps_of(0)] == [5, 5, 2], "the forecast looks at the last one too"
 
 
 def test_without_shuffling_the_order_is_the_file_s() -> None:
-    found = [rows_of(window) for window in windows_of(LENGTHS, settings(shuffle=False, epochs=2.0)).windows(0)]
+    found = [rows_of(step) for step in windows_of(LENGTHS, settings(shuffle=False, epochs=2.0)).after(0)]
     assert [row for rows in found for row in rows] == [*range(23), *range(23)]
 
 
@@ -88,48 +88,48 @@ def test_fractional_epochs_round_their_last_part_up(epochs: float, steps: int) -
 
 
 def test_max_steps_goes_through_as_many_epochs_as_it_needs() -> None:
-    found = list(windows_of(LENGTHS, settings(epochs=None, max_steps=7)).windows(0))
-    assert [round(window.epoch, 6) for window in found] == [round(step / 3, 6) for step in range(1, 8)]
-    assert sorted(row for window in found[3:6] for row in rows_of(window)) == list(range(23))
+    found = list(windows_of(LENGTHS, settings(epochs=None, max_steps=7)).after(0))
+    assert [round(step.epoch, 6) for step in found] == [round(step / 3, 6) for step in range(1, 8)]
+    assert sorted(row for step in found[3:6] for row in rows_of(step)) == list(range(23))
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"micro_batch_size": None, "micro_batch_tokens": 70}])
 def test_resuming_at_any_step_gives_the_same_windows(changes: dict[str, object]) -> None:
-    def make() -> TrainingWindows:
+    def make() -> StoredSteps:
         return windows_of(LENGTHS, settings(epochs=3.0, gradient_accumulation_steps=2, **changes))
 
-    whole = list(make().windows(0))
+    whole = list(make().after(0))
     assert len(whole) == make().steps
     for first in range(len(whole)):
-        rest = list(make().windows(first))
-        assert [window.step for window in rest] == list(range(first, len(whole)))
-        for window, expected in zip(rest, whole[first:], strict=True):
-            assert window.epoch == expected.epoch
-            assert all(same(*pair) for pair in zip(window.batches, expected.batches, strict=True))
-    assert list(make().windows(len(whole))) == []
+        rest = list(make().after(first))
+        assert [step.step for step in rest] == list(range(first, len(whole)))
+        for step, expected in zip(rest, whole[first:], strict=True):
+            assert step.epoch == expected.epoch
+            assert all(same(*pair) for pair in zip(step.batches, expected.batches, strict=True))
+    assert list(make().after(len(whole))) == []
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_each_window(world: int) -> None:
-    one = list(windows_of(LENGTHS, settings()).windows(0))
-    ranks = [list(windows_of(LENGTHS, settings(), rank=rank, world=world).windows(0)) for rank in range(world)]
-    for step, window in enumerate(one):
-        parts = [windows[step] for windows in ranks]
+    one = list(windows_of(LENGTHS, settings()).after(0))
+    ranks = [list(windows_of(LENGTHS, settings(), rank=rank, world=world).after(0)) for rank in range(world)]
+    for step, step in enumerate(one):
+        parts = [steps[step] for steps in ranks]
         together = {index: batch for part in parts for index, batch in zip(part.indices, part.batches, strict=True)}
-        assert sorted(together) == list(window.indices)
+        assert sorted(together) == list(step.indices)
         assert all(index % world == rank for rank, part in enumerate(parts) for index in part.indices)
-        assert all(same(together[index], batch) for index, batch in zip(window.indices, window.batches, strict=True))
-    assert len(ranks[-1][2].batches) == (1 if world == 2 else 0)  # the last window may leave a rank without work
+        assert all(same(together[index], batch) for index, batch in zip(step.indices, step.batches, strict=True))
+    assert len(ranks[-1][2].batches) == (1 if world == 2 else 0)  # the last step may leave a rank without work
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_packs_hold_every_token_once_within_max_length(seed: int) -> None:
     draw = random.Random(seed)
     lengths = [draw.randint(1, 64) for _ in range(draw.randint(1, 90))]
-    windows = windows_of(lengths, settings(packing=True, seed=seed, epochs=2.0))
-    found = list(windows.windows(0))
-    assert len(found) == windows.steps
-    batches = [batch for window in found for batch in window.batches]
+    steps = windows_of(lengths, settings(packing=True, seed=seed, epochs=2.0))
+    found = list(steps.after(0))
+    assert len(found) == steps.count
+    batches = [batch for step in found for batch in step.batches]
     assert all(length <= 64 for batch in batches for length in batch.lengths)
     tokens = Counter(
         token
@@ -143,19 +143,19 @@ def test_packs_hold_every_token_once_within_max_length(seed: int) -> None:
 
 
 def test_steps_are_counted_from_packs() -> None:
-    windows = windows_of([8] * 64, settings(packing=True, micro_batch_size=1, gradient_accumulation_steps=2))
-    assert windows.micro_batches_per_epoch == 8
-    assert windows.steps == 4
+    steps = windows_of([8] * 64, settings(packing=True, micro_batch_size=1, gradient_accumulation_steps=2))
+    assert steps.micro_batches_per_epoch == 8
+    assert steps.count == 4
 
 
 def test_micro_batches_by_padded_tokens() -> None:
-    windows = windows_of(LENGTHS, settings(micro_batch_size=None, micro_batch_tokens=40))
-    batches = [batch for window in windows.windows(0) for batch in window.batches]
+    steps = windows_of(LENGTHS, settings(micro_batch_size=None, micro_batch_tokens=40))
+    batches = [batch for step in steps.after(0) for batch in step.batches]
     assert all(batch.inputs["input_ids"].numel() <= 40 for batch in batches)
     assert max(len(batch.lengths) for batch in batches) > 1
     assert sorted(row.number for batch in batches for row in batch.rows) == list(range(23))
     alone = windows_of([50, 3], settings(micro_batch_size=None, micro_batch_tokens=40, shuffle=False))
-    assert [batch.lengths for window in alone.windows(0) for batch in window.batches] == [[50], [3]]
+    assert [batch.lengths for step in alone.after(0) for batch in step.batches] == [[50], [3]]
 
 
 def test_collation_restarts_positions_and_hides_first_labels() -> None:
@@ -177,10 +177,10 @@ def test_collation_restarts_positions_and_hides_first_labels() -> None:
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 3}, {"micro_batch_size": None, "micro_batch_tokens": 64}])
 def test_end_to_end_the_same_rows_are_trained_together_without_padding(changes: dict[str, object]) -> None:
-    padded = list(windows_of(LENGTHS, settings(**changes)).windows(0))
-    laid = list(windows_of(LENGTHS, settings(**changes, end_to_end=True)).windows(0))
-    assert [rows_of(window) for window in laid] == [rows_of(window) for window in padded]
-    for batch in (batch for window in laid for batch in window.batches):
+    padded = list(windows_of(LENGTHS, settings(**changes)).after(0))
+    laid = list(windows_of(LENGTHS, settings(**changes, end_to_end=True)).after(0))
+    assert [rows_of(step) for step in laid] == [rows_of(step) for step in padded]
+    for batch in (batch for step in laid for batch in step.batches):
         lengths = [LENGTHS[row.number] for row in batch.rows]
         assert batch.inputs["input_ids"].shape == (1, sum(lengths))
         assert batch.inputs["position_ids"][0].tolist() == [
@@ -195,13 +195,13 @@ def test_copies_of_a_row_in_a_step_are_counted_over_all_ranks() -> None:
 
     def of_steps(**ranks: int) -> list[dict[int, list[tuple[int, int]]]]:
         shares = (Share(0, 4, weight=3.0),)
-        windows = TrainingWindows(Rows(LENGTHS[:4]), objective_of().rows, settings(), draws=shares, **ranks)
+        steps = StoredSteps(Rows(LENGTHS[:4]), objective_of().rows, settings(), draws=shares, **ranks)
         return [
             {
                 at: [(row.number, row.occurrence) for row in batch.rows]
-                for at, batch in zip(window.indices, window.batches, strict=True)
+                for at, batch in zip(step.indices, step.batches, strict=True)
             }
-            for window in windows.windows(0)
+            for step in steps.after(0)
         ]
 
     alone = of_steps()
@@ -234,7 +234,7 @@ def test_no_epoch_has_a_larger_batch_than_one_of_full_sequences(changes: dict[st
     chosen = settings(epochs=20.0, **changes, end_to_end=end_to_end and "packing" not in changes)
     full = filled_batch(Rows(LENGTHS), objective_of().rows, chosen)
     assert full.lengths == [64, 64]
-    found = [batch for window in windows_of(LENGTHS, chosen).windows(0) for batch in window.batches]
+    found = [batch for step in windows_of(LENGTHS, chosen).after(0) for batch in step.batches]
     assert max(batch.inputs["input_ids"].numel() for batch in found) <= full.inputs["input_ids"].numel() == full.padded
 
 

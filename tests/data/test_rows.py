@@ -285,8 +285,8 @@ def test_weights_reach_the_windows(tiny: LoadedTokenizer, tmp_path: Path) -> Non
     one, two = write_lines(tmp_path / "a.jsonl", pairs(*[1] * 10)), write_lines(tmp_path / "b.jsonl", pairs(*[2] * 10))
     data = DataSection(train=(Source(path=str(one), weight=3.0), Source(path=str(two), weight=0.5)))
     rows = load_rows(data, sft(tiny), seed=0)
-    windows = rows.windows(settings(gradient_accumulation_steps=1))
-    origins = [row.origin for window in windows.windows(0) for batch in window.batches for row in batch.rows]
+    steps = rows.steps(settings(gradient_accumulation_steps=1))
+    origins = [row.origin for step in steps.after(0) for batch in step.batches for row in batch.rows]
     assert sum(origin.startswith("a.jsonl") for origin in origins) == 30
     assert sum(origin.startswith("b.jsonl") for origin in origins) == 5
     assert rows.counts.tokens == 30 * 3 + 5 * 4

@@ -109,9 +109,7 @@ def test_a_stream_reads_every_row_of_every_file_once_an_epoch(
     assert sharded.lines == (None if ending.endswith(".gz") else len(TEXTS) + 3 * (ending == "csv"))
     rows = load(tiny, folder, streaming=True, columns={"words": "text"})
     steps = settings(micro_batch_size=4, gradient_accumulation_steps=1, max_steps=14, epochs=None)
-    trained = [
-        row.origin for window in rows.windows(steps).windows(0) for batch in window.batches for row in batch.rows
-    ]
+    trained = [row.origin for step in rows.steps(steps).after(0) for batch in step.batches for row in batch.rows]
     assert len(trained) == len(TEXTS)
     places = [sharded.origin(row.line) for row in found]
     assert sorted(trained) == sorted(places) != trained

@@ -13,9 +13,9 @@ import torch
 
 from tests.data.test_render import tiny as tiny
 from tests.support.data_case import settings, write_lines
-from tunekit.contracts import Row, Window
+from tunekit.contracts import Row, StepBatches
 from tunekit.data.batching import stream
-from tunekit.data.batching.windows import filled_batch
+from tunekit.data.batching.steps import filled_batch
 from tunekit.data.reading import shards
 from tunekit.data.reading.data_file import inspect_file
 from tunekit.data.reading.lines import read_json_lines
@@ -53,8 +53,8 @@ def streamed(path: Path, **changes: Any) -> Source:
     return Source(path=str(path), streaming=True, **changes)
 
 
-def origins(windows: list[Window]) -> list[str]:
-    return [row.origin for window in windows for batch in window.batches for row in batch.rows]
+def origins(steps: list[StepBatches]) -> list[str]:
+    return [row.origin for step in steps for batch in step.batches for row in batch.rows]
 
 
 @pytest.mark.parametrize("size", [1, 37, 700, 701, 1400, 100_000])
@@ -75,8 +75,8 @@ def test_shards_cover_the_file_with_its_line_numbers(
 
 def test_one_pass_holds_every_row_once_in_another_order_each_time(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     rows = load(tiny, streamed(write_rows(tmp_path / "d.jsonl")))
-    windows = rows.windows(settings(micro_batch_size=4, max_steps=30, epochs=None))
-    found = origins(list(windows.windows(0)))
+    steps = rows.steps(settings(micro_batch_size=4, max_steps=30, epochs=None))
+    found = origins(list(steps.after(0)))
     passes = [found[start : start + ROWS] for start in (0, ROWS, 2 * ROWS)]
     assert all(Counter(part) == Counter(f"d.jsonl:{line}" for line in range(1, ROWS + 1)) for part in passes)
     assert len({tuple(part) for part in passes}) == 3
@@ -86,14 +86,14 @@ def test_one_pass_holds_every_row_once_in_another_order_each_time(tiny: LoadedTo
 
 def test_without_shuffling_the_order_is_the_file_s(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     rows = load(tiny, streamed(write_rows(tmp_path / "d.jsonl")), shuffle=False)
-    windows = rows.windows(settings(micro_batch_size=4, max_steps=10, epochs=None, shuffle=False))
-    assert origins(list(windows.windows(0))) == [f"d.jsonl:{line}" for line in range(1, ROWS + 1)]
+    steps = rows.steps(settings(micro_batch_size=4, max_steps=10, epochs=None, shuffle=False))
+    assert origins(list(steps.after(0))) == [f"d.jsonl:{line}" for line in range(1, ROWS + 1)]
 
 
 def test_max_rows_draws_the_rows_that_an_unstreamed_source_has(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl")
     streaming = load(tiny, streamed(path, max_rows=40))
-    found = origins(list(streaming.windows(settings(micro_batch_size=4, max_steps=20, epochs=None)).windows(0)))
+    found = origins(list(streaming.steps(settings(micro_batch_size=4, max_steps=20, epochs=None)).after(0)))
     drawn = load(tiny, Source(path=str(path), max_rows=40))
     expected = [drawn.train[index].origin for index in range(40)]
     assert expected != [f"d.jsonl:{line}" for line in range(1, 41)]
@@ -121,34 +121,34 @@ def test_resume_and_ranks(tiny: LoadedTokenizer, tmp_path: Path, changes: dict[s
         tiny, streamed(write_rows(tmp_path / "d.jsonl"), weight=2.0), streamed(write_rows(tmp_path / "e.jsonl", "s"))
     )
     chosen = settings(max_steps=12, epochs=None, max_length=32, gradient_accumulation_steps=3, **changes)
-    whole = list(rows.windows(chosen).windows(0))
-    assert [window.step for window in whole] == list(range(12))
+    whole = list(rows.steps(chosen).after(0))
+    assert [step.step for step in whole] == list(range(12))
     for first in (1, 7, 11, 12):
-        rest = list(rows.windows(chosen).windows(first))
-        assert [window.epoch for window in rest] == [window.epoch for window in whole[first:]]
+        rest = list(rows.steps(chosen).after(first))
+        assert [step.epoch for step in rest] == [step.epoch for step in whole[first:]]
         assert origins(rest) == origins(whole[first:])
-    parts = [list(rows.windows(chosen, rank=rank, world=2).windows(0)) for rank in (0, 1)]
-    for step, window in enumerate(whole):
+    parts = [list(rows.steps(chosen, rank=rank, world=2).after(0)) for rank in (0, 1)]
+    for step, step in enumerate(whole):
         assert parts[0][step].indices + parts[1][step].indices == (0, 2, 1)
-        for index, batch in enumerate(window.batches):
+        for index, batch in enumerate(step.batches):
             other = parts[index % 2][step].batches[index // 2]
             assert all(torch.equal(batch.inputs[name], other.inputs[name]) for name in batch.inputs)
             assert torch.equal(batch.targets["labels"], other.targets["labels"])
-    assert all(length <= 32 for window in whole for batch in window.batches for length in batch.lengths)
+    assert all(length <= 32 for step in whole for batch in step.batches for length in batch.lengths)
 
 
 def test_packed_streams_lose_no_row_of_a_block(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     rows = load(tiny, streamed(write_rows(tmp_path / "d.jsonl")))
     chosen = settings(max_steps=80, epochs=None, max_length=32, gradient_accumulation_steps=1, packing=True)
-    counts = Counter(origins(list(rows.windows(chosen).windows(0))))
+    counts = Counter(origins(list(rows.steps(chosen).after(0))))
     assert set(counts.values()) <= {max(counts.values()), max(counts.values()) - 1, max(counts.values()) - 2}
     assert len(counts) == ROWS
 
 
 def test_sources_are_drawn_in_proportion_to_their_weights(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     sources = streamed(write_rows(tmp_path / "d.jsonl"), weight=3.0), Source(path=str(write_rows(tmp_path / "e.jsonl")))
-    windows = load(tiny, *sources).windows(settings(micro_batch_size=10, max_steps=40, epochs=None))
-    share = sum(o.startswith("d.jsonl") for o in origins(list(windows.windows(0)))) / 2000
+    steps = load(tiny, *sources).steps(settings(micro_batch_size=10, max_steps=40, epochs=None))
+    share = sum(o.startswith("d.jsonl") for o in origins(list(steps.after(0)))) / 2000
     assert abs(share - 0.75) < 0.04
 
 
@@ -171,7 +171,7 @@ def test_counts_are_estimated_and_marked(
 def test_what_streaming_needs(tiny: LoadedTokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl")
     with pytest.raises(TunekitError, match=r"training\.max_steps"):
-        load(tiny, streamed(path)).windows(settings())
+        load(tiny, streamed(path)).steps(settings())
     with pytest.raises(RecipeError, match=r"data\.eval"):
         load(tiny, streamed(path), eval=0.1)
     array = tmp_path / "d.json"
@@ -241,9 +241,9 @@ def test_a_wrong_row_stops_with_its_line(
     lines = path.read_text(encoding="utf-8").split("\n")
     lines[150] = "3"
     path.write_text("\n".join(lines), encoding="utf-8")
-    windows = load(tiny, streamed(path)).windows(settings(max_steps=40, epochs=None))
+    steps = load(tiny, streamed(path)).steps(settings(max_steps=40, epochs=None))
     with pytest.raises(DataError, match=r"d\.jsonl:151: a number, not an object"):
-        list(windows.windows(0))
+        list(steps.after(0))
 
 
 def test_only_what_is_asked_for_is_read(tiny: LoadedTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +256,8 @@ def test_only_what_is_asked_for_is_read(tiny: LoadedTokenizer, tmp_path: Path, m
         return original(self, shard, problems)
 
     monkeypatch.setattr(shards.Sharded, "read", counting)
-    windows = rows.windows(settings(max_steps=1000, epochs=None))
-    list(islice(windows.windows(0), 2))  # 20 rows: one buffer of 30, about 30 rows a shard
+    steps = rows.steps(settings(max_steps=1000, epochs=None))
+    list(islice(steps.after(0), 2))  # 20 rows: one buffer of 30, about 30 rows a shard
     assert 0 < len(read) <= 3
 
 
@@ -275,10 +275,10 @@ def test_other_kinds_stream_too(name: str, tiny: LoadedTokenizer, tmp_path: Path
     else:
         path.write_bytes(gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)))
     rows = load(tiny, streamed(path))
-    windows = list(rows.windows(settings(micro_batch_size=4, max_steps=10, epochs=None)).windows(0))
+    steps = list(rows.steps(settings(micro_batch_size=4, max_steps=10, epochs=None)).after(0))
     found = [
         tiny.decode(ids[:n].tolist())
-        for w in windows
+        for w in steps
         for b in w.batches
         for ids, n in zip(b.inputs["input_ids"], b.lengths, strict=True)
     ]

@@ -17,7 +17,7 @@ from tests.objectives.test_grpo import base, write_prompts
 from tests.support.loop_case import make_case, make_rows
 from tests.support.train_case import records
 from tests.training.test_loop import training, weights
-from tunekit.contracts import Window
+from tunekit.contracts import StepBatches
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.model.attention.documents import VARLEN
 from tunekit.training.engine import StepWork
@@ -65,9 +65,9 @@ def test_a_run_asks_torch_for_it_while_it_lasts(
 ) -> None:
     begin_step, seen = Run.begin_step, set[bool]()
 
-    def watched(run: Run, window: Window) -> StepWork:
+    def watched(run: Run, step: StepBatches) -> StepWork:
         seen.add(torch.are_deterministic_algorithms_enabled())
-        return begin_step(run, window)
+        return begin_step(run, step)
 
     monkeypatch.setattr(Run, "begin_step", watched)
     train(tmp_path, folder, f"training.deterministic={str(wanted).lower()}", device="cuda")

@@ -25,7 +25,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.records import StepRecord
 from tunekit.training import run as run_module
 from tunekit.training.optimizers import Optimizer
-from tunekit.training.readings import start_reading
+from tunekit.training.step_numbers import start_numbers
 
 pytestmark = pytest.mark.faulty
 CUDA = torch.device("cuda", 0)
@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], Any, str, Callable[..., Any]]] = {
     "what leaves is gone before its copy is waited for": (OFFLOAD, BoundaryStore, "_let_go", let_go_too_early),
     "gradients are cleared beside what adds to them": ({}, Optimizer, "zero_gradients", clear_elsewhere),
     "numbers are read before they are there": (
-        {}, run_module, "start_reading", lambda *given: replace(start_reading(*given), copied=None),
+        {}, run_module, "start_numbers", lambda *given: replace(start_numbers(*given), copied=None),
     ),
 }  # fmt: skip
 
@@ -209,14 +209,14 @@ def made_for_the_first(self: StreamCopier, device: torch.device, *more: Any) -> 
 
 
 def read_after_the_first(*given: Any) -> Any:
-    return replace(start_reading(*given), copied=torch.cuda.current_stream(CUDA).record_event())
+    return replace(start_numbers(*given), copied=torch.cuda.current_stream(CUDA).record_event())
 
 
 @pytest.mark.parametrize(
     ("settings", "place", "function", "mistake"),
     [
         (OFFLOAD, StreamCopier, "__init__", made_for_the_first),
-        ({}, run_module, "start_reading", read_after_the_first),
+        ({}, run_module, "start_numbers", read_after_the_first),
     ],
     ids=["copies", "numbers"],
 )

@@ -16,7 +16,7 @@ from tests.objectives.test_dpo import base as base
 from tests.objectives.test_dpo import pairs, write_recipe
 from tests.objectives.test_kto import unpaired
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Window
+from tunekit.contracts import StepBatches
 from tunekit.errors import ResourceError
 from tunekit.evaluation.evaluator import Evaluation, Evaluator, Queries
 from tunekit.evaluation.scores import undisturbed
@@ -63,8 +63,8 @@ def in_one_step(evaluator: Evaluator) -> float:
     objective, rows = evaluator.objective, evaluator.rows
     batch = objective.rows.collate([[rows[number]] for number in range(len(rows))])
     with undisturbed(evaluator.model):
-        window = objective.prepare_step(ModelRun(evaluator.model, objective.rows), Window(0, 0.0, (0,), (batch,)))
-        loss = objective.loss.loss(evaluator.model.output(window.batches[0].inputs), window.batches[0])
+        step = objective.prepare_step(ModelRun(evaluator.model, objective.rows), StepBatches(0, 0.0, (0,), (batch,)))
+        loss = objective.loss.loss(evaluator.model.output(step.batches[0].inputs), step.batches[0])
     return float(loss.total) / len(rows)
 
 

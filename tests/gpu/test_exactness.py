@@ -16,7 +16,7 @@ from tests.support.loop_case import Case, ListedRows, make_case, make_rows
 from tests.support.steps import run_step
 from tests.training.test_loop import assert_same_bits, training, weights
 from tunekit.adapters.kernels.liger import use_liger
-from tunekit.contracts import Batch, Window
+from tunekit.contracts import Batch, StepBatches
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.model.attention.documents import PRODUCTS, VARLEN, _varlen
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -42,9 +42,9 @@ def gradient_of(case: Case, batches: list[Batch], objective: Any = None) -> tupl
         parameter.data.copy_(torch.randn(parameter.shape) * 0.05)
     case.optimizer.zero_gradients()
     units = torch.stack([objective.loss.units(batch) for batch in batches]).sum(0)
-    window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
+    step = StepBatches(0, 0.0, tuple(range(len(batches))), tuple(batches))
     with case.model.training_mode(True):
-        result = run_step(case.model, objective, window, units)
+        result = run_step(case.model, objective, step, units)
     return result.total.cpu(), torch.cat(case.optimizer.gradients()).cpu()
 
 
@@ -86,7 +86,7 @@ def test_a_prompt_computed_once_equals_one_for_each_answer(folder: Path, device:
 def test_fused_groups_equal_plain_layers(folder: Path, device: torch.device, dtype: str, quantization: str) -> None:
     case = case_of(folder, device, model=section(folder, dtype, quantization))
     assert case.adapter.joined
-    batch = next(iter(case.windows.windows(0))).batches[0]
+    batch = next(iter(case.steps.after(0))).batches[0]
     fused = gradient_of(case, [batch])
     unfused(case.model.base.net, case.adapter)
     plain = gradient_of(case, [batch])
@@ -146,7 +146,7 @@ def test_streamed_layers_change_no_bit(folder: Path, device: torch.device, quant
 def test_liger_kernels_give_the_same_gradient(folder: Path, gpu: torch.device, dtype: str) -> None:
     pytest.importorskip("liger_kernel")
     case = case_of(folder, gpu, model=section(folder, dtype))
-    batch = next(iter(case.windows.windows(0))).batches[0]
+    batch = next(iter(case.steps.after(0))).batches[0]
     plain = gradient_of(case, [batch])
     use_liger(case.model.base.net)
     ours = gradient_of(case, [batch])

@@ -114,17 +114,17 @@ def in_tiles(case: Case, tokens: int) -> Case:
 
 
 def first_gradients(case: Case) -> dict[str, Tensor]:
-    """Of the first window, by name."""
-    window = next(iter(case.windows.windows(0)))
+    """Of the first step, by name."""
+    step = next(iter(case.steps.after(0)))
     with case.model.training_mode(True):
-        case.step(window)
+        case.step(step)
     found = {name: tensor.grad.clone() for name, tensor in case.adapter.trained().items() if tensor.grad is not None}
     case.optimizer.zero_gradients()
     return found
 
 
 def outcome(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
-    """Gradients of the first window, then weights and losses of the run."""
+    """Gradients of the first step, then weights and losses of the run."""
     gradients = first_gradients(case)
     case.run()
     return gradients, {name: tensor.clone() for name, tensor in case.adapter.trained().items()}, case.losses

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
 from tests.support.loop_case import Case, assert_same_bits, make_case, make_rows
-from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.batching.steps import evaluation_batches
 from tunekit.errors import NumericsError, ResourceError
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.scores import summed_evaluation
@@ -200,9 +200,9 @@ def start(folder: Path, store: BoundaryStore | None, checkpointed: int, **change
 
 def run_step(case: Case) -> None:
     """Forward and backward of the first step."""
-    window = next(iter(case.windows.windows(0)))
+    step = next(iter(case.steps.after(0)))
     with case.model.training_mode(True):
-        case.step(window)
+        case.step(step)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_a_run_is_the_same_bit_for_bit(
     case = start(deep_llama, store, checkpointed)
     case.run()
     assert_same_bits(case.state(), plain)
-    micro_batches = sum(len(window.batches) for window in case.windows.windows(0))
+    micro_batches = sum(len(step.batches) for step in case.steps.after(0))
     moved = micro_batches * (checkpointed - 1)  # all but the last recomputed layer
     assert copies.events.count("out") == moved
     assert copies.events.count("back") == moved, "each comes back once"
@@ -324,7 +324,7 @@ def test_two_forwards_may_be_alive_at_once(deep_llama: Path) -> None:
     gradients = []
     for store in (None, store_with(TriedCopies(late=True))):
         case = start(deep_llama, store, LAYERS, adapter=LoraSettings(r=4))
-        batch = next(iter(case.windows.windows(0))).batches[0]
+        batch = next(iter(case.steps.after(0))).batches[0]
         inputs = batch.inputs
         with case.model.training_mode(True):
             first, second = case.model.hidden(inputs), case.model.hidden(inputs)

@@ -15,16 +15,16 @@ import torch
 from tests.support.data_case import objective_of
 from tests.support.loop_case import Case, make_case, make_rows
 from tests.support.train_case import records, train_in_child, write_recipe
-from tunekit.contracts import IGNORED, Batch, ModelOutput, Window
+from tunekit.contracts import IGNORED, Batch, ModelOutput, StepBatches
 from tunekit.data.batching.split import split_batch
-from tunekit.data.batching.windows import collate
+from tunekit.data.batching.steps import collate
 from tunekit.errors import ResourceError, exit_message, is_out_of_memory
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.splitting import Splitting
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Reaction
 from tunekit.training.engine import StepResult
-from tunekit.training.trial import try_longest_batch
+from tunekit.training.preflight import try_longest_batch
 
 ROWS = make_rows(24, shortest=3, longest=20)
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
@@ -144,10 +144,10 @@ def failing(case: Case, *, tokens: int, where: str) -> Iterator[list[int]]:
         del case.model.output
 
 
-def gradient(case: Case, window: Window, splitting: Splitting | None = None) -> tuple[torch.Tensor, StepResult]:
+def gradient(case: Case, step: StepBatches, splitting: Splitting | None = None) -> tuple[torch.Tensor, StepResult]:
     case.optimizer.zero_gradients()
     with case.model.training_mode(True):
-        result = case.step(window, micro_batches=len(window.batches), splitting=splitting)
+        result = case.step(step, micro_batches=len(step.batches), splitting=splitting)
     return torch.cat(case.optimizer.gradients()).clone(), result
 
 
@@ -160,13 +160,13 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, wh
         torch.nn.init.normal_(parameter.data, std=0.05)
     groups = [(0, 1), (2, 3), (4, 5, 6), (7,)] if packed else [(0,), (9,), (17,), (3,)]
     last = [(10, 11, 12, 13)] if packed else [(5,), (6,)]
-    window = Window(2, 0.0, (0, 1), (batch_of(groups), batch_of(last)))
-    expected, whole = gradient(case, window)
+    step = StepBatches(2, 0.0, (0, 1), (batch_of(groups), batch_of(last)))
+    expected, whole = gradient(case, step)
     reactions: list[Reaction] = []
     splitting = Splitting(reactions.append)
     limit = 36 if packed else 30
     with failing(case, tokens=limit, where=where) as failed:
-        found, split = gradient(case, window, splitting)
+        found, split = gradient(case, step, splitting)
         assert failed, "something did run out of memory"
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()) + 1e-8)
         assert float(split.total) == pytest.approx(float(whole.total), rel=1e-6)
@@ -174,7 +174,7 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, wh
         assert {reaction.step for reaction in reactions} == {3}
         assert len(reactions) == len(failed)
         before = len(failed)
-        again, _ = gradient(case, window, splitting)
+        again, _ = gradient(case, step, splitting)
         assert len(failed) == before, "what is as large is split before it fails"
         assert torch.equal(again, found)
     assert float(expected.abs().max()) > 0
@@ -182,9 +182,9 @@ def test_the_gradient_of_a_split_batch_is_that_of_the_whole(tiny_llama: Path, wh
 
 def test_a_document_that_does_not_fit_alone_is_an_error_of_its_own(tiny_llama: Path) -> None:
     case = make_model(tiny_llama)
-    window = Window(0, 0.0, (0,), (batch_of([(17,), (9,)]),))
+    step = StepBatches(0, 0.0, (0,), (batch_of([(17,), (9,)]),))
     with failing(case, tokens=15, where="forward"), pytest.raises(ResourceError) as caught:
-        gradient(case, window, Splitting())
+        gradient(case, step, Splitting())
     assert caught.value.exit_code == 4
     assert "rows:18" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -198,7 +198,7 @@ def test_another_error_is_not_taken_for_one_of_memory(tiny_llama: Path) -> None:
 
     case.model.output = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shapes"):
-        gradient(case, Window(0, 0.0, (0,), (batch_of([(0,), (1,)]),)), Splitting())
+        gradient(case, StepBatches(0, 0.0, (0,), (batch_of([(0,), (1,)]),)), Splitting())
 
 
 @pytest.mark.drawn

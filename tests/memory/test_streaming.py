@@ -18,7 +18,7 @@ from tests.conftest import write_tiny_llama
 from tests.model.test_families import MODELS, make_net
 from tests.runs.test_every_method_trains import SETTINGS as SMALL_LAYERS
 from tests.support.loop_case import Case, make_case, make_rows
-from tunekit.contracts import Window
+from tunekit.contracts import StepBatches
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
 from tunekit.memory.copies import StreamCopier, ThreadCopier, copy_bytes
@@ -99,8 +99,8 @@ def test_a_forward_that_keeps_ranks_in_step_changes_no_gradient(folder: Path) ->
         case = make_case(folder, make_rows(23), training=training(), adapter=adapter("adalora"), streaming=streaming)
         run = case.parts
         run.optimizer.zero_gradients()
-        batch = next(case.windows.windows(0)).batches[0]
-        empty = Window(0, 0.0, (), ())
+        batch = next(case.steps.after(0)).batches[0]
+        empty = StepBatches(0, 0.0, (), ())
         case.step(empty, run.objective.loss.units(batch), micro_batches=2, missing=2, spare=batch)
         assert not any(gradient.any() for gradient in run.optimizer.gradients())
 
@@ -402,4 +402,4 @@ def test_an_engine_without_stages_says_so(folder: Path) -> None:
     case.model.base.family = type("Uncut", (), {"stages": lambda self, net: None})()  # type: ignore[assignment]
     assert isinstance(case.parts.engine, StreamingEngine)
     with pytest.raises(TunekitError, match="cannot be computed layer by layer"), calling(Call()):
-        case.step(next(case.windows.windows(0)))
+        case.step(next(case.steps.after(0)))

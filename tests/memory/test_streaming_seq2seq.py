@@ -17,7 +17,7 @@ from tests.support.data_case import objective_of, source_row
 from tests.support.loop_case import CPU
 from tests.support.peft_case import move_from_start
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Row, Window
+from tunekit.contracts import Row, StepBatches
 from tunekit.memory.blobs import frozen_tensors
 from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
@@ -72,14 +72,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Folders()
 
 
-def make_window(step: int) -> Window:
+def make_window(step: int) -> StepBatches:
     """Three micro-batches of two rows each, padded in source and answer."""
     generator = np.random.default_rng(step)
     batches = []
     for number in range(3):
         rows = [answer_row(generator, 7 + number, 5 + number), answer_row(generator, 4 + number, 3)]
         batches.append(objective_of(Seq2seqSettings()).rows.collate([[row] for row in rows]))
-    return Window(step, 0.0, (0, 1, 2), tuple(batches))
+    return StepBatches(step, 0.0, (0, 1, 2), tuple(batches))
 
 
 def answer_row(generator: np.random.Generator, source: int, answer: int) -> Row:
@@ -126,9 +126,9 @@ def run(folder: Path, settings: Any, streaming: dict[str, Any] | None, quantizat
     losses, gradients = [], {name: list[Tensor]() for name in trained}
     with tuned.training_mode(True):
         for step in range(2):
-            window = make_window(step)
-            units = torch.stack([objective.loss.units(batch) for batch in window.batches]).sum(0)
-            work = StepWork(tuned, objective, window, units, 5, micro_batches=3, micro_batches_per_pass=pass_size)
+            step = make_window(step)
+            units = torch.stack([objective.loss.units(batch) for batch in step.batches]).sum(0)
+            work = StepWork(tuned, objective, step, units, 5, micro_batches=3, micro_batches_per_pass=pass_size)
             [result] = make_engine(tuned).run([work])
             losses.append(result.checked().total)
             for name, parameter in trained.items():

@@ -118,11 +118,11 @@ def test_steps_over_two_buckets_equal_diffusers_by_hand(tmp_path: Path, photos: 
         tmp_path, saved_pipeline(tmp_path / kind, kind), photos, objective=objective, training=training
     )
     hand = ByHand(recipe, photos, kind)
-    windows = list(hand.planned.rows.windows(hand.planned.batch_settings).windows(0))
-    kinds = [[len({bucket_of(row) for row in batch.rows}) for batch in window.batches] for window in windows]
+    steps = list(hand.planned.rows.steps(hand.planned.batch_settings).after(0))
+    kinds = [[len({bucket_of(row) for row in batch.rows}) for batch in step.batches] for step in steps]
     assert {count for each in kinds for count in each} == {1}
     assert any(len(each) == 2 for each in kinds)  # a step of both, although one micro-batch is a step
-    losses, norms = zip(*map(hand.step, windows), strict=True)
+    losses, norms = zip(*map(hand.step, steps), strict=True)
     ours = records(trained(recipe, tmp_path / "run"))
     assert [record["loss"] for record in ours] == pytest.approx(losses, abs=1e-5)
     assert [record["grad_norm"] for record in ours] == pytest.approx(norms, rel=1e-3)
@@ -140,20 +140,18 @@ def test_a_step_keeps_its_rows_on_any_number_of_ranks_and_each_micro_batch_is_of
     recipe = write_image_recipe(tmp_path, pipeline, photos, data=data, objective=objective, training=training)
     planned = make_plan(load_recipe(str(recipe), []))[1]
     for ranks in (1, 3):
-        sources = [
-            planned.rows.windows(planned.batch_settings, rank=rank, world=ranks).windows(0) for rank in range(ranks)
-        ]
-        for windows in zip(*sources, strict=True):
-            batches = [batch for window in windows for batch in window.batches]
-            indices = sorted(index for window in windows for index in window.indices)
+        sources = [planned.rows.steps(planned.batch_settings, rank=rank, world=ranks).after(0) for rank in range(ranks)]
+        for steps in zip(*sources, strict=True):
+            batches = [batch for step in steps for batch in step.batches]
+            indices = sorted(index for step in steps for index in step.indices)
             assert indices == list(range(len(batches)))
             assert all(len({bucket_of(row) for row in batch.rows}) == 1 for batch in batches)
             assert all(1 <= len(batch.rows) <= 2 for batch in batches)
             assert len(batches) <= 3  # of four rows in two buckets, in twos
-    cut = list(planned.rows.windows(planned.batch_settings).windows(0))
+    cut = list(planned.rows.steps(planned.batch_settings).after(0))
     monkeypatch.setattr(PictureRows, "layout", replace(PictureRows.layout, batch_key=None))
-    for one, other in zip(cut, planned.rows.windows(planned.batch_settings).windows(0), strict=True):
-        rows = [sorted(row.number for batch in window.batches for row in batch.rows) for window in (one, other)]
+    for one, other in zip(cut, planned.rows.steps(planned.batch_settings).after(0), strict=True):
+        rows = [sorted(row.number for batch in step.batches for row in batch.rows) for step in (one, other)]
         assert rows[0] == rows[1]
 
 

@@ -32,7 +32,7 @@ from tests.support.train_case import (
     write_sections,
 )
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Window
+from tunekit.contracts import StepBatches
 from tunekit.errors import DataError, ModelError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
@@ -49,7 +49,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.records import ExecutionSettings
 from tunekit.targets.target import find_target, load_target
-from tunekit.training.trial import probe_reference
+from tunekit.training.preflight import probe_reference
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -318,7 +318,7 @@ def test_a_prompt_computed_once_is_two_plain_rows(base: Path, tmp_path: Path, ob
     found = []
     for layout in (sharing, sharing.laid_out(True), sharing.laid_out(False)):
         batch = layout.rows.collate([[prepared.rows.train[at]] for at in range(6)])
-        batch = layout.prepare_step(ModelRun(model, layout.rows), Window(0, 0.0, (0,), (batch,))).batches[0]
+        batch = layout.prepare_step(ModelRun(model, layout.rows), StepBatches(0, 0.0, (0,), (batch,))).batches[0]
         loss = layout.loss.loss(model.output(batch.inputs), batch)
         gradient = torch.autograd.grad(loss.total.sum(), list(adapter.trained().values()))
         found.append((batch.padded, loss, torch.cat([each.flatten() for each in gradient])))
@@ -490,10 +490,10 @@ def test_the_reference_of_a_streamed_base_is_one_pass_of_the_whole_step(base: Pa
     slots.holding = lambda layer, then=None: (held.append(layer), holding(layer, then))[1]
     batches = tuple(objective.rows.collate([[row]]) for row in make_rows()[:3])
     run = ModelRun(model, objective.rows)
-    window = objective.prepare_step(run, Window(0, 0.0, (0, 1, 2), batches))
+    step = objective.prepare_step(run, StepBatches(0, 0.0, (0, 1, 2), batches))
     assert [layer for layer, _ in groupby(held)] == list(range(len(slots.blobs)))
-    alone = [objective.prepare_step(run, Window(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
-    for together, single in zip(window.batches, alone, strict=True):
+    alone = [objective.prepare_step(run, StepBatches(0, 0.0, (0,), (batch,))).batches[0] for batch in batches]
+    for together, single in zip(step.batches, alone, strict=True):
         assert torch.equal(together.targets["reference"], single.targets["reference"])
 
 

@@ -24,8 +24,8 @@ from tests.support.pair_case import on_two_ranks
 from tests.support.sample_case import Case
 from tests.support.train_case import lose_the_end, losses, records, tensors_of, train, without_times
 from tunekit.companions.base import load_companions
-from tunekit.contracts import Gather, Window
-from tunekit.data.batching.windows import evaluation_batches
+from tunekit.contracts import Gather, StepBatches
+from tunekit.data.batching.steps import evaluation_batches
 from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, RecipeError, RewardError, RunFolderError, Stopped
 from tunekit.evaluate import evaluate_verb
@@ -107,20 +107,20 @@ CUTS: list[Any] = [  # micro-batches, layout, order of the prompts
 def test_ranks_together_prepare_what_one_does(tmp_path: Path) -> None:
     """Two ranks with a part of the step each: advantages over the whole step's spread, one normaliser, the same log."""
     case = Case(tmp_path, GrpoSettings, {"scale_rewards": "batch"})
-    _, whole, window = case.ours((1, 1, 1, 1))
+    _, whole, step = case.ours((1, 1, 1, 1))
     objective = case.objective().laid_out(True, True)
     rows = case.rows(objective)
 
-    def prepared(number: int, gather: Gather) -> Window:
+    def prepared(number: int, gather: Gather) -> StepBatches:
         share = [objective.rows.collate([[row]]) for row in rows[number::2]]
-        return objective.prepare_step(case.run(objective.rows, gather), Window(3, 0.0, (0, 1), tuple(share), 5))
+        return objective.prepare_step(case.run(objective.rows, gather), StepBatches(3, 0.0, (0, 1), tuple(share), 5))
 
     with case.log_probabilities():
         found = on_two_ranks(prepared)
     for number in range(2):
         metrics = found[number].preparation.metrics
         assert metrics == pytest.approx({name: whole[name] for name in metrics}, rel=1e-12)
-        for batch, alone in zip(found[number].batches, window.batches[number::2], strict=True):
+        for batch, alone in zip(found[number].batches, step.batches[number::2], strict=True):
             for name in ("advantages", "weights", "share"):
                 torch.testing.assert_close(batch.targets[name], alone.targets[name], rtol=1e-6, atol=1e-7)
 
@@ -132,16 +132,16 @@ def test_later_steps_reuse_the_samples_of_an_earlier_one(tmp_path: Path) -> None
     batches = tuple(objective.rows.collate([[row]]) for row in case.rows(objective))
     run = case.run(objective.rows)
     with case.log_probabilities():
-        first = objective.prepare_step(run, Window(3, 0.0, (0, 1, 2, 3), batches, 5))
+        first = objective.prepare_step(run, StepBatches(3, 0.0, (0, 1, 2, 3), batches, 5))
     run.model.generate = lambda *_, **__: pytest.fail("no new completions")  # type: ignore[method-assign]
-    second = objective.prepare_step(run, Window(4, 0.0, (0, 1, 2, 3), batches, 5), first)
-    third = objective.prepare_step(run, Window(5, 0.0, (0, 1), batches[:2], 5), second)
+    second = objective.prepare_step(run, StepBatches(4, 0.0, (0, 1, 2, 3), batches, 5), first)
+    third = objective.prepare_step(run, StepBatches(5, 0.0, (0, 1), batches[:2], 5), second)
     assert second.batches == first.batches
     assert third.batches == first.batches[:2], "a calibration shortens its last step"
     assert third.preparation == second.preparation == replace(first.preparation, seconds={})
     assert set(first.preparation.seconds) == {"sample", "reward"}
     with pytest.raises(AssertionError):
-        objective.prepare_step(run, Window(4, 0.0, (0, 1, 2, 3), batches, 5))
+        objective.prepare_step(run, StepBatches(4, 0.0, (0, 1, 2, 3), batches, 5))
 
 
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     other = RewardError("rewards.py: score raised ValueError on another rank")
     with pytest.raises(RewardError, match="on another rank"):
         objective.prepare_step(
-            case.run(objective.rows, lambda local: [*local, other]), Window(3, 0.0, (0,), (batch,), 5)
+            case.run(objective.rows, lambda local: [*local, other]), StepBatches(3, 0.0, (0,), (batch,), 5)
         )
 
 
@@ -586,14 +586,14 @@ def test_an_adapter_folder_alone_still_answers(base: Path, tmp_path: Path) -> No
 
 @pytest.mark.drawn
 def test_steps_repeat_their_completions(base: Path, tmp_path: Path) -> None:
-    """Each window twice in a row, the second time off policy; a run is gone on with before a first time alone."""
+    """Each step twice in a row, the second time off policy; a run is gone on with before a first time alone."""
     objective = {"num_iterations": 2, "epsilon": 0.001, "num_generations": 6}
     steps = {"micro_batch_size": 3, "gradient_accumulation_steps": 2, "epochs": 1}
     training = {**steps, "save_steps": 4, "eval_steps": 1, "learning_rate": 0.05}
     recipe = write_prompts(tmp_path, base, objective=objective, training=training, data={"eval": None})
     run = train(recipe)
     log = [record for record in records(run) if "loss" in record]
-    assert len(log) == 8, "24 prompts in windows of 6, twice each"
+    assert len(log) == 8, "24 prompts in steps of 6, twice each"
     said = [[each["completion"] for each in record["samples"]] for record in log]
     assert said[0::2] == said[1::2]
     assert said[0] != said[2]

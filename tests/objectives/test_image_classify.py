@@ -114,9 +114,9 @@ def by_hand(recipe: Path, pictures: Path, augmented: bool) -> tuple[list[float],
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     losses, norms = [], []
-    for window in prepared.rows.windows(prepared.batch_settings).windows(0):
-        rows = [row.number for batch in window.batches for row in batch.rows]
-        values = torch.stack([pixels(row, seed_for("augmentation", 0, window.step, row, 0)) for row in rows])
+    for step in prepared.rows.steps(prepared.batch_settings).after(0):
+        rows = [row.number for batch in step.batches for row in batch.rows]
+        values = torch.stack([pixels(row, seed_for("augmentation", 0, step.step, row, 0)) for row in rows])
         answers = torch.tensor([labels.index(files[row].parent.name) for row in rows])
         loss = torch.nn.functional.cross_entropy(model(pixel_values=values).logits, answers)
         loss.backward()

@@ -101,8 +101,8 @@ def theirs_of(net: nn.Module, recipe: Path, base: Path, pictures: Path) -> list[
     _, prepared = make_plan(load_recipe(str(recipe), []))
     pixels, labels, found = pixels_of(base, pictures), sorted(COLOURS), []
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    for window in prepared.rows.windows(prepared.batch_settings).windows(0):
-        rows = [row.number for batch in window.batches for row in batch.rows]
+    for step in prepared.rows.steps(prepared.batch_settings).after(0):
+        rows = [row.number for batch in step.batches for row in batch.rows]
         answers = torch.tensor([labels.index(files_of(pictures)[row].parent.name) for row in rows])
         loss = torch.nn.functional.cross_entropy(net(pixel_values=pixels[rows]).logits, answers)
         loss.backward()

@@ -23,7 +23,7 @@ from tests.objectives.test_dpo import base as base
 from tests.support.data_case import objective_of
 from tests.support.pair_case import Output, log_probabilities_of, on_two_ranks, parts_of, run_of, trainer_of
 from tests.support.train_case import records, train
-from tunekit.contracts import Batch, EncodeOptions, Row, Window
+from tunekit.contracts import Batch, EncodeOptions, Row, StepBatches
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
@@ -119,8 +119,8 @@ def test_losses_gradients_and_what_is_logged_are_trls(case: str, sizes: list[int
     left = iter([rows[place] for place in (3, 0, 4, 1, 2)])
     batches = tuple(objective.rows.collate([[next(left)] for _ in range(size)]) for size in sizes)
     with scored_by(models):
-        window = objective.prepare_step(run_of(objective.rows), Window(0, 0.0, tuple(range(len(batches))), batches))
-        outputs: Any = [Output("policy", batch) for batch in window.batches]
+        step = objective.prepare_step(run_of(objective.rows), StepBatches(0, 0.0, tuple(range(len(batches))), batches))
+        outputs: Any = [Output("policy", batch) for batch in step.batches]
         found = [objective.loss.loss(output, output.batch) for output in outputs]
     loss = torch.cat([each.total for each in found]).sum() / len(rows)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -143,9 +143,9 @@ def test_mismatched_answers_are_cut_only_where_trl_and_the_model_must(max_length
     with scored_by(models):
         batch = kind.collate([[row] for row in rows])
         run = run_of(kind, positions=positions)
-        window = objective.prepare_step(run, Window(0, 0.0, (0,), (batch,)))
+        step = objective.prepare_step(run, StepBatches(0, 0.0, (0,), (batch,)))
         measured: Any = objective.loss.measuring(run, rows, [batch])
-    assert float(window.batches[0].targets["facts"][0, 0]) == pytest.approx(expected, rel=1e-5)
+    assert float(step.batches[0].targets["facts"][0, 0]) == pytest.approx(expected, rel=1e-5)
     assert measured.balance[0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -176,9 +176,9 @@ def test_a_mismatched_row_has_an_answer_to_a_different_prompt(prompts: list[int]
     batches = tuple(objective.rows.collate([[row]]) for row in reversed(rows))
     expected = 3.0 if answers else 0.0
     with log_probabilities_of(of_batch):
-        window = objective.prepare_step(run_of(objective.rows), Window(0, 0.0, tuple(range(len(rows))), batches))
+        step = objective.prepare_step(run_of(objective.rows), StepBatches(0, 0.0, tuple(range(len(rows))), batches))
         assert [seen[number] for number in sorted(seen)] == answers
-        assert {float(batch.targets["facts"][0, 0]) for batch in window.batches} == {expected}
+        assert {float(batch.targets["facts"][0, 0]) for batch in step.batches} == {expected}
         seen.clear()
         measured: Any = objective.loss.measuring(run_of(objective.rows), rows, batches)
     assert [seen[number] for number in sorted(seen)] == answers
@@ -191,10 +191,10 @@ def test_ranks_together_have_the_kl_of_one() -> None:
 
     def facts(share: Sequence[Row], gather: Any = list) -> list[float]:
         batches = tuple(objective.rows.collate([[row]]) for row in share)
-        window = objective.prepare_step(
-            run_of(objective.rows, gather), Window(0, 0.0, tuple(range(len(share))), batches)
+        step = objective.prepare_step(
+            run_of(objective.rows, gather), StepBatches(0, 0.0, tuple(range(len(share))), batches)
         )
-        return window.batches[0].targets["facts"][0].tolist()  # type: ignore[no-any-return]
+        return step.batches[0].targets["facts"][0].tolist()  # type: ignore[no-any-return]
 
     shares = (rows[3:], rows[:3])
     with scored_by((Table(0, raised=0.5), Table(1))):

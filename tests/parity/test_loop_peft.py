@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from tests.support.loop_case import Case, make_case, make_rows
-from tunekit.contracts import IGNORED, Window
+from tunekit.contracts import IGNORED, StepBatches
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import StepRecord
 
@@ -20,7 +20,7 @@ STEPS = 20
 def reference_run(
     folder: Path, case: Case, training: TrainingSection
 ) -> tuple[list[float], list[float], list[float], dict]:
-    """The same rows in the same windows, one big batch a step, the mean over its supervised tokens."""
+    """The same rows in the same steps, one big batch a step, the mean over its supervised tokens."""
     model = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -31,10 +31,10 @@ def reference_run(
             own[peft_name(name)].copy_(value)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    schedule = get_scheduler(training.scheduler, optimizer, case.parts.warmup_steps, case.windows.steps)
+    schedule = get_scheduler(training.scheduler, optimizer, case.parts.warmup_steps, case.steps.count)
     losses, norms, rates = [], [], []
-    for window in case.windows.windows(0):
-        loss = big_batch_loss(model, window, case)
+    for step in case.steps.after(0):
+        loss = big_batch_loss(model, step, case)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm or float("inf"))))
         rates.append(schedule.get_last_lr()[0])
@@ -49,10 +49,10 @@ def peft_name(name: str) -> str:
     return "base_model.model." + name.removesuffix(".weight") + ".default.weight"
 
 
-def big_batch_loss(model: torch.nn.Module, window: Window, case: Case) -> torch.Tensor:
-    """Every row of the window by itself, unpadded and unpacked: the plainest possible forward."""
+def big_batch_loss(model: torch.nn.Module, step: StepBatches, case: Case) -> torch.Tensor:
+    """Every row of the step by itself, unpadded and unpacked: the plainest possible forward."""
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for batch in window.batches:
+    for batch in step.batches:
         for row in batch.rows:
             ids = torch.tensor(row.parts["ids"], dtype=torch.int64)[None]
             labels = torch.where(torch.tensor(row.parts["trained"]), ids[0], IGNORED)

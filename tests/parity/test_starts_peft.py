@@ -32,13 +32,13 @@ from tests.support.loop_case import ListedRows
 from tests.support.peft_case import BASES, TOLERANCE, close
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.data.batching.steps import BatchSettings, StoredSteps
 from tunekit.machine.devices import make_devices
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.training.calibrate import first_windows
+from tunekit.training.calibrate import first_steps
 from tunekit.training.initialise import initialise_adapter
 
 FAMILIES = ("llama", "gpt2")
@@ -46,18 +46,18 @@ RANK, ALPHA, TOKENS = 8, 12, 12
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make_windows(rows: int, batch: int) -> TrainingWindows:
+def make_windows(rows: int, batch: int) -> StoredSteps:
     """Rows of 12 random ids, the first four of each a prompt."""
     generator = np.random.default_rng(0)
     trained = np.arange(TOKENS) >= 4
     listed = [sequence_row(generator.integers(3, 97, TOKENS).astype(np.int32), trained, f"r:{n}") for n in range(rows)]
     settings = BatchSettings(batch, None, 2, TOKENS, False, False, 0, 1.0, None)
-    return TrainingWindows(ListedRows(listed), objective_of().rows, settings)
+    return StoredSteps(ListedRows(listed), objective_of().rows, settings)
 
 
-def peft_inputs(windows: TrainingWindows, batches: int) -> Iterator[dict[str, Tensor]]:
+def peft_inputs(steps: StoredSteps, batches: int) -> Iterator[dict[str, Tensor]]:
     """The same micro-batches as transformers takes them."""
-    found: list[Batch] = [batch for window in first_windows(windows, batches) for batch in window.batches]
+    found: list[Batch] = [batch for step in first_steps(steps, batches) for batch in step.batches]
     for batch in found:
         ids, labels = batch.inputs["input_ids"], batch.targets["labels"]
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -83,12 +83,12 @@ def targets_of(family: str) -> tuple[str, ...]:
 
 
 def ours(
-    family: str, folder: Path, start: Any, windows: TrainingWindows | None = None, net: Any = None, **own: Any
+    family: str, folder: Path, start: Any, steps: StoredSteps | None = None, net: Any = None, **own: Any
 ) -> AttachedAdapter:
     section = {name: own.pop(name) for name in ("quantization",) if name in own}
     base = loaded(family, folder, net, **section)
     settings = LoraSettings(r=RANK, alpha=float(ALPHA), target_modules=targets_of(family), start=start, **own)
-    rows: Any = SimpleNamespace(objective=objective_of(), windows=lambda _: windows or make_windows(2, 1))
+    rows: Any = SimpleNamespace(objective=objective_of(), steps=lambda _: steps or make_windows(2, 1))
     planned: Any = SimpleNamespace(
         adapter=settings,
         model=ModelSection(name_or_path=str(folder), dtype="float32", **section),
@@ -198,10 +198,10 @@ def test_eva(family: str, whiten: bool, tmp_path: Path) -> None:
     """
     config = peft_config(family, "eva", eva_config=peft.EvaConfig(rho=1.0, whiten=whiten))
     theirs = peft.get_peft_model(BASES[family].make(), config)
-    windows = make_windows(8, 8)
-    initialize_lora_eva_weights(theirs, list(peft_inputs(windows, 1)), show_progress_bar=False)
+    steps = make_windows(8, 8)
+    initialize_lora_eva_weights(theirs, list(peft_inputs(steps, 1)), show_progress_bar=False)
     start = {"method": "eva", "batches": 1, "whiten": whiten}
-    mine, other = own_factors(ours(family, tmp_path, start, windows)), peft_factors(theirs)
+    mine, other = own_factors(ours(family, tmp_path, start, steps)), peft_factors(theirs)
     assert mine.keys() == other.keys()
     for name, (a, b, _) in mine.items():
         # peft has seen the batch twice by then: its singular values are larger by the root of 2
@@ -216,9 +216,9 @@ def test_eva_shares_ranks_as_peft_does(family: str, tmp_path: Path) -> None:
     """Layers with the same inputs have equal shares; which of them takes the last component is not compared."""
     config = peft_config(family, "eva", eva_config=peft.EvaConfig(rho=2.0))
     theirs = peft.get_peft_model(BASES[family].make(), config)
-    windows = make_windows(8, 8)
-    initialize_lora_eva_weights(theirs, list(peft_inputs(windows, 1)), show_progress_bar=False)
-    adapter = ours(family, tmp_path, {"method": "eva", "batches": 1, "rho": 2.0}, windows)
+    steps = make_windows(8, 8)
+    initialize_lora_eva_weights(theirs, list(peft_inputs(steps, 1)), show_progress_bar=False)
+    adapter = ours(family, tmp_path, {"method": "eva", "batches": 1, "rho": 2.0}, steps)
     mine = {name: len(a) for name, (a, _, _) in own_factors(adapter).items()}
     other = {name: len(a) for name, (a, _, _) in peft_factors(theirs).items()}
     assert sum(mine.values()) == sum(other.values()) == RANK * len(peft_factors(theirs))
@@ -230,14 +230,14 @@ def test_eva_shares_ranks_as_peft_does(family: str, tmp_path: Path) -> None:
 
 
 def test_eva_of_several_batches_is_peft_s_incremental_decomposition(tmp_path: Path) -> None:
-    windows = make_windows(6, 2)
+    steps = make_windows(6, 2)
     start = {"method": "eva", "batches": 3, "supervised_only": False}
-    found = own_factors(ours("llama", tmp_path, start, windows))["model.layers.0.self_attn.q_proj"][0]
+    found = own_factors(ours("llama", tmp_path, start, steps))["model.layers.0.self_attn.q_proj"][0]
     other, inputs = IncrementalPCA(n_components=RANK, lowrank=False), []
     net = BASES["llama"].make()
     net.get_submodule("model.layers.0.self_attn.q_proj").register_forward_hook(lambda m, x, y: inputs.append(x[0]))
     with torch.no_grad():
-        for batch in peft_inputs(windows, 3):
+        for batch in peft_inputs(steps, 3):
             net(**batch)
     for each in inputs:
         other.partial_fit(each.reshape(-1, each.shape[-1]))
@@ -254,11 +254,11 @@ def test_corda(family: str, mode: Any, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclass))
     from peft.tuners.lora.corda import preprocess_corda
 
-    windows, net = make_windows(64, 1), BASES[family].make()
+    steps, net = make_windows(64, 1), BASES[family].make()
     config = peft_config(family, "corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method=mode))
 
     def run_model() -> None:
-        for batch in peft_inputs(windows, 64):
+        for batch in peft_inputs(steps, 64):
             net(input_ids=batch["input_ids"])
 
     with monkeypatch.context() as wide:  # peft inverts in float32, which costs four digits on 128 inputs
@@ -267,25 +267,25 @@ def test_corda(family: str, mode: Any, tmp_path: Path, monkeypatch: pytest.Monke
         preprocess_corda(net, config, run_model)
     theirs = peft.get_peft_model(net, config)
     start = {"method": "corda", "mode": mode, "batches": 64}
-    compare(ours(family, tmp_path, start, windows), theirs, signs=False)
+    compare(ours(family, tmp_path, start, steps), theirs, signs=False)
 
 
 @every_family
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
 def test_lora_ga(family: str, direction: Any, tmp_path: Path) -> None:
-    windows, net = make_windows(4, 4), without_dropout(BASES[family].make())
+    steps, net = make_windows(4, 4), without_dropout(BASES[family].make())
     ga = peft.LoraGAConfig(direction=direction)
     config = peft_config(family, "lora_ga", lora_ga_config=ga)
 
     def train_step() -> None:
-        for batch in peft_inputs(windows, 1):
+        for batch in peft_inputs(steps, 1):
             net(**batch).loss.backward()
 
     preprocess_loraga(net, config, train_step)
     gradients = {n: m._peft_loraga_grad for n, m in net.named_modules() if hasattr(m, "_peft_loraga_grad")}
     theirs = peft.get_peft_model(net, config)
     start = {"method": "lora_ga", "batches": 1, "direction": direction, "scale": "peft", "iterations": None}
-    adapter = ours(family, tmp_path / "peft", start, windows)
+    adapter = ours(family, tmp_path / "peft", start, steps)
     if family == "gpt2":  # peft's factor is of the inputs there
         with torch.no_grad():
             for name, module in theirs.named_modules():
@@ -294,7 +294,7 @@ def test_lora_ga(family: str, direction: Any, tmp_path: Path) -> None:
                     module.lora_B["default"].weight.mul_((shape[0] / shape[1]) ** 0.25)
                     assert name
     compare(adapter, theirs, signs=True)
-    paper = own_factors(ours(family, tmp_path / "paper", {**start, "scale": "stable"}, windows))
+    paper = own_factors(ours(family, tmp_path / "paper", {**start, "scale": "stable"}, steps))
     for name, (a, b, _) in paper.items():
         gradient = gradients[name].double().t() if family == "gpt2" else gradients[name].double()
         u, _, vh = torch.linalg.svd(gradient, full_matrices=False)

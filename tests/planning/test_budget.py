@@ -18,7 +18,7 @@ from tests.conftest import write_tiny_llama
 from tests.planning.test_plan import plan_of
 from tests.support.data_case import Rows, objective_of, settings
 from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
-from tunekit.data.batching.windows import TrainingWindows
+from tunekit.data.batching.steps import StoredSteps
 from tunekit.machine.memory import limit_bytes
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.planning import cheaper
@@ -93,20 +93,20 @@ def test_time_grows_with_everything_that_saves_memory() -> None:
 def test_smaller_micro_batches_leave_every_step_its_rows(written: tuple[int, int], changes: dict[str, Any]) -> None:
     rows = Rows([2 + (7 * index) % 30 for index in range(61)])
     given = settings(micro_batch_size=written[0], gradient_accumulation_steps=written[1], **({"epochs": 2.0} | changes))
-    expected = [_rows_of(window) for window in TrainingWindows(rows, objective_of().rows, given).windows(0)]
+    expected = [_rows_of(step) for step in StoredSteps(rows, objective_of().rows, given).after(0)]
     options = smaller_micro_batches(*written)
     assert options[0] == written
     assert options[-1] == (1, written[0] * written[1])
     for size, steps in options:
-        windows = TrainingWindows(rows, objective_of().rows, with_execution(given, ExecutionSettings(size, steps, 64)))
-        found = list(windows.windows(0))
-        assert [_rows_of(window) for window in found] == expected
-        assert max(len(batch.lengths) for window in found for batch in window.batches) <= (size or 0)
+        steps = StoredSteps(rows, objective_of().rows, with_execution(given, ExecutionSettings(size, steps, 64)))
+        found = list(steps.after(0))
+        assert [_rows_of(step) for step in found] == expected
+        assert max(len(batch.lengths) for step in found for batch in step.batches) <= (size or 0)
     assert smaller_micro_batches(None, 5) == [(None, 5)]
 
 
-def _rows_of(window: Any) -> list[tuple[int, ...]]:
-    return [tuple(row.number for row in rows) for batch in window.batches for rows in batch.sequences]
+def _rows_of(step: Any) -> list[tuple[int, ...]]:
+    return [tuple(row.number for row in rows) for batch in step.batches for rows in batch.sequences]
 
 
 @pytest.fixture(scope="module")
@@ -426,9 +426,9 @@ def test_batches_by_tokens_are_planned_by_their_largest(seed: int, packing: bool
     given = settings(
         micro_batch_size=None, micro_batch_tokens=150, packing=packing, seed=seed, epochs=3.0, max_length=64
     )
-    windows = TrainingWindows(rows, objective_of().rows, given)
-    sizes = [batch.inputs["input_ids"].numel() for window in windows.windows(0) for batch in window.batches]
-    assert largest_batch(windows, rows, objective_of().rows, given).padded == max(sizes)
+    steps = StoredSteps(rows, objective_of().rows, given)
+    sizes = [batch.inputs["input_ids"].numel() for step in steps.after(0) for batch in step.batches]
+    assert largest_batch(steps, rows, objective_of().rows, given).padded == max(sizes)
     assert len(set(sizes)) > 3, "they are uneven"
     assert np.max(sizes) <= 150
 

@@ -24,8 +24,8 @@ from tests.support.loop_case import make_case, make_rows
 from tests.support.pair_case import parts_of
 from tests.support.steps import run_step
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Window
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
+from tunekit.contracts import StepBatches
+from tunekit.data.batching.steps import BatchSettings, StoredSteps, collate
 from tunekit.evaluation.probes import logprob_difference, packing_leak
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.machine.memory import _group_available
@@ -119,7 +119,7 @@ def real_step(run: SimulatedRun, batch: Any) -> Simulation:
         tracker.start()
         with tuned.training_mode(True):
             units = run.objective.loss.units(batch)
-            run_step(tuned, run.objective, Window(0, 0.0, (0,), (batch,)), units)
+            run_step(tuned, run.objective, StepBatches(0, 0.0, (0,), (batch,)), units)
         optimizer.gradient_norm()
     return tracker.result()
 
@@ -313,9 +313,9 @@ def test_the_largest_batch_is_one_that_the_run_makes() -> None:
         micro_batch_size=2, micro_batch_tokens=None, gradient_accumulation_steps=2, max_length=32, packing=True,
         shuffle=True, seed=3, epochs=2.0, max_steps=None,
     )  # fmt: skip
-    windows = TrainingWindows(rows, objective_of().rows, settings)
-    sizes = [batch.padded for window in windows.windows(0) for batch in window.batches]
-    largest = largest_batch(windows, rows, objective_of().rows, settings)
+    steps = StoredSteps(rows, objective_of().rows, settings)
+    sizes = [batch.padded for step in steps.after(0) for batch in step.batches]
+    largest = largest_batch(steps, rows, objective_of().rows, settings)
     assert largest.inputs["input_ids"].numel() == largest.padded == max(sizes)
 
 
@@ -601,7 +601,7 @@ def test_kto_s_mismatched_rows_are_simulated_as_long_as_they_get(wide_llama: Pat
     with tracker:
         tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
         tracker.start()
-        objective.prepare_step(ModelRun(tuned, kind), Window(0, 0.0, (0, 1), tuple(batches)))
+        objective.prepare_step(ModelRun(tuned, kind), StepBatches(0, 0.0, (0, 1), tuple(batches)))
     assert tracker.peak_total < run.evaluation(batches[0]).total < 1.2 * tracker.peak_total
     assert tracker.peak_total < run.training_step(batches[0]).total < 1.2 * tracker.peak_total
 

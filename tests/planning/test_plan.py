@@ -96,9 +96,9 @@ def test_counts_are_those_of_the_windows(recipe: Path) -> None:
         ("~training.epochs", "training.max_steps=4"),
     ):
         plan, prepared = plan_of(recipe, *overrides)
-        windows = list(prepared.rows.windows(prepared.batch_settings).windows(0))
-        supervised = sum(int((batch.targets["labels"] != -100).sum()) for window in windows for batch in window.batches)
-        assert plan.steps == len(windows)
+        steps = list(prepared.rows.steps(prepared.batch_settings).after(0))
+        supervised = sum(int((batch.targets["labels"] != -100).sum()) for step in steps for batch in step.batches)
+        assert plan.steps == len(steps)
         assert plan.supervised_tokens == supervised
         assert plan.rows.packing == ("data.packing=true" in overrides)
 

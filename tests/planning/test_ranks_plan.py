@@ -16,7 +16,7 @@ import torch
 from tests.conftest import write_tiny_llama
 from tests.support.ranks_case import LAYERS, differences, train_in_ranks, write_case
 from tests.support.train_case import write_recipe
-from tunekit.data.batching.windows import dealt
+from tunekit.data.batching.steps import dealt
 from tunekit.errors import TunekitError
 from tunekit.plan import plan_verb
 from tunekit.planning.plan import plan
@@ -25,8 +25,8 @@ from tunekit.planning.ranks import plan_ranks, plan_together
 from tunekit.planning.refusals import rank_notes
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.records import ExecutionSettings, Plan
+from tunekit.training.preflight import speeds_text
 from tunekit.training.ranks import shared_execution
-from tunekit.training.trial import speeds_text
 
 CPU = torch.device("cpu")
 
@@ -260,17 +260,17 @@ def _count_micro_batches(folder: Path) -> None:
     """In a rank's process: write how many micro-batches the rank trained on."""
     import os
 
-    from tunekit.data.batching.windows import TrainingWindows
+    from tunekit.data.batching.steps import StoredSteps
 
-    count, ours = [0], TrainingWindows._window
+    count, ours = [0], StoredSteps._window
 
-    def counted(self: TrainingWindows, *place: int) -> object:
-        window = ours(self, *place)
-        count[0] += len(window.batches)
+    def counted(self: StoredSteps, *place: int) -> object:
+        step = ours(self, *place)
+        count[0] += len(step.batches)
         (folder / f"micro-batches.{os.environ['RANK']}").write_text(str(count[0]))
-        return window
+        return step
 
-    TrainingWindows._window = counted  # type: ignore[method-assign, assignment]
+    StoredSteps._window = counted  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.slow

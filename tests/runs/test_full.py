@@ -33,8 +33,8 @@ from tests.support.loop_case import Case, ListedRows, make_case, make_rows
 from tests.support.peft_case import BASES
 from tests.support.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
-from tunekit.contracts import Window
-from tunekit.data.batching.windows import collate
+from tunekit.contracts import StepBatches
+from tunekit.data.batching.steps import collate
 from tunekit.errors import AdapterError, InputError, RecipeError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
@@ -66,7 +66,7 @@ def training(**changes: Any) -> TrainingSection:
 
 
 def by_hand(
-    model: Any, windows: Iterator[Any], loss_of: Callable[[Any], Tensor], settings: TrainingSection, warmup: int
+    model: Any, steps: Iterator[Any], loss_of: Callable[[Any], Tensor], settings: TrainingSection, warmup: int
 ) -> list[float]:
     """torch's AdamW over transformers' own model: matrices decay, norms and biases do not."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
@@ -74,8 +74,8 @@ def by_hand(
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
     schedule, found = get_scheduler(settings.scheduler, optimizer, warmup, STEPS), []
-    for window in windows:
-        loss = loss_of(window)
+    for step in steps:
+        loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm or float("inf"))
         optimizer.step()
@@ -122,8 +122,8 @@ def test_twenty_steps_of_a_causal_model(tied: bool, tiny_llama: Path, tied_llama
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     start = plain(model)
     assert ("lm_head.weight" in start) != tied
-    windows, warmup = case.windows.windows(0), case.parts.warmup_steps
-    expected = by_hand(model, windows, lambda window: big_batch_loss(model, window, case), training(), warmup)
+    steps, warmup = case.steps.after(0), case.parts.warmup_steps
+    expected = by_hand(model, steps, lambda step: big_batch_loss(model, step, case), training(), warmup)
     case.run()
     assert case.losses == pytest.approx(expected, rel=1e-5)
     assert_as_by_hand(trained(case), plain(model), start)
@@ -140,12 +140,12 @@ def test_twenty_steps_of_an_encoder_decoder(kind: str, tmp_path: Path) -> None:
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float32)
     start = plain(model)
 
-    def loss_of(window: Window) -> Tensor:
-        parts = [_parted(row) for batch in window.batches for row in batch.rows]
+    def loss_of(step: StepBatches) -> Tensor:
+        parts = [_parted(row) for batch in step.batches for row in batch.rows]
         total = sum(model(input_ids=source, labels=answer).loss * answer.numel() for source, answer in parts)
         return total / sum(answer.numel() for _, answer in parts)
 
-    expected = by_hand(model, case.windows.windows(0), loss_of, training(), case.parts.warmup_steps)
+    expected = by_hand(model, case.steps.after(0), loss_of, training(), case.parts.warmup_steps)
     case.run()
     assert case.losses == pytest.approx(expected, rel=1e-5)
     assert_as_by_hand(trained(case), plain(model), start)
@@ -220,8 +220,8 @@ def test_masters_in_float32_keep_what_16_bits_would_round_away(tied_llama: Path)
     optimizer = torch.optim.AdamW(masters.values(), lr=1e-6, weight_decay=0.0)
     schedule = get_scheduler("constant_with_warmup", optimizer, case.parts.warmup_steps, STEPS)
     expected = []
-    for window in case.windows.windows(0):
-        loss = big_batch_loss(net, window, case)
+    for step in case.steps.after(0):
+        loss = big_batch_loss(net, step, case)
         loss.backward()
         for name, master in masters.items():
             master.grad, own[name].grad = own[name].grad.float(), None
@@ -262,8 +262,8 @@ def test_gradients_of_16_bits_are_summed_in_float32(tied_llama: Path) -> None:
         case = sixteen_bits(tied_llama, micro_batch_size=12)
         base = case.model.base
         tile_layers(base.family.layers(base.net), tokens, torch.empty(0, base.facts.hidden_size, dtype=base.dtype))
-        window = next(case.windows.windows(0))
-        case.step(window, torch.ones(1, dtype=torch.float64))
+        step = next(case.steps.after(0))
+        case.step(step, torch.ones(1, dtype=torch.float64))
         gradients.append({name: value.grad.clone() for name, value in case.adapter.trained().items() if "mlp" in name})
     for name, gradient in gradients[0].items():
         assert (gradients[1][name] - gradient).norm() < 0.01 * gradient.norm(), name

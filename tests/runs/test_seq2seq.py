@@ -15,7 +15,7 @@ from tests.runs.test_every_method_trains import SETTINGS
 from tests.support.data_case import chat, encoder_of, objective_of, settings, source_row, tokenizer_of
 from tests.support.loop_case import CPU, ListedRows, make_case
 from tunekit.contracts import IGNORED, Row, RowKind
-from tunekit.data.batching.windows import TrainingWindows, filled_batch
+from tunekit.data.batching.steps import StoredSteps, filled_batch
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.render import EMPTY_ANSWER
 from tunekit.errors import DataError, ModelError, TunekitError
@@ -182,7 +182,7 @@ def test_no_micro_batch_by_tokens_is_larger_with_its_padding() -> None:
     rows = ListedRows([row(9, 1), row(1, 9), row(5, 5), row(8, 2), row(2, 8), row(4, 4)])
     chosen = settings(micro_batch_size=None, micro_batch_tokens=24, packing=False, shuffle=False, epochs=1.0)
     objective = objective_of(Seq2seqSettings())
-    found = TrainingWindows(rows, objective.rows, chosen)
+    found = StoredSteps(rows, objective.rows, chosen)
     widths = [tuple(sizes) for sizes in rows.sizes.tolist()]
     assert widths[:2] == [(9, 1), (1, 9)]
     batches = [[widths[index] for (index,) in batch] for batch in found.micro_batches(0)]
@@ -237,9 +237,9 @@ def test_twenty_steps_equal_transformers_and_peft(kind: str, tmp_path: Path) -> 
     optimizer = torch.optim.AdamW(list(own.values()), lr=training.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(case.parts.warmup_steps, 20))
     expected = []
-    for window in case.windows.windows(0):
+    for step in case.steps.after(0):
         total, units = torch.zeros(()), 0
-        for source, answer in (_parted(one) for batch in window.batches for one in batch.rows):
+        for source, answer in (_parted(one) for batch in step.batches for one in batch.rows):
             total = total + theirs(input_ids=source, labels=answer).loss * answer.numel()
             units += answer.numel()
         (total / units).backward()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tunekit.contracts import Array, EncodeOptions, Objective, Row, RowKind, Tokenizer
-from tunekit.data.batching.windows import BatchSettings
+from tunekit.data.batching.steps import BatchSettings
 from tunekit.formats.example import ChatExample, Example, Message
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.base import make_objective

@@ -20,7 +20,7 @@ from tests.support import train_case
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.config import adapter_header, tensors_path
-from tunekit.contracts import Window
+from tunekit.contracts import StepBatches
 from tunekit.data.encoding.images import png_bytes
 from tunekit.files.tensors import read_tensor
 from tunekit.formats.media import Media
@@ -99,7 +99,7 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 class ByHand:
-    """The script's loop over the rows that a recipe's windows name, with the numbers that tunekit draws."""
+    """The script's loop over the rows that a recipe's steps name, with the numbers that tunekit draws."""
 
     def __init__(self, recipe: Path, photos: Path, kind: str = "sd") -> None:
         self.plan, self.planned = make_plan(load_recipe(recipe, []), device=CPU)
@@ -164,12 +164,12 @@ class ByHand:
         corner = [round((whole - seen) / 2.0) for whole, seen in zip(covering, size, strict=True)]
         return values, torch.tensor([image.height, image.width, *corner, *size], dtype=torch.float32)
 
-    def step(self, window: Window) -> tuple[float, float]:
-        """One optimizer step over the window's rows, those of each size as one batch; returns its loss and the norm of
+    def step(self, step: StepBatches) -> tuple[float, float]:
+        """One optimizer step over the step's rows, those of each size as one batch; returns its loss and the norm of
         its gradient."""
         seen, places = Counter[int](), list[tuple[int, ...]]()
-        for row in (row for batch in window.batches for row in batch.rows):
-            places.append((window.seed, window.step, row.number, seen[row.number]))
+        for row in (row for batch in step.batches for row in batch.rows):
+            places.append((step.seed, step.step, row.number, seen[row.number]))
             seen[row.number] += 1
         sizes = [self._bucket(self.photos[place[2]]) for place in places]
         loss = torch.zeros(())

@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tests.support.data_case import objective_of, sequence_row
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.console import Console
-from tunekit.contracts import Row, Window
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.contracts import Row, StepBatches
+from tunekit.data.batching.steps import BatchSettings, StoredSteps
 from tunekit.errors import Stopped
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.machine.devices import make_devices
@@ -101,7 +101,7 @@ class Case:
 
     model: TunedModel
     adapter: AttachedAdapter
-    windows: TrainingWindows
+    steps: StoredSteps
     optimizer: Optimizer
     training: TrainingSection
     parts: Run
@@ -113,15 +113,15 @@ class Case:
         self.parts.train()
         return self.parts.state
 
-    def work(self, window: Window, units: Tensor | None = None, **changes: Any) -> StepWork:
-        """A step of the run. Without `units`: those of the window."""
+    def work(self, step: StepBatches, units: Tensor | None = None, **changes: Any) -> StepWork:
+        """A step of the run. Without `units`: those of the step."""
         zero = torch.zeros(1, dtype=torch.float64)
-        units = sum(map(self.parts.objective.loss.units, window.batches), zero) if units is None else units
-        return replace(self.parts._work(window), units=units, **changes)
+        units = sum(map(self.parts.objective.loss.units, step.batches), zero) if units is None else units
+        return replace(self.parts._work(step), units=units, **changes)
 
-    def step(self, window: Window, units: Tensor | None = None, **changes: Any) -> StepResult:
+    def step(self, step: StepBatches, units: Tensor | None = None, **changes: Any) -> StepResult:
         """Run the forward and backward of one step."""
-        [result] = self.parts.engine.run([self.work(window, units, **changes)])
+        [result] = self.parts.engine.run([self.work(step, units, **changes)])
         return result.checked()
 
     def evaluate_with(self, evaluate: Callable[[], Evaluation]) -> None:
@@ -243,7 +243,7 @@ def make_case(
         end_to_end=end_to_end,
     )
     minimised = objective_of(objective)
-    windows = TrainingWindows(rows, minimised.rows, settings, rank=rank, world=world)
+    steps = StoredSteps(rows, minimised.rows, settings, rank=rank, world=world)
     optimizer = make_optimizer(training, attached)
     records: list[StepRecord | EvaluationRecord] = []
     saved: list[int] = []
@@ -260,10 +260,10 @@ def make_case(
         minimised,
         make_engine(tuned),
         optimizer,
-        windows,
+        steps,
         training,
         EvaluationSection(),
-        warmup_steps(training, windows.steps),
+        warmup_steps(training, steps.count),
         LoopState(LossScale(base.dtype == torch.float16)),
         micro_batches_per_pass=pass_size,
     )
@@ -271,7 +271,7 @@ def make_case(
     run.save = lambda: saved.append(run.state.step)  # type: ignore[method-assign]
     run.warn = lambda text: None  # type: ignore[method-assign]
     run.peak_bytes = lambda: 0  # type: ignore[method-assign]
-    return Case(tuned, attached, windows, optimizer, training, run, records, saved)
+    return Case(tuned, attached, steps, optimizer, training, run, records, saved)
 
 
 def four_steps(folder: Path, adapter: Any, rate: float = 2e-2, checkpointed: int = 0, **model: Any) -> Case:

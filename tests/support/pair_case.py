@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.support.data_case import objective_of
-from tunekit.contracts import Batch, Gather, Row, RowKind, Window
+from tunekit.contracts import Batch, Gather, Row, RowKind, StepBatches
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.tuned.model import ModelRun
@@ -116,17 +116,17 @@ class Told:
         return (torch.arange(self.policy.shape[1] + 1)[None] < lengths[:, None]).long()
 
     def ours(self, settings: ObjectiveSettings, sizes: Sequence[int]) -> tuple[Tensor, dict[str, float], Any]:
-        """The step's loss and what it logs, its window cut into micro-batches of so many pairs."""
+        """The step's loss and what it logs, its step cut into micro-batches of so many pairs."""
         objective = objective_of(settings)
         starts = np.cumsum([0, *sizes]).tolist()
         batches = [objective.rows.collate([[row] for row in self.rows[start:stop]]) for start, stop in pairwise(starts)]
         with log_probabilities_of(self._of_batch):
-            window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
-            window = objective.prepare_step(run_of(objective.rows), window)
-            outputs: Any = [(Output("policy", batch), batch) for batch in window.batches]
+            step = StepBatches(0, 0.0, tuple(range(len(batches))), tuple(batches))
+            step = objective.prepare_step(run_of(objective.rows), step)
+            outputs: Any = [(Output("policy", batch), batch) for batch in step.batches]
             losses = [objective.loss.loss(*pair) for pair in outputs]
             sums = [objective.loss.sums(*pair) for pair in outputs]
-        units = sum(float(objective.loss.units(batch)) for batch in window.batches)
+        units = sum(float(objective.loss.units(batch)) for batch in step.batches)
         logged = {name: sum(float(loss.metrics[name]) for loss in losses) / units for name in objective.loss.logged}
         total = torch.stack([loss.total for loss in losses]).sum()
         torch.testing.assert_close(sum(each["loss"] for each in sums).float(), total.detach())
@@ -136,10 +136,10 @@ class Told:
         """What each of these rows is compared with, prepared as a rank's share of a step."""
         objective = objective_of(settings)
         batches = tuple(objective.rows.collate([[row]]) for row in rows)
-        window = Window(0, 0.0, tuple(range(len(rows))), batches)
+        step = StepBatches(0, 0.0, tuple(range(len(rows))), batches)
         with log_probabilities_of(self._of_batch):
-            window = objective.prepare_step(run_of(objective.rows, gather), window)
-        return [float(row.parts["matched"]) for batch in window.batches for row in batch.rows]
+            step = objective.prepare_step(run_of(objective.rows, gather), step)
+        return [float(row.parts["matched"]) for batch in step.batches for row in batch.rows]
 
     def _of_batch(self, name: str, batch: Batch) -> Tensor:
         """(N,) of the batch's tokens, found by the rows' numbers."""

@@ -20,7 +20,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 from tunekit.companions.base import load_companions
-from tunekit.contracts import Batch, Gather, ModelOutput, Objective, Row, RowKind, Window
+from tunekit.contracts import Batch, Gather, ModelOutput, Objective, Row, RowKind, StepBatches
 from tunekit.model.call import seed_for
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.samples import SampledLoss
@@ -177,7 +177,7 @@ class Case:
     def ours(
         self, sizes: Sequence[int], layout: tuple[bool, bool] = (True, True), order: Sequence[int] = (0, 1, 2, 3)
     ) -> Any:
-        """The step's loss, what is logged, and its window; cut into micro-batches of so many prompts."""
+        """The step's loss, what is logged, and its step; cut into micro-batches of so many prompts."""
         objective = self.objective().laid_out(*layout)
         kind: Any = objective.rows
         rows, run = self.rows(objective), self.run(kind)
@@ -191,14 +191,14 @@ class Case:
         batches, loss = tuple(kind.collate(group) for group in groups), objective.loss
         assert isinstance(loss, SampledLoss)
         with self.log_probabilities():
-            window = objective.prepare_step(run, Window(3, 0.0, tuple(range(len(batches))), batches, 5))
+            step = objective.prepare_step(run, StepBatches(3, 0.0, tuple(range(len(batches))), batches, 5))
             if self.off_policy:
-                window = kind.with_tokens(window, "old", run.score(window.batches, loss.token_scores))
-            losses = [loss.loss(Output(self.policy, batch), batch) for batch in window.batches]
-        units = sum(float(loss.units(batch)) for batch in window.batches)
+                step = kind.with_tokens(step, "old", run.score(step.batches, loss.token_scores))
+            losses = [loss.loss(Output(self.policy, batch), batch) for batch in step.batches]
+        units = sum(float(loss.units(batch)) for batch in step.batches)
         logged = {name: sum(float(each.metrics[name]) for each in losses) / units for name in loss.logged}
         total = torch.stack([each.total for each in losses]).sum() / units
-        return total, {**logged, **window.preparation.metrics}, window
+        return total, {**logged, **step.preparation.metrics}, step
 
     # As trl has it.
 

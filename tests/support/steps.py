@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tunekit.contracts import Objective, Window
+from tunekit.contracts import Objective, StepBatches
 from tunekit.training.engine import StepResult, StepWork
 from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import TunedModel
 
 
-def run_step(model: TunedModel, objective: Objective, window: Window, units: Tensor, **more: Any) -> StepResult:
+def run_step(model: TunedModel, objective: Objective, step: StepBatches, units: Tensor, **more: Any) -> StepResult:
     """The forward and backward of a step. `more`: further values of its StepWork."""
-    [result] = make_engine(model).run([StepWork(model, objective, window, units, **{"seed": 0, **more})])
+    [result] = make_engine(model).run([StepWork(model, objective, step, units, **{"seed": 0, **more})])
     return result.checked()

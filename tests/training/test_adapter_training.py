@@ -38,10 +38,10 @@ def test_a_penalty_counts_once_per_step_however_it_is_cut(tiny_llama: Path) -> N
         section = TrainingSection(micro_batch_size=size, gradient_accumulation_steps=accumulation, max_steps=1)
         adapter = AdaloraSettings(init_r=4, target_r=2, target_modules=("q_proj",))
         case = make_case(tiny_llama, make_rows(8), training=section, adapter=adapter, streaming=streaming)
-        window = next(case.windows.windows(0))
-        units = torch.stack([case.parts.objective.loss.units(batch) for batch in window.batches]).sum(0)
+        step = next(case.steps.after(0))
+        units = torch.stack([case.parts.objective.loss.units(batch) for batch in step.batches]).sum(0)
         case.optimizer.zero_gradients()
-        case.step(window, units, micro_batches=len(window.batches))
+        case.step(step, units, micro_batches=len(step.batches))
         found.append(torch.cat([gradient.clone() for gradient in case.optimizer.gradients()]))
     assert found[0].any()
     for cut in found[1:]:

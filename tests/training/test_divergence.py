@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunekit.training.divergence import PAST, divergence, last_jump, rise
+from tunekit.training.loss_warnings import PAST, last_jump, loss_warning, rise
 
 
 def told(losses: Sequence[float]) -> dict[int, str]:
     """What is told at which step, counted from 1."""
     found = {}
     for index, loss in enumerate(losses):
-        why = divergence(losses[: min(1, index)], losses[max(0, index - PAST) : index], loss)
+        why = loss_warning(losses[: min(1, index)], losses[max(0, index - PAST) : index], loss)
         if why is not None:
             found[index + 1] = why
     return found

@@ -26,7 +26,7 @@ from tunekit.training import streaming
 from tunekit.training.run import Run
 from tunekit.training.streaming import LayerPass
 from tunekit.training.together import train_together
-from tunekit.tuned.twin import make_twin
+from tunekit.tuned.module_copies import copy_modules
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,7 @@ class Lanes:
         """`change`: called with the cases before they train."""
         base = load_model(self.model, device=CPU)
         base.slots = make_slots(layer_weights(base), CPU, tier="host", mapped=base.mapped, poison=True)
-        cases = [self._case(lane, base=make_twin(base)) for lane in self.lanes]
+        cases = [self._case(lane, base=copy_modules(base)) for lane in self.lanes]
         for case in cases:
             case.model.slots = shared_slots(base)
         change(cases)

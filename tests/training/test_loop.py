@@ -1,4 +1,4 @@
-"""The loop's promises: windows, recomputation, non-finite numbers, evaluation without effect, resume, early stop."""
+"""The loop's promises: steps, recomputation, non-finite numbers, evaluation without effect, resume, early stop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from tests.support.data_case import objective_of
 from tests.support.loop_case import Case, ListedRows, assert_same_bits, make_case, make_rows
-from tunekit.contracts import Window
-from tunekit.data.batching.windows import TrainingWindows, collate, evaluation_batches
+from tunekit.contracts import StepBatches
+from tunekit.data.batching.steps import StoredSteps, collate, evaluation_batches
 from tunekit.errors import DataError, InputError, NumericsError, Stopped
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.scores import EvaluationStopped, EvaluationSums, summed_evaluation
@@ -25,10 +25,10 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.engine import StepResult, StepWork
-from tunekit.training.readings import Reading as StepReading
 from tunekit.training.run import Run
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.state import LoopState
+from tunekit.training.step_numbers import StepNumbers
 
 
 def training(**changes: Any) -> TrainingSection:
@@ -53,7 +53,7 @@ def test_the_last_partial_window_is_stepped_with_its_own_count(tiny_llama: Path)
     state = case.run()
     steps = [record for record in case.records if isinstance(record, StepRecord)]
     assert [record.step for record in steps] == [1, 2, 3]
-    assert state.step == case.windows.steps == 3
+    assert state.step == case.steps.count == 3
     assert sum(record.tokens for record in steps) == int(rows.lengths.sum())
     assert sum(record.supervised_tokens for record in steps) == int(rows.supervised.sum())
     assert steps[2].tokens < steps[0].tokens
@@ -108,25 +108,25 @@ def test_the_loss_is_exact_over_batches_cut_by_tokens(tiny_llama: Path) -> None:
     rows = make_rows(40)
     section = training(micro_batch_size=None, micro_batch_tokens=60, gradient_accumulation_steps=3, max_steps=3)
     case, alone = make_case(tiny_llama, rows, training=section), make_case(tiny_llama, rows, training=section)
-    counts = {len(batch.lengths) for window in case.windows.windows(0) for batch in window.batches}
+    counts = {len(batch.lengths) for step in case.steps.after(0) for batch in step.batches}
     assert len(counts) > 2, "they are uneven"
     case.run()
-    alone.parts.steps = OneByOne(alone.windows, rows)
+    alone.parts.steps = OneByOne(alone.steps, rows)
     alone.run()
     assert alone.losses == pytest.approx(case.losses, rel=1e-5)
 
 
 class OneByOne:
-    """The same windows, every row a micro-batch of its own."""
+    """The same steps, every row a micro-batch of its own."""
 
-    def __init__(self, windows: TrainingWindows, rows: ListedRows) -> None:
-        self.steps, self._windows, self._rows = windows.steps, windows, rows
+    def __init__(self, steps: StoredSteps, rows: ListedRows) -> None:
+        self.steps, self._windows, self._rows = steps.count, steps, rows
 
-    def windows(self, first_step: int) -> Iterator[Window]:
-        for window in self._windows.windows(first_step):
-            numbers = [row.number for batch in window.batches for row in batch.rows]
+    def after(self, first_step: int) -> Iterator[StepBatches]:
+        for step in self._windows.after(first_step):
+            numbers = [row.number for batch in step.batches for row in batch.rows]
             batches = tuple(collate(self._rows, [(number,)], objective_of().rows) for number in numbers)
-            yield Window(window.step, window.epoch, tuple(range(len(batches))), batches)
+            yield StepBatches(step.step, step.epoch, tuple(range(len(batches))), batches)
 
 
 def test_resume_between_any_two_steps_changes_no_bit(tiny_llama: Path) -> None:
@@ -172,10 +172,10 @@ def test_bitsandbytes_optimizers_train_and_resume_bit_for_bit(tiny_llama: Path, 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_step_and_rows(tiny_llama: Path) -> None:
     case = make_case(tiny_llama, make_rows(8), training=training(learning_rate=1e-3, max_steps=4))
     embedding = case.model.base.net.get_input_embeddings().weight
-    bad_id = int(case.windows._rows[5].parts["ids"][0])
+    bad_id = int(case.steps._rows[5].parts["ids"][0])
     with torch.no_grad():
         embedding[bad_id] = float("nan")
-    guilty = [row.origin for row in case.windows._rows.rows if bad_id in row.parts["ids"].tolist()]
+    guilty = [row.origin for row in case.steps._rows.rows if bad_id in row.parts["ids"].tolist()]
     snapshots = [weights(case)]
     case.parts.record = lambda record: (case.records.append(record), snapshots.append(weights(case)))
     with pytest.raises(NumericsError) as caught:
@@ -350,12 +350,12 @@ def test_no_step_reads_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=4))
     order: list[str] = []
     plain = {name: getattr(Run, name) for name in ("begin_step", "finish_step", "_count_units", "settle")}
-    read = StepReading.read
+    read = StepNumbers.read
 
-    def begin(self: Run, window: Window) -> StepWork:
+    def begin(self: Run, step: StepBatches) -> StepWork:
         order.append("step")
         with ReadsForbidden():
-            return plain["begin_step"](self, window)
+            return plain["begin_step"](self, step)
 
     def finish(self: Run, work: StepWork, result: StepResult) -> None:
         with ReadsForbidden():
@@ -370,7 +370,7 @@ def test_no_step_reads_a_value(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Run, "finish_step", finish)
     for name in ("_count_units", "settle"):
         monkeypatch.setattr(Run, name, lambda self, *values, name=name: unwatched(plain[name], self, *values))
-    monkeypatch.setattr(StepReading, "read", lambda self: (order.append("read"), read(self))[1])
+    monkeypatch.setattr(StepNumbers, "read", lambda self: (order.append("read"), read(self))[1])
     case.run()
     assert order == ["step", "step", "read", "step", "read", "step", "read", "read"]
 
@@ -384,13 +384,13 @@ def unwatched(plain: Any, *values: Any) -> Any:
 @pytest.mark.usefixtures("read_later")
 def test_an_error_that_is_read_later_names_its_own_step_and_no_checkpoint_holds_it(tiny_llama: Path) -> None:
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, save_steps=2))
-    poisoned, window = 3, list(case.windows.windows(0))[2]
+    poisoned, step = 3, list(case.steps.after(0))[2]
     seen: dict[int, Any] = {}
 
     def poison(run: Callable[[], StepResult], work: StepWork) -> StepResult:
-        seen[work.window.step + 1] = weights(case)
+        seen[work.batches.step + 1] = weights(case)
         result = run()
-        if work.window.step + 1 == poisoned:
+        if work.batches.step + 1 == poisoned:
             result.losses[1].fill_(float("nan"))
             result.total *= float("nan")
         return result
@@ -399,30 +399,30 @@ def test_an_error_that_is_read_later_names_its_own_step_and_no_checkpoint_holds_
     with pytest.raises(NumericsError) as caught:
         case.run()
     assert "step 3: the loss is not finite" in str(caught.value)
-    assert all(row.origin in str(caught.value) for row in window.batches[1].rows)
-    assert not any(row.origin + "," in str(caught.value) for row in window.batches[0].rows)
+    assert all(row.origin in str(caught.value) for row in step.batches[1].rows)
+    assert not any(row.origin + "," in str(caught.value) for row in step.batches[0].rows)
     assert_same_bits(seen[4], seen[3])
     assert (case.saved, len(case.losses)) == ([2], 2)
 
 
-@pytest.mark.parametrize("place", ["windows", "evaluation"])
+@pytest.mark.parametrize("place", ["steps", "evaluation"])
 def test_data_that_are_gone_end_the_run_after_a_checkpoint(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, save_steps=2, eval_steps=3))
-    windows = case.windows.windows
+    steps = case.steps.steps
 
     def gone() -> Evaluation:
         if case.parts.state.step < 3:
             return Evaluation(EvaluationSums({}, 0, 0), {"loss": 1.0})
         raise DataError("no such file", file="d.jsonl")
 
-    def three(first: int) -> Iterator[Window]:
-        yield from islice(windows(first), 3)
+    def three(first: int) -> Iterator[StepBatches]:
+        yield from islice(steps(first), 3)
         gone()
 
-    if place == "windows":
-        monkeypatch.setattr(case.windows, "windows", three)
+    if place == "steps":
+        monkeypatch.setattr(case.steps, "steps", three)
     else:
         case.evaluate_with(gone)
     with pytest.raises(InputError) as caught:

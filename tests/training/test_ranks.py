@@ -160,7 +160,7 @@ GATHERING = """
 import sys
 from types import SimpleNamespace
 import torch
-from tunekit.contracts import Window
+from tunekit.contracts import StepBatches
 from tunekit.machine.devices import make_devices
 from tunekit.tuned.model import ModelRun
 
@@ -171,7 +171,7 @@ with make_devices() as devices:
         step[0, 0], step[2, 1], step[5, 2] = -0.0, float("nan"), float("inf")
         parts = step.split([1, 4, 2, 5, 2])
         indices = [(4, 0, 3), (), (1, 2)][devices.rank]  # the second rank has none
-        together = run.gather_rows(Window(0, 0.0, indices, ()), [parts[index] for index in indices])
+        together = run.gather_rows(StepBatches(0, 0.0, indices, ()), [parts[index] for index in indices])
         assert together.dtype == dtype and together.shape == step.shape
         assert torch.equal(together.view(torch.uint8), step.view(torch.uint8)), "bit by bit"
 print("gathered")
@@ -194,10 +194,10 @@ import torch
 from tunekit.training.run import Run
 from tunekit.cli import main
 begin_step = Run.begin_step
-def dying(run, window):
+def dying(run, step):
     if os.environ["RANK"] == "1" and run.state.step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return begin_step(run, window)
+    return begin_step(run, step)
 Run.begin_step = dying
 torch.distributed.destroy_process_group = lambda: time.sleep(600)  # as NCCL, which waits for the lost rank
 main()
@@ -268,10 +268,10 @@ from tunekit.training.run import Run
 
 begin_step = Run.begin_step
 
-def failing(run, window):
+def failing(run, step):
     if os.environ["RANK"] == "1" and run.state.step == 1:
         raise DataError("the image is not there", "mend it", file="pictures/7.png")
-    return begin_step(run, window)
+    return begin_step(run, step)
 
 Run.begin_step = failing
 from tunekit.cli import main

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tunekit.contracts import Window
+from tunekit.contracts import StepBatches
 from tunekit.training import readings
-from tunekit.training.readings import PendingReadings, Reading
+from tunekit.training.step_numbers import PendingNumbers, StepNumbers
 
 
 class Copy:
@@ -30,12 +30,12 @@ def test_seconds_of_steps_are_never_negative_and_add_up(monkeypatch: pytest.Monk
     clock = [0.0]
     monkeypatch.setattr(readings.time, "monotonic", lambda: clock[0])
 
-    def reading(step: int, started: float, sent: float, ends: float) -> Reading:
+    def reading(step: int, started: float, sent: float, ends: float) -> StepNumbers:
         copied: Any = Copy(clock, ends)
-        window, numbers = Window(step, 0.0, (), ()), torch.zeros(2, dtype=torch.float64)
-        return Reading(step, window, [], [8.0, 8.0, 1.0], numbers, [], copied, started, sent)
+        step, numbers = StepBatches(step, 0.0, (), ()), torch.zeros(2, dtype=torch.float64)
+        return StepNumbers(step, step, [], [8.0, 8.0, 1.0], numbers, [], copied, started, sent)
 
-    pending = PendingReadings()
+    pending = PendingNumbers()
     first, second = reading(1, 0.0, 1.0, 5.0), reading(2, 1.0, 2.0, 6.0)
     clock[0] = 2.0
     seconds = [pending.read(first)[2]]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.support.loop_case import make_case, make_rows
-from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Objective, Window
+from tunekit.contracts import Batch, Loss, LossKind, ModelOutput, Objective, StepBatches
 from tunekit.memory.splitting import Splitting
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import settings_class
@@ -72,15 +72,15 @@ def test_scores_equal_the_later_forward(name: str, tiny_llama: Path) -> None:
     with torch.no_grad():  # another policy than the base, so that dropout matters
         for number, tensor in enumerate(case.adapter.trained().values()):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)) / 8)
-    window = list(case.windows.windows(0))[1]
-    splitting = Splitting(tokens=max(batch.padded for batch in window.batches)) if splits else None
-    work = case.work(window, micro_batches=3, splitting=splitting)
+    step = list(case.steps.after(0))[1]
+    splitting = Splitting(tokens=max(batch.padded for batch in step.batches)) if splits else None
+    work = case.work(step, micro_batches=3, splitting=splitting)
     scores, again = (case.parts.engine.score(work, read) for _ in range(2))
     later: list[Tensor] = []
     with case.model.training_mode(True):
         [result] = case.parts.engine.run([replace(work, objective=noted(case.parts.objective, later))])
     result.checked()
-    assert [len(each) for each in scores] == [len(batch.rows) for batch in window.batches]
+    assert [len(each) for each in scores] == [len(batch.rows) for batch in step.batches]
     assert len(later) > len(scores) if splits else len(later) == len(scores)
     assert torch.equal(torch.cat(scores), torch.cat(later))
     assert torch.equal(torch.cat(scores), torch.cat(again))
@@ -95,13 +95,13 @@ def test_scores_of_another_step_have_other_dropout(tiny_llama: Path) -> None:
     with torch.no_grad():
         for tensor in case.adapter.trained().values():
             tensor.fill_(0.05)
-    window = next(case.windows.windows(0))
+    step = next(case.steps.after(0))
 
     def hidden(output: ModelOutput, batch: Batch) -> Tensor:
         assert output.hidden is not None
         return output.hidden
 
-    one, other = (case.parts.engine.score(case.work(each), hidden) for each in (window, replace(window, step=7)))
+    one, other = (case.parts.engine.score(case.work(each), hidden) for each in (step, replace(step, step=7)))
     assert not torch.equal(one[0], other[0])
 
 
@@ -109,9 +109,9 @@ def test_memory_that_runs_out_splits_the_scored_micro_batch(tiny_llama: Path) ->
     """The step that follows uses the same parts."""
     training = TrainingSection(max_steps=3, epochs=None, micro_batch_size=4, gradient_accumulation_steps=2, seed=5)
     case = make_case(tiny_llama, make_rows(36), training=training)
-    window: Window = next(case.windows.windows(0))
+    step: StepBatches = next(case.steps.after(0))
     splitting = Splitting()
-    largest, sizes = max(batch.padded for batch in window.batches), list[int]()
+    largest, sizes = max(batch.padded for batch in step.batches), list[int]()
 
     def limited(output: ModelOutput, batch: Batch) -> Tensor:
         sizes.append(batch.padded)
@@ -119,10 +119,10 @@ def test_memory_that_runs_out_splits_the_scored_micro_batch(tiny_llama: Path) ->
             raise torch.OutOfMemoryError("out of memory")
         return read(output, batch)
 
-    work = case.work(window, micro_batches=2, splitting=splitting)
+    work = case.work(step, micro_batches=2, splitting=splitting)
     scores = case.parts.engine.score(work, limited)
     assert splitting.tokens == largest
-    assert [len(each) for each in scores] == [len(batch.rows) for batch in window.batches]
+    assert [len(each) for each in scores] == [len(batch.rows) for batch in step.batches]
     later: list[Tensor] = []
     with case.model.training_mode(True):
         [result] = case.parts.engine.run([replace(work, objective=noted(case.parts.objective, later))])

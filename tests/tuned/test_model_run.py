@@ -12,7 +12,7 @@ from tests.support.pair_case import on_two_ranks
 from tunekit.companions.base import make_companions
 from tunekit.companions.rewards import RewardFunctions
 from tunekit.companions.sampling import SamplingMemory
-from tunekit.contracts import Companion, CompanionSpec, Gather, Window
+from tunekit.contracts import Companion, CompanionSpec, Gather, StepBatches
 from tunekit.objectives.losses.divergence import Teacher
 from tunekit.objectives.losses.samples import Rewarder, Sampler
 from tunekit.recipe.objectives.grpo import GrpoSettings
@@ -49,9 +49,9 @@ def test_rows_are_gathered_in_the_order_of_the_step() -> None:
 
     def gathered(rank: int, gather: Gather) -> torch.Tensor:
         indices = [(3, 0, 1), (2, 4)][rank]
-        return run_of({}, gather).gather_rows(Window(0, 0.0, indices, ()), [parts[index] for index in indices])
+        return run_of({}, gather).gather_rows(StepBatches(0, 0.0, indices, ()), [parts[index] for index in indices])
 
     assert all(torch.equal(rows, step) for rows in on_two_ranks(gathered))
-    alone = run_of({}).gather_rows(Window(0, 0.0, tuple(range(5)), ()), parts)
+    alone = run_of({}).gather_rows(StepBatches(0, 0.0, tuple(range(5)), ()), parts)
     assert torch.equal(alone, step)
     assert not alone.requires_grad

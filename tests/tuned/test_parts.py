@@ -22,7 +22,7 @@ from tests.support.train_case import records, tensors_of, train, without_times
 from tunekit.adapters.attach import attach_adapter
 from tunekit.companions.base import load_companions
 from tunekit.companions.rewards import RewardFunctions
-from tunekit.contracts import Batch, ModelOutput, Objective, Window
+from tunekit.contracts import Batch, ModelOutput, Objective, StepBatches
 from tunekit.errors import ResourceError
 from tunekit.model.load import load_model
 from tunekit.model.text.decoder import Decoder
@@ -77,7 +77,7 @@ def limit_memory(model: TunedModel, tokens: int, together: int = 100) -> list[in
 
 def prepared(model: TunedModel, objective: Objective, batches: Sequence[Batch], on_split: Callable[[str], None]) -> Any:
     run = ModelRun(model, objective.rows, on_split=on_split)
-    return objective.prepare_step(run, Window(0, 0.0, tuple(range(len(batches))), tuple(batches))).batches
+    return objective.prepare_step(run, StepBatches(0, 0.0, tuple(range(len(batches))), tuple(batches))).batches
 
 
 @pytest.mark.parametrize("streaming", ["off", "host"])

@@ -12,8 +12,8 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import ExecutionSettings
+from tunekit.tuned.module_copies import TensorVersions, copy_modules
 from tunekit.tuned.network import prepare_network
-from tunekit.tuned.twin import TensorVersions, make_twin
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_a_run_in_a_twin_leaves_the_base_and_other_twins_as_they_were(base: Load
     ids, settings = torch.arange(12)[None], LoraSettings(r=4, modules_to_save=("lm_head",))
     before, versions = base.net(ids).logits, TensorVersions(base)
     kinds, attributes = [type(m) for m in base.net.modules()], [set(vars(m)) for m in base.net.modules()]
-    twins = [make_twin(base) for _ in range(2)]
+    twins = [copy_modules(base) for _ in range(2)]
     for seed, twin in enumerate(twins):
         choice = ExecutionSettings(checkpointed_layers=1, mlp_tile_tokens=4)
         net = twin.net
@@ -52,7 +52,7 @@ def test_a_run_in_a_twin_leaves_the_base_and_other_twins_as_they_were(base: Load
 
 
 def test_a_twin_has_the_same_tensors(base: LoadedModel) -> None:
-    tensors, twins = dict(base.net.named_parameters()), dict(make_twin(base).net.named_parameters())
+    tensors, twins = dict(base.net.named_parameters()), dict(copy_modules(base).net.named_parameters())
     assert all(twins[name] is tensor for name, tensor in tensors.items())
 
 

@@ -33,8 +33,8 @@ from tunekit.contracts.rows import (
     RowParts,
     Rows,
     Span,
+    StepBatches,
     Tokenizer,
-    Window,
 )
 from tunekit.errors import Problem
 from tunekit.recipe.model import ModelSection
@@ -86,11 +86,11 @@ class RunView(Protocol):
         """The generated ids for each prompt, up to and including a stop id. `seeds`: one seed for each prompt.
         `batch_size`: how many prompts are continued at once."""
 
-    def gather_rows(self, window: Window, values: Sequence[Tensor]) -> Tensor:
+    def gather_rows(self, step: StepBatches, values: Sequence[Tensor]) -> Tensor:
         """The rows of all ranks, on the host of every rank, in the order of the step's micro-batches.
         `values`: one tensor (rows, ...) for each micro-batch of this rank, which may have none."""
 
-    def score_step(self, window: Window, read: Read) -> list[Tensor]:
+    def score_step(self, step: StepBatches, read: Read) -> list[Tensor]:
         """The values that `read` computes from each micro-batch in the later forward of a training step, on the device.
         Parts, modes and seeds are the same, so they are equal bit for bit on a CPU."""
 
@@ -226,16 +226,16 @@ class RowKind:
         some = iter(rows)
         return self.collate([[next(some) for _ in sequence] for sequence in batch.sequences])
 
-    def with_parts(self, window: Window, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> Window:
+    def with_parts(self, step: StepBatches, parts: Sequence[Mapping[str, Sequence[Array] | Array]]) -> StepBatches:
         """Add values to the rows of the step. `parts`: for each batch, a mapping from a name to its rows' values."""
         batches = []
-        for batch, named in zip(window.batches, parts, strict=True):
+        for batch, named in zip(step.batches, parts, strict=True):
             rows = (
                 row.with_parts({name: values[number] for name, values in named.items()})
                 for number, row in enumerate(batch.rows)
             )
             batches.append(self.with_rows(batch, rows) if named else batch)
-        return replace(window, batches=tuple(batches))
+        return replace(step, batches=tuple(batches))
 
 
 class LossKind:
@@ -257,10 +257,10 @@ class LossKind:
         """Values to save in the adapter's folder: chosen in an evaluation, or read from a trained adapter."""
         return {}
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
         """Add values that depend on the whole step to this rank's micro-batches. They have no gradient. All ranks call
         this together. `earlier`: the prepared previous step, if this step may reuse its samples."""
-        return window
+        return step
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
         """A copy of the loss with statistics computed from all evaluation rows. `batches`: this rank's share."""
@@ -343,18 +343,18 @@ class Objective:
         """A copy whose rows are encoded with these options."""
         return replace(self, rows=self.rows.with_options(options))
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None = None) -> Window:
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None = None) -> StepBatches:
         """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs.
         `earlier`: see LossKind.prepare_step."""
-        window = draw_rows(self.rows, window, self.rows.draw) if self.rows.draws else window
-        return self.loss.prepare_step(run, window, earlier)
+        step = draw_rows(self.rows, step, self.rows.draw) if self.rows.draws else step
+        return self.loss.prepare_step(run, step, earlier)
 
 
-def draw_rows(rows: RowKind, window: Window, draw: Callable[[Row, tuple[int, ...]], Row]) -> Window:
+def draw_rows(rows: RowKind, step: StepBatches, draw: Callable[[Row, tuple[int, ...]], Row]) -> StepBatches:
     """The step's micro-batches, after `draw` has changed each of their rows. `draw`: see RowKind.draw."""
 
     def changed(batch: Batch) -> Batch:
-        keys = [(window.seed, window.step, row.number, row.occurrence) for row in batch.rows]
+        keys = [(step.seed, step.step, row.number, row.occurrence) for row in batch.rows]
         return rows.with_rows(batch, list(map(draw, batch.rows, keys)))
 
-    return replace(window, batches=tuple(map(changed, window.batches)))
+    return replace(step, batches=tuple(map(changed, step.batches)))

@@ -1,4 +1,4 @@
-"""Types shared by data and losses: tokenizer, processor, rows, batches, windows."""
+"""Types shared by data and losses: tokenizer, processor, rows, batches, steps."""
 
 from __future__ import annotations
 
@@ -341,7 +341,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Window:
+class StepBatches:
     """This rank's micro-batches of one optimizer step. `indices`: the indices of these micro-batches among the
     micro-batches of all ranks."""
 
@@ -353,15 +353,15 @@ class Window:
     preparation: Preparation = field(default_factory=Preparation)
 
     @property
-    def is_trial(self) -> bool:
+    def is_dry_run(self) -> bool:
         """Whether this is a dry-run step, which trains nothing."""
         return self.step < 0
 
 
-class WindowSource(Protocol):
-    """Yields windows (the micro-batches of a step) in training order, from a given step on. The result depends only on
+class StepSource(Protocol):
+    """Yields this rank's micro-batches of each step in training order, from a given step on. The result depends only on
     the rows, the settings and the seed."""
 
-    steps: int
+    count: int  # of steps
 
-    def windows(self, first_step: int) -> Iterator[Window]: ...
+    def after(self, first_step: int) -> Iterator[StepBatches]: ...

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from tunekit.contracts import EncodeOptions, Objective, Rows
 from tunekit.data.batching.order import Share, epoch_rows, held_out
-from tunekit.data.batching.stream import StreamedSource, StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows
+from tunekit.data.batching.steps import BatchSettings, StoredSteps
+from tunekit.data.batching.stream import StreamedSource, StreamedSteps
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.encoding.notes import dropped_notes
 from tunekit.data.encoding.sample import sample_source
@@ -84,11 +84,11 @@ class RowSet:
             if prompt is not None:
                 yield Prompt(*prompt, kind.readable(prompt[0]))
 
-    def windows(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> TrainingWindows | StreamedWindows:
+    def steps(self, settings: BatchSettings, *, rank: int = 0, world: int = 1) -> StoredSteps | StreamedSteps:
         """One rank's micro-batches of every optimizer step. Rows are drawn from each source by the source's weight."""
         if self.streams:
-            return StreamedWindows(self.streams, self.objective.rows, settings, rank=rank, world=world)
-        return TrainingWindows(self.train, self.objective.rows, settings, rank=rank, world=world, draws=self.draws)
+            return StreamedSteps(self.streams, self.objective.rows, settings, rank=rank, world=world)
+        return StoredSteps(self.train, self.objective.rows, settings, rank=rank, world=world, draws=self.draws)
 
 
 def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: Path | None = None) -> RowSet:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunekit.adapters.several import AdapterSet
 from tunekit.contracts import Answering, AnswerLimits, Batch, Objective, Processor, Progress, Rows, no_progress
-from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.batching.steps import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.encoding.store import by_source
 from tunekit.data.rows import Prompt, RowSet

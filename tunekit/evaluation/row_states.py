@@ -18,11 +18,11 @@ from tunekit.contracts import (
     Progress,
     Rows,
     RunView,
+    StepBatches,
     Sums,
-    Window,
     no_progress,
 )
-from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.batching.steps import evaluation_batches
 from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.row_ranking import Numbers
 from tunekit.evaluation.scores import summed_evaluation, undisturbed
@@ -101,8 +101,8 @@ class _HiddenReader(LossKind):
         self.loss_kind, self.last = loss, last
         self.hidden: dict[int, NDArray[np.float32]] = {}  # row number -> (D,)
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
-        return self.loss_kind.prepare_step(run, window, earlier)
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
+        return self.loss_kind.prepare_step(run, step, earlier)
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         states = self.last() if output.hidden is None else output.hidden

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tunekit.contracts import ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, Batch, Objective, Sums, Window
+from tunekit.contracts import ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, Batch, Objective, StepBatches, Sums
 from tunekit.errors import RewardError
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import compute_in_parts
@@ -56,7 +56,7 @@ def prepared(
 ) -> Batch:
     """The batch after the objective has prepared it, in the same way as the batches of a training step."""
     run = ModelRun(model, objective.rows, on_split=on_split)
-    return objective.prepare_step(run, Window(0, 0.0, (0,), (batch,))).batches[0]
+    return objective.prepare_step(run, StepBatches(0, 0.0, (0,), (batch,))).batches[0]
 
 
 def summed_evaluation(

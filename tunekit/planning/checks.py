@@ -49,6 +49,6 @@ def execution_checks(prepared: Prepared, execution: ExecutionSettings) -> Iterat
     """Checks of the settings that the recipe or an earlier decision fixes."""
     adapter, device = prepared.recipe.adapter, prepared.resources.device
     method = load_method(adapter.method)
-    for conflict in method.run_conflicts(adapter, prepared.steps.steps):
+    for conflict in method.run_conflicts(adapter, prepared.steps.count):
         yield Problem(conflict.what, conflict.how, key=f"adapter.{conflict.key}")
     yield from kernel_problems(execution.kernels, device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tunekit.data.batching.windows import BatchSettings
+from tunekit.data.batching.steps import BatchSettings
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
 from tunekit.planning.kernels import planned_kernels

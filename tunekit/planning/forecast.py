@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from tunekit.contracts import Batch, RowKind, Rows
-from tunekit.data.batching.stream import StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, collate
+from tunekit.data.batching.steps import BatchSettings, StoredSteps, collate
+from tunekit.data.batching.stream import StreamedSteps
 from tunekit.errors import ModelError
 from tunekit.model.attention.self_attention import attention_sizes
 from tunekit.model.load import LoadedModel
@@ -40,7 +40,7 @@ MODEL_ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of 
 
 
 def largest_batch(
-    windows: TrainingWindows, rows: Rows, kind: RowKind, settings: BatchSettings, *, by_scores: bool = False
+    steps: StoredSteps, rows: Rows, kind: RowKind, settings: BatchSettings, *, by_scores: bool = False
 ) -> Batch:
     """The run's micro-batch with the most tokens, padding included.
 
@@ -49,11 +49,11 @@ def largest_batch(
     """
     sizes = np.asarray(rows.sizes)  # (rows, sizes)
     lengths = sizes.sum(axis=1)  # (rows,)
-    best, best_size, left = None, (-1, -1), windows.steps
+    best, best_size, left = None, (-1, -1), steps.count
     for epoch in range(EXAMINED_EPOCHS):
-        steps = [*islice(windows.steps_of(epoch), left)]
-        left -= len(steps)
-        for micro_batch in chain.from_iterable(steps):
+        of_epoch = [*islice(steps.steps_of(epoch), left)]
+        left -= len(of_epoch)
+        for micro_batch in chain.from_iterable(of_epoch):
             widths = np.stack([sizes[list(group)].sum(axis=0) for group in micro_batch])  # (B, sizes)
             padded = np.array([kind.layout.padded(each) for each in widths])  # (B, sizes)
             tokens = int(widths.sum() if settings.end_to_end else len(padded) * padded.max(axis=0).sum())
@@ -70,15 +70,15 @@ def largest_batch(
     return collate(rows, best, kind, end_to_end=settings.end_to_end)
 
 
-def supervised_tokens(windows: TrainingWindows | StreamedWindows, rows: Rows, settings: BatchSettings) -> int:
+def supervised_tokens(steps: StoredSteps | StreamedSteps, rows: Rows, settings: BatchSettings) -> int:
     """Number of supervised tokens in the whole run. For streamed sources, it is estimated from the sampled rows."""
     supervised, per_step = np.asarray(rows.supervised), settings.gradient_accumulation_steps  # (rows,)
-    if not isinstance(windows, TrainingWindows):
-        tokens = windows.steps * per_step * (settings.micro_batch_size or 1)
+    if not isinstance(steps, StoredSteps):
+        tokens = steps.count * per_step * (settings.micro_batch_size or 1)
         return round(tokens * float(supervised.mean()))
-    total, left, epoch = 0, windows.steps, 0
+    total, left, epoch = 0, steps.count, 0
     while left > 0:
-        micro_batches = windows.micro_batches(epoch)[: left * per_step]
+        micro_batches = steps.micro_batches(epoch)[: left * per_step]
         total += sum(int(supervised[list(group)].sum()) for batch in micro_batches for group in batch)
         left -= -(-len(micro_batches) // per_step)
         epoch += 1

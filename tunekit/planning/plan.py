@@ -12,7 +12,7 @@ from tunekit.adapters.kernels.joined_lora import describe
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, trained_count, unreached_experts
 from tunekit.contracts import PlanContext
-from tunekit.data.batching.windows import BatchSettings
+from tunekit.data.batching.steps import BatchSettings
 from tunekit.evaluation.evaluator import calibration_notes
 from tunekit.machine.devices import make_devices
 from tunekit.model.compute import kernel_packages
@@ -112,7 +112,7 @@ def _make_plan(
     facts, rows, trainable = prepared.base.facts, prepared.rows, _trained_numbers(prepared)
     peak, budget = prepared.forecast.known_peak(execution), prepared.recipe.memory.budget_bytes
     trial = trial_reason(prepared.resources.device, peak.total, prepared.resources.free_bytes, budget)
-    steps = prepared.steps if settings == prepared.batch_settings else rows.windows(settings)
+    steps = prepared.steps if settings == prepared.batch_settings else rows.steps(settings)
     per_epoch = (steps.micro_batches_per_epoch, steps.steps_per_epoch)
     return Plan(
         tunekit_version=tunekit.__version__,
@@ -123,8 +123,8 @@ def _make_plan(
         targets=list(prepared.context.targets),
         trainable_parameters=trainable,
         total_parameters=facts.total_parameters + (0 if prepared.recipe.adapter.trains_base else trainable),
-        steps=steps.steps,
-        warmup_steps=warmup_steps(recipe.training, steps.steps),
+        steps=steps.count,
+        warmup_steps=warmup_steps(recipe.training, steps.count),
         supervised_tokens=supervised_tokens(steps, rows.train, settings),
         rows=PlannedRows(rows.counts, rows.eval_counts, settings.packing, prepared.packing_reason, *per_epoch),
         choice=execution,
@@ -155,7 +155,7 @@ def _notes(
     """The notes of the plan, in the order in which plan.json lists them. `recipe`: the recipe that plan.json contains.
     `reasons`: those of the choice. `fixed`: see `plan`."""
     base, rows, context, device = prepared.base, prepared.rows, prepared.context, prepared.resources.device
-    steps, tokens = prepared.steps.steps, prepared.forecast.largest_batch(execution.micro_batch_size).padded
+    steps, tokens = prepared.steps.count, prepared.forecast.largest_batch(execution.micro_batch_size).padded
     yield from [*prepared.loaded.defaults, *base.notes, *rows.notes, *rows.objective.notes]
     yield from [] if rows.evaluation is None else calibration_notes(recipe.evaluation)
     yield from _adapter_notes(recipe.adapter, context)

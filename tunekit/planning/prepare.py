@@ -8,7 +8,7 @@ from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets
 from tunekit.companions.base import make_companions
 from tunekit.contracts import Companion, CompanionFacts, PlanContext, Processor
-from tunekit.data.batching.windows import BatchSettings
+from tunekit.data.batching.steps import BatchSettings
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
 from tunekit.evaluation.evaluator import check_queries
@@ -72,7 +72,7 @@ def prepare(
     settings = _batch_settings(recipe, context, packing)
     shares = settings.end_to_end and shares_prefixes(context.base.net, recipe.data.max_length)
     rows = replace(rows, objective=rows.objective.laid_out(settings.end_to_end, shares))
-    steps = findings.attempt(rows.windows, settings)
+    steps = findings.attempt(rows.steps, settings)
     if steps is None:
         raise findings.error()
     reason += END_TO_END if settings.end_to_end else ""

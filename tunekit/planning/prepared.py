@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 
 from tunekit.contracts import Batch, Companion, CompanionFacts, PlanContext
-from tunekit.data.batching.stream import StreamedWindows
-from tunekit.data.batching.windows import BatchSettings, TrainingWindows, filled_batch, largest_evaluation_batch
+from tunekit.data.batching.steps import BatchSettings, StoredSteps, filled_batch, largest_evaluation_batch
+from tunekit.data.batching.stream import StreamedSteps
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.model.loaded_model import LoadedModel, as_loaded
@@ -18,7 +18,7 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings
 
-Windows = TrainingWindows | StreamedWindows
+Windows = StoredSteps | StreamedSteps
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Prepared:
         tokens."""
         steps, settings = self._cut_anew(micro_batch_size)
         train, kind = self.rows.train, self.rows.objective.rows
-        if not isinstance(steps, TrainingWindows):
+        if not isinstance(steps, StoredSteps):
             return filled_batch(train, kind, settings)
         largest = largest_batch(steps, train, kind, settings)
         if not self.base.facts.attention.startswith("eager"):
@@ -91,4 +91,4 @@ class Prepared:
             return self.steps, settings
         count = max(1, settings.gradient_accumulation_steps * written // micro_batch_size)
         settings = replace(settings, micro_batch_size=micro_batch_size, gradient_accumulation_steps=count)
-        return self.rows.windows(settings), settings
+        return self.rows.steps(settings), settings

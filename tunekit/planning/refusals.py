@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tunekit.contracts import Processor, RowKind
-from tunekit.data.batching.windows import dealt
+from tunekit.data.batching.steps import dealt
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.evaluation.tasks.run import NO_TEMPLATE, TEMPLATE_KEY

@@ -11,7 +11,7 @@ import torch
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.method import needs_reference_state
-from tunekit.contracts import Batch, Companion, Loss, LossKind, ModelOutput, Objective, Sums, Window
+from tunekit.contracts import Batch, Companion, Loss, LossKind, ModelOutput, Objective, StepBatches, Sums
 from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.machine.devices import deterministic_kernels, kind_of
 from tunekit.memory.slots import waiting_tensor
@@ -72,12 +72,10 @@ class SimulatedRun:
         with torch.random.fork_rng(devices=[]), fixed, self._tracked() as (tuned, tracker, optimizer):
             objective = _logits_apart(self.objective, tuned, tracker)
             units = objective.loss.units(batch)
-            window = Window(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
-            window = objective.prepare_step(ModelRun(tuned, objective.rows), window)
+            step = StepBatches(0, 0.0, tuple(range(micro_batches)), (batch,) * micro_batches)
+            step = objective.prepare_step(ModelRun(tuned, objective.rows), step)
             with tuned.training_mode(True):
-                work = StepWork(
-                    tuned, objective, window, units, self.training.seed, micro_batches_per_pass=micro_batches
-                )
+                work = StepWork(tuned, objective, step, units, self.training.seed, micro_batches_per_pass=micro_batches)
                 [result] = make_engine(tuned).run([work])
             result.checked()
             optimizer.gradient_norm()

@@ -13,7 +13,7 @@ from tunekit.companions.base import make_companions
 from tunekit.console.progress import CountProgress
 from tunekit.contracts import Companion
 from tunekit.data.batching.split import cut_batch
-from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.batching.steps import evaluation_batches
 from tunekit.evaluation.evaluator import Evaluator, queries_of
 from tunekit.evaluation.row_losses import RowLosses
 from tunekit.evaluation.scores import summed_evaluation
@@ -26,14 +26,7 @@ from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.planned import Planned
-from tunekit.training.run import Run
-from tunekit.training.run_files import check_fingerprint, with_files, write_plan
-from tunekit.training.saved_state import restore, restore_reference
-from tunekit.training.scaling import LossScale
-from tunekit.training.session import Session
-from tunekit.training.state import LoopState, add_seconds
-from tunekit.training.streaming import make_engine
-from tunekit.training.trial import (
+from tunekit.training.preflight import (
     dry_run_batch,
     make_splitting,
     measured_speeds,
@@ -44,6 +37,13 @@ from tunekit.training.trial import (
     speeds_text,
     try_longest_batch,
 )
+from tunekit.training.run import Run
+from tunekit.training.run_files import check_fingerprint, with_files, write_plan
+from tunekit.training.saved_state import restore, restore_reference
+from tunekit.training.scaling import LossScale
+from tunekit.training.session import Session
+from tunekit.training.state import LoopState, add_seconds
+from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -107,7 +107,7 @@ def assemble_run(
         planned.rows.objective,
         make_engine(model, session.console.warn),
         optimizer,
-        planned.rows.windows(planned.batch_settings, rank=devices.rank, world=devices.world),
+        planned.rows.steps(planned.batch_settings, rank=devices.rank, world=devices.world),
         recipe.training,
         recipe.evaluation,
         plan.warmup_steps,

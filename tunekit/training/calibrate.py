@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.starts.start import LINEAR, LayerActivations, start_module
-from tunekit.contracts import IGNORED, Batch, Companion, Objective, Window, WindowSource
+from tunekit.contracts import IGNORED, Batch, Companion, Objective, StepBatches, StepSource
 from tunekit.data.batching.pad import real_positions
 from tunekit.errors import RecipeError
 from tunekit.evaluation.scores import undisturbed
@@ -91,23 +91,23 @@ def _hook(
     return observe
 
 
-def first_windows(windows: WindowSource, batches: int) -> Iterator[Window]:
-    """Yields the run's first windows (one window: the micro-batches of one optimizer step), with `batches`
-    micro-batches in total. The last window may be cut short. A short run has fewer micro-batches."""
+def first_steps(steps: StepSource, batches: int) -> Iterator[StepBatches]:
+    """Yields the run's first steps, with `batches` micro-batches in total. The last step may be cut short. A short
+    run has fewer micro-batches."""
     left = batches
-    for window in windows.windows(0):
-        if len(window.batches) >= left:
-            yield Window(window.step, window.epoch, window.indices[:left], window.batches[:left])
+    for step in steps.after(0):
+        if len(step.batches) >= left:
+            yield StepBatches(step.step, step.epoch, step.indices[:left], step.batches[:left])
             return
-        left -= len(window.batches)
-        yield window
+        left -= len(step.batches)
+        yield step
 
 
 def calibrate(
     base: LoadedModel,
     start: CalibratedStart,
     targets: Sequence[Target],
-    windows: WindowSource,
+    steps: StepSource,
     objective: Objective,
     *,
     seed: int,
@@ -121,10 +121,10 @@ def calibrate(
     model, watch = TunedModel(base, None, companions=companions or {}), StatisticsCollector(start, targets)
     backward = start.looks_at == "gradients"
     run = ModelRun(model, objective.rows)
-    chosen = list[Window]()
-    for window in first_windows(windows, start.batches):
-        chosen.append(objective.prepare_step(run, window, chosen[-1] if chosen else None))
-    batches = [batch for window in chosen for batch in window.batches]
+    chosen = list[StepBatches]()
+    for step in first_steps(steps, start.batches):
+        chosen.append(objective.prepare_step(run, step, chosen[-1] if chosen else None))
+    batches = [batch for step in chosen for batch in step.batches]
     with _watching(base.net, watch, backward):
         if backward:
             _run_backward(model, watch, objective, chosen, seed)
@@ -158,16 +158,16 @@ def _run_forward(model: TunedModel, watch: StatisticsCollector, batches: Sequenc
 
 
 def _run_backward(
-    model: TunedModel, watch: StatisticsCollector, objective: Objective, windows: Sequence[Window], seed: int
+    model: TunedModel, watch: StatisticsCollector, objective: Objective, steps: Sequence[StepBatches], seed: int
 ) -> None:
-    """Compute the gradient of the mean loss over all batches of `windows`, one micro-batch at a time."""
-    engine, batches = Engine(), [batch for window in windows for batch in window.batches]
+    """Compute the gradient of the mean loss over all batches of `steps`, one micro-batch at a time."""
+    engine, batches = Engine(), [batch for step in steps for batch in step.batches]
     watch.scale = HALF_SCALE if model.base.dtype == torch.float16 else 1.0
     units = sum(map(objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
     with forked_random(model.device), model.training_mode(True):
-        for window in windows:
-            for index, batch in zip(window.indices, window.batches, strict=True):
+        for step in steps:
+            for index, batch in zip(step.indices, step.batches, strict=True):
                 watch.batch = batch
-                one = Window(window.step, window.epoch, (index,), (batch,))
+                one = StepBatches(step.step, step.epoch, (index,), (batch,))
                 [result] = engine.run([StepWork(model, objective, one, units, seed, loss_scale=watch.scale)])
                 result.checked()

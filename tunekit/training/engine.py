@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, ModelOutput, Objective, Read, Sums, Window
+from tunekit.contracts import Batch, ModelOutput, Objective, Read, StepBatches, Sums
 from tunekit.errors import is_out_of_memory
 from tunekit.machine.cpu_times import CpuTimes, cpu_times
 from tunekit.machine.placing import to_device
@@ -29,7 +29,7 @@ from tunekit.tuned.model import ModelRun, TunedModel
 class StepWork:
     """Everything that the engine needs to run one step of one run.
 
-    `window`: this rank's prepared micro-batches. `units`: (K,), the divisor of the step's loss over all ranks.
+    `batches`: this rank's prepared micro-batches. `units`: (K,), the divisor of the step's loss over all ranks.
     `micro_batches`: the step's number of micro-batches over all ranks; loss terms per step are averaged over them.
     `missing`: forwards of the batch `spare`, with weight 0, that this rank makes so that all ranks run equally many.
     `watches_gradients`: whether the result names the tensors that a gradient reached.
@@ -39,7 +39,7 @@ class StepWork:
 
     model: TunedModel
     objective: Objective
-    window: Window
+    batches: StepBatches
     units: Tensor
     seed: int
     micro_batches: int = 1
@@ -54,10 +54,10 @@ class StepWork:
     def parts(self) -> list[list[MicroBatchPart]]:
         """The parts of each micro-batch. Micro-batches that are as large as one that ran out of memory are split."""
         split, kind = self.splitting, self.objective.rows
-        batches = [[batch] if split is None else split.pieces(kind, batch) for batch in self.window.batches]
+        batches = [[batch] if split is None else split.pieces(kind, batch) for batch in self.batches.batches]
         return [
             [MicroBatchPart(part, index, number, self.micro_batches * len(some)) for number, part in enumerate(some)]
-            for index, some in zip(self.window.indices, batches, strict=True)
+            for index, some in zip(self.batches.indices, batches, strict=True)
         ]
 
 
@@ -101,7 +101,7 @@ class StepAttempt:
     def __init__(self, work: StepWork) -> None:
         self.work, self.parts = work, work.parts()
         self.units = to_device(work.units, work.model.device)
-        self.losses = {index: torch.zeros_like(self.units) for index in work.window.indices}  # (K,) each
+        self.losses = {index: torch.zeros_like(self.units) for index in work.batches.indices}  # (K,) each
         self.metrics: Sums = {}
         self.reached: set[str] = set()
 
@@ -113,7 +113,7 @@ class StepAttempt:
     def call(self, part: MicroBatchPart) -> Call:
         """The settings (Call) of a part's forward. Each part of a split micro-batch gets different random numbers."""
         micro_batch = part.index + part.number * PIECE_STRIDE
-        return Call(step=self.work.window.step, micro_batch=micro_batch, seed=self.work.seed, seeded=True)
+        return Call(step=self.work.batches.step, micro_batch=micro_batch, seed=self.work.seed, seeded=True)
 
     def watching(self) -> AbstractContextManager[None]:
         """A context manager: `reached` gets the trained tensors that a gradient reaches, if the work watches them."""
@@ -188,7 +188,7 @@ class Engine:
                     raise
                 reason = first_line(error)
             # Not inside `except`: the error keeps the failed attempt's tensors alive there.
-            work.splitting.shrink(work.objective.rows, reason, work.window.step + 1)
+            work.splitting.shrink(work.objective.rows, reason, work.batches.step + 1)
 
     def _run_all(self, works: Sequence[StepWork]) -> list[StepResult]:
         return [self._run_alone(work) for work in works]
@@ -208,7 +208,7 @@ class Engine:
                 reason = first_line(error)
             # Not inside `except`: the error keeps the failed attempt's tensors alive there.
             try:
-                work.splitting.shrink(work.objective.rows, reason, work.window.step + 1)
+                work.splitting.shrink(work.objective.rows, reason, work.batches.step + 1)
             except Exception as error:
                 return StepResult(error=error)
             work.model.clear_gradient()
@@ -216,11 +216,9 @@ class Engine:
     def _make_up(self, work: StepWork, spare: Batch) -> None:
         """Run forward and backward of a batch with weight 0. Gradients do not change."""
         count = work.missing
-        window = Window(0, 0.0, tuple(range(count)), (spare,) * count)
+        step = StepBatches(0, 0.0, tuple(range(count)), (spare,) * count)
         units = work.objective.loss.units(spare)
-        attempt = StepAttempt(
-            replace(work, window=window, units=units, micro_batches=count, weight=0.0, splitting=None)
-        )
+        attempt = StepAttempt(replace(work, batches=step, units=units, micro_batches=count, weight=0.0, splitting=None))
         with work.model.unchanged_weights(), work.model.clearing_on_failure():
             self._compute(attempt)
 
@@ -254,6 +252,6 @@ class StepView(ModelRun):
     engine: Engine = field(init=False)
     work: StepWork = field(init=False)
 
-    def score_step(self, window: Window, read: Read) -> list[Tensor]:
+    def score_step(self, step: StepBatches, read: Read) -> list[Tensor]:
         """The values that `read` computes from each micro-batch in the later forward of the step, as Engine.score."""
-        return self.engine.score(replace(self.work, window=window), read)
+        return self.engine.score(replace(self.work, batches=step), read)

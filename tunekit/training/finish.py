@@ -12,7 +12,7 @@ from tunekit.metrics.classes import class_facts
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Reaction, ReportFacts
-from tunekit.training.divergence import KEEP_BEST, last_jump, rise
+from tunekit.training.loss_warnings import KEEP_BEST, last_jump, rise
 from tunekit.training.state import LoopState
 
 

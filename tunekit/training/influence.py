@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tunekit.contracts import Objective, Progress, Row, RowLayout, Rows, Window, no_progress
+from tunekit.contracts import Objective, Progress, Row, RowLayout, Rows, StepBatches, no_progress
 from tunekit.errors import is_out_of_memory
 from tunekit.evaluation.row_losses import unit_counts
 from tunekit.evaluation.scores import prepared, undisturbed
@@ -136,11 +136,11 @@ def _one_by_one(
 
     with undisturbed(model):
         batches = [prepared(model, objective, objective.rows.collate([[row]])) for row in rows]
-    window = Window(0, 0.0, tuple(range(len(batches))), tuple(batches))
+    step = StepBatches(0, 0.0, tuple(range(len(batches))), tuple(batches))
     ones = torch.ones_like(objective.loss.units(batches[0]))
     with _projecting(model, projection, running), model.training_mode(False):
         work = StepWork(
-            model, objective, window, ones, 0, NO_PENALTY, splitting=splitting, micro_batches_per_pass=ROWS_AT_ONCE
+            model, objective, step, ones, 0, NO_PENALTY, splitting=splitting, micro_batches_per_pass=ROWS_AT_ONCE
         )
         [result] = make_engine(model).run([work])
         result.checked()

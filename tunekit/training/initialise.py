@@ -58,8 +58,8 @@ def initialise_adapter(
             ranks = {target.name: _resumed_rank(target, resumed) for target in targets}
             adapter = attach(targets=with_ranks(settings, targets, ranks))
         else:
-            windows, objective = planned.rows.windows(planned.batch_settings), planned.rows.objective
-            evidence, facts = calibrate(base, start, targets, windows, objective, seed=seed, companions=companions)
+            steps, objective = planned.rows.steps(planned.batch_settings), planned.rows.objective
+            evidence, facts = calibrate(base, start, targets, steps, objective, seed=seed, companions=companions)
             share = getattr(start_module(start.method), "share_ranks", None)
             if share is not None:
                 targets = with_ranks(settings, targets, devices.from_main(share(start, targets, evidence)))

@@ -16,7 +16,7 @@ from tunekit.records import Plan
 from tunekit.training.begin import Load
 from tunekit.training.planned import Planned
 from tunekit.training.session import Session
-from tunekit.tuned.twin import TensorVersions, make_twin
+from tunekit.tuned.module_copies import TensorVersions, copy_modules
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class SharedBase:
                 base.slots = make_slots(weights, base.device, tier=self.key.streaming, mapped=base.mapped)
             else:
                 self.versions = TensorVersions(self.base)
-        return self.base if self.key is None else make_twin(self.base)
+        return self.base if self.key is None else copy_modules(self.base)
 
 
 def refuse_changed_rows(lanes: Sequence[Lane]) -> None:

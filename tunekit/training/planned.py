@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tunekit.contracts import Batch, Processor
-from tunekit.data.batching.windows import BatchSettings
+from tunekit.data.batching.steps import BatchSettings
 from tunekit.data.rows import RowSet
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.model import ModelSection

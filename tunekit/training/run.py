@@ -20,7 +20,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import StepProgress
-from tunekit.contracts import Batch, Objective, Window, WindowSource
+from tunekit.contracts import Batch, Objective, StepBatches, StepSource
 from tunekit.errors import InputError, Problem, Stopped
 from tunekit.evaluation.evaluator import Evaluation, Evaluator
 from tunekit.evaluation.row_losses import RowLosses
@@ -32,17 +32,17 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Reaction, Shows, StepRecord
 from tunekit.targets.export import facts_for_export
-from tunekit.training.divergence import watch_step
 from tunekit.training.engine import Engine, StepResult, StepView, StepWork
+from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.reached import require_gradients
-from tunekit.training.readings import PendingReadings, check_finite, means, start_reading
 from tunekit.training.run_files import make_trackers, save_run, tracked_numbers, write_pictures, write_rows
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, add_seconds, timed
+from tunekit.training.step_numbers import PendingNumbers, check_finite, means, start_numbers
 from tunekit.tuned.model import TunedModel
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -57,7 +57,7 @@ class Run:
     objective: Objective
     engine: Engine
     optimizer: Optimizer
-    steps: WindowSource
+    steps: StepSource
     training: TrainingSection
     evaluation: EvaluationSection
     warmup_steps: int
@@ -70,9 +70,9 @@ class Run:
     budget_bytes: int | None = None
     shows: Shows = DEFAULT_SHOWS
     spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
-    earlier: Window | None = None  # the prepared previous step, if several steps reuse its samples
+    earlier: StepBatches | None = None  # the prepared previous step, if several steps reuse its samples
     pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
-    pending: PendingReadings = field(default_factory=PendingReadings)
+    pending: PendingNumbers = field(default_factory=PendingNumbers)
     progress: StepProgress | None = None  # while the run is open
     trackers: Trackers | None = None
     started: float = 0.0  # when the present step began
@@ -83,8 +83,8 @@ class Run:
         checkpoint was saved."""
         with self.opened():  # progress, trackers, training mode: closed in every case
             if self.start():  # the evaluation before step 1; False: nothing is left to train
-                for window in self.steps.windows(self.state.step):
-                    work = self.begin_step(window)
+                for step in self.steps.after(self.state.step):
+                    work = self.begin_step(step)
                     [result] = self.engine.run([work])
                     self.finish_step(work, result)
                     if not self.after_step():  # evaluate, save; False: the run has ended
@@ -97,7 +97,7 @@ class Run:
         with ExitStack() as stack:
             self.trackers = stack.enter_context(make_trackers(self.session, self.state.step))
             shown = StepProgress(
-                self.session.console, self.steps.steps, budget_bytes=self.budget_bytes, shows=self.shows
+                self.session.console, self.steps.count, budget_bytes=self.budget_bytes, shows=self.shows
             )
             self.progress = stack.enter_context(shown)
             stack.enter_context(self.model.training_mode(True))
@@ -121,25 +121,25 @@ class Run:
         if state.evaluated_step > max(evaluated, 0):  # this step's checkpoint lacks the results
             self._save()
         self._stop_if_asked()
-        if state.stopped_early or state.step >= self.steps.steps:
+        if state.stopped_early or state.step >= self.steps.count:
             return False
         if self.progress is not None:
             self.progress.start(state.step + 1)
         return True
 
-    def begin_step(self, window: Window) -> StepWork:
+    def begin_step(self, step: StepBatches) -> StepWork:
         """Prepare a step, and count its units on all ranks."""
         self.started = time.monotonic()
-        window = self.prepare_step(window)
-        units = self._count_units(window)
+        step = self.prepare_step(step)
+        units = self._count_units(step)
         self.optimizer.zero_gradients()
         micro_batches = int(self.counts[2])
         return replace(
-            self._work(window),
+            self._work(step),
             units=units,
             micro_batches=micro_batches,
             loss_scale=self.state.scale.factor,  # fixed here, so that a second attempt uses the same one
-            missing=max(self.devices.missing(micro_batches, len(window.batches)), 0),
+            missing=max(self.devices.missing(micro_batches, len(step.batches)), 0),
             spare=self.spare,
             watches_gradients=self.state.step == self.state.saved_step and not self.adapter.settings.trains_base,
         )
@@ -156,23 +156,23 @@ class Run:
         named = means(self.objective.loss.logged, result.metrics, work.units, self.devices)
         if work.watches_gradients:
             require_gradients(self.adapter, result.reached, self.devices)
-        numbers = {"loss": loss, "norm": norm, **named}
-        reading = start_reading(state.step + 1, work.window, result.losses, self.counts, numbers, self.started)
+        values = {"loss": loss, "norm": norm, **named}
+        numbers = start_numbers(state.step + 1, work.batches, result.losses, self.counts, values, self.started)
         finite = True
         if not self.reads_later:
-            check_finite(reading, *reading.read(), self.devices, may_overflow=state.scale.enabled)
-            finite = math.isfinite(reading.read()[1])
-        reading.rate = self.optimizer.step(self.rate(), found_inf)
-        state.scale.update(finite, reading.step)
+            check_finite(numbers, *numbers.read(), self.devices, may_overflow=state.scale.enabled)
+            finite = math.isfinite(numbers.read()[1])
+        numbers.rate = self.optimizer.step(self.rate(), found_inf)
+        state.scale.update(finite, numbers.step)
         self._advance(finite)
-        reading.sent = time.monotonic()
+        numbers.sent = time.monotonic()
         self.settle()  # the previous step, whose numbers arrived while this one was queued
-        self.pending.readings.append(reading)
+        self.pending.numbers.append(numbers)
 
     def after_step(self) -> bool:
         """Evaluate and save when due. Returns whether the run continues. Raises: Stopped after a stop signal."""
         state, settings = self.state, self.training
-        last = state.step == self.steps.steps
+        last = state.step == self.steps.count
         evaluates = self.evaluator is not None and state.step % settings.eval_steps == 0
         if not self.reads_later or last or evaluates or state.step % settings.save_steps == 0:
             self.settle()
@@ -187,10 +187,10 @@ class Run:
         self._stop_if_asked()
         return not ended
 
-    def _count_units(self, window: Window) -> Tensor:
+    def _count_units(self, step: StepBatches) -> Tensor:
         """The step's number of loss units, (K,) float64, summed over ranks. The other numbers of the step are kept in
         `counts`."""
-        batches = window.batches
+        batches = step.batches
         counts = [sum(batch.tokens for batch in batches), sum(batch.supervised for batch in batches), len(batches)]
         units = sum(map(self.objective.loss.units, batches), torch.zeros(1, dtype=torch.float64))
         together = self.devices.sum(torch.cat([torch.tensor(counts, dtype=torch.float64), units]))
@@ -200,45 +200,45 @@ class Run:
     def settle(self) -> None:
         """Wait for the numbers of pending steps, check them and record them. Raises: NumericsError."""
         state = self.state
-        for reading in self.pending.readings:
-            loss, norm, seconds = self.pending.read(reading)
-            check_finite(reading, loss, norm, self.devices, may_overflow=state.scale.enabled)
-            exported = reading.step == self.steps.steps and self.evaluation.best is None
-            for reaction in watch_step(state, reading, loss, self.shows, self.devices, exported=exported):
+        for numbers in self.pending.numbers:
+            loss, norm, seconds = self.pending.read(numbers)
+            check_finite(numbers, loss, norm, self.devices, may_overflow=state.scale.enabled)
+            exported = numbers.step == self.steps.count and self.evaluation.best is None
+            for reaction in watch_step(state, numbers, loss, self.shows, self.devices, exported=exported):
                 self.react(reaction)
-            add_seconds(state.seconds, reading.spent(seconds))
-            record = reading.record(loss, norm, seconds, self.peak_bytes(), shown=self._shows_samples(reading.step))
+            add_seconds(state.seconds, numbers.spent(seconds))
+            record = numbers.record(loss, norm, seconds, self.peak_bytes(), shown=self._shows_samples(numbers.step))
             self.record(replace(record, threads=torch.get_num_threads()) if self.adapts_threads else record)
-        self.pending.readings.clear()
+        self.pending.numbers.clear()
 
-    def prepare_step(self, window: Window) -> Window:
+    def prepare_step(self, step: StepBatches) -> StepBatches:
         """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
-        prepared = self.objective.prepare_step(self.view(window), window, self.earlier)
+        prepared = self.objective.prepare_step(self.view(step), step, self.earlier)
         self.earlier = prepared if self.objective.loss.updates_per_sampling > 1 else None
         return prepared
 
-    def view(self, window: Window) -> StepView:
+    def view(self, step: StepBatches) -> StepView:
         """The parts of the run that the objective and its companions (auxiliary models) may use in a step."""
         view = StepView(self.model, self.objective.rows, self.devices.gather, on_split=self._note_split)
-        view.engine, view.work = self.engine, self._work(window)
+        view.engine, view.work = self.engine, self._work(step)
         return view
 
-    def _work(self, window: Window) -> StepWork:
+    def _work(self, step: StepBatches) -> StepWork:
         """A step, before its units are known."""
         return StepWork(
             self.model,
             self.objective,
-            window,
+            step,
             torch.ones(1, dtype=torch.float64),
             self.training.seed,
             splitting=self.splitting,
             micro_batches_per_pass=self.micro_batches_per_pass,
         )
 
-    def try_batch(self, window: Window, *, watches_gradients: bool = False) -> None:
+    def try_batch(self, step: StepBatches, *, watches_gradients: bool = False) -> None:
         """Run forward and backward of a prepared dry-run step. The gradient is not cleared. Raises: its error."""
-        units = sum(map(self.objective.loss.units, window.batches), torch.zeros(1, dtype=torch.float64))
-        work = replace(self._work(window), units=units, watches_gradients=watches_gradients)
+        units = sum(map(self.objective.loss.units, step.batches), torch.zeros(1, dtype=torch.float64))
+        work = replace(self._work(step), units=units, watches_gradients=watches_gradients)
         [result] = self.engine.run([work])
         result.checked()
         if watches_gradients:
@@ -263,13 +263,13 @@ class Run:
         state.tokens += int(self.counts[0])
         state.supervised_tokens += int(self.counts[1])
         if finite:
-            self.adapter.after_step(state.step - 1, self.steps.steps)
+            self.adapter.after_step(state.step - 1, self.steps.count)
 
     def _evaluate_if_due(self) -> bool:
         """Evaluate before training, at every multiple of eval_steps and at the end. Returns whether this evaluation is
         the best so far, so that a checkpoint must be saved. The evaluation before training is only a reference."""
         state, settings = self.state, self.evaluation
-        due = state.step % self.training.eval_steps == 0 or state.step == self.steps.steps
+        due = state.step % self.training.eval_steps == 0 or state.step == self.steps.count
         due = due if state.step else settings.before_training
         if self.evaluator is None or not due or state.step <= state.evaluated_step:
             return False
@@ -393,8 +393,8 @@ class Run:
     def _shows_samples(self, step: int) -> bool:
         """Whether the report shows samples of this step: the first step, the last step, and steps with an
         evaluation."""
-        return step in (1, self.steps.steps) or step % self.training.eval_steps == 0
+        return step in (1, self.steps.count) or step % self.training.eval_steps == 0
 
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
-        return rate_multiplier(self.training, self.state.updates, self.steps.steps, self.warmup_steps)
+        return rate_multiplier(self.training, self.state.updates, self.steps.count, self.warmup_steps)

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from tunekit.console.text import time_text
-from tunekit.data.batching.windows import evaluation_batches
+from tunekit.data.batching.steps import evaluation_batches
 from tunekit.errors import NumericsError
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.devices import deterministic_kernels
@@ -90,8 +90,8 @@ def _token_seconds(run: Run) -> list[float]:
     """The seconds for a token in each of the first steps. Raises: NumericsError."""
     seconds = []
     with run.model.training_mode(True):
-        for window in islice(run.steps.windows(0), STEPS):
-            work = run.begin_step(window)
+        for step in islice(run.steps.after(0), STEPS):
+            work = run.begin_step(step)
             [result] = run.engine.run([work])
             run.finish_step(work, result)
             run.settle()

@@ -32,7 +32,7 @@ class _OpenRun:
             if not self.is_open or run is None or not run.start():
                 self.close()
             else:
-                self.run, self.steps = run, iter(run.steps.windows(run.state.step))
+                self.run, self.steps = run, iter(run.steps.after(run.state.step))
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the context of the run. Raises: an error that is no TunekitError."""

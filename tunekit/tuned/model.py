@@ -22,9 +22,9 @@ from tunekit.contracts import (
     RowKind,
     Sampling,
     Stages,
+    StepBatches,
     Tensors,
     Tokenizer,
-    Window,
     no_progress,
 )
 from tunekit.errors import is_out_of_memory
@@ -330,18 +330,18 @@ class ModelRun:
             collect_failed()
             batch_size = size // 2
 
-    def score_step(self, window: Window, read: Read) -> list[Tensor]:
+    def score_step(self, step: StepBatches, read: Read) -> list[Tensor]:
         """Only a training step has a later forward. Raises: NotImplementedError."""
         raise NotImplementedError("only a training step is scored as its later forward computes it")
 
-    def gather_rows(self, window: Window, values: Sequence[Tensor]) -> Tensor:
+    def gather_rows(self, step: StepBatches, values: Sequence[Tensor]) -> Tensor:
         """The rows of all ranks, on the host of every rank, in the order of the step's micro-batches.
 
         Shapes: `values`, one tensor (rows, ...) for each micro-batch of this rank -> (all rows, ...).
         """
         # A copy, because a view would be sent with the whole tensor that it is a view of.
         local = [tensor.detach().cpu().clone() for tensor in values]
-        numbered = self.gather(list(zip(window.indices, local, strict=True)))
+        numbered = self.gather(list(zip(step.indices, local, strict=True)))
         return torch.cat([tensor for _, tensor in sorted(numbered, key=lambda pair: pair[0])])
 
     def companion(self, protocol: type[CompanionType]) -> CompanionType:

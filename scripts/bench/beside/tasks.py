@@ -190,7 +190,7 @@ def paired_accuracy(run: Path, held: Path, length: int) -> float:
     """The share of pairs in which the trained policy prefers the chosen answer more strongly than its base does."""
     import torch
 
-    from tunekit.data.batching.windows import evaluation_batches
+    from tunekit.data.batching.steps import evaluation_batches
     from tunekit.data.rows import load_evaluation_rows
     from tunekit.evaluation.scores import summed_evaluation
     from tunekit.machine.devices import make_devices

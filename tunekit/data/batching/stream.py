@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunekit.contracts import Batch, Row, RowKind, Window
+from tunekit.contracts import Batch, Row, RowKind, StepBatches
 from tunekit.data.batching.order import draw_raw, permutation
 from tunekit.data.batching.pack import first_fit
-from tunekit.data.batching.windows import BatchSettings, Sizes, cut_by_key, cut_micro_batches, dealt
+from tunekit.data.batching.steps import BatchSettings, Sizes, cut_by_key, cut_micro_batches, dealt
 from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.outcomes import SourceEncoder
 from tunekit.data.reading.first import format_maker, single_rows
@@ -26,7 +26,7 @@ from tunekit.errors import DataError
 BUFFER_ROWS = 10_000
 BUFFER_TOKENS = 1_000_000  # a few shards; filling the buffer takes some seconds before the first step
 BUFFER_BYTES = 256_000_000  # only images and sound reach this limit; rows of text are far smaller
-PACKED_WINDOWS = 8  # the rows of this number of windows are packed together
+PACKED_STEPS = 8  # the rows of this number of steps are packed together
 DRAWS = 4096
 
 
@@ -104,8 +104,8 @@ class StreamedSource:
             yield from single_rows(self.sharded.read(shards[index], problems), self.format_name)
 
 
-class StreamedWindows:
-    """A WindowSource over streamed sources. Rows are drawn in proportion to the weights of the sources."""
+class StreamedSteps:
+    """A StepSource over streamed sources. Rows are drawn in proportion to the weights of the sources."""
 
     def __init__(
         self,
@@ -118,27 +118,27 @@ class StreamedWindows:
     ) -> None:
         if settings.max_steps is None:
             raise DataError("a streamed source has no known length", "set training.max_steps", key="training.max_steps")
-        self.steps = settings.max_steps
+        self.count = settings.max_steps
         self.steps_per_epoch: int | None = None
         self.micro_batches_per_epoch: int | None = None
         self._sources, self._kind, self._settings = tuple(sources), kind, settings
         self._rank, self._world = rank, world
 
-    def windows(self, first_step: int) -> Iterator[Window]:
+    def after(self, first_step: int) -> Iterator[StepBatches]:
         """Yields this rank's micro-batches of each step, from `first_step` on."""
-        window: list[tuple[StreamedSequence, ...]] = []
+        micro_batches: list[tuple[StreamedSequence, ...]] = []
         step = 0
         for micro_batch in cut_micro_batches(self._groups(), self._sizes_of, self._settings):
-            window.append(micro_batch)
-            if len(window) < self._settings.gradient_accumulation_steps:
+            micro_batches.append(micro_batch)
+            if len(micro_batches) < self._settings.gradient_accumulation_steps:
                 continue
             for _ in range(self._settings.updates_per_sampling):
                 if step >= first_step:
-                    yield self._window(step, window)
+                    yield self._make_step(step, micro_batches)
                 step += 1
-                if step == self.steps:
+                if step == self.count:
                     return
-            window = []
+            micro_batches = []
 
     def _sizes_of(self, sequence: StreamedSequence) -> Sizes:
         return self._kind.layout.padded([*map(sum, zip(*(part.row.sizes for part in sequence), strict=True))])
@@ -146,13 +146,13 @@ class StreamedWindows:
     def _key_of(self, sequence: StreamedSequence) -> bytes:
         return self._kind.layout.key_of(sequence[0].row)
 
-    def _window(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> Window:
+    def _make_step(self, step: int, micro_batches: Sequence[tuple[StreamedSequence, ...]]) -> StepBatches:
         if self._kind.layout.batch_key is not None:
             micro_batches = cut_by_key(micro_batches, self._key_of, self._sizes_of, self._settings)
         indices = dealt(len(micro_batches), self._rank, self._world, self._settings.rank_speeds)
         epoch = max(part.epoch for batch in micro_batches for group in batch for part in group)
         batches = tuple(self._collate(micro_batches[index]) for index in indices)
-        return Window(step, epoch, indices, batches, self._settings.seed)
+        return StepBatches(step, epoch, indices, batches, self._settings.seed)
 
     def _collate(self, groups: Sequence[StreamedSequence]) -> Batch:
         sequences = [[part.row for part in group] for group in groups]
@@ -173,13 +173,13 @@ class StreamedWindows:
                 yield StreamedRow(replace(row, number=block * DRAWS + offset), epoch)
 
     def _groups(self) -> Iterator[StreamedSequence]:
-        """Sequences of one row; with packing, packs of rows. The rows of PACKED_WINDOWS windows are packed together."""
+        """Sequences of one row; with packing, packs of rows. The rows of PACKED_STEPS steps are packed together."""
         settings = self._settings
         if not settings.packing:
             for row in self._rows():
                 yield (row,)
         per_micro_batch = settings.micro_batch_tokens or (settings.micro_batch_size or 1) * settings.max_length
-        wanted = PACKED_WINDOWS * settings.gradient_accumulation_steps * max(per_micro_batch, settings.max_length)
+        wanted = PACKED_STEPS * settings.gradient_accumulation_steps * max(per_micro_batch, settings.max_length)
         block: list[StreamedRow] = []
         tokens = 0
         for row in self._rows():

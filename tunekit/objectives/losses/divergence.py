@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Companion, Counts, Loss, LossKind, ModelOutput, Read, RunView, Sums, Window
+from tunekit.contracts import Batch, Companion, Counts, Loss, LossKind, ModelOutput, Read, RunView, StepBatches, Sums
 from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.logprobs import divergences, hidden_at, loss_of_positions, sums_of_positions
 from tunekit.objectives.losses.row_sums import loss_sums
@@ -40,16 +40,16 @@ class DivergenceLoss(LossKind):
     settings: DistillSettings
     metrics: Sequence[str] = ("loss", "token_accuracy")
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
         """Add the teacher's last hidden states to each row of the step. From these the loss computes the teacher's
         logits, in chunks. The teacher reads each row as a separate sequence, so that packed documents need no mask."""
-        alone = [run.rows.collate([[row] for row in batch.rows]) for batch in window.batches]
+        alone = [run.rows.collate([[row] for row in batch.rows]) for batch in step.batches]
         hidden = run.companion(Teacher).score(run, alone, _supervised_hidden, _supervised_counts)
         parts = []
-        for batch, states in zip(window.batches, hidden, strict=True):
+        for batch, states in zip(step.batches, hidden, strict=True):
             of_rows = torch.split(_raw(states), _supervised_counts(batch))
             parts.append({HIDDEN: [part.numpy() for part in of_rows]})
-        return run.rows.with_parts(window, parts)
+        return run.rows.with_parts(step, parts)
 
     def units(self, batch: Batch) -> Tensor:
         """The sum of the supervised tokens' weights, shape (1,) float64."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Sums, Window
+from tunekit.contracts import Batch, Loss, ModelOutput, RunView, StepBatches, Sums
 from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.advantages import (
     Rewards,
@@ -66,10 +66,10 @@ class GroupRelative(SampledLoss):
         longest = float(self.settings.max_completion_length)
         return np.full_like(counts, 1 / (longest if self.settings.loss_type == "dr_grpo" else tokens))
 
-    def compared(self, run: RunView, window: Window) -> tuple[Window, None]:
+    def compared(self, run: RunView, step: StepBatches) -> tuple[StepBatches, None]:
         """Add the reference's log-probability of each completion token to the step's rows."""
-        scores = run.reference(window.batches, self.token_scores, token_counts)
-        return prompt_rows(run).with_tokens(window, "reference", scores), None
+        scores = run.reference(step.batches, self.token_scores, token_counts)
+        return prompt_rows(run).with_tokens(step, "reference", scores), None
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """The sum over completions, and the logged values. Shapes: output.hidden (B, T, D) -> total (1,)."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, ModelOutput, Row, Rows, RunView, Sums, Window
+from tunekit.contracts import Array, Batch, ModelOutput, Row, Rows, RunView, StepBatches, Sums
 from tunekit.machine.devices import for_sums
 from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
@@ -68,34 +68,34 @@ class KtoLoss(AnswerLoss):
                 apart += (policy - reference).tolist()
         return replace(self, balance=_balance(run.gather(apart), run.gather(labels)))
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
         """Add three values to each row of the step: its reference score, the step's KL, and the two factors of
         `_balance`. The factors turn a mean over all rows into a mean over the good rows, or over the bad rows."""
         estimated = self.settings.loss_type == "kto" and self.balance is None
-        mismatched = self._mismatched_window(run, window) if estimated else []
-        keeps, count = self.settings.precompute_ref_log_probs, len(window.batches)
-        reference = reference_scores(run, window.batches, answer_scores, keeps=keeps, further=mismatched)
+        mismatched = self._mismatched_window(run, step) if estimated else []
+        keeps, count = self.settings.precompute_ref_log_probs, len(step.batches)
+        reference = reference_scores(run, step.batches, answer_scores, keeps=keeps, further=mismatched)
         policy = run.score(mismatched, answer_scores) if mismatched else []
         pairs = zip(policy, reference[count:], strict=True)
         apart = [value for ours, theirs in pairs for value in (ours - theirs).tolist()]
-        labels = [label for batch in window.batches for label in _labels(batch)]
+        labels = [label for batch in step.batches for label in _labels(batch)]
         facts = np.array(self.balance or _balance(run.gather(apart), run.gather(labels)), np.float32)  # (3,)
         parts = [
             {"reference": by_row(scores, 1), "facts": np.tile(facts, (len(scores), 1))} for scores in reference[:count]
         ]
-        return run.rows.with_parts(window, parts)
+        return run.rows.with_parts(step, parts)
 
-    def _mismatched_window(self, run: RunView, window: Window) -> list[Batch]:
+    def _mismatched_window(self, run: RunView, step: StepBatches) -> list[Batch]:
         """The step's batches with exchanged answers: each row gets the answer of the nearest row before it, by row
         number, with a different prompt, among the step's rows on all ranks. Empty if the step has only one row."""
         if run.is_simulated and self.lengths is not None:
-            return [_longest(run, batch, self.lengths) for batch in window.batches]
-        local = [(row.number, _prompt(row), _answer(row)) for batch in window.batches for row in batch.rows]
+            return [_longest(run, batch, self.lengths) for batch in step.batches]
+        local = [(row.number, _prompt(row), _answer(row)) for batch in step.batches for row in batch.rows]
         numbers, prompts, answers = zip(*sorted(run.gather(local), key=lambda entry: entry[0]), strict=True)
         if len(set(numbers)) == 1:
             return []
         others = {number: answers[other] for number, other in zip(numbers, _others(prompts), strict=True)}
-        return [_mismatched(run, batch, lambda row: others[row.number]) for batch in window.batches]
+        return [_mismatched(run, batch, lambda row: others[row.number]) for batch in step.batches]
 
     def compared(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, Sums]:
         """The loss of each row, shape (P,), and the logged metrics, summed over rows."""

@@ -27,8 +27,8 @@ from tunekit.contracts import (
     RowParts,
     Rows,
     RunView,
+    StepBatches,
     Sums,
-    Window,
     draw_rows,
 )
 from tunekit.data.encoding.images import Size, cropped
@@ -80,10 +80,10 @@ class DiffusionLoss(LossKind):
         """A copy of the loss for evaluation, at fixed diffusion times."""
         return self.evaluation_copy()
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
         """Add noisy latents, their diffusion times and their targets to each row of the step. A row that already has
         latents is not changed."""
-        return draw_rows(run.rows, window, partial(self._prepared, run))
+        return draw_rows(run.rows, step, partial(self._prepared, run))
 
     def _prepared(self, run: RunView, row: Row, place: DrawKey) -> Row:
         if "latents" in row.parts:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, ModelOutput, Rows, RunView, Sums, Window
+from tunekit.contracts import Array, Batch, ModelOutput, Rows, RunView, StepBatches, Sums
 from tunekit.machine.devices import summing_dtype
 from tunekit.machine.placing import to_device
 from tunekit.objectives.losses.answers import AnswerLoss, by_row, by_sequence, predicted, reference_scores
@@ -97,19 +97,19 @@ class PairLoss(AnswerLoss):
         of_rank = same_rank(np.array(ours, np.float32), ours, theirs).tolist()
         return replace(self, share=share, matched=dict(zip(places, of_rank, strict=True)))
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
         """Add up to three values to each row of the step: the reference's scores, the weight of each token in
         `likelihood`, and the matched preference."""
         if self.reference:
-            scores = reference_scores(run, window.batches, self.answer_scores, keeps=self.keeps)
-            window = run.rows.with_parts(window, [{"reference": by_row(both, 2)} for both in scores])
+            scores = reference_scores(run, step.batches, self.answer_scores, keeps=self.keeps)
+            step = run.rows.with_parts(step, [{"reference": by_row(both, 2)} for both in scores])
         if self.likelihood:
             share = self.share
             if share is None:
-                share = _share(run.gather([self._counted(batch) for batch in window.batches]))
-            parts = [{"share": np.full(len(batch.rows), share, np.float32)} for batch in window.batches]
-            window = run.rows.with_parts(window, parts)
-        return self._with_matches(run, window) if self.matches else window
+                share = _share(run.gather([self._counted(batch) for batch in step.batches]))
+            parts = [{"share": np.full(len(batch.rows), share, np.float32)} for batch in step.batches]
+            step = run.rows.with_parts(step, parts)
+        return self._with_matches(run, step) if self.matches else step
 
     def _counted(self, batch: Batch) -> tuple[int, int]:
         """The number of tokens in the chosen answers (with `prompts`, also in their prompts), and the number of
@@ -117,18 +117,18 @@ class PairLoss(AnswerLoss):
         counts = batch.targets["counts"].view(-1, len(batch.rows))  # (2 or 3, P)
         return int((counts[[0, 2]] if self.prompts else counts[:1]).sum()), len(batch.rows)
 
-    def _with_matches(self, run: RunView, window: Window) -> Window:
+    def _with_matches(self, run: RunView, step: StepBatches) -> StepBatches:
         """For each row of the step, find the rank of its preference among the policy's preferences. Add the reference's
         preference of the same rank to the row."""
         if self.matched is None:
-            preferences = [preference(scores) for scores in run.score(window.batches, self.answer_scores)]
+            preferences = [preference(scores) for scores in run.score(step.batches, self.answer_scores)]
             local = np.concatenate([np.empty(0, np.float32), *preferences])  # (pairs,) of this rank; it may have none
-            theirs = [float(np.subtract(*row.parts["reference"])) for batch in window.batches for row in batch.rows]
+            theirs = [float(np.subtract(*row.parts["reference"])) for batch in step.batches for row in batch.rows]
             matched = iter(same_rank(local, run.gather(local.tolist()), run.gather(theirs)))
         else:
-            matched = iter([np.float32(self.matched[row.number]) for batch in window.batches for row in batch.rows])
-        parts = [np.array([next(matched) for _ in batch.rows]) for batch in window.batches]
-        return run.rows.with_parts(window, [{"matched": part} for part in parts])
+            matched = iter([np.float32(self.matched[row.number]) for batch in step.batches for row in batch.rows])
+        parts = [np.array([next(matched) for _ in batch.rows]) for batch in step.batches]
+        return run.rows.with_parts(step, [{"matched": part} for part in parts])
 
     def answer_scores(self, output: ModelOutput, batch: Batch) -> Tensor:
         """The scores of all chosen answers, then the scores of all rejected answers, shape (2 P,)."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Loss, ModelOutput, RunView, Window
+from tunekit.contracts import Batch, Loss, ModelOutput, RunView, StepBatches
 from tunekit.objectives.losses.advantages import Rewards, clipping, mean, read_tokens, scaled, spread, summed
 from tunekit.objectives.losses.answers import by_row, by_sequence
 from tunekit.objectives.losses.samples import SampledLoss, prompt_rows, token_counts
@@ -35,15 +35,15 @@ class LeaveOneOut(SampledLoss):
         of_step = _less_the_others(step)
         return scaled(plain - mean(of_step), spread(of_step))
 
-    def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards]]:
+    def compared(self, run: RunView, step: StepBatches) -> tuple[StepBatches, Sequence[Rewards]]:
         """Add the KL of each token to the step's rows. Also return beta times the KL of each completion, as a penalty
         on its reward. The KL (k1) is the policy's log-probability minus the reference's."""
-        rows, what = prompt_rows(run), (window.batches, self.token_scores, token_counts)
+        rows, what = prompt_rows(run), (step.batches, self.token_scores, token_counts)
         policy, reference = run.score(*what), run.reference(*what)
         apart = [ours.float() - theirs.float() for ours, theirs in zip(policy, reference, strict=True)]  # (N,) each
-        pairs, sides = zip(apart, window.batches, strict=True), len(rows.answers.sides)
+        pairs, sides = zip(apart, step.batches, strict=True), len(rows.answers.sides)
         kl = [by_row(by_sequence(tokens, batch.targets["counts"]), sides).astype(np.float64) for tokens, batch in pairs]
-        return rows.with_tokens(window, "kl", apart), [self.settings.beta * penalty for penalty in kl]
+        return rows.with_tokens(step, "kl", apart), [self.settings.beta * penalty for penalty in kl]
 
     def loss(self, output: ModelOutput, batch: Batch) -> Loss:
         """The sum over completions, and the logged values. Shapes: output.hidden (B, T, D) -> total (1,)."""

@@ -24,9 +24,9 @@ from tunekit.contracts import (
     Row,
     RunView,
     Sampling,
+    StepBatches,
     Sums,
     Tokenizer,
-    Window,
 )
 from tunekit.errors import RewardError
 from tunekit.files.cache_folder import hash_of
@@ -116,46 +116,46 @@ class SampledLoss(LossKind):
         `counts`: the number of trained tokens of each completion; `tokens`: the mean of all counts in the step."""
         return np.ones_like(counts)
 
-    def compared(self, run: RunView, window: Window) -> tuple[Window, Sequence[Rewards] | None]:
+    def compared(self, run: RunView, step: StepBatches) -> tuple[StepBatches, Sequence[Rewards] | None]:
         """Add the scores of the reference (the model at step 0) to the step's rows. Also return a penalty (P, G) for
         each batch, which is subtracted from the rewards, or None. Called only if the loss has a KL."""
         raise NotImplementedError
 
-    def prepare_step(self, run: RunView, window: Window, earlier: Window | None) -> Window:
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
         """Sample completions of the step's prompts, and add them with all values that the loss needs.
 
         A simulated or dry-run step does not sample. It uses completions of the maximum length, and calls no rewards.
         Raises: RewardError on every rank if a reward function fails on one rank.
         """
-        kind, dry = prompt_rows(run), window.is_trial or run.is_simulated
-        if not (dry or self.measures) and window.step % self.updates_per_sampling:
+        kind, dry = prompt_rows(run), step.is_dry_run or run.is_simulated
+        if not (dry or self.measures) and step.step % self.updates_per_sampling:
             assert earlier is not None  # a run resumes only at a step that samples
             # A calibration may shorten its last step.
-            batches = earlier.batches[: len(window.batches)]
-            return replace(window, batches=batches, preparation=replace(earlier.preparation, seconds={}))
-        rows, start = [row for batch in window.batches for row in batch.rows], monotonic()
-        groups = [kind.longest_samples(row) for row in rows] if dry else self.sampled(run, window, rows)
+            batches = earlier.batches[: len(step.batches)]
+            return replace(step, batches=batches, preparation=replace(earlier.preparation, seconds={}))
+        rows, start = [row for batch in step.batches for row in batch.rows], monotonic()
+        groups = [kind.longest_samples(row) for row in rows] if dry else self.sampled(run, step, rows)
         sampled = monotonic()
-        starts_run = window.step == 0 and not self.measures
+        starts_run = step.step == 0 and not self.measures
         scores = self._scored(run, rows, groups, dry=dry, starts_run=starts_run)  # (P, G, F)
         seconds = {"sample": sampled - start, "reward": monotonic() - sampled}
         completed = iter([kind.completed(row, group) for row, group in zip(rows, groups, strict=True)])
-        window = replace(window, batches=tuple(kind.with_rows(batch, completed) for batch in window.batches))
+        step = replace(step, batches=tuple(kind.with_rows(batch, completed) for batch in step.batches))
         if self.measures:
-            return self._measured(run, window, groups, scores)
+            return self._measured(run, step, groups, scores)
         if self.updates_per_sampling > 1:
-            window = kind.with_tokens(window, "old", run.score(window.batches, self.token_scores, token_counts))
-        window, penalties = self.compared(run, window) if self.reference else (window, None)
-        window, metrics = self._with_advantages(run, window, groups, scores, penalties)
-        samples = self._shown(rows, groups, scores, window)
-        return replace(window, preparation=Preparation(metrics, seconds, samples))
+            step = kind.with_tokens(step, "old", run.score(step.batches, self.token_scores, token_counts))
+        step, penalties = self.compared(run, step) if self.reference else (step, None)
+        step, metrics = self._with_advantages(run, step, groups, scores, penalties)
+        samples = self._shown(rows, groups, scores, step)
+        return replace(step, preparation=Preparation(metrics, seconds, samples))
 
-    def sampled(self, run: RunView, window: Window, rows: Sequence[Row]) -> list[list[Sample]]:
+    def sampled(self, run: RunView, step: StepBatches, rows: Sequence[Row]) -> list[list[Sample]]:
         """The completions of each row. Random numbers depend only on seed, step, row, completion and token."""
         kind, settings = prompt_rows(run), self.settings
         size = len(kind.answers.sides)
         prompts = [row.parts["prompt"].tolist() for row in rows for _ in range(size)]
-        keys = [("sample", window.seed, window.step, row.number, row.occurrence) for row in rows]
+        keys = [("sample", step.seed, step.step, row.number, row.occurrence) for row in rows]
         seeds = [seed_for(*key, number) for key in keys for number in range(size)]
         stops = run.model.stop_ids(self.tokenizer, kind.options.template)
         drawn = Sampling(settings.temperature, settings.top_p, settings.top_k)
@@ -200,7 +200,9 @@ class SampledLoss(LossKind):
         """Sums of rewards, weighted by reward function. Shapes: (..., F) -> (...)."""
         return weighted_sum(scores, [source.weight for source in self.settings.reward])
 
-    def _measured(self, run: RunView, window: Window, groups: Sequence[Sequence[Sample]], scores: Rewards) -> Window:
+    def _measured(
+        self, run: RunView, step: StepBatches, groups: Sequence[Sequence[Sample]], scores: Rewards
+    ) -> StepBatches:
         """Add values for evaluation to each row: the reward and the length of its single completion."""
         rewarded = iter(zip(self._summed(scores), groups, strict=True))  # (P, 1) and its completion
 
@@ -210,7 +212,7 @@ class SampledLoss(LossKind):
             lengths = np.array([[len(group[0].ids)] for _, group in local])
             return {"rewards": np.stack([rewards for rewards, _ in local]), "ended": ended, "lengths": lengths}
 
-        return run.rows.with_parts(window, [parts(batch) for batch in window.batches])
+        return run.rows.with_parts(step, [parts(batch) for batch in step.batches])
 
     def token_scores(self, output: ModelOutput, batch: Batch) -> Tensor:
         """The log-probability of each predicted token at the sampling temperature, shape (N,)."""
@@ -219,41 +221,42 @@ class SampledLoss(LossKind):
     def _with_advantages(
         self,
         run: RunView,
-        window: Window,
+        step: StepBatches,
         groups: Sequence[Sequence[Sample]],
         scores: Rewards,
         penalties: Sequence[Rewards] | None,
-    ) -> tuple[Window, dict[str, float]]:
+    ) -> tuple[StepBatches, dict[str, float]]:
         """Add the advantages and token weights of its completions to each row of the step. Also return the metrics of
         the step."""
         sides = prompt_rows(run).answers.sides
         shape = (-1, len(sides))
-        marks = [row.parts[f"{side}_trained"] for batch in window.batches for row in batch.rows for side in sides]
+        marks = [row.parts[f"{side}_trained"] for batch in step.batches for row in batch.rows for side in sides]
         counts = np.array([trained.sum() for trained in marks], np.float64).reshape(shape)  # (P, G)
         lengths = np.array([len(sample.ids) for group in groups for sample in group], np.int64).reshape(shape)
         ended = np.array([sample.ended for group in groups for sample in group], np.bool_).reshape(shape)
         penalty = np.concatenate([np.empty((0, shape[1])), *(penalties or [np.zeros_like(counts)])])
         local = [values.tolist() for values in (scores, counts, lengths, ended, penalty)]
-        step = [np.array(values) for values in zip(*run.gather(list(zip(*local, strict=True))), strict=True)]  # (A, G)
-        tokens = max(step[1].sum(), 1.0) / step[1].size
-        total = self._summed(step[0])
-        rewards = total - step[4]
+        gathered = zip(*run.gather(list(zip(*local, strict=True))), strict=True)
+        of_ranks = [np.array(values) for values in gathered]  # (A, G)
+        tokens = max(of_ranks[1].sum(), 1.0) / of_ranks[1].size
+        total = self._summed(of_ranks[0])
+        rewards = total - of_ranks[4]
         parts = {
             "advantages": np.nan_to_num(self.advantages(self._summed(scores) - penalty, rewards)),
             "weights": self.token_weights(counts, tokens),
             "share": np.full((len(counts), 1), 1 / tokens),
         }
-        starts = np.cumsum([0, *(len(batch.rows) for batch in window.batches)]).tolist()
+        starts = np.cumsum([0, *(len(batch.rows) for batch in step.batches)]).tolist()
         cut = [{name: part[a:b].astype(np.float32) for name, part in parts.items()} for a, b in pairwise(starts)]
         equal = self.equal_groups(rewards)
-        metrics = reward_metrics(reward_names(self.settings.reward), step[0], total, equal)
-        return run.rows.with_parts(window, cut), metrics | length_metrics(step[2], step[3])
+        metrics = reward_metrics(reward_names(self.settings.reward), of_ranks[0], total, equal)
+        return run.rows.with_parts(step, cut), metrics | length_metrics(of_ranks[2], of_ranks[3])
 
     def _shown(
-        self, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], scores: Rewards, window: Window
+        self, rows: Sequence[Row], groups: Sequence[Sequence[Sample]], scores: Rewards, step: StepBatches
     ) -> list[dict[str, Any]]:
         """The first completions of the step's first rows, for the report."""
-        learnt, names = [row for batch in window.batches for row in batch.rows], reward_names(self.settings.reward)
+        learnt, names = [row for batch in step.batches for row in batch.rows], reward_names(self.settings.reward)
         samples = []
         for at, (row, group) in enumerate(zip(rows[:SHOWN_ROWS], groups, strict=False)):
             prompt = self.tokenizer.decode(row.parts["prompt"].tolist())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, Row, RowLayout, RowParts, Span, Tensors, Window
+from tunekit.contracts import Array, Batch, Row, RowLayout, RowParts, Span, StepBatches, Tensors
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError
 from tunekit.formats.prompt import PromptExample
@@ -172,14 +172,14 @@ class PromptRows(TextRows):
             parts[f"{side}_trained"] = np.append(np.zeros(len(prompt), np.bool_), np.full(len(sample.ids), counts))
         return self.make_row(parts, row.origin, row.number)
 
-    def with_tokens(self, window: Window, name: str, values: Sequence[Tensor]) -> Window:
+    def with_tokens(self, step: StepBatches, name: str, values: Sequence[Tensor]) -> StepBatches:
         """Add a value for each predicted token to the step's rows. Shapes: values (N,) for each batch."""
         parts = []
-        for batch, numbers in zip(window.batches, values, strict=True):
+        for batch, numbers in zip(step.batches, values, strict=True):
             split = [part.numpy() for part in torch.split(numbers.float(), batch.targets["counts"].tolist())]
             count, sides = len(batch.rows), self.answers.sides
             parts.append({f"{side}_{name}": split[at * count :][:count] for at, side in enumerate(sides)})
-        return self.with_parts(window, parts)
+        return self.with_parts(step, parts)
 
     def _prepared(self, rows: Sequence[Row]) -> Tensors:
         """The values that a step added to the rows, as tensors: (N,) for tokens and (G P,) for completions, in the

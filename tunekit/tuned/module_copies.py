@@ -9,7 +9,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import config_of
 
 
-def make_twin(base: LoadedModel) -> LoadedModel:
+def copy_modules(base: LoadedModel) -> LoadedModel:
     """Copy the base: new modules and a new configuration, but the same tensors. A run can replace and wrap modules of
     the copy, but must not change values of tensors. Copy a base before it is prepared for a run."""
     shared: dict[int, object] = {}

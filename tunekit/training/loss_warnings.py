@@ -8,8 +8,8 @@ from statistics import fmean, median, median_low, pstdev
 
 from tunekit.machine.devices import Devices
 from tunekit.records import Reaction, Shows
-from tunekit.training.readings import Reading, rows_text
 from tunekit.training.state import LoopState
+from tunekit.training.step_numbers import StepNumbers, rows_text
 
 PAST = 50  # number of previous steps that are compared
 LEAST = 8  # minimum number of previous steps, to distinguish a spike from noise
@@ -28,47 +28,47 @@ KEEP_BEST = (
 
 
 def watch_step(
-    state: LoopState, reading: Reading, loss: float, shows: Shows, devices: Devices, *, exported: bool
+    state: LoopState, numbers: StepNumbers, loss: float, shows: Shows, devices: Devices, *, exported: bool
 ) -> list[Reaction]:
     """Warnings if the loss diverges, and if samples of several steps teach nothing. The loss is not watched if another
     metric shows how good the run is. `exported`: the weights after this step are exported."""
-    watched = watch_loss(state, reading, loss, devices, exported=exported) if shows.headline.name == "loss" else []
-    return [*watched, *watch_stalls(state, reading, shows)]
+    watched = watch_loss(state, numbers, loss, devices, exported=exported) if shows.headline.name == "loss" else []
+    return [*watched, *watch_stalls(state, numbers, shows)]
 
 
 def watch_loss(
-    state: LoopState, reading: Reading, loss: float, devices: Devices, *, exported: bool = False
+    state: LoopState, numbers: StepNumbers, loss: float, devices: Devices, *, exported: bool = False
 ) -> list[Reaction]:
     """Compare a step's loss with the losses of earlier steps, and store it. Returns a warning if it diverges. The
     result is the same on every rank."""
-    why, reactions = divergence(state.first_losses, state.past_losses, loss), []
+    why, reactions = loss_warning(state.first_losses, state.past_losses, loss), []
     if why is not None:
-        rows = rows_text(reading.window.batches, devices)
+        rows = rows_text(numbers.batches.batches, devices)
         outcome = "training continues"
         if exported:
             outcome = f"this was the last step, and its weights are exported; {KEEP_BEST}"
         action = f"{outcome}; lower training.learning_rate, or check the rows of this step: {rows}"
-        reactions.append(Reaction(why, action, reading.step))
+        reactions.append(Reaction(why, action, numbers.step))
     state.first_losses = state.first_losses or [loss]
     state.past_losses = [*state.past_losses, loss][-PAST:]
     return reactions
 
 
-def watch_stalls(state: LoopState, reading: Reading, shows: Shows) -> list[Reaction]:
+def watch_stalls(state: LoopState, numbers: StepNumbers, shows: Shows) -> list[Reaction]:
     """Warnings if a metric shows for several consecutive steps that the samples teach nothing. If a single step is
     enough for a warning, it is given only once in a run. The result is the same on every rank."""
-    reactions, metrics = list[Reaction](), reading.window.preparation.metrics
+    reactions, metrics = list[Reaction](), numbers.batches.preparation.metrics
     for stall in shows.stalled:
         count = state.useless_steps.get(stall.metric, 0) + 1 if metrics.get(stall.metric) == 1.0 else 0
         state.useless_steps[stall.metric] = count
         what = f"{stall.meaning} for {count} steps" if stall.steps > 1 else stall.meaning
         repeats = stall.steps == 1 and any(reaction["probe"] == what for reaction in state.reactions)
         if count == stall.steps and not repeats:
-            reactions.append(Reaction(what, stall.action, reading.step))
+            reactions.append(Reaction(what, stall.action, numbers.step))
     return reactions
 
 
-def divergence(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
+def loss_warning(first: Sequence[float], past: Sequence[float], loss: float) -> str | None:
     """Returns a warning if this loss is too high compared with earlier losses of the run; None otherwise.
 
     `first`: the loss of the first step; `past`: the losses of up to PAST previous steps. There are three kinds of

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from tunekit.contracts import Batch, Objective, Window
+from tunekit.contracts import Batch, Objective, StepBatches
 from tunekit.errors import ModelError
 from tunekit.evaluation.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 from tunekit.machine.devices import forked_random
@@ -19,7 +19,7 @@ from tunekit.training.session import Session
 from tunekit.training.state import LoopState
 from tunekit.tuned.model import TunedModel
 
-BEFORE_TRAINING = -1  # the step of a dry-run window
+BEFORE_TRAINING = -1  # the number of a dry-run step
 TIMED = 3  # the first time may include the compilation of kernels
 NEARLY_EQUAL = 0.9  # speeds of ranks that differ by less are called equal
 
@@ -109,8 +109,8 @@ def note_split_evaluation(session: Session, state: LoopState) -> Callable[[str],
 
 def dry_run_batch(run: Run, batch: Batch) -> Batch:
     """The batch, prepared by the objective for a dry-run step."""
-    window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
-    return run.objective.prepare_step(run.view(window), window).batches[0]
+    step = StepBatches(BEFORE_TRAINING, 0.0, (0,), (batch,))
+    return run.objective.prepare_step(run.view(step), step).batches[0]
 
 
 def measured_speeds(run: Run, batch: Batch) -> list[float]:
@@ -135,10 +135,10 @@ def speeds_text(speeds: Sequence[float]) -> str:
 def _speed(run: Run, batch: Batch) -> float:
     device, seconds = run.model.device, []
     with forked_random(device), run.model.training_mode(True):
-        window = Window(BEFORE_TRAINING, 0.0, (0,), (batch,))
+        step = StepBatches(BEFORE_TRAINING, 0.0, (0,), (batch,))
         for _ in range(TIMED):
             started = time.perf_counter()
-            run.try_batch(window)
+            run.try_batch(step)
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             seconds.append(time.perf_counter() - started)
@@ -153,6 +153,6 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
     this call.
     """
     with forked_random(run.model.device), run.model.training_mode(True):
-        window = Window(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))
-        run.try_batch(window, watches_gradients=not run.adapter.settings.trains_base)
+        step = StepBatches(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))
+        run.try_batch(step, watches_gradients=not run.adapter.settings.trains_base)
     run.model.clear_gradient()

@@ -1,7 +1,7 @@
-"""Batches of rows in memory: an epoch is cut into packs, then micro-batches, then windows of one optimizer step.
+"""Batches of rows in memory: an epoch is cut into packs, then micro-batches, then optimizer steps.
 
-The order depends only on (rows, settings, seed), not on the number of ranks. `windows(first_step)` yields exactly the
-windows that an uninterrupted run has from this step on.
+The order depends only on (rows, settings, seed), not on the number of ranks. `steps(first_step)` yields exactly the
+steps that an uninterrupted run has from this step on.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tunekit.contracts import Batch, Row, RowKind, Rows, Window
+from tunekit.contracts import Batch, Row, RowKind, Rows, StepBatches
 from tunekit.data.batching.order import Share, epoch_rows
 from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
@@ -117,8 +117,8 @@ def dealt(count: int, rank: int, world: int, speeds: Sequence[float]) -> tuple[i
     return tuple(indices)
 
 
-class TrainingWindows:
-    """A WindowSource over rows in memory. `dealt` decides which rank computes which micro-batches of a window."""
+class StoredSteps:
+    """A StepSource over rows in memory. `dealt` decides which rank computes which micro-batches of a step."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class TrainingWindows:
         self.steps_per_epoch = self._epoch_steps(0)
         if self.steps_per_epoch == 0:
             raise DataError("with these weights of the sources, an epoch has no rows", "raise data.train[].weight")
-        self.steps = settings.max_steps if settings.max_steps is not None else self._count_steps(settings.epochs or 1.0)
+        self.count = settings.max_steps if settings.max_steps is not None else self._count_steps(settings.epochs or 1.0)
 
     def micro_batches(self, epoch: int) -> list[MicroBatch]:
         """All micro-batches of an epoch, in order."""
@@ -158,18 +158,18 @@ class TrainingWindows:
     def _sizes_of(self, group: Group) -> Sizes:
         return self._kind.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
 
-    def windows(self, first_step: int) -> Iterator[Window]:
+    def after(self, first_step: int) -> Iterator[StepBatches]:
         """Yields this rank's micro-batches of each step, from `first_step` on, up to `steps`."""
         epoch, before = 0, 0
         while before + self._epoch_steps(epoch) <= first_step:
             before += self._epoch_steps(epoch)
             epoch += 1
-        for step in range(first_step, self.steps):
+        for step in range(first_step, self.count):
             if step - before == self._epoch_steps(epoch):
                 before, epoch = step, epoch + 1
-            yield self._window(step, epoch, step - before)
+            yield self._make_step(step, epoch, step - before)
 
-    def _window(self, step: int, epoch: int, position: int) -> Window:
+    def _make_step(self, step: int, epoch: int, position: int) -> StepBatches:
         micro_batches = self._step(epoch, position // self._settings.updates_per_sampling)
         indices = dealt(len(micro_batches), self._rank, self._world, self._settings.rank_speeds)
         end_to_end = self._settings.end_to_end
@@ -179,7 +179,7 @@ class TrainingWindows:
                 batches.append(collate(self._rows, groups, self._kind, end_to_end=end_to_end, earlier=earlier))
             else:
                 earlier.update(chain.from_iterable(groups))
-        return Window(
+        return StepBatches(
             step, epoch + (position + 1) / self._epoch_steps(epoch), indices, tuple(batches), self._settings.seed
         )
 
@@ -199,7 +199,7 @@ class TrainingWindows:
         return self._kind.layout.key_of(self._rows[group[0]])
 
     def _epoch_steps(self, epoch: int) -> int:
-        """Number of steps of an epoch, including the last, partial window. With packing, the
+        """Number of steps of an epoch, including the last, partial one. With packing, the
         number can differ between epochs.
         """
         while len(self._steps_of) <= epoch:
@@ -207,8 +207,8 @@ class TrainingWindows:
                 self._steps_of.append(self._steps_of[0])
                 continue
             micro_batches = self.micro_batches(len(self._steps_of))
-            windows = math.ceil(len(micro_batches) / self._settings.gradient_accumulation_steps)
-            self._steps_of.append(windows * self._settings.updates_per_sampling)
+            steps = math.ceil(len(micro_batches) / self._settings.gradient_accumulation_steps)
+            self._steps_of.append(steps * self._settings.updates_per_sampling)
         return self._steps_of[epoch]
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, Sums, Tensors, Window
+from tunekit.contracts import Batch, StepBatches, Sums, Tensors
 from tunekit.errors import NumericsError, listed
 from tunekit.machine.devices import Devices, kind_of, summing_dtype
 from tunekit.machine.placing import to_device
@@ -19,11 +19,11 @@ CLOCK_SECONDS = 1e-6  # a step is not shorter; the clock of some systems is coar
 
 
 @dataclass
-class Reading:
+class StepNumbers:
     """The numbers of a step while they are copied to the host. `counts`: tokens, supervised tokens, micro-batches."""
 
     step: int
-    window: Window
+    batches: StepBatches
     losses: Sequence[Tensor]  # the loss of each micro-batch
     counts: Sequence[float]
     numbers: Tensor  # (2 + M,) float64 (summing_dtype) on the host: loss, norm before clipping, logged values
@@ -49,13 +49,13 @@ class Reading:
         """The logged values by name; call `read` before. NaN values are left out: they are means over no rows."""
         named = zip(self.names, self.numbers[2:].tolist(), strict=True)
         finite = {name: number for name, number in named if math.isfinite(number)}
-        return {**self.window.preparation.metrics, **finite}
+        return {**self.batches.preparation.metrics, **finite}
 
     def record(self, loss: float, norm: float, seconds: float, peak_bytes: int, *, shown: bool) -> StepRecord:
         """The step's record for metrics.jsonl, with its samples if `shown`."""
         return StepRecord(
             step=self.step,
-            epoch=self.window.epoch,
+            epoch=self.batches.epoch,
             loss=loss,
             learning_rate=self.rate,
             grad_norm=norm,
@@ -65,29 +65,29 @@ class Reading:
             tokens_per_second=self.counts[0] / max(seconds, CLOCK_SECONDS),
             peak_bytes=peak_bytes,
             metrics=self.logged_values(),
-            samples=list(self.window.preparation.samples) or None if shown else None,
+            samples=list(self.batches.preparation.samples) or None if shown else None,
         )
 
     def spent(self, seconds: float) -> dict[str, float]:
         """The seconds of the step, divided into the time categories of the report."""
-        parts = self.window.preparation.seconds
+        parts = self.batches.preparation.seconds
         return {"train": seconds - sum(parts.values()), **parts}
 
 
 @dataclass
-class PendingReadings:
+class PendingNumbers:
     """Steps whose numbers have not been read yet. `settled`: when the numbers of the last step that was read
     arrived."""
 
-    readings: list[Reading] = field(default_factory=list)
+    numbers: list[StepNumbers] = field(default_factory=list)
     settled: float = 0.0
 
-    def read(self, reading: Reading) -> tuple[float, float, float]:
+    def read(self, numbers: StepNumbers) -> tuple[float, float, float]:
         """Wait for a step's numbers. Returns loss, gradient norm and the step's seconds. Seconds are counted from the
         arrival of the previous step's numbers, if the step was started before."""
-        before, arrived = max(reading.started, self.settled), reading.has_arrived()
-        loss, norm = reading.read()
-        self.settled = reading.sent if arrived and reading.sent > before else time.monotonic()
+        before, arrived = max(numbers.started, self.settled), numbers.has_arrived()
+        loss, norm = numbers.read()
+        self.settled = numbers.sent if arrived and numbers.sent > before else time.monotonic()
         return loss, norm, self.settled - before
 
 
@@ -101,14 +101,14 @@ def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> 
     return dict(zip(names, devices.sum(shares), strict=True))
 
 
-def start_reading(
+def start_numbers(
     step: int,
-    window: Window,
+    batches: StepBatches,
     losses: Sequence[Tensor],
     counts: Sequence[float],
     named: Mapping[str, Tensor],
     started: float,
-) -> Reading:
+) -> StepNumbers:
     """Start to copy a step's numbers (loss, norm, logged values) to the host, without waiting for the copy."""
     device = next(iter(named.values())).device
     numbers = torch.stack([value.detach().to(summing_dtype(device)) for value in named.values()])  # (2 + M,)
@@ -117,10 +117,10 @@ def start_reading(
         pinned = torch.empty(len(numbers), dtype=numbers.dtype, pin_memory=True)
         numbers = pinned.copy_(numbers, non_blocking=True)
         copied = torch.accelerator.current_stream(device).record_event()
-    return Reading(step, window, losses, counts, numbers, list(named)[2:], copied, started)
+    return StepNumbers(step, batches, losses, counts, numbers, list(named)[2:], copied, started)
 
 
-def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
+def check_finite(numbers: StepNumbers, loss: float, norm: float, devices: Devices, *, may_overflow: bool) -> None:
     """Check that loss and gradient norm are finite. `may_overflow` (float16): a non-finite norm is allowed, because the
     loss scale handles it.
 
@@ -129,11 +129,11 @@ def check_finite(reading: Reading, loss: float, norm: float, devices: Devices, *
     if math.isfinite(loss) and (math.isfinite(norm) or may_overflow):
         return
     what = "loss" if not math.isfinite(loss) else "gradient"
-    finite = [bool(torch.isfinite(value).all()) for value in reading.losses]
-    batches = reading.window.batches
+    finite = [bool(torch.isfinite(value).all()) for value in numbers.losses]
+    batches = numbers.batches.batches
     bad = [batch for batch, is_finite in zip(batches, finite, strict=True) if not is_finite]
     rows = rows_text(bad, devices) or rows_text(batches, devices)
-    what = f"step {reading.step}: the {what} is not finite; rows {rows}. This step changed no weight"
+    what = f"step {numbers.step}: the {what} is not finite; rows {rows}. This step changed no weight"
     raise NumericsError(what, "lower training.learning_rate, or check these rows")
 
 
