@@ -421,13 +421,13 @@ def test_the_folder_of_another_sweep_is_refused(name: str, tiny_llama: Path, tmp
 def test_a_resume_keeps_the_trials_of_a_sweep(tmp_path: Path) -> None:
     """A table without them would replace the table of that sweep."""
     write_json(tmp_path / "sweep.json", {"trials": {"r=2": {}, "r=4": {}}})
-    lanes: Any = [SimpleNamespace(trial=SimpleNamespace(name=name), path=tmp_path / name) for name in ("r=4", "r=8")]
+    trials: Any = [SimpleNamespace(trial=SimpleNamespace(name=name), path=tmp_path / name) for name in ("r=4", "r=8")]
     with pytest.raises(
         RunFolderError, match=r"holds a sweep with other trials \(r=2\); write all values of that sweep"
     ):
-        sweep_folder.open_sweep(tmp_path, lanes, resume=True)
-    lanes += [SimpleNamespace(trial=SimpleNamespace(name="r=2"), path=tmp_path / "r=2")]
-    sweep_folder.open_sweep(tmp_path, lanes, resume=True).release()
+        sweep_folder.open_sweep(tmp_path, trials, resume=True)
+    trials += [SimpleNamespace(trial=SimpleNamespace(name="r=2"), path=tmp_path / "r=2")]
+    sweep_folder.open_sweep(tmp_path, trials, resume=True).release()
 
 
 @pytest.mark.drawn
@@ -451,14 +451,14 @@ def test_a_resume_refuses_trials_that_an_older_version_joined(tiny_llama: Path, 
 
 
 def test_a_joined_trial_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
-    lane: Any = SimpleNamespace(path=tmp_path / "r=2")
-    sweep_folder.refuse_joined(lane)  # it has no folder
-    lane.path.mkdir()
-    write_json(lane.path / "plan.json", {"notes": [JOINED_NOTE]})
-    sweep_folder.refuse_joined(lane)
-    (lane.path / "checkpoints" / "step-000002").mkdir(parents=True)
+    trial: Any = SimpleNamespace(path=tmp_path / "r=2")
+    sweep_folder.refuse_joined(trial)  # it has no folder
+    trial.path.mkdir()
+    write_json(trial.path / "plan.json", {"notes": [JOINED_NOTE]})
+    sweep_folder.refuse_joined(trial)
+    (trial.path / "checkpoints" / "step-000002").mkdir(parents=True)
     with pytest.raises(RunFolderError, match="began with joined rows"):
-        sweep_folder.refuse_joined(lane)
+        sweep_folder.refuse_joined(trial)
 
 
 def test_the_folders_of_all_trials_are_checked_first(tiny_llama: Path, tmp_path: Path) -> None:
@@ -473,13 +473,13 @@ def test_the_folders_of_all_trials_are_checked_first(tiny_llama: Path, tmp_path:
 
 def test_the_disk_must_have_room_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of all trials, and a second copy of the largest."""
-    lanes: Any = [SimpleNamespace(session=size, plan=1, planned=1) for size in (100, 300)]
+    trials: Any = [SimpleNamespace(session=size, plan=1, planned=1) for size in (100, 300)]
     monkeypatch.setattr(sweep_folder, "folder_bytes", lambda session, plan, planned: session)
     monkeypatch.setattr(sweep_folder, "free_bytes", lambda path: 700)
-    sweep_folder.require_space(tmp_path, lanes)
+    sweep_folder.require_space(tmp_path, trials)
     monkeypatch.setattr(sweep_folder, "free_bytes", lambda path: 699)
     with pytest.raises(ResourceError, match="has 699 bytes free, but 2 trials need 700 bytes"):
-        sweep_folder.require_space(tmp_path, lanes)
+        sweep_folder.require_space(tmp_path, trials)
 
 
 def test_auto_refuses_a_recipe_before_it_loads_the_model(tmp_path: Path) -> None:
@@ -517,11 +517,11 @@ def test_the_summary_of_one_trial_counts_no_loads() -> None:
 def test_the_last_error_repeats_no_error_of_a_trial() -> None:
     from tunekit.sweep import _raise_errors
 
-    lanes: Any = [SimpleNamespace(error=error) for error in (ResourceError("the disk is full"), None)]
+    trials: Any = [SimpleNamespace(error=error) for error in (ResourceError("the disk is full"), None)]
     with pytest.raises(ResourceError) as error:
-        _raise_errors(lanes)
+        _raise_errors(trials)
     assert str(error.value) == "1 of 2 trials are not finished; continue with --resume"
-    lanes = [SimpleNamespace(error=NumericsError("step 3: the loss is not finite"))]
+    trials = [SimpleNamespace(error=NumericsError("step 3: the loss is not finite"))]
     with pytest.raises(NumericsError) as invalid:
-        _raise_errors(lanes)
+        _raise_errors(trials)
     assert "step 3" not in str(invalid.value)

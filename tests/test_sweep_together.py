@@ -16,7 +16,7 @@ from tests.support.train_case import Ended, kill_self, records, train_in_child, 
 from tests.test_sweep import at_save, results_of, sweep, weights
 from tunekit.errors import NumericsError
 from tunekit.files import durable
-from tunekit.planning import lanes
+from tunekit.planning import trial_groups
 from tunekit.recipe.reading.trials import load_sweep
 
 KEYS = {"training.learning_rate": [0.01, 0.001], "adapter.method": ["lora", "dora"]}
@@ -179,8 +179,8 @@ def test_halving_of_trials_together(recipe: Path, tmp_path: Path) -> None:
 def test_trials_that_do_not_fit_into_memory_are_divided(recipe: Path, solo: Solo, tmp_path: Path) -> None:
     def lack_memory() -> None:
         count_windows()
-        lanes._limit = lambda lane: 2  # type: ignore[assignment]
-        lanes._peak_together = lambda members, *_: len(members)  # type: ignore[assignment]
+        trial_groups._limit = lambda trial: 2  # type: ignore[assignment]
+        trial_groups._peak_together = lambda members, *_: len(members)  # type: ignore[assignment]
 
     ended = sweep(recipe, tmp_path / "all", before=lack_memory)
     assert ended.code == 0, ended.output

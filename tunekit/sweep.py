@@ -26,8 +26,8 @@ from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import reset_host_peak
 from tunekit.machine.signals import StopSignals
 from tunekit.planning.announce import announce
-from tunekit.planning.lanes import make_passes
 from tunekit.planning.session import plan_session
+from tunekit.planning.trial_groups import group_trials
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.reading.trials import LoadedSweep, load_sweep, refuse_values
@@ -37,7 +37,6 @@ from tunekit.training.automatic import AUTO_NAME, AutomaticChoice, choice_record
 from tunekit.training.begin import load_base
 from tunekit.training.folds import fold_notes, write_folds
 from tunekit.training.halving import dropped_settings, rung_count
-from tunekit.training.lane import Lane, SharedBase, refuse_changed_rows
 from tunekit.training.rungs import (
     RUNGS_NAME,
     Limits,
@@ -64,6 +63,7 @@ from tunekit.training.sweep_folder import (
 from tunekit.training.timing import STEPS as MEASURED_STEPS
 from tunekit.training.timing import Costs, measure_costs
 from tunekit.training.together import opened_trial, train_together
+from tunekit.training.trials import SharedBase, Trial, refuse_changed_rows
 
 MOST_NAMED = 4  # trials that a message names
 
@@ -174,35 +174,35 @@ def _run_sweep(
     start = process_seconds()  # before the trials are planned
     console, folder, halves = session.console, Path(sweep.loaded.recipe.output.dir), sweep.section.strategy == "halving"
     sessions = [replace(session, loaded=trial.loaded, seconds={}) for trial in sweep.trials]
-    lanes = [Lane(*pair) for pair in zip(sweep.trials, sessions, strict=True)]
-    lock = open_sweep(folder, lanes, resume)
+    trials = [Trial(*pair) for pair in zip(sweep.trials, sessions, strict=True)]
+    lock = open_sweep(folder, trials, resume)
     try:
-        rungs = earlier_rungs(folder, lanes) if halves and resume else []
+        rungs = earlier_rungs(folder, trials) if halves and resume else []
         with session.signals.at_once("before training began; nothing was trained"):
             if sweep.section.folds is not None:
                 write_folds(sweep.loaded.recipe, sweep.section, folder, resume)
                 console.info(*fold_notes(sweep.loaded.recipe, sweep.section))
-            _plan_lanes(lanes, console, resume)
+            _plan_trials(trials, console, resume)
             if not resume:
-                require_space(folder, lanes)
-            announce(lanes, base, console, len(setting_names(lanes)) if halves and not rungs else 0, limits, start)
+                require_space(folder, trials)
+            announce(trials, base, console, len(setting_names(trials)) if halves and not rungs else 0, limits, start)
         write_trials(sweep)
         for name, value in files.items():
             write_json(folder / name, value)
         if halves:
-            _train_by_halves(sweep, lanes, base, console, resume, rungs, limits)
-        if not _unfinished(lanes):
-            _train_lanes(lanes, base, console, resume)
-        results = _compare(sweep, lanes)
+            _train_by_halves(sweep, trials, base, console, resume, rungs, limits)
+        if not _unfinished(trials):
+            _train_trials(trials, base, console, resume)
+        results = _compare(sweep, trials)
         console.table(*results.table())
         console.result(results.verdict(), *results.contributions())
         try:
             write_results(sweep, results)
         except TunekitError as error:  # the disk is full; the errors of trials are more important
-            _raise_errors(lanes, error.problems)
+            _raise_errors(trials, error.problems)
             raise
     except Stopped:
-        results = _compare(sweep, lanes)
+        results = _compare(sweep, trials)
         if results.best is not None:
             console.table(*results.table())
         raise
@@ -212,119 +212,119 @@ def _run_sweep(
         console.info(f"page: {folder / PAGE_NAME}")
         console.result(f"the recipe with the best values: {relative_to(folder / BEST_NAME)}")
     write_result(read_json(folder / SWEEP_NAME))
-    _raise_errors(lanes)
+    _raise_errors(trials)
 
 
-def _plan_lanes(lanes: Sequence[Lane], console: Console, resume: bool) -> None:
+def _plan_trials(trials: Sequence[Trial], console: Console, resume: bool) -> None:
     """Plan all trials before the first one is trained, and print what will happen.
 
     Raises: TunekitError with the problems of all trials.
     """
-    faults, kind = dict[Problem, list[Lane]](), None
+    faults, kind = dict[Problem, list[Trial]](), None
     threads = torch.get_num_threads()
-    console.info(f"planning {len(lanes)} trials ...")
+    console.info(f"planning {len(trials)} trials ...")
     progress = CountProgress(console)
-    for number, lane in enumerate(lanes):
-        progress("trials planned", number, len(lanes))
+    for number, trial in enumerate(trials):
+        progress("trials planned", number, len(trials))
         torch.set_num_threads(threads)
         try:
-            lane.ended = lane.ended or (resume and _has_ended(lane, console))
-            if lane.ended:
+            trial.ended = trial.ended or (resume and _has_ended(trial, console))
+            if trial.ended:
                 continue
             if resume:
-                refuse_joined(lane)
-            previous = run_files.execution_in(lane.path) if resume else None
-            lane.plan, lane.planned = plan_session(lane.session, previous)
+                refuse_joined(trial)
+            previous = run_files.execution_in(trial.path) if resume else None
+            trial.plan, trial.planned = plan_session(trial.session, previous)
         except TunekitError as error:
             kind = kind or type(error)
             for problem in error.problems:
-                faults.setdefault(problem, []).append(lane)
+                faults.setdefault(problem, []).append(trial)
     if kind is not None:
-        raise kind.of([_named(problem, names, lanes) for problem, names in faults.items()])
-    refuse_changed_rows(lanes)
+        raise kind.of([_named(problem, names, trials) for problem, names in faults.items()])
+    refuse_changed_rows(trials)
 
 
-def _named(problem: Problem, lanes: Sequence[Lane], all_lanes: Sequence[Lane]) -> Problem:
+def _named(problem: Problem, trials: Sequence[Trial], all_trials: Sequence[Trial]) -> Problem:
     """The problem, with the names of the trials that have it. A problem of all trials, such as an error in a data file,
     is returned without names."""
-    if len(lanes) == len(all_lanes):
+    if len(trials) == len(all_trials):
         return problem
-    return replace(problem, what=f"{problem.what} ({listed([lane.trial.name for lane in lanes], MOST_NAMED)})")
+    return replace(problem, what=f"{problem.what} ({listed([trial.recipe.name for trial in trials], MOST_NAMED)})")
 
 
-def _has_ended(lane: Lane, console: Console) -> bool:
+def _has_ended(trial: Trial, console: Console) -> bool:
     """Whether the run is finished, or ended with invalid numbers. A resume would only repeat the invalid numbers.
 
     Raises: RunFolderError if the run has a different recipe.
     """
-    status = read_json(lane.path / "status.json")
+    status = read_json(trial.path / "status.json")
     if not isinstance(status, dict) or status.get("exit_code") != NumericsError.exit_code:
-        return run_files.is_run_finished(lane.session)
-    run_files.refuse_changed_recipe(lane.session)
+        return run_files.is_run_finished(trial.session)
+    run_files.refuse_changed_recipe(trial.session)
     how = "to train it again with other values, choose another output.dir"
-    lane.error = NumericsError(str(status.get("reason", "its numbers are not finite")), how)
-    console.warn(f"{lane.trial.name}: {lane.error}")
+    trial.error = NumericsError(str(status.get("reason", "its numbers are not finite")), how)
+    console.warn(f"{trial.recipe.name}: {trial.error}")
     return True
 
 
-def _train_lanes(
-    lanes: Sequence[Lane],
+def _train_trials(
+    trials: Sequence[Trial],
     base: SharedBase,
     console: Console,
     resume: bool,
     ends: Mapping[str, int | None] | None = None,
 ) -> None:
-    """Train the lanes (trials), one group of lanes after another. If a lane fails, the others continue. `ends`: the
+    """Train the trials, one group of trials after another. If a trial fails, the others continue. `ends`: the
     step after which each trial pauses, with a checkpoint.
 
     Raises: Stopped after a stop signal.
     """
     seconds, steps = 0.0, 0
-    groups = [group for each in make_passes(lanes) for group in each.groups()]
+    groups = [group for each in group_trials(trials) for group in each.groups()]
     for number, group in enumerate(groups):
         base.use_for(group[0])
-        left = sum(lane.steps for each in groups[number:] for lane in each)
+        left = sum(trial.steps for each in groups[number:] for trial in each)
         time_left = f", about {time_text(seconds / steps * left)} left" if steps and ends is None else ""
-        names = ", ".join(lane.trial.name for lane in group)
-        numbers = ", ".join(str(lanes.index(lane) + 1) for lane in group)
-        console.info("", f"trial {numbers} of {len(lanes)}: {names}{time_left}")
+        names = ", ".join(trial.recipe.name for trial in group)
+        numbers = ", ".join(str(trials.index(trial) + 1) for trial in group)
+        console.info("", f"trial {numbers} of {len(trials)}: {names}{time_left}")
         started = time.monotonic()
-        with deterministic_kernels(group[0].trial.loaded.recipe.training.deterministic):
-            ends_of = [None if ends is None else ends[lane.trial.name] for lane in group]
+        with deterministic_kernels(group[0].recipe.loaded.recipe.training.deterministic):
+            ends_of = [None if ends is None else ends[trial.recipe.name] for trial in group]
             openings = (opened_trial(*pair, base, resume, len(group) > 1) for pair in zip(group, ends_of, strict=True))
             train_together(openings, console.warn)
-        seconds, steps = seconds + time.monotonic() - started, steps + sum(lane.steps for lane in group)
+        seconds, steps = seconds + time.monotonic() - started, steps + sum(trial.steps for trial in group)
         gc.collect()
         reset_host_peak()
 
 
 def _train_by_halves(
     sweep: LoadedSweep,
-    lanes: Sequence[Lane],
+    trials: Sequence[Trial],
     base: SharedBase,
     console: Console,
     resume: bool,
     rungs: list[list[str]],
     limits: Limits | None,
 ) -> None:
-    """Train all lanes to a common comparison, end the worse half of the settings, and repeat this for each comparison.
-    Returns early if a lane (trial) failed and must be resumed. `rungs`: the settings that earlier comparisons ended.
+    """Train all trials to a common comparison, end the worse half of the settings, and repeat this for each comparison.
+    Returns early if a trial failed and must be resumed. `rungs`: the settings that earlier comparisons ended.
 
     Raises: Stopped after a stop signal.
     """
-    file, settings = Path(sweep.loaded.recipe.output.dir) / RUNGS_NAME, setting_names(lanes)
+    file, settings = Path(sweep.loaded.recipe.output.dir) / RUNGS_NAME, setting_names(trials)
     dropped = {name for names in rungs for name in names}
     first_left = rung_count(len(settings)) - len(rungs)
     for left in range(first_left, 0, -1):
-        ends = {lane.trial.name: rung_of(lane, left) for lane in lanes}
+        ends = {trial.recipe.name: rung_of(trial, left) for trial in trials}
         if not rungs and all(end is None for end in ends.values()):
             what = "halving compares evaluations before the last step, and the trials have none"
             raise RecipeError(what, "lower training.eval_steps", key="sweep.strategy")
         if not rungs:
-            console.warn(*crowded_rungs(lanes))
-        started, compared = time.monotonic(), [lane for lane in lanes if lane.trial.setting not in dropped]
-        _train_lanes(lanes, base, console, resume, ends)
-        if _unfinished(lanes):
+            console.warn(*crowded_rungs(trials))
+        started, compared = time.monotonic(), [trial for trial in trials if trial.recipe.setting not in dropped]
+        _train_trials(trials, base, console, resume, ends)
+        if _unfinished(trials):
             return
         if limits is not None and (left < first_left or not resume):  # else a part of it was trained earlier
             limits.set_pace(time.monotonic() - started, compared, left, first=not rungs)
@@ -332,33 +332,33 @@ def _train_by_halves(
         results = sweep_results(sweep.section.by, runs, finished=False, folds=sweep.section.folds)
         rungs.append(dropped_settings(results, most_settings(limits, results, compared, left)))
         dropped.update(rungs[-1])
-        end_paused([lane for lane in compared if lane.trial.setting in dropped])
+        end_paused([trial for trial in compared if trial.recipe.setting in dropped])
         write_json(file, {"settings": settings, "rungs": rungs, "verdict": results.verdict()})
         console.info(f"halving ends {', '.join(rungs[-1]) or 'no trial: none is clearly worse'}")
 
 
-def _compare(sweep: LoadedSweep, lanes: Sequence[Lane]) -> SweepResults:
+def _compare(sweep: LoadedSweep, trials: Sequence[Trial]) -> SweepResults:
     """Compare the trials."""
-    results = sweep_results(sweep.section.by, runs_by_setting(lanes), folds=sweep.section.folds)
+    results = sweep_results(sweep.section.by, runs_by_setting(trials), folds=sweep.section.folds)
     if sweep.section.strategy == "halving":
         folder = Path(sweep.loaded.recipe.output.dir)
         return replace(results, earlier=(read_json(folder / RUNGS_NAME) or {}).get("verdict", ""))
     return results
 
 
-def _unfinished(lanes: Sequence[Lane]) -> list[TunekitError]:
-    """The errors of the lanes (trials) that can be resumed."""
-    errors = [lane.error for lane in lanes if lane.error is not None]
+def _unfinished(trials: Sequence[Trial]) -> list[TunekitError]:
+    """The errors of the trials that can be resumed."""
+    errors = [trial.error for trial in trials if trial.error is not None]
     return [error for error in errors if not isinstance(error, NumericsError)]
 
 
-def _raise_errors(lanes: Sequence[Lane], others: Sequence[Problem] = ()) -> None:
-    """Raises: an error if lanes (trials) can be resumed, with the `others`; NumericsError if all lanes ended with
-    invalid numbers. Each lane's own error has already been printed as a warning."""
-    errors, unfinished = [lane.error for lane in lanes if lane.error is not None], _unfinished(lanes)
+def _raise_errors(trials: Sequence[Trial], others: Sequence[Problem] = ()) -> None:
+    """Raises: an error if trials can be resumed, with the `others`; NumericsError if all trials ended with
+    invalid numbers. Each trial's own error has already been printed as a warning."""
+    errors, unfinished = [trial.error for trial in trials if trial.error is not None], _unfinished(trials)
     if unfinished:
-        more = Problem(f"{len(unfinished)} of {len(lanes)} trials are not finished", "continue with --resume")
+        more = Problem(f"{len(unfinished)} of {len(trials)} trials are not finished", "continue with --resume")
         raise type(unfinished[0]).of([*others, more])
-    if errors and len(errors) == len(lanes):
+    if errors and len(errors) == len(trials):
         what = "every trial ended with invalid numbers; the warnings above name each reason"
         raise NumericsError(what, "lower training.learning_rate")

@@ -146,7 +146,7 @@ def test_a_rank_that_no_matrix_can_have_is_not_tried(tmp_path: Path) -> None:
     assert "adapter.r" not in choice.automatic.keys
 
 
-def lanes_of(recipe: Recipe, steps: int, *settings: str) -> Any:
+def trials_of(recipe: Recipe, steps: int, *settings: str) -> Any:
     rows = SimpleNamespace(objective=SimpleNamespace(loss=SimpleNamespace(updates_per_sampling=1)))
     return [
         SimpleNamespace(
@@ -165,17 +165,17 @@ def test_the_measured_time_of_a_comparison_corrects_the_next_prediction(
 ) -> None:
     """Trials that take twice their predicted time leave time for fewer of them."""
     _, recipe = recipe_at(tmp_path)
-    lanes, results = lanes_of(recipe, 48, *"abcd"), SimpleNamespace(settings=[])
+    trials, results = trials_of(recipe, 48, *"abcd"), SimpleNamespace(settings=[])
     results.settings = [SimpleNamespace(name=name, numbers=[1.0]) for name in "abcd"]
     monkeypatch.setattr("tunekit.training.rungs.time.monotonic", lambda: 0.0)
     # the second comparison is at step 24, after 1 + 12 + 2 * 3 predicted seconds for each of two trials; then one of
     # them has 1 + 24 + 4 * 3 seconds
     limits = Limits(2 * 19 + 37, COSTS)
-    assert most_settings(limits, results, lanes, 2) == 2
-    limits.set_pace(4 * 22 * 1.02, lanes, 2, first=True)  # step 12: 1 + 12 + 3 * 3 for each of four trials
+    assert most_settings(limits, results, trials, 2) == 2
+    limits.set_pace(4 * 22 * 1.02, trials, 2, first=True)  # step 12: 1 + 12 + 3 * 3 for each of four trials
     assert limits.pace == pytest.approx(1.02)
-    assert most_settings(limits, results, lanes, 2) == 1
-    limits.set_pace(2 * 19 * 3.0, lanes[:2], 1, first=False)
+    assert most_settings(limits, results, trials, 2) == 1
+    limits.set_pace(2 * 19 * 3.0, trials[:2], 1, first=False)
     assert limits.pace == pytest.approx(3)
     limits.set_pace(1.0, [], 1, first=False)
     assert limits.pace == pytest.approx(3)
@@ -183,7 +183,7 @@ def test_the_measured_time_of_a_comparison_corrects_the_next_prediction(
 
 def test_the_predicted_seconds_of_a_setting_include_all_its_seeds(tmp_path: Path) -> None:
     _, recipe = recipe_at(tmp_path)
-    one, two = (Limits(0.0, COSTS).parts(lanes_of(recipe, 48, *names), 2) for names in ("a", "aa"))
+    one, two = (Limits(0.0, COSTS).parts(trials_of(recipe, 48, *names), 2) for names in ("a", "aa"))
     assert one == {"a": pytest.approx([22, 19, 37])}
     assert two == {"a": pytest.approx([44, 38, 74])}
 

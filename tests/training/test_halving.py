@@ -61,7 +61,7 @@ def test_a_paused_run_is_judged_by_the_evaluation_that_it_would_export(tmp_path:
     assert dropped_settings(results) == []
 
 
-def lane(name: str, steps: int, eval_steps: int) -> Any:
+def trial(name: str, steps: int, eval_steps: int) -> Any:
     recipe = SimpleNamespace(training=SimpleNamespace(eval_steps=eval_steps))
     rows = SimpleNamespace(objective=SimpleNamespace(loss=SimpleNamespace(updates_per_sampling=1)))
     trial = SimpleNamespace(name=name, setting=name, loaded=SimpleNamespace(recipe=recipe))
@@ -69,16 +69,16 @@ def lane(name: str, steps: int, eval_steps: int) -> Any:
 
 
 def test_comparisons_without_training_between_them_are_named() -> None:
-    crowded = crowded_rungs([lane(f"r={at}", 30, 10) for at in range(8)])
+    crowded = crowded_rungs([trial(f"r={at}", 30, 10) for at in range(8)])
     (text,) = crowded
     assert text.startswith("r=0 is compared at the steps 10, 10, 20 of 30: ")
     assert text.endswith("lower training.eval_steps to 3")
-    assert crowded_rungs([lane(f"r={at}", 30, 3) for at in range(8)]) == []
+    assert crowded_rungs([trial(f"r={at}", 30, 3) for at in range(8)]) == []
 
 
 def test_settings_that_a_later_comparison_ended_come_first(tmp_path: Path) -> None:
-    lanes = [SimpleNamespace(trial=SimpleNamespace(setting=name), path=tmp_path / name) for name in "abcd"]
+    trials = [SimpleNamespace(trial=SimpleNamespace(setting=name), path=tmp_path / name) for name in "abcd"]
     (tmp_path / "rungs.json").write_text('{"rungs": [["d", "a"], ["c"]]}', encoding="utf-8")
-    runs: Any = lanes
+    runs: Any = trials
     assert list(runs_by_setting(runs)) == ["b", "c", "d", "a"]
     assert list(runs_by_setting(runs[:2])) == ["b", "a"]

@@ -16,9 +16,9 @@ from tunekit.recipe.load import dump_recipe
 from tunekit.recipe.reading.trials import FOLDS, LoadedSweep
 from tunekit.records import bytes_text
 from tunekit.training.automatic import AUTO_NAME
-from tunekit.training.lane import Lane
 from tunekit.training.run_files import folder_bytes
 from tunekit.training.rungs import RUNGS_NAME
+from tunekit.training.trials import Trial
 
 SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
 MOST_NAMED = 4  # trials that a message names
@@ -26,7 +26,7 @@ JOINED = "the rows of this run are joined with other trials"  # in the notes of 
 WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)
 
 
-def open_sweep(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
+def open_sweep(folder: Path, trials: Sequence[Trial], resume: bool) -> FolderLock:
     """Lock the sweep's folder; returns the lock. Raises: RunFolderError if this folder or a trial's folder cannot be
     used."""
     if signs := [sign for sign in RUN_SIGNS if (folder / sign).exists()]:  # a sweep cannot continue or move a run
@@ -36,26 +36,26 @@ def open_sweep(folder: Path, lanes: Sequence[Lane], resume: bool) -> FolderLock:
     if not resume and (any((folder / name).exists() for name in WRITTEN) or _has_used_folds(folder)):
         raise RunFolderError(f"{folder} already holds a sweep", "add --resume, or choose another output.dir")
     earlier = read_json(folder / SWEEP_NAME) or {}
-    others = sorted(set(earlier.get("trials", {})) - {lane.trial.name for lane in lanes})
+    others = sorted(set(earlier.get("trials", {})) - {trial.recipe.name for trial in trials})
     if others:
         what = f"{folder} holds a sweep with other trials ({listed(others, MOST_NAMED)})"
         raise RunFolderError(what, "write all values of that sweep too, or choose another output.dir")
-    for lane in lanes:
-        if not resume and any((lane.path / sign).exists() for sign in RUN_SIGNS):
-            raise RunFolderError(f"{lane.path} already holds a run", "add --resume, or choose another output.dir")
-        refuse_old_run(lane.path, resume=resume)
+    for trial in trials:
+        if not resume and any((trial.path / sign).exists() for sign in RUN_SIGNS):
+            raise RunFolderError(f"{trial.path} already holds a run", "add --resume, or choose another output.dir")
+        refuse_old_run(trial.path, resume=resume)
     for path in (*reversed(folder.absolute().parents), folder):
         if not path.exists():
             make_folder(path)
     return FolderLock(folder)
 
 
-def refuse_joined(lane: Lane) -> None:
+def refuse_joined(trial: Trial) -> None:
     """Raises: RunFolderError if an older version trained this trial with joined rows up to a checkpoint. Separate steps
     round differently, so the end of the run would not belong to its beginning."""
-    plan, folder = read_json(lane.path / "plan.json"), lane.path.parent
+    plan, folder = read_json(trial.path / "plan.json"), trial.path.parent
     notes = plan.get("notes") if isinstance(plan, dict) else None
-    if JOINED in str(notes) and list_checkpoints(lane.path / "checkpoints"):
+    if JOINED in str(notes) and list_checkpoints(trial.path / "checkpoints"):
         what = f"{folder} holds trials that an older version began with joined rows (sweep.joined, which was removed)"
         what += ", and separate steps cannot continue them with the same bytes"
         how = f"choose another output.dir, such as output.dir={relative_to(folder)}-separate"
@@ -69,10 +69,12 @@ def _has_used_folds(folder: Path) -> bool:
     return (folder / FOLDS).exists() and (not (folder / FOLDS).is_dir() or any(runs))
 
 
-def require_space(folder: Path, lanes: Sequence[Lane]) -> None:
+def require_space(folder: Path, trials: Sequence[Trial]) -> None:
     """Refuse to start if the disk is too small for the files of all trials. Raises: ResourceError."""
     sizes = [
-        folder_bytes(lane.session, lane.plan, lane.planned) for lane in lanes if lane.plan and lane.planned is not None
+        folder_bytes(trial.session, trial.plan, trial.planned)
+        for trial in trials
+        if trial.plan and trial.planned is not None
     ]
     free, needed = free_bytes(folder), sum(sizes) + max(sizes, default=0)
     if free < needed:

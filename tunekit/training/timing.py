@@ -18,10 +18,10 @@ from tunekit.records import Plan
 from tunekit.training.assemble import assemble_run, make_evaluator
 from tunekit.training.begin import Load
 from tunekit.training.halving import halving_seconds
-from tunekit.training.lane import Lane
 from tunekit.training.planned import Planned
 from tunekit.training.run import Run
 from tunekit.training.session import Session
+from tunekit.training.trials import Trial
 
 STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not counted, and evaluation batches
 
@@ -144,8 +144,8 @@ class TimeForecast:
 
 
 def forecast(
-    lanes: Sequence[Lane],
-    measured: Lane,
+    trials: Sequence[Trial],
+    measured: Trial,
     costs: Costs,
     start: float,
     ends: Sequence[Mapping[str, int | None]],
@@ -153,8 +153,10 @@ def forecast(
 ) -> TimeForecast:
     """The predicted time of planned trials. `ends`: for each comparison of successive halving, the step of each trial.
     `gain`: how many times faster steps are if all trials run together."""
-    planned_trials = [(lane.trial.name, lane.plan, lane.trial.loaded.recipe) for lane in lanes if lane.plan is not None]
-    trials = {name: costs.of_run(plan, recipe) for name, plan, recipe in planned_trials}
+    planned_trials = [
+        (trial.recipe.name, trial.plan, trial.recipe.loaded.recipe) for trial in trials if trial.plan is not None
+    ]
+    seconds_of = {name: costs.of_run(plan, recipe) for name, plan, recipe in planned_trials}
     halved = None
     if ends:
         parts = {
@@ -162,4 +164,4 @@ def forecast(
             for name, plan, recipe in planned_trials
         }
         halved = halving_seconds(parts)
-    return TimeForecast(costs, measured.trial.name, start, trials, halved, gain)
+    return TimeForecast(costs, measured.recipe.name, start, seconds_of, halved, gain)

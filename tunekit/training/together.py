@@ -8,10 +8,10 @@ from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.errors import Stopped, TunekitError
 from tunekit.training import run_files
 from tunekit.training.begin import begin_run, read_checkpoint
-from tunekit.training.lane import Lane, SharedBase
 from tunekit.training.result import finish_run
 from tunekit.training.run import Run
 from tunekit.training.streaming import make_engine
+from tunekit.training.trials import SharedBase, Trial
 
 
 class _OpenRun:
@@ -96,25 +96,25 @@ def train_together(openings: Iterable[AbstractContextManager[Run | None]], warn:
 
 
 @contextmanager
-def opened_trial(lane: Lane, end: int | None, base: SharedBase, resume: bool, named: bool) -> Iterator[Run | None]:
-    """A context manager: the open run of a lane (trial), which the block trains to its end, or to the step `end`; None
-    if it has reached this step. Its result is then exported. An error is stored in the lane. `named`: printed lines
-    begin with the lane's name.
+def opened_trial(trial: Trial, end: int | None, base: SharedBase, resume: bool, named: bool) -> Iterator[Run | None]:
+    """A context manager: the open run of a trial, which the block trains to its end, or to the step `end`; None
+    if it has reached this step. Its result is then exported. An error is stored in the trial. `named`: printed lines
+    begin with the trial's name.
 
     Raises: Stopped after a stop signal.
     """
-    resume = resume or lane.begun
-    if end is not None and any(step >= end for step, _ in list_checkpoints(lane.path / "checkpoints")):
+    resume = resume or trial.begun
+    if end is not None and any(step >= end for step, _ in list_checkpoints(trial.path / "checkpoints")):
         yield None
         return
-    console = lane.session.console.named(lane.trial.name) if named else lane.session.console
-    seconds = {} if lane.begun else lane.session.seconds
-    session = replace(lane.session, last_step=end, seconds=seconds, console=console)
-    assert lane.plan is not None
-    assert lane.planned is not None
-    plan, planned, lane.begun, lane.ended = lane.plan, lane.planned, True, True
+    console = trial.session.console.named(trial.recipe.name) if named else trial.session.console
+    seconds = {} if trial.begun else trial.session.seconds
+    session = replace(trial.session, last_step=end, seconds=seconds, console=console)
+    assert trial.plan is not None
+    assert trial.planned is not None
+    plan, planned, trial.begun, trial.ended = trial.plan, trial.planned, True, True
     try:
-        with run_files.locked_folder(session, lane.path, resume, overwrite=False):
+        with run_files.locked_folder(session, trial.path, resume, overwrite=False):
             with session.signals.at_once("before training began; nothing was trained"):
                 checkpoint = read_checkpoint(session, resume)
             plan, run = begin_run(session, plan, planned, checkpoint, base.load)
@@ -122,13 +122,13 @@ def opened_trial(lane: Lane, end: int | None, base: SharedBase, resume: bool, na
                 yield run
             finish_run(session, plan, planned, run)
     except Stopped as stop:
-        lane.ended = False  # it pauses
+        trial.ended = False  # it pauses
         if session.signals.requested is not None:
-            raise Stopped(f"{lane.trial.name}: {stop}", stop.exit_code - 128) from stop
+            raise Stopped(f"{trial.recipe.name}: {stop}", stop.exit_code - 128) from stop
     except TunekitError as error:
-        lane.session.console.warn(f"{lane.trial.name}: {error}")
-        lane.error = type(error).of(error.problems)  # without the traceback, which would keep the lane's tensors
-        raise lane.error from None
+        trial.session.console.warn(f"{trial.recipe.name}: {error}")
+        trial.error = type(error).of(error.problems)  # without the traceback, which would keep the trial's tensors
+        raise trial.error from None
     finally:
-        if lane.ended:
-            lane.planned = None
+        if trial.ended:
+            trial.planned = None

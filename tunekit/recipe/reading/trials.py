@@ -30,7 +30,7 @@ Axis = tuple[str, list[tuple[object, Place]]]  # a dotted key, and its values wi
 
 
 @dataclass(frozen=True)
-class SweepTrial:
+class TrialRecipe:
     """One run of a sweep. `name`: the name of its folder. `setting`: this name without the seed and the fold."""
 
     name: str
@@ -54,7 +54,7 @@ class LoadedSweep:
 
     loaded: LoadedRecipe
     section: SweepSection
-    trials: list[SweepTrial]
+    trials: list[TrialRecipe]
     settings: dict[str, SweepSetting]
 
 
@@ -216,13 +216,13 @@ def _make_trials(
     section: SweepSection,
     seed: int,
     written: Place,
-) -> tuple[list[SweepTrial], dict[str, SweepSetting]]:
+) -> tuple[list[TrialRecipe], dict[str, SweepSetting]]:
     """Makes a trial for each variant, seed and fold, and the setting of each variant by name. `seed`: the seed of the
     recipe; `written`: the place where the recipe has sweep.seeds.
 
     Raises: RecipeError with the problems of all trials.
     """
-    trials: list[SweepTrial] = []
+    trials: list[TrialRecipe] = []
     problems: list[Problem] = []
     settings: dict[str, SweepSetting] = {}
     seeds = range(seed, seed + section.seeds) if section.seeds > 1 else [None]
@@ -253,7 +253,7 @@ def _make_trials(
             name = f"{stem}{suffix}".removeprefix(",")
             parts = None if section.folds is None or fold is None else (section.folds, fold)
             loaded = _load_trial(draft, tool, name, values, variant.left_out, parts)
-            trials.append(SweepTrial(name, setting, plain, loaded))
+            trials.append(TrialRecipe(name, setting, plain, loaded))
     if problems:
         raise RecipeError.of(problems, draft.rewrites)
     return trials, settings

@@ -1,5 +1,4 @@
-"""The trials of a sweep that run in one process and share one loaded base. Each trial is called a lane. Lanes train one
-after another or at the same time."""
+"""The trials of a sweep that run in one process and share one loaded base, one after another or at the same time."""
 
 import gc
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from tunekit.errors import RunFolderError, TunekitError
 from tunekit.memory.streaming import layer_weights, make_slots
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.reading.trials import SweepTrial
+from tunekit.recipe.reading.trials import TrialRecipe
 from tunekit.records import Plan
 from tunekit.training.begin import Load
 from tunekit.training.planned import Planned
@@ -29,11 +28,11 @@ class BaseKey:
 
 
 @dataclass(eq=False)
-class Lane:
+class Trial:
     """One trial of a sweep in this process. `plan`: None before the trial is planned and after it has ended. `ended`:
     there is nothing left to train."""
 
-    trial: SweepTrial
+    recipe: TrialRecipe
     session: Session
     plan: Plan | None = None
     planned: Planned | None = None
@@ -44,7 +43,7 @@ class Lane:
     @property
     def path(self) -> Path:
         """The run folder."""
-        return Path(self.trial.loaded.recipe.output.dir)
+        return Path(self.recipe.loaded.recipe.output.dir)
 
     @property
     def steps(self) -> int:
@@ -60,7 +59,7 @@ class Lane:
         """
         if self.plan is None or self.planned is None:
             return None
-        choice, recipe = self.plan.choice, self.trial.loaded.recipe
+        choice, recipe = self.plan.choice, self.recipe.loaded.recipe
         if recipe.adapter.trains_base or choice.streamed_head:
             return None
         if choice.streaming != "off" and not self.runs_together:
@@ -72,13 +71,13 @@ class Lane:
         """Settings that apply to the whole process: number of threads, and deterministic kernels. Trials that run
         together must have equal settings."""
         threads = None if self.plan is None else self.plan.choice.threads
-        return threads, self.trial.loaded.recipe.training.deterministic
+        return threads, self.recipe.loaded.recipe.training.deterministic
 
     @property
     def runs_together(self) -> bool:
         """Whether this trial's steps can run together with steps of other trials. This requires that no calibration or
         companion (auxiliary model) uses the base, and that the number of threads is fixed."""
-        recipe = self.trial.loaded.recipe
+        recipe = self.recipe.loaded.recipe
         companions = self.planned is not None and self.planned.rows.objective.companions
         return not (recipe.adapter.calibration or companions or recipe.training.threads == "adaptive")
 
@@ -92,11 +91,11 @@ class SharedBase:
         self.base: LoadedModel | None = None
         self.versions: TensorVersions | None = None
 
-    def use_for(self, lane: Lane) -> None:
+    def use_for(self, trial: Trial) -> None:
         """Discard the loaded base if this trial needs a different one."""
-        if lane.base_key is None or lane.base_key != self.key:
+        if trial.base_key is None or trial.base_key != self.key:
             self.base = self.versions = None
-        self.key = lane.base_key
+        self.key = trial.base_key
 
     def load(self, session: Session, plan: Plan, planned: Planned) -> LoadedModel:
         """Return the base, and load it first if necessary. It is loaded again if its weights have changed. A trial that
@@ -113,21 +112,21 @@ class SharedBase:
         return self.base if self.key is None else copy_modules(self.base)
 
 
-def refuse_changed_rows(lanes: Sequence[Lane]) -> None:
+def refuse_changed_rows(trials: Sequence[Trial]) -> None:
     """Raises: RunFolderError if a trial that has ended read other rows than a planned trial with the same data would,
     so that the two could not be compared."""
-    planned_trials = [(lane, lane.planned.rows.fingerprint) for lane in lanes if lane.planned is not None]
-    for lane in lanes:
-        was = ((read_json(lane.path / "environment.json") or {}).get("fingerprint") or {}).get("data")
-        if was is None or lane.planned is not None:
+    planned_trials = [(trial, trial.planned.rows.fingerprint) for trial in trials if trial.planned is not None]
+    for trial in trials:
+        was = ((read_json(trial.path / "environment.json") or {}).get("fingerprint") or {}).get("data")
+        if was is None or trial.planned is not None:
             continue
         for other, rows in planned_trials:
-            if _reading(lane) == _reading(other) and rows != was:
-                what = f"{lane.trial.name} was trained on rows that have changed since"
+            if _reading(trial) == _reading(other) and rows != was:
+                what = f"{trial.recipe.name} was trained on rows that have changed since"
                 raise RunFolderError(what, "restore the files of data, or choose another output.dir")
 
 
-def _reading(lane: Lane) -> tuple[object, ...]:
+def _reading(trial: Trial) -> tuple[object, ...]:
     """The parts of a trial's recipe that decide its rows and their tokens."""
-    recipe = lane.trial.loaded.recipe
+    recipe = trial.recipe.loaded.recipe
     return recipe.data, recipe.objective, recipe.model, recipe.training.seed

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tunekit.contracts import StepBatches
-from tunekit.training import readings
+from tunekit.training import step_numbers
 from tunekit.training.step_numbers import PendingNumbers, StepNumbers
 
 
@@ -28,7 +28,7 @@ class Copy:
 def test_seconds_of_steps_are_never_negative_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is behind the host in step 1, and ahead of it in step 2, whose end nobody saw."""
     clock = [0.0]
-    monkeypatch.setattr(readings.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(step_numbers.time, "monotonic", lambda: clock[0])
 
     def reading(step: int, started: float, sent: float, ends: float) -> StepNumbers:
         copied: Any = Copy(clock, ends)

@@ -40,17 +40,17 @@ def weights(case: Case) -> Tensor:
     return torch.cat([flat.data.detach() for flat in case.optimizer.groups])
 
 
-class Lanes:
+class Trials:
     """Runs with different adapters, rows and lengths over a base streamed from host memory: each alone, and all
     together."""
 
-    def __init__(self, model: ModelSection, lanes: list[dict[str, Any]]) -> None:
-        self.model, self.lanes = model, lanes
+    def __init__(self, model: ModelSection, trials: list[dict[str, Any]]) -> None:
+        self.model, self.trials = model, trials
         self.warnings: list[str] = []
         self.errors: list[TunekitError] = []
 
     def alone(self) -> list[Case]:
-        cases = [self._case(lane) for lane in self.lanes]
+        cases = [self._case(trial) for trial in self.trials]
         for case in cases:
             case.run()
         return cases
@@ -59,7 +59,7 @@ class Lanes:
         """`change`: called with the cases before they train."""
         base = load_model(self.model, device=CPU)
         base.slots = make_slots(layer_weights(base), CPU, tier="host", mapped=base.mapped, poison=True)
-        cases = [self._case(lane, base=copy_modules(base)) for lane in self.lanes]
+        cases = [self._case(trial, base=copy_modules(base)) for trial in self.trials]
         for case in cases:
             case.model.slots = shared_slots(base)
         change(cases)
@@ -75,13 +75,13 @@ class Lanes:
             self.errors.append(error)
             raise
 
-    def _case(self, lane: dict[str, Any], **changes: Any) -> Case:
-        rows = make_rows(23, seed=lane["rows"])
+    def _case(self, trial: dict[str, Any], **changes: Any) -> Case:
+        rows = make_rows(23, seed=trial["rows"])
         return make_case(
             Path(),
             rows,
-            training=lane["training"],
-            adapter=lane["adapter"],
+            training=trial["training"],
+            adapter=trial["adapter"],
             model=self.model,
             end_to_end=True,
             max_length=64,
@@ -98,10 +98,10 @@ def test_runs_together_equal_separate_runs(tiny_llama: Path) -> None:
     """Also with dropout, another method, rows and a seed of their own, and a run that ends earlier."""
     dora = settings_class("adapters", "dora").model_validate({"method": "dora", "r": 4})
     adapters = [lora(), dora, lora(r=8, dropout=0.2)]
-    lanes = [{"adapter": adapter, "rows": at, "training": training(at)} for at, adapter in enumerate(adapters)]
-    lanes[0]["training"] = training(0, max_steps=2)
+    trials = [{"adapter": adapter, "rows": at, "training": training(at)} for at, adapter in enumerate(adapters)]
+    trials[0]["training"] = training(0, max_steps=2)
     section = ModelSection(name_or_path=str(tiny_llama), dtype="float32", quantization="nf4")
-    runs = Lanes(section, lanes)
+    runs = Trials(section, trials)
     for one, other in zip(runs.alone(), runs.together(), strict=True):
         assert_same(one, other)
     assert runs.warnings == runs.errors == []
@@ -112,9 +112,9 @@ def assert_same(one: Case, other: Case) -> None:
     assert torch.equal(weights(one), weights(other))
 
 
-def three_runs(tiny_llama: Path) -> Lanes:
-    lanes = [{"adapter": lora(), "rows": at, "training": training(at)} for at in range(3)]
-    return Lanes(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), lanes)
+def three_runs(tiny_llama: Path) -> Trials:
+    trials = [{"adapter": lora(), "rows": at, "training": training(at)} for at in range(3)]
+    return Trials(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), trials)
 
 
 def fail_at(case: Case, step: int, error: Exception) -> None:
