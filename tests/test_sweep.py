@@ -421,12 +421,12 @@ def test_the_folder_of_another_sweep_is_refused(name: str, tiny_llama: Path, tmp
 def test_a_resume_keeps_the_trials_of_a_sweep(tmp_path: Path) -> None:
     """A table without them would replace the table of that sweep."""
     write_json(tmp_path / "sweep.json", {"trials": {"r=2": {}, "r=4": {}}})
-    trials: Any = [SimpleNamespace(trial=SimpleNamespace(name=name), path=tmp_path / name) for name in ("r=4", "r=8")]
+    trials: Any = [SimpleNamespace(recipe=SimpleNamespace(name=name), path=tmp_path / name) for name in ("r=4", "r=8")]
     with pytest.raises(
         RunFolderError, match=r"holds a sweep with other trials \(r=2\); write all values of that sweep"
     ):
         sweep_folder.open_sweep(tmp_path, trials, resume=True)
-    trials += [SimpleNamespace(trial=SimpleNamespace(name="r=2"), path=tmp_path / "r=2")]
+    trials += [SimpleNamespace(recipe=SimpleNamespace(name="r=2"), path=tmp_path / "r=2")]
     sweep_folder.open_sweep(tmp_path, trials, resume=True).release()
 
 

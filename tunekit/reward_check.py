@@ -58,7 +58,7 @@ TOO_MUCH = 0.5  # share of the difference between reference and empty answers
 
 
 @dataclass(frozen=True)
-class Trial:
+class AnswerTest:
     """Answers of one kind, and their rewards. `scores`: (N, F), for N answers and F reward functions. `errors`: the
     errors that reward functions raised."""
 
@@ -86,9 +86,9 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
     kinds = known_answers(_chosen(recipe, console), encode)
     if samples:
         kinds[SAMPLES] = _sampled(recipe, max(1, round(samples / size)), device)
-    trials = [_trial(rewards, name, completions) for name, completions in kinds.items()]
-    findings, notes = judged(rewards, trials, size)
-    _show(console, rewards, trials, size)
+    answer_tests = [_answer_test(rewards, name, completions) for name, completions in kinds.items()]
+    findings, notes = judged(rewards, answer_tests, size)
+    _show(console, rewards, answer_tests, size)
     console.info("", *notes)
     console.warn(*findings)
     if not findings and REFERENCE in kinds:
@@ -97,7 +97,13 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
         console.info(
             "the reward returned valid numbers; no row has a reference answer, so it was not tested on good answers"
         )
-    write_result({"answers": [_values(rewards, trial) for trial in trials], "findings": findings, "notes": notes})
+    write_result(
+        {
+            "answers": [_values(rewards, answer_test) for answer_test in answer_tests],
+            "findings": findings,
+            "notes": notes,
+        }
+    )
     return 2 if findings else 0
 
 
@@ -209,7 +215,7 @@ def _sampled(recipe: Recipe, count: int, device: torch.device) -> list[Completio
     return completions_of(chosen, groups)
 
 
-def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion]) -> Trial:
+def _answer_test(rewards: RewardFunctions, name: str, completions: Sequence[Completion]) -> AnswerTest:
     columns, seconds, errors = list[Rewards](), list[float](), list[str]()
     for number in range(len(rewards.sources)):
         start = time.monotonic()
@@ -220,28 +226,28 @@ def _trial(rewards: RewardFunctions, name: str, completions: Sequence[Completion
             errors.append("; ".join(filter(None, (error.problems[0].what, error.problems[0].how))))
         seconds.append(time.monotonic() - start)
     scores = np.stack(columns, axis=1)
-    return Trial(name, completions, scores, rewards.weighted(scores), seconds, errors)
+    return AnswerTest(name, completions, scores, rewards.weighted(scores), seconds, errors)
 
 
-def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tuple[list[str], list[str]]:
+def judged(rewards: RewardFunctions, answer_tests: Sequence[AnswerTest], size: int) -> tuple[list[str], list[str]]:
     """The findings and the notes about the reward. `size`: the number of samples in a group."""
     places = dict[str, list[str]]()
-    for each in trials:
+    for each in answer_tests:
         for error in each.errors:
             places.setdefault(error, []).append(each.name)
     findings = [
         f"{error} ({names[0]}{f', and {len(names) - 1} more kinds of answers' if names[1:] else ''})"
         for error, names in places.items()
     ]
-    by_name = {each.name: each for each in trials}
+    by_name = {each.name: each for each in answer_tests}
     reference = by_name.get(REFERENCE)
     notes = [] if reference else ["no row has a reference answer, so the reward was not compared with good answers"]
-    failed = {each.name for each in trials if each.errors}
+    failed = {each.name for each in answer_tests if each.errors}
     best = np.nan if reference is None or reference.errors else float(mean(reference.total))
     empty = float(mean(by_name[NOTHING].total)) if NOTHING in by_name else np.nan
-    constant = max((float(mean(each.total)) for each in trials if each.name.startswith(COMMON)), default=np.nan)
+    constant = max((float(mean(each.total)) for each in answer_tests if each.name.startswith(COMMON)), default=np.nan)
     much = empty + TOO_MUCH * (best - empty) if empty < best else best
-    for each in trials:
+    for each in answer_tests:
         other = float(mean(each.total))
         # with two labels, half of the rows have the common answer
         chance = -np.inf if each.name in (PROMPT, PROMPTS) else constant
@@ -249,13 +255,13 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
         if (other >= best or fools) and each.name not in {REFERENCE, SAMPLES, *failed}:  # False if a number is NaN
             text = f"{each.name}: a mean reward of {other:.4g}; {REFERENCE}: {best:.4g}"
             (notes if each.name == SHUFFLED else findings).append(text)
-    notes += _constant(rewards, trials) if reference is not None else ()
-    for each in trials:
+    notes += _constant(rewards, answer_tests) if reference is not None else ()
+    for each in answer_tests:
         for source, seconds in zip(rewards.sources, each.seconds, strict=True):
             slow = seconds / max(len(each.completions), 1)
             if slow > SLOW_SECONDS and not any("took more than" in error for error in each.errors):
                 findings.append(f"{name_of(source)} takes {slow:.2g} s per completion ({each.name})")
-    absent = sum(int(np.isnan(each.total).sum()) for each in trials if each.name not in failed)
+    absent = sum(int(np.isnan(each.total).sum()) for each in answer_tests if each.name not in failed)
     if absent:
         notes.append(f"{absent:,} completions got no reward (None or NaN)")
     sampled = by_name.get(SAMPLES)
@@ -272,12 +278,12 @@ def judged(rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> tupl
     return findings, notes
 
 
-def _constant(rewards: RewardFunctions, trials: Sequence[Trial]) -> Iterator[str]:
+def _constant(rewards: RewardFunctions, answer_tests: Sequence[AnswerTest]) -> Iterator[str]:
     """Notes about reward functions that return the same number for all answers. The sum of several rewards would hide
     such a function."""
     sources = rewards.sources
     for number, source in enumerate(sources if len(sources) > 1 else ()):
-        scores = np.concatenate([each.scores[:, number] for each in trials])  # (N,)
+        scores = np.concatenate([each.scores[:, number] for each in answer_tests])  # (N,)
         if np.isfinite(scores).all() and np.ptp(scores) == 0:
             yield (
                 f"{name_of(source)} returns {scores[0]:.4g} for all answers, even for {REFERENCE}: check how it reads "
@@ -285,7 +291,7 @@ def _constant(rewards: RewardFunctions, trials: Sequence[Trial]) -> Iterator[str
             )
 
 
-def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
+def _values(rewards: RewardFunctions, each: AnswerTest) -> dict[str, Any]:
     """The content of the --json file about one kind of answers. Numbers that are not finite are left out."""
     names = rewards.names
     numbers = {"mean": float(mean(each.total)), "std": float(spread(each.total))}
@@ -296,17 +302,17 @@ def _values(rewards: RewardFunctions, each: Trial) -> dict[str, Any]:
     return {"answers": each.name, **counts, **finite, "seconds": seconds, "errors": list(each.errors)}
 
 
-def _show(console: Console, rewards: RewardFunctions, trials: Sequence[Trial], size: int) -> None:
+def _show(console: Console, rewards: RewardFunctions, answer_tests: Sequence[AnswerTest], size: int) -> None:
     names = rewards.names
     several = names if len(names) > 1 else []
     lines = []
-    for each in trials:
+    for each in answer_tests:
         values = _values(rewards, each)
         numbers = [values.get(name) for name in ("mean", "std", *(f"mean_{name}" for name in several))]
         shown = ["-" if number is None else f"{number:.4g}" for number in numbers]
         lines.append([each.name, len(each.completions), *shown, values["not_judged"], f"{sum(each.seconds):.3g}"])
     console.table(["answers", "completions", "reward", "std", *several, "no reward", "seconds"], lines)
-    sampled = next((each for each in trials if each.name == SAMPLES), None)
+    sampled = next((each for each in answer_tests if each.name == SAMPLES), None)
     if sampled is not None:
         console.info("\nthe first samples:")
         for completion, total in list(zip(sampled.completions, sampled.total.tolist(), strict=True))[:size]:

@@ -84,7 +84,7 @@ def test_the_order_does_not_depend_on_the_process() -> None:
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 3), (0.1, 1), (0.5, 2), (1.5, 5), (2.0, 6), (2.34, 8)])
 def test_fractional_epochs_round_their_last_part_up(epochs: float, steps: int) -> None:
-    assert windows_of(LENGTHS, settings(epochs=epochs)).steps == steps
+    assert windows_of(LENGTHS, settings(epochs=epochs)).count == steps
 
 
 def test_max_steps_goes_through_as_many_epochs_as_it_needs() -> None:
@@ -99,7 +99,7 @@ def test_resuming_at_any_step_gives_the_same_windows(changes: dict[str, object])
         return windows_of(LENGTHS, settings(epochs=3.0, gradient_accumulation_steps=2, **changes))
 
     whole = list(make().after(0))
-    assert len(whole) == make().steps
+    assert len(whole) == make().count
     for first in range(len(whole)):
         rest = list(make().after(first))
         assert [step.step for step in rest] == list(range(first, len(whole)))
@@ -113,8 +113,8 @@ def test_resuming_at_any_step_gives_the_same_windows(changes: dict[str, object])
 def test_ranks_share_each_window(world: int) -> None:
     one = list(windows_of(LENGTHS, settings()).after(0))
     ranks = [list(windows_of(LENGTHS, settings(), rank=rank, world=world).after(0)) for rank in range(world)]
-    for step, step in enumerate(one):
-        parts = [steps[step] for steps in ranks]
+    for number, step in enumerate(one):
+        parts = [steps[number] for steps in ranks]
         together = {index: batch for part in parts for index, batch in zip(part.indices, part.batches, strict=True)}
         assert sorted(together) == list(step.indices)
         assert all(index % world == rank for rank, part in enumerate(parts) for index in part.indices)

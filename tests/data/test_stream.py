@@ -128,10 +128,10 @@ def test_resume_and_ranks(tiny: LoadedTokenizer, tmp_path: Path, changes: dict[s
         assert [step.epoch for step in rest] == [step.epoch for step in whole[first:]]
         assert origins(rest) == origins(whole[first:])
     parts = [list(rows.steps(chosen, rank=rank, world=2).after(0)) for rank in (0, 1)]
-    for step, step in enumerate(whole):
-        assert parts[0][step].indices + parts[1][step].indices == (0, 2, 1)
+    for number, step in enumerate(whole):
+        assert parts[0][number].indices + parts[1][number].indices == (0, 2, 1)
         for index, batch in enumerate(step.batches):
-            other = parts[index % 2][step].batches[index // 2]
+            other = parts[index % 2][number].batches[index // 2]
             assert all(torch.equal(batch.inputs[name], other.inputs[name]) for name in batch.inputs)
             assert torch.equal(batch.targets["labels"], other.targets["labels"])
     assert all(length <= 32 for step in whole for batch in step.batches for length in batch.lengths)

@@ -154,7 +154,7 @@ def trials_of(recipe: Recipe, steps: int, *settings: str) -> Any:
             steps=steps,
             planned=SimpleNamespace(rows=rows),
             error=None,
-            trial=SimpleNamespace(setting=setting, loaded=SimpleNamespace(recipe=recipe)),
+            recipe=SimpleNamespace(setting=setting, loaded=SimpleNamespace(recipe=recipe)),
         )
         for setting in settings
     ]

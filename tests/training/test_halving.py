@@ -65,7 +65,7 @@ def trial(name: str, steps: int, eval_steps: int) -> Any:
     recipe = SimpleNamespace(training=SimpleNamespace(eval_steps=eval_steps))
     rows = SimpleNamespace(objective=SimpleNamespace(loss=SimpleNamespace(updates_per_sampling=1)))
     trial = SimpleNamespace(name=name, setting=name, loaded=SimpleNamespace(recipe=recipe))
-    return SimpleNamespace(trial=trial, plan=object(), planned=SimpleNamespace(rows=rows), steps=steps)
+    return SimpleNamespace(recipe=trial, plan=object(), planned=SimpleNamespace(rows=rows), steps=steps)
 
 
 def test_comparisons_without_training_between_them_are_named() -> None:
@@ -77,7 +77,7 @@ def test_comparisons_without_training_between_them_are_named() -> None:
 
 
 def test_settings_that_a_later_comparison_ended_come_first(tmp_path: Path) -> None:
-    trials = [SimpleNamespace(trial=SimpleNamespace(setting=name), path=tmp_path / name) for name in "abcd"]
+    trials = [SimpleNamespace(recipe=SimpleNamespace(setting=name), path=tmp_path / name) for name in "abcd"]
     (tmp_path / "rungs.json").write_text('{"rungs": [["d", "a"], ["c"]]}', encoding="utf-8")
     runs: Any = trials
     assert list(runs_by_setting(runs)) == ["b", "c", "d", "a"]

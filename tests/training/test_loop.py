@@ -120,10 +120,10 @@ class OneByOne:
     """The same steps, every row a micro-batch of its own."""
 
     def __init__(self, steps: StoredSteps, rows: ListedRows) -> None:
-        self.steps, self._windows, self._rows = steps.count, steps, rows
+        self.count, self._steps, self._rows = steps.count, steps, rows
 
     def after(self, first_step: int) -> Iterator[StepBatches]:
-        for step in self._windows.after(first_step):
+        for step in self._steps.after(first_step):
             numbers = [row.number for batch in step.batches for row in batch.rows]
             batches = tuple(collate(self._rows, [(number,)], objective_of().rows) for number in numbers)
             yield StepBatches(step.step, step.epoch, tuple(range(len(batches))), batches)
@@ -410,7 +410,7 @@ def test_data_that_are_gone_end_the_run_after_a_checkpoint(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=6, save_steps=2, eval_steps=3))
-    steps = case.steps.steps
+    after = case.steps.after
 
     def gone() -> Evaluation:
         if case.parts.state.step < 3:
@@ -418,11 +418,11 @@ def test_data_that_are_gone_end_the_run_after_a_checkpoint(
         raise DataError("no such file", file="d.jsonl")
 
     def three(first: int) -> Iterator[StepBatches]:
-        yield from islice(steps(first), 3)
+        yield from islice(after(first), 3)
         gone()
 
     if place == "steps":
-        monkeypatch.setattr(case.steps, "steps", three)
+        monkeypatch.setattr(case.steps, "after", three)
     else:
         case.evaluate_with(gone)
     with pytest.raises(InputError) as caught:
