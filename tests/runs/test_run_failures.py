@@ -154,9 +154,10 @@ def test_a_run_of_an_older_version_continues_unless_its_layers_were_compiled(
     assert ended.code == 0, ended.output
     lose_the_end(run)
     saved = run / "recipe.yaml"
-    saved.write_text(saved.read_text().replace("\ntraining:\n", "\ntraining:\n  compile: false\n"))
+    text = saved.read_text()
     plan = json.loads((run / "plan.json").read_text())
     for compiled, code in ((True, 2), (False, 0)):
+        saved.write_text(text.replace("\ntraining:\n", f"\ntraining:\n  compile: {json.dumps(compiled)}\n"))
         plan["choice"]["compiled"] = compiled
         (run / "plan.json").write_text(json.dumps(plan))
         ended = train_in_child(saved, run, resume=True)

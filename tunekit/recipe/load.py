@@ -145,9 +145,10 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
 
 
 def _drop_compile(draft: Draft) -> None:
-    """Drop training.compile, unless it is true, if the file is in a run folder: older versions saved all keys there."""
-    key = ("training", "compile")
-    if draft.get(key) in (False, "auto") and (Path(draft.file).parent / "plan.json").exists():
+    """Drop training.compile from a recipe that an older version wrote: these have all keys. A run whose layers were
+    compiled is refused later, through plan.json, and only if it is resumed."""
+    key, folder = ("training", "compile"), Path(draft.file).parent
+    if draft.has(key) and any((folder / name).exists() for name in ("plan.json", "sweep.json")):
         draft.remove(key)
 
 
