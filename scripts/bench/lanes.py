@@ -72,7 +72,7 @@ from tunekit.training.engine import Engine
 ends, run = [], Engine.run
 def timed(engine, works):
     results = run(engine, works)
-    if any(work.window.step >= 0 for work in works):  # not the longest batch, which is tried before training
+    if not any(work.batches.is_dry_run for work in works):
         ends.append(time.process_time())
     return results
 Engine.run = timed
