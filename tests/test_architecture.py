@@ -249,7 +249,7 @@ def test_rooms_import_only_lower_rooms_and_packages_have_one_door() -> None:
         ("plan", "from tunekit.cli import main"),
         ("model/load", "from . import tokenizer"),
         ("console", "from tunekit.artifacts.run import RunFolder"),
-        ("tuned/model", "from tunekit.planning.plan import make_plan"),
+        ("tuned/model", "from tunekit.planning.plan import plan"),
         ("arithmetic/merge", "from tunekit.training.run import Run"),
         ("training/loop", "import peft"),
     ],

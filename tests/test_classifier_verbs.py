@@ -16,6 +16,7 @@ from transformers import BertForSequenceClassification
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import texts, write_recipe
+from tests.support.plans import make_plan
 from tests.support.train_case import train
 from tunekit.adapter import diff_verb
 from tunekit.chat import chat_verb
@@ -26,7 +27,6 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
 from tunekit.generate import generate_verb
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.records import EvaluationRecord
 from tunekit.targets.target import find_target, load_target

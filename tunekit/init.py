@@ -360,7 +360,8 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         ]
     from tunekit.machine.devices import make_devices
     from tunekit.machine.memory import available_bytes
-    from tunekit.planning.plan import make_plan
+    from tunekit.planning.plan import plan as plan_run
+    from tunekit.planning.prepare import prepare
     from tunekit.planning.row_kind import row_kind_at_hand
 
     devices = make_devices()
@@ -373,11 +374,11 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         note = "; without quantization the run does not fit this machine's memory" if changed else ""
         first = replace(first, quantization=quantization, note=note)
         write_text(target, recipe_text(first, target))
-        plan, inputs = make_plan(load_recipe(target), device=devices.device)
+        plan, inputs = plan_run(prepare(load_recipe(target), devices.device))
         if inputs.learned_length is not None and first.length > inputs.learned_length:
             first = replace(first, positions=inputs.learned_length)
             write_text(target, recipe_text(first, target))
-            plan, _ = make_plan(load_recipe(target), device=devices.device)
+            plan, _ = plan_run(prepare(load_recipe(target), devices.device))
         refused = [f"{refusal.key}: {refusal.message}" for refusal in plan.refusals]
         fits = free is None or plan.peak_bytes.total < free
         if fits and not refused:

@@ -78,7 +78,7 @@ def reward_check_verb(loaded: LoadedRecipe, samples: int, json_file: str | None)
     settings = recipe.objective
     if not isinstance(settings, SampleSettings):
         raise InputError(f"objective {settings.method} has no reward", "name a recipe with objective: grpo or rloo")
-    rewards, size = make(CompanionSpec("rewards", "objective.reward", settings.reward)), settings.num_generations
+    rewards, size = make(CompanionSpec("rewards", "objective.reward", settings)), settings.num_generations
     device = make_devices().device
     rewards.load(device)
     rewards.limit_seconds = LIMIT_SECONDS

@@ -26,7 +26,7 @@ from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.memory import reset_host_peak
 from tunekit.machine.signals import StopSignals
 from tunekit.planning.announce import announce
-from tunekit.planning.session import plan_session
+from tunekit.planning.ranks import plan_session
 from tunekit.planning.trial_groups import group_trials
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe

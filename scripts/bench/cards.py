@@ -159,7 +159,7 @@ def simulated(case: Case) -> dict[str, int]:
             streamed_head=case.streamed_head,
         )
         adapter = FullSettings() if case.method == "full" else LoraSettings(r=case.r, alpha=2.0 * case.r)
-        run = SimulatedRun(section, adapter, objective, TrainingSection(), choice, GPU, bases={section: base})
+        run = SimulatedRun(base, adapter, objective, TrainingSection(), choice, GPU)
         peak = peak_bytes(run.training_step(micro_batch(case, objective)), None, None, GPU, base.dtype)
         parts = {name: getattr(peak, name) for name in ("weights", "adapter", "optimizer", "activations", "logits")}
         sizes = {"total": peak.total, "layers": layer_bytes(base), "parameters": base.facts.total_parameters}

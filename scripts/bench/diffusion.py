@@ -25,7 +25,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from tests.support.published_pipelines import PARTS, written_pipeline  # noqa: E402
 from tunekit.planning import resources  # noqa: E402
-from tunekit.planning.plan import make_plan  # noqa: E402
+from tunekit.planning.plan import plan  # noqa: E402
+from tunekit.planning.prepare import prepare  # noqa: E402
 from tunekit.recipe.load import load_recipe  # noqa: E402
 
 GB = 1e9
@@ -70,8 +71,8 @@ def write_recipe(work: Path) -> Path:
 
 
 def planned(recipe: Path, changes: list[str], device: str) -> float:
-    plan, _ = make_plan(load_recipe(recipe, changes), device=torch.device(device))
-    return plan.peak_bytes.total / GB
+    made, _ = plan(prepare(load_recipe(recipe, changes), torch.device(device)))
+    return made.peak_bytes.total / GB
 
 
 def measured(recipe: Path, changes: list[str]) -> float:

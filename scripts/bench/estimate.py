@@ -184,12 +184,14 @@ sys.path.insert(0, {repository!r})
 import torch
 torch.set_num_threads(1)
 from dataclasses import asdict
-from tunekit.planning.plan import make_plan
+from tunekit.machine.devices import make_devices
+from tunekit.planning.plan import plan
+from tunekit.planning.prepare import prepare
 from tunekit.recipe.load import load_recipe
 import tunekit.train
 loaded = load_recipe(sys.argv[1], sys.argv[2:])
-plan, _ = make_plan(loaded)
-print(json.dumps({{"plan": asdict(plan), "modules": sorted(sys.modules)}}))
+made, _ = plan(prepare(loaded, make_devices().device))
+print(json.dumps({{"plan": asdict(made), "modules": sorted(sys.modules)}}))
 """
 
 MEASURE = """

@@ -124,7 +124,8 @@ def simulated_peak(row: Row, device: torch.device, checkpointed: int) -> dict[st
     with configuration_folder(row.model) as folder:
         section, base = model_section(folder, row.quantization), meta_base(row.model, row.quantization, device)
         choice = row_execution(row, base.text.vocabulary_size, checkpointed)
-        run = SimulatedRun(section, adapter_settings(row), objective_of(row), training_section(row), choice, run_device)
+        meta = make_meta_model(section, device=run_device)
+        run = SimulatedRun(meta, adapter_settings(row), objective_of(row), training_section(row), choice, run_device)
         together = 1 if row.engine == "resident" else min(row.micro_batches, row.pass_size)
         step = run.training_step(micro_batch(row, 0, 0), together)
     peak = peak_bytes(step, None, None, run_device, base.dtype)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tests.adapters.test_joined_lora import adapted, gradients
 from tests.model.test_families import make_net
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
 from tunekit.adapters.kernels.liger import liger_places, use_liger
 from tunekit.planning import kernels
 from tunekit.planning.kernels import kernel_problems
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.adapters.test_joined_lora import adapted, gradients
 from tests.architectures.tiny import tiny_config
 from tests.model.test_causal_attention import LENGTHS, make_inputs, reference, values_and_gradients
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
 from tunekit.adapters.kernels.lora_products import Gated
 from tunekit.adapters.kernels.native import NativeGated, NativeNorm, use_native
@@ -32,7 +33,6 @@ from tunekit.model.native.attention import attend_natively
 from tunekit.model.native.library import NoKernels, load_kernels
 from tunekit.planning import kernels
 from tunekit.planning.kernels import planned_kernels
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 CPU = torch.device("cpu")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from tests.support.plans import make_plan
 from tunekit.cli import app
 from tunekit.errors import TunekitError
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 CELLS = ("plan", "train", "eval", "generate", "merge", "peft", "packed", "nf4", "streamed")

@@ -11,10 +11,10 @@ import pytest
 from tests.objectives.test_dpo import CPU
 from tests.objectives.test_grpo import base as base
 from tests.objectives.test_grpo import write_prompts
+from tests.support.plans import make_plan
 from tests.support.train_case import train
 from tunekit.companions.sampling import SamplingMemory, cache_shapes
 from tunekit.model.text.decoder import Decoder
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.records import bytes_text
 

@@ -12,13 +12,13 @@ from transformers import AutoTokenizer
 
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import tokenizer_of
+from tests.support.plans import make_plan
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.looking.look import look_at_rows
 from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.data.reading.first import format_maker
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.names import objective_class
 

@@ -15,6 +15,7 @@ import torch
 from tests.objectives.test_dpo import base as base
 from tests.objectives.test_dpo import pairs, write_recipe
 from tests.objectives.test_kto import unpaired
+from tests.support.plans import make_plan
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import StepBatches
 from tunekit.errors import ResourceError
@@ -22,7 +23,6 @@ from tunekit.evaluation.evaluator import Evaluation, Evaluator, Queries
 from tunekit.evaluation.scores import undisturbed
 from tunekit.machine.devices import Devices
 from tunekit.model.load import load_model
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import load_recipe

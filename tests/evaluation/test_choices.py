@@ -17,6 +17,7 @@ from tests.architectures.tiny import write_tiny
 from tests.conftest import write_tiny_llama
 from tests.memory.test_streaming_seq2seq import make_net
 from tests.support.loop_case import CPU
+from tests.support.plans import make_plan
 from tunekit.contracts import EncodeOptions
 from tunekit.data.encoding.answers import prompt_of, with_own_text
 from tunekit.data.rows import Written
@@ -36,7 +37,6 @@ from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.rows.choices import Answer, Question, split_question
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import settings_class

@@ -29,6 +29,7 @@ from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.tiling import Tiles, tile_layers
 from tunekit.model.call import current_call
 from tunekit.model.families.causal import FAMILY
+from tunekit.model.load import make_meta_model
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.dora import DoraSettings
@@ -268,8 +269,9 @@ def adapted(model_type: str, checkpointed: int, tokens: int | None) -> tuple[Any
 
 def simulated(folder: Path, device: str = "cpu", layers: int = 0, tokens: int = 480, **memory: Any) -> Simulation:
     """A step of one long row; eager attention, whose memory needs no kernel of the device."""
+    section = ModelSection(name_or_path=str(folder), dtype="float32", attention="eager")
     run = SimulatedRun(
-        ModelSection(name_or_path=str(folder), dtype="float32", attention="eager"), LoraSettings(r=4), objective_of(),
+        make_meta_model(section, device=torch.device(device)), LoraSettings(r=4), objective_of(),
         TrainingSection(), ExecutionSettings(logits_chunk_tokens=16, checkpointed_layers=layers, **memory),
         torch.device(device),
     )  # fmt: skip

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from tests.support.loop_case import make_case, make_rows
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
 from tests.training.test_loop import training
 from tunekit.model.quantized import codec, fp8
 from tunekit.model.quantized.weights import PackedLinear, multiplies_exactly, pack_linear
 from tunekit.planning import refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 

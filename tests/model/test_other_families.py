@@ -24,6 +24,7 @@ from transformers import (
 from tests.conftest import write_tiny_llama
 from tests.model.test_decoder import run
 from tests.support.peft_case import BASES, HEADS, LAYERS, SIZES, VOCABULARY, move_from_start
+from tests.support.plans import make_plan
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import attach_adapter_folder, save_adapter_folder
 from tunekit.adapters.targets import find_targets
@@ -36,7 +37,6 @@ from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.text.continuation import Continuation
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import settings_class

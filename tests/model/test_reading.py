@@ -16,6 +16,7 @@ from torch import nn
 from tests.architectures.tiny import write_tiny
 from tests.model.test_families import MODELS, make_net
 from tests.model.test_other_families import MAKERS
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
 from tunekit.errors import ModelError
 from tunekit.memory.streaming import base_obstacle
@@ -24,7 +25,6 @@ from tunekit.model.load import load_model, make_meta_model
 from tunekit.model.storage.reading import BaseReader, fill_net, load_generation_config, open_base, unfilled_net
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import quiet
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 

@@ -17,6 +17,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 
 from tests.objectives.test_classify import losses_of, start_as_ours
 from tests.support.data_case import write_lines
+from tests.support.plans import make_plan
 from tests.support.speech_case import RATE, SECONDS, held_sound, keys, write_recipe, write_tiny_whisper
 from tests.support.train_case import check_a_resume, check_streamed, losses, train
 from tunekit.contracts import EncodeOptions, Row, RowKind
@@ -35,7 +36,6 @@ from tunekit.model.storage.shards import read_headers
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.recordings import SILENT
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe

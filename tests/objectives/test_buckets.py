@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from tests.support.image_case import CLASS_PROMPT, ByHand, records, write_image_recipe, write_photos
+from tests.support.plans import make_plan
 from tests.support.tiny_pipelines import SIZE, saved_pipeline
 from tests.support.train_case import check_a_resume
 from tunekit.errors import InputError
 from tunekit.evaluate import evaluate_verb
 from tunekit.objectives.dreambooth import CUT
 from tunekit.objectives.rows.pictures import PictureRows, bucket_of, fitting_bucket, made_buckets, nearest_bucket
-from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target

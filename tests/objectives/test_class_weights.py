@@ -15,10 +15,10 @@ from tests.objectives.test_classify import CPU, losses_of, start_as_ours, texts,
 from tests.objectives.test_classify import base as base
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
+from tests.support.plans import make_plan
 from tests.support.train_case import lose_the_end, losses, tensors_of, train
 from tunekit.errors import RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 STEPS = 10

@@ -24,10 +24,10 @@ from tests.objectives.test_classify import losses_of, start_as_ours, texts, writ
 from tests.objectives.test_problem_types import KINDS, rows_of, target_of
 from tests.objectives.test_problem_types import write_recipe as write_typed
 from tests.support.classifier_case import check_each_reads_the_other, close
+from tests.support.plans import make_plan
 from tests.support.train_case import losses, train
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.errors import ModelError
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.targets.labels import head_facts

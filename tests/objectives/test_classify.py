@@ -30,6 +30,7 @@ from transformers import (
 
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import tokenizer_of
+from tests.support.plans import make_plan
 from tests.support.train_case import check_a_resume, losses, tensors_of, train, write_sections
 from tunekit.adapter import combine_verb, convert_verb, diff_verb, export_checkpoint_verb
 from tunekit.adapters.folder.config import read_adapter_config
@@ -42,7 +43,6 @@ from tunekit.metrics import accuracy, macro_f1, micro_f1
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.classify import ClassifySettings

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_logprobs import CappedHead, numbers
+from tests.support.plans import make_plan
 from tests.support.train_case import lose_the_end, losses, records, result_bytes, without_times, write_recipe
 from tunekit.companions.base import load_companions
 from tunekit.contracts import ModelOutput
@@ -21,7 +22,6 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.memory.bandwidths import layer_bytes
 from tunekit.model.load import load_model
 from tunekit.objectives.losses.logprobs import divergence, divergences
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
 from tunekit.tuned.model import ModelRun

@@ -21,6 +21,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import objective_of
 from tests.support.pair_case import Told, make_rows, trainer_of
+from tests.support.plans import make_plan
 from tests.support.train_case import (
     check_a_resume,
     lose_the_end,
@@ -41,7 +42,6 @@ from tunekit.model.load import load_model
 from tunekit.objectives.losses.preferences import LOSSES
 from tunekit.objectives.rows.answers import ASKS_AGAIN, NOT_ANSWERED
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.bases.pair_settings import REWARDS
 from tunekit.recipe.load import load_recipe

@@ -23,6 +23,7 @@ from tests.support.image_case import (
     write_image_recipe,
     write_photos,
 )
+from tests.support.plans import make_plan
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers, saved_pipeline
 from tests.support.train_case import check_a_resume, lose_the_end
 from tunekit.adapter import adopt_verb
@@ -36,7 +37,6 @@ from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.families.pipeline.processor import load_processor
 from tunekit.objectives.dreambooth import make
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
@@ -208,7 +208,7 @@ def test_ranks_look_for_missing_class_pictures_before_any_of_them_draws(tmp_path
         return local
 
     found._draw = lambda run, prompt, numbers, keep: drawn.append(list(numbers))
-    found._draw_missing(SimpleNamespace(gather=gather))
+    found._draw_missing(SimpleNamespace(gather=gather), writes=True)
     assert drawn == [[0, 1]]
     assert met == [0, 1]
 

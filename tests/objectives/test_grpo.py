@@ -21,6 +21,7 @@ from tests.objectives.test_dpo import base as base
 from tests.objectives.test_reward import write_reward
 from tests.objectives.test_rewards import loaded
 from tests.support.pair_case import on_two_ranks
+from tests.support.plans import make_plan
 from tests.support.sample_case import Case
 from tests.support.train_case import lose_the_end, losses, records, tensors_of, train, without_times
 from tunekit.companions.base import load_companions
@@ -41,7 +42,6 @@ from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.prompts import Completion
-from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.grpo import GrpoSettings

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from tests.support.image_case import COLOURS, records, write_classes
+from tests.support.plans import make_plan
 from tests.support.tiny_vit import DEVIATION, MEAN, SIDE, write_tiny_vit
 from tests.support.train_case import check_a_resume, write_sections
 from tunekit.adapters.attach import attach_adapter
@@ -34,7 +35,6 @@ from tunekit.model.call import seed_for
 from tunekit.model.families import image_classifier
 from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.load import load_model
-from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.report import report_verb

@@ -21,8 +21,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageClassification, Siglip
 from tests.objectives.test_image_classify import trained, write
 from tests.support.classifier_case import check_each_reads_the_other, close
 from tests.support.image_case import COLOURS, records, write_classes
+from tests.support.plans import make_plan
 from tunekit.errors import InputError
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

@@ -22,13 +22,13 @@ from tests.objectives.test_dpo import CPU, check_it_is_one_run, write_recipe
 from tests.objectives.test_dpo import base as base
 from tests.support.data_case import objective_of
 from tests.support.pair_case import Output, log_probabilities_of, on_two_ranks, parts_of, run_of, trainer_of
+from tests.support.plans import make_plan
 from tests.support.train_case import records, train
 from tunekit.contracts import Batch, EncodeOptions, Row, StepBatches
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
-from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.kto import LOGGED, KtoSettings

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from tests.objectives.test_classify import CPU, classifier, write_recipe
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
+from tests.support.plans import make_plan
 from tests.support.train_case import train
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import read_source
@@ -23,7 +24,6 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.formats import labels as labels_format
 from tunekit.merge import merge_verb
 from tunekit.model.load import load_model
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.data import Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.classify import ClassifySettings

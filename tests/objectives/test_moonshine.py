@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, MoonshineConfig, MoonshineForConditionalGeneration, Wav2Vec2FeatureExtractor
 
 from tests.objectives.test_classify import losses_of, start_as_ours
+from tests.support.plans import make_plan
 from tests.support.speech_case import texts, write_recipe, write_sounds
 from tests.support.train_case import check_a_resume, check_streamed, losses, train
 from tunekit.data.encoding.sounds import resampled
@@ -21,7 +22,6 @@ from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.model.speech.processor import MIN_SAMPLES
 from tunekit.model.storage.builtin import tiny_model_folder
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

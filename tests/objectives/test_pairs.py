@@ -35,6 +35,7 @@ from tests.objectives.test_classifier_table import DEBERTA_2, DROPOUT, ROBERTA, 
 from tests.objectives.test_classify import losses_of, start_as_ours, write_recipe
 from tests.support.classifier_case import check_each_reads_the_other
 from tests.support.data_case import tokenizer_of
+from tests.support.plans import make_plan
 from tests.support.train_case import check_a_resume, losses, train
 from tests.test_data_check import check
 from tunekit.contracts import EncodeOptions, Row
@@ -48,7 +49,6 @@ from tunekit.init import init_verb
 from tunekit.merge import merge_verb
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.pairs import join_texts, sized_pair, types_of
-from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.classify import ClassifySettings

@@ -25,6 +25,7 @@ from tests.objectives.test_classify import base as base
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import write_recipe as write_labelled
+from tests.support.plans import make_plan
 from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_vit import write_tiny_vit
 from tests.support.train_case import lose_the_end, losses, tensors_of, train
@@ -40,7 +41,6 @@ from tunekit.metrics.outputs import ROW_VALUES, output_table
 from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.losses.multi_label import MultiLabelLoss, best_threshold
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

@@ -23,11 +23,11 @@ from tests.objectives.test_dpo import base as base
 from tests.objectives.test_dpo import check_it_is_one_run, write_recipe
 from tests.objectives.test_grpo import measured, write_prompts
 from tests.objectives.test_kto import write_kto
+from tests.support.plans import make_plan
 from tests.support.train_case import lose_the_end, losses, records, tensors_of, train
 from tests.support.train_case import write_recipe as write_chat_recipe
 from tests.training.test_ranks import TORCHRUN, run_two
 from tunekit.errors import InputError
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.tuned.model import TunedModel
 

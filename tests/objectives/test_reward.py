@@ -21,6 +21,7 @@ from tests.objectives.test_dpo import CPU, check_it_is_one_run, pairs, write_rec
 from tests.objectives.test_dpo import base as base
 from tests.support.data_case import objective_of
 from tests.support.pair_case import PAIRS, parts_of, trainer_of
+from tests.support.plans import make_plan
 from tests.support.train_case import losses, records, train
 from tunekit.contracts import Batch, ModelOutput, Row
 from tunekit.errors import InputError, TunekitError
@@ -29,7 +30,6 @@ from tunekit.generate import answer, generate_verb, score_file
 from tunekit.merge import merge_verb
 from tunekit.objectives.rows.answers import SIDES
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.reward import SCORES, RewardSettings
 from tunekit.targets.target import find_target, load_target

@@ -30,7 +30,7 @@ SAID = [
 
 
 def rewards_of(*sources: dict[str, Any]) -> RewardFunctions:
-    return make(CompanionSpec("rewards", "objective.reward", GrpoSettings.model_validate({"reward": sources}).reward))
+    return make(CompanionSpec("rewards", "objective.reward", GrpoSettings.model_validate({"reward": sources})))
 
 
 def loaded(*sources: dict[str, Any]) -> RewardFunctions:

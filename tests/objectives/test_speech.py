@@ -17,6 +17,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperForConditio
 from transformers.models.whisper.modeling_whisper import _compute_mask_indices
 
 from tests.objectives.test_classify import losses_of, start_as_ours
+from tests.support.plans import make_plan
 from tests.support.speech_case import RATE, SECONDS, keys, texts, write_recipe, write_sounds, write_tiny_whisper
 from tests.support.train_case import check_a_resume, check_streamed, losses, train
 from tunekit.contracts import EncodeOptions, Row, RowKind
@@ -37,7 +38,6 @@ from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.recordings import SILENT
 from tunekit.objectives.rows.spec_augment import drawn_masks, masked
 from tunekit.objectives.rows.transcripts import EMPTY, TranscriptRows
-from tunekit.planning.plan import make_plan
 from tunekit.preview import preview_verb
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe

@@ -15,6 +15,7 @@ from tests.conftest import write_tiny_llama
 from tests.objectives.test_classify import base as base
 from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import losses_of, start_as_ours
+from tests.support.plans import make_plan
 from tests.support.train_case import check_a_resume, losses, train, write_sections
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
@@ -23,7 +24,6 @@ from tunekit.merge import merge_verb
 from tunekit.metrics.span_f1 import find_spans, from_sums, kinds_of
 from tunekit.model.load import load_model
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

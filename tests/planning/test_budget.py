@@ -6,6 +6,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,20 +18,20 @@ import torch
 from tests.conftest import write_tiny_llama
 from tests.planning.test_plan import plan_of
 from tests.support.data_case import Rows, objective_of, settings
+from tests.support.plans import make_plan
 from tests.support.train_case import kill_self, records, result_bytes, train_in_child, write_recipe
 from tunekit.data.batching.steps import StoredSteps
 from tunekit.machine.memory import limit_bytes
 from tunekit.memory.offload import BoundaryStore, make_store
 from tunekit.planning import cheaper
-from tunekit.planning.execution import TOLERANCE, SearchSpace, StepCost, fastest, smaller_micro_batches, with_execution
+from tunekit.planning.execution import TOLERANCE, SearchSpace, fastest, relative_time, smaller_micro_batches
 from tunekit.planning.forecast import largest_batch
 from tunekit.planning.memory import MARGIN, trial_reason, usable_bytes
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.records import ExecutionSettings
 
 MIB = 2**20
-COST = StepCost("cpu", layers=12, row_tokens=300, step_tokens=4800, head_share=0.2)
+TIME = partial(relative_time, device="cpu", layers=12, row_tokens=300, step_tokens=4800, head_share=0.2)
 
 
 def some_peak(choice: ExecutionSettings) -> int:
@@ -60,14 +61,14 @@ def test_no_other_setting_that_fits_is_faster(seed: int) -> None:
         asked.append(choice)
         return some_peak(choice) - limit
 
-    found = fastest(space, COST.relative_time, excess)
+    found = fastest(space, TIME, excess)
     every = {tier: [choice for start in space.grid(tier) for choice in space.deeper(start)] for tier in space.tiers}
     for tier, choices in every.items():
         assert some_peak(space.smallest(tier)) == min(map(some_peak, choices))
         fitting = [choice for choice in choices if some_peak(choice) <= limit]
         if fitting:  # of the first tier in which anything fits
             assert found in fitting
-            assert COST.relative_time(found) <= min(map(COST.relative_time, fitting)) / (1 - TOLERANCE)
+            assert TIME(found) <= min(map(TIME, fitting)) / (1 - TOLERANCE)
             break
     else:
         assert found is None
@@ -81,11 +82,11 @@ def test_time_grows_with_everything_that_saves_memory() -> None:
         replace(base, logits_chunk_tokens=64),
         replace(base, checkpointed_layers=1),
     ):
-        assert COST.relative_time(slower) > COST.relative_time(base)
+        assert TIME(slower) > TIME(base)
     every, none = replace(base, checkpointed_layers=12), base
-    assert COST.relative_time(every) - COST.relative_time(none) == pytest.approx(0.5)
+    assert TIME(every) - TIME(none) == pytest.approx(0.5)
     streamed = replace(base, streaming="host")
-    assert COST.relative_time(replace(streamed, pass_micro_batches=2)) < COST.relative_time(streamed)
+    assert TIME(replace(streamed, pass_micro_batches=2)) < TIME(streamed)
 
 
 @pytest.mark.parametrize("changes", [{}, {"packing": True}, {"epochs": None, "max_steps": 11}])
@@ -97,8 +98,9 @@ def test_smaller_micro_batches_leave_every_step_its_rows(written: tuple[int, int
     options = smaller_micro_batches(*written)
     assert options[0] == written
     assert options[-1] == (1, written[0] * written[1])
-    for size, steps in options:
-        steps = StoredSteps(rows, objective_of().rows, with_execution(given, ExecutionSettings(size, steps, 64)))
+    for size, count in options:
+        cut = replace(given, micro_batch_size=size, gradient_accumulation_steps=count)
+        steps = StoredSteps(rows, objective_of().rows, cut)
         found = list(steps.after(0))
         assert [_rows_of(step) for step in found] == expected
         assert max(len(batch.lengths) for step in found for batch in step.batches) <= (size or 0)
@@ -219,12 +221,13 @@ def test_the_cheapest_changes_that_save_memory(
 ) -> None:
     """Changes of a peak of 100 MiB, from cheap to costly; the choice stands for the peak."""
     changes = [
-        cheaper.Change(key, 1, execution=lambda old, less=less: old - int(less * MIB))  # type: ignore[misc]
+        (key, 1, lambda old, less=less: replace(old, execution=old.execution - int(less * MIB)))
         for key, less in saved.items()
     ]
     monkeypatch.setattr(cheaper, "_changes", lambda *given: iter(changes))
-    none, peaks = cast(Any, None), cast(Any, SimpleNamespace(peak=lambda choice: SimpleNamespace(total=choice)))
-    assert cheaper.cheapest_changes(none, peaks, none, cast(Any, 100 * MIB), 100 * MIB, limit * MIB) == said
+    forecast = SimpleNamespace(peak=lambda choice: SimpleNamespace(total=choice))
+    prepared: Any = SimpleNamespace(forecast=forecast)
+    assert cheaper.cheapest_changes(prepared, cast(Any, None), cast(Any, 100 * MIB), 100 * MIB, limit * MIB) == said
 
 
 @pytest.mark.slow

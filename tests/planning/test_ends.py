@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 END = 2  # <|im_end|>

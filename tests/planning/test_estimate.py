@@ -6,7 +6,7 @@ import importlib.util
 import math
 import sys
 import tracemalloc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -29,22 +29,16 @@ from tunekit.data.batching.steps import BatchSettings, StoredSteps, collate
 from tunekit.evaluation.probes import logprob_difference, packing_leak
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.machine.memory import _group_available
-from tunekit.model.load import load_model
+from tunekit.model.load import load_model, make_meta_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
-from tunekit.planning import session
-from tunekit.planning.execution import SearchSpace, StepCost, fastest
+from tunekit.model.storage.reading import CHUNK_BYTES
+from tunekit.planning import ranks
+from tunekit.planning.execution import SearchSpace, fastest, relative_time
 from tunekit.planning.forecast import Forecast, largest_batch
 from tunekit.planning.simulated import outputs
 from tunekit.planning.simulated.estimate import COMPILED_BYTES, KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
 from tunekit.planning.simulated.kernels import backward_buffers, workspace_bytes
-from tunekit.planning.simulated.loading import (
-    StoredBase,
-    load_bytes,
-    packing_bytes,
-    parsing_bytes,
-    stored_base,
-    untouched_bytes,
-)
+from tunekit.planning.simulated.loading import TOKEN_BYTES, StoredBase, load_bytes, untouched_bytes
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -104,9 +98,9 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("wide"), layers=3, hidden=128)
 
 
-def real_step(run: SimulatedRun, batch: Any) -> Simulation:
+def real_step(run: SimulatedRun, section: ModelSection, batch: Any) -> Simulation:
     """The same step as SimulatedRun.training_step with values, followed by the same tracker."""
-    base = load_model(run.model, device=CPU)
+    base = load_model(section, device=CPU)
     head = base.family.head_name(base.net)
     tuned = prepare_network(base, run.execution, partial(attach_adapter, base.net, run.adapter, seed=0, head_name=head))
     adapter = tuned.adapter
@@ -137,8 +131,9 @@ def real_step(run: SimulatedRun, batch: Any) -> Simulation:
 def test_a_simulated_step_needs_what_a_real_one_needs(
     wide_llama: Path, dtype: Any, packed: bool, checkpointed: int, attention: Any, dropout: float
 ) -> None:
+    section = ModelSection(name_or_path=str(wide_llama), dtype=dtype, attention=attention)
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama), dtype=dtype, attention=attention),
+        make_meta_model(section, device=CPU),
         LoraSettings(r=8, dropout=dropout),
         objective_of(),
         TrainingSection(),
@@ -148,7 +143,7 @@ def test_a_simulated_step_needs_what_a_real_one_needs(
     rows = make_rows(8, shortest=100, longest=120)
     groups = [(0, 1, 2), (3, 4)] if packed else [(0,), (1,), (2,)]
     batch = collate(rows, groups, objective_of().rows)
-    simulated, real = run.training_step(batch), real_step(run, batch)
+    simulated, real = run.training_step(batch), real_step(run, section, batch)
     # ids and positions exist on the host before a real step, and are placed on the device inside a simulated one
     placed = 3 * batch.padded * 8
     assert abs(simulated.total - real.total) <= placed
@@ -184,7 +179,7 @@ def test_a_remembered_output_is_what_torch_makes(
     monkeypatch.setattr("tunekit.planning.simulated.values.meta_output", checked)
     section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
     run = SimulatedRun(
-        section,
+        make_meta_model(section, device=CPU),
         LoraSettings(r=8, dropout=0.1),
         objective_of(),
         TrainingSection(),
@@ -220,7 +215,8 @@ def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> N
         section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
         for optimizer in ("adamw", "adamw_8bit", "paged_adamw") if quantization == "none" else ("adamw",):
             training = TrainingSection(optimizer=optimizer)
-            run = SimulatedRun(section, LoraSettings(r=64), objective_of(), training, ExecutionSettings(), CPU)
+            base = make_meta_model(section, device=CPU)
+            run = SimulatedRun(base, LoraSettings(r=64), objective_of(), training, ExecutionSettings(), CPU)
             peaks[quantization, optimizer] = run.training_step(batch).peak
     weights = {name: peaks[name, "adamw"]["weights"] for name in ("none", "int8_weight_only", "nf4")}
     assert weights["nf4"] < weights["int8_weight_only"] < weights["none"]
@@ -258,7 +254,7 @@ def test_bitsandbytes_update_holds_the_blocks_that_are_counted(name: Any) -> Non
 
 def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama), dtype="float32"),
+        make_meta_model(ModelSection(name_or_path=str(wide_llama), dtype="float32"), device=CPU),
         LoraSettings(),
         objective_of(),
         TrainingSection(),
@@ -279,8 +275,9 @@ def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_micro_batch_of_a_streamed_pass_counts(wide_llama: Path, device: str, micro_batches: int) -> None:
     """A few are simulated; all of them would need as much."""
+    section = ModelSection(name_or_path=str(wide_llama), dtype="float32", attention="eager")
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama), dtype="float32", attention="eager"),
+        make_meta_model(section, device=torch.device(device)),
         LoraSettings(),
         objective_of(),
         TrainingSection(),
@@ -295,7 +292,7 @@ def test_every_micro_batch_of_a_streamed_pass_counts(wide_llama: Path, device: s
 
 def test_a_simulation_leaves_the_random_state_alone(wide_llama: Path) -> None:
     run = SimulatedRun(
-        ModelSection(name_or_path=str(wide_llama)),
+        make_meta_model(ModelSection(name_or_path=str(wide_llama)), device=CPU),
         LoraSettings(),
         objective_of(),
         TrainingSection(),
@@ -376,14 +373,30 @@ def test_the_peak_of_a_run_is_the_highest_of_its_work(monkeypatch: pytest.Monkey
     assert peak_bytes(huge, None, None, CPU, torch.float32).total == 10**11 + MOST_KEPT_BYTES + PROCESS_BYTES
 
 
+def stub_base(dtype: torch.dtype = torch.float32, *, packs: bool = False, copies: bool = False) -> Any:
+    """A base of 100 numbers with a matrix of 8 x 8, and a vocabulary of 3000."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(4, 7, device="meta", dtype=dtype)).to(dtype)
+    net.config = SimpleNamespace(vocab_size=3000)  # type: ignore[assignment]
+    facts = SimpleNamespace(total_parameters=sum(each.numel() for each in net.parameters()))
+    return SimpleNamespace(net=net, facts=facts, dtype=dtype, packed_while_read=packs, copied_while_read=copies)
+
+
 def test_loading_counts_the_mapped_file_and_what_is_made_of_it() -> None:
-    single = stored_base([(400, torch.float32), (40, torch.int64)], torch.float32)
-    assert single == StoredBase(440, converted=False)
-    assert load_bytes(single, 400, 440, 10, packed=False) == 440
-    assert load_bytes(single, 400, 100, 10, packed=True) == 440 + 100 + 40
-    other = stored_base([(400, torch.float32)], torch.bfloat16)
-    assert load_bytes(other, 200, 200, 10, packed=False) == 600
-    assert load_bytes(StoredBase(100, converted=False, gguf=True), 400, 400, 50, packed=False) == 100 + 400 + 400
+    stored, loaded, largest = StoredBase(440, frozenset([torch.float32, torch.int64])), 4 * 107, 4 * 64
+
+    def peak(base: Any, stored: StoredBase = stored, streamed: bool = False, cached: bool = False) -> int:
+        return load_bytes(base, stored, streamed=streamed, cached=cached)
+
+    assert peak(stub_base()) == loaded
+    assert peak(stub_base(torch.bfloat16)) == 440 + loaded // 2
+    assert peak(stub_base(), StoredBase(50, gguf=True)) == 50 + loaded + 2 * largest + 3000 * TOKEN_BYTES
+    assert peak(stub_base(copies=True)) == loaded + CHUNK_BYTES
+    assert peak(stub_base(packs=True)) == loaded + largest + WORKING_BYTES, "one matrix beside the packed base"
+    assert peak(stub_base(packs=True), cached=True) == largest + WORKING_BYTES
+    assert peak(stub_base(), streamed=True) == 0
+    for streamed in ({"packs": True}, {"copies": True}):  # the largest tensor is copied in one piece
+        assert peak(stub_base(**streamed), streamed=True) == largest
+        assert peak(stub_base(**streamed), StoredBase(1, gguf=True), streamed=True) == largest + 3000 * TOKEN_BYTES
 
 
 def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> None:
@@ -403,24 +416,17 @@ def test_loading_counts_the_parsed_vocabulary_of_a_gguf_file(tmp_path: Path) -> 
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert reader.fields
-    net: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=count))
-    assert parsing_bytes(net) == pytest.approx(held, rel=0.15)
-    net.parameters = lambda: [torch.empty(100, 8, device="meta"), torch.empty(8, device="meta")]
-    net.named_modules = list
-    base: Any = SimpleNamespace(net=net, packed_while_read=True, copied_while_read=False)
-    forecast = Forecast(cast(Any, SimpleNamespace()), base, cast(Any, None), cast(Any, None))
-    for gguf_file in (False, True):
-        vars(forecast)["_stored"] = StoredBase(1, converted=False, gguf=gguf_file)
-        load = forecast._base_load_bytes(ExecutionSettings(streaming="disk"))
-        assert load == 100 * 8 * 4 + gguf_file * parsing_bytes(net)  # the embedding is copied in one piece
+    assert count * TOKEN_BYTES == pytest.approx(held, rel=0.15)
 
 
 @dataclass
 class NoRun:
     """What a forecast asks of a run whose parts are not simulated."""
 
+    base: Any
     execution: ExecutionSettings | None = None
     device: torch.device = CPU
+    companions: dict[str, Any] = field(default_factory=dict)
 
 
 def test_answers_keys_and_values_and_an_initialisation_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,22 +439,18 @@ def test_answers_keys_and_values_and_an_initialisation_count(monkeypatch: pytest
     batch, nothing = cast(Any, SimpleNamespace(sequences=range(5))), cast(Any, None)
     for start, total in ((0, 100), (20, 100), (30, 110)):
         forecast = Forecast(
-            cast(Any, NoRun()), base, nothing, nothing, batch, answer_tokens=7, initialisation_bytes=start
+            cast(Any, NoRun(base)), nothing, 0, nothing, nothing, batch, answer_tokens=7, initialisation_bytes=start
         )
-        vars(forecast).update(dict.fromkeys(("_step", "_evaluation", "_rehearsal", "_base_load_bytes"), lambda _: None))
+        vars(forecast).update(dict.fromkeys(("_step", "_evaluation", "_rehearsal", "_load_bytes"), lambda _: None))
         assert forecast.peak(ExecutionSettings()).total == total
     assert forecast._cache_bytes == 2 * 3 * 5 * 7 * (2 * 8) * 2  # of both, layers, rows, tokens, width, bytes
-
-
-def test_packing_while_reading_holds_one_matrix_beside_the_packed_base() -> None:
-    assert packing_bytes(100, 10, torch.bfloat16) == 100 + 20 + WORKING_BYTES
 
 
 def test_an_embedding_that_is_mapped_counts_the_rows_that_are_read() -> None:
     """Each with the 2 MiB that the kernel maps at once, of a file in its cache."""
     row_bytes, rows = 4096, 10_000
-    assert untouched_bytes(np.array([0, 1, 2]), row_bytes, rows * row_bytes) == rows * row_bytes - 2 * 2**20
-    assert untouched_bytes(np.arange(10_000), row_bytes, rows * row_bytes) == 0
+    assert untouched_bytes([0, 1, 2], row_bytes, rows * row_bytes) == rows * row_bytes - 2 * 2**20
+    assert untouched_bytes(range(10_000), row_bytes, rows * row_bytes) == 0
 
 
 def test_probes_look_up_no_row_that_the_run_does_not(tiny_llama: Path) -> None:
@@ -481,7 +483,7 @@ def test_probes_look_up_no_row_that_the_run_does_not(tiny_llama: Path) -> None:
 )
 def test_the_fewest_layers_that_fit_are_recomputed(setting: Any, available: float, expected: int | None) -> None:
     space = SearchSpace([(1, 1)], [64], setting, layers=8)
-    time = StepCost("cpu", layers=8, row_tokens=10, step_tokens=10, head_share=0.1).relative_time
+    time = partial(relative_time, device="cpu", layers=8, row_tokens=10, step_tokens=10, head_share=0.1)
     asked: list[int] = []
 
     def excess(choice: ExecutionSettings) -> float:
@@ -578,7 +580,7 @@ def test_a_run_measures_its_memory_from_after_planning(monkeypatch: pytest.Monke
 
         return call
 
-    for module, name in ((session, "plan_together"), (session, "resident_bytes"), (begin, "load_model")):
+    for module, name in ((ranks, "plan_together"), (ranks, "resident_bytes"), (begin, "load_model")):
         monkeypatch.setattr(module, name, noted(module, name))
     recipe = Path(__file__).parent.parent.parent / "recipes" / "smoke.yaml"
     train_verb(load_recipe(recipe, [f"output.dir={tmp_path / 'run'}"]), False, True)
@@ -594,8 +596,9 @@ def test_kto_s_mismatched_rows_are_simulated_as_long_as_they_get(wide_llama: Pat
     batches = [kind.collate([[rows[at]], [rows[at + 2]]]) for at in (0, 1)]
     model = ModelSection(name_or_path=str(wide_llama), dtype="float32", attention="eager")
     choice = ExecutionSettings(checkpointed_layers=3)
-    run = SimulatedRun(model, LoraSettings(r=8), objective, TrainingSection(), choice, CPU)
-    base = load_model(run.model, device=CPU)
+    meta = make_meta_model(model, device=CPU)
+    run = SimulatedRun(meta, LoraSettings(r=8), objective, TrainingSection(), choice, CPU)
+    base = load_model(model, device=CPU)
     tuned = prepare_network(base, choice, partial(attach_adapter, base.net, run.adapter, seed=0, head_name="lm_head"))
     tracker = StorageTracker(CPU)
     with tracker:

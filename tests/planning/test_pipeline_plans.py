@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.support.image_case import ATTENTION, write_image_recipe, write_photos
+from tests.support.plans import make_plan
 from tests.support.published_pipelines import UNET_PARAMETERS, written_pipeline
 from tunekit.model.load import make_meta_model
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.records import Plan

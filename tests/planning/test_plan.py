@@ -7,12 +7,14 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.architectures.tiny import write_tiny
+from tests.support.plans import make_plan
 from tests.support.recipe_mutator import make_valid_case
 from tests.support.train_case import write_recipe
 from tunekit.artifacts.report.plan_page import facts
@@ -22,7 +24,6 @@ from tunekit.model.compute import kernel_packages
 from tunekit.model.load import make_meta_model
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
-from tunekit.planning.plan import make_plan
 from tunekit.planning.refusals import HIGHEST_RATE, library_problems, rate_notes
 from tunekit.planning.resources import Resources
 from tunekit.planning.simulated.estimate import PROCESS_BYTES
@@ -295,14 +296,15 @@ def test_layers_on_the_host_must_fit_into_its_memory(recipe: Path) -> None:
     base = make_meta_model(load_recipe(recipe).recipe.model, device=CPU)
     written = load_recipe(recipe, ["memory.streaming=host"]).recipe
     room = Resources(CPU, host_bytes=2 * layer_bytes(base), ranks=2, ranks_here=2)
-    assert allowed_tiers(written, base, room) == (["host"], [])
-    _, (problem,) = allowed_tiers(written, base, replace(room, ranks=3, ranks_here=3))
+    prepared: Any = SimpleNamespace(base=base, resources=room, companions={})
+    assert allowed_tiers(prepared, written) == (["host"], [])
+    prepared.resources = replace(room, ranks=3, ranks_here=3)
+    _, (problem,) = allowed_tiers(prepared, written)
     assert problem.key == "memory.streaming"
     assert "3 ranks" in problem.what
-    elsewhere = Resources(torch.device("cuda"), ranks=16, ranks_here=16)  # the GPUs of another machine
-    assert allowed_tiers(written, base, elsewhere) == (["host"], [])
-    automatic = load_recipe(recipe).recipe
-    assert allowed_tiers(automatic, base, elsewhere)[0] == ["off", "ranks", "host", "disk"]
+    prepared.resources = Resources(torch.device("cuda"), ranks=16, ranks_here=16)  # the GPUs of another machine
+    assert allowed_tiers(prepared, written) == (["host"], [])
+    assert allowed_tiers(prepared, load_recipe(recipe).recipe)[0] == ["off", "ranks", "host", "disk"]
 
 
 def test_a_link_that_cannot_be_copied_to_the_trained_model_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
@@ -326,7 +328,7 @@ def test_packages_of_kernels_are_those_of_the_bases_code(tmp_path: Path, recipe:
 
 def test_a_cache_folder_without_room_is_stated(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A streamed base that is not stored in its compute dtype is read from a cache file."""
-    monkeypatch.setattr("tunekit.planning.tiers.lacks_room", lambda size: True)
+    monkeypatch.setattr("tunekit.planning.tiers.lacks_room", lambda size, room: True)
     for overrides, stated in ((("model.dtype=bfloat16", "memory.streaming=disk"), 1), (("model.dtype=bfloat16",), 0)):
         plan, _ = plan_of(recipe, *overrides)
         assert sum("set TUNEKIT_CACHE" in note for note in plan.notes) == stated

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, WhisperFeatureExtractor
 
+from tests.support.plans import make_plan
 from tests.support.speech_case import write_recipe, write_sounds, write_tiny_whisper
 from tunekit.model.load import make_meta_model
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.records import Plan

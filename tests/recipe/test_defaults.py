@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from tunekit.recipe.reading.names import known_names, settings_class

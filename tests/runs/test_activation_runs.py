@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.model.test_families import MODELS, SHAPE
+from tests.support.plans import make_plan
 from tests.support.train_case import records, result_bytes, train_in_child, without_times, write_recipe
 from tunekit.errors import ModelError
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.supported import refuse_unsupported
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.support.loop_case import Case, make_case, make_rows
+from tests.support.plans import make_plan
 from tests.support.train_case import result_bytes, train_in_child, write_recipe
 from tunekit.adapters.folder.read import load_into
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.adapters.methods.adalora import RankBudget
 from tunekit.errors import RecipeError
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.adalora import AdaloraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.training import TrainingSection

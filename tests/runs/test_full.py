@@ -31,6 +31,7 @@ from tests.planning.test_estimate import real_step
 from tests.runs.test_seq2seq import _parted, _random_row
 from tests.support.loop_case import Case, ListedRows, make_case, make_rows
 from tests.support.peft_case import BASES
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import StepBatches
@@ -42,10 +43,9 @@ from tunekit.generate import generate_verb
 from tunekit.memory.tiling import tile_layers
 from tunekit.merge import merge_verb
 from tunekit.model.families.heads import TextHead
-from tunekit.model.load import load_model
+from tunekit.model.load import load_model, make_meta_model
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.objectives.losses.logprobs import summed_loss
-from tunekit.planning.plan import make_plan
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.full import FullSettings
 from tunekit.recipe.load import load_recipe
@@ -357,9 +357,10 @@ def test_a_simulated_step_needs_what_a_real_one_needs(dtype: Any, checkpointed: 
     choice = ExecutionSettings(checkpointed_layers=checkpointed)
     objective = make_case(folder, make_rows(2), training=training()).parts.objective
     section = ModelSection(name_or_path=str(folder), dtype=dtype)
-    run = SimulatedRun(section, FullSettings(), objective, TrainingSection(), choice, CPU)
+    meta = make_meta_model(section, device=CPU)
+    run = SimulatedRun(meta, FullSettings(), objective, TrainingSection(), choice, CPU)
     batch = collate(make_rows(8, shortest=100, longest=120), [(0,), (1,), (2,)], objective.rows)
-    simulated, real = run.training_step(batch), real_step(run, batch)
+    simulated, real = run.training_step(batch), real_step(run, section, batch)
     assert abs(simulated.total - real.total) <= 3 * batch.padded * 8
     count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
     assert simulated.peak["optimizer"] == pytest.approx(12 * count, rel=1e-3)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from tests.support.plans import make_plan
 from tests.support.train_case import records, train_in_child, write_recipe
 from tunekit.errors import AdapterError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.machine.devices import make_devices
 from tunekit.merge import merge_verb
 from tunekit.model.text.generation import generate_texts
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

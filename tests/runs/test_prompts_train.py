@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.loop_case import check_four_steps, four_steps, make_case, make_rows
 from tests.support.peft_case import BASES, move_from_start
+from tests.support.plans import make_plan
 from tests.support.train_case import (
     in_child,
     kill_self,
@@ -29,7 +30,6 @@ from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.planning.findings import raise_refusals
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.cpt import ContextExample, CptSettings
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 from tunekit.recipe.adapters.p_tuning import PTuningSettings

@@ -227,7 +227,7 @@ def test_another_base_is_refused(tmp_path: Path, whole: Path) -> None:
     assert "base" in ended.output
 
 
-@pytest.mark.parametrize("where", ["tunekit.planning.session.prepare", "tunekit.training.begin.load_model"])
+@pytest.mark.parametrize("where", ["tunekit.planning.ranks.prepare", "tunekit.training.begin.load_model"])
 def test_a_stop_signal_before_training_ends_the_run_at_once(recipe: Path, tmp_path: Path, where: str) -> None:
     def before() -> None:
         def stopped(*_: object, **__: object) -> None:

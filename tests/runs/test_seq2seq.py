@@ -14,6 +14,7 @@ import torch
 from tests.runs.test_every_method_trains import SETTINGS
 from tests.support.data_case import chat, encoder_of, objective_of, settings, source_row, tokenizer_of
 from tests.support.loop_case import CPU, ListedRows, make_case
+from tests.support.plans import make_plan
 from tunekit.contracts import IGNORED, Row, RowKind
 from tunekit.data.batching.steps import StoredSteps, filled_batch
 from tunekit.data.encoding.outcomes import Dropped
@@ -26,7 +27,6 @@ from tunekit.merge import merge_verb
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.rows.sources import EMPTY_SOURCE, ONLY_LAST_ANSWER
 from tunekit.planning.forecast import largest_batch
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.reading.names import known_names

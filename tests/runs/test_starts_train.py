@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.plans import make_plan
 from tests.support.train_case import (
     in_child,
     kill_self,
@@ -29,7 +30,6 @@ from tests.training.test_ranks import TORCHRUN, run_two
 from tunekit.adapters.folder.read import read_adapter_config
 from tunekit.arithmetic.merge import merge
 from tunekit.errors import RecipeError
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.conftest import write_tiny_llama
+from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.memory.bandwidths import BANDWIDTHS, layer_bytes, max_tokens_per_second
 from tunekit.memory.streaming import gather_on_host
 from tunekit.model.load import load_model, make_meta_model
-from tunekit.planning.plan import make_plan
 from tunekit.planning.tiers import weight_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.memory import MemorySection

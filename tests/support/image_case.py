@@ -17,6 +17,7 @@ from PIL.ImageOps import exif_transpose
 from torchvision import transforms
 
 from tests.support import train_case
+from tests.support.plans import make_plan
 from tests.support.tiny_pipelines import SIZE, loaded_by_diffusers
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.config import adapter_header, tensors_path
@@ -27,7 +28,6 @@ from tunekit.formats.media import Media
 from tunekit.model.call import seed_for
 from tunekit.model.load import load_model
 from tunekit.objectives.losses.noise import generator_for
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ import torch
 
 import tunekit.evaluate
 from tests.support.data_case import write_lines
+from tests.support.plans import make_plan
 from tunekit.errors import DataError, InputError, ModelError, RecipeError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb, read_prompts
 from tunekit.plan import plan_verb
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 
@@ -143,7 +143,7 @@ def test_a_result_that_could_not_be_kept_is_told_first(
         evaluate_verb(str(tiny_llama), None, str(rows), None, [], str(tmp_path / place), [])
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"model": str(tiny_llama), "data": {"train": "rows.jsonl"}, "output": {"dir": "run"}}))
-    monkeypatch.setattr("tunekit.planning.plan.make_plan", fail)
+    monkeypatch.setattr("tunekit.planning.ranks.prepare", fail)
     with pytest.raises(RunFolderError, match=said):
         plan_verb(load_recipe(recipe), str(tmp_path / place))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "recipe.yaml", "rows.jsonl"]

@@ -14,7 +14,7 @@ import torch
 from tests.support.train_case import write_recipe
 from tunekit.errors import InputError
 from tunekit.planning import kernels
-from tunekit.planning.session import plan_session
+from tunekit.planning.ranks import plan_session
 from tunekit.recipe.load import load_recipe
 from tunekit.training.ranks import check_command, check_fingerprints, check_folder_is_shared
 from tunekit.training.session import Session

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.conftest import write_tiny_llama
+from tests.support.plans import make_plan
 from tests.support.ranks_case import LAYERS, differences, stop_at, train_in_ranks, write_case
 from tests.support.train_case import end_of, free_port, kill_self, start_child, write_recipe
 from tunekit.errors import OtherRankError
@@ -24,7 +25,6 @@ from tunekit.machine.memory import peak_host_bytes
 from tunekit.memory.sharding import Gathering, Rounds, ShardedBlob, ShardedTable
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import stored_bytes
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.supported import refuse_unsupported

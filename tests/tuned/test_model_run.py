@@ -19,7 +19,7 @@ from tunekit.recipe.objectives.grpo import GrpoSettings
 from tunekit.tuned.model import ModelRun
 
 SETTINGS = GrpoSettings.model_validate({"reward": [{"regex": "a"}]})
-SPECS = [CompanionSpec("rewards", "objective.reward", SETTINGS.reward), CompanionSpec("sampling", "other", SETTINGS)]
+SPECS = [CompanionSpec("rewards", "objective.reward", SETTINGS), CompanionSpec("sampling", "other", SETTINGS)]
 
 
 def run_of(companions: dict[str, Companion], gather: Gather = list) -> ModelRun:
@@ -38,7 +38,7 @@ def test_a_companion_is_found_by_the_protocol_of_its_loss() -> None:
 
 
 def test_two_companions_of_one_protocol_are_an_error() -> None:
-    twice = [*SPECS, CompanionSpec("rewards", "objective.second", SETTINGS.reward)]
+    twice = [*SPECS, CompanionSpec("rewards", "objective.second", SETTINGS)]
     with pytest.raises(TypeError, match=r"objective\.reward and objective\.second are both a Reward"):
         make_companions(twice)
 

@@ -61,7 +61,8 @@ def test_a_simulated_network_is_put_together_like_the_real_one(tiny_llama: Path,
 def test_a_simulation_counts_other_kernels(tiny_llama: Path) -> None:
     """liger's norms keep their input and one number a row, whether or not liger-kernel is installed."""
     section = ModelSection(name_or_path=str(tiny_llama), dtype="bfloat16")
-    run = SimulatedRun(section, LoraSettings(r=4), objective_of(), TrainingSection(), ExecutionSettings(), CPU)
+    meta = make_meta_model(section, device=CPU)
+    run = SimulatedRun(meta, LoraSettings(r=4), objective_of(), TrainingSection(), ExecutionSettings(), CPU)
     small = ExecutionSettings(logits_chunk_tokens=64)  # so that the peak lies in the layers
     rows = make_rows(2, shortest=256, longest=256)
     batch = objective_of().rows.collate([[rows[0]], [rows[1]]])

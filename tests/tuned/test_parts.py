@@ -18,6 +18,7 @@ from tests.objectives.test_grpo import write_prompts
 from tests.objectives.test_kto import unpaired
 from tests.support.data_case import objective_of
 from tests.support.pair_case import make_rows
+from tests.support.plans import make_plan
 from tests.support.train_case import records, tensors_of, train, without_times
 from tunekit.adapters.attach import attach_adapter
 from tunekit.companions.base import load_companions
@@ -27,7 +28,6 @@ from tunekit.errors import ResourceError
 from tunekit.model.load import load_model
 from tunekit.model.text.decoder import Decoder
 from tunekit.objectives.losses.answers import predicted
-from tunekit.planning.plan import make_plan
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from tunekit.contracts import (
     Array,
     Batch,
-    CompanionFacts,
     CompanionSpec,
     CountingAs,
     Model,
@@ -45,6 +45,7 @@ from tunekit.model.families.pipeline.prompts import encode_prompts
 from tunekit.objectives.losses.noise import Pipeline
 from tunekit.objectives.rows.pictures import PictureRows, bucket_of, drawing_of, pixels_of, prompt_of
 from tunekit.recipe.objectives.dreambooth import DreamboothSettings
+from tunekit.records import ExecutionSettings
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 Posterior = tuple[Tensor, Tensor]  # mean and standard deviation, (C, H, W) each, float32 on the host
@@ -58,7 +59,8 @@ class PipelineParts(Pipeline):
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
-        self.settings: DreamboothSettings = spec.settings
+        assert isinstance(spec.settings, DreamboothSettings)
+        self.settings = spec.settings
         self.posteriors: dict[bytes, Posterior] = {}
         self.embeddings: dict[str, dict[str, Array]] = {}
         self.class_images = ClassImages(self.settings) if self.settings.class_prompt else None
@@ -68,17 +70,15 @@ class PipelineParts(Pipeline):
         """Whether images are generated during the run."""
         return bool(self.settings.validation_prompts) or self.class_images is not None
 
-    def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Facts for `plan`: a problem for each part that should be trained, but that adapter.target_modules does not
-        include."""
+    def examine(self, planned: PlanContext) -> list[Problem]:
+        """A problem for each part that should be trained, but that adapter.target_modules does not include."""
         parts = [name for name, _ in planned.base.net.named_children()] if planned.targets else []
         lacking = [part for part in parts if not any(target.name.startswith(f"{part}.") for target in planned.targets)]
         how = "add its layers: q_proj, k_proj, v_proj, out_proj"
         what = "the {0} should be trained, but adapter.target_modules names no layer of the {0}"
-        problems = [Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
-        return CompanionFacts(problems=problems)
+        return [Problem(what.format(part), how, key="adapter.target_modules") for part in lacking]
 
-    def notes(self, planned: PlanContext, step_tokens: int) -> Sequence[str]:
+    def notes(self, planned: PlanContext, execution: ExecutionSettings, tokens: int) -> Sequence[str]:
         """A note if the folder of class images contains files whose names are not names of images."""
         return () if self.class_images is None else self.class_images.notes()
 
@@ -87,8 +87,7 @@ class PipelineParts(Pipeline):
         model, prior = run.model, list[SizedImage]()
         net = as_pipeline(model.base.net)
         if self.class_images is not None:
-            self.class_images.writes = self.writes
-            prior = self.class_images.ready(run, sorted({bucket_of(row) for row in _each(rows)}))
+            prior = self.class_images.ready(run, sorted({bucket_of(row) for row in _each(rows)}), self.writes)
         if self.settings.caches:
             training_images = ((pixels_of(row), bucket_of(row)) for row in _each(rows))
             count = sum(map(len, rows)) + len(prior)
@@ -162,9 +161,9 @@ class PipelineParts(Pipeline):
                 encoded = encode_prompts(net, ids)
             self.embeddings[prompt] = {name: values[0].float().cpu().numpy() for name, values in encoded.items()}
 
-    def simulated(self) -> PipelineParts:
+    def simulated(self) -> Self:
         """A copy without cached results."""
-        return PipelineParts(self.spec)
+        return type(self)(self.spec)
 
     def present(self, model: Model) -> list[Tensor]:
         """The weights of all frozen parts if the run generates images. Otherwise only the VAE's weights, because the
@@ -173,7 +172,7 @@ class PipelineParts(Pipeline):
         parts = net.frozen_parts.values() if self.draws or net.stays else [net.part("vae")]
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
 
-    def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
+    def rehearse(self, run: RunView, batch: Batch, execution: ExecutionSettings, counting_as: CountingAs) -> None:
         """Simulate encoding an image. If the run generates images, also simulate decoding an image."""
         vae, how = as_pipeline(run.model.base.net).part("vae"), drawing_of(self.settings)
         vae.encode(torch.empty(1, 3, *bucket_of(batch.rows[0]), device="meta"))
@@ -193,7 +192,6 @@ class ClassImages:
         assert settings.class_data_dir is not None  # reading the recipe sets a default
         self.settings, self.folder = settings, Path(settings.class_data_dir)
         self.paths: list[Path] = []
-        self.writes = True
         self.stand_in: Pixels | None = None  # a dry run draws one image, in memory, if the folder has none
         self.images: dict[tuple[int, Size], SizedImage] = {}
 
@@ -212,37 +210,34 @@ class ClassImages:
         """The sha256 of the class images that are trained on."""
         return hash_of([content_hash(path) for path in self.paths])
 
-    def ready(self, run: RunView, sizes: Sequence[Size]) -> list[SizedImage]:
-        """Each class image at each of these sizes, as pairs (image, size). Missing images are generated first.
+    def ready(self, run: RunView, sizes: Sequence[Size], writes: bool) -> list[SizedImage]:
+        """Each class image at each of these sizes, as pairs (image, size). Missing images are generated first, and
+        written into the folder if `writes`.
 
         Raises: DataError for an unreadable image.
         """
         if not self.paths:
-            self._draw_missing(run)
+            self._draw_missing(run, writes)
             self.paths = self.files()[: self.settings.num_class_images]
-        return [(self._covering(number, size)[0], size) for number in range(len(self.paths) or 1) for size in sizes]
+        return [(self.pick(number, size)[0], size) for number in range(len(self.paths) or 1) for size in sizes]
 
     def pick(self, number: int, size: Size) -> SizedImage:
         """A class image, scaled to cover this size, and the size of the image in its file. If `number` is too large,
-        numbering starts again at the first image."""
-        return self._covering(number % (len(self.paths) or 1), size)
-
-    def _covering(self, number: int, size: Size) -> SizedImage:
-        """The class image with this number, scaled to cover this size, and the size of the image in its file. Results
-        are cached."""
+        numbering starts again at the first image. Results are cached."""
+        number %= len(self.paths) or 1
         if (number, size) not in self.images:
             pixels = self.stand_in if self.stand_in is not None else _read(self.paths[number])
             self.images[number, size] = covering(pixels, size), (pixels.shape[0], pixels.shape[1])
         return self.images[number, size]
 
-    def _draw_missing(self, run: RunView) -> None:
+    def _draw_missing(self, run: RunView, writes: bool) -> None:
         """Generate missing class images with the base, without its adapter."""
         settings, prompt = self.settings, self.settings.class_prompt
         assert prompt is not None
         count = max(settings.num_class_images - len(self.files()), 0)
         numbers = [number for number in range(settings.num_class_images) if not self._place(number).exists()][:count]
         run.gather([None])  # all ranks have looked into the folder before one of them writes into it
-        if numbers and self.writes:
+        if numbers and writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._draw(run, prompt, numbers, lambda number, pixels: write_bytes(self._place(number), png_bytes(pixels)))
         elif count == settings.num_class_images:

@@ -32,9 +32,9 @@ def find_reward_model(source: RewardSource) -> TargetSpec:
     return find_target(str(source.model), None, [], allow_code=source.allow_code)
 
 
-def weight_bytes(target: TargetSpec, device: torch.device) -> int:
+def weight_bytes(source: RewardSource, device: torch.device) -> int:
     """The size of the reward model's weights in bytes, computed before they are loaded."""
-    return stored_bytes(make_meta_model(target.model, device=device).net)
+    return stored_bytes(make_meta_model(find_reward_model(source).model, device=device).net)
 
 
 def reward_model_content(source: RewardSource) -> bytes:

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 
 from tunekit.companions.reward_code import UserFunction, code_content, error_line
-from tunekit.companions.reward_model import find_reward_model, load_scorer, reward_model_content, weight_bytes
+from tunekit.companions.reward_model import load_scorer, reward_model_content, weight_bytes
 from tunekit.console import visible
-from tunekit.contracts import CompanionFacts, CompanionSpec, PlanContext, Rows, RunView
+from tunekit.contracts import CompanionSpec, PlanContext, Rows, RunView
 from tunekit.errors import Problem, RewardError
 from tunekit.files.patterns import Match, compile_expression
 from tunekit.machine.signals import TimeUp, time_limit
 from tunekit.objectives.losses.advantages import Rewards, weighted_sum
 from tunekit.objectives.losses.samples import Rewarder
 from tunekit.objectives.rows.prompts import Completion, read_context
-from tunekit.recipe.bases.sample_settings import RewardSource, reward_names
+from tunekit.recipe.bases.sample_settings import RewardSource, SampleSettings, reward_names
 
 TRAINING_SECONDS = 120.0  # limit of one call, if the recipe sets none
 SHORTEST = 1e-3  # minimum time for a search, in seconds
@@ -38,21 +38,17 @@ class RewardFunctions(Rewarder):
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
-        self.sources: Sequence[RewardSource] = spec.settings
+        assert isinstance(spec.settings, SampleSettings)
+        self.sources: Sequence[RewardSource] = spec.settings.reward
         self.names = reward_names(self.sources)  # names in logs
         self.limit_seconds = TRAINING_SECONDS  # for rewards without a limit in the recipe
         self._functions: list[RewardFunction] = []
 
-    def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Facts for `plan`: the size of the reward models' weights, and problems for columns that rewards need and no
-        row has."""
-        models = [find_reward_model(source) for source in self.sources if source.model is not None]
-        size = sum(weight_bytes(model, planned.device) for model in models)
-        return CompanionFacts(weight_bytes=size, problems=list(self._absent_columns(planned)))
-
-    def _absent_columns(self, planned: PlanContext) -> Iterator[Problem]:
-        """Problems for columns that rewards need and no row has. If rows are streamed, only the first rows are
-        checked."""
+    def examine(self, planned: PlanContext) -> list[Problem]:
+        """Find the size of the reward models' weights. Returns problems for columns that rewards need and no row has,
+        unless rows are streamed."""
+        models = [source for source in self.sources if source.model is not None]
+        self.weight_bytes, problems = sum(weight_bytes(source, planned.device) for source in models), list[Problem]()
         for number, source in enumerate(self.sources):
             column = source.exact_match
             if column is None or planned.streams or any(_have(rows, column) for rows in planned.rows):
@@ -60,7 +56,9 @@ class RewardFunctions(Rewarder):
             columns = read_context(planned.rows[0][0])["columns"]
             names = ", ".join(name for name, value in columns.items() if value is not None)
             key = f"{self.key}.{number}.exact_match"
-            yield Problem(f"no row has the column '{column}'", f"the first row has: {names or 'none'}", key=key)
+            how = f"the first row has: {names or 'none'}"
+            problems.append(Problem(f"no row has the column '{column}'", how, key=key))
+        return problems
 
     def fingerprint(self) -> Mapping[str, str]:
         """The sha256 of each function's code and of each reward model's files. Raises: RewardError."""
@@ -77,12 +75,10 @@ class RewardFunctions(Rewarder):
 
     def begin(self, run: RunView, rows: Sequence[Rows]) -> Mapping[str, str]:
         """The sha256 of modules that each reward function's file loaded from its folder without an import statement."""
-        functions = {f"{self.key}.{number}.function": function for number, function in enumerate(self._functions)}
-        user = {key: function for key, function in functions.items() if isinstance(function, UserFunction)}
         return {
-            key: sha256(content).hexdigest()
-            for key, function in user.items()
-            if (content := function.unnamed_modules())
+            f"{self.key}.{number}.function": sha256(content).hexdigest()
+            for number, function in enumerate(self._functions)
+            if isinstance(function, UserFunction) and (content := function.unnamed_modules())
         }
 
     @property

@@ -1,82 +1,71 @@
 """Plans and simulates the memory for sampling completions during training."""
 
-from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, CompanionFacts, CompanionSpec, CountingAs, LoadedBase, PlanContext, RunView
+from tunekit.contracts import Batch, CompanionSpec, CountingAs, LoadedBase, PlanContext, RunView
 from tunekit.errors import Problem
 from tunekit.model.attention.self_attention import attention_sizes
 from tunekit.model.text.draws import draw
 from tunekit.model.text.generation import PREFILL_TOKENS
 from tunekit.objectives.losses.samples import Sampler
 from tunekit.recipe.bases.sample_settings import SampleSettings
-from tunekit.records import bytes_text
+from tunekit.records import ExecutionSettings, bytes_text
 from tunekit.tuned.fit import longest_tokens
 
 
 class SamplingMemory(Sampler):
-    """The companion that plans the memory for sampling.
+    """The companion that plans the memory for sampling. `prompt_tokens` and `new_tokens`: the maximum number of tokens
+    of a prompt, and of a completion."""
 
-    A simulation assumes that `sampling_batch_size` completions are generated in parallel. `prompt_tokens` and
-    `new_tokens`: the maximum number of tokens of a prompt, and of a completion.
-    """
-
-    rehearses = True
+    rehearses = any_token = True
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
-        self.settings: SampleSettings = spec.settings
-        self.sampling_batch_size, self.prompt_tokens = self.settings.sampling_batch_size, 0
-        self.new_tokens = self.settings.max_completion_length
-        self.wanted = self.sampling_batch_size  # if they fit
+        assert isinstance(spec.settings, SampleSettings)
+        self.settings = settings = spec.settings
+        self.prompt_tokens, self.new_tokens = 0, settings.max_completion_length
+        self.sampling_batch_size = settings.sampling_batch_size
+        why = "samples token by token, so every layer would be copied for each token"
+        self.streaming_obstacle = f"{settings.method} {why}"
 
-    def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Facts for `plan`: the model may read any token of its vocabulary, and the base's layers cannot be
-        streamed."""
+    def examine(self, planned: PlanContext) -> list[Problem]:
+        """Find the length of the prompts, and how many completions a step has. Returns problems if a checkpoint would
+        be saved between steps that reuse samples, because checkpoints do not contain samples."""
         training, longest = planned.training, max(map(longest_tokens, planned.rows))
         self.prompt_tokens = longest - self.new_tokens + planned.virtual_tokens
         if training.micro_batch_size is not None:
             rows_of_a_step = training.micro_batch_size * training.gradient_accumulation_steps
             of_a_step = rows_of_a_step * self.settings.num_generations
-            self.wanted = self.sampling_batch_size = min(self.sampling_batch_size, of_a_step)
-        obstacle = f"{self.settings.method} samples token by token, so every layer would be copied for each token"
-        return CompanionFacts(problems=list(self._problems(planned)), any_token=True, streaming_obstacle=obstacle)
+            self.sampling_batch_size = min(self.sampling_batch_size, of_a_step)
+        places = {"save_steps": training.save_steps}
+        places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
+        updates = self.settings.num_iterations
+        why = f"{updates} steps reuse the same completions, and checkpoints do not contain completions"
+        what = f"is not a multiple of objective.num_iterations, {updates}: {why}"
+        how = f"write a multiple of {updates}, or change objective.num_iterations"
+        wrong = {name: steps for name, steps in places.items() if steps % updates}
+        return [Problem(f"{steps} {what}", how, key=f"training.{name}") for name, steps in wrong.items()]
 
-    def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
+    def notes(self, planned: PlanContext, execution: ExecutionSettings, tokens: int) -> list[str]:
         """A note that states how many completions are sampled in parallel, and how much memory their keys and values
         take."""
-        size, tokens = self.sampling_batch_size, self.prompt_tokens + self.new_tokens
+        size, tokens = execution.sampling_batch_size, self.prompt_tokens + self.new_tokens
         numbers = 2 * sum(map(prod, cache_shapes(planned.base, size, tokens)))
         note = f"sampling: {size:,} completions in parallel"
         if numbers:
             taken = bytes_text(numbers * planned.base.dtype.itemsize)
             note += f"; their keys and values, for up to {tokens:,} tokens each, take {taken}"
-        if size < self.wanted:
-            note += f"; {self.wanted:,} in parallel do not fit into memory"
+        if size < self.sampling_batch_size:
+            note += f"; {self.sampling_batch_size:,} in parallel do not fit into memory"
         return [note]
 
-    def _problems(self, planned: PlanContext) -> Iterator[Problem]:
-        """Problems if a checkpoint would be saved between steps that reuse samples, because checkpoints do not contain
-        samples."""
-        training, updates = planned.training, self.settings.num_iterations
-        places = {"save_steps": training.save_steps}
-        places |= {"eval_steps": training.eval_steps} if planned.evaluation.best else {}
-        for name, steps in places.items():
-            if steps % updates:
-                what = (
-                    f"{steps} is not a multiple of objective.num_iterations, {updates}: {updates} steps reuse the same "
-                    "completions, and checkpoints do not contain completions"
-                )
-                how = f"write a multiple of {updates}, or change objective.num_iterations"
-                yield Problem(what, how, key=f"training.{name}")
-
-    def rehearse(self, run: RunView, batch: Batch, counting_as: CountingAs) -> None:
+    def rehearse(self, run: RunView, batch: Batch, execution: ExecutionSettings, counting_as: CountingAs) -> None:
         """Simulate the forward of some prompts, then the logits and the sampling of a token. Key-value caches for all
         completions and for these prompts are in memory, and briefly one layer's cache with repeated heads."""
-        base, size = run.model.base, self.sampling_batch_size
+        base, size = run.model.base, execution.sampling_batch_size
 
         def cache(rows: int, tokens: int) -> list[Tensor]:
             shapes = cache_shapes(base, rows, tokens)

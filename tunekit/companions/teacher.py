@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from tunekit.contracts import Batch, CompanionFacts, CompanionSpec, Counts, Head, PlanContext, Read, RunView
-from tunekit.errors import Problem, TunekitError
+from tunekit.contracts import Batch, CompanionSpec, Counts, Head, PlanContext, Read, RunView
+from tunekit.errors import Problem, RecipeError, TunekitError
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.slots import waiting_tensor
 from tunekit.memory.streaming import base_obstacle, host_embedding, host_obstacle, layer_weights, stream_base
@@ -22,8 +23,8 @@ from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import remote_code
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.objectives.losses.divergence import Teacher
-from tunekit.recipe.model import ModelSection
-from tunekit.records import bytes_text
+from tunekit.recipe.objectives.distill import DistillSettings
+from tunekit.records import ExecutionSettings, bytes_text
 from tunekit.tuned.model import ModelRun, TunedModel
 
 
@@ -33,8 +34,8 @@ class TeacherModel(Teacher):
 
     def __init__(self, spec: CompanionSpec) -> None:
         super().__init__(spec)
-        self.section: ModelSection = spec.settings.teacher
-        self.tier: str = spec.settings.teacher_streaming
+        assert isinstance(spec.settings, DistillSettings)
+        self.section, self.tier = spec.settings.teacher, spec.settings.teacher_streaming
         self._model: TunedModel | None = None  # on the meta device in a plan
         self._meta: LoadedModel | None = None
 
@@ -53,14 +54,16 @@ class TeacherModel(Teacher):
         """The values that `read` computes from the teacher's forward of each batch, as in RunView.score."""
         return ModelRun(self.model, run.rows, on_split=run.on_split).score(batches, read, counts)
 
-    def facts(self, planned: PlanContext) -> CompanionFacts:
-        """Facts for `plan`: problems if this teacher cannot teach this student. Raises: ModelError, which names the
-        teacher's keys in the recipe."""
+    def examine(self, planned: PlanContext) -> Sequence[Problem]:
+        """Make the teacher on the meta device. Raises: RecipeError if this teacher cannot teach this student;
+        ModelError, which names the teacher's keys in the recipe."""
         with self._about_teacher(), parsed_once(self.section.name_or_path):
             self._meta = make_meta_model(self.section, device=planned.device)
             tokenizer = load_tokenizer(self.section)
         problems = list(self._problems(self._meta, tokenizer, planned))
-        return CompanionFacts(problems=problems, usable=not problems)
+        if problems:
+            raise RecipeError.of(problems)
+        return ()
 
     def _problems(self, teacher: LoadedModel, tokenizer: LoadedTokenizer, planned: PlanContext) -> Iterator[Problem]:
         if planned.memory.streamed_head:
@@ -87,12 +90,12 @@ class TeacherModel(Teacher):
             how = f"for example {first!r}, id {student_ids[first]}; name a teacher with the student's tokenizer"
             yield Problem(what, how, key=self.key)
 
-    def notes(self, planned: PlanContext, step_tokens: int) -> list[str]:
+    def notes(self, planned: PlanContext, execution: ExecutionSettings, tokens: int) -> list[str]:
         """Notes on a streamed teacher: where its layers are stored, how often they are copied, and the maximum
         speed."""
         if self.tier == "off" or self._meta is None:
             return []
-        size = layer_bytes(self._meta)
+        size, step_tokens = layer_bytes(self._meta), execution.gradient_accumulation_steps * tokens
         notes = [
             f"the teacher is streamed: {bytes_text(size)} of layers are stored {WHERE[self.tier]}. They are copied to "
             f"the device once per step, and once per evaluation batch. With {step_tokens:,} tokens per step, the "
@@ -114,7 +117,7 @@ class TeacherModel(Teacher):
         with self._about_teacher():
             self._model = self._freeze(load_model(self.section, device=device, streamed=self.tier != "off"))
 
-    def simulated(self) -> TeacherModel:
+    def simulated(self) -> Self:
         """A copy on the meta device. A simulated step may change its net, to place streamed layers in slots on the
         device."""
         assert self._meta is not None  # set by `facts`

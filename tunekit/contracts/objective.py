@@ -37,6 +37,7 @@ from tunekit.contracts.rows import (
     Tokenizer,
 )
 from tunekit.errors import Problem
+from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
 
@@ -292,11 +293,11 @@ Facts = Mapping[str, Any]  # plain values of an objective that are saved in its 
 
 @dataclass(frozen=True)
 class CompanionSpec:
-    """The settings from which companions/KIND.py makes a companion. `key`: the recipe's key of these settings."""
+    """The settings from which companions/KIND.py makes a companion. `key`: the recipe's key of the companion."""
 
     kind: str
     key: str
-    settings: Any
+    settings: ObjectiveSettings
 
 
 def _unchanged(section: ModelSection, seed: int) -> ModelSection:

@@ -30,19 +30,13 @@ def recipe_checks(recipe: Recipe, device: torch.device, *, check_folder: bool, r
 
 def run_checks(prepared: Prepared, *, resumed: bool) -> Iterator[Problem]:
     """Checks of model, data and adapter together."""
-    adapter, base, context, objective = (
-        prepared.recipe.adapter,
-        prepared.base,
-        prepared.context,
-        prepared.rows.objective,
-    )
+    adapter, objective = prepared.recipe.adapter, prepared.rows.objective
+    base, context = prepared.base, prepared.context
     yield from row_problems(base, context.processor, objective.rows, context.rows, context.virtual_tokens)
     yield from initialisation_problems(adapter, base, context.targets)
     yield from reference_problems(adapter, objective)
     if not resumed:  # the state of a resumed run is in its checkpoint
         yield from continued_problems(adapter, base, context.targets)
-    for facts in prepared.companion_facts:
-        yield from facts.problems
 
 
 def execution_checks(prepared: Prepared, execution: ExecutionSettings) -> Iterator[Problem]:

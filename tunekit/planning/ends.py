@@ -10,15 +10,11 @@ from torch import Tensor, nn
 
 from tunekit.adapters.module_names import base_modules, named_copies
 from tunekit.adapters.tokens import tied_with, token_rows
-from tunekit.data.rows import RowSet
-from tunekit.errors import ModelError
 from tunekit.model.pretrained import input_embedding
 from tunekit.model.storage.reading import MappedFiles
-from tunekit.model.storage.shards import read_headers
-from tunekit.model.storage.source import find_source
 from tunekit.model.text.generation import end_of_turn_ids
+from tunekit.planning.forecast import token_ids
 from tunekit.planning.prepared import Prepared
-from tunekit.recipe.model import ModelSection
 
 SAMPLED_ROWS = 4096  # evenly spaced rows of the output matrix
 READ_ROWS = 64  # rows of the data: nearly all of them contain an end of turn
@@ -31,8 +27,9 @@ def end_notes(prepared: Prepared) -> Iterator[str]:
     tokenizer, head = prepared.context.processor.tokenizer, base.family.head_name(base.net)
     if tokenizer is None or head is None or not base.family.answers or adapter.trains_base:
         return
-    ends = _ids(rows).intersection([*end_of_turn_ids(tokenizer, rows.template), tokenizer.eos_id])
-    matrix = _matrix(prepared.recipe.model, base.net, head) if ends else None
+    ids = token_ids(rows.train, rows.objective.rows, READ_ROWS)
+    ends = ids.intersection([*end_of_turn_ids(tokenizer, rows.template), tokenizer.eos_id])
+    matrix = _matrix(prepared.stored.files, base.net, head) if ends else None
     modules = base_modules(base.net)
     wholly = {
         *named_copies(modules, getattr(adapter, "modules_to_save", None) or ()),
@@ -61,24 +58,15 @@ def _cure(net: nn.Module, head: str, end: int) -> str:
     return f"adapter.trainable_token_indices: {{{embedding}: [{end}], {head}: [{end}]}}"
 
 
-def _ids(rows: RowSet) -> set[int]:
-    """The token ids in the first READ_ROWS training rows."""
-    parts = rows.objective.rows.layout.token_parts
-    first = (rows.train[number] for number in range(min(len(rows.train), READ_ROWS)))
-    return {token for row in first for part in parts for token in row.parts[part].tolist()}
-
-
-def _matrix(model: ModelSection, net: nn.Module, head: str) -> Tensor | None:
+def _matrix(files: MappedFiles | None, net: nn.Module, head: str) -> Tensor | None:
     """The stored weight of the output head (V, D). None if the model is not downloaded, or if the weight is not stored
     in floating point."""
-    try:
-        source = find_source(model, weights=False)
-        headers = {} if source.gguf_file is not None else read_headers(source.folder)
-    except ModelError:
+    if files is None:
         return None
-    names = [f"{name}.weight" for name in (head, *tied_with(base_modules(net), head))]
+    names = (f"{name}.weight" for name in (head, *tied_with(base_modules(net), head)))
+    headers = files.headers
     stored = next((name for name in names if name in headers and headers[name].dtype.is_floating_point), None)
-    return None if stored is None else MappedFiles(source.folder, headers).view(stored)
+    return None if stored is None else files.view(stored)
 
 
 def _is_untrained(matrix: Tensor, token: int) -> bool:

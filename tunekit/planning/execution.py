@@ -11,11 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tunekit.data.batching.steps import BatchSettings
-from tunekit.model.load import LoadedModel
 from tunekit.objectives.losses.logprobs import LEAST_CHUNK_TOKENS
-from tunekit.planning.kernels import planned_kernels
-from tunekit.planning.resources import Resources
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings
 
@@ -24,15 +20,13 @@ from tunekit.records import ExecutionSettings
 OVERHEAD_TOKENS = {"cpu": 32}
 ON_ACCELERATOR = 256
 TOLERANCE = 0.02  # smaller gains of time are ignored: the rule is rough, and each predicted peak costs a second
+Estimate = Callable[[ExecutionSettings], float]
 RECOMPUTED = 1 / 2  # cost of recomputing, as a share of a step: 2 N more FLOPs per token, besides 4 N (frozen base)
 
 
-def written_execution(
-    recipe: Recipe, base: LoadedModel, resources: Resources, decided: ExecutionSettings | None = None
-) -> ExecutionSettings:
-    """The recipe's settings. Fields that plan chooses have default values. `decided`: the settings of the run that is
-    resumed, or of all ranks; their kernels are kept."""
-    training, memory, device = recipe.training, recipe.memory, resources.device
+def written_execution(recipe: Recipe, kernels: str, ranks: int) -> ExecutionSettings:
+    """The recipe's settings. Fields that plan chooses have default values."""
+    training, memory = recipe.training, recipe.memory
     return ExecutionSettings(
         micro_batch_size=training.micro_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -40,18 +34,11 @@ def written_execution(
         streamed_head=memory.streamed_head,
         activation_offload=memory.activation_offload,
         mlp_tile_tokens=memory.mlp_tile_tokens,
-        kernels=planned_kernels(training.kernels, base.net, device, base.dtype, decided)[0],
+        kernels=kernels,
         # a resumed run uses the number of threads in its checkpoint, which is already in effect
         threads=training.threads if isinstance(training.threads, int) else torch.get_num_threads(),
-        shares=resources.ranks,
+        shares=ranks,
     )
-
-
-def with_execution(settings: BatchSettings, execution: ExecutionSettings) -> BatchSettings:
-    """The batch settings, with the chosen size and number of micro-batches. Each step keeps its rows and their
-    order."""
-    rows, steps = execution.micro_batch_size, execution.gradient_accumulation_steps
-    return replace(settings, micro_batch_size=rows, gradient_accumulation_steps=steps)
 
 
 @dataclass(frozen=True)
@@ -112,34 +99,23 @@ class SearchSpace:
         return (min(written, self.layers),) * 2
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Properties of a run that determine how long a step takes.
+def relative_time(
+    execution: ExecutionSettings, *, device: str, layers: int, row_tokens: int, step_tokens: int, head_share: float
+) -> float:
+    """Time of a step, relative to an ideal step that recomputes nothing and computes all rows at once.
 
-    `row_tokens`: padded tokens of one row of a micro-batch. `step_tokens`: tokens of an optimizer step. `head_share`:
-    the output head's share of all parameters.
+    A step with streamed weights is assumed to wait only for copies of the weights. So its time is proportional to the
+    number of passes. `row_tokens`: padded tokens of one row of a micro-batch. `step_tokens`: tokens of an optimizer
+    step. `head_share`: the output head's share of all parameters.
     """
-
-    device: str
-    layers: int
-    row_tokens: int
-    step_tokens: int
-    head_share: float
-
-    def relative_time(self, execution: ExecutionSettings) -> float:
-        """Time of a step, relative to an ideal step that recomputes nothing and computes all rows at once.
-
-        A step with streamed weights is assumed to wait only for copies of the weights. So its time is proportional to
-        the number of passes.
-        """
-        overhead = OVERHEAD_TOKENS.get(self.device, ON_ACCELERATOR)
-        tokens = (execution.micro_batch_size or 1) * self.row_tokens
-        share = execution.checkpointed_layers / max(self.layers, 1) if execution.streaming == "off" else 1.0
-        compute = 1.0 + share * RECOMPUTED
-        compute += overhead / max(tokens, 1) + self.head_share * overhead / execution.logits_chunk_tokens
-        if execution.streaming == "off":
-            return compute
-        return compute * max(1.0, self.step_tokens / max(execution.pass_micro_batches * tokens, 1))
+    overhead = OVERHEAD_TOKENS.get(device, ON_ACCELERATOR)
+    tokens = (execution.micro_batch_size or 1) * row_tokens
+    share = execution.checkpointed_layers / max(layers, 1) if execution.streaming == "off" else 1.0
+    compute = 1.0 + share * RECOMPUTED
+    compute += overhead / max(tokens, 1) + head_share * overhead / execution.logits_chunk_tokens
+    if execution.streaming == "off":
+        return compute
+    return compute * max(1.0, step_tokens / max(execution.pass_micro_batches * tokens, 1))
 
 
 def pass_sizes(tier: str, accumulation: int) -> list[int]:
@@ -160,9 +136,7 @@ def smaller_micro_batches(rows: int | None, accumulation: int) -> list[tuple[int
     return [(size, accumulation * rows // size) for size in range(rows, 0, -1) if rows % size == 0]
 
 
-def fastest(
-    space: SearchSpace, time: Callable[[ExecutionSettings], float], excess: Callable[[ExecutionSettings], float]
-) -> ExecutionSettings | None:
+def fastest(space: SearchSpace, time: Estimate, excess: Estimate) -> ExecutionSettings | None:
     """The fastest choice that fits into memory, from the first tier that has one; None if no choice fits. A tier is
     where weights are stored: device, host or disk.
 
@@ -173,12 +147,7 @@ def fastest(
     return next((execution for execution in found if execution is not None), None)
 
 
-def _fastest_of_tier(
-    space: SearchSpace,
-    tier: str,
-    time: Callable[[ExecutionSettings], float],
-    excess: Callable[[ExecutionSettings], float],
-) -> ExecutionSettings | None:
+def _fastest_of_tier(space: SearchSpace, tier: str, time: Estimate, excess: Estimate) -> ExecutionSettings | None:
     """The fastest choice of a tier that fits into memory. Only a few peaks are predicted, because a prediction is slow.
 
     The search starts with a choice that fits: the fastest one that recomputes as few layers as allowed. If none fits,
@@ -209,9 +178,7 @@ def _fastest_of_tier(
     return best
 
 
-def _first_fitting(
-    executions: Sequence[ExecutionSettings], excess: Callable[[ExecutionSettings], float]
-) -> ExecutionSettings | None:
+def _first_fitting(executions: Sequence[ExecutionSettings], excess: Estimate) -> ExecutionSettings | None:
     """The first choice that fits into memory; None if no choice fits. Later choices in the list must have lower peaks.
 
     The search alternates between linear interpolation of the peaks and bisection, because peaks can fall unevenly.

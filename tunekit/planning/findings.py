@@ -1,6 +1,6 @@
 """Collects all problems of a run before it starts, so that the user sees all of them at once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tunekit.errors import Problem, RecipeError, ResourceError, TunekitError
@@ -11,23 +11,16 @@ Made = TypeVar("Made")
 
 
 class Findings:
-    """The problems of a run. All parts of the plan add their problems here. `problems`: those that are known
-    already."""
+    """The problems of a run. `prepare` adds all problems here."""
 
-    def __init__(self, loaded: LoadedRecipe, problems: Iterable[Problem] = ()) -> None:
+    def __init__(self, loaded: LoadedRecipe) -> None:
         self._loaded = loaded
-        self.problems = list(problems)
-        self._lacks: list[Problem] = []  # the problems in which memory is too small
+        self.problems: list[Problem] = []
         self._errors: list[TunekitError] = []
 
     def add(self, problems: Iterable[Problem]) -> None:
-        """Add problems. A problem without a file gets the recipe's file and line."""
-        self.problems += [self._loaded.locate(problem) if problem.file is None else problem for problem in problems]
-
-    def lack(self, problem: Problem) -> None:
-        """Add a problem of too little memory. Its exit code differs from the exit code of an error in the recipe."""
-        self.add([problem])
-        self._lacks.append(self.problems[-1])
+        """Add problems."""
+        self.problems += located(self._loaded, problems)
 
     def attempt(self, work: Callable[..., Made], *values: object, **named: object) -> Made | None:
         """Call `work` with these values and return its result. If it raises an error, add the error's problems and
@@ -48,14 +41,18 @@ class Findings:
         kind = kinds.pop() if len(kinds) == 1 else RecipeError
         return kind.of(self.problems)
 
-    def refusals(self) -> list[Refusal]:
-        """The problems as values for `plan.refusals`."""
-        return [self._refusal(problem) for problem in self.problems]
 
-    def _refusal(self, problem: Problem) -> Refusal:
+def located(loaded: LoadedRecipe, problems: Iterable[Problem]) -> list[Problem]:
+    """The problems. One without a file gets the recipe's file and line."""
+    return [loaded.locate(problem) if problem.file is None else problem for problem in problems]
+
+
+def refusals_of(loaded: LoadedRecipe, problems: Iterable[Problem], kind: type[TunekitError]) -> Iterator[Refusal]:
+    """The problems as values for `plan.refusals`. `kind`: the error whose exit code they have; it is ResourceError if
+    memory is too small."""
+    for problem in located(loaded, problems):
         message = f"{problem.what}; {problem.how}" if problem.how else problem.what
-        kind = ResourceError if problem in self._lacks else RecipeError
-        return Refusal(problem.key or "", problem.line, message, problem.file, kind.exit_code)
+        yield Refusal(problem.key or "", problem.line, message, problem.file, kind.exit_code)
 
 
 def raise_refusals(plan: Plan) -> None:

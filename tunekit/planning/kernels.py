@@ -17,24 +17,26 @@ AS_DECIDED = "so that all ranks, and a run that is resumed, round the same"
 NEW_RUN = "or start a new run in another output.dir"
 
 
-def planned_kernels(
-    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: ExecutionSettings | None = None
-) -> tuple[str, str]:
-    """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto`, also the reason as text.
-    `decided`: the choice of the run that is resumed, or of all ranks; it is kept, because other kernels round
-    differently."""
+def planned_kernels(setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernels of the run (`native`, `liger` or `none`). If the setting is `auto` and kernels in C could compute the
+    base, also the reason as text."""
     if setting != "auto":
         return setting, ""
-    suitable = device.type == "cpu" and dtype == torch.bfloat16 and has_native_places(net)
-    if decided is not None:
-        return decided.kernels, AS_DECIDED if suitable or decided.kernels == "native" else ""
-    if not suitable:
+    if device.type != "cpu" or dtype != torch.bfloat16 or not has_native_places(net):
         return "none", ""
     try:
         load_kernels()
     except NoKernels as error:
         return "none", str(error)
     return "native", "bfloat16 on a CPU with a C compiler"
+
+
+def decided_kernels(setting: str, kernels: tuple[str, str], fixed: ExecutionSettings | None) -> tuple[str, str]:
+    """The kernels of the run, and the reason. `kernels`: those that this rank would choose. `fixed`: the settings of
+    the run that is resumed, or of all ranks; their kernels are kept, because other kernels round differently."""
+    if fixed is None or setting != "auto":
+        return kernels
+    return fixed.kernels, AS_DECIDED if kernels[1] or fixed.kernels == "native" else ""
 
 
 def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
@@ -54,11 +56,8 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
         yield Problem("liger-kernel is not installed", how, key="training.kernels")
 
 
-def kernel_notes(
-    setting: str, net: nn.Module, device: torch.device, dtype: torch.dtype, decided: ExecutionSettings | None
-) -> Iterator[str]:
-    """A note that says which computations the kernels replace, and why. `decided`: see `planned_kernels`."""
-    kernels, reason = planned_kernels(setting, net, device, dtype, decided)
+def kernel_notes(kernels: str, reason: str, net: nn.Module) -> Iterator[str]:
+    """A note that says which computations the kernels replace, and why."""
     if kernels == "liger":
         yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU in MLPs (joined into one function)"
     elif reason:

@@ -9,8 +9,9 @@ this number.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -18,12 +19,12 @@ from tunekit.errors import Problem
 from tunekit.memory.bandwidths import layer_bytes
 from tunekit.memory.sharding import TIER
 from tunekit.objectives.losses.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
-from tunekit.planning.execution import SearchSpace, StepCost, fastest, smaller_micro_batches
-from tunekit.planning.findings import Findings
+from tunekit.planning.cheaper import cheapest_changes
+from tunekit.planning.execution import Estimate, SearchSpace, fastest, relative_time, smaller_micro_batches
 from tunekit.planning.forecast import Forecast
 from tunekit.planning.prepared import Prepared
-from tunekit.planning.resources import Resources
 from tunekit.planning.tiers import HOST_SHARE
+from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import ExecutionSettings, bytes_text
 
@@ -39,82 +40,76 @@ EXAMINED_ROWS = 2_000  # rows whose mean length is taken
 NEARLY_FULL = 0.8  # if the peak exceeds this share of a CPU's free memory, the longest batch is tried before step 1
 
 
-def device_chunk_tokens(vocabulary_size: int, resources: Resources) -> int:
-    """The default number of positions per logits chunk. It depends only on the vocabulary and the device."""
-    return logits_chunk_tokens(vocabulary_size, max(CHUNK_BYTES, (resources.total_bytes or 0) // DEVICE_SHARE))
-
-
 def margin_of(device: torch.device) -> float:
     """The share of the usable memory that is left free for prediction errors."""
     return MARGIN.get(device.type, MARGIN_OF_A_GPU)
 
 
 def choose_execution(
-    prepared: Prepared,
-    space: SearchSpace,
-    fixed: ExecutionSettings | None,
-    findings: Findings,
-    cheaper: Callable[[ExecutionSettings, int, int], str],
-) -> tuple[ExecutionSettings, list[str]]:
-    """Simulate the largest batches, and choose the settings from `space`. Returns them and the reasons as notes.
-
-    `fixed`: the settings whose `common` values are decided. `cheaper`: a function that advises how to change the
-    recipe; its arguments are a choice, the needed bytes and the available bytes.
-    """
+    prepared: Prepared, recipe: Recipe, space: SearchSpace, fixed: ExecutionSettings | None
+) -> tuple[ExecutionSettings, list[str], list[Problem]]:
+    """Simulate the largest batches, and choose the settings from `space`. Returns them, the reasons as notes, and
+    problems if memory is too small. `fixed`: the settings whose `common` values are decided."""
     forecast, resources, budget = prepared.forecast, prepared.resources, prepared.recipe.memory.budget_bytes
     limit = usable_bytes(resources.device, budget, resources.free_bytes)
     sampled = (fixed.sampling_batch_size if fixed else 0) or forecast.sampled_together(limit)
     space = replace(space, written=replace(space.written, sampling_batch_size=sampled))
-    cost = step_cost(forecast)
-    fitting, execution = _choose(space, cost, forecast, limit, budget)
+    time, shortages = _time_of(forecast), list[Problem]()
+    fitting, execution = _choose(space, time, forecast, limit, budget)
     crowded = _host_shortage(prepared, execution)
     if crowded is not None and execution.activation_offload == "auto":
         space = replace(space, written=replace(space.written, activation_offload=False))
-        fitting, execution = _choose(space, cost, forecast, limit, budget)
+        fitting, execution = _choose(space, time, forecast, limit, budget)
     elif crowded is not None:
-        findings.lack(Problem(crowded, "set memory.activation_offload: auto", key="memory.activation_offload"))
-    for problem in _shortages(prepared, space, execution, cheaper):
-        findings.lack(problem)
+        shortages.append(Problem(crowded, "set memory.activation_offload: auto", key="memory.activation_offload"))
+    shortages += _shortages(prepared, recipe, space, execution)
     if budget is None:
         reasons = list(_free_memory_reasons(prepared, space, execution, fitting is not None, fixed))
     else:
-        reasons = list(_budget_reasons(prepared, space, execution, cost, fitting is not None))
+        reasons = list(_budget_reasons(prepared, space, execution, time, fitting is not None))
     if forecast.errors:
         model_type = prepared.base.facts.model_type
         reasons.append(f"warning: activations of {model_type} are not in the predicted peak ({forecast.errors[0]})")
     if crowded is not None and not execution.activation_offload:
         reasons.append(f"the inputs of recomputed layers stay on the device: {crowded}")
-    return execution, [*reasons, *_rank_warnings(prepared, execution)]
+    return execution, [*reasons, *_rank_warnings(prepared, execution)], shortages
 
 
 def _choose(
-    space: SearchSpace, cost: StepCost, forecast: Forecast, limit: float, budget: int | None
+    space: SearchSpace, time: Estimate, forecast: Forecast, limit: float, budget: int | None
 ) -> tuple[ExecutionSettings | None, ExecutionSettings]:
     """The fastest choice within `limit` bytes, if there is one; and the choice of the run: this one or the smallest."""
 
     def needed(execution: ExecutionSettings) -> int:
         return forecast.known_peak(execution).total
 
-    fitting = fastest(space, cost.relative_time, lambda execution: needed(execution) - limit)
+    fitting = fastest(space, time, lambda execution: needed(execution) - limit)
     smallest = map(space.smallest, space.tiers[:1] if budget is None else space.tiers)
     return fitting, fitting or min(smallest, key=needed)
 
 
 def _shortages(
-    prepared: Prepared,
-    space: SearchSpace,
-    execution: ExecutionSettings,
-    cheaper: Callable[[ExecutionSettings, int, int], str],
+    prepared: Prepared, recipe: Recipe, space: SearchSpace, execution: ExecutionSettings
 ) -> Iterator[Problem]:
     """Yields a problem if the run needs more than its budget or than the free memory."""
-    memory, free = prepared.recipe.memory, prepared.resources.free_bytes
+    memory, free = recipe.memory, prepared.resources.free_bytes
     budget, needed = memory.budget_bytes, prepared.forecast.known_peak(execution).total
+    what = f"the run needs {bytes_text(needed)} at its peak, but only {bytes_text(free or 0)} are free"
     if budget is not None and needed > budget:
         what = f"the smallest setting of this run needs {bytes_text(needed)}, but the budget is {bytes_text(budget)}"
-        yield Problem(what, cheaper(execution, needed, budget), key="memory.budget")
-    elif free is not None and needed > free:
-        can_recompute = memory.gradient_checkpointing != "auto" and execution.checkpointed_layers < space.layers
-        yield too_large_problem(needed, free, can_recompute, budget, prepared.recipe.adapter.less_memory)
+        yield Problem(what, cheapest_changes(prepared, recipe, execution, needed, budget), key="memory.budget")
+    elif free is None or needed <= free:
+        return
+    elif budget is not None:
+        yield Problem(what, f"set memory.budget below {bytes_text(free)}, or free memory", key="memory.budget")
+    elif memory.gradient_checkpointing != "auto" and execution.checkpointed_layers < space.layers:
+        yield Problem(what, "set memory.gradient_checkpointing: auto", key="memory.gradient_checkpointing")
+    else:
+        how = (
+            "set memory.budget, so that plan chooses smaller micro-batches with the same rows per step; lower "
+            f"data.max_length; or {recipe.adapter.less_memory}"
+        )
+        yield Problem(what, how, key="training.micro_batch_size")
 
 
 def _host_shortage(prepared: Prepared, execution: ExecutionSettings) -> str | None:
@@ -173,7 +168,8 @@ def search_space(
     """
     memory, text = prepared.recipe.memory, prepared.base.text
     vocabulary = 0 if text is None else text.vocabulary_size
-    chunk = device_chunk_tokens(vocabulary, prepared.resources) if vocabulary else LEAST_CHUNK_TOKENS
+    chunk_bytes = max(CHUNK_BYTES, (prepared.resources.total_bytes or 0) // DEVICE_SHARE)
+    chunk = logits_chunk_tokens(vocabulary, chunk_bytes) if vocabulary else LEAST_CHUNK_TOKENS
     chunks, passes = [chunk], list[int]()
     if resumed is not None:
         chunks = [resumed.logits_chunk_tokens]
@@ -248,7 +244,7 @@ def _recomputed(execution: ExecutionSettings, space: SearchSpace, fits: bool, av
 
 
 def _budget_reasons(
-    prepared: Prepared, space: SearchSpace, execution: ExecutionSettings, cost: StepCost, has_margin: bool
+    prepared: Prepared, space: SearchSpace, execution: ExecutionSettings, time: Estimate, has_margin: bool
 ) -> Iterator[str]:
     """Yields notes on the settings that were chosen for the budget, and on settings that plan was not allowed to
     change. Nothing if no setting fits into the budget."""
@@ -259,7 +255,7 @@ def _budget_reasons(
     note = f"{margin}, because predictions can be too low by this share"
     if not has_margin:
         note = f"warning: less than {margin}, but predictions can be too low by this share"
-    slower = cost.relative_time(execution) / cost.relative_time(space.grid("off")[0])
+    slower = time(execution) / time(space.grid("off")[0])
     if execution.streaming == "off" and slower > 1.005:
         note += f"; a step takes about {slower:.2f} times as long as without a budget (a rough estimate)"
     yield f"memory.budget {memory.budget}: {_execution_text(execution, training, space.layers)}; {note}"
@@ -271,12 +267,13 @@ def _budget_reasons(
         yield "training.micro_batch_size is not changed, because the adapter's initialisation depends on it"
 
 
-def step_cost(forecast: Forecast) -> StepCost:
-    """The properties of the run that determine its speed, from its largest batch."""
+def _time_of(forecast: Forecast) -> Estimate:
+    """A function that returns the relative time of a step with given settings, for the largest batch of the run."""
     training, facts = forecast.run.training, forecast.base.facts
     batch, text = forecast.largest_batch(training.micro_batch_size), forecast.base.text
     vocabulary = 0 if text is None else text.vocabulary_size
-    return StepCost(
+    return partial(
+        relative_time,
         device=forecast.run.device.type,
         layers=facts.layers,
         row_tokens=batch.width if training.micro_batch_size is not None else batch.padded,
@@ -313,18 +310,3 @@ def trial_reason(device: torch.device, needed: int, available: int | None, budge
     if available is not None and needed > NEARLY_FULL * available:
         return True, f"the predicted peak is more than {NEARLY_FULL:.0%} of the free memory"
     return False, "the predicted peak is far below the free memory, so the longest batch is not tried before step 1"
-
-
-def too_large_problem(
-    needed: int, available: int, can_recompute: bool, budget: int | None, less_memory: str
-) -> Problem:
-    what = f"the run needs {bytes_text(needed)} at its peak, but only {bytes_text(available)} are free"
-    if budget is not None:
-        return Problem(what, f"set memory.budget below {bytes_text(available)}, or free memory", key="memory.budget")
-    if can_recompute:
-        return Problem(what, "set memory.gradient_checkpointing: auto", key="memory.gradient_checkpointing")
-    how = (
-        "set memory.budget, so that plan chooses smaller micro-batches with the same rows per step; lower "
-        f"data.max_length; or {less_memory}"
-    )
-    return Problem(what, how, key="training.micro_batch_size")

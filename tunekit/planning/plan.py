@@ -1,10 +1,7 @@
 """Makes the Plan of a run: all decisions, before weights are loaded."""
 
 from collections.abc import Iterator, Sequence
-from copy import copy
-from functools import partial
-
-import torch
+from dataclasses import replace
 
 import tunekit
 from tunekit.adapters.base import slot_count
@@ -13,44 +10,23 @@ from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import copied_parameters, trained_count, unreached_experts
 from tunekit.contracts import PlanContext
 from tunekit.data.batching.steps import BatchSettings
+from tunekit.errors import RecipeError, ResourceError
 from tunekit.evaluation.evaluator import calibration_notes
-from tunekit.machine.devices import make_devices
 from tunekit.model.compute import kernel_packages
 from tunekit.planning import refusals
-from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.checks import execution_checks
-from tunekit.planning.execution import with_execution, written_execution
-from tunekit.planning.findings import Findings
+from tunekit.planning.findings import refusals_of
 from tunekit.planning.forecast import supervised_tokens
 from tunekit.planning.initialisation import initialisation_notes
-from tunekit.planning.kernels import kernel_notes
+from tunekit.planning.kernels import decided_kernels, kernel_notes
 from tunekit.planning.memory import choose_execution, search_space, trial_reason
-from tunekit.planning.prepare import prepare
-from tunekit.planning.prepared import Prepared
+from tunekit.planning.prepared import Prepared, RunSteps
 from tunekit.planning.tiers import activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
-from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import ExecutionSettings, Plan, PlannedRows, Refusal
+from tunekit.records import ExecutionSettings, Plan, PlannedRows
 from tunekit.training.planned import Planned
 from tunekit.training.schedules import warmup_steps
-from tunekit.training.state import Processors
-
-
-def make_plan(
-    loaded: LoadedRecipe,
-    *,
-    device: torch.device | None = None,
-    check_folder: bool = False,
-    previous: ExecutionSettings | None = None,
-    ranks: int = 1,
-    processors: Processors | None = None,
-) -> tuple[Plan, Planned]:
-    """Prepare and plan the main rank of a run. `previous`: the settings of the run that is resumed. The other
-    parameters: see `prepare`. Raises: TunekitError with all problems, if the inputs cannot be read at all."""
-    device, resumed = device or make_devices().device, previous is not None
-    prepared = prepare(loaded, device, ranks=ranks, resumed=resumed, check_folder=check_folder, processors=processors)
-    return plan(prepared, previous, may_recompute_more=resumed)
 
 
 def plan(
@@ -70,30 +46,25 @@ def plan(
     recipe, written_recipe = prepared.recipe, prepared.loaded.recipe
     if sharded:
         recipe, written_recipe = _sharded(recipe), _sharded(written_recipe)
-    findings, written = Findings(prepared.loaded, prepared.problems), prepared.written
-    if fixed is not None:
-        written = written_execution(recipe, prepared.base, prepared.resources, fixed)
-    findings.add(execution_checks(prepared, written))
-    rules = partial(
-        allowed_tiers, base=prepared.base, resources=prepared.resources, companions=prepared.companion_facts
-    )
-    tiers, problems = rules(recipe)
-    findings.add(problems)
-
-    def refused(changed: Recipe) -> bool:
-        return len(rules(changed)[1]) > len(problems)
-
+    kernels, why = decided_kernels(recipe.training.kernels, prepared.kernels, fixed)
+    written = replace(prepared.written, kernels=kernels)
+    tiers, problems = allowed_tiers(prepared, recipe)
     resumed = fixed if may_recompute_more and prepared.resources.rank == 0 else None
     space = search_space(prepared, written, tiers, fixed, resumed)
-    cheaper = partial(cheapest_changes, recipe, prepared.forecast, refused)
-    execution, reasons = choose_execution(prepared, space, fixed, findings, cheaper)
-    notes = _notes(prepared, written_recipe, execution, reasons, fixed)
-    settings, base = with_execution(prepared.batch_settings, execution), prepared.base
-    plan = _make_plan(prepared, written_recipe, settings, execution, findings.refusals(), list(notes))
-    inputs = prepared.recipe.model, prepared.context.processor, prepared.rows, settings, prepared.recipe.adapter
+    execution, reasons, shortages = choose_execution(prepared, recipe, space, fixed)
+    problems = [*prepared.problems, *execution_checks(prepared, written), *problems]
+    refused = [
+        *refusals_of(prepared.loaded, problems, RecipeError),
+        *refusals_of(prepared.loaded, shortages, ResourceError),
+    ]
+    notes = [*_notes(prepared, written_recipe, execution, reasons), *kernel_notes(kernels, why, prepared.base.net)]
+    steps, settings = prepared.cut(execution.micro_batch_size, execution.gradient_accumulation_steps)
+    made = _make_plan(prepared, written_recipe, steps, settings, execution)
+    base, context = prepared.base, prepared.context
+    inputs = prepared.recipe.model, context.processor, prepared.rows, settings, prepared.recipe.adapter
     largest = prepared.forecast.largest_batch(settings.micro_batch_size)
-    facts = refusals.learned_length(base, prepared.context.virtual_tokens), kernel_packages(base.net)
-    return plan, Planned(*inputs, largest, *facts)
+    facts = refusals.learned_length(base, context.virtual_tokens), kernel_packages(base.net)
+    return replace(made, refusals=refused, notes=notes), Planned(*inputs, largest, *facts)
 
 
 def _sharded(recipe: Recipe) -> Recipe:
@@ -102,17 +73,12 @@ def _sharded(recipe: Recipe) -> Recipe:
 
 
 def _make_plan(
-    prepared: Prepared,
-    recipe: Recipe,
-    settings: BatchSettings,
-    execution: ExecutionSettings,
-    refused: list[Refusal],
-    notes: list[str],
+    prepared: Prepared, recipe: Recipe, steps: RunSteps, settings: BatchSettings, execution: ExecutionSettings
 ) -> Plan:
+    """The plan without refusals and notes. `recipe`: the recipe that plan.json contains."""
     facts, rows, trainable = prepared.base.facts, prepared.rows, _trained_numbers(prepared)
     peak, budget = prepared.forecast.known_peak(execution), prepared.recipe.memory.budget_bytes
     trial = trial_reason(prepared.resources.device, peak.total, prepared.resources.free_bytes, budget)
-    steps = prepared.steps if settings == prepared.batch_settings else rows.steps(settings)
     per_epoch = (steps.micro_batches_per_epoch, steps.steps_per_epoch)
     return Plan(
         tunekit_version=tunekit.__version__,
@@ -129,8 +95,7 @@ def _make_plan(
         rows=PlannedRows(rows.counts, rows.eval_counts, settings.packing, prepared.packing_reason, *per_epoch),
         choice=execution,
         peak_bytes=peak,
-        refusals=refused,
-        notes=notes,
+        refusals=[],
         budget_bytes=budget,
         tries_longest_batch=trial[0],
         trial_reason=trial[1],
@@ -145,15 +110,9 @@ def _trained_numbers(prepared: Prepared) -> int:
     return whole + trained_count(method, settings, targets) + copied_parameters(net, method, settings, targets)
 
 
-def _notes(
-    prepared: Prepared,
-    recipe: Recipe,
-    execution: ExecutionSettings,
-    reasons: Sequence[str],
-    fixed: ExecutionSettings | None,
-) -> Iterator[str]:
+def _notes(prepared: Prepared, recipe: Recipe, execution: ExecutionSettings, reasons: Sequence[str]) -> Iterator[str]:
     """The notes of the plan, in the order in which plan.json lists them. `recipe`: the recipe that plan.json contains.
-    `reasons`: those of the choice. `fixed`: see `plan`."""
+    `reasons`: those of the choice."""
     base, rows, context, device = prepared.base, prepared.rows, prepared.context, prepared.resources.device
     steps, tokens = prepared.steps.count, prepared.forecast.largest_batch(execution.micro_batch_size).padded
     yield from [*prepared.loaded.defaults, *base.notes, *rows.notes, *rows.objective.notes]
@@ -169,13 +128,11 @@ def _notes(
     if groups:
         yield f"some layers are computed together, which saves memory and time: {describe(groups)}"
     yield from reasons
-    yield from weight_notes(recipe.memory, base, device, execution, tokens)
-    for companion in map(copy, prepared.companions.values()):  # a copy: Prepared can be planned again
-        companion.sampling_batch_size = execution.sampling_batch_size
-        yield from companion.notes(context, execution.gradient_accumulation_steps * tokens)
+    yield from weight_notes(recipe.memory, base, prepared.resources, execution, tokens)
+    for companion in prepared.companions.values():
+        yield from companion.notes(context, execution, tokens)
     offloaded = prepared.forecast.offloaded_bytes(execution)
     yield from activation_notes(recipe.memory, device, execution.checkpointed_layers, offloaded)
-    yield from kernel_notes(recipe.training.kernels, base.net, device, base.dtype, fixed)
 
 
 def _adapter_notes(adapter: AdapterSettings, context: PlanContext) -> Iterator[str]:

@@ -7,7 +7,7 @@ import torch
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets
 from tunekit.companions.base import make_companions
-from tunekit.contracts import Companion, CompanionFacts, PlanContext, Processor
+from tunekit.contracts import Objective, PlanContext, Processor, RowKind
 from tunekit.data.batching.steps import BatchSettings
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
@@ -25,8 +25,10 @@ from tunekit.planning.checks import recipe_checks, run_checks
 from tunekit.planning.ends import end_notes
 from tunekit.planning.execution import written_execution
 from tunekit.planning.findings import Findings
+from tunekit.planning.kernels import planned_kernels
 from tunekit.planning.prepared import Prepared
 from tunekit.planning.resources import read_resources
+from tunekit.planning.simulated.loading import read_stored_base
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
@@ -63,23 +65,36 @@ def prepare(
     findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed))
     recipe, context, rows = _read(recipe, device, findings, {} if processors is None else processors)
     companions = make_companions(rows.objective.companions)
-    found = [findings.attempt(_companion_facts, companion, context) for companion in companions.values()]
-    facts = [each for each in found if each is not None]
-    if len(facts) < len(found):
+    examined = [findings.attempt(companion.examine, context) for companion in companions.values()]
+    companion_problems = [problem for problems in examined for problem in problems or ()]
+    if None in examined:
         raise findings.error()
     findings.add(refusals.template_problems(recipe, context.processor, rows.template))
-    packing, reason = _packing(recipe, context, findings)
-    settings = _batch_settings(recipe, context, packing)
+    packing, reason = _packing(recipe, context, rows.objective.rows, findings)
+    settings = _batch_settings(recipe, context, rows.objective, packing)
     shares = settings.end_to_end and shares_prefixes(context.base.net, recipe.data.max_length)
     rows = replace(rows, objective=rows.objective.laid_out(settings.end_to_end, shares))
     steps = findings.attempt(rows.steps, settings)
     if steps is None:
         raise findings.error()
     reason += END_TO_END if settings.end_to_end else ""
-    resources = read_resources(device, rank, ranks)
-    written = written_execution(recipe, as_loaded(context.base), resources)
-    prepared = Prepared(loaded, recipe, resources, context, rows, companions, facts, settings, reason, steps, written)
-    findings.add(run_checks(prepared, resumed=resumed))
+    base, resources = as_loaded(context.base), read_resources(device, rank, ranks)
+    kernels = planned_kernels(recipe.training.kernels, base.net, device, base.dtype)
+    prepared = Prepared(
+        loaded=loaded,
+        recipe=recipe,
+        resources=resources,
+        context=context,
+        stored=read_stored_base(recipe.model, base),
+        rows=rows,
+        companions=companions,
+        batch_settings=settings,
+        packing_reason=reason,
+        steps=steps,
+        kernels=kernels,
+        written=written_execution(recipe, kernels[0], ranks),
+    )
+    findings.add([*run_checks(prepared, resumed=resumed), *companion_problems])
     return replace(prepared, problems=tuple(findings.problems), end_notes=tuple(end_notes(prepared)))
 
 
@@ -112,8 +127,8 @@ def _read(
         raise findings.error()
     processors[key] = processor
     virtual_tokens = 0 if method is None else method.virtual_tokens(adapter)
-    data, sections = (rows.objective, rows.all, bool(rows.streams)), (recipe.memory, recipe.training, recipe.evaluation)
-    context = PlanContext(device, base, processor, *data, *sections, targets, virtual_tokens)
+    sections = (recipe.memory, recipe.training, recipe.evaluation)
+    context = PlanContext(device, base, processor, rows.all, bool(rows.streams), *sections, targets, virtual_tokens)
     return recipe.model_copy(update={"adapter": adapter, "model": model}), context, rows
 
 
@@ -165,28 +180,20 @@ def _check_fit(adapter: AdapterSettings, base: LoadedModel) -> bool:
     return True
 
 
-def _companion_facts(companion: Companion, context: PlanContext) -> CompanionFacts:
-    """Raises: RecipeError if a run with this companion (auxiliary model) cannot be simulated."""
-    facts = companion.facts(context)
-    if not facts.usable:
-        raise RecipeError.of(facts.problems)
-    return facts
-
-
-def _packing(recipe: Recipe, context: PlanContext, findings: Findings) -> tuple[bool, str]:
+def _packing(recipe: Recipe, context: PlanContext, kind: RowKind, findings: Findings) -> tuple[bool, str]:
     """Whether rows are packed, and the reason as text."""
     if not recipe.data.packing:
         return False, "each step has as many rows as the recipe says"
-    obstacle = refusals.packing_obstacle(as_loaded(context.base), context.objective.rows, context.virtual_tokens > 0)
+    obstacle = refusals.packing_obstacle(as_loaded(context.base), kind, context.virtual_tokens > 0)
     if obstacle is not None:
         findings.add([Problem(obstacle, "write packing: false", key="data.packing")])
     return obstacle is None, obstacle or "as the recipe says"
 
 
-def _batch_settings(recipe: Recipe, context: PlanContext, packing: bool) -> BatchSettings:
+def _batch_settings(recipe: Recipe, context: PlanContext, objective: Objective, packing: bool) -> BatchSettings:
     """The batch settings of the run. Rows that are not packed are put end to end without padding, if the model allows
     it."""
-    objective, training, data = context.objective, recipe.training, recipe.data
+    training, data = recipe.training, recipe.data
     apart = objective.rows.packable and not context.virtual_tokens and keeps_documents_apart(context.base.net)
     return BatchSettings(
         micro_batch_size=training.micro_batch_size,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 
-from tunekit.contracts import Batch, Companion, CompanionFacts, PlanContext
+from tunekit.contracts import Batch, Companion, PlanContext
 from tunekit.data.batching.steps import BatchSettings, StoredSteps, filled_batch, largest_evaluation_batch
 from tunekit.data.batching.stream import StreamedSteps
 from tunekit.data.rows import RowSet
@@ -13,12 +13,13 @@ from tunekit.model.loaded_model import LoadedModel, as_loaded
 from tunekit.planning.forecast import Forecast, largest_batch
 from tunekit.planning.initialisation import initialisation_bytes
 from tunekit.planning.resources import Resources
+from tunekit.planning.simulated.loading import StoredBase
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings
 
-Windows = StoredSteps | StreamedSteps
+RunSteps = StoredSteps | StreamedSteps
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,23 @@ class Prepared:
 
     `loaded`: the recipe as it was read. `recipe`: with this rank's budget, the model section as the objective changes
     it, and token ids in place of the adapter's texts. `context`: the model, the data and the adapter, as companions get
-    them. `rows`: with the objective laid out for the base. `batch_settings`, `steps`: with the recipe's micro-batches.
-    `written`: the recipe's settings. `problems`: reasons to refuse the recipe that no setting can remove. `end_notes`:
-    notes on tokens that end answers.
+    them. `stored`: the base's files. `rows`: with the objective laid out for the base. `batch_settings`, `steps`: with
+    the recipe's micro-batches. `kernels`: the kernels that this rank can use, and the reason as text. `written`: the
+    recipe's settings. `problems`: reasons to refuse the recipe that no setting can remove. `end_notes`: notes on tokens
+    that end answers.
     """
 
     loaded: LoadedRecipe
     recipe: Recipe
     resources: Resources
     context: PlanContext
+    stored: StoredBase
     rows: RowSet
     companions: Mapping[str, Companion]
-    companion_facts: Sequence[CompanionFacts]
     batch_settings: BatchSettings
     packing_reason: str
-    steps: Windows
+    steps: RunSteps
+    kernels: tuple[str, str]
     written: ExecutionSettings
     problems: Sequence[Problem] = ()
     end_notes: Sequence[str] = ()
@@ -55,9 +58,8 @@ class Prepared:
     def forecast(self) -> Forecast:
         """Predicts the run's memory. It keeps each simulated peak, so that a second plan does not simulate it again."""
         recipe, rows, device = self.recipe, self.rows, self.resources.device
-        sections = (recipe.model, recipe.adapter, rows.objective, recipe.training)
-        bases = {recipe.model: self.base}
-        run = SimulatedRun(*sections, self.written, device, self.companions, bases=bases)
+        parts = (self.base, recipe.adapter, rows.objective, recipe.training)
+        run = SimulatedRun(*parts, self.written, device, self.companions)
         evaluation, answers = None, 0
         if rows.evaluation is not None and rows.eval_counts is not None:
             size = recipe.evaluation.batch_size
@@ -65,15 +67,27 @@ class Prepared:
             if recipe.evaluation.generate or recipe.evaluation.samples:
                 longest = self.context.virtual_tokens + rows.eval_counts.longest_tokens
                 answers = longest + recipe.evaluation.max_new_tokens
-        start, facts = initialisation_bytes(recipe.adapter, self.context.targets), self.companion_facts
-        companion_bytes, any_token = sum(each.weight_bytes for each in facts), any(each.any_token for each in facts)
+        start, files = (
+            initialisation_bytes(recipe.adapter, self.context.targets),
+            (self.stored, self.resources.cache_bytes),
+        )
         largest = cache(partial(self._largest_batch, run))
-        return Forecast(run, self.base, largest, rows.train, evaluation, answers, start, companion_bytes, any_token)
+        return Forecast(run, *files, largest, rows.train, evaluation, answers, start)
+
+    def cut(self, micro_batch_size: int | None, count: int) -> tuple[RunSteps, BatchSettings]:
+        """The steps and the batch settings with micro-batches of another size. Each step keeps its rows and their
+        order. `count`: micro-batches per step."""
+        settings = self.batch_settings
+        settings = replace(settings, micro_batch_size=micro_batch_size, gradient_accumulation_steps=count)
+        return (self.steps if settings == self.batch_settings else self.rows.steps(settings)), settings
 
     def _largest_batch(self, run: SimulatedRun, micro_batch_size: int | None) -> Batch:
         """The micro-batch that needs the most memory. `micro_batch_size`: rows per micro-batch; None: limited by
         tokens."""
-        steps, settings = self._cut_anew(micro_batch_size)
+        written, count = self.batch_settings.micro_batch_size, self.batch_settings.gradient_accumulation_steps
+        if micro_batch_size is not None and written is not None:
+            count = max(1, count * written // micro_batch_size)
+        steps, settings = self.cut(micro_batch_size, count)
         train, kind = self.rows.train, self.rows.objective.rows
         if not isinstance(steps, StoredSteps):
             return filled_batch(train, kind, settings)
@@ -83,12 +97,3 @@ class Prepared:
         other = largest_batch(steps, train, kind, settings, by_scores=True)
         same = [row.number for row in other.rows] == [row.number for row in largest.rows]
         return other if not same and run.needs_more(other, largest) else largest
-
-    def _cut_anew(self, micro_batch_size: int | None) -> tuple[Windows, BatchSettings]:
-        """Divide the rows of each step into micro-batches of a new size. Returns the new steps and settings."""
-        settings, written = self.batch_settings, self.batch_settings.micro_batch_size
-        if micro_batch_size is None or written is None or micro_batch_size == written:
-            return self.steps, settings
-        count = max(1, settings.gradient_accumulation_steps * written // micro_batch_size)
-        settings = replace(settings, micro_batch_size=micro_batch_size, gradient_accumulation_steps=count)
-        return self.rows.steps(settings), settings

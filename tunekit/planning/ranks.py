@@ -1,12 +1,15 @@
-"""Plans the ranks of a run, whose devices or budgets may differ, so that they agree."""
+"""Plans the ranks of a run, whose devices or budgets may differ, so that they agree: of a run in its processes, and of
+one that is only planned."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 
 from tunekit.machine.devices import is_here, kind_of
-from tunekit.machine.memory import total_bytes
+from tunekit.machine.memory import resident_bytes, total_bytes
 from tunekit.memory.sharding import TIER
+from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import plan
 from tunekit.planning.prepare import prepare
 from tunekit.planning.prepared import Prepared
@@ -14,6 +17,7 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import ExecutionSettings, Plan
 from tunekit.training.planned import Planned
 from tunekit.training.ranks import shard_on_all_ranks, shared_execution
+from tunekit.training.session import Session
 
 
 def devices_of(device: torch.device, ranks: int) -> list[torch.device]:
@@ -61,3 +65,28 @@ def plan_together(
     shared = shared_execution(settings)
     pairs = zip(prepared, planned, strict=True)
     return [pair if pair[0].choice.common == shared.common else make(one, shared, sharded) for one, pair in pairs]
+
+
+def plan_session(session: Session, resumed: ExecutionSettings | None = None) -> tuple[Plan, Planned]:
+    """Make the plan of this process. The main rank reads the data first, so that rows are encoded only once. `resumed`:
+    the settings of the run that is resumed. Raises: TunekitError with all refusals."""
+    devices = session.devices
+
+    def gather(settings: list[ExecutionSettings]) -> list[ExecutionSettings]:
+        return [ExecutionSettings(**each) for each in devices.gather([asdict(each) for each in settings])]
+
+    with session.timed("data"):
+        prepared = devices.main_first(
+            lambda: prepare(
+                session.loaded,
+                devices.device,
+                rank=devices.rank,
+                ranks=devices.world,
+                resumed=resumed is not None,
+                processors=session.processors,
+            )
+        )
+        [(plan, planned)] = plan_together([prepared], gather, resumed)
+    session.baseline_bytes = resident_bytes()  # planning has imported the libraries that the run needs
+    raise_refusals(plan)
+    return plan, planned

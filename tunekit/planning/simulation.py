@@ -3,7 +3,7 @@ run's real network, engine and optimizer."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,12 +16,11 @@ from tunekit.evaluation.scores import prepared, undisturbed
 from tunekit.machine.devices import deterministic_kernels, kind_of
 from tunekit.memory.slots import waiting_tensor
 from tunekit.memory.streaming import host_embedding
-from tunekit.model.load import LoadedModel, make_meta_model
+from tunekit.model.load import LoadedModel
 from tunekit.model.quantized import codec
 from tunekit.planning.simulated.kernels import kernels_as_on
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.recipe.bases.section import AdapterSettings
-from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import ExecutionSettings
 from tunekit.training.engine import StepWork
@@ -32,21 +31,22 @@ from tunekit.tuned.network import prepare_network
 
 MOMENTS = 2  # moments of AdamW, which torch makes in the first step
 SIMULATED = 3  # maximum of simulated micro-batches per pass: from the second on, each adds the same number of bytes
+MODEL_ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of the model's code, on the meta device
 UNPAGED = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}  # optimizers with state of the same size
 
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """The settings of a run that determine its memory. `device`: the device that the run is planned for."""
+    """The values of a run that determine its memory. `base`: on the meta device. `device`: the device that the run is
+    planned for."""
 
-    model: ModelSection
+    base: LoadedModel
     adapter: AdapterSettings
     objective: Objective
     training: TrainingSection
     execution: ExecutionSettings
     device: torch.device
     companions: Mapping[str, Companion] = field(default_factory=dict)
-    bases: dict[ModelSection, LoadedModel] = field(default_factory=dict, repr=False, compare=False)  # made before
 
     def training_step(self, batch: Batch, micro_batches: int = 1) -> Simulation:
         """Simulate the forward, backward and update of one micro-batch, while gradients and optimizer moments are in
@@ -88,7 +88,7 @@ class SimulatedRun:
         """Whether a step with `batch` needs more memory than a step with `other`; False if simulation is impossible."""
         try:
             return self.training_step(batch).total > self.training_step(other).total
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the model's own code
+        except MODEL_ERRORS:
             return False
 
     def before_a_step(self) -> dict[str, int]:
@@ -113,12 +113,11 @@ class SimulatedRun:
         simulations = []
         for key in (key for key, companion in self.companions.items() if companion.rehearses):
             with self._tracked() as (tuned, tracker, _):
-                companion = copy(tuned.companions[key])
-                companion.sampling_batch_size = self.execution.sampling_batch_size
+                companion, run = tuned.companions[key], ModelRun(tuned, self.objective.rows)
                 tracker.adopt(companion.present(tuned), "weights")
                 tracker.start()
                 with undisturbed(tuned):
-                    companion.rehearse(ModelRun(tuned, self.objective.rows), batch, tracker.counting_as)
+                    companion.rehearse(run, batch, self.execution, tracker.counting_as)
             simulations.append(tracker.result())
         return max(simulations, key=lambda simulation: simulation.total, default=None)
 
@@ -132,18 +131,10 @@ class SimulatedRun:
             tracker.start()
             yield tuned, tracker, optimizer
 
-    def _base(self) -> LoadedModel:
-        """A copy of the base on the meta device, without adapter. The original is made only once, because this takes
-        seconds for GGUF files."""
-        if self.model.quantization == "int8" and codec.has_bitsandbytes():
-            codec.import_bitsandbytes()  # imported now, so that the library does not count as growth of the run
-        if self.model not in self.bases:
-            self.bases[self.model] = make_meta_model(self.model, device=self.device)
-        base = self.bases[self.model]
-        return replace(base, net=deepcopy(base.net))
-
     def _tuned(self) -> TunedModel:
-        base = self._base()
+        if self.base.facts.quantization == "int8" and codec.has_bitsandbytes():
+            codec.import_bitsandbytes()  # imported now, so that the library does not count as growth of the run
+        base = replace(self.base, net=deepcopy(self.base.net))
         head = base.family.head_name(base.net)
         attach = partial(attach_adapter, base.net, self.adapter, seed=self.training.seed, head_name=head)
         tuned = prepare_network(base, self.execution, attach, planned_for=self.device)

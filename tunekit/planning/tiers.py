@@ -1,11 +1,10 @@
 """Chooses the tier where weights are stored during a step: device, host or disk. Also describes the cost of each
 tier."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from tunekit.contracts import CompanionFacts
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
@@ -14,6 +13,7 @@ from tunekit.memory.streaming import base_obstacle, host_obstacle
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.storage.packed_cache import lacks_room
+from tunekit.planning.prepared import Prepared
 from tunekit.planning.resources import Resources
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
@@ -24,28 +24,15 @@ KEY = "memory.streaming"
 HOST_SHARE = 0.8  # maximum share of the host's free memory that is pinned
 
 
-def streaming_obstacle(
-    recipe: Recipe, base: LoadedModel, device: torch.device, companions: Sequence[CompanionFacts]
-) -> str | None:
-    """The reason why this base's weights cannot be streamed; None if they can be."""
-    obstacles = [base_obstacle(base, recipe.model), *(facts.streaming_obstacle for facts in companions)]
-    if any(obstacles):
-        return next(filter(None, obstacles))
-    if recipe.adapter.needs_base_first and device.type != "cpu":
-        return "the adapter's initialisation needs the whole base on the device at once"
-    return None
-
-
-def allowed_tiers(
-    recipe: Recipe, base: LoadedModel, resources: Resources, companions: Sequence[CompanionFacts] = ()
-) -> tuple[list[str], list[Problem]]:
+def allowed_tiers(prepared: Prepared, recipe: Recipe) -> tuple[list[str], list[Problem]]:
     """The tiers (device, ranks, host, disk) that plan can choose from, fastest first; and the problems of the tier that
-    the recipe requests."""
-    tiers, problems = _tiers_of_a_rank(recipe, base, resources, companions)
+    the recipe requests. `recipe`: the prepared recipe with other values of some keys."""
+    tiers, problems = _tiers_of_a_rank(prepared, recipe)
     written = recipe.memory.sharding
-    if resources.ranks == 1 or written == "off":
+    if prepared.resources.ranks == 1 or written == "off":
         return tiers, problems
-    obstacle = sharding_obstacle(recipe, base)
+    reason = unsharded_reason(recipe) or base_obstacle(prepared.base, recipe.model)
+    obstacle = None if reason is None else reason.replace("layer streaming", "sharding")
     if written == "full" and obstacle is not None:
         return tiers, [*problems, Problem(f"the base cannot be sharded: {obstacle}", HOW, key=SHARDING)]
     if written == "full":
@@ -53,71 +40,55 @@ def allowed_tiers(
     return (tiers if obstacle is not None or tiers[0] != "off" else ["off", TIER, *tiers[1:]]), problems
 
 
-def sharding_obstacle(recipe: Recipe, base: LoadedModel) -> str | None:
-    """The reason why this base cannot be divided among ranks; None if it can be."""
-    reason = unsharded_reason(recipe) or base_obstacle(base, recipe.model)
-    return None if reason is None else reason.replace("layer streaming", "sharding")
-
-
-def _tiers_of_a_rank(
-    recipe: Recipe, base: LoadedModel, resources: Resources, companions: Sequence[CompanionFacts]
-) -> tuple[list[str], list[Problem]]:
+def _tiers_of_a_rank(prepared: Prepared, recipe: Recipe) -> tuple[list[str], list[Problem]]:
     """The tiers (device, host, disk) of a rank that stores the whole base, fastest first; and the problems of the tier
     that the recipe requests."""
-    written, device = recipe.memory.streaming, resources.device
-    streams = recipe.memory.streamed_head or written != "off"
-    obstacle = streaming_obstacle(recipe, base, device, companions) if streams else None
+    written, device = recipe.memory.streaming, prepared.resources.device
+    obstacle = _streaming_obstacle(prepared, recipe) if recipe.memory.streamed_head or written != "off" else None
     if recipe.memory.streamed_head and obstacle is not None:
-        return ["off"], [
-            Problem(
-                f"the output projection cannot be streamed: {obstacle}",
-                "set memory.streamed_head to false",
-                key="memory.streamed_head",
-            )
-        ]
+        what, key = f"the output projection cannot be streamed: {obstacle}", "memory.streamed_head"
+        return ["off"], [Problem(what, f"set {key} to false", key=key)]
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
     in_the_way = host_obstacle(device) if written == "host" else None
     if in_the_way is not None:
-        return ["off"], [
-            Problem(
-                in_the_way, "set memory.streaming to off, or to disk if the base is larger than the memory", key=KEY
-            )
-        ]
-    if written != "auto":
-        if obstacle is None:
-            return [written], list(_host_problems(base, resources)) if written == "host" else []
-        return ["off"], [
-            Problem(
-                f"weights cannot be streamed from {written}: {obstacle}", "set memory.streaming to off or auto", key=KEY
-            )
-        ]
+        how = "set memory.streaming to off, or to disk if the base is larger than the memory"
+        return ["off"], [Problem(in_the_way, how, key=KEY)]
+    if obstacle is not None and written != "auto":
+        what = f"weights cannot be streamed from {written}: {obstacle}"
+        return ["off"], [Problem(what, "set memory.streaming to off or auto", key=KEY)]
     if obstacle is not None:
         return ["off"], []
-    if not kind_of(device).own_memory:
-        return ["off", "disk"], []
-    room, here = resources.host_bytes, resources.ranks_here
-    fits = room is None or here * layer_bytes(base) < HOST_SHARE * room
+    room, here = prepared.resources.host_bytes, prepared.resources.ranks_here
+    needed = here * layer_bytes(prepared.base)
+    if written == "host" and room is not None and needed > room:
+        ranks = f" ({here} ranks, each with all layers)" if here > 1 else ""
+        what = f"layers take {bytes_text(needed)} of host memory{ranks}, but only {bytes_text(room)} are free"
+        return [written], [Problem(what, "set memory.streaming to disk", key=KEY)]
+    if written != "auto":
+        return [written], []
+    fits = kind_of(device).own_memory and (room is None or needed < HOST_SHARE * room)
     return (["off", "host", "disk"] if fits else ["off", "disk"]), []
 
 
-def _host_problems(base: LoadedModel, resources: Resources) -> Iterator[Problem]:
-    """A problem if the layers that this machine's ranks store on the host are larger than its free memory."""
-    room, here = resources.host_bytes, resources.ranks_here
-    needed = here * layer_bytes(base)
-    if room is not None and needed > room:
-        ranks = f" ({here} ranks, each with all layers)" if here > 1 else ""
-        what = f"layers take {bytes_text(needed)} of host memory{ranks}, but only {bytes_text(room)} are free"
-        yield Problem(what, "set memory.streaming to disk", key=KEY)
+def _streaming_obstacle(prepared: Prepared, recipe: Recipe) -> str | None:
+    """The reason why this base's weights cannot be streamed; None if they can be."""
+    of_companions = (companion.streaming_obstacle for companion in prepared.companions.values())
+    for obstacle in (base_obstacle(prepared.base, recipe.model), *of_companions):
+        if obstacle:
+            return obstacle
+    if recipe.adapter.needs_base_first and prepared.resources.device.type != "cpu":
+        return "the adapter's initialisation needs the whole base on the device at once"
+    return None
 
 
 def weight_notes(
-    memory: MemorySection, base: LoadedModel, device: torch.device, execution: ExecutionSettings, tokens: int
+    memory: MemorySection, base: LoadedModel, resources: Resources, execution: ExecutionSettings, tokens: int
 ) -> Iterator[str]:
     """Notes about a run whose weights are streamed or divided among ranks, and about its speed. `tokens`: the tokens of
     a micro-batch, padding included."""
-    stored = stored_bytes(base.net)
-    if execution.streaming != "off" and (base.packed_while_read or base.copied_while_read) and lacks_room(stored):
+    stored, from_cache = stored_bytes(base.net), base.packed_while_read or base.copied_while_read
+    if execution.streaming != "off" and from_cache and lacks_room(stored, resources.cache_bytes):
         yield (
             f"warning: weights are streamed from a cache file of {bytes_text(stored)}, but the cache folder is full or "
             "cannot be written; unless the file exists, free disk space, or set TUNEKIT_CACHE to another folder"
@@ -139,7 +110,7 @@ def weight_notes(
         f"speed of streaming: each pass of up to {count * tokens:,} tokens copies all layers twice. This limits tokens "
         f"per second to {rates} (published bandwidths). A device that computes more slowly does not wait for copies"
     )
-    if execution.streaming == "host" and device.type == "cpu":
+    if execution.streaming == "host" and resources.device.type == "cpu":
         yield "memory.streaming: host saves nothing on a CPU, because host and device share one memory"
 
 

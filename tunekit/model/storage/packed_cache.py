@@ -18,22 +18,22 @@ CODE = ("model/quantized", "model/storage")
 PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
-def can_be_cached(size_bytes: int) -> bool:
-    """Whether a packed base of this size can be cached: it is not too small, and the folder can be written and has
-    enough free disk space."""
+def cache_room() -> int:
+    """The bytes that a packed base may take in the cache folder; 0 if the folder cannot be written."""
     folder = _folder()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return (
-        size_bytes >= files.MIN_BYTES
-        and existing.is_dir()
-        and os.access(existing, os.W_OK | os.X_OK)
-        and (shutil.disk_usage(existing).free >= size_bytes + files.SPARE_BYTES)
-    )
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return max(0, shutil.disk_usage(existing).free - files.SPARE_BYTES) if writable else 0
 
 
-def lacks_room(size_bytes: int) -> bool:
+def can_be_cached(size_bytes: int, room: int) -> bool:
+    """Whether a packed base of this size can be cached: it is not too small, and the cache folder has room for it."""
+    return files.MIN_BYTES <= size_bytes <= room
+
+
+def lacks_room(size_bytes: int, room: int) -> bool:
     """Whether a packed base of this size should be cached, but cannot be."""
-    return size_bytes >= files.MIN_BYTES and not can_be_cached(size_bytes)
+    return size_bytes >= files.MIN_BYTES and size_bytes > room
 
 
 def _folder() -> Path:

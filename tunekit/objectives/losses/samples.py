@@ -305,7 +305,7 @@ def sampled_objective(loss: SampledLoss, options: EncodeOptions) -> Objective:
         loss,
         text_answering(tokenizer),
         (
-            CompanionSpec("rewards", "objective.reward", settings.reward),
+            CompanionSpec("rewards", "objective.reward", settings),
             CompanionSpec("sampling", "objective.sampling", settings),
         ),
         notes=(f"batches are planned for {count} completions of {longest:,} tokens (the maximum) for each prompt",),

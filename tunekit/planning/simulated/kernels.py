@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +34,9 @@ def kernels_as_on(device: torch.device) -> Iterator[None]:
     Otherwise torch would use an attention kernel that stores all scores, and it would compute grouped products only in
     bfloat16. torch's functions are replaced globally, because a torch function mode is not active in recomputation.
     """
-    attention = functional.scaled_dot_product_attention
-
-    def attend(*inputs: object, **named: object) -> Tensor:
-        return _attend(attention, device, AttentionCall(*inputs, **named))  # type: ignore[arg-type]
-
     product = getattr(functional, "grouped_mm", None)  # from torch 2.10 on
     others = {} if product is None else {"grouped_mm": partial(_multiply, product)}
+    attend = _attention_on(device, functional.scaled_dot_product_attention)
     with replaced(vars(functional), scaled_dot_product_attention=attend, **others):
         yield
 
@@ -54,50 +50,46 @@ def _multiply(original: Callable[..., Tensor], rows: Tensor, matrices: Tensor, *
     return rows @ matrices[0] if rows.is_meta else original(rows, matrices, **named)
 
 
-class AttentionCall(NamedTuple):
-    """The arguments of a call of torch's scaled_dot_product_attention, in its order."""
+def _attention_on(device: torch.device, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function like torch's scaled_dot_product_attention, with the kernel that `device` would use."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **named: Any,
+    ) -> Tensor:
+        """Attention. Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D)."""
+        if not query.is_meta:
+            choice = SDPBackend.MATH  # torch chooses
+        elif not is_here(device):
+            choice = _likely_choice(query, key, attn_mask)
+        else:
+            real = [_untouched(tensor, device) for tensor in (query, key, value, attn_mask)]
+            choose: Callable[..., int] = torch._fused_sdp_choice
+            choice = SDPBackend(choose(*real, dropout_p, is_causal, **named))
+        if choice == SDPBackend.MATH:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, **named)
+        mask, scale = attn_mask, named.get("scale")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))  # as torch does itself
+        kernels, tensors, masked = torch.ops.aten, (query, key, value), (mask, True, dropout_p, is_causal)
+        outputs: tuple[Tensor, ...]
+        if choice == SDPBackend.FLASH_ATTENTION and device.type == "cpu":
+            flash = kernels._scaled_dot_product_flash_attention_for_cpu
+            outputs = flash(*tensors, dropout_p, is_causal, attn_mask=mask, scale=scale)
+        elif choice == SDPBackend.FLASH_ATTENTION:
+            outputs = kernels._scaled_dot_product_flash_attention(*tensors, dropout_p, is_causal, False, scale=scale)
+        elif choice in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.OVERRIDEABLE):  # the latter is XPU's own
+            outputs = kernels._scaled_dot_product_efficient_attention(*tensors, *masked, scale=scale)
+        else:
+            outputs = kernels._scaled_dot_product_cudnn_attention(*tensors, *masked, False, scale=scale)
+        return outputs[0]
 
-
-def _attend(original: Callable[..., Tensor], device: torch.device, call: AttentionCall) -> Tensor:
-    """Attention with the kernel that `device` would use.
-
-    Shapes: query (B, H, T, D), key and value (B, G, S, D) -> (B, H, T, D).
-    """
-    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = call
-    if not query.is_meta:
-        choice = SDPBackend.MATH  # torch chooses
-    elif not is_here(device):
-        choice = _likely_choice(query, key, attn_mask)
-    else:
-        real = [_untouched(tensor, device) for tensor in (query, key, value, attn_mask)]
-        choose: Callable[..., int] = torch._fused_sdp_choice
-        choice = SDPBackend(choose(*real, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa))
-    if choice == SDPBackend.MATH:
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    mask = attn_mask
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))  # as torch does itself
-    kernels, tensors, masked = torch.ops.aten, (query, key, value), (mask, True, dropout_p, is_causal)
-    outputs: tuple[Tensor, ...]
-    if choice == SDPBackend.FLASH_ATTENTION and device.type == "cpu":
-        flash = kernels._scaled_dot_product_flash_attention_for_cpu
-        outputs = flash(*tensors, dropout_p, is_causal, attn_mask=mask, scale=scale)
-    elif choice == SDPBackend.FLASH_ATTENTION:
-        outputs = kernels._scaled_dot_product_flash_attention(*tensors, dropout_p, is_causal, False, scale=scale)
-    elif choice in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.OVERRIDEABLE):  # the latter is XPU's own
-        outputs = kernels._scaled_dot_product_efficient_attention(*tensors, *masked, scale=scale)
-    else:
-        outputs = kernels._scaled_dot_product_cudnn_attention(*tensors, *masked, False, scale=scale)
-    return outputs[0]
+    return attend
 
 
 def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:

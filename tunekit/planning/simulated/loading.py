@@ -6,17 +6,20 @@ after the other, without mapping the file. If only transformers can read the bas
 their file is mapped.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
+from tunekit.errors import ModelError
 from tunekit.model.families import text_config
+from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.four_bit import WORKING_BYTES
-from tunekit.model.storage.reading import CHUNK_BYTES
+from tunekit.model.quantized.weights import packed_layers, stored_bytes, weight_of
+from tunekit.model.storage.reading import CHUNK_BYTES, MappedFiles
+from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.source import find_source
+from tunekit.recipe.model import ModelSection
 
 FAULT_BYTES = 2 * 2**20  # Linux maps up to this many bytes around each page that is read
 # What gguf's reader holds for each token of a vocabulary: its text, type and merge as arrays of their own. Measured:
@@ -26,57 +29,62 @@ TOKEN_BYTES = 3_400
 
 @dataclass(frozen=True)
 class StoredBase:
-    """The base on disk: its size and its format. `converted`: whether some tensors must be converted to the dtype of
-    the computation."""
+    """The size of a base on disk, and the dtypes of its tensors (not of a GGUF file). `files`: the safetensors files;
+    None if the base is not downloaded, or is a GGUF file."""
 
     file_bytes: int
-    converted: bool
+    dtypes: frozenset[torch.dtype] = frozenset()
     gguf: bool = False
+    files: MappedFiles | None = None
 
-    @property
-    def mapped(self) -> bool:
-        """Whether the loaded weights are the mapped file itself, if they are not packed."""
-        return not self.converted and not self.gguf
-
-
-def stored_base(sizes: Iterable[tuple[int, torch.dtype]], dtype: torch.dtype) -> StoredBase:
-    """The StoredBase of a safetensors folder. `sizes`: bytes and dtype of each stored tensor."""
-    pairs = list(sizes)
-    converted = any(kind.is_floating_point and kind != dtype for _, kind in pairs)
-    return StoredBase(sum(size for size, _ in pairs), converted)
+    def converts(self, dtype: torch.dtype) -> bool:
+        """Whether some tensors must be converted to the dtype of the computation."""
+        return any(stored.is_floating_point and stored != dtype for stored in self.dtypes)
 
 
-def load_bytes(stored: StoredBase, dense_bytes: int, loaded_bytes: int, largest_elements: int, packed: bool) -> int:
+def read_stored_base(section: ModelSection, base: LoadedModel) -> StoredBase:
+    """Read the headers of the base's files. If the base is not downloaded yet, its configuration gives the values."""
+    source = find_source(section, weights=False)
+    if source.gguf_file is not None:
+        return StoredBase((source.folder / source.gguf_file).stat().st_size, gguf=True)
+    try:
+        headers = read_headers(source.folder)
+    except ModelError:
+        declared = getattr(base.config, "dtype", None)
+        dtype = declared if isinstance(declared, torch.dtype) else base.dtype
+        return StoredBase(base.facts.total_parameters * dtype.itemsize, frozenset([dtype]))
+    read = [header for name, header in headers.items() if not name.startswith(base.family.unread)]
+    size, dtypes = sum(header.size_bytes for header in read), frozenset(header.dtype for header in read)
+    return StoredBase(size, dtypes, files=MappedFiles(source.folder, headers))
+
+
+def load_bytes(base: LoadedModel, stored: StoredBase, *, streamed: bool, cached: bool) -> int:
     """Peak memory while a base is loaded.
 
-    `dense_bytes`: bytes of the base in the dtype of the computation. `loaded_bytes`: bytes of the base after loading.
-    A tensor of a GGUF file is unpacked to float32 and then copied, so memory contains two additional copies of the
-    largest tensor. A matrix that is packed is copied once.
+    `streamed`: its weights stay in their files. `cached`: its packed weights are mapped from a cache file.
     """
-    if stored.gguf:
-        return stored.file_bytes + dense_bytes + 2 * 4 * largest_elements
-    if stored.converted:
-        return stored.file_bytes + dense_bytes
-    return stored.file_bytes + loaded_bytes + 4 * largest_elements if packed else loaded_bytes
+    net, packed = base.net, list(packed_layers(base.net).values())
+    weights = map(weight_of, packed or net.modules())
+    elements = max((weight.elements for weight in weights if weight is not None), default=0)  # of the largest matrix
+    largest_bytes = max(parameter.nbytes for parameter in net.parameters())
+    parsed = TOKEN_BYTES * int(text_config(net).vocab_size) if stored.gguf else 0  # the vocabulary
+    dense, loaded = base.facts.total_parameters * base.dtype.itemsize, stored_bytes(net)
+    if streamed:  # one matrix, or the largest tensor that is copied unpacked, such as the embedding
+        copied = base.packed_while_read or base.copied_while_read
+        return parsed + max(4 * elements if packed else 0, largest_bytes if copied else 0)
+    if base.packed_while_read:  # the base, one matrix, and buffers for packing
+        packing = (0 if cached else loaded) + elements * base.dtype.itemsize + WORKING_BYTES
+        return parsed + max(packing, largest_bytes)
+    if base.copied_while_read:  # tensors are copied one after the other
+        return parsed + loaded + CHUNK_BYTES
+    if stored.gguf:  # the largest tensor is unpacked to float32, then copied
+        return parsed + stored.file_bytes + dense + 2 * 4 * elements
+    if stored.converts(base.dtype):
+        return stored.file_bytes + dense
+    return stored.file_bytes + loaded + 4 * elements if packed else loaded  # a matrix that is packed is copied once
 
 
-def packing_bytes(loaded_bytes: int, largest_elements: int, dtype: torch.dtype) -> int:
-    """Peak memory of loading a base that is packed (quantized) while it is read: the base, one matrix, and buffers for
-    packing."""
-    return loaded_bytes + largest_elements * dtype.itemsize + WORKING_BYTES
-
-
-def copying_bytes(loaded_bytes: int) -> int:
-    """Peak memory of loading a base whose tensors are copied from the files one after the other."""
-    return loaded_bytes + CHUNK_BYTES
-
-
-def parsing_bytes(net: nn.Module) -> int:
-    """Bytes that gguf's reader needs for the vocabulary of a GGUF file while the base is loaded."""
-    return TOKEN_BYTES * int(text_config(net).vocab_size)
-
-
-def untouched_bytes(ids: NDArray[np.int64], row_bytes: int, table_bytes: int) -> int:
+def untouched_bytes(ids: Collection[int], row_bytes: int, table_bytes: int) -> int:
     """Bytes of a mapped embedding that are never read, if only the tokens in `ids` are looked up."""
-    touched = np.unique(np.asarray(ids, dtype=np.int64) * row_bytes // FAULT_BYTES)
+    touched = {token * row_bytes // FAULT_BYTES for token in ids}
     return max(0, table_bytes - len(touched) * FAULT_BYTES)
