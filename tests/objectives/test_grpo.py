@@ -512,10 +512,11 @@ def test_a_text_metric_without_reference_answers_is_refused(base: Path, tmp_path
 
 
 def test_a_streamed_base_and_cut_prompts_are_refused_by_name(base: Path, tmp_path: Path) -> None:
-    plan, _ = make_plan(load_recipe(write_prompts(tmp_path, base, memory={"streaming": "disk"})), device=CPU)
-    (refusal,) = plan.refusals
-    assert refusal.key == "memory.streaming"
-    assert "grpo samples token by token, so every layer would be copied for each token" in refusal.message
+    for key, value in (("streaming", "disk"), ("streamed_head", True)):
+        plan, _ = make_plan(load_recipe(write_prompts(tmp_path, base, memory={key: value})), device=CPU)
+        (refusal,) = plan.refusals
+        assert refusal.key == f"memory.{key}"
+        assert "grpo samples token by token, so every layer would be copied for each token" in refusal.message
     with pytest.raises(RecipeError, match="a truncated prompt is a different question"):
         make_plan(load_recipe(write_prompts(tmp_path, base, data={"excess_length": "truncate"})), device=CPU)
 

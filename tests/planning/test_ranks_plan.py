@@ -124,6 +124,22 @@ def test_all_ranks_shard_if_one_of_them_must(recipe: Path) -> None:
     assert [plan.recipe["memory"]["sharding"] for plan in plans] == ["full", "auto"]
 
 
+def test_a_plan_reads_no_file_and_no_device(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_recipe(recipe, ["memory.streaming=disk", "model.dtype=bfloat16"])
+    first, second = prepare(loaded, CPU), prepare(loaded, CPU)
+    made, _ = plan(first)  # which also imports what a plan needs
+
+    def fail(*values: object, **named: object) -> None:
+        raise AssertionError("a plan reads nothing")
+
+    with monkeypatch.context() as patched:
+        for name in ("os.stat", "os.open", "os.access", "builtins.open", "shutil.disk_usage", "mmap.mmap"):
+            patched.setattr(name, fail)
+        patched.setattr("tunekit.planning.resources.available_bytes", fail)
+        again, _ = plan(second)
+    assert again == made
+
+
 def test_a_second_plan_simulates_nothing_again(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(load_recipe(recipe), CPU)
     first, _ = plan(prepared)

@@ -21,7 +21,7 @@ from tunekit.planning.initialisation import initialisation_notes
 from tunekit.planning.kernels import decided_kernels, kernel_notes
 from tunekit.planning.memory import choose_execution, search_space, trial_reason
 from tunekit.planning.prepared import Prepared, RunSteps
-from tunekit.planning.tiers import activation_notes, allowed_tiers, weight_notes
+from tunekit.planning.tiers import HEAD_KEY, activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings, Plan, PlannedRows
@@ -49,6 +49,8 @@ def plan(
     kernels, why = decided_kernels(recipe.training.kernels, prepared.kernels, fixed)
     written = replace(prepared.written, kernels=kernels)
     tiers, problems = allowed_tiers(prepared, recipe)
+    if any(problem.key == HEAD_KEY for problem in problems):  # a refused head may not even be simulated
+        written = replace(written, streamed_head=False)
     resumed = fixed if may_recompute_more and prepared.resources.rank == 0 else None
     space = search_space(prepared, written, tiers, fixed, resumed)
     execution, reasons, shortages = choose_execution(prepared, recipe, space, fixed)

@@ -20,7 +20,7 @@ from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings, bytes_text
 
-KEY = "memory.streaming"
+KEY, HEAD_KEY = "memory.streaming", "memory.streamed_head"
 HOST_SHARE = 0.8  # maximum share of the host's free memory that is pinned
 
 
@@ -46,8 +46,8 @@ def _tiers_of_a_rank(prepared: Prepared, recipe: Recipe) -> tuple[list[str], lis
     written, device = recipe.memory.streaming, prepared.resources.device
     obstacle = _streaming_obstacle(prepared, recipe) if recipe.memory.streamed_head or written != "off" else None
     if recipe.memory.streamed_head and obstacle is not None:
-        what, key = f"the output projection cannot be streamed: {obstacle}", "memory.streamed_head"
-        return ["off"], [Problem(what, f"set {key} to false", key=key)]
+        what = f"the output projection cannot be streamed: {obstacle}"
+        return ["off"], [Problem(what, f"set {HEAD_KEY} to false", key=HEAD_KEY)]
     if written == "off" or recipe.adapter.trains_base:
         return ["off"], []
     in_the_way = host_obstacle(device) if written == "host" else None
