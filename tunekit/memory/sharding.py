@@ -175,14 +175,8 @@ def shard_base(
             ShardedTable(blob, modules, copier) for blob, (_, modules) in zip(table_blobs, tables, strict=True)
         ]
         devices.before_exchange = copier.help_others
-    slots.outside_bytes = stored_outside(blobs, table_blobs)
-    slots.elsewhere_bytes = sum(piece.tensor.nbytes for unit in units for piece in unit.pieces)
-    slots.elsewhere_bytes -= sum(unit.share_bytes for unit in units)
+    shares = sum(unit.share_bytes for unit in units)
+    slots.outside_bytes = shares + max((table.size_bytes for table in table_blobs), default=0)  # one table at a time
+    slots.elsewhere_bytes = sum(piece.tensor.nbytes for unit in units for piece in unit.pieces) - shares
     stream_layers([layer for _, layer in base.family.layers(base.net)], slots)
     return slots
-
-
-def stored_outside(blobs: Sequence[ShardedBlob], tables: Sequence[ShardedBlob]) -> int:
-    """The bytes that a rank stores besides the slots: its shares, and the largest table while it is gathered."""
-    shares = sum(blob.share_bytes for blob in (*blobs, *tables))
-    return shares + max((table.size_bytes for table in tables), default=0)

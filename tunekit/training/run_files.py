@@ -1,7 +1,7 @@
 """Reads and writes the files of a run folder: status, plan, environment, records and checkpoints. The exported adapter
 is written elsewhere."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +25,7 @@ from tunekit.evaluation.row_losses import RowLosses
 from tunekit.files.untrusted import sha256_of
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.model.compute import resolve_dtype
+from tunekit.model.load import base_fingerprint
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import EvaluationRecord, ExecutionSettings, JsonObject, Plan, StepRecord
 from tunekit.training.planned import Planned
@@ -83,12 +84,14 @@ def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None
             folder.warn(f"status.json could not be written: {error}")
 
 
-def newest_checkpoint(session: Session) -> Checkpoint | None:
-    """Load the newest complete checkpoint. Also set the number of threads to the number in the checkpoint, because the
-    order of sums depends on it."""
-    checkpoint = session.from_folder(load_newest)
+def read_checkpoint(session: Session, resume: bool) -> Checkpoint | None:
+    """The newest complete checkpoint, which a resumed run continues; None for a new run, or if there is none yet. Also
+    set the number of threads to the number in the checkpoint, because the order of sums depends on it."""
+    checkpoint = session.from_folder(load_newest) if resume else None
     if checkpoint is not None:
         torch.set_num_threads(int(checkpoint.facts["threads"]))
+    elif resume:
+        session.console.info(f"{session.loaded.recipe.output.dir} has no checkpoint; the run starts from the beginning")
     return checkpoint
 
 
@@ -130,30 +133,25 @@ def execution_in(path: Path) -> ExecutionSettings | None:
 
 
 def check_fingerprint(
-    session: Session,
-    data: str,
-    base: str,
-    checkpoint: Checkpoint | None,
-    code: Mapping[str, str],
-    packages: Collection[str],
+    session: Session, planned: Planned, code: Mapping[str, str], checkpoint: Checkpoint | None
 ) -> JsonObject:
     """Make the fingerprint of this run, and compare it with the fingerprint of the run in this folder or of
-    `checkpoint`. `code`, `packages`: as for make_fingerprint.
+    `checkpoint`. `code`: as for make_fingerprint.
 
     Raises: RunFolderError with each difference of recipe, data, base or version.
     """
     names, on_cpu = accelerator_names(), session.devices.device.type == "cpu"
     new = make_fingerprint(
         session.loaded.recipe.model_dump(mode="json"),
-        data=data,
-        base=base,
+        data=planned.rows.fingerprint,
+        base=base_fingerprint(planned.model),
         versions=library_versions(),
         device=session.devices.device.type,
         dtype=str(resolve_dtype(session.loaded.recipe.model, session.devices.device)).removeprefix("torch."),
         accelerator=None if on_cpu else names[0],
         threads=torch.get_num_threads(),
         code=code,
-        packages=packages,
+        packages=planned.kernel_packages,
     )
     old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]
     check_fingerprints(session, new)
