@@ -44,10 +44,10 @@ def test_the_shares_of_all_ranks_are_the_whole_unit(world: int) -> None:
     for rank in range(world):
         blob = ShardedBlob([tensor.clone() for tensor in tensors], world)
         shares.append(blob.keep_share(rank, CPU, frozenset()))
-        assert all(piece.tensor.untyped_storage().nbytes() < 5 for piece in blob.pieces), "nothing else is kept"
+        assert all(tensor.untyped_storage().nbytes() < 5 for tensor in blob.tensors), "nothing else is kept"
     assert len({len(share) for share in shares}) == 1
     blob.bind(torch.cat(shares))
-    assert all(torch.equal(piece.tensor, copy) for piece, copy in zip(blob.pieces, copies, strict=True))
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(blob.tensors, copies, strict=True))
 
 
 def test_a_rank_reads_a_mapped_file_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,10 @@ class ShardedBlob(LayerBlob):
         """
         start = rank * self.share_bytes
         share = torch.zeros(self.share_bytes, dtype=torch.uint8, device=device)
-        for piece, values in zip(self.pieces, self.source, strict=True):
-            first, end = max(piece.start, start), min(piece.start + values.nbytes, start + self.share_bytes)
+        for place, values in zip(self.starts, self.source, strict=True):
+            first, end = max(place, start), min(place + values.nbytes, start + self.share_bytes)
             for at in range(first, end, CHUNK_BYTES):  # in chunks, so that few pages of the file are in memory
-                stored = as_bytes(values)[at - piece.start : min(at + CHUNK_BYTES, end) - piece.start]
+                stored = as_bytes(values)[at - place : min(at + CHUNK_BYTES, end) - place]
                 share[at - start : at - start + len(stored)] = stored
                 if values.data_ptr() in mapped:
                     forget_pages(stored)
@@ -177,6 +177,6 @@ def shard_base(
         devices.before_exchange = copier.help_others
     shares = sum(unit.share_bytes for unit in units)
     slots.outside_bytes = shares + max((table.size_bytes for table in table_blobs), default=0)  # one table at a time
-    slots.elsewhere_bytes = sum(piece.tensor.nbytes for unit in units for piece in unit.pieces) - shares
+    slots.elsewhere_bytes = sum(tensor.nbytes for unit in units for tensor in unit.tensors) - shares
     stream_layers([layer for _, layer in base.family.layers(base.net)], slots)
     return slots

@@ -146,5 +146,5 @@ def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> Tensor
     elif device.type == "cpu" and tier == "host":
         size = sum(blob.size_bytes for blob in slots.blobs)
     elif device.type == "cpu":
-        size = max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)
+        size = max(tensor.nbytes for blob in slots.blobs for tensor in blob.tensors)
     return torch.empty(size, dtype=torch.uint8, device="meta")

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.artifacts.checkpoint import save_checkpoint
+from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import StepProgress
 from tunekit.contracts import Batch, Objective, StepBatches, StepSource
@@ -37,7 +39,7 @@ from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.reached import require_gradients
-from tunekit.training.run_files import make_trackers, save_run, tracked_numbers, write_pictures, write_rows
+from tunekit.training.run_files import make_trackers, protected_steps, tracked_numbers, write_pictures, write_rows
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Session
@@ -313,13 +315,17 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint on the main rank. An error there is raised on every rank."""
-        exported = {"export": facts_for_export(self.adapter, self.objective, self.state.measured_facts)}
-        save_run(
-            self.session,
-            self.state,
-            lambda: checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state),
-            lambda: checkpoint_facts(self.optimizer, self.state, self.fingerprint) | exported,
-        )
+
+        def write(folder: RunFolder) -> None:
+            state = self.state
+            with self.session.signals.critical():
+                tensors = checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state)
+                facts = checkpoint_facts(self.optimizer, state, self.fingerprint)
+                facts["export"] = facts_for_export(self.adapter, self.objective, state.measured_facts)
+                keep, protect = self.training.keep_checkpoints, protected_steps(self.session, state.best_step)
+                save_checkpoint(folder, state.step, tensors, facts, keep=keep, protect=protect)
+
+        self.session.in_folder(write)
 
     def _save(self) -> None:
         self.state.saved_step = self.state.step

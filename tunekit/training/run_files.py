@@ -1,7 +1,7 @@
 """Reads and writes the files of a run folder: status, plan, environment, records and checkpoints. The exported adapter
 is written elsewhere."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -11,13 +11,12 @@ import torch
 
 from tunekit.adapters.folder.config import TENSORS_NAME
 from tunekit.adapters.method import needs_reference_state
-from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate, save_checkpoint
+from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate
 from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_values, require_same, resume_notes
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.report.values import Values
 from tunekit.artifacts.run import ROWS_NAME, RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
-from tunekit.contracts import Tensors
 from tunekit.data.encoding.images import png_bytes
 from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
 from tunekit.evaluation.evaluator import Evaluation
@@ -31,7 +30,6 @@ from tunekit.records import EvaluationRecord, ExecutionSettings, JsonObject, Pla
 from tunekit.training.planned import Planned
 from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState
 
 OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained number in a checkpoint
 
@@ -281,23 +279,3 @@ def write_pictures(folder: RunFolder, step: int, evaluation: Evaluation) -> None
     """Write the images that an evaluation generated."""
     for number, pixels in enumerate(evaluation.pictures or ()):
         folder.write_bytes(picture_name(step, number), png_bytes(pixels))
-
-
-def save_run(
-    session: Session, state: LoopState, tensors: Callable[[], Tensors], facts: Callable[[], JsonObject]
-) -> None:
-    """Write a checkpoint on the main rank; only there, `tensors` and `facts` are called. An error is raised on every
-    rank."""
-
-    def write(folder: RunFolder) -> None:
-        with session.signals.critical():
-            save_checkpoint(
-                folder,
-                state.step,
-                tensors(),
-                facts(),
-                keep=session.loaded.recipe.training.keep_checkpoints,
-                protect=protected_steps(session, state.best_step),
-            )
-
-    session.in_folder(write)
