@@ -24,7 +24,8 @@ from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import bytes_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run, check_run
-from tunekit.training.begin import begin_run, load_base, print_plan, read_checkpoint
+from tunekit.training.begin import begin_run, load_base, print_plan
+from tunekit.training.finish import base_bytes
 from tunekit.training.ranks import check_command
 from tunekit.training.result import finish_run
 from tunekit.training.session import Session
@@ -83,7 +84,7 @@ def train_session(session: Session, resume: bool) -> None:
     Raises: Stopped at the session's last step, or after a stop signal.
     """
     with session.signals.at_once("before training began; nothing was trained"):
-        checkpoint = read_checkpoint(session, resume)
+        checkpoint = run_files.read_checkpoint(session, resume)
         plan, planned = plan_session(session, run_files.previous_execution(session) if resume else None)
     plan, run = begin_run(session, plan, planned, checkpoint)
     run.train()
@@ -103,15 +104,14 @@ def _try_out(session: Session) -> dict[str, Any]:
         if is_out_of_memory(error):
             raise session.out_of_memory() from error
         raise
-    measured = session.measured(run.model)
-    peak = measured.peaks.allocated or measured.host_growth_bytes
+    peak, base = session.peak_bytes(), base_bytes(run.model)
     session.console.panel(
         "dry run: everything worked, nothing was written",
         {
             "longest micro-batch": shape_text(planned.largest_batch),
             "predicted peak": bytes_text(plan.peak_bytes.total),
             "measured peak": bytes_text(peak),
-            "base": bytes_text(measured.base_bytes),
+            "base": bytes_text(base),
             "trained parameters": plan.trainable_parameters,
             "steps": plan.steps,
         },
@@ -119,7 +119,7 @@ def _try_out(session: Session) -> dict[str, Any]:
     return {
         "predicted_bytes": plan.peak_bytes.total,
         "measured_bytes": peak,
-        "base_bytes": measured.base_bytes,
+        "base_bytes": base,
         "trainable_parameters": plan.trainable_parameters,
         "steps": plan.steps,
     }

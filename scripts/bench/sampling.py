@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from beside.harness import FOLDER, hardware, versions
 
-from tunekit.contracts import Sampling
+from tunekit.contracts import RowKind, Sampling
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.model import ModelSection
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 
 FIGURES = {
     "minutes": 5,
@@ -95,7 +95,7 @@ def main() -> None:
     torch.set_num_threads(1)
     section = ModelSection(name_or_path=options.model, dtype=options.dtype)
     base, tokenizer = load_model(section, device=torch.device("cpu")), load_tokenizer(section)
-    model, net = TunedModel(base, None), plain_copy(base.net)
+    run, net = ModelRun(TunedModel(base, None), RowKind()), plain_copy(base.net)
     draw = torch.Generator().manual_seed(0)
     asked = torch.randint(10, 1000, (options.prompts, options.prompt_tokens), generator=draw)
     every = asked.repeat_interleave(options.group, dim=0)  # (B, T)
@@ -104,7 +104,7 @@ def main() -> None:
 
         def ours(count: int = count) -> Any:
             many = {"max_new_tokens": count, "batch_size": len(prompts), "stop_ids": []}
-            return model.generate(tokenizer, prompts, sampling=Sampling(1.0), seeds=seeds, **many)
+            return run.generate(tokenizer, prompts, sampling=Sampling(1.0), seeds=seeds, **many)
 
         def theirs(count: int = count) -> Any:
             fixed = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": True, "temperature": 1.0}

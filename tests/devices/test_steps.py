@@ -88,10 +88,9 @@ def test_an_embedding_on_the_host_is_looked_up_without_a_wait(folder: Path) -> N
 def test_a_streamed_output_projection_makes_no_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(folder, **HOST)
     monkeypatch.setattr(vocabulary, "PART_BYTES", 64 * 64 * 4)
-    net = case.model.base.net
-    case.model = case.parts.model = replace(
-        case.model, head_parts=vocabulary.stream_head(net.lm_head, CUDA, "host", net)
-    )
+    base = case.model.base
+    head = vocabulary.stream_head(base.family.head(base.net), CUDA, "host")
+    case.model = case.parts.model = replace(case.model, streamed_head=head)
     assert waits_of(case) == {}
 
 

@@ -237,7 +237,7 @@ def _bound(slots: LayerSlots) -> list[int]:
     return [
         number
         for number, blob in enumerate(slots.blobs)
-        if any(start <= piece.tensor.data_ptr() < stop for piece in blob.pieces for start, stop in spans)
+        if any(start <= tensor.data_ptr() < stop for tensor in blob.tensors for start, stop in spans)
     ]
 
 
@@ -246,8 +246,8 @@ def test_a_layer_that_is_not_mapped_in_gives_no_number(folder: Path) -> None:
     slots = case.model.slots
     assert slots is not None
     with slots.holding(0, 1):
-        assert all(torch.isfinite(piece.tensor).all() for piece in slots.blobs[0].pieces)
-        assert all(torch.isnan(piece.tensor).all() for piece in slots.blobs[4].pieces)
+        assert all(torch.isfinite(tensor).all() for tensor in slots.blobs[0].tensors)
+        assert all(torch.isnan(tensor).all() for tensor in slots.blobs[4].tensors)
         with (
             pytest.raises(RuntimeError, match="layer 3 was requested while layer 0 is being computed"),
             slots.holding(3),

@@ -15,7 +15,7 @@ from tests.support.train_case import records, write_recipe
 from tunekit.contracts import ModelOutput
 from tunekit.errors import TunekitError
 from tunekit.memory import vocabulary
-from tunekit.memory.vocabulary import StreamedHead, stream_head
+from tunekit.memory.vocabulary import stream_head
 from tunekit.model.families.heads import TextHead
 from tunekit.objectives.losses.logprobs import log_probabilities, loss_of_positions, scored_positions
 from tunekit.recipe.load import load_recipe
@@ -40,11 +40,10 @@ def test_losses_and_gradients_are_those_of_the_whole(
     torch.manual_seed(0)
     net, hidden = Net(), torch.randn(1, 23, 12) * 3
     text, targets, index = TextHead(net, "lm_head", **scale), torch.randint(0, 70, (19,)), torch.randperm(23)[:19]
-    parts = None
+    head: Any = text
 
     def found() -> tuple[Tensor, ...]:
         states = hidden.clone().requires_grad_()
-        head = text if parts is None else StreamedHead(text, parts)
         output = ModelOutput(states, head, (), 8)
         loss = loss_of_positions(output, index, targets).total
         logps = log_probabilities(output, index, targets)
@@ -56,8 +55,8 @@ def test_losses_and_gradients_are_those_of_the_whole(
     whole = found()
     monkeypatch.setattr(vocabulary, "PART_BYTES", 16 * 12 * 4)  # parts of 16 rows, the last of 6
     monkeypatch.setattr("tunekit.objectives.losses.logprobs.CHUNK_BYTES", 16 * 4 * 5)  # five positions at a time
-    parts = stream_head(net.lm_head, CPU, tier)
-    assert len(parts.weights) == 5
+    head = stream_head(text, CPU, tier)
+    assert len(head.weights) == 5
     assert net.lm_head.weight.isnan().all(), "nothing of the matrix is left where it was"
     for one, other in zip(found(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -70,8 +69,7 @@ def test_an_embedding_that_is_the_same_matrix_keeps_its_rows(monkeypatch: pytest
     monkeypatch.setattr(vocabulary, "PART_BYTES", 16 * 12 * 4)
     ids, hidden = torch.arange(70), torch.randn(3, 12)
     rows, logits = net.embed(ids).detach(), net.lm_head(hidden).detach()
-    parts = stream_head(net.lm_head, CPU, "host", net)
-    assert parts.tables == (net.embed,)
+    assert stream_head(TextHead(net, "lm_head"), CPU, "host").tables == (net.embed,)
     assert torch.equal(net.embed(ids), rows)
     with torch.no_grad():
         torch.testing.assert_close(net.lm_head(hidden), logits)

@@ -49,7 +49,7 @@ from tunekit.recipe.objectives.rloo import RlooSettings
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
 from tunekit.training.state import LoopState
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.validate import validate
 
 GRPO: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def test_later_steps_reuse_the_samples_of_an_earlier_one(tmp_path: Path) -> None
     run = case.run(objective.rows)
     with case.log_probabilities():
         first = objective.prepare_step(run, StepBatches(3, 0.0, (0, 1, 2, 3), batches, 5))
-    run.model.generate = lambda *_, **__: pytest.fail("no new completions")  # type: ignore[method-assign]
+    run.generate = lambda *_, **__: pytest.fail("no new completions")  # type: ignore[method-assign]
     second = objective.prepare_step(run, StepBatches(4, 0.0, (0, 1, 2, 3), batches, 5), first)
     third = objective.prepare_step(run, StepBatches(5, 0.0, (0, 1), batches[:2], 5), second)
     assert second.batches == first.batches
@@ -696,13 +696,13 @@ def test_as_many_completions_as_fit_are_sampled_together(
     plan, _ = make_plan(load_recipe(recipe("many", 32, memory=budget)), device=CPU)
     assert (plan.choice.sampling_batch_size, plan.peak_bytes.total) == (16, enough.peak_bytes.total)
     assert any("32 in parallel do not fit into memory" in note for note in plan.notes)
-    sizes, generate = list[int](), TunedModel.generate
+    sizes, generate = list[int](), ModelRun.generate
 
     def noted(self: Any, *prompts: Any, **named: Any) -> Any:
         sizes.append(named["batch_size"])
         return generate(self, *prompts, **named)
 
-    monkeypatch.setattr(TunedModel, "generate", noted)
+    monkeypatch.setattr(ModelRun, "generate", noted)
     train(recipe("many", 32, memory=budget))
     assert 16 in sizes
     assert 32 not in sizes

@@ -95,7 +95,7 @@ def ours(
         rows=rows,
         batch_settings=None,
     )
-    return initialise_adapter(base, planned, seed=0, devices=make_devices(), resumed=None)[0]
+    return initialise_adapter(base, planned, seed=0, devices=make_devices(), resumed=None, companions={})[0]
 
 
 def peft_config(family: str, start: str, **more: Any) -> peft.LoraConfig:

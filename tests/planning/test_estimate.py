@@ -49,7 +49,7 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.records import ExecutionSettings, PeakBytes
 from tunekit.train import train_verb
 from tunekit.training import begin
-from tunekit.training.optimizers import Optimizer, ParameterGroup
+from tunekit.training.optimizers import FlatGroup, Optimizer
 from tunekit.tuned.model import ModelRun
 from tunekit.tuned.network import prepare_network
 
@@ -231,7 +231,7 @@ def test_packed_weights_and_8_bit_moments_count_as_stored(wide_llama: Path) -> N
 def test_bitsandbytes_update_holds_the_blocks_that_are_counted(name: Any) -> None:
     kernels = importlib.import_module("bitsandbytes.backends.cpu.ops")
     parameter = torch.nn.Parameter(torch.randn(2**16))
-    optimizer = Optimizer(TrainingSection(optimizer=name), [ParameterGroup(("w",))], {"w": parameter})
+    optimizer = Optimizer(TrainingSection(optimizer=name), [FlatGroup({"w": parameter}, 1.0, True)])
     flat, gradient = optimizer.groups[0].data, optimizer.gradients()[0]
     gradient.normal_()
     state = optimizer.native.state[flat]
@@ -249,7 +249,7 @@ def test_bitsandbytes_update_holds_the_blocks_that_are_counted(name: Any) -> Non
         else:
             kernels._optimizer_update_32bit_cpu(*given, unorm_vec=None, max_unorm=0.0, param_norm=0.0, **shared)
     assert tracker.peak_total - held == sum(optimizer.update_blocks(CPU))
-    assert Optimizer(TrainingSection(), [ParameterGroup(("w",))], {"w": parameter}).update_blocks(CPU) == []
+    assert Optimizer(TrainingSection(), [FlatGroup({"w": parameter}, 1.0, True)]).update_blocks(CPU) == []
 
 
 def test_recomputing_more_layers_never_needs_more(wide_llama: Path) -> None:

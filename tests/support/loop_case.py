@@ -269,7 +269,6 @@ def make_case(
     )
     run.record = records.append  # type: ignore[method-assign]
     run.save = lambda: saved.append(run.state.step)  # type: ignore[method-assign]
-    run.warn = lambda text: None  # type: ignore[method-assign]
     run.peak_bytes = lambda: 0  # type: ignore[method-assign]
     return Case(tuned, attached, steps, optimizer, training, run, records, saved)
 

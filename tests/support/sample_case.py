@@ -167,12 +167,13 @@ class Case:
             device=torch.device("cpu"),
             slots=None,
             stop_ids=lambda tokenizer, template: [END],
-            generate=generate,
             scoring=scoring,
             scores=scores,
             companions=load_companions(self.objective(), torch.device("cpu")),
         )
-        return ModelRun(model, rows, gather)
+        run = ModelRun(model, rows, gather)
+        run.generate = generate  # type: ignore[method-assign]
+        return run
 
     def ours(
         self, sizes: Sequence[int], layout: tuple[bool, bool] = (True, True), order: Sequence[int] = (0, 1, 2, 3)

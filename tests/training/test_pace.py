@@ -50,7 +50,7 @@ def case_with(
     case = make_case(tiny_llama, make_rows(23), training=training(max_steps=len(steps), **changes), device=CPU)
     monkeypatch.setattr(Engine, "_compute", compute)
     warnings: list[str] = []
-    case.parts.warn = warnings.append  # type: ignore[method-assign]
+    case.parts.session.console.warn = warnings.append  # type: ignore[method-assign]
     return case, warnings
 
 

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from tests.support.train_case import end_of, free_port, kill_self, start_child, 
 from tunekit.errors import OtherRankError
 from tunekit.machine.devices import Devices
 from tunekit.machine.memory import peak_host_bytes
-from tunekit.memory.sharding import Gathering, Rounds, ShardedBlob, ShardedTable
+from tunekit.memory.copies import Copy
+from tunekit.memory.sharding import RankCopier, ShardedBlob, ShardedTable
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.load import load_recipe
@@ -42,10 +44,10 @@ def test_the_shares_of_all_ranks_are_the_whole_unit(world: int) -> None:
     for rank in range(world):
         blob = ShardedBlob([tensor.clone() for tensor in tensors], world)
         shares.append(blob.keep_share(rank, CPU, frozenset()))
-        assert all(piece.tensor.untyped_storage().nbytes() < 5 for piece in blob.pieces), "nothing else is kept"
+        assert all(tensor.untyped_storage().nbytes() < 5 for tensor in blob.tensors), "nothing else is kept"
     assert len({len(share) for share in shares}) == 1
     blob.bind(torch.cat(shares))
-    assert all(torch.equal(piece.tensor, copy) for piece, copy in zip(blob.pieces, copies, strict=True))
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(blob.tensors, copies, strict=True))
 
 
 def test_a_rank_reads_a_mapped_file_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +84,8 @@ def test_a_table_is_there_while_it_is_used_only() -> None:
     table = nn.Embedding(11, 4).requires_grad_(False)
     ids, weight = torch.tensor([3, 9]), table.weight.data.clone()
     blob = ShardedBlob([table.weight], 1)
-    rounds = Rounds(OneRank(), [blob.keep_share(0, CPU, frozenset())])  # type: ignore[arg-type]
-    sharded = ShardedTable(blob, [table], rounds.gather)
+    copier = RankCopier(OneRank(), [blob.keep_share(0, CPU, frozenset())])  # type: ignore[arg-type]
+    sharded = ShardedTable(blob, [table], copier)
     for _ in range(2):
         assert torch.equal(table(ids), weight[ids])
         sharded.free()
@@ -121,7 +123,8 @@ def test_a_gathered_unit_is_in_memory_once(tmp_path: Path) -> None:
     def work(devices: Devices) -> None:
         share, target = torch.full((2**25,), devices.rank + 1, dtype=torch.uint8), torch.zeros(2**26, dtype=torch.uint8)
         before = peak_host_bytes()
-        Gathering(devices.gather_shares(target, share)).result()
+        for part in devices.gather_shares(target, share):
+            part.wait()
         grown = peak_host_bytes() - before
         assert target.view(2, -1).sum(1).tolist() == [2**25, 2**26]
         assert grown < 2**24, grown
@@ -134,11 +137,11 @@ def test_ranks_may_need_different_units_and_different_numbers_of_them(tmp_path: 
 
     def work(devices: Devices) -> None:
         units = [torch.full((64,), 10 * unit + devices.rank, dtype=torch.uint8) for unit in range(3)]
-        rounds = Rounds(devices, units)
-        devices.before_exchange = rounds.help_others
+        copier = RankCopier(devices, units)
+        devices.before_exchange = copier.help_others
         for unit in ((0, 1, 2, 1, 0), (2, 0))[devices.rank]:
             target = torch.empty(128, dtype=torch.uint8)
-            rounds.gather(units[unit], target).result()
+            copier.wait(copier.start([(target, units[unit])], None))
             assert target[:64].eq(10 * unit).all()
             assert target[64:].eq(10 * unit + 1).all()
         assert devices.gather([devices.rank]) == [0, 1]
@@ -232,14 +235,14 @@ def test_a_run_goes_on_with_four_then_two_then_one_rank(tmp_path: Path, shared: 
 
 def die_after(gatherings: int) -> None:
     """In a rank's process: rank 1 is killed in the middle of a round."""
-    gather, count = Rounds.gather, itertools.count(1)
+    start, count = RankCopier.start, itertools.count(1)
 
-    def counted(self: Rounds, share: torch.Tensor, target: torch.Tensor) -> Gathering:
+    def counted(self: RankCopier, copies: Any, after: Any) -> Copy:
         if os.environ["RANK"] == "1" and next(count) == gatherings:
             kill_self()
-        return gather(self, share, target)
+        return start(self, copies, after)
 
-    Rounds.gather = counted  # type: ignore[method-assign]
+    RankCopier.start = counted  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_a_single_completion_that_does_not_fit_is_an_error(base: Path, monkeypat
         sizes.append(batch_size)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr("tunekit.tuned.model.generate_texts", generate)
     run, tokenizer = ModelRun(model, objective_of().rows), objective_of().rows.tokenizer  # type: ignore[attr-defined]
     with pytest.raises(ResourceError, match=r"out of memory \(no room\)"):
         run.generate(tokenizer, [[5, 6]] * 7, max_new_tokens=3, batch_size=64, stop_ids=[2])

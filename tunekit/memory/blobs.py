@@ -8,7 +8,6 @@ different algorithm, whose sums differ in the last bit.
 import ctypes
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +16,27 @@ ALIGNMENT_BYTES = 64
 UNSET_BYTE = 0xFF  # written to layers that are not on the device: NaN in every floating dtype
 
 
-@dataclass(frozen=True)
-class TensorPlace:
-    """One tensor of a layer: the tensor object of its module, and its position in the blob."""
-
-    tensor: Tensor
-    start: int  # in bytes
-
-    def view(self, blob: Tensor) -> Tensor:
-        """The tensor inside a blob (bytes,) uint8."""
-        return blob[self.start : self.start + self.tensor.nbytes].view(self.tensor.dtype).view(self.tensor.shape)
-
-
 class LayerBlob:
-    """The frozen tensors of one layer, and their values on the host. `source`: these values, as one tensor per entry of
-    `pieces`; after `gather`, as a single blob.
+    """The frozen tensors of one layer, and their values on the host. `source`: these values, as one tensor for each of
+    `tensors`; after `gather`, as a single blob. `starts`: the positions of the tensors in a blob, in bytes.
 
     The modules keep their tensor objects; only the memory behind these objects changes.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.pieces: list[TensorPlace] = []
-        self.size_bytes = 0
+        self.tensors, self.starts, self.size_bytes = list(tensors), list[int](), 0
         for tensor in tensors:
-            self.pieces.append(TensorPlace(tensor, self.size_bytes))
+            self.starts.append(self.size_bytes)
             self.size_bytes = align(self.size_bytes + tensor.nbytes)
         self.source: list[Tensor] = [tensor.data for tensor in tensors]
         self.gathered = False  # whether the source is one blob
+
+    def views(self, blob: Tensor) -> list[Tensor]:
+        """The layer's tensors inside a blob (bytes,) uint8."""
+        return [
+            blob[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for tensor, start in zip(self.tensors, self.starts, strict=True)
+        ]
 
     def gather(self, blob: Tensor, mapped: frozenset[int]) -> None:
         """Copy all values into `blob` (bytes,) uint8, which becomes the new source. Then a single copy moves the whole
@@ -51,8 +44,8 @@ class LayerBlob:
 
         `mapped`: the memory addresses of values in mapped files. The pages of these values are released after the copy.
         """
-        for piece, values in zip(self.pieces, self.source, strict=True):
-            piece.view(blob).copy_(values)
+        for view, values in zip(self.views(blob), self.source, strict=True):
+            view.copy_(values)
             if values.data_ptr() in mapped:
                 forget_pages(values)
         self.source, self.gathered = [blob], True
@@ -61,27 +54,25 @@ class LayerBlob:
         """The copies that load the layer into `slot` (bytes,), as (target, source) pairs."""
         if self.gathered:
             return [(slot[: self.size_bytes], self.source[0])]
-        return [(piece.view(slot), values) for piece, values in zip(self.pieces, self.source, strict=True)]
+        return list(zip(self.views(slot), self.source, strict=True))
 
     def bind(self, slot: Tensor) -> None:
         """Make the layer's modules use the values in `slot`."""
-        for piece in self.pieces:
-            piece.tensor.data = piece.view(slot)
+        for tensor, view in zip(self.tensors, self.views(slot), strict=True):
+            tensor.data = view
 
     def bind_source(self) -> None:
         """Make the layer's modules use the values on the host."""
-        if self.gathered:
-            self.bind(self.source[0])
-            return
-        for piece, values in zip(self.pieces, self.source, strict=True):
-            piece.tensor.data = values
+        values = self.views(self.source[0]) if self.gathered else self.source
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.data = value
 
     def unbind(self, device: torch.device) -> None:
         """Replace the values of the layer's modules by NaN. If the layer is used by mistake while it is not on the
         device, the result is NaN."""
-        for piece in self.pieces:
-            bits = torch.full((piece.tensor.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device)
-            piece.tensor.data = bits.view(piece.tensor.dtype).view(()).expand(piece.tensor.shape)
+        for tensor in self.tensors:
+            bits = torch.full((tensor.itemsize,), UNSET_BYTE, dtype=torch.uint8, device=device)
+            tensor.data = bits.view(tensor.dtype).view(()).expand(tensor.shape)
 
 
 def align(size_bytes: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,38 +28,46 @@ def prepare_layers(layers: Sequence[nn.Module], checkpointed: int, store: Bounda
     `store`: stores the inputs of recomputed layers. The input of the last recomputed layer stays on the device, because
     it is needed again at once.
     """
-    boundaries = _Boundaries(BoundaryStore(None) if store is None else store, checkpointed - 1)
+    checkpoints = _Checkpoints(BoundaryStore(None) if store is None else store, checkpointed - 1)
     for number, layer in enumerate(layers):
-        run = _seed_on_entry(layer.forward, number)
-        layer.forward = _checkpoint_layer(layer, run, number, boundaries) if number < checkpointed else run
+        run = partial(_seeded, layer.forward, number)
+        layer.forward = partial(checkpoints.forward, layer, run, number) if number < checkpointed else run
 
 
-def _seed_on_entry(forward: Callable[..., object], number: int) -> Callable[..., object]:
-    def run(*inputs: object, **named: object) -> object:
-        call = current_call()
-        if call.seeded:
-            seed_layer(call, number)
-        return forward(*inputs, **named)
-
-    return run
+def _seeded(forward: Callable[..., object], number: int, /, *inputs: object, **named: object) -> object:
+    """Run a layer, whose random numbers are seeded when it starts."""
+    call = current_call()
+    if call.seeded:
+        seed_layer(call, number)
+    return forward(*inputs, **named)
 
 
-def _checkpoint_layer(
-    layer: nn.Module, run: Callable[..., object], number: int, boundaries: _Boundaries
-) -> Callable[..., object]:
-    """Returns a forward for the layer, which is recomputed in the backward pass. The recomputation uses the same Call
-    (adapter bypass and seeds) as the forward."""
+class _Checkpoints:
+    """Runs layers that are recomputed in the backward pass, and puts their inputs into a store. Several forwards can
+    have inputs in it at the same time. `last`: the last recomputed layer."""
 
-    def forward(*inputs: object, **named: Any) -> object:
+    def __init__(self, store: BoundaryStore, last: int) -> None:
+        self.store, self.last = store, last
+        self.forwards = 0  # number of forwards started so far; two can be alive at the same time
+        self.newest = -1  # the layer that ran last
+
+    def forward(
+        self, layer: nn.Module, run: Callable[..., object], number: int, /, *inputs: object, **named: Any
+    ) -> object:
+        """Run a layer. The recomputation uses the same Call (adapter bypass and seeds) as the forward."""
         if not (torch.is_grad_enabled() and layer.training):
             return run(*inputs, **named)
         call = current_call()
         hidden, *others = inputs or (named.pop("hidden_states"),)
         assert isinstance(hidden, Tensor)
-        part = boundaries.leave(run, number, hidden)
+        if number <= self.newest:  # a new forward, or a layer that runs more than once in a forward
+            self.forwards += 1
+        self.newest = number
+        key = self.forwards, number
+        self.store.put(key, hidden, stays=number == self.last)
         stand_in = hidden.new_empty(0)  # shows the device to `checkpoint`, and keeps no memory alive
         return checkpoint(
-            part,
+            _CheckpointedLayer(self.store, key, run, hidden),
             stand_in,
             *others,
             use_reentrant=False,
@@ -66,26 +75,6 @@ def _checkpoint_layer(
             context_fn=lambda: (contextlib.nullcontext(), calling(call)),
             **named,
         )
-
-    return forward
-
-
-class _Boundaries:
-    """Puts the inputs of recomputed layers into a store. Several forwards can have inputs in it at the same time."""
-
-    def __init__(self, store: BoundaryStore, last: int) -> None:
-        self.store, self.last = store, last
-        self.forwards = 0  # number of forwards started so far; two can be alive at the same time
-        self.newest = -1  # the layer that ran last
-
-    def leave(self, run: Callable[..., object], number: int, hidden: Tensor) -> Callable[..., object]:
-        """Store `hidden`, the input of a layer, until the layer is recomputed. Returns a function for torch's
-        checkpoint() that runs the layer with this input."""
-        if number <= self.newest:  # a new forward, or a layer that runs more than once in a forward
-            self.forwards += 1
-        self.newest = number
-        self.store.put((self.forwards, number), hidden, stays=number == self.last)
-        return _CheckpointedLayer(self.store, (self.forwards, number), run, hidden)
 
 
 class _CheckpointedLayer:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from tunekit.memory.blobs import forget_pages
 from tunekit.records import bytes_text
 
 Mark = torch.Event | None  # a position in the queue of computations; None if the device has already passed it
-Copy = Future[None] | Future[torch.Event] | Mark  # in progress, or finished
+# In progress (a list: between ranks), or finished.
+Copy: TypeAlias = "Future[None] | Future[torch.Event] | list[torch.distributed.Work] | Mark"
 Pairs = Sequence[tuple[Tensor, Tensor]]  # target and source
 RING_BYTES = 64 * 2**20  # pinned memory that mapped files pass through on their way to a GPU
 RING_PARTS = 2
@@ -120,7 +122,7 @@ class StreamCopier(ThreadCopier):
 
     def wait(self, copy: Copy) -> None:
         event = copy.result() if isinstance(copy, Future) else copy
-        if event is not None:
+        if isinstance(event, torch.Event):
             torch.accelerator.current_stream(self.device).wait_event(event)
 
     def mark(self) -> Mark:

@@ -14,8 +14,7 @@ torch's FSDP2 is not used. It divides parameters only, but packed weights are bu
 equally many forwards.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,10 +48,10 @@ class ShardedBlob(LayerBlob):
         """
         start = rank * self.share_bytes
         share = torch.zeros(self.share_bytes, dtype=torch.uint8, device=device)
-        for piece, values in zip(self.pieces, self.source, strict=True):
-            first, end = max(piece.start, start), min(piece.start + values.nbytes, start + self.share_bytes)
+        for place, values in zip(self.starts, self.source, strict=True):
+            first, end = max(place, start), min(place + values.nbytes, start + self.share_bytes)
             for at in range(first, end, CHUNK_BYTES):  # in chunks, so that few pages of the file are in memory
-                stored = as_bytes(values)[at - piece.start : min(at + CHUNK_BYTES, end) - piece.start]
+                stored = as_bytes(values)[at - place : min(at + CHUNK_BYTES, end) - place]
                 share[at - start : at - start + len(stored)] = stored
                 if values.data_ptr() in mapped:
                     forget_pages(stored)
@@ -68,83 +67,56 @@ class ShardedBlob(LayerBlob):
         raise RuntimeError("a sharded layer was requested outside of its slot")
 
 
-class Gathering(Future[None]):
-    """A unit that is being gathered. `result` makes all later computations wait for it."""
-
-    def __init__(self, works: "Sequence[torch.distributed.Work]") -> None:
-        super().__init__()
-        self._works = works
-
-    def result(self, timeout: float | None = None) -> None:
-        """Make all later computations wait until the unit is complete."""
-        for work in self._works:
-            work.wait()
-
-
-class Rounds:
+class RankCopier(Copier):
     """Gathers units (layers and tables) from the shares of all ranks. `shares`: this rank's share of each unit."""
 
     def __init__(self, devices: Devices, shares: Sequence[Tensor]) -> None:
+        super().__init__(shares[0].device)
         self.devices, self.shares = devices, shares
         self._numbers = {share.data_ptr(): number for number, share in enumerate(shares)}
 
-    def gather(self, share: Tensor, target: Tensor) -> Gathering:
-        """Start to gather the unit of `share` into `target` (bytes,) uint8."""
-        gathering = self._round(self._numbers[share.data_ptr()], target)
-        assert gathering is not None
-        return gathering
+    def start(self, copies: Pairs, after: Mark) -> Copy:
+        """Start to gather one unit. The device's backend first waits for the computations that are queued now, so
+        `after` is not needed."""
+        ((target, share),) = copies
+        return self._round(self._numbers[share.data_ptr()], target)
+
+    def wait(self, copy: Copy) -> None:
+        for work in copy if isinstance(copy, list) else ():
+            work.wait()
 
     def help_others(self) -> None:
         """Take part in rounds until no rank needs a unit."""
         while self._round(NO_UNIT, None) is not None:
             pass
 
-    def _round(self, number: int, target: Tensor | None) -> Gathering | None:
+    def _round(self, number: int, target: Tensor | None) -> Copy:
         """One round, in which this rank needs the unit `number`, or NO_UNIT. Returns the gathering of this rank's unit,
         or else of another rank's unit. None if no rank needs a unit."""
-        gatherings: dict[int, Gathering] = {}
+        gatherings: dict[int, Copy] = {}
         for unit in sorted(set(self.devices.numbers(number)) - {NO_UNIT}):
             share, memory = self.shares[unit], target
             if memory is None or unit != number:  # for other ranks only
                 memory = torch.empty(self.devices.world * share.numel(), dtype=torch.uint8, device=share.device)
-            gatherings[unit] = Gathering(self.devices.gather_shares(memory, share))
+            gatherings[unit] = self.devices.gather_shares(memory, share)
             if memory is not target:
-                gatherings[unit].result()
+                self.wait(gatherings[unit])
         return gatherings.get(number) or next(iter(gatherings.values()), None)
-
-
-class RankCopier(Copier):
-    """Fills slots from the shares of all ranks."""
-
-    def __init__(self, device: torch.device, rounds: Rounds) -> None:
-        super().__init__(device)
-        self.rounds = rounds
-
-    def start(self, copies: Pairs, after: Mark) -> Copy:
-        """Start to gather one layer. The device's backend first waits for the computations that are queued now, so
-        `after` is not needed."""
-        ((target, share),) = copies
-        return self.rounds.gather(share, target)
-
-    def wait(self, copy: Copy) -> None:
-        if isinstance(copy, Future):
-            copy.result()
 
 
 class ShardedTable:
     """A table (token embedding or output projection) that is gathered when one of its modules is called."""
 
-    def __init__(self, blob: ShardedBlob, modules: Sequence[nn.Module], gather: Callable[[Tensor, Tensor], Gathering]):
-        self.blob, self._gather = blob, gather
+    def __init__(self, blob: ShardedBlob, modules: Sequence[nn.Module], copier: Copier) -> None:
+        self.blob, self._copier = blob, copier
         self._memory: Tensor | None = None
         for module in modules:
             module.register_forward_pre_hook(self._bring)
 
     def _bring(self, module: nn.Module, inputs: object) -> None:
         if self._memory is None:
-            (share,) = self.blob.source
-            self._memory = torch.empty(self.blob.size_bytes, dtype=torch.uint8, device=share.device)  # (bytes,)
-            self._gather(share, self._memory).result()
+            self._memory = self._copier.memory(self.blob.size_bytes, on_host=False)
+            self._copier.wait(self._copier.start(self.blob.copies(self._memory), None))
             self.blob.bind(self._memory)
 
     def free(self) -> None:
@@ -197,20 +169,14 @@ def shard_base(
             blob.unbind(base.device)
         slots = LayerSlots(blobs, Copier(base.device), base.device)
     else:
-        rounds = Rounds(devices, [unit.keep_share(devices.rank, base.device, base.mapped) for unit in units])
-        sharded = ShardedSlots(blobs, RankCopier(base.device, rounds), base.device)
+        copier = RankCopier(devices, [unit.keep_share(devices.rank, base.device, base.mapped) for unit in units])
+        slots = sharded = ShardedSlots(blobs, copier, base.device)
         sharded.tables = [
-            ShardedTable(blob, modules, rounds.gather) for blob, (_, modules) in zip(table_blobs, tables, strict=True)
+            ShardedTable(blob, modules, copier) for blob, (_, modules) in zip(table_blobs, tables, strict=True)
         ]
-        devices.before_exchange, slots = rounds.help_others, sharded
-    slots.outside_bytes = stored_outside(blobs, table_blobs)
-    slots.elsewhere_bytes = sum(piece.tensor.nbytes for unit in units for piece in unit.pieces)
-    slots.elsewhere_bytes -= sum(unit.share_bytes for unit in units)
+        devices.before_exchange = copier.help_others
+    shares = sum(unit.share_bytes for unit in units)
+    slots.outside_bytes = shares + max((table.size_bytes for table in table_blobs), default=0)  # one table at a time
+    slots.elsewhere_bytes = sum(tensor.nbytes for unit in units for tensor in unit.tensors) - shares
     stream_layers([layer for _, layer in base.family.layers(base.net)], slots)
     return slots
-
-
-def stored_outside(blobs: Sequence[ShardedBlob], tables: Sequence[ShardedBlob]) -> int:
-    """The bytes that a rank stores besides the slots: its shares, and the largest table while it is gathered."""
-    shares = sum(blob.share_bytes for blob in (*blobs, *tables))
-    return shares + max((table.size_bytes for table in tables), default=0)

@@ -40,7 +40,9 @@ class LayerSlots:
     poison: bool = False
     copies: int = 0  # number of copies of layers into slots so far
     waiting: Tensor | None = None  # in a simulation: stands for the layers that wait on the host
-    outside_bytes: int = 0  # of a sharded base: stored on the device outside of the slots
+    outside_bytes: int = (
+        0  # of a sharded base: stored on the device outside of the slots: its share, and the largest table
+    )
     elsewhere_bytes: int = 0  # of a sharded base: stored by other ranks only
 
     def __post_init__(self) -> None:
@@ -144,5 +146,5 @@ def waiting_tensor(slots: LayerSlots, tier: str, device: torch.device) -> Tensor
     elif device.type == "cpu" and tier == "host":
         size = sum(blob.size_bytes for blob in slots.blobs)
     elif device.type == "cpu":
-        size = max(piece.tensor.nbytes for blob in slots.blobs for piece in blob.pieces)
+        size = max(tensor.nbytes for blob in slots.blobs for tensor in blob.tensors)
     return torch.empty(size, dtype=torch.uint8, device="meta")

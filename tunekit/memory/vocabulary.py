@@ -17,34 +17,17 @@ PART_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class HeadParts:
-    """The output projection's matrix, divided into parts (v, D). A part of `weights` is on the device only while it is
-    used.
+class StreamedHead:
+    """A TextHead whose matrix is never completely on the device. It is divided into parts (v, D), and a part of
+    `weights` is on the device only while it is used.
 
     `tables`: token embeddings that share the matrix (tied weights); they stay on the host.
     """
 
+    text: TextHead
     slots: LayerSlots
     weights: tuple[Tensor, ...]
-    tables: tuple[nn.Module, ...] = ()
-
-    def each(self, *, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
-        """Yields each part, with the token id of its first row. A part stays on the device until the next part is
-        requested."""
-        numbers = range(len(self.weights))
-        order = list(reversed(numbers)) if backwards else list(numbers)
-        rows = len(self.weights[0])
-        for number, then in zip(order, [*order[1:], order[-1]], strict=True):
-            with self.slots.holding(number, then):
-                yield number * rows, self.weights[number]
-
-
-@dataclass(frozen=True)
-class StreamedHead:
-    """A TextHead whose matrix is never completely on the device."""
-
-    text: TextHead
-    parts: HeadParts
+    tables: tuple[nn.Module, ...]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of all tokens: (N, D) -> (N, V) in float32. Each call copies the whole matrix to the device, so
@@ -54,21 +37,33 @@ class StreamedHead:
     def each(self, *, backwards: bool = False) -> Iterator[tuple[int, int, Callable[[Tensor], Tensor]]]:
         """For each part of the vocabulary, yields its first token id, its number of token ids, and a function that
         computes their logits, (N, D) -> (N, v) in float32."""
-        for first, weight in self.parts.each(backwards=backwards):
+        for first, weight in self._parts(backwards=backwards):
             yield first, len(weight), partial(self._logits_of, weight)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The projection's output (..., V), computed part by part and without a graph."""
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise RuntimeError("the gradient of a streamed output projection is computed part by part")
+        return torch.cat([F.linear(hidden, weight) for _, weight in self._parts()], dim=-1)
+
+    def _parts(self, *, backwards: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Yields each part, with the token id of its first row. A part stays on the device until the next part is
+        requested."""
+        order = list(range(len(self.weights)))[:: -1 if backwards else 1]
+        for number, then in zip(order, [*order[1:], order[-1]], strict=True):
+            with self.slots.holding(number, then):
+                yield number * len(self.weights[0]), self.weights[number]
 
     def _logits_of(self, weight: Tensor, hidden: Tensor) -> Tensor:
         return self.text.scaled(F.linear(hidden, weight).float())
 
 
-def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Module | None = None) -> HeadParts:
-    """Stream a projection's matrix: copy it to the device part by part. From then on, the module also computes its
-    output part by part.
-
-    `net`: a network whose token embeddings may be tied to the matrix. On a GPU, these embeddings are then looked up on
-    the host.
-    """
-    matrix, modules = module.weight.data, [] if net is None else list(net.modules())  # (V, D)
+def stream_head(text: TextHead, device: torch.device, tier: str) -> StreamedHead:
+    """Stream the matrix of a head: copy it to the device part by part. From then on, its module also computes its
+    output part by part. On a GPU, token embeddings that are tied to the matrix are looked up on the host."""
+    module = text.net.get_submodule(text.name)
+    assert isinstance(module.weight, nn.Parameter)
+    matrix, modules = module.weight.data, list(text.net.modules())  # (V, D)
     tables = tuple(table for table in modules if isinstance(table, nn.Embedding) and table.weight is module.weight)
     for table in tables:
         table.weight = nn.Parameter(matrix, requires_grad=False)
@@ -77,23 +72,17 @@ def stream_head(module: nn.Linear, device: torch.device, tier: str, net: nn.Modu
     rows = max(1, PART_BYTES // (matrix.shape[1] * matrix.itemsize))
     # .data: no view keeps the whole matrix alive
     weights = tuple(matrix[start : start + rows].data for start in range(0, len(matrix), rows))
-    parts = HeadParts(make_slots([[weight] for weight in weights], device, tier=tier), weights, tables)
+    head = StreamedHead(text, make_slots([[weight] for weight in weights], device, tier=tier), weights, tables)
     shape = matrix.shape
     del matrix
     module.weight.data = torch.full((), torch.nan, dtype=module.weight.dtype, device=device).expand(shape)
-    projection: nn.Module = module
-
-    def computed(hidden: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            raise RuntimeError("the gradient of a streamed output projection is computed part by part")
-        return torch.cat([F.linear(hidden, weight) for _, weight in parts.each()], dim=-1)
-
-    projection.forward = computed
-    return parts
+    module.forward = head.output
+    return head
 
 
-def head_obstacle(module: nn.Module, text: TextHead) -> str | None:
+def head_obstacle(text: TextHead) -> str | None:
     """The reason why an output projection cannot be streamed; None if it can be."""
+    module = text.net.get_submodule(text.name)
     if type(module) is not nn.Linear:
         return "the output projection is adapted, trained or packed"
     if module.bias is not None or text.offset_name is not None:

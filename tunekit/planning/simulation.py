@@ -151,9 +151,9 @@ class SimulatedRun:
             tracker.adopt(tuned.adapter.state().values(), part)
             if needs_reference_state(self.objective, self.adapter):
                 tuned.keep_reference()
-        resident = slots is None and tuned.head_parts is None
+        resident = slots is None and tuned.streamed_head is None
         on_host = None if resident or self.device.type == "cpu" else host_embedding(tuned.base)
-        tables = [] if tuned.head_parts is None or self.device.type == "cpu" else tuned.head_parts.tables
+        tables = [] if tuned.streamed_head is None or self.device.type == "cpu" else tuned.streamed_head.tables
         there = {id(tensor) for table in [on_host, *tables] if table is not None for tensor in table.parameters()}
         weights = [tensor for tensor in [*net.parameters(), *net.buffers()] if id(tensor) not in there]
         frozen_parts = tuned.base.family.frozen_parts(net)  # on a GPU only while they run
@@ -165,7 +165,7 @@ class SimulatedRun:
         if slots is not None:
             with tracker.counting_as("weights"):
                 slots.waiting = waiting_tensor(slots, self.execution.streaming, self.device)
-        for each in (slots, None if tuned.head_parts is None else tuned.head_parts.slots):
+        for each in (slots, None if tuned.streamed_head is None else tuned.streamed_head.slots):
             tracker.adopt([] if each is None else [slot.memory for slot in each.slots], "weights")
         return make_tracked_optimizer(tracker, tuned.adapter, self.training)
 

@@ -2,7 +2,7 @@
 (probes), and restores the checkpoint. If the plan requires it, the longest batch is run once before step 1."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -20,14 +20,14 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
-from tunekit.model.load import LoadedModel, base_fingerprint
+from tunekit.model.load import LoadedModel
 from tunekit.model.storage.inspection import remote_code
 from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.planned import Planned
 from tunekit.training.preflight import (
-    dry_run_batch,
+    dry_run_step,
     make_splitting,
     measured_speeds,
     note_split_evaluation,
@@ -57,9 +57,7 @@ def check_run(session: Session, planned: Planned, checkpoint: Checkpoint | None 
     """
     companions = make_companions(planned.rows.objective.companions)
     code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
-    code |= remote_code(planned.model)
-    base, packages = base_fingerprint(planned.model), planned.kernel_packages
-    return check_fingerprint(session, planned.rows.fingerprint, base, checkpoint, code, packages)
+    return check_fingerprint(session, planned, code | remote_code(planned.model), checkpoint)
 
 
 def assemble_run(
@@ -121,7 +119,7 @@ def assemble_run(
         shows=recipe.objective.shows,
     )
     if devices.world > 1 and not planned.batch_settings.rank_speeds:  # else faster ranks make more forwards
-        run.spare = dry_run_batch(run, cut_batch(planned.largest_batch, run.objective.rows, sequences=1))
+        [run.spare] = dry_run_step(run, cut_batch(planned.largest_batch, run.objective.rows, sequences=1)).batches
     if plan.tries_longest_batch or session.dry_run:
         _try_longest(session, planned, run)
     add_seconds(state.seconds, session.seconds)
@@ -189,12 +187,9 @@ def _note_changes(session: Session, state: LoopState) -> None:
     """Warn about files that changed since the original run and that --accept-changed allows. The report shows these
     warnings too."""
     for key in session.changed:
-        what, action = (
-            f"{key}: its files have changed since the run started",
-            "resumed with the changed files, as --accept-changed allows",
-        )
-        state.reactions.append(asdict(Reaction(what, action, state.step)))
-        session.console.warn(f"{what}; {action}")
+        action = "resumed with the changed files, as --accept-changed allows"
+        what = f"{key}: its files have changed since the run started"
+        session.react(state, Reaction(what, action, state.step))
 
 
 def _settle_reference(planned: Planned, model: TunedModel) -> None:

@@ -22,14 +22,6 @@ ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 Load = Callable[[Session, Plan, Planned], LoadedModel]
 
 
-def read_checkpoint(session: Session, resume: bool) -> Checkpoint | None:
-    """The checkpoint that a resumed run continues; None for a new run, or if there is none yet."""
-    checkpoint = run_files.newest_checkpoint(session) if resume else None
-    if resume and checkpoint is None:
-        session.console.info(f"{session.loaded.recipe.output.dir} has no checkpoint; the run starts from the beginning")
-    return checkpoint
-
-
 def begin_run(
     session: Session, plan: Plan, planned: Planned, checkpoint: Checkpoint | None, load: Load | None = None
 ) -> tuple[Plan, Run]:
@@ -54,10 +46,10 @@ def load_base(session: Session, plan: Plan, planned: Planned) -> LoadedModel:
         limit_bytes(device, plan.budget_bytes)
     session.console.info(f"loading {plan.model.name_or_path} ({bytes_text(plan.peak_bytes.weights)} in memory) ...")
     with session.timed("load"):
-        waits, head_waits = plan.choice.streaming != "off", plan.choice.streamed_head
         if plan.choice.streaming == TIER:  # the main rank first: it packs the weights into a cache file
             return session.devices.main_first(lambda: load_model(planned.model, device=device, sharded=True))
-        return load_model(planned.model, device=device, streamed=waits, streamed_head=head_waits)
+        streamed, streamed_head = plan.choice.streaming != "off", plan.choice.streamed_head
+        return load_model(planned.model, device=device, streamed=streamed, streamed_head=streamed_head)
 
 
 def print_plan(session: Session, plan: Plan) -> None:

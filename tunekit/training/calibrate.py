@@ -111,14 +111,14 @@ def calibrate(
     objective: Objective,
     *,
     seed: int,
-    companions: Mapping[str, Companion] | None = None,
+    companions: Mapping[str, Companion],
 ) -> tuple[JsonObject, JsonObject]:
     """Run the calibration. Returns the statistics of each layer, by module name, and the cost of the calibration.
 
     Raises: RecipeError if a layer gets no tokens.
     """
     started = time.monotonic()
-    model, watch = TunedModel(base, None, companions=companions or {}), StatisticsCollector(start, targets)
+    model, watch = TunedModel(base, None, companions=companions), StatisticsCollector(start, targets)
     backward = start.looks_at == "gradients"
     run = ModelRun(model, objective.rows)
     chosen = list[StepBatches]()

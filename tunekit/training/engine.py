@@ -31,7 +31,8 @@ class StepWork:
 
     `batches`: this rank's prepared micro-batches. `units`: (K,), the divisor of the step's loss over all ranks.
     `micro_batches`: the step's number of micro-batches over all ranks; loss terms per step are averaged over them.
-    `missing`: forwards of the batch `spare`, with weight 0, that this rank makes so that all ranks run equally many.
+    `missing`: forwards of the batch `spare` that this rank makes, with a loss scale of 0, so that all ranks run equally
+    many.
     `watches_gradients`: whether the result names the tensors that a gradient reached.
     `splitting`: how micro-batches that run out of memory are split; None: the error is the result.
     `micro_batches_per_pass`: how many micro-batches pass through a streamed layer before the next layer is copied.
@@ -44,21 +45,20 @@ class StepWork:
     seed: int
     micro_batches: int = 1
     loss_scale: float = 1.0  # for float16; multiplies the loss before the backward pass
-    weight: float = 1.0  # of every loss
     missing: int = 0
     spare: Batch | None = None
     watches_gradients: bool = False
     splitting: Splitting | None = None
     micro_batches_per_pass: int = 1
 
-    def parts(self) -> list[list[MicroBatchPart]]:
-        """The parts of each micro-batch. Micro-batches that are as large as one that ran out of memory are split."""
-        split, kind = self.splitting, self.objective.rows
-        batches = [[batch] if split is None else split.pieces(kind, batch) for batch in self.batches.batches]
-        return [
-            [MicroBatchPart(part, index, number, self.micro_batches * len(some)) for number, part in enumerate(some)]
-            for index, some in zip(self.batches.indices, batches, strict=True)
-        ]
+    def parts(self) -> list[MicroBatchPart]:
+        """All micro-batches in order. Those that are as large as one that ran out of memory are split."""
+        parts = []
+        for index, batch in zip(self.batches.indices, self.batches.batches, strict=True):
+            pieces = [batch] if self.splitting is None else self.splitting.pieces(self.objective.rows, batch)
+            divisor = self.micro_batches * len(pieces)
+            parts += [MicroBatchPart(piece, index, number, divisor) for number, piece in enumerate(pieces)]
+        return parts
 
 
 @dataclass(eq=False)
@@ -105,11 +105,6 @@ class StepAttempt:
         self.metrics: Sums = {}
         self.reached: set[str] = set()
 
-    @property
-    def flat_parts(self) -> list[MicroBatchPart]:
-        """The parts of all micro-batches, in order."""
-        return [part for parts in self.parts for part in parts]
-
     def call(self, part: MicroBatchPart) -> Call:
         """The settings (Call) of a part's forward. Each part of a split micro-batch gets different random numbers."""
         micro_batch = part.index + part.number * PIECE_STRIDE
@@ -136,7 +131,7 @@ class StepAttempt:
         value = (loss.total / self.units.to(loss.total.dtype)).sum()
         if (term := penalty()) is not None:
             value = value + term / part.divisor
-        (value * work.loss_scale * work.weight).backward()  # type: ignore[no-untyped-call]
+        (value * work.loss_scale).backward()  # type: ignore[no-untyped-call]
         self.losses[part.index] += loss.total.detach().to(self.units.dtype)
         for name, metric in loss.metrics.items():
             self.metrics[name] = self.metrics[name] + metric if name in self.metrics else metric
@@ -181,8 +176,9 @@ class Engine:
             attempt = StepAttempt(work)
             try:
                 with torch.no_grad(), model.training_mode(True), model.unchanged_weights():
-                    values = iter(list(self._read_outputs(attempt, read)))
-                return [torch.cat([next(values) for _ in parts]) for parts in attempt.parts]
+                    values = list(zip(attempt.parts, self._read_outputs(attempt, read), strict=True))
+                of_index = [[value for part, value in values if part.index == index] for index in work.batches.indices]
+                return [torch.cat(some) for some in of_index]
             except Exception as error:
                 if work.splitting is None or not is_out_of_memory(error):
                     raise
@@ -214,11 +210,13 @@ class Engine:
             work.model.clear_gradient()
 
     def _make_up(self, work: StepWork, spare: Batch) -> None:
-        """Run forward and backward of a batch with weight 0. Gradients do not change."""
+        """Run forward and backward of a batch with a loss scale of 0. Gradients do not change."""
         count = work.missing
         step = StepBatches(0, 0.0, tuple(range(count)), (spare,) * count)
         units = work.objective.loss.units(spare)
-        attempt = StepAttempt(replace(work, batches=step, units=units, micro_batches=count, weight=0.0, splitting=None))
+        attempt = StepAttempt(
+            replace(work, batches=step, units=units, micro_batches=count, loss_scale=0.0, splitting=None)
+        )
         with work.model.unchanged_weights(), work.model.clearing_on_failure():
             self._compute(attempt)
 
@@ -230,7 +228,7 @@ class Engine:
         def penalty() -> Tensor | None:
             return model.adapter.penalty() if model.adapter else None
 
-        for part in attempt.flat_parts:
+        for part in attempt.parts:
             attempt.computing(part)
             with calling(attempt.call(part)) as call:
                 seed_layer(call, OUTSIDE_LAYERS)
@@ -238,7 +236,7 @@ class Engine:
 
     def _read_outputs(self, attempt: StepAttempt, read: Read) -> Iterator[Tensor]:
         """Yields the values that `read` computes from the output of each part."""
-        for part in attempt.flat_parts:
+        for part in attempt.parts:
             attempt.computing(part)
             with calling(attempt.call(part)) as call:
                 seed_layer(call, OUTSIDE_LAYERS)

@@ -1,32 +1,20 @@
 """Collects the facts about a finished run for its report."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.report.next_step import AFTER_VERDICT
 from tunekit.artifacts.run import RunFolder
-from tunekit.machine.memory import DevicePeaks
+from tunekit.machine.memory import device_peaks, peak_host_bytes
 from tunekit.metrics.classes import class_facts
+from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Plan, Reaction, ReportFacts
 from tunekit.training.loss_warnings import KEEP_BEST, last_jump, rise
-from tunekit.training.state import LoopState
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """Measured memory of a run. A number is None if the device does not report it."""
-
-    device: str  # kind of device
-    peaks: DevicePeaks
-    peak_host_bytes: int
-    host_growth_bytes: int  # peak_host_bytes minus the process's memory before the base was loaded
-    base_bytes: int
-    base_bytes_of_rank: int | None  # only of a sharded base
-
+from tunekit.training.run import Run
+from tunekit.tuned.model import TunedModel
 
 REPORTED = ("step", "eval", "sources")  # keys of an evaluation's record that the report contains
 
@@ -46,18 +34,20 @@ def remedy(saved_best: bool, final_step: int, run: RunFolder) -> str:
     return f"{AFTER_VERDICT}; {KEEP_BEST}; {kept or 'set training.save_steps to save checkpoints of earlier steps'}"
 
 
+def base_bytes(model: TunedModel) -> int:
+    """The stored bytes of the base. An adapter of the whole model is not part of the network."""
+    parts = [] if model.adapter is None else model.adapter.parts()
+    inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
+    adapter_bytes = sum(tensor.nbytes for part in inside for tensor in part.state().values())
+    return stored_bytes(model.base.net) - adapter_bytes
+
+
 def report_facts(
-    plan: Plan,
-    state: LoopState,
-    measured: Measurements,
-    adapter_bytes: int,
-    run: RunFolder,
-    saved_best: bool,
-    start: str,
+    plan: Plan, run: Run, folder: RunFolder, adapter_bytes: int, *, saved_best: bool, start: str
 ) -> ReportFacts:
     """All facts for report.json. For a resumed run, they include the time before the resume. `start`: the name of the
     model before training."""
-    records = run.read_metrics()
+    state, records = run.state, folder.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
     name = shows_of(plan.objective).headline.name
     headline = [record[name] for record in records if name in record] if name != "loss" else []
@@ -73,24 +63,24 @@ def report_facts(
     if verdict is None and not headline and not saved_best:
         verdict = last_jump(steps)
     rows, train_seconds = plan.rows.training, state.seconds.get("train", 0.0)
-    device, peaks = measured.device, measured.peaks
-    peak = measured.host_growth_bytes if device == "cpu" else peaks.allocated or peaks.reserved
+    device, peaks = run.devices.device, device_peaks(run.devices.device)
+    base, elsewhere = base_bytes(run.model), 0 if run.model.slots is None else run.model.slots.elsewhere_bytes
     return ReportFacts(
         peak_requested_bytes=peaks.requested,
         peak_allocated_bytes=peaks.allocated,
         peak_reserved_bytes=peaks.reserved,
-        peak_host_bytes=measured.peak_host_bytes,
+        peak_host_bytes=peak_host_bytes(),
         tokens_per_second=state.tokens / train_seconds if train_seconds else None,
         supervised_tokens_per_second=state.supervised_tokens / train_seconds if train_seconds else None,
         seconds={name: round(value, 3) for name, value in sorted(state.seconds.items())},
         rows={"read": rows.read, "trained": rows.trained, "dropped": rows.dropped, "truncated": rows.truncated},
         tokens=state.tokens,
         supervised_tokens=state.supervised_tokens,
-        predicted_bytes={device: plan.peak_bytes.total},
-        measured_bytes={device: int(peak or 0)},
+        predicted_bytes={device.type: plan.peak_bytes.total},
+        measured_bytes={device.type: run.session.peak_bytes()},
         adapter_bytes=adapter_bytes,
-        base_bytes=measured.base_bytes,
-        base_bytes_of_rank=measured.base_bytes_of_rank,
+        base_bytes=base,
+        base_bytes_of_rank=base - elsewhere if elsewhere else None,
         trainable_parameters=plan.trainable_parameters,
         best_step=state.best_step if saved_best else None,
         final_step=state.step,

@@ -36,7 +36,7 @@ def initialise_adapter(
     seed: int,
     devices: Devices,
     resumed: Layout | None,
-    companions: Mapping[str, Companion] | None = None,
+    companions: Mapping[str, Companion],
 ) -> tuple[AttachedAdapter, JsonObject | None]:
     """Attach the adapter and initialise it. Returns the adapter and, if the initialisation read data (a calibration),
     its cost.

@@ -37,7 +37,7 @@ def watch_step(
 
 
 def watch_loss(
-    state: LoopState, numbers: StepNumbers, loss: float, devices: Devices, *, exported: bool = False
+    state: LoopState, numbers: StepNumbers, loss: float, devices: Devices, *, exported: bool
 ) -> list[Reaction]:
     """Compare a step's loss with the losses of earlier steps, and store it. Returns a warning if it diverges. The
     result is the same on every rank."""

@@ -2,7 +2,6 @@
 and one tensor in a checkpoint."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,31 +16,21 @@ from tunekit.recipe.training import TrainingSection
 OTHER_RUN = "name a different output.dir, or start again with --overwrite"
 BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states
 PART_NUMBERS = 2**30  # bitsandbytes counts a tensor's numbers in 32 bits, and does not notice an overflow
-COUNTED_NUMBERS = 2**31 - 1  # in a longer tensor, it updated some of the numbers only
 ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters with the same learning-rate multiplier. `decays`: whether weight decay applies to them."""
-
-    names: tuple[str, ...]
-    rate_multiplier: float = 1.0
-    decays: bool = True
-
-
 class FlatGroup:
-    """The parameters of one group as views of `data` (N,), and their gradients as views of `gradient` (N,); both are
-    float32."""
+    """Parameters with the same learning-rate multiplier, as views of `data` (N,), and their gradients as views of
+    `gradient` (N,); both are float32. `decays`: whether weight decay applies to them."""
 
-    def __init__(self, group: ParameterGroup, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.group = group
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rate_multiplier: float, decays: bool) -> None:
+        self.rate_multiplier, self.decays = rate_multiplier, decays
         self.layout: dict[str, tuple[int, tuple[int, ...]]] = {}
         size = 0
-        for name in group.names:
-            self.layout[name] = (size, tuple(parameters[name].shape))
-            size += -(-parameters[name].numel() // ALIGNMENT) * ALIGNMENT
-        device = parameters[group.names[0]].device
+        for name, parameter in parameters.items():
+            self.layout[name] = (size, tuple(parameter.shape))
+            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        device = next(iter(parameters.values())).device
         self.data = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
         self.gradient = torch.zeros(size, dtype=torch.float32, device=device)
         for name, (start, shape) in self.layout.items():
@@ -71,18 +60,16 @@ class Optimizer:
     `found_inf` before the update.
     """
 
-    def __init__(
-        self, settings: TrainingSection, groups: Sequence[ParameterGroup], parameters: Mapping[str, nn.Parameter]
-    ):
+    def __init__(self, settings: TrainingSection, groups: Sequence[FlatGroup]) -> None:
         self.name = settings.optimizer
         self.learning_rate = settings.learning_rate
-        self.groups = [FlatGroup(group, parameters) for group in groups if group.names]
+        self.groups = groups
         self._parts = [[flat.data] if self.name == "adamw" else flat.parts() for flat in self.groups]
         options = [
             {
                 "params": parts,
-                "lr": settings.learning_rate * flat.group.rate_multiplier,
-                "weight_decay": settings.weight_decay if flat.group.decays else 0.0,
+                "lr": settings.learning_rate * flat.rate_multiplier,
+                "weight_decay": settings.weight_decay if flat.decays else 0.0,
             }
             for flat, parts in zip(self.groups, self._parts, strict=True)
         ]
@@ -129,7 +116,7 @@ class Optimizer:
         """Update every weight, unless `found_inf` (() float32) is 1. Returns the learning rate."""
         rate = self.learning_rate * rate_multiplier
         for options, flat in zip(self.native.param_groups, self.groups, strict=True):
-            options["lr"] = rate * flat.group.rate_multiplier
+            options["lr"] = rate * flat.rate_multiplier
         if self.gated:
             self.native.grad_scale = torch.ones((), device=found_inf.device)  # type: ignore[attr-defined]
             self.native.found_inf = found_inf  # type: ignore[attr-defined]
@@ -163,8 +150,8 @@ class Optimizer:
         """Restore weights and optimizer state. `tensors`, `layout`: values that `state_tensors` and `layout` returned
         earlier.
 
-        Raises: RunFolderError if the layout or a tensor's shape differs, or if an older version updated only a part of
-        the weights.
+        Raises: RunFolderError if the layout or a tensor's shape differs, or if an older version wrote the state of more
+        weights than bitsandbytes can count.
         """
         if layout != self.layout():
             raise RunFolderError("the adapter tensors in the checkpoint do not match this recipe's adapter", OTHER_RUN)
@@ -178,8 +165,9 @@ class Optimizer:
                 {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
                 for _, prefix in self._parts_of(number)
             ]
-            if not any(states[1:]):
-                states = _cut_state(states[0], [part.numel() for part in self._parts[number]])
+            if states[0] and not all(states):
+                what = f"an older tunekit wrote the optimizer's state of {flat.data.numel():,} weights in one tensor"
+                raise RunFolderError(what, OTHER_RUN)
             for part, state in zip(self._parts[number], states, strict=True):
                 if state:
                     self._restore(part, state)
@@ -196,28 +184,14 @@ class Optimizer:
                 buffers[key] = int(value)  # the step counter
 
 
-def _cut_state(state: Mapping[str, Tensor], lengths: Sequence[int]) -> list[Tensors]:
-    """Cut the state of a whole group, as older versions wrote it, into the states of its parts. They start at multiples
-    of BLOCK, so that no block of numbers with a common scale is cut.
-
-    Raises: RunFolderError if bitsandbytes could not count the group's numbers.
-    """
-    if state and len(lengths) > 1 and sum(lengths) > COUNTED_NUMBERS:
-        what = f"the older tunekit of this run updated only a part of a group of {sum(lengths):,} weights"
-        raise RunFolderError(what, OTHER_RUN)
-    blocks = [-(-length // BLOCK) for length in lengths]
-    parts: list[Tensors] = [{} for _ in lengths]
-    for key, value in state.items():
-        sizes = lengths if key.startswith("state") else blocks
-        cut = torch.split(value, list(sizes)) if key.startswith(("state", "absmax")) else [value] * len(lengths)
-        for part, piece in zip(parts, cut, strict=True):
-            part[key] = piece
-    return parts
-
-
 def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:
     """The optimizer over the parameter groups that the adapter's method defines."""
-    return Optimizer(settings, [ParameterGroup(*group) for group in adapter.groups(settings)], adapter.trained())
+    trained = adapter.trained()
+    groups = [
+        FlatGroup({name: trained[name] for name in names}, rate_multiplier, decays)
+        for names, rate_multiplier, decays in adapter.groups(settings)
+    ]
+    return Optimizer(settings, groups)
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:

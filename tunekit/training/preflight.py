@@ -3,7 +3,7 @@ fit into memory."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +14,7 @@ from tunekit.machine.devices import forked_random
 from tunekit.memory.splitting import Splitting
 from tunekit.records import Reaction
 from tunekit.training.planned import Planned
-from tunekit.training.run import Run
+from tunekit.training.run import SPLIT, Run
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState
 from tunekit.tuned.model import TunedModel
@@ -39,9 +39,7 @@ def probe_layout(session: Session, planned: Planned, model: TunedModel, state: L
     what = f"packed rows attend to each other in {model.base.facts.model_type} (hidden states differ by {leak:.1e})"
     if settings.packing:
         raise ModelError(what, "set data.packing: false", key="data.packing")
-    reaction = Reaction(what, "rows are padded instead", state.step)
-    state.reactions.append(asdict(reaction))
-    session.console.warn(f"{reaction.probe}; {reaction.action}")
+    session.react(state, Reaction(what, "rows are padded instead", state.step))
     objective = planned.rows.objective.laid_out(end_to_end=False)
     padded = objective.rows.collate([[row] for row in batch.rows])
     rows = replace(planned.rows, objective=objective)
@@ -86,9 +84,8 @@ def make_splitting(session: Session, state: LoopState) -> Splitting:
     report and for a resume."""
 
     def react(reaction: Reaction) -> None:
-        state.reactions.append(asdict(reaction))
+        session.react(state, reaction)
         state.split_tokens = splitting.tokens
-        session.console.warn(f"step {reaction.step}: {reaction.probe}; {reaction.action}")
 
     splitting = Splitting(react, state.split_tokens)
     return splitting
@@ -99,26 +96,23 @@ def note_split_evaluation(session: Session, state: LoopState) -> Callable[[str],
     batch."""
 
     def note(size: str) -> None:
-        what = f"{size} ran out of memory in an evaluation"
-        if all(reaction["probe"] != what for reaction in state.reactions):
-            state.reactions.append(asdict(Reaction(what, "split in two, which does not change the result", state.step)))
-            session.console.warn(f"step {state.step}: {what}; split in two")
+        session.react(state, Reaction(f"{size} ran out of memory in an evaluation", SPLIT, state.step), once=True)
 
     return note
 
 
-def dry_run_batch(run: Run, batch: Batch) -> Batch:
-    """The batch, prepared by the objective for a dry-run step."""
+def dry_run_step(run: Run, batch: Batch) -> StepBatches:
+    """A dry-run step with this batch, prepared by the objective."""
     step = StepBatches(BEFORE_TRAINING, 0.0, (0,), (batch,))
-    return run.objective.prepare_step(run.view(step), step).batches[0]
+    return run.objective.prepare_step(run.view(step), step)
 
 
 def measured_speeds(run: Run, batch: Batch) -> list[float]:
     """The speed of each rank: tokens per second of forward and backward of the batch, the fastest of TIMED times. One
     rank at a time, because ranks may share a processor."""
-    batch, speeds = dry_run_batch(run, batch), list[float]()
+    step, speeds = dry_run_step(run, batch), list[float]()
     for rank in range(run.devices.world):
-        speed = _speed(run, batch) if rank == run.devices.rank else 0.0
+        speed = _speed(run, step) if rank == run.devices.rank else 0.0
         speeds.append(sum(run.devices.gather([speed])))
     return speeds
 
@@ -132,10 +126,9 @@ def speeds_text(speeds: Sequence[float]) -> str:
     return f"{text}; with training.rank_speeds: [{shares}], faster ranks get more micro-batches"
 
 
-def _speed(run: Run, batch: Batch) -> float:
+def _speed(run: Run, step: StepBatches) -> float:
     device, seconds = run.model.device, []
     with forked_random(device), run.model.training_mode(True):
-        step = StepBatches(BEFORE_TRAINING, 0.0, (0,), (batch,))
         for _ in range(TIMED):
             started = time.perf_counter()
             run.try_batch(step)
@@ -143,7 +136,7 @@ def _speed(run: Run, batch: Batch) -> float:
                 torch.accelerator.synchronize(device)
             seconds.append(time.perf_counter() - started)
     run.model.clear_gradient()
-    return batch.tokens / min(seconds)
+    return step.batches[0].tokens / min(seconds)
 
 
 def try_longest_batch(run: Run, batch: Batch) -> None:
@@ -153,6 +146,5 @@ def try_longest_batch(run: Run, batch: Batch) -> None:
     this call.
     """
     with forked_random(run.model.device), run.model.training_mode(True):
-        step = StepBatches(BEFORE_TRAINING, 0.0, (0,), (dry_run_batch(run, batch),))
-        run.try_batch(step, watches_gradients=not run.adapter.settings.trains_base)
+        run.try_batch(dry_run_step(run, batch), watches_gradients=not run.adapter.settings.trains_base)
     run.model.clear_gradient()

@@ -51,7 +51,7 @@ def _write_result(session: Session, folder: RunFolder, plan: Plan, planned: Plan
     start = "the base" if is_base else "before training"
     if recipe.evaluation.tasks:
         _measure_tasks(session, folder, planned, run, compares=is_base and not recipe.adapter.trains_base)
-    facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, start)
+    facts = report_facts(plan, run, folder, size_bytes, saved_best=saves_best, start=start)
     write_report(folder, facts, plan)
     ended = "stopped early: no gain" if state.stopped_early else "finished"
     folder.status(0, ended if facts.verdict is None else f"{ended}; {facts.verdict}")

@@ -11,13 +11,15 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from signal import Signals
 
 import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.artifacts.checkpoint import save_checkpoint
+from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import StepProgress
 from tunekit.contracts import Batch, Objective, StepBatches, StepSource
@@ -37,15 +39,16 @@ from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.reached import require_gradients
-from tunekit.training.run_files import make_trackers, save_run, tracked_numbers, write_pictures, write_rows
+from tunekit.training.run_files import make_trackers, protected_steps, tracked_numbers, write_pictures, write_rows
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, add_seconds, timed
-from tunekit.training.step_numbers import PendingNumbers, check_finite, means, start_numbers
+from tunekit.training.step_numbers import StepNumbers, check_finite, means, start_numbers
 from tunekit.tuned.model import TunedModel
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
+SPLIT = "split in two, which does not change the result"  # a batch that ran out of memory in a forward
 
 
 @dataclass(eq=False)
@@ -72,7 +75,8 @@ class Run:
     spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
     earlier: StepBatches | None = None  # the prepared previous step, if several steps reuse its samples
     pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
-    pending: PendingNumbers = field(default_factory=PendingNumbers)
+    pending: StepNumbers | None = None  # of a step whose loss and norm have not been read yet
+    settled: float = 0.0  # when the numbers of the last step that was read arrived
     progress: StepProgress | None = None  # while the run is open
     trackers: Trackers | None = None
     started: float = 0.0  # when the present step began
@@ -167,7 +171,7 @@ class Run:
         self._advance(finite)
         numbers.sent = time.monotonic()
         self.settle()  # the previous step, whose numbers arrived while this one was queued
-        self.pending.numbers.append(numbers)
+        self.pending = numbers
 
     def after_step(self) -> bool:
         """Evaluate and save when due. Returns whether the run continues. Raises: Stopped after a stop signal."""
@@ -179,7 +183,7 @@ class Run:
         warned = any(MARK in reaction["probe"] for reaction in state.reactions)
         slow = watch_pace(self.pace, state.step, self.devices, adaptive=self.adapts_threads, warned=warned)
         if slow is not None:
-            self.react(slow)
+            self.session.react(state, slow)
         saved_best = self._evaluate_if_due()
         ended = last or state.stopped_early
         if saved_best or ended or state.step % settings.save_steps == 0:
@@ -198,18 +202,21 @@ class Run:
         return together[3:]
 
     def settle(self) -> None:
-        """Wait for the numbers of pending steps, check them and record them. Raises: NumericsError."""
-        state = self.state
-        for numbers in self.pending.numbers:
-            loss, norm, seconds = self.pending.read(numbers)
-            check_finite(numbers, loss, norm, self.devices, may_overflow=state.scale.enabled)
-            exported = numbers.step == self.steps.count and self.evaluation.best is None
-            for reaction in watch_step(state, numbers, loss, self.shows, self.devices, exported=exported):
-                self.react(reaction)
-            add_seconds(state.seconds, numbers.spent(seconds))
-            record = numbers.record(loss, norm, seconds, self.peak_bytes(), shown=self._shows_samples(numbers.step))
-            self.record(replace(record, threads=torch.get_num_threads()) if self.adapts_threads else record)
-        self.pending.numbers.clear()
+        """Wait for the numbers of the pending step, check them and record them. The step's seconds are counted from the
+        arrival of the previous step's numbers, if it was started before. Raises: NumericsError."""
+        numbers, state = self.pending, self.state
+        if numbers is None:
+            return
+        self.pending, before = None, max(numbers.started, self.settled)
+        self.settled = numbers.arrival(before)
+        (loss, norm), seconds = numbers.read(), self.settled - before
+        check_finite(numbers, loss, norm, self.devices, may_overflow=state.scale.enabled)
+        exported = numbers.step == self.steps.count and self.evaluation.best is None
+        for reaction in watch_step(state, numbers, loss, self.shows, self.devices, exported=exported):
+            self.session.react(state, reaction)
+        add_seconds(state.seconds, numbers.spent(seconds))
+        record = numbers.record(loss, norm, seconds, self.peak_bytes(), shown=self._shows_samples(numbers.step))
+        self.record(replace(record, threads=torch.get_num_threads()) if self.adapts_threads else record)
 
     def prepare_step(self, step: StepBatches) -> StepBatches:
         """The step's micro-batches, prepared by the objective. They are kept if later steps reuse their samples."""
@@ -308,13 +315,17 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint on the main rank. An error there is raised on every rank."""
-        exported = {"export": facts_for_export(self.adapter, self.objective, self.state.measured_facts)}
-        save_run(
-            self.session,
-            self.state,
-            lambda: checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state),
-            lambda: checkpoint_facts(self.optimizer, self.state, self.fingerprint) | exported,
-        )
+
+        def write(folder: RunFolder) -> None:
+            state = self.state
+            with self.session.signals.critical():
+                tensors = checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state)
+                facts = checkpoint_facts(self.optimizer, state, self.fingerprint)
+                facts["export"] = facts_for_export(self.adapter, self.objective, state.measured_facts)
+                keep, protect = self.training.keep_checkpoints, protected_steps(self.session, state.best_step)
+                save_checkpoint(folder, state.step, tensors, facts, keep=keep, protect=protect)
+
+        self.session.in_folder(write)
 
     def _save(self) -> None:
         self.state.saved_step = self.state.step
@@ -341,22 +352,10 @@ class Run:
         """The peak of memory so far, comparable with the predicted peak of plan."""
         return self.session.peak_bytes()
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        self.session.console.warn(text)
-
-    def react(self, reaction: Reaction) -> None:
-        """Print a reaction, and keep it for the report."""
-        self.state.reactions.append(asdict(reaction))
-        self.warn(f"step {reaction.step}: {reaction.probe}; {reaction.action}")
-
     def _note_split(self, size: str) -> None:
         """Warn and record that memory ran out while a step was prepared, once for each size."""
-        what, step = f"{size} ran out of memory while a step was prepared", self.state.step + 1
-        if all(reaction["probe"] != what for reaction in self.state.reactions):
-            action = "split in two, which does not change the result"
-            self.state.reactions.append(asdict(Reaction(what, action, step)))
-            self.warn(f"step {step}: {what}; split in two")
+        what = f"{size} ran out of memory while a step was prepared"
+        self.session.react(self.state, Reaction(what, SPLIT, self.state.step + 1), once=True)
 
     @property
     def devices(self) -> Devices:

@@ -1,7 +1,7 @@
 """Reads and writes the files of a run folder: status, plan, environment, records and checkpoints. The exported adapter
 is written elsewhere."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -11,13 +11,12 @@ import torch
 
 from tunekit.adapters.folder.config import TENSORS_NAME
 from tunekit.adapters.method import needs_reference_state
-from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate, save_checkpoint
+from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate
 from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_values, require_same, resume_notes
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.report.values import Values
 from tunekit.artifacts.run import ROWS_NAME, RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
-from tunekit.contracts import Tensors
 from tunekit.data.encoding.images import png_bytes
 from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
 from tunekit.evaluation.evaluator import Evaluation
@@ -25,12 +24,12 @@ from tunekit.evaluation.row_losses import RowLosses
 from tunekit.files.untrusted import sha256_of
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.model.compute import resolve_dtype
+from tunekit.model.load import base_fingerprint
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import EvaluationRecord, ExecutionSettings, JsonObject, Plan, StepRecord
 from tunekit.training.planned import Planned
 from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState
 
 OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained number in a checkpoint
 
@@ -83,12 +82,14 @@ def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None
             folder.warn(f"status.json could not be written: {error}")
 
 
-def newest_checkpoint(session: Session) -> Checkpoint | None:
-    """Load the newest complete checkpoint. Also set the number of threads to the number in the checkpoint, because the
-    order of sums depends on it."""
-    checkpoint = session.from_folder(load_newest)
+def read_checkpoint(session: Session, resume: bool) -> Checkpoint | None:
+    """The newest complete checkpoint, which a resumed run continues; None for a new run, or if there is none yet. Also
+    set the number of threads to the number in the checkpoint, because the order of sums depends on it."""
+    checkpoint = session.from_folder(load_newest) if resume else None
     if checkpoint is not None:
         torch.set_num_threads(int(checkpoint.facts["threads"]))
+    elif resume:
+        session.console.info(f"{session.loaded.recipe.output.dir} has no checkpoint; the run starts from the beginning")
     return checkpoint
 
 
@@ -130,30 +131,25 @@ def execution_in(path: Path) -> ExecutionSettings | None:
 
 
 def check_fingerprint(
-    session: Session,
-    data: str,
-    base: str,
-    checkpoint: Checkpoint | None,
-    code: Mapping[str, str],
-    packages: Collection[str],
+    session: Session, planned: Planned, code: Mapping[str, str], checkpoint: Checkpoint | None
 ) -> JsonObject:
     """Make the fingerprint of this run, and compare it with the fingerprint of the run in this folder or of
-    `checkpoint`. `code`, `packages`: as for make_fingerprint.
+    `checkpoint`. `code`: as for make_fingerprint.
 
     Raises: RunFolderError with each difference of recipe, data, base or version.
     """
     names, on_cpu = accelerator_names(), session.devices.device.type == "cpu"
     new = make_fingerprint(
         session.loaded.recipe.model_dump(mode="json"),
-        data=data,
-        base=base,
+        data=planned.rows.fingerprint,
+        base=base_fingerprint(planned.model),
         versions=library_versions(),
         device=session.devices.device.type,
         dtype=str(resolve_dtype(session.loaded.recipe.model, session.devices.device)).removeprefix("torch."),
         accelerator=None if on_cpu else names[0],
         threads=torch.get_num_threads(),
         code=code,
-        packages=packages,
+        packages=planned.kernel_packages,
     )
     old = session.from_folder(_previous_fingerprint) if checkpoint is None else checkpoint.facts["fingerprint"]
     check_fingerprints(session, new)
@@ -283,23 +279,3 @@ def write_pictures(folder: RunFolder, step: int, evaluation: Evaluation) -> None
     """Write the images that an evaluation generated."""
     for number, pixels in enumerate(evaluation.pictures or ()):
         folder.write_bytes(picture_name(step, number), png_bytes(pixels))
-
-
-def save_run(
-    session: Session, state: LoopState, tensors: Callable[[], Tensors], facts: Callable[[], JsonObject]
-) -> None:
-    """Write a checkpoint on the main rank; only there, `tensors` and `facts` are called. An error is raised on every
-    rank."""
-
-    def write(folder: RunFolder) -> None:
-        with session.signals.critical():
-            save_checkpoint(
-                folder,
-                state.step,
-                tensors(),
-                facts(),
-                keep=session.loaded.recipe.training.keep_checkpoints,
-                protect=protected_steps(session, state.best_step),
-            )
-
-    session.in_folder(write)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from signal import SIGTERM
 from typing import TypeVar
 
@@ -12,12 +12,9 @@ from tunekit.errors import ResourceError
 from tunekit.machine.devices import Devices
 from tunekit.machine.memory import device_peaks, peak_host_bytes
 from tunekit.machine.signals import StopSignals
-from tunekit.model.quantized.weights import stored_bytes
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.records import bytes_text
-from tunekit.training.finish import Measurements
-from tunekit.training.state import Processors, timed
-from tunekit.tuned.model import TunedModel
+from tunekit.records import Reaction, bytes_text
+from tunekit.training.state import LoopState, Processors, timed
 
 Result = TypeVar("Result")
 
@@ -77,30 +74,16 @@ class Session:
         how = f"{first}, lower data.max_length, or {self.loaded.recipe.adapter.less_memory}"
         return ResourceError(f"out of memory ({had})", how)
 
-    def measured(self, model: TunedModel) -> Measurements:
-        """The peaks of this process."""
-        peak = peak_host_bytes()
-        base_bytes = stored_bytes(model.base.net) - _adapter_bytes(model)
-        elsewhere = 0 if model.slots is None else model.slots.elsewhere_bytes
-        return Measurements(
-            device=self.devices.device.type,
-            peaks=device_peaks(self.devices.device),
-            peak_host_bytes=peak,
-            host_growth_bytes=max(0, peak - self.baseline_bytes),
-            base_bytes=base_bytes,
-            base_bytes_of_rank=base_bytes - elsewhere if elsewhere else None,
-        )
+    def react(self, state: LoopState, reaction: Reaction, *, once: bool = False) -> None:
+        """Print a reaction, and keep it for the report and for a resume. `once`: only if the probe has not found the
+        same before."""
+        if not once or all(known["probe"] != reaction.probe for known in state.reactions):
+            state.reactions.append(asdict(reaction))
+            when = f"step {reaction.step}: " if reaction.step else ""
+            self.console.warn(f"{when}{reaction.probe}; {reaction.action}")
 
     def peak_bytes(self) -> int:
         """The peak of memory so far, comparable with the predicted peak of plan. On a GPU: the allocated memory. On
         Metal: the reserved memory. On a CPU: the growth of the process since before the base was loaded."""
         peaks = device_peaks(self.devices.device)
         return peaks.allocated or peaks.reserved or max(0, peak_host_bytes() - self.baseline_bytes)
-
-
-def _adapter_bytes(model: TunedModel) -> int:
-    """Bytes of the adapter's tensors inside the network. An adapter of the whole model is not part of the network and
-    is not counted."""
-    parts = [] if model.adapter is None else model.adapter.parts()
-    inside = [part for part in parts if part is not (model.adapter and model.adapter.model_adapter)]
-    return sum(tensor.nbytes for part in inside for tensor in part.state().values())

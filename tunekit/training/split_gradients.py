@@ -6,9 +6,9 @@ Hooks take x and g of each adapted layer. Other additive layers and trained copi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,7 @@ from tunekit.model.attention.real_tokens import RealTokens
 from tunekit.model.call import Call, calling, current_call
 from tunekit.tuned.model import TunedModel
 
-
-class Take(Protocol):
-    """A function that gets the gradients (P, ...) of a trained tensor for P rows."""
-
-    def __call__(self, name: str, gradients: Tensor) -> None: ...
+Take = Callable[[str, Tensor], None]  # gets the gradients (P, ...) of a trained tensor for P rows, by name
 
 
 def can_split(model: TunedModel) -> bool:

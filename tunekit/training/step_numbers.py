@@ -4,7 +4,7 @@ for the device, the numbers are read one step later."""
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,17 +33,20 @@ class StepNumbers:
     sent: float = 0.0  # when the host had queued the whole step
     rate: float = 0.0
 
-    def has_arrived(self) -> bool:
-        """Whether the copy of the numbers to the host has ended. If it has ended before the host asks, the host is
-        slower than the device."""
-        return self.copied is None or bool(self.copied.query())
-
     def read(self) -> tuple[float, float]:
         """Wait for the copy, and return loss and gradient norm."""
         if self.copied is not None:
             self.copied.synchronize()
         loss, norm, *_ = self.numbers.tolist()
         return loss, norm
+
+    def arrival(self, earliest: float) -> float:
+        """Wait for the copy, and return when it ended. If it had ended before the host asks, the host is slower than
+        the device, and the step ends when it was queued. `earliest`: when the step can have started."""
+        arrived = self.copied is None or bool(self.copied.query())
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.sent if arrived and self.sent > earliest else time.monotonic()
 
     def logged_values(self) -> dict[str, float]:
         """The logged values by name; call `read` before. NaN values are left out: they are means over no rows."""
@@ -72,23 +75,6 @@ class StepNumbers:
         """The seconds of the step, divided into the time categories of the report."""
         parts = self.batches.preparation.seconds
         return {"train": seconds - sum(parts.values()), **parts}
-
-
-@dataclass
-class PendingNumbers:
-    """Steps whose numbers have not been read yet. `settled`: when the numbers of the last step that was read
-    arrived."""
-
-    numbers: list[StepNumbers] = field(default_factory=list)
-    settled: float = 0.0
-
-    def read(self, numbers: StepNumbers) -> tuple[float, float, float]:
-        """Wait for a step's numbers. Returns loss, gradient norm and the step's seconds. Seconds are counted from the
-        arrival of the previous step's numbers, if the step was started before."""
-        before, arrived = max(numbers.started, self.settled), numbers.has_arrived()
-        loss, norm = numbers.read()
-        self.settled = numbers.sent if arrived and numbers.sent > before else time.monotonic()
-        return loss, norm, self.settled - before
 
 
 def means(names: Sequence[str], sums: Sums, units: Tensor, devices: Devices) -> Tensors:

@@ -98,7 +98,7 @@ class StreamingEngine(Engine):
 
 def _groups(attempt: StepAttempt) -> list[list[MicroBatchPart]]:
     """The parts that pass through each layer together."""
-    parts, size = attempt.flat_parts, attempt.work.micro_batches_per_pass
+    parts, size = attempt.parts, attempt.work.micro_batches_per_pass
     return [parts[start : start + size] for start in range(0, len(parts), size)]
 
 
@@ -250,7 +250,7 @@ class LayerPass:
         roots += [(side.value, gradient) for side, gradient in zip(outputs, output_gradients, strict=True)]
         penalty = self._penalty(number)
         if penalty is not None:
-            value = penalty / state.part.divisor * self.attempt.work.loss_scale * self.attempt.work.weight
+            value = penalty / state.part.divisor * self.attempt.work.loss_scale
             roots.append((value, torch.ones_like(penalty)))
         pairs = [(root, gradient) for root, gradient in roots if root is not None and gradient is not None]
         torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.errors import Stopped, TunekitError
 from tunekit.training import run_files
-from tunekit.training.begin import begin_run, read_checkpoint
+from tunekit.training.begin import begin_run
 from tunekit.training.result import finish_run
 from tunekit.training.run import Run
 from tunekit.training.streaming import make_engine
@@ -116,7 +116,7 @@ def opened_trial(trial: Trial, end: int | None, base: SharedBase, resume: bool, 
     try:
         with run_files.locked_folder(session, trial.path, resume, overwrite=False):
             with session.signals.at_once("before training began; nothing was trained"):
-                checkpoint = read_checkpoint(session, resume)
+                checkpoint = run_files.read_checkpoint(session, resume)
             plan, run = begin_run(session, plan, planned, checkpoint, base.load)
             with run.opened():
                 yield run

@@ -32,9 +32,9 @@ from tunekit.machine.placing import to_device
 from tunekit.memory.offload import BoundaryStore
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.splitting import collect_failed, compute_in_parts, document_too_large, first_line
-from tunekit.memory.vocabulary import HeadParts, StreamedHead
+from tunekit.memory.vocabulary import StreamedHead
 from tunekit.model.attention.real_tokens import real_tokens
-from tunekit.model.attention.segments import Segments, find_segments
+from tunekit.model.attention.segments import find_segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
@@ -53,7 +53,7 @@ class TunedModel:
     boundaries: BoundaryStore = field(default_factory=lambda: BoundaryStore(None))
     slots: LayerSlots | None = None  # for a streamed base
     chunk_tokens: int = 0  # positions per call of the head; 0: limited by the vocabulary
-    head_parts: HeadParts | None = None  # of a streamed output projection
+    streamed_head: StreamedHead | None = None
     # the adapter's state at step 0, if the base alone is not the policy at step 0
     reference_state: Tensors | None = None
     reference_scores: dict[bytes, Tensor] = field(default_factory=dict)  # cached by the loss, by row
@@ -125,46 +125,15 @@ class TunedModel:
                         states[place] = call, layer(hidden, calls[number]), calls
         return (self.to_output(self.real_positions(hidden)) for _, hidden, _ in states)
 
-    def generate(
-        self,
-        tokenizer: Tokenizer,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int,
-        batch_size: int,
-        stop_ids: Sequence[int],
-        sampling: Sampling = GREEDY,
-        seeds: Sequence[int] | None = None,
-    ) -> list[list[int]]:
-        """Generate token ids for each prompt, including the stop id that ends an answer. `seeds`: one per prompt, for
-        sampling. On the meta device, all answers have the maximum length."""
-        if self.device.type == "meta":
-            return [[int(prompt[-1])] * max_new_tokens for prompt in prompts]
-        model_adapter = None if self.adapter is None else self.adapter.model_adapter  # it changes the inputs
-        with self.unchanged_weights():
-            return generate_texts(
-                self.base,
-                tokenizer,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                sampling=sampling,
-                stop_ids=stop_ids,
-                adapt=None if model_adapter is None else self.adapt_inputs,
-                virtual_tokens=self.virtual_tokens,
-                seeds=seeds,
-                keep_stop=True,
-            )
-
     def to_output(self, hidden: Tensor) -> ModelOutput:
         """Make the output for objectives from the last hidden states (B, T, D)."""
         text = self.base.text
         chunk = self.chunk_tokens or logits_chunk_tokens(1 if text is None else text.vocabulary_size)
-        head = self.base.family.head(self.base.net)
         heads = (companion.head for companion in self.companions.values())
         other = next((each for each in heads if each is not None), None)
-        if self.head_parts is not None:
-            return ModelOutput(hidden, StreamedHead(head, self.head_parts), (), chunk, companion_head=other)
+        if self.streamed_head is not None:
+            return ModelOutput(hidden, self.streamed_head, (), chunk, companion_head=other)
+        head = self.base.family.head(self.base.net)
         return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_head=other)
 
     def hidden(self, inputs: Tensors) -> Tensor:
@@ -175,8 +144,10 @@ class TunedModel:
 
     def call_for(self, inputs: Tensors) -> Call:
         """The current Call, with the boundaries of documents or of padding in these inputs."""
-        real = None if self.virtual_tokens else real_tokens(inputs)
-        return replace(current_call(), segments=self._segments(inputs), real_tokens=real)
+        segments, real = None, None if self.virtual_tokens else real_tokens(inputs)
+        if "position_ids" in inputs and "attention_mask" not in inputs:
+            segments = find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
+        return replace(current_call(), segments=segments, real_tokens=real)
 
     def prepare_inputs(self, inputs: Tensors) -> Tensors:
         """Prepare inputs for the network: move them to the device, cast recordings and images to the compute dtype, and
@@ -188,12 +159,6 @@ class TunedModel:
     def real_positions(self, hidden: Tensor) -> Tensor:
         """Remove the positions of the adapter's virtual tokens from hidden states (B, T, D) or logits."""
         return hidden if self.adapter is None else self.adapter.outputs(hidden)
-
-    def _segments(self, inputs: Tensors) -> Segments | None:
-        """The boundaries of documents in the rows; None if the inputs have a mask or no positions."""
-        if "position_ids" not in inputs or "attention_mask" in inputs:
-            return None
-        return find_segments(inputs["position_ids"], masked=bool(self.virtual_tokens))
 
     def adapt_inputs(self, inputs: Tensors) -> Tensors:
         """Apply the adapter's changes to the inputs of a forward. In generation, this is done only for the first
@@ -305,19 +270,32 @@ class ModelRun:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """As TunedModel.generate. If memory runs out, all prompts are continued again, half as many at once. Their
-        seeds do not depend on it. Raises: ResourceError if a single prompt does not fit into memory."""
+        """Generate token ids for each prompt, including the stop id that ends an answer. `seeds`: one per prompt, for
+        sampling. In a simulation, all answers have the maximum length.
+
+        If memory runs out, all prompts are continued again, half as many at once. Their seeds do not depend on it.
+        Raises: ResourceError if a single prompt does not fit into memory.
+        """
+        if self.is_simulated:
+            return [[int(prompt[-1])] * max_new_tokens for prompt in prompts]
+        model, adapter = self.model, self.model.adapter
+        changes_inputs = adapter is not None and adapter.model_adapter is not None
         while True:
             try:
-                return self.model.generate(
-                    tokenizer,
-                    prompts,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                    stop_ids=stop_ids,
-                    sampling=sampling,
-                    seeds=seeds,
-                )
+                with model.unchanged_weights():
+                    return generate_texts(
+                        model.base,
+                        tokenizer,
+                        prompts,
+                        max_new_tokens=max_new_tokens,
+                        batch_size=batch_size,
+                        sampling=sampling,
+                        stop_ids=stop_ids,
+                        adapt=model.adapt_inputs if changes_inputs else None,
+                        virtual_tokens=model.virtual_tokens,
+                        seeds=seeds,
+                        keep_stop=True,
+                    )
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

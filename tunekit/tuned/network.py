@@ -3,7 +3,6 @@ order of steps is always the same."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from tunekit.memory.sharding import TIER, divided_tables, shard_base
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weights, shared_slots, stream_base
 from tunekit.memory.tiling import tile_layers
-from tunekit.memory.vocabulary import HeadParts, head_obstacle, stream_head
+from tunekit.memory.vocabulary import StreamedHead, head_obstacle, stream_head
 from tunekit.model.load import LoadedModel
 from tunekit.records import ExecutionSettings
 from tunekit.tuned.model import TunedModel
@@ -62,8 +61,8 @@ def prepare_network(
         slots: LayerSlots | None = shard_base(base, frozen, used, execution.shares, devices)
     else:
         slots = stream_base(base, frozen, execution.streaming)
-    parts = _streamed_head(base, execution)
-    return TunedModel(base, adapter, store, slots, execution.logits_chunk_tokens, parts)
+    head = _streamed_head(base, execution)
+    return TunedModel(base, adapter, store, slots, execution.logits_chunk_tokens, head)
 
 
 def _plain_users(net: nn.Module, weight: Tensor) -> list[nn.Module]:
@@ -74,7 +73,7 @@ def _plain_users(net: nn.Module, weight: Tensor) -> list[nn.Module]:
     return [] if weight.requires_grad or any(id(user) in wrapped for user in users) else users
 
 
-def _streamed_head(base: LoadedModel, execution: ExecutionSettings) -> HeadParts | None:
+def _streamed_head(base: LoadedModel, execution: ExecutionSettings) -> StreamedHead | None:
     """Prepare the output projection for streaming in parts; None if it is not streamed.
 
     Raises: ModelError if this base's output projection cannot be streamed.
@@ -84,12 +83,11 @@ def _streamed_head(base: LoadedModel, execution: ExecutionSettings) -> HeadParts
     name, tier = base.family.head_name(base.net), "host" if execution.streaming == "off" else execution.streaming
     if not kind_of(base.device).own_memory:
         tier = "disk"  # it stays in its file
-    module = None if name is None else base.net.get_submodule(name)
-    obstacle = None if module is None else head_obstacle(module, base.family.head(base.net))
-    if module is None or obstacle is not None:
-        what = obstacle or "the base has no output projection"
-        raise ModelError(what, "write false", key="memory.streamed_head")
+    head = None if name is None else base.family.head(base.net)
+    obstacle = "the base has no output projection" if head is None else head_obstacle(head)
+    if head is None or obstacle is not None:
+        raise ModelError(str(obstacle), "write false", key="memory.streamed_head")
     embedding = host_embedding(base) if execution.streaming == "off" and base.device.type != "meta" else None
     if embedding is not None:  # otherwise layer streaming has already done this
         gather_on_host(embedding, base.device)
-    return stream_head(cast(nn.Linear, module), base.device, tier, base.net)
+    return stream_head(head, base.device, tier)
