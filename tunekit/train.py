@@ -28,6 +28,7 @@ from tunekit.training.begin import begin_run, load_base, print_plan, read_checkp
 from tunekit.training.ranks import check_command
 from tunekit.training.result import finish_run
 from tunekit.training.session import Session
+from tunekit.training.time_limit import TimeLimit
 
 
 def train_verb(
@@ -57,10 +58,8 @@ def train_verb(
     with devices:
         deterministic = deterministic_kernels(loaded.recipe.training.deterministic)
         with StopSignals(announce=devices.is_main) as signals, deterministic:
-            session, path = (
-                Session(loaded, devices, console, signals, dry_run, tuple(accepted)),
-                Path(loaded.recipe.output.dir),
-            )
+            limit, path = TimeLimit(loaded.recipe.training.limit_seconds), Path(loaded.recipe.output.dir)
+            session = Session(loaded, devices, console, signals, dry_run, tuple(accepted), limit=limit)
             check_command(session, {"--resume": resume, "--dry-run": dry_run, "--overwrite": overwrite})
             if dry_run:
                 with signals.at_once("during the dry run; nothing was written"):

@@ -100,7 +100,7 @@ def assemble_run(
         session.console.info(f"resuming after step {state.step} of {plan.steps}")
     _note_changes(session, state)
     plan = _with_targets(plan, adapter)
-    write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
+    write_plan(session, plan, None if checkpoint is None else state, fingerprint)
     run = Run(
         session,
         model,

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from signal import Signals
 
 import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.artifacts.stopped import next_commands
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import StepProgress
 from tunekit.contracts import Batch, Objective, StepBatches, StepSource
@@ -37,12 +39,20 @@ from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.reached import require_gradients
-from tunekit.training.run_files import make_trackers, save_run, tracked_numbers, write_pictures, write_rows
+from tunekit.training.run_files import (
+    end_seconds_of,
+    make_trackers,
+    save_run,
+    tracked_numbers,
+    write_pictures,
+    write_rows,
+)
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, add_seconds, timed
+from tunekit.training.state import LoopState, add_seconds
 from tunekit.training.step_numbers import PendingNumbers, check_finite, means, start_numbers
+from tunekit.training.time_limit import end_seconds
 from tunekit.tuned.model import TunedModel
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -75,6 +85,7 @@ class Run:
     pending: PendingNumbers = field(default_factory=PendingNumbers)
     progress: StepProgress | None = None  # while the run is open
     trackers: Trackers | None = None
+    ended_by_time: bool = False
     started: float = 0.0  # when the present step began
     counts: tuple[float, ...] = ()  # of the present step on all ranks: tokens, supervised tokens, micro-batches
 
@@ -117,12 +128,15 @@ class Run:
     def start(self) -> bool:
         """Evaluate before step 1. Returns whether a step is left to train. Raises: Stopped after a stop signal."""
         state, evaluated = self.state, self.state.evaluated_step
+        state.longest = end_seconds_of(self.session) | state.longest
+        state.starts.append({"first_step": state.step + 1, "last_step": state.step, "minutes": 0.0})
         self._evaluate_if_due()  # a signal or an error may have interrupted it before the resume
         if state.evaluated_step > max(evaluated, 0):  # this step's checkpoint lacks the results
             self._save()
         self._stop_if_asked()
         if state.stopped_early or state.step >= self.steps.count:
             return False
+        self._require_time()
         if self.progress is not None:
             self.progress.start(state.step + 1)
         return True
@@ -185,7 +199,48 @@ class Run:
         if saved_best or ended or state.step % settings.save_steps == 0:
             self._save()
         self._stop_if_asked()
-        return not ended
+        return not (ended or self._end_by_time())
+
+    def _require_time(self) -> None:
+        """Raises: InputError if training.max_minutes leaves no time for a step."""
+        state, limit = self.state, self.session.limit
+        limit.mark(self._other_seconds, first=True)
+        steps = self.objective.loss.updates_per_sampling
+        tried = state.seconds.get("try", 0.0) * self.training.gradient_accumulation_steps
+        step_seconds = state.seconds.get("train", 0.0) / state.step if state.step else tried
+        if limit.seconds is None:
+            return
+        of_ranks = self.devices.gather([limit.lack(steps * step_seconds, self.end_seconds())])
+        if problems := [problem for problem in of_ranks if problem is not None]:
+            raise InputError.of([self.session.loaded.locate(problems[0])])
+
+    def _end_by_time(self) -> bool:
+        """If the time is up: save a checkpoint, and evaluate the weights that may be exported. The checkpoint does not
+        contain this evaluation, so that a resumed run equals a run that never stopped. Returns whether the run ends."""
+        limit = self.session.limit
+        if not limit.is_set or not self.can_resume:
+            return False
+        limit.mark(self._other_seconds)
+        if not self.devices.any(int(limit.is_over(self.state.step, self.end_seconds()))):
+            return False
+        self.settle()
+        if self.state.step > self.state.saved_step:
+            self._save()
+        self.ended_by_time = True
+        self._evaluate_if_due()
+        self._stop_if_asked()
+        return True
+
+    @property
+    def _other_seconds(self) -> float:
+        """Seconds of all evaluations and saves."""
+        return self.state.seconds.get("evaluate", 0.0) + self.state.seconds.get("save", 0.0)
+
+    def end_seconds(self) -> float:
+        """The estimated seconds of the run's end."""
+        numbers = sum(tensor.numel() for tensor in self.adapter.trained().values())
+        tokens = 0 if self.evaluator is None else int(self.evaluator.rows.lengths.sum())
+        return end_seconds(self.state, numbers, tokens, reads_best=self.evaluation.best is not None)
 
     def _count_units(self, step: StepBatches) -> Tensor:
         """The step's number of loss units, (K,) float64, summed over ranks. The other numbers of the step are kept in
@@ -266,15 +321,16 @@ class Run:
             self.adapter.after_step(state.step - 1, self.steps.count)
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluate before training, at every multiple of eval_steps and at the end. Returns whether this evaluation is
-        the best so far, so that a checkpoint must be saved. The evaluation before training is only a reference."""
+        """Evaluate before training, at every multiple of eval_steps and when the run ends. Returns whether this
+        evaluation is the best so far, so that a checkpoint must be saved. The evaluation before training is only a
+        reference."""
         state, settings = self.state, self.evaluation
-        due = state.step % self.training.eval_steps == 0 or state.step == self.steps.count
+        due = state.step % self.training.eval_steps == 0 or state.step == self.steps.count or self.ended_by_time
         due = due if state.step else settings.before_training
         if self.evaluator is None or not due or state.step <= state.evaluated_step:
             return False
         try:
-            with timed(state.seconds, "evaluate"):
+            with state.timed("evaluate"):
                 evaluation = self.evaluate(self.evaluator)
         except EvaluationStopped:
             return False
@@ -317,9 +373,15 @@ class Run:
         )
 
     def _save(self) -> None:
-        self.state.saved_step = self.state.step
-        with timed(self.state.seconds, "save"):
+        state = self.state
+        state.saved_step = state.step
+        self.note_time()
+        with state.timed("save"):
             self.save()
+
+    def note_time(self) -> None:
+        """Note the time of this start so far, for the report."""
+        self.state.starts[-1] |= {"last_step": self.state.step, "minutes": round(self.session.limit.elapsed / 60, 3)}
 
     def _stop_if_asked(self) -> None:
         """If a signal requested a stop, save a checkpoint and end the run. Raises: Stopped."""
@@ -329,9 +391,10 @@ class Run:
         self.settle()
         if step > self.state.saved_step:
             self._save()
-        ended = f"after step {step}; the checkpoint is written; continue with --resume"
-        ended = ended if step else "before the first step; nothing was trained yet"
-        raise Stopped(f"stopped by {Signals(number).name} {ended}", number)
+        ended = f"after step {step} of {self.steps.count}" if step else "before the first step"
+        run = Path(self.session.loaded.recipe.output.dir)
+        how = next_commands(run, alone=self.devices.world == 1) if step else "nothing was trained yet"
+        raise Stopped(f"stopped by {Signals(number).name} {ended}", number, how)
 
     def stop_signal(self) -> int:
         """The number of the signal that requests a stop after this step; 0 if the run continues."""

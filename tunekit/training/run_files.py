@@ -19,7 +19,7 @@ from tunekit.artifacts.run import ROWS_NAME, RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.contracts import Tensors
 from tunekit.data.encoding.images import png_bytes
-from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
+from tunekit.errors import ResourceError, RunFolderError, Stopped, TunekitError, is_out_of_memory
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.row_losses import RowLosses
 from tunekit.files.untrusted import sha256_of
@@ -52,6 +52,8 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
         error = session.out_of_memory() if is_out_of_memory(caught) else session.devices.cause(caught)
         if is_out_of_memory(caught):
             _leave_status(session.folder, ResourceError.exit_code, "out of memory")
+        elif isinstance(error, Stopped):
+            _leave_status(session.folder, error.exit_code, error.problems[0].what)
         elif isinstance(error, TunekitError):
             _leave_status(session.folder, error.exit_code, str(error))
         else:
@@ -229,12 +231,12 @@ def folder_bytes(session: Session, plan: Plan, planned: Planned) -> int:
     return plan.trainable_parameters * torch.float32.itemsize * copies
 
 
-def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject) -> None:
-    """Write the recipe, environment and plan to the run folder. For a resumed run, also remove the metrics records
-    after `step`, and state where earlier steps were computed."""
+def write_plan(session: Session, plan: Plan, state: LoopState | None, fingerprint: JsonObject) -> None:
+    """Write the recipe, environment and plan to the run folder. `state`: of a resumed run. Then also remove the metrics
+    records that this state does not contain, and state where earlier steps were computed."""
 
     def write(folder: RunFolder) -> None:
-        old = Values((folder.read_json("environment.json") or {}) if step >= 0 else {})
+        old = Values((folder.read_json("environment.json") or {}) if state else {})
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
         more = {"processes": session.devices.world, "fingerprint": fingerprint}
         environment = read_environment(device=str(session.devices.device), more=more)
@@ -244,7 +246,7 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject)
             what = f"number of processes: was {before}, is {session.devices.world}"
             session.console.info(f"{what}; the last digits of results may differ")
         folder.write_json("environment.json", environment)
-        folder.truncate_metrics(step)
+        folder.truncate_metrics(*((state.step, state.evaluated_step) if state else (-1, -1)))
         folder.write_json("plan.json", asdict(plan))
 
     session.in_folder(write)
@@ -254,6 +256,13 @@ def _place(environment: Values) -> dict[str, object]:
     """The number of processes and the processor of a run: the bits of results depend on them."""
     processor = environment.part("fingerprint").get("accelerator") or environment.get("cpu")
     return {"processes": environment.count("processes"), "processor": processor}
+
+
+def end_seconds_of(session: Session) -> dict[str, float]:
+    """The measured seconds of the parts of the run's earlier end, if max_minutes ended it."""
+    report = None if session.folder is None else session.folder.read_json("report.json")
+    seconds = Values(report or {}).numbers("seconds")
+    return {part: seconds[part] for part in ("export", "tasks") if part in seconds}
 
 
 def make_trackers(session: Session, step: int) -> Trackers:
