@@ -19,6 +19,7 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import shape_text
+from tunekit.planning.minutes import fitting_text
 from tunekit.planning.session import plan_session
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import bytes_text
@@ -115,6 +116,12 @@ def _try_out(session: Session) -> dict[str, Any]:
             "steps": plan.steps,
         },
     )
+    if session.limit.seconds is not None:  # the longest micro-batch takes longer than others
+        left = session.limit.seconds - session.limit.elapsed - run.ending.seconds(run.state)
+        step_seconds = run.state.seconds["try"] * run.training.gradient_accumulation_steps
+        session.console.info(
+            fitting_text(session.loaded.recipe, plan.steps, left, step_seconds, "the longest micro-batch")
+        )
     return {
         "predicted_bytes": plan.peak_bytes.total,
         "measured_bytes": peak,

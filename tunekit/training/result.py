@@ -46,11 +46,11 @@ def _write_result(session: Session, folder: RunFolder, plan: Plan, planned: Plan
     start = "the base" if is_base else "before training"
     if recipe.evaluation.tasks:
         _measure_tasks(session, folder, planned, run, compares=is_base and not recipe.adapter.trains_base)
-    run.note_time()
+    state.note_time(session.limit.elapsed)
     facts = report_facts(plan, state, session.measured(run.model), size_bytes, folder, saves_best, start)
-    write_report(folder, facts, plan)
     ended = STOPPED_BY_TIME if run.ended_by_time else "stopped early: no gain" if state.stopped_early else "finished"
     reason = ended if facts.verdict is None else f"{ended}; {facts.verdict}"
+    write_report(folder, facts, plan, reason)
     folder.status(0, reason, finished=not run.ended_by_time)
     if run.ended_by_time:
         console.warn(_stopped_text(session, plan, run))

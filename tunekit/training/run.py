@@ -52,7 +52,7 @@ from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, add_seconds
 from tunekit.training.step_numbers import PendingNumbers, check_finite, means, start_numbers
-from tunekit.training.time_limit import end_seconds
+from tunekit.training.time_limit import RunEnd
 from tunekit.tuned.model import TunedModel
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -85,6 +85,7 @@ class Run:
     pending: PendingNumbers = field(default_factory=PendingNumbers)
     progress: StepProgress | None = None  # while the run is open
     trackers: Trackers | None = None
+    ending: RunEnd = field(default_factory=RunEnd)
     ended_by_time: bool = False
     started: float = 0.0  # when the present step began
     counts: tuple[float, ...] = ()  # of the present step on all ranks: tokens, supervised tokens, micro-batches
@@ -136,7 +137,10 @@ class Run:
         self._stop_if_asked()
         if state.stopped_early or state.step >= self.steps.count:
             return False
-        self._require_time()
+        self.session.limit.mark(state, first=True)
+        problem = self.session.limit.lack(state, self.ending)
+        if self.training.max_minutes and (problems := [each for each in self.devices.gather([problem]) if each]):
+            raise InputError.of([self.session.loaded.locate(problems[0])])
         if self.progress is not None:
             self.progress.start(state.step + 1)
         return True
@@ -201,27 +205,14 @@ class Run:
         self._stop_if_asked()
         return not (ended or self._end_by_time())
 
-    def _require_time(self) -> None:
-        """Raises: InputError if training.max_minutes leaves no time for a step."""
-        state, limit = self.state, self.session.limit
-        limit.mark(self._other_seconds, first=True)
-        steps = self.objective.loss.updates_per_sampling
-        tried = state.seconds.get("try", 0.0) * self.training.gradient_accumulation_steps
-        step_seconds = state.seconds.get("train", 0.0) / state.step if state.step else tried
-        if limit.seconds is None:
-            return
-        of_ranks = self.devices.gather([limit.lack(steps * step_seconds, self.end_seconds())])
-        if problems := [problem for problem in of_ranks if problem is not None]:
-            raise InputError.of([self.session.loaded.locate(problems[0])])
-
     def _end_by_time(self) -> bool:
         """If the time is up: save a checkpoint, and evaluate the weights that may be exported. The checkpoint does not
         contain this evaluation, so that a resumed run equals a run that never stopped. Returns whether the run ends."""
         limit = self.session.limit
         if not limit.is_set or not self.can_resume:
             return False
-        limit.mark(self._other_seconds)
-        if not self.devices.any(int(limit.is_over(self.state.step, self.end_seconds()))):
+        limit.mark(self.state)
+        if not self.devices.any(int(limit.is_over(self.state, self.ending))):
             return False
         self.settle()
         if self.state.step > self.state.saved_step:
@@ -230,17 +221,6 @@ class Run:
         self._evaluate_if_due()
         self._stop_if_asked()
         return True
-
-    @property
-    def _other_seconds(self) -> float:
-        """Seconds of all evaluations and saves."""
-        return self.state.seconds.get("evaluate", 0.0) + self.state.seconds.get("save", 0.0)
-
-    def end_seconds(self) -> float:
-        """The estimated seconds of the run's end."""
-        numbers = sum(tensor.numel() for tensor in self.adapter.trained().values())
-        tokens = 0 if self.evaluator is None else int(self.evaluator.rows.lengths.sum())
-        return end_seconds(self.state, numbers, tokens, reads_best=self.evaluation.best is not None)
 
     def _count_units(self, step: StepBatches) -> Tensor:
         """The step's number of loss units, (K,) float64, summed over ranks. The other numbers of the step are kept in
@@ -375,13 +355,9 @@ class Run:
     def _save(self) -> None:
         state = self.state
         state.saved_step = state.step
-        self.note_time()
+        state.note_time(self.session.limit.elapsed)
         with state.timed("save"):
             self.save()
-
-    def note_time(self) -> None:
-        """Note the time of this start so far, for the report."""
-        self.state.starts[-1] |= {"last_step": self.state.step, "minutes": round(self.session.limit.elapsed / 60, 3)}
 
     def _stop_if_asked(self) -> None:
         """If a signal requested a stop, save a checkpoint and end the run. Raises: Stopped."""

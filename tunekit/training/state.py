@@ -56,6 +56,10 @@ class LoopState:
         self.stopped_early = settings.patience is not None and self.evaluations_without_gain >= settings.patience
         return False
 
+    def note_time(self, seconds: float) -> None:
+        """Note the time of this start so far, for the report."""
+        self.starts[-1] |= {"last_step": self.step, "minutes": round(seconds / 60, 3)}
+
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """A context manager that adds the time of its block to the seconds of `part`, and keeps the longest time."""

@@ -22,6 +22,38 @@ def process_start() -> float:
     return time.monotonic() - process_seconds()
 
 
+@dataclass(frozen=True)
+class RunEnd:
+    """Facts about a run from which the time of its end is estimated, as far as it was not measured.
+
+    `numbers`: of trained numbers. `evaluation_tokens`: of all evaluation rows. `reads_best`: a checkpoint may be read.
+    `stop_steps`: the steps up to the next possible stop; `micro_batches`: of a step.
+    """
+
+    numbers: int = 0
+    evaluation_tokens: int = 0
+    reads_best: bool = False
+    stop_steps: int = 1
+    micro_batches: int = 1
+
+    def first_seconds(self, state: LoopState) -> float:
+        """The seconds up to the next possible stop, from earlier steps, or from the longest micro-batch if it was tried
+        before step 1."""
+        tried = state.seconds.get("try", 0.0) * self.micro_batches
+        return self.stop_steps * (state.seconds.get("train", 0.0) / state.step if state.step else tried)
+
+    def seconds(self, state: LoopState) -> float:
+        """The seconds of a checkpoint, the last evaluation, the export (not larger than a checkpoint), the tasks and
+        the report."""
+        save = state.longest.get("save", self.numbers * CHECKPOINT_BYTES / DISK_BYTES)
+        per_token = state.seconds.get("train", 0.0) / max(state.tokens, 1)  # with a backward pass, so not too short
+        evaluation = (
+            state.longest.get("evaluate", per_token * self.evaluation_tokens) if self.evaluation_tokens else 0.0
+        )
+        export = state.longest.get("export", save * (1 + self.reads_best))
+        return save + evaluation + export + state.longest.get("tasks", 0.0) + REPORT_SECONDS
+
+
 @dataclass
 class TimeLimit:
     """The time of one start of a run. `seconds`: None without a limit. `started`: a time of time.monotonic.
@@ -48,41 +80,28 @@ class TimeLimit:
         """Seconds for work before the report; None without a limit."""
         return None if self.seconds is None else max(self.seconds - self.elapsed - REPORT_SECONDS, 0.001)
 
-    def mark(self, other_seconds: float, *, first: bool = False) -> None:
-        """Note that the run can stop now. `other_seconds`: of all evaluations and saves, which the pace of steps does
-        not include. `first`: before the first step."""
-        now = time.monotonic() - other_seconds
+    def mark(self, state: LoopState, *, first: bool = False) -> None:
+        """Note that the run can stop now. The pace of steps does not include evaluations and saves. `first`: before the
+        first step."""
+        now = time.monotonic() - state.seconds.get("evaluate", 0.0) - state.seconds.get("save", 0.0)
         if not first:
             self.paces.append(now - self.marked)
         self.marked = now
 
-    def is_over(self, step: int, end_seconds: float) -> bool:
+    def is_over(self, state: LoopState, ending: RunEnd) -> bool:
         """Whether the time left is too short for the steps up to the next possible stop and for the end of the run."""
         if self.ends_at is not None:
-            return step == self.ends_at
-        return self.seconds is not None and self.elapsed + max(self.paces) + end_seconds > self.seconds
+            return state.step == self.ends_at
+        return self.seconds is not None and self.elapsed + max(self.paces) + ending.seconds(state) > self.seconds
 
-    def lack(self, first_seconds: float, end_seconds: float) -> Problem | None:
-        """The problem of a limit that leaves no time for a step. `first_seconds`: of the steps up to the next possible
-        stop."""
-        needed = self.elapsed + first_seconds + end_seconds
+    def lack(self, state: LoopState, ending: RunEnd) -> Problem | None:
+        """The problem of a limit that leaves no time for a step."""
+        first, end = ending.first_seconds(state), ending.seconds(state)
+        needed = self.elapsed + first + end
         if self.seconds is None or needed <= self.seconds:
             return None
         what = (
             f"{self.seconds / 60:g} minutes leave no time for a step: {self.elapsed:.0f} s have passed, a step takes "
         )
-        what += f"about {first_seconds:.1f} s, and the last evaluation, the export and the report {end_seconds:.1f} s"
+        what += f"about {first:.1f} s, and the last evaluation, the export and the report {end:.1f} s"
         return Problem(what, f"write at least {math.ceil(needed / 6) / 10:g}", key=KEY)
-
-
-def end_seconds(state: LoopState, numbers: int, evaluation_tokens: int, *, reads_best: bool) -> float:
-    """The estimated seconds of a run's end: a checkpoint, the last evaluation, the export (not larger than a
-    checkpoint), the tasks and the report. What was not measured in this run is estimated.
-
-    `numbers`: of trained numbers; `evaluation_tokens`: of all evaluation rows; `reads_best`: a checkpoint may be read.
-    """
-    save = state.longest.get("save", numbers * CHECKPOINT_BYTES / DISK_BYTES)
-    per_token = state.seconds.get("train", 0.0) / max(state.tokens, 1)  # with a backward pass, so it is not too short
-    evaluation = state.longest.get("evaluate", per_token * evaluation_tokens) if evaluation_tokens else 0.0
-    export = state.longest.get("export", save * (1 + reads_best))
-    return save + evaluation + export + state.longest.get("tasks", 0.0) + REPORT_SECONDS

@@ -134,9 +134,14 @@ class RunValues:
         return _object(read_json(self.path / TASKS_NAME))
 
     @property
+    def is_stopped_by_time(self) -> bool:
+        """Whether training.max_minutes ended the run."""
+        return str(self.status.get("reason")).startswith(STOPPED_BY_TIME)
+
+    @property
     def state(self) -> str:
         """The state of the run: finished, running, or the reason why it ended."""
-        if self.report and self.status.get("exit_code") is None:
+        if self.report and not self.status:
             return "finished"
         reason = str(self.status.get("reason", "not started")).replace(STOPPED_BY_TIME, "stopped by max_minutes", 1)
         return printable(reason, MOST_NAME)
