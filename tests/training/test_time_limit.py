@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,7 @@ def test_a_run_that_time_ended_has_a_result(limited: Path) -> None:
     assert 0 < report["starts"][0]["minutes"] < 5
     assert "export" in report["seconds"]
     page = (limited / "report.md").read_text()
-    assert "State: stopped by max_minutes" in page
+    assert r"State: stopped by max\_minutes" in page
     assert "the schedule did not end" in page
     assert state_of(run_values(limited)) == run_line(limited).state == "stopped by max_minutes"
 
@@ -105,18 +106,20 @@ def test_it_continues_for_as_long_again_and_ends_like_a_run_that_was_never_stopp
     recipe: Path, limited: Path, whole: Path
 ) -> None:
     """The evaluation at the stop, which the recipe does not require, counts for nothing afterwards."""
-    ended = train_in_child(recipe, limited, "training.max_minutes=90", resume=True, before=over_at(5))
+    run = limited.with_name("continued")
+    shutil.copytree(limited, run)
+    ended = train_in_child(recipe, run, "training.max_minutes=90", resume=True, before=over_at(5))
     assert ended.code == 0, ended.output
-    assert status_of(limited)["reason"] == "stopped_by_time"
-    assert [record["step"] for record in records(limited) if "eval" in record] == [0, 2, 4, 5]
-    ended = train_in_child(recipe, limited, resume=True)
+    assert status_of(run)["reason"] == "stopped_by_time"
+    assert [record["step"] for record in records(run) if "eval" in record] == [0, 2, 4, 5]
+    ended = train_in_child(recipe, run, resume=True)
     assert ended.code == 0, ended.output
-    assert status_of(limited) == status_of(whole)
-    assert result_bytes(limited) == result_bytes(whole)
-    assert without_times(records(limited)) == without_times(records(whole))
-    report = json.loads((limited / "report.json").read_text())
+    assert status_of(run) == status_of(whole)
+    assert result_bytes(run) == result_bytes(whole)
+    assert without_times(records(run)) == without_times(records(whole))
+    report = json.loads((run / "report.json").read_text())
     assert [each["first_step"] for each in report["starts"]] == [1, 4, 6]
-    assert train_in_child(recipe, limited, resume=True).output.count("nothing to do") == 1
+    assert train_in_child(recipe, run, resume=True).output.count("nothing to do") == 1
 
 
 @pytest.mark.drawn
