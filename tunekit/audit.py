@@ -25,7 +25,7 @@ from tunekit.artifacts.fingerprint import compare_fingerprints, recipe_values
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, is_finished, refuse_to_replace_part
-from tunekit.artifacts.stopped import find_result, refuse_running, resume_command
+from tunekit.artifacts.stopped import refuse_running, resume_command
 from tunekit.console import Console
 from tunekit.console.text import time_text
 from tunekit.data.reading.folder import media_folder
@@ -138,7 +138,7 @@ def _compared(result: Mapping[str, Any]) -> str:
 def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
     """The parts of the run. Their borders are step 0, the checkpoints, and the end of a finished run."""
     finished = values.status.get("exit_code") == 0
-    has_result = find_result(values.path) is not None
+    has_result = any((values.path / name).exists() for name in RESULT_FILES)
     if finished and not has_result:
         what = f"{values.path} has finished, but it has no folder {' or '.join(RESULT_FILES)} to compare with"
         raise RunFolderError(what, "restore the folder")

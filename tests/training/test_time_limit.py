@@ -237,8 +237,9 @@ def test_evaluations_and_saves_are_no_part_of_the_pace(monkeypatch: pytest.Monke
     now = [50.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     limit, state = TimeLimit(60.0, 0.0), LoopState(seconds={"evaluate": 3.0})
-    limit.mark(state, first=True)
+    limit.begin(state)
     now[0], state.seconds = 60.0, {"evaluate": 7.0, "save": 1.0}
+    limit.begin(state)  # of a later step
     limit.mark(state)
     assert list(limit.paces) == [5.0]
 

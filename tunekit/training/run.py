@@ -137,7 +137,6 @@ class Run:
         self._stop_if_asked()
         if state.stopped_early or state.step >= self.steps.count:
             return False
-        self.session.limit.mark(state, first=True)
         problem = self.session.limit.lack(state, self.ending)
         if self.training.max_minutes and (problems := [each for each in self.devices.gather([problem]) if each]):
             raise InputError.of([self.session.loaded.locate(problems[0])])
@@ -148,6 +147,7 @@ class Run:
     def begin_step(self, step: StepBatches) -> StepWork:
         """Prepare a step, and count its units on all ranks."""
         self.started = time.monotonic()
+        self.session.limit.begin(self.state)
         step = self.prepare_step(step)
         units = self._count_units(step)
         self.optimizer.zero_gradients()

@@ -63,7 +63,7 @@ class TimeLimit:
     started: float = field(default_factory=process_start)
     ends_at: int | None = None
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=PACES))
-    marked: float = 0.0
+    marked: float | None = None  # when the run could stop last
 
     @property
     def is_set(self) -> bool:
@@ -80,12 +80,15 @@ class TimeLimit:
         """Seconds for work before the report; None without a limit."""
         return None if self.seconds is None else max(self.seconds - self.elapsed - REPORT_SECONDS, 0.001)
 
-    def mark(self, state: LoopState, *, first: bool = False) -> None:
-        """Note that the run can stop now. The pace of steps does not include evaluations and saves. `first`: before the
-        first step."""
-        now = time.monotonic() - state.seconds.get("evaluate", 0.0) - state.seconds.get("save", 0.0)
-        if not first:
-            self.paces.append(now - self.marked)
+    def begin(self, state: LoopState) -> None:
+        """Note when the first step begins."""
+        if self.marked is None:
+            self.marked = _stepping(state)
+
+    def mark(self, state: LoopState) -> None:
+        """Note that the run can stop now."""
+        now = _stepping(state)
+        self.paces.append(now - (self.marked or 0.0))
         self.marked = now
 
     def is_over(self, state: LoopState, ending: RunEnd) -> bool:
@@ -105,3 +108,8 @@ class TimeLimit:
         )
         what += f"about {first:.1f} s, and the last evaluation, the export and the report {end:.1f} s"
         return Problem(what, f"write at least {math.ceil(needed / 6) / 10:g}", key=KEY)
+
+
+def _stepping(state: LoopState) -> float:
+    """A clock for steps, which stands still in evaluations and saves."""
+    return time.monotonic() - state.seconds.get("evaluate", 0.0) - state.seconds.get("save", 0.0)
