@@ -259,4 +259,7 @@ def test_the_plan_says_how_many_steps_fit(recipe: Path, tmp_path: Path) -> None:
     assert fitting_text(loaded.recipe, 100, 500, 2, "x").endswith(
         "about 100 of 100 steps fit into one start (an estimate from x)"
     )
+    assert "10: probably no step fits into one start (an estimate from x); write at least 12.0" in fitting_text(
+        loaded.recipe, 100, -60, 60, "x"
+    )
     assert not list(time_notes(load_recipe(recipe).recipe, 100))

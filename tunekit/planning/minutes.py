@@ -28,13 +28,13 @@ def time_notes(recipe: Recipe, steps: int) -> Iterator[str]:
 
 def fitting_text(recipe: Recipe, steps: int, left_seconds: float, step_seconds: float, source: str) -> str:
     """A sentence about the steps that fit into the time that is left for steps. `source`: of the estimate."""
-    training, count = recipe.training, int(max(left_seconds, 0.0) / max(step_seconds, 1e-9))
-    fit = f"{KEY}: {training.max_minutes:g}: about {min(count, steps):,} of {steps:,} steps fit into one start"
-    estimate = f"(an estimate from {source})"
+    training, limit = recipe.training, f"{KEY}: {recipe.training.max_minutes:g}"
+    count, estimate = int(max(left_seconds, 0.0) / max(step_seconds, 1e-9)), f"(an estimate from {source})"
+    if not count:
+        needed = (training.limit_seconds or 0.0) - left_seconds + step_seconds
+        return f"{limit}: probably no step fits into one start {estimate}; write at least {needed / 60:.1f}"
+    fit = f"{limit}: about {min(count, steps):,} of {steps:,} steps fit into one start {estimate}"
     if count >= steps:
-        return f"{fit} {estimate}"
-    rate = rate_multiplier(training, count, steps, warmup_steps(training, steps))
-    end = f"at {rate:.0%} of training.learning_rate"
-    return (
-        f"{fit} {estimate}; the schedule then stops {end}, and the rest of its decay is lost unless --resume continues"
-    )
+        return fit
+    end = f"at {rate_multiplier(training, count, steps, warmup_steps(training, steps)):.0%} of training.learning_rate"
+    return f"{fit}; the schedule then stops {end}, and the rest of its decay is lost unless --resume continues"
