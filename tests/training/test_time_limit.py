@@ -19,6 +19,7 @@ from tunekit.errors import RecipeError
 from tunekit.planning.minutes import fitting_text, time_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.runs import run_line
+from tunekit.training import time_limit
 from tunekit.training.state import LoopState
 from tunekit.training.time_limit import DISK_BYTES, REPORT_SECONDS, RunEnd, TimeLimit
 
@@ -116,6 +117,8 @@ def test_it_continues_for_as_long_again_and_ends_like_a_run_that_was_never_stopp
     assert ended.code == 0, ended.output
     assert status_of(run) == status_of(whole)
     assert result_bytes(run) == result_bytes(whole)
+    rows = [json.loads((place / "evaluation_rows.json").read_text()) for place in (run, whole)]
+    assert rows[0] == rows[1]
     assert without_times(records(run)) == without_times(records(whole))
     report = json.loads((run / "report.json").read_text())
     assert [each["first_step"] for each in report["starts"]] == [1, 4, 6]
@@ -159,7 +162,7 @@ def test_a_limit_that_leaves_no_step_is_refused_with_the_minutes_that_it_needs(r
     ended = train_in_child(recipe, tmp_path / "run", "training.max_minutes=0.01")
     assert ended.code == 2, ended.output
     words = " ".join(ended.output.split())
-    assert "training.max_minutes: 0.01 minutes leave no time for a step: " in words
+    assert "training.max_minutes: a limit of 0.01 min leaves no time for a step: " in words
     assert "write at least 0." in words
 
 
@@ -181,29 +184,16 @@ def test_the_limit_is_that_of_each_trial(recipe: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["settings"][0]["mean"] is not None
 
 
-@pytest.mark.slow
-def test_the_limit_counts_from_the_start_of_the_process(recipe: Path, tmp_path: Path) -> None:
-    """A process that has waited for a while has less time for steps."""
-    limit, started = 9.0, time.monotonic()
-
-    def slow_steps() -> None:
-        from tunekit.training.run import Run
-
-        finish = Run.finish_step
-
-        def slower(run: Run, *values: object) -> None:
-            time.sleep(0.4)
-            finish(run, *values)  # type: ignore[arg-type]
-
-        Run.finish_step = slower  # type: ignore[method-assign]
-        time.sleep(3)
-
-    more = f"training.max_minutes={limit / 60}", "training.epochs=20", "~evaluation.patience"
-    ended = train_in_child(recipe, tmp_path / "run", *more, before=slow_steps)
-    assert ended.code == 0, ended.output
-    assert status_of(tmp_path / "run")["reason"] == "stopped_by_time"
-    assert time.monotonic() - started < limit + 0.5
-    assert max(record["step"] for record in records(tmp_path / "run")) < 12
+def test_the_limit_counts_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limit, "process_seconds", lambda: 40.0)
+    limit = TimeLimit(60.0)
+    assert 40.0 <= limit.elapsed < 45.0
+    problem = limit.lack(LoopState(step=1, seconds={"train": 30.0}), RunEnd())
+    assert problem is not None
+    assert problem.what.startswith(
+        "a limit of 1 min leaves no time for a step: 40 s have passed, a step takes about 30.0 s, "
+    )
+    assert problem.how == "write at least 1.2"
 
 
 # --- estimates -----------------------------------------------------------------------------------------------------

@@ -340,7 +340,8 @@ class Run:
     def keep_rows(self, evaluation: Evaluation) -> None:
         """Write the loss of each evaluation row to the run folder."""
         if self.row_losses is not None and self.session.folder is not None and evaluation.sums.row_losses:
-            write_rows(self.session.folder, self.row_losses, self.state.step, evaluation)
+            folder, ended = self.session.folder, self.ended_by_time
+            write_rows(folder, self.row_losses, self.state.step, evaluation, ended_by_time=ended)
 
     def save(self) -> None:
         """Write a checkpoint on the main rank. An error there is raised on every rank."""

@@ -32,6 +32,7 @@ from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState
 
+EARLIER_ROWS = "earlier"  # in evaluation_rows.json: the rows before the evaluation of a run that max_minutes ended
 OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained number in a checkpoint
 
 
@@ -246,6 +247,8 @@ def write_plan(session: Session, plan: Plan, state: LoopState | None, fingerprin
             what = f"number of processes: was {before}, is {session.devices.world}"
             session.console.info(f"{what}; the last digits of results may differ")
         folder.write_json("environment.json", environment)
+        if state is not None:
+            _restore_rows(folder, state.evaluated_step)
         folder.truncate_metrics(*((state.step, state.evaluated_step) if state else (-1, -1)))
         folder.write_json("plan.json", asdict(plan))
 
@@ -282,10 +285,21 @@ def tracked_numbers(value: StepRecord | EvaluationRecord) -> dict[str, float]:
     return {**numbers, "tokens_per_second": value.tokens_per_second, **value.metrics}
 
 
-def write_rows(folder: RunFolder, row_losses: RowLosses, step: int, evaluation: Evaluation) -> None:
-    """Write the loss of each evaluation row."""
+def write_rows(
+    folder: RunFolder, row_losses: RowLosses, step: int, evaluation: Evaluation, *, ended_by_time: bool = False
+) -> None:
+    """Write the loss of each evaluation row. `ended_by_time`: keep the earlier losses in the file, because a resumed
+    run does not know this evaluation."""
     earlier = folder.read_json(ROWS_NAME) if step else None
-    folder.write_json(ROWS_NAME, row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier))
+    values = row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier)
+    folder.write_json(ROWS_NAME, values | ({EARLIER_ROWS: earlier} if ended_by_time else {}))
+
+
+def _restore_rows(folder: RunFolder, evaluated_step: int) -> None:
+    """Restore the losses before an evaluation that the resumed state does not know."""
+    rows = folder.read_json(ROWS_NAME) or {}
+    if rows.get("step", 0) > evaluated_step and rows.get(EARLIER_ROWS):
+        folder.write_json(ROWS_NAME, rows[EARLIER_ROWS])
 
 
 def write_pictures(folder: RunFolder, step: int, evaluation: Evaluation) -> None:

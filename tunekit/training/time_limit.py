@@ -103,10 +103,10 @@ class TimeLimit:
         needed = self.elapsed + first + end
         if self.seconds is None or needed <= self.seconds:
             return None
+        limit = f"a limit of {self.seconds / 60:g} min leaves no time for a step: {self.elapsed:.0f} s have passed"
         what = (
-            f"{self.seconds / 60:g} minutes leave no time for a step: {self.elapsed:.0f} s have passed, a step takes "
+            f"{limit}, a step takes about {first:.1f} s, and the last evaluation, the export and the report {end:.1f} s"
         )
-        what += f"about {first:.1f} s, and the last evaluation, the export and the report {end:.1f} s"
         return Problem(what, f"write at least {math.ceil(needed / 6) / 10:g}", key=KEY)
 
 
