@@ -246,6 +246,7 @@ def test_each_command_uses_a_stopped_run(name: str, run: Path, tmp_path: Path) -
     code, output = exit_code(name, run, tmp_path)
     assert code == INTERRUPTED.get(name, 0), output
     assert "stopped by SIGTERM" in output or name == "audit", output
+    assert ("continue it: tunekit train" in output) == (name == "report"), output
 
 
 @pytest.mark.parametrize("name", slowly(COMMANDS))

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from tests.support.ranks_case import train_in_ranks, write_case
-from tests.support.train_case import in_child, records, result_bytes, train_in_child, without_times, write_recipe
+from tests.support.train_case import (
+    in_child,
+    records,
+    result_bytes,
+    train,
+    train_in_child,
+    without_times,
+    write_recipe,
+)
 from tunekit.artifacts.report.values import run_values, state_of
 from tunekit.artifacts.stopped import named_state
 from tunekit.errors import RecipeError
@@ -113,7 +121,11 @@ def test_it_continues_for_as_long_again_and_ends_like_a_run_that_was_never_stopp
     assert ended.code == 0, ended.output
     assert status_of(run)["reason"] == "stopped_by_time"
     assert [record["step"] for record in records(run) if "eval" in record] == [0, 2, 4, 5]
-    ended = train_in_child(recipe, run, resume=True)
+
+    def as_printed() -> None:
+        train(run / "recipe.yaml", resume=True)
+
+    ended = in_child(as_printed, run.parent / "log")
     assert ended.code == 0, ended.output
     assert status_of(run) == status_of(whole)
     assert result_bytes(run) == result_bytes(whole)
