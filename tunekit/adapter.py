@@ -1,8 +1,9 @@
 """`tunekit adapter`: show, convert, combine, diff, adopt and export-checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tunekit.adapters.folder.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from tunekit.arithmetic.adopt import adopt_lora
@@ -19,10 +20,11 @@ from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summarise_adapter
 from tunekit.arithmetic.write import BaseFacts, base_of, refuse_other_labels, write_lora
 from tunekit.artifacts.checkpoint import find_checkpoint
+from tunekit.artifacts.stopped import named_state
 from tunekit.console import Console
 from tunekit.errors import AdapterError, InputError, listed
 from tunekit.files.durable import json_result
-from tunekit.files.work_folder import check_new_folder
+from tunekit.files.work_folder import check_new_folder, temporary_folder
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
@@ -36,8 +38,10 @@ LEFT_OUT = "tensors that differ are left out, because a LoRA cannot change them"
 def show_verb(adapter: str, json_file: str | None) -> None:
     """Print the content of an adapter folder. Raises: AdapterError if it cannot be read as an adapter."""
     write_result = json_result(json_file)
-    summary = summarise_adapter(adapter_folder(adapter))
-    _show(Console(json_file=json_file), summary)
+    console, place = Console(json_file=json_file), find_adapter(adapter, None)
+    console.info(*place.notes)
+    summary = summarise_adapter(place.folder)
+    _show(console, summary)
     write_result(asdict(summary))
 
 
@@ -54,7 +58,9 @@ def combine_verb(
 ) -> None:
     """Combine several adapters into one. Raises: InputError if the adapters or the options do not fit together."""
     console = Console()
-    folders = [adapter_folder(name) for name in adapters]
+    places = [find_adapter(name, base) for name in adapters]
+    folders = [place.folder for place in places]
+    console.info(*(note for place in places for note in place.notes))
     numbers = _numbers(weights) if weights is not None else (1 / len(folders),) * len(folders)
     mixture = Mixture(kind, numbers, density, rank, majority_sign, seed)
     check_mixture(mixture, len(folders))
@@ -91,8 +97,9 @@ def _combine_loras(console: Console, folders: list[Path], mixture: Mixture, fact
 def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str | None, output: str) -> None:
     """Convert the adapter to plain LoRA. Raises: AdapterError if this is impossible, or if it needs an option that was
     not given."""
-    console = Console()
-    folder = adapter_folder(adapter)
+    console, found = Console(), find_adapter(adapter, base)
+    folder = found.folder
+    console.info(*found.notes)
     if rank is not None and rank < 1:
         raise InputError("the rank must be at least 1", "write --rank 8, for example", key="--rank")
     place = check_new_folder(Path(output), [folder])
@@ -103,8 +110,8 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
         _convert_method(console, config, rank, initial, base, place)
         return
     lora = read_started_lora(folder, start)
-    first = None if initial is None else adapter_folder(initial)
-    updates, note = untouched_updates(lora, start, first, base_override(base))
+    first = None if initial is None else find_adapter(initial, base)
+    updates, note = untouched_updates(lora, start, None if first is None else first.folder, base_override(base))
     console.info(*filter(None, [note]))
     if rank is not None:
         reduced = {name: reduce_rank(update, min(rank, update.rank)) for name, update in updates.items()}
@@ -147,7 +154,8 @@ def export_checkpoint_verb(checkpoint: str, base: str | None, output: str, *, al
     place = check_new_folder(Path(output), [folder])
     place.parent.mkdir(parents=True, exist_ok=True)
     size_bytes = export_checkpoint(folder, place, base_override(base), allow_code=allow_code)
-    Console().info(f"the adapter of {folder.name} ({bytes_text(size_bytes)}) is written to {place}")
+    what = "adapter" if (place / CONFIG_NAME).exists() else "model"
+    Console().info(f"the {what} of {folder.name} ({bytes_text(size_bytes)}) is written to {place}")
 
 
 def adopt_verb(file: str, base: str | None, output: str) -> None:
@@ -182,7 +190,9 @@ def diff_verb(
     console, write_result = Console(json_file=json_file), json_result(json_file)
     if (rank is None) != (output is None) or (rank is not None and rank < 1):
         raise InputError("extracting a LoRA needs a rank and a folder", "give --extract-rank R --output DIR")
-    folders = [adapter_folder(left), adapter_folder(right)]
+    places = [find_adapter(name, base, allow_code=allow_code) for name in (left, right)]
+    folders = [place.folder for place in places]
+    console.info(*(note for place in places for note in place.notes))
     adapters = [(folder / CONFIG_NAME).exists() for folder in folders]
     absent = [name for name, folder in zip((left, right), folders, strict=True) if not folder.exists()]
     if adapters[0] != adapters[1] and absent:
@@ -198,7 +208,7 @@ def diff_verb(
         place = None if output is None else check_new_folder(Path(output), folders)
         differences = _diff_adapters(console, folders, rank, base, place)
     else:
-        differences = _diff_models(console, [left, right], rank, None if output is None else Path(output))
+        differences = _diff_models(console, list(map(str, folders)), rank, None if output is None else Path(output))
     values = [asdict(difference).items() for difference in differences]
     write_result([{name: value for name, value in each if value is not None} for each in values])
     if losses is not None:
@@ -288,11 +298,31 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise InputError(f"'{text}' is not a list of numbers", "write them as 0.7,0.3", key="--weights") from None
 
 
-def adapter_folder(name: str) -> Path:
-    """The path of an adapter folder; for a run folder, the path of the run's adapter."""
-    folder = Path(name).expanduser()
-    inner = folder / "adapter"
-    return inner if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).exists() else folder
+@dataclass(frozen=True)
+class AdapterPlace:
+    """An adapter folder. `holder`: keeps the temporary folder of a checkpoint's adapter alive; `notes`: to be
+    printed."""
+
+    folder: Path
+    holder: TemporaryDirectory[str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_adapter(name: str, base: str | None, *, allow_code: bool = False) -> AdapterPlace:
+    """The folder of an adapter, of a run's adapter or of a checkpoint's adapter."""
+    folder, checkpoint, notes = Path(name).expanduser(), find_checkpoint(name), tuple[str, ...]()
+    if checkpoint is None and not (folder / CONFIG_NAME).exists() and (folder / "plan.json").exists():
+        state = named_state(folder.resolve(), name)
+        folder, notes = state.folder, tuple(filter(None, [state.note]))
+        checkpoint = folder if state.is_checkpoint else None
+    if checkpoint is None:
+        inner = folder / "adapter"  # of a run folder without its plan
+        has_inner = not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).exists()
+        return AdapterPlace(inner if has_inner else folder, notes=notes)
+    holder = temporary_folder()
+    place = Path(holder.name) / "adapter"
+    export_checkpoint(checkpoint, place, base_override(base), allow_code=allow_code)
+    return AdapterPlace(place, holder, notes)
 
 
 def _show(console: Console, summary: AdapterSummary) -> None:

@@ -24,7 +24,8 @@ from tunekit.artifacts.equality import Mismatch, compare_checkpoints, compare_re
 from tunekit.artifacts.fingerprint import compare_fingerprints, recipe_values
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
-from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, refuse_to_replace_part
+from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, is_finished, refuse_to_replace_part
+from tunekit.artifacts.stopped import refuse_running, resume_command
 from tunekit.console import Console
 from tunekit.console.text import time_text
 from tunekit.data.reading.folder import media_folder
@@ -32,7 +33,6 @@ from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.reading.several import files_of, is_pattern
 from tunekit.errors import InputError, NumericsError, Problem, RunFolderError, Stopped
 from tunekit.files.durable import json_result
-from tunekit.files.lock import is_held
 from tunekit.files.untrusted import RUN_RECORD, sha256_of
 from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices, deterministic_kernels, make_devices
@@ -47,6 +47,7 @@ from tunekit.targets.export import refuse_code
 from tunekit.train import train_session
 from tunekit.training import run_files
 from tunekit.training.session import Session
+from tunekit.training.time_limit import TimeLimit
 
 COPIED = ("plan.json", "environment.json", METRICS_NAME)  # files of the run that a resume reads
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
@@ -147,7 +148,8 @@ def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
     last = values.steps[-1].count("step") if finished and values.steps else 0
     ends = sorted({0, *steps, last})
     if len(ends) < 2:
-        raise RunFolderError(f"{values.path} has no checkpoint and no result to compare with", "finish the run first")
+        what = f"{values.path} has no result and no complete checkpoint to compare with"
+        raise RunFolderError(what, f"continue it: {resume_command(values.path)}")
     return [RunPart(start, end, finished and end == ends[-1]) for start, end in pairwise(ends)]
 
 
@@ -164,8 +166,7 @@ def _reads_every_row(values: RunValues, loaded: LoadedRecipe, last: int) -> bool
 
 def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Sequence[JsonObject]) -> None:
     """Raises: InputError with every reason why equal bits are not guaranteed. `facts`: values of each checkpoint."""
-    if is_held(values.path):
-        raise RunFolderError(f"{values.path} is running", "start the audit when the run has ended")
+    refuse_running(values.path, "start the audit when the run has ended")
     environment, kind = values.environment, devices.device.type
     past = environment.part("fingerprint")
     if not past:
@@ -225,11 +226,11 @@ def _repeat(
     with temporary_folder() as folder:
         repeat = Path(folder) / "run"
         _copy(run, repeat, part.start, facts)
-        loaded = load_recipe(
-            run / "recipe.yaml", [f"output.dir={repeat}", "output.report_to=[]", "evaluation.tasks=[]"]
-        )
-        quiet = Console(enabled=False)
-        session = Session(loaded, devices, quiet, signals, last_step=None if part.exports else part.end)
+        changes = [f"output.dir={repeat}", "output.report_to=[]", "evaluation.tasks=[]", "training.max_minutes=null"]
+        loaded, quiet = load_recipe(run / "recipe.yaml", changes), Console(enabled=False)
+        last_step = None if part.exports else part.end
+        limit = TimeLimit(ends_at=part.end if part.exports and not is_finished(run) else None)
+        session = Session(loaded, devices, quiet, signals, last_step=last_step, limit=limit)
         with run_files.locked_folder(session, repeat, True, False):
             try:
                 train_session(session, True)

@@ -226,7 +226,7 @@ def chat_verb(
     spec = find_target(target, base, overrides)
     for folder in adapters:
         check_folder(folder)
-    console.warn(*spec.rewrites)
+    console.warn(*spec.notes)
     console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()
     try:

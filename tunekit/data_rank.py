@@ -16,6 +16,7 @@ from tunekit.artifacts.fingerprint import changed_files
 from tunekit.artifacts.report.rank_page import rank_page, rows_count
 from tunekit.artifacts.report.values import RunValues, read_run
 from tunekit.artifacts.run import RANK_NAME, refuse_to_replace_part
+from tunekit.artifacts.stopped import refuse_running
 from tunekit.companions.base import load_companions, make_companions
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
@@ -95,8 +96,10 @@ def data_rank_verb(
     for file in (path / RANK_NAME, *([] if output is None else [Path(output)])):
         try_to_write(file)  # before hours of work
     write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
+    refuse_running(path, "rank its rows when the run has ended")
     with _base_in_its_place():
         target = find_target(run, None, [], allow_code=True)
+    console.info(*target.notes)
     refuse_damaged_states(target)
     rows = _run_rows(values, loaded, target)
     if keep is not None and output is not None:

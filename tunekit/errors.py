@@ -165,8 +165,8 @@ class OtherRankError(ResourceError):
 class Stopped(TunekitError):
     """A signal asked the run to stop; a checkpoint has been written. Exit code 128 + signal number."""
 
-    def __init__(self, what: str, signal_number: int) -> None:
-        super().__init__(what)
+    def __init__(self, what: str, signal_number: int, how: str = "") -> None:
+        super().__init__(what, how)
         self.exit_code = 128 + signal_number
 
 

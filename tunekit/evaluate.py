@@ -85,7 +85,7 @@ def evaluate_verb(
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
-    console.info(*spec.rewrites)
+    console.info(*spec.notes)
     with devices:
         console.info(f"loading {spec.model.name_or_path} ...")
         loaded = load_target(spec, devices.device)
@@ -211,7 +211,7 @@ def evaluate_tasks(
     refuse_to_replace_part("--json", json_file, Path(target))
     devices = make_devices()
     console = Console(enabled=devices.is_main, json_file=json_file)
-    console.info(*spec.rewrites)
+    console.info(*spec.notes)
     with devices:
         if devices.world > 1:
             raise InputError("tasks cannot be computed in several processes", "start tunekit without torchrun")

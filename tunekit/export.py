@@ -43,7 +43,7 @@ def export_verb(
     """
     console, format, options = Console(), load_format(to), options or Options()
     spec = find_plain_target(target, base, overrides)
-    console.info(*spec.rewrites)
+    console.info(*spec.notes)
     exportable = make_exportable(spec)
     path = Path(os.path.abspath(Path(output).expanduser()))
     _check(to, format, exportable, options, path, certify=bool(certify))

@@ -92,7 +92,7 @@ def generate_verb(
         raise InputError(what, "remove --temperature and --max-new-tokens, or add evaluation.choices=null")
     devices = make_devices()
     console = Console(enabled=devices.is_main)
-    console.warn(*spec.rewrites)  # standard output contains only the answers
+    console.warn(*spec.notes)  # standard output contains only the answers
     with devices:
         loaded = load_target(spec, devices.device)
         texts = _texts_of(items, loaded)

@@ -25,7 +25,7 @@ def merge_verb(
         raise InputError(f"--dtype {dtype} is unknown", f"choose {', '.join(DTYPES)}", key="--dtype")
     console = Console()
     target = find_plain_target(adapter, base, overrides)
-    console.info(*target.rewrites)
+    console.info(*target.notes)
     with StopSignals(announce=False) as signals, signals.at_once("during the merge; the unfinished output was removed"):
         result = merge(target, Path(output), onto, DTYPES.get(dtype or ""))
     difference = result.difference

@@ -264,6 +264,8 @@ class ReportFacts:
     # first_NAME and final_NAME, if the headline is not the loss
     headline: Mapping[str, float] = field(default_factory=dict)
     classes: Mapping[str, object] | None = None  # counts of each label, with the exported weights
+    # each start of the command: its first and last step, and its minutes (up to the last checkpoint if it was killed)
+    starts: Sequence[Mapping[str, float]] = ()
     base_bytes_of_rank: int | None = None  # the part of a sharded base that each rank stores
 
 

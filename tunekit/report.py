@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.report.compare import Outcomes, comparison_report, differing_keys, outcome_table, same_but_seed
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.next_step import after_training
@@ -14,10 +15,12 @@ from tunekit.artifacts.report.paired import HEADING, differences, who_won
 from tunekit.artifacts.report.run_report import run_report
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.artifacts.run import refuse_to_replace_part
+from tunekit.artifacts.stopped import next_commands
 from tunekit.console import Console
 from tunekit.data.reading.replaced import refuse_to_replace_named
 from tunekit.errors import InputError, RunFolderError
 from tunekit.files.durable import json_result, write_text
+from tunekit.files.lock import is_held
 
 MOST_COLUMNS = 5  # up to this number of runs, each run is a column of the table; otherwise a line
 
@@ -61,7 +64,8 @@ def report_verb(folders: Sequence[str], html: str | None, json_file: str | None,
         write_text(Path(page), html_page(run_report(runs[0]) if len(runs) == 1 else comparison_report(runs)))
         console.info(f"page: {page}")
     if len(paths) == 1:
-        console.next_steps(after_training(runs[0]))
+        stopped = not runs[0].report and not is_held(paths[0]) and list_checkpoints(paths[0] / "checkpoints")
+        console.next_steps([next_commands(paths[0])] if stopped else after_training(runs[0]))
     if csv_file is not None:
         write_text(Path(csv_file), _csv(outcome))
         console.info(f"table: {csv_file}")

@@ -157,7 +157,7 @@ def serve_verb(
     for folder in adapters:
         check_folder(folder)
     listening = bind(host, port)
-    console.warn(*spec.rewrites)
+    console.warn(*spec.notes)
     console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()
     try:

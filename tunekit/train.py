@@ -19,6 +19,7 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import shape_text
+from tunekit.planning.minutes import fitting_text
 from tunekit.planning.ranks import plan_session
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import bytes_text
@@ -29,6 +30,7 @@ from tunekit.training.finish import base_bytes
 from tunekit.training.ranks import check_command
 from tunekit.training.result import finish_run
 from tunekit.training.session import Session
+from tunekit.training.time_limit import TimeLimit
 
 
 def train_verb(
@@ -58,10 +60,8 @@ def train_verb(
     with devices:
         deterministic = deterministic_kernels(loaded.recipe.training.deterministic)
         with StopSignals(announce=devices.is_main) as signals, deterministic:
-            session, path = (
-                Session(loaded, devices, console, signals, dry_run, tuple(accepted)),
-                Path(loaded.recipe.output.dir),
-            )
+            limit, path = TimeLimit(loaded.recipe.training.limit_seconds), Path(loaded.recipe.output.dir)
+            session = Session(loaded, devices, console, signals, dry_run, tuple(accepted), limit=limit)
             check_command(session, {"--resume": resume, "--dry-run": dry_run, "--overwrite": overwrite})
             if dry_run:
                 with signals.at_once("during the dry run; nothing was written"):
@@ -116,6 +116,12 @@ def _try_out(session: Session) -> dict[str, Any]:
             "steps": plan.steps,
         },
     )
+    if session.limit.seconds is not None:  # the longest micro-batch takes longer than others
+        left = session.limit.seconds - session.limit.elapsed - run.ending.seconds(run.state)
+        step_seconds = run.state.seconds["try"] * run.training.gradient_accumulation_steps
+        session.console.info(
+            fitting_text(session.loaded.recipe, plan.steps, left, step_seconds, "the longest micro-batch")
+        )
     return {
         "predicted_bytes": plan.peak_bytes.total,
         "measured_bytes": peak,

@@ -135,8 +135,9 @@ class _Page(BaseHTTPRequestHandler):
             return
         try:
             with damage_named(self.path_of_run):
-                text = html_page(run_report(run_values(self.path_of_run)))
-                if read_json(self.path_of_run / "report.json") is None:
+                run = run_values(self.path_of_run)
+                text = html_page(run_report(run))
+                if not run.report:
                     text = text.replace("<head>", f"<head>{REFRESH}", 1)
         except RunFolderError as error:
             text = f"{REFRESH}<p>{escape(str(error))}</p>"

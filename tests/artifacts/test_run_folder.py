@@ -412,9 +412,14 @@ def test_status_says_whether_a_run_ended_well(tmp_path: Path) -> None:
         run.status(None, "running")
         assert not is_finished(run.path)
         run.status(3, "loss is not finite; token hf_abcdefghijklmnop")
-        assert run.read_json("status.json") == {"exit_code": 3, "reason": "loss is not finite; token [secret]"}
+        status = {"exit_code": 3, "reason": "loss is not finite; token [secret]", "finished": False}
+        assert run.read_json("status.json") == status
         assert not is_finished(run.path)
-        run.status(0, "finished")
+        run.status(0, "stopped_by_time")
+        assert not is_finished(run.path)
+        run.status(0, "finished", finished=True)
+        assert is_finished(run.path)
+        run.write_json("status.json", {"exit_code": 0, "reason": "finished"})  # of an older version
         assert is_finished(run.path)
 
 

@@ -119,6 +119,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "training.max_grad_norm": (["1", "0.5", "null"], NOT_POSITIVE),
     "training.epochs": (["1", "3", "0.5"], NOT_POSITIVE),
     "training.max_steps": (["1", "10", "1e3"], NOT_COUNTS),
+    "training.max_minutes": (["null", "0.5", "30", "1e4"], NOT_POSITIVE),
     "training.micro_batch_size": (["1", "4"], NOT_COUNTS),
     "training.micro_batch_tokens": (["64", "4096"], NOT_COUNTS),
     "training.gradient_accumulation_steps": (["1", "5"], NOT_COUNTS),

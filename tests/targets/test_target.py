@@ -123,7 +123,7 @@ def test_rewritten_keys_of_a_recipe_are_printed_too(tiny_llama: Path, tmp_path: 
     recipe.write_text(
         json.dumps({"base_model": str(tiny_llama), "data": {"train": "rows.jsonl"}, "output": {"dir": "run"}})
     )
-    (rewrite,) = find_target(str(recipe), None, []).rewrites
+    (rewrite,) = find_target(str(recipe), None, []).notes
     assert rewrite.endswith("base_model -> model.name_or_path")
 
 

@@ -238,11 +238,16 @@ def removable(checkpoints: Path, finished: bool) -> list[Path]:
     newest complete checkpoint, and the best one so far, which may be exported. Folders that tunekit did not write are
     not included."""
     ours = {folder: step for step, folder in list_checkpoints(checkpoints) if is_ours(folder)}
-    newest = next((folder for folder in ours if _is_whole(folder)), None)
+    newest = newest_complete(checkpoints)
     if finished or newest is None:
         return list(ours) if finished else []
     best = json.loads((newest / STATE).read_bytes())["facts"].get("loop", {}).get("best_step")
     return [folder for folder, step in ours.items() if step < ours[newest] and step != best]
+
+
+def newest_complete(checkpoints: Path) -> Path | None:
+    """The folder of the newest complete checkpoint; None if there is none."""
+    return next((folder for _, folder in list_checkpoints(checkpoints) if is_ours(folder) and _is_whole(folder)), None)
 
 
 def _is_whole(folder: Path) -> bool:

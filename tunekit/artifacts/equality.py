@@ -17,7 +17,8 @@ from tunekit.files.untrusted import RUN_FILE, sha256_of
 
 MEASURED = ("seconds", "tokens_per_second", "peak_bytes")  # parts of a record that depend on a clock or on the memory
 UNRELATED = (  # values of a checkpoint that change no result, or that were compared before the first step
-    *("loop.seconds", "loop.reactions", "loop.calibration", "loop.evaluated_step", "fingerprint"),
+    *("loop.seconds", "loop.longest", "loop.starts", "loop.reactions", "loop.calibration", "loop.evaluated_step"),
+    "fingerprint",
 )
 MOVED = {  # JSON files of the result, with their values that depend on the place of the base
     "adapter/adapter_config.json": ("base_model_name_or_path",),

@@ -91,14 +91,14 @@ def read_metrics(path: Path) -> list[Record]:
     return [record for _, record in records_from(path)]
 
 
-def truncate_metrics(path: Path, step: int) -> int:
-    """Cut the file before its first record after `step`, and before an incomplete last line. Returns the number of
-    remaining records."""
+def truncate_metrics(path: Path, step: int, evaluated_step: int | None = None) -> int:
+    """Cut the file before its first record after `step`, before its first evaluation after `evaluated_step` (None:
+    `step`), and before an incomplete last line. Returns the number of remaining records."""
     if not path.exists():
         return 0
     end, remaining = 0, 0
     for offset, record in records_from(path):
-        if record["step"] > step:
+        if record["step"] > (step if evaluated_step is None or "eval" not in record else evaluated_step):
             break
         end, remaining = offset, remaining + 1
     if end < path.stat().st_size:

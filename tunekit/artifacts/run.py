@@ -31,6 +31,7 @@ FILES = (*RECORDS, *REPORTS, RANK_NAME)
 PICTURES = "pictures"  # images that the model generated at each evaluation
 FOLDERS = ("checkpoints", "adapter", "model", "tracking", PICTURES)
 RUN_SIGNS = ("plan.json", "checkpoints")
+STOPPED_BY_TIME = "stopped_by_time"  # the reason in status.json of a run that training.max_minutes ended
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # temporary files, and old folders moved aside for them
 RESULT_FILES = {  # result folder -> names of its files
     "adapter": re.compile(
@@ -120,9 +121,10 @@ class RunFolder:
         """Append one record to metrics.jsonl."""
         metrics_log.append_line(self.metrics_path, metrics_log.record_line(record))
 
-    def truncate_metrics(self, step: int) -> int:
-        """Remove the records after `step`, so that a run can resume there. Returns the number of remaining records."""
-        return metrics_log.truncate_metrics(self.metrics_path, step)
+    def truncate_metrics(self, step: int, evaluated_step: int | None = None) -> int:
+        """Remove the records after `step`, and evaluations after `evaluated_step`, so that a run can resume there.
+        Returns the number of remaining records."""
+        return metrics_log.truncate_metrics(self.metrics_path, step, evaluated_step)
 
     def read_metrics(self) -> list[metrics_log.Record]:
         """All records of metrics.jsonl, including those before a resume."""
@@ -134,9 +136,10 @@ class RunFolder:
         if self.metrics_path.exists():
             durable.sync(self.metrics_path)
 
-    def status(self, exit_code: int | None, reason: str) -> None:
-        """Write status.json. `exit_code`: None while the run continues; 0 after all results are safe on disk."""
-        self.write_json("status.json", {"exit_code": exit_code, "reason": redact(reason)})
+    def status(self, exit_code: int | None, reason: str, *, finished: bool = False) -> None:
+        """Write status.json. `exit_code`: None while the run continues; 0 after all results are safe on disk.
+        `finished`: nothing is left to train."""
+        self.write_json("status.json", {"exit_code": exit_code, "reason": redact(reason), "finished": finished})
 
     def close(self) -> None:
         """Release the lock."""
@@ -164,10 +167,10 @@ def read_json(path: Path) -> Any | None:
 
 
 def is_finished(path: Path | str) -> bool:
-    """Whether the run in this folder has finished, that is, whether its exit code in status.json is 0. The exit code is
-    written last."""
+    """Whether nothing is left to train in this folder's run, according to status.json, which is written last. (Older
+    versions wrote only the exit code.)"""
     status = read_json(Path(path) / "status.json")
-    return isinstance(status, dict) and status.get("exit_code") == 0
+    return isinstance(status, dict) and status.get("finished", status.get("exit_code") == 0) is True
 
 
 def _move_aside(path: Path, warn: Callable[[str], None]) -> None:

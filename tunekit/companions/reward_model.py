@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tunekit.adapters.folder.config import FACTS_NAME
+from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME
 from tunekit.contracts import EncodeOptions
 from tunekit.data.rendering.render import Renderer
 from tunekit.errors import RecipeError
@@ -40,10 +40,9 @@ def weight_bytes(source: RewardSource, device: torch.device) -> int:
 def reward_model_content(source: RewardSource) -> bytes:
     """All content that affects the model's scores: weights, adapter, configuration, tokenizer and template."""
     target = find_reward_model(source)
-    places = [Path(str(source.model)) / name for name in ("", "adapter", "model")]
-    weights = [file for place in places for file in sorted(place.glob("*.safetensors"))]
-    settings = [file for place in places for file in (place / "adapter_config.json", place / FACTS_NAME)]
-    files = [*weights, *filter(Path.is_file, settings)]
+    place = target.adapter or Path(target.model.name_or_path)
+    names = [CONFIG_NAME] if target.holder else [CONFIG_NAME, FACTS_NAME]  # the facts name the temporary folder
+    files = [*sorted(place.glob("*.safetensors")), *(place / name for name in names if (place / name).is_file())]
     section = target.model.model_dump_json(exclude={"name_or_path", "revision"})
     texts = [section, base_fingerprint(target.model), processor_of(target).fingerprint, target.chat_template or ""]
     return "\0".join([*(sha256_of(file, MODEL_FILE) for file in files), *texts]).encode("utf-8", "surrogatepass")

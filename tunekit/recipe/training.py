@@ -88,7 +88,7 @@ class TrainingSection(Section):
     micro_batch_tokens. If the recipe sets one, the other is None instead of its default.
     """
 
-    free_keys = ("save_steps", "keep_checkpoints", "eval_steps", "rank_speeds")
+    free_keys = ("save_steps", "keep_checkpoints", "eval_steps", "rank_speeds", "max_minutes")
 
     learning_rate: NotNegative = Field(
         2e-4,
@@ -113,6 +113,12 @@ class TrainingSection(Section):
     )
     epochs: Positive | None = Field(1.0, description="passes over the training rows")
     max_steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
+    max_minutes: Positive | None = Field(
+        None,
+        description="the time limit of one start of the command, from the start of the process to the end of the "
+        "export; the run then ends with a result, and --resume continues it for as long again; the schedule stays that "
+        "of epochs or max_steps; null: no limit",
+    )
     micro_batch_size: Count | None = Field(
         2, description="number of rows (or packed rows) in one forward pass; affects only memory and speed"
     )
@@ -146,6 +152,11 @@ class TrainingSection(Section):
     save_steps: Count = Field(100, description="steps between checkpoints")
     keep_checkpoints: Count = Field(2, description="number of newest checkpoints to keep, in addition to the best one")
     eval_steps: Count = Field(100, description="steps between evaluations")
+
+    @property
+    def limit_seconds(self) -> float | None:
+        """max_minutes in seconds."""
+        return None if self.max_minutes is None else 60 * self.max_minutes
 
     @model_validator(mode="after")
     def _settings_of_its_scheduler(self) -> TrainingSection:

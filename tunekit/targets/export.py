@@ -13,12 +13,12 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.adapters.method import needs_reference_state
-from tunekit.artifacts.checkpoint import load_checkpoint
+from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
 from tunekit.contracts import Answering, Objective, Processor, Tensors
 from tunekit.data.encoding.sources import read_template
 from tunekit.errors import InputError, ModelError, RunFolderError
 from tunekit.model.families import make_family
-from tunekit.model.load import LoadedModel, base_fingerprint, make_meta_model
+from tunekit.model.load import LoadedModel, base_fingerprint, load_model, make_meta_model
 from tunekit.model.storage.model_folder import atomic_model_folder, copy_other_files
 from tunekit.model.storage.rewrite import Rewriter
 from tunekit.model.storage.source import find_source
@@ -132,7 +132,8 @@ def refuse_code(run: Path, values: Mapping[str, Any]) -> None:
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any], *, allow_code: bool = False) -> int:
-    """Write the adapter folder that the run would have exported after this step; returns its size in bytes.
+    """Write the folder that the run would have exported after this step: an adapter, or the model if the run trains its
+    base. Returns its size in bytes.
 
     `model`, `allow_code`: as for load_run_recipe.
     Raises: RunFolderError, ModelError, InputError.
@@ -142,9 +143,6 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any], 
         what = f"{checkpoint} is not in a run folder: {recipe_file} is missing"
         raise RunFolderError(what, "move the checkpoint back to the folder where the run wrote it")
     recipe = load_run_recipe(recipe_file.parent, model, allow_code=allow_code)
-    if recipe.adapter.trains_base:
-        what = f"{checkpoint} contains no adapter: the run trains its base, and writes a model only at its end"
-        raise RunFolderError(what, "finish the run with: tunekit train RECIPE --resume, then name the run")
     saved = load_checkpoint(checkpoint)
     facts = saved.facts.get("export")
     if facts is None:
@@ -153,26 +151,39 @@ def export_checkpoint(checkpoint: Path, folder: Path, model: Mapping[str, Any], 
     section = recipe.model.model_copy(update=model)
     _require_base(section)
     named = {key: value for key, value in facts["objective"].items() if key not in ("method", *STEP_0)}
-    objective = make_objective(recipe.objective, make_family(recipe.objective.family).processor(section), named)
+    processor = make_family(recipe.objective.family).processor(section)
+    objective = make_objective(recipe.objective, processor, named)
     section, cpu = objective.section(section, recipe.training.seed), torch.device("cpu")
     fingerprint = base_fingerprint(section)
     if fingerprint != saved.facts["fingerprint"]["base"]:
         what = f"{checkpoint} was trained on a different base than {section.name_or_path} (their fingerprints differ)"
         raise RunFolderError(what, "name the right base with --base")
-    base, settings = make_meta_model(section, device=cpu), type(recipe.adapter).model_validate(facts["settings"])
+    trains_base = recipe.adapter.trains_base
+    base = load_model(section, device=cpu) if trains_base else make_meta_model(section, device=cpu)
+    adapter = _adapter_of(saved, recipe, base)
+    path = recipe.data.chat_template
+    template = None if path is None else read_template(Path(path))
+    if trains_base:
+        section = section.model_copy(update=saved.facts["loop"].get("measured_facts", {}))
+        return export_model(folder, section, base, adapter, processor, template, objective.answering)
+    return export_adapter(folder, base, adapter, objective, template, fingerprint)
+
+
+def _adapter_of(saved: Checkpoint, recipe: Recipe, base: LoadedModel) -> AttachedAdapter:
+    """Attach the adapter of a checkpoint to its base, with the checkpoint's weights."""
+    facts = saved.facts["export"]
+    settings = type(recipe.adapter).model_validate(facts["settings"])
     adapter = attach_adapter(
         base.net,
         settings.model_copy(update={"init_from": recipe.adapter.init_from}),
         seed=0,
         head_name=base.family.head_name(base.net),
-        device=cpu,
+        device=torch.device("cpu"),
         targets=[Target(**target) for target in facts["targets"]],
         loads_state=True,
     )
     adapter.load_state(adapter_state(saved.tensors, saved.facts["layout"]))
-    path = recipe.data.chat_template
-    template = None if path is None else read_template(Path(path))
-    return export_adapter(folder, base, adapter, objective, template, fingerprint)
+    return adapter
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Tensors:

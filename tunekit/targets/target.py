@@ -12,6 +12,7 @@ import torch
 from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.artifacts.checkpoint import find_checkpoint
+from tunekit.artifacts.stopped import named_state
 from tunekit.contracts import Objective, Processor
 from tunekit.data.encoding.sources import read_template
 from tunekit.data.rows import load_rows
@@ -50,7 +51,7 @@ class TargetSpec:
     adapter: Path | None = None
     recipe: Recipe | None = None
     run: Path | None = None  # the run's folder
-    rewrites: tuple[str, ...] = ()  # other tools' spellings in the recipe or on the command line, to be printed
+    notes: tuple[str, ...] = ()  # to be printed: other tools' spellings, and the step of a stopped run
     labels: tuple[str, ...] = ()  # the user's names for the rows of a head that another tool trained
     problem_type: str | None = None  # the meaning of the scores of a head whose files do not state it
     holder: TemporaryDirectory[str] | None = None  # keeps the temporary folder of a checkpoint's adapter alive
@@ -132,7 +133,7 @@ def find_target(target: str, base: str | None, overrides: Sequence[str], *, allo
     elif (checkpoint := find_checkpoint(target)) is not None:
         spec = _from_checkpoint(checkpoint, parsed, allow_code=allow_code)
     elif path.is_dir():
-        spec = _from_folder(path.resolve(), parsed, allow_code=allow_code)
+        spec = _from_folder(path.resolve(), target, parsed, allow_code=allow_code)
     elif path.exists() and path.suffix.lower() != ".gguf":
         what = f"{target} is a file that is neither a recipe (.yaml) nor a model (.gguf)"
         raise InputError(what, "name a run, an adapter or a model by its folder")
@@ -151,7 +152,7 @@ def find_target(target: str, base: str | None, overrides: Sequence[str], *, allo
         raise InputError(what, "remove it")
     if spec.adapter is not None:
         read_adapter_config(spec.adapter).check_files()
-    return replace(spec, rewrites=tuple(rewrites))
+    return replace(spec, notes=(*rewrites, *spec.notes))
 
 
 def base_override(base: str | None) -> dict[str, str]:
@@ -197,26 +198,34 @@ def _require_model(target: str, section: ModelSection) -> None:
         raise InputError(f"{what}: {error.problems[0].what}", how) from error
 
 
-def _from_folder(folder: Path, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
+def _from_folder(folder: Path, name: str, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
     if (folder / "adapter_config.json").exists():
         return _from_adapter(folder, parsed, allow_code=allow_code)
     if (folder / "plan.json").exists():
-        recipe, model_folder = load_run_recipe(folder, parsed.model, allow_code=allow_code), folder / "model"
-        if recipe.adapter.trains_base and (model_folder / "config.json").exists():
-            if "name_or_path" in parsed.model:
-                what = f"the run {folder} trained the whole model and not an adapter, so there is no base to choose"
-                raise InputError(what, "leave --base out")
-            bare = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
-            stated = replace(parsed, model={**parsed.model, "name_or_path": str(model_folder)})
-            return replace(_from_recipe("run", bare, None, stated), run=folder)
-        if not (folder / "adapter" / "adapter_config.json").exists():
-            how = f"finish it: tunekit train RECIPE --resume; eval, generate and chat also take {folder}@last"
-            raise InputError(f"{folder} is a run without a result yet", how)
-        return replace(_from_recipe("run", recipe, folder / "adapter", parsed), run=folder)
+        state = named_state(folder, name)
+        find = _from_checkpoint if state.is_checkpoint else _from_result
+        return replace(find(state.folder, parsed, allow_code=allow_code), notes=tuple(filter(None, [state.note])))
     if (folder / "config.json").exists() or (folder / PIPELINE_INDEX).exists():
         return _bare_model(str(folder), parsed)
     files = "neither an adapter (adapter_config.json), nor a run (plan.json), nor a model (config.json)"
     raise InputError(f"{folder} contains {files}", "name a folder that contains one of these files")
+
+
+def _from_result(result: Path, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
+    """The target for the exported result of a run."""
+    recipe = load_run_recipe(result.parent, parsed.model, allow_code=allow_code)
+    return replace(_from_weights("run", recipe, result, parsed), run=result.parent)
+
+
+def _from_weights(kind: str, recipe: Recipe, weights: Path, parsed: TargetOverrides) -> TargetSpec:
+    """The target for weights that a run exported: an adapter, or a model if the run trained its base."""
+    if not recipe.adapter.trains_base:
+        return _from_recipe(kind, recipe, weights, parsed)
+    if "name_or_path" in parsed.model:
+        what = "the run trained the whole model and not an adapter, so there is no base to choose"
+        raise InputError(what, "leave --base out")
+    bare = recipe.model_copy(update={"data": recipe.data.model_copy(update={"chat_template": None})})
+    return _from_recipe(kind, bare, None, replace(parsed, model={**parsed.model, "name_or_path": str(weights)}))
 
 
 def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: TargetOverrides) -> TargetSpec:
@@ -228,13 +237,12 @@ def _from_recipe(kind: str, recipe: Recipe, adapter: Path | None, parsed: Target
 
 
 def _from_checkpoint(checkpoint: Path, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
-    """The target for a run's checkpoint, with the adapter after the checkpoint's step."""
+    """The target for a run's checkpoint, with the weights after the checkpoint's step."""
     holder = temporary_folder()
-    adapter = Path(holder.name) / "adapter"
-    export_checkpoint(checkpoint, adapter, parsed.model, allow_code=allow_code)
-    run = checkpoint.parent.parent
+    weights, run = Path(holder.name) / "adapter", checkpoint.parent.parent
+    export_checkpoint(checkpoint, weights, parsed.model, allow_code=allow_code)
     recipe = load_run_recipe(run, parsed.model, allow_code=allow_code)
-    return replace(_from_recipe("checkpoint", recipe, adapter, parsed), run=run, holder=holder)
+    return replace(_from_weights("checkpoint", recipe, weights, parsed), run=run, holder=holder)
 
 
 def _from_adapter(folder: Path, parsed: TargetOverrides, *, allow_code: bool) -> TargetSpec:
@@ -311,7 +319,7 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
         drawn = target.kind == "recipe" and "problem_type" in objective.facts  # the bias of a new head depends on rows
         if objective.complete and not drawn:
             return objective
-        if target.kind == "run" and target.adapter is None:
+        if target.run is not None and target.adapter is None:
             return None  # the model itself defines it: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
     if method in known_names("objectives") and not objective_class(method).needs_recipe:

@@ -22,6 +22,7 @@ from tunekit.machine.memory import reset_peaks
 from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel
 from tunekit.model.storage.inspection import remote_code
+from tunekit.recipe.recipe import Recipe
 from tunekit.records import JsonObject, Plan, Reaction, calibration_text
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
@@ -44,6 +45,7 @@ from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, add_seconds
 from tunekit.training.streaming import make_engine
+from tunekit.training.time_limit import RunEnd
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -98,7 +100,7 @@ def assemble_run(
         session.console.info(f"resuming after step {state.step} of {plan.steps}")
     _note_changes(session, state)
     plan = _with_targets(plan, adapter)
-    write_plan(session, plan, -1 if checkpoint is None else state.step, fingerprint)
+    write_plan(session, plan, None if checkpoint is None else state, fingerprint)
     run = Run(
         session,
         model,
@@ -117,6 +119,7 @@ def assemble_run(
         micro_batches_per_pass=plan.choice.pass_micro_batches,
         budget_bytes=plan.budget_bytes,
         shows=recipe.objective.shows,
+        ending=_end_of(recipe, planned, adapter),
     )
     if devices.world > 1 and not planned.batch_settings.rank_speeds:  # else faster ranks make more forwards
         [run.spare] = dry_run_step(run, cut_batch(planned.largest_batch, run.objective.rows, sequences=1)).batches
@@ -124,6 +127,18 @@ def assemble_run(
         _try_longest(session, planned, run)
     add_seconds(state.seconds, session.seconds)
     return plan, run
+
+
+def _end_of(recipe: Recipe, planned: Planned, adapter: AttachedAdapter) -> RunEnd:
+    """The facts from which the time of the run's end is estimated."""
+    rows, training = planned.rows, recipe.training
+    return RunEnd(
+        numbers=sum(parameter.numel() for parameter in adapter.trained().values()),
+        evaluation_tokens=0 if rows.evaluation is None else int(rows.evaluation.lengths.sum()),
+        reads_best=recipe.evaluation.best is not None,
+        stop_steps=rows.objective.loss.updates_per_sampling,
+        micro_batches=training.gradient_accumulation_steps,
+    )
 
 
 def _load_companions(session: Session, planned: Planned) -> dict[str, Companion]:

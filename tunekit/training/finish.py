@@ -96,4 +96,5 @@ def report_facts(
         skipped_steps=state.scale.skipped_steps if state.scale.enabled else None,
         calibration=state.calibration,
         budget_bytes=plan.budget_bytes,
+        starts=state.starts,
     )

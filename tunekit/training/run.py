@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from signal import Signals
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.artifacts.checkpoint import save_checkpoint
 from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.stopped import next_commands
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import StepProgress
 from tunekit.contracts import Batch, Objective, StepBatches, StepSource
@@ -39,12 +41,20 @@ from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.reached import require_gradients
-from tunekit.training.run_files import make_trackers, protected_steps, tracked_numbers, write_pictures, write_rows
+from tunekit.training.run_files import (
+    end_seconds_of,
+    make_trackers,
+    protected_steps,
+    tracked_numbers,
+    write_pictures,
+    write_rows,
+)
 from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, add_seconds, timed
+from tunekit.training.state import LoopState, add_seconds
 from tunekit.training.step_numbers import StepNumbers, check_finite, means, start_numbers
+from tunekit.training.time_limit import RunEnd
 from tunekit.tuned.model import TunedModel
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -79,6 +89,8 @@ class Run:
     settled: float = 0.0  # when the numbers of the last step that was read arrived
     progress: StepProgress | None = None  # while the run is open
     trackers: Trackers | None = None
+    ending: RunEnd = field(default_factory=RunEnd)
+    ended_by_time: bool = False
     started: float = 0.0  # when the present step began
     counts: tuple[float, ...] = ()  # of the present step on all ranks: tokens, supervised tokens, micro-batches
 
@@ -121,12 +133,17 @@ class Run:
     def start(self) -> bool:
         """Evaluate before step 1. Returns whether a step is left to train. Raises: Stopped after a stop signal."""
         state, evaluated = self.state, self.state.evaluated_step
+        state.longest = end_seconds_of(self.session) | state.longest
+        state.starts.append({"first_step": state.step + 1, "last_step": state.step, "minutes": 0.0})
         self._evaluate_if_due()  # a signal or an error may have interrupted it before the resume
         if state.evaluated_step > max(evaluated, 0):  # this step's checkpoint lacks the results
             self._save()
         self._stop_if_asked()
         if state.stopped_early or state.step >= self.steps.count:
             return False
+        problem = self.session.limit.lack(state, self.ending)
+        if self.training.max_minutes and (problems := [each for each in self.devices.gather([problem]) if each]):
+            raise InputError.of([self.session.loaded.locate(problems[0])])
         if self.progress is not None:
             self.progress.start(state.step + 1)
         return True
@@ -134,6 +151,7 @@ class Run:
     def begin_step(self, step: StepBatches) -> StepWork:
         """Prepare a step, and count its units on all ranks."""
         self.started = time.monotonic()
+        self.session.limit.begin(self.state)
         step = self.prepare_step(step)
         units = self._count_units(step)
         self.optimizer.zero_gradients()
@@ -189,7 +207,24 @@ class Run:
         if saved_best or ended or state.step % settings.save_steps == 0:
             self._save()
         self._stop_if_asked()
-        return not ended
+        return not (ended or self._end_by_time())
+
+    def _end_by_time(self) -> bool:
+        """If the time is up: save a checkpoint, and evaluate the weights that may be exported. The checkpoint does not
+        contain this evaluation, so that a resumed run equals a run that never stopped. Returns whether the run ends."""
+        limit = self.session.limit
+        if not limit.is_set or not self.can_resume:
+            return False
+        limit.mark(self.state)
+        if not self.devices.any(int(limit.is_over(self.state, self.ending))):
+            return False
+        self.settle()
+        if self.state.step > self.state.saved_step:
+            self._save()
+        self.ended_by_time = True
+        self._evaluate_if_due()
+        self._stop_if_asked()
+        return True
 
     def _count_units(self, step: StepBatches) -> Tensor:
         """The step's number of loss units, (K,) float64, summed over ranks. The other numbers of the step are kept in
@@ -273,15 +308,16 @@ class Run:
             self.adapter.after_step(state.step - 1, self.steps.count)
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluate before training, at every multiple of eval_steps and at the end. Returns whether this evaluation is
-        the best so far, so that a checkpoint must be saved. The evaluation before training is only a reference."""
+        """Evaluate before training, at every multiple of eval_steps and when the run ends. Returns whether this
+        evaluation is the best so far, so that a checkpoint must be saved. The evaluation before training is only a
+        reference."""
         state, settings = self.state, self.evaluation
-        due = state.step % self.training.eval_steps == 0 or state.step == self.steps.count
+        due = state.step % self.training.eval_steps == 0 or state.step == self.steps.count or self.ended_by_time
         due = due if state.step else settings.before_training
         if self.evaluator is None or not due or state.step <= state.evaluated_step:
             return False
         try:
-            with timed(state.seconds, "evaluate"):
+            with state.timed("evaluate"):
                 evaluation = self.evaluate(self.evaluator)
         except EvaluationStopped:
             return False
@@ -311,7 +347,8 @@ class Run:
     def keep_rows(self, evaluation: Evaluation) -> None:
         """Write the loss of each evaluation row to the run folder."""
         if self.row_losses is not None and self.session.folder is not None and evaluation.sums.row_losses:
-            write_rows(self.session.folder, self.row_losses, self.state.step, evaluation)
+            folder, ended = self.session.folder, self.ended_by_time
+            write_rows(folder, self.row_losses, self.state.step, evaluation, ended_by_time=ended)
 
     def save(self) -> None:
         """Write a checkpoint on the main rank. An error there is raised on every rank."""
@@ -328,8 +365,10 @@ class Run:
         self.session.in_folder(write)
 
     def _save(self) -> None:
-        self.state.saved_step = self.state.step
-        with timed(self.state.seconds, "save"):
+        state = self.state
+        state.saved_step = state.step
+        state.note_time(self.session.limit.elapsed)
+        with state.timed("save"):
             self.save()
 
     def _stop_if_asked(self) -> None:
@@ -340,9 +379,10 @@ class Run:
         self.settle()
         if step > self.state.saved_step:
             self._save()
-        ended = f"after step {step}; the checkpoint is written; continue with --resume"
-        ended = ended if step else "before the first step; nothing was trained yet"
-        raise Stopped(f"stopped by {Signals(number).name} {ended}", number)
+        ended = f"after step {step} of {self.steps.count}" if step else "before the first step"
+        run = Path(self.session.loaded.recipe.output.dir)
+        how = next_commands(run, alone=self.devices.world == 1) if step else "nothing was trained yet"
+        raise Stopped(f"stopped by {Signals(number).name} {ended}", number, how)
 
     def stop_signal(self) -> int:
         """The number of the signal that requests a stop after this step; 0 if the run continues."""

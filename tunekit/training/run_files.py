@@ -18,7 +18,7 @@ from tunekit.artifacts.report.values import Values
 from tunekit.artifacts.run import ROWS_NAME, RunFolder, is_finished, read_json
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.data.encoding.images import png_bytes
-from tunekit.errors import ResourceError, RunFolderError, TunekitError, is_out_of_memory
+from tunekit.errors import ResourceError, RunFolderError, Stopped, TunekitError, is_out_of_memory
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.row_losses import RowLosses
 from tunekit.files.untrusted import sha256_of
@@ -30,7 +30,9 @@ from tunekit.records import EvaluationRecord, ExecutionSettings, JsonObject, Pla
 from tunekit.training.planned import Planned
 from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
 from tunekit.training.session import Session
+from tunekit.training.state import LoopState
 
+EARLIER_ROWS = "earlier"  # in evaluation_rows.json: the rows before the evaluation of a run that max_minutes ended
 OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained number in a checkpoint
 
 
@@ -51,6 +53,8 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
         error = session.out_of_memory() if is_out_of_memory(caught) else session.devices.cause(caught)
         if is_out_of_memory(caught):
             _leave_status(session.folder, ResourceError.exit_code, "out of memory")
+        elif isinstance(error, Stopped):
+            _leave_status(session.folder, error.exit_code, error.problems[0].what)
         elif isinstance(error, TunekitError):
             _leave_status(session.folder, error.exit_code, str(error))
         else:
@@ -225,12 +229,12 @@ def folder_bytes(session: Session, plan: Plan, planned: Planned) -> int:
     return plan.trainable_parameters * torch.float32.itemsize * copies
 
 
-def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject) -> None:
-    """Write the recipe, environment and plan to the run folder. For a resumed run, also remove the metrics records
-    after `step`, and state where earlier steps were computed."""
+def write_plan(session: Session, plan: Plan, state: LoopState | None, fingerprint: JsonObject) -> None:
+    """Write the recipe, environment and plan to the run folder. `state`: of a resumed run. Then also remove the metrics
+    records that this state does not contain, and state where earlier steps were computed."""
 
     def write(folder: RunFolder) -> None:
-        old = Values((folder.read_json("environment.json") or {}) if step >= 0 else {})
+        old = Values((folder.read_json("environment.json") or {}) if state else {})
         folder.write_text("recipe.yaml", dump_recipe(session.loaded.recipe, relative_to=folder.path))
         more = {"processes": session.devices.world, "fingerprint": fingerprint}
         environment = read_environment(device=str(session.devices.device), more=more)
@@ -240,7 +244,9 @@ def write_plan(session: Session, plan: Plan, step: int, fingerprint: JsonObject)
             what = f"number of processes: was {before}, is {session.devices.world}"
             session.console.info(f"{what}; the last digits of results may differ")
         folder.write_json("environment.json", environment)
-        folder.truncate_metrics(step)
+        if state is not None:
+            _restore_rows(folder, state.evaluated_step)
+        folder.truncate_metrics(*((state.step, state.evaluated_step) if state else (-1, -1)))
         folder.write_json("plan.json", asdict(plan))
 
     session.in_folder(write)
@@ -250,6 +256,13 @@ def _place(environment: Values) -> dict[str, object]:
     """The number of processes and the processor of a run: the bits of results depend on them."""
     processor = environment.part("fingerprint").get("accelerator") or environment.get("cpu")
     return {"processes": environment.count("processes"), "processor": processor}
+
+
+def end_seconds_of(session: Session) -> dict[str, float]:
+    """The measured seconds of the parts of the run's earlier end, if max_minutes ended it."""
+    report = None if session.folder is None else session.folder.read_json("report.json")
+    seconds = Values(report or {}).numbers("seconds")
+    return {part: seconds[part] for part in ("export", "tasks") if part in seconds}
 
 
 def make_trackers(session: Session, step: int) -> Trackers:
@@ -269,10 +282,21 @@ def tracked_numbers(value: StepRecord | EvaluationRecord) -> dict[str, float]:
     return {**numbers, "tokens_per_second": value.tokens_per_second, **value.metrics}
 
 
-def write_rows(folder: RunFolder, row_losses: RowLosses, step: int, evaluation: Evaluation) -> None:
-    """Write the loss of each evaluation row."""
+def write_rows(
+    folder: RunFolder, row_losses: RowLosses, step: int, evaluation: Evaluation, *, ended_by_time: bool = False
+) -> None:
+    """Write the loss of each evaluation row. `ended_by_time`: keep the earlier losses in the file, because a resumed
+    run does not know this evaluation."""
     earlier = folder.read_json(ROWS_NAME) if step else None
-    folder.write_json(ROWS_NAME, row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier))
+    values = row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier)
+    folder.write_json(ROWS_NAME, values | ({EARLIER_ROWS: earlier} if ended_by_time else {}))
+
+
+def _restore_rows(folder: RunFolder, evaluated_step: int) -> None:
+    """Restore the losses before an evaluation that the resumed state does not know."""
+    rows = folder.read_json(ROWS_NAME) or {}
+    if rows.get("step", 0) > evaluated_step and rows.get(EARLIER_ROWS):
+        folder.write_json(ROWS_NAME, rows[EARLIER_ROWS])
 
 
 def write_pictures(folder: RunFolder, step: int, evaluation: Evaluation) -> None:

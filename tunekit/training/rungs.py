@@ -126,7 +126,8 @@ def end_paused(trials: Sequence[Trial]) -> None:
     for trial in trials:
         if not trial.ended:
             step = max(step for step, _ in list_checkpoints(trial.path / "checkpoints"))
-            write_json(trial.path / "status.json", {"exit_code": 143, "reason": f"{HALVED} after step {step}"})
+            ended = {"exit_code": 143, "reason": f"{HALVED} after step {step}", "finished": False}
+            write_json(trial.path / "status.json", ended)
             trial.ended = True
 
 

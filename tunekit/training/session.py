@@ -15,6 +15,7 @@ from tunekit.machine.signals import StopSignals
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import Reaction, bytes_text
 from tunekit.training.state import LoopState, Processors, timed
+from tunekit.training.time_limit import TimeLimit
 
 Result = TypeVar("Result")
 
@@ -32,6 +33,7 @@ class Session:
     accepted: tuple[str, ...] = ()  # keys of the recipe whose files may have changed since the resumed run
     changed: list[str] = field(default_factory=list)  # accepted keys whose files did change
     last_step: int | None = None  # an audit stops after this step, with a checkpoint
+    limit: TimeLimit = field(default_factory=TimeLimit)  # of this start
     folder: RunFolder | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # times of the parts before the loop
     processors: Processors = field(default_factory=dict)  # that were loaded; the trials of a sweep share them

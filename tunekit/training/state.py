@@ -36,6 +36,8 @@ class LoopState:
     # consecutive steps whose samples teach nothing, by reason
     useless_steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    longest: dict[str, float] = field(default_factory=dict)  # the longest evaluation, save and export, in seconds
+    starts: list[JsonObject] = field(default_factory=list)  # records.StartRecord as plain values
     calibration: JsonObject | None = None  # the pass over the data before step 1
     reactions: list[JsonObject] = field(default_factory=list)  # records.Reaction as plain values
     measured_facts: JsonObject = field(default_factory=dict)  # facts that the last evaluation decided, for the folder
@@ -53,6 +55,18 @@ class LoopState:
         self.evaluations_without_gain += 1
         self.stopped_early = settings.patience is not None and self.evaluations_without_gain >= settings.patience
         return False
+
+    def note_time(self, seconds: float) -> None:
+        """Note the time of this start so far, for the report."""
+        self.starts[-1] |= {"last_step": self.step, "minutes": round(seconds / 60, 3)}
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """A context manager that adds the time of its block to the seconds of `part`, and keeps the longest time."""
+        before = self.seconds.get(part, 0.0)
+        with timed(self.seconds, part):
+            yield
+        self.longest[part] = max(self.longest.get(part, 0.0), self.seconds[part] - before)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Trains trials of a sweep together: in each round, every trial makes one step."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from tunekit.training.begin import begin_run
 from tunekit.training.result import finish_run
 from tunekit.training.run import Run
 from tunekit.training.streaming import make_engine
+from tunekit.training.time_limit import TimeLimit
 from tunekit.training.trials import SharedBase, Trial
 
 
@@ -109,7 +111,8 @@ def opened_trial(trial: Trial, end: int | None, base: SharedBase, resume: bool, 
         return
     console = trial.session.console.named(trial.recipe.name) if named else trial.session.console
     seconds = {} if trial.begun else trial.session.seconds
-    session = replace(trial.session, last_step=end, seconds=seconds, console=console)
+    limit = TimeLimit(trial.recipe.loaded.recipe.training.limit_seconds, time.monotonic() - trial.seconds)
+    session = replace(trial.session, last_step=end, limit=limit, seconds=seconds, console=console)
     assert trial.plan is not None
     assert trial.planned is not None
     plan, planned, trial.begun, trial.ended = trial.plan, trial.planned, True, True
@@ -124,11 +127,13 @@ def opened_trial(trial: Trial, end: int | None, base: SharedBase, resume: bool, 
     except Stopped as stop:
         trial.ended = False  # it pauses
         if session.signals.requested is not None:
-            raise Stopped(f"{trial.recipe.name}: {stop}", stop.exit_code - 128) from stop
+            what = f"{trial.recipe.name}: {stop.problems[0].what}"
+            raise Stopped(what, stop.exit_code - 128, "continue the sweep with --resume") from stop
     except TunekitError as error:
         trial.session.console.warn(f"{trial.recipe.name}: {error}")
         trial.error = type(error).of(error.problems)  # without the traceback, which would keep the trial's tensors
         raise trial.error from None
     finally:
+        trial.seconds = limit.elapsed
         if trial.ended:
             trial.planned = None

@@ -38,6 +38,7 @@ class Trial:
     planned: Planned | None = None
     ended: bool = False
     begun: bool = False  # in this process
+    seconds: float = 0.0  # of its parts in this process, which training.max_minutes limits
     error: TunekitError | None = None
 
     @property

@@ -21,7 +21,7 @@ PEAKS = {
     "peak_reserved_bytes": "reserved from the device by PyTorch",
     "peak_host_bytes": "the whole process on the host, including Python and its libraries",
 }
-SECONDS_ORDER = ("load", "data", "calibrate", "try", "sample", "reward", "train", "evaluate", "save")
+SECONDS_ORDER = ("load", "data", "calibrate", "try", "sample", "reward", "train", "evaluate", "save", "export", "tasks")
 ROW_NAMES = ("read", "trained", "dropped", "truncated", "longest_tokens", "tokens", "supervised_tokens")
 
 
@@ -125,7 +125,15 @@ def speed(run: RunValues) -> Iterator[ReportSection]:
     names = sorted(seconds, key=lambda name: SECONDS_ORDER.index(name) if name in SECONDS_ORDER else len(SECONDS_ORDER))
     parts = [(name, seconds[name], duration_text(seconds[name])) for name in names]
     bars = [Bar(f"time {duration_text(sum(seconds.values()))}", parts)] if parts else []
-    yield ReportSection("Speed", text, bars=bars, tables=[ReportTable(["rate", "value"], lines)] if lines else [])
+    tables = [ReportTable(["rate", "value"], lines)] if lines else []
+    if starts := report.parts("starts"):
+        steps = [f"{start.count('first_step'):,} to {start.count('last_step'):,}" for start in starts]
+        minutes = [f"{start.number('minutes') or 0.0:.1f}" for start in starts]
+        pairs = [[step, text] for step, text in zip(steps, minutes, strict=True)]
+        tables.append(
+            ReportTable(["steps of each start", "minutes (of a killed one: up to its last checkpoint)"], pairs)
+        )
+    yield ReportSection("Speed", text, bars=bars, tables=tables)
 
 
 def rows(run: RunValues) -> Iterator[ReportSection]:

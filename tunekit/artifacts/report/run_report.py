@@ -51,8 +51,18 @@ def _intro(run: RunValues) -> list[str]:
         f"{adapter.get('method')}{rank} on {model.get('name_or_path')} ({model.get('model_type')}, "
         f"computed in {model.get('dtype')}{weights}) on {plan.get('device')}.{objective}",
         f"{trained:,} of {total:,} parameters ({trained / max(total, 1):.2%}){modules} were trained "
-        f"for {done:,} of {plan.count('steps'):,} steps{epochs}. State: {run.state}.",
+        f"for {done:,} of {plan.count('steps'):,} steps{epochs}. State: {run.state}.{_stopped_rate(run)}",
     ]
+
+
+def _stopped_rate(run: RunValues) -> str:
+    """A sentence about the learning rate at which max_minutes ended the run; empty for other runs."""
+    rate = run.steps[-1].number("learning_rate") if run.steps and run.is_stopped_by_time else None
+    highest = run.recipe.part("training").number("learning_rate")
+    if rate is None or not highest:
+        return ""
+    share = f"{rate / highest:.0%} of training.learning_rate"
+    return f" The last step had the learning rate {rate:.3g}, {share}: the schedule did not end."
 
 
 def _verdict(run: RunValues) -> tuple[str, Tone]:

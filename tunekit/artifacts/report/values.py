@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tunekit.artifacts.metrics_log import METRICS_NAME, read_metrics
-from tunekit.artifacts.run import EXPORTS, ROWS_NAME, RUN_SIGNS, TASKS_NAME, read_json
+from tunekit.artifacts.run import EXPORTS, ROWS_NAME, RUN_SIGNS, STOPPED_BY_TIME, TASKS_NAME, read_json
 from tunekit.errors import InputError, RunFolderError, TunekitError
 from tunekit.files.lock import is_held
 from tunekit.files.untrusted import printable
@@ -67,7 +67,7 @@ class RunValues:
     path: Path
     recipe_text: str
     plan: Values
-    report: Values  # empty until the run is finished
+    report: Values  # empty until the run has a result, and while a resume continues it
     environment: Values
     status: Values
     steps: Sequence[Values]  # one record for each optimizer step
@@ -134,11 +134,17 @@ class RunValues:
         return _object(read_json(self.path / TASKS_NAME))
 
     @property
+    def is_stopped_by_time(self) -> bool:
+        """Whether training.max_minutes ended the run."""
+        return str(self.status.get("reason")).startswith(STOPPED_BY_TIME)
+
+    @property
     def state(self) -> str:
         """The state of the run: finished, running, or the reason why it ended."""
-        if self.report and self.status.get("exit_code") is None:
+        if self.report and not self.status:
             return "finished"
-        return printable(str(self.status.get("reason", "not started")), MOST_NAME)
+        reason = str(self.status.get("reason", "not started")).replace(STOPPED_BY_TIME, "stopped by max_minutes", 1)
+        return printable(reason, MOST_NAME)
 
 
 @contextmanager
@@ -170,6 +176,8 @@ def read_run(path: Path) -> RunValues:
 def run_values(path: Path) -> RunValues:
     """The values of a folder, in which any file may be absent."""
     plan, report, environment, status = (_object(read_json(path / f"{name}.json")) for name in FILES)
+    if status.get("exit_code", 0) != 0:  # a report of a run that was resumed is out of date
+        report = Values()
     records = [Values(record) for record in read_metrics(path / METRICS_NAME)]
     text = _start_of(path / "recipe.yaml")
     steps = [record for record in records if "eval" not in record]

@@ -1,12 +1,12 @@
 """Writes report.json, report.md and report.html of a finished run."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.markdown import markdown_page
 from tunekit.artifacts.report.run_report import run_report
-from tunekit.artifacts.report.values import run_values
+from tunekit.artifacts.report.values import Values, run_values
 from tunekit.artifacts.run import RunFolder
 from tunekit.errors import redact
 from tunekit.records import Plan, ReportFacts
@@ -59,9 +59,11 @@ def _measured_value(value: object) -> object:
     return [_measured_value(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def write_report(run: RunFolder, facts: ReportFacts, plan: Plan) -> None:
-    """Write report.json, then the report as Markdown and as HTML. Each file is written completely or not at all."""
+def write_report(run: RunFolder, facts: ReportFacts, plan: Plan, reason: str = "finished") -> None:
+    """Write report.json, then the report as Markdown and as HTML. Each file is written completely or not at all.
+    `reason`: the reason that status.json will contain, which is written last."""
     run.write_json("report.json", report_values(facts, plan))
-    page = run_report(run_values(run.path))
+    report, status = Values(run.read_json("report.json") or {}), Values(exit_code=0, reason=reason)
+    page = run_report(replace(run_values(run.path), report=report, status=status))
     run.write_text("report.md", markdown_page(page))
     run.write_text("report.html", html_page(page))
