@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunekit.artifacts.fingerprint import EARLIER_SHARE, has_earlier_share
 from tunekit.artifacts.report.next_step import after_evaluation
 from tunekit.artifacts.report.tasks import change_table, score_table
 from tunekit.artifacts.run import TASKS_NAME, read_json, refuse_to_replace_part
@@ -80,6 +81,7 @@ def evaluate_verb(
     if adapter_column is not None:
         _check_many_adapters(spec, section)
     _refuse_missing_files(section, spec, data)
+    _refuse_earlier_share(section, spec)
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     refuse_to_replace_part("--json", json_file, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
@@ -274,6 +276,15 @@ def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | 
         earlier = "" if target.run is None else _path_in_training(target.run, section, number)
         moved = f" (in training it was {earlier})" if earlier not in ("", path) else ""
         raise InputError(f"{path}: no such file{moved}", "name a file of rows with --data FILE")
+
+
+def _refuse_earlier_share(section: DataSection, target: TargetSpec) -> None:
+    """Raises: InputError if the share of rows for evaluation has changed since the run, so that it contains training
+    rows."""
+    environment = None if target.run is None else read_json(target.run / "environment.json")
+    if isinstance(section.eval, float) and has_earlier_share((environment or {}).get("fingerprint") or {}):
+        how = "name a file of rows with --data FILE, or train again"
+        raise InputError(f"{EARLIER_SHARE}, so this share would contain training rows", how, key="data.eval")
 
 
 def _path_in_training(run: Path, section: DataSection, number: int) -> str:

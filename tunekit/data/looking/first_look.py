@@ -15,7 +15,7 @@ from tunekit.data.reading.first import choose_format, columns_meant, format_make
 from tunekit.data.reading.folder import MEDIA, is_folder, is_media, passed_over, with_table
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.several import files_of, is_pattern
+from tunekit.data.reading.several import data_files, is_pattern
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
 from tunekit.files.untrusted import printable
@@ -163,7 +163,7 @@ def _folder_notes(data: str) -> list[str]:
     place = Path(data).absolute()
     if not is_folder(with_table(Source(path=str(place))).path):
         return []
-    others = passed_over(place, files_of(str(place)))
+    others = passed_over(place, data_files(str(place)))
     return [] if others is None else [others]
 
 
