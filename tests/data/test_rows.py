@@ -218,10 +218,10 @@ def test_equal_rows_of_two_sources_never_stand_on_both_sides(tiny: LoadedTokeniz
 
 def word_tokenizer(*words: str) -> LoadedTokenizer:
     """One token for each of the words, in lower case; one for all other words."""
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(("?", *words))}, unk_token="?"))
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(("?", ".", *words))}, unk_token="?"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return LoadedTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", eos_token="?"), None)
+    return LoadedTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", eos_token="."), None)
 
 
 def origins(rows: RowSet) -> tuple[list[str], list[str]]:
@@ -274,8 +274,19 @@ def test_no_encoded_row_is_on_both_sides(tmp_path: Path) -> None:
 
 def test_a_share_that_leaves_no_training_row_names_the_reason(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "d.jsonl", [{"prompt": f"p{index}", "completion": "a"} for index in range(40)])
-    with pytest.raises(DataError, match=r"all training rows are encoded like evaluation rows \(d\.jsonl:1, "):
+    spaces = [{"text": f"a{' ' * (index + 1)}a"} for index in range(40)]
+    what = r"^data\.eval: all training rows are encoded like evaluation rows \(e\.jsonl:\d.* more\); name a separate"
+    with pytest.raises(DataError, match=what):
+        load(word_tokenizer("a"), write_lines(tmp_path / "e.jsonl", spaces), eval=0.1)
+    with pytest.raises(DataError, match=r"^model: .* 50% of their tokens are unknown; use the tokenizer that belongs"):
         load(word_tokenizer("a"), path, eval=0.1)
+
+
+def test_many_unknown_tokens_are_a_warning(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"text": "a b " * 45 + "c"}] * 10)
+    what = "warning: 1.1% of the tokens of the first 10 training rows are unknown to the tokenizer; use the tokenizer"
+    assert load(word_tokenizer("a", "b"), path).notes[-1].startswith(what)
+    assert not any("unknown" in note for note in load(word_tokenizer("a", "b", "c"), path).notes)
 
 
 def test_equal_pieces_of_different_documents_are_not_on_both_sides(tiny: LoadedTokenizer, tmp_path: Path) -> None:

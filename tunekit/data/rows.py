@@ -31,6 +31,8 @@ STREAMED = "a training source is streamed (because of its size or the recipe)"
 OWN_EVALUATION = "name a separate source in data.eval"
 LIKE_EVALUATION = "encoded like an evaluation row"
 SHOWN_PLACES = 5
+FIRST_ROWS, MOST_UNKNOWN = 200, 0.01  # rows whose tokens are counted; the largest usual share of unknown tokens
+UNKNOWN = "use the tokenizer that belongs to the base, or a base that was trained on such texts"
 
 
 class Written(NamedTuple):
@@ -106,13 +108,14 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     eval_sources, evaluation = (listed, [_whole(source) for source in listed]) if listed else (sources, split.held)
     train_rows = ChosenRows(split.train)
     if split.held and not len(train_rows) and len(ChosenRows(split.held)):
-        raise _nothing_left(split)
+        raise _nothing_left(split, objective)
     _require_rows(train_rows, sources, "data.train")
     draws = _shares(train_rows, [source.source.weight for source in sources])
     eval_rows = ChosenRows(evaluation) if data.eval is not None else None
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
-    leaks = _leaks(data, objective, train_rows, eval_rows)
+    leaks, more = _leaks(data, objective, train_rows, eval_rows), [*_share_notes(split)]
+    more += _unknown_notes(objective, train_rows)
     return RowSet(
         objective=objective.learn([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
@@ -121,7 +124,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
         eval_counts=None if eval_rows is None else _count(listed, eval_rows),
         fingerprint=_fingerprint(data, sources, listed, seed),
         draws=draws,
-        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(listed, evaluation=True), *leaks, *_share_notes(split)])),
+        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(listed, evaluation=True), *leaks, *more])),
         evaluation_examples=lambda: written_rows([each.source for each in eval_sources], evaluation, objective),
     )
 
@@ -195,7 +198,11 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
         fingerprint=hash_of(fingerprint),
         draws=draws,
         streams=streams,
-        notes=tuple(dict.fromkeys([*_notes(samples), *(evaluation.notes if evaluation else ())])),
+        notes=tuple(
+            dict.fromkeys(
+                [*_notes(samples), *(evaluation.notes if evaluation else ()), *_unknown_notes(objective, rows)]
+            )
+        ),
         evaluation_examples=evaluation.evaluation_examples if evaluation else lambda: iter(()),
     )
 
@@ -255,12 +262,30 @@ def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) 
     return Split(*parts, dropped=int(sum(map(np.sum, raw))) - sum(part.written_rows for part in parts[1]))
 
 
-def _nothing_left(split: Split) -> DataError:
+def _nothing_left(split: Split, objective: Objective) -> DataError:
     """The error if the held-out rows leave no training row."""
-    what = "all rows are equal, or there is only one row, so no fraction can be held out"
-    if places := _places(split.left_out):
-        what = f"all training rows are encoded like evaluation rows ({listed(places, SHOWN_PLACES)})"
+    places, unknown = _places(split.left_out), _unknown_share(objective, ChosenRows(split.left_out))
+    if not places:
+        what = "all rows are equal, or there is only one row, so no fraction can be held out"
+        return DataError(what, OWN_EVALUATION, key="data.eval")
+    what = f"all training rows are encoded like evaluation rows ({listed(places, SHOWN_PLACES)})"
+    if unknown > MOST_UNKNOWN:
+        return DataError(f"{what}, because {unknown:.0%} of their tokens are unknown", UNKNOWN, key="model")
     return DataError(what, OWN_EVALUATION, key="data.eval")
+
+
+def _unknown_share(objective: Objective, rows: ChosenRows) -> float:
+    """The share of the first rows' tokens that is the tokenizer's unknown token."""
+    parts = objective.rows.layout.token_parts
+    ids = [row.parts[part] for row in map(rows.__getitem__, range(min(len(rows), FIRST_ROWS))) for part in parts]
+    return float(np.mean(np.concatenate(ids) == objective.rows.unknown_id)) if ids else 0.0
+
+
+def _unknown_notes(objective: Objective, rows: ChosenRows) -> Iterator[str]:
+    """A warning if many tokens of the first rows are unknown."""
+    if objective.rows.unknown_id is not None and (share := _unknown_share(objective, rows)) > MOST_UNKNOWN:
+        first = f"the first {min(len(rows), FIRST_ROWS):,} training rows"
+        yield f"warning: {share:.1%} of the tokens of {first} are unknown to the tokenizer; {UNKNOWN}"
 
 
 def _places(parts: Sequence[Part]) -> list[str]:

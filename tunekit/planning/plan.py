@@ -164,7 +164,7 @@ def _notes(
     yield from refusals.rank_notes(recipe, execution)
     yield from initialisation_notes(recipe.adapter, rows.objective, context.targets)
     yield from refusals.rate_notes(recipe.training, steps)
-    yield from prepared.end_notes
+    yield from prepared.token_notes
     groups = load_method(recipe.adapter.method).groups(base.net, recipe.adapter, context.targets)
     if groups:
         yield f"some layers are computed together, which saves memory and time: {describe(groups)}"

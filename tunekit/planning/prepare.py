@@ -1,5 +1,6 @@
 """Reads all that planning needs: the model without its weights, the data, the adapter and the free memory."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -36,6 +37,7 @@ from tunekit.targets.labels import start_facts
 from tunekit.training.state import Processors
 from tunekit.tuned.fit import check_family
 
+LEAST_VOCABULARY = 0.5  # share of the base's tokens that its tokenizer has at least
 END_TO_END = (
     "; the rows of a micro-batch are put end to end without padding (a test before step 1 checks that they do not see "
     "each other; otherwise they are padded)"
@@ -80,7 +82,8 @@ def prepare(
     written = written_execution(recipe, as_loaded(context.base), resources)
     prepared = Prepared(loaded, recipe, resources, context, rows, companions, facts, settings, reason, steps, written)
     findings.add(run_checks(prepared, resumed=resumed))
-    return replace(prepared, problems=tuple(findings.problems), end_notes=tuple(end_notes(prepared)))
+    notes = [*_vocabulary_notes(context), *end_notes(prepared)]
+    return replace(prepared, problems=tuple(findings.problems), token_notes=tuple(notes))
 
 
 def _read(
@@ -115,6 +118,15 @@ def _read(
     data, sections = (rows.objective, rows.all, bool(rows.streams)), (recipe.memory, recipe.training, recipe.evaluation)
     context = PlanContext(device, base, processor, *data, *sections, targets, virtual_tokens)
     return recipe.model_copy(update={"adapter": adapter, "model": model}), context, rows
+
+
+def _vocabulary_notes(context: PlanContext) -> Iterator[str]:
+    """A warning if the tokenizer has far fewer tokens than the base."""
+    tokenizer, text = context.processor.tokenizer, context.base.text
+    if tokenizer is None or text is None or tokenizer.vocabulary_size >= text.vocabulary_size * LEAST_VOCABULARY:
+        return
+    count = f"the tokenizer has {tokenizer.vocabulary_size:,} tokens, but the base has {text.vocabulary_size:,}"
+    yield f"warning: {count}; check that the tokenizer's files belong to this base"
 
 
 def _read_base(model: ModelSection, family: str, device: torch.device) -> LoadedModel:
