@@ -24,7 +24,7 @@ def recipe_checks(recipe: Recipe, device: torch.device, *, check_folder: bool, r
     yield from refusals.device_problems(recipe, device)
     if check_folder:
         yield from refusals.folder_problems(recipe)
-    if not resumed:  # a run of an older version can be resumed
+    if not resumed:  # a run or a sweep of an older version can be resumed
         yield from refusals.step_problems(recipe)
 
 

@@ -51,18 +51,20 @@ def prepare(
     rank: int = 0,
     ranks: int = 1,
     resumed: bool = False,
+    in_resumed_sweep: bool = False,
     check_folder: bool = False,
     processors: Processors | None = None,
 ) -> Prepared:
     """Read model, data, adapter and free memory for one rank of a run on `ranks` ranks, and check them.
 
-    `resumed`: the run continues from a checkpoint. `check_folder`: also check output.dir; not for `train`, which has
+    `resumed`: the run continues from a checkpoint. `in_resumed_sweep`: its sweep was begun, perhaps by an older version
+    that did not refuse the recipe. `check_folder`: also check output.dir; not for `train`, which has
     already locked it. `processors`: the loaded processors, which other plans of this process use too.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe = loaded.recipe.model_copy(update={"memory": loaded.recipe.memory.of_rank(rank, ranks)})
     findings = Findings(loaded)
-    findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed))
+    findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed or in_resumed_sweep))
     recipe, context, rows = _read(recipe, device, findings, {} if processors is None else processors)
     companions = make_companions(rows.objective.companions)
     found = [findings.attempt(_companion_facts, companion, context) for companion in companions.values()]
