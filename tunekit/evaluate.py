@@ -33,7 +33,7 @@ from tunekit.evaluation.tasks.run import load_tasks
 from tunekit.files.durable import json_result, write_json
 from tunekit.files.untrusted import parse_json, read_small
 from tunekit.machine.devices import Devices, make_devices
-from tunekit.metrics.classes import class_facts, columns_of, confusion_table
+from tunekit.metrics.classes import class_facts, columns_of, confused_pairs, never_right
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
@@ -133,8 +133,10 @@ def _shown(console: Console, target: str, values: Mapping[str, float], evaluatio
         result["classes"] = class_facts(evaluation.classes)
         lines, columns = result["classes"]["per_class"], columns_of(result["classes"])
         console.table(columns, [[line[name] for name in columns] for line in lines])
-        if (confusion := confusion_table(result["classes"])) is not None:
-            console.table(*confusion)
+        if (pairs := confused_pairs(result["classes"])) is not None:
+            console.table(*pairs)
+        if wrong := never_right(result["classes"]):
+            console.info(f"labels with an F1 of 0: {', '.join(wrong)}")
     return result
 
 
