@@ -17,7 +17,6 @@ from tests.objectives.test_classify import bert as bert
 from tests.objectives.test_classify import llama as llama
 from tests.objectives.test_classify import texts, write_recipe
 from tests.support.train_case import train
-from tunekit.metrics.classes import class_facts, class_table, confused_pairs, never_right
 from tunekit.adapter import diff_verb
 from tunekit.chat import chat_verb
 from tunekit.console import Console
@@ -26,6 +25,7 @@ from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
 from tunekit.generate import generate_verb
+from tunekit.metrics.classes import class_facts, class_table, confused_pairs, never_right
 from tunekit.planning.findings import raise_refusals
 from tunekit.planning.plan import make_plan
 from tunekit.recipe.load import load_recipe

@@ -232,6 +232,7 @@ def evaluate_tasks(
             template=spec.chat_template,
             progress=CountProgress(console),
         )
+    console.warn(*chosen.notes())
     values = results.values()
     console.table(*score_table(values["scores"], values["before"]), title=target)
     if values["changes"]:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 
 from tunekit.artifacts.report.sweep_results import SweepResults, sweep_results
-from tunekit.artifacts.run import read_json
+from tunekit.artifacts.run import SWEEP_NAME, read_json
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
@@ -52,7 +52,6 @@ from tunekit.training.session import Session
 from tunekit.training.sweep_folder import (
     BEST_NAME,
     PAGE_NAME,
-    SWEEP_NAME,
     WRITTEN,
     open_sweep,
     refuse_joined,

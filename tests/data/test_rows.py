@@ -218,7 +218,9 @@ def test_equal_rows_of_two_sources_never_stand_on_both_sides(tiny: LoadedTokeniz
 
 def word_tokenizer(*words: str) -> LoadedTokenizer:
     """One token for each of the words, in lower case; one for all other words."""
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(("?", ".", *words))}, unk_token="?"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(("?", ".", *words))}, unk_token="?")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return LoadedTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", eos_token="."), None)
@@ -247,7 +249,9 @@ def test_the_evaluation_share_is_the_same_for_three_tokenizers(tiny: LoadedToken
     assert set(origins(short)[1]) < set(held)
     assert set(origins(short)[0]) < set(train)
     missing = 20 - len(origins(short)[1])
-    what = f"warning: {missing} of the 20 evaluation rows are dropped, so a different base may be evaluated on different"
+    what = (
+        f"warning: {missing} of the 20 evaluation rows are dropped, so a different base may be evaluated on different"
+    )
     assert short.notes[-1].startswith(what)
 
 

@@ -134,7 +134,9 @@ def test_rows_are_named_by_their_file_and_its_line(tiny: LoadedTokenizer, tmp_pa
     folder = tmp_path / "d"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
-        write_lines(folder / name / "rows.jsonl", [{"prompt": f"{name}{number}", "completion": "c"} for number in (1, 2)])
+        write_lines(
+            folder / name / "rows.jsonl", [{"prompt": f"{name}{number}", "completion": "c"} for number in (1, 2)]
+        )
     source, objective = Source(path=str(folder)), make_objective(SftSettings(), tiny)
     rows = load_rows(DataSection(train=(source,), eval=(source,), max_length=32), objective, seed=0)
     names = ["a/rows.jsonl:1", "a/rows.jsonl:2", "b/rows.jsonl:1", "b/rows.jsonl:2"]

@@ -62,7 +62,9 @@ def test_round_trip_and_offsets(tokenizer: LoadedTokenizer, text: str) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, folder: Path, kind: str) -> None:
     """transformers makes a tokenizer of a few tokens from the configuration."""
     AutoConfig.for_model(kind).save_pretrained(tmp_path / "base")
-    with pytest.raises(ModelError, match=r"base contains no tokenizer \(such as tokenizer\.json\); copy the tokenizer's"):
+    with pytest.raises(
+        ModelError, match=r"base contains no tokenizer \(such as tokenizer\.json\); copy the tokenizer's"
+    ):
         load(tmp_path / "base")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match="contains no tokenizer"):

@@ -583,5 +583,7 @@ def test_deberta_computes_in_float32_only(bert: Path, tmp_path: Path, dtype: str
     if dtype == "float32":
         train(recipe)
         return
-    with pytest.raises(TunekitError, match=r"model\.dtype: the code of Deberta\S+ mixes float32 .*; write model\.dtype: float32"):
+    with pytest.raises(
+        TunekitError, match=r"model\.dtype: the code of Deberta\S+ mixes float32 .*; write model\.dtype: float32"
+    ):
         train(recipe)

@@ -353,4 +353,3 @@ def test_full_tuning_compares_with_the_base_at_step_0(
     assert abs(losses(run)[2] - losses(run)[0]) > 1e-4
     with pytest.raises(InputError, match=rf"{method} compares this model with the base at step 0, .*; read the eval"):
         load_reference(load_target(find_target(str(run), None, []), CPU))
-

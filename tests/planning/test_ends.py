@@ -61,5 +61,7 @@ def test_plan_warns_of_a_far_smaller_vocabulary(tmp_path: Path, tiny_llama: Path
     net.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
     plan, _ = make_plan(load_recipe(write_recipe(tmp_path / "recipe", tmp_path / "base")), device=torch.device("cpu"))
-    what = f"warning: the tokenizer has {size:,} tokens, but the base has {3 * size:,}; check that the tokenizer's files"
+    what = (
+        f"warning: the tokenizer has {size:,} tokens, but the base has {3 * size:,}; check that the tokenizer's files"
+    )
     assert [note for note in plan.notes if note.startswith(what)]

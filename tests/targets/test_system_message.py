@@ -55,7 +55,9 @@ def test_pairs_have_it_too_and_missing_rows_are_no_error(recipe: Path, tiny_llam
     assert trained_system(find_target(str(tiny_llama), None, [])) is None
 
 
-def test_every_verb_offers_it(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_verb_offers_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     generate_verb(str(recipe), None, ["q"], None, [])
     assert """to use it, add --system 'You'"'"'re brief.'""" in capsys.readouterr().err
     generate_verb(str(recipe), None, ["q"], None, [], system="Other.")

@@ -258,8 +258,11 @@ def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) 
     known = np.concatenate([values[is_held] for values, is_held in zip(digests, chosen, strict=True)])
     same = [~is_held & np.isin(values, known) for values, is_held in zip(digests, chosen, strict=True)]
     train = [~(is_held | alike) for is_held, alike in zip(chosen, same, strict=True)]
-    parts = [[_selected(*pair) for pair in zip(sources, rows, strict=True)] for rows in (train, chosen, same)]
-    return Split(*parts, dropped=int(sum(map(np.sum, raw))) - sum(part.written_rows for part in parts[1]))
+    train_parts, held, left_out = (
+        [_selected(*pair) for pair in zip(sources, rows, strict=True)] for rows in (train, chosen, same)
+    )
+    kept = sum(part.written_rows for part in held)
+    return Split(train_parts, held, left_out, sum(int(is_held.sum()) for is_held in raw) - kept)
 
 
 def _nothing_left(split: Split, objective: Objective) -> DataError:
@@ -334,10 +337,13 @@ def _count(
     """Counts of the read, trained, dropped and truncated rows of the sources, and of their tokens.
 
     `order`: the rows whose tokens are counted; by default all rows, once. A row that was split counts once.
-    `left_out`: rows that are encoded like an evaluation row. Held-out evaluation rows do not count as read for training.
+    `left_out`: rows that are encoded like an evaluation row. Held-out evaluation rows do not count as read for
+    training.
     """
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
-    missing = sum(len(np.setdiff1d(part.numbers, kept.numbers)) for part, kept in zip(left_out, rows.parts, strict=False))
+    missing = sum(
+        len(np.setdiff1d(part.numbers, kept.numbers)) for part, kept in zip(left_out, rows.parts, strict=False)
+    )
     reasons += Counter({LIKE_EVALUATION: missing})
     lengths, supervised = rows.lengths, rows.supervised  # (rows,)
     order = np.arange(len(rows), dtype=np.int64) if order is None else order

@@ -64,7 +64,8 @@ def initialisation_notes(settings: AdapterSettings, objective: Objective, target
     """Notes about the reference model, and about the pass over the data that initialises the adapter before step 1."""
     if needs_reference_state(objective, settings) and settings.trains_base:
         how = f"to save this memory, use an adapter method such as lora, or {objective.loss.without_reference}"
-        yield f"the reference model is the base at step 0; the run stores a copy of the trained weights in float32; {how}"
+        kept = "the run stores a copy of the trained weights in float32"
+        yield f"the reference model is the base at step 0; {kept}; {how}"
     elif needs_reference_state(objective, settings):
         yield "the reference model is the base with the adapter at step 0; the run stores a frozen copy of this adapter"
     start = settings.calibration

@@ -124,7 +124,7 @@ def _read(
 
 def _vocabulary_notes(context: PlanContext) -> Iterator[str]:
     """A warning if the tokenizer has far fewer tokens than the base."""
-    tokenizer, text = context.processor.tokenizer, context.base.text
+    tokenizer, text = context.processor.tokenizer, as_loaded(context.base).text
     if tokenizer is None or text is None or tokenizer.vocabulary_size >= text.vocabulary_size * LEAST_VOCABULARY:
         return
     count = f"the tokenizer has {tokenizer.vocabulary_size:,} tokens, but the base has {text.vocabulary_size:,}"

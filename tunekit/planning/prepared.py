@@ -28,8 +28,8 @@ class Prepared:
     `loaded`: the recipe as it was read. `recipe`: with this rank's budget, the model section as the objective changes
     it, and token ids in place of the adapter's texts. `context`: the model, the data and the adapter, as companions get
     them. `rows`: with the objective laid out for the base. `batch_settings`, `steps`: with the recipe's micro-batches.
-    `written`: the recipe's settings. `problems`: reasons to refuse the recipe that no setting can remove. `token_notes`: warnings
-    about unknown tokens, and about tokens that end answers.
+    `written`: the recipe's settings. `problems`: reasons to refuse the recipe that no setting can remove.
+    `token_notes`: warnings about the vocabulary, and about tokens that end answers.
     """
 
     loaded: LoadedRecipe

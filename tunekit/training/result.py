@@ -82,7 +82,9 @@ def _measure_tasks(session: Session, folder: RunFolder, planned: Planned, run: R
         if session.signals.requested is not None:
             raise Stopped("stopped before the tasks", session.signals.requested)
         with timed(run.state.seconds, "evaluate"), session.signals.at_once("during the tasks"):
-            results = measure(load_tasks(settings), template=planned.rows.template, progress=CountProgress(console))
+            tasks = load_tasks(settings)
+            results = measure(tasks, template=planned.rows.template, progress=CountProgress(console))
+            console.warn(*tasks.notes())
     except Exception as error:  # lm-eval and its data may raise anything; the trained run must not be lost
         what = str(error) if isinstance(error, TunekitError) else f"{type(error).__name__}: {error}"
         console.warn(f"{what}: evaluation.tasks are not measured; measure them with: {command}")

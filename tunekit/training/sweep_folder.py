@@ -7,7 +7,7 @@ from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import SweepResults
-from tunekit.artifacts.run import SWEEP_NAME, RUN_SIGNS, read_json, refuse_old_run
+from tunekit.artifacts.run import RUN_SIGNS, SWEEP_NAME, read_json, refuse_old_run
 from tunekit.errors import ResourceError, RunFolderError, listed
 from tunekit.files.durable import free_bytes, make_folder, write_json, write_text
 from tunekit.files.lock import FolderLock

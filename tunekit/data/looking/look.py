@@ -56,7 +56,8 @@ FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelE
 SAMPLES_AT_ONCE = 1 << 20
 EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # excess_length -> words
 
-# Findings with which training fails, evaluation is wrong, or wrong labels or secrets are learned. All others are warnings.
+# Training fails with these findings, evaluation is wrong, or wrong labels or secrets are learned. All other findings are
+# warnings.
 ERRORS = ("broken", "contrary", "leak", "secret")
 KINDS = {  # kind of finding -> its description in the table
     "broken": "rows that cannot be read",

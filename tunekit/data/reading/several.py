@@ -16,7 +16,9 @@ from tunekit.recipe.data import Source
 
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # in names of files that are not for training
 SHOWN_NAMES = 4
-LINES_OF_FILE = 2**40  # more lines than a file has: the rows of file n of a source, from 1, are numbered from n times this
+LINES_OF_FILE = (
+    2**40
+)  # more lines than a file has: the rows of file n of a source, from 1, are numbered from n times this
 
 
 def is_pattern(path: str) -> bool:
@@ -28,8 +30,8 @@ def is_pattern(path: str) -> bool:
 def files_of(path: str) -> tuple[Path, ...]:
     """The files of a source of several files that are not empty, sorted by name; () for any other source.
 
-    Raises: DataError if a pattern names no file, if all files are empty, if the files have several formats, or if a folder also contains files
-    of a run, or files whose names or folders say that they are for evaluation.
+    Raises: DataError if a pattern names no file, if all files are empty, if the files have several formats, or if a
+    folder also contains files of a run, or files whose names or folders say that they are for evaluation.
     """
     files = data_files(path)
     if is_pattern(path) and not files:

@@ -190,7 +190,8 @@ class LoadedTokenizer:
 def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     """Load the base's fast tokenizer.
 
-    Raises: ModelError if the base has no tokenizer, or only a slow one, or if the tokenizer is damaged or would run remote code.
+    Raises: ModelError if the base has no tokenizer, or only a slow one, or if the tokenizer is damaged or would run
+    remote code.
     """
     from transformers import AutoTokenizer
 
