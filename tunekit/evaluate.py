@@ -80,8 +80,7 @@ def evaluate_verb(
     section = _data_section(spec, of_data)
     if adapter_column is not None:
         _check_many_adapters(spec, section)
-    _refuse_missing_files(section, spec, data)
-    _refuse_earlier_share(section, spec)
+    _refuse_rows(section, spec, data)
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     refuse_to_replace_part("--json", json_file, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
@@ -265,6 +264,12 @@ def _refuse_unmeasurable(
         wrong = unmeasurable(name, objective_class(objective), facts, chosen=evaluation.choices is not None)
         if wrong is not None:
             raise RecipeError(*wrong, key="--metric")
+
+
+def _refuse_rows(section: DataSection, target: TargetSpec, data: str | None) -> None:
+    """Raises: InputError for a missing file, or for evaluation rows that a run of an earlier version has trained on."""
+    _refuse_missing_files(section, target, data)
+    _refuse_earlier_share(section, target)
 
 
 def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | None) -> None:

@@ -17,7 +17,7 @@ def trained_system(target: TargetSpec) -> str | None:
     this machine."""
     if target.recipe is None:
         return None
-    found, read = Counter[str](), 0
+    messages, read = Counter[str](), 0
     for source in target.recipe.data.train:
         if is_hub_name(source.path):
             continue
@@ -27,10 +27,10 @@ def trained_system(target: TargetSpec) -> str | None:
             make_example = format_maker(format_name, source.path)
             for row in islice(rows, READ_ROWS):
                 read += 1
-                found.update(_system_of(make_example(row.values)))
+                messages.update(_system_of(make_example(row.values)))
         except (TunekitError, OSError):
             continue  # a run can be used without its rows
-    (text, count), *_ = [*found.most_common(1), ("", 0)]
+    (text, count), *_ = [*messages.most_common(1), ("", 0)]
     return text if count > read / 2 else None
 
 

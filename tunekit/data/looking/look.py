@@ -56,8 +56,7 @@ FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelE
 SAMPLES_AT_ONCE = 1 << 20
 EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # excess_length -> words
 
-# Training fails with these findings, evaluation is wrong, or wrong labels or secrets are learned. All other findings are
-# warnings.
+# Training fails with these, evaluation is wrong, or wrong labels or secrets are learned. Other findings are warnings.
 ERRORS = ("broken", "contrary", "leak", "secret")
 KINDS = {  # kind of finding -> its description in the table
     "broken": "rows that cannot be read",
