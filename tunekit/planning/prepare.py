@@ -57,9 +57,9 @@ def prepare(
 ) -> Prepared:
     """Read model, data, adapter and free memory for one rank of a run on `ranks` ranks, and check them.
 
-    `resumed`: the run continues from a checkpoint. `in_resumed_sweep`: its sweep was started earlier, perhaps by an older
-    version that did not refuse the recipe. `check_folder`: also check output.dir; not for `train`, which has
-    already locked it. `processors`: the loaded processors, which other plans of this process use too.
+    `resumed`: the run continues from a checkpoint. `in_resumed_sweep`: its sweep was started earlier, perhaps
+    by an older version that did not refuse the recipe. `check_folder`: also check output.dir; not for `train`, which
+    has already locked it. `processors`: the loaded processors, which other plans of this process use too.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe = loaded.recipe.model_copy(update={"memory": loaded.recipe.memory.of_rank(rank, ranks)})
