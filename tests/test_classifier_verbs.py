@@ -26,6 +26,7 @@ from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
 from tunekit.generate import generate_verb
+from tunekit.metrics.classes import class_facts, class_table, confused_pairs, never_right
 from tunekit.planning.findings import raise_refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.records import EvaluationRecord
@@ -145,3 +146,17 @@ def test_the_code_of_a_card_computes_the_scores(name: str, tmp_path: Path, reque
     assert list(model.config.id2label.values()) == ["no", "perhaps", "yes"]
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_the_worst_pairs_and_the_labels_without_a_right_row() -> None:
+    labels = [f"l{number}" for number in range(77)]
+    matrix = [[5 * (row == column) for column in range(77)] for row in range(77)]
+    matrix[3][3], matrix[3][4], matrix[6][5] = 0, 5, 2
+    counts = [[matrix[n][n], sum(row[n] for row in matrix), sum(matrix[n])] for n in range(77)]
+    facts = class_facts(class_table(labels, counts, matrix))
+    assert confused_pairs(facts) == (
+        ["true label", "predicted as", "rows"],
+        [["l3", "l4", 5], ["l6", "l5", 2]],
+    )
+    assert never_right(facts) == ["l3"]
+    assert confused_pairs(class_facts(class_table(["a"], [[1, 1, 1]], [[1]]))) is None

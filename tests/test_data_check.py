@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from datetime import date
@@ -111,7 +112,7 @@ def test_findings_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[s
     check(write(tmp_path, count=5))
     assert "--fix FILE writes the training rows without findings" in capsys.readouterr().out
     with pytest.raises(
-        InputError, match=r"--fix .*good: the rows are written as JSONL; name a file such as .*good\.jsonl"
+        InputError, match=r"--fix .*good: the rows are written as JSONL, CSV or TSV; name a file such as .*good\.jsonl"
     ):
         check(write(tmp_path, count=5), tmp_path / "good")
     assert not (tmp_path / "good").exists()
@@ -274,7 +275,7 @@ def test_lengths_are_those_of_the_tokenizer_and_the_template(
     longer = [line for line, length in enumerate(lengths, 1) if length > limit]
     assert 0 < len(longer) < 60
     assert found["findings"] == {"long": longer}
-    assert code == (0 if excess in ("truncate", "split") else 2)  # rows that training can use do not fail CI
+    assert code == (2 if excess == "error" else 0)  # rows that training can use, or drops, do not fail CI
     said = " ".join(capsys.readouterr().out.split())
     assert "tokens are counted with the tokenizer" in said
     assert f"{lengths[longer[0] - 1]} tokens: {EXCESS[excess]}" in said
@@ -283,6 +284,17 @@ def test_lengths_are_those_of_the_tokenizer_and_the_template(
     assert kind is not None
     objective = make_objective(loaded.objective, make_family("causal").processor(loaded.model))
     assert load_rows(loaded.data, objective, seed=0).counts.dropped == len(longer)
+
+
+def test_warnings_exit_with_0_unless_strict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, planted=False)
+    rows = (tmp_path / "rows.jsonl").read_text("utf-8")
+    (tmp_path / "rows.jsonl").write_text(rows + rows.splitlines()[0] + "\n", encoding="utf-8")
+    assert check(path)[0] == 0
+    assert "these findings are warnings; with --strict, the exit code is 2" in capsys.readouterr().out
+    assert data_check_verb(load_recipe(path), None, None, strict=True) == 2
+    (tmp_path / "rows.jsonl").write_text(rows + "{\n", encoding="utf-8")
+    assert check(path)[0] == 2
 
 
 def test_rows_that_training_drops_are_foreseen(tiny_llama: Path, tmp_path: Path) -> None:
@@ -539,3 +551,20 @@ def test_files_of_one_name_are_named_by_their_paths(
         (tmp_path / name / "rows.jsonl").write_text(json.dumps(clean(0)) + "\n", encoding="utf-8")
     assert check(recipe)[1]["file"] == str(tmp_path / "en" / "rows.jsonl")
     assert f"as line 1 of {tmp_path / 'en' / 'rows.jsonl'}" in capsys.readouterr().out
+
+
+def test_rows_of_a_table_are_written_as_a_table(tmp_path: Path) -> None:
+    """As they were: quotes, commas, line ends and columns that no format reads."""
+    rows = [["text", "label", "id"], ['a "b", c', "x", "1"], ["d\ne", "y", "2"], ['a "b", c', "x", "1"]]
+    with (tmp_path / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    recipe = {"model": "org/base", "data": {"train": "rows.csv"}, "objective": "classify", "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    for name in ("good.csv", "good.tsv"):
+        check(tmp_path / "recipe.yaml", tmp_path / name)
+        with (tmp_path / name).open(encoding="utf-8", newline="") as file:
+            assert list(csv.reader(file, delimiter="\t" if name.endswith("tsv") else ",")) == rows[:3]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(clean(1)) + "\n", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"data": {"train": "rows.jsonl"}, "objective": "sft"}))
+    with pytest.raises(InputError, match=r"'messages' contains lists .*; name a \.jsonl file"):
+        check(tmp_path / "recipe.yaml", tmp_path / "bad.csv")

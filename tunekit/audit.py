@@ -21,7 +21,7 @@ import torch
 
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
 from tunekit.artifacts.equality import Mismatch, compare_checkpoints, compare_records, compare_results, result_hashes
-from tunekit.artifacts.fingerprint import compare_fingerprints, recipe_values
+from tunekit.artifacts.fingerprint import EARLIER_SHARE, compare_fingerprints, has_earlier_share, recipe_values
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
 from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, is_finished, refuse_to_replace_part
@@ -185,6 +185,8 @@ def _refuse(values: RunValues, loaded: LoadedRecipe, devices: Devices, facts: Se
     recipe = recipe_values(loaded.recipe.model_dump(mode="json"))  # data and base are compared later, with the model
     for key, text in compare_fingerprints(past, past | {"recipe": recipe}):
         problems.append((f"{key}: changed since the run: {text}", "undo the change in the run's recipe.yaml"))
+    if has_earlier_share(past):
+        problems.append((EARLIER_SHARE, "audit the run with the version of tunekit that trained it"))
     threads = past.count("threads")
     if kind == "cpu" and not 1 <= threads <= processors():
         problems.append((f"the run computed with {threads} threads, but only {processors()} can be used here", HOW))

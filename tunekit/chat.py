@@ -18,6 +18,7 @@ from tunekit.machine.devices import make_devices
 from tunekit.talking.adapters import BASE, check_folder
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker, make_speaker
+from tunekit.targets.system_message import trained_system
 from tunekit.targets.target import find_target, load_target
 
 DEFAULT_NEW_TOKENS = 512
@@ -238,6 +239,8 @@ def chat_verb(
         chat.name = speaker.default
         if system is not None:
             chat.system(system)
+        elif not earlier and (usual := trained_system(spec)) is not None:
+            console.info(f"The training rows begin with a system message; to use it, type: /system {usual}")
         model_name = "the base" if chat.name == BASE else "the tuned model; /base asks the base"
         console.info(
             f"You are chatting with {model_name}. /help lists the commands; Ctrl-C ends an answer, Ctrl-D the program."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tunekit.artifacts.report.next_step import after_data_check
 from tunekit.console import Console
-from tunekit.data.looking.look import EXCESS, KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
+from tunekit.data.looking.look import ERRORS, EXCESS, KINDS, LENGTHS, Found, add_other_scripts, look_at_rows
 from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, write_rows_file
 from tunekit.data.looking.similar import NEAR_DUPLICATES, SimilarityIndex, finds_near_duplicates
 from tunekit.data.reading.replaced import refuse_to_replace
@@ -25,8 +25,11 @@ if TYPE_CHECKING:  # the module imports torch
 SHOWN_ROWS = 8
 
 
-def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None, *, overwrite: bool = False) -> int:
-    """Check all rows; returns 2 if rows should be corrected. Raises: TunekitError if the rows cannot be read."""
+def data_check_verb(
+    loaded: LoadedRecipe, fix: str | None, json_file: str | None, *, overwrite: bool = False, strict: bool = False
+) -> int:
+    """Check all rows; returns 2 if there are errors. `strict`: also if there are warnings. Raises: TunekitError if the
+    rows cannot be read."""
     refuse_to_replace("--json", json_file, loaded)
     if fix is not None:
         refuse_rows_file("--fix", fix, loaded, overwrite)
@@ -58,7 +61,7 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
             console.info("no findings")
             continue
         lines = ((kind, each.lines[kind]) for kind in KINDS if kind in each.lines)
-        rows = [[KINDS[kind], len(found), _rows_text(found), each.first[kind]] for kind, found in lines]
+        rows = [[KINDS[kind], len(found), _rows_text(each, found), each.first[kind]] for kind, found in lines]
         console.table(["finding", "rows", "at line", "the first"], rows)
     fixes = fix is None and any(each.left_out for each in trained)
     if fix is not None:
@@ -67,9 +70,13 @@ def data_check_verb(loaded: LoadedRecipe, fix: str | None, json_file: str | None
     remaining = [each.left_out for each in (files if fix is None else eval_findings)]
     if fix is None or any(remaining):  # else the note about FILE says what to do
         console.next_steps(after_data_check(remaining, loaded.path, overrides=loaded.overrides, fixes=fixes))
-    findings = [{"file": each.name, "rows": each.rows, "findings": each.lines} for each in files]
+    findings = [{"file": each.name, "rows": each.rows, "findings": _places(each)} for each in files]
     write_result({"files": findings, "fixed": fix})
-    return 2 if any(each.left_out for each in files) else 0
+    errors = (*ERRORS, *(["long"] if data.excess_length == "error" else []))
+    wrong = [kind for each in files for kind in each.left_out if strict or kind in errors]
+    if not wrong and any(each.left_out for each in files):
+        console.info("these findings are warnings; with --strict, the exit code is 2")
+    return 2 if wrong else 0
 
 
 def _names(sources: Sequence[Source]) -> dict[str, str]:
@@ -107,9 +114,17 @@ def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
     return kind, [f"tokens are counted with the tokenizer of {name}, including its chat template"]
 
 
-def _rows_text(lines: Sequence[int]) -> str:
+def _rows_text(findings: Found, lines: Sequence[int]) -> str:
     """The first line numbers, as text."""
-    return listed([f"{line:,}" for line in sorted(set(lines))], SHOWN_ROWS)
+    shown = findings.place if findings.files else "{:,}".format
+    return listed([shown(line) for line in sorted(set(lines))], SHOWN_ROWS)
+
+
+def _places(findings: Found) -> dict[str, list[int] | list[str]]:
+    """The lines of each kind of finding; with several files, the files and lines."""
+    if not findings.files:
+        return dict(findings.lines)
+    return {kind: [findings.place(line) for line in lines] for kind, lines in findings.lines.items()}
 
 
 def _histogram(findings: Found, limit: int) -> Iterator[list[object]]:

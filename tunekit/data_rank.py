@@ -365,7 +365,7 @@ def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str
 def _written_rows(rows: RowSet) -> list[WrittenRow]:
     """For each training row, the row of its source: several pieces of a split row have the same."""
     assert isinstance(rows.train, ChosenRows)  # only streamed rows are different, and they are refused
-    numbers = (part.store.records["number"][part.chosen].tolist() for part in rows.train.parts)
+    numbers = (part.numbers.tolist() for part in rows.train.parts)
     return [(place, number) for place, some in enumerate(numbers) for number in some]
 
 

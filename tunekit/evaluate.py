@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tunekit.artifacts.fingerprint import EARLIER_SHARE, has_earlier_share
 from tunekit.artifacts.report.next_step import after_evaluation
 from tunekit.artifacts.report.tasks import change_table, score_table
 from tunekit.artifacts.run import TASKS_NAME, read_json, refuse_to_replace_part
@@ -32,7 +33,7 @@ from tunekit.evaluation.tasks.run import load_tasks
 from tunekit.files.durable import json_result, write_json
 from tunekit.files.untrusted import parse_json, read_small
 from tunekit.machine.devices import Devices, make_devices
-from tunekit.metrics.classes import class_facts, columns_of, confusion_table
+from tunekit.metrics.classes import class_facts, columns_of, confused_pairs, never_right
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
@@ -79,7 +80,7 @@ def evaluate_verb(
     section = _data_section(spec, of_data)
     if adapter_column is not None:
         _check_many_adapters(spec, section)
-    _refuse_missing_files(section, spec, data)
+    _refuse_rows(section, spec, data)
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     refuse_to_replace_part("--json", json_file, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
@@ -131,8 +132,10 @@ def _shown(console: Console, target: str, values: Mapping[str, float], evaluatio
         result["classes"] = class_facts(evaluation.classes)
         lines, columns = result["classes"]["per_class"], columns_of(result["classes"])
         console.table(columns, [[line[name] for name in columns] for line in lines])
-        if (confusion := confusion_table(result["classes"])) is not None:
-            console.table(*confusion)
+        if (pairs := confused_pairs(result["classes"])) is not None:
+            console.table(*pairs)
+        if wrong := never_right(result["classes"]):
+            console.info(f"labels with an F1 of 0: {', '.join(wrong)}")
     return result
 
 
@@ -228,6 +231,7 @@ def evaluate_tasks(
             template=spec.chat_template,
             progress=CountProgress(console),
         )
+    console.warn(*chosen.notes())
     values = results.values()
     console.table(*score_table(values["scores"], values["before"]), title=target)
     if values["changes"]:
@@ -262,6 +266,12 @@ def _refuse_unmeasurable(
             raise RecipeError(*wrong, key="--metric")
 
 
+def _refuse_rows(section: DataSection, target: TargetSpec, data: str | None) -> None:
+    """Raises: InputError for a missing file, or for evaluation rows that a run of an earlier version has trained on."""
+    _refuse_missing_files(section, target, data)
+    _refuse_earlier_share(section, target)
+
+
 def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | None) -> None:
     """Raises: InputError for a missing file. The error states the file's path during training, if the path was
     different then."""
@@ -274,6 +284,15 @@ def _refuse_missing_files(section: DataSection, target: TargetSpec, data: str | 
         earlier = "" if target.run is None else _path_in_training(target.run, section, number)
         moved = f" (in training it was {earlier})" if earlier not in ("", path) else ""
         raise InputError(f"{path}: no such file{moved}", "name a file of rows with --data FILE")
+
+
+def _refuse_earlier_share(section: DataSection, target: TargetSpec) -> None:
+    """Raises: InputError if the share of rows for evaluation has changed since the run, so that it contains training
+    rows."""
+    environment = None if target.run is None else read_json(target.run / "environment.json")
+    if isinstance(section.eval, float) and has_earlier_share((environment or {}).get("fingerprint") or {}):
+        how = "name a file of rows with --data FILE, or train again"
+        raise InputError(f"{EARLIER_SHARE}, so this share would contain training rows", how, key="data.eval")
 
 
 def _path_in_training(run: Path, section: DataSection, number: int) -> str:

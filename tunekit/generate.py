@@ -3,6 +3,7 @@ images."""
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ from tunekit.recipe.data import Source
 from tunekit.talking.answer import Request
 from tunekit.talking.conversation import make_speaker
 from tunekit.talking.table import answer_table
+from tunekit.targets.system_message import trained_system
 from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
 
 TextOrPair = str | tuple[str, str]  # a text, or a pair of texts
@@ -95,6 +97,8 @@ def generate_verb(
     console.warn(*spec.notes)  # standard output contains only the answers
     with devices:
         loaded = load_target(spec, devices.device)
+        if system is None and (usual := trained_system(spec)) is not None:
+            console.warn(f"the training rows begin with a system message; to use it, add --system {shlex.quote(usual)}")
         texts = _texts_of(items, loaded)
         files = prompts is not None and (os.path.isdir(prompts) or is_media(prompts))
         if os.path.isdir(prompts or ""):

@@ -110,7 +110,7 @@ def init_verb(
     look = look_at(data) if named else None
     if look is not None:
         look = _labelled(look, asks)
-        console.info(look.text())
+        console.info(look.text(lengths=False))  # the model's tokenizer counts them later, if it is at hand
     example = _example(_objective(look))
     if example is not None:
         models = [name for name in models if name == example.model.name_or_path]
@@ -137,8 +137,11 @@ def init_verb(
         except BaseException:  # also Ctrl-C
             target.unlink()
             raise
-    write_new_text(target.absolute().parent / SCHEMA_NAME, schema_text())  # an existing file stays
-    console.info(*results, f"wrote {target}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
+    schema = target.parent / SCHEMA_NAME
+    new = not schema.exists()
+    write_new_text(schema.absolute(), schema_text())  # an existing file stays
+    wrote = f"{target} and {schema}, with which editors check and complete the recipe" if new else str(target)
+    console.info(*results, f"wrote {wrote}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
     console.info(*([] if look is None else look.notes))  # keys to change in the recipe, which now exists
 
 
@@ -385,10 +388,9 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
             break
     results = [f"{plan.steps:,} steps; predicted peak {bytes_text(plan.peak_bytes.total)}"]
     results[0] += "" if free is None else f" of {bytes_text(free)} free on {devices.device}"
-    if (look := first.look) is not None and look.counted:
-        results.append(
-            f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, counted with the model's tokenizer"
-        )
+    if (look := first.look) is not None and not look.settings.medium:
+        how = "counted with the model's tokenizer" if look.counted else "estimated"
+        results.append(f"{SHARE_KEPT:.1%} of the rows have at most {look.longest:,} tokens, {how}")
     rows = plan.rows.training
     if rows.dropped:
         results.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))

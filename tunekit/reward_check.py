@@ -119,7 +119,8 @@ def _chosen(recipe: Recipe, console: Console) -> list[dict[str, Any]]:
             except DataError as error:
                 problems.add_error(*place_of(source.path, raw.line), error)
                 continue
-            origin = {"origin": f"{source.path}:{raw.line}"}
+            file, line = place_of(source.path, raw.line)
+            origin = {"origin": f"{file}:{line}"}
             contexts += [json.loads(context_json(example)) | origin] if example.prompt else []
     problems.raise_if_any()
     if not contexts:

@@ -27,6 +27,7 @@ from tunekit.talking.completion import ClientAnswer
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.desk import Desk
 from tunekit.talking.protocol import ProtocolError, model_name, read_body
+from tunekit.targets.system_message import trained_system
 from tunekit.targets.target import find_target, load_target
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ def serve_verb(
     devices = make_devices()
     try:
         speaker = make_speaker(load_target(spec, devices.device), name_of(target), needs_template=False)
+        if (usual := trained_system(spec)) is not None:
+            console.info(f"the training rows begin with a system message, which clients must send: {json.dumps(usual)}")
         quarter = (available_bytes(devices.device) or 0) // 4
         speaker.adapters.limit_bytes = quarter if adapter_bytes is None else adapter_bytes
         for folder in adapters:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 
 from tunekit.artifacts.report.sweep_results import SweepResults, sweep_results
-from tunekit.artifacts.run import read_json
+from tunekit.artifacts.run import SWEEP_NAME, read_json
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
@@ -52,7 +52,6 @@ from tunekit.training.session import Session
 from tunekit.training.sweep_folder import (
     BEST_NAME,
     PAGE_NAME,
-    SWEEP_NAME,
     WRITTEN,
     open_sweep,
     refuse_joined,
@@ -95,7 +94,7 @@ def automatic_verb(
         raise RecipeError("trials are compared on evaluation rows", "set data.eval", file=file_name, key="data.eval")
     with _process([loaded], json_file) as (session, write_result):
         automatic = earlier_choice(Path(loaded.recipe.output.dir)) if resume else None
-        plan, limits.costs = _measure(session)
+        plan, limits.costs = _measure(session, resume)
         if automatic is None:
             automatic = _choose(session.console, loaded, plan, limits.costs, seconds).automatic
         sweep = load_sweep(path, overrides, automatic)
@@ -103,10 +102,10 @@ def automatic_verb(
         _run_sweep(sweep, session, base, resume, write_result, limits, {AUTO_NAME: choice_record(automatic)})
 
 
-def _measure(session: Session) -> tuple[Plan, Costs]:
+def _measure(session: Session, resume: bool) -> tuple[Plan, Costs]:
     """The plan of the recipe, and its measured costs. Raises: InputError if its first steps are not finite."""
     with session.signals.at_once("before training began; nothing was trained"):
-        plan, planned = plan_session(session)
+        plan, planned = plan_session(session, in_resumed_sweep=resume)
         costs = measure_costs(session, plan, planned, load_base)
     gc.collect()  # the measured base: the trials are planned with the memory that is free
     if costs is None:
@@ -234,7 +233,7 @@ def _plan_trials(trials: Sequence[Trial], console: Console, resume: bool) -> Non
             if resume:
                 refuse_joined(trial)
             previous = run_files.execution_in(trial.path) if resume else None
-            trial.plan, trial.planned = plan_session(trial.session, previous)
+            trial.plan, trial.planned = plan_session(trial.session, previous, in_resumed_sweep=resume)
         except TunekitError as error:
             kind = kind or type(error)
             for problem in error.problems:

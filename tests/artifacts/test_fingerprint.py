@@ -24,6 +24,7 @@ RECIPE: dict[str, Any] = {
     "training": {"learning_rate": 2e-4, "optimizer": "adamw", "save_steps": 100, "keep_checkpoints": 2},
     "output": {"dir": "/runs/first", "report_to": []},
 }
+WITHOUT_SHARE = {**RECIPE, "data": {**RECIPE["data"], "eval": None}}
 VERSIONS = {"tunekit": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0", "bitsandbytes": "0.50.2", "numpy": "2.0"}
 
 
@@ -155,8 +156,8 @@ def test_remote_code_that_an_older_run_does_not_state_has_not_changed() -> None:
 
 
 def test_runs_of_an_older_tunekit_are_told_of_numbers_that_change() -> None:
-    def notes(**changes: Any) -> list[str]:
-        new = facts(**changes)
+    def notes(recipe: dict[str, Any] = WITHOUT_SHARE, **changes: Any) -> list[str]:
+        new = facts(recipe, **changes)
         assert resume_notes(new, new) == []
         older = {name: value for name, value in new.items() if name != "numerics"}
         assert compare_fingerprints(older, new) == []
@@ -164,10 +165,23 @@ def test_runs_of_an_older_tunekit_are_told_of_numbers_that_change() -> None:
 
     assert notes() == []
     assert notes(device="cuda", dtype="bfloat16") == []
-    (note,) = notes(recipe=changed("model.quantization", "nf4"))
+    (note,) = notes({**WITHOUT_SHARE, "model": {**RECIPE["model"], "quantization": "nf4"}})
     assert "T5" in note
     (note,) = notes(device="cuda")
     assert "convolutions" in note
+
+
+def test_a_run_of_an_earlier_version_with_a_share_is_refused_in_one_line() -> None:
+    """Its evaluation rows were others. Every other difference follows from this one, so none is named."""
+    older = {**facts(), "numerics": 1, "data": "other", "versions": {**VERSIONS, "tunekit": "0.0.9"}}
+    with pytest.raises(RunFolderError) as caught:
+        require_same(older, facts(), lines={"data.eval": 4}, file="recipe.yaml")
+    assert [str(problem) for problem in caught.value.problems] == [
+        "recipe.yaml:4: data.eval: an earlier version of tunekit trained the run, and drew other evaluation rows; "
+        "start a new run in another output.dir (adapter.init_from starts it from an existing adapter)"
+    ]
+    assert compare_fingerprints({**facts(WITHOUT_SHARE), "numerics": 1}, facts(WITHOUT_SHARE)) == []
+    assert compare_fingerprints(older, {**older}) == []
 
 
 def test_threads_are_kept_but_never_refused() -> None:

@@ -423,3 +423,10 @@ def test_the_page_shows_what_programs_computed_from_exports(run: RunFolder) -> N
     assert page.count(text) == 1
     assert "| small.gguf | llama.cpp b10434 | Q4\\_K\\_M | 0.25 | 0.001 | 3.5 | 3.4 | 7 | 512 |" in page
     assert "/elsewhere" not in page
+
+
+def test_markers_of_a_chat_template_are_left_out(tmp_path: Path) -> None:
+    page = markdown_page(run_report(read_run(write_run(tmp_path / "run"))))
+    assert "cakes?" in page
+    assert "user" not in page.partition("cakes?")[0].rpartition("|")[2]
+    assert "im_start" not in markdown_page(run_report(read_run(write_run(tmp_path / "run2"))))

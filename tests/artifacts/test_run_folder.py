@@ -80,6 +80,14 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path, sign: str
         pass
 
 
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, None])
+def test_the_folder_of_a_sweep_is_refused(tmp_path: Path, options: dict[str, bool] | None) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"already holds a sweep; choose another output\.dir"):
+        RunFolder.open_resume(tmp_path) if options is None else RunFolder.open_new(tmp_path, **options)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sweep.json"]
+
+
 def test_an_old_run_is_moved_aside_whole_and_never_one_that_goes_on(tmp_path: Path) -> None:
     place, told = tmp_path / "run", list[str]()
     for number in range(3):

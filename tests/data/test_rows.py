@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tests.data.test_render import THINKING
 from tests.data.test_render import tiny as tiny
@@ -21,12 +23,13 @@ from tunekit.data.encoding import cache as cache_module
 from tunekit.data.encoding.encode import NO_TARGET, NO_TARGET_LEFT, TOO_LONG
 from tunekit.data.encoding.notes import counted_note
 from tunekit.data.rendering.render import AS_GIVEN, EMPTY_ANSWER
-from tunekit.data.rows import RowSet, load_evaluation_rows, load_rows
+from tunekit.data.rows import LIKE_EVALUATION, RowSet, load_evaluation_rows, load_rows
 from tunekit.errors import DataError, RecipeError, ResourceError
 from tunekit.files.cache_folder import default_cache_folder
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.data import DataSection, Source
+from tunekit.recipe.objectives.kto import KtoSettings
 from tunekit.recipe.objectives.sft import SftSettings
 
 
@@ -211,6 +214,117 @@ def test_equal_rows_of_two_sources_never_stand_on_both_sides(tiny: LoadedTokeniz
         assert not np.isin(found.evaluation.digests, found.train.digests).any()
         assert 20 <= len(found.evaluation) < 40
         assert not any(note.startswith("warning") for note in found.notes)
+
+
+def word_tokenizer(*words: str) -> LoadedTokenizer:
+    """One token for each of the words, in lower case; one for all other words."""
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(("?", ".", *words))}, unk_token="?")
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return LoadedTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", eos_token="."), None)
+
+
+def origins(rows: RowSet) -> tuple[list[str], list[str]]:
+    """The places of the training rows and of the evaluation rows."""
+    assert rows.evaluation is not None
+    train, evaluation = ([part[index].origin for index in range(len(part))] for part in (rows.train, rows.evaluation))
+    return train, evaluation
+
+
+def test_the_evaluation_share_is_the_same_for_three_tokenizers(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    """Also if one drops rows that are too long, and another encodes several rows alike."""
+    rows = [{"prompt": f"word{index} " * (1 + index % 9), "completion": "a b"} for index in range(100)]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    words = word_tokenizer("a", "b", *(f"word{index}" for index in range(100)))
+    coarse = word_tokenizer("a", "b", *(f"word{index}" for index in range(0, 100, 2)))
+    long = [load(each, path, eval=0.2, max_length=1000) for each in (tiny, words, coarse)]
+    (train, held), *others = map(origins, long)
+    assert (len(train), len(held)) == (80, 20)
+    assert others[0] == (train, held)
+    assert others[1][1] == held
+    assert set(others[1][0]) < set(train)
+    short = load(tiny, path, eval=0.2, max_length=40)
+    assert set(origins(short)[1]) < set(held)
+    assert set(origins(short)[0]) < set(train)
+    missing = 20 - len(origins(short)[1])
+    what = (
+        f"warning: {missing} of the 20 evaluation rows are dropped, so a different base may be evaluated on different"
+    )
+    assert short.notes[-1].startswith(what)
+
+
+def test_no_encoded_row_is_on_both_sides(tmp_path: Path) -> None:
+    """A training row that is encoded like an evaluation row is left out, counted and named."""
+    texts = [f"w{index % 50}" if index % 3 else f"W{index % 50}" for index in range(200)]
+    path = write_lines(tmp_path / "d.jsonl", [{"text": text} for text in texts])
+    other = write_lines(tmp_path / "e.jsonl", [{"text": f"w{index}"} for index in range(60)])
+    rows = load(word_tokenizer(*(f"w{index}" for index in range(60))), path, other, eval=0.1)
+    train, held = origins(rows)
+    assert rows.evaluation is not None
+    assert not np.isin(rows.evaluation.digests, rows.train.digests).any()
+    left_out = 260 - len(train) - len(held)
+    assert left_out > 0
+    assert rows.counts.dropped_reasons == {LIKE_EVALUATION: left_out}
+    assert (rows.counts.read, rows.counts.trained) == (len(train) + left_out, len(train))
+    places = [f"{name}:{line}" for name, count in (("d.jsonl", 200), ("e.jsonl", 60)) for line in range(1, count + 1)]
+    missing = [place for place in places if place not in {*train, *held}]
+    assert rows.notes[-1] == (
+        f"warning: {left_out} training rows are left out, because they are encoded like an evaluation row: "
+        f"{', '.join(missing[:5])} and {left_out - 5} more"
+    )
+
+
+def test_a_share_that_leaves_no_training_row_names_the_reason(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"prompt": f"p{index}", "completion": "a"} for index in range(40)])
+    spaces = [{"text": f"a{' ' * (index + 1)}a"} for index in range(40)]
+    what = r"^data\.eval: all training rows are encoded like evaluation rows \(e\.jsonl:\d.* more\); name a separate"
+    with pytest.raises(DataError, match=what):
+        load(word_tokenizer("a"), write_lines(tmp_path / "e.jsonl", spaces), eval=0.1)
+    with pytest.raises(DataError, match=r"^model: .* 50% of their tokens are unknown; use the tokenizer that belongs"):
+        load(word_tokenizer("a"), path, eval=0.1)
+
+
+def test_many_unknown_tokens_are_a_warning(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", [{"text": "a b " * 45 + "c"}] * 10)
+    what = "warning: 1.1% of the tokens of the first 10 training rows are unknown to the tokenizer; use the tokenizer"
+    assert load(word_tokenizer("a", "b"), path).notes[-1].startswith(what)
+    assert not any("unknown" in note for note in load(word_tokenizer("a", "b", "c"), path).notes)
+
+
+def test_equal_pieces_of_different_documents_are_not_on_both_sides(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    """Only the equal pieces are left out: a licence before every document does not empty the training rows."""
+    path = write_lines(tmp_path / "d.jsonl", [{"text": "x" * 20 + f"{index:02d}" * 10} for index in range(40)])
+    rows = load(tiny, path, eval=0.2, max_length=20, excess_length="split")
+    train, held = origins(rows)
+    assert rows.evaluation is not None
+    assert not np.isin(rows.evaluation.digests, rows.train.digests).any()
+    assert (len(set(held)), len(set(train))) == (8, 32)
+    assert len(held) / 8 == len(train) / 32 + 1, "the first piece"
+    assert rows.counts.dropped == 0, "each document still has a piece"
+
+
+def test_both_rows_of_a_preference_pair_are_on_one_side(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{index:02d}", "chosen": "good", "rejected": "bad"} for index in range(60)]
+    data = DataSection(train=(Source(path=str(write_lines(tmp_path / "d.jsonl", rows))),), eval=0.2)
+    train, held = origins(load_rows(data, make_objective(KtoSettings(), tiny), seed=0))
+    assert (len(train), len(held)) == (96, 24)
+    assert not set(train) & set(held)
+
+
+def test_columns_that_no_format_reads_do_not_change_the_share(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    """Else repeated rows with different numbers would be on both sides, and would be left out of training."""
+    rows = [{"prompt": f"p{index % 25:02d}", "completion": "c"} for index in range(100)]
+    numbered = [{**row, "id": number} for number, row in enumerate(rows)]
+    plain, other = (
+        load(tiny, write_lines(tmp_path / f"{name}.jsonl", each), eval=0.2)
+        for name, each in (("d", rows), ("e", numbered))
+    )
+    assert [origins(plain)[side] for side in (0, 1)] == [
+        [place.replace("e.", "d.") for place in origins(other)[side]] for side in (0, 1)
+    ]
+    assert other.counts.dropped == 0
 
 
 def test_pieces_of_one_document_are_held_out_together(tiny: LoadedTokenizer, tmp_path: Path) -> None:

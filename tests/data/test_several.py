@@ -15,6 +15,8 @@ from tests.data.test_render import tiny as tiny
 from tests.support.data_case import settings, write_lines
 from tunekit.data.batching import stream
 from tunekit.data.looking.first_look import look_at
+from tunekit.data.looking.look import look_at_rows
+from tunekit.data.looking.similar import SimilarityIndex
 from tunekit.data.reading import folder as folder_module
 from tunekit.data.reading import several, shards, source
 from tunekit.data.reading.problems import Problems
@@ -91,7 +93,7 @@ def test_rows_and_fingerprint_follow_from_all_files(tiny: LoadedTokenizer, tmp_p
     alone, folded, pattern = (load(tiny, path) for path in (one, folder, folder / "*.jsonl"))
     ids = [[rows.train[number].parts["ids"].tolist() for number in range(len(TEXTS))] for rows in (alone, folded)]
     assert ids[0] == ids[1]
-    assert folded.train[31].origin == "d:32"
+    assert folded.train[31].origin == "part-2.jsonl:1"
     assert folded.fingerprint == pattern.fingerprint != alone.fingerprint
     write_lines(folder / "part-3.jsonl", [{"text": "more"}])
     assert load(tiny, folder).fingerprint != folded.fingerprint
@@ -125,6 +127,44 @@ def test_an_error_names_the_file_and_its_line(streaming: bool, tiny: LoadedToken
         load(tiny, folder, streaming=streaming)
     (folder / "part-2.jsonl").write_text("\n".join([*lines[:4], "{", *lines[4:]]))
     with pytest.raises(DataError, match=r"part-2\.jsonl:5: not valid JSON"):
+        load(tiny, folder, streaming=streaming)
+
+
+def test_rows_are_named_by_their_file_and_its_line(tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        write_lines(
+            folder / name / "rows.jsonl", [{"prompt": f"{name}{number}", "completion": "c"} for number in (1, 2)]
+        )
+    source, objective = Source(path=str(folder)), make_objective(SftSettings(), tiny)
+    rows = load_rows(DataSection(train=(source,), eval=(source,), max_length=32), objective, seed=0)
+    names = ["a/rows.jsonl:1", "a/rows.jsonl:2", "b/rows.jsonl:1", "b/rows.jsonl:2"]
+    assert [rows.train[number].origin for number in range(4)] == names
+    written = [f"{row.file}:{row.line}" for row in rows.evaluation_examples()]
+    assert written == [f"{folder}/{name}" for name in names]
+    findings = look_at_rows(source, "d", "text", DataSection(train=(source,)), SimilarityIndex(), None, False)
+    assert not findings.lines
+    (folder / "b" / "rows.jsonl").write_text((folder / "a" / "rows.jsonl").read_text() + "{\n")
+    findings = look_at_rows(source, "d", "text", DataSection(train=(source,)), SimilarityIndex(), None, False)
+    places = {kind: [findings.place(line) for line in lines] for kind, lines in findings.lines.items()}
+    assert places == {"exact": ["b/rows.jsonl:1", "b/rows.jsonl:2"], "broken": ["b/rows.jsonl:3"]}
+    assert findings.first["exact"] == "as a/rows.jsonl:1"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_file_of_several_is_one_warning(streaming: bool, tiny: LoadedTokenizer, tmp_path: Path) -> None:
+    folder = parts(tmp_path / "d")
+    whole = [load(tiny, folder, streaming=streaming).train[number].origin for number in range(len(TEXTS))]
+    (folder / "part-00.jsonl").touch()
+    rows = load(tiny, folder, streaming=streaming)
+    assert [rows.train[number].origin for number in range(len(TEXTS))] == whole
+    assert [note for note in rows.notes if "empty" in note or "not read" in note] == [
+        "warning: d: 1 file is empty: part-00.jsonl; copy or remove it"
+    ]
+    for file in folder.iterdir():
+        file.write_text("")
+    with pytest.raises(DataError, match="all files are empty; add rows to them"):
         load(tiny, folder, streaming=streaming)
 
 
@@ -168,17 +208,18 @@ def test_a_run_cannot_write_into_its_data(tmp_path: Path, tiny_llama: Path) -> N
         train_verb(load_recipe(str(recipe)), resume=False, dry_run=False)
 
 
-def test_the_place_of_a_wrong_row_reads_no_later_file(
+def test_the_place_of_a_wrong_row_reads_no_file(
     tmp_path: Path, tiny: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = parts(tmp_path / "d")
+    lines = [row.line for row in read(folder)]
     opened: list[str] = []
     inspect = source.inspect_file
     monkeypatch.setattr(source, "inspect_file", lambda path: opened.append(path.name) or inspect(path))
-    assert place_of(str(folder), 31) == (str(folder / "part-1.jsonl"), 1)
-    assert place_of(str(folder), 30) == (str(folder / "part-0.jsonl"), 30)
-    assert place_of(str(folder), 33) == (str(folder / "part-2.jsonl"), 2)
-    assert opened == ["part-0.jsonl", "part-1.jsonl"]
+    assert place_of(str(folder), lines[30]) == (str(folder / "part-1.jsonl"), 1)
+    assert place_of(str(folder), lines[29]) == (str(folder / "part-0.jsonl"), 30)
+    assert place_of(str(folder), lines[32]) == (str(folder / "part-2.jsonl"), 2)
+    assert not opened
     streamed = parts(tmp_path / "e")
     sharded = shard_source(Source(path=str(streamed), streaming=True))
     opened.clear()

@@ -28,7 +28,7 @@ from tunekit.artifacts.report.tasks import score_table
 from tunekit.artifacts.report.values import read_run
 from tunekit.errors import DataError, InputError
 from tunekit.evaluation.continuations import continuation_scores
-from tunekit.evaluation.tasks.run import TaskScore, scores_of, task_differences
+from tunekit.evaluation.tasks.run import TaskScore, fixed_tasks, scores_of, task_differences
 from tunekit.files.durable import write_json
 from tunekit.machine.devices import Devices
 from tunekit.recipe.load import load_recipe
@@ -429,3 +429,26 @@ def test_a_missing_lm_eval_and_a_missing_task_file_are_named(
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None if name == "lm_eval" else object())
     assert ["tunekit[evals]" in problem.how for problem in library_problems(loaded)] == [True]
+
+
+def test_lengths_without_effect_are_named(
+    tiny_llama: Path, tmp_path: Path, harness: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only tasks that generate their prompts (RULER) read evaluation.task_lengths."""
+    rows = [{"question": f"the sky at {hour} is", "answer": hour % 3} for hour in range(4)]
+    (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "colours.yaml").write_text(json.dumps(TASK))
+
+    def work() -> None:
+        from tunekit.evaluate import evaluate_tasks
+
+        keys = ["evaluation.task_lengths=[64]", "model.dtype=float32"]
+        evaluate_tasks(str(tiny_llama), None, [str(tmp_path / "colours.yaml")], None, keys)
+
+    ended = in_child(work, tmp_path / "log", harness)
+    assert "evaluation.task_lengths has no effect on colours, which do not generate their prompts" in ended.output
+
+
+def test_tasks_that_generate_their_prompts_have_lengths() -> None:
+    configs = {"niah": {"custom_dataset": "def niah(**kwargs): ..."}, "colours": {"dataset_path": "json"}}
+    assert fixed_tasks({"configs": configs}) == ["colours"]

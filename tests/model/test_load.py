@@ -217,7 +217,10 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("not a safetensors file of its folder", traversal),
     ("is missing", missing_shard),
     ("lacks weights", missing_key),
-    (r"whose shapes differ .*up_proj", wrong_shape),
+    (
+        r"model\.safetensors: .* the tensor \S*up_proj\S* has the shape \[\d+, \d+\], but config.json declares",
+        wrong_shape,
+    ),
     ("config.json: is missing", no_config),
     ("cannot be read as JSON", deep_config),
     ("contains an adapter", adapter_folder),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from tunekit.errors import DataError, ModelError
 from tunekit.model.text import templates
@@ -55,6 +56,19 @@ def test_round_trip_and_offsets(tokenizer: LoadedTokenizer, text: str) -> None:
         covered = sorted({position for start, end in offsets for position in range(start, end)})
         assert covered == list(range(len(text)))
         assert all(first[0] <= second[0] for first, second in itertools.pairwise(offsets))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, folder: Path, kind: str) -> None:
+    """transformers makes a tokenizer of a few tokens from the configuration."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ModelError, match=r"base contains no tokenizer \(such as tokenizer\.json\); copy the tokenizer's"
+    ):
+        load(tmp_path / "base")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="contains no tokenizer"):
+        load(folder)
 
 
 def test_special_tokens_in_text(tokenizer: LoadedTokenizer) -> None:

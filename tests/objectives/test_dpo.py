@@ -438,7 +438,9 @@ def test_an_unusable_pair_is_an_error_or_counted(base: Path, tmp_path: Path, row
         TunekitError, match=rf"train\.jsonl:5: .*{reason}; correct the row, or write objective\.unusable_pairs"
     ):
         make_plan(load_recipe(recipe), device=CPU)
-    recipe = write_recipe(tmp_path, base, rows=[*pairs(4), row], objective={"unusable_pairs": "drop"})
+    recipe = write_recipe(
+        tmp_path, base, rows=[*pairs(4), row], objective={"unusable_pairs": "drop"}, data={"eval": None}
+    )
     plan, _ = make_plan(load_recipe(recipe), device=CPU)
     assert plan.rows.training.dropped_reasons == {reason: 1}
 

@@ -29,6 +29,8 @@ from tests.support.train_case import write_recipe as write_chat_recipe
 from tests.training.test_ranks import TORCHRUN, run_two
 from tunekit.errors import InputError
 from tunekit.recipe.load import load_recipe
+from tunekit.targets.reference import load_reference
+from tunekit.targets.target import find_target, load_target
 from tunekit.tuned.model import TunedModel
 
 CPU = torch.device("cpu")
@@ -39,7 +41,9 @@ SHORT = {"max_completion_length": 8, "num_generations": 2}
 @pytest.fixture(scope="module")
 def supervised(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A supervised adapter that moves the base's log-probabilities far."""
-    recipe = write_chat_recipe(tmp_path_factory.mktemp("supervised"), base, training=FAST, adapter={"dropout": 0.0})
+    recipe = write_chat_recipe(
+        tmp_path_factory.mktemp("supervised"), base, training={**FAST, "seed": 1}, adapter={"dropout": 0.0}
+    )
     return train(recipe) / "adapter"
 
 
@@ -313,17 +317,41 @@ def test_room_on_the_disk_is_asked_for_the_copy_too(
         ({"method": "dpo"}, {"prompt": "a", "chosen": "b", "rejected": "c"}, "such as orpo or simpo"),
         ({"method": "kto"}, {"prompt": "a", "completion": "b", "label": True}, "pairs of answers with an objective"),
         ({"method": "grpo", "beta": 0.1, "reward": {"regex": "a"}, **SHORT}, {"prompt": "a"}, r"objective\.beta: 0"),
-        ({"method": "rloo", "beta": 0.1, "reward": {"regex": "a"}, **SHORT}, {"prompt": "a"}, r"objective\.beta: 0"),
         ({"method": "rloo", "beta": 0, "reward": {"regex": "a"}, **SHORT}, {"prompt": "a"}, None),
     ],
 )
-def test_full_tuning_with_a_reference_is_refused_with_another_way(
+def test_full_tuning_with_a_reference_names_its_memory_and_another_way(
     tiny_llama: Path, tmp_path: Path, objective: dict[str, Any], row: dict[str, Any], way: str | None
 ) -> None:
     rows = [{**row, "prompt": f"a {number}"} for number in range(8)]
     recipe = write_recipe(tmp_path, tiny_llama, rows, objective=objective, data={"eval": None})
     values = json.loads(recipe.read_text())
     recipe.write_text(json.dumps({**values, "adapter": {"method": "full"}}))
-    found = [problem for problem in make_plan(load_recipe(recipe))[0].refusals if problem.key == "adapter.method"]
+    plan = make_plan(load_recipe(recipe))[0]
+    assert not plan.refusals
+    found = [note for note in plan.notes if "the run stores a copy of the trained weights in float32" in note]
     assert len(found) == (way is not None)
-    assert way is None or re.search(way, found[0].message)
+    assert way is None or re.search(way, found[0])
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_full_tuning_compares_with_the_base_at_step_0(
+    tiny_llama: Path, tmp_path: Path, method: str, dtype: str, close: float
+) -> None:
+    """Rewards are beta times the change of the log-probabilities since the evaluation before step 1. Also after the
+    first steps of the first epoch, whose rows have no cached reference."""
+    write = write_recipe if method == "dpo" else write_kto
+    recipe = write(tmp_path, tiny_llama, model={"dtype": dtype}, training={"learning_rate": 1e-3})
+    values = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({**values, "adapter": {"method": "full"}}))
+    run = train(recipe)
+    first, *_, last = [record["eval"] for record in records(run) if "eval" in record]
+    assert first["rewards_chosen"] == 0.0
+    for name in ("chosen", "rejected"):
+        change = last[f"logps_{name}"] - first[f"logps_{name}"]
+        assert change != 0.0
+        assert last[f"rewards_{name}"] == pytest.approx(0.1 * change, abs=close * abs(first[f"logps_{name}"]))
+    assert abs(losses(run)[2] - losses(run)[0]) > 1e-4
+    with pytest.raises(InputError, match=rf"{method} compares this model with the base at step 0, .*; read the eval"):
+        load_reference(load_target(find_target(str(run), None, []), CPU))

@@ -52,3 +52,16 @@ def test_plan_names_an_untrained_end_and_its_cure(tmp_path: Path, tiny_llama: Pa
 
 def test_plan_says_nothing_of_a_trained_end(tmp_path: Path, tiny_llama: Path) -> None:
     assert notes_of(write_recipe(tmp_path / "recipe", tiny_llama)) == []
+
+
+def test_plan_warns_of_a_far_smaller_vocabulary(tmp_path: Path, tiny_llama: Path) -> None:
+    net = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    size = len(AutoTokenizer.from_pretrained(tiny_llama))
+    net.resize_token_embeddings(3 * size)
+    net.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base")
+    plan, _ = make_plan(load_recipe(write_recipe(tmp_path / "recipe", tmp_path / "base")), device=torch.device("cpu"))
+    what = (
+        f"warning: the tokenizer has {size:,} tokens, but the base has {3 * size:,}; check that the tokenizer's files"
+    )
+    assert [note for note in plan.notes if note.startswith(what)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.recipe.test_reader import SMALL, problems_of
+from tunekit.errors import RecipeError
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe
@@ -353,3 +355,22 @@ def test_what_an_alias_could_not_write_is_not_also_missing(tmp_path: Path) -> No
     assert problems_of(text, tmp_path) == [
         "recipe.yaml:2: datasets: 'shards' would be lost; write the source under data.train"
     ]
+
+
+@pytest.mark.parametrize("objective", ["clasify", {"method": "clasify", "labels": ["a", "b"]}])
+def test_nothing_follows_from_an_unknown_objective(tmp_path: Path, objective: object) -> None:
+    """The rows, metrics and settings of the default objective are not asked of it."""
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    values = {
+        "model": "org/base",
+        "data": {"train": {"path": "d.jsonl", "format": "labels", "columns": {"a": "text"}}, "eval": 0.1},
+        "objective": objective,
+        "evaluation": {"metrics": ["accuracy", "macro_f1"], "best": "eval.macro_f1"},
+        "output": {"dir": "run"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    problem = caught.value.problems[0]
+    assert len(caught.value.problems) == 1, str(caught.value)
+    assert (problem.what, problem.how) == ("unknown objective 'clasify'", "did you mean 'classify'?")

@@ -54,6 +54,7 @@ class Words:
     """A tokenizer whose texts are ids."""
 
     fingerprint, pad_id, eos_id, chat_template, special_ids = "of ids", 0, END, None, frozenset([END])
+    unknown_id = None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return " ".join(str(number) for number in ids if number != END or not skip_special_tokens)

@@ -15,6 +15,7 @@ import torch
 import tunekit.evaluate
 from tests.support.data_case import write_lines
 from tests.support.plans import make_plan
+from tests.support.train_case import train, write_recipe
 from tunekit.errors import DataError, InputError, ModelError, RecipeError, RunFolderError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb, read_prompts
@@ -180,3 +181,19 @@ def test_standard_input_without_a_prompt_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     with pytest.raises(DataError, match=r"^standard input: it contains no prompt; .* --prompt TEXT"):
         read_prompts(Path("-"))
+
+
+def test_a_run_of_an_earlier_version_is_not_evaluated_on_a_share(tiny_llama: Path, tmp_path: Path) -> None:
+    """Its training rows and evaluation rows were others, so that the score would be too good."""
+    run = train(write_recipe(tmp_path, tiny_llama, training={"max_steps": 1, "epochs": None, "warmup_steps": 0}))
+    evaluate_verb(str(run), None, None, None, [], str(tmp_path / "now.json"), [])
+    environment = json.loads((run / "environment.json").read_text())
+    environment["fingerprint"]["numerics"] = 1
+    (run / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(InputError, match=r"^data\.eval: an earlier version of tunekit .*; name a file .* --data FILE"):
+        evaluate_verb(str(run), None, None, None, [], None, [])
+    evaluate_verb(str(run), None, str(tmp_path / "train.jsonl"), None, [], None, [])
+    (run / "status.json").unlink()
+    with pytest.raises(RunFolderError, match=r"data\.eval: an earlier version .*; start a new run") as caught:
+        train(tmp_path / "recipe.yaml", resume=True)
+    assert len(caught.value.problems) == 1

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from tunekit.errors import RunFolderError
+from tests.support.data_case import write_lines
+from tests.support.train_case import write_recipe
+from tunekit import sweep
+from tunekit.errors import RecipeError, RunFolderError
 from tunekit.evaluation.evaluator import Evaluator, Queries
 from tunekit.files.durable import write_json
 from tunekit.recipe.load import load_recipe
@@ -250,3 +253,23 @@ def test_a_resume_reads_the_chosen_values(tmp_path: Path) -> None:
     earlier = earlier_choice(tmp_path)
     assert earlier == automatic
     assert list(earlier.keys) == list(keys)  # otherwise the trials have other names
+
+
+def test_a_resumed_sweep_of_kto_may_have_one_row_per_step(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older version could begin it. A new one is refused, because its rows have no other row to compare with."""
+    sizes = {"micro_batch_size": 1, "gradient_accumulation_steps": 1}
+    recipe = write_recipe(tmp_path, tiny_llama, objective={"method": "kto"}, training=sizes)
+    rows = [{"prompt": f"p{number}", "completion": "c", "label": number % 2 == 0} for number in range(20)]
+    write_lines(tmp_path / "train.jsonl", rows)
+
+    def measured(*values: object) -> None:
+        raise KeyError("measured")
+
+    monkeypatch.setattr(sweep, "measure_costs", measured)
+    loaded = load_recipe(recipe)
+    with pytest.raises(RecipeError, match="a step has one row"):
+        sweep.automatic_verb(loaded, str(recipe), [], 60.0, False, None)
+    with pytest.raises(KeyError, match="measured"):
+        sweep.automatic_verb(loaded, str(recipe), [], 60.0, True, None)

@@ -113,10 +113,16 @@ class AttachedAdapter:
         try:
             for name, tensor in state.items():
                 tensor.data = tensors[name]
+            self._follow_state()
             yield
         finally:
             for name, tensor in state.items():
                 tensor.data = before[name]
+            self._follow_state()
+
+    def _follow_state(self) -> None:
+        for part in self.parts():
+            part.follow_state()
 
     def groups(self, training: TrainingSection) -> list[tuple[tuple[str, ...], float, bool]]:
         """Optimizer groups as (names, learning-rate multiplier, whether weight decay applies). Every trained name

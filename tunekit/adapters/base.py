@@ -106,6 +106,9 @@ class AdapterPart(nn.Module):
         """Fields of PEFT's configuration whose values depend on the adapter's tensors."""
         return {}
 
+    def follow_state(self) -> None:
+        """Called after the tensors were replaced, so that values computed from them follow."""
+
     def check_state(self) -> None:
         """Called after the tensors were loaded.
 

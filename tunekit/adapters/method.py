@@ -41,7 +41,7 @@ def saved_modules(settings: AdapterSettings) -> Sequence[str]:
 def needs_reference_state(objective: Objective, settings: AdapterSettings, *, exported: bool = False) -> bool:
     """Whether training must keep a copy of the policy at step 0. That is the case if the loss compares with this
     policy, and the policy is not simply the base with the adapter bypassed. `exported`: see `starts_as_base`."""
-    return objective.loss.reference and not starts_as_base(settings, exported=exported)
+    return objective.loss.reference and (settings.trains_base or not starts_as_base(settings, exported=exported))
 
 
 def starts_as_base(settings: AdapterSettings, *, exported: bool = False) -> bool:

@@ -10,7 +10,9 @@ from tunekit.recipe.reading.sections import section_class
 
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 # It is raised by every change of tunekit after which a resumed run continues with different numbers.
-NUMERICS = 1
+NUMERICS = 2
+RAW_SHARES = 2  # from here on, the share of data.eval is drawn from raw rows; before, from encoded rows
+EARLIER_SHARE = "an earlier version of tunekit trained the run, and drew other evaluation rows"
 NOT_INSTALLED = "not installed"
 MISSING = "(absent)"
 
@@ -98,6 +100,8 @@ def flat_values(value: object, key: str = "", free: Container[str] = ()) -> Iter
 
 def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -> list[tuple[str, str]]:
     """(key, description) of every difference that makes a resume impossible; empty if the run can be resumed."""
+    if has_earlier_share(old) and not has_earlier_share(new):
+        return [("data.eval", EARLIER_SHARE)]
     now = _part(new, "recipe")
     differences = [
         (key, f"was {_shown(was)}, is {_shown(is_)}")
@@ -121,6 +125,13 @@ def compare_fingerprints(old: Mapping[str, object], new: Mapping[str, object]) -
         text = f"auto is {old['dtype']} on one processor or GPU, but {new.get('dtype')} on the other"
         differences.append(("model.dtype", text))
     return differences
+
+
+def has_earlier_share(fingerprint: Mapping[str, object]) -> bool:
+    """Whether an earlier version drew the evaluation rows, as a share of the training rows."""
+    numerics = fingerprint.get("numerics")
+    earlier = not isinstance(numerics, int) or numerics < RAW_SHARES
+    return earlier and isinstance(_part(fingerprint, "recipe").get("data.eval"), float)
 
 
 def changed_files(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
@@ -197,13 +208,12 @@ def require_same(
     problems = []
     for key, text in compare_fingerprints(old, new):
         accept = f" (also in files that it loads), accept it with --accept-changed {key}" if key in files else ""
-        how = (
-            f"undo the change{accept}, or start a new run in another output.dir "
-            "(adapter.init_from starts it from an existing adapter)"
-        )
+        earlier = text == EARLIER_SHARE
+        what, cure = (text, "") if earlier else (f"changed since the run: {text}", f"undo the change{accept}, or ")
+        how = f"{cure}start a new run in another output.dir (adapter.init_from starts it from an existing adapter)"
         if key not in allowed:
             place = file if key in lines else None
-            problems.append(Problem(f"changed since the run: {text}", how, place, lines.get(key), key))
+            problems.append(Problem(what, how, place, lines.get(key), key))
     if problems:
         raise RunFolderError.of(problems)
     return allowed

@@ -32,6 +32,7 @@ PICTURES = "pictures"  # images that the model generated at each evaluation
 FOLDERS = ("checkpoints", "adapter", "model", "tracking", PICTURES)
 RUN_SIGNS = ("plan.json", "checkpoints")
 STOPPED_BY_TIME = "stopped_by_time"  # the reason in status.json of a run that training.max_minutes ended
+SWEEP_NAME = "sweep.json"
 PART = re.compile(r"\.(?P<name>.+)\.part-\d+(?P<old>\.old)?")  # temporary files, and old folders moved aside for them
 RESULT_FILES = {  # result folder -> names of its files
     "adapter": re.compile(
@@ -204,6 +205,8 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
     lock = None
     try:
         refuse_old_run(path, resume=resume)
+        if holds_sweep(path):
+            raise RunFolderError(f"{path} already holds a sweep", "choose another output.dir")
         _make_folders(path, new_folders)
         lock = FolderLock(path)
         refuse_old_run(path, resume=resume, ours=True)
@@ -221,6 +224,11 @@ def _open(path: Path, *, resume: bool, warn: Callable[[str], None]) -> RunFolder
     if lock.lost:
         warn(f"{path}: a process{lock.lost} has ended without releasing this folder, which is now used by this run")
     return RunFolder(path, lock, warn)
+
+
+def holds_sweep(path: Path) -> bool:
+    """Whether a sweep uses this folder. A run's files next to its files would be taken for one result."""
+    return (path / SWEEP_NAME).exists() and not any((path / sign).exists() for sign in RUN_SIGNS)
 
 
 def refuse_old_run(path: Path, *, resume: bool = False, ours: bool = False) -> None:

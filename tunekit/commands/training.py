@@ -168,13 +168,14 @@ def check(
         str | None, typer.Option(metavar="FILE", help="write the training rows without findings to FILE")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace FILE of --fix if it exists")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 2 for warnings too, not only for errors")] = False,
     json_file: JsonFile = None,
 ) -> int:
     """Find duplicate, leaked, invalid, suspicious and long rows, and rows with secrets. Prints their line numbers."""
     from tunekit.data_check import data_check_verb
     from tunekit.recipe.load import load_recipe
 
-    return data_check_verb(load_recipe(recipe, overrides or []), fix, json_file, overwrite=overwrite)
+    return data_check_verb(load_recipe(recipe, overrides or []), fix, json_file, overwrite=overwrite, strict=strict)
 
 
 @data.command(short_help="List rows that are likely wrong, or teach nothing.")

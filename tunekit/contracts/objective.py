@@ -119,6 +119,11 @@ class RowKind:
     room: str = ""  # " with room for KEY" in messages: a part of a row's length besides its own tokens
 
     @property
+    def unknown_id(self) -> int | None:
+        """The id of the tokenizer's unknown token; None for rows that are not text."""
+        return None
+
+    @property
     def layout(self) -> RowLayout:
         """The names, dtypes and sizes of a row's arrays."""
         raise NotImplementedError

@@ -51,6 +51,7 @@ class Tokenizer(Protocol):
     pad_id: int  # any existing id: padding is always masked by length, never by id
     adds_bos: bool  # whether the tokenizer by default puts bos_id before a text; encode never does
     special_ids: frozenset[int]  # control tokens
+    unknown_id: int | None  # the token of unknown characters or words; None if it also has another use, or is absent
     vocabulary_size: int
     fingerprint: str  # sha256 of everything that changes ids or templates
     chat_template: str | None

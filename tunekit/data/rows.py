@@ -15,12 +15,13 @@ from tunekit.data.batching.order import Share, epoch_rows, held_out
 from tunekit.data.batching.steps import BatchSettings, StoredSteps
 from tunekit.data.batching.stream import StreamedSource, StreamedSteps
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG
-from tunekit.data.encoding.notes import dropped_notes
+from tunekit.data.encoding.notes import MANY_DROPPED, WARNING, dropped_notes
 from tunekit.data.encoding.sample import sample_source
 from tunekit.data.encoding.sources import EncodedSource, encode_options, load_sources, read_examples
 from tunekit.data.encoding.store import ChosenRows, Part
 from tunekit.data.reading.folder import with_table
-from tunekit.errors import DataError, RecipeError, TunekitError
+from tunekit.data.reading.source import place_of
+from tunekit.errors import DataError, RecipeError, TunekitError, listed
 from tunekit.files.cache_folder import hash_of
 from tunekit.formats.example import Example
 from tunekit.recipe.data import DataSection, Source
@@ -28,6 +29,10 @@ from tunekit.records import RowCounts
 
 STREAMED = "a training source is streamed (because of its size or the recipe)"
 OWN_EVALUATION = "name a separate source in data.eval"
+LIKE_EVALUATION = "encoded like an evaluation row"
+SHOWN_PLACES = 5
+FIRST_ROWS, MOST_UNKNOWN = 200, 0.01  # rows whose tokens are counted; the largest usual share of unknown tokens
+UNKNOWN = "use the tokenizer that belongs to the base, or a base that was trained on such texts"
 
 
 class Written(NamedTuple):
@@ -98,28 +103,28 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     if any(source.streaming for source in data.train):
         return _load_streamed(data, objective, seed, cache_dir)
     sources = load_sources(data.train, objective.rows, cache_dir)
-    train, held = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
+    split = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
     listed = load_sources(data.eval, objective.rows, cache_dir) if isinstance(data.eval, tuple) else []
-    eval_sources, evaluation = (listed, [_whole(source) for source in listed]) if listed else (sources, held)
-    train_rows = ChosenRows(train)
-    if held and not len(train_rows) and len(ChosenRows(held)):
-        what = "all rows are equal, or there is only one row, so no fraction can be held out"
-        raise DataError(what, OWN_EVALUATION, key="data.eval")
+    eval_sources, evaluation = (listed, [_whole(source) for source in listed]) if listed else (sources, split.held)
+    train_rows = ChosenRows(split.train)
+    if split.held and not len(train_rows) and len(ChosenRows(split.held)):
+        raise _nothing_left(split, objective)
     _require_rows(train_rows, sources, "data.train")
     draws = _shares(train_rows, [source.source.weight for source in sources])
     eval_rows = ChosenRows(evaluation) if data.eval is not None else None
     if eval_rows is not None:
         _require_rows(eval_rows, eval_sources, "data.eval")
-    leaks = _leaks(data, objective, train_rows, eval_rows)
+    leaks, more = _leaks(data, objective, train_rows, eval_rows), [*_share_notes(split)]
+    more += _unknown_notes(objective, train_rows)
     return RowSet(
         objective=objective.learn([train_rows] if eval_rows is None else [train_rows, eval_rows]),
         train=train_rows,
         evaluation=eval_rows,
-        counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False)),
+        counts=_count(sources, train_rows, epoch_rows(draws, seed=seed, epoch=0, shuffle=False), split.left_out),
         eval_counts=None if eval_rows is None else _count(listed, eval_rows),
         fingerprint=_fingerprint(data, sources, listed, seed),
         draws=draws,
-        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(listed, evaluation=True), *leaks])),
+        notes=tuple(dict.fromkeys([*_notes(sources), *_notes(listed, evaluation=True), *leaks, *more])),
         evaluation_examples=lambda: written_rows([each.source for each in eval_sources], evaluation, objective),
     )
 
@@ -193,7 +198,11 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
         fingerprint=hash_of(fingerprint),
         draws=draws,
         streams=streams,
-        notes=tuple(dict.fromkeys([*_notes(samples), *(evaluation.notes if evaluation else ())])),
+        notes=tuple(
+            dict.fromkeys(
+                [*_notes(samples), *(evaluation.notes if evaluation else ()), *_unknown_notes(objective, rows)]
+            )
+        ),
         evaluation_examples=evaluation.evaluation_examples if evaluation else lambda: iter(()),
     )
 
@@ -215,23 +224,90 @@ def _with_tables(data: DataSection) -> DataSection:
 
 
 def _whole(source: EncodedSource) -> Part:
-    return Part(source.store, np.arange(len(source.store), dtype=np.int64), source.name)
+    return _selected(source, np.ones(len(source.store), dtype=np.bool_))
 
 
-def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) -> tuple[list[Part], list[Part]]:
-    """Training rows and held-out rows of each source. The hash of a row decides where it goes, so equal rows of all
-    sources stay together.
+def _selected(source: EncodedSource, selected: NDArray[np.bool_]) -> Part:
+    """The rows of a source for which `selected` (rows,) is true."""
+    return Part(source.store, np.flatnonzero(selected).astype(np.int64), source.name, source.files)
+
+
+class Split(NamedTuple):
+    """The rows of each source, divided by a fraction. `held`: the evaluation rows. `left_out`: rows that are not
+    trained on because they are encoded like an evaluation row. `dropped`: the number of evaluation rows that cannot be
+    encoded."""
+
+    train: list[Part]
+    held: list[Part]
+    left_out: list[Part]
+    dropped: int
+
+
+def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) -> Split:
+    """The divided rows. The hash of a raw row decides whether it is held out, before any row is dropped. So the
+    tokenizer changes nothing, equal rows of all sources stay together, and so do all rows that are made from one raw
+    row.
     """
     if fraction is None:
-        return [_whole(source) for source in sources], []
-    train, held = [], []
-    digests = [source.store.records["digest"] for source in sources]  # (rows,) of each source
-    out = np.concatenate([values[held_out(values, fraction, seed)] for values in digests])  # (held-out rows,)
-    for source, values in zip(sources, digests, strict=True):
-        chosen = np.isin(values, out)  # (rows,)
-        train.append(Part(source.store, np.flatnonzero(~chosen).astype(np.int64), source.name))
-        held.append(Part(source.store, np.flatnonzero(chosen).astype(np.int64), source.name))
-    return train, held
+        return Split([_whole(source) for source in sources], [], [], 0)
+    stores = [source.store for source in sources]
+    out = np.concatenate([store.raw[held_out(store.raw, fraction, seed)] for store in stores])  # (held-out raw rows,)
+    raw = [np.isin(store.raw, out) for store in stores]  # (raw rows,) of each source
+    chosen = [is_held[store.records["number"]] for store, is_held in zip(stores, raw, strict=True)]  # (rows,) of each
+    digests = [store.records["digest"] for store in stores]  # (rows,) of each source
+    known = np.concatenate([values[is_held] for values, is_held in zip(digests, chosen, strict=True)])
+    same = [~is_held & np.isin(values, known) for values, is_held in zip(digests, chosen, strict=True)]
+    train = [~(is_held | alike) for is_held, alike in zip(chosen, same, strict=True)]
+    train_parts, held, left_out = (
+        [_selected(*pair) for pair in zip(sources, rows, strict=True)] for rows in (train, chosen, same)
+    )
+    kept = sum(part.written_rows for part in held)
+    return Split(train_parts, held, left_out, sum(int(is_held.sum()) for is_held in raw) - kept)
+
+
+def _nothing_left(split: Split, objective: Objective) -> DataError:
+    """The error if the held-out rows leave no training row."""
+    places, unknown = _places(split.left_out), _unknown_share(objective, ChosenRows(split.left_out))
+    if not places:
+        what = "all rows are equal, or there is only one row, so no fraction can be held out"
+        return DataError(what, OWN_EVALUATION, key="data.eval")
+    what = f"all training rows are encoded like evaluation rows ({listed(places, SHOWN_PLACES)})"
+    if unknown > MOST_UNKNOWN:
+        return DataError(f"{what}, because {unknown:.0%} of their tokens are unknown", UNKNOWN, key="model")
+    return DataError(what, OWN_EVALUATION, key="data.eval")
+
+
+def _unknown_share(objective: Objective, rows: ChosenRows) -> float:
+    """The share of the first rows' tokens that is the tokenizer's unknown token."""
+    parts = objective.rows.layout.token_parts
+    ids = [row.parts[part] for row in map(rows.__getitem__, range(min(len(rows), FIRST_ROWS))) for part in parts]
+    return float(np.mean(np.concatenate(ids) == objective.rows.unknown_id)) if ids else 0.0
+
+
+def _unknown_notes(objective: Objective, rows: ChosenRows) -> Iterator[str]:
+    """A warning if many tokens of the first rows are unknown."""
+    if objective.rows.unknown_id is not None and (share := _unknown_share(objective, rows)) > MOST_UNKNOWN:
+        first = f"the first {min(len(rows), FIRST_ROWS):,} training rows"
+        yield f"warning: {share:.1%} of the tokens of {first} are unknown to the tokenizer; {UNKNOWN}"
+
+
+def _places(parts: Sequence[Part]) -> list[str]:
+    """The file and line of each row."""
+    return list(dict.fromkeys(part.origin(index) for part in parts for index in range(len(part.chosen))))
+
+
+def _share_notes(split: Split) -> Iterator[str]:
+    """Notes about training rows that are left out, and about evaluation rows that are dropped."""
+    if places := _places(split.left_out):
+        many = WARNING if len(places) > MANY_DROPPED * sum(part.written_rows for part in split.train) else ""
+        which = f"{len(places):,} training rows are left out, because they are"
+        which = "1 training row is left out, because it is" if len(places) == 1 else which
+        yield f"{many}{which} encoded like an evaluation row: {listed(places, SHOWN_PLACES)}"
+    if split.dropped:
+        rows = split.dropped + sum(part.written_rows for part in split.held)
+        which = f"{split.dropped:,} of the {rows:,} evaluation rows are"
+        which = f"1 of the {rows:,} evaluation rows is" if split.dropped == 1 else which
+        yield f"warning: {which} dropped, so a different base may be evaluated on different rows"
 
 
 def _require_rows(rows: ChosenRows, sources: Sequence[EncodedSource], key: str) -> None:
@@ -252,13 +328,23 @@ def _shares(rows: ChosenRows, weights: Sequence[float]) -> tuple[Share, ...]:
     return tuple(Share(bounds[index], bounds[index + 1], weight) for index, weight in enumerate(weights))
 
 
-def _count(sources: Sequence[EncodedSource], rows: ChosenRows, order: NDArray[np.int64] | None = None) -> RowCounts:
+def _count(
+    sources: Sequence[EncodedSource],
+    rows: ChosenRows,
+    order: NDArray[np.int64] | None = None,
+    left_out: Sequence[Part] = (),
+) -> RowCounts:
     """Counts of the read, trained, dropped and truncated rows of the sources, and of their tokens.
 
     `order`: the rows whose tokens are counted; by default all rows, once. A row that was split counts once.
-    Held-out evaluation rows do not count as read for training.
+    `left_out`: rows that are encoded like an evaluation row. Held-out evaluation rows do not count as read for
+    training.
     """
     reasons = sum((source.counts.dropped for source in sources), Counter[str]())
+    missing = sum(
+        len(np.setdiff1d(part.numbers, kept.numbers)) for part, kept in zip(left_out, rows.parts, strict=False)
+    )
+    reasons += Counter({LIKE_EVALUATION: missing})
     lengths, supervised = rows.lengths, rows.supervised  # (rows,)
     order = np.arange(len(rows), dtype=np.int64) if order is None else order
     trained = sum(part.written_rows for part in rows.parts)
@@ -299,12 +385,13 @@ def _fingerprint(
 ) -> str:
     fraction = data.eval if isinstance(data.eval, float) else None
     parts = [[source.fingerprint, source.source.weight] for source in train]
-    return hash_of([parts, [source.fingerprint for source in evaluation], fraction, seed if fraction else None])
+    share = None if fraction is None else [seed, "raw rows"]  # older versions divided encoded rows
+    return hash_of([parts, [source.fingerprint for source in evaluation], fraction, share])
 
 
 def written_rows(sources: Sequence[Source], parts: Sequence[Part], objective: Objective) -> Iterator[Written]:
     """The examples of the rows that `parts` select, read from their files. `parts`: one part per source."""
     for source, part in zip(sources, parts, strict=True):
-        numbers = set(part.store.records["number"][part.chosen].tolist())
+        numbers = set(part.numbers.tolist())
         for line, example in read_examples(source, objective.rows.example, numbers):
-            yield Written(source.path, line, example)
+            yield Written(*place_of(source.path, line), example)

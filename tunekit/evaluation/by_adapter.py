@@ -43,7 +43,7 @@ def rows_by_adapter(rows: RowSet, sources: tuple[Source, ...], column: str) -> d
     assert isinstance(rows.evaluation, ChosenRows)  # load_evaluation_rows makes them
     groups: dict[Path | None, list[tuple[Source, Part]]] = {}
     for source, places, part in zip(sources, named, rows.evaluation.parts, strict=True):
-        of_rows = [places[number] for number in part.store.records["number"][part.chosen].tolist()]
+        of_rows = [places[number] for number in part.numbers.tolist()]
         for place in dict.fromkeys(of_rows):
             chosen = np.array([other == place for other in of_rows])  # (rows,)
             groups.setdefault(place, []).append((source, replace(part, chosen=part.chosen[chosen])))

@@ -25,11 +25,25 @@ def class_facts(classes: Mapping[str, Any]) -> JsonObject:
 
 
 def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
-    """Header and lines of the confusion matrix; None if there is no matrix, or if it is too large to print."""
+    """Header and lines of the confusion matrix; None if there is no matrix, or if it is too large to show."""
     if "confusion" not in facts or len(labels := facts["labels"]) > MOST_SHOWN:
         return None
     rows = zip(labels, facts["confusion"], strict=True)
     return ["true, then predicted as", *labels], [[label, *row] for label, row in rows]
+
+
+def confused_pairs(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
+    """Header and lines of a table of the pairs of labels that are confused most often; None if none is confused."""
+    labels, matrix = facts["labels"], facts.get("confusion", ())
+    cells = ((count, true, other) for true, row in enumerate(matrix) for other, count in enumerate(row))
+    wrong = sorted((cell for cell in cells if cell[0] and cell[1] != cell[2]), key=lambda cell: -cell[0])
+    lines = [[labels[true], labels[other], count] for count, true, other in wrong[:MOST_SHOWN]]
+    return (["true label", "predicted as", "rows"], lines) if lines else None
+
+
+def never_right(facts: Mapping[str, Any]) -> list[str]:
+    """The labels of some rows whose F1 is 0: no row with this label is predicted right."""
+    return [line["label"] for line in facts["per_class"] if line.get("rows") and line.get("f1") == 0]
 
 
 def class_table(

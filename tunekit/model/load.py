@@ -238,13 +238,12 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
             **spec.arguments,
             **arguments,
         )
-    if shapes := sorted(str(name) for name, *_ in cast(Iterable[tuple[str, object]], loading["mismatched_keys"])):
-        what = f"{section.name_or_path} has weights whose shapes differ from its configuration"
-        how = "use the config.json that belongs to these weights"
+    mismatched = cast(Iterable[tuple[str, Sequence[int], Sequence[int]]], loading["mismatched_keys"])
+    if shapes := sorted((str(name), tuple(stored), tuple(wanted)) for name, stored, wanted in mismatched):
         if source.gguf_file is not None:
             what = f"{section.name_or_path} has tensors whose shapes transformers does not support in a GGUF file"
-            how = FOLDER
-        raise ModelError(f"{what} ({listed(shapes, 5)})", how, key="model.name_or_path")
+            raise ModelError(f"{what} ({listed([name for name, *_ in shapes], 5)})", FOLDER, key="model.name_or_path")
+        raise _wrong_shape(source, *shapes[0], others=len(shapes) - 1)
     missing = sorted(map(str, loading["missing_keys"]))
     for head in spec.family.new_head(section, net):
         if any(key.startswith(f"{head}.") for key in missing):
@@ -255,6 +254,19 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
         raise ModelError(what, "these weights would be random; use a complete model", key="model.name_or_path")
     unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"the model does not use {len(unused)} tensors of the base, for example {unused[0]}"] if unused else []
+
+
+def _wrong_shape(
+    source: ModelSource, name: str, stored: Sequence[int], wanted: Sequence[int], others: int = 0
+) -> ModelError:
+    """The error for a tensor with the shape `stored`, for which the configuration has the shape `wanted`. `others`: the
+    number of other such tensors."""
+    entries = _headers(source).items()  # files may lack the prefix of the names in the net, or have one more
+    files = [entry.file for each, entry in entries if f".{each}".endswith(f".{name}") or name.endswith(f".{each}")]
+    more = f" (and {others:,} more)" if others else ""
+    what = f"the tensor {name} has the shape {list(stored)}, but config.json declares {list(wanted)}{more}"
+    how = "use the config.json that belongs to these weights"
+    return ModelError(what, how, file=str(source.folder / (files or [""])[0]), key="model.name_or_path")
 
 
 def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] | None:
@@ -317,11 +329,18 @@ def _finish(
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note."""
+    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note.
+    Raises: ModelError if such a module is in the files, with another shape."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
     names = [name for name in new_modules if name != replaced]
     if not names:
         return []
+    headers = _headers(spec.source)
+    for name in names:  # a module of another shape is no new module: its trained values would be lost
+        for part, tensor in net.get_submodule(name).state_dict(keep_vars=True).items():
+            stored = headers.get(f"{name}.{part}")
+            if stored is not None and tuple(stored.shape) != tuple(tensor.shape):
+                raise _wrong_shape(spec.source, f"{name}.{part}", stored.shape, tensor.shape)
     what = f"the base's files do not contain {', '.join(names)}"
     return [f"{what}; these modules are initialised at random, fully trained, and saved with the adapter or model"]
 

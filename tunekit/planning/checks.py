@@ -8,7 +8,7 @@ import torch
 from tunekit.adapters.method import load_method
 from tunekit.errors import Problem
 from tunekit.planning import refusals
-from tunekit.planning.initialisation import continued_problems, initialisation_problems, reference_problems
+from tunekit.planning.initialisation import continued_problems, initialisation_problems
 from tunekit.planning.kernels import kernel_problems
 from tunekit.planning.prepared import Prepared
 from tunekit.recipe.reading.supported import refuse_unsupported
@@ -24,7 +24,7 @@ def recipe_checks(recipe: Recipe, device: torch.device, *, check_folder: bool, r
     yield from refusals.device_problems(recipe, device)
     if check_folder:
         yield from refusals.folder_problems(recipe)
-    if not resumed:  # a run of an older version can be resumed
+    if not resumed:  # a run or a sweep of an older version can be resumed
         yield from refusals.step_problems(recipe)
 
 
@@ -34,7 +34,6 @@ def run_checks(prepared: Prepared, *, resumed: bool) -> Iterator[Problem]:
     base, context = prepared.base, prepared.context
     yield from row_problems(base, context.processor, objective.rows, context.rows, context.virtual_tokens)
     yield from initialisation_problems(adapter, base, context.targets)
-    yield from reference_problems(adapter, objective)
     if not resumed:  # the state of a resumed run is in its checkpoint
         yield from continued_problems(adapter, base, context.targets)
 

@@ -30,14 +30,6 @@ def initialisation_problems(
         )
 
 
-def reference_problems(settings: AdapterSettings, objective: Objective) -> Iterator[Problem]:
-    """Yields a problem if the loss compares the policy with the base, whose own weights the run changes."""
-    if objective.loss.reference and settings.trains_base:
-        what = f"the reference model of {objective.name} is the base, whose own weights {settings.method} changes"
-        how = f"use an adapter method such as lora, or {objective.loss.without_reference}"
-        yield Problem(what, how, key="adapter.method")
-
-
 def continued_problems(settings: AdapterSettings, base: LoadedModel, targets: Sequence[Target]) -> Sequence[Problem]:
     """The problems of the adapter that init_from names: it is not an adapter folder, is damaged, or has an adapter with
     different settings."""
@@ -70,7 +62,11 @@ def _statistics_bytes(start: CalibratedStart | None, targets: Sequence[Target]) 
 
 def initialisation_notes(settings: AdapterSettings, objective: Objective, targets: Sequence[Target]) -> Iterator[str]:
     """Notes about the reference model, and about the pass over the data that initialises the adapter before step 1."""
-    if needs_reference_state(objective, settings):
+    if needs_reference_state(objective, settings) and settings.trains_base:
+        how = f"to save this memory, use an adapter method such as lora, or {objective.loss.without_reference}"
+        kept = "the run stores a copy of the trained weights in float32"
+        yield f"the reference model is the base at step 0; {kept}; {how}"
+    elif needs_reference_state(objective, settings):
         yield "the reference model is the base with the adapter at step 0; the run stores a frozen copy of this adapter"
     start = settings.calibration
     if start is not None:

@@ -127,7 +127,7 @@ def _notes(prepared: Prepared, recipe: Recipe, execution: ExecutionSettings, rea
     yield from initialisation_notes(recipe.adapter, rows.objective, context.targets)
     yield from refusals.rate_notes(recipe.training, steps)
     yield from time_notes(recipe, steps)
-    yield from prepared.end_notes
+    yield from prepared.token_notes
     groups = load_method(recipe.adapter.method).groups(base.net, recipe.adapter, context.targets)
     if groups:
         yield f"some layers are computed together, which saves memory and time: {describe(groups)}"

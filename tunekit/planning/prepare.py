@@ -1,5 +1,6 @@
 """Reads all that planning needs: the model without its weights, the data, the adapter and the free memory."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -38,6 +39,7 @@ from tunekit.targets.labels import start_facts
 from tunekit.training.state import Processors
 from tunekit.tuned.fit import check_family
 
+LEAST_VOCABULARY = 0.5  # share of the base's tokens that its tokenizer has at least
 END_TO_END = (
     "; the rows of a micro-batch are put end to end without padding (a test before step 1 checks that they do not see "
     "each other; otherwise they are padded)"
@@ -51,18 +53,20 @@ def prepare(
     rank: int = 0,
     ranks: int = 1,
     resumed: bool = False,
+    in_resumed_sweep: bool = False,
     check_folder: bool = False,
     processors: Processors | None = None,
 ) -> Prepared:
     """Read model, data, adapter and free memory for one rank of a run on `ranks` ranks, and check them.
 
-    `resumed`: the run continues from a checkpoint. `check_folder`: also check output.dir; not for `train`, which has
-    already locked it. `processors`: the loaded processors, which other plans of this process use too.
+    `resumed`: the run continues from a checkpoint. `in_resumed_sweep`: its sweep was started earlier, perhaps
+    by an older version that did not refuse the recipe. `check_folder`: also check output.dir; not for `train`, which
+    has already locked it. `processors`: the loaded processors, which other plans of this process use too.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe = loaded.recipe.model_copy(update={"memory": loaded.recipe.memory.of_rank(rank, ranks)})
     findings = Findings(loaded)
-    findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed))
+    findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed or in_resumed_sweep))
     recipe, context, rows = _read(recipe, device, findings, {} if processors is None else processors)
     companions = make_companions(rows.objective.companions)
     examined = [findings.attempt(companion.examine, context) for companion in companions.values()]
@@ -95,7 +99,8 @@ def prepare(
         written=written_execution(recipe, kernels[0], ranks),
     )
     findings.add([*run_checks(prepared, resumed=resumed), *companion_problems])
-    return replace(prepared, problems=tuple(findings.problems), end_notes=tuple(end_notes(prepared)))
+    notes = [*_vocabulary_notes(context), *end_notes(prepared)]
+    return replace(prepared, problems=tuple(findings.problems), token_notes=tuple(notes))
 
 
 def _read(
@@ -130,6 +135,15 @@ def _read(
     sections = (recipe.memory, recipe.training, recipe.evaluation)
     context = PlanContext(device, base, processor, rows.all, bool(rows.streams), *sections, targets, virtual_tokens)
     return recipe.model_copy(update={"adapter": adapter, "model": model}), context, rows
+
+
+def _vocabulary_notes(context: PlanContext) -> Iterator[str]:
+    """A warning if the tokenizer has far fewer tokens than the base."""
+    tokenizer, text = context.processor.tokenizer, as_loaded(context.base).text
+    if tokenizer is None or text is None or tokenizer.vocabulary_size >= text.vocabulary_size * LEAST_VOCABULARY:
+        return
+    count = f"the tokenizer has {tokenizer.vocabulary_size:,} tokens, but the base has {text.vocabulary_size:,}"
+    yield f"warning: {count}; check that the tokenizer's files belong to this base"
 
 
 def _read_base(model: ModelSection, family: str, device: torch.device) -> LoadedModel:

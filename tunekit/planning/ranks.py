@@ -67,9 +67,12 @@ def plan_together(
     return [pair if pair[0].choice.common == shared.common else make(one, shared, sharded) for one, pair in pairs]
 
 
-def plan_session(session: Session, resumed: ExecutionSettings | None = None) -> tuple[Plan, Planned]:
+def plan_session(
+    session: Session, resumed: ExecutionSettings | None = None, *, in_resumed_sweep: bool = False
+) -> tuple[Plan, Planned]:
     """Make the plan of this process. The main rank reads the data first, so that rows are encoded only once. `resumed`:
-    the settings of the run that is resumed. Raises: TunekitError with all refusals."""
+    the settings of the run that is resumed. `in_resumed_sweep`: the run is part of a sweep that is resumed. Raises:
+    TunekitError with all refusals."""
     devices = session.devices
 
     def gather(settings: list[ExecutionSettings]) -> list[ExecutionSettings]:
@@ -83,6 +86,7 @@ def plan_session(session: Session, resumed: ExecutionSettings | None = None) -> 
                 rank=devices.rank,
                 ranks=devices.world,
                 resumed=resumed is not None,
+                in_resumed_sweep=in_resumed_sweep,
                 processors=session.processors,
             )
         )

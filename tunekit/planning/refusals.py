@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tunekit.artifacts.run import holds_sweep
 from tunekit.contracts import Processor, RowKind
 from tunekit.data.batching.steps import dealt
 from tunekit.data.rows import RowSet
@@ -111,6 +112,9 @@ def folder_problems(recipe: Recipe) -> Iterator[Problem]:
             how = "continue it with `tunekit train RECIPE --resume`, or move it aside with --overwrite"
             yield Problem(f"{path} already holds a run ({name})", how, key=key)
             return
+    if holds_sweep(path):
+        yield Problem(f"{path} already holds a sweep", "choose another output.dir", key=key)
+        return
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         yield Problem(

@@ -10,9 +10,13 @@ from tunekit.targets.target import LoadedTarget
 def load_reference(loaded: LoadedTarget) -> None:
     """Load the adapter's state at step 0 into the model, if the objective compares with this state.
 
-    Raises: InputError if no checkpoint of the adapter's run contains this state.
+    Raises: InputError if no checkpoint of the adapter's run contains this state, or if the run trained every weight.
     """
     target, model = loaded.target, loaded.model
+    whole = target.run is not None and target.recipe is not None and target.recipe.adapter.trains_base
+    if whole and loaded.objective.loss.reference:
+        what = f"{loaded.objective.name} compares this model with the base at step 0, which the run's result replaces"
+        raise InputError(what, f"read the evaluations of the run: tunekit report {target.run}")
     facts = {} if target.adapter is None else read_adapter_config(target.adapter).objective or {}
     if not STEP_0.keys() <= facts.keys() or model.adapter is None:
         return

@@ -106,7 +106,9 @@ def _measure_tasks(session: Session, folder: RunFolder, planned: Planned, run: R
             raise Stopped("stopped before the tasks", session.signals.requested)
         bounded = nullcontext() if limit.left is None else time_limit(limit.left)
         with run.state.timed("tasks"), session.signals.at_once("during the tasks"), bounded:
-            results = measure(load_tasks(settings), template=planned.rows.template, progress=CountProgress(console))
+            tasks = load_tasks(settings)
+            results = measure(tasks, template=planned.rows.template, progress=CountProgress(console))
+            console.warn(*tasks.notes())
     except TimeUp:
         console.warn(f"{KEY} left too little time for evaluation.tasks; measure them with: {command}")
         return

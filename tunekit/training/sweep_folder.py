@@ -7,7 +7,7 @@ from tunekit.artifacts.checkpoint import list_checkpoints
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.sweep_page import sweep_page
 from tunekit.artifacts.report.sweep_results import SweepResults
-from tunekit.artifacts.run import RUN_SIGNS, read_json, refuse_old_run
+from tunekit.artifacts.run import RUN_SIGNS, SWEEP_NAME, read_json, refuse_old_run
 from tunekit.errors import ResourceError, RunFolderError, listed
 from tunekit.files.durable import free_bytes, make_folder, write_json, write_text
 from tunekit.files.lock import FolderLock
@@ -20,7 +20,7 @@ from tunekit.training.run_files import folder_bytes
 from tunekit.training.rungs import RUNGS_NAME
 from tunekit.training.trials import Trial
 
-SWEEP_NAME, PAGE_NAME, BEST_NAME = "sweep.json", "sweep.html", "best.yaml"
+PAGE_NAME, BEST_NAME = "sweep.html", "best.yaml"
 MOST_NAMED = 4  # trials that a message names
 JOINED = "the rows of this run are joined with other trials"  # in the notes of a plan by an older version
 WRITTEN = (SWEEP_NAME, PAGE_NAME, BEST_NAME, RUNGS_NAME, AUTO_NAME)

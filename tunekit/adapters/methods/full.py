@@ -17,7 +17,7 @@ from tunekit.recipe.adapters.full import FullSettings
 
 class BaseWeights(ModelAdapter[FullSettings]):
     """Trains the base's own parameters. A tied parameter is trained once. The original values are not kept, so this
-    adapter cannot be bypassed.
+    adapter cannot be bypassed; a reference model is a copy of the state at step 0.
 
     A float32 parameter is trained in place. A 16-bit parameter has a float32 master copy. As soon as the parameter's
     gradient is computed, it is added to the master's gradient. After each update the parameter gets the master's
@@ -54,12 +54,15 @@ class BaseWeights(ModelAdapter[FullSettings]):
         """Do nothing: the initial values are the base's values."""
 
     @torch.no_grad()
-    def check_state(self) -> None:
+    def follow_state(self) -> None:
         for parameter, master in self.masters:
             parameter.copy_(master)
 
+    def check_state(self) -> None:
+        self.follow_state()
+
     def after_step(self, step: int, total_steps: int) -> None:
-        self.check_state()
+        self.follow_state()
 
 
 def _move_gradient(master: nn.Parameter, parameter: Tensor) -> None:

@@ -3,6 +3,7 @@ run_costs.py."""
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 
@@ -193,8 +194,12 @@ def _answers(run: RunValues) -> Iterator[ReportSection]:
     yield ReportSection("Answers to the first evaluation rows", tables=[ReportTable(head, lines, has_texts=True)])
 
 
+MARKER = re.compile(r"<\|[^<>|\s]+\|>")  # a chat template's markers of turns, such as <|im_start|>
+
+
 def _end_of(prompt: str) -> str:
     """The prompt, or only the end of a long prompt, because the answer continues there."""
+    prompt = MARKER.sub("", prompt)
     end = prompt[-MOST_CHARACTERS:]
     return prompt if prompt == end else f"[...] {end.partition(' ')[2] or end}"  # some languages have no blanks
 
@@ -230,7 +235,9 @@ def _worst_rows(run: RunValues) -> Iterator[ReportSection]:
     for row in rows.parts("worst"):
         at = row.count("number")
         means = (_mean(values[at], counts[at]) for values in (before, losses) if values)
-        text = [(str(each[0]), bool(each[1])) for each in row.items_of("text") if isinstance(each, list)]
+        text = [
+            (MARKER.sub("", str(each[0])), bool(each[1])) for each in row.items_of("text") if isinstance(each, list)
+        ]
         lines.append([rows.items_of("rows")[at], counts[at], *means, MarkedText(text)])
     why = (
         f"The rows with the highest mean loss over {units}, of {len(counts):,} rows. Look for wrong labels and formats."

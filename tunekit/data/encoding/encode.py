@@ -36,8 +36,8 @@ class Encoded(NamedTuple):
 
     row: Row
     line: int
-    number: int  # index of the row in its source, from 0
-    digest: int  # hash of the complete row, so that all its pieces are held out together
+    number: int  # index of the raw row in its source, from 0
+    digest: int
 
 
 def encode_rows(
@@ -57,9 +57,8 @@ def encode_rows(
             problems.add_error(*place_of(name, line), error)
             continue
         counts.kept += 1
-        digest = digest_of(outcome[-1], kind.layout)
         for piece in pieces:
-            yield Encoded(piece, line, number, digest)
+            yield Encoded(piece, line, number, digest_of(piece, kind.layout))
 
 
 def _pieces(rows: Sequence[Row], kind: RowKind, counts: SourceCounts) -> list[Row]:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from tunekit.data.encoding.encode import NO_TARGET_LEFT, TOO_LONG, SourceCounts
-from tunekit.data.reading.first import NAMED, aliases_in
+from tunekit.data.reading.first import NAMED, read_columns
 from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of
 
@@ -26,9 +26,7 @@ def format_note(
     `reason`: why the source has this format. `caller_columns`: columns that the caller reads.
     """
     facts = facts_of("formats", format_name)
-    names = aliases_in(facts, dict.fromkeys(columns))
-    aliases = [alias for alias, field in names.items() if field not in columns]
-    known = columns if getattr(facts, "KEEPS_COLUMNS", False) else (*facts.FIELDS, *aliases)
+    known = read_columns(format_name, columns)
     others = [column for column in columns if column not in known and column not in caller_columns]
     unread = ", ".join(f"'{column}'" for column in others)
     note = f"{name}: format {format_name} ({reason})" + (f", which does not read {unread}" if unread else "")

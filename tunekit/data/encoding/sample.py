@@ -12,6 +12,7 @@ from tunekit.data.encoding.sources import EncodedSource, encoding_facts
 from tunekit.data.encoding.store import StoreWriter, memory_streams, store_from_memory
 from tunekit.data.reading.first import format_maker, format_of, single_rows
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.several import empty_files_note
 from tunekit.data.reading.shards import first_rows, shard_source
 from tunekit.errors import DataError
 from tunekit.files.cache_folder import hash_of
@@ -43,13 +44,14 @@ def sample_source(source: Source, number: int, kind: RowKind) -> tuple[StreamedS
     problems.raise_if_any()
     name = Path(source.path).name
     notices = [format_note(name, format_name, reason, filled_columns(rows[0].values))]
-    notices += [f"{name}: streamed, shuffled by shard and buffer", *drawn_notes(name, source)]
+    notices += [f"{name}: streamed, shuffled by shard and buffer", *empty_files_note(source.path)]
+    notices += drawn_notes(name, source)
     head = f"{name}, first {len(rows):,} rows"
     notices += [counted_note(head, count, what) for what, count in counting.notices.items()]
     fingerprint = hash_of([sharded.content, *encoding_facts(source, kind)])
     store = store_from_memory(kind.layout, streams)
     counts = _scaled(counts, 1.0 if sharded.lines is None else max(sharded.lines / len(rows), 1.0))
-    sample = EncodedSource(source, store, name, counts, tuple(notices), fingerprint)
+    sample = EncodedSource(source, store, name, counts, tuple(notices), fingerprint, sharded.names)
     return StreamedSource(sharded, format_name, number, kind), sample
 
 

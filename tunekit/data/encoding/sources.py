@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,10 +15,11 @@ from tunekit.data.encoding.notes import counted_note, drawn_notes, filled_column
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
 from tunekit.data.encoding.store import StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
-from tunekit.data.reading.first import format_maker, media_fields, open_rows
+from tunekit.data.reading.first import format_maker, media_fields, open_rows, raw_digest
 from tunekit.data.reading.folder import is_folder, media_folder, names_hash, passed_over
+from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.several import files_of
+from tunekit.data.reading.several import data_files, empty_files_note, file_names, files_of
 from tunekit.data.reading.source import hub_fingerprint, is_data_set
 from tunekit.errors import DataError, Problem, RecipeError, TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
@@ -33,7 +34,8 @@ FACTS = ("format", "reason", "columns", "counts", "notices")  # facts about a so
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """The encoded rows of a source, with their counts and the notices for the user."""
+    """The encoded rows of a source, with their counts and the notices for the user. `files`: the names of its files, if
+    it has several."""
 
     source: Source
     store: TokenStore
@@ -41,6 +43,7 @@ class EncodedSource:
     counts: SourceCounts
     notices: tuple[str, ...]
     fingerprint: str
+    files: tuple[str, ...] = ()
 
 
 def encode_options(data: DataSection) -> EncodeOptions:
@@ -92,11 +95,11 @@ def load_source(
     store, facts = cached_store(cache_folder, key, kind.layout, encode, FACTS)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
     lead = format_note(name, facts["format"], facts["reason"], facts["columns"], caller_columns)
-    others = passed_over(Path(source.path), files_of(source.path)) if is_folder(source.path) else None
+    others = passed_over(Path(source.path), data_files(source.path)) if is_folder(source.path) else None
     counted = (counted_note(name, number, what) for what, number in facts["notices"].items())
     drawn = drawn_notes(name, source) if counts.read >= (source.max_rows or 0) else ()
-    notices = (lead, *([] if others is None else [others]), *drawn, *counted)
-    return EncodedSource(source, store, name, counts, notices, fingerprint)
+    notices = (lead, *([] if others is None else [others]), *empty_files_note(source.path), *drawn, *counted)
+    return EncodedSource(source, store, name, counts, notices, fingerprint, file_names(source.path))
 
 
 def source_fingerprint(source: Source, kind: RowKind) -> str:
@@ -151,6 +154,7 @@ def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> SourceFa
     problems, counts = Problems(), SourceCounts()
     rows, first, format_name, reason = open_rows(source, kind.example, problems)
     encoder = SourceEncoder(format_maker(format_name, source.path), kind, source.path)
+    rows = _with_digests(rows, format_name, writer)
     for piece in encode_rows(outcomes(rows, encoder), kind, name=source.path, problems=problems, counts=counts):
         if not problems.count:
             writer.add(*piece)
@@ -158,6 +162,13 @@ def _encode_into(writer: StoreWriter, source: Source, kind: RowKind) -> SourceFa
     dropped, columns = dict(counts.dropped), filled_columns(first.values)
     values = (format_name, reason, columns, {**vars(counts), "dropped": dropped}, dict(kind.notices))
     return dict(zip(FACTS, values, strict=True))
+
+
+def _with_digests(rows: Iterable[RawRow], format_name: str, writer: StoreWriter) -> Iterator[RawRow]:
+    """The rows. The hash of each is stored when it is read."""
+    for row in rows:
+        writer.add_raw(raw_digest(row.values, format_name))
+        yield row
 
 
 def read_examples(source: Source, kind: str, numbers: Container[int]) -> Iterator[tuple[int, Example]]:

@@ -8,36 +8,40 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tunekit.contracts import Row, RowLayout, Rows
+from tunekit.data.reading.several import row_place
 
-RECORDS = "rows.bin"
+RECORDS, RAW = "rows.bin", "raw.bin"
 Files = dict[str, np.dtype[Any]]  # file name -> dtype of its values
 
 
 def files_of(layout: RowLayout) -> Files:
-    """The files of a store with their dtypes: one file for each part of a row, and one file for the records."""
+    """The files of a store with their dtypes: one file for each part of a row, one file for the records, and one for
+    the hashes of the raw rows."""
     lengths, sizes = (len(layout.parts),), (layout.sizes,)
     plain = [(name, "<i8") for name in ("supervised", "line", "number")]
     record = np.dtype([("lengths", "<i8", lengths), ("sizes", "<i8", sizes), *plain, ("digest", "<u8")])
-    return {**{f"{name}.bin": np.dtype(kind) for name, kind in layout.parts.items()}, RECORDS: record}
+    parts = {f"{name}.bin": np.dtype(kind) for name, kind in layout.parts.items()}
+    return {**parts, RECORDS: record, RAW: np.dtype("<u8")}
 
 
 class TokenStore:
-    """Rows of one source: one array of values per part (such as ids), and one record per row.
+    """Rows of one source: one array of values per part (such as ids), one record per row, and `raw`: the hash of each
+    raw row, by its number, also of the dropped rows.
 
     The fields of a record are:
     - `lengths`: the number of values in each part of the row
     - `sizes`: the row's sizes
     - `supervised`: the number of supervised elements
     - `line`: the line where the row begins
-    - `number`: the index of the complete row in the source, from 0
-    - `digest`: the hash of the complete row; this row can be a piece of it
+    - `number`: the index of the raw row in the source, from 0; several rows can be made from it
+    - `digest`: the hash of this row
     """
 
     def __init__(self, layout: RowLayout, arrays: Sequence[NDArray[Any]]) -> None:
-        *parts, self.records = arrays  # (values,) of each part; (rows,)
+        *parts, self.records, self.raw = arrays  # (values,) of each part; (rows,); (raw rows,)
         self.parts = dict(zip(layout.parts, parts, strict=True))
         ends = np.cumsum(self.records["lengths"], axis=0, dtype=np.int64)  # (rows, parts)
         self.offsets = np.concatenate([np.zeros_like(ends[:1]), ends]) if len(ends) else ends
@@ -45,7 +49,7 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.records)
 
-    def row(self, index: int, name: str, number: int) -> Row:
+    def row(self, index: int, origin: str, number: int) -> Row:
         """One row, with copied arrays. `number`: the row's number among all rows of the run."""
         bounds = self.offsets[index : index + 2].T.tolist()
         parts = {
@@ -54,7 +58,7 @@ class TokenStore:
         }
         record = self.records[index]
         sizes = tuple(record["sizes"].tolist())
-        return Row(parts, sizes, int(record["supervised"]), f"{name}:{int(record['line'])}", number)
+        return Row(parts, sizes, int(record["supervised"]), origin, number)
 
 
 def map_store(folder: Path, layout: RowLayout) -> TokenStore:
@@ -73,6 +77,7 @@ class StoreWriter:
 
     def __init__(self, layout: RowLayout, streams: Sequence[IO[bytes]]) -> None:
         self._parts, self._files, self._streams = tuple(layout.parts), files_of(layout), streams
+        self._kinds = list(self._files.values())
         self._hashes = [hashlib.sha256() for _ in streams]
 
     def add(self, row: Row, line: int, number: int, digest: int) -> None:
@@ -80,11 +85,17 @@ class StoreWriter:
         parts = [row.parts[name] for name in self._parts]
         lengths = tuple(map(len, parts))
         record = np.array([(lengths, row.sizes, row.supervised, line, number, digest)], dtype=self._files[RECORDS])
-        columns = zip((*parts, record), self._files.values(), self._streams, self._hashes, strict=True)
-        for values, kind, stream, digester in columns:
-            raw = np.ascontiguousarray(values, dtype=kind).tobytes()
-            stream.write(raw)
-            digester.update(raw)
+        for file, values in enumerate((*parts, record)):
+            self._append(file, values)
+
+    def add_raw(self, digest: int) -> None:
+        """Append the hash of one raw row."""
+        self._append(-1, digest)
+
+    def _append(self, file: int, values: ArrayLike) -> None:
+        raw = np.ascontiguousarray(values, dtype=self._kinds[file]).tobytes()
+        self._streams[file].write(raw)
+        self._hashes[file].update(raw)
 
     def hashes(self) -> dict[str, str]:
         """sha256 of each file so far."""
@@ -104,17 +115,27 @@ def store_from_memory(layout: RowLayout, streams: Sequence[io.BytesIO]) -> Token
 
 @dataclass(frozen=True)
 class Part:
-    """Selected rows of one store. `name`: the source's name in the rows' origins."""
+    """Selected rows of one store. `name`: the source's name in the rows' origins. `files`: the names of its files, if
+    it has several."""
 
     store: TokenStore
     chosen: NDArray[np.int64]  # (rows,), ascending
     name: str
+    files: tuple[str, ...] = ()
+
+    def origin(self, index: int) -> str:
+        """The file and the line of the selected row `index`."""
+        return row_place(self.name, self.files, int(self.store.records["line"][self.chosen[index]]))
 
     @property
     def written_rows(self) -> int:
         """Number of rows in the source; the pieces of a split row count once."""
-        numbers = self.store.records["number"][self.chosen]  # (rows,), ascending
-        return int(np.count_nonzero(np.diff(numbers))) + bool(len(numbers))
+        return int(np.count_nonzero(np.diff(self.numbers))) + bool(len(self.numbers))
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """(rows,) the number of each row's raw row in the source, ascending."""
+        return np.asarray(self.store.records["number"][self.chosen], dtype=np.int64)
 
 
 class ChosenRows:
@@ -132,7 +153,8 @@ class ChosenRows:
             raise IndexError(index)
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         part = self.parts[number]
-        return part.store.row(int(part.chosen[index - self.starts[number]]), part.name, self.first + index)
+        index_in_part = index - int(self.starts[number])
+        return part.store.row(int(part.chosen[index_in_part]), part.origin(index_in_part), self.first + index)
 
     def _column(self, name: str, kind: type[Any]) -> NDArray[Any]:
         columns = [part.store.records[name][part.chosen] for part in self.parts]
@@ -156,7 +178,7 @@ class ChosenRows:
 
     @property
     def digests(self) -> NDArray[np.uint64]:
-        """(rows,) the hash of each complete row. All pieces of a split row have the same hash."""
+        """(rows,) the hash of each row."""
         return self._column("digest", np.uint64)
 
 

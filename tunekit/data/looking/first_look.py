@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunekit.data.looking.guess import guessed_tokens
-from tunekit.data.reading.first import choose_format, columns_meant, format_maker
+from tunekit.data.reading.first import choose_format, columns_meant, format_maker, read_columns
 from tunekit.data.reading.folder import MEDIA, is_folder, is_media, passed_over, with_table
 from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.several import files_of, is_pattern
+from tunekit.data.reading.several import data_files, is_pattern
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
 from tunekit.files.untrusted import printable
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # imports torch
     from tunekit.contracts import RowKind
 
 LOOKED_AT, MEASURED = 20_000, 2000  # rows that are read; rows whose tokens are counted
+SHOWN_COLUMNS = 6
 LABELS_FORMAT, PAIRS_FORMAT = "labels", "label_pairs"
 LABEL_NAMES = ("labels", "category", "class", "intent", "sentiment", "target", "topic", "emotion", "tag", "y")
 SHARE_KEPT = 0.995  # share of the rows that fit into the proposed length
@@ -65,14 +66,14 @@ class Look:
         """The settings class of the objective."""
         return objective_class(self.objective)
 
-    def text(self) -> str:
-        """The look as one line of text."""
+    def text(self, *, lengths: bool = True) -> str:
+        """The look as one line of text. `lengths`: with the number of tokens."""
         unit = ROWS_NAME[self.settings.medium] + ("" if self.rows == 1 else "s")
         about = f"{self.rows:,} {unit}" if self.complete else f"more than {self.rows:,} {unit}"
         sizes = (
             f", {SHARE_KEPT:.1%} of them {'at most' if self.counted else 'at most about'} {self.longest:,} tokens long"
         )
-        share = "" if self.settings.medium else sizes
+        share = sizes if lengths and not self.settings.medium else ""
         return f"{about} of format {self.format_name} ({', '.join(self.fields)}){share}: objective {self.objective}"
 
 
@@ -105,7 +106,19 @@ def look_at(data: str) -> Look | None:
     most = Counter(name for row in inspected for name in row).most_common(6)
     fields = tuple(" ".join(printable(name).split()) for name, _ in most)  # a header can contain line breaks
     notes = [] if format_name == "text" else _folder_notes(data)
+    notes += _unread_notes(format_name, {columns.get(name, name) for row in inspected for name in row})
     return Look(method, format_name, len(inspected), inspected == values, longest, fields, columns, notes, sample)
+
+
+def _unread_notes(format_name: str, columns: Iterable[str]) -> list[str]:
+    """A note about columns that the format does not read; a warning if they contain images or recordings."""
+    read = read_columns(format_name, columns)
+    unread = sorted(printable(name) for name in columns if name not in (*read, "sample_weight"))
+    if not unread:
+        return []
+    media = any(name.removesuffix("s") in (*MEDIA, "video") for name in unread)
+    names = ", ".join(f"'{name}'" for name in unread[:SHOWN_COLUMNS])
+    return [f"{'warning: ' if media else ''}the format {format_name} does not read {names}"]
 
 
 def _longest(lengths: Sequence[int]) -> int:
@@ -163,7 +176,7 @@ def _folder_notes(data: str) -> list[str]:
     place = Path(data).absolute()
     if not is_folder(with_table(Source(path=str(place))).path):
         return []
-    others = passed_over(place, files_of(str(place)))
+    others = passed_over(place, data_files(str(place)))
     return [] if others is None else [others]
 
 

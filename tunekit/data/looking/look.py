@@ -17,6 +17,7 @@ from tunekit.data.looking.guess import guessed_tokens
 from tunekit.data.looking.similar import RowLabel, RowSignature, SimilarityIndex, signed, signed_pair
 from tunekit.data.reading.first import format_maker, open_rows, single_row_maker
 from tunekit.data.reading.problems import Problems
+from tunekit.data.reading.several import LINES_OF_FILE, file_names, relative_name, row_place
 from tunekit.data.reading.sound import SILENCE, opened
 from tunekit.errors import DataError, holds_secret
 from tunekit.formats.audio_label import AudioLabelExample
@@ -55,6 +56,8 @@ FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelE
 SAMPLES_AT_ONCE = 1 << 20
 EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # excess_length -> words
 
+# Training fails with these, evaluation is wrong, or wrong labels or secrets are learned. Other findings are warnings.
+ERRORS = ("broken", "contrary", "leak", "secret")
 KINDS = {  # kind of finding -> its description in the table
     "broken": "rows that cannot be read",
     "empty": "rows with nothing to learn",
@@ -76,9 +79,11 @@ KINDS = {  # kind of finding -> its description in the table
 
 @dataclass
 class Found:
-    """The findings in one file. `lines`: kind of finding -> lines of the rows. `first`: kind -> first row's details."""
+    """The findings in one source. `lines`: kind of finding -> lines of the rows. `first`: kind -> first row's details.
+    `files`: the names of the files of a source of several files."""
 
     name: str
+    files: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()  # kinds of findings whose rows --fix keeps
     rows: int = 0
     lines: dict[str, list[int]] = field(default_factory=dict)
@@ -92,6 +97,10 @@ class Found:
     def left_out(self) -> dict[str, list[int]]:
         """The findings whose rows --fix leaves out."""
         return {kind: lines for kind, lines in self.lines.items() if kind not in self.kept}
+
+    def place(self, line: int) -> str:
+        """The line of a row, as text; with several files, its file and line."""
+        return row_place("", self.files, line) if self.files else f"line {line}"
 
     def add_size(self, tokens: int) -> None:
         """Count one row by its length."""
@@ -120,7 +129,8 @@ def look_at_rows(
     collect the rows that --fix writes. `kind`: the encoding of rows; None: unknown, so lengths are estimates.
     """
     cuts = data.excess_length in ("truncate", "split")
-    findings, problems = Found(name, frozenset({"script", "long"} if cuts else {"script"})), Problems(MOST_BROKEN)
+    files, kept = file_names(source.path), frozenset({"script", "long"} if cuts else {"script"})
+    findings, problems = Found(name, files, kept), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
     make_example, findings.format = format_maker(format_name, source.path), format_name
     single_row, (rows, encoded) = single_row_maker(format_name), tee(rows)
@@ -138,7 +148,7 @@ def look_at_rows(
                 findings.add_size(size)
                 if size > data.max_length:
                     doubts["long"] = f"at most about {size:,} tokens"
-            doubts.update(_repeats(parsed, text, row.line, findings.name, train_index, eval_index))
+            doubts.update(_repeats(parsed, text, findings.place(row.line), findings.name, train_index, eval_index))
         except DataError as error:
             doubts["broken"] = error.problems[0].what
         for finding, what in doubts.items():
@@ -146,29 +156,30 @@ def look_at_rows(
         if keep and doubts.keys() <= findings.kept:
             findings.passed.append(row.values)
     for problem in problems.shown:
+        number = findings.files.index(relative_name(source.path, Path(problem.file or ""))) + 1 if files else 0
         for line in [problem.line or 0, *problems.others.get(problem, [])]:
             findings.rows += 1
-            findings.add("broken", line, problem.what)
+            findings.add("broken", number * LINES_OF_FILE + line, problem.what)
     return findings
 
 
 def _repeats(
-    parsed: object, text: str, line: int, name: str, train_index: SimilarityIndex, eval_index: SimilarityIndex | None
+    parsed: object, text: str, place: str, name: str, train_index: SimilarityIndex, eval_index: SimilarityIndex | None
 ) -> Iterator[tuple[str, str]]:
     """The findings if a row is like an evaluation row or an earlier row. If no earlier row is like it, it is added to
     `train_index`."""
     mine, label = _signed(parsed, text), _label_of(parsed)
     leaked, like = None if eval_index is None else eval_index.like(mine), train_index.like(mine)
     if leaked is not None:
-        yield "leak", f"as line {leaked[2]} of {leaked[1]}"
+        yield "leak", f"as {leaked[2]} of {leaked[1]}"
     if like is None:
-        train_index.add(mine, name, line, label)
+        train_index.add(mine, name, place, label)
         return
-    finding, place = like[0], f"as line {like[2]}" + ("" if like[1] == name else f" of {like[1]}")
+    finding, what = like[0], f"as {like[2]}" + ("" if like[1] == name else f" of {like[1]}")
     if like[3] != label:
         finding = "contrary" if finding == "exact" else finding
-        place += f", where the label is {like[3]}, not {label}"
-    yield finding, place
+        what += f", where the label is {like[3]}, not {label}"
+    yield finding, what
 
 
 def _label_of(parsed: object) -> RowLabel:

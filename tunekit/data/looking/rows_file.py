@@ -1,5 +1,7 @@
-"""Writes chosen training rows to a new JSONL file, as `data check --fix` and `data rank --keep` do."""
+"""Writes chosen training rows to a new JSONL, CSV or TSV file, as `data check --fix` and `data rank --keep` do."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -29,12 +31,16 @@ class RowsToWrite:
     rows: Sequence[JsonObject]
 
 
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
 def refuse_rows_file(option: str, name: str, loaded: LoadedRecipe, overwrite: bool | None) -> None:
     """Raises: InputError if rows cannot be written to the file of `option`: for example, it exists or is an input of
     the recipe. `overwrite`: whether an existing file is replaced; None: the command never replaces it."""
     target, how = Path(name), "name a new file"
-    if not name.endswith(".jsonl"):
-        raise InputError(f"{option} {name}: the rows are written as JSONL", f"name a file such as {name}.jsonl")
+    if target.suffix not in (".jsonl", *SEPARATORS):
+        what = f"{option} {name}: the rows are written as JSONL, CSV or TSV"
+        raise InputError(what, f"name a file such as {target.with_suffix('')}.jsonl")
     if not target.absolute().parent.is_dir():
         what = f"{option} {name}: there is no folder {target.parent}"
         raise InputError(what, "make the folder, or name another file")
@@ -47,7 +53,7 @@ def refuse_rows_file(option: str, name: str, loaded: LoadedRecipe, overwrite: bo
 
 
 def rows_text(option: str, name: str, parts: Sequence[RowsToWrite]) -> str:
-    """The rows as the content of one JSONL file. Raises: InputError if such a file cannot contain them."""
+    """The rows as the content of one JSONL, CSV or TSV file. Raises: InputError if such a file cannot contain them."""
     formats = list(dict.fromkeys(part.format for part in parts))
     if len(formats) > 1:
         what = f"{option} writes one file, but the sources have the formats {' and '.join(formats)}"
@@ -58,19 +64,35 @@ def rows_text(option: str, name: str, parts: Sequence[RowsToWrite]) -> str:
         folder = media_folder(with_table(part.source).path).absolute()
         values = [row.get(field) for row in part.rows for field in fields]
         if any(isinstance(value, Mapping) and value.get("bytes") is not None for value in values):
-            what = f"{option}: the rows of {part.name} contain files, but JSONL cannot contain files"
+            what = f"{option}: the rows of {part.name} contain files, but this file cannot contain files"
             raise InputError(what, f"remove {option}")
         near = folder == Path(name).absolute().parent  # the paths of files are relative to the folder of the rows
         plain = ({key: _plain(value, key, option, part) for key, value in row.items()} for row in part.rows)
         rows += [dict(single_row(row if near else located(row, fields, folder))) for row in plain]
+    if (separator := SEPARATORS.get(Path(name).suffix)) is not None:
+        return _table_text(option, rows, separator)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _table_text(option: str, rows: Sequence[JsonObject], separator: str) -> str:
+    """The rows as a table with a header. Raises: InputError for a value that is neither text nor a number."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    wrong = next((column for row in rows for column, value in row.items() if isinstance(value, dict | list)), None)
+    if wrong is not None:
+        what = f"{option}: the column '{wrong}' contains lists or objects, but a table cannot contain them"
+        raise InputError(what, "name a .jsonl file")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", delimiter=separator, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _plain(value: object, key: str, option: str, part: RowsToWrite) -> object:
     """A value of a Parquet file as a value of JSON: dates and decimals become text, and NaN becomes null. Raises:
     InputError for bytes."""
     if isinstance(value, bytes):
-        what = f"{option}: the column '{key}' of {part.name} contains bytes, but JSONL cannot contain bytes"
+        what = f"{option}: the column '{key}' of {part.name} contains bytes, but this file cannot contain bytes"
         raise InputError(what, f"remove the column, or remove {option}")
     if isinstance(value, Mapping):
         return {str(name): _plain(inner, key, option, part) for name, inner in value.items()}

@@ -38,12 +38,12 @@ class WordPairs(Protocol):
 class SimilarityIndex:
     """An index of rows, by their texts and by the bands of their signatures."""
 
-    texts: dict[int, tuple[str, int, RowLabel]] = field(default_factory=dict)  # key of a row -> file, line and label
+    texts: dict[int, tuple[str, str, RowLabel]] = field(default_factory=dict)  # key of a row -> source, place and label
     bands: list[dict[int, int]] = field(default_factory=lambda: [{} for _ in range(BANDS)])
-    signatures: list[tuple[WordPairs | None, str, int, RowLabel]] = field(default_factory=list)
+    signatures: list[tuple[WordPairs | None, str, str, RowLabel]] = field(default_factory=list)
 
-    def like(self, row: RowSignature) -> tuple[str, str, int, RowLabel] | None:
-        """A similar row of the index, as ("exact" or "near", file, line, label); None if no row is similar."""
+    def like(self, row: RowSignature) -> tuple[str, str, str, RowLabel] | None:
+        """A similar row of the index, as ("exact" or "near", source, place, label); None if no row is similar."""
         if row.key in self.texts:
             return "exact", *self.texts[row.key]
         tried: set[int] = set()
@@ -55,13 +55,13 @@ class SimilarityIndex:
                     return "near", *self.signatures[other][1:]
         return None
 
-    def add(self, row: RowSignature, name: str, line: int, label: RowLabel = None) -> None:
-        """Add a row to the index. `name`: the name of its file."""
-        self.texts[row.key] = name, line, label
+    def add(self, row: RowSignature, name: str, place: str, label: RowLabel = None) -> None:
+        """Add a row to the index. `name`: the name of its source. `place`: its line in it, as text."""
+        self.texts[row.key] = name, place, label
         if row.bands:
             for band, part in zip(self.bands, row.bands, strict=True):
                 band.setdefault(part, len(self.signatures))
-            self.signatures.append((row.signature, name, line, label))
+            self.signatures.append((row.signature, name, place, label))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 This module imports neither numpy nor torch, because validate uses it too.
 """
 
+import hashlib
 import importlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -97,6 +99,43 @@ def aliases_in(facts: ModuleType, values: Fields) -> Mapping[str, str]:
     """Alternative names of columns that a format accepts for this row: name -> field."""
     aliases: Mapping[str, str] = getattr(facts, "ALIASES", {})
     return facts.aliases_of(values) if hasattr(facts, "aliases_of") else aliases
+
+
+def read_columns(format_name: str, columns: Iterable[str]) -> list[str]:
+    """The columns that the format reads; all columns for a format that keeps the others for rewards."""
+    facts, present = facts_of("formats", format_name), dict.fromkeys(columns)
+    if getattr(facts, "KEEPS_COLUMNS", False):
+        return list(present)
+    aliases = [alias for alias, field in aliases_in(facts, present).items() if field not in present]
+    return [column for column in present if column in (*facts.FIELDS, *aliases)]
+
+
+@cache
+def _compared_columns(format_name: str, columns: tuple[str, ...], pair: bool) -> list[str]:
+    """The columns that identify a row. A pair has the same columns before and after `single_rows`."""
+    return [name for name in read_columns(format_name, columns) if not (pair and name == "label")]
+
+
+def raw_digest(values: Fields, format_name: str) -> int:
+    """A 64-bit hash of a row as it was read, of the columns that its format reads. It does not depend on a tokenizer.
+
+    The rows that `single_rows` makes from one pair have equal hashes. A file of a hub data set counts by its bytes or
+    name: its folder is in the cache of `datasets`.
+    """
+    columns = _compared_columns(format_name, tuple(values), format_name == "unpaired" and is_pair(values))
+    kept = {name: _without_folder(values[name]) for name in columns if values[name] is not None}
+    text = json.dumps(kept, sort_keys=True, default=_as_text)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _without_folder(value: object) -> object:
+    if not isinstance(value, Mapping) or value.keys() != {"bytes", "path"}:
+        return value
+    return Path(str(value["path"])).name if value["bytes"] is None else value["bytes"]
+
+
+def _as_text(value: object) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def format_maker(name: str, source: str = "") -> MakeExample:

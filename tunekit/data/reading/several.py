@@ -1,5 +1,5 @@
 """Sources of several data files: a pattern such as data/*.parquet, or a folder of data files. The files are read as one
-source, sorted by name, and the numbers of the rows continue from file to file."""
+source, sorted by name. Rows are named by their file and its line."""
 
 import glob
 import os
@@ -10,12 +10,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tunekit.data.reading.data_file import KINDS
-from tunekit.data.reading.folder import files_in, is_folder, is_media, media_folder, with_table
+from tunekit.data.reading.folder import WARNING, files_in, is_folder, is_media, media_folder, with_table
 from tunekit.errors import DataError, listed
 from tunekit.recipe.data import Source
 
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval")  # in names of files that are not for training
 SHOWN_NAMES = 4
+LINES_OF_FILE = (
+    2**40
+)  # more lines than a file has: the rows of file n of a source, from 1, are numbered from n times this
 
 
 def is_pattern(path: str) -> bool:
@@ -25,12 +28,12 @@ def is_pattern(path: str) -> bool:
 
 
 def files_of(path: str) -> tuple[Path, ...]:
-    """The files of a source of several files, sorted by name; () for any other source.
+    """The files of a source of several files that are not empty, sorted by name; () for any other source.
 
-    Raises: DataError if a pattern names no file, if the files have several formats, or if a folder also contains files
-    of a run, or files whose names or folders say that they are for evaluation.
+    Raises: DataError if a pattern names no file, if all files are empty, if the files have several formats, or if a
+    folder also contains files of a run, or files whose names or folders say that they are for evaluation.
     """
-    files = _data_files(path)
+    files = data_files(path)
     if is_pattern(path) and not files:
         raise DataError("no file matches this pattern", "check data.train and data.eval", file=path)
     if not is_pattern(path):
@@ -39,24 +42,54 @@ def files_of(path: str) -> tuple[Path, ...]:
         _require_one_kind(path, files)
     if not is_pattern(path):
         _require_one_use(Path(path), files)
-    return tuple(files)
+    filled = tuple(file for file in files if file.stat().st_size)
+    if files and not filled:
+        raise DataError("all files are empty", "add rows to them, or name other files", file=path)
+    return filled
+
+
+def empty_files_note(path: str) -> list[str]:
+    """A warning that names the empty files of a source of several files, if there are any."""
+    files = [file for file in data_files(path) if not file.stat().st_size]
+    if not files:
+        return []
+    count = "1 file is" if len(files) == 1 else f"{len(files):,} files are"
+    names = listed([relative_name(path, file) for file in files], SHOWN_NAMES)
+    return [f"{WARNING}{Path(path).name}: {count} empty: {names}; copy or remove {'it' if len(files) == 1 else 'them'}"]
+
+
+def relative_name(path: str, file: Path) -> str:
+    """The name of a file of a source of several files, with the folders between."""
+    return file.relative_to(media_folder(path)).as_posix()
+
+
+def file_names(path: str) -> tuple[str, ...]:
+    """The names of the files of a source of several files; () for any other source."""
+    return tuple(relative_name(path, file) for file in files_of(path))
+
+
+def row_place(name: str, files: Sequence[str], line: int) -> str:
+    """The file and the line of a row, as text. `name`: the name of a source of one file. `files`: the names of several
+    files. `line`: the number of the row in the source."""
+    number, line = divmod(line, LINES_OF_FILE)
+    return f"{files[number - 1] if number else name}:{line}"
 
 
 def includes(path: str, file: Path) -> bool:
     """Whether a file is one of the files of a pattern or of a folder of data files, or will be after it is written."""
     if file.exists():
         status = file.stat()
-        return any(os.path.samestat(status, each.stat()) for each in _data_files(path))
+        return any(os.path.samestat(status, each.stat()) for each in data_files(path))
     folder, pattern = _split(path) if is_pattern(path) else (Path(path), "**/*")
     try:
         parts = file.resolve().relative_to(folder.resolve()).parts
     except ValueError:
         return False
-    return _matches(parts, Path(pattern).parts) and (is_pattern(path) or bool(_kind(file) and _data_files(path)))
+    return _matches(parts, Path(pattern).parts) and (is_pattern(path) or bool(_kind(file) and data_files(path)))
 
 
-def _data_files(path: str) -> list[Path]:
-    """The files of a pattern or of a folder of data files, sorted by name; [] for any other source."""
+def data_files(path: str) -> list[Path]:
+    """The files of a pattern or of a folder of data files, also empty ones, sorted by name; [] for any other source."""
     if is_pattern(path):
         folder, pattern = _split(path)
         files = [folder / match for match in glob.glob(pattern, root_dir=folder, recursive=True)]

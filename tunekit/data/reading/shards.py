@@ -14,14 +14,14 @@ from tunekit.data.reading.data_file import DataFile, inspect_file, open_bytes
 from tunekit.data.reading.folder import is_folder, names_hash
 from tunekit.data.reading.lines import LONGEST_LINE_BYTES, RawRow, parse_line
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.several import files_of
+from tunekit.data.reading.several import file_names, files_of, row_place
 from tunekit.data.reading.source import (
-    LINES_OF_FILE,
     is_data_set,
     prepare_rows,
     read_file,
     read_row_groups,
     read_source,
+    renumbered,
     row_group_sizes,
 )
 from tunekit.errors import DataError
@@ -50,24 +50,22 @@ ALL_ROWS = Shard(0, -1, 0)
 @dataclass(frozen=True)
 class Sharded:
     """A source with its shards. `lines`: the number of lines, if known. `content`: the sha256 of the files, or of the
-    name of a hub data set."""
+    name of a hub data set. `names`: the names of the files of a source of several files."""
 
     source: Source
     files: tuple[DataFile, ...]
     shards: tuple[Shard, ...]
     lines: int | None
     content: str
+    names: tuple[str, ...] = ()
     rows: tuple[RawRow, ...] = ()  # rows of a folder, which only name files
 
     def origin(self, line: int) -> str:
         """The name of the file and the line of a row in it. `line`: the row's number, as `read` counts."""
-        number, line = divmod(line, LINES_OF_FILE)
-        path = self.files[max(number - 1, 0)].path if self.files else Path(self.source.path)
-        return f"{path.name}:{line}"
+        return row_place(Path(self.source.path).name, self.names, line)
 
     def read(self, shard: Shard, problems: Problems) -> Iterator[RawRow]:
-        """The raw rows of one shard. If the source has several files, the line numbers of file n, counted from
-        1, begin at n * LINES_OF_FILE."""
+        """The raw rows of one shard."""
         if self.rows:
             return iter(self.rows[shard.start : shard.stop])
         if not self.files:
@@ -79,9 +77,9 @@ class Sharded:
             rows = read_row_groups(file, problems, [shard.start], shard.before)
         else:
             rows = _read_lines(file, shard, problems)
-        named = self.source.model_copy(update={"path": str(file.path)})
-        rows = prepare_rows(rows, named, from_start=shard.before == shard.file == 0)
-        return _renumbered(rows, (shard.file + 1) * LINES_OF_FILE) if len(self.files) > 1 else rows
+        rows = renumbered(rows, shard.file + 1) if self.names else rows
+        from_start = shard.before == shard.file == 0
+        return prepare_rows(rows, self.source, file=str(file.path), from_start=from_start)
 
 
 def shard_source(source: Source) -> Sharded:
@@ -93,14 +91,15 @@ def shard_source(source: Source) -> Sharded:
     if not paths and is_folder(source.path):
         rows = tuple(read_source(source, Problems()))
         shards = tuple(Shard(number, number + 1, number) for number in range(len(rows)))
-        return Sharded(source, (), shards, len(rows), names_hash(Path(source.path)), rows)
+        return Sharded(source, (), shards, len(rows), names_hash(Path(source.path)), rows=rows)
+    names = file_names(source.path)
     files = tuple(map(inspect_file, paths or (Path(source.path),)))
     each = [_shards_of(file, number) for number, file in enumerate(files)]
     content = each[0][2] if not paths else hash_of([digest for _, _, digest in each])
     known = None if any(file.compressed for file in files) else sum(lines for _, lines, _ in each)
     if source.max_rows is not None:
-        return Sharded(source, (), (ALL_ROWS,), known and min(known, source.max_rows), content)
-    return Sharded(source, files, tuple(shard for shards, _, _ in each for shard in shards), known, content)
+        return Sharded(source, (), (ALL_ROWS,), known and min(known, source.max_rows), content, names)
+    return Sharded(source, files, tuple(shard for shards, _, _ in each for shard in shards), known, content, names)
 
 
 def _shards_of(file: DataFile, number: int) -> tuple[list[Shard], int, str]:
@@ -114,10 +113,6 @@ def _shards_of(file: DataFile, number: int) -> tuple[list[Shard], int, str]:
     if file.compressed or file.kind == "csv":
         shards = (ALL_ROWS,)
     return [replace(shard, file=number) for shard in shards], lines, content
-
-
-def _renumbered(rows: Iterator[RawRow], before: int) -> Iterator[RawRow]:
-    return (RawRow(before + row.line, row.values) for row in rows)
 
 
 def _scan(file: DataFile) -> tuple[tuple[Shard, ...], int, str]:

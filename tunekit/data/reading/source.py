@@ -10,7 +10,6 @@ import io
 import logging
 import re
 import sys
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import compress, islice
@@ -22,7 +21,7 @@ from tunekit.data.reading.data_file import COPY, KINDS, DataFile, inspect_file, 
 from tunekit.data.reading.folder import is_folder, is_saved, read_classes, with_table
 from tunekit.data.reading.lines import RawRow, read_json_array, read_json_lines, read_text
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.several import files_of
+from tunekit.data.reading.several import LINES_OF_FILE, files_of
 from tunekit.errors import DataError
 from tunekit.formats.fields import Fields
 from tunekit.recipe.data import Source
@@ -30,7 +29,6 @@ from tunekit.recipe.data import Source
 # Separators of files that are wrongly called .csv -> advice
 SEPARATORS = {";": "save the file with commas between columns", "\t": "name the file .tsv"}
 TOOLS = ("tools", "tool_calls")  # fields that contain tools
-LINES_OF_FILE = 2**40  # more lines than a file has: rows of streamed file n are numbered from n times this
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -59,7 +57,7 @@ def read_source(source: Source, problems: Problems) -> Iterator[RawRow]:
     if source.max_rows is not None:
         draws = source.draw_seed is not None
         rows = compress(rows, _drawn(source, files)) if draws else islice(rows, source.max_rows)
-    return prepare_rows(rows, source.model_copy(update={"path": str(files[0])}) if files else source)
+    return prepare_rows(rows, source, file=str((*files, source.path)[0]))
 
 
 def _all_rows(source: Source, files: Sequence[Path], problems: Problems) -> Iterator[RawRow]:
@@ -74,36 +72,26 @@ def _all_rows(source: Source, files: Sequence[Path], problems: Problems) -> Iter
 
 
 def _read_files(files: Sequence[Path], problems: Problems) -> Iterator[RawRow]:
-    """The rows of several files. Their line numbers continue from file to file."""
-    before = 0
-    for path in files:
-        last = 0
-        for row in read_file(inspect_file(path), problems):
-            last = row.line
-            yield RawRow(before + last, row.values)
-        before += last
+    """The rows of several files. The line numbers of file n, counted from 1, begin at n * LINES_OF_FILE."""
+    for number, path in enumerate(files, 1):
+        yield from renumbered(read_file(inspect_file(path), problems), number)
+
+
+def renumbered(rows: Iterable[RawRow], number: int) -> Iterator[RawRow]:
+    """The rows of file `number` of a source, counted from 1, with the numbers that they have in the source."""
+    return (RawRow(number * LINES_OF_FILE + row.line, row.values) for row in rows)
 
 
 def place_of(path: str, line: int) -> tuple[str, int]:
-    """The file and the line of a row, for an error. `line`: its number in the source. If the source has several files
-    that are not streamed, the files before the row are read again for it."""
-    files, ends = _files_and_ends(path)
-    if not files:
-        return path, line
-    if line > LINES_OF_FILE:
-        return str(files[line // LINES_OF_FILE - 1]), line % LINES_OF_FILE
-    while len(ends) < len(files) and ends[-1] < line:
-        read = read_file(inspect_file(files[len(ends) - 1]), Problems())
-        ends.append(ends[-1] + max((row.line for row in read), default=0))
-    number = bisect_left(ends, line) - 1
-    return str(files[number]), line - ends[number]
+    """The file and the line of a row, for an error. `line`: its number in the source."""
+    number, line = divmod(line, LINES_OF_FILE)
+    return (str(_cached_files(path)[number - 1]) if number else path), line
 
 
 @lru_cache(maxsize=8)
-def _files_and_ends(path: str) -> tuple[tuple[Path, ...], list[int]]:
-    """The files of a source, and 0 followed by the last line of each file, as `_read_files` counts. `place_of` adds the
-    lines as far as it needs them. Cached because a source can have many wrong rows."""
-    return files_of(path), [0]
+def _cached_files(path: str) -> tuple[Path, ...]:
+    """`files_of`. Cached because a source can have many wrong rows."""
+    return files_of(path)
 
 
 def _drawn(source: Source, files: Sequence[Path]) -> Iterable[bool]:
@@ -132,13 +120,13 @@ def _count_rows(source: Source, several: Sequence[Path]) -> int:
     return sum(1 for _ in _all_rows(source, several, Problems()))
 
 
-def prepare_rows(rows: Iterable[RawRow], source: Source, *, from_start: bool = True) -> Iterator[RawRow]:
-    """The rows with renamed columns, and without the nulls that Parquet adds to tools. `from_start`: whether the rows
-    begin with the first row of the source.
+def prepare_rows(rows: Iterable[RawRow], source: Source, *, file: str, from_start: bool = True) -> Iterator[RawRow]:
+    """The rows with renamed columns, and without the nulls that Parquet adds to tools. `file`: the source's path, or
+    its first file. `from_start`: whether the rows begin with the first row of the source.
 
     Raises: DataError if the first row of the source lacks a column that `columns` names.
     """
-    adds_nulls = is_data_set(source.path) or Path(source.path).suffix.lower() == ".parquet"
+    adds_nulls = is_data_set(file) or Path(file).suffix.lower() == ".parquet"
     for index, row in enumerate(rows):
         if index == 0 and from_start:
             _check_columns(source, row)
@@ -175,7 +163,8 @@ def _check_columns(source: Source, row: RawRow) -> None:
         what = f"data.train[].columns maps the column '{absent[0]}', which does not exist; the first row has {there}"
         how = f"columns maps columns of the file to fields of the format; write columns: {{{written}}}"
         how = how if set(turned) <= set(row.values) else "name a column that the file has"
-        raise DataError(what, how, file=source.path, line=row.line)
+        file, line = place_of(source.path, row.line)
+        raise DataError(what, how, file=file, line=line)
 
 
 def read_file(file: DataFile, problems: Problems) -> Iterator[RawRow]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tunekit.basics import reach_of_equal, student
 from tunekit.contracts import Objective, Progress, no_progress
-from tunekit.errors import InputError, ModelError, TunekitError
+from tunekit.errors import InputError, ModelError, TunekitError, listed
 from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -33,6 +33,7 @@ TEMPLATE_KEY = "evaluation.task_chat_template"
 NO_TEMPLATE = "the tokenizer has no chat template", "name a file in data.chat_template, or write false"
 FloatArray = NDArray[np.float64]
 RESAMPLES = 1000  # for the standard errors of metrics that are no mean
+MOST_NAMED = 5  # tasks that a note names
 LEFT_OUT = -1.0  # lm-eval's value of a document that a metric leaves out
 
 
@@ -85,6 +86,14 @@ class Tasks:
     settings: EvaluationSection
     manager: TaskManager
     specs: Sequence[str | dict[str, Any]]
+    without_lengths: dict[str, None] = field(default_factory=dict)  # computed tasks that do not generate their prompts
+
+    def notes(self) -> list[str]:
+        """A note about computed tasks on which evaluation.task_lengths has no effect."""
+        if not (self.settings.task_lengths and self.without_lengths):
+            return []
+        names = listed(list(self.without_lengths), MOST_NAMED)
+        return [f"evaluation.task_lengths has no effect on {names}, which do not generate their prompts"]
 
 
 def load_tasks(settings: EvaluationSection) -> Tasks:
@@ -151,7 +160,13 @@ def run_tasks(
             raise
         except Exception as error:  # the code of tasks and data sets may raise anything
             raise _task_error("lm-eval cannot compute a task", error) from error
+    tasks.without_lengths.update(dict.fromkeys(fixed_tasks(results)))
     return list(scores_of(results))
+
+
+def fixed_tasks(results: Mapping[str, Any]) -> list[str]:
+    """The computed tasks whose prompts come from a data set, not from code that generates them."""
+    return [name for name, config in results.get("configs", {}).items() if not config.get("custom_dataset")]
 
 
 def _read_task(path: Path) -> dict[str, Any]:

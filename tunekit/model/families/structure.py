@@ -18,6 +18,8 @@ from tunekit.model.attention.documents import known_documents
 from tunekit.model.pretrained import config_of
 from tunekit.model.pretrained import text_config as text_config
 
+MIXED_DTYPES = ("expected scalar type", "to have the same dtype", "must have the same dtype")  # in torch's errors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.utils import ModelOutput
@@ -72,7 +74,13 @@ def call_accepted(module: nn.Module, inputs: Mapping[str, Tensor | bool | None])
     arguments = {key: value for key, value in inputs.items() if key in accepted}
     switches = {"use_cache": False} if "use_cache" in accepted else {}
     with known_documents():
-        return module(**arguments, **switches)
+        try:
+            return module(**arguments, **switches)
+        except RuntimeError as error:
+            if not any(text in str(error) for text in MIXED_DTYPES):
+                raise
+            what = f"the code of {type(module).__name__} mixes float32 with the dtype in which it computes ({error})"
+            raise ModelError(what, "write model.dtype: float32", key="model.dtype") from error
 
 
 def modules_with_statistics(net: nn.Module) -> list[nn.Module]:

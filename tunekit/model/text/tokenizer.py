@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -31,6 +32,8 @@ FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
     *("chat_template.jinja", "chat_template.json"),
 )
+# names of files that contain a vocabulary, of all tokenizers in transformers
+VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*vocab.*\.(json|txt)|.*\.(model|tiktoken|tokenizer|codes)")
 
 
 class LoadedTokenizer:
@@ -60,6 +63,9 @@ class LoadedTokenizer:
             token_id for token_id, token in added if token.special or _is_marker(token.content)
         )
         # Text without special tokens can contain the unknown token: unknown characters become that token.
+        self.unknown_id: int | None = native.unk_token_id
+        if self.unknown_id in (self.bos_id, self.eos_id):
+            self.unknown_id = None
         self._forbidden_in_text = self.special_ids - {native.unk_token_id}
         self.fingerprint = self._fingerprint()
 
@@ -184,7 +190,8 @@ class LoadedTokenizer:
 def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     """Load the base's fast tokenizer.
 
-    Raises: ModelError if the base has no fast tokenizer, or if the tokenizer is damaged or would run remote code.
+    Raises: ModelError if the base has no tokenizer, or only a slow one, or if the tokenizer is damaged or would run
+    remote code.
     """
     from transformers import AutoTokenizer
 
@@ -193,6 +200,10 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
     if source.gguf_file is not None:
         check_gguf(source)
         arguments["gguf_file"] = source.gguf_file
+    elif not section.trust_remote_code and not any(VOCABULARY.fullmatch(file.name) for file in source.folder.iterdir()):
+        what = f"{source.folder} contains no tokenizer (such as {TOKENIZER})"
+        how = "copy the tokenizer's files from the model's page into this folder, or name another base"
+        raise ModelError(what, how, key="model.name_or_path")  # transformers would invent one of a few tokens
     reads = tokenizer_folder(source, FILES)
     with damage_named(source), model_errors(section, "the tokenizer of "), quiet(), reads as folder:
         native = AutoTokenizer.from_pretrained(

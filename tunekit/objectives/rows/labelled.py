@@ -75,6 +75,11 @@ class LabelledTexts(RowKind):
         ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
         return next(each for each in ids if each not in ends)
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of the tokenizer's unknown token."""
+        return self.tokenizer.unknown_id
+
     def encode(self, example: Any, origin: str) -> Row:
         """The row of an example. Raises: Dropped for a text without a token; DataError for an unlisted label."""
         assert isinstance(example, LabelExample)

@@ -21,6 +21,11 @@ class TextRows(RowKind):
     options: EncodeOptions = field(default_factory=EncodeOptions)
     notices: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The id of the tokenizer's unknown token."""
+        return self.tokenizer.unknown_id
+
     @cached_property
     def renderer(self) -> Renderer:
         """The renderer of examples. Its notices are counted in `notices` of these rows."""

@@ -84,20 +84,23 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
     """Check the keys of several sections together. `sections`: the valid sections by name; invalid ones are skipped."""
     data, evaluation = sections.get("data"), sections.get("evaluation")
     objective, written = _objective_class(draft), sections.get("objective")
+    known = _method(draft) in known_names("objectives")  # else its name is refused, or it follows from the model
     for name, how in objective.required.items():
         if written is not None and not getattr(written, name):
             draft.add_problem(("objective", name), "is required", how)
     if isinstance(data, DataSection):
-        unknown = draft.values.get("objective", "") is None  # the objective is known only after the model is loaded
-        _check_rewritten_answers(draft, objective)
-        _check_sources(draft, data, sorted(known_names("formats")) if unknown else formats_of(objective.example))
+        if known:
+            _check_rewritten_answers(draft, objective)
+        _check_sources(draft, data, formats_of(objective.example) if known else sorted(known_names("formats")))
         if not draft.has(("data", "eval")) and draft.get(("training", "eval_steps")) is not None:
             what = "warning: training.eval_steps has no effect, because there are no evaluation rows"
             draft.defaults.append(f"{what}; write data.eval: a fraction or a file")
         for name in written.needs_evaluation if data.eval is None and isinstance(written, ObjectiveSettings) else ():
             draft.add_problem(("objective", name), "needs evaluation rows", "set data.eval")
     if isinstance(evaluation, EvaluationSection):
-        _check_metrics(draft, evaluation, objective, {} if written is None else written.model_dump())
+        _check_metrics(draft, evaluation)
+        if known:
+            _check_measurable(draft, evaluation, objective, {} if written is None else written.model_dump())
         for name in ("best", "patience"):
             if isinstance(data, DataSection) and data.eval is None and getattr(evaluation, name) is not None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
@@ -127,9 +130,14 @@ def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
     """The settings class of the recipe's objective; if the recipe names no known objective, of the default
     objective."""
-    written = draft.values.get("objective")
-    method = written.get("method") if isinstance(written, dict) else written
+    method = _method(draft)
     return objective_class(method if method in known_names("objectives") else DEFAULT_METHOD["objective"])
+
+
+def _method(draft: Draft) -> object:
+    """The name of the recipe's objective, which may be unknown; None if it is not known yet."""
+    written = draft.values.get("objective", DEFAULT_METHOD["objective"])
+    return written.get("method", DEFAULT_METHOD["objective"]) if isinstance(written, dict) else written
 
 
 def _check_sources(draft: Draft, data: DataSection, formats: Sequence[str]) -> None:
@@ -178,13 +186,9 @@ def _check_source(draft: Draft, key: KeyPath, source: Source, formats: Sequence[
         taken.add(field)
 
 
-def _check_metrics(
-    draft: Draft, evaluation: EvaluationSection, objective: type[ObjectiveSettings], settings: Mapping[str, object]
-) -> None:
+def _check_metrics(draft: Draft, evaluation: EvaluationSection) -> None:
+    """Check the metrics and the choices, whatever the objective."""
     known, chosen = known_names("metrics"), evaluation.choices is not None
-    if chosen and objective.example != "text":
-        what = "choices need rows with a prompt and an answer, and this objective has other rows"
-        draft.add_problem(("evaluation", "choices"), what, "remove it, or write objective: sft or seq2seq")
     if evaluation.content_free_prompt is not None and not chosen:
         what, how = "there are no choices to calibrate", "write evaluation.choices, or remove it"
         draft.add_problem(("evaluation", "content_free_prompt"), what, how)
@@ -194,14 +198,28 @@ def _check_metrics(
             draft.add_problem(key, f"unknown metric '{name}'", did_you_mean(name, known, "known metrics"))
         elif name in evaluation.metrics[:index]:
             draft.add_problem(key, f"the metric {name} is listed twice", "keep one")
-        elif needs_generation(name) and not objective.answers:
+    _check_best(draft, ("evaluation", "best"), evaluation.best or "eval.loss", evaluation)
+
+
+def _check_measurable(
+    draft: Draft, evaluation: EvaluationSection, objective: type[ObjectiveSettings], settings: Mapping[str, object]
+) -> None:
+    """Check that the rows and the models of this objective have the metrics."""
+    chosen = evaluation.choices is not None
+    if chosen and objective.example != "text":
+        what = "choices need rows with a prompt and an answer, and this objective has other rows"
+        draft.add_problem(("evaluation", "choices"), what, "remove it, or write objective: sft or seq2seq")
+    for index, name in enumerate(evaluation.metrics):
+        key: KeyPath = ("evaluation", "metrics", index)
+        if name not in known_names("metrics") or name in evaluation.metrics[:index]:
+            continue
+        if needs_generation(name) and not objective.answers:
             what = f"the metric {name} needs text answers, but a model of this objective writes no text"
             draft.add_problem(key, what, "remove it")
         elif wrong := unmeasurable(name, objective, settings, chosen=chosen):
             draft.add_problem(key, *wrong)
     if evaluation.samples and not objective.answers:
         draft.add_problem(("evaluation", "samples"), "a model of this objective writes no text", "remove it")
-    _check_best(draft, ("evaluation", "best"), evaluation.best or "eval.loss", evaluation)
 
 
 def _check_best(draft: Draft, key: KeyPath, name: str, evaluation: EvaluationSection) -> None:
