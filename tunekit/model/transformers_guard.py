@@ -48,6 +48,13 @@ def quiet() -> Iterator[None]:
                 _silence.close()
 
 
+def adafactor() -> type[torch.optim.Optimizer]:
+    """transformers' Adafactor. torch's own always scales an update by the size of the parameter."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor
+
+
 @contextmanager
 def _silenced() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in NOISY}

@@ -25,7 +25,7 @@ from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.model.text.slots import shared_length
 from tunekit.recipe.reading.names import facts_of
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.training import TrainingSection
+from tunekit.recipe.training import BITSANDBYTES_OPTIMIZERS, TrainingSection
 from tunekit.records import ExecutionSettings
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_tokens
@@ -45,7 +45,7 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
         if recipe.model.quantization not in free:
             how = f"run: pip install bitsandbytes, or write {', '.join(free[1:])} or none"
             yield Problem(f"{recipe.model.quantization} needs bitsandbytes", how, key="model.quantization")
-        if recipe.training.optimizer != "adamw":
+        if recipe.training.optimizer in BITSANDBYTES_OPTIMIZERS:
             how = "run: pip install bitsandbytes, or write adamw"
             yield Problem(f"{recipe.training.optimizer} needs bitsandbytes", how, key="training.optimizer")
     for tracker in recipe.output.report_to:
@@ -86,7 +86,7 @@ def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     if recipe.model.quantization == "int8":
         what = f"int8 is computed by bitsandbytes, which has no kernels for {device.type}"
         yield Problem(what, "write quantization: int8_weight_only", key="model.quantization")
-    if recipe.training.optimizer != "adamw":
+    if recipe.training.optimizer in BITSANDBYTES_OPTIMIZERS:
         what = f"{recipe.training.optimizer} is computed by bitsandbytes, which has no kernels for {device.type}"
         yield Problem(what, "write optimizer: adamw", key="training.optimizer")
 
