@@ -359,6 +359,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
             "configuration from the hub"
         ]
     from tunekit.machine.devices import make_devices
+    from tunekit.machine.drivers import gpu_problem
     from tunekit.machine.memory import available_bytes
     from tunekit.planning.plan import make_plan
     from tunekit.planning.row_kind import row_kind_at_hand
@@ -395,4 +396,5 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         results.append(
             "warning: the run does not fit in memory; set memory.budget, and `tunekit plan` looks for settings that fit"
         )
+    refused += filter(None, [gpu_problem()])
     return first, [*results, *(f"warning: {text}" for text in refused)]
