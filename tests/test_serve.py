@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from tests.talking.test_conversation import adapter_of
+from tunekit.contracts import GREEDY
 from tunekit.errors import InputError
 from tunekit.generate import answer
 from tunekit.serve import bind, make_app, make_server, serve_verb
@@ -29,7 +30,6 @@ from tunekit.talking.answer import AnswerPiece
 from tunekit.talking.completion import ClientAnswer
 from tunekit.talking.conversation import make_speaker
 from tunekit.talking.desk import Desk, Job
-from tunekit.contracts import GREEDY
 from tunekit.talking.protocol import ClientQuestion, ProtocolError, read_body
 from tunekit.targets.target import find_target, load_target
 
@@ -138,7 +138,7 @@ def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders:
         ({"max_tokens": 0}, 400, "'max_tokens' must be a number"),
         ({"n": 200}, 400, "'n' must be a number from 1 to 128"),
         ({"top_logprobs": 2}, 400, "'top_logprobs' needs 'logprobs'"),
-        ({"presence_penalty": 1}, 400, "'presence_penalty' is not supported"),
+        ({"extra_body": {"modalities": ["audio"]}}, 400, "'modalities' is not supported"),
         ({"response_format": {"type": "json_schema"}}, 400, "json_schema with a schema"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "'tools' is not supported: the chat"),
         ({"tools": [{"type": "function"}]}, 400, "a tool needs a function with a name"),

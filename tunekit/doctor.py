@@ -75,7 +75,6 @@ def doctor_verb(clear: bool, json_file: str | None) -> None:
 def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """The facts of this machine as values, the same facts as texts, and problems that runs on this machine will
     have."""
-    import torch
 
     devices = make_devices()
     device = devices.device

@@ -78,7 +78,9 @@ def generate_verb(
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
     _require_one({"--prompt": prompt, "--prompts": prompts, "--score": score})
-    sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0, **read_penalties(penalties))
+    sampling = Sampling(
+        temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0, **read_penalties(penalties)
+    )
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
     rows = list(map(PromptRow, prompt or ())) if prompts is None else read_prompts(Path(prompts))

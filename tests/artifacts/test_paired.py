@@ -57,7 +57,9 @@ SHAPES: dict[str, Shape] = {  # of the differences of two equal models: their me
     "uniform": lambda draw, size: draw.uniform(-1, 1, size),
     "laplace": lambda draw, size: draw.laplace(size=size),
     "heavy tails": lambda draw, size: draw.standard_t(3, size),
-    "a tenth is ten times as large": lambda draw, size: draw.normal(size=size) * np.where(draw.random(size) < 0.1, 10, 1),
+    "a tenth is ten times as large": lambda draw, size: (
+        draw.normal(size=size) * np.where(draw.random(size) < 0.1, 10, 1)
+    ),
     "exponential": lambda draw, size: draw.exponential(size=size) - 1,
     "one-sided skew": lambda draw, size: np.exp(draw.normal(size=size)) - np.exp(0.5),
     "extreme skew": lambda draw, size: np.exp(2 * draw.normal(size=size)) - np.exp(2),
@@ -87,7 +89,9 @@ def test_rows_with_a_long_tail_on_one_side_are_too_few(tmp_path: Path) -> None:
     far = [loss - (8.0 if at in (4, 9, 17) else 1.0) * kept["units"][at] for at, loss in enumerate(kept["losses"])]
     runs = [read_run(plain), read_run(change(write_run(tmp_path / "other"), losses=far))]
     (found,) = differences(runs)
-    assert found.high < 0 and found.too_few and not found.lower and found.tone == "neutral"
+    assert found.high < 0
+    assert found.too_few
+    assert (found.lower, found.tone) == (False, "neutral")
     (sentence,) = who_won(runs, [found])
     assert sentence.startswith("too few rows to distinguish other and plain: ")
     assert sentence.endswith(f"differ much more than the others, so {found.needed_rows:,} are needed")

@@ -76,7 +76,11 @@ def use_driver(monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
 @pytest.mark.parametrize(
     ("number", "cuda", "message"),
     [
-        (11040, "12.8", "the driver supports CUDA 11.4, but torch 2.13.0 was built for CUDA 12.8: update the driver, or"),
+        (
+            11040,
+            "12.8",
+            "the driver supports CUDA 11.4, but torch 2.13.0 was built for CUDA 12.8: update the driver, or",
+        ),
         (12080, None, "an NVIDIA driver is installed (CUDA 12.8), but torch 2.13.0 has no CUDA: install such a build"),
         (13000, "12.8", "an NVIDIA driver is installed (CUDA 13.0), but torch 2.13.0 finds no GPU: run nvidia-smi"),
         (None, "12.8", None),

@@ -12,7 +12,9 @@ from tests.support.data_case import write_lines
 def write_foreign_rows(folder: Path) -> None:
     """Rows of the formats that these configurations read."""
     said = [(f"What is {number}?", f"It is the number {number}.") for number in range(40)]
-    write_lines(folder / "alpaca.jsonl", [{"instruction": asked, "input": "", "output": answer} for asked, answer in said])
+    write_lines(
+        folder / "alpaca.jsonl", [{"instruction": asked, "input": "", "output": answer} for asked, answer in said]
+    )
     messages = [[("user", asked), ("assistant", answer)] for asked, answer in said]
     chats = [[{"role": role, "content": text} for role, text in turns] for turns in messages]
     write_lines(folder / "chat.jsonl", [{"messages": turns} for turns in chats])

@@ -104,7 +104,10 @@ def test_a_step_is_the_published_one(name: Any) -> None:
 def test_muon_leaves_embeddings_and_heads_to_adamw() -> None:
     """Weight decay does not apply to embeddings, which is how they are known."""
     parameters = {name: torch.nn.Parameter(torch.ones(4, 4)) for name in ("hidden", "head", "embedding")}
-    groups = [ParameterGroup(("hidden", "head"), heads=frozenset({"head"})), ParameterGroup(("embedding",), decays=False)]
+    groups = [
+        ParameterGroup(("hidden", "head"), heads=frozenset({"head"})),
+        ParameterGroup(("embedding",), decays=False),
+    ]
     optimizer = Optimizer(TrainingSection(optimizer="muon"), groups, parameters)
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters.values():

@@ -18,7 +18,9 @@ from tunekit.training.engine import Engine, StepAttempt
 from tunekit.training.pace import missing_processors
 from tunekit.training.saved_state import checkpoint_facts
 
-BUSY = CpuTimes(wall=6.0, process=6.0, main=3.0, waited=5.0, others=6.0)  # a step of two threads next to another program
+BUSY = CpuTimes(
+    wall=6.0, process=6.0, main=3.0, waited=5.0, others=6.0
+)  # a step of two threads next to another program
 ALONE = CpuTimes(wall=6.0, process=11.0, main=5.8, waited=0.1)
 
 

@@ -122,7 +122,20 @@ def generate(
     changes, length = overrides or [], max_new_tokens
     texts = prompt or None  # an option that is not given may be an empty list
     generate_verb(
-        target, base, texts, prompts, changes, length, temperature, top_p, top_k, seed, score, choices, output, system,
+        target,
+        base,
+        texts,
+        prompts,
+        changes,
+        length,
+        temperature,
+        top_p,
+        top_k,
+        seed,
+        score,
+        choices,
+        output,
+        system,
         penalty or [],
     )
 

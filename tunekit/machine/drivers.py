@@ -22,7 +22,9 @@ def gpu_problem(kfd: Path = KFD) -> str | None:
     if not kfd.exists():
         return None
     if torch.version.hip is None:
-        return f"an AMD GPU is installed ({kfd}), but torch {torch.__version__} was not built for ROCm: install that build"
+        return (
+            f"an AMD GPU is installed ({kfd}), but torch {torch.__version__} was not built for ROCm: install that build"
+        )
     if not os.access(kfd, os.R_OK | os.W_OK):
         return f"an AMD GPU is installed, but this user may not open {kfd}: join the groups render and video"
     return f"an AMD GPU is installed ({kfd}), but torch {torch.__version__} finds no GPU: update its driver"
@@ -32,7 +34,8 @@ def _of_nvidia(supported: tuple[int, int]) -> str:
     shown = ".".join(map(str, supported))
     wanted = torch.version.cuda
     if wanted is None:
-        return f"an NVIDIA driver is installed (CUDA {shown}), but torch {torch.__version__} has no CUDA: install such a build"
+        why = f"torch {torch.__version__} has no CUDA: install such a build"
+        return f"an NVIDIA driver is installed (CUDA {shown}), but {why}"
     major, minor = map(int, wanted.split(".")[:2])
     if supported < (major, minor):
         how = f"update the driver, or install a build of torch for CUDA {shown}"

@@ -76,13 +76,12 @@ def template_problems(recipe: Recipe, processor: Processor, template: str | None
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     """Yields a problem for each setting that the device does not support."""
-    if recipe.model.quantization == "fp8" and device.type != "cpu" and not computes_fp8(device):
-        if capability(device) < CAPABILITY:
-            what = (
-                "this device has no float8 products; fp8 needs an NVIDIA GPU of compute capability "
-                f"{'.'.join(map(str, CAPABILITY))} or more"
-            )
-            yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
+    if recipe.model.quantization == "fp8" and device.type != "cpu" and capability(device) < CAPABILITY:
+        what = (
+            "this device has no float8 products; fp8 needs an NVIDIA GPU of compute capability "
+            f"{'.'.join(map(str, CAPABILITY))} or more"
+        )
+        yield Problem(what, "write quantization: nf4 or int8_weight_only", key="model.quantization")
     if kind_of(device).bitsandbytes:
         return
     if recipe.model.quantization == "int8":

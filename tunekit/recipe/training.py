@@ -109,8 +109,8 @@ class TrainingSection(Section):
     warmup_steps: CountOrZero | None = Field(None, description="warm-up in steps, instead of warmup_ratio")
     optimizer: OptimizerName = Field(
         "adamw",
-        description="AdamW with 32-bit or 8-bit state, paged or not; adafactor: factored second moments, at the rate of "
-        "the schedule; lion: the sign of a momentum; muon: orthogonalised momentum for matrices, at the scale of "
+        description="AdamW with 32-bit or 8-bit state, paged or not; adafactor: factored second moments, at the "
+        "schedule's rate; lion: the sign of a momentum; muon: orthogonalised momentum for matrices, at the scale of "
         "AdamW's updates, and AdamW for vectors, embeddings and heads",
     )
     weight_decay: NotNegative = Field(0.0, description="weight decay; not applied to biases, norms and scaling vectors")

@@ -106,7 +106,9 @@ class Optimizer:
             for flat, parts in zip(self.groups, self._parts, strict=True)
         ]
         if self.name == "muon":
-            options = [half for each, flat in zip(options, self.groups, strict=True) for half in _halves(each, flat.group)]
+            options = [
+                half for each, flat in zip(options, self.groups, strict=True) for half in _halves(each, flat.group)
+            ]
         self.native = _make_native(self.name, options)
 
     def _cut(self, flat: FlatGroup) -> list[nn.Parameter]:

@@ -83,7 +83,9 @@ class PairedDifference:
             better = self.higher == higher
             return f"{self.run} is {'better' if better else 'worse'} than {self.than}: {facts}"
         if self.too_few:
-            few = f"a few of the {self.rows:,} rows differ much more than the others, so {self.needed_rows:,} are needed"
+            few = (
+                f"a few of the {self.rows:,} rows differ much more than the others, so {self.needed_rows:,} are needed"
+            )
             return f"too few rows to distinguish {self.run} and {self.than}: {facts}; {few}"
         more = "" if self.needed_rows is None else f"; about {self.needed_rows:,} rows would show such a difference"
         return f"{self.run} and {self.than} cannot be distinguished: {facts}{more}"
@@ -142,7 +144,7 @@ def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDiffe
     skewed = rows_for_skewness(loss - than_loss, units) if clear else None
     needed = skewed if clear else rows_needed(than_loss, loss, units)
     start = means[2] if math.isfinite(means[2]) else None
-    return PairedDifference(other.name, one.name, len(losses), *means[:2], low, high, start, needed, skewed is not None)
+    return PairedDifference(other.name, one.name, len(losses), means[0], means[1], low, high, start, needed, skewed is not None)
 
 
 def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:
@@ -232,8 +234,8 @@ def _keyed(rows: Values) -> Iterator[tuple[tuple[str, int], list[float | None]]]
 
 
 def difference_interval(one: Losses, other: Losses, units: Losses) -> tuple[float, float]:
-    """Student's interval of sum(other) / sum(units) - sum(one) / sum(units). If all rows differ by the same amount, such
-    as a metric that is 0 or 1, the interval is that of `reach_of_equal`.
+    """Student's interval of sum(other) / sum(units) - sum(one) / sum(units). If all rows differ by the same amount,
+    such as a metric that is 0 or 1, the interval is that of `reach_of_equal`.
 
     Shapes: (rows,) each, with at least two rows; losses are sums over each row's units.    Source: Cochran 1977,
     section 6.3.

@@ -143,13 +143,15 @@ def _rewrite_warmup(draft: Draft) -> None:
 def _rewrite_minimum_rate(draft: Draft) -> None:
     """Axolotl's cosine_min_lr_ratio -> the schedule cosine_with_min_lr and its min_lr_rate. Its other schedules do not
     read the key. Source: axolotl/utils/schedulers.py, _get_cosine_schedule_with_min_lr_lambda."""
-    if (taken := take(draft, "cosine_min_lr_ratio")) is None:
+    name = "cosine_min_lr_ratio"
+    if (taken := take(draft, name)) is None:
         return
     value, place = taken
-    if draft.get(("lr_scheduler",), "cosine") != "cosine":
-        return record(draft, place, "cosine_min_lr_ratio", "nothing (only the schedule cosine reads it)")
-    draft.set(("lr_scheduler",), "cosine_with_min_lr", draft.place(("lr_scheduler",)))
-    write(draft, ("training", "scheduler_settings"), {"min_lr_rate": value}, place, "cosine_min_lr_ratio")
+    if draft.get(("lr_scheduler",), "cosine") == "cosine":
+        draft.set(("lr_scheduler",), "cosine_with_min_lr", draft.place(("lr_scheduler",)))
+        write(draft, ("training", "scheduler_settings"), {"min_lr_rate": value}, place, name)
+    else:
+        record(draft, place, name, "nothing (only the schedule cosine reads it)")
 
 
 def _rewrite_precision(draft: Draft) -> None:

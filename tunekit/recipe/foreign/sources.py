@@ -32,7 +32,9 @@ def translate_sources(draft: Draft) -> None:
         items = draft.get((key,))
         for index, item in enumerate(items) if isinstance(items, list) else ():
             if isinstance(item, dict):
-                places = {(*item_key, name): draft.place((*item_key, name)) for item_key in [(key, index)] for name in item}
+                places = {
+                    (*item_key, name): draft.place((*item_key, name)) for item_key in [(key, index)] for name in item
+                }
                 at = draft.place((key, index))
                 draft.set((key, index), _Source(draft, (key, index), item, places).translate(), at)
 

@@ -142,7 +142,9 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("every step is logged", "logging_steps", "logging_first_step", "logging_strategy", "log_level"),
     **dropped("every step is logged", "include_num_input_tokens_seen", "plot_loss", "include_tokens_per_second"),
     **dropped("every step is logged", "include_effective_tokens_per_second", "log_level_replica", "disable_tqdm"),
-    **dropped("rows are cached by their content", "dataset_prepared_path", "overwrite_cache", "dataset_num_proc", "cache_dir"),
+    **dropped(
+        "rows are cached by their content", "dataset_prepared_path", "overwrite_cache", "dataset_num_proc", "cache_dir"
+    ),
     **dropped("rows are cached by their content", "preprocessing_num_workers", "dataset_processes"),
     **dropped("rows are ready before training begins", "dataloader_num_workers", "dataloader_pin_memory"),
     **dropped("rows are ready before training begins", "dataloader_prefetch_factor", "remove_unused_columns"),
@@ -200,7 +202,9 @@ TOP_LEVEL: dict[str, Alias] = {
     ),
     **to("adapter.modules_to_save", "additional_target", by=values.lora_targets),
     **to("memory.gradient_checkpointing", "disable_gradient_checkpointing", by=values.negated),
-    **nowhere(lost(_ROPE, "write rope_parameters in config.json of a copy of the base, and train that"), "rope_scaling"),
+    **nowhere(
+        lost(_ROPE, "write rope_parameters in config.json of a copy of the base, and train that"), "rope_scaling"
+    ),
     **dropped(
         "logits are computed in chunks", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "cut_cross_entropy"
     ),

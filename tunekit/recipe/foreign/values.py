@@ -49,6 +49,7 @@ def switch(ours: object) -> Translate:
 
 def exactly(*known: object, how: str = "") -> Translate:
     """A translation that accepts only these values, which have no effect."""
+
     def translate(value: object) -> object:
         if any(value == each and type(value) is type(each) for each in known):
             return NOTHING
