@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tunekit.console import Console, visible
 from tunekit.console.text import Flow
@@ -15,7 +16,7 @@ from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.files.durable import write_text
 from tunekit.formats.example import Message
 from tunekit.machine.devices import make_devices
-from tunekit.model.text.draws import PENALTIES, penalty, read_penalties
+from tunekit.model.text.draws import PENALTIES, penalty, with_penalties
 from tunekit.talking.adapters import BASE, check_folder
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker, make_speaker
@@ -130,7 +131,8 @@ class Chat:
             if name == "max_new_tokens":
                 self.max_new_tokens = int(number)
             else:
-                self.sampling = replace(self.sampling, **{name: number})
+                changed: dict[str, Any] = {name: number}
+                self.sampling = replace(self.sampling, **changed)
             return
         now = {name: getattr(self.sampling, name, self.max_new_tokens) for name in SETTINGS}
         self.console.info(", ".join(f"{name} {value}" for name, value in now.items()))
@@ -229,7 +231,7 @@ def chat_verb(
     Raises: TunekitError, whose exit code the command line returns.
     """
     console = Console()
-    settings = Sampling(*sampling, **read_penalties(penalties))
+    settings = with_penalties(Sampling(*sampling), penalties)
     earlier = [] if history is None else read_history(Path(history))
     spec = find_target(target, base, overrides)
     for folder in adapters:

@@ -32,7 +32,7 @@ from tunekit.formats.label_pairs import names_pair, read_pair
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.call import seed_for
 from tunekit.model.families import make_family
-from tunekit.model.text.draws import read_penalties
+from tunekit.model.text.draws import with_penalties
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.text import TextRows
@@ -78,9 +78,8 @@ def generate_verb(
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
     _require_one({"--prompt": prompt, "--prompts": prompts, "--score": score})
-    sampling = Sampling(
-        temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0, **read_penalties(penalties)
-    )
+    sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
+    sampling = with_penalties(sampling, penalties)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
     rows = list(map(PromptRow, prompt or ())) if prompts is None else read_prompts(Path(prompts))

@@ -2,7 +2,7 @@
 and one tensor in a checkpoint."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -273,7 +273,10 @@ class _Muon(torch.optim.Optimizer):
     def __init__(self, options: list[dict[str, Any]]) -> None:
         super().__init__(options, {})
         halves = [[group for group in self.param_groups if group["use_muon"] is use] for use in (True, False)]
-        makers = (partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW)
+        makers: tuple[Callable[..., torch.optim.Optimizer], ...] = (
+            partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW,
+        )
         self._halves = [make(groups) for make, groups in zip(makers, halves, strict=True) if groups]
         self.param_groups = [group for half in self._halves for group in half.param_groups]
         for half in self._halves:

@@ -144,7 +144,9 @@ def _difference(one: RunValues, other: RunValues, losses: Losses) -> PairedDiffe
     skewed = rows_for_skewness(loss - than_loss, units) if clear else None
     needed = skewed if clear else rows_needed(than_loss, loss, units)
     start = means[2] if math.isfinite(means[2]) else None
-    return PairedDifference(other.name, one.name, len(losses), means[0], means[1], low, high, start, needed, skewed is not None)
+    return PairedDifference(
+        other.name, one.name, len(losses), means[0], means[1], low, high, start, needed, skewed is not None
+    )
 
 
 def rows_needed(one: Losses, other: Losses, units: Losses) -> int | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ PENALTIES = {
 }
 
 
-def read_penalties(options: Sequence[str]) -> dict[str, float]:
-    """The values of options NAME=VALUE of the command line. Raises: InputError."""
-    return {name: penalty(name, value) for name, _, value in (option.partition("=") for option in options)}
+def with_penalties(sampling: Sampling, options: Sequence[str]) -> Sampling:
+    """The settings with options NAME=VALUE of the command line. Raises: InputError."""
+    pairs = (option.partition("=") for option in options)
+    values: dict[str, Any] = {name: penalty(name, value) for name, _, value in pairs}
+    return replace(sampling, **values)
 
 
 def penalty(name: str, value: str) -> float:

@@ -32,11 +32,10 @@ def translate_sources(draft: Draft) -> None:
         items = draft.get((key,))
         for index, item in enumerate(items) if isinstance(items, list) else ():
             if isinstance(item, dict):
-                places = {
-                    (*item_key, name): draft.place((*item_key, name)) for item_key in [(key, index)] for name in item
-                }
-                at = draft.place((key, index))
-                draft.set((key, index), _Source(draft, (key, index), item, places).translate(), at)
+                place, places = draft.place((key, index)), dict[KeyPath, Place]()
+                for name in item:
+                    places[key, index, name] = draft.place((key, index, name))
+                draft.set((key, index), _Source(draft, (key, index), item, places).translate(), place)
 
 
 class _Source:
