@@ -16,6 +16,7 @@ import yaml
 
 from tunekit.commands.training import launch
 from tunekit.errors import InputError, RecipeError
+from tunekit.files.lock import WATCHING_SECONDS
 from tunekit.launch import launch_verb
 from tunekit.planning.launch.job import ENGINES, load_engine
 from tunekit.recipe.load import load_recipe
@@ -186,19 +187,33 @@ class TorchTrainer:
 """
 
 
-@pytest.mark.parametrize(("code", "starts", "ends"), [(0, 2, 0), (2, 1, 2), (3, 1, 3), (4, 4, 1), (143, 4, 1)])
-def test_ray_starts_only_what_can_end_otherwise(folder: Path, code: int, starts: int, ends: int) -> None:
-    """A wrong recipe is one start, and its exit code that of the script; a lost worker is started again."""
+@pytest.mark.parametrize(
+    ("code", "starts", "ends", "held"),
+    [(0, 2, 0, ()), (2, 1, 2, ()), (3, 1, 3, ()), (4, 4, 1, ()), (143, 4, 1, ()), (2, 4, 0, (True, True, False))],
+)
+def test_ray_starts_only_what_can_end_otherwise(
+    folder: Path, code: int, starts: int, ends: int, held: tuple[bool, ...]
+) -> None:
+    """A wrong recipe is one start, and its exit code that of the script; a lost worker is started again, also if its
+    process still holds the run's folder (twice), after which the run succeeds."""
     path = written("ray", processes=2)
     for package, text in {
         "ray": "",
         "ray/train": RAY,
         "ray/train/torch": "from ray.train import TorchTrainer",
         "tunekit": "",
-        "tunekit/cli": f"import sys\ndef main():\n    print('start')\n    sys.exit({code})",
+        "tunekit/cli": f"import sys\nheld = list({held})\ndef main():\n    print('start')\n"
+        f"    sys.exit({code} if not {held} or held[0] else 0)",
+        "tunekit/errors": "class TunekitError(Exception): pass",
+        "tunekit/files": "",
+        "tunekit/files/lock": "from tunekit.cli import held\ndef is_held(path): return bool(held) and held.pop(0)",
+        "tunekit/recipe": "",
+        "tunekit/recipe/load": "from unittest.mock import Mock\ndef load_recipe(*names):\n    loaded = Mock()\n"
+        "    loaded.recipe.output.dir = 'run'\n    return loaded",
     }.items():
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").write_text(text)
+    path.write_text(path.read_text().replace(f"sleep({WATCHING_SECONDS}", "sleep(0"))
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     ended = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment, check=False)
     assert (ended.stdout.count("start\n"), ended.returncode) == (starts, ends), ended.stderr

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from tests.talking.test_conversation import adapter_of
+from tunekit.contracts import GREEDY
 from tunekit.errors import InputError
 from tunekit.generate import answer
 from tunekit.serve import bind, make_app, make_server, serve_verb
@@ -137,7 +138,7 @@ def test_clients_get_what_generate_answers(port: int, tiny_llama: Path, folders:
         ({"max_tokens": 0}, 400, "'max_tokens' must be a number"),
         ({"n": 200}, 400, "'n' must be a number from 1 to 128"),
         ({"top_logprobs": 2}, 400, "'top_logprobs' needs 'logprobs'"),
-        ({"presence_penalty": 1}, 400, "'presence_penalty' is not supported"),
+        ({"extra_body": {"modalities": ["audio"]}}, 400, "'modalities' is not supported"),
         ({"response_format": {"type": "json_schema"}}, 400, "json_schema with a schema"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "'tools' is not supported: the chat"),
         ({"tools": [{"type": "function"}]}, 400, "a tool needs a function with a name"),
@@ -235,6 +236,45 @@ BODY = {"model": "one", "messages": [{"role": "user", "content": "x"}]}
 def body_of(**more: Any) -> ClientQuestion:
     names: Any = Names()
     return read_body(json.dumps(BODY | more).encode(), names, 4)
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"stream_options": {"include_usage": "x"}}, "stream_options.include_usage"),
+        ({"stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"metadata": "x"}, "metadata"),
+        ({"store": 1}, "store"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": "0.1"}, "min_p"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "5"),
+        ({"logit_bias": [5]}, "logit_bias"),
+    ],
+)
+def test_wrong_values_of_clients_are_refused(more: dict[str, Any], field: str) -> None:
+    with pytest.raises(ProtocolError) as refused:
+        body_of(**more)
+    assert (refused.value.status, refused.value.body["error"]["param"]) == (400, field)
+
+
+def test_bodies_that_are_not_json_and_mixed_prompts_are_refused() -> None:
+    names: Any = Names()
+    for body in ('{"model": "one", "metadata": NaN}', '{"model": "one", "prompt": ["a", [5]], "max_tokens": 1}'):
+        with pytest.raises(ProtocolError) as refused:
+            read_body(body.encode(), names, 4, is_chat=False)
+        assert refused.value.status == 400
+
+
+def test_penalties_of_clients_are_read() -> None:
+    penalties = {"min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": -1, "frequency_penalty": 0.5}
+    (request,) = body_of(**penalties, top_k=-1, logit_bias={"5": -100, "7": 2.5}, temperature=0).requests
+    sampling = request.sampling
+    assert {name: getattr(sampling, name) for name in penalties} == penalties
+    assert (sampling.logit_bias, sampling.top_k, sampling.temperature) == (((5, -100.0), (7, 2.5)), 0, 0.0)
+    assert body_of(presence_penalty=0, temperature=0).requests[0].sampling == GREEDY
 
 
 class Client:

@@ -5,8 +5,9 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tunekit.console import Console, visible
 from tunekit.console.text import Flow
@@ -15,6 +16,7 @@ from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.files.durable import write_text
 from tunekit.formats.example import Message
 from tunekit.machine.devices import make_devices
+from tunekit.model.text.draws import PENALTIES, penalty, with_penalties
 from tunekit.talking.adapters import BASE, check_folder
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker, make_speaker
@@ -23,6 +25,7 @@ from tunekit.targets.target import find_target, load_target
 
 DEFAULT_NEW_TOKENS = 512
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
+SETTINGS |= dict.fromkeys(PENALTIES, float)
 
 
 @dataclass
@@ -122,14 +125,17 @@ class Chat:
         self.messages[:] = [*([Message("system", argument)] if argument else []), *others]
 
     def set(self, argument: str) -> None:
-        """change a setting: temperature, top_p, top_k, seed, max_new_tokens; without an argument: show all"""
-        now = {**asdict(self.sampling), "max_new_tokens": self.max_new_tokens}
+        """change a setting, such as temperature, top_p or max_new_tokens; without an argument: show all"""
         if argument:
             name, _, value = argument.replace("=", " ").partition(" ")
-            now[name] = _setting(name, value.strip())
-            self.max_new_tokens = now.pop("max_new_tokens")
-            self.sampling = Sampling(**now)
+            number = _setting(name, value.strip())
+            if name == "max_new_tokens":
+                self.max_new_tokens = int(number)
+            else:
+                changed: dict[str, Any] = {name: number}
+                self.sampling = replace(self.sampling, **changed)
             return
+        now = {name: getattr(self.sampling, name, self.max_new_tokens) for name in SETTINGS}
         self.console.info(", ".join(f"{name} {value}" for name, value in now.items()))
 
     def undo(self, argument: str) -> None:
@@ -183,6 +189,8 @@ def _setting(name: str, value: str) -> float:
         number: float = kind(value)
     except ValueError:
         raise InputError(f"'{value}' is not a number, but {name} needs a number", f"write /set {name} 1") from None
+    if name in PENALTIES:
+        return penalty(name, value)
     allowed = {"top_p": 0 < number <= 1, "max_new_tokens": number >= 1}.get(name, number >= 0)
     if not allowed:
         raise InputError(f"{name} {value} is out of range", "/set without an argument shows the settings")
@@ -217,12 +225,14 @@ def chat_verb(
     history: str | None,
     sampling: tuple[float, float, int, int],
     max_new_tokens: int | None,
+    penalties: Sequence[str] = (),
 ) -> None:
-    """Chat until the input ends. `sampling`: temperature, top_p, top_k, seed.
+    """Chat until the input ends. `sampling`: temperature, top_p, top_k, seed. `penalties`: NAME=VALUE.
 
     Raises: TunekitError, whose exit code the command line returns.
     """
     console = Console()
+    settings = with_penalties(Sampling(*sampling), penalties)
     earlier = [] if history is None else read_history(Path(history))
     spec = find_target(target, base, overrides)
     for folder in adapters:
@@ -232,7 +242,7 @@ def chat_verb(
     devices = make_devices()
     try:
         speaker = make_speaker(load_target(spec, devices.device))
-        chat = Chat(speaker, console, speaker.default, Sampling(*sampling), max_new_tokens or DEFAULT_NEW_TOKENS)
+        chat = Chat(speaker, console, speaker.default, settings, max_new_tokens or DEFAULT_NEW_TOKENS)
         chat.history, chat.messages = None if history is None else Path(history), earlier
         for folder in adapters:
             chat.adapter(folder)

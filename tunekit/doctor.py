@@ -8,7 +8,6 @@ import contextlib
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from tunekit.files.cache_folder import cache_entries, clear_cache, default_cache
 from tunekit.files.durable import free_bytes, json_result
 from tunekit.files.work_folder import check_new_folder
 from tunekit.machine.devices import make_devices
+from tunekit.machine.drivers import gpu_problem, intel_problem
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
 from tunekit.machine.memory import available_bytes
 from tunekit.machine.signals import StopSignals
@@ -75,7 +75,6 @@ def doctor_verb(clear: bool, json_file: str | None) -> None:
 def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """The facts of this machine as values, the same facts as texts, and problems that runs on this machine will
     have."""
-    import torch
 
     devices = make_devices()
     device = devices.device
@@ -95,9 +94,7 @@ def machine_facts() -> tuple[dict[str, Any], dict[str, str], list[str]]:
         )
     if device.type == "cpu" and find_spec("bitsandbytes") is None:
         findings.append("bitsandbytes is missing, and model.quantization: int8 needs it; pip install bitsandbytes")
-    if not accelerator_names() and shutil.which("nvidia-smi"):
-        seen = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU"
-        findings.append(f"{seen}: install a CUDA build of torch")
+    findings += filter(None, (gpu_problem(), intel_problem()))
     shown = {
         "processor": f"{values['cpu']}, {values['cores']} cores",
         "accelerators": ", ".join(values["accelerators"]) or "none; runs use the CPU",

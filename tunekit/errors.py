@@ -71,6 +71,7 @@ class TunekitError(Exception):
     exit_code = 1
     alone: bool | None = None  # whether this rank must print it: no if the main rank prints it; None: nobody asked yet
     notes: tuple[str, ...] = ()  # printed before the problems, such as rewritten keys of other tools
+    verdict = ""  # printed after the problems
 
     def __init__(
         self, what: str, how: str = "", *, file: str | None = None, line: int | None = None, key: str | None = None
@@ -190,7 +191,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exit_message(error: BaseException) -> tuple[str, int]:
     """The message of an error that ends a command, one line for each problem, and the exit code."""
     if isinstance(error, TunekitError):
-        return "\n".join([*error.notes, *first_lines(error.problems)]), error.exit_code
+        return "\n".join(filter(None, [*error.notes, *first_lines(error.problems), error.verdict])), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", EXIT_INTERRUPTED
     if is_out_of_memory(error):

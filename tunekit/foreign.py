@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from tunekit.console import Console
-from tunekit.errors import Problem, RecipeError, TunekitError, first_lines
+from tunekit.errors import Problem, RecipeError, TunekitError, first_lines, listed
 from tunekit.recipe.foreign.tools import PEFT
-from tunekit.recipe.load import check_draft, dump_recipe, read_draft, read_file
+from tunekit.recipe.load import check_draft, read_draft, read_file
 from tunekit.recipe.reading.dump import as_comments, dump_draft, yaml_lines
 from tunekit.recipe.reading.yaml_reader import read_recipe_file
 
 ROWS, RUN = "train.jsonl", "runs/imported"  # placeholders, because an adapter's configuration contains neither
 TASKS = {"SEQ_CLS": "classify", "TOKEN_CLS": "token_classify", "SEQ_2_SEQ_LM": "seq2seq"}  # task_type -> objective
+MAX_NAMED = 20  # lost keys in the last line
 # the recipe's text, a line for each key, and problems with keys that are lost
 Translation = tuple[str, list[str], Sequence[Problem]]
 
@@ -38,12 +39,16 @@ def import_verb(path: str, output: str | None) -> None:
         where = (
             f"wrote {output}, with these keys as comments:" if output else "these keys are lost, or need a decision:"
         )
-        raise RecipeError.of(problems, [*notes, where])
+        error = RecipeError.of(problems, [*notes, where])
+        keys = dict.fromkeys((each.key or each.what).removesuffix(")").rpartition("(written ")[2] for each in problems)
+        error.verdict = f"lost: {listed(list(keys), MAX_NAMED)}"
+        raise error
     console = Console()
     for line in notes:
         console.error(line)
     if output is not None:
         console.result(f"wrote {output}; check it with: tunekit validate {shlex.quote(output)}")
+    console.error("nothing is lost")
 
 
 def _of_recipe(path: str, output: str | None) -> Translation:
@@ -60,7 +65,7 @@ def _of_recipe(path: str, output: str | None) -> Translation:
         return text, [*whose, *_by_kind(draft.rewrites)], error.problems
     changed = {line.partition(": ")[0] for line in loaded.rewrites}
     kept = [f"{path}:{line}: {key}" for key, line in loaded.lines.items() if f"{path}:{line}" not in changed]
-    text = dump_recipe(loaded.recipe, folder, written_only=True)
+    text = dump_draft(draft, (), folder)
     return text, [*whose, *_by_kind(loaded.rewrites), *_titled("kept:", kept), *loaded.defaults], ()
 
 

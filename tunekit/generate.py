@@ -33,6 +33,7 @@ from tunekit.formats.label_pairs import names_pair, read_pair
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.call import seed_for
 from tunekit.model.families import make_family
+from tunekit.model.text.draws import with_penalties
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
 from tunekit.objectives.rows.text import TextRows
@@ -73,12 +74,14 @@ def generate_verb(
     choices: str | None = None,
     output: str | None = None,
     system: str | None = None,
+    penalties: Sequence[str] = (),
 ) -> None:
     """Generate answers, scores or images. Raises: TunekitError; the command line returns its exit code."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
     _require_one({"--prompt": prompt, "--prompts": prompts, "--score": score})
     sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
+    sampling = with_penalties(sampling, penalties)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
     rows = list(map(PromptRow, prompt or ())) if prompts is None else read_prompts(Path(prompts))
@@ -87,6 +90,8 @@ def generate_verb(
     draws = make_family(family_of(spec)).is_pipeline
     sampling_flags = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
     other_flags = {"--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices, "--system": system}
+    for option in penalties:
+        other_flags["--penalty min_p" if option.startswith("min_p=") else "--penalty"] = option
     flags = {**sampling_flags, **other_flags, "the key adapter": adapters or None}
     _check_flags(draws, output, [flag for flag, value in flags.items() if value is not None])
     if spec.evaluation.choices is not None and (temperature or max_new_tokens is not None):
@@ -159,7 +164,7 @@ def _check_flags(draws: bool, output: str | None, flags: Sequence[str]) -> None:
     useless = " and ".join(flag for flag in flags if flag != "--score")
     if "--score" in flags and useless:
         raise InputError(f"--score reads answers and generates none, so {useless} has no effect", "remove it")
-    useless = " and ".join(flag for flag in flags if flag in ("--top-p", "--top-k", "--seed"))
+    useless = " and ".join(flag for flag in flags if flag in ("--top-p", "--top-k", "--seed", "--penalty min_p"))
     if not draws and useless and "--temperature" not in flags:
         what = f"without --temperature nothing is sampled, so {useless} has no effect"
         raise InputError(what, "add --temperature 1")

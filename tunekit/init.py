@@ -362,6 +362,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
             "configuration from the hub"
         ]
     from tunekit.machine.devices import make_devices
+    from tunekit.machine.drivers import gpu_problem
     from tunekit.machine.memory import available_bytes
     from tunekit.planning.plan import plan as plan_run
     from tunekit.planning.prepare import prepare
@@ -398,4 +399,5 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
         results.append(
             "warning: the run does not fit in memory; set memory.budget, and `tunekit plan` looks for settings that fit"
         )
+    refused += filter(None, [gpu_problem()])
     return first, [*results, *(f"warning: {text}" for text in refused)]

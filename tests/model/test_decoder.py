@@ -20,6 +20,7 @@ from tunekit.model.call import Call, calling, current_call
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.text.continuation import Adapt, Continuation, NewToken
 from tunekit.model.text.decoder import Decoder, decoding
+from tunekit.model.text.draws import limited
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.recipe.model import ModelSection
@@ -295,6 +296,47 @@ def test_rows_of_several_adapters_share_a_forward(llama: LoadedModel) -> None:
     assert {name for names in forwards for name in names} == {*shift}
     assert all({*names} == {"alone"} for names in forwards if "alone" in names)
     assert any({*names} >= {"one", "two"} for names in forwards)
+
+
+PENALIZED = Sampling(
+    repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, logit_bias=((7, 2.0), (9, -100.0))
+)
+
+
+def naive_answer(model: LoadedModel, prompt: Sequence[int], count: int) -> list[int]:
+    """The greedy answer with these penalties, number by number: Keskar et al. 2019, eq. 1, and OpenAI's formula."""
+    answer: list[int] = []
+    for _ in range(count):
+        logits = model.net(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1].tolist()
+        for token in {*prompt, *answer}:
+            logits[token] = logits[token] / 1.3 if logits[token] > 0 else logits[token] * 1.3
+        for token in set(answer):
+            logits[token] -= 0.3 * answer.count(token) + 0.4
+        logits[7] += 2.0
+        logits[9] -= 100.0
+        answer.append(max(range(len(logits)), key=logits.__getitem__))
+    return answer
+
+
+@torch.no_grad()
+def test_penalties_are_those_of_their_formulas(llama: LoadedModel) -> None:
+    """Beside rows without them, whose answers do not change."""
+    plain = [Continuation(prompt, 12) for prompt in PROMPTS[:2]]
+    alone = [[token.id for token in tokens] for tokens in run(llama, plain)]
+    both = [*plain, *(Continuation(prompt, 12, PENALIZED) for prompt in PROMPTS[:2])]
+    answers = [[token.id for token in tokens] for tokens in run(llama, both, slots=4)]
+    assert answers[:2] == alone
+    assert answers[2:] == [naive_answer(llama, prompt, 12) for prompt in PROMPTS[:2]]
+    assert answers[2:] != alone
+
+
+@pytest.mark.parametrize("min_p", [0.05, 0.4, 1.0])
+def test_min_p_is_that_of_transformers(min_p: float) -> None:
+    from transformers import MinPLogitsWarper
+
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)) * 3
+    expected = MinPLogitsWarper(min_p)(torch.zeros(3, 1, dtype=torch.int64), logits / 0.7)
+    assert torch.equal(limited(logits, 0.7, 1.0, 0, min_p), expected)
 
 
 def test_a_row_that_leaves_makes_room_for_the_next(llama: LoadedModel) -> None:

@@ -72,7 +72,7 @@ def test_plan_names_it_approximate_and_refuses_older_gpus(
     plan, _ = make_plan(loaded, device=torch.device("cpu"))
     assert not plan.refusals
     assert any("fp8 is approximate" in note and "slow" in note for note in plan.notes)
-    monkeypatch.setattr(refusals, "computes_fp8", lambda device: False)
+    monkeypatch.setattr(refusals, "capability", lambda device: (8, 0))
     (problem,) = refusals.device_problems(loaded.recipe, torch.device("cuda"))
     assert problem.key == "model.quantization"
     assert "8.9" in problem.what

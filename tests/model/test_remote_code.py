@@ -23,6 +23,9 @@ from tunekit.model.families.image_classifier import PixelProcessor
 from tunekit.model.families.pipeline.processor import PipelineProcessor
 from tunekit.model.load import make_meta_model
 from tunekit.model.speech.features import load_extractor
+from tunekit.model.storage import inspection
+from tunekit.model.storage.inspection import remote_code
+from tunekit.model.storage.source import ModelSource
 from tunekit.recipe.bases.sample_settings import RewardSource
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
@@ -103,6 +106,32 @@ def test_a_resume_with_changed_code_is_refused(tmp_path: Path, tiny_llama: Path)
     (base / "code.py").write_text("scale = 2\n")
     with pytest.raises(RunFolderError, match=r"model\.trust_remote_code: changed since the run: its content"):
         train_verb(load_recipe(recipe), True, False)
+
+
+def test_code_of_another_repository_is_in_the_fingerprint(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(tiny_llama, base)
+    other.mkdir()
+    config = json.loads((base / "config.json").read_text())
+    section = ModelSection(name_or_path=str(base), trust_remote_code=True)
+    digests = [remote_code(section)]
+    config["auto_map"] = {"AutoModelForCausalLM": "org/code--model.Model", "AutoTokenizer": [None, "local.Tokenizer"]}
+    (base / "config.json").write_text(json.dumps(config))
+    assert inspection.code_repositories(base) == ["org/code"]
+    asked = []
+
+    def find(section: ModelSection, **options: bool) -> ModelSource:
+        asked.append((section.name_or_path, section.revision))
+        return ModelSource(section.name_or_path, base if section.name_or_path == str(base) else other)
+
+    monkeypatch.setattr(inspection, "find_source", find)
+    for code in ("scale = 1", "scale = 2"):
+        (other / "model.py").write_text(code)
+        digests.append(remote_code(section))
+    assert len({digest["model.trust_remote_code"] for digest in digests}) == 3
+    assert asked[-1] == ("org/code", "main")
 
 
 def test_code_of_a_run_of_somebody_else_needs_the_users_consent(tmp_path: Path) -> None:

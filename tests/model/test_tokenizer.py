@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import resource
 import shutil
 import signal
 import sys
@@ -181,6 +182,23 @@ def test_endless_template_is_stopped_in_a_thread_too(
         with pytest.raises(DataError, match="seconds"):
             rendered.result(30)
         assert pool.submit(sys.gettrace).result() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such limit")
+def test_a_template_is_limited_in_memory_in_a_thread_too(
+    tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "LIMIT_EXTRA_BYTES", 2**28)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with ThreadPoolExecutor(2) as pool:
+        for template, refused in (("{{ ('a' * 2**29)|length }}", True), ("{{ ('a' * 9)|length }}", False)):
+            rendered = pool.submit(tokenizer.render, [{"role": "user", "content": "x"}], template=template)
+            if refused:
+                with pytest.raises(DataError, match="asked for too much memory"):
+                    rendered.result(30)
+            else:
+                assert rendered.result(30) == "9"
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_too_much_output_is_refused(tokenizer: LoadedTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

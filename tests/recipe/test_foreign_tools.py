@@ -489,7 +489,7 @@ def test_trls_commands(
     recipe, said = imported(folder, "run.sh", command, capsys)
     assert values(recipe, *expected) == list(expected.values())
     assert values(recipe, "training.scheduler", "training.micro_batch_size", "training.epochs") == ["linear", 8, 3.0]
-    assert "default of TRL -> training.epochs: 3.0" in said
+    assert "default of TRL -> training.epochs: 3" in said
 
 
 @pytest.mark.parametrize(

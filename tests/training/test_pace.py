@@ -18,7 +18,9 @@ from tunekit.training.engine import Engine, StepAttempt
 from tunekit.training.pace import missing_processors
 from tunekit.training.saved_state import checkpoint_facts
 
-BUSY = CpuTimes(wall=6.0, process=6.0, main=3.0, waited=5.0)  # a step of two threads next to another program
+BUSY = CpuTimes(
+    wall=6.0, process=6.0, main=3.0, waited=5.0, others=6.0
+)  # a step of two threads next to another program
 ALONE = CpuTimes(wall=6.0, process=11.0, main=5.8, waited=0.1)
 
 
@@ -59,7 +61,7 @@ def case_with(
     [
         (ALONE, 2, 0),
         (BUSY, 2, 1),
-        (CpuTimes(10.0, 4.5, 4.5, 5.0), 1, 1),
+        (CpuTimes(10.0, 4.5, 4.5, 5.0, 15.0), 1, 1),
         # eight threads, of which one shares its processor: seven would have one each
         (CpuTimes(10.0, 42.0, 6.0, 5.0), 8, 1),
         (CpuTimes(10.0, 30.0, 5.0, 36.0), 8, 4),
@@ -68,8 +70,11 @@ def case_with(
         # the main thread waits for a disk or for swapped memory
         (CpuTimes(10.0, 4.0, 2.0, 0.2), 2, 0),
         # a system that reports no waiting
-        (CpuTimes(10.0, 11.0, 5.0, None), 2, 1),
+        (CpuTimes(10.0, 11.0, 5.0, None, None), 2, 1),
         (CpuTimes(10.0, 20.0, 9.0, None), 16, 0),
+        # an idle machine: the threads took turns on one processor, and other processes used 0.3 seconds
+        (CpuTimes(16.0, 15.0, 8.0, 8.0, 0.3), 2, 0),
+        (CpuTimes(16.0, 15.0, 8.0, 8.0, 12.0), 2, 1),
     ],
 )
 def test_missing_processors(times: CpuTimes, threads: int, missing: int) -> None:

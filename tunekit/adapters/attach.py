@@ -139,6 +139,11 @@ class AttachedAdapter:
             (tuple(names), ratio if rate == "b" else 1.0, decays) for (rate, decays), names in sorted(grouped.items())
         ]
 
+    def head_tensors(self) -> list[str]:
+        """The names of trained tensors that are whole matrices of the output head."""
+        heads = [copy for name, copy in self.copies.items() if name == self.head_name]
+        return [copy.name_of(slot) for copy in heads for slot in copy.declared.values()]
+
     def starts_as_identity(self) -> bool:
         """Whether the freshly initialised adapter changes nothing, so that at step 0 the model computes the same as the
         base."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Container, Iterator, Mapping
 from tunekit.errors import Problem, RunFolderError
 from tunekit.recipe.reading.paths import path_mark
 from tunekit.recipe.reading.sections import section_class
+from tunekit.recipe.training import BITSANDBYTES_OPTIMIZERS
 
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 # It is raised by every change of tunekit after which a resumed run continues with different numbers.
@@ -65,7 +66,7 @@ def _uses_bitsandbytes(recipe: Mapping[str, object], device: str) -> bool:
     quantization = _part(recipe, "model").get("quantization", "none")
     optimizer = _part(recipe, "training").get("optimizer", "adamw")
     kernels = ("int8",) if device == "cpu" else ("int8", "nf4", "fp4")
-    return quantization in kernels or optimizer != "adamw"
+    return quantization in kernels or optimizer in BITSANDBYTES_OPTIMIZERS
 
 
 def _kernel_packages(recipe: Mapping[str, object]) -> tuple[str, ...]:

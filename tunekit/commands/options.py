@@ -30,6 +30,15 @@ TARGET = (
     "of the hub"
 )
 TargetName = Annotated[str, typer.Argument(metavar="TARGET", help=TARGET)]
+Penalties = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--penalty",
+        metavar="NAME=VALUE",
+        help="changes the choice of tokens: repetition_penalty, presence_penalty, frequency_penalty or min_p; may be "
+        "repeated",
+    ),
+]
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model of an adapter")]
 Output = Annotated[str, typer.Option("--output", metavar="DIR", help="the new adapter folder")]
 JsonFile = Annotated[

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tunekit.commands.options import Base, Device, TargetKeys, TargetName
+from tunekit.commands.options import Base, Device, Penalties, TargetKeys, TargetName
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -33,13 +33,14 @@ def chat(
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="the maximum length of an answer; default: 512")
     ] = None,
+    penalty: Penalties = None,
     device: Device = None,
 ) -> None:
     """Start a conversation with a run, an adapter or a model. /base asks the base model, /help lists the commands."""
     from tunekit.chat import chat_verb
 
     sampling = (temperature, top_p, top_k, seed)
-    chat_verb(target, base, overrides or [], adapter or [], system, history, sampling, max_new_tokens)
+    chat_verb(target, base, overrides or [], adapter or [], system, history, sampling, max_new_tokens, penalty or [])
 
 
 @app.command()

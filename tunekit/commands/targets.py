@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from tunekit.commands.completion import named
-from tunekit.commands.options import AllowCode, Base, Device, JsonFile, TargetKeys, TargetName, keys
+from tunekit.commands.options import AllowCode, Base, Device, JsonFile, Penalties, TargetKeys, TargetName, keys
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -113,6 +113,7 @@ def generate(
     ] = None,
     output: Annotated[str | None, typer.Option(metavar="DIR", help="the folder for images; default: pictures")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system prompt")] = None,
+    penalty: Penalties = None,
     device: Device = None,
 ) -> None:
     """Answer prompts, score answers, or draw images. Prints text for one prompt, JSON lines for several."""
@@ -121,7 +122,21 @@ def generate(
     changes, length = overrides or [], max_new_tokens
     texts = prompt or None  # an option that is not given may be an empty list
     generate_verb(
-        target, base, texts, prompts, changes, length, temperature, top_p, top_k, seed, score, choices, output, system
+        target,
+        base,
+        texts,
+        prompts,
+        changes,
+        length,
+        temperature,
+        top_p,
+        top_k,
+        seed,
+        score,
+        choices,
+        output,
+        system,
+        penalty or [],
     )
 
 

@@ -56,12 +56,25 @@ Counts = Callable[[Batch], Sequence[int]]
 @dataclass(frozen=True)
 class Sampling:
     """How the next token of an answer is chosen: at temperature 0 the most likely token, otherwise a random token.
-    `top_k` 0: no limit."""
+    `top_k` 0: no limit. `min_p`: the minimum probability of a token, as a share of that of the most likely token. The
+    penalties change the logits of tokens that occurred before, also at temperature 0. `logit_bias`: (id, number to add
+    to its logit).
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties or a bias change the model's logits."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 GREEDY = Sampling()

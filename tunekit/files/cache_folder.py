@@ -50,6 +50,12 @@ def clear_cache() -> None:
             path.rmdir()
 
 
+def is_own(path: Path) -> bool:
+    """Whether this user or the administrator wrote a cache entry. In a shared cache, nobody checked the entries of
+    other users."""
+    return not hasattr(os, "getuid") or path.stat().st_uid in (os.getuid(), 0)
+
+
 def hash_of(value: object) -> str:
     """sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -15,21 +15,25 @@ TASKS = Path("/proc/self/task")
 class CpuTimes:
     """Times in seconds. `wall`: elapsed time; `process`: CPU time of this process; `main`: CPU time of the calling
     thread. `waited`: how long threads were ready to run but had no processor, summed over threads; None if the system
-    does not report this."""
+    does not report this. `others`: CPU time of all other processes of the machine, and of other virtual machines; None
+    if it was not measured."""
 
     wall: float = 0.0
     process: float = 0.0
     main: float = 0.0
     waited: float | None = 0.0
+    others: float | None = 0.0
 
     def __add__(self, other: CpuTimes) -> CpuTimes:
         waited = None if self.waited is None or other.waited is None else self.waited + other.waited
-        return CpuTimes(self.wall + other.wall, self.process + other.process, self.main + other.main, waited)
+        others = None if self.others is None or other.others is None else self.others + other.others
+        return CpuTimes(self.wall + other.wall, self.process + other.process, self.main + other.main, waited, others)
 
     def since(self, start: CpuTimes) -> CpuTimes:
         """The times that passed since `start`."""
         waited = None if self.waited is None or start.waited is None else max(0.0, self.waited - start.waited)
-        return CpuTimes(self.wall - start.wall, self.process - start.process, self.main - start.main, waited)
+        others = None if self.others is None or start.others is None else max(0.0, self.others - start.others)
+        return CpuTimes(self.wall - start.wall, self.process - start.process, self.main - start.main, waited, others)
 
 
 def cpu_times(tasks: Path = TASKS) -> CpuTimes:
@@ -40,7 +44,17 @@ def cpu_times(tasks: Path = TASKS) -> CpuTimes:
         ran, waited = (sum(int(text.split()[at]) for text in texts) for at in (0, 1))
     except (OSError, ValueError, IndexError):  # another system, or a thread that has just ended
         ran, waited = 0, 0
-    return CpuTimes(time.monotonic(), time.process_time(), time.thread_time(), waited / 1e9 if ran else None)
+    process = time.process_time()
+    return CpuTimes(
+        time.monotonic(), process, time.thread_time(), waited / 1e9 if ran else None, busy_seconds() - process
+    )
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all programs of the machine have used, and the time that other virtual machines took."""
+    times = psutil.cpu_times()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is counted as user time too
+    return float(sum(times) - sum(getattr(times, name, 0.0) for name in idle))
 
 
 def process_seconds() -> float:

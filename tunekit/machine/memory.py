@@ -147,17 +147,22 @@ def status_bytes(name: str, status: Path = STATUS) -> int:
     raise ValueError(f"{status} does not contain {name}")
 
 
+_address_space = threading.Lock()
+
+
 @contextlib.contextmanager
 def address_space_limit(extra_bytes: int) -> Iterator[None]:
     """A context manager: inside the block, the process's address space can grow by at most `extra_bytes`. Only on
     Linux: other systems have no such limit or do not enforce it.
 
-    Outside the main thread, no limit is set: a limit applies to the whole process, and other threads may be generating
-    answers.
+    The limit applies to the whole process, so one block at a time sets it. Other threads, which may be generating
+    answers, allocate much less than this in the few milliseconds of a block.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    with _address_space:
+        yield from _limited_to(extra_bytes)
+
+
+def _limited_to(extra_bytes: int) -> Iterator[None]:
     try:
         limit = _address_space_bytes() + extra_bytes
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -5,7 +5,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +46,13 @@ def quiet() -> Iterator[None]:
             _quiet_blocks.pop()
             if not _quiet_blocks:
                 _silence.close()
+
+
+def adafactor() -> Callable[..., torch.optim.Optimizer]:
+    """transformers' Adafactor. torch's own always scales an update by the size of the parameter."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from tunekit.data.batching.steps import dealt
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.evaluation.tasks.run import NO_TEMPLATE, TEMPLATE_KEY
-from tunekit.machine.devices import kind_of
+from tunekit.machine.devices import capability, kind_of
+from tunekit.machine.drivers import gpu_problem
 from tunekit.machine.threads import processors
 from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.compute import computes_bfloat16
@@ -26,7 +27,7 @@ from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.model.text.slots import shared_length
 from tunekit.recipe.reading.names import facts_of
 from tunekit.recipe.recipe import Recipe
-from tunekit.recipe.training import TrainingSection
+from tunekit.recipe.training import BITSANDBYTES_OPTIMIZERS, TrainingSection
 from tunekit.records import ExecutionSettings
 from tunekit.training.schedules import rate_multiplier, warmup_steps
 from tunekit.tuned.fit import longest_tokens
@@ -46,7 +47,7 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
         if recipe.model.quantization not in free:
             how = f"run: pip install bitsandbytes, or write {', '.join(free[1:])} or none"
             yield Problem(f"{recipe.model.quantization} needs bitsandbytes", how, key="model.quantization")
-        if recipe.training.optimizer != "adamw":
+        if recipe.training.optimizer in BITSANDBYTES_OPTIMIZERS:
             how = "run: pip install bitsandbytes, or write adamw"
             yield Problem(f"{recipe.training.optimizer} needs bitsandbytes", how, key="training.optimizer")
     for tracker in recipe.output.report_to:
@@ -76,7 +77,7 @@ def template_problems(recipe: Recipe, processor: Processor, template: str | None
 
 def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     """Yields a problem for each setting that the device does not support."""
-    if recipe.model.quantization == "fp8" and device.type != "cpu" and not computes_fp8(device):
+    if recipe.model.quantization == "fp8" and device.type != "cpu" and capability(device) < CAPABILITY:
         what = (
             "this device has no float8 products; fp8 needs an NVIDIA GPU of compute capability "
             f"{'.'.join(map(str, CAPABILITY))} or more"
@@ -87,7 +88,7 @@ def device_problems(recipe: Recipe, device: torch.device) -> Iterator[Problem]:
     if recipe.model.quantization == "int8":
         what = f"int8 is computed by bitsandbytes, which has no kernels for {device.type}"
         yield Problem(what, "write quantization: int8_weight_only", key="model.quantization")
-    if recipe.training.optimizer != "adamw":
+    if recipe.training.optimizer in BITSANDBYTES_OPTIMIZERS:
         what = f"{recipe.training.optimizer} is computed by bitsandbytes, which has no kernels for {device.type}"
         yield Problem(what, "write optimizer: adamw", key="training.optimizer")
 
@@ -220,6 +221,8 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
     shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
     if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:
         yield "dropout is on: with another micro-batch size, masks and losses differ slightly"
+    if device.type == "cpu" and (problem := gpu_problem()) is not None:
+        yield f"warning: this run uses the CPU: {problem}"
     if training.optimizer != "adamw":
         yield f"{training.optimizer}: before each update, the host waits for the device and checks the gradients"
     elif base.dtype == torch.float16:
@@ -237,7 +240,7 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
     if training.optimizer.startswith("paged") and device.type == "cpu":
         yield f"{training.optimizer}: paging has no effect on a CPU"
     if recipe.model.quantization == "fp8":
-        slow = "" if computes_fp8(device) else "; this device has no float8 units, so fp8 is slow"
+        slow = "" if computes_fp8(device) else "; torch's float8 product does not work on this device, so fp8 is slow"
         yield f"warning: fp8 is approximate: weights and inputs of linear layers are rounded to 8 bits{slow}"
     if recipe.model.quantization in FOUR_BIT and device.type != "cpu":
         lacks = "" if find_spec("bitsandbytes") else "bitsandbytes is not installed"

@@ -24,7 +24,7 @@ from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import ExecutionSettings
 from tunekit.training.engine import StepWork
-from tunekit.training.optimizers import Optimizer, make_optimizer
+from tunekit.training.optimizers import BY_TENSOR, Optimizer, make_optimizer
 from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
@@ -186,6 +186,8 @@ def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, tr
             if optimizer.name == "adamw":
                 flat_moments = [torch.zeros_like(flat.data, requires_grad=False) for _ in range(MOMENTS)]
                 optimizer.native.state[flat.data] = {"moments": flat_moments}
+        if optimizer.name in BY_TENSOR:
+            optimizer.native.step()  # allocates the state
     return optimizer
 
 

@@ -7,6 +7,7 @@ import torch
 
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
+from tunekit.machine.variables import has_windows_driver
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.sharding import TIER
 from tunekit.memory.streaming import base_obstacle, host_obstacle
@@ -21,7 +22,8 @@ from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings, bytes_text
 
 KEY, HEAD_KEY = "memory.streaming", "memory.streamed_head"
-HOST_SHARE = 0.8  # maximum share of the host's free memory that is pinned
+# maximum share of the host's free memory that is pinned; the driver of Windows pins at most half
+HOST_SHARE = 0.5 if has_windows_driver() else 0.8
 
 
 def allowed_tiers(prepared: Prepared, recipe: Recipe) -> tuple[list[str], list[Problem]]:

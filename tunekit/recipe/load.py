@@ -22,6 +22,7 @@ from tunekit.recipe.foreign.tools import (
     PEFT,
     TRL,
     WHOLE,
+    drop_dropout,
     drop_empty,
     drop_overruled,
     drop_unknown,
@@ -125,6 +126,7 @@ def read_draft(path: Path | str, overrides: Sequence[str] = (), *, imported: boo
         if tool == FACTORY:
             settle_factory(draft)
         drop_empty(draft)
+        drop_dropout(draft, tool)
     expand_shorthands(draft)
     rewrite_aliases(draft)
     expand_shorthands(draft)

@@ -34,7 +34,8 @@ SCHEDULERS: dict[str, dict[str, float | str | None]] = {
 _SHARES = ("min_lr_rate", "min_lr_ratio")  # of the learning rate
 _STEP_COUNTS = ("num_decay_steps", "timescale")
 _RATES = ("min_lr", "lr_end")
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon"]
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion")
 
 
 def _scheduler(value: object) -> str:
@@ -106,7 +107,12 @@ class TrainingSection(Section):
         0.03, description="warm-up as a share of all steps"
     )
     warmup_steps: CountOrZero | None = Field(None, description="warm-up in steps, instead of warmup_ratio")
-    optimizer: OptimizerName = Field("adamw", description="AdamW with 32-bit or 8-bit state, paged or not")
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="AdamW with 32-bit or 8-bit state, paged or not; adafactor: factored second moments, at the "
+        "schedule's rate; lion: the sign of a momentum; muon: orthogonalised momentum for matrices, at the scale of "
+        "AdamW's updates, and AdamW for vectors, embeddings and heads",
+    )
     weight_decay: NotNegative = Field(0.0, description="weight decay; not applied to biases, norms and scaling vectors")
     max_grad_norm: Positive | None = Field(
         1.0, description="clip the gradient of a step to this norm; null: no clipping"

@@ -94,6 +94,9 @@ class Speaker:
             raise InputError(
                 "'prompt' has ids that are not in the vocabulary", f"the vocabulary has {facts.vocabulary_size} tokens"
             )
+        if any(token >= facts.vocabulary_size for token, _ in request.sampling.logit_bias):
+            what = "'logit_bias' has ids that are not in the vocabulary"
+            raise InputError(what, f"the vocabulary has {facts.vocabulary_size} tokens")
         renderer = Renderer(self.target.tokenizer, "assistant", template.text)
         if request.text is not None:
             ids = renderer.plain(request.text, positions, special_tokens_in_text=True)

@@ -13,6 +13,7 @@ from tunekit.errors import DataError
 from tunekit.formats.chat import read_tool_calls, read_tools
 from tunekit.formats.example import ROLES, Message
 from tunekit.model.call import seed_for
+from tunekit.model.text.draws import PENALTIES
 from tunekit.talking.adapters import Adapters
 from tunekit.talking.answer import Request
 from tunekit.talking.desk import MAX_JOBS
@@ -24,7 +25,10 @@ MAX_CHOICES, MAX_TOP = 128, 20  # the largest n, and the largest number of most 
 MAX_STOPS = 16  # lm-eval's tasks have up to seven
 MAX_STOP_LENGTH = 1000  # characters: each new token is compared with all beginnings of a stop text
 COMPLETION_TOKENS = 16  # of a completion whose client sets no limit
-SHARED = ("model", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n", "max_tokens", "logprobs")
+SHARED = (
+    *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stream", "stream_options", "n", "max_tokens"),
+    *("logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+)
 READ = {  # by endpoint
     "chat": (
         *(*SHARED, "messages", "max_completion_tokens", "top_logprobs", "response_format"),
@@ -32,17 +36,18 @@ READ = {  # by endpoint
     ),
     "completions": (*SHARED, "prompt", "echo"),
 }
-WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-NEUTRAL: dict[str, tuple[object, ...]] = {  # fields that are accepted only with values that change nothing
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
+WITHOUT_EFFECT: dict[str, type] = {  # fields and their kinds
+    **dict.fromkeys(("user", "service_tier", "safety_identifier", "prompt_cache_key"), str),
+    "metadata": dict,
+    "store": bool,
 }
+MAX_BIASES = 1024
+# fields that are accepted only with values that change nothing
 NEUTRAL_IN: dict[str, dict[str, tuple[object, ...]]] = {
     "chat": {"modalities": (["text"],)},
     "completions": {"suffix": ("",), "best_of": (1,)},
 }
-KINDS: dict[type, str] = {bool: "true or false", dict: "an object"}
+KINDS: dict[type, str] = {bool: "true or false", dict: "an object", str: "a text"}
 EMPTY: tuple[object, ...] = (None, "", [], {})
 JSON_OBJECT: JsonObject = {"type": "object"}
 
@@ -74,7 +79,7 @@ class ClientQuestion:
 def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool = True) -> ClientQuestion:
     """Read a request body. Raises: ProtocolError with the name of the invalid field."""
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(400, f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -93,7 +98,7 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
         choices,
         is_chat,
         stream=_of_kind(value, "stream", bool, False),
-        with_usage=_of_kind(value, "stream_options", dict, {}).get("include_usage") is True,
+        with_usage=_with_usage(_of_kind(value, "stream_options", dict, {})),
         seeded=value.get("seed") is not None,
     )
 
@@ -108,7 +113,7 @@ def model_name(name: object, adapters: Adapters) -> str:
 
 def _check_fields(body: Body, endpoint: str) -> None:
     """Raises: ProtocolError for an unknown field, or for a field whose value is not supported."""
-    neutral = NEUTRAL | NEUTRAL_IN[endpoint]
+    neutral = NEUTRAL_IN[endpoint]
     for field, content in body.items():
         if content is None:  # some clients send all fields of the API, and null for those that are not set
             continue
@@ -116,6 +121,21 @@ def _check_fields(body: Body, endpoint: str) -> None:
             raise ProtocolError(400, f"'{field}' is not a known field", field, "unknown_parameter")
         if field in neutral and content not in neutral[field]:
             raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
+        if field in WITHOUT_EFFECT:
+            _of_kind(body, field, WITHOUT_EFFECT[field], None)
+
+
+def _no_number(text: str) -> object:
+    raise ValueError(f"{text} is not a JSON value")
+
+
+def _with_usage(options: Body) -> bool:
+    """Whether the stream ends with the number of tokens. Raises: ProtocolError for an unknown option."""
+    for name in options:
+        if name not in ("include_usage", "include_obfuscation"):
+            raise ProtocolError(400, f"'{name}' is not a known option", f"stream_options.{name}", "unknown_parameter")
+        _of_kind(options, name, bool, False, f"stream_options.{name}")
+    return options.get("include_usage") is True
 
 
 def _choice(request: Request, number: int) -> Request:
@@ -158,6 +178,8 @@ def _completions(body: Body) -> list[Request]:
         raise ProtocolError(400, "'max_tokens' is 0, which needs 'echo': true", "max_tokens", "invalid_value")
     prompt = body.get("prompt")
     prompts = prompt if isinstance(prompt, list) and prompt and not _is_id(prompt[0]) else [prompt]
+    if len({type(each) for each in prompts}) > 1:
+        raise ProtocolError(400, "'prompt' mixes texts and token ids: send one kind", "prompt", "invalid_value")
     return [_with_prompt(request, each) for each in prompts]
 
 
@@ -222,10 +244,10 @@ def _schema(response_format: Body) -> JsonObject | None:
     return schema
 
 
-def _of_kind(body: Body, field: str, kind: type[T], default: T) -> T:
-    value = body.get(field)
+def _of_kind(body: Body, field: str, kind: type[T], default: T, spelled: str = "") -> T:
+    value, name = body.get(field), spelled or field
     if value is not None and not isinstance(value, kind):
-        raise ProtocolError(400, f"'{field}' must be {KINDS[kind]}", field, "invalid_value")
+        raise ProtocolError(400, f"'{name}' must be {KINDS[kind]}", name, "invalid_value")
     return default if value is None else value
 
 
@@ -241,9 +263,23 @@ def _number(body: Body, field: str, default: float, low: float, high: float) -> 
 def _sampling(body: Body) -> Sampling:
     """The sampling settings. If the client sends no seed, `seed` is 0 here, and the server draws a random seed
     later."""
-    temperature, top_p = _number(body, "temperature", 1.0, 0, 2), _number(body, "top_p", 1.0, 1e-6, 1)
-    seed = _integer(body, "seed", 0, 0, 2**63 - 1)
-    return Sampling(float(temperature), float(top_p), 0, seed) if temperature else GREEDY
+    temperature, seed = _number(body, "temperature", 1.0, 0, 2), _integer(body, "seed", 0, 0, 2**63 - 1)
+    sampling = Sampling(
+        float(temperature),
+        float(_number(body, "top_p", 1.0, 1e-6, 1)),
+        max(_integer(body, "top_k", 0, -1, 2**31), 0),  # vLLM writes -1 for all tokens
+        seed if temperature else 0,
+        **{name: float(_number(body, name, default, *limits)) for name, (default, *limits) in PENALTIES.items()},
+        logit_bias=_logit_bias(_of_kind(body, "logit_bias", dict, {})),
+    )
+    return sampling if temperature or sampling.changes_logits else GREEDY
+
+
+def _logit_bias(biases: Body) -> tuple[tuple[int, float], ...]:
+    if len(biases) > MAX_BIASES or not all(name.isascii() and name.isdecimal() for name in biases):
+        what = f"'logit_bias' must be an object of up to {MAX_BIASES} token ids and numbers"
+        raise ProtocolError(400, what, "logit_bias", "invalid_value")
+    return tuple((int(name), float(_number(biases, name, 0.0, -100, 100))) for name in biases)
 
 
 def _integer(body: Body, field: str, default: int, low: int, high: int) -> int:

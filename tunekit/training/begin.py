@@ -7,7 +7,8 @@ import torch
 
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.plan_page import WEIGHTS
-from tunekit.machine.memory import limit_bytes
+from tunekit.machine.memory import available_bytes, limit_bytes
+from tunekit.machine.variables import has_windows_driver
 from tunekit.memory.sharding import TIER
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.reading.names import shows_of
@@ -44,6 +45,8 @@ def load_base(session: Session, plan: Plan, planned: Planned) -> LoadedModel:
     device = session.devices.device
     if plan.budget_bytes is not None:
         limit_bytes(device, plan.budget_bytes)
+    elif device.type == "cuda" and has_windows_driver():  # it would move memory above the card's to the host
+        limit_bytes(device, available_bytes(device) or 0)
     session.console.info(f"loading {plan.model.name_or_path} ({bytes_text(plan.peak_bytes.weights)} in memory) ...")
     with session.timed("load"):
         if plan.choice.streaming == TIER:  # the main rank first: it packs the weights into a cache file

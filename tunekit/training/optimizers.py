@@ -1,7 +1,9 @@
 """The optimizer. All parameters of a group share one flat float32 buffer, so a group needs only one norm, one update,
 and one tensor in a checkpoint."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +13,13 @@ from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError
 from tunekit.machine.devices import kind_of
+from tunekit.model.transformers_guard import adafactor
 from tunekit.recipe.training import TrainingSection
 
 OTHER_RUN = "name a different output.dir, or start again with --overwrite"
 BLOCK = 256  # numbers that share one scale in bitsandbytes' 8-bit states
 PART_NUMBERS = 2**30  # bitsandbytes counts a tensor's numbers in 32 bits, and does not notice an overflow
+BY_TENSOR = ("adafactor", "muon")  # their update depends on the shape of each tensor
 ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 
@@ -40,6 +44,15 @@ class FlatGroup:
             parameter.grad = self.gradient[start:stop].view(shape)
         self.data.grad = self.gradient
 
+    def tensors(self) -> list[nn.Parameter]:
+        """Each parameter as a view of `data` with its own shape, and its gradient."""
+        views = []
+        for start, shape in self.layout.values():
+            view = nn.Parameter(self.data.detach()[start : start + math.prod(shape)].view(shape))
+            view.grad = self.gradient[start : start + math.prod(shape)].view(shape)
+            views.append(view)
+        return views
+
     def parts(self) -> list[nn.Parameter]:
         """`data` as views of at most PART_NUMBERS numbers, about equally long, with their gradients."""
         count = -(-self.data.numel() // PART_NUMBERS)
@@ -53,27 +66,40 @@ class FlatGroup:
 
 
 class Optimizer:
-    """AdamW, or an 8-bit or paged AdamW of bitsandbytes, for parameters in flat buffers.
+    """The optimizer of torch, transformers or bitsandbytes that training.optimizer names, for parameters in flat
+    buffers.
 
-    Update: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. If `found_inf` is 1, the device skips the update,
-    so that a non-finite gradient never changes a weight. bitsandbytes and Metal cannot do this; there the host reads
+    AdamW: Loshchilov and Hutter 2019, betas (0.9, 0.999), eps 1e-8. Lion: Chen et al. 2023, betas (0.9, 0.99).
+    Adafactor: Shazeer and Stern 2018, without relative steps and without a scale by the parameter. Muon: Jordan et al.
+    2024, momentum 0.95, scaled as by Liu et al. 2025. If AdamW's `found_inf` is 1, the device skips the update, so that
+    a non-finite gradient never changes a weight. The other optimizers and Metal cannot do this; there the host reads
     `found_inf` before the update.
     """
 
-    def __init__(self, settings: TrainingSection, groups: Sequence[FlatGroup]) -> None:
+    def __init__(self, settings: TrainingSection, groups: Sequence[FlatGroup], heads: Collection[str] = ()) -> None:
         self.name = settings.optimizer
         self.learning_rate = settings.learning_rate
         self.groups = groups
-        self._parts = [[flat.data] if self.name == "adamw" else flat.parts() for flat in self.groups]
+        self._parts = [self._cut(flat) for flat in self.groups]
         options = [
             {
                 "params": parts,
                 "lr": settings.learning_rate * flat.rate_multiplier,
                 "weight_decay": settings.weight_decay if flat.decays else 0.0,
+                "rate_multiplier": flat.rate_multiplier,
             }
             for flat, parts in zip(self.groups, self._parts, strict=True)
         ]
+        if self.name == "muon":
+            options = [
+                half for each, flat in zip(options, self.groups, strict=True) for half in _halves(each, flat, heads)
+            ]
         self.native = _make_native(self.name, options)
+
+    def _cut(self, flat: FlatGroup) -> list[nn.Parameter]:
+        if self.name == "adamw":
+            return [flat.data]
+        return flat.tensors() if self.name in BY_TENSOR else flat.parts()
 
     @property
     def gated(self) -> bool:
@@ -88,7 +114,7 @@ class Optimizer:
         float32 tensors: gradient, root and denominator; with 8-bit states also both moments. Source:
         bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu, _optimizer_update_8bit_blockwise_cpu.
         """
-        if self.name == "adamw" or device.type != "cpu":
+        if self.name == "adamw" or (device.type != "cpu" and self.name not in BY_TENSOR):
             return []
         largest = max(part.numel() for parts in self._parts for part in parts) * torch.float32.itemsize
         return [largest] * (5 if self.name.endswith("8bit") else 3)
@@ -115,8 +141,8 @@ class Optimizer:
     def step(self, rate_multiplier: float, found_inf: Tensor) -> float:
         """Update every weight, unless `found_inf` (() float32) is 1. Returns the learning rate."""
         rate = self.learning_rate * rate_multiplier
-        for options, flat in zip(self.native.param_groups, self.groups, strict=True):
-            options["lr"] = rate * flat.rate_multiplier
+        for options in self.native.param_groups:
+            options["lr"] = rate * options["rate_multiplier"]
         if self.gated:
             self.native.grad_scale = torch.ones((), device=found_inf.device)  # type: ignore[attr-defined]
             self.native.found_inf = found_inf  # type: ignore[attr-defined]
@@ -176,6 +202,13 @@ class Optimizer:
         if self.name == "adamw":  # the fused AdamW has its step counter on the device
             self.native.state[data] = {key: value.to(data.device, copy=True) for key, value in state.items()}
             return
+        if self.name in BY_TENSOR:  # their counters are numbers, or tensors on the host
+            counters = {"step": int} if self.name == "adafactor" else {"step": Tensor.clone}
+            self.native.state[data] = {
+                key: counters[key](value) if key in counters else value.to(data.device, copy=True)
+                for key, value in state.items()
+            }
+            return
         buffers = self.native.state[data]  # bitsandbytes allocates its own buffers; paged ones are special tensors
         for key, value in state.items():
             if isinstance(buffers[key], Tensor):
@@ -191,14 +224,49 @@ def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optim
         FlatGroup({name: trained[name] for name in names}, rate_multiplier, decays)
         for names, rate_multiplier, decays in adapter.groups(settings)
     ]
-    return Optimizer(settings, groups)
+    return Optimizer(settings, groups, heads=adapter.head_tensors())
+
+
+def _halves(options: dict[str, Any], flat: FlatGroup, heads: Collection[str]) -> list[dict[str, Any]]:
+    """The options for the matrices of a group, which Muon updates, and for its other tensors, which AdamW updates.
+    Weight decay does not apply to embeddings, so these are in the second half."""
+    named = list(zip(flat.layout, options["params"], strict=True))
+    matrices = [part for name, part in named if part.dim() == 2 and flat.decays and name not in heads]
+    others = [part for part in options["params"] if not any(part is matrix for matrix in matrices)]
+    halves = [{**options, "params": matrices, "use_muon": True}, {**options, "params": others, "use_muon": False}]
+    return [half for half in halves if half["params"]]
+
+
+class _Muon(torch.optim.Optimizer):
+    """Muon for the groups with `use_muon`, and AdamW for the others."""
+
+    def __init__(self, options: list[dict[str, Any]]) -> None:
+        super().__init__(options, {})
+        halves = [[group for group in self.param_groups if group["use_muon"] is use] for use in (True, False)]
+        makers: tuple[Callable[..., torch.optim.Optimizer], ...] = (
+            partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW,
+        )
+        self._halves = [make(groups) for make, groups in zip(makers, halves, strict=True) if groups]
+        self.param_groups = [group for half in self._halves for group in half.param_groups]
+        for half in self._halves:
+            half.state = self.state  # one mapping, so that a checkpoint finds every state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for half in self._halves:
+            half.step()
 
 
 def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Make the optimizer of torch or bitsandbytes. The state of bitsandbytes is allocated here, where its messages are
-    suppressed: plan has already warned that nothing is paged on a CPU."""
+    """Make the optimizer of torch, transformers or bitsandbytes. The state of bitsandbytes is allocated here, where its
+    messages are suppressed: plan has already warned that nothing is paged on a CPU."""
     if name == "adamw":
         return torch.optim.AdamW(options, fused=True)
+    if name == "muon":
+        return _Muon(options)
+    if name == "adafactor":
+        return adafactor()(options, scale_parameter=False, relative_step=False)
     from tunekit.model.quantized.codec import import_bitsandbytes
     from tunekit.model.transformers_guard import quiet
 
@@ -207,6 +275,7 @@ def _make_native(name: str, options: list[dict[str, Any]]) -> torch.optim.Optimi
         "adamw_8bit": library.AdamW8bit,
         "paged_adamw": library.PagedAdamW32bit,
         "paged_adamw_8bit": library.PagedAdamW8bit,
+        "lion": library.Lion32bit,
     }
     with quiet():
         optimizer = classes[name](options)

@@ -332,7 +332,7 @@ def _compared(best: Setting, other: Setting, metric: str, higher: bool, folds: i
     difference = replace(difference, run=other.name, than=best.name)
     if len(of_seeds) > 1:
         difference = _over_seeds(difference, [fmean(values) for values in of_seeds.values()])
-    signs = (difference.low > 0, difference.high < 0)
+    signs = (difference.higher, difference.lower)
     clear, contrary = reversed(signs) if higher else signs
     return replace(other, difference=difference, clear=clear, contrary=contrary)
 
@@ -346,5 +346,6 @@ def _over_seeds(difference: PairedDifference, of_seeds: Sequence[float]) -> Pair
         middle - math.hypot(middle - difference.low, half),
         middle + math.hypot(difference.high - middle, half),
     )
-    needed = difference.needed_rows if low <= 0 <= high else None
-    return replace(difference, low=low, high=high, needed_rows=needed)
+    too_few = difference.too_few and not low <= 0 <= high
+    needed = difference.needed_rows if too_few or low <= 0 <= high else None
+    return replace(difference, low=low, high=high, needed_rows=needed, too_few=too_few)

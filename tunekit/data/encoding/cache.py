@@ -15,6 +15,7 @@ from tunekit.contracts import RowLayout
 from tunekit.data.encoding.store import StoreWriter, TokenStore, files_of, map_store, memory_streams, store_from_memory
 from tunekit.data.reading.data_file import content_hash
 from tunekit.errors import ResourceError
+from tunekit.files.cache_folder import is_own
 from tunekit.files.durable import FULL, atomic_folder
 from tunekit.records import bytes_text
 
@@ -72,8 +73,11 @@ def _fill_folder(work: Path, layout: RowLayout, fill: Fill) -> None:
 
 
 def _load_entry(place: Path, layout: RowLayout, names: Sequence[str]) -> tuple[TokenStore, SourceFacts] | None:
-    """The entry; None if a file differs from its stored checksum, or if one of the facts `names` is missing."""
+    """The entry; None if another user wrote it, if a file differs from its stored checksum, or if one of the facts
+    `names` is missing."""
     try:
+        if not all(map(is_own, (place, *place.iterdir()))):
+            return None
         meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
         if any(content_hash(place / name) != meta["sha256"][name] for name in files_of(layout)):
             return None

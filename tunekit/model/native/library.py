@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from tunekit.files.cache_folder import default_cache_folder, hash_of
+from tunekit.files.cache_folder import default_cache_folder, hash_of, is_own
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
@@ -52,7 +52,7 @@ def _library(compiler: str, path: Path) -> ctypes.CDLL:
     """Load the library at `path`, and compile it first if the file does not exist. Raises: NoKernels, OSError."""
     if not path.exists():
         _compile(compiler, path)
-    if path.stat().st_uid not in (os.getuid(), 0):
+    if not is_own(path):
         raise PermissionError(f"{path} is another user's")
     return ctypes.CDLL(str(path))
 

@@ -6,6 +6,8 @@ rounded numbers are multiplied in float32. A CPU therefore gives the same result
 sums.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,21 @@ CAPABILITY = (8, 9)
 
 def computes_fp8(device: torch.device) -> bool:
     """Whether float8 products run natively on `device`. A GPU that is not on this machine is assumed to support
-    them."""
-    return capability(device) >= CAPABILITY
+    them; on one that is here, a product is tried once."""
+    return capability(device) >= CAPABILITY and (not torch.cuda.is_available() or _multiplies(device))
+
+
+@cache
+def _multiplies(device: torch.device) -> bool:
+    """Whether a product with a scale per row works. Windows has none, and some builds fail on new GPUs (pytorch
+    #192707)."""
+    side = torch.ones(MULTIPLE, MULTIPLE, device=device).to(KIND)
+    scale = torch.ones(MULTIPLE, 1, device=device)
+    try:
+        result: Tensor = torch._scaled_mm(side, side.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+        return bool((result == MULTIPLE).all())
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
 
 
 def scaled_rows(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:

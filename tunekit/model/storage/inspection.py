@@ -197,16 +197,33 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def remote_code(section: ModelSection, key: str = "model") -> dict[str, str]:
-    """The sha256 of the Python files in the folder of a base with remote code, without hidden folders and installed
-    packages, by the recipe's key; empty for other bases. `key`: the section's place in the recipe."""
+    """The sha256 of the Python files in the folder of a base with remote code, and in the hub repositories whose code
+    the base uses, without hidden folders and installed packages, by the recipe's key; empty for other bases. `key`: the
+    section's place in the recipe."""
     if not section.trust_remote_code:
         return {}
     source, digest = find_source(section, weights=False), hashlib.sha256()
-    for path in sorted(source.folder.rglob("*.py")):
-        name = path.relative_to(source.folder)
-        if not any(part.startswith(".") or part == "site-packages" for part in name.parts):
-            digest.update(f"{name.as_posix()} {sha256_of(path, MODEL_FILE)}\n".encode())
+    others = [{"name_or_path": name, "revision": "main"} for name in code_repositories(source.folder)]
+    for other in [{}, *others]:
+        digest.update(other.get("name_or_path", "").encode())
+        folder = find_source(section.model_copy(update=other), weights=False).folder
+        for path in sorted(folder.rglob("*.py")):
+            name = path.relative_to(folder)
+            if not any(part.startswith(".") or part == "site-packages" for part in name.parts):
+                digest.update(f"{name.as_posix()} {sha256_of(path, MODEL_FILE)}\n".encode())
     return {f"{key}.trust_remote_code": digest.hexdigest()}
+
+
+def code_repositories(folder: Path) -> list[str]:
+    """The hub repositories that the `auto_map` of a model folder names: in `org/code--module.Class`, it is org/code."""
+    named = set[str]()
+    for path in sorted(folder.glob("*config.json")):
+        mapped = read_json(path).get("auto_map")
+        for classes in mapped.values() if isinstance(mapped, dict) else ():
+            for name in classes if isinstance(classes, list) else [classes]:
+                repository, separator, _ = str(name).partition("--")
+                named |= {repository} if separator else set()
+    return sorted(named)
 
 
 def _digest_folder(digest: hashlib._Hash, config: JsonObject, files: Sequence[Path]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tunekit.errors import ModelError
+from tunekit.files.cache_folder import is_own
 from tunekit.files.durable import atomic_file
 from tunekit.files.tensors import make_header, read_tensor_header, tensor_bytes
 from tunekit.files.untrusted import MODEL_FILE
@@ -64,7 +65,7 @@ def open_sidecar(path: Path, key: str, layout: list[StoredTensor]) -> Sidecar | 
     buffer = bytearray(CHUNK_BYTES)
     try:
         with path.open("rb", buffering=0) as file:
-            if file.read(len(header)) != header:
+            if not is_own(path) or file.read(len(header)) != header:
                 return None
             digest.update(header)
             left = path.stat().st_size - len(header) - DIGEST_BYTES

@@ -26,7 +26,7 @@ from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import as_pretrained
 from tunekit.model.text.cohort import Cohort, forced_first_token, keeps_state_in_modules, rows_interact
 from tunekit.model.text.continuation import Continuation, DecoderRow, NewToken, States
-from tunekit.model.text.draws import TokenSampler, choose, score
+from tunekit.model.text.draws import TokenSampler, choose, penalized, score
 from tunekit.model.text.slot_batch import SlotBatch, Using
 from tunekit.model.text.slots import shared_length, shares_slots
 
@@ -167,9 +167,14 @@ class Decoder:
         """Choose the next token of each row, and remove rows that end. Shapes: logits (B, V) float32."""
         scores = logits
         for place, row in enumerate(rows):
-            allowed = row.continuation.allowed and row.continuation.allowed(row.tokens)
-            if allowed is not None:
+            wanted = row.continuation
+            allowed = wanted.allowed and wanted.allowed(row.tokens)
+            if allowed is not None or wanted.sampling.changes_logits:
                 scores = scores.clone() if scores is logits else scores
+            if wanted.sampling.changes_logits:
+                prompt = () if self.model.family.reads_source else wanted.prompt  # an encoder reads it
+                scores[place] = penalized(scores[place], wanted.sampling, prompt, row.tokens)
+            if allowed is not None:
                 scores[place].masked_fill_(~allowed.to(scores.device), -torch.inf)
         ids = choose(scores, [row.sampler for row in rows]).tolist()
         tokens = []

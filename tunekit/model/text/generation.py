@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from tunekit.contracts import GREEDY, Sampling, Tokenizer
-from tunekit.errors import DataError, ModelError
+from tunekit.errors import DataError, InputError, ModelError
 from tunekit.model.call import seed_for
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.continuation import Adapt, Continuation
@@ -140,6 +140,12 @@ def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[i
 
 
 def sampling_settings(sampling: Sampling) -> dict[str, Any]:
-    """The sampling settings as arguments of transformers' generate."""
-    settings = {name: value for name, value in asdict(sampling).items() if name != "seed"}
-    return {"do_sample": True, **settings} if sampling.temperature >= MIN_TEMPERATURE else {"do_sample": False}
+    """The sampling settings as arguments of transformers' generate. Raises: InputError for settings that it lacks."""
+    lacks = [name for name in ("presence_penalty", "frequency_penalty", "logit_bias") if getattr(sampling, name)]
+    if lacks:
+        raise InputError(f"{lacks[0]} has no effect on this model", "use repetition_penalty")
+    penalty = {"repetition_penalty": sampling.repetition_penalty} if sampling.repetition_penalty != 1 else {}
+    if sampling.temperature < MIN_TEMPERATURE:
+        return {"do_sample": False, **penalty}
+    settings = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k")}
+    return {"do_sample": True, **settings, **({"min_p": sampling.min_p} if sampling.min_p else {}), **penalty}

@@ -1,6 +1,7 @@
 """A Python script for Ray Train, whose workers are the processes of the run."""
 
 from tunekit.errors import InputError, NumericsError
+from tunekit.files.lock import WATCHING_SECONDS
 from tunekit.planning.launch.job import LaunchJob
 
 ENDING = ".ray.py"
@@ -11,6 +12,7 @@ SCRIPT = '''\
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -30,10 +32,24 @@ def train() -> None:
     try:
         main()
     except SystemExit as end:
-        if end.code in {final!r}:
+        locked = bool(end.code) and is_locked()
+        if end.code in {final!r} and not locked:
             END.write_text(str(end.code))
         elif end.code:
+            time.sleep({wait} if locked else 0)
             raise RuntimeError(f"tunekit ended with exit code {{end.code}}") from None
+
+
+def is_locked() -> bool:
+    """Whether a process still holds the run's folder, such as a worker that Ray has lost."""
+    from tunekit.errors import TunekitError
+    from tunekit.files.lock import is_held
+    from tunekit.recipe.load import load_recipe
+
+    try:
+        return is_held(Path(load_recipe({recipe!r}, {overrides!r}).recipe.output.dir))
+    except TunekitError:
+        return False
 
 
 if __name__ == "__main__":
@@ -60,6 +76,9 @@ def text(job: LaunchJob) -> str:
         name=job.name,
         retries=RETRIES,
         final=FINAL,
+        recipe=str(job.recipe),
+        overrides=job.overrides,
+        wait=WATCHING_SECONDS,
     )
 
 

@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunekit.errors import RecipeError
+from tunekit.errors import Problem, RecipeError
 from tunekit.recipe.reading.draft import Draft, Place
-from tunekit.recipe.reading.yaml_reader import read_scalar, read_text
+from tunekit.recipe.reading.yaml_reader import read_recipe_file, read_scalar, read_text
 
 TRL_COMMANDS = ("sft", "dpo", "kto", "reward", "grpo", "rloo")
 ENDING = ".sh"
@@ -61,6 +61,9 @@ def _count_processes(draft: Draft, words: list[tuple[str, int]]) -> None:
     launcher = Draft(draft.file)
     start = max((at + 1 for at, (word, _) in enumerate(words) if not word), default=0)
     _read_options(launcher, [*words[start:], ("", 0)])
+    file = ("config_file",)
+    if launcher.has(file):
+        _read_launcher(draft, launcher, launcher.place(file), str(launcher.remove(file)))
     key, processes = ("gradient_accumulation_steps",), 1
     for name in PROCESSES:
         count = launcher.get((name,), 1)
@@ -74,6 +77,25 @@ def _count_processes(draft: Draft, words: list[tuple[str, int]]) -> None:
         place = draft.place(key) if draft.has(key) else Place(draft.file, words[start][1])
         draft.set(key, steps * processes, place)
         draft.rewrites.append(f"{place}: {processes} processes -> {processes} times the accumulation ({steps})")
+    for name in [str(name) for name in launcher.values if name not in PROCESSES]:
+        draft.rewrites.append(f"{launcher.place((name,))}: {name} -> nothing (it is an option of the launcher)")
+
+
+def _read_launcher(draft: Draft, launcher: Draft, place: Place, name: str) -> None:
+    """Read the number of processes from accelerate's configuration file, unless the command line has it. Without the
+    file, this number is not known."""
+    path = next((path for path in (Path(draft.file).parent / name, Path(name)) if path.is_file()), None)
+    written = next((key for key in PROCESSES if launcher.has((key,))), None)
+    others = "model.dtype decides the precision, and memory.sharding what the ranks of a run share"
+    if path is not None and written is None and "num_processes" in (theirs := read_recipe_file(path)).values:
+        written = f"num_processes: {theirs.values['num_processes']}"
+        launcher.set(("num_processes",), theirs.values["num_processes"], place)
+    if written is None:
+        what = f"the number of processes is not known, because {name} {'does not say it' if path else 'is not here'}"
+        how = "write --num_processes NUMBER before the script: each process computes its own micro-batches"
+        draft.problems.append(Problem(what, how, file=place.file, line=place.line, key="config_file"))
+        return
+    draft.rewrites.append(f"{place}: config_file -> nothing ({written} is used; {others})")
 
 
 def _read_options(draft: Draft, words: list[tuple[str, int]]) -> None:

@@ -40,17 +40,19 @@ def name_sources(draft: Draft) -> None:
         texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not texts or all(name.endswith(DATA_ENDINGS) for name in names):
             continue
-        place = draft.place((key,))
-        try:
-            known, path = _descriptions(draft, folder)
-            sources = [_source(name, known, path, raw_text=draft.get(("stage",)) == "pt") for name in names]
-        except NotExact as lost:
-            draft.problems.append(Problem(lost.what, lost.how, file=place.file, line=place.line, key=key))
+        place, sources, raw_text = draft.place((key,)), dict[str, dict[str, Any]](), draft.get(("stage",)) == "pt"
+        for name in names:  # a lost data set does not cost the others
+            try:
+                known, path = _descriptions(draft, folder)
+                sources[name] = _source(name, known, path, raw_text=raw_text)
+            except NotExact as lost:
+                draft.problems.append(Problem(lost.what, lost.how, file=place.file, line=place.line, key=key))
+        if not sources:
             draft.remove((key,))
             draft.untranslated.add(("data", "train" if key == "dataset" else "eval"))
             continue
-        draft.set((key,), sources, place)
-        shown = ", ".join(f"{name}: {Path(source['path']).name}" for name, source in zip(names, sources, strict=True))
+        draft.set((key,), list(sources.values()), place)
+        shown = ", ".join(f"{name}: {Path(source['path']).name}" for name, source in sources.items())
         draft.rewrites.append(f"{place}: {key} -> {shown} (from {path})")
     if folder is not None:
         place = draft.place((FOLDER_KEY,))
@@ -69,7 +71,8 @@ def _descriptions(draft: Draft, folder: object) -> tuple[dict[str, Any], Path]:
     places = [base / os.path.expanduser(name) / DESCRIPTIONS for base in (beside, Path.cwd()) for name in asked]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        what = f"names data sets in {DESCRIPTIONS}, which is not in {' or '.join(str(p.parent) for p in places[:2])}"
+        folders = dict.fromkeys(str(place.parent) for place in places)  # both may be the same
+        what = f"names data sets in {DESCRIPTIONS}, which is not in {' or '.join([*folders][:2])}"
         raise NotExact(what, f"write {FOLDER_KEY}: FOLDER OF THAT FILE, or data.train: FILE or hub name")
     try:
         known = json.loads(path.read_bytes()) if path.stat().st_size <= MOST_BYTES else None

@@ -11,6 +11,7 @@ from typing import Any
 from tunekit.recipe.bases.paths import DATA_ENDINGS, is_like_path
 from tunekit.recipe.foreign.become import complain, record, rewrite, take, write
 from tunekit.recipe.foreign.datasets import name_sources
+from tunekit.recipe.foreign.sources import translate_sources
 from tunekit.recipe.foreign.table import IN_ADAPTER, PRECISION_KEYS, SOURCE_KEYS, TEMPLATE_KEYS, TEMPLATES, TOP_LEVEL
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
@@ -35,6 +36,8 @@ _FOUR_BIT_KINDS = ("bnb_4bit_quant_type", "quantization_type")
 def rewrite_aliases(draft: Draft) -> None:
     """Replace every key of another tool in the draft, in place."""
     name_sources(draft)
+    translate_sources(draft)
+    _rewrite_minimum_rate(draft)
     if draft.get(("stage",)) == "pt" and draft.get(("packing",)) is not False:
         # LLaMA-Factory joins texts and cuts them to equal lengths; without packing, it truncates them
         write(draft, ("data", "excess_length"), "split", draft.place(("stage",)), "stage: pt")
@@ -135,6 +138,20 @@ def _rewrite_warmup(draft: Draft) -> None:
         draft.set(key, steps, draft.place(("warmup_steps",)))
         record(draft, draft.place(key), "warmup_steps", f"warmup_ratio: {steps:g} (a share of all steps)")
         draft.remove(("warmup_steps",))
+
+
+def _rewrite_minimum_rate(draft: Draft) -> None:
+    """Axolotl's cosine_min_lr_ratio -> the schedule cosine_with_min_lr and its min_lr_rate. Its other schedules do not
+    read the key. Source: axolotl/utils/schedulers.py, _get_cosine_schedule_with_min_lr_lambda."""
+    name = "cosine_min_lr_ratio"
+    if (taken := take(draft, name)) is None:
+        return
+    value, place = taken
+    if draft.get(("lr_scheduler",), "cosine") == "cosine":
+        draft.set(("lr_scheduler",), "cosine_with_min_lr", draft.place(("lr_scheduler",)))
+        write(draft, ("training", "scheduler_settings"), {"min_lr_rate": value}, place, name)
+    else:
+        record(draft, place, name, "nothing (only the schedule cosine reads it)")
 
 
 def _rewrite_precision(draft: Draft) -> None:
@@ -323,6 +340,7 @@ def _rewrite_template(draft: Draft, name: str) -> None:
         return
     value, place = taken
     base = str(draft.get(("model", "name_or_path"), draft.get(("model",), ""))).lower()
+    base += f" {file_of_base(draft, 'config.json').get('model_type', '')}"
     bases = [known for start, known in TEMPLATES.items() if str(value).startswith(start)]
     if value == "tokenizer_default" or any(word in base for words in bases for word in words):
         record(draft, place, name, "nothing (the tokenizer's own template is used; `tunekit preview` shows it)")

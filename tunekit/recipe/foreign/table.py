@@ -18,9 +18,15 @@ _OPTIMIZERS = one_of(
         **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw_8bit"),
         **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "paged_adamw"),
         "paged_adamw_8bit": "paged_adamw_8bit",
+        "adafactor": "adafactor",
+        **dict.fromkeys(("lion", "lion_32bit"), "lion"),
+        "muon": "muon",
     },
-    "write training.optimizer: adamw, adamw_8bit, paged_adamw or paged_adamw_8bit",
+    "write training.optimizer",
 )
+_BETAS = "tunekit's AdamW has the betas 0.9 and 0.999, and the epsilon 1e-8; remove the key"
+_ROPE = "an adapter's folder cannot say that its base needs a different rope, so programs that serve it would compute"
+_ROPE += " something else"
 _SWITCH = these(True, False)
 _ATTENTION = one_of({"auto": "auto", "disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2"})
 _STRATEGY = one_of({"steps": NOTHING, "epoch": NOTHING, "no": NOTHING, "best": NOTHING, False: NOTHING})
@@ -110,7 +116,11 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("training.micro_batch_size", "micro_batch_size", "per_device_train_batch_size"),
     **same_names("training", "gradient_accumulation_steps", "learning_rate"),
     **to("training.scheduler", "lr_scheduler", "lr_scheduler_type", by=_SCHEDULERS),
-    **to("training.scheduler_settings", "lr_scheduler_kwargs"),
+    **to("training.scheduler_settings", "lr_scheduler_kwargs", by=values.mapping_text),
+    **nowhere(exactly(0.9, how=_BETAS), "adam_beta1"),
+    **nowhere(exactly(0.999, how=_BETAS), "adam_beta2"),
+    **nowhere(exactly(1e-8, how=_BETAS), "adam_epsilon"),
+    **nowhere(exactly(0.0, 0), "label_smoothing_factor"),
     **same_names("training", "warmup_steps", "warmup_ratio"),
     **to("training.optimizer", "optimizer", "optim", by=_OPTIMIZERS),
     **to("training.weight_decay", "weight_decay"),
@@ -130,14 +140,24 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("output.report_to", "report_to", by=values.trackers),
     **to("output.report_to", "use_tensorboard", by=switch(["tensorboard"])),
     **dropped("every step is logged", "logging_steps", "logging_first_step", "logging_strategy", "log_level"),
-    **dropped("every step is logged", "include_num_input_tokens_seen", "plot_loss"),
-    **dropped("rows are cached by their content", "dataset_prepared_path", "overwrite_cache", "dataset_num_proc"),
+    **dropped("every step is logged", "include_num_input_tokens_seen", "plot_loss", "include_tokens_per_second"),
+    **dropped("every step is logged", "include_effective_tokens_per_second", "log_level_replica", "disable_tqdm"),
+    **dropped(
+        "rows are cached by their content", "dataset_prepared_path", "overwrite_cache", "dataset_num_proc", "cache_dir"
+    ),
     **dropped("rows are cached by their content", "preprocessing_num_workers", "dataset_processes"),
     **dropped("rows are ready before training begins", "dataloader_num_workers", "dataloader_pin_memory"),
     **dropped("rows are ready before training begins", "dataloader_prefetch_factor", "remove_unused_columns"),
-    **dropped("metrics.jsonl contains all metrics", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name"),
-    **dropped("metrics.jsonl contains all metrics", "wandb_run_id", "wandb_log_model", "run_name", "trackio_space_id"),
-    **dropped("metrics.jsonl contains all metrics", "trackio_project_name", "trackio_run_name", "wandb_mode"),
+    **dropped("rows are ready before training begins", "dataloader_persistent_workers"),
+    **dropped("rows are ready before training begins", "data_shared_file_system", "tokenized_path"),
+    **dropped("every step has the mean over all its tokens", "average_tokens_across_devices"),
+    **dropped("recomputation is always non-reentrant", "use_reentrant_gc", "upcast_layernorm"),
+    **dropped("with report_to: [wandb], the environment's WANDB_PROJECT is used", "wandb_project"),
+    **dropped("with report_to: [wandb], wandb reads its other settings from the environment", "wandb_entity"),
+    **dropped("with report_to: [wandb], wandb reads its other settings from the environment", "wandb_mode"),
+    **dropped("a tracker's run has the name of the run folder", "wandb_name", "wandb_run_id", "run_name"),
+    **dropped("no gradients and no weights are uploaded", "wandb_watch", "wandb_log_model"),
+    **dropped("metrics.jsonl contains all metrics", "trackio_space_id", "trackio_project_name", "trackio_run_name"),
     **dropped("the run folder contains all files of the run", "logging_dir"),
     **dropped("padding changes no result", "pad_to_sequence_len", "pad_to_multiple_of"),
     **dropped("sequences are concatenated without padding", "group_by_length", "length_column_name", "padding_free"),
@@ -174,10 +194,16 @@ TOP_LEVEL: dict[str, Alias] = {
     **dropped("tunekit does not compile layers", "torch_compile"),
     **to("adapter.target_parameters", "lora_target_parameters"),
     **nowhere(values.plugins, "plugins"),
-    **dropped("kernels change no result, and training.kernels chooses them", "liger_rope", "liger_rms_norm"),
-    **dropped("kernels change no result, and training.kernels chooses them", "liger_layer_norm", "liger_swiglu"),
     **dropped(
-        "kernels change no result, and training.kernels chooses them", "liger_glu_activation", "use_liger_kernel"
+        "kernels change no result, and training.kernels chooses them",
+        *("liger_rope", "liger_rms_norm", "liger_layer_norm", "liger_swiglu", "liger_glu_activation"),
+        *("use_liger_kernel", "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "unsloth_lora_mlp"),
+        *("flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_mlp", "flash_attn_fuse_qkv"),
+    ),
+    **to("adapter.modules_to_save", "additional_target", by=values.lora_targets),
+    **to("memory.gradient_checkpointing", "disable_gradient_checkpointing", by=values.negated),
+    **nowhere(
+        lost(_ROPE, "write rope_parameters in config.json of a copy of the base, and train that"), "rope_scaling"
     ),
     **dropped(
         "logits are computed in chunks", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "cut_cross_entropy"

@@ -24,7 +24,7 @@ SIGNS = {  # keys that identify the tool of a flat configuration; the first matc
     TRL: ("dataset_name", "use_peft", "lora_target_modules", "per_device_train_batch_size", "num_train_epochs"),
 }
 _TRAINER = {"training.scheduler": "linear", "training.micro_batch_size": 8, "training.gradient_accumulation_steps": 1}
-_TRAINER |= {"training.epochs": 3.0, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
+_TRAINER |= {"training.epochs": 3, "training.warmup_ratio": 0.0, "data.excess_length": "truncate"}
 _RATES = {**dict.fromkeys(("dpo", "kto", "grpo", "rloo"), 1e-6), "reward": 1e-4}  # TRL's trainers; SFTTrainer has 2e-5
 _UNSLOTH = {  # defaults of both its command and its script
     "training.learning_rate": 2e-4,
@@ -35,7 +35,7 @@ _UNSLOTH = {  # defaults of both its command and its script
     "training.gradient_accumulation_steps": 4,
     "data.excess_length": "truncate",
     "data.train_on": "all",
-    "adapter.alpha": 16.0,
+    "adapter.alpha": 16,
     "output.dir": "outputs",
 }
 DEFAULTS: dict[str, dict[str, Any]] = {  # tunekit's key -> the tool's default, where it differs
@@ -47,11 +47,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # tunekit's key -> the tool's default, 
         "data.max_length": 512,
         "output.dir": "model-out",
     },
-    UNSLOTH: {**_UNSLOTH, "training.epochs": 3.0, "adapter.r": 64, "model.quantization": "nf4"},
+    UNSLOTH: {**_UNSLOTH, "training.epochs": 3, "adapter.r": 64, "model.quantization": "nf4"},
     SCRIPT: {**_UNSLOTH, "training.max_steps": 400},
     TORCHTUNE: {
         "adapter.r": 8,
-        "adapter.alpha": 16.0,
+        "adapter.alpha": 16,
         "data.excess_length": "truncate",
         "training.gradient_accumulation_steps": 1,
     },
@@ -86,6 +86,7 @@ TRAINED_TOKENS = (
     "TRL trains on all tokens of conversations, tunekit on those of the assistant; for all tokens, write "
     "data.train_on: all"
 )
+LION_BETAS = "lion has the betas of its paper (0.9 and 0.99); transformers gives it those of Adam (0.9 and 0.999)"
 ONE_OF = {"epochs": "max_steps", "max_steps": "epochs", "warmup_ratio": "warmup_steps", "warmup_steps": "warmup_ratio"}
 
 
@@ -129,6 +130,15 @@ def drop_empty(draft: Draft) -> None:
         draft.remove(("adapter",))
 
 
+def drop_dropout(draft: Draft, tool: str) -> None:
+    """Remove lora_dropout of objectives whose trainer turns all dropout off, in place."""
+    named = (draft.get(key) for key in (("rl",), ("stage",), ("objective", "method"), ("objective",)))
+    key = ("lora_dropout",)
+    if next(filter(None, named), None) in WITHOUT_DROPOUT.get(tool, ()) and draft.has(key):
+        record(draft, draft.place(key), "lora_dropout", "nothing (its trainer has no dropout)")
+        draft.remove(key)
+
+
 def drop_overruled(draft: Draft) -> None:
     """Remove epochs if max_steps is set, and warmup_ratio if warmup_steps is set, in place: other tools ignore them."""
     for used, ignored in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
@@ -169,14 +179,13 @@ def write_defaults(draft: Draft, tool: str, every_weight: bool) -> None:
         targets = PEFT_TARGETS.get(file_of_base(draft, "config.json").get("model_type", ""))
         defaults["adapter.target_modules"] = "all-linear" if targets is None else list(targets)
     if draft.get(("objective", "method")) in WITHOUT_DROPOUT.get(tool, ()):
-        defaults["adapter.dropout"] = 0.0
-        if draft.get(("adapter", "dropout")):
-            record(draft, draft.place(("adapter", "dropout")), "lora_dropout", "nothing (its trainer has no dropout)")
-            draft.remove(("adapter", "dropout"))
+        defaults.pop("adapter.dropout", None)
+    if draft.get(("training", "optimizer")) == "lion":
+        draft.rewrites.append(f"{draft.file}: {LION_BETAS}")
     if tool == FACTORY and not draft.has(("data", "excess_length")):
         draft.rewrites.append(f"{draft.file}: {CUT_PROMPTS}")
     if tool == FACTORY and isinstance(rank := draft.get(("adapter", "r"), 8), int):
-        defaults["adapter.alpha"] = 2.0 * rank
+        defaults["adapter.alpha"] = 2 * rank
     for key, value in defaults.items():
         section, name = key.split(".")
         other = ONE_OF.get(name)

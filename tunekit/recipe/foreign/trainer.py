@@ -84,6 +84,10 @@ def settle_axolotl(draft: Draft) -> None:
     if any(kind.startswith("chatml.") for kind in kinds):  # this template, also if the tokenizer has a different one
         draft.set(("chat_template",), "chatml", draft.place(("datasets",)))
     _write_excess(draft, kinds)
+    uses_wandb = draft.get(("wandb_mode",)) != "disabled" and not draft.get(("report_to",))
+    if uses_wandb and (taken := take(draft, "wandb_project")) is not None:
+        write(draft, ("output", "report_to"), ["wandb"], taken[1], "wandb_project")
+        draft.rewrites[-1] += f": [wandb] (for its name, set WANDB_PROJECT={taken[0]})"
 
 
 def _kinds(sources: object) -> set[str]:

@@ -4,7 +4,8 @@ A translation is a function of the value. It returns NOTHING if the value has no
 if there is no exact translation.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from tunekit.recipe.reading.suggest import show
@@ -13,17 +14,6 @@ NOTHING: Final = object()
 Translate = Callable[[object], object]
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz")
-_DATASET_TYPES = {"alpaca": "alpaca_prompt", "sharegpt": "sharegpt", "chat_template": "chat", "completion": "text"}
-_DATASET_TYPES |= dict.fromkeys(("chat_template.default", "chatml.ultra"), "preference")  # Axolotl's
-_DATASET_TYPES |= dict.fromkeys(("chatml.intel", "chatml.argilla", "chatml.argilla_chat"), "auto")  # pairs, or KTO
-_DATASET_KEYS = (
-    *("path", "type", "ds_type", "split", "field", "field_messages", "field_chosen", "field_rejected", "revision"),
-    *("message_field_role", "message_field_content", "message_property_mappings", "roles", "trust_remote_code"),
-)
-_SPEAKERS = {"chat": ("role", "content"), "sharegpt": ("from", "value")}  # the keys of a message in both formats
-_ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt"), "system": ("system",), "tool": ("tool",)}
-
-
 KERNEL_PLUGINS = ("LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin")
 
 
@@ -47,8 +37,7 @@ def one_of(choices: dict[Any, Any], how: str = "") -> Translate:
         for known, ours in choices.items():
             if value == known and type(value) is type(known):
                 return ours
-        names = ", ".join(str(known).lower() if isinstance(known, bool) else str(known) for known in choices)
-        raise NotExact(f"{show(value)} has no exact translation (known: {names})", how)
+        raise NotExact(f"{show(value)} has no exact translation (known: {_names(choices)})", how)
 
     return translate
 
@@ -60,7 +49,17 @@ def switch(ours: object) -> Translate:
 
 def exactly(*known: object, how: str = "") -> Translate:
     """A translation that accepts only these values, which have no effect."""
-    return one_of(dict.fromkeys(known, NOTHING), how)
+
+    def translate(value: object) -> object:
+        if any(value == each and type(value) is type(each) for each in known):
+            return NOTHING
+        raise NotExact(f"{show(value)} has no exact translation (known: {_names(known)})", how)
+
+    return translate
+
+
+def _names(known: Iterable[object]) -> str:
+    return ", ".join(str(each).lower() if isinstance(each, bool) else str(each) for each in known)
 
 
 def these(*choices: str | bool) -> Translate:
@@ -74,10 +73,10 @@ def always_so(value: object) -> object:
 
 
 def lost(why: str, how: str = "") -> Translate:
-    """A translation that accepts only false and empty values, because tunekit has no such setting."""
+    """A translation that accepts only false, 0 and empty values, because tunekit has no such setting."""
 
     def translate(value: object) -> object:
-        if value is False or value == "" or value == [] or value == {}:
+        if value in (0, "", [], {}):
             return NOTHING
         raise NotExact(f"is a key of another tool and would be lost: {why}", how)
 
@@ -174,49 +173,20 @@ def dataset_files(value: object) -> object:
 
 
 def dataset_list(value: object) -> object:
-    """Translate the `datasets` of Axolotl and TRL: a list of {path, type, ...}."""
+    """Translate the `datasets` of Axolotl and TRL: a list of mappings, which sources.py has already translated."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise NotExact("must be a list of {path: ..., type: ...}", "write data.train: FILE")
-    return [_dataset(item) for item in value]
+    return value
 
 
-def _dataset(item: dict[str, Any]) -> dict[str, Any]:
-    for key, found in item.items():
-        if key not in _DATASET_KEYS and found not in (None, False):
-            raise NotExact(f"'{key}' would be lost", "write the source under data.train")
-    if item.get("trust_remote_code"):
-        raise NotExact("tunekit never runs the code of a data set", "convert the data set to JSONL")
-    source = {key: item[key] for key in ("path", "split", "revision") if item.get(key) is not None}
-    kind, ending = item.get("type"), item.get("ds_type")
-    endings = DATA_ENDINGS if ending == "json" else (f".{ending}",)
-    if ending is not None and not str(item.get("path")).endswith(endings):
-        raise NotExact(f"ds_type is {ending}, but the file name has a different ending", "rename the file")
-    if kind is not None:
-        if not isinstance(kind, str) or kind not in _DATASET_TYPES:
-            raise NotExact(f"the type {show(kind)} has no exact translation", f"known: {', '.join(_DATASET_TYPES)}")
-        source["format"] = _DATASET_TYPES[kind]
-    _read_messages(item, source)
-    messages = {"preference": "conversations", "sharegpt": "conversations"}.get(source.get("format", ""), "messages")
-    if kind == "chat_template":  # Axolotl's default, also for messages with from and value
-        item = {"field_messages": "messages", **item}
-    fields = {"field": "text", "field_messages": messages, "field_chosen": "chosen", "field_rejected": "rejected"}
-    columns = {str(item[key]): field for key, field in fields.items() if item.get(key) not in (None, field)}
-    return {**source, **({"columns": columns} if columns else {})}
-
-
-def _read_messages(item: dict[str, Any], source: dict[str, Any]) -> None:
-    """Check Axolotl's keys and roles of messages, and set the source's format. Raises: NotExact."""
-    mapped = mapping_of(item, "message_property_mappings")
-    keys = tuple(item.get(f"message_field_{name}") or mapped.get(name, name) for name in ("role", "content"))
-    if keys not in _SPEAKERS.values() or set(mapped) - {"role", "content"}:
-        raise NotExact(f"no format reads messages with {' and '.join(map(str, keys))}", "rename their keys")
-    if source.get("format") == "chat" and keys == _SPEAKERS["sharegpt"]:
-        source["format"] = "sharegpt"
-    for role, names in mapping_of(item, "roles").items():
-        listed = names if isinstance(names, list) else [] if names is None else [names]
-        others = [name for name in listed if name not in _ROLES.get(role, ())]
-        if others:
-            raise NotExact(f"the role {show(others[0])} for {role} has no translation", "rename it in the rows")
+def mapping_text(value: object) -> object:
+    """Translate a mapping that may be written as JSON text, as transformers reads it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise NotExact(f"{show(value)} is not JSON", 'write {"min_lr_rate": 0.1}') from None
 
 
 def mapping_of(item: dict[str, Any], key: str) -> dict[Any, Any]:

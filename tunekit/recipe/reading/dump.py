@@ -36,7 +36,8 @@ def dump_draft(draft: Draft, problems: Sequence[Problem], relative_to: Path) -> 
     ):  # the last item of a list first, so that the indices of earlier items do not change
         if draft.has(key := _key(problem, spelled=False)):
             draft.remove(key)
-    return _dump(draft.values, relative_to)
+    order = list(Recipe.model_fields)
+    return _dump(dict(sorted(draft.values.items(), key=lambda item: order.index(item[0]))), relative_to)
 
 
 def as_comments(problems: Sequence[Problem], written: Draft) -> str:
