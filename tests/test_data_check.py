@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from tests.support.chat_templates import R1
 from tests.support.image_case import write_photos
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.cli import main
@@ -283,6 +284,16 @@ def test_lengths_are_those_of_the_tokenizer_and_the_template(
     assert kind is not None
     objective = make_objective(loaded.objective, make_family("causal").processor(loaded.model))
     assert load_rows(loaded.data, objective, seed=0).counts.dropped == len(longer)
+
+
+def test_reasoning_that_the_template_leaves_out_is_listed(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "r1.jinja").write_text(R1, encoding="utf-8")
+    path = write(tmp_path, planted=False, chat_template="r1.jinja", max_length=600)
+    path.write_text(path.read_text("utf-8").replace("org/base", str(tiny_llama)), encoding="utf-8")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(chat("A question with a thought?", "<think>Hm, so</think>This answer.")) + "\n")
+    assert check(path, tmp_path / "good.jsonl")[1]["findings"] == {"reasoning": [61]}
+    assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 61  # it can be trained on
 
 
 def test_rows_that_training_drops_are_foreseen(tiny_llama: Path, tmp_path: Path) -> None:
