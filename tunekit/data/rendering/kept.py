@@ -72,40 +72,40 @@ class KeptReasoning:
         self._turns.check(messages, wanted, placed, joined, tools)
         neutral = joined
         if self._turns.spells(example.messages, tools):
-            own = [self._neutral(messages[: lead.index + 1], answers[lead.index], tools, lead) for lead in leads]
-            neutral = _joined(self._turns.render_neutral(messages, tools), leads, own)
+            alone = [self._neutral(messages[: lead.index + 1], answers[lead.index], tools, lead) for lead in leads]
+            neutral = _joined(self._turns.render_neutral(messages, tools), leads, alone)
         weights = tuple(messages[at].weight for at in wanted)
         return Conversation(joined, neutral, placed, weights, empty_answers(messages), tuple(reasoning))
 
     def _lead(self, messages: Sequence[Message], index: int, answer: Answer, tools: Tools, text: str) -> _Lead:
         upto = messages[: index + 1]
-        own = self._turns.render(upto, tools)
+        alone = self._turns.render(upto, tools)
         start, stop = self._place(messages, index - 1, tools, text), self._place(messages, index, tools, text)
-        first, last = self._place(upto, index - 1, tools, own), self._place(upto, index, tools, own)
-        begun = self._turns.answer_start(messages, index, tools, own)
-        rests = [own[last:], self._control.without_last(own[last:])]
-        rest = next((len(each) for each in rests if text.startswith(each, stop)), -1)
-        if min(start, stop, first, last, rest) < 0 or begun is None:
+        first, last = self._place(upto, index - 1, tools, alone), self._place(upto, index, tools, alone)
+        answer_start = self._turns.answer_start(messages, index, tools, alone)
+        endings = [alone[last:], self._control.without_last(alone[last:])]
+        after = next((len(each) for each in endings if text.startswith(each, stop)), -1)
+        if min(start, stop, first, last, after) < 0 or answer_start is None:
             what = "the chat template moves an answer when more turns follow, so its reasoning cannot be kept"
             raise DataError(what, "set data.reasoning: template, or another data.chat_template", key="data.reasoning")
-        if answer.reasoning.strip() not in own[begun:last]:
+        if answer.reasoning.strip() not in alone[answer_start:last]:
             if answer.field(self._template):
                 what = f"the chat template reads '{answer.field(self._template)}', but leaves it out of this answer"
                 raise DataError(what, "set data.reasoning: drop, or another data.chat_template", key="data.reasoning")
-            own, last = own[:last] + answer.block + own[last:], last + len(answer.block)
-            begun = self._turns.answer_start(messages, index, tools, own)
-            assert begun is not None
-        thought = end_of_reasoning(own, answer.reasoning, begun, last)
-        return _Lead(index, start, stop, own, first, last, begun, thought, rest)
+            alone, last = alone[:last] + answer.block + alone[last:], last + len(answer.block)
+            answer_start = self._turns.answer_start(messages, index, tools, alone)
+            assert answer_start is not None
+        thought = end_of_reasoning(alone, answer.reasoning, answer_start, last)
+        return _Lead(index, start, stop, alone, first, last, answer_start, thought, after)
 
     def _neutral(self, upto: Sequence[Message], answer: Answer, tools: Tools, lead: _Lead) -> str:
         """The lead's text, with placeholders where the data spells special tokens."""
-        own = self._turns.render_neutral(upto, tools)
-        if len(own) == len(lead.text):
-            return own
+        alone = self._turns.render_neutral(upto, tools)
+        if len(alone) == len(lead.text):
+            return alone
         block = answer.block.replace(answer.reasoning, str(self._control.neutralized(answer.reasoning)))
         stop = lead.last - len(block)
-        return own[:stop] + block + own[stop:]
+        return alone[:stop] + block + alone[stop:]
 
     def _place(self, messages: Sequence[Message], index: int, tools: Tools, text: str) -> int:
         """Where the content of a turn begins in the text, or its first tool call's name if it has no content; -1 if it
@@ -127,7 +127,7 @@ class KeptReasoning:
 def _joined(text: str, leads: Sequence[_Lead], texts: Sequence[str]) -> str:
     """The complete text with all leads replaced. `texts`: the text that each lead comes from."""
     pieces, position = [], 0
-    for lead, own in zip(leads, texts, strict=True):
-        pieces += [text[position : lead.start], own[lead.first : lead.last]]
+    for lead, alone in zip(leads, texts, strict=True):
+        pieces += [text[position : lead.start], alone[lead.first : lead.last]]
         position = lead.stop
     return "".join([*pieces, text[position:]])

@@ -62,10 +62,10 @@ def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 def end_of_reasoning(text: str, reasoning: str, start: int, stop: int) -> int:
     """Where reasoning that is in text[start:stop] ends, with its closing tag; `start` if it is not there."""
-    found = text.rfind(reasoning.strip(), start, stop) if reasoning.strip() else -1
-    if found < 0:
+    place = text.rfind(reasoning.strip(), start, stop) if reasoning.strip() else -1
+    if place < 0:
         return start
-    end = found + len(reasoning.strip())
+    end = place + len(reasoning.strip())
     closing = _CLOSING.match(text, end, stop)
     return end if closing is None else closing.end()
 
