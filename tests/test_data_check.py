@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from tests.support.chat_templates import R1
 from tests.support.image_case import write_photos
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.cli import main
@@ -295,6 +296,16 @@ def test_warnings_exit_with_0_unless_strict(tmp_path: Path, capsys: pytest.Captu
     assert data_check_verb(load_recipe(path), None, None, strict=True) == 2
     (tmp_path / "rows.jsonl").write_text(rows + "{\n", encoding="utf-8")
     assert check(path)[0] == 2
+
+
+def test_reasoning_that_the_template_leaves_out_is_listed(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "r1.jinja").write_text(R1, encoding="utf-8")
+    path = write(tmp_path, planted=False, chat_template="r1.jinja", max_length=600)
+    path.write_text(path.read_text("utf-8").replace("org/base", str(tiny_llama)), encoding="utf-8")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(chat("A question with a thought?", "<think>Hm, so</think>This answer.")) + "\n")
+    assert check(path, tmp_path / "good.jsonl")[1]["findings"] == {"reasoning": [61]}
+    assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 61  # it can be trained on
 
 
 def test_rows_that_training_drops_are_foreseen(tiny_llama: Path, tmp_path: Path) -> None:

@@ -144,6 +144,10 @@ def test_only_a_row_of_one_sequence_may_be_several(tmp_path: Path) -> None:
         assert problems_of(SMALL, tmp_path, each, f"data.train_on={train_on}") == [
             f"command line: data.rewritten_answers: each needs data.train_on: assistant, not {train_on}; remove it"
         ]
+    assert problems_of(SMALL, tmp_path, each, "data.reasoning=mask") == [
+        "command line: data.rewritten_answers: data.reasoning: mask already trains on every answer of a conversation; "
+        "remove it"
+    ]
 
 
 @pytest.mark.parametrize(

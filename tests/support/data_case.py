@@ -62,9 +62,10 @@ def encoder_of(
     template: str | None = None,
     settings: ObjectiveSettings | None = None,
     rewritten_answers: str = "last",
+    reasoning: str = "template",
 ) -> RowKind:
     """The rows of an objective, sft unless another is named, as they encode examples."""
-    options = EncodeOptions(train_on, template, 2048, "drop", rewritten_answers)
+    options = EncodeOptions(train_on, template, 2048, "drop", rewritten_answers, reasoning)
     return make_objective(settings or SftSettings(), tokenizer, options=options).rows
 
 

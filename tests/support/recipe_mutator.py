@@ -70,6 +70,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "data.train_on": (["assistant", "last", "all"], ["user", "true", "null", "[all]"]),
     "data.rewritten_answers": (["last", "each"], ["all", "true", "null"]),
+    "data.reasoning": (["template", "drop"], ["keep", "true", "null"]),
     "data.chat_template": (["null", "template.jinja", "~/template.jinja"], ["5", "[a]", '""', '"a\\0b"', "x" * 300]),
     "data.max_length": (["2", "2048", "2e3"], ["1", *NOT_COUNTS]),
     "data.excess_length": (["drop", "truncate", "split", "error"], ["cut", "null", "false"]),

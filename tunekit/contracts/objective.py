@@ -116,6 +116,7 @@ class RowKind:
     reads_pairs: bool = False  # whether a question may be two texts
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
     allowed_options: Sequence[tuple[str, str, str]] = ()
+    has_reasoning: bool = False  # whether data.reasoning applies to the rows' answers
     room: str = ""  # " with room for KEY" in messages: a part of a row's length besides its own tokens
 
     @property
@@ -130,15 +131,24 @@ class RowKind:
 
     def problems(self) -> list[Problem]:
         """Problems for options of the data section whose values are invalid for these rows."""
+        no_reasoning = (
+            "reasoning",
+            "template",
+            "the rows of this objective have no answers with reasoning to train on",
+        )
         return [
             Problem(why, f"write {allowed}", key=f"data.{name}")
-            for name, allowed, why in self.allowed_options
+            for name, allowed, why in (*self.allowed_options, *([] if self.has_reasoning else [no_reasoning]))
             if getattr(self.options, name) not in allowed.replace(",", "").split()
         ]
 
     def examples(self, example: Any) -> Sequence[Any]:
         """The examples to encode, one row for each. Most kinds return only the given example."""
         return [example]
+
+    def reasoning_left_out(self, example: Any) -> list[int]:
+        """The messages of a conversation whose reasoning the chat template leaves out, as indices."""
+        return []
 
     def encode(self, example: Any, origin: str) -> Row:
         """Encode an example as a row. Raises: Dropped if it has nothing to train on; DataError if it is wrong."""

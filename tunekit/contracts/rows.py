@@ -119,6 +119,7 @@ class EncodeOptions:
     max_length: int = 0
     excess_length: str = "drop"
     rewritten_answers: str = "last"
+    reasoning: str = "template"
 
 
 @dataclass(frozen=True)

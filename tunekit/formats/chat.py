@@ -17,12 +17,14 @@ REQUIRED = ("messages",)
 EXAMPLE = "text"
 CALL = '{"function": {"name": ..., "arguments": {...}}}'
 
+CALLS = ("tool_calls", "function_call")
 WEIGHTS = ("weight", "train")  # fields of a message: its weight in the loss, or whether it is trained on
 
 
 def make_example(row: Fields) -> Example:
     """The conversation of a row."""
-    return ChatExample(read_messages(read_value(row, "messages"), "messages"), read_tools(row.get("tools")))
+    messages = read_messages(read_value(row, "messages"), "messages")
+    return ChatExample(messages, read_tools(row.get("tools"), messages))
 
 
 def read_messages(value: object, label: str) -> tuple[Message, ...]:
@@ -40,7 +42,8 @@ def _read_message(value: object, label: str) -> Message:
         raise DataError(what, 'write {"role": "user", "content": "..."}')
     role = _read_role(value, label)
     extra: JsonObject = {}
-    calls = value.get("tool_calls")
+    older = value.get("function_call")  # the form of OpenAI's API before tool_calls
+    calls = value.get("tool_calls") or ([older] if older else None)
     if calls:
         if role != "assistant":
             raise DataError(
@@ -49,7 +52,7 @@ def _read_message(value: object, label: str) -> Message:
             )
         extra["tool_calls"] = read_tool_calls(calls, f"{label}.tool_calls")
     for name, part in value.items():
-        if part not in (None, "", [], {}) and name not in ("role", "content", "tool_calls", *WEIGHTS):
+        if part not in (None, "", [], {}) and name not in ("role", "content", *CALLS, *WEIGHTS):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
     return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label, role), extra)
 
@@ -125,11 +128,14 @@ def _read_tool_call(call: object, label: str) -> JsonObject:
     return {**present, "function": {"name": function["name"], "arguments": parsed}}
 
 
-def read_tools(value: object) -> tuple[JsonObject, ...] | None:
-    """The tools of a row, given as a list of JSON schemas, or as a text that contains this list as JSON."""
-    if value is None or value == [] or value == "":
+def read_tools(value: object, messages: Sequence[Message] = ()) -> tuple[JsonObject, ...] | None:
+    """The tools of a row: a list of JSON schemas, or JSON text of the list or of its items. None if the system message
+    lists them already in <tools> tags, as in Hermes' data sets."""
+    listed_already = any(message.role == "system" and "<tools>" in message.content for message in messages)
+    if value is None or value == [] or value == "" or listed_already:
         return None
     tools = read_json(value, "tools")
+    tools = [read_json(tool, "tools") for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError("'tools' must be a list of objects", "write JSON schemas as in OpenAI's API, or remove `tools`")
     return tuple(dict(tool) for tool in tools) or None

@@ -20,8 +20,8 @@ ROLES_BY_SENDER = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "bot", "model"), "assistant"),
-    **dict.fromkeys(("tool", "observation"), "tool"),
-    "function_call": "assistant",
+    **dict.fromkeys(("tool", "observation", "tool_response", "function_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 
 
@@ -39,7 +39,7 @@ def make_example(row: Fields) -> Example:
     system = read_optional_text(row, "system")
     if system and messages[0].role != "system":
         messages = (Message("system", system), *messages)
-    return ChatExample(messages, read_tools(row.get("tools")))
+    return ChatExample(messages, read_tools(row.get("tools"), messages))
 
 
 def read_turns(turns: Sequence[Any], label: str) -> tuple[Message, ...]:
@@ -59,7 +59,7 @@ def _read_turn(turn: object, label: str) -> Message:
     value = read_text(turn, "value", where=f"{label}.")
     message = {name: part for name, part in turn.items() if name not in ("from", "value")}
     message |= {"role": ROLES_BY_SENDER[sender], "content": value}
-    if sender == "function_call":
+    if sender in ("function_call", "tool_call"):
         calls = read_json(value, f"{label}.value")
         message |= {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
     return read_messages([message], label)[0]

@@ -74,6 +74,11 @@ class DataSection(Section):
         description="if the chat template changes earlier answers (for example, drops their reasoning): train on the "
         "last answer only, or on each original answer in a separate row",
     )
+    reasoning: Literal["template", "train", "mask", "drop"] = Field(
+        "template",
+        description="the reasoning (thinking) of answers: template (as the chat template leaves it), train (kept in "
+        "every answer, and trained on with it), mask (kept, but not trained on) or drop",
+    )
     chat_template: FilePath | None = Field(None, description="a Jinja file; null: the tokenizer's template")
     max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="the maximum number of tokens in a row")
     excess_length: Literal["drop", "truncate", "split", "error"] = Field(

@@ -49,7 +49,8 @@ class EncodedSource:
 def encode_options(data: DataSection) -> EncodeOptions:
     """The data section's options that decide ids, with the template read from its file."""
     template = None if data.chat_template is None else read_template(Path(data.chat_template))
-    return EncodeOptions(data.train_on, template, data.max_length, data.excess_length, data.rewritten_answers)
+    lengths = data.max_length, data.excess_length
+    return EncodeOptions(data.train_on, template, *lengths, data.rewritten_answers, data.reasoning)
 
 
 def read_template(path: Path) -> str:

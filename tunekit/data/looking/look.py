@@ -51,6 +51,7 @@ PATTERNS = (  # kind, pattern, and a quick test: every match contains one of the
     ("secret", KEY, ("-----BEGIN", "AKIA", "ASIA")),
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+KEPT = frozenset({"script", "reasoning"})  # findings whose rows --fix keeps
 MOST_BROKEN = 1000  # maximum number of different problems of unreadable lines
 FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # examples that name a file
 SAMPLES_AT_ONCE = 1 << 20
@@ -74,6 +75,7 @@ KINDS = {  # kind of finding -> its description in the table
     "email": "rows with e-mail addresses",
     "long": "rows longer than data.max_length",
     "dropped": "rows that training drops",
+    "reasoning": "conversations with reasoning that the chat template leaves out (data.reasoning: train keeps it)",
 }
 
 
@@ -129,7 +131,7 @@ def look_at_rows(
     collect the rows that --fix writes. `kind`: the encoding of rows; None: unknown, so lengths are estimates.
     """
     cuts = data.excess_length in ("truncate", "split")
-    files, kept = file_names(source.path), frozenset({"script", "long"} if cuts else {"script"})
+    files, kept = file_names(source.path), frozenset(KEPT | ({"long"} if cuts else set()))
     findings, problems = Found(name, files, kept), Problems(MOST_BROKEN)
     rows, _, format_name, _ = open_rows(source, example, problems)
     make_example, findings.format = format_maker(format_name, source.path), format_name
@@ -143,6 +145,8 @@ def look_at_rows(
             doubts.update(_doubts(parsed, text, row.line, findings))
             if kind is not None and outcome is not None:
                 doubts.update(_fates(outcome, kind, findings))
+                if left_out := kind.reasoning_left_out(parsed):
+                    doubts["reasoning"] = ", ".join(f"messages[{index}]" for index in left_out)
             elif not isinstance(parsed, FileExample):
                 size = guessed_tokens(text) - _of_the_shorter(values)
                 findings.add_size(size)

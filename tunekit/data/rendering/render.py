@@ -4,7 +4,6 @@ A conversation is rendered completely, rendered again up to each assistant turn 
 tokenized with offsets. Data that spells a special token stays text: only the template makes control tokens.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,9 @@ from tunekit.basics import JsonObject
 from tunekit.contracts import Tokenizer
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
-from tunekit.data.rendering.turns import REASONING, TurnFinder, TurnSpan, answer_indices, last_answer
+from tunekit.data.rendering.kept import KeptReasoning
+from tunekit.data.rendering.reasoning import REASONING, reads_field, split_reasoning, without_reasoning
+from tunekit.data.rendering.turns import TurnFinder, TurnSpan, answer_indices, last_answer
 from tunekit.errors import DataError, LengthError
 from tunekit.formats.example import ChatExample, Example, Message, TextExample, question_turns
 
@@ -33,6 +34,7 @@ SPELLED = (
     "warning: rows whose text contains a special token; it stays text, because only a chat template makes special "
     "tokens; write conversations as messages (format chat)"
 )
+_RESPONSE, _RESPONSE_END = "<tool_response>", "</tool_response>"
 PIECE_CHARACTERS = 8192  # of a piece whose tokens are counted
 CUT_TOKENS = 16  # that cutting can add to a piece
 UNSAID = ("name", "tool_call_id", "tool_calls")  # fields that a template may ignore; turns.py checks tool_calls
@@ -43,16 +45,21 @@ MERGED_BOUNDARY = "rows whose first answer token also contains the end of the pr
 
 @dataclass
 class Renderer:
-    """Renders examples for one tokenizer, one template and one `train_on`. `notices`: counts of notes for the user."""
+    """Renders examples for one tokenizer, one template and one `train_on`. `notices`: counts of notes for the user;
+    `reasoning`: what happens to the reasoning of answers (data.reasoning)."""
 
     tokenizer: Tokenizer
     train_on: str
     template: str | None = None
     notices: Counter[str] = field(default_factory=Counter)
+    reasoning: str = "template"
 
     def __post_init__(self) -> None:
         self._control = ControlTokens(self.tokenizer)
         self._turns = TurnFinder(self.tokenizer, self._control, self.template, self.notices)
+        self._written = self.template or self.tokenizer.chat_template or ""
+        self._kept = KeptReasoning(self._turns, self._control, self._written)
+        self._keeps = self.reasoning in ("train", "mask")
 
     @property
     def has_template(self) -> bool:
@@ -93,6 +100,15 @@ class Renderer:
             replace(example, messages=(*context[:index], example.messages[index]), without_template=None)
             for index in wanted
         ]
+
+    def reasoning_left_out(self, example: Example) -> list[int]:
+        """The indices of the messages whose reasoning the chat template leaves out; empty unless data.reasoning is
+        template. Raises: DataError if the template refuses the conversation."""
+        if not isinstance(example, ChatExample) or not self.has_template or self.reasoning != "template":
+            return []
+        reasoning = [split_reasoning(message).reasoning.strip() for message in example.messages]
+        text = self._turns.render(example.messages, example.tools) if any(reasoning) else ""
+        return [index for index, thought in enumerate(reasoning) if thought not in text]
 
     def prompt(self, example: Example) -> tuple[list[int], str] | None:
         """The ids before the last answer (the prompt for generation), and the answer's text; None for plain text."""
@@ -143,7 +159,13 @@ class Renderer:
         return begin + self.tokenizer.encode(text, special_tokens_in_text=special_tokens_in_text)
 
     def _readable(self, example: Example) -> Example:
-        """The example. If the tokenizer has no chat template, a conversation becomes a plain prompt and answer."""
+        """The example, without reasoning if data.reasoning is drop, and without Hermes' tags around the results of
+        tools if the template writes these tags itself. If the tokenizer has no chat template, a conversation
+        becomes a plain prompt and answer."""
+        if isinstance(example, ChatExample) and self.reasoning == "drop":
+            example = replace(example, messages=without_reasoning(example.messages))
+        if isinstance(example, ChatExample) and _RESPONSE in self._written:
+            example = replace(example, messages=tuple(map(_unwrapped, example.messages)))
         if self.has_template or not isinstance(example, ChatExample) or example.without_template is None:
             return example
         self.notices[NO_TEMPLATE] += 1
@@ -167,13 +189,18 @@ class Renderer:
 
     def _turns_before(self, example: ChatExample, index: int, most: int | None = None) -> list[int]:
         """The ids of the turns before turn `index`, with the template's generation prompt."""
-        self._need_template(example)
+        if self._keeps:
+            written = (split_reasoning(message).written(self._written) for message in example.messages)
+            example = replace(example, messages=tuple(written))
+        self._need_template(example.messages)
         if most is not None and index > most:  # each turn has at least one token
             raise too_long(f"more than {most:,}", most)
-        text = self._turns.render(example.messages[:index], example.tools, add_generation_prompt=True)
+        messages, tools = example.messages[:index], example.tools
+        header = self._turns.answer_header(messages, tools)
+        text = self._turns.render(messages, tools, add_generation_prompt=True) + header
         if most is not None:
             self._check_length(text, most)
-        neutral = self._turns.render_neutral(example.messages[:index], example.tools, add_generation_prompt=True)
+        neutral = self._turns.render_neutral(messages, tools, add_generation_prompt=True) + header
         return encode_trusted(text, neutral, self.tokenizer, self._control)[0]
 
     def _check_length(self, text: str, most: int) -> None:
@@ -189,25 +216,28 @@ class Renderer:
             if count > most:
                 raise too_long(f"more than {most:,}", most)
 
-    def _need_template(self, example: ChatExample) -> None:
+    def _need_template(self, messages: Sequence[Message]) -> None:
         """Raises: DataError if there is no template, or if the messages have fields that the template does not read."""
         written, key = self.template or self.tokenizer.chat_template, "data.chat_template"
         if written is None:
             raise DataError(
                 "a conversation needs a chat template, which the tokenizer lacks", "set it to a Jinja file", key=key
             )
-        for name in dict.fromkeys(name for message in example.messages for name in message.extra):
+        for name in dict.fromkeys(name for message in messages for name in message.extra):
             if name in UNSAID or reads_field(written, name):
                 continue
             other = next((other for other in REASONING if name in REASONING and reads_field(written, other)), None)
-            how = "remove the field, or give another template"
+            by_option = " (data.reasoning: drop removes it, train keeps it)" if name in REASONING else ""
+            how = f"remove the field{by_option}, or give another template"
             how = f"the template reads '{other}': rename the field" if other else how
             raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
     def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Weights]:
-        self._need_template(example)
+        kept = [split_reasoning(message).rendered(self._written) for message in example.messages]
+        self._need_template(kept if self._keeps else example.messages)
         self.notices.update([HAS_SYSTEM] if example.messages[0].role == "system" else [])
-        conversation = self._turns.find(example, self.train_on)
+        finder = self._kept if self._keeps else self._turns
+        conversation = finder.find(example, self.train_on)
         if not conversation.spans and self.train_on != "all":
             raise Dropped(EMPTY_ANSWER if conversation.empty_answers else NO_ANSWER)
         text = conversation.text
@@ -222,19 +252,27 @@ class Renderer:
             if eos is not None and example.messages[-1].role == "assistant" and last not in ends:
                 self.notices[EOS_ADDED] += 1
                 ids = [*ids, eos]
-            return ids, np.ones(len(ids), dtype=np.float32)
+            return ids, self._masked(np.ones(len(ids), dtype=np.float32), conversation.reasoning, offsets)
         spans = [self._turns.close(span, text, ids, offsets) for span in conversation.spans]
         weights = np.zeros(len(ids), dtype=np.float32)  # (T,)
         for span, weight in zip(spans, conversation.weights, strict=True):
             marks = mark_spans(offsets, [span])
             if any(ids[place] not in ends for place in np.flatnonzero(marks)):  # else the answer has no text
                 weights[marks] = weight
+        weights = self._masked(weights, conversation.reasoning, offsets)
         if not weights.any():
             raise Dropped(EMPTY_ANSWER)
         if eos is not None and conversation.ends_open(spans, ids[-1], self._control, eos):
             self.notices[EOS_ADDED] += 1
             ids, weights = [*ids, eos], np.append(weights, weights.dtype.type(conversation.weights[-1]))
         return ids, weights
+
+    def _masked(self, weights: Weights, spans: Sequence[TurnSpan], offsets: Sequence[tuple[int, int]]) -> Weights:
+        """The weights, with 0 for tokens of the spans if data.reasoning is mask."""
+        for span in spans if self.reasoning == "mask" else ():
+            inside = [at for at, (start, end) in enumerate(offsets) if span.start <= start and end <= span.end]
+            weights[inside] = 0
+        return weights
 
     def _plain_sequence(self, prompt: str, trained_text: str, empty: str) -> tuple[list[int], Weights]:
         """Ids and loss weights of a prompt and a text to train on, without a template.
@@ -269,9 +307,12 @@ def too_long(tokens: str, most: int) -> LengthError:
     return LengthError(what, "shorten the conversation, or start a new one")
 
 
-def reads_field(template: str, name: str) -> bool:
-    """Whether a template reads a field of a message, as `message.name`, `message['name']` or `'name' in message`."""
-    return re.search(rf"[.'\"]{re.escape(name)}\b", template) is not None
+def _unwrapped(message: Message) -> Message:
+    """The message; a tool's result without the tags in which Hermes' data sets write it."""
+    inner = message.content.strip()
+    if message.role != "tool" or not (inner.startswith(_RESPONSE) and inner.endswith(_RESPONSE_END)):
+        return message
+    return replace(message, content=inner.removeprefix(_RESPONSE).removesuffix(_RESPONSE_END).strip("\n"))
 
 
 def fill_gaps(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

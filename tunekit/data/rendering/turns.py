@@ -13,18 +13,19 @@ from dataclasses import dataclass, replace
 
 from tunekit.contracts import Tokenizer
 from tunekit.data.rendering.control import ControlTokens
+from tunekit.data.rendering.reasoning import split_reasoning
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, Message
 from tunekit.records import JsonObject
 
 ONLY_LAST = (
     "rows with only the last answer trained on, because the chat template rewrites earlier turns "
-    "(set data.rewritten_answers: each to train on all answers)"
+    "(set data.rewritten_answers: each, or data.reasoning: train, to train on all answers)"
 )
 TOOLS_IGNORED = "rows whose tools the chat template leaves out"
-# names of the field with the reasoning, in different models
-REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
-THOUGHTLESS = "answers trained on without the reasoning, which the chat template leaves out"
+THOUGHTLESS = (
+    "answers trained on without the reasoning, which the chat template leaves out (data.reasoning: train keeps it)"
+)
 SHORTENED = "answers that the chat template changes"
 _OPENING, _CLOSING = "\ue001", "\ue002"
 Tools = Sequence[JsonObject] | None  # the tools of a row
@@ -42,13 +43,15 @@ class TurnSpan:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A rendered conversation. `neutral`: its text, with placeholders where the data spells special tokens."""
+    """A rendered conversation. `neutral`: its text, with placeholders where the data spells special tokens.
+    `reasoning`: the characters of the answers' reasoning, if they are known."""
 
     text: str
     neutral: str
     spans: tuple[TurnSpan, ...]
     weights: tuple[float, ...]  # the loss weight of each span's tokens
     empty_answers: int
+    reasoning: tuple[TurnSpan, ...] = ()
 
     def ends_open(self, closed: Sequence[TurnSpan], last_id: int, control: ControlTokens, eos_id: int | None) -> bool:
         """Whether the text ends with a trained turn after which the template writes no control token."""
@@ -70,6 +73,11 @@ def last_answer(example: ChatExample) -> int | None:
     """The index of the last assistant turn with content; None if there is none."""
     indices = [index for index in answer_indices(example.messages, "assistant") if example.messages[index].content]
     return indices[-1] if indices else None
+
+
+def empty_answers(messages: Sequence[Message]) -> int:
+    """The number of assistant turns without content."""
+    return sum(message.role == "assistant" and message.empty for message in messages)
 
 
 class TurnFinder:
@@ -94,6 +102,22 @@ class TurnFinder:
         neutral = None if tools is None else [self._control.neutral_fields(tool) for tool in tools]
         return self._render(rows, neutral, add_generation_prompt, self._template)
 
+    def answer_header(self, messages: Sequence[Message], tools: Tools) -> str:
+        """The text that a template which ignores add_generation_prompt writes before an answer to these messages; empty
+        for other templates."""
+        if self.prompts or not messages or messages[-1].role == "assistant":
+            return ""
+        bare = self.render(messages, tools)
+        self.prompts = self.render(messages, tools, add_generation_prompt=True) != bare
+        if self.prompts:
+            return ""
+        try:
+            text = self.render([*messages, Message("assistant", _PROBE)], tools)
+        except DataError:
+            return ""
+        header = text[len(bare) : max(text.find(_PROBE), 0)] if text.startswith(bare) else ""
+        return header if header.strip() else ""
+
     def _render(
         self, rows: Sequence[JsonObject], tools: Tools, add_generation_prompt: bool, template: str | None
     ) -> str:
@@ -117,12 +141,15 @@ class TurnFinder:
         if len(placed) < len(spans):
             what = "the chat template changes an answer when more turns follow, so its place is unknown"
             raise DataError(what, "give a template with {% generation %} markers", key="data.chat_template")
-        self._check(messages, wanted, placed, text, tools)
-        neutral = text
-        if self._control.spelled_in([message.as_dict() for message in messages]) or self._control.spelled_in(tools):
-            neutral = self.render_neutral(messages, tools)
-        empty = sum(message.role == "assistant" and message.empty for message in messages)
-        return Conversation(text, neutral, placed, tuple(messages[index].weight for index in wanted), empty)
+        self.check(messages, wanted, placed, text, tools)
+        neutral = self.render_neutral(messages, tools) if self.spells(messages, tools) else text
+        weights = tuple(messages[index].weight for index in wanted)
+        return Conversation(text, neutral, placed, weights, empty_answers(messages))
+
+    def spells(self, messages: Sequence[Message], tools: Tools) -> bool:
+        """Whether the data spells a special token."""
+        rows = [message.as_dict() for message in messages]
+        return self._control.spelled_in(rows) or self._control.spelled_in(tools)
 
     def rewrites(self, example: ChatExample, wanted: Sequence[int]) -> bool:
         """Whether the template writes an answer differently when later turns follow it."""
@@ -159,10 +186,12 @@ class TurnFinder:
             upto = self._control.without_last(upto)  # this token can end the whole conversation, as in Phi-3
         if not text.startswith(upto):
             return None
-        start = self._answer_start(messages, index, tools, upto)
+        start = self.answer_start(messages, index, tools, upto)
         return None if start is None else TurnSpan(start, len(upto))
 
-    def _answer_start(self, messages: Sequence[Message], index: int, tools: Tools, upto: str) -> int | None:
+    def answer_start(self, messages: Sequence[Message], index: int, tools: Tools, upto: str) -> int | None:
+        """Where turn `index` begins in `upto`, the text up to its end, after the template's generation prompt. None if
+        it is not found."""
         try:
             before = self.render(messages[:index], tools, add_generation_prompt=True)
             bare = self.render(messages[:index], tools) if self.prompts is not True else None
@@ -201,7 +230,7 @@ class TurnFinder:
             return min(shared, place) if place >= 0 else shared
         return place if place >= 0 and upto[bare:place].strip() else bare
 
-    def _check(
+    def check(
         self, messages: Sequence[Message], wanted: Sequence[int], spans: Sequence[TurnSpan], text: str, tools: Tools
     ) -> None:
         """Check that the template writes all content of the row. Omitted content is counted in the notices.
@@ -214,10 +243,10 @@ class TurnFinder:
                 if call["function"]["name"] not in turn:
                     what = "the chat template leaves out tool calls"
                     raise DataError(what, "give a template that writes them", key="data.chat_template")
-            if messages[index].content.strip() not in turn:
+            answer = split_reasoning(messages[index])
+            if answer.message.content.strip() not in turn:
                 self._notices[SHORTENED] += 1
-            thoughts = (messages[index].extra.get(name) for name in REASONING)
-            if any(isinstance(thought, str) and thought.strip() not in turn for thought in thoughts):
+            if answer.reasoning.strip() not in turn:
                 self._notices[THOUGHTLESS] += 1
         names = [(tool.get("function") or tool).get("name") for tool in tools or ()]
         if names and not any(str(name) in text for name in names):

@@ -66,6 +66,7 @@ class AnswerRows(TextRows):
     end_to_end: bool = False
     shares_prefixes: bool = False
     packable = True
+    has_reasoning = True
     allowed_options = (
         ("train_on", "assistant", "this objective compares answers, so it trains only on the assistant's text"),
         ("excess_length", "drop, truncate or error", "if an answer were split, its later pieces would have no prompt"),

@@ -23,6 +23,7 @@ class SequenceRows(TextRows):
 
     example = "text"
     has_choices = True
+    has_reasoning = True
     packable = True
     layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
 

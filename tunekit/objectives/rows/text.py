@@ -29,12 +29,16 @@ class TextRows(RowKind):
     @cached_property
     def renderer(self) -> Renderer:
         """The renderer of examples. Its notices are counted in `notices` of these rows."""
-        return Renderer(self.tokenizer, self.options.train_on, self.options.template, self.notices)
+        options = self.options
+        return Renderer(self.tokenizer, options.train_on, options.template, self.notices, options.reasoning)
 
     def prompt(self, example: Any) -> tuple[list[int], str] | None:
         """The ids before the last answer (generation continues from them), and the answer's text. None for running
         text, which has no prompt."""
         return self.renderer.prompt(example)
+
+    def reasoning_left_out(self, example: Any) -> list[int]:
+        return self.renderer.reasoning_left_out(example)
 
     def question(self, text: str, system: str | None = None) -> list[int]:
         """The ids of the text. If there is a chat template, it is rendered as a user's turn after an optional system

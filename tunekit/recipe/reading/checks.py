@@ -125,6 +125,8 @@ def _check_rewritten_answers(draft: Draft, objective: type[ObjectiveSettings]) -
         draft.add_problem(key, "a row of this objective has at most one answer to train on", "remove it")
     elif draft.get(key) == "each" and train_on != "assistant":
         draft.add_problem(key, f"each needs data.train_on: assistant, not {train_on}", "remove it")
+    elif draft.get(key) == "each" and (kept := draft.get(("data", "reasoning"))) in ("train", "mask"):
+        draft.add_problem(key, f"data.reasoning: {kept} already trains on every answer of a conversation", "remove it")
 
 
 def _objective_class(draft: Draft) -> type[ObjectiveSettings]:
