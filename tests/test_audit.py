@@ -272,7 +272,7 @@ def test_forged_records_are_named(case: Path) -> None:
     change_records(case, lambda lines: [*lines[:1], {**lines[1], "loss": 0.001}, *lines[1:]])
     ended, _ = audited(case)
     assert ended.code == 3
-    assert "error: step 1: loss was 0.001, is " in ended.output
+    assert "step 1: loss was 0.001, is " in ended.output
     change_records(case, lambda lines: [line for line in [lines[0], *lines[2:]] if line["step"] < 6])
     shutil.rmtree(case / "checkpoints" / "step-000006")
     ended, _ = audited(case)
@@ -284,11 +284,13 @@ def test_forged_records_are_named(case: Path) -> None:
 @pytest.mark.drawn
 def test_an_evaluation_that_is_not_computed_again_is_named(case: Path) -> None:
     """A resume may change eval_steps. Without the notice, an invented evaluation would seem to be proved."""
-    change_records(case, lambda lines: [*lines, {"step": 5, "eval": {"loss": 0.1}}])
+    invented = {"step": 2, "eval": {"loss": 0.1}}
+    change_records(case, lambda lines: [*lines[:3], invented, *lines[3:]])
+    edit(case / "report.json", lambda value: value["evaluations"].insert(1, invented))
     ended, proof = audited(case)
     assert ended.code == 0
-    assert "steps 5 to 6: the evaluations after steps 5 were not computed again, so" in ended.output
-    assert proof["parts"][1]["not_compared"] == [5]
+    assert "steps 1 to 4: the evaluations after steps 2 were not computed again, so" in ended.output
+    assert proof["parts"][0]["not_compared"] == [2]
 
 
 def test_a_result_of_a_run_that_has_not_finished_is_refused(case: Path) -> None:
@@ -323,6 +325,7 @@ def test_changed_files_next_to_the_weights_are_named(case: Path) -> None:
 def test_scores_of_tasks_and_removed_evaluations_are_named(case: Path) -> None:
     """Neither changes a step, so the audit passes. It must not seem to prove them."""
     change_records(case, lambda lines: [line for line in lines if "eval" not in line or line["step"] != 3])
+    edit(case / "report.json", lambda value: value["evaluations"].pop(1))
     (case / "tasks.json").write_text(json.dumps({"scores": [{"task": "invented"}]}), encoding="utf-8")
     ended, proof = audited(case)
     assert ended.code == 0

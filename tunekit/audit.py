@@ -11,7 +11,8 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +21,20 @@ from typing import Any
 import torch
 
 from tunekit.artifacts.checkpoint import list_checkpoints, load_checkpoint
-from tunekit.artifacts.equality import Mismatch, compare_checkpoints, compare_records, compare_results, result_hashes
+from tunekit.artifacts.equality import (
+    JSON_FILES,
+    Mismatch,
+    compare_checkpoints,
+    compare_files,
+    compare_records,
+    compare_results,
+    compare_rows,
+    result_hashes,
+)
 from tunekit.artifacts.fingerprint import EARLIER_SHARE, compare_fingerprints, has_earlier_share, recipe_values
 from tunekit.artifacts.metrics_log import METRICS_NAME
 from tunekit.artifacts.report.values import RunValues, damage_named, read_run
-from tunekit.artifacts.run import RESULT_FILES, TASKS_NAME, is_finished, refuse_to_replace_part
+from tunekit.artifacts.run import RESULT_FILES, ROWS_NAME, TASKS_NAME, is_finished, refuse_to_replace_part
 from tunekit.artifacts.stopped import refuse_running, resume_command
 from tunekit.console import Console
 from tunekit.console.text import time_text
@@ -33,7 +43,8 @@ from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.reading.several import files_of, is_pattern
 from tunekit.errors import InputError, NumericsError, Problem, RunFolderError, Stopped
 from tunekit.files.durable import json_result
-from tunekit.files.untrusted import RUN_RECORD, sha256_of
+from tunekit.files.lock import LOCK_NAME
+from tunekit.files.untrusted import RUN_RECORD, printable, sha256_of
 from tunekit.files.work_folder import temporary_folder
 from tunekit.machine.devices import Devices, deterministic_kernels, make_devices
 from tunekit.machine.environment import accelerator_names, library_versions, processor_name
@@ -49,7 +60,9 @@ from tunekit.training import run_files
 from tunekit.training.session import Session
 from tunekit.training.time_limit import TimeLimit
 
-COPIED = ("plan.json", "environment.json", METRICS_NAME)  # files of the run that a resume reads
+COPIED = ("plan.json", "environment.json")  # files of the run that a resume reads
+RECORDED = (METRICS_NAME, ROWS_NAME)  # read by a resume too; before step 1 they would be compared with themselves
+READ = ("recipe.yaml", *RECORDED, LOCK_NAME)  # compared in every part, or without content
 RESULT_VERSIONS = ("tunekit", "torch", "transformers")
 HOW = "run the audit on the machine that computed the run, or on an equal machine"
 EVALUATIONS = {
@@ -94,12 +107,15 @@ def audit_verb(
     with damage_named(path):
         checkpoints = dict(sorted(list_checkpoints(path / "checkpoints")))
         facts = {step: load_checkpoint(folder).facts for step, folder in checkpoints.items()}
+        contradictions = list(compare_files(path))
+    with _listing(contradictions), damage_named(path):
         _refuse(values, loaded, devices, list(facts.values()))
         parts = _parts(values, list(checkpoints))
     drawn = parts if count is None else sorted(random.Random(seed).sample(parts, min(count, len(parts))))
     torch.set_num_threads(int(values.environment.part("fingerprint").count("threads")))
     results = []
-    with StopSignals(announce=False) as signals, deterministic_kernels(loaded.recipe.training.deterministic):
+    deterministic = deterministic_kernels(loaded.recipe.training.deterministic)
+    with StopSignals(announce=False) as signals, deterministic, _listing(contradictions):
         for part in drawn:
             began = time.monotonic()
             console.info(f"{part} of {parts[-1].end}: computing again ...")
@@ -109,22 +125,40 @@ def audit_verb(
             for name, what in EVALUATIONS.items():
                 if steps := ", ".join(map(str, results[-1][name])):
                     console.warn(f"{part}: {what.format(steps)}")
-    differences = [Mismatch(**each) for result in results for each in result["differences"]]
+            console.warn(*(f"{text}; paths are not proved" for text in results[-1]["moved"]))
+    differences = [*contradictions, *(Mismatch(**each) for result in results for each in result["differences"])]
     complete = drawn == parts and _reads_every_row(values, loaded, parts[-1].end)
     write_result(_proof(values, loaded, parts, results, seed) | {"every_training_row_was_read": complete})
     if differences:
-        problems = [Problem(f"step {each.step}: {each.what}") for each in differences]
+        problems = _problems(sorted(differences, key=lambda each: each.step))
         raise NumericsError.of([*problems, Problem("the run does not follow from its recipe and data", DIFFERENT)])
     _conclude(console, values, parts, drawn)
     for what in [*([] if complete else [ROWS_UNREAD]), *([TASKS_UNPROVED] if values.tasks else [])]:
         console.warn(what)
 
 
+def _problems(differences: Sequence[Mismatch]) -> list[Problem]:
+    return [Problem(f"step {each.step}: {each.what}") for each in differences]
+
+
+@contextmanager
+def _listing(contradictions: Sequence[Mismatch]) -> Iterator[None]:
+    """Add the contradictions between the run's files to the reasons for which the block refuses the audit."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error).of([*error.problems, *_problems(contradictions)]) from error
+
+
 def _conclude(console: Console, values: RunValues, parts: Sequence[RunPart], drawn: Sequence[RunPart]) -> None:
-    """Print how many steps were proved, and warn about steps after the last checkpoint of a stopped run."""
-    last, end = values.steps[-1].count("step"), parts[-1].end
+    """Print how many steps were proved, and which files were not compared. Warn about steps after the last checkpoint
+    of a stopped run."""
+    last, end = max(record.count("step") for record in values.steps), parts[-1].end
     proved = "the whole run" if (drawn, last) == (parts, end) else f"{len(drawn)} of {len(parts)} parts"
     console.info(f"proved: {proved}, {sum(part.end - part.start for part in drawn)} of {last} steps")
+    compared = {*READ, "checkpoints", *(RESULT_FILES | JSON_FILES if drawn[-1].exports else ())}
+    others = sorted(each.name for each in values.path.iterdir() if each.name not in compared)
+    console.info(f"not compared: {', '.join(map(printable, others))}")
     if last > end:
         console.warn(f"the steps after {end} have no checkpoint and are not proved")
 
@@ -145,7 +179,7 @@ def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
     if has_result and not finished:
         what = f"{values.path} has a result, but its status.json does not state that it finished"
         raise RunFolderError(what, "finish it with: tunekit train RECIPE --resume")
-    last = values.steps[-1].count("step") if finished and values.steps else 0
+    last = max((record.count("step") for record in values.steps), default=0) if finished else 0
     ends = sorted({0, *steps, last})
     if len(ends) < 2:
         what = f"{values.path} has no result and no complete checkpoint to compare with"
@@ -245,8 +279,11 @@ def _repeat(
         ours, theirs = (place / "checkpoints" / f"step-{part.end:06d}" for place in (run, repeat))
         if ours.exists():
             differences += compare_checkpoints(ours, theirs)
+        differences += compare_rows(run, repeat, part.start)
+        moved: list[str] = []
         if part.exports:
-            differences += compare_results(run, repeat, part.end)
+            different, moved = compare_results(run, repeat, part.end)
+            differences += different
         return {
             "start": part.start,
             "end": part.end,
@@ -256,6 +293,7 @@ def _repeat(
             "checkpoint": sha256_of(ours / "tensors.safetensors", RUN_RECORD) if ours.exists() else None,
             "weights": result_hashes(run) if part.exports else {},
             "fingerprint": read_run(repeat).environment.part("fingerprint"),
+            "moved": moved,
             "differences": [asdict(each) for each in sorted(differences, key=lambda each: each.step)],
         }
 
@@ -264,8 +302,9 @@ def _copy(run: Path, repeat: Path, start: int, facts: JsonObject | None) -> None
     """Copy the files that a resume after step `start` reads. They include the best checkpoint, because a finished run
     exports it."""
     (repeat / "checkpoints").mkdir(parents=True)
-    for name in COPIED if start else COPIED[:-1]:  # a record of step 0 would be compared with itself
-        shutil.copyfile(run / name, repeat / name)
+    for name in (*COPIED, *(RECORDED if start else ())):
+        if (run / name).exists():
+            shutil.copyfile(run / name, repeat / name)
     best = None if facts is None else facts["loop"].get("best_step")
     for step in {start, best} - {0, None}:
         name = f"checkpoints/step-{step:06d}"

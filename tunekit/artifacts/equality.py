@@ -3,6 +3,7 @@ result."""
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import NamedTuple
 from tunekit.artifacts.checkpoint import load_checkpoint
 from tunekit.artifacts.fingerprint import MISSING, flat_values
 from tunekit.artifacts.metrics_log import METRICS_NAME, Record, read_metrics
-from tunekit.artifacts.run import RESULT_FILES, read_json
+from tunekit.artifacts.run import RESULT_FILES, ROWS_NAME, read_json
+from tunekit.files.durable import is_real_file, is_real_folder
 from tunekit.files.tensors import tensor_bytes
 from tunekit.files.untrusted import RUN_FILE, sha256_of
 
@@ -20,9 +22,19 @@ UNRELATED = (  # values of a checkpoint that change no result, or that were comp
     *("loop.seconds", "loop.longest", "loop.starts", "loop.reactions", "loop.calibration", "loop.evaluated_step"),
     "fingerprint",
 )
-MOVED = {  # JSON files of the result, with their values that depend on the place of the base
-    "adapter/adapter_config.json": ("base_model_name_or_path",),
+# JSON files of a finished run, with their values that depend on the place of the files, on a clock or on the memory
+JSON_FILES: dict[str, tuple[str, ...]] = {
+    "adapter/adapter_config.json": (),
     "adapter/tunekit.json": ("base.path", "files.adapter_config.json"),
+    "plan.json": (
+        *("budget_bytes", "choice", "notes", "peak_bytes", "recipe.evaluation.tasks", "recipe.output"),
+        *("trial_reason", "tries_longest_batch"),
+    ),
+    "report.json": (
+        *("adapter_bytes", "budget_bytes", "calibration", "measured_bytes", "peak_allocated_bytes", "peak_host_bytes"),
+        *("peak_requested_bytes", "peak_reserved_bytes", "predicted_bytes", "reactions", "seconds"),
+        *("supervised_tokens_per_second", "tokens_per_second"),
+    ),
 }
 MOST_TENSORS, MOST_VALUES = 3, 3  # that one message names
 
@@ -110,25 +122,78 @@ def result_hashes(run: Path) -> dict[str, str]:
     return {file.relative_to(run).as_posix(): sha256_of(file, RUN_FILE) for file in files}
 
 
-def _file_hashes(run: Path) -> dict[str, str]:
-    """sha256 of each file of the result except the files in MOVED, by its path in the run folder."""
-    files = (
-        file for name, names in RESULT_FILES.items() for file in (run / name).glob("*") if names.fullmatch(file.name)
+def _result_files(run: Path) -> Iterator[tuple[str, Path]]:
+    """Every file and link in the folders of the result, with its path in the run folder."""
+    for name in RESULT_FILES:
+        for file in sorted((run / name).rglob("*")):
+            if not is_real_folder(file):
+                yield file.relative_to(run).as_posix(), file
+
+
+def compare_files(run: Path) -> Iterator[Mismatch]:
+    """Yields the contradictions between the files of a run that show without a repetition: records that are repeated or
+    out of order, files that no result has, and a description of adapter_config.json that does not fit the file."""
+    latest, step = {False: -math.inf, True: -math.inf}, 0
+    for record in read_metrics(run / METRICS_NAME):
+        step, evaluates = record["step"], "eval" in record
+        if step <= latest[evaluates]:
+            yield Mismatch(step, f"{METRICS_NAME} has a record of this step again, or after a later step")
+        latest[evaluates] = max(step, latest[evaluates])
+    for path, _ in _result_files(run):
+        folder, _, name = path.partition("/")
+        if not RESULT_FILES[folder].fullmatch(name):
+            yield _foreign(step, path)
+    config = run / "adapter" / "adapter_config.json"
+    stated = ((read_json(config.with_name("tunekit.json")) or {}).get("files") or {}).get(config.name)
+    if stated and is_real_file(config) and stated.get("sha256") != sha256_of(config, RUN_FILE):
+        yield Mismatch(step, f"adapter/{config.name} is not the file that adapter/tunekit.json describes")
+
+
+def _foreign(step: int, path: str) -> Mismatch:
+    return Mismatch(step, f"{path} is not part of this result")
+
+
+def compare_results(run: Path, repeat: Path, step: int) -> tuple[list[Mismatch], list[str]]:
+    """The differences between both exported results, byte by byte, and between both reports and plans. In JSON files
+    with values that depend on places, times or memory, all other values are compared. Also returns a description of
+    each path that differs: this is no difference if the files were moved, so the path is not proved."""
+    differences: list[Mismatch] = []
+    moved: list[str] = []
+    ours, theirs = (
+        {path: sha256_of(file, RUN_FILE) for path, file in _result_files(folder) if path not in JSON_FILES}
+        for folder in (run, repeat)
     )
-    paths = {file.relative_to(run).as_posix(): file for file in files}
-    return {path: sha256_of(file, RUN_FILE) for path, file in paths.items() if path not in MOVED}
+    for path in sorted({*ours, *theirs}):
+        if path not in theirs:
+            differences.append(_foreign(step, path))
+        elif ours.get(path) != theirs[path]:
+            differences.append(Mismatch(step, f"{path} {'has different bytes' if path in ours else 'is missing'}"))
+    for path, free in JSON_FILES.items():
+        before, after = (dict(flat_values(read_json(folder / path) or {}, free=free)) for folder in (run, repeat))
+        shown = []
+        for key in filter(None, {**before, **after}):
+            was, is_ = (_text(values, key) for values in (before, after))
+            if was != is_ and _is_moved(before.get(key), after.get(key)):
+                moved.append(f"{path}: {key} is {before[key]}, and the audit used {after[key]}")
+            elif was != is_:
+                shown.append(f"{key} was {was}, is {is_}")
+        if shown:
+            differences.append(Mismatch(step, f"{path} has different values: {'; '.join(shown[:MOST_VALUES])}"))
+    return differences, moved
 
 
-def compare_results(run: Path, repeat: Path, step: int) -> Iterator[Mismatch]:
-    """Yields the differences between both exported results, byte by byte. In files that contain the base's path, only
-    values that do not depend on this path are compared."""
-    ours, theirs = (_file_hashes(folder) for folder in (run, repeat))
-    for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
-            missing = "is missing" if name in theirs else "is not part of this result"
-            yield Mismatch(step, f"{name} {'has different bytes' if name in ours and name in theirs else missing}")
-    for name, places in MOVED.items():
-        before, after = (dict(flat_values(read_json(folder / name) or {}, free=places)) for folder in (run, repeat))
-        if keys := [key for key in {**before, **after} if _text(before, key) != _text(after, key)]:
-            shown = [f"{key} was {_text(before, key)}, is {_text(after, key)}" for key in keys if key]
-            yield Mismatch(step, f"{name} has different values: {'; '.join(shown[:MOST_VALUES])}")
+def compare_rows(run: Path, repeat: Path, start: int) -> Iterator[Mismatch]:
+    """Yields the differences between the losses of evaluation rows, if the repetition computed them after step `start`
+    for the same step. A repetition from step 0 also computed the losses before training."""
+    ours, theirs = (read_json(folder / ROWS_NAME) or {} for folder in (run, repeat))
+    step, is_same = theirs.get("step", 0), theirs.get("step") == ours.get("step")
+    before = [values.get("before" if values.get("step") else "losses") for values in (ours, theirs)]
+    if not start and before[0] != before[1]:
+        yield Mismatch(0, f"{ROWS_NAME} has different losses before training")
+    if is_same and step > start and {**ours, "before": None} != {**theirs, "before": None}:
+        yield Mismatch(step, f"{ROWS_NAME} has different rows or losses")
+
+
+def _is_moved(was: object, is_: object) -> bool:
+    """Whether two values may be paths of the same file or folder, which was moved."""
+    return isinstance(was, str) and isinstance(is_, str) and os.path.isabs(was) and os.path.isabs(is_)

@@ -258,6 +258,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def read_back(path: Path, size_bytes: int, read: Callable[[Path], object]) -> None:
+    """Check a file that a library wrote: compare its size, and read it. Some libraries do not report a full disk.
+
+    Raises: ResourceError if the file is incomplete or unreadable.
+    """
+    written, what = path.stat().st_size, ""
+    if written != size_bytes:
+        what = f"has {written} bytes, but {size_bytes} were written"
+    else:
+        try:
+            read(path)
+        except Exception as error:  # libraries raise errors of all kinds for a damaged file
+            what = f"cannot be read back: {type(error).__name__}: {error}"
+    if what:
+        how = "the disk is full or failed; free some space, or choose another folder"
+        raise ResourceError(f"{path} {what}{_free_text(path)}", how)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file with these bytes completely or not at all."""
     with atomic_file(path) as file:

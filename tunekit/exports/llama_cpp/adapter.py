@@ -12,6 +12,7 @@ from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, normalise
 from tunekit.errors import AdapterError, ModelError, Problem
 from tunekit.exports.llama_cpp.converter import Converter, Placed, added_facts, imported, make_model, placements
+from tunekit.exports.llama_cpp.stream import write_file
 from tunekit.files.work_folder import temporary_folder
 from tunekit.model.load import make_meta_model
 from tunekit.model.quantized.weights import layer_kind
@@ -62,10 +63,7 @@ def write_adapter(exportable: Exportable, path: Path) -> dict[str, object]:
             b = np.stack([pair.b.detach().numpy()[order] for pair, order in zip(pairs, rows, strict=True)])  # (E, O, R)
             for suffix, factor in (("lora_a", a), ("lora_b", b)):
                 writer.add_tensor(f"{name}.{suffix}", factor if tensor.rows.ndim > 1 else factor[0])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_file(converter.gguf, writer, path, [info.tensor for info in writer.tensors[0].values()])
     return facts
 
 

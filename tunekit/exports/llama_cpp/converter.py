@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -63,8 +63,10 @@ class Writer(FactsWriter, Protocol):
     """The converter's writer of GGUF files. Its lists have one entry for each file of a split model; here there is one
     file.
 
-    `tensors`: a TensorInfo by name. `kv_data`: an object with `value` by name.
+    `tensors`: a TensorInfo by name. `kv_data`: an object with `value` by name. `fout`: the open files.
     """
+
+    fout: list[BinaryIO]
 
     def add_name(self, name: str) -> None: ...
     def add_token_merges(self, merges: Sequence[str]) -> None: ...
@@ -74,7 +76,7 @@ class Writer(FactsWriter, Protocol):
     def write_header_to_file(self, path: Path) -> None: ...
     def write_kv_data_to_file(self) -> None: ...
     def write_ti_data_to_file(self) -> None: ...
-    def write_tensor_data(self, tensor: Array) -> None: ...
+    def write_padding(self, file: BinaryIO, size_bytes: int) -> None: ...
     def close(self) -> None: ...
 
 

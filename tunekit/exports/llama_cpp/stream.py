@@ -1,7 +1,7 @@
 """Writes a GGUF file of a model tensor by tensor: a tensor is read, merged, quantized, written and freed before the
 next."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +14,7 @@ from tunekit.arithmetic.merge_output import check_space
 from tunekit.contracts import Array
 from tunekit.exports.llama_cpp.converter import ConvertedModel, Converter, TensorInfo, Writer, converting
 from tunekit.exports.llama_cpp.types import FLOATS, Structure, block_size, choose_types
+from tunekit.files.durable import read_back
 
 CHUNK_VALUES = 2**22  # values that a thread quantizes at once
 
@@ -40,15 +41,30 @@ def write_model(
         infos[name].dtype = gguf.GGMLQuantizationType[chosen]
         infos[name].nbytes = int(np.prod(shapes[name])) // block_size(chosen) * libgguf.type_size(chosen_type(chosen))
     check_space(path, sum(info.nbytes for info in infos.values()))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        tensors = (
+            _stored(gguf, info, types.get(name), None if imatrix is None else imatrix.get(name), threads)
+            for name, info in infos.items()
+        )
+        write_file(gguf, writer, path, tensors)
+    return types
+
+
+def write_file(gguf: ModuleType, writer: Writer, path: Path, tensors: Iterable[Array]) -> None:
+    """Write the file of a writer whose metadata is complete, with the values of its tensors in their order, and read
+    the file back. The writer's own methods write values with numpy's `tofile`, which does not report a full disk."""
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for name, info in list(infos.items()):
-            weights = None if imatrix is None else imatrix.get(name)
-            writer.write_tensor_data(_stored(gguf, info, types.get(name), weights, threads))
+    [file] = writer.fout
+    for values in tensors:
+        writer.write_padding(file, file.tell())
+        file.write(np.ascontiguousarray(values).data)
+        writer.write_padding(file, values.nbytes)
+        del values  # before the next tensor is read
+    size_bytes = file.tell()
     writer.close()
-    return types
+    read_back(path, size_bytes, gguf.GGUFReader)
 
 
 def _stored(
