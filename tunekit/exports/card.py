@@ -116,19 +116,19 @@ def _first_words(base: str, what: str, trained: bool) -> str:
 def _usage(exportable: Exportable, auto_class: str, name: str, base: str, what: str) -> list[str]:
     """The code that loads the model, and for a language model the code that answers a question. `base`: the
     repository of the base."""
-    own, processor = f'"NAMESPACE/{name}"', exportable.processor.tokenizer
-    loading = [f"model = {auto_class}.from_pretrained({own})"]
+    repository, processor = f'"NAMESPACE/{name}"', exportable.processor.tokenizer
+    loading = [f"model = {auto_class}.from_pretrained({repository})"]
     if what == "adapter":
-        loading = [*_base_of(exportable, auto_class, base), f"model = PeftModel.from_pretrained(base, {own})"]
+        loading = [*_base_of(exportable, auto_class, base), f"model = PeftModel.from_pretrained(base, {repository})"]
     if auto_class not in ANSWERING or processor is None:
         return [*(PEFT if what == "adapter" else ()), f"from transformers import {auto_class}", "", *loading]
     template = exportable.target.chat_template
-    lines = [f"tokenizer = AutoTokenizer.from_pretrained({own if what != 'adapter' else json.dumps(base)})"]
+    lines = [f"tokenizer = AutoTokenizer.from_pretrained({repository if what != 'adapter' else json.dumps(base)})"]
     imports = [*(PEFT if what == "adapter" else ()), f"from transformers import {auto_class}, AutoTokenizer", ""]
     if what == "adapter" and template is not None:
         imports = ["from pathlib import Path", "", "from huggingface_hub import hf_hub_download", *imports]
         lines += [
-            f'template = hf_hub_download({own}, "{TEMPLATE_NAME}")',
+            f'template = hf_hub_download({repository}, "{TEMPLATE_NAME}")',
             'tokenizer.chat_template = Path(template).read_text("utf-8")',
         ]
     if (template or processor.chat_template) is None:

@@ -89,19 +89,19 @@ def full_base_text(exportable: Exportable) -> str:
     target = exportable.target
     full = replace(target, model=target.model.model_copy(update={"quantization": "none"}))
     try:
-        asked = make_questions(exportable, with_base=True, past_window=False)
+        questions = make_questions(exportable, with_base=True, past_window=False)
     except NotComparable as error:
         return f"not measured: {error.problems[0].what}"
-    assert asked.base is not None
-    answers = {"base": asked.base, "trained": asked.expected, "full": _log_probabilities(full, asked.rows)}
-    perplexity = {name: _perplexity(asked.rows, values) for name, values in answers.items()}
+    assert questions.base is not None
+    answers = {"base": questions.base, "trained": questions.expected, "full": _log_probabilities(full, questions.rows)}
+    perplexity = {name: _perplexity(questions.rows, values) for name, values in answers.items()}
     pairs = zip(answers["trained"], answers["full"], strict=True)
     different = sum(int((one.argmax(-1) != other.argmax(-1)).sum()) for one, other in pairs)
-    share = different / sum(map(len, asked.rows))
+    share = different / sum(map(len, questions.rows))
     return (
         f"perplexity {perplexity['full']:.4g} instead of {perplexity['trained']:.4g} (without the adapter: "
         f"{perplexity['base']:.4g}), and another most likely token at {share:.1%} of the positions, on "
-        f"{asked.described}"
+        f"{questions.described}"
     )
 
 
@@ -117,7 +117,7 @@ def _longest_row(config: JsonObject) -> int:
     return 0 if window is None or window >= LONGEST_WINDOW else window + BEYOND
 
 
-def _log_probabilities(target: TargetSpec, rows: list[list[int]]) -> list[torch.Tensor]:
+def _log_probabilities(target: TargetSpec, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """For each row, (T, V) float32 log-probabilities of the next token after each of its T tokens."""
     section = target.model.model_copy(update={"dtype": "float32"})
     model = load_target(replace(target, model=section), torch.device("cpu")).model.base
