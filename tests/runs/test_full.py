@@ -36,7 +36,7 @@ from tests.support.train_case import write_recipe
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import StepBatches
 from tunekit.data.batching.steps import collate
-from tunekit.errors import AdapterError, InputError, RecipeError, RunFolderError
+from tunekit.errors import AdapterError, InputError, RecipeError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
 from tunekit.generate import generate_verb
@@ -409,8 +409,9 @@ def test_the_run_is_a_target_of_every_verb(
         merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     with pytest.raises(InputError, match="so there is no base to choose; leave --base out"):
         find_target(str(run), str(tied_llama), [])
-    with pytest.raises(RunFolderError, match="contains no adapter: the run trains its base"):
-        find_target(f"{run}@last", None, [])
+    last = find_target(f"{run}@last", None, [])
+    weights = "model.safetensors"
+    assert (Path(last.model.name_or_path) / weights).read_bytes() == (run / "model" / weights).read_bytes()
     page = (run / "report.md").read_text("utf-8")
     assert "merge" not in page
     assert "modules were trained" not in page
