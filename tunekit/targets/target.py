@@ -170,7 +170,7 @@ def measuring_objective(base: LoadedModel, processor: Processor, problem_type: s
     """The objective that measures the loss if no recipe names an objective. `problem_type`: the meaning of a head's
     scores, if the model's files do not state it. Raises: ModelError if there is no such objective."""
     facts = {**base.family.facts(base.net), **_stated(problem_type)}
-    settings = supervised_objective(base.family.name, _scores(facts)) or make_objective_settings({})
+    settings = supervised_objective(base.family.objectives, _scores(facts)) or make_objective_settings({})
     check_family(base, settings.family)
     return make_objective(settings, processor, facts)
 
