@@ -22,7 +22,9 @@ REDUCED = {
     | {"num_layers": 3, "num_decoder_layers": 3},  # one matrix: head, tables
 }
 REDUCED["composite"] = {  # the tower has three times the numbers of the language model
-    **{"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "text_config": REDUCED["llama"]},
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": REDUCED["llama"],
     "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
     | {"num_hidden_layers": 4, "num_attention_heads": 8, "image_size": 32, "patch_size": 8},
 }
@@ -44,7 +46,14 @@ STREAMED = {"engine": "host", "micro_batches": 2}
         ("mt5", SHORT | STREAMED | {"streamed_head": True}),
     ],
     ids=[
-        *("resident", "resident, head in parts", "composite, dense", "composite", "streamed", "streamed, head in parts"),
+        *(
+            "resident",
+            "resident, head in parts",
+            "composite, dense",
+            "composite",
+            "streamed",
+            "streamed, head in parts",
+        ),
         *("tied, resident, head in parts", "tied, streamed, head in parts"),
     ],
 )

@@ -45,11 +45,15 @@ class UnloadedPart(nn.Module):
 
 def leave_out(net: nn.Module, decoder: str, head: str | None) -> None:
     """Replace every module of a composite model that is neither in its decoder nor in its head by an UnloadedPart."""
-    language = [decoder, *([head] if head else [])]
-    inside = [f"{decoder}.{name}" for name in INSIDE_DECODER.get(config_of(net).model_type, ())]
-    for name in [*_outside(net, "", language), *inside]:
+    for name in outer_parts(net, decoder, head):
         if next(net.get_submodule(name).parameters(), None) is not None:
             net.set_submodule(name, UnloadedPart(net.get_submodule(name)))
+
+
+def outer_parts(net: nn.Module, decoder: str, head: str | None) -> list[str]:
+    """The names of a composite model's modules that are neither in its decoder nor in its head."""
+    inside = [f"{decoder}.{name}" for name in INSIDE_DECODER.get(config_of(net).model_type, ())]
+    return [*_outside(net, "", [decoder, *([head] if head else [])]), *inside]
 
 
 def _outside(module: nn.Module, prefix: str, language: list[str]) -> Iterator[str]:

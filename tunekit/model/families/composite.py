@@ -20,6 +20,7 @@ class CompositeFamily(Family):
     precedence = 3
     class_name = "AutoModelForMultimodalLM"
     text = "a language model that also reads images or audio"
+    copied = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
     trained_as = "causal"
     task_type = "CAUSAL_LM"
 

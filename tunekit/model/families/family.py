@@ -38,6 +38,7 @@ class Family:
     precedence = 0  # families with higher precedence are tried first
     class_name: str  # transformers' class that loads a base
     text: str  # the family in messages, such as "a causal language model"
+    copied: tuple[str, ...] = ()  # further files in a base's folder that a model made from it needs unchanged
     trained_as: str | None = None  # the family whose objectives train it; None: its own
     task_type: str | None = None  # the family's name in PEFT's adapter folders; None: PEFT has no class for it
     answers = True  # whether it generates text
