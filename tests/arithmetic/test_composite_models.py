@@ -118,7 +118,7 @@ def test_names_of_the_text_class_are_read_and_renamed(model_type: str, tmp_path:
     assert target.adapter != tmp_path / "text"
     assert "read as" in target.rewrites[-1]
     plain, head = load(tmp_path / "base"), base.family.head_name(base.net)
-    with pytest.raises(AdapterError, match="names of another class.*adapter convert"):
+    with pytest.raises(AdapterError, match=r"names of another class.*adapter convert"):
         attach_adapter_folder(plain.net, tmp_path / "text", head_name=head)
     attach_adapter_folder(plain.net, target.adapter, head_name=head)
     torch.testing.assert_close(plain.family.scores(plain.net, plain.family.inputs_of(IDS)), running)

@@ -105,9 +105,9 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool, sharded:
     return loaded
 
 
-def make_meta_model(section: ModelSection, *, device: torch.device, whole: bool = False) -> LoadedModel:
+def make_meta_model(section: ModelSection, *, device: torch.device, all_parts: bool = False) -> LoadedModel:
     """Make the same net as load_model, but on the meta device, from the configuration alone. `device`: the device of
-    the planned run. `whole`: with the parts of a composite model that load_model does not load.
+    the planned run. `all_parts`: with the parts of a composite model that load_model does not load.
 
     Raises: ModelError in the same cases as load_model, except for defects of the weights.
     """
@@ -121,7 +121,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device, whole: bool 
             spec.config, trust_remote_code=spec.section.trust_remote_code, **spec.arguments
         )
         keep_float32(net, spec.dtype)
-    if not whole:
+    if not all_parts:
         spec.family.leave_out(net)
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
         spec = replace(spec, source=find_source(section, weights=True))  # only the files show which modules are new

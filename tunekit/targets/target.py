@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from tunekit.adapters.folder.class_names import may_need_renames, renames_for, write_renamed
-from tunekit.adapters.folder.config import FACTS_NAME, TEMPLATE_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.config import TEMPLATE_NAME, AdapterConfig, read_adapter_config
 from tunekit.adapters.folder.read import attach_adapter_folder
 from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.contracts import Objective, Processor
@@ -19,7 +18,7 @@ from tunekit.data.rows import load_rows
 from tunekit.errors import InputError, ModelError
 from tunekit.files.work_folder import temporary_folder
 from tunekit.model.families import make_family
-from tunekit.model.load import LoadedModel, load_model, make_meta_model
+from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import family_of_base
 from tunekit.model.storage.source import PIPELINE_INDEX, find_source
@@ -33,6 +32,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import ExecutionSettings
+from tunekit.targets.class_names import with_class_names
 from tunekit.targets.export import NAME_BASE, STEP_0, export_checkpoint, load_run_recipe
 from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts
 from tunekit.tuned.fit import check_family
@@ -152,27 +152,9 @@ def find_target(target: str, base: str | None, overrides: Sequence[str], *, allo
         raise InputError(what, "remove it")
     if spec.adapter is not None:
         read_adapter_config(spec.adapter).check_files()
-        spec, notes = _with_class_names(spec, spec.adapter)
-        rewrites = [*rewrites, *notes]
+        renamed, holder, notes = with_class_names(spec.model, spec.adapter, spec.holder)
+        spec, rewrites = replace(spec, adapter=renamed, holder=holder), [*rewrites, *notes]
     return replace(spec, rewrites=tuple(rewrites))
-
-
-def _with_class_names(spec: TargetSpec, adapter: Path) -> tuple[TargetSpec, list[str]]:
-    """The target, with a renamed copy of another tool's adapter that has the names of a composite model's text class
-    (or of the composite class, if the base is the text model alone), and a note about it."""
-    family = make_family(family_of_base(spec.model))
-    if (adapter / FACTS_NAME).exists() or not may_need_renames(adapter, composite=family.trained_as is not None):
-        return spec, []
-    net = make_meta_model(spec.model.model_copy(update={"quantization": "none"}), device=torch.device("cpu")).net
-    renames = renames_for(net, family.head_name(net), adapter)
-    if not renames:
-        return spec, []
-    holder = spec.holder or temporary_folder()
-    renamed = Path(holder.name) / "renamed"
-    write_renamed(adapter, renamed, net, renames)
-    old, new = next(iter(renames.items()))
-    note = f"the adapter has the names of another class of its base: {old} is read as {new} ({type(net).__name__})"
-    return replace(spec, adapter=renamed, holder=holder), [note]
 
 
 def base_override(base: str | None) -> dict[str, str]:

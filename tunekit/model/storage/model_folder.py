@@ -78,11 +78,11 @@ def copied_files(section: ModelSection, base: Path) -> list[Path]:
     """
     if Path(section.name_or_path).suffix.lower() == ".gguf":
         return []
-    own = make_family(family_of_base(section)).copied
-    if own and not any((base / name).exists() for name in own):
-        what = f"{base} contains no processor files ({own[0]}), without which programs cannot load a model of its class"
+    processor_files = make_family(family_of_base(section)).copied
+    if processor_files and not any((base / name).exists() for name in processor_files):
+        what = f"{base} contains no processor files ({processor_files[0]}), which programs need to load its class"
         raise ModelError(what, "copy them from the place of the base into its folder", key=KEY)
-    patterns = (*COPIED, *own, *(("*.py",) if section.trust_remote_code else ()))
+    patterns = (*COPIED, *processor_files, *(("*.py",) if section.trust_remote_code else ()))
     paths = sorted(path for pattern in patterns for path in base.glob(pattern))
     for path in paths:
         _check_link(path, base, may_be_elsewhere=True)
