@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tunekit.adapters.folder.config import CONFIG_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.class_names import renames_for, text_class_renames, write_renamed
+from tunekit.adapters.folder.config import CONFIG_NAME, TEMPLATE_NAME, AdapterConfig, read_adapter_config
+from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.adopt import adopt_lora
 from tunekit.arithmetic.combine import Mixture, check_mixture, combine
 from tunekit.arithmetic.difference import TensorDifference, compare, extract, read_changes, together
@@ -16,7 +18,7 @@ from tunekit.arithmetic.low_rank import reduce_rank
 from tunekit.arithmetic.model_difference import compare_models, extract_models
 from tunekit.arithmetic.moved_starts import START, read_started_lora, start_of, untouched_updates
 from tunekit.arithmetic.nearest_lora import RankLoss, loss_between, nearest_lora, total
-from tunekit.arithmetic.on_base import attach_to_base
+from tunekit.arithmetic.on_base import attach_to_base, attach_without_weights
 from tunekit.arithmetic.summary import LISTED, AdapterSummary, in_order, summarise_adapter
 from tunekit.arithmetic.write import BaseFacts, base_of, refuse_other_labels, write_lora
 from tunekit.artifacts.checkpoint import find_checkpoint
@@ -122,6 +124,52 @@ def convert_verb(adapter: str, rank: int | None, initial: str | None, base: str 
     ranks = sorted({update.rank for update in updates.values()})
     console.info(f"plain LoRA of rank {', '.join(map(str, ranks))} for {len(updates)} layers")
     console.info(f"written to {place}")
+
+
+def rename_verb(adapter: str, names: str, base: str | None, output: str) -> None:
+    """Write the adapter with the module names of another class of its base.
+
+    Raises: InputError for unknown `names`, or if the base is not a composite model and `names` is its text class.
+    """
+    if names not in ("base", "text"):
+        raise InputError(f"--names {names} is unknown", "choose base or text", key="--names")
+    console, found = Console(), find_adapter(adapter, base)
+    folder = found.folder
+    console.info(*found.notes)
+    place = check_new_folder(Path(output), [folder])
+    config = read_adapter_config(folder)
+    section = trained_base(config, base)
+    rewriter = Rewriter(section, "full" if section.quantization == "none" else "dequantized")
+    net, head = rewriter.net, rewriter.head
+    with temporary_folder() as work:
+        source = folder
+        if renames := renames_for(net, head, folder):
+            source = Path(work) / "renamed"
+            write_renamed(folder, source, net, renames)
+        back = text_class_renames(net, head)
+        if names == "text" and not back:
+            what = f"{section.name_or_path} has no other class for its text: it is {type(net).__name__}"
+            raise InputError(what, "write --names base", key="--names")
+        if names == "text":
+            write_renamed(source, place, net, back)
+        else:
+            attached = attach_without_weights(source, section, rewriter)
+            save_adapter_folder(
+                attached,
+                place,
+                base_name=section.name_or_path,
+                base_fingerprint=rewriter.fingerprint(),
+                revision=rewriter.source.commit,
+                task_type=rewriter.family.task_type,
+                base_dtype=config.base_dtype,
+                quantization=section.quantization,
+                double_quantization=section.double_quantization,
+                chat_template=(folder / TEMPLATE_NAME).read_text("utf-8")
+                if (folder / TEMPLATE_NAME).exists()
+                else None,
+                objective=config.objective,
+            )
+    console.info(f"written to {place} with the names of {'the text class' if names == 'text' else type(net).__name__}")
 
 
 def _convert_method(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tunekit.artifacts.report.pictures import inlined
 from tunekit.artifacts.report.preview_page import preview_page
@@ -16,8 +17,12 @@ from tunekit.data.rows import RowSet, load_rows
 from tunekit.evaluation.row_losses import segments
 from tunekit.files.durable import write_text
 from tunekit.model.families import make_family
+from tunekit.model.load import make_meta_model
+from tunekit.model.parts import part_notes
+from tunekit.model.storage.inspection import family_of_base
 from tunekit.objectives.base import make_objective
 from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import shows_of
 
 TRAINED = "trained on"
@@ -49,7 +54,7 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
     order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
     shown = [loaded.train[int(index)] for index in order[:rows]]
     console, shows = Console(), shows_of(objective.name)
-    console.info(*written.rewrites, *loaded.notes)
+    console.info(*written.rewrites, *_part_notes(recipe.model), *loaded.notes)
     for row in shown:
         parts = loaded.objective.rows.spans(row)
         console.info(f"\n{heading(row, parts, shows.sizes)}")
@@ -65,6 +70,13 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
     if html is not None:
         write_text(Path(html), page(shown, loaded.objective, tokenizer, facts, loaded.notes))
         console.info(f"written to {html}")
+
+
+def _part_notes(section: ModelSection) -> list[str]:
+    """A note on the parts of a composite model that the rows do not train."""
+    if make_family(family_of_base(section)).trained_as is None:
+        return []
+    return part_notes(make_meta_model(section, device=torch.device("cpu")).net)
 
 
 def heading(row: Row, parts: Sequence[Span], sizes: str) -> str:

@@ -228,7 +228,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("runs remote code", remote_code),
     ("masked language model", configured(architectures=["BertForMaskedLM"], model_type="bert")),
     ("is not an encoder-decoder", configured(architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True)),
-    ("vision-language", configured(model_type="llava", vision_config={}, architectures=["LlavaForCausalLM"])),
+    ("transformers has a class", configured(model_type="llava", vision_config={}, architectures=["LlavaForCausalLM"])),
     ("lacks weights.*score", configured(architectures=["LlamaForSequenceClassification"])),
     ("lacks weights.*score", configured(architectures=["LlamaForTokenClassification"])),
     ("question-answering model", configured(architectures=["LlamaForQuestionAnswering"])),

@@ -51,6 +51,10 @@ def test_no_other_file_names_a_family() -> None:
         ("GPT2LMHeadModel", {}, "causal"),
         ("BartForCausalLM", {"is_encoder_decoder": True}, "causal"),
         ("", {}, "causal"),
+        ("Gemma3ForConditionalGeneration", {"vision_config": {}}, "composite"),
+        ("Gemma3ForCausalLM", {"vision_config": {}}, "causal"),
+        ("VoxtralForConditionalGeneration", {"audio_config": {}}, "composite"),
+        ("Phi4MultimodalForCausalLM", {}, "composite"),
         ("", {"is_encoder_decoder": True}, "seq2seq"),
         ("T5ForConditionalGeneration", {}, "seq2seq"),
         ("MarianMTModel", {}, "seq2seq"),
@@ -73,7 +77,11 @@ def test_the_configuration_tells_the_family(architecture: str, more: dict[str, A
     [
         ({"architectures": ["BertForMaskedLM"]}, "auto", "fills gaps"),
         ({"architectures": ["BertModel"]}, "auto", "its architecture BertModel"),
-        ({"architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}, "auto", "vision-language"),
+        (
+            {"architectures": ["Florence2ForConditionalGeneration"], "is_encoder_decoder": True},
+            "auto",
+            "encoder-decoder",
+        ),
         ({"architectures": ["Wav2Vec2ForAudioClassification"]}, "auto", "it is not a Whisper model"),
         ({"architectures": ["LlamaForCausalLM"]}, "diffusion", "contains no model_index.json"),
         ({"architectures": ["LlamaForCausalLM"]}, "seq2seq", "belongs to the family causal"),

@@ -31,7 +31,7 @@ def test_unknown_keys_of_inner_mappings_are_suggested(tmp_path: Path) -> None:
     assert problems_of(text, tmp_path) == [
         "recipe.yaml:4: data.eval.0.fromat: unknown key; did you mean 'format'?",
         "recipe.yaml:5: adapter.alpha: unknown key; "
-        "the keys here are: method, init_from, modules_to_save, target_modules",
+        "the keys here are: method, init_from, parts, modules_to_save, target_modules",
         "recipe.yaml:8: objective.teacher.quantisation: unknown key; did you mean 'quantization'?",
     ]
     rewarded = "model: m\ndata: {train: a}\noutput: {dir: out}\nobjective:\n  method: grpo\n"

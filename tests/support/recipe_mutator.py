@@ -85,6 +85,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
         ["[]", "5", "null", "[q_proj, 5]", '""', "{a: b}"],
     ),
     "adapter.target_parameters": (["[]"], ["experts.down_proj", "5", "true", "[5]", "{a: b}"]),
+    "adapter.parts": (["[language]", "[ language ]"], ["[]", "language", "[head]", "5"]),
     "adapter.exclude_modules": (["null", "[k_proj]", "'.*down_proj'"], ["[]", "5", "[5]", "true"]),
     "adapter.rank_pattern": (
         ["{}", "{q_proj: 4}", "{layers.0.q_proj: 4}"],

@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tunekit.adapters.base import Wrapper, full_name
 from tunekit.contracts import Modules
+from tunekit.model.parts import unloaded_modules
 from tunekit.recipe.bases.section import AdapterSettings
 
 OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's names before fusion
@@ -31,6 +32,11 @@ def base_modules(net: nn.Module) -> dict[str, nn.Module]:
 
     visit("", net)
     return modules
+
+
+def all_modules(net: nn.Module) -> Modules:
+    """As base_modules, with the modules of parts that are not loaded. PEFT compares its entries with all of them."""
+    return {**base_modules(net), **unloaded_modules(net)}
 
 
 def parameter_names(net: nn.Module) -> list[str]:

@@ -31,6 +31,7 @@ from tunekit.adapters.module_names import (
 from tunekit.adapters.patterns import Patterns
 from tunekit.adapters.tokens import token_slots, wrong_tokens
 from tunekit.errors import AdapterError, Problem, RecipeError
+from tunekit.model.parts import unloaded_modules
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.bases.section import AdapterSettings
@@ -195,10 +196,25 @@ class Search:
                 names = [name for name in self.modules if name and patterns.matches(entry, name)]
             else:
                 names = self.by_ending.get(entry, [])
-            if not names and not self.file:
+            if not names and not self.file and not self._is_unloaded(key, entry, regex):
                 self._report_miss(key, entry)
             matches.update(self._adaptable(entry, names, regex) if targets else names)
         return matches
+
+    def _is_unloaded(self, key: str, entry: str, regex: bool) -> bool:
+        """Whether the entry matches modules of a part that is not loaded. As a target, this is a reported problem."""
+        patterns = self._patterns_of(key)
+        names = unloaded_modules(self.net)
+        match = next(
+            (name for name in names if (patterns.matches(entry, name) if regex else entry in endings(name))), None
+        )
+        if match is not None and key == "target_modules":
+            last = sorted({name.rpartition(".")[2] for name in self._adaptable_names()})
+            what = (
+                f"'{entry}' matches only modules outside of the language model, such as '{match}', which is not trained"
+            )
+            self.report(key, what, f"name layers of the language model: {', '.join(last[:8])}")
+        return match is not None
 
     def _all_linear(self) -> set[str]:
         """The layers of `all-linear`: all linear layers except the output head, layers with a single output (gates),

@@ -12,7 +12,7 @@ from torch import Tensor
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.adapters.folder.config import AdapterConfig
 from tunekit.adapters.folder.targets import concrete_targets
-from tunekit.adapters.module_names import base_modules
+from tunekit.adapters.module_names import all_modules
 from tunekit.arithmetic.lora_folder import PREFIX, LoraFolder, plain_lora_method
 from tunekit.arithmetic.low_rank import LowRank, decompose, reduce_rank, weighted_sum
 from tunekit.contracts import Tensors
@@ -79,7 +79,7 @@ def nearest_lora(
         raise AdapterError(what, "merge it instead", file=config.file)
     updates, losses, other_tensors, moved = layer_updates(attached, config, base_layer, rank)
     settings = lora_settings(attached.settings, moved)
-    targets = concrete_targets(list(updates), list(base_modules(attached.net)))
+    targets = concrete_targets(list(updates), list(all_modules(attached.net)))
     conv1d = any(target.kind == "conv1d" for target in attached.targets)
     config = replace(config, method=plain_lora_method(), settings=settings)
     return LoraFolder(config, updates, other_tensors, targets, conv1d), losses

@@ -24,7 +24,7 @@ def attach_to_base(folder: Path, section: ModelSection) -> tuple[AttachedAdapter
 def attach_without_weights(folder: Path, section: ModelSection, rewriter: Rewriter) -> AttachedAdapter:
     """The adapter, attached to its base on the meta device. Only the adapter's tensors have values."""
     cpu = torch.device("cpu")
-    base = make_meta_model(section, device=cpu)
+    base = make_meta_model(section, device=cpu, all_parts=True)
     attach = partial(
         attach_adapter_folder,
         base.net,

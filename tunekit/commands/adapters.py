@@ -38,12 +38,23 @@ def convert(
             "--initial", metavar="DIR", help="the adapter before training, needed for PiSSA, OLoRA, CorDA and LoRA-GA"
         ),
     ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="base|text",
+            help="only rename modules: to the class in the base's config.json, or to the text class of a composite "
+            "model",
+        ),
+    ] = None,
     base: Base = None,
 ) -> None:
-    """Convert an adapter to plain LoRA for the original base."""
-    from tunekit.adapter import convert_verb
+    """Convert an adapter to plain LoRA for the original base, or to the names of another class of its base."""
+    from tunekit.adapter import convert_verb, rename_verb
 
-    convert_verb(adapter, rank, initial, base, output)
+    if names is not None:
+        rename_verb(adapter, names, base, output)
+    else:
+        convert_verb(adapter, rank, initial, base, output)
 
 
 @group.command()

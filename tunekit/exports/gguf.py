@@ -36,6 +36,7 @@ from tunekit.exports.llama_cpp.metadata import limit_notes, right_up_to
 from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.texts import around, sample_texts, token_notes
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
+from tunekit.exports.plain_or_merged import composite_problems
 from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
 from tunekit.files.work_folder import temporary_folder, work_folder
@@ -52,6 +53,7 @@ TAKES = frozenset({"adapter", "model"})
 OPTIONS = frozenset({"type", "merged", "imatrix"})
 SUFFIX, PROGRAM = ".gguf", "llama.cpp"
 ROWS, TOKENS = 64, 512  # of the importance matrix
+LLAMA_CPP = "llama.cpp's convert_hf_to_gguf.py; an mmproj file of the base stays valid"
 ROW_TEXTS = 4  # of the certificate's rows, whose tokens are compared
 STORED = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}  # all others as BF16
 
@@ -69,6 +71,8 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
                 key="--imatrix",
             )
         )
+    if composite := composite_problems(exportable, LLAMA_CPP):
+        return [*wrong, *composite]
     if exportable.family != "causal":
         what = f"{exportable.family} models are not converted"
         return [*wrong, Problem(what, "choose another --to", key="--to")]

@@ -13,6 +13,7 @@ from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.plain_or_merged import (
     base_repository,
+    composite_problems,
     limit_notes,
     merging_unties,
     plain_or_reason,
@@ -49,6 +50,8 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     if "model_file" in exportable.config and not exportable.target.model.trust_remote_code:
         what = "the base's config.json names a Python file (model_file), which mlx-lm before 0.32 runs"
         return [Problem(what, "if you trust this code, add model.trust_remote_code=true", key="--to")]
+    if composite := composite_problems(exportable, "mlx_vlm.convert"):
+        return composite
     if exportable.family != "causal":
         return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)

@@ -15,12 +15,22 @@ from tunekit.exports.format import Exported, Options
 from tunekit.exports.questions import full_base_text
 from tunekit.files.durable import write_json
 from tunekit.files.untrusted import sha256_of
+from tunekit.model.families import make_family
 from tunekit.model.storage.portable import read_model_files
 from tunekit.model.storage.programs import FolderReading, readings
 from tunekit.model.storage.source import read_json
 from tunekit.model.storage.upload import hub_name
 from tunekit.recipe.bases.paths import last_name
 from tunekit.targets.exportable import Exportable
+
+
+def composite_problems(exportable: Exportable, program: str) -> list[Problem]:
+    """The reason why a model that also reads images or audio is not converted for this program. A merged folder has the
+    names of its base's files, which the program's own converter reads."""
+    if make_family(exportable.family).trained_as is None:
+        return []
+    what = f"{exportable.architecture} also reads images or audio, and tunekit does not convert such a model"
+    return [Problem(what, f"write a merged folder with tunekit merge, and convert it with {program}", key="--to")]
 
 
 def unwritable(exportable: Exportable, program: str) -> list[Problem]:
@@ -62,6 +72,8 @@ def plain_or_reason(
     """
     if options.merged:
         return None, "asked for with --merged"
+    if make_family(exportable.family).trained_as is not None:
+        return None, f"the base is a model with image or audio parts, for which {program}'s adapters were not compared"
     if exportable.family != "causal" or exportable.gguf_file is not None:
         return None, "the base is not a text model in a folder of safetensors files"
     for finding in _reading(exportable, program).findings:

@@ -20,6 +20,7 @@ from tunekit.model.families import Family, text_config
 from tunekit.model.families.heads import compute_in_float32
 from tunekit.model.families.structure import modules_with_statistics
 from tunekit.model.loaded_model import LoadedModel
+from tunekit.model.parts import part_notes
 from tunekit.model.pretrained import config_of
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import PackedLinear, adopt_packed, element_count
@@ -104,9 +105,9 @@ def _load_streamed(spec: BaseSpec, streamed: bool, streamed_head: bool, sharded:
     return loaded
 
 
-def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedModel:
+def make_meta_model(section: ModelSection, *, device: torch.device, all_parts: bool = False) -> LoadedModel:
     """Make the same net as load_model, but on the meta device, from the configuration alone. `device`: the device of
-    the planned run.
+    the planned run. `all_parts`: with the parts of a composite model that load_model does not load.
 
     Raises: ModelError in the same cases as load_model, except for defects of the weights.
     """
@@ -120,6 +121,8 @@ def make_meta_model(section: ModelSection, *, device: torch.device) -> LoadedMod
             spec.config, trust_remote_code=spec.section.trust_remote_code, **spec.arguments
         )
         keep_float32(net, spec.dtype)
+    if not all_parts:
+        spec.family.leave_out(net)
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
         spec = replace(spec, source=find_source(section, weights=True))  # only the files show which modules are new
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
@@ -211,6 +214,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
             attn_implementation=None if section.attention == "auto" else section.attention,
             trust_remote_code=section.trust_remote_code,
         )
+    family.leave_out(net)
     adopt_packed(net, dtype)
     return _finish(net, BaseSpec(section, source, config_of(net), family, dtype, device, section.attention), [])
 
@@ -252,6 +256,7 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
     if missing:
         what = f"{section.name_or_path} lacks weights that its configuration declares ({listed(missing, 5)})"
         raise ModelError(what, "these weights would be random; use a complete model", key="model.name_or_path")
+    spec.family.leave_out(net)
     unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"the model does not use {len(unused)} tensors of the base, for example {unused[0]}"] if unused else []
 
@@ -323,7 +328,7 @@ def _finish(
         facts=_facts(net, spec),
         text=_text_facts(net, spec.family),
         generation_config=getattr(net, "generation_config", None),
-        notes=[*notes, *_new_notes(net, spec, new_modules), *_statistics_notes(net)],
+        notes=[*notes, *part_notes(net), *_new_notes(net, spec, new_modules), *_statistics_notes(net)],
         new_modules=new_modules,
     )
 

@@ -22,6 +22,7 @@ from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.compute import computes_bfloat16
 from tunekit.model.families import make_family, text_config
 from tunekit.model.load import LoadedModel
+from tunekit.model.parts import unloaded_parts
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.model.text.slots import shared_length
@@ -66,6 +67,15 @@ def library_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             f"tasks need a causal language model, but this is {family.text}", "remove evaluation.tasks", key=TASKS
         )
+
+
+def part_problems(recipe: Recipe, base: LoadedModel) -> Iterator[Problem]:
+    """Yields a problem if the adapter is wanted in parts of the base that get no gradient from the rows."""
+    others = [part for part in recipe.adapter.parts if part != "language"]
+    if others:
+        why = "the rows are text alone, so that they give it no gradient"
+        why = why if unloaded_parts(base.net) else f"{base.facts.name_or_path} has no such part"
+        yield Problem(f"{others[0]} cannot be trained: {why}", "write parts: [language]", key="adapter.parts")
 
 
 def template_problems(recipe: Recipe, processor: Processor, template: str | None) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
+from tunekit.adapters.folder.applied import check_applied
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint, load_checkpoint
@@ -47,7 +48,7 @@ def export_adapter(
 ) -> int:
     """Write the adapter's folder completely or not at all; returns its size in bytes. `chat_template`: the
     text of the recipe's template; `measured`: values that an evaluation computed for the adapter's folder."""
-    return save_adapter_folder(
+    size_bytes = save_adapter_folder(
         adapter,
         folder,
         base_name=base.facts.name_or_path,
@@ -61,6 +62,9 @@ def export_adapter(
         objective=_objective_facts(objective, adapter, measured),
         of_pipeline=base.family.is_pipeline,
     )
+    if not base.family.is_pipeline:
+        check_applied(adapter.net, folder)
+    return size_bytes
 
 
 def export_model(

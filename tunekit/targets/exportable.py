@@ -8,7 +8,7 @@ import torch
 from tunekit.contracts import Objective, Processor
 from tunekit.model.base_spec import read_base_spec
 from tunekit.model.families import make_family
-from tunekit.model.storage.inspection import read_config
+from tunekit.model.storage.inspection import family_of_base, read_config
 from tunekit.model.storage.source import find_source
 from tunekit.records import JsonObject
 from tunekit.targets.target import TargetSpec, family_of, processor_of, with_objective
@@ -65,5 +65,7 @@ def make_exportable(target: TargetSpec) -> Exportable:
         config = {**spec.config.to_dict(), "architectures": [architecture]}
     elif nouns[0] == "model":
         config = read_config(source)
+        own = make_family(family_of_base(target.model))
+        family = own.name if own.objectives == family else family
     kind = nouns[target.adapter is not None]
     return Exportable(target, kind, family, source.folder, source.gguf_file, config, processor, objective)

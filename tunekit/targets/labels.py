@@ -76,7 +76,7 @@ def named_labels(facts: JsonObject, labels: tuple[str, ...]) -> JsonObject:
 def adapter_family(config: AdapterConfig, base: ModelSection) -> Family:
     """The family for loading the base of another tool's adapter: the family of PEFT's task type. Without a task type
     (vision models): the family of the class that PEFT names, or else the base's own family."""
-    tasks = {family.task_type: family for family in known_families() if family.task_type}
+    tasks = {family.task_type: family for family in known_families() if family.task_type and not family.trained_as}
     family = tasks.get(config.task_type or "") or _family_of_class(config.fields.get("auto_mapping"))
     return family or make_family(family_of_base(base)).with_head(_modules_to_save(config))
 

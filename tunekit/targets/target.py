@@ -33,6 +33,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import ExecutionSettings
+from tunekit.targets.class_names import with_class_names
 from tunekit.targets.export import NAME_BASE, STEP_0, export_checkpoint, load_run_recipe
 from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts
 from tunekit.tuned.fit import check_family
@@ -152,6 +153,8 @@ def find_target(target: str, base: str | None, overrides: Sequence[str], *, allo
         raise InputError(what, "remove it")
     if spec.adapter is not None:
         read_adapter_config(spec.adapter).check_files()
+        renamed, holder, notes = with_class_names(spec.model, spec.adapter, spec.holder)
+        spec, rewrites = replace(spec, adapter=renamed, holder=holder), [*rewrites, *notes]
     return replace(spec, notes=(*rewrites, *spec.notes))
 
 
@@ -171,7 +174,7 @@ def measuring_objective(base: LoadedModel, processor: Processor, problem_type: s
     """The objective that measures the loss if no recipe names an objective. `problem_type`: the meaning of a head's
     scores, if the model's files do not state it. Raises: ModelError if there is no such objective."""
     facts = {**base.family.facts(base.net), **_stated(problem_type)}
-    settings = supervised_objective(base.family.name, _scores(facts)) or make_objective_settings({})
+    settings = supervised_objective(base.family.objectives, _scores(facts)) or make_objective_settings({})
     check_family(base, settings.family)
     return make_objective(settings, processor, facts)
 

@@ -15,10 +15,10 @@ def check_family(base: LoadedModel, family: str) -> LoadedModel:
 
     Raises: ModelError.
     """
-    if base.family.name == family:
+    if base.family.objectives == family:
         return base
     what = f"{base.facts.name_or_path} ({base.facts.model_type}) is {base.family.text}"
-    fitting = supervised_objective(base.family.name)
+    fitting = supervised_objective(base.family.objectives)
     if fitting is not None:
         how = f"write objective: {fitting.method}"
         raise ModelError(f"{what}, but the objective is for a different kind of model", how, key="objective")

@@ -15,6 +15,7 @@ from tunekit.adapters.tokens import TrainedTokens, token_slots
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry
 from tunekit.files.untrusted import printable
+from tunekit.model.parts import unloaded_parts
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
@@ -43,6 +44,7 @@ class ExpectedTensors:
     repeats: dict[str, str] = field(default_factory=dict)  # key of a layer's copy of a shared tensor -> the shared key
     unused: dict[str, tuple[int, ...]] = field(default_factory=dict)  # key of a tensor that the copy replaces -> shape
     base_names: frozenset[str] = frozenset()  # the base's own parameters
+    unloaded: tuple[str, ...] = ()  # starts of keys of parts of the base that are not loaded
 
     def add(self, part: type[AdapterPart], module_name: str, slots: Mapping[str, Slot]) -> None:
         """Add the declared tensors of one part to the expected tensors, except those that only checkpoints contain."""
@@ -72,7 +74,7 @@ class ExpectedTensors:
                 wrong += self._compare(key, entry, self.slots[key])
             elif key in self.base_copies and entry.shape == self.base_copies[key][1] and entry.dtype in FLOATS:
                 copies[key] = self.base_copies[key][0]
-            elif key in self.unused and entry.shape == self.unused[key]:
+            elif key.startswith(self.unloaded) or (key in self.unused and entry.shape == self.unused[key]):
                 continue
             elif key in self.repeats and self.repeats[key] in header:
                 wrong += self._compare(key, entry, self.slots[self.repeats[key]])
@@ -126,7 +128,8 @@ def expected_tensors(
 ) -> ExpectedTensors:
     """All tensors that a file of this configuration must contain for this base; allocates nothing."""
     modules = base_modules(net)
-    expected = ExpectedTensors(base_names=frozenset(parameter_names(net)))
+    unloaded = tuple(f"{PREFIX}{name}." for name in unloaded_parts(net))
+    expected = ExpectedTensors(base_names=frozenset(parameter_names(net)), unloaded=unloaded)
     for target in targets:
         part = method.parameter if target.kind == "parameter" else method.layer
         assert part is not None

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.adapters.base import slot_count
+from tunekit.adapters.folder.class_names import renames_for
 from tunekit.adapters.folder.config import AdapterConfig, adapter_header, tensors_path
 from tunekit.adapters.folder.config import read_adapter_config as read_adapter_config
 from tunekit.adapters.folder.earlier_peft import refuse_changed_patterns
-from tunekit.adapters.folder.expected import expected_tensors, refuse_not_finite
+from tunekit.adapters.folder.expected import PREFIX, expected_tensors, refuse_not_finite
 from tunekit.adapters.folder.fields import SAME_NAMED
 from tunekit.adapters.folder.vocabulary import added_rows, enlarge
 from tunekit.adapters.folder.write import save_adapter_folder as save_adapter_folder
@@ -28,6 +29,8 @@ from tunekit.contracts import Tensors
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import read_tensor
 from tunekit.files.untrusted import printable
+from tunekit.model.families.structure import base_name
+from tunekit.model.parts import is_composite, outer_parts
 from tunekit.model.quantized.weights import weight_of
 from tunekit.records import Target
 
@@ -58,6 +61,7 @@ def attach_adapter_folder(
     """
     config = _as_peft_reads(read_adapter_config(folder, method), net, head_name)
     _check_fingerprint(config, base_fingerprint)
+    _refuse_other_class(config, net, head_name)
     rows = added_rows(net, head_name, tensors_path(config.folder))
     if rows and shares_base:
         what = "enlarges the vocabulary of the base, which other adapters use too"
@@ -67,9 +71,7 @@ def attach_adapter_folder(
             file=str(tensors_path(config.folder)),
         )
     enlarge(net, rows)
-    targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
-    refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
-    targets = _with_tied_rank(targets, config, net, head_name)
+    targets = _found_targets(config, net, head_name)
     tensors = _read_tensors(config, net, targets, head_name, base_weight, rows)
     attached = attach_adapter(
         net,
@@ -84,6 +86,29 @@ def attach_adapter_folder(
     attached.load_state(tensors, ("trained", "saved"))
     attached.added_rows = rows
     return attached
+
+
+def _refuse_other_class(config: AdapterConfig, net: nn.Module, head_name: str | None) -> None:
+    """Raises: AdapterError if the folder has the names of another class of this base."""
+    for old, new in renames_for(net, head_name, config.folder).items():
+        what = f"has the names of another class of this base: {old}, where {type(net).__name__} has {new}"
+        how = f"rename them with: tunekit adapter convert {config.folder} --names base --base BASE --output FOLDER"
+        raise AdapterError(what, how, file=str(config.folder))
+
+
+def _found_targets(config: AdapterConfig, net: nn.Module, head_name: str | None) -> list[Target]:
+    """The modules that the folder adapts. Modules outside of a composite model's language model count only if the
+    folder has tensors for them: other tools write entries that also match these modules."""
+    targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
+    outside = outer_parts(net, base_name(net), head_name) if is_composite(net) else []
+    keys = tuple(adapter_header(tensors_path(config.folder))) if outside else ()
+    targets = [
+        target
+        for target in targets
+        if not is_within(target.name, outside) or any(key.startswith(f"{PREFIX}{target.name}.") for key in keys)
+    ]
+    refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
+    return _with_tied_rank(targets, config, net, head_name)
 
 
 def _as_peft_reads(config: AdapterConfig, net: nn.Module, head_name: str | None) -> AdapterConfig:
@@ -172,9 +197,8 @@ def continued_folder(attached: AttachedAdapter, folder: Path) -> tuple[AdapterCo
     net, head_name = attached.net, attached.head_name
     config = _as_peft_reads(config, net, head_name)
     _refuse_computed(attached, config)
-    targets = find_targets(net, config.settings, head_name=head_name, method=config.method, file=config.file)
-    refuse_changed_patterns(config, {target.name: (target.r, target.alpha) for target in targets})
-    targets = _with_tied_rank(targets, config, net, head_name)
+    _refuse_other_class(config, net, head_name)
+    targets = _found_targets(config, net, head_name)
     _refuse_difference(attached, config, targets)
     return config, targets
 

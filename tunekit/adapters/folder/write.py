@@ -22,7 +22,7 @@ from tunekit.adapters.folder.diffusers_file import DIFFUSERS_NAME, diffusers_hea
 from tunekit.adapters.folder.peft_models import read_as_experts
 from tunekit.adapters.folder.targets import concrete_pattern, concrete_targets
 from tunekit.adapters.method import saved_modules
-from tunekit.adapters.module_names import base_modules, named_copies, parameter_names, plain_entries
+from tunekit.adapters.module_names import all_modules, base_modules, named_copies, parameter_names, plain_entries
 from tunekit.adapters.tokens import written_indices
 from tunekit.errors import AdapterError
 from tunekit.files import durable
@@ -148,6 +148,7 @@ def peft_config(attached: AttachedAdapter) -> PeftConfig:
     order of their keys."""
     settings, targets = attached.settings, attached.targets
     config = attached.method.peft.write(settings)
+    modules = all_modules(attached.net)
     named = named_copies(base_modules(attached.net), saved_modules(settings))
     layers = [target.name for target in targets if target.kind != "parameter"]
     experts = read_as_experts(attached.net, layers) if attached.method.peft.takes_experts else set()
@@ -155,10 +156,10 @@ def peft_config(attached: AttachedAdapter) -> PeftConfig:
     if "target_modules" in config:
         chosen = [name for name in sorted(attached.copies) if name not in named]
         names = chosen if attached.method.only_copies else [name for name in layers if name not in experts]
-        config["target_modules"] = concrete_targets(names, list(base_modules(attached.net)))
+        config["target_modules"] = concrete_targets(names, list(modules))
         config |= {"exclude_modules": None} if "exclude_modules" in config else {}
     if attached.copies and config.get("modules_to_save"):
-        config["modules_to_save"] = plain_entries(named, base_modules(attached.net))
+        config["modules_to_save"] = plain_entries(named, modules)
     config |= {key: None for key in ("layers_to_transform", "layers_pattern") if key in config}
     config |= {"modules_to_save": None} if config.get("modules_to_save") == [] else {}
     if "target_parameters" in config:

@@ -183,7 +183,7 @@ def _trial_of(net: nn.Module) -> Callable[[], object]:
     """A function that runs 5 tokens through a meta copy of the net. Raises the errors of the model's own code."""
     with torch.device("meta"):
         # The dtype in which experts' kernels run on the meta device.
-        trial = as_pretrained(net)._from_config(config_of(net), dtype=torch.bfloat16)
+        trial = as_pretrained(net)._from_config(config_of(net), dtype=torch.bfloat16).eval()
 
     def run() -> None:
         with torch.device("meta"), torch.no_grad():

@@ -22,7 +22,7 @@ from tunekit.model.families.heads import (
     set_bias,
 )
 from tunekit.model.families.stacks import ONE, OneStack, TwoStacks
-from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of
+from tunekit.model.families.structure import accepted_names, base_of, call_accepted, name_of, text_net
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of, text_config
 from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.records import JsonObject
@@ -38,12 +38,13 @@ class Family:
     precedence = 0  # families with higher precedence are tried first
     class_name: str  # transformers' class that loads a base
     text: str  # the family in messages, such as "a causal language model"
+    copied: tuple[str, ...] = ()  # further files in a base's folder that a model made from it needs unchanged
+    trained_as: str | None = None  # the family whose objectives train it; None: its own
     task_type: str | None = None  # the family's name in PEFT's adapter folders; None: PEFT has no class for it
     answers = True  # whether it generates text
     labelled = False  # whether its head gives one score per label, and is trained with every adapter
     reads_ids = True  # whether the net reads token ids; otherwise recordings or images
     ids: str | None = "input_ids"  # the input whose ids are predicted; None: no vocabulary
-    part_of: tuple[str, ...] = ()  # config keys under which larger models contain a model of this family
     unread: tuple[str, ...] = ()  # prefixes of tensor names in the base's files that the net does not use
     head_parts: tuple[str, ...] = ()  # modules of a head with several parts; the last one scores the labels
     reads_source = False  # whether an encoder reads the prompt, so that the answer is a separate sequence
@@ -53,6 +54,11 @@ class Family:
     def name(self) -> str:
         """The name of its file."""
         return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def objectives(self) -> str:
+        """The name of the family whose objectives train and evaluate models of this family."""
+        return self.trained_as or self.name
 
     @property
     def is_pipeline(self) -> bool:
@@ -77,6 +83,9 @@ class Family:
         import transformers
 
         return getattr(transformers, self.class_name)
+
+    def leave_out(self, net: nn.Module) -> None:
+        """Move the parts of the net that no row of this family needs to the meta device."""
 
     def load(self, folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool) -> nn.Module:
         """Load the net of a base that has the family's `index_file`. Other bases are loaded by `auto_class`. `meta`:
@@ -113,7 +122,7 @@ class Family:
     def logits(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """The logits that the net itself computes: (B, T, V), or (B, C) for a classifier. Training uses hidden states
         and the head instead, if possible."""
-        return call_accepted(net, inputs).logits
+        return call_accepted(text_net(net), inputs).logits
 
     def use_note(self, net: nn.Module, folder: Path) -> str:
         """A note on how to call the model in this folder, if other programs would call it wrongly by default."""

@@ -214,7 +214,6 @@ class ImageClassifierFamily(Family):
     labelled = True
     reads_ids = False
     ids = None
-    part_of = ("vision_config",)  # of CLIP and SigLIP
 
     def processor(self, section: ModelSection) -> Processor:
         """The base's image processor."""

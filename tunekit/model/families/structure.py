@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from tunekit.errors import ModelError
 from tunekit.model.attention.documents import known_documents
-from tunekit.model.pretrained import config_of
+from tunekit.model.parts import is_composite
+from tunekit.model.pretrained import as_pretrained, config_of
 from tunekit.model.pretrained import text_config as text_config
 
 MIXED_DTYPES = ("expected scalar type", "to have the same dtype", "must have the same dtype")  # in torch's errors
@@ -42,7 +43,10 @@ def base_name(net: nn.Module) -> str:
 
     The declaration is wrong in some models: Llama 4's language model declares the name of a different model, and BART's
     decoder is wrapped in a module without arguments.
+    The base of a composite model is its language model.
     """
+    if is_composite(net):
+        return _language_model(net)
     name = str(getattr(net, "base_model_prefix", ""))
     declared = getattr(net, name, None) if name else None
     inside = declared if isinstance(declared, nn.Module) else net
@@ -56,6 +60,20 @@ def base_name(net: nn.Module) -> str:
         what = f"{type(net).__name__} has no separate module for the model without its head"
         raise ModelError(what, "choose a causal language model")
     return name
+
+
+def _language_model(net: nn.Module) -> str:
+    """Module name of a composite model's decoder, without the output projection that Llama 4's decoder contains."""
+    inner = text_net(net)
+    decoder = as_pretrained(net).get_decoder() if inner is net else base_of(inner)
+    return str(name_of(net, decoder))
+
+
+def text_net(net: nn.Module) -> nn.Module:
+    """The module that computes logits from token ids: the net, or Llama 4's decoder, which contains the head (the
+    forward of Llama 4's composite class fails in transformers 5.24)."""
+    decoder = as_pretrained(net).get_decoder() if is_composite(net) else net
+    return net if name_of(decoder, as_pretrained(net).get_output_embeddings()) is None else decoder
 
 
 def base_of(net: nn.Module) -> nn.Module:

@@ -114,10 +114,8 @@ def _obstacle(
     config: JsonObject, architecture: str, family: Family | None, requested: Family | None, headed: bool
 ) -> str | None:
     """The reason why a base cannot be loaded; None if there is none."""
-    loaded_as = requested if requested is not None and headed else family
-    parts = () if loaded_as is None else loaded_as.part_of
-    if any(key in config for key in {"vision_config", "audio_config", "vq_config", "speech_config"}.difference(parts)):
-        return "it is a vision-language or audio-language model"
+    if headed and family is not None and family.trained_as is not None:
+        return f"it is {family.text}, and this objective needs a model with a head for labels"
     if family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
         return next(known, f"its architecture {architecture} has no head for this objective, or is unknown")

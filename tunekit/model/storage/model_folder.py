@@ -11,8 +11,10 @@ from tunekit.contracts import Answering, Processor, Tokenizer
 from tunekit.errors import ModelError
 from tunekit.files.durable import is_real_folder, remove_tree, replace_folder, sync, temporary_name, write_json
 from tunekit.files.work_folder import new_path
+from tunekit.model.families import make_family
+from tunekit.model.storage.inspection import family_of_base
 from tunekit.model.storage.portable import make_portable
-from tunekit.model.storage.source import read_json
+from tunekit.model.storage.source import KEY, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")  # files that are never changed
@@ -76,7 +78,11 @@ def copied_files(section: ModelSection, base: Path) -> list[Path]:
     """
     if Path(section.name_or_path).suffix.lower() == ".gguf":
         return []
-    patterns = COPIED + (("*.py",) if section.trust_remote_code else ())
+    processor_files = make_family(family_of_base(section)).copied
+    if processor_files and not any((base / name).exists() for name in processor_files):
+        what = f"{base} contains no processor files ({processor_files[0]}), which programs need to load its class"
+        raise ModelError(what, "copy them from the place of the base into its folder", key=KEY)
+    patterns = (*COPIED, *processor_files, *(("*.py",) if section.trust_remote_code else ()))
     paths = sorted(path for pattern in patterns for path in base.glob(pattern))
     for path in paths:
         _check_link(path, base, may_be_elsewhere=True)

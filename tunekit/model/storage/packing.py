@@ -13,6 +13,8 @@ from tunekit.errors import ModelError, listed
 from tunekit.machine.malloc import trim_heap
 from tunekit.model.base_spec import BaseSpec
 from tunekit.model.families import Family
+from tunekit.model.families.structure import base_name
+from tunekit.model.parts import is_composite, outer_parts
 from tunekit.model.quantized.weights import PackedLinear, layer_kind, pack_linear, pack_matrix, packed_layers
 from tunekit.model.storage.gguf import FileBlocks
 from tunekit.model.storage.reading import BaseReader, place
@@ -55,9 +57,11 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
 
 def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
     """Names of the layers to quantize: all linear layers except layers of the head, layers in new modules (which are
-    trained), layers whose matrix the model's code uses without calling the layer, and layers that transformers keeps in
-    float32. It never packs these, such as T5's `wo`, whose products overflow in float16."""
-    head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules))
+    trained), layers outside of a composite model's language model, layers whose matrix the model's code uses without
+    calling the layer, and layers that transformers keeps in float32. It never packs these, such as T5's `wo`, whose
+    products overflow in float16."""
+    outside = outer_parts(net, base_name(net), family.head_name(net)) if is_composite(net) else []
+    head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules, *outside))
     modules = dict(net.named_modules())
     uncalled, exact = uncalled_layers(modules), getattr(net, "_keep_in_fp32_modules", None) or ()
     names = [name for name, module in modules.items() if layer_kind(module) in ("linear", "conv1d")]

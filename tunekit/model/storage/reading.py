@@ -25,6 +25,7 @@ from tunekit.contracts import Tensors
 from tunekit.files.tensors import TensorEntry, fill_from_file
 from tunekit.files.untrusted import MODEL_FILE
 from tunekit.model.base_spec import BaseSpec
+from tunekit.model.parts import unloaded_parts
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.gguf import GgufFiles, gguf_files
@@ -232,7 +233,7 @@ class BaseReader:
             self.new = frozenset(name for name in set(self.names) - covered if name.startswith(self._head))
             self.names = tuple(name for name in self.names if name not in self.new)
             self.new_modules = _modules_of(self._head, self.new)
-        unknown = [] if self._head else stored_names.unknown(net)
+        unknown = [] if self._head or unloaded_parts(net) else stored_names.unknown(net)
         return not stored_names.ambiguous and covered == set(self.names) and not unknown
 
     def _find_pieces(self, net: nn.Module, name: str, stored_names: _StoredNames) -> None:
@@ -331,6 +332,7 @@ def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
     exact = spec.family.exact_head(net)
     if exact is not None:
         net.get_submodule(exact).float()
+    spec.family.leave_out(net)
     reader = open_base(net, spec.source, spec.dtype, spec.family.new_head(spec.section, net))
     if reader is None:
         return None

@@ -73,7 +73,7 @@ class Rewriter:
         self.compute_dtype = resolve_dtype(section, device)
         self.source: ModelSource = find_source(section, weights=True)
         plain = section.model_copy(update={"quantization": "none"})
-        meta = make_meta_model(plain, device=device)
+        meta = make_meta_model(plain, device=device, all_parts=True)
         self.family, self.net, self.config = meta.family, meta.net, meta.config
         self.new_modules = meta.new_modules
         self.head = self.family.head_name(self.net)

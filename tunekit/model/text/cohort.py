@@ -13,7 +13,7 @@ from torch import Tensor
 from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.model.families import text_config
-from tunekit.model.families.structure import accepted_names
+from tunekit.model.families.structure import accepted_names, text_net
 from tunekit.model.load import LoadedModel
 from tunekit.model.pretrained import as_pretrained
 from tunekit.model.text.continuation import DecoderRow, States
@@ -100,7 +100,7 @@ def steps(model: LoadedModel, inputs: Tensors, settings: GenerationConfig) -> St
                 {"next_sequence_length": 1 if named.get("use_cache") else None},
             )
 
-    net = as_pretrained(model.net)
+    net = as_pretrained(text_net(model.net))
     return net.generate(**inputs, generation_config=settings, custom_generate=loop)
 
 
@@ -150,14 +150,14 @@ def keeps_state_in_modules(model: LoadedModel) -> bool:
 def reset_state(model: LoadedModel) -> None:
     """If modules store the state of previous rows, remove it by a forward without a cache."""
     if keeps_state_in_modules(model):
-        model.net(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+        text_net(model.net)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 @torch.no_grad()
 def rows_interact(model: LoadedModel, pad_id: int) -> bool:
     """Whether a row's answer depends on the other rows in its cohort: the recurrent state includes the padding (xlstm,
     recurrent_gemma) or mixes rows (rwkv). Nets with such a state or without a mask are tested with two rows."""
-    net = as_pretrained(model.net)
+    net = as_pretrained(text_net(model.net))
     if not getattr(net, "_is_stateful", False) and "attention_mask" in accepted_names(net):
         return False
     rows = torch.arange(2 * PROBE_TOKENS, device=model.device).view(2, -1)  # (B, T)
@@ -186,5 +186,7 @@ def _scored_prompt(model: LoadedModel, row: DecoderRow) -> list[Score]:
     wanted = row.continuation
     inputs: Tensors = {"input_ids": torch.tensor([list(wanted.prompt)], device=model.device)}  # (1, T)
     inputs = inputs if wanted.adapt is None else wanted.adapt(inputs)
-    logits = model.net(**inputs, use_cache=False).logits[0, -len(wanted.prompt) : -1]  # (T - 1, V), not virtual tokens
+    logits = text_net(model.net)(**inputs, use_cache=False).logits[
+        0, -len(wanted.prompt) : -1
+    ]  # (T - 1, V), not virtual tokens
     return score(logits, list(wanted.prompt[1:]), wanted.top or 0) if len(logits) else []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunekit.contracts import Tensors
 from tunekit.model.attention.self_attention import CACHE_NAMES
-from tunekit.model.families.structure import accepted_names
+from tunekit.model.families.structure import accepted_names, text_net
 from tunekit.model.load import LoadedModel
 from tunekit.model.text.continuation import DecoderRow, States
 from tunekit.model.text.draws import Score, score
@@ -25,8 +25,8 @@ class Forward:
     """Calls a net with a cache of keys and values. Arguments that the net does not accept are left out."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.net, self.device = model.net, model.device
-        self._names = accepted_names(model.net)
+        self.net, self.device = text_net(model.net), model.device
+        self._names = accepted_names(self.net)
         self._cache = next(name for name in CACHE_NAMES if name in self._names)
 
     def __call__(

@@ -18,9 +18,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tunekit.model.attention.self_attention import CACHE_NAMES
 from tunekit.model.families import text_config
-from tunekit.model.families.structure import accepted_names
+from tunekit.model.families.structure import accepted_names, text_net
 from tunekit.model.load import LoadedModel
-from tunekit.model.pretrained import as_pretrained, config_of
+from tunekit.model.pretrained import config_of
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -126,7 +126,7 @@ class SlotMemory:
 def shares_slots(model: LoadedModel) -> bool:
     """Whether rows of different lengths can share a key-value cache. Every layer must cache keys and values per token,
     and the net must accept a mask. This excludes bases with an encoder or a recurrent state."""
-    net = as_pretrained(model.net)
+    net = text_net(model.net)
     if model.family.reads_source or getattr(net, "_is_stateful", False):
         return False
     layers = DynamicCache(config=config_of(model.net)).layers

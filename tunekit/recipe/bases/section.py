@@ -62,6 +62,9 @@ def metamath_rate(value: float, experiment: str) -> PublishedRate:
     return PublishedRate(value, f"huggingface/peft, method_comparison/MetaMathQA/experiments/{experiment}")
 
 
+Item = TypeVar("Item")
+Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple
+ModelPart = Literal["language", "projector", "tower"]
 Line = tuple[str, str]  # a line of YAML, and its comment
 
 
@@ -102,6 +105,11 @@ class AdapterSettings(MethodSettings):
 
     init_from: AdapterPath | None = Field(
         None, description="an adapter to continue training: a run folder, or an adapter folder of tunekit or PEFT"
+    )
+    parts: Several[ModelPart] = Field(
+        ("language",),
+        min_length=1,
+        description="the parts of a composite model (one that also reads images or audio) that get an adapter",
     )
 
 
@@ -275,8 +283,6 @@ AutoBoolOrCount = Annotated[
     WithJsonSchema({"anyOf": [{"enum": ["auto", True, False]}, {"type": "integer", "minimum": 0}]}),
 ]
 TextOrTexts = Annotated[str | tuple[str, ...], BeforeValidator(text_or_texts)]
-Item = TypeVar("Item")
-Several = Annotated[tuple[Item, ...], Strict(False)]  # a YAML or JSON list, kept as a tuple
 Layers = Annotated[Several[CountOrZero], BeforeValidator(_one_or_several)]
 
 
