@@ -21,13 +21,6 @@ REDUCED = {
     "mt5": shapes._t5("mt5", 256, 512, 4, 16384)
     | {"num_layers": 3, "num_decoder_layers": 3},  # one matrix: head, tables
 }
-REDUCED["composite"] = {  # the tower has three times the numbers of the language model
-    "model_type": "llava",
-    "architectures": ["LlavaForConditionalGeneration"],
-    "text_config": REDUCED["llama"],
-    "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
-    | {"num_hidden_layers": 4, "num_attention_heads": 8, "image_size": 32, "patch_size": 8},
-}
 # where the real kernels hold less than torch's plain ones, which the device has for 4 bits and for biased attention
 SHORT = {"rows": 8, "length": 64, "quantization": "none"}
 STREAMED = {"engine": "host", "micro_batches": 2}
@@ -38,22 +31,13 @@ STREAMED = {"engine": "host", "micro_batches": 2}
     [
         ("llama", {"rows": 2}),
         ("llama", {"rows": 2, "streamed_head": True}),
-        ("composite", {"rows": 2, "quantization": "none"}),
-        ("composite", {"rows": 2}),
         ("llama", STREAMED),
         ("llama", STREAMED | {"streamed_head": True}),
         ("mt5", SHORT | {"streamed_head": True}),
         ("mt5", SHORT | STREAMED | {"streamed_head": True}),
     ],
     ids=[
-        *(
-            "resident",
-            "resident, head in parts",
-            "composite, dense",
-            "composite",
-            "streamed",
-            "streamed, head in parts",
-        ),
+        *("resident", "resident, head in parts", "streamed", "streamed, head in parts"),
         *("tied, resident, head in parts", "tied, streamed, head in parts"),
     ],
 )
