@@ -122,7 +122,7 @@ def combine(adapters: Sequence[LoraFolder], mixture: Mixture) -> Combined:
         norms[name] = exact.norm()
     if mixture.kind == "cat" and not any(adapter.config.low_rank.rank_pattern for adapter in adapters):
         most = max(update.rank for update in updates.values())
-        updates = {name: update.padded(most) for name, update in updates.items()}
+        updates = {name: update.padded(min(most, *update.shape)) for name, update in updates.items()}
     relative = {name: errors[name] / norms[name] if norms[name] else 0.0 for name in names}
     worst = max(names, key=lambda name: relative[name])
     distance = math.hypot(*errors.values()) / (math.hypot(*norms.values()) or 1.0)
@@ -134,8 +134,8 @@ def _combine_layer(
     name: str, updates: Sequence[LowRank], members: Sequence[int], exact: LowRank, mixture: Mixture
 ) -> LowRank:
     """The combined update of one layer. `exact`: the weighted sum of the layer's updates, without approximation."""
-    if mixture.kind == "cat":
-        return exact
+    if mixture.kind == "cat":  # a rank above the layer's size is not needed, and cannot be trained
+        return reduce_rank(exact, min(exact.shape)) if exact.rank > min(exact.shape) else exact
     rank = mixture.rank or 1
     if mixture.kind == "svd":
         return reduce_rank(exact, min(rank, exact.rank))
