@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shlex
 import shutil
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.arithmetic.test_merge import write_base
+from tests.support.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.write import save_adapter_folder
 from tunekit.arithmetic.merge import merge
@@ -33,6 +36,7 @@ from tunekit.exports.llama_cpp.converter import converter_folder, imported
 from tunekit.exports.llama_cpp.fixed import fixed_problems
 from tunekit.exports.llama_cpp.types import FILE_TYPES, Structure, choose_types
 from tunekit.exports.llama_cpp.vocabulary import merge_scores, named_pre_tokenizer
+from tunekit.files.durable import read_back
 from tunekit.model.load import load_model
 from tunekit.recipe.adapters.dora import DoraSettings
 from tunekit.recipe.adapters.lora import LoraSettings
@@ -523,3 +527,29 @@ def test_added_tokens_are_in_the_file_next_to_the_pieces(tmp_path: Path, install
     assert facts["tokenizer.ggml.token_type"][265] == 3  # control
     assert facts["tokenizer.ggml.tokens"][59] not in ("", "[PAD59]")
     assert facts["tokenizer.ggml.tokens"][200] == "[PAD200]"
+
+
+@pytest.mark.parametrize("type", [None, "Q8_0"])
+def test_a_full_disk_leaves_no_file_that_looks_finished(type: str | None, base: Path, tmp_path: Path) -> None:
+    """numpy's tofile, with which the converter writes tensors, does not report that a disk is full."""
+    adapter = adapter_of(base, tmp_path / "adapter")
+    whole, output = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+    export_verb(str(adapter), "gguf", str(whole), options=Options(type=type), certify=False)
+    size = whole.stat().st_size
+    for limit in (size // 2, size - 4096, size - 1):
+        ended = in_child(
+            lambda: export_verb(str(adapter), "gguf", str(output), options=Options(type=type), certify=False),
+            tmp_path / "log",
+            before=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+        assert ended.code == 4, ended.output
+        assert not output.exists()
+
+
+def test_a_file_that_a_library_cut_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"half")
+    with pytest.raises(ResourceError, match=r"file has 4 bytes, but 8 were written.*; the disk is full or failed"):
+        read_back(file, 8, Path.read_bytes)
+    with pytest.raises(ResourceError, match="cannot be read back: ValueError: "):
+        read_back(file, 4, lambda path: int(path.read_text()))

@@ -61,6 +61,7 @@ def write_file(gguf: ModuleType, writer: Writer, path: Path, tensors: Iterable[A
         writer.write_padding(file, file.tell())
         file.write(np.ascontiguousarray(values).data)
         writer.write_padding(file, values.nbytes)
+        del values  # before the next tensor is read
     size_bytes = file.tell()
     writer.close()
     read_back(path, size_bytes, gguf.GGUFReader)
