@@ -17,6 +17,7 @@ import pytest
 import soundfile
 
 from tests.support.image_case import write_photos
+from tests.support.run_case import write_run
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.cli import main
 from tunekit.data.encoding.notes import format_note
@@ -197,6 +198,13 @@ def test_fix_replaces_another_file_only_where_told(tmp_path: Path) -> None:
     assert len((tmp_path / "good.jsonl").read_text("utf-8").splitlines()) == 5
     with pytest.raises(InputError, match="there is no folder"):
         check(recipe, tmp_path / "absent" / "good.jsonl")
+
+
+def test_fix_replaces_no_file_of_another_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "other")
+    recipe = write(tmp_path, count=5)
+    with pytest.raises(InputError, match=r"--fix: .*metrics\.jsonl is in the run .*other; name a place outside of"):
+        check(recipe, tmp_path / "other" / "metrics.jsonl", overwrite=True)
 
 
 def test_fix_prints_the_keys_that_train_on_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from typer.main import get_command
 import tunekit.export
 from tests.arithmetic.test_merge import prepared
 from tests.conftest import write_tiny_llama
+from tests.support.run_case import write_run
 from tests.support.train_case import Ended, in_child, kill_self
 from tunekit.cli import app
 from tunekit.errors import InputError, Problem, ResourceError, RunFolderError
@@ -108,6 +109,23 @@ def test_an_existing_file_is_never_replaced_and_a_broken_one_removed(base: Path)
     with pytest.raises(InputError, match="broke off"):
         export_verb(str(base), "copy", str(file), None, Options(type="broken"))
     assert sorted(path.name for path in base.parent.iterdir()) == ["base"]
+
+
+def test_an_output_inside_of_an_input_or_a_run_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter, _ = prepared(tmp_path / "tuned", "llama", target_modules=["q_proj"])
+    run = write_run(tmp_path / "run")
+    places = {
+        base / "config.copy": "overlaps",
+        run / "config.copy": "is in the run",
+        run / "in" / "x.copy": "is in the run",
+    }
+    for output, reason in places.items():
+        with pytest.raises(InputError, match=f"--output: .* {reason} .*; name a "):
+            export_verb(str(base), "copy", str(output))
+        assert not output.exists()
+    for output in (adapter / "merged", run / "merged"):
+        with pytest.raises(InputError, match=r"--output: .*; name a "):
+            merge_verb(str(adapter), str(output), None, None, [])
 
 
 def test_a_program_that_is_required_must_be_installed(

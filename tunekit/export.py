@@ -18,7 +18,7 @@ from tunekit.exports.programs.program import find_program
 from tunekit.exports.programs.versions import INSTALL
 from tunekit.exports.questions import NotComparable, make_questions, row_ids
 from tunekit.files.durable import write_json
-from tunekit.files.work_folder import new_path
+from tunekit.files.work_folder import new_path, refuse_inside
 from tunekit.machine.signals import StopSignals
 from tunekit.model.storage.upload import upload_folder
 from tunekit.records import bytes_text, with_article
@@ -47,6 +47,8 @@ def export_verb(
     exportable = make_exportable(spec)
     path = Path(os.path.abspath(Path(output).expanduser()))
     _check(to, format, exportable, options, path, certify=bool(certify))
+    read = (spec.run, spec.adapter, exportable.folder / (exportable.gguf_file or ""))
+    refuse_inside(path, [place for place in read if place is not None])
     run = _run_of(exportable)
     evidence = Evidence(partial(row_ids, exportable, held_out=False), None if run is None else read_run(run), path.name)
     stopped = "while the export was written; the partial export was removed"

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
-from tests.support.train_case import in_child, train_in_child, write_recipe
+from tests.support.train_case import in_child, records, train_in_child, write_recipe
 from tunekit.adapters.folder.read import read_adapter_config
 from tunekit.artifacts.report.paired import difference_interval
 from tunekit.artifacts.report.values import Values, read_run
@@ -23,6 +23,7 @@ from tunekit.exports import card
 from tunekit.exports.card import evaluation_results
 from tunekit.exports.format import Options
 from tunekit.model.storage.upload import hub_name
+from tunekit.records import bytes_text
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,30 @@ def test_an_adapter_folder_has_a_card_and_no_path_of_this_machine(
     assert "4 files are uploaded with --push, into the repository orders (private if it is new):" in printed
     assert "README.md (" in printed
     assert "write its hub name into README.md" in printed
+
+
+def test_the_code_of_a_card_answers_and_the_numbers_are_those_of_the_log(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "forged")
+    report = json.loads((run / "report.json").read_text())
+    report |= {"final_step": 9999, "rows_per_step": 9999, "measured_bytes": {"cpu": 9999 * 2**30}}
+    report |= {"rows": {"trained": 9999}, "tokens_per_second": 9999.0}
+    (copied / "report.json").write_text(json.dumps(report))
+    export_verb(str(copied), "hub", str(tmp_path / "orders"))
+    text = (tmp_path / "orders" / "README.md").read_text()
+    assert "9,999" not in text
+    assert "9999" not in text
+    peak = max(record["peak_bytes"] for record in records(run) if "eval" not in record)
+    assert f"| peak memory | {bytes_text(peak)} |" in text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert 'from_pretrained("NAMESPACE/small-base")' in code  # and not a path that others do not have
+    assert "apply_chat_template" in code
+    code = code.replace("NAMESPACE/small-base", str(run.parent / "small-base")).replace("NAMESPACE", str(tmp_path))
+    capsys.readouterr()
+    exec(code)
+    assert "Hello" in capsys.readouterr().out
+    assert "on small-base (llama, " in (run / "report.md").read_text()
 
 
 def test_a_full_disk_is_named_by_the_output(run: Path, tmp_path: Path) -> None:

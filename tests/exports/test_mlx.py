@@ -80,6 +80,7 @@ def test_an_adapter_is_written_as_mlx_reads_it(name: str, tmp_path: Path) -> Non
     rank = {"patterns": 9, "pissa": 8}.get(name, 4)
     assert fields["lora_parameters"] == {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys}
     assert (fields["fine_tune_type"], fields["num_layers"]) == ("lora", 2)
+    assert fields["model"] == "base"  # no path of this machine
     torch.testing.assert_close(fused_as_mlx_does(tmp_path / "base", tmp_path / "out"), expected, rtol=0, atol=2e-5)
 
 

@@ -111,7 +111,7 @@ def choose_onto(target: TargetSpec, onto: str | None) -> tuple[str, str]:
     if onto == "full":
         return (
             "full",
-            f"as requested; the adapter was trained on {kind} weights, so the result differs by their rounding",
+            f"as requested; the adapter was trained on {kind} weights, so the result differs by the quantization error",
         )
     if onto != "quantized":
         raise InputError(f"--onto {onto} is unknown", "choose dequantized, full or quantized", key="--onto")

@@ -1,5 +1,6 @@
 """The model card of an export for the hub: README.md and .eval_results, made from the files of the run."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tunekit import __version__
+from tunekit.adapters.folder.config import TEMPLATE_NAME
 from tunekit.artifacts.report.markdown import escape, markdown_table
 from tunekit.artifacts.report.paired import difference_interval, different_rows
 from tunekit.artifacts.report.run_costs import duration_text
@@ -33,6 +35,8 @@ TASKS = {  # transformers' auto class -> the hub's name of the task
     "AutoModelForCTC": "automatic-speech-recognition",
 }
 NOT_STATED = "not stated"
+ANSWERING = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")  # of models that answer texts
+PEFT = ("from peft import PeftModel",)
 _LICENCE = re.compile(r"^license:\s*([\w.-]+)\s*$", re.MULTILINE)
 
 
@@ -61,8 +65,11 @@ def model_card(exportable: Exportable, run: RunValues | None, what: str, name: s
     if data := sorted({path for path, _ in _sources(run) if not is_like_path(path)}):
         header["datasets"] = data
     shown = base or last_name(origin)
+    named = base or f"NAMESPACE/{shown}"
     lines = ["---", *yaml_lines(header), "---", "", f"# {escape(name)}", "", _first_words(shown, what, run is not None)]
-    lines += ["", "```python", *_usage(exportable, auto_class, name, shown, what), "```"]
+    lines += ["", "```python", *_usage(exportable, auto_class, name, named, what), "```"]
+    if "NAMESPACE" in "".join(lines):
+        lines += ["", "NAMESPACE is the user or organisation of the hub that has the repository."]
     for section in () if run is None else (_training(run), _results(run), _costs(run)):
         lines += section
     lines += ["", "## Licences", "", f"The licence of the base model {escape(shown)}: {licence or NOT_STATED}."]
@@ -107,22 +114,41 @@ def _first_words(base: str, what: str, trained: bool) -> str:
 
 
 def _usage(exportable: Exportable, auto_class: str, name: str, base: str, what: str) -> list[str]:
-    lines = [f"from transformers import {auto_class}", ""]
-    if what != "adapter":
-        return [*lines, f'model = {auto_class}.from_pretrained("NAMESPACE/{name}")']
-    return [
-        "from peft import PeftModel",
-        *lines,
-        *_base_of(exportable, auto_class, base),
-        f'model = PeftModel.from_pretrained(base, "NAMESPACE/{name}")',
-    ]
+    """The code that loads the model, and for a language model the code that answers a question. `base`: the
+    repository of the base."""
+    repository, processor = f'"NAMESPACE/{name}"', exportable.processor.tokenizer
+    loading = [f"model = {auto_class}.from_pretrained({repository})"]
+    if what == "adapter":
+        loading = [*_base_of(exportable, auto_class, base), f"model = PeftModel.from_pretrained(base, {repository})"]
+    if auto_class not in ANSWERING or processor is None:
+        return [*(PEFT if what == "adapter" else ()), f"from transformers import {auto_class}", "", *loading]
+    template = exportable.target.chat_template
+    lines = [f"tokenizer = AutoTokenizer.from_pretrained({repository if what != 'adapter' else json.dumps(base)})"]
+    imports = [*(PEFT if what == "adapter" else ()), f"from transformers import {auto_class}, AutoTokenizer", ""]
+    if what == "adapter" and template is not None:
+        imports = ["from pathlib import Path", "", "from huggingface_hub import hf_hub_download", *imports]
+        lines += [
+            f'template = hf_hub_download({repository}, "{TEMPLATE_NAME}")',
+            'tokenizer.chat_template = Path(template).read_text("utf-8")',
+        ]
+    if (template or processor.chat_template) is None:
+        lines += ['inputs = tokenizer("Once", return_tensors="pt")']
+    else:
+        lines += [
+            'messages = [{"role": "user", "content": "Hello"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    answer = ["answer = model.generate(**inputs, max_new_tokens=128)", "print(tokenizer.decode(answer[0]))"]
+    return [*imports, *loading, *lines, *answer]
 
 
 def _base_of(exportable: Exportable, auto_class: str, base: str) -> list[str]:
     """The code that loads the base with a head for the adapter's labels."""
     section = exportable.target.model
     if not isinstance(section, HeadedModel):
-        return [f'base = {auto_class}.from_pretrained("{base}")']
+        return [f"base = {auto_class}.from_pretrained({json.dumps(base)})"]
     values = {"id2label": "dict(enumerate(labels))", "label2id": "{label: i for i, label in enumerate(labels)}"}
     for key, value in (("problem_type", section.problem_type), ("pad_token_id", section.head_pad_id)):
         values |= {} if value is None else {key: repr(value)}
@@ -136,15 +162,16 @@ def _base_of(exportable: Exportable, auto_class: str, base: str) -> list[str]:
 
 def _training(run: RunValues) -> list[str]:
     adapter, training = run.recipe.part("adapter"), run.recipe.part("training")
-    counts, names = run.report.part("rows"), ", ".join(_shown(path) for path, _ in _sources(run))
+    counts, names = run.plan.part("rows").part("training"), ", ".join(_shown(path) for path, _ in _sources(run))
+    count = run.plan.part("choice").count("micro_batch_size")
     rows = {
         "data": f"{names} ({counts.count('trained'):,} rows)",
         "objective": run.recipe.part("objective").get("method"),
         "method": adapter.get("method"),
         **{name: adapter[name] for name in ("r", "alpha") if name in adapter},
         "learning rate": training.get("learning_rate"),
-        "steps": run.report.count("final_step"),
-        "rows of a step": run.report.get("rows_per_step"),
+        "steps": max((record.count("step") for record in run.steps), default=0),
+        "rows of a step": count * run.plan.part("choice").count("gradient_accumulation_steps") or None,
         "seed": training.get("seed"),
         "computed in": run.plan.part("model").get("dtype"),
         "quantization of the base": run.plan.part("model").get("quantization"),
@@ -183,13 +210,14 @@ def _interval(rows: Values) -> list[str]:
 
 
 def _costs(run: RunValues) -> list[str]:
-    report, measured = run.report, sum(run.report.numbers("measured_bytes").values())
-    seconds = sum(report.numbers("seconds").values())
+    """The section with the costs of all steps, as the log printed them."""
+    seconds, tokens = (sum(record.number(name) or 0 for record in run.steps) for name in ("seconds", "tokens"))
+    peak = max((record.count("peak_bytes") for record in run.steps), default=0)
     machine = run.environment.get("cpu") if run.plan.get("device") == "cpu" else run.environment.get("accelerators")
     rows = {
         "machine": cell_text(machine),
-        "peak memory": bytes_text(measured) if measured else None,
-        "time": duration_text(seconds) if seconds else None,
-        "tokens a second": report.number("tokens_per_second"),
+        "peak memory": bytes_text(peak) if peak else None,
+        "time of the steps": duration_text(seconds) if seconds else None,
+        f"{run.shows.sizes} a second": tokens / seconds if seconds else None,
     }
     return ["", "## Costs", "", markdown_table(["", ""], [item for item in rows.items() if item[1]])]

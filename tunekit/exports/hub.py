@@ -6,18 +6,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME
+from tunekit.adapters.folder.config import CONFIG_NAME
 from tunekit.adapters.folder.write import OUR_FILES
 from tunekit.arithmetic.merge import merge
 from tunekit.errors import InputError, Problem, holds_secret, redact
 from tunekit.exports.card import evaluation_results, model_card
 from tunekit.exports.format import Evidence, Exported, Options
+from tunekit.exports.plain_or_merged import name_base
 from tunekit.files.durable import write_json
-from tunekit.files.untrusted import parse_json, read_small, sha256_of
 from tunekit.model.storage.model_folder import WEIGHTS, write_portable_copy
 from tunekit.model.storage.source import read_json
 from tunekit.model.storage.upload import hub_name
-from tunekit.recipe.bases.paths import last_name
 from tunekit.records import bytes_text
 from tunekit.targets.exportable import Exportable
 
@@ -86,18 +85,7 @@ def _copy_adapter(exportable: Exportable, path: Path) -> None:
     path.mkdir()
     for name in sorted(OUR_FILES & set(os.listdir(exportable.adapter))):
         shutil.copyfile(exportable.adapter / name, path / name)
-    model = exportable.target.model
-    config = parse_json(read_small(path / CONFIG_NAME), str(path / CONFIG_NAME))
-    write_json(
-        path / CONFIG_NAME,
-        config | {"base_model_name_or_path": hub_name(model.name_or_path) or last_name(model.name_or_path)},
-    )
-    if (path / FACTS_NAME).exists():
-        facts = parse_json(read_small(path / FACTS_NAME), str(path / FACTS_NAME))
-        facts["base"]["path"] = None
-        size = (path / CONFIG_NAME).stat().st_size
-        facts["files"][CONFIG_NAME] = {"bytes": size, "sha256": sha256_of(path / CONFIG_NAME)}
-        write_json(path / FACTS_NAME, facts)
+    name_base(path, exportable)
 
 
 def _leaks(folder: Path, private: list[Path], source: Path) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from tunekit.errors import Problem
 from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.plain_or_merged import (
+    base_repository,
     limit_notes,
     merging_unties,
     plain_or_reason,
@@ -72,7 +73,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     keys = sorted({LAYER.sub("", name) for name in names.values()})
     config = exportable.config
     fields = {
-        "model": base,
+        "model": base_repository(exportable),
         "fine_tune_type": "lora",
         "num_layers": config.get("num_hidden_layers", config.get("n_layer")),
         "lora_parameters": {"rank": plain.rank, "scale": 1.0, "dropout": 0.0, "keys": keys},

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from tunekit.adapters.folder.config import CONFIG_NAME, FACTS_NAME
 from tunekit.arithmetic.merge import merge
 from tunekit.arithmetic.merge_output import collect_changes
 from tunekit.arithmetic.nearest_lora import NotLowRank
@@ -11,8 +12,14 @@ from tunekit.arithmetic.normalise import PlainAdapter, normalise
 from tunekit.arithmetic.on_base import attach_to_base
 from tunekit.errors import AdapterError, Problem
 from tunekit.exports.format import Exported, Options
+from tunekit.exports.questions import full_base_text
+from tunekit.files.durable import write_json
+from tunekit.files.untrusted import sha256_of
 from tunekit.model.storage.portable import read_model_files
 from tunekit.model.storage.programs import FolderReading, readings
+from tunekit.model.storage.source import read_json
+from tunekit.model.storage.upload import hub_name
+from tunekit.recipe.bases.paths import last_name
 from tunekit.targets.exportable import Exportable
 
 
@@ -77,6 +84,23 @@ def _left_out(plain: PlainAdapter) -> str:
     return "" if plain.pairs else "the adapter has no low-rank updates"
 
 
+def base_repository(exportable: Exportable) -> str:
+    """The base's name on the hub; the last part of its path if the base is on this machine only."""
+    name = exportable.target.model.name_or_path
+    return hub_name(name) or last_name(name)
+
+
+def name_base(folder: Path, exportable: Exportable) -> None:
+    """Replace the path of the base on this machine by the base's name in an adapter folder."""
+    config, file = folder / CONFIG_NAME, folder / FACTS_NAME
+    write_json(config, read_json(config) | {"base_model_name_or_path": base_repository(exportable)})
+    if file.exists():
+        facts = read_json(file)
+        facts["base"]["path"] = None
+        facts["files"][CONFIG_NAME] = {"bytes": config.stat().st_size, "sha256": sha256_of(config)}
+        write_json(file, facts)
+
+
 def merging_unties(exportable: Exportable) -> bool:
     """Whether embedding and head share one matrix in the base, but not in the merged model."""
     attached, rewriter = attach_to_base(exportable.adapter, exportable.target.model)
@@ -92,9 +116,11 @@ def write_merged(exportable: Exportable, path: Path, reason: str, command: str) 
 
 
 def quantization_note(exportable: Exportable) -> tuple[str, ...]:
-    """A warning if the adapter was trained on quantized weights: the other program uses the full weights."""
+    """A note if the adapter was trained on quantized weights: the other program uses the full weights."""
     kind = exportable.target.model.quantization
     if kind == "none":
         return ()
-    what = f"the adapter was trained on {kind} weights, so on the full base its results differ by rounding errors"
-    return (f"{what}; with --merged, the base has the weights of the training",)
+    what = (
+        f"the adapter was trained on {kind} weights, so its results on the full base differ by the quantization error"
+    )
+    return (f"{what} ({full_base_text(exportable)}); with --merged, the base has the weights of the training",)

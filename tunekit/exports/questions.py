@@ -1,10 +1,13 @@
 """The rows on which an export is compared with torch, and torch's log-probabilities for these rows."""
 
 import gc
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tunekit.arithmetic.merge import TEXTS, logits_of
 from tunekit.errors import InputError
@@ -78,6 +81,34 @@ def make_questions(exportable: Exportable, *, with_base: bool = False, past_wind
         rows = [*rows[:-1], (rows[-1] * length)[:length]]
     base = _log_probabilities(replace(target, adapter=None), rows) if with_base else None
     return Questions(rows, _log_probabilities(target, rows), base, described)
+
+
+def full_base_text(exportable: Exportable) -> str:
+    """How much the results of an adapter differ on the full base, measured on rows of the run, next to the effect of
+    the training; or the reason why this was not measured."""
+    target = exportable.target
+    full = replace(target, model=target.model.model_copy(update={"quantization": "none"}))
+    try:
+        questions = make_questions(exportable, with_base=True, past_window=False)
+    except NotComparable as error:
+        return f"not measured: {error.problems[0].what}"
+    assert questions.base is not None
+    answers = {"base": questions.base, "trained": questions.expected, "full": _log_probabilities(full, questions.rows)}
+    perplexity = {name: _perplexity(questions.rows, values) for name, values in answers.items()}
+    pairs = zip(answers["trained"], answers["full"], strict=True)
+    different = sum(int((one.argmax(-1) != other.argmax(-1)).sum()) for one, other in pairs)
+    share = different / sum(map(len, questions.rows))
+    return (
+        f"perplexity {perplexity['full']:.4g} instead of {perplexity['trained']:.4g} (without the adapter: "
+        f"{perplexity['base']:.4g}), and another most likely token at {share:.1%} of the positions, on "
+        f"{questions.described}"
+    )
+
+
+def _perplexity(rows: Sequence[Sequence[int]], answers: Sequence[Tensor]) -> float:
+    """The perplexity of the rows for log-probabilities (T, V) of the next token at each position."""
+    pairs = zip(rows, answers, strict=True)
+    return math.exp(-float(torch.cat([values[range(len(row) - 1), row[1:]] for row, values in pairs]).mean()))
 
 
 def _longest_row(config: JsonObject) -> int:

@@ -9,7 +9,7 @@ from tunekit.arithmetic.normalise import PlainAdapter, write_plain
 from tunekit.errors import Problem
 from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
-from tunekit.exports.plain_or_merged import plain_or_reason, quantization_note, unwritable, write_merged
+from tunekit.exports.plain_or_merged import name_base, plain_or_reason, quantization_note, unwritable, write_merged
 from tunekit.exports.programs.program import Program
 from tunekit.exports.programs.vllm import RANKS, answers, max_lora_rank
 from tunekit.exports.questions import NotComparable
@@ -48,6 +48,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     if plain is None:
         return write_merged(exportable, path, reason, "vllm serve PATH")
     write_plain(path, exportable.target, plain)
+    name_base(path, exportable)
     flags = f"--enable-lora --max-lora-rank {max_lora_rank(plain.rank)} --lora-modules {NAME}={path}"
     flags += " --enable-mixed-moe-lora-format" if plain.experts else ""
     command = f"run it with: vllm serve {exportable.target.model.name_or_path} {flags}"

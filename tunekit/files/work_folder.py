@@ -17,6 +17,7 @@ from tunekit.errors import InputError, RunFolderError
 from tunekit.files.durable import FULL, explain, is_own, is_real_file, is_real_folder, remove_tree, rename, sync
 from tunekit.files.lock import LOCK_NAME, is_running, read_holder
 
+RUN_FILES = ("plan.json", "recipe.yaml")  # a folder with both is the folder of a run
 TEMPORARY_PREFIX = "tunekit-"
 MARK = ".tunekit-temporary"  # only folders with this file are removed: a user's run can be named tunekit-x too
 # After this time, a work folder of another machine has been left: a container often has a new name at each start.
@@ -105,16 +106,28 @@ def new_path(path: Path) -> Iterator[Path]:
         raise RunFolderError(f"{path} has appeared since the command started, and was not replaced", f"use {free}")
 
 
-def check_new_folder(output: Path, sources: Sequence[Path] = (), key: str = "--output") -> Path:
-    """Check a folder that a command shall write, and return its absolute path. `key`: the option that names it.
+def refuse_inside(output: Path, sources: Sequence[Path] = (), key: str = "--output") -> None:
+    """Refuse an output in a file or folder that the command reads, or in the folder of any run. `key`: the option that
+    names the output.
 
-    Raises: InputError unless `output` is new or an empty folder that does not overlap with a source.
+    Raises: InputError.
     """
-    output = Path(os.path.abspath(output.expanduser()))
-    place = output.resolve()
+    place = output.expanduser().resolve()
     for real in (source.resolve() for source in sources):
         if place == real or real in place.parents or place in real.parents:
             raise InputError(f"{output} overlaps {real}, which is read", "name a different folder", key=key)
+    for folder in place.parents:
+        if all((folder / name).is_file() for name in RUN_FILES):
+            raise InputError(f"{output} is in the run {folder}", "name a place outside of the run", key=key)
+
+
+def check_new_folder(output: Path, sources: Sequence[Path] = (), key: str = "--output") -> Path:
+    """Check a folder that a command shall write, and return its absolute path. `key`: the option that names it.
+
+    Raises: InputError unless `output` is new or an empty folder, outside of all sources and runs.
+    """
+    output = Path(os.path.abspath(output.expanduser()))
+    refuse_inside(output, sources, key)
     if os.path.lexists(output) and (not is_real_folder(output) or any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder", "name a new one", key=key)
     return output

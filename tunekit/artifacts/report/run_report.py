@@ -17,7 +17,7 @@ from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.artifacts.run import PICTURES
 from tunekit.metrics.classes import columns_of, confusion_table
 from tunekit.metrics.sources import sources_table
-from tunekit.recipe.bases.paths import relative_to
+from tunekit.recipe.bases.paths import is_like_path, last_name, relative_to
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.reading.names import facts_of, known_names, settings_class
 from tunekit.recipe.reading.paths import code_keys
@@ -38,7 +38,8 @@ def run_report(run: RunValues) -> ReportPage:
 def _intro(run: RunValues) -> list[str]:
     plan, model, adapter = run.plan, run.plan.part("model"), run.recipe.part("adapter")
     rank = f" of rank {adapter['r']}" if adapter.get("r") else ""
-    quantization = model.get("quantization", "none")
+    quantization, name = model.get("quantization", "none"), str(model.get("name_or_path"))
+    base = last_name(name) if is_like_path(name) else name  # a report is shown to others
     weights = "" if quantization == "none" else f", weights in {WEIGHTS.get(str(quantization), quantization)}"
     method = run.recipe.part("objective").get("method")
     objective = "" if method is None else f" Objective: {method}."
@@ -48,7 +49,7 @@ def _intro(run: RunValues) -> list[str]:
     per_epoch = plan.part("rows").count("steps_per_epoch")
     epochs = f" ({done / per_epoch:.2f} epochs)" if per_epoch else ""
     return [
-        f"{adapter.get('method')}{rank} on {model.get('name_or_path')} ({model.get('model_type')}, "
+        f"{adapter.get('method')}{rank} on {base} ({model.get('model_type')}, "
         f"computed in {model.get('dtype')}{weights}) on {plan.get('device')}.{objective}",
         f"{trained:,} of {total:,} parameters ({trained / max(total, 1):.2%}){modules} were trained "
         f"for {done:,} of {plan.count('steps'):,} steps{epochs}. State: {run.state}.",
@@ -297,7 +298,7 @@ def _use(run: RunValues) -> Iterator[ReportSection]:
         prompt = "--prompt FILE"
     commands = [f"tunekit eval {place}{allowed}{rows}", f"tunekit generate {place}{trusted} {prompt}"]
     if not full and getattr(settings, "merges", True):
-        commands.append(f"tunekit merge {place}/adapter{trusted} --output {place}/merged")
+        commands.append(f"tunekit merge {place}/adapter{trusted} --output {place}-merged")
     if run.shows.draws:
         commands.append('# diffusers can load a LoRA in adapter/: pipeline.load_lora_weights("adapter")')
     elif not full:

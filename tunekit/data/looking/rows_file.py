@@ -14,6 +14,7 @@ from tunekit.data.reading.folder import media_folder, with_table
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError
 from tunekit.files.durable import write_text
+from tunekit.files.work_folder import refuse_inside
 from tunekit.formats.media import located
 from tunekit.recipe.data import Source
 from tunekit.recipe.load import LoadedRecipe
@@ -41,6 +42,7 @@ def refuse_rows_file(option: str, name: str, loaded: LoadedRecipe, overwrite: bo
     refuse_to_replace(option, name, loaded)
     if target.resolve().is_relative_to(Path(loaded.recipe.output.dir).resolve()):
         raise InputError(f"{option} {name} is inside output.dir of the recipe", f"{how} outside of output.dir")
+    refuse_inside(target, key=option)
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         more = "" if overwrite is None else ", or add --overwrite to replace it"
         raise InputError(f"{option} {name}: the file exists", f"{how}{more}")
