@@ -117,7 +117,7 @@ def _longest_row(config: JsonObject) -> int:
     return 0 if window is None or window >= LONGEST_WINDOW else window + BEYOND
 
 
-def _log_probabilities(target: TargetSpec, rows: list[list[int]]) -> list[torch.Tensor]:
+def _log_probabilities(target: TargetSpec, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """For each row, (T, V) float32 log-probabilities of the next token after each of its T tokens."""
     section = target.model.model_copy(update={"dtype": "float32"})
     model = load_target(replace(target, model=section), torch.device("cpu")).model.base
