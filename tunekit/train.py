@@ -6,7 +6,6 @@ The plan makes all decisions; this file follows them.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from tunekit.memory.splitting import shape_text
 from tunekit.planning.minutes import fitting_text
 from tunekit.planning.ranks import plan_session
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.records import bytes_text
+from tunekit.records import JsonObject, bytes_text
 from tunekit.training import run_files
 from tunekit.training.assemble import assemble_run, check_run
 from tunekit.training.begin import begin_run, load_base, print_plan
@@ -91,7 +90,7 @@ def train_session(session: Session, resume: bool) -> None:
     finish_run(session, plan, planned, run)
 
 
-def _try_out(session: Session) -> dict[str, Any]:
+def _try_out(session: Session) -> JsonObject:
     """Perform --dry-run: load the model and run the longest batch forward and backward, without an update. Writes
     nothing."""
     plan, planned = plan_session(session)

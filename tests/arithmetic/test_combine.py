@@ -148,6 +148,18 @@ def test_a_lower_rank_is_the_nearest(tmp_path: Path) -> None:
     assert json.loads((new / CONFIG).read_text())["r"] == 3
 
 
+def test_cat_stays_within_the_size_of_a_layer(tmp_path: Path) -> None:
+    """A rank above a layer's size cannot be trained (adapter.init_from), and the sum does not need it."""
+    folders = [write(tmp_path / name, seed, r=12) for seed, name in enumerate(("one", "two"))]
+    loras = [read_lora_folder(folder) for folder in folders]
+    combined = combine(loras, Mixture("cat", (0.5, 0.5)))
+    assert any(min(update.shape) < 24 for update in combined.updates.values())
+    for name, update in combined.updates.items():
+        assert update.rank == min(24, *update.shape)
+        exact = weighted_sum([lora.updates[name] for lora in loras], [0.5, 0.5])
+        torch.testing.assert_close(update.dense(), exact.dense(), rtol=1e-5, atol=1e-6)
+
+
 def test_layers_of_few_adapters_do_not_bring_patterns(tmp_path: Path) -> None:
     folders = [write(tmp_path / "a", 1, target_modules=("q_proj",)), write(tmp_path / "b", 2, r=2)]
     config = json.loads((call(tmp_path / "new", folders, "cat") / CONFIG).read_text())

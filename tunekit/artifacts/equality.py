@@ -171,7 +171,7 @@ def compare_results(run: Path, repeat: Path, step: int) -> tuple[list[Mismatch],
     for path, free in JSON_FILES.items():
         before, after = (dict(flat_values(read_json(folder / path) or {}, free=free)) for folder in (run, repeat))
         shown = []
-        for key in filter(None, [*before, *(key for key in after if key not in before)]):
+        for key in (key for key in {**before, **after} if key):
             was, is_ = (_text(values, key) for values in (before, after))
             if was != is_ and _is_moved(before.get(key), after.get(key)):
                 moved.append(f"{path}: {key} is {before[key]}, and the audit used {after[key]}")

@@ -20,7 +20,6 @@ from tunekit.planning.forecast import supervised_tokens
 from tunekit.planning.initialisation import initialisation_notes
 from tunekit.planning.kernels import decided_kernels, kernel_notes
 from tunekit.planning.memory import choose_execution, search_space, trial_reason
-from tunekit.planning.minutes import time_notes
 from tunekit.planning.prepared import Prepared, RunSteps
 from tunekit.planning.tiers import HEAD_KEY, activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
@@ -126,8 +125,7 @@ def _notes(prepared: Prepared, recipe: Recipe, execution: ExecutionSettings, rea
     yield from refusals.rank_notes(recipe, execution)
     yield from initialisation_notes(recipe.adapter, rows.objective, context.targets)
     yield from refusals.rate_notes(recipe.training, steps)
-    yield from time_notes(recipe, steps)
-    yield from prepared.token_notes
+    yield from prepared.notes
     groups = load_method(recipe.adapter.method).groups(base.net, recipe.adapter, context.targets)
     if groups:
         yield f"some layers are computed together, which saves memory and time: {describe(groups)}"

@@ -27,6 +27,7 @@ from tunekit.planning.ends import end_notes
 from tunekit.planning.execution import written_execution
 from tunekit.planning.findings import Findings
 from tunekit.planning.kernels import planned_kernels
+from tunekit.planning.minutes import time_notes
 from tunekit.planning.prepared import Prepared
 from tunekit.planning.resources import read_resources
 from tunekit.planning.simulated.loading import read_stored_base
@@ -99,8 +100,8 @@ def prepare(
         written=written_execution(recipe, kernels[0], ranks),
     )
     findings.add([*run_checks(prepared, resumed=resumed), *companion_problems])
-    notes = [*_vocabulary_notes(context), *end_notes(prepared)]
-    return replace(prepared, problems=tuple(findings.problems), token_notes=tuple(notes))
+    notes = [*time_notes(recipe, steps.count), *_vocabulary_notes(context), *end_notes(prepared)]
+    return replace(prepared, problems=tuple(findings.problems), notes=tuple(notes))
 
 
 def _read(

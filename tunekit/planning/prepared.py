@@ -30,8 +30,8 @@ class Prepared:
     it, and token ids in place of the adapter's texts. `context`: the model, the data and the adapter, as companions get
     them. `stored`: the base's files. `rows`: with the objective laid out for the base. `batch_settings`, `steps`: with
     the recipe's micro-batches. `kernels`: the kernels that this rank can use, and the reason as text. `written`: the
-    recipe's settings. `problems`: reasons to refuse the recipe that no setting can remove. `token_notes`: warnings
-    about the vocabulary, and about tokens that end answers.
+    recipe's settings. `problems`: reasons to refuse the recipe that no setting can remove. `notes`: on
+    the time limit, the vocabulary, and tokens that end answers.
     """
 
     loaded: LoadedRecipe
@@ -47,7 +47,7 @@ class Prepared:
     kernels: tuple[str, str]
     written: ExecutionSettings
     problems: Sequence[Problem] = ()
-    token_notes: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def base(self) -> LoadedModel:
