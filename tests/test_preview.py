@@ -108,7 +108,9 @@ def test_the_page_stands_alone_and_is_escaped(recipe: Path, tmp_path: Path) -> N
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.search(r'<span class="t" title="\d+: trained on">', text)
     assert re.search(r'<span class="t s" title="\d+: trained on">&lt;\|im_end\|&gt;</span>', text)
-    assert re.search(r'<span class="p" title="\d+: not trained on: prompt">', text)
+    assert re.search(
+        r'<span class="p" title="\d+: not trained on: prompt, or reasoning that data.reasoning masks">', text
+    )
 
 
 def test_a_page_that_cannot_be_written_is_the_user_s_error(recipe: Path, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from tunekit.recipe.reading.names import shows_of
 
 TRAINED = "trained on"
 FIRST = "not trained on: the first token, because no earlier token can predict it"
-PROMPT = "not trained on: prompt"
-BETWEEN = "not trained on: another turn, or the template's own text"
+PROMPT = "not trained on: prompt, or reasoning that data.reasoning masks"
+BETWEEN = "not trained on: another turn, masked reasoning, or the template's own text"
 AFTER = "not trained on: after the last answer"
 
 KINDS = {TRAINED: "t", FIRST: "p", PROMPT: "p"}  # CSS classes of tokens on the page; all other tokens are "o"
@@ -63,7 +63,7 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
                 console.info(part.title)
             console.print_segments(segments(part, tokenizer))
     if any(part.trained.any() for row in shown for part in loaded.objective.rows.spans(row)):
-        others = "prompts, other turns, and the text of the chat template"
+        others = "prompts, other turns, masked reasoning, and the text of the chat template"
         console.info(f"\nMarked text is trained on. The rest is not: {others}.")
     facts = statistics(loaded, shows.units, shows.sizes)
     console.table(["rows", "value"], facts)

@@ -127,6 +127,19 @@ def test_each_answer_is_trained_with_its_thinking_as_it_was_given(name: str) -> 
             assert tokenizer.decode(row.parts["ids"].tolist()).removesuffix("<eos>") == tokenizer.render(messages[:end])
 
 
+@pytest.mark.parametrize("name", [*REWRITES, "qwen3_8"])
+def test_kept_reasoning_is_what_trl_writes(name: str) -> None:
+    """trl's copies of these templates write the reasoning of every answer; here the original template is used."""
+    thoughts = {1: "T1", 3: "T2"}
+    messages = [{**turn, "reasoning_content": thoughts[at]} if at in thoughts else turn for at, turn in enumerate(CHAT)]
+    tokenizer, marked = tokenizer_for(name), (FOLDER / f"{name}_training.jinja").read_text("utf-8")
+    theirs = tokenizer.native.apply_chat_template(messages, chat_template=marked, tokenize=False)
+    for reasoning in ("train", "mask"):
+        row = encoder_of(tokenizer, reasoning=reasoning).encode(make_example({"messages": messages}), "x:1")
+        assert tokenizer.decode(row.parts["ids"].tolist()) == theirs
+        assert ["T1" in trained for trained in trained_texts(row, tokenizer)] == [reasoning == "train", False]
+
+
 def test_an_answer_that_no_template_rewrites_stays_in_its_conversation() -> None:
     for name, turns in (("llama3", CHAT), ("qwen3", ASKED)):
         encoder = encoder_of(tokenizer_for(name), rewritten_answers="each")

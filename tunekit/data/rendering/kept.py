@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from tunekit.data.rendering.control import ControlTokens
-from tunekit.data.rendering.reasoning import Answer, end_of_reasoning, split_reasoning
+from tunekit.data.rendering.reasoning import SplitAnswer, end_of_reasoning, split_reasoning
 from tunekit.data.rendering.turns import (
     Conversation,
     Tools,
@@ -77,7 +77,7 @@ class KeptReasoning:
         weights = tuple(messages[at].weight for at in wanted)
         return Conversation(joined, neutral, placed, weights, empty_answers(messages), tuple(reasoning))
 
-    def _lead(self, messages: Sequence[Message], index: int, answer: Answer, tools: Tools, text: str) -> _Lead:
+    def _lead(self, messages: Sequence[Message], index: int, answer: SplitAnswer, tools: Tools, text: str) -> _Lead:
         upto = messages[: index + 1]
         alone = self._turns.render(upto, tools)
         start, stop = self._place(messages, index - 1, tools, text), self._place(messages, index, tools, text)
@@ -98,7 +98,7 @@ class KeptReasoning:
         thought = end_of_reasoning(alone, answer.reasoning, answer_start, last)
         return _Lead(index, start, stop, alone, first, last, answer_start, thought, after)
 
-    def _neutral(self, upto: Sequence[Message], answer: Answer, tools: Tools, lead: _Lead) -> str:
+    def _neutral(self, upto: Sequence[Message], answer: SplitAnswer, tools: Tools, lead: _Lead) -> str:
         """The lead's text, with placeholders where the data spells special tokens."""
         alone = self._turns.render_neutral(upto, tools)
         if len(alone) == len(lead.text):

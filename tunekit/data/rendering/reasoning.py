@@ -14,7 +14,7 @@ _CLOSING = re.compile(r"\s*(?:<[^<>]*>|\[[^\[\]]*\])\s*")  # a tag, with the whi
 
 
 @dataclass(frozen=True)
-class Answer:
+class SplitAnswer:
     """An assistant turn, split: `message` without reasoning, the reasoning's text, and `block`: the reasoning as it is
     written before the content if the template has no field for it. Both texts are empty if there is no reasoning."""
 
@@ -37,20 +37,20 @@ class Answer:
         return next((name for name in REASONING if self.reasoning and reads_field(template, name)), None)
 
 
-def split_reasoning(message: Message) -> Answer:
+def split_reasoning(message: Message) -> SplitAnswer:
     """The turn, split from its reasoning, which is a field of the message or in <think> tags before its content."""
     if message.role != "assistant":
-        return Answer(message, "", "")
+        return SplitAnswer(message, "", "")
     inline = _INLINE.match(message.content)
     fields = [text for name in REASONING if isinstance(text := message.extra.get(name), str) and text.strip()]
     extra = {name: value for name, value in message.extra.items() if name not in REASONING}
     reasoning = fields[0] if fields else "" if inline is None else inline[1].strip("\n")
     if not reasoning.strip():
-        return Answer(replace(message, extra=extra), "", "")
+        return SplitAnswer(replace(message, extra=extra), "", "")
     content = message.content if inline is None else message.content[inline.end() :]
     block = f"<think>\n{reasoning}\n</think>\n\n" if fields or inline is None else inline[0]
     block = block if "<think>" in block else f"<think>\n{block}"
-    return Answer(replace(message, content=content, extra=extra), reasoning, block)
+    return SplitAnswer(replace(message, content=content, extra=extra), reasoning, block)
 
 
 def without_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:

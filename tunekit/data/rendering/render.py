@@ -233,8 +233,8 @@ class Renderer:
             raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
     def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Weights]:
-        kept = [split_reasoning(message).rendered(self._written) for message in example.messages]
-        self._need_template(kept if self._keeps else example.messages)
+        rendered = (split_reasoning(message).rendered(self._written) for message in example.messages)
+        self._need_template(tuple(rendered) if self._keeps else example.messages)
         self.notices.update([HAS_SYSTEM] if example.messages[0].role == "system" else [])
         finder = self._kept if self._keeps else self._turns
         conversation = finder.find(example, self.train_on)
