@@ -135,7 +135,7 @@ def test_the_code_of_a_card_computes_the_scores(name: str, tmp_path: Path, reque
     run = train(write_recipe(tmp_path, base, training={"epochs": None, "max_steps": 2}))
     export_verb(str(run), "hub", str(tmp_path / "labels"))
     code = (tmp_path / "labels" / "README.md").read_text("utf-8").split("```")[1].removeprefix("python\n")
-    places = {'"base"': repr(str(base)), '"NAMESPACE/labels"': repr(str(tmp_path / "labels"))}
+    places = {'"NAMESPACE/base"': repr(str(base)), '"NAMESPACE/labels"': repr(str(tmp_path / "labels"))}
     for written, place in places.items():
         code = code.replace(written, place)
     names: dict[str, Any] = {}

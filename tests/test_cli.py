@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import platform
 import pty
 import re
 import select
@@ -30,7 +31,7 @@ from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
 from tunekit.machine.threads import WAITING, thread_settings
-from tunekit.machine.variables import ENVIRONMENT
+from tunekit.machine.variables import ALLOCATOR, ENVIRONMENT, allocator_settings, torch_build
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.load import check_draft, load_recipe, read_draft
 from tunekit.recipe.reading.shipped import shipped_recipes
@@ -72,24 +73,18 @@ def test_a_command_of_one_process_is_refused_under_torchrun(
     assert not capsys.readouterr().err, "rank 0 prints it"
 
 
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "a:1"}, "a:1"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "b:1"}, "b:1"),
-    ],
-)
-def test_the_gpus_allocator_is_told_what_nobody_else_told_it(written: dict[str, str], expected: str) -> None:
+@pytest.mark.parametrize("written", [{}, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "b:1"}])
+def test_the_gpus_allocator_is_told_what_nobody_else_told_it(written: dict[str, str]) -> None:
     program = (
         "import os, sys; from tunekit.cli import app; app(['recipes'], standalone_mode=False);"
-        "print(os.environ['PYTORCH_ALLOC_CONF'], file=sys.stderr)"
+        f"print(*(os.environ.get(name) for name in {ALLOCATOR!r}), file=sys.stderr)"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH_")}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=clean | written
     )
-    assert done.stderr.split()[-1] == expected
+    expected = allocator_settings(written, platform.system(), platform.release(), torch_build()) | written
+    assert done.stderr.splitlines()[-1].split() == [expected.get(name, "None") for name in ALLOCATOR]
 
 
 @pytest.mark.drawn
@@ -485,7 +480,7 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
     nodes = [node for tree in trees for node in ast.walk(tree)]
     homes = {name.name: node.module for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("_verb")]
-    assert len(calls) == 33
+    assert len(calls) == 34
     for call in calls:
         name = ast.unparse(call.func)
         tree = ast.parse((package.parent / f"{homes[name]}.py".replace("tunekit.", "tunekit/")).read_text("utf-8"))
@@ -569,7 +564,8 @@ def test_another_tools_configuration_becomes_a_recipe(
         assert line in said
     titles = [line for line in said.splitlines() if not line.startswith(" ")]
     own = f"{theirs}: a configuration of LLaMA-Factory"
-    assert titles == [own, "changed:", "without effect here:", "defaults of the other tool, now written in the recipe:"]
+    defaults = "defaults of the other tool, now written in the recipe:"
+    assert titles == [own, "changed:", "without effect here:", defaults, "nothing is lost"]
     assert load_recipe(ours).recipe == check_draft(*read_draft(theirs, imported=True)).recipe
     assert load_recipe(ours).rewrites == []
     source = load_recipe(ours).recipe.data.train[0]

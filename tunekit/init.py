@@ -357,10 +357,8 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     """
     recipe = load_recipe(target).recipe
     if not (Path(first.model).exists() or first.model in models_at_hand() or first.model.startswith("builtin:")):
-        return first, [
-            f"{first.model} is not on this machine yet: the first run downloads it; `tunekit plan` reads its "
-            "configuration from the hub"
-        ]
+        how = "the first run downloads it; `tunekit plan` reads its configuration from the hub"
+        return first, [f"{first.model} is not on this machine yet: {how}"]
     from tunekit.machine.devices import make_devices
     from tunekit.machine.drivers import gpu_problem
     from tunekit.machine.memory import available_bytes
@@ -396,8 +394,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     if rows.dropped:
         results.append(f"{rows.dropped:,} of {rows.read:,} rows are dropped: " + ", ".join(rows.dropped_reasons))
     if not fits:
-        results.append(
-            "warning: the run does not fit in memory; set memory.budget, and `tunekit plan` looks for settings that fit"
-        )
+        how = "set memory.budget, and `tunekit plan` looks for settings that fit"
+        results.append(f"warning: the run does not fit in memory; {how}")
     refused += filter(None, [gpu_problem()])
     return first, [*results, *(f"warning: {text}" for text in refused)]

@@ -116,7 +116,7 @@ def test_names_of_the_text_class_are_read_and_renamed(model_type: str, tmp_path:
     assert all(key.startswith(("base_model.model.model.layers.", "base_model.model.model.per_")) for key in keys)
     target = find_target(str(tmp_path / "text"), None, [])
     assert target.adapter != tmp_path / "text"
-    assert "read as" in target.rewrites[-1]
+    assert "read as" in target.notes[-1]
     plain, head = load(tmp_path / "base"), base.family.head_name(base.net)
     with pytest.raises(AdapterError, match=r"names of another class.*adapter convert"):
         attach_adapter_folder(plain.net, tmp_path / "text", head_name=head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,13 +39,15 @@ peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Callable[[str], Path]:
     """Folders of the bases, written when they are asked for."""
     root = tmp_path_factory.mktemp("bases")
 
     def folder(family: str) -> Path:
         if not (root / family).exists():
             BASES[family].make().save_pretrained(str(root / family))
+            for file in tiny_llama.glob("*token*"):
+                shutil.copy(file, root / family)
         return root / family
 
     return folder

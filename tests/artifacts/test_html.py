@@ -27,7 +27,7 @@ def test_a_run_is_told_with_its_own_numbers(tmp_path: Path) -> None:
     cells = re.sub(r' data-head="[^"]*"', "", page)
     assert "<td>eval.jsonl:6</td><td>7</td><td>2.6</td>" in cells  # a worst row: its units, its loss before and after
     assert '<th scope="col" class="text">text (the trained part is marked)</th>' in page  # left, as its cells are
-    assert "&lt;|user|&gt;cakes?<mark>&lt;u&gt;two&lt;/u&gt; lemon cakes</mark>" in page
+    assert "cakes?<mark>&lt;u&gt;two&lt;/u&gt; lemon cakes</mark>" in page
     charts = {chart.id: chart for chart in charts_of([run])}
     assert charts["chart-loss"].series[0].y == [float(f"{record['loss']:.5g}") for record in run.steps]
     assert charts["chart-loss"].series[-1].x == [0, 40]

@@ -31,7 +31,7 @@ from tunekit.errors import InputError
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.reference import load_reference
 from tunekit.targets.target import find_target, load_target
-from tunekit.tuned.model import TunedModel
+from tunekit.tuned.model import ModelRun
 
 CPU = torch.device("cpu")
 FAST = {"learning_rate": 0.02, "epochs": 2}
@@ -177,17 +177,16 @@ def test_samples_equal_trls_with_its_reference_adapter(
     reward = {"function": "rewards.py:even", "allow_code": True}
     objective = {"method": method, "reward": [reward], **settings}
     sections = {"data": {"eval": None}, "adapter": continued(supervised), "training": TRAINING}
-    generate = TunedModel.generate
+    generate = ModelRun.generate
 
-    def given(self: TunedModel, tokenizer: Any, prompts: Any, **more: Any) -> Any:
-        simulated = self.device.type == "meta"
-        return generate(self, tokenizer, prompts, **more) if simulated else completions_of(prompts)
+    def given(self: ModelRun, tokenizer: Any, prompts: Any, **more: Any) -> Any:
+        return generate(self, tokenizer, prompts, **more) if self.is_simulated else completions_of(prompts)
 
     def theirs(self: Any, prompts: Any, *more: Any) -> Any:
         completions = completions_of(prompts)
         return (completions, None) if method == "grpo" else completions  # grpo's: with the sampler's log-probabilities
 
-    monkeypatch.setattr(TunedModel, "generate", given)
+    monkeypatch.setattr(ModelRun, "generate", given)
     monkeypatch.setattr(trainer, "_generate_single_turn", theirs)
     ours = train(write_prompts(tmp_path / "ours", base, rows, code=REWARD, objective=objective, **sections))
     exec(REWARD, namespace := dict[str, Any]())

@@ -357,7 +357,8 @@ def test_odd_keys_and_values_stay_on_one_line(text: str, expected: str, tmp_path
 def test_what_an_alias_could_not_write_is_not_also_missing(tmp_path: Path) -> None:
     text = "model: m\ndatasets: [{path: a.jsonl, shards: 4}]\nsequence_len: 9\noutput: {dir: out}\n"
     assert problems_of(text, tmp_path) == [
-        "recipe.yaml:2: datasets: 'shards' would be lost; write the source under data.train"
+        "recipe.yaml:2: datasets.0.shards: is a key of another tool and would be lost; "
+        "write the source under data.train"
     ]
 
 

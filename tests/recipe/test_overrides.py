@@ -130,7 +130,7 @@ def test_lines_of_keys(tmp_path: Path) -> None:
         ("~data.train.3", "data.train.3: the list has no such item"),
         ("~output.dir", "output.dir: is required; write dir: runs/first"),
         ("~", "'': is not a dotted key"),
-        ("optim=adafactor", "optim: 'adafactor' has no exact translation"),
+        ("optim=adagrad", "optim: 'adagrad' has no exact translation"),
     ],
 )
 def test_bad_overrides(override: str, expected: str, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_peft_names_in_adapter(tmp_path: Path) -> None:
             "recipe.yaml:5: num_train_epochs: num_train_epochs and num_epochs (recipe.yaml:4)",
         ),
         ("num_epochs: abc", "recipe.yaml:4: training.epochs (written num_epochs): must be a number, not 'abc'"),
-        ("optim: adafactor", "recipe.yaml:4: optim: 'adafactor' has no exact translation"),
+        ("optim: adagrad", "recipe.yaml:4: optim: 'adagrad' has no exact translation"),
         ("lr_scheduler: one_cycle", "recipe.yaml:4: lr_scheduler: 'one_cycle' has no exact translation"),
         (
             "lr_scheduler: constant\nwarmup_steps: 5",

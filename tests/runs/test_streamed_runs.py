@@ -17,6 +17,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.memory.bandwidths import BANDWIDTHS, layer_bytes, max_tokens_per_second
 from tunekit.memory.streaming import gather_on_host
 from tunekit.model.load import load_model, make_meta_model
+from tunekit.planning.resources import read_resources
 from tunekit.planning.tiers import weight_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.memory import MemorySection
@@ -158,7 +159,7 @@ def test_a_budget_too_small_for_the_base_streams_it(
 def test_a_streamed_run_is_told_how_fast_it_can_be(model: Path) -> None:
     base = make_meta_model(ModelSection(name_or_path=str(model), dtype="float32"), device=CPU)
     choice = ExecutionSettings(1, 4, 64, streaming="disk", pass_micro_batches=4)
-    notes = list(weight_notes(MemorySection(), base, CPU, choice, tokens=50))
+    notes = list(weight_notes(MemorySection(), base, read_resources(CPU), choice, tokens=50))
     rate = BANDWIDTHS["disk"]["NVMe of PCIe 3"] * 200 / (2 * layer_bytes(base))  # BW T / (2 b): there and back
     assert f"{rate:,.0f} over NVMe of PCIe 3" in notes[1]
     assert f"{2 * rate:,.0f} over NVMe of PCIe 4" in notes[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,6 +195,7 @@ def test_a_run_of_an_earlier_version_is_not_evaluated_on_a_share(tiny_llama: Pat
         evaluate_verb(str(run), None, None, None, [], None, [])
     evaluate_verb(str(run), None, str(tmp_path / "train.jsonl"), None, [], None, [])
     (run / "status.json").unlink()
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(RunFolderError, match=r"data\.eval: an earlier version .*; start a new run") as caught:
         train(tmp_path / "recipe.yaml", resume=True)
     assert len(caught.value.problems) == 1

@@ -33,7 +33,7 @@ JSON_FILES: dict[str, tuple[str, ...]] = {
     "report.json": (
         *("adapter_bytes", "budget_bytes", "calibration", "measured_bytes", "peak_allocated_bytes", "peak_host_bytes"),
         *("peak_requested_bytes", "peak_reserved_bytes", "predicted_bytes", "reactions", "seconds"),
-        *("supervised_tokens_per_second", "tokens_per_second"),
+        *("starts", "supervised_tokens_per_second", "tokens_per_second"),
     ),
 }
 MOST_TENSORS, MOST_VALUES = 3, 3  # that one message names

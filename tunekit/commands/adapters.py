@@ -48,7 +48,7 @@ def convert(
     ] = None,
     base: Base = None,
 ) -> None:
-    """Convert an adapter to plain LoRA for the original base, or to the names of another class of its base."""
+    """Convert an adapter to plain LoRA, or rename its modules."""
     from tunekit.adapter import convert_verb, rename_verb
 
     if names is not None:

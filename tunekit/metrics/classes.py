@@ -34,7 +34,7 @@ def confusion_table(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]
 
 def confused_pairs(facts: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]] | None:
     """Header and lines of a table of the pairs of labels that are confused most often; None if none is confused."""
-    labels, matrix = facts["labels"], facts.get("confusion", ())
+    labels, matrix = facts.get("labels", ()), facts.get("confusion", ())
     cells = ((count, true, other) for true, row in enumerate(matrix) for other, count in enumerate(row))
     wrong = sorted((cell for cell in cells if cell[0] and cell[1] != cell[2]), key=lambda cell: -cell[0])
     lines = [[labels[true], labels[other], count] for count, true, other in wrong[:MOST_SHOWN]]

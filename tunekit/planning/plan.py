@@ -61,12 +61,12 @@ def plan(
     ]
     notes = [*_notes(prepared, written_recipe, execution, reasons), *kernel_notes(kernels, why, prepared.base.net)]
     steps, settings = prepared.cut(execution.micro_batch_size, execution.gradient_accumulation_steps)
-    made = _make_plan(prepared, written_recipe, steps, settings, execution)
+    draft = _make_plan(prepared, written_recipe, steps, settings, execution)
     base, context = prepared.base, prepared.context
     inputs = prepared.recipe.model, context.processor, prepared.rows, settings, prepared.recipe.adapter
     largest = prepared.forecast.largest_batch(settings.micro_batch_size)
     facts = refusals.learned_length(base, context.virtual_tokens), kernel_packages(base.net)
-    return replace(made, refusals=refused, notes=notes), Planned(*inputs, largest, *facts)
+    return replace(draft, refusals=refused, notes=notes), Planned(*inputs, largest, *facts)
 
 
 def _sharded(recipe: Recipe) -> Recipe:
