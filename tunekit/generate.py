@@ -105,11 +105,8 @@ def generate_verb(
         if system is None and (usual := trained_system(spec)) is not None:
             console.warn(f"the training rows begin with a system message; to use it, add --system {shlex.quote(usual)}")
         texts = _texts_of(items, loaded)
-        files = prompts is not None and (os.path.isdir(prompts) or is_media(prompts))
-        if os.path.isdir(prompts or ""):
-            console.warn(*filter(None, [passed_over(Path(str(prompts)))]))
-        if files and (draws or loaded.model.base.family.reads_ids):
-            raise InputError(f"{prompts}: the model reads texts, not files", "name a file with one prompt per line")
+        if prompts is not None:
+            _check_files(console, prompts, reads_texts=draws or loaded.model.base.family.reads_ids)
         if draws:
             _draw(console, loaded, texts, seed or 0, Path(output or "pictures"))
             return
@@ -123,6 +120,15 @@ def generate_verb(
     for scored, value in scores:
         console.json({**scored, "score": value})
     _write_answers(console, rows, answers, as_lines=prompt is None or len(prompt) > 1)
+
+
+def _check_files(console: Console, prompts: str, *, reads_texts: bool) -> None:
+    """Print which files of a folder are passed over. Raises: InputError for files if the model reads texts."""
+    is_folder = os.path.isdir(prompts)
+    if is_folder:
+        console.warn(*filter(None, [passed_over(Path(prompts))]))
+    if reads_texts and (is_folder or is_media(prompts)):
+        raise InputError(f"{prompts}: the model reads texts, not files", "name a file with one prompt per line")
 
 
 def _require_one(sources: Mapping[str, object]) -> None:

@@ -60,7 +60,7 @@ from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.answers import SIDES
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.data import DataSection, Source
-from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.recipe.objectives.sft import SftSettings
 from tunekit.recipe.reading.names import known_names, settings_class
@@ -244,8 +244,6 @@ def test_halves_hold_each_row_once_and_add_up(
 ) -> None:
     objective, rows = make_case(name, processors)
     section = objective.section(ModelSection(name_or_path=str(folders[objective.family]), dtype="float32"), 0)
-    if isinstance(section, HeadedModel):  # the images' folder has a head for other labels
-        section = section.model_copy(update={"new_head": True})
     base = load_model(section, device=CPU)
     model = TunedModel(base, None, chunk_tokens=3)
     model.companions = make_companions(objective.companions)

@@ -553,23 +553,6 @@ def test_listed_labels_are_read_as_those_of_the_rows(bert: Path, tmp_path: Path)
         load_recipe(recipe)
 
 
-def test_a_head_of_another_width_names_the_tensor_and_the_file(bert: Path, tmp_path: Path) -> None:
-    """Else the head would be drawn at random, although the recipe keeps it."""
-    base = classifier(tmp_path / "base", bert, "a", "b")
-    config = json.loads((base / "config.json").read_text())
-    config |= {"id2label": {"0": "yes", "1": "no", "2": "perhaps"}, "label2id": {"yes": 0, "no": 1, "perhaps": 2}}
-    (base / "config.json").write_text(json.dumps(config))
-    recipe = write_recipe(tmp_path, base, objective={"method": "classify", "labels": ["yes", "no", "perhaps"]})
-    wrong = (
-        r"base/model\.safetensors: model\.name_or_path: the tensor classifier\.(weight|bias) has the shape \[2.*\], "
-        r"but config\.json declares \[3.*; use the config\.json that belongs to these weights"
-    )
-    with pytest.raises(TunekitError, match=wrong):
-        train(recipe)
-    with pytest.raises(TunekitError, match=wrong):
-        evaluate_verb(str(base), None, str(tmp_path / "train.jsonl"), None, [], None, [])
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deberta_computes_in_float32_only(bert: Path, tmp_path: Path, dtype: str) -> None:
     """transformers makes some of its biases in float32, and multiplies them with 16-bit numbers."""

@@ -64,6 +64,26 @@ def evaluate(
         evaluate_tasks(target, base, names, json_file, overrides or [], allow_code=allow_code)
 
 
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|-",
+        help='one prompt per line (.jsonl: {"prompt": ...}), a table (.csv, .tsv, .json, .parquet) with a column '
+        "prompt or text, or a folder of recordings or images; a row can name its adapter's folder in the field "
+        "adapter",
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P",
+        min=0,
+        max=1,
+        help="with --temperature: sample from the most likely tokens with total probability P",
+    ),
+]
+
+
 @app.command()
 def generate(
     target: TargetName,
@@ -72,15 +92,7 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="a prompt; repeat the option for several")
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|-",
-            help='one prompt per line (.jsonl: {"prompt": ...}), a table (.csv, .tsv, .json, .parquet) with a column '
-            "prompt or text, or a folder of recordings or images; a row can name its adapter's folder in the field "
-            "adapter",
-        ),
-    ] = None,
+    prompts: PromptFile = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -88,15 +100,7 @@ def generate(
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(metavar="T", min=0, help="0: always the most likely token")] = 0.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            min=0,
-            max=1,
-            help="with --temperature: sample from the most likely tokens with total probability P",
-        ),
-    ] = None,
+    top_p: TopP = None,
     top_k: Annotated[
         int | None,
         typer.Option(metavar="K", min=1, help="with --temperature: sample from the K most likely tokens"),

@@ -334,18 +334,11 @@ def _finish(
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note.
-    Raises: ModelError if such a module is in the files, with another shape."""
+    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
     names = [name for name in new_modules if name != replaced]
     if not names:
         return []
-    headers = _headers(spec.source)
-    for name in names:  # a module of another shape is no new module: its trained values would be lost
-        for part, tensor in net.get_submodule(name).state_dict(keep_vars=True).items():
-            stored = headers.get(f"{name}.{part}")
-            if stored is not None and tuple(stored.shape) != tuple(tensor.shape):
-                raise _wrong_shape(spec.source, f"{name}.{part}", stored.shape, tensor.shape)
     what = f"the base's files do not contain {', '.join(names)}"
     return [f"{what}; these modules are initialised at random, fully trained, and saved with the adapter or model"]
 
