@@ -13,6 +13,7 @@ from tunekit.data.batching.steps import BatchSettings
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
 from tunekit.evaluation.evaluator import check_queries
+from tunekit.machine.drivers import gpu_problem
 from tunekit.model.attention.documents import keeps_documents_apart, shares_prefixes
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, make_meta_model
@@ -100,7 +101,9 @@ def prepare(
         written=written_execution(recipe, kernels[0], ranks),
     )
     findings.add([*run_checks(prepared, resumed=resumed), *companion_problems])
-    notes = [*time_notes(recipe, steps.count), *_vocabulary_notes(context), *end_notes(prepared)]
+    problem = gpu_problem() if device.type == "cpu" else None
+    notes = [] if problem is None else [f"warning: this run uses the CPU: {problem}"]
+    notes += [*time_notes(recipe, steps.count), *_vocabulary_notes(context), *end_notes(prepared)]
     return replace(prepared, problems=tuple(findings.problems), notes=tuple(notes))
 
 

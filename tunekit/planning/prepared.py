@@ -31,7 +31,7 @@ class Prepared:
     them. `stored`: the base's files. `rows`: with the objective laid out for the base. `batch_settings`, `steps`: with
     the recipe's micro-batches. `kernels`: the kernels that this rank can use, and the reason as text. `written`: the
     recipe's settings. `problems`: reasons to refuse the recipe that no setting can remove. `notes`: on
-    the time limit, the vocabulary, and tokens that end answers.
+    an unused GPU, the time limit, the vocabulary, and tokens that end answers.
     """
 
     loaded: LoadedRecipe

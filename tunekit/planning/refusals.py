@@ -16,7 +16,6 @@ from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.evaluation.tasks.run import NO_TEMPLATE, TEMPLATE_KEY
 from tunekit.machine.devices import capability, kind_of
-from tunekit.machine.drivers import gpu_problem
 from tunekit.machine.threads import processors
 from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.compute import computes_bfloat16
@@ -231,8 +230,6 @@ def run_notes(recipe: Recipe, base: LoadedModel, device: torch.device) -> Iterat
     shares = [module.p for module in base.net.modules() if isinstance(module, nn.Dropout)]
     if max(shares, default=0.0) > 0 or getattr(recipe.adapter, "dropout", 0.0) > 0:
         yield "dropout is on: with another micro-batch size, masks and losses differ slightly"
-    if device.type == "cpu" and (problem := gpu_problem()) is not None:
-        yield f"warning: this run uses the CPU: {problem}"
     if training.optimizer != "adamw":
         yield f"{training.optimizer}: before each update, the host waits for the device and checks the gradients"
     elif base.dtype == torch.float16:
