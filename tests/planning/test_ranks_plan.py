@@ -279,7 +279,7 @@ def _count_micro_batches(folder: Path) -> None:
 
     from tunekit.data.batching.steps import StoredSteps
 
-    count, ours = [0], StoredSteps._window
+    count, ours = [0], StoredSteps._make_step
 
     def counted(self: StoredSteps, *place: int) -> object:
         step = ours(self, *place)
@@ -287,7 +287,7 @@ def _count_micro_batches(folder: Path) -> None:
         (folder / f"micro-batches.{os.environ['RANK']}").write_text(str(count[0]))
         return step
 
-    StoredSteps._window = counted  # type: ignore[method-assign, assignment]
+    StoredSteps._make_step = counted  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.slow
