@@ -28,6 +28,7 @@ JSON_FILES: dict[str, tuple[str, ...]] = {
     "adapter/tunekit.json": ("base.path", "files.adapter_config.json"),
     "plan.json": (
         *("budget_bytes", "choice", "notes", "peak_bytes", "recipe.evaluation.tasks", "recipe.output"),
+        *("recipe.training.max_minutes",),
         *("trial_reason", "tries_longest_batch"),
     ),
     "report.json": (
