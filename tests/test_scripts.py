@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ def clone(tmp_path: Path) -> Path:
     (tmp_path / "scripts").mkdir()
     shutil.copy(REPOSITORY / "scripts" / "setup", tmp_path / "scripts")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\n')
-    whole = f'#!/bin/sh\ncase "$2" in pip) exit;; esac\nexec {sys.executable} "$@"\n'
+    whole = f'#!/bin/sh\ncase "$2" in pip) exit;; esac\nexec {shlex.quote(sys.executable)} "$@"\n'
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nfor folder; do :; done\nmkdir -p "$folder/bin"\n'
