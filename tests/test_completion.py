@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tunekit.commands.offers import complete_override
 from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.reading.shipped import shipped_folder, shipped_recipes
 
-RECIPE = str(shipped_recipes()["sft-lora"])
+RECIPE = shlex.quote(str(shipped_recipes()["sft-lora"]))  # as it is typed
 PROGRAM = "from tunekit.cli import main; import sys; sys.argv[0] = 'tunekit'; main()"
 
 
@@ -73,7 +74,7 @@ def test_bash_itself_completes(tmp_path: Path) -> None:
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("bash is absent")
-    (tmp_path / "tunekit").write_text(f"#!{sys.executable}\n{PROGRAM}\n")
+    (tmp_path / "tunekit").write_text(f'#!{bash}\nexec "{sys.executable}" -c "{PROGRAM}"\n')
     (tmp_path / "tunekit").chmod(0o755)
     script = (
         'eval "$(_TUNEKIT_COMPLETE=source_bash tunekit)"\n'

@@ -341,9 +341,16 @@ def test_a_share_for_evaluation_may_take_the_only_row_of_a_label(llama: Path, tm
     once = "abcdefghijklmnop"
     held = [label for label in once if f"the label '{label}' occurs only in the evaluation rows" in notes([*once])]
     assert len(held) == 8  # each of them is a label of the head, which no training row has
-    place = once.index(held[0])
-    with pytest.raises(DataError, match="all training rows have the label 'same'"):
-        notes(["rare" if index == place else "same" for index in range(len(once))])
+
+    def refusal(place: int) -> str:
+        try:
+            return notes(["rare" if index == place else "same" for index in range(len(once))])
+        except DataError as error:
+            return str(error)
+
+    refusals = [refusal(place) for place in range(len(once))]  # the share follows a row's text and label
+    alone = [refusal for refusal in refusals if "all training rows have the label 'same'" in refusal]
+    assert 0 < len(alone) < len(once)
 
 
 @pytest.mark.drawn
