@@ -31,7 +31,7 @@ from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
 from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
 from tunekit.machine.threads import WAITING, thread_settings
-from tunekit.machine.variables import ALLOCATOR, ENVIRONMENT, allocator_settings, torch_build
+from tunekit.machine.variables import ALLOCATOR, allocator_settings, torch_build, variables
 from tunekit.model.transformers_guard import quiet
 from tunekit.recipe.load import check_draft, load_recipe, read_draft
 from tunekit.recipe.reading.shipped import shipped_recipes
@@ -44,7 +44,7 @@ HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate", "peft", "ri
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Call main() in this process; the exit code."""
     monkeypatch.setattr(sys, "argv", ["tunekit", *words])
-    for name, value in (ENVIRONMENT | thread_settings(os.environ)).items():
+    for name, value in (variables() | thread_settings(os.environ)).items():
         monkeypatch.setenv(name, os.environ.get(name, value))
     with pytest.raises(SystemExit) as caught:
         main()
@@ -294,7 +294,7 @@ def test_warnings_of_torchs_code_in_c_are_for_verbose(
     verbose: bool, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A warning about a lost rank has twenty lines of stack frames, and comes before tunekit's own message."""
-    for name in (LOUDNESS, *ENVIRONMENT):
+    for name in (LOUDNESS, *variables()):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     context: Any = SimpleNamespace()

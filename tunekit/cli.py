@@ -16,7 +16,7 @@ from tunekit.commands.order import InOrderOfUse
 from tunekit.console import Console
 from tunekit.console.loudness import LOUDNESS, is_quiet
 from tunekit.errors import EXIT_FAULT, InputError, ResourceError, TunekitError, exit_message, redact
-from tunekit.machine.variables import ENVIRONMENT
+from tunekit.machine.variables import variables
 
 EXIT_BROKEN_PIPE = 141
 VERBOSE = {"TORCH_CPP_LOG_LEVEL": "WARNING"}
@@ -60,7 +60,7 @@ def start(
     context.obj = debug
     if quiet or verbose:
         os.environ[LOUDNESS] = "verbose" if verbose else "quiet"
-    for name, value in (ENVIRONMENT | VERBOSE if verbose else ENVIRONMENT).items():
+    for name, value in (variables() | (VERBOSE if verbose else {})).items():
         os.environ.setdefault(name, value)
 
 

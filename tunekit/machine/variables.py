@@ -4,7 +4,6 @@ must be set before."""
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 
 from tunekit.machine.malloc import CACHED_KERNELS
 
@@ -18,6 +17,8 @@ def has_windows_driver(system: str = platform.system(), release: str = platform.
 
 def torch_build() -> str:
     """The version of torch without importing it; the part after + names the build, such as 2.13.0+cpu."""
+    from importlib.metadata import PackageNotFoundError, version  # a tenth of the time of --help, which needs it not
+
     try:
         return version("torch")
     except PackageNotFoundError:
@@ -36,12 +37,14 @@ def allocator_settings(environment: Mapping[str, str], system: str, release: str
     return {} if any(name in environment for name in ALLOCATOR) else {ALLOCATOR[0]: "expandable_segments:True"}
 
 
-ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
-    **allocator_settings(os.environ, platform.system(), platform.release(), torch_build()),
-    **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(CACHED_KERNELS)),
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings about a lost rank have twenty lines of C++ frames each
-}
+def variables() -> dict[str, str]:
+    """Name to value, of each variable that this machine and this installation want."""
+    return {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products; read when CUDA starts
+        **allocator_settings(os.environ, platform.system(), platform.release(), torch_build()),
+        **dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), str(CACHED_KERNELS)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings about a lost rank have twenty lines of C++ frames each
+    }
