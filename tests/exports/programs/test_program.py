@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from tests.support.train_case import in_child
-from tunekit.errors import InputError
+from tunekit.errors import InputError, ResourceError
 from tunekit.exports.programs import program as module
 from tunekit.exports.programs.program import Program, find_program, run_script
 from tunekit.exports.programs.versions import PROGRAMS, STAMP
@@ -71,6 +71,23 @@ def test_an_error_is_one_line_with_the_end_of_the_log(scripts: Path) -> None:
     ) as error:
         run_script(PYTHON, "fails", {})
     assert "\n" not in str(error.value)
+
+
+FULL_DISK = "No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [(f"OSError(28, {FULL_DISK!r}, 'a.bin')", 2**30), (f"RuntimeError('write: {FULL_DISK}')", 2**30), ("OSError()", 0)],
+)
+def test_a_full_disk_is_a_missing_resource(
+    scripts: Path, monkeypatch: pytest.MonkeyPatch, error: str, free: int
+) -> None:
+    """An error of Python, the words of another program, and a disk that has no room for the words."""
+    (scripts / "full.py").write_text(f"def answer(request):\n    raise {error}\n")
+    monkeypatch.setattr(module, "free_bytes", lambda path: free)
+    with pytest.raises(ResourceError, match=r"fake 1\.0 ended with exit code 1.*; free some space"):
+        run_script(PYTHON, "full", {})
 
 
 def test_a_signal_is_named(scripts: Path) -> None:

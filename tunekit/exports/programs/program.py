@@ -16,14 +16,15 @@ from typing import IO
 import numpy as np
 
 from tunekit.contracts import Array
-from tunekit.errors import InputError
+from tunekit.errors import InputError, ResourceError, TunekitError
 from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, programs_folder
-from tunekit.files.durable import is_own
+from tunekit.files.durable import FULL, free_bytes, is_own
 from tunekit.files.work_folder import temporary_folder
 from tunekit.records import JsonObject
 
 INSIDE = Path(__file__).parent / "inside"  # scripts that a program's own Python runs
 LIMIT_SECONDS, CONVERSION_SECONDS = 1800.0, 24 * 3600.0
+SMALLEST_FREE_BYTES = 4096  # a block: with less, no file can grow
 LOG_LINES, LINE_LENGTH = 3, 200  # of the log in an error message
 ENVIRONMENT = {  # of every program: no network; ggml states a failed assertion in its last line, without a debugger
     **dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "GGML_NO_BACKTRACE"), "1"),
@@ -91,7 +92,8 @@ def run_script(
     """Run a script of inside/, and return the arrays that it computes for a request. `arrays`: large values of the
     request.
 
-    Raises: InputError with the last lines of the program's log if it fails or takes longer than `seconds`.
+    Raises: InputError with the last lines of the program's log if it fails or takes longer than `seconds`;
+    ResourceError if a disk is full.
     """
     with temporary_folder() as name:
         folder = Path(name)
@@ -153,9 +155,12 @@ def ended_text(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def failure(program: Program, what: str, log: Path) -> InputError:
-    """The error of a program that failed, with the last lines of its log."""
+def failure(program: Program, what: str, log: Path) -> TunekitError:
+    """The error of a program that failed, with the last lines of its log. A full disk is known by the words of the
+    operating system, because other languages give no number, or by the log's own disk, which may have cut the log."""
     lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     last = " | ".join(re.sub(r"\x1b\[[0-9;]*m", "", line)[:LINE_LENGTH] for line in lines[-LOG_LINES:])
-    how = f"install a different version of {program.name}, or choose a different --to or --type"
-    return InputError(f"{program.name} {program.version} {what}{': ' if last else ''}{last}", how)
+    text = f"{program.name} {program.version} {what}{': ' if last else ''}{last}"
+    if free_bytes(log) < SMALLEST_FREE_BYTES or any(os.strerror(number) in last for number in FULL):
+        return ResourceError(text, f"free some space on the disks of the output and of {log.parent.parent}")
+    return InputError(text, f"install a different version of {program.name}, or choose a different --to or --type")
