@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenizers import pre_tokenizers
 from tunekit.errors import ModelError
 from tunekit.exports.programs.llama_cpp import tokens_of
 from tunekit.exports.programs.program import find_program
-from tunekit.model.text.gguf_tokenizer import SPACE, SPLITS
+from tunekit.model.text.gguf_tokenizer import SPACE, SPLITS, UNUSED_MERGE
 from tunekit.model.text.tokenizer import LoadedTokenizer, load_tokenizer
 from tunekit.recipe.model import ModelSection
 
@@ -23,7 +24,7 @@ PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256)
 TEXTS = ["1234 a.b", "a\n\n\nb  xyz c", "He'll pay $12.50`!\r\n", "x 你好12, été", "  a", "a b<s> a", ""]
 
 
-def write(path: Path, kind: str, values: dict[str, Any]) -> Path:
+def write(path: Path, kind: str, values: dict[str, Any], merges: Sequence[str] = MERGES) -> Path:
     """A file with a tokenizer and no weights."""
     writer = gguf.GGUFWriter(path, "llama")
     for name in ("context_length", "embedding_length", "block_count", "feed_forward_length", "head_count"):
@@ -38,7 +39,7 @@ def write(path: Path, kind: str, values: dict[str, Any]) -> Path:
     writer.add_token_types(types)
     writer.add_bos_token_id(names.index("<s>"))
     if kind == "gpt2":
-        writer.add_token_merges(MERGES)
+        writer.add_token_merges(merges)
     else:
         writer.add_token_scores([-float(len(PIECES) - at) for at in range(len(PIECES))])
     for name, value in values.items():
@@ -73,6 +74,14 @@ def test_words_are_split_as_the_file_states(name: str | None, text: str, tokens:
     tokenizer = load(write(tmp_path / "base.gguf", "gpt2", {} if name is None else {"pre": name}))
     assert [BYTES[number] for number in tokenizer.encode(text)] == tokens
     assert tokenizer.adds_bos == (name == "llama-bpe")
+
+
+def test_an_exported_tokenizer_without_merges_is_read(tmp_path: Path) -> None:
+    """llama.cpp needs a merge, whose tokens do not exist. Any other merge of unknown tokens is damage."""
+    tokenizer = load(write(tmp_path / "m.gguf", "gpt2", {"pre": "gpt-2"}, [UNUSED_MERGE]))
+    assert [tokenizer.backend.id_to_token(each) for each in tokenizer.encode("12 .b")] == ["1", "2", "Ġ", ".", "b"]
+    with pytest.raises(ModelError, match="out of vocabulary"):
+        load(write(tmp_path / "damaged.gguf", "gpt2", {"pre": "gpt-2"}, ["<|a|> <|b|>"]))
 
 
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:

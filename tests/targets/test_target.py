@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,11 @@ def test_a_name_that_is_nothing_says_what_was_looked_for(monkeypatch: pytest.Mon
 def test_a_path_that_is_nothing_says_so_without_the_hub() -> None:
     with pytest.raises(InputError, match=r"^\./nosuch is neither a folder, .* there is no folder or file \./nosuch"):
         find_target("./nosuch", None, [])
+
+
+def test_a_folder_named_like_a_recipe_is_no_recipe(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "base.yaml")
+    assert find_target(str(folder), None, []).model.name_or_path == str(folder)
 
 
 def test_rewritten_overrides_are_printed(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def find_target(target: str, base: str | None, overrides: Sequence[str], *, allo
     parsed = load_target_overrides(overrides)
     parsed.model.update(base_override(base))
     path, rewrites = Path(target).expanduser(), parsed.rewrites
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") and not path.is_dir():
         loaded = load_recipe(path)
         rewrites = [*loaded.rewrites, *rewrites]
         spec = _from_recipe("recipe", loaded.recipe, None, parsed)

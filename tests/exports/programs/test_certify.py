@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tunekit.exports.programs import install as module
-from tunekit.exports.programs.versions import PROGRAMS, STAMP
+from tunekit.exports.programs.versions import CONVERTER, PROGRAMS, STAMP
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "certify"
 
@@ -63,6 +63,18 @@ def test_a_broken_environment_is_made_anew(folder: Path, monkeypatch: pytest.Mon
     (folder / "mlx/bin/python").unlink()
     assert module.install("mlx") == 0
     assert [command[2] for command in ran] == ["venv", "pip"]
+
+
+def test_llama_cpp_comes_with_its_converter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(module.subprocess, "run", lambda command, check: ran.append(command))
+    assert module.install("llama.cpp") == 0
+    assert ran[-1][-4:-1] == ["--target", str(folder / CONVERTER), PROGRAMS["llama.cpp"].converter[0]]
+    (folder / "llama.cpp/bin").mkdir()
+    (folder / "llama.cpp/bin/python").touch()
+    assert not module.is_installed("llama.cpp")
+    (folder / CONVERTER).mkdir()
+    assert module.is_installed("llama.cpp")
 
 
 def test_a_python_without_venv(

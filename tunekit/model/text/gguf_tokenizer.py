@@ -4,7 +4,7 @@ file's tokens and merges, but not all rules that split a text before the merges.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from tunekit.errors import ModelError
 from tunekit.files.work_folder import temporary_folder
 from tunekit.model.storage.gguf_facts import FOLDER, KEY
 from tunekit.model.storage.source import ModelSource
+from tunekit.model.transformers_guard import replaced
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -50,6 +51,9 @@ SPLITS: dict[str, tuple[str, ...]] = {
 WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 OWN_PIECES = ("gemma", "gemma2", "gemma3")  # their pieces have no space in front, as transformers reads them
 
+# llama.cpp refuses a byte-level tokenizer without merges. This one never applies: merges begin with single characters.
+UNUSED_MERGE = "<|left|> <|right|>"
+
 
 @contextmanager
 def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path]:
@@ -71,6 +75,19 @@ def tokenizer_folder(source: ModelSource, names: Sequence[str]) -> Iterator[Path
             what = f"a link to {source.name_or_path} could not be made in a temporary folder ({error.strerror})"
             raise ModelError(what, FOLDER, key=KEY) from error
         yield Path(folder)
+
+
+def without_unused_merge() -> AbstractContextManager[None]:
+    """Context manager: transformers leaves UNUSED_MERGE out of a GGUF file's merges, because the package tokenizers
+    refuses a merge whose parts are not tokens."""
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as reader
+
+    read, unused = reader.get_merges, tuple(UNUSED_MERGE.split(" "))
+
+    def get_merges(*values: Any) -> list[tuple[str, ...]]:
+        return [merge for merge in read(*values) if merge != unused]
+
+    return replaced(vars(reader), get_merges=get_merges)
 
 
 def _is_tokenizer_of(path: Path, source: ModelSource) -> bool:

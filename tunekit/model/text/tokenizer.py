@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -17,7 +18,7 @@ from tunekit.errors import DataError, ModelError
 from tunekit.model.storage.gguf_facts import damage_named
 from tunekit.model.storage.inspection import check_gguf, read_answer_start
 from tunekit.model.storage.source import ModelSource, find_source
-from tunekit.model.text.gguf_tokenizer import TOKENIZER, split_as_llama_cpp, tokenizer_folder
+from tunekit.model.text.gguf_tokenizer import TOKENIZER, split_as_llama_cpp, tokenizer_folder, without_unused_merge
 from tunekit.model.text.templates import render_template
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import ModelSection
@@ -206,9 +207,10 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
         raise ModelError(what, how, key="model.name_or_path")  # transformers would invent one of a few tokens
     reads = tokenizer_folder(source, FILES)
     with damage_named(source), model_errors(section, "the tokenizer of "), quiet(), reads as folder:
-        native = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
-        )
+        with without_unused_merge() if source.gguf_file is not None else nullcontext():
+            native = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
+            )
         if source.gguf_file is not None and not (folder / TOKENIZER).exists():
             split_as_llama_cpp(native, source)
     if getattr(native, "backend_tokenizer", None) is None:
