@@ -198,9 +198,11 @@ def test_the_note_of_a_quantized_run_writes_the_base_that_is_compared(
     """A file with the base's full weights is not the base of this adapter."""
     adapter = adapter_of(base, tmp_path / "adapter")
     trained = make_exportable(find_target(str(adapter), None, ["model.quantization=nf4", *keys]))
-    note = format.write(trained, tmp_path / "adapter.gguf", evidence(), Options()).notes[-1]
+    error, note = format.write(trained, tmp_path / "adapter.gguf", evidence(), Options()).notes[-2:]
+    assert "its results on the full base differ by the quantization error (perplexity " in error
+    assert error.endswith("; the base.gguf below has the weights of the training")
     assert "-m base.gguf" in note
-    assert "base.gguf (with the nf4 weights of the training; the full weights differ) with: tunekit export " in note
+    assert "base.gguf (with the nf4 weights of the training) with: tunekit export " in note
     command = shlex.split(note.partition("with: tunekit export ")[2])
     assert command[-4:] == ["--to", "gguf", "--output", "base.gguf"]
     export_verb(command[0], "gguf", str(tmp_path / "base.gguf"), certify=False, overrides=command[1:-4])

@@ -36,7 +36,7 @@ from tunekit.exports.llama_cpp.metadata import limit_notes, right_up_to
 from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.texts import around, sample_texts, token_notes
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
-from tunekit.exports.plain_or_merged import composite_problems
+from tunekit.exports.plain_or_merged import composite_problems, quantization_note
 from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
 from tunekit.files.work_folder import temporary_folder, work_folder
@@ -100,10 +100,13 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
             base = shlex.quote(str(exportable.folder / exportable.gguf_file))
         else:
             kind = exportable.target.model.quantization if _is_quantized_here(exportable) else None
-            what = "" if kind is None else f" (with the {kind} weights of the training; the full weights differ)"
+            what = "" if kind is None else f" (with the {kind} weights of the training)"
             how = f"; write base.gguf{what} with: {_base_command(exportable)}"
         how = f"run it with: llama-server -m {base} --lora {path}{how}"
-        return Exported(path, "adapter", (*limit_notes(exportable.config), *_base_notes(exportable, facts), how))
+        remedy = "the base.gguf below has the weights of the training"
+        error = quantization_note(exportable, remedy) if _is_quantized_here(exportable) else ()
+        lines = (*limit_notes(exportable.config), *_base_notes(exportable, facts), *error, how)
+        return Exported(path, "adapter", lines)
     squares, notes = None, [*limit_notes(exportable.config), *token_notes(exportable)]
     if options.imatrix:
         rows, described = evidence.rows(ROWS, TOKENS)

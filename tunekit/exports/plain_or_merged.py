@@ -23,6 +23,8 @@ from tunekit.model.storage.upload import hub_name
 from tunekit.recipe.bases.paths import last_name
 from tunekit.targets.exportable import Exportable
 
+MERGED = "with --merged, the base has the weights of the training"
+
 
 def composite_problems(exportable: Exportable, program: str) -> list[Problem]:
     """The reason why a model that also reads images or audio is not converted for this program. A merged folder has the
@@ -127,12 +129,13 @@ def write_merged(exportable: Exportable, path: Path, reason: str, command: str) 
     )
 
 
-def quantization_note(exportable: Exportable) -> tuple[str, ...]:
-    """A note if the adapter was trained on quantized weights: the other program uses the full weights."""
+def quantization_note(exportable: Exportable, remedy: str = MERGED) -> tuple[str, ...]:
+    """A note if the adapter was trained on quantized weights: the other program uses the full weights, unless the user
+    follows `remedy`."""
     kind = exportable.target.model.quantization
     if kind == "none":
         return ()
     what = (
         f"the adapter was trained on {kind} weights, so its results on the full base differ by the quantization error"
     )
-    return (f"{what} ({full_base_text(exportable)}); with --merged, the base has the weights of the training",)
+    return (f"{what} ({full_base_text(exportable)}); {remedy}",)
