@@ -17,6 +17,7 @@ import pytest
 from tests.conftest import CHAT_TEMPLATE
 from tests.runs.test_kill import Watched, assert_resumes_to, events_of, interrupted
 from tests.support.train_case import kill_self, lose_the_end, records, result_bytes, train_in_child, write_recipe
+from tunekit.artifacts.stopped import named_state
 from tunekit.training.run import Run
 
 
@@ -106,6 +107,15 @@ def test_a_second_process_is_refused_and_the_first_goes_on(recipe: Path, whole: 
     seen = (tmp_path / "second.txt").read_text().split("\n", 1)
     assert seen[0] == "2"
     assert "in use" in seen[1] or "another" in seen[1]
+    assert ended.code == 0, ended.output
+    assert result_bytes(run) == result_bytes(whole)
+
+
+def test_a_finished_run_without_its_result_writes_it_again(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "adapter")
+    assert named_state(run, "r").note.endswith(", whose result was deleted")
+    ended = train_in_child(recipe, run, resume=True)
     assert ended.code == 0, ended.output
     assert result_bytes(run) == result_bytes(whole)
 

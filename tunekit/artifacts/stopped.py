@@ -104,6 +104,6 @@ def _reason(status: dict[str, object]) -> str:
     if not isinstance(code, int):
         return "killed"
     if code == 0:
-        return "stopped by training.max_minutes"
+        return "whose result was deleted" if status.get("finished") else "stopped by training.max_minutes"
     ended = ENDED.match(reason)
     return ended[0] if ended else f"ended with exit code {code}: {reason}"

@@ -16,6 +16,7 @@ from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.report.values import Values
 from tunekit.artifacts.run import ROWS_NAME, RunFolder, is_finished, read_json
+from tunekit.artifacts.stopped import find_result
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.data.encoding.images import png_bytes
 from tunekit.errors import ResourceError, RunFolderError, Stopped, TunekitError, is_out_of_memory
@@ -98,9 +99,10 @@ def read_checkpoint(session: Session, resume: bool) -> Checkpoint | None:
 
 
 def is_run_finished(session: Session) -> bool:
-    """Whether the run of this recipe in output.dir is finished. Raises: RunFolderError if a finished run in output.dir
-    has a different recipe."""
-    if not is_finished(Path(session.loaded.recipe.output.dir)):
+    """Whether the run of this recipe in output.dir is finished and has its result, which a resume otherwise writes
+    again. Raises: RunFolderError if a finished run in output.dir has a different recipe."""
+    path = Path(session.loaded.recipe.output.dir)
+    if not is_finished(path) or find_result(path) is None:
         return False
     refuse_changed_recipe(session)
     return True
