@@ -103,6 +103,10 @@ def test_runs_are_listed_with_what_became_of_them(tmp_path: Path, capsys: pytest
     assert [line["state"] for line in (good, dead, live)] == ["finished", "killed; continue with --resume", "running"]
     assert dead["steps"] == 7
     assert good["eval_loss"] < 2.6
+    for run, line in ((killed, dead), (going, live)):
+        report_verb([str(run)], None, "-", None)
+        assert json.loads(capsys.readouterr().out)["runs"][0]["state"] == line["state"]
+        assert f"State: {line['state']}." in (run / "report.html").read_text()
     lock.release()
     assert not is_held(going)
     assert not is_held(killed)

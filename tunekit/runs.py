@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tunekit.artifacts.report.values import damage_named, run_values, state_of
+from tunekit.artifacts.report.values import damage_named, run_values
 from tunekit.artifacts.run import RunFolder, is_finished
 from tunekit.console import Console
 from tunekit.errors import InputError, TunekitError
@@ -112,7 +112,7 @@ def run_line(path: Path) -> RunLine:
     newest = metrics if metrics.exists() else path / "plan.json"
     return RunLine(
         path=str(path),
-        state=state_of(values),
+        state=values.state,
         steps=values.steps[-1].count("step") if values.steps else 0,
         planned_steps=values.plan.count("steps") or None,
         loss=values.steps[-1].number("loss") if values.steps else None,

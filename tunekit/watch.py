@@ -13,7 +13,7 @@ from threading import Semaphore
 from tunekit.artifacts.metrics_log import METRICS_NAME, LoggedLine, Record, records_from
 from tunekit.artifacts.report.html import html_page
 from tunekit.artifacts.report.run_report import run_report
-from tunekit.artifacts.report.values import damage_named, read_run, run_values, state_of
+from tunekit.artifacts.report.values import damage_named, read_run, run_values
 from tunekit.artifacts.run import read_json
 from tunekit.console import Console
 from tunekit.console.progress import StepProgress
@@ -42,14 +42,14 @@ def watch_verb(folder: str, port: int | None) -> None:
 
 def _follow(path: Path, console: Console) -> None:
     run = run_values(path)
-    console.info(f"{path}: {state_of(run)}")
+    console.info(f"{path}: {run.state}")
     with StepProgress(console, run.plan.count("steps"), shows=run.shows) as progress:
         for record in _records(path, progress.stop):
             if isinstance(record, StepRecord):
                 progress.update(record)
             else:
                 progress.evaluation(record)
-    console.info(f"{path}: {state_of(run_values(path))}")
+    console.info(f"{path}: {run_values(path).state}")
 
 
 def _records(path: Path, at_end: Callable[[], None] = lambda: None) -> Iterator[StepRecord | EvaluationRecord]:

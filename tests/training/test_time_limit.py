@@ -21,7 +21,7 @@ from tests.support.train_case import (
     without_times,
     write_recipe,
 )
-from tunekit.artifacts.report.values import run_values, state_of
+from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.stopped import named_state
 from tunekit.errors import RecipeError
 from tunekit.planning.minutes import fitting_text, time_notes
@@ -100,7 +100,7 @@ def test_a_run_that_time_ended_has_a_result(limited: Path) -> None:
     page = (limited / "report.md").read_text()
     assert r"State: stopped by max\_minutes" in page
     assert "the schedule did not end" in page
-    assert state_of(run_values(limited)) == run_line(limited).state == "stopped by max_minutes"
+    assert run_values(limited).state == run_line(limited).state == "stopped by max_minutes"
 
 
 def test_its_name_means_its_result(limited: Path) -> None:

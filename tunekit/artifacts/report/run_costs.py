@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from tunekit.artifacts.report.sections import Bar, ReportSection, ReportTable
-from tunekit.artifacts.report.values import RunValues, state_of
+from tunekit.artifacts.report.values import RunValues
 from tunekit.console.progress import RATE_STEPS, seconds_left
 from tunekit.console.text import cell_text
 from tunekit.records import PeakBytes, bytes_text, calibration_text
@@ -42,7 +42,7 @@ def overview(run: RunValues) -> Iterator[ReportSection]:
         tiles.append(("speed", f"{rate:,.0f} {shows.sizes}/s", counts))
     pace = [spent for step in run.steps[-RATE_STEPS:] if (spent := step.number("seconds")) is not None]
     left = seconds_left(pace, run.plan.count("steps") - len(run.steps))
-    if left is not None and state_of(run) == "running":
+    if left is not None and run.state == "running":
         tiles.append(("time left", duration_text(left), f"at the pace of the last {len(pace):,} steps"))
     if seconds := report.numbers("seconds"):
         note = f"{duration_text(seconds.get('train', 0))} of this in training steps"

@@ -140,9 +140,12 @@ class RunValues:
 
     @property
     def state(self) -> str:
-        """The state of the run: finished, running, or the reason why it ended."""
+        """The state of the run: finished, running, or the reason why it ended. A run was killed if it has not ended but
+        no process has its lock."""
         if self.report and not self.status:
             return "finished"
+        if self.status.get("exit_code") is None:
+            return "running" if is_held(self.path) else "killed; continue with --resume"
         reason = str(self.status.get("reason", "not started")).replace(STOPPED_BY_TIME, "stopped by max_minutes", 1)
         return printable(reason, MOST_NAME)
 
@@ -201,11 +204,3 @@ def _object(value: object) -> Values:
 def sizes_counted(runs: Sequence[RunValues]) -> str:
     """The unit of the runs' speeds, such as tokens or pixels."""
     return " / ".join(dict.fromkeys(run.shows.sizes for run in runs))
-
-
-def state_of(values: RunValues) -> str:
-    """The state of a run: running, or why it ended. A run was killed if it has not ended but no process has its
-    lock."""
-    if values.status.get("exit_code") is not None:
-        return values.state
-    return "running" if is_held(values.path) else "killed; continue with --resume"
