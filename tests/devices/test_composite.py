@@ -54,11 +54,8 @@ def peaks(place: Path, folder: Path, *overrides: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("model_type", SHAPES)
-def test_the_peak_is_foreseen(
-    model_type: str, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_peak_is_foreseen(model_type: str, quantization: str, tmp_path: Path) -> None:
     folder = write_composite(model_type, tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
     predicted, measured = peaks(tmp_path, folder, f"model.quantization={quantization}")
     assert predicted == pytest.approx(measured, rel=0.02)
 
@@ -76,9 +73,7 @@ def test_the_device_holds_the_language_model_alone(model_type: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("model_type", TEXT_CLASSES)
-def test_a_run_takes_as_much_as_one_of_the_language_model_alone(
-    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_takes_as_much_as_one_of_the_language_model_alone(model_type: str, tmp_path: Path) -> None:
     """To the byte: nothing of the towers is on the device at any time."""
     folder = write_composite(model_type, tmp_path / "composite")
     whole = AutoConfig.from_pretrained(folder)
@@ -88,6 +83,5 @@ def test_a_run_takes_as_much_as_one_of_the_language_model_alone(
     for file in (tmp_path / "text").glob("*.safetensors*"):
         file.unlink()
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "text")
-    monkeypatch.chdir(tmp_path)
     both = [peaks(tmp_path / f"run-{kind}", tmp_path / kind) for kind in ("composite", "text")]
     assert both[0] == both[1]
