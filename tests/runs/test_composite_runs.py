@@ -25,9 +25,7 @@ from tests.support.train_case import (
 )  # fmt: skip
 from tunekit.generate import generate_verb
 
-REWARD = (
-    "def letters(completions, **columns):\n    return [len(set(said[0]['content'])) / 10 for said in completions]\n"
-)
+REWARD = "def letters(completions, **columns):\n    return [len(set(text)) / 10 for text in completions]\n"
 PAIRS = [{"prompt": f"say {n}", "chosen": f"so {n}", "rejected": "no", "answer": str(n)} for n in range(12)]
 GRPO = {"method": "grpo", "num_generations": 2, "max_completion_length": 6}
 WORK: dict[str, dict[str, Any]] = {  # sections of the recipe
