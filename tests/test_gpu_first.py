@@ -26,7 +26,7 @@ import packages  # noqa: E402  (tests.test_bench_gpu adds scripts/gpu to the pat
 import suite  # noqa: E402
 from page import make_page  # noqa: E402
 
-from tunekit.machine.variables import ENVIRONMENT  # noqa: E402
+from tunekit.machine.variables import variables  # noqa: E402
 
 
 def script() -> Any:
@@ -225,7 +225,7 @@ def test_a_child_has_the_settings_of_a_run_and_ends_with_this_process(
         suite.run_suite(tmp_path / "gpu.tests", 60.0)
     for child in children:
         assert child.returncode == -signal.SIGKILL
-        assert child.environment.get("PYTORCH_ALLOC_CONF") == ENVIRONMENT.get("PYTORCH_ALLOC_CONF")
+        assert child.environment.get("PYTORCH_ALLOC_CONF") == variables().get("PYTORCH_ALLOC_CONF")
         assert child.environment["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert len(children) == 2
 

@@ -197,8 +197,8 @@ print(json.dumps({{"plan": asdict(made), "modules": sorted(sys.modules)}}))
 MEASURE = """
 import importlib, json, os, sys
 sys.path.insert(0, {repository!r})
-from tunekit.machine.variables import ENVIRONMENT
-os.environ.update(ENVIRONMENT)
+from tunekit.machine.variables import variables
+os.environ.update(variables())
 def memory(name):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ":"))

@@ -41,7 +41,7 @@ from arithmetic import Ceilings, as_json  # noqa: E402
 from shapes import DOUBLES, ROWS, Row, rehearsed, shrink_models  # noqa: E402
 from suite import counts, exit_at_sigterm, run_suite, stop  # noqa: E402
 
-from tunekit.machine.variables import ENVIRONMENT  # noqa: E402
+from tunekit.machine.variables import variables  # noqa: E402
 
 RESULTS = REPOSITORY / "scripts" / "results"
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "peft", "bitsandbytes", "liger_kernel", "flash_attn")
@@ -249,7 +249,7 @@ def in_child(name: str, device: torch.device, file: Path, seconds: float) -> dic
     answer.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "--child", name, "--device", device.type, "--json", str(answer)]
     command += ["--rehearse"] if REHEARSES else []
-    environment = ENVIRONMENT | os.environ | {"TUNEKIT_DEVICE": device.type}
+    environment = variables() | os.environ | {"TUNEKIT_DEVICE": device.type}
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

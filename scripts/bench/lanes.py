@@ -64,8 +64,8 @@ STATE_BYTES = 16  # of a trained number: weight, gradient and two moments in flo
 RUN = """
 import json, os, resource, sys, time
 sys.path.insert(0, {repository!r})
-from tunekit.machine.variables import ENVIRONMENT
-os.environ.update(ENVIRONMENT)
+from tunekit.machine.variables import variables
+os.environ.update(variables())
 import torch
 torch.set_num_threads(1)
 from tunekit.training.engine import Engine

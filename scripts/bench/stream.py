@@ -45,8 +45,8 @@ GB = 1_000_000_000
 TRAIN = """
 import importlib, json, os, resource, sys, threading
 sys.path.insert(0, {repository!r})
-from tunekit.machine.variables import ENVIRONMENT
-os.environ.update(ENVIRONMENT)
+from tunekit.machine.variables import variables
+os.environ.update(variables())
 from tunekit.machine.memory import status_bytes
 def memory(*names):
     return [status_bytes(name) for name in names]

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tunekit.machine.variables import ENVIRONMENT
+from tunekit.machine.variables import variables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SUITE = "tests/gpu"
@@ -72,7 +72,7 @@ def run_suite(
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-p", "outcomes", suite]
     command += [argument for plugin in plugins for argument in ("-p", plugin)]
     paths = [str(Path(__file__).parent), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    environment = ENVIRONMENT | os.environ | {"TUNEKIT_OUTCOMES": str(file), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = variables() | os.environ | {"TUNEKIT_OUTCOMES": str(file), "PYTHONPATH": os.pathsep.join(paths)}
     problem = "no time was left"
     while time.monotonic() < ends:
         before, size = len(read_outcomes(file)), file.stat().st_size if file.exists() else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,6 +70,22 @@ def register(double: Double) -> None:
     LIBRARY = torch.library.Library("aten", "IMPL")
     LIBRARY.impl("_flash_attention_forward", forward, "CUDA")
     LIBRARY.impl("_flash_attention_backward", backward, "CUDA")
+    LIBRARY.impl("_conv_depthwise2d", partial(_convolution, double), "CUDA")
+    LIBRARY.impl("convolution_backward", partial(_convolution_backward, double), "CUDA")
+
+
+def _convolution(double: Double, x: Tensor, weight: Tensor, kernel: Any, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """Each channel by itself, for which the CPU has no operator of this name."""
+    with double.unwatched():
+        on_host = [None if each is None else each.cpu() for each in (x, weight, bias)]
+        return torch.conv2d(*on_host, *geometry, groups=x.shape[1]).to(x.device)  # type: ignore[arg-type]
+
+
+def _convolution_backward(double: Double, gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+    """Of any convolution: torch's own asks a GPU for the kernel of channels by themselves."""
+    with double.unwatched():
+        found = torch.ops.aten.convolution_backward(*(each.cpu() for each in (gradient, x, weight)), *rest)
+    return tuple(None if each is None else each.to(x.device) for each in found)
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -138,9 +139,21 @@ def model_errors(section: ModelSection, part: str = "") -> Iterator[None]:
         if CODE_ARGUMENT in text:
             how = "read that code, and set model.trust_remote_code: true if you trust it"
             raise ModelError(f"{name} runs remote code", how, key="model.trust_remote_code") from error
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-        how = "compare its files with the model's page, or choose another base"
-        raise ModelError(f"{name} cannot be loaded: {lines[0]}", how, key="model.name_or_path") from error
+        why, how = _reason(error)
+        raise ModelError(f"{name} cannot be loaded: {why}", how, key="model.name_or_path") from error
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """What an error of transformers means, in one line, and what to do about it."""
+    text = str(error)
+    if isinstance(error, ImportError) and (command := re.search(r"pip install [\w.-]+\w", text)):
+        what = re.search(r"\w+ requires the [\w-]+ library", text)
+        return what[0] if what else text.strip().partition("\n")[0], f"run: {command[0]}"
+    if unknown := re.search(r"model type `(.+?)` but Transformers does not recognize", text):
+        version = sys.modules["transformers"].__version__
+        return f"transformers {version} does not know {unknown[1]}", "update transformers, or choose another base"
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0], "compare its files with the model's page, or choose another base"
 
 
 def refuse_code(error: Exception, file: Path) -> None:

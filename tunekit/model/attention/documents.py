@@ -23,6 +23,7 @@ from tunekit.model.attention.cpu_kernel import MAX_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.native.attention import attend_natively
+from tunekit.model.parts import is_composite
 from tunekit.model.pretrained import as_pretrained, config_of, text_config
 from tunekit.model.transformers_guard import replaced
 
@@ -180,10 +181,12 @@ def _runs(net: nn.Module) -> bool:
 
 
 def _trial_of(net: nn.Module) -> Callable[[], object]:
-    """A function that runs 5 tokens through a meta copy of the net. Raises the errors of the model's own code."""
+    """A function that runs 5 tokens through a meta copy of the net, or of a composite model's decoder (the forward of
+    Llama 4's composite class fails in transformers 5.24). Raises the errors of the model's own code."""
+    part = as_pretrained(net).get_decoder() if is_composite(net) else net
     with torch.device("meta"):
         # The dtype in which experts' kernels run on the meta device.
-        trial = as_pretrained(net)._from_config(config_of(net), dtype=torch.bfloat16).eval()
+        trial = as_pretrained(part)._from_config(config_of(part), dtype=torch.bfloat16).eval()
 
     def run() -> None:
         with torch.device("meta"), torch.no_grad():

@@ -26,7 +26,17 @@ PROVEN = frozenset(
         *("hunyuan_v1_moe", "jamba", "jetmoe", "lfm2", "lfm2_moe", "llama4_text", "mamba", "mamba2", "minicpm3"),
         *("minimax", "ministral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3"),
         *("olmoe", "openai-gpt", "persimmon", "phimoe", "qwen2_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next"),
-        *("recurrent_gemma", "seed_oss", "solar_open", "stablelm", "vaultgemma", "xglm", "youtu"),
+        *(
+            "qwen2_5_vl_text",
+            "qwen3_vl_text",
+            "recurrent_gemma",
+            "seed_oss",
+            "solar_open",
+            "stablelm",
+            "vaultgemma",
+            "xglm",
+            "youtu",
+        ),
         *("t5", "mt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "whisper", "moonshine"),
     ]
 )
