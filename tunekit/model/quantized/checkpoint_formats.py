@@ -41,12 +41,12 @@ def scale_values(stored: Tensor) -> Tensor:
 
 
 def plain_numbers(codes: Tensor) -> Tensor:
-    """Unpacking that are stored as they are, as float8 or int8."""
+    """Numbers that are stored as they are, as float8 or int8."""
     return codes.float()
 
 
 def fp4_numbers(codes: Tensor) -> Tensor:
-    """Unpacking of 4 bits (E2M1), two in a byte, the first in the lower half: (N, bytes) -> (N, 2 bytes)."""
+    """Numbers of 4 bits (E2M1), two in a byte, the first in the lower half: (N, bytes) -> (N, 2 bytes)."""
     values = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)])  # (16,)
     codes = codes.view(torch.uint8)
     return values[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1).int()]
