@@ -18,6 +18,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from tests.architectures.tiny import write_tiny
+from tests.conftest import write_tiny_llama
+from tests.support.quantized_folders import write_mxfp4, write_quantized
 from tests.support.train_case import in_child
 from tunekit.adapters.attach import attach_adapter
 from tunekit.adapters.folder.read import save_adapter_folder
@@ -340,6 +342,26 @@ def test_a_base_with_the_names_of_an_older_version(tmp_path: Path) -> None:
     running = logits_of(model.net)
     merge(adapter, tmp_path / "merged")
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp8-blocks", "float32"), ("awq", "bfloat16"), ("mxfp4", "float32")])
+def test_a_base_with_quantized_weights_is_merged_to_dense_weights(tmp_path: Path, name: str, dtype: str) -> None:
+    base, targets = tmp_path / "base", {"target_modules": ["q_proj", "o_proj"]}
+    if name == "mxfp4":
+        write_mxfp4(base)
+        targets |= {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    else:
+        dense = write_tiny_llama(tmp_path / "dense", hidden=192)
+        write_quantized(dense, base, name, dtype=dtype)
+    model = load_model(ModelSection(name_or_path=str(base), dtype="float32"), device=CPU)
+    adapter = train(model, tmp_path / "adapter", **targets)
+    running = logits_of(model.net)
+    merge(adapter, tmp_path / "merged")
+    exact = dtype == "float32"
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), running, rtol=1e-5, atol=1e-5 if exact else 0.02)
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    kinds = {tensor.dtype for key, tensor in load_file(tmp_path / "merged/model.safetensors").items() if "proj" in key}
+    assert kinds == {getattr(torch, dtype)}
 
 
 def test_companions_come_along_byte_for_byte(tmp_path: Path) -> None:

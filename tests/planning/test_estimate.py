@@ -31,7 +31,7 @@ from tunekit.machine.devices import deterministic_kernels
 from tunekit.machine.memory import _group_available
 from tunekit.model.load import load_model, make_meta_model
 from tunekit.model.quantized.four_bit import WORKING_BYTES
-from tunekit.model.storage.reading import CHUNK_BYTES
+from tunekit.model.storage.mapped_files import CHUNK_BYTES
 from tunekit.planning import ranks
 from tunekit.planning.execution import SearchSpace, fastest, relative_time
 from tunekit.planning.forecast import Forecast, largest_batch

@@ -14,20 +14,21 @@ from tunekit.arithmetic.low_rank import LowRank
 from tunekit.arithmetic.nearest_lora import RankLoss, nearest_update
 from tunekit.errors import AdapterError
 from tunekit.model.quantized.weights import layer_kind
+from tunekit.model.storage.mapped_files import MappedFiles
+from tunekit.model.storage.quantized_layouts import open_weights
 from tunekit.model.storage.rewrite import Rewriter
-from tunekit.model.storage.shards import ShardReader
 
 
 def compare_models(left: Path, right: Path) -> Iterator[TensorDifference]:
     """The difference of each tensor of the two folders, in the order of A's files. Integer tensors (packed weights)
     have no norm."""
-    one, two = ShardReader(left), ShardReader(right)
-    for name in [*one, *(name for name in two if name not in one.headers)]:
+    one, two = open_weights(left), open_weights(right)
+    for name in [*one.headers, *(name for name in two.headers if name not in one.headers)]:
         yield _compare_tensors(name, _read(one, name), _read(two, name))
 
 
-def _read(reader: ShardReader, name: str) -> Tensor | None:
-    return reader.read(name) if name in reader.headers else None
+def _read(files: MappedFiles, name: str) -> Tensor | None:
+    return files.read(name) if name in files.headers else None
 
 
 def _compare_tensors(name: str, left: Tensor | None, right: Tensor | None) -> TensorDifference:

@@ -11,12 +11,17 @@ from tunekit.exports.programs.program import find_program
 from tunekit.exports.programs.versions import INSTALL
 from tunekit.files.work_folder import work_folder
 from tunekit.model.storage.portable import make_portable
+from tunekit.model.storage.quantized_layouts import stored_settings
 from tunekit.targets.exportable import Exportable
 
 
 def packed_problems(exportable: Exportable) -> list[Problem]:
     """A problem if a base is exported without an adapter, but the recipe quantizes the base: the export would have the
-    full weights, and the run would compute with the quantized weights."""
+    full weights, and the run would compute with the quantized weights. A problem too if the base's files contain
+    quantized weights, because the converter would read these files."""
+    if exportable.kind == "model" and (stored := stored_settings(exportable.config)):
+        what = f"the converter cannot read the base's weights, which are stored as {stored.get('quant_method')}"
+        return [Problem(what, "export an adapter of it, which is merged first, or name the unquantized base")]
     packing = exportable.target.model.quantization
     if exportable.kind == "adapter" or packing == "none":
         return []

@@ -12,7 +12,7 @@ from tunekit.model.families import Family, make_family
 from tunekit.model.storage import inspection
 from tunekit.model.storage.gguf_facts import GgufFacts, read_facts
 from tunekit.model.storage.gguf_settings import read_settings, refuse_architecture
-from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.quantized_layouts import open_weights
 from tunekit.model.storage.source import ModelSource
 from tunekit.model.transformers_guard import model_errors, quiet
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -31,6 +31,7 @@ class BaseSpec:
     device: torch.device
     attention: str
     fingerprint: str | None = None  # None if only the configuration is read
+    stored_as: str | None = None  # the method by which the weights in the files are quantized; None if they are dense
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -47,6 +48,21 @@ class BaseSpec:
         """Whether no layer is packed."""
         return self.section.quantization == "none"
 
+    def refuse_transformers(self) -> None:
+        """Check that transformers may read the weights. Raises: ModelError for quantized weights in the files, which it
+        would read in another way."""
+        if self.stored_as is not None:
+            what = f"{self.section.name_or_path} has remote code, and weights that are stored as {self.stored_as}"
+            how = "choose the unquantized base"
+            raise ModelError(f"{what}, which tunekit cannot read", how, key="model.name_or_path")
+
+    def stored_notes(self) -> list[str]:
+        """A note for a base whose files contain quantized weights."""
+        if self.stored_as is None:
+            return []
+        then = f"kept in {self.dtype}" if self.is_dense else f"packed to {self.section.quantization}"
+        return [f"the base stores weights as {self.stored_as}: each is dequantized when it is read, then {then}"]
+
 
 def read_base_spec(source: ModelSource, section: ModelSection, device: torch.device, *, weights: bool) -> BaseSpec:
     """Read everything about the base except its weights. `weights`: also check the weights' files and compute their
@@ -55,12 +71,12 @@ def read_base_spec(source: ModelSource, section: ModelSection, device: torch.dev
     Raises: ModelError for an architecture, a stored quantization or remote code that cannot be loaded.
     """
     dtype = resolve_dtype(section, device)
-    config, family = _read_configuration(source, section)
+    config, family, stored_as = _read_configuration(source, section)
     if weights and source.gguf_file is None:
-        read_headers(source.folder)
+        open_weights(source.folder)
     attention = resolve_attention(section, config, device, family.auto_class())
     fingerprint = inspection.fingerprint(source) if weights else None
-    return BaseSpec(section, source, config, family, dtype, device, attention, fingerprint)
+    return BaseSpec(section, source, config, family, dtype, device, attention, fingerprint, stored_as)
 
 
 def default_config(kind: str, settings: Mapping[str, object] | None = None) -> JsonObject:
@@ -76,13 +92,14 @@ def default_config(kind: str, settings: Mapping[str, object] | None = None) -> J
         return JsonObject(AutoConfig.for_model(kind, **stated).to_dict())
 
 
-def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family]:
-    """Read the configuration and find the base's family. Check the architecture, the stored quantization and remote
-    code."""
+def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[PreTrainedConfig, Family, str | None]:
+    """Read the configuration, and find the base's family and the method by which its stored weights are quantized.
+    Check the architecture, this method and remote code. In the returned configuration, the weights are dense."""
     from transformers import AutoConfig
 
     arguments: dict[str, object] = {}
     facts: GgufFacts | None = None
+    stored_as: str | None = None
     if source.gguf_file is not None:
         inspection.check_gguf(source)
         facts = read_facts(source)
@@ -91,7 +108,7 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
         family = make_family(section.family) if isinstance(section, HeadedModel) else inspection.unnamed_family()
     else:
         raw = inspection.read_config(source)
-        inspection.check_quantized(raw, section)
+        stored_as = inspection.stored_method(raw, section)
         family = inspection.find_family(raw, section)
     with model_errors(section), quiet():
         config = AutoConfig.from_pretrained(
@@ -113,7 +130,16 @@ def _read_configuration(source: ModelSource, section: ModelSection) -> tuple[Pre
     config.use_cache = False
     if hasattr(config, "transformers_weights"):
         del config.transformers_weights  # this key would select a different file than the checked file
-    return config, family
+    _forget_packing(config)
+    return config, family, stored_as
+
+
+def _forget_packing(config: PreTrainedConfig) -> None:
+    """Remove the settings of the stored quantization from a configuration and the configurations inside."""
+    vars(config).pop("quantization_config", None)
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig):
+            _forget_packing(part)
 
 
 def _check_known(config: PreTrainedConfig, family: Family, section: ModelSection) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from tunekit.errors import ModelError, listed
-from tunekit.files.tensors import TensorEntry
 from tunekit.model.attention.documents import attend_per_document
 from tunekit.model.attention.padding_free import skip_padding
 from tunekit.model.base_spec import BaseSpec, read_base_spec
@@ -28,8 +27,10 @@ from tunekit.model.storage import inspection
 from tunekit.model.storage.gguf import gguf_arguments, parsed_once
 from tunekit.model.storage.gguf_facts import FOLDER
 from tunekit.model.storage.mapped import mapped_net
+from tunekit.model.storage.mapped_files import MappedFiles
 from tunekit.model.storage.packed_cache import cached_base
 from tunekit.model.storage.packing import packed_base, quantize_layers
+from tunekit.model.storage.quantized_layouts import open_weights
 from tunekit.model.storage.reading import fill_net, keep_float32, missing_modules, needs_copies, open_base, open_net
 from tunekit.model.storage.shards import holds_weights, read_headers
 from tunekit.model.storage.sidecar import Sidecar
@@ -126,9 +127,11 @@ def make_meta_model(section: ModelSection, *, device: torch.device, all_parts: b
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
         spec = replace(spec, source=find_source(section, weights=True))  # only the files show which modules are new
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
-    headers = _headers(source)  # without headers, assume that tensors are not aligned, which is most common
-    copied = dense and alone and (not headers or needs_copies(headers, spec.dtype, device))
-    untie_head(net, spec.family, source.folder, headers)
+    if not alone:
+        spec.refuse_transformers()
+    files = _files(source)  # without files, assume that tensors are not aligned, which is most common
+    copied = dense and alone and (files is None or needs_copies(files, spec.dtype, device))
+    untie_head(net, spec.family, files)
     new_modules = _new_modules(net, spec)
     notes = _pack_layers(net, spec, torch.device("meta"), new_modules)
     loaded = _finish(net, spec, notes, new_modules, meta=True)
@@ -160,7 +163,8 @@ def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
     packed = tuple(name for name, module in net.named_modules() if isinstance(module, PackedLinear))
     heads = spec.family.new_head(spec.section, net)
     names = [head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in packed)]
-    return missing_modules(net, _headers(spec.source), names) if names else ()
+    files = _files(spec.source) if names else None
+    return missing_modules(net, {} if files is None else files.headers, names) if names else ()
 
 
 def _pack_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modules: Sequence[str]) -> list[str]:
@@ -168,32 +172,29 @@ def _pack_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_modul
     return [] if spec.is_dense else quantize_layers(net, spec, device, new_modules)
 
 
-def _headers(source: ModelSource) -> dict[str, TensorEntry]:
-    """The tensor headers of the files; empty for a GGUF file, or if the files are not on this machine yet.
+def _files(source: ModelSource) -> MappedFiles | None:
+    """The base's files; None for a GGUF file, or if the files are not on this machine yet.
 
     Raises: ModelError for a user's folder whose weights cannot be read.
     """
     if source.gguf_file is not None:
-        return {}  # the folder of a GGUF file may also contain weights of other models
+        return None  # the folder of a GGUF file may also contain weights of other models
     try:
-        return read_headers(source.folder)
+        return open_weights(source.folder)
     except ModelError:
         if source.commit is None and holds_weights(source.folder):
             raise
-        return {}
+        return None
 
 
 def _can_be_read_alone(net: nn.Module, spec: BaseSpec) -> bool:
     """Whether _from_files can read the base. True if the files are not on this machine yet, so that this is unknown."""
     if not spec.read_by_us:
         return False
-    try:
-        head = spec.family.new_head(spec.section, net)
-        return open_base(net, spec.source, spec.dtype, head) is not None
-    except ModelError:
-        if spec.source.gguf_file is not None:
-            raise
+    if spec.source.gguf_file is None and _files(spec.source) is None:
         return True
+    head = spec.family.new_head(spec.section, net)
+    return open_base(net, spec.source, spec.dtype, head) is not None
 
 
 def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedModel:
@@ -229,6 +230,7 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
 
     Raises: ModelError if the checkpoint lacks weights, because transformers would fill them with random numbers.
     """
+    spec.refuse_transformers()
     section, source = spec.section, spec.source
     arguments = gguf_arguments(source) if source.gguf_file else {"use_safetensors": True}
     with model_errors(section), quiet(), no_fetched_code(gguf=source.gguf_file is not None):
@@ -266,8 +268,11 @@ def _wrong_shape(
 ) -> ModelError:
     """The error for a tensor with the shape `stored`, for which the configuration has the shape `wanted`. `others`: the
     number of other such tensors."""
-    entries = _headers(source).items()  # files may lack the prefix of the names in the net, or have one more
-    files = [entry.file for each, entry in entries if f".{each}".endswith(f".{name}") or name.endswith(f".{each}")]
+    found = _files(source)  # its names may lack the prefix of the names in the net, or have one more
+    entries = {} if found is None else found.headers
+    files = [
+        entry.file for each, entry in entries.items() if f".{each}".endswith(f".{name}") or name.endswith(f".{each}")
+    ]
     more = f" (and {others:,} more)" if others else ""
     what = f"the tensor {name} has the shape {list(stored)}, but config.json declares {list(wanted)}{more}"
     how = "use the config.json that belongs to these weights"
@@ -283,7 +288,7 @@ def _from_files(spec: BaseSpec) -> tuple[nn.Module, list[str], Sidecar | None] |
     if not spec.read_by_us:
         return None
     copied = spec.source.gguf_file is not None or needs_copies(
-        read_headers(spec.source.folder), spec.dtype, spec.device
+        open_weights(spec.source.folder), spec.dtype, spec.device
     )
     if spec.is_dense and not copied:
         return None
@@ -328,7 +333,13 @@ def _finish(
         facts=_facts(net, spec),
         text=_text_facts(net, spec.family),
         generation_config=getattr(net, "generation_config", None),
-        notes=[*notes, *part_notes(net), *_new_notes(net, spec, new_modules), *_statistics_notes(net)],
+        notes=[
+            *spec.stored_notes(),
+            *notes,
+            *part_notes(net),
+            *_new_notes(net, spec, new_modules),
+            *_statistics_notes(net),
+        ],
         new_modules=new_modules,
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tunekit.adapters.module_names import base_modules, named_copies
 from tunekit.adapters.tokens import tied_with, token_rows
 from tunekit.model.pretrained import input_embedding
-from tunekit.model.storage.reading import MappedFiles
+from tunekit.model.storage.mapped_files import MappedFiles
 from tunekit.model.text.generation import end_of_turn_ids
 from tunekit.planning.forecast import token_ids
 from tunekit.planning.prepared import Prepared

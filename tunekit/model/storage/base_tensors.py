@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tunekit.contracts import Tensors
 from tunekit.model.storage.converted import stored_names
-from tunekit.model.storage.shards import ShardReader
+from tunekit.model.storage.quantized_files import QuantizedFiles
+from tunekit.model.storage.quantized_layouts import open_weights
 
 
 class BaseTensors:
@@ -19,22 +20,27 @@ class BaseTensors:
     """
 
     def __init__(self, folder: Path, net: nn.Module) -> None:
-        self.reader, renamed = ShardReader(folder), stored_names(net)
+        self.stored, renamed = open_weights(folder), stored_names(net)
         parameters, prefix = frozenset(net.state_dict()), str(getattr(net, "base_model_prefix", ""))
         self.files: dict[str, str] = {}  # net's name -> name in the file
-        for name in self.reader:
+        for name in self.stored.headers:
             candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
             net_name = next((candidate for candidate in candidates if candidate in parameters), renamed.get(name, name))
             self.files[net_name] = name
         self.older = {new: old for new, old in self.files.items() if renamed.get(old) == new}
-        entries = {new: self.reader.headers[old] for new, old in self.files.items()}
+        entries = {new: self.stored.headers[old] for new, old in self.files.items()}
         # name -> meta tensor with the shape and dtype to write
         self.meta = {
             name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()
         }
 
     def read(self, name: str) -> Tensor:
-        return self.reader.read(self.files[name])
+        """One tensor in new memory. A quantized weight is not rounded, but in float32."""
+        stored = self.files[name]
+        quantized = isinstance(self.stored, QuantizedFiles) and stored in self.stored.weights
+        tensor = torch.empty(self.meta[name].shape, dtype=torch.float32 if quantized else self.meta[name].dtype)
+        self.stored.read_into(stored, tensor)
+        return tensor
 
 
 class LoadedTensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from tunekit.errors import ModelError
 from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE, sha256_of
 from tunekit.model.families import Family, known_families, make_family
+from tunekit.model.storage.quantized_layouts import METHODS, stored_settings
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -34,6 +36,10 @@ OTHER_HEADS = {
     "ForCTC": "it is a speech model",
     "ForPreTraining": "it is a model with pre-training heads",
 }
+# The end of a folder's name that states how its weights are quantized, as in Qwen2.5-7B-Instruct-GPTQ-Int4
+QUANTIZED_NAME = re.compile(
+    r"[-_.](?:awq|gptq|fp8|fp4|nvfp4|mxfp4|int[48]|w\d+a\d+|bnb|exl[23]|mlx|[2-8]bit|quantized)\b.*", re.IGNORECASE
+)
 CHOICES = "choose a causal language model, an encoder-decoder such as T5, BART or Whisper, or a classifier"
 
 
@@ -154,26 +160,29 @@ def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
 def is_packed_by_bitsandbytes(config: JsonObject) -> bool:
     """Whether the files contain weights that bitsandbytes packed to 4 bits, such as after a merge with --onto
     quantized."""
-    stored = config.get("quantization_config")
-    return isinstance(stored, dict) and bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
+    stored = stored_settings(config) or {}
+    return bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
 
 
-def check_quantized(config: JsonObject, section: ModelSection) -> None:
-    """Refuse a base whose files contain quantized weights. The message depends on model.quantization.
+def stored_method(config: JsonObject, section: ModelSection) -> str | None:
+    """The name of the method by which the weights in the files are quantized; None if they are dense.
 
-    Raises: ModelError.
+    Raises: ModelError for a method that tunekit cannot dequantize. The message depends on model.quantization.
     """
-    stored = config.get("quantization_config")
-    if not stored:
-        return
-    method = str(stored.get("quant_method", "unknown")) if isinstance(stored, dict) else "unknown"
+    stored = stored_settings(config)
+    if stored is None:
+        return None
+    method = str(stored.get("quant_method", "unknown"))
+    if method in METHODS:
+        return method
+    plain = QUANTIZED_NAME.sub("", section.name_or_path)
+    sibling = "choose the unquantized base" + (f", by its name {plain}" if plain != section.name_or_path else "")
     if section.quantization != "none":
         conflict = f"so model.quantization cannot quantize it again to {section.quantization}"
         what = f"{section.name_or_path} is quantized already ({method}), {conflict}"
-        raise ModelError(what, "choose the unquantized base", key="model.quantization")
+        raise ModelError(what, sibling, key="model.quantization")
     what = f"{section.name_or_path} has quantized weights ({method}), which tunekit does not load"
-    how = "choose the unquantized base, and set model.quantization to quantize it while it is loaded"
-    raise ModelError(what, how, key=KEY)
+    raise ModelError(what, f"{sibling}, and set model.quantization to quantize it while it is loaded", key=KEY)
 
 
 def fingerprint(source: ModelSource) -> str:

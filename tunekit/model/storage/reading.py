@@ -7,11 +7,8 @@ If that is not certain (unknown tensors, remote code), `open_base` returns None,
 from __future__ import annotations
 
 import copy
-import math
-import mmap
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,17 +19,18 @@ from transformers import PreTrainedConfig
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
 from tunekit.contracts import Tensors
-from tunekit.files.tensors import TensorEntry, fill_from_file
-from tunekit.files.untrusted import MODEL_FILE
+from tunekit.errors import ModelError, listed
+from tunekit.files.tensors import TensorEntry
 from tunekit.model.base_spec import BaseSpec
 from tunekit.model.parts import unloaded_parts
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.gguf import GgufFiles, gguf_files
-from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.mapped_files import CHUNK_BYTES, MappedFiles
+from tunekit.model.storage.quantized_files import AGAIN, QuantizedFiles
+from tunekit.model.storage.quantized_layouts import open_weights
 from tunekit.model.storage.source import ModelSource
 
-CHUNK_BYTES = 4 * 2**20  # size of one read, in addition to the target tensor
 ALIGNMENT = 64  # alignment of a tensor's first byte, as in torch's own allocations
 # Buffers that are now computed but were once stored: if the net has them, transformers ignores the stored ones.
 COMPUTED = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
@@ -81,57 +79,6 @@ def _meta_parameters() -> Iterator[None]:
         hook.remove()
 
 
-class MappedFiles:
-    """Tensors of a folder's safetensors files, as views of shared read-only mappings or as copies."""
-
-    mapped = True
-
-    def __init__(self, folder: Path, headers: dict[str, TensorEntry]) -> None:
-        self.folder, self.headers = folder, headers
-        self._maps: dict[str, mmap.mmap] = {}
-
-    def view(self, name: str) -> Tensor:
-        """The tensor as a view of its file. Never write to this view: that would crash the process."""
-        header = self.headers[name]
-        count = math.prod(header.shape)
-        if not count:
-            return torch.empty(header.shape, dtype=header.dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that the mapping is read-only, which is intended
-            mapping, offset = self._map(header.file), header.offset_bytes
-            return torch.frombuffer(mapping, dtype=header.dtype, count=count, offset=offset).reshape(header.shape)
-
-    def read_into(self, name: str, target: Tensor, skipped: int = 0) -> None:
-        """Copy the stored tensor into `target` (same shape, any strides and dtype). The file is read in small chunks.
-
-        `skipped`: elements of the stored tensor that come before those of `target`.
-        """
-        header = self.headers[name]
-        path = self.folder / header.file
-        item_bytes = header.dtype.itemsize
-        start = header.offset_bytes + skipped * item_bytes
-        with path.open("rb", buffering=0) as file:
-            direct = target.dtype == header.dtype and target.is_contiguous() and target.device.type == "cpu"
-            if direct:
-                fill_from_file(file.fileno(), start, target, path, MODEL_FILE)
-                return
-            rows = target.view(-1) if target.is_contiguous() else target
-            row_elements = math.prod(rows.shape[1:])
-            step = max(1, CHUNK_BYTES // max(1, row_elements * item_bytes))
-            for first in range(0, rows.shape[0], step):
-                part = rows[first : first + step]
-                stored = torch.empty(part.shape, dtype=header.dtype)
-                offset = start + first * row_elements * item_bytes
-                fill_from_file(file.fileno(), offset, stored, path, MODEL_FILE)
-                part.copy_(stored)
-
-    def _map(self, file: str) -> mmap.mmap:
-        if file not in self._maps:
-            with (self.folder / file).open("rb") as stream:
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[file]
-
-
 class BaseReader:
     """Reads a base's tensors by the names of the net's parameters and persistent buffers. `open_base` makes readers.
 
@@ -147,6 +94,7 @@ class BaseReader:
         self.new: frozenset[str] = frozenset()  # names of the head's tensors that no file contains
         self.new_modules: tuple[str, ...] = ()  # the head's modules that contain these
         self._stored: dict[str, str] = {}  # name -> its name in the files
+        self._unknown: list[str] = []  # stored names that the net lacks
         self._pieces: dict[str, dict[str, str]] = {}  # name -> piece's name as converted -> its name in the files
         self._joined: dict[str, StoredPieces] = {}
 
@@ -197,9 +145,9 @@ class BaseReader:
 
     def parts(self, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
         """The elements of the tensor in order, as copies (elements,) of at most CHUNK_BYTES each. A tensor that is
-        stored in pieces, or in GGUF blocks, comes as one part."""
+        stored in pieces or quantized comes as one part."""
         stored = self._stored.get(self._groups[name])
-        if stored is None or not isinstance(self.files, MappedFiles):
+        if stored is None or not isinstance(self.files, MappedFiles) or not self.files.mapped:
             yield self.read(name, dtype).view(-1)
             return
         count, step = self.shape(name).numel(), CHUNK_BYTES // dtype.itemsize
@@ -233,8 +181,17 @@ class BaseReader:
             self.new = frozenset(name for name in set(self.names) - covered if name.startswith(self._head))
             self.names = tuple(name for name in self.names if name not in self.new)
             self.new_modules = _modules_of(self._head, self.new)
-        unknown = [] if self._head or unloaded_parts(net) else stored_names.unknown(net)
-        return not stored_names.ambiguous and covered == set(self.names) and not unknown
+        self._unknown = [] if self._head or unloaded_parts(net) else stored_names.unknown(net)
+        return not stored_names.ambiguous and covered == set(self.names) and not self._unknown
+
+    def obstacle(self) -> str:
+        """Why `_find` failed."""
+        absent = [name for name in self.names if name not in self._stored and name not in self._pieces]
+        if absent:
+            return f"they lack {listed(absent, 2)}, or have another shape for it"
+        if self._unknown:
+            return f"the model has no tensor {listed(self._unknown, 2)}"
+        return "they store a tensor twice, under two names of the model"
 
     def _find_pieces(self, net: nn.Module, name: str, stored_names: _StoredNames) -> None:
         """Find the pieces of a parameter that the files store in several pieces. Nothing is recorded if a piece is
@@ -294,13 +251,13 @@ def missing_modules(net: nn.Module, headers: dict[str, TensorEntry], modules: It
     return _modules_of([f"{name}." for name in modules], absent)
 
 
-def needs_copies(headers: Mapping[str, TensorEntry], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a tensor must be copied from its mapped file: its dtype is not the compute dtype, or, on a CPU, it is not
-    aligned to 64 bytes. Alignment changes the last bit of products of single rows."""
-    return any(
+def needs_copies(files: MappedFiles, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a tensor must be copied from its mapped file: it is quantized, its dtype is not the compute dtype, or, on
+    a CPU, it is not aligned to 64 bytes. Alignment changes the last bit of products of single rows."""
+    return not files.mapped or any(
         (header.dtype.is_floating_point and header.dtype != dtype)
         or (device.type == "cpu" and header.offset_bytes % ALIGNMENT != 0)
-        for header in headers.values()
+        for header in files.headers.values()
     )
 
 
@@ -318,11 +275,15 @@ def open_base(net: nn.Module, source: ModelSource, dtype: torch.dtype, head: Seq
     first: dict[int, str] = {}
     groups = {name: first.setdefault(id(tensor), name) for name, tensor in net.state_dict(keep_vars=True).items()}
     if source.gguf_file is None:
-        files: MappedFiles | GgufFiles | None = MappedFiles(source.folder, read_headers(source.folder))
+        files: MappedFiles | GgufFiles | None = open_weights(source.folder)
     else:
         files = gguf_files(source, net)
     reader = None if files is None else BaseReader(net, files, groups, head)
-    return reader if reader is not None and reader._find(net) else None
+    if reader is None or reader._find(net):
+        return reader
+    if isinstance(files, QuantizedFiles):  # transformers would read other numbers
+        raise ModelError(f"the files do not fit config.json: {reader.obstacle()}", AGAIN, file=str(source.folder))
+    return None
 
 
 def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:

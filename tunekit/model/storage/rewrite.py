@@ -24,7 +24,8 @@ from tunekit.model.storage import inspection
 from tunekit.model.storage.base_tensors import BaseTensors, LoadedTensors
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.packing import packable_layers
-from tunekit.model.storage.shards import ShardWriter, read_headers
+from tunekit.model.storage.quantized_layouts import open_weights, without_settings
+from tunekit.model.storage.shards import ShardWriter
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.uncalled import uncalled_layers
 from tunekit.recipe.model import HeadedModel, ModelSection
@@ -98,7 +99,9 @@ class Rewriter:
         self.generation_config = loaded.generation_config
         if self.loaded is not None and self.source.gguf_file is None:  # write the files' most precise dtype
             stored = {
-                entry.dtype for entry in read_headers(self.source.folder).values() if entry.dtype.is_floating_point
+                entry.dtype
+                for entry in open_weights(self.source.folder).headers.values()
+                if entry.dtype.is_floating_point
             }
             self.output_dtype = max(stored, key=lambda dtype: dtype.itemsize)
         return LoadedTensors(loaded.net, self.head if self.tied else None, self.base_dtype())
@@ -107,7 +110,9 @@ class Rewriter:
         """The dtype of the largest tensor in the base's files; for a GGUF file the compute dtype."""
         if self.source.gguf_file is not None:
             return self.compute_dtype
-        entries = [entry for entry in read_headers(self.source.folder).values() if entry.dtype.is_floating_point]
+        entries = [
+            entry for entry in open_weights(self.source.folder).headers.values() if entry.dtype.is_floating_point
+        ]
         return max(entries, key=lambda entry: math.prod(entry.shape)).dtype
 
     @property
@@ -250,12 +255,12 @@ class Rewriter:
     def configuration(self, changes: Changes) -> JsonObject:
         """The base's configuration, with only those changes that the new weights require."""
         if not self._writes_loaded_net:
-            config = inspection.read_config(self.source)
+            config = without_settings(inspection.read_config(self.source))
         else:
             self.config.use_cache = True
             config = json.loads(self.config.to_json_string()) | {"dtype": str(self.base_dtype())[6:]}
-            for key in ("quantization_config", "_name_or_path"):  # the file's packing, and a local path
-                config.pop(key, None)
+            config.pop("_name_or_path", None)  # a local path
+            config = without_settings(config)
             config["architectures"] = [type(self.net).__name__]
         text = config.get("text_config") or config  # both may state a value, and transformers ties if one of them does
         if self.unties(changes):

@@ -22,7 +22,7 @@ from tunekit.files.cache_folder import is_own
 from tunekit.files.durable import atomic_file
 from tunekit.files.tensors import make_header, read_tensor_header, tensor_bytes
 from tunekit.files.untrusted import MODEL_FILE
-from tunekit.model.storage.reading import CHUNK_BYTES, MappedFiles
+from tunekit.model.storage.mapped_files import CHUNK_BYTES, MappedFiles
 
 ALIGNMENT_BYTES, LAYER_ALIGNMENT_BYTES = 64, 4096
 MIN_BYTES = 32 * 2**20  # a smaller base is packed again each time

@@ -16,8 +16,8 @@ from tunekit.model.families import text_config
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.model.quantized.weights import packed_layers, stored_bytes, weight_of
-from tunekit.model.storage.reading import CHUNK_BYTES, MappedFiles
-from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.mapped_files import CHUNK_BYTES, MappedFiles
+from tunekit.model.storage.quantized_layouts import open_weights
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 
@@ -48,14 +48,14 @@ def read_stored_base(section: ModelSection, base: LoadedModel) -> StoredBase:
     if source.gguf_file is not None:
         return StoredBase((source.folder / source.gguf_file).stat().st_size, gguf=True)
     try:
-        headers = read_headers(source.folder)
+        files = open_weights(source.folder)
     except ModelError:
         declared = getattr(base.config, "dtype", None)
         dtype = declared if isinstance(declared, torch.dtype) else base.dtype
         return StoredBase(base.facts.total_parameters * dtype.itemsize, frozenset([dtype]))
-    read = [header for name, header in headers.items() if not name.startswith(base.family.unread)]
+    read = [header for name, header in files.headers.items() if not name.startswith(base.family.unread)]
     size, dtypes = sum(header.size_bytes for header in read), frozenset(header.dtype for header in read)
-    return StoredBase(size, dtypes, files=MappedFiles(source.folder, headers))
+    return StoredBase(size, dtypes, files=files)
 
 
 def load_bytes(base: LoadedModel, stored: StoredBase, *, streamed: bool, cached: bool) -> int:
@@ -69,14 +69,15 @@ def load_bytes(base: LoadedModel, stored: StoredBase, *, streamed: bool, cached:
     largest_bytes = max(parameter.nbytes for parameter in net.parameters())
     parsed = TOKEN_BYTES * int(text_config(net).vocab_size) if stored.gguf else 0  # the vocabulary
     dense, loaded = base.facts.total_parameters * base.dtype.itemsize, stored_bytes(net)
+    extra = 0 if stored.files is None else stored.files.extra_bytes
     if streamed:  # one matrix, or the largest tensor that is copied unpacked, such as the embedding
         copied = base.packed_while_read or base.copied_while_read
-        return parsed + max(4 * elements if packed else 0, largest_bytes if copied else 0)
+        return parsed + max(4 * elements if packed else 0, largest_bytes if copied else 0) + extra
     if base.packed_while_read:  # the base, one matrix, and buffers for packing
         packing = (0 if cached else loaded) + elements * base.dtype.itemsize + WORKING_BYTES
-        return parsed + max(packing, largest_bytes)
+        return parsed + max(packing, largest_bytes) + extra
     if base.copied_while_read:  # tensors are copied one after the other
-        return parsed + loaded + CHUNK_BYTES
+        return parsed + loaded + CHUNK_BYTES + extra
     if stored.gguf:  # the largest tensor is unpacked to float32, then copied
         return parsed + stored.file_bytes + dense + 2 * 4 * elements
     if stored.converts(base.dtype):
