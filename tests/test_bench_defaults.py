@@ -36,7 +36,14 @@ def sets(bench: ModuleType) -> ModuleType:
 
 
 def unit(validation: float, rows: str = "0110", **values: Any) -> dict[str, Any]:
-    usual = {"test": 0.5, "steps": 100, "rows_per_step": 16, "cpu_seconds": 30.0, "train_cpu_seconds": 20.0}
+    usual = {
+        "test": 0.5,
+        "steps": 100,
+        "rows_per_step": 16,
+        "cpu_seconds": 30.0,
+        "train_cpu_seconds": 20.0,
+        "step_cpu_seconds": 0.2,
+    }
     return {"validation": validation, "rows": {"test": rows}, **usual, **values}
 
 

@@ -8,8 +8,9 @@ MODEL: all-MiniLM-L6-v2; --text-model: SmolLM2-135M-Instruct, for the sets of an
 TUNEKIT_SHARED/data. A setting is chosen by its score on validation rows, and reported by its score on test rows. All
 settings learn from the same rows as init's recipe, which keeps a share of the rows for evaluation.
 
-Sides: plain (baselines), init (init's recipe unchanged, three seeds), grid (rates times steps of 16 rows, one seed),
-best (the two best settings of the grid, two more seeds), head (rates of the head alone), random (24 random settings).
+Sides: plain (baselines), short (a few steps, for --list), init (init's recipe unchanged, three seeds), grid (rates times
+steps of 16 rows, one seed), best (the two best settings of the grid, two more seeds), head (rates of the head alone),
+random (24 random settings).
 --label: the name under which init's recipe is recorded, to compare versions. A unit is one line of defaults.jsonl, and
 is never measured again, so a stopped command can be continued. --minutes N: start no unit after N minutes. --list: the
 units with their predicted CPU time. --table: only print the table of what is measured.
@@ -36,9 +37,10 @@ from beside.units import parse_options, shared_data, write_parts
 
 Unit = dict[str, Any]
 STEPS, LONG_STEPS, ROWS_PER_STEP = (100, 300), 1000, 16  # LONG_STEPS: for the two middle rates, of encoders only
+SHORT_STEPS = 10  # of a run that only measures the cost of the others
 SEEDS, DRAWS, RANDOM = 3, 10, 24
 HEAD_RATES = {1e-4: (1e-3, 1e-2), 3e-4: (3e-3, 1e-2)}  # rate of the adapter -> rates of the head
-SIDES = ("plain", "init", "grid", "best", "head", "random")
+SIDES = ("plain", "short", "init", "grid", "best", "head", "random")
 EVAL_ROWS, EVAL_SHARE = 200, 0.2  # the rows that init's recipe keeps for evaluation, and the other settings too
 
 
@@ -79,7 +81,7 @@ def settings_of(name: str, side: str) -> dict[str, dict[str, Any]]:
 def keys_of(name: str, units: dict[str, Unit], label: str) -> Iterator[str]:
     """The names of the set's units, SET|SIDE|SEED. The seeds of the best settings follow the grid."""
     data, cells = SETS[name], [f"{name}|{side}|0" for side in grid(SETS[name])]
-    yield f"{name}|plain|0"
+    yield from (f"{name}|plain|0", f"{name}|grid {data.rates[1]:g} {SHORT_STEPS}|0")
     if data.has_init:
         yield from (f"{name}|{label}|{seed}" for seed in range(DRAWS if data.draws else SEEDS))
     yield from cells
@@ -103,8 +105,10 @@ def best(name: str, units: dict[str, Unit]) -> list[str]:
 def side_of(key: str, units: dict[str, Unit], label: str) -> str:
     """The word of --sides that measures this unit."""
     side, seed = key.split("|")[1:]
-    kind = side.split()[0]
-    return "init" if side == label else "best" if kind == "grid" and seed != "0" else kind
+    kind, steps = side.split()[0], side.split()[-1]
+    if kind == "grid":
+        return "best" if seed != "0" else "short" if steps == str(SHORT_STEPS) else kind
+    return "init" if side == label else kind
 
 
 def recipe_of(name: str, side: str, seed: int, base: str, place: Path, rows: int) -> dict[str, Any]:
@@ -187,7 +191,7 @@ def measure(key: str, bases: dict[str, str], place: Path) -> Unit:
     name, side, seed = key.split("|")
     data = SETS[name]
     parts = data.parts(shared_data(), int(seed))
-    started = time.process_time()
+    started, clock = time.process_time(), time.monotonic()
     if side == "plain":
         rows = baselines(data.kind, parts["train"], parts["test"])
         return {"baselines": {kind: mean(values) for kind, values in rows.items()}, **line_of(rows), **spent(started)}
@@ -197,7 +201,10 @@ def measure(key: str, bases: dict[str, str], place: Path) -> Unit:
         overrides = write_recipe(name, side, int(seed), bases[data.base], place, len(parts["train"]))
         loaded = load_recipe(place / "recipe.yaml", overrides)
         train_verb(loaded, resume=False, dry_run=False)
-        trained = time.process_time()
+        train_seconds, share = (
+            time.process_time() - started,
+            (time.process_time() - started) / (time.monotonic() - clock),
+        )
         scores = {
             part: answers_of(data, place / "run", parts[part], place / f"{part}.jsonl")
             for part in ("validation", "test")
@@ -211,8 +218,8 @@ def measure(key: str, bases: dict[str, str], place: Path) -> Unit:
         "steps": plan["steps"],
         "rows_per_step": (training.micro_batch_size or 0) * training.gradient_accumulation_steps,
         "losses": [round(line["loss"], 4) for line in lines if "loss" in line][:: max(1, len(steps) // 20)],
-        "seconds_per_step": round(statistics.median(steps), 4),
-        "train_cpu_seconds": round(trained - started, 1),
+        "step_cpu_seconds": round(share * statistics.fmean(steps), 4),
+        "train_cpu_seconds": round(train_seconds, 1),
         **line_of({"test": scores["test"]}),
         **spent(started),
     }
@@ -286,7 +293,7 @@ def predicted(key: str, units: dict[str, Unit], label: str) -> float | None:
     if not cells:
         return None
     least = min(cells, key=lambda unit: unit["steps"])
-    step = least["train_cpu_seconds"] / least["steps"]
+    step = least["step_cpu_seconds"]
     if side == label or side.startswith("best"):
         return least["cpu_seconds"] + step * (STEPS[-1] - least["steps"])
     training = settings_of(name, side)["training"]
