@@ -8,9 +8,9 @@ MODEL: all-MiniLM-L6-v2; --text-model: SmolLM2-135M-Instruct, for the sets of an
 TUNEKIT_SHARED/data. A setting is chosen by its score on validation rows, and reported by its score on test rows. All
 settings learn from the same rows as init's recipe, which keeps a share of the rows for evaluation.
 
-Sides: plain (baselines), short (a few steps, for --list), init (init's recipe unchanged, three seeds), grid (rates times
-steps of 16 rows, one seed), best (the two best settings of the grid, two more seeds), head (rates of the head alone),
-random (24 random settings).
+Sides: plain (baselines), short (a few steps, for --list), init (init's recipe unchanged, three seeds), grid (rates
+times steps of 16 rows, one seed), best (the two best settings of the grid, two more seeds), head (rates of the head
+alone), random (24 random settings).
 --label: the name under which init's recipe is recorded, to compare versions. A unit is one line of defaults.jsonl, and
 is never measured again, so a stopped command can be continued. --minutes N: start no unit after N minutes. --list: the
 units with their predicted CPU time. --table: only print the table of what is measured.
