@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,6 @@ SETS: dict[str, DataSet] = {
     "overlap-600": DataSet(lambda data: pairs(data, "overlap"), 600, "number", REGRESSION),
     "several-600": DataSet(several, 600, "labels", SEVERAL),
     "tags-220": DataSet(tags, 220, "tags", {"method": "token_classify"}, has_head=True),
-    "reward-220": DataSet(preferences, 220, "preference", {"method": "reward"}, has_init=False),
     "binary-200-ia3": DataSet(lambda data: sentiment(data, "label"), 200, adapter=IA3, rates=(1e-3, 5e-3, 1e-2, 3e-2)),
     "intents12-600-ia3": DataSet(lambda data: banking(data, 0, 12), 600, adapter=IA3, rates=(1e-3, 5e-3, 1e-2, 3e-2)),
     "binary-200-prompt": DataSet(
@@ -229,6 +228,7 @@ SETS: dict[str, DataSet] = {
     "sounds-600": decoder(sounds, 600),
     "orders-240": decoder(orders, 240),
     "dpo-220": decoder(preferences, 220, "preference", "dpo"),
+    "reward-220": replace(decoder(preferences, 220, "preference", "reward"), has_init=False),  # init proposes dpo
 }
 
 
