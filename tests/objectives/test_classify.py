@@ -14,6 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
@@ -33,11 +34,11 @@ from transformers import (
 from tests.conftest import write_tiny_llama
 from tests.support.data_case import tokenizer_of
 from tests.support.plans import make_plan
-from tests.support.train_case import check_a_resume, losses, tensors_of, train, write_sections
+from tests.support.train_case import check_a_resume, lose_the_end, losses, tensors_of, train, write_sections
 from tunekit.adapter import combine_verb, convert_verb, diff_verb, export_checkpoint_verb
 from tunekit.adapters.folder.config import read_adapter_config
 from tunekit.contracts import AnswerLimits, EncodeOptions, Row
-from tunekit.errors import DataError, InputError, RecipeError, TunekitError
+from tunekit.errors import DataError, InputError, RecipeError, RunFolderError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
 from tunekit.merge import merge_verb
@@ -51,6 +52,7 @@ from tunekit.recipe.objectives.classify import ClassifySettings
 from tunekit.targets.labels import head_facts
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
+from tunekit.validate import validate
 
 CPU = torch.device("cpu")
 WORDS = {"good": "yes", "bad": "no", "odd": "perhaps"}
@@ -312,6 +314,42 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.sampled(1)
+@pytest.mark.parametrize("method", [["training.loraplus_ratio=4"], ["adapter.method=full", "~adapter.r"]])
+def test_the_head_has_a_rate_of_its_own(method: list[str], bert: Path, tmp_path: Path) -> None:
+    """AdamW's first step moves a weight by its rate, whatever the ratio of LoRA+; a rate of 0 moves nothing."""
+    step = {"epochs": None, "max_steps": 1, "warmup_steps": 0, "scheduler": "constant"}
+
+    def state(rate: float, head_rate: float | None) -> dict[str, torch.Tensor]:
+        rates = {"learning_rate": rate, "head_learning_rate": head_rate}
+        run = train(write_recipe(tmp_path / f"{rate} {head_rate}", bert, training={**step, **rates}), *method)
+        [file] = [*run.glob("adapter/*.safetensors"), *run.glob("model/*.safetensors")]
+        return load_file(file)
+
+    still, head, others, both = state(0.0, None), state(0.0, 0.01), state(0.01, 0.0), state(0.01, None)
+    for name, first in still.items():
+        is_head = "classifier." in name
+        moved = (head if is_head else others)[name] - first
+        assert torch.equal((others if is_head else head)[name], first), name
+        assert torch.equal(both[name] - first, moved), name
+        if is_head:
+            assert float(moved.abs().max()) == pytest.approx(0.01, rel=1e-3)
+    assert any(not torch.equal(others[name], first) for name, first in still.items())
+
+
+def test_the_rate_of_the_head_is_refused_without_a_head_and_on_resume(bert: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, bert, training={"epochs": 1, "head_learning_rate": 0.02})
+    with pytest.raises(
+        RecipeError, match=r"recipe.yaml:1: training.head_learning_rate: is 0.02, but sft trains no head"
+    ):
+        validate(str(recipe), ["objective=sft"])
+    run = train(recipe, "training.save_steps=3")
+    whole = tensors_of(run)
+    lose_the_end(run)
+    with pytest.raises(RunFolderError, match=r"training\.head_learning_rate"):
+        train(recipe, "training.save_steps=3", "training.head_learning_rate=0.01", resume=True)
+    assert tensors_of(train(recipe, "training.save_steps=3", resume=True)) == whole
+
+
 def test_the_batch_size_is_a_memory_knob(base: Path, tmp_path: Path) -> None:
     one = train(write_recipe(tmp_path / "one", base, training={"learning_rate": 2e-3}))
     changed = {"learning_rate": 2e-3, "micro_batch_size": 2, "gradient_accumulation_steps": 3}

@@ -103,13 +103,12 @@ def real_step(run: SimulatedRun, section: ModelSection, batch: Any) -> Simulatio
     base = load_model(section, device=CPU)
     head = base.family.head_name(base.net)
     tuned = prepare_network(base, run.execution, partial(attach_adapter, base.net, run.adapter, seed=0, head_name=head))
-    adapter = tuned.adapter
-    assert adapter is not None
+    assert tuned.adapter is not None
     tracker = StorageTracker(CPU)
     with tracker:
-        tracker.adopt(adapter.state().values(), "adapter")
+        tracker.adopt(tuned.adapter.state().values(), "adapter")
         tracker.adopt([*base.net.parameters(), *base.net.buffers()], "weights")
-        optimizer = make_tracked_optimizer(tracker, adapter, run.training)
+        optimizer = make_tracked_optimizer(tracker, tuned, run.training)
         tracker.start()
         with tuned.training_mode(True):
             units = run.objective.loss.units(batch)

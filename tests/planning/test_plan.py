@@ -115,8 +115,9 @@ def test_parameters_are_counted_by_target(recipe: Path) -> None:
 
 def test_a_rate_above_the_highest_usual_one_is_told() -> None:
     for rate in (HIGHEST_RATE, 0.31):
-        notes = [note for note in rate_notes(TrainingSection(learning_rate=rate), 100) if "is very high" in note]
-        assert len(notes) == (rate > HIGHEST_RATE)
+        for key in ("learning_rate", "head_learning_rate"):
+            notes = [note for note in rate_notes(TrainingSection(**{key: rate}), 100) if "is very high" in note]
+            assert len(notes) == (rate > HIGHEST_RATE)
 
 
 def test_warm_up_and_chunks_follow_their_rules(recipe: Path) -> None:

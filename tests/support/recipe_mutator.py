@@ -126,6 +126,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "training.micro_batch_tokens": (["64", "4096"], NOT_COUNTS),
     "training.gradient_accumulation_steps": (["1", "5"], NOT_COUNTS),
     "training.rank_speeds": (["null", "[2, 1]", "[0.5, 1, 3.5]", "[1]"], ["[]", "[1, 0]", "2", "[1, x]", "true"]),
+    "training.head_learning_rate": (["null"], [each for each in NOT_NEGATIVE if each != "~"]),
     "training.loraplus_ratio": (["null", "16", "1.5"], NOT_POSITIVE),
     "training.deterministic": (["true", "false"], ["1", "null", "auto"]),
     "training.kernels": (["none"], ["ligers", "null", "true"]),

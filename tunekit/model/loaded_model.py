@@ -49,6 +49,12 @@ class LoadedModel:
     read_alone: bool = True  # for a meta model: whether tunekit can read the files without transformers
     slots: SharedSlots | None = None  # of a streamed base, if several runs use it
 
+    @property
+    def head_modules(self) -> list[str]:
+        """Names of the modules that the objective trains whole, with any adapter: the head, if the recipe trains
+        one."""
+        return list(dict.fromkeys([*self.new_modules, *self.family.trained_with(self.net)]))
+
 
 def as_loaded(base: LoadedBase) -> LoadedModel:
     """The base of a model that an objective gets; its interface names no class of this folder."""

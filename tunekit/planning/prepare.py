@@ -173,12 +173,12 @@ def _with_whole_modules(adapter: AdapterSettings, base: LoadedModel) -> AdapterS
 
     Raises: RecipeError if the adapter's method cannot train other modules.
     """
-    names = dict.fromkeys([*base.new_modules, *base.family.trained_with(base.net)])
+    names = base.head_modules
     saved = getattr(adapter, "modules_to_save", None)
     if saved is None and names:
         what = (
             f"{adapter.method} cannot train modules outside the adapter, but this objective trains the head "
-            f"'{list(names)[-1]}'"
+            f"'{names[-1]}'"
         )
         raise RecipeError(what, "choose another method, for example lora", key="adapter.method")
     missing = [name for name in names if name not in (saved or ())]

@@ -162,9 +162,10 @@ def rate_notes(training: TrainingSection, steps: int) -> Iterator[str]:
 
     The latter happens in short runs, because a warm-up starts with the rate 0.
     """
-    if training.learning_rate > HIGHEST_RATE:
+    highest = max(training.learning_rate, training.head_learning_rate or 0.0)
+    if highest > HIGHEST_RATE:
         yield (
-            f"warning: a learning rate of {training.learning_rate:g} is very high: AdamW changes each parameter by "
+            f"warning: a learning rate of {highest:g} is very high: AdamW changes each parameter by "
             "about this amount in every step; 1e-5 to 1e-2 are usual"
         )
     warmup = warmup_steps(training, steps)

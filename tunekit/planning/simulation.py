@@ -167,7 +167,7 @@ class SimulatedRun:
                 slots.waiting = waiting_tensor(slots, self.execution.streaming, self.device)
         for each in (slots, None if tuned.streamed_head is None else tuned.streamed_head.slots):
             tracker.adopt([] if each is None else [slot.memory for slot in each.slots], "weights")
-        return make_tracked_optimizer(tracker, tuned.adapter, self.training)
+        return make_tracked_optimizer(tracker, tuned, self.training)
 
 
 def trained_part(adapter: AttachedAdapter) -> str:
@@ -175,14 +175,15 @@ def trained_part(adapter: AttachedAdapter) -> str:
     return "weights" if adapter.settings.trains_base else "adapter"
 
 
-def make_tracked_optimizer(tracker: StorageTracker, adapter: AttachedAdapter, training: TrainingSection) -> Optimizer:
+def make_tracked_optimizer(tracker: StorageTracker, tuned: TunedModel, training: TrainingSection) -> Optimizer:
     """Make the real optimizer. AdamW's moments are allocated at once, and the optimizer's flat buffers are counted in
     place of the adapter's tensors."""
+    assert tuned.adapter is not None
     training = training.model_copy(update={"optimizer": UNPAGED.get(training.optimizer, training.optimizer)})
     with tracker.counting_as("optimizer"):
-        optimizer = make_optimizer(training, adapter)
+        optimizer = make_optimizer(training, tuned.adapter, tuned.base.head_modules)
         for flat in optimizer.groups:
-            tracker.move([flat.data], trained_part(adapter))
+            tracker.move([flat.data], trained_part(tuned.adapter))
             if optimizer.name == "adamw":
                 flat_moments = [torch.zeros_like(flat.data, requires_grad=False) for _ in range(MOMENTS)]
                 optimizer.native.state[flat.data] = {"moments": flat_moments}

@@ -139,6 +139,11 @@ class TrainingSection(Section):
         description="the relative speed of each rank, such as [2, 1]: faster ranks get more micro-batches of a step; "
         "null: all ranks get equally many",
     )
+    head_learning_rate: NotNegative | None = Field(
+        None,
+        description="the learning rate of the head that the objective trains (classification, tags, regression, "
+        "reward), with the schedule of learning_rate; null: learning_rate",
+    )
     loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B divided by the rate of A")
     kernels: Literal["auto", "none", "liger"] = Field(
         "auto",

@@ -91,7 +91,7 @@ def assemble_run(
     _settle_reference(planned, model)
     adapter = model.adapter
     assert adapter is not None
-    optimizer = make_optimizer(recipe.training, adapter)
+    optimizer = make_optimizer(recipe.training, adapter, base.head_modules)
     trim_heap()  # the adapter's tensors left free pieces of memory that are too small for an activation
     settle_heap()
     if checkpoint is not None:

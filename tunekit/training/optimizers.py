@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.module_names import is_within
 from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError
 from tunekit.machine.devices import kind_of
@@ -24,11 +25,18 @@ ALIGNMENT = 16  # float32 elements: every view starts at a multiple of 64 bytes
 
 
 class FlatGroup:
-    """Parameters with the same learning-rate multiplier, as views of `data` (N,), and their gradients as views of
-    `gradient` (N,); both are float32. `decays`: whether weight decay applies to them."""
+    """Parameters with the same learning rate, as views of `data` (N,), and their gradients as views of `gradient`
+    (N,); both are float32. `decays`: whether weight decay applies to them. `learning_rate`: before the multiplier;
+    None: training.learning_rate."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rate_multiplier: float, decays: bool) -> None:
-        self.rate_multiplier, self.decays = rate_multiplier, decays
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rate_multiplier: float,
+        decays: bool,
+        learning_rate: float | None = None,
+    ) -> None:
+        self.rate_multiplier, self.decays, self.learning_rate = rate_multiplier, decays, learning_rate
         self.layout: dict[str, tuple[int, tuple[int, ...]]] = {}
         size = 0
         for name, parameter in parameters.items():
@@ -84,7 +92,8 @@ class Optimizer:
         options = [
             {
                 "params": parts,
-                "lr": settings.learning_rate * flat.rate_multiplier,
+                "lr": 0.0,  # until a step
+                "learning_rate": settings.learning_rate if flat.learning_rate is None else flat.learning_rate,
                 "weight_decay": settings.weight_decay if flat.decays else 0.0,
                 "rate_multiplier": flat.rate_multiplier,
             }
@@ -139,10 +148,10 @@ class Optimizer:
             flat.gradient.mul_(factor)
 
     def step(self, rate_multiplier: float, found_inf: Tensor) -> float:
-        """Update every weight, unless `found_inf` (() float32) is 1. Returns the learning rate."""
+        """Update every weight, unless `found_inf` (() float32) is 1. Returns training.learning_rate in this step."""
         rate = self.learning_rate * rate_multiplier
         for options in self.native.param_groups:
-            options["lr"] = rate * options["rate_multiplier"]
+            options["lr"] = options["learning_rate"] * rate_multiplier * options["rate_multiplier"]
         if self.gated:
             self.native.grad_scale = torch.ones((), device=found_inf.device)  # type: ignore[attr-defined]
             self.native.found_inf = found_inf  # type: ignore[attr-defined]
@@ -217,13 +226,17 @@ class Optimizer:
                 buffers[key] = int(value)  # the step counter
 
 
-def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter) -> Optimizer:
-    """The optimizer over the parameter groups that the adapter's method defines."""
-    trained = adapter.trained()
-    groups = [
-        FlatGroup({name: trained[name] for name in names}, rate_multiplier, decays)
-        for names, rate_multiplier, decays in adapter.groups(settings)
-    ]
+def make_optimizer(settings: TrainingSection, adapter: AttachedAdapter, head_modules: Sequence[str] = ()) -> Optimizer:
+    """The optimizer over the parameter groups that the adapter's method defines. `head_modules`: the modules that
+    training.head_learning_rate divides from these groups."""
+    trained, rate = adapter.trained(), settings.head_learning_rate
+    head = {name for name in trained if rate is not None and is_within(name, head_modules)}
+    groups = []
+    for names, rate_multiplier, decays in adapter.groups(settings):
+        for own_rate, part in ((None, set(names) - head), (rate, head.intersection(names))):
+            if part:
+                parameters = {name: trained[name] for name in names if name in part}
+                groups.append(FlatGroup(parameters, rate_multiplier, decays, own_rate))
     return Optimizer(settings, groups, heads=adapter.head_tensors())
 
 

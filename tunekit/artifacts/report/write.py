@@ -27,7 +27,7 @@ def _run_facts(plan: Plan) -> dict[str, object]:
     """The facts that comparisons of runs show: model, method, rates, seed."""
     recipe, choice = plan.recipe, plan.choice
     training, count = recipe.get("training", {}), choice.micro_batch_size
-    names = ("learning_rate", "loraplus_ratio", "scheduler", "optimizer", "weight_decay", "seed")
+    names = ("learning_rate", "head_learning_rate", "loraplus_ratio", "scheduler", "optimizer", "weight_decay", "seed")
     return {
         "tunekit_version": plan.tunekit_version,
         "device": plan.device,

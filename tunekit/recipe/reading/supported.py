@@ -7,13 +7,20 @@ from tunekit.errors import Problem
 from tunekit.recipe.bases.section import StartSettings
 from tunekit.recipe.recipe import Recipe
 
+HEAD_RATE = "training.head_learning_rate"
 SHARDING, HOW = "memory.sharding", "write sharding: off, or auto"
 
 
 def refuse_unsupported(recipe: Recipe) -> list[Problem]:
     """One problem for every option that this recipe cannot combine with its other options."""
     beside = _problems_of_a_trained_base(recipe)
-    problems = [*_family_problems(recipe), *beside, *_activation_problems(recipe), *_start_problems(recipe)]
+    problems = [
+        *_family_problems(recipe),
+        *_head_problems(recipe),
+        *beside,
+        *_activation_problems(recipe),
+        *_start_problems(recipe),
+    ]
     return [*problems, *_kept_problems(recipe), *_sharding_problems(recipe)]
 
 
@@ -24,6 +31,14 @@ def _family_problems(recipe: Recipe) -> Iterator[Problem]:
         what = f"{recipe.objective.method} trains models of the family {trained}, and model.family is "
         how = f"write {trained} or auto, or another objective"
         yield Problem(f"{what}{recipe.model.family}", how, key="model.family")
+
+
+def _head_problems(recipe: Recipe) -> Iterator[Problem]:
+    """A problem if the recipe sets a learning rate for a head, but the objective trains none."""
+    rate = recipe.training.head_learning_rate
+    if rate is not None and not recipe.objective.has_head:
+        what = f"is {rate:g}, but {recipe.objective.method} trains no head"
+        yield Problem(what, "remove it; training.learning_rate is the rate of the adapter", key=HEAD_RATE)
 
 
 def _problems_of_a_trained_base(recipe: Recipe) -> Iterator[Problem]:
