@@ -388,7 +388,8 @@ def test_the_cache_of_one_objective_is_not_another_s(
     write_sounds(tmp_path / "keys", ["one"])
     for number, name in enumerate(("p.png", "q.png")):
         (tmp_path / name).write_bytes(held_picture(number).data or b"")
-    rows = {
+    rows: dict[str, list[dict[str, Any]]] = {
+        "embedding": [{"query": "p", "document": "c"}],
         "text": [{"prompt": "p", "completion": "c"}],
         "image": [{"image": "p.png", "text": "c"}],
         "audio_label": [{"audio": "keys/0.wav", "label": "c"}, {"audio": "keys/0.wav", "label": "d"}],

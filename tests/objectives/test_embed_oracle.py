@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tunekit.formats.embedding import EmbeddingExample
 from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
 from tunekit.model.load import load_model
+from tunekit.model.storage.sentence_transformers import EmbeddingProcessor
 from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.embed import make
 from tunekit.recipe.model import HeadlessModel, ModelSection
@@ -126,6 +128,18 @@ def test_training_equals_sentence_transformers(method: str, bert: Path, tmp_path
     found = torch.from_numpy(st.SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS)))
     assert float((found * wanted).sum(dim=1).min()) > 1 - 1e-6
     torch.testing.assert_close(ours_of(folder, TEXTS), found, rtol=1e-5, atol=2e-6)
+
+
+def test_a_decoder_with_a_chat_template_and_without_padding_token_is_read(tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    facts = {"pooling": ["lasttoken"], "normalize": True, "prompts": {"query": "find: "}, "max_lengths": {"query": 64}}
+    EmbeddingProcessor(load_tokenizer(ModelSection(name_or_path=str(base))), facts).save(folder)
+    model = st.SentenceTransformer(str(folder), device="cpu")
+    assert model.prompts["query"] == "find: "
+    torch.testing.assert_close(
+        ours_of(folder, TEXTS), torch.from_numpy(model.encode([f"find: {TEXTS[0]}", *TEXTS[1:]])), rtol=1e-5, atol=2e-6
+    )
 
 
 def join_adapter(model: Any, adapter: Path, folder: Path) -> None:

@@ -102,11 +102,13 @@ class EmbeddingProcessor:
     def save(self, folder: Path) -> None:
         """Save the tokenizer and the modules in a model folder that has a config.json."""
         self.inner.save(folder)
-        write_modules(folder, self.facts)
+        padding = None if self.tokenizer is None else self.tokenizer.token_text(self.tokenizer.pad_id)
+        write_modules(folder, self.facts, padding)
 
 
-def write_modules(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the modules in the schema up to version 5.3, and the maximum length into the tokenizer's file."""
+def write_modules(folder: Path, facts: Mapping[str, Any], padding: str | None = None) -> None:
+    """Write the modules in the schema up to version 5.3, and the maximum length into the tokenizer's file. `padding`:
+    the padding token, for a tokenizer whose file names none; sentence-transformers cannot pad without it."""
     config, names = read_json(folder / "config.json"), ["Transformer", "Pooling"]
     names += ["Normalize"] if facts["normalize"] else []
     paths = ["", *(f"{number}_{name}" for number, name in enumerate(names) if number)]
@@ -125,6 +127,8 @@ def write_modules(folder: Path, facts: Mapping[str, Any]) -> None:
     length = max(facts["max_lengths"].values(), default=known)
     write_json(folder / LENGTH, {"max_seq_length": length, "do_lower_case": False})
     settings = folder / TOKENIZER
-    write_json(settings, {**(read_json(settings) if settings.is_file() else {}), "model_max_length": length})
+    stated = read_json(settings) if settings.is_file() else {}
+    named = {} if padding is None or stated.get("pad_token") else {"pad_token": padding}
+    write_json(settings, {**stated, **named, "model_max_length": length})
     similarity = {"prompts": facts["prompts"], "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_json(folder / PROMPTS, similarity)
