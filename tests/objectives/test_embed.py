@@ -20,7 +20,7 @@ from tests.support.ranks_case import train_in_ranks
 from tests.support.train_case import check_a_resume, losses, records, train, write_sections
 from tunekit.contracts import EncodeOptions, ModelOutput, Objective, StepBatches
 from tunekit.data.batching.order import without_repeats
-from tunekit.errors import DataError, RecipeError, TunekitError
+from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.formats.embedding import EmbeddingExample, make_example
 from tunekit.memory.splitting import Splitting
@@ -36,6 +36,8 @@ from tunekit.objectives.rows.texts import text_key
 from tunekit.recipe.model import HeadlessModel, ModelSection
 from tunekit.recipe.objectives.embed import EmbedSettings
 from tunekit.recipe.training import TrainingSection
+from tunekit.talking.conversation import make_speaker
+from tunekit.targets.target import find_target, load_target
 from tunekit.training.engine import StepAttempt, StepWork
 
 ROWS = 23
@@ -93,7 +95,9 @@ def objective_on(base: Path, settings: EmbedSettings, **facts: Any) -> Objective
     return make(settings, tokenizer, facts, EncodeOptions(max_length=64))
 
 
-def case_on(base: Path, micro_batch_size: int, dtype: torch.dtype, dropout: float = 0.2) -> Case:
+def case_on(
+    base: Path, micro_batch_size: int, dtype: torch.dtype, dropout: float = 0.2, **settings_of_case: Any
+) -> Case:
     """A run over ROWS rows, whose weights have this dtype. The adapter differs from 0."""
     settings = EmbedSettings.model_validate({"method": "embed"})
     objective = objective_on(base, settings)
@@ -106,7 +110,9 @@ def case_on(base: Path, micro_batch_size: int, dtype: torch.dtype, dropout: floa
     from tunekit.recipe.adapters.lora import LoraSettings
 
     adapter = LoraSettings(r=4, alpha=8.0, dropout=dropout)
-    case = make_case(base, rows, training=training, adapter=adapter, model=section, objective=settings)
+    case = make_case(
+        base, rows, training=training, adapter=adapter, model=section, objective=settings, **settings_of_case
+    )
     case.parts.objective, case.steps._kind = objective, objective.rows
     with torch.no_grad():
         for number, tensor in enumerate(case.adapter.trained().values()):
@@ -171,6 +177,14 @@ def test_a_float32_run_is_as_exact_as_float32(dropping_bert: Path) -> None:
     case = case_on(dropping_bert, 2, torch.float32)
     work = prepared_work(case, next(case.steps.after(0)))
     assert_equal(run_step(case, work), by_autograd(case, work), 1e-6, 1e-5)
+
+
+def test_a_streamed_decoder_computes_the_same_step(llama: Path) -> None:
+    resident, streamed = (
+        case_on(llama, 2, torch.float32, streaming=streaming) for streaming in (None, {"pass_size": 3})
+    )
+    ours, theirs = (run_step(case, prepared_work(case, next(case.steps.after(0)))) for case in (streamed, resident))
+    assert_equal(ours, theirs, 1e-6, 1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -410,6 +424,12 @@ def test_recipes_with_options_without_effect_are_refused(bert: Path, tmp_path: P
     ):
         with pytest.raises(RecipeError, match=message):
             load_recipe(write_case(tmp_path, bert, objective))
+
+
+def test_a_chat_with_an_embedding_model_is_refused(bert: Path, tmp_path: Path) -> None:
+    loaded = load_target(find_target(str(write_case(tmp_path, bert)), None, []), CPU)
+    with pytest.raises(InputError, match="tunekit merge"):
+        make_speaker(loaded)
 
 
 def test_a_budget_of_tokens_is_refused(bert: Path, tmp_path: Path) -> None:
