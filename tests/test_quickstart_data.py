@@ -28,7 +28,7 @@ def test_the_committed_files_are_what_the_script_writes(tmp_path: Path) -> None:
     script = REPOSITORY / "scripts" / "make_quickstart_data"
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, capture_output=True)
     others = ("preferences", "answers", "fifty", "fifty_test", "tags", "tags_test", "pairs", "pairs_test")
-    others = (*others, "hours", "two_days")
+    others = (*others, "hours", "two_days", "searches")
     for name in ("train.jsonl", "test.jsonl", "days.jsonl", *(f"{name}.jsonl" for name in others)):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
 

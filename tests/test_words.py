@@ -30,6 +30,7 @@ TITLES = (
     "Preference tuning (DPO)",
     "Thumbs up and down (KTO)",
     "Reward models",
+    "Embedding models",
     "Reinforcement learning (GRPO)",
     "Distillation",
     "Encoder-decoders (T5, BART)",

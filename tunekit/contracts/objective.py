@@ -95,6 +95,9 @@ class RunView(Protocol):
         """The values that `read` computes from each micro-batch in the later forward of a training step, on the device.
         Parts, modes and seeds are the same, so they are equal bit for bit on a CPU."""
 
+    def is_one_part(self, step: StepBatches) -> bool:
+        """Whether the step is a single micro-batch on all ranks together, which is not split. All ranks call this."""
+
     def companion(self, protocol: type[CompanionType]) -> CompanionType:
         """The companion that has this protocol. The loss that uses a companion declares its protocol."""
 
@@ -260,6 +263,7 @@ class LossKind:
     `metrics`: names of the metrics of each evaluation; `logged`: names of values that each step logs from Loss.metrics;
     `reference`: whether the loss compares with the policy at step 0; `without_reference`: what to use instead;
     `updates_per_sampling`: how many steps reuse the same samples. A run resumes only where new samples are drawn.
+    `reads_output`: whether `sums` reads the output; False if `measuring` has computed all values.
     """
 
     metrics: Sequence[str] = ("loss",)
@@ -267,6 +271,7 @@ class LossKind:
     reference: bool = False
     without_reference = "an objective without a reference model, such as orpo or simpo"
     updates_per_sampling: int = 1
+    reads_output: bool = True
 
     @property
     def measured_facts(self) -> Mapping[str, Any]:

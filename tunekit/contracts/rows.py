@@ -134,6 +134,7 @@ class RowLayout:
     `identity`: names of parts that, together with the ids, identify a row.
     `batch_key`: name of a part that must be equal in all rows of a micro-batch (images of one size, recordings of one
     length).
+    `distinct`: name of a part with hashes. No two rows of a step have an equal hash.
     """
 
     parts: Mapping[str, str]
@@ -144,6 +145,7 @@ class RowLayout:
     minimum: tuple[int, ...] = ()
     identity: tuple[str, ...] = ()
     batch_key: str | None = None
+    distinct: str | None = None
 
     def padded(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The sizes of a sequence after padding in its micro-batch."""
@@ -345,7 +347,8 @@ class Batch:
 @dataclass(frozen=True)
 class StepBatches:
     """This rank's micro-batches of one optimizer step. `indices`: the indices of these micro-batches among the
-    micro-batches of all ranks."""
+    micro-batches of all ranks. `again`: prepares the step again after a micro-batch was split, without values of other
+    ranks; None if a split changes no prepared value."""
 
     step: int  # 0-based index of the optimizer step; negative for a dry-run step
     epoch: float  # epochs finished after this step
@@ -353,6 +356,7 @@ class StepBatches:
     batches: tuple[Batch, ...]
     seed: int = 0  # for all random draws of this step
     preparation: Preparation = field(default_factory=Preparation)
+    again: Callable[[], StepBatches] | None = None
 
     @property
     def is_dry_run(self) -> bool:

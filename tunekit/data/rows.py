@@ -165,6 +165,9 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
     """Rows of streamed sources. `train` has only the first rows of each source; counts are estimated from them."""
     if isinstance(data.eval, float):
         raise RecipeError(f"{STREAMED}, so no fraction can be held out", OWN_EVALUATION, key="data.eval")
+    if objective.rows.layout.distinct is not None:
+        what = f"{STREAMED}, so equal texts in one step cannot be avoided, as this loss needs"
+        raise RecipeError(what, "use files that fit into memory, or another objective.loss", key="data.train")
     if not objective.complete:
         what = f"{STREAMED}, and its first rows can lack some of the labels"
         raise RecipeError(what, "list all labels", key="objective.labels")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tunekit.contracts import ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, Batch, Objective, StepBatches, Sums
+from tunekit.contracts import ROW_LOSSES, ROW_MARGINS, ROW_RIGHT, Batch, ModelOutput, Objective, StepBatches, Sums
 from tunekit.errors import RewardError
 from tunekit.machine.devices import Devices, forked_random
 from tunekit.memory.splitting import compute_in_parts
@@ -141,7 +141,8 @@ def _sums_in_parts(model: TunedModel, objective: Objective, batch: Batch, on_spl
 
 def _sums(model: TunedModel, objective: Objective, batch: Batch) -> Sums:
     """The sums of a prepared batch, with the counts of its tokens and rows."""
-    sums = objective.loss.sums(model.output(batch.inputs), batch)
+    output = model.output(batch.inputs) if objective.loss.reads_output else ModelOutput()
+    sums = objective.loss.sums(output, batch)
     numbers = [row.number for row in batch.rows] if ROW_LOSSES in sums else []
     counted = {TOKENS: batch.tokens, ROWS: len(batch.rows), NUMBERS: numbers}
     counts = {name: torch.tensor(count, dtype=torch.float64) for name, count in counted.items()}

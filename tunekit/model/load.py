@@ -316,7 +316,7 @@ def _finish(
     net.eval()
     if spec.family.looks_back(net):
         attend_per_document(net, spec.device, spec.dtype)
-    elif spec.family.labelled and spec.family.reads_ids:
+    elif (spec.family.labelled or spec.family.headless) and spec.family.reads_ids:
         skip_padding(net, [layer for _, layer in spec.family.layers(net)], spec.device)
     config = config_of(net)
     if hasattr(config, "use_cache"):

@@ -104,6 +104,8 @@ def prepare(
     problem = gpu_problem() if device.type == "cpu" else None
     notes = [] if problem is None else [f"warning: this run uses the CPU: {problem}"]
     notes += [*time_notes(recipe, steps.count), *_vocabulary_notes(context), *end_notes(prepared)]
+    if left_out := getattr(steps, "left_out", 0):
+        notes.append(f"{left_out:,} rows of an epoch fit into no step, because their texts occur in too many rows")
     return replace(prepared, problems=tuple(findings.problems), notes=tuple(notes))
 
 

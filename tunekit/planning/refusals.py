@@ -110,6 +110,13 @@ def step_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"a step has one row, but {reason}", how, key="training.micro_batch_size")
 
 
+def fixed_rows_problems(recipe: Recipe, kind: RowKind) -> Iterator[Problem]:
+    """Yields a problem if the number of rows of a step depends on their lengths, but the loss compares these rows."""
+    if kind.layout.distinct is not None and recipe.training.micro_batch_tokens is not None:
+        what = "the loss compares all rows of a step, but micro_batch_tokens fixes no number of rows"
+        yield Problem(what, "write training.micro_batch_size instead", key="training.micro_batch_tokens")
+
+
 def folder_problems(recipe: Recipe) -> Iterator[Problem]:
     """Yields a problem if `train` could not start in output.dir. No file is written."""
     path = Path(recipe.output.dir)

@@ -72,6 +72,10 @@ class HeadedModel(ModelSection):
     head_bias: Several[float] = ()
 
 
+class HeadlessModel(ModelSection):
+    """Settings of a base that is loaded without its head, whatever head its files have."""
+
+
 class PipelineModel(ModelSection):
     """Settings of a diffusion pipeline. `trained`: the names of the networks with an adapter; `stays`: whether the
     other networks stay on the device, because every step needs them."""

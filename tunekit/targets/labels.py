@@ -18,14 +18,14 @@ from tunekit.records import JsonObject
 
 
 def start_facts(recipe: Recipe) -> JsonObject:
-    """The labels that are known before a classifier is trained. `head`: labels of the base's own head. `labels`: labels
-    of the adapter that training continues.
+    """Facts of the base that its objective reads. For a classifier these are the labels that are known before training.
+    `head`: labels of the base's own head. `labels`: labels of the adapter that training continues.
 
     Raises: AdapterError; RecipeError if the recipe's labels, or their order, differ from the head's.
     """
     start, settings = recipe.adapter.init_from, recipe.objective
     if not settings.has_head:
-        return {}
+        return make_family(settings.family).base_facts(recipe.model)
     head = _head_labels(recipe.model, settings.family)
     if not settings.names_labels:
         return {"head": head}

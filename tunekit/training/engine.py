@@ -205,9 +205,11 @@ class Engine:
             # Not inside `except`: the error keeps the failed attempt's tensors alive there.
             try:
                 work.splitting.shrink(work.objective.rows, reason, work.batches.step + 1)
+                work.model.clear_gradient()
+                if work.batches.again is not None:
+                    work = replace(work, batches=work.batches.again())
             except Exception as error:
                 return StepResult(error=error)
-            work.model.clear_gradient()
 
     def _make_up(self, work: StepWork, spare: Batch) -> None:
         """Run forward and backward of a batch with a loss scale of 0. Gradients do not change."""
@@ -253,3 +255,7 @@ class StepView(ModelRun):
     def score_step(self, step: StepBatches, read: Read) -> list[Tensor]:
         """The values that `read` computes from each micro-batch in the later forward of the step, as Engine.score."""
         return self.engine.score(replace(self.work, batches=step), read)
+
+    def is_one_part(self, step: StepBatches) -> bool:
+        """Whether the step is a single micro-batch on all ranks together, which is not split."""
+        return sum(self.gather([len(replace(self.work, batches=step).parts())])) == 1

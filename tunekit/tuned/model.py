@@ -133,7 +133,8 @@ class TunedModel:
         other = next((each for each in heads if each is not None), None)
         if self.streamed_head is not None:
             return ModelOutput(hidden, self.streamed_head, (), chunk, companion_head=other)
-        head = self.base.family.head(self.base.net)
+        family = self.base.family
+        head = None if family.headless else family.head(self.base.net)
         return ModelOutput(hidden, head, self.head_parameters(), chunk, companion_head=other)
 
     def hidden(self, inputs: Tensors) -> Tensor:
@@ -311,6 +312,10 @@ class ModelRun:
     def score_step(self, step: StepBatches, read: Read) -> list[Tensor]:
         """Only a training step has a later forward. Raises: NotImplementedError."""
         raise NotImplementedError("only a training step is scored as its later forward computes it")
+
+    def is_one_part(self, step: StepBatches) -> bool:
+        """Whether the step is a single micro-batch."""
+        return len(step.batches) == 1
 
     def gather_rows(self, step: StepBatches, values: Sequence[Tensor]) -> Tensor:
         """The rows of all ranks, on the host of every rank, in the order of the step's micro-batches.

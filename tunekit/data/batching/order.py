@@ -5,6 +5,8 @@ used.
 """
 
 import hashlib
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +51,27 @@ def epoch_rows(shares: tuple[Share, ...], *, seed: int, epoch: int, shuffle: boo
             parts.append(rows[np.sort(chosen)])
     joined = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)  # (rows of the epoch,)
     return joined[permutation(len(joined), "order", seed, epoch)] if shuffle else joined
+
+
+def without_repeats(order: Sequence[int], hashes: Mapping[int, frozenset[int]], size: int) -> list[int]:
+    """The rows in an order in which no two rows of a step have a hash in common. A row that does not fit into a step is
+    the first candidate of the next one. The order ends with the first step that cannot be filled; rows after it are
+    left out. `size`: rows of a step."""
+    waiting, chosen = deque(order), list[int]()
+    while waiting:
+        step, used, later = list[int](), set[int](), list[int]()
+        while waiting and len(step) < size:
+            row = waiting.popleft()
+            if used.isdisjoint(hashes[row]):
+                step.append(row)
+                used |= hashes[row]
+            else:
+                later.append(row)
+        waiting.extendleft(reversed(later))
+        chosen += step
+        if len(step) < size:
+            break
+    return chosen
 
 
 def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:

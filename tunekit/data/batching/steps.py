@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from tunekit.contracts import Batch, Row, RowKind, Rows, StepBatches
-from tunekit.data.batching.order import Share, epoch_rows
+from tunekit.data.batching.order import Share, epoch_rows, without_repeats
 from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
 
@@ -138,6 +138,8 @@ class StoredSteps:
         self._shares = draws or (Share(0, len(rows)),)
         self._sizes = np.asarray(rows.sizes)  # (rows, sizes)
         self._lengths = self._sizes.sum(axis=1)  # (rows,)
+        self._hashes = self._read_hashes()
+        self.left_out = 0  # rows of the last computed epoch that fit into no step
         self._steps_of: list[int] = []  # number of optimizer steps of each epoch so far
         self._last: tuple[int, list[MicroBatch]] | None = None
         self.micro_batches_per_epoch = len(self.micro_batches(0))
@@ -151,9 +153,21 @@ class StoredSteps:
         if self._last is None or self._last[0] != epoch:
             settings = self._settings
             order = epoch_rows(self._shares, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
+            if self._hashes is not None:
+                rows = without_repeats(order.tolist(), *self._hashes)
+                self.left_out, order = len(order) - len(rows), np.array(rows, dtype=np.int64)
             groups = group_rows(order.tolist(), self._lengths[order].tolist(), settings)
             self._last = epoch, list(cut_micro_batches(groups, self._sizes_of, settings))
         return self._last[1]
+
+    def _read_hashes(self) -> tuple[dict[int, frozenset[int]], int] | None:
+        """The hashes of each row, and the number of rows of a step; None if rows of a step may have equal hashes, or if
+        the number of rows is not fixed."""
+        settings, part = self._settings, self._kind.layout.distinct
+        if part is None or settings.micro_batch_size is None:
+            return None
+        hashes = {index: frozenset(self._rows[index].parts[part].tolist()) for index in range(len(self._rows))}
+        return hashes, settings.micro_batch_size * settings.gradient_accumulation_steps
 
     def _sizes_of(self, group: Group) -> Sizes:
         return self._kind.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
@@ -215,7 +229,8 @@ class StoredSteps:
     def _varies(self) -> bool:
         settings = self._settings
         drawn = any(share.weight != int(share.weight) for share in self._shares)
-        return (settings.shuffle or drawn) and (settings.packing or settings.micro_batch_tokens is not None)
+        uneven = settings.packing or settings.micro_batch_tokens is not None or self._hashes is not None
+        return (settings.shuffle or drawn) and uneven
 
     def _count_steps(self, epochs: float) -> int:
         """Number of steps of `epochs` epochs; the fraction of the last epoch is rounded up to whole steps."""

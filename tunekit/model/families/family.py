@@ -42,6 +42,7 @@ class Family:
     trained_as: str | None = None  # the family whose objectives train it; None: its own
     task_type: str | None = None  # the family's name in PEFT's adapter folders; None: PEFT has no class for it
     answers = True  # whether it generates text
+    headless = False  # whether its nets are loaded without a head, so that objectives read hidden states
     labelled = False  # whether its head gives one score per label, and is trained with every adapter
     reads_ids = True  # whether the net reads token ids; otherwise recordings or images
     ids: str | None = "input_ids"  # the input whose ids are predicted; None: no vocabulary
@@ -98,6 +99,11 @@ class Family:
     def processor(self, section: ModelSection) -> Processor:
         """The processor that turns examples into rows for a base of this family. Raises: ModelError."""
         raise NotImplementedError
+
+    def base_facts(self, section: ModelSection) -> JsonObject:
+        """Facts in the files of a base that objectives of this family read, such as the pooling of an embedding model.
+        Raises: ModelError."""
+        return {}
 
     def layers(self, net: nn.Module) -> NamedModules:
         """The layers in order, with their module names."""

@@ -43,10 +43,12 @@ def base_name(net: nn.Module) -> str:
 
     The declaration is wrong in some models: Llama 4's language model declares the name of a different model, and BART's
     decoder is wrapped in a module without arguments.
-    The base of a composite model is its language model.
+    The base of a composite model is its language model. The name is empty if the whole net is the base.
     """
     if is_composite(net):
         return _language_model(net)
+    if _is_bare(net):
+        return ""
     name = str(getattr(net, "base_model_prefix", ""))
     declared = getattr(net, name, None) if name else None
     inside = declared if isinstance(declared, nn.Module) else net
@@ -60,6 +62,15 @@ def base_name(net: nn.Module) -> str:
         what = f"{type(net).__name__} has no separate module for the model without its head"
         raise ModelError(what, "choose a causal language model")
     return name
+
+
+def _is_bare(net: nn.Module) -> bool:
+    """Whether the net is a text model without a head, as AutoModel loads it."""
+    from transformers import AutoModel
+
+    config = getattr(net, "config", None)
+    bare = type(net) is AutoModel._model_mapping.get(type(config), None)
+    return bare and getattr(net, "main_input_name", "") == "input_ids"
 
 
 def _language_model(net: nn.Module) -> str:
@@ -158,7 +169,9 @@ def find_layers(net: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in net.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and name.startswith(prefix + ".")
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and name.startswith(f"{prefix}." if prefix else "")
     ]
     if not lists:
         what = f"{type(net).__name__} has no list of its {count} layers"

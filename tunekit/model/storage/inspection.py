@@ -18,7 +18,7 @@ from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.quantized_layouts import METHODS, stored_settings
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
-from tunekit.recipe.model import HeadedModel, ModelSection
+from tunekit.recipe.model import HeadedModel, HeadlessModel, ModelSection
 from tunekit.records import JsonObject
 
 CHUNK_BYTES = 64 * 1024
@@ -103,10 +103,10 @@ def find_family(config: JsonObject, section: ModelSection) -> Family:
     architectures = config.get("architectures") or []
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     family = next((family for family in known_families() if family.recognises(architecture, config)), None)
-    reason = _obstacle(config, architecture, family, requested, isinstance(section, HeadedModel))
+    reason = _obstacle(config, architecture, family, requested, isinstance(section, HeadedModel | HeadlessModel))
     if reason:
         raise ModelError(f"{name} cannot be loaded: {reason}", CHOICES, key=KEY)
-    if requested is not None and isinstance(section, HeadedModel):
+    if requested is not None and isinstance(section, HeadedModel | HeadlessModel):
         return requested
     assert family is not None
     if requested not in (None, family):

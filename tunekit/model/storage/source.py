@@ -129,11 +129,23 @@ def read_json(path: Path) -> JsonObject:
 
     Raises: ModelError for a file that is missing, not regular, too large, not JSON or not an object.
     """
-    data = read_small(path, MODEL_FILE)
-    try:
-        value = json.loads(data.decode("utf-8-sig"))  # not parse_json: some models' configurations contain Infinity
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"the file cannot be read as JSON ({error})", "fetch it again", file=str(path)) from error
+    value = _parsed(path)
     if not isinstance(value, dict):
         raise ModelError("the file does not contain a JSON object", "fetch it again", file=str(path))
     return value
+
+
+def read_json_list(path: Path) -> list[JsonObject]:
+    """Read a JSON list of objects. Raises: ModelError, as `read_json`."""
+    value = _parsed(path)
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise ModelError("the file does not contain a list of JSON objects", "fetch it again", file=str(path))
+    return value
+
+
+def _parsed(path: Path) -> object:
+    data = read_small(path, MODEL_FILE)
+    try:
+        return json.loads(data.decode("utf-8-sig"))  # not parse_json: some models' configurations contain Infinity
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"the file cannot be read as JSON ({error})", "fetch it again", file=str(path)) from error

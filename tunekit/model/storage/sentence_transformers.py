@@ -1,0 +1,134 @@
+"""The modules of a sentence-transformers folder. Both schemas are read: the one up to version 5.3, and the one since
+5.4. The older one is written, because versions since 5.4 read it too, and many programs read only this one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunekit.basics import JsonObject
+from tunekit.contracts import Processor, Tokenizer
+from tunekit.errors import ModelError
+from tunekit.files.durable import write_json
+from tunekit.model.storage.source import KEY, read_json, read_json_list
+
+MODULES, POOLING, PROMPTS = "modules.json", "config.json", "config_sentence_transformers.json"
+LENGTH, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
+DEFAULT_LENGTH = 512  # for models whose positions are computed and whose tokenizer states no length
+KNOWN = ("Transformer", "Pooling", "Normalize")
+BOOLEANS = {  # the schema up to 5.3: one key for each mode
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+WIDTHS = ("hidden_size", "dim", "d_model", "n_embd")  # keys of config.json for the size of hidden states
+OTHERS = "choose a base whose modules are Transformer, Pooling and Normalize"
+
+
+def read_modules(folder: Path) -> JsonObject:
+    """The facts of a sentence-transformers folder: `pooling`, the modes whose vectors are put one after another;
+    `normalize`; `prompts`, by name; `max_length`, if it is stated. Empty for other folders.
+
+    Raises: ModelError if the folder has other modules (such as Dense or Router), or excludes prompts from pooling.
+    """
+    if not (folder / MODULES).is_file():
+        return {}
+    modules = read_json_list(folder / MODULES)
+    facts: JsonObject = {"normalize": False}
+    for module in modules:
+        kind = str(module.get("type", "")).rpartition(".")[2]
+        path = folder / str(module.get("path", ""))
+        if kind not in KNOWN or (kind == "Transformer" and path != folder):
+            what = f"has the module {module.get('type')}" + (f" in {path.name}/" if kind in KNOWN else "")
+            raise ModelError(f"{what}, which tunekit does not read", OTHERS, file=str(folder / MODULES), key=KEY)
+        if kind == "Pooling":
+            facts["pooling"] = _pooling(path / POOLING)
+        facts["normalize"] |= kind == "Normalize"
+    return {**facts, "prompts": _prompts(folder), **_max_length(folder)}
+
+
+def _pooling(path: Path) -> list[str]:
+    config = read_json(path)
+    if not config.get("include_prompt", True):
+        raise ModelError("include_prompt is false, but prompts are always pooled here", OTHERS, file=str(path), key=KEY)
+    named = config.get("pooling_mode")
+    modes = [mode for key, mode in BOOLEANS.items() if config.get(key)]
+    if named is not None:
+        modes = [named] if isinstance(named, str) else list(named)
+    unknown = [mode for mode in modes if mode not in BOOLEANS.values()]
+    if unknown or not modes:
+        what = f"the pooling mode {unknown[0]!r} is unknown" if unknown else "names no pooling mode"
+        raise ModelError(what, f"write one of {', '.join(BOOLEANS.values())}", file=str(path), key=KEY)
+    return modes
+
+
+def _prompts(folder: Path) -> dict[str, str]:
+    path = folder / PROMPTS
+    prompts = read_json(path).get("prompts") if path.is_file() else None
+    return {str(name): str(text) for name, text in (prompts or {}).items() if text}
+
+
+def _max_length(folder: Path) -> JsonObject:
+    """The maximum number of tokens: of sentence_bert_config.json, or else of the tokenizer; empty if neither states
+    one."""
+    for name, key in ((LENGTH, "max_seq_length"), (TOKENIZER, "model_max_length")):
+        value = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        if isinstance(value, int) and 0 < value < 10**6:
+            return {"max_length": value}
+    return {}
+
+
+@dataclass(frozen=True)
+class EmbeddingProcessor:
+    """A tokenizer that also saves the modules of a sentence-transformers folder. `facts`: as `read_modules`, with
+    `max_lengths` in place of `max_length`."""
+
+    inner: Processor
+    facts: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that affects a row."""
+        return self.inner.fingerprint
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer for texts."""
+        return self.inner.tokenizer
+
+    def save(self, folder: Path) -> None:
+        """Save the tokenizer and the modules in a model folder that has a config.json."""
+        self.inner.save(folder)
+        padding = None if self.tokenizer is None else self.tokenizer.token_text(self.tokenizer.pad_id)
+        write_modules(folder, self.facts, padding)
+
+
+def write_modules(folder: Path, facts: Mapping[str, Any], padding: str | None = None) -> None:
+    """Write the modules in the schema up to version 5.3, and the maximum length into the tokenizer's file. `padding`:
+    the padding token, for a tokenizer whose file names none; sentence-transformers cannot pad without it."""
+    config, names = read_json(folder / "config.json"), ["Transformer", "Pooling"]
+    names += ["Normalize"] if facts["normalize"] else []
+    paths = ["", *(f"{number}_{name}" for number, name in enumerate(names) if number)]
+    types = [f"sentence_transformers.models.{name}" for name in names]
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": kind}
+        for number, (path, kind) in enumerate(zip(paths, types, strict=True))
+    ]
+    write_json(folder / MODULES, modules)
+    for path in paths[1:]:
+        (folder / path).mkdir()
+    width = next((config[key] for key in WIDTHS if key in config), None)
+    pooling = {key: mode in facts["pooling"] for key, mode in BOOLEANS.items()}
+    write_json(folder / paths[1] / POOLING, {"word_embedding_dimension": width, **pooling, "include_prompt": True})
+    known = _max_length(folder).get("max_length") or config.get("max_position_embeddings") or DEFAULT_LENGTH
+    length = max(facts["max_lengths"].values(), default=known)
+    write_json(folder / LENGTH, {"max_seq_length": length, "do_lower_case": False})
+    settings = folder / TOKENIZER
+    stated = read_json(settings) if settings.is_file() else {}
+    named = {} if padding is None or stated.get("pad_token") else {"pad_token": padding}
+    write_json(settings, {**stated, **named, "model_max_length": length})
+    similarity = {"prompts": facts["prompts"], "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    write_json(folder / PROMPTS, similarity)

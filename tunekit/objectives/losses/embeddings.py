@@ -1,0 +1,204 @@
+"""The loss of embeddings over a whole optimizer step: all rows of the step are compared with each other, however they
+are divided into micro-batches and ranks.
+
+Before the step's forward, all texts are embedded without a graph, in the way in which the later forward computes them
+(parts, modes and seeds). The loss of the whole step and its gradient with respect to each embedding follow from them.
+The later forward computes sum(embedding * gradient), whose gradient is that of the step's loss.
+Source: Gao et al. 2021 (gradient cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunekit.contracts import Array, Batch, Loss, LossKind, ModelOutput, Rows, RunView, StepBatches, Sums
+from tunekit.machine.placing import to_device
+from tunekit.metrics.outputs import ROW_VALUES
+from tunekit.objectives.losses.contrast import RowTexts, embedding_loss
+from tunekit.objectives.losses.retrieval import retrieval_scores
+from tunekit.recipe.objectives.embed import RETRIEVAL, SCORED, EmbedSettings
+
+EVALUATED_TOGETHER = 64  # consecutive evaluation rows that one loss compares; independent of the recipe's step
+
+
+@dataclass(frozen=True)
+class StepTexts:
+    """The texts of a step on all ranks, and their embeddings (N, D), if they are known. `starts`: the place of the
+    first text of each of this rank's micro-batches."""
+
+    rows: RowTexts
+    starts: Sequence[int]
+    embeddings: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EmbedLoss(LossKind):
+    """The loss of a step's embeddings. `pooling`: the modes whose vectors are put one after another. `measured`: for
+    each evaluation row, its loss and the values of its metrics; None in training."""
+
+    settings: EmbedSettings
+    pooling: Sequence[str] = ("mean",)
+    normalize: bool = True
+    measured: Mapping[int, Sequence[float]] | None = field(default=None, compare=False)
+
+    @property
+    def metrics(self) -> Sequence[str]:  # type: ignore[override]
+        return ("loss", *(("spearman", "pearson") if self.is_scored else RETRIEVAL))
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether each row is a pair of texts with a number."""
+        return self.settings.loss in SCORED
+
+    @property
+    def reads_output(self) -> bool:  # type: ignore[override]
+        return self.measured is None
+
+    def embed(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """The embeddings of the batch's texts, (N, D), at least in float32."""
+        assert output.hidden is not None
+        pooled = pool(output.hidden, batch.targets["lengths"], self.pooling)
+        return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
+        """Add three values to each row: the gradients of its embeddings, the step's loss, and its number of rows.
+        If the step is computed as one part, it needs only the number of rows."""
+        if self.measured is not None:
+            return step
+        if not run.is_one_part(step):
+            return self._prepare(run, step, None)
+        (batch,) = step.batches or (None,)
+        if batch is None:  # the part is another rank's
+            return step
+        again = partial(self._prepare, run, step, StepTexts(text_rows([batch]), [0]))
+        alone = run.rows.with_parts(step, [{"rows": np.full((len(batch.rows), 1), len(batch.rows))}])
+        return replace(alone, again=again)
+
+    def _prepare(self, run: RunView, step: StepBatches, known: StepTexts | None) -> StepBatches:
+        """The prepared step. `known`: its texts on all ranks, if only this rank's embeddings are computed again."""
+        values = run.score_step(step, self.embed)  # (N, D) of each micro-batch
+        texts = gathered(run, step, values) if known is None else known
+        if texts.embeddings is None:
+            embeddings = torch.cat([value.cpu() for value in values])
+        else:
+            embeddings = texts.embeddings.clone()
+            for start, value in zip(texts.starts, values, strict=True):
+                embeddings[start : start + len(value)] = value.cpu()
+        with torch.enable_grad():
+            leaf = embeddings.to(run.model.device).requires_grad_()
+            loss = embedding_loss(self.settings, leaf, texts.rows)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        gradients, count, parts = gradient.cpu().numpy(), len(texts.rows.counts), list[Mapping[str, Sequence[Array]]]()
+        for start, batch in zip(texts.starts, step.batches, strict=True):
+            ends = start + np.cumsum(batch.targets["counts"].numpy())
+            of_rows = [
+                gradients[end - len(row.parts["counts"]) : end] for row, end in zip(batch.rows, ends, strict=True)
+            ]
+            share, rows = ([np.full(1, value)] * len(of_rows) for value in (loss.detach().cpu().numpy(), count))
+            parts.append({"gradient": of_rows, "share": share, "rows": rows})
+        again = partial(self._prepare, run, step, replace(texts, embeddings=embeddings))
+        return replace(run.rows.with_parts(step, parts), again=again)
+
+    def loss(self, output: ModelOutput, batch: Batch) -> Loss:
+        """The batch's share of the step's loss times the step's number of rows; `total` has the shape (1,).
+
+        Its value is the true loss, its gradient that of sum(embedding * gradient).
+        Raises: ValueError for a part of a step that was prepared as one part.
+        """
+        embeddings, rows = self.embed(output, batch), int(batch.targets["rows"][0])
+        if "gradient" not in batch.targets:
+            if rows != len(batch.rows):
+                raise ValueError("a step was split, but not prepared again")
+            return Loss(rows * embedding_loss(self.settings, embeddings, text_rows([batch]))[None])
+        gradient, share = (to_device(batch.targets[name], embeddings.device) for name in ("gradient", "share"))
+        product = rows * (embeddings * gradient.to(embeddings.dtype)).sum()
+        return Loss((share.to(embeddings.dtype).sum() + product - product.detach())[None])
+
+    def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> EmbedLoss:
+        """A copy of the loss with the values of each evaluation row. All rows are embedded once."""
+        mine = [
+            (row.number, texts, row.parts["keys"], tuple(row.parts["scores"].tolist()))
+            for batch in batches
+            for [values] in [run.score([batch], self.embed, lambda batch: batch.targets["counts"].tolist())]
+            for row, texts in zip(batch.rows, torch.split(values, batch.targets["counts"].tolist()), strict=True)
+        ]
+        numbers, texts, keys, scores = zip(*sorted(run.gather(mine), key=lambda row: row[0]), strict=True)
+        starts = range(0, len(numbers), EVALUATED_TOGETHER)
+        losses = [
+            float(embedding_loss(self.settings, torch.cat(texts[start:stop]), rows))
+            for start, stop in ((start, start + EVALUATED_TOGETHER) for start in starts)
+            for rows in [RowTexts(tuple(map(len, texts[start:stop])), scores[start:stop])]
+        ]
+        of_rows = [losses[place // EVALUATED_TOGETHER] for place in range(len(numbers))]
+        if self.is_scored:
+            first, second = torch.stack(texts).double().unbind(1)
+            cosines = F.cosine_similarity(first, second, dim=-1).tolist()
+            measured: list[tuple[float, ...]] = [
+                (cosine, score) for cosine, [score] in zip(cosines, scores, strict=True)
+            ]
+        else:
+            measured = [*retrieval_scores(texts, keys)]
+        values = [(loss, *more) for loss, more in zip(of_rows, measured, strict=True)]
+        return replace(self, measured=dict(zip(numbers, values, strict=True)))
+
+    def sums(self, output: ModelOutput, batch: Batch) -> Sums:
+        """Sums of the values that `measuring` stored for each row; in a simulation, of zeros."""
+        count = 2 if self.is_scored else len(RETRIEVAL)
+        if self.measured is None:
+            self.embed(output, batch)
+        stored = self.measured or dict.fromkeys((row.number for row in batch.rows), (0.0,) * (1 + count))
+        values = torch.tensor([stored[row.number] for row in batch.rows], dtype=torch.float64)  # (R, 1 + C)
+        sums = {"loss": values[:, 0].sum(), "units": torch.tensor(float(len(values)), dtype=torch.float64)}
+        if self.is_scored:
+            return {**sums, ROW_VALUES: values[:, 1:]}
+        return sums | dict(zip(RETRIEVAL, values[:, 1:].sum(dim=0), strict=True))
+
+
+def text_rows(batches: Sequence[Batch]) -> RowTexts:
+    """The rows of these batches, without their texts."""
+    rows = [row for batch in batches for row in batch.rows]
+    return RowTexts([len(row.parts["counts"]) for row in rows], [tuple(row.parts["scores"].tolist()) for row in rows])
+
+
+def gathered(run: RunView, step: StepBatches, values: Sequence[Tensor]) -> StepTexts:
+    """The texts of the step on all ranks, in the order of the step's micro-batches."""
+    local = [(index, text_rows([batch])) for index, batch in zip(step.indices, step.batches, strict=True)]
+    parts = sorted(run.gather(local), key=lambda pair: pair[0])
+    starts = [0, *accumulate(sum(rows.counts) for _, rows in parts)]
+    places = {index: start for (index, _), start in zip(parts, starts, strict=False)}
+    counts, scores = ([value for _, rows in parts for value in getattr(rows, name)] for name in ("counts", "scores"))
+    return StepTexts(RowTexts(counts, scores), [places[index] for index in step.indices], run.gather_rows(step, values))
+
+
+def pool(hidden: Tensor, lengths: Tensor, modes: Sequence[str]) -> Tensor:
+    """The pooled hidden states of each text, at least in float32; the vectors of several modes one after another.
+
+    Shapes: hidden (N, T, D), with padding at the end; lengths (N,) -> (N, D), or (N, modes * D).
+    """
+    lengths = to_device(lengths, hidden.device)
+    hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    real = (places < lengths[:, None])[..., None]  # (N, T, 1)
+    return torch.cat([_pooled(hidden, real, lengths, mode) for mode in modes], dim=-1)
+
+
+def _pooled(hidden: Tensor, real: Tensor, lengths: Tensor, mode: str) -> Tensor:
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "lasttoken":
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    if mode == "max":
+        return hidden.masked_fill(~real, -torch.inf).amax(dim=1)
+    weights = real.to(hidden.dtype)
+    if mode == "weightedmean":
+        weights = weights * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
+    total = weights.sum(dim=1)
+    return (hidden * weights).sum(dim=1) / (total.sqrt() if mode == "mean_sqrt_len_tokens" else total)
