@@ -126,7 +126,7 @@ def scores_of(target: Path, base: str | None, file: Path, capsys: pytest.Capture
 def test_a_run_learns_and_its_folder_is_used_by_every_verb(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train(write_reward(tmp_path, base, training={"epochs": 4, "eval_steps": 20, "learning_rate": 0.01}))
+    run = train(write_reward(tmp_path, base, training={"epochs": 12, "eval_steps": 40, "learning_rate": 0.01}))
     assert losses(run)[-1] < 0.3
     last = [record for record in records(run) if "loss" in record][-1]
     assert last["rewards_accuracies"] == 1.0
