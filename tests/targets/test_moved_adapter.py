@@ -13,6 +13,7 @@ from tests.support.train_case import train_in_child, write_recipe
 from tunekit.contracts import EncodeOptions
 from tunekit.errors import AdapterError, ModelError
 from tunekit.evaluate import evaluate_verb
+from tunekit.export import export_verb
 from tunekit.machine.devices import make_devices
 from tunekit.targets.target import LoadedTarget, find_target, load_target
 
@@ -65,6 +66,13 @@ def test_a_moved_run_uses_the_base_that_has_its_fingerprint(
     shutil.rmtree(here / "models")
     with pytest.raises(ModelError, match=r"belongs to .*models/base, which was not found; name the base with --base"):
         base_of(there / "runs" / "run")
+
+
+def test_an_exported_adapter_without_a_path_uses_a_base_near_it(run: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exports" / "vllm"
+    export_verb(str(run), "vllm", str(out), certify=False)
+    base = shutil.copytree(tiny_llama, tmp_path / tiny_llama.name)
+    assert find_target(str(out), None, []).model.name_or_path == str(base)
 
 
 def prompt_of(loaded: LoadedTarget) -> str:

@@ -95,7 +95,7 @@ class AdapterConfig:
             return None
         is_path = is_like_path(name)
         named = [self.folder / Path(path).expanduser() for path in (self.base_path, name) if path]
-        nearby = [parent / last_name(name) for parent in self.folder.resolve().parents[:3]] if is_path else []
+        nearby = [parent / last_name(name) for parent in self.folder.resolve().parents[:3]]
         if self.base_fingerprint is not None:
             for place in [*named, *nearby]:
                 if place.exists() and _fingerprint_of(place) == self.base_fingerprint:
