@@ -14,7 +14,7 @@ from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
 from planning import adapter_settings, row_execution, training_section
 from random_model import begin_alike, random_base
 from shapes import Row
-from work import Windows, objective_of
+from work import RowSteps, objective_of
 
 from tunekit.adapters.attach import attach_adapter
 from tunekit.console import Console
@@ -104,7 +104,7 @@ def _run(
         objective_of(row),
         make_engine(model),
         make_optimizer(training, model.adapter),
-        Windows(row),
+        RowSteps(row),
         training,
         EvaluationSection(),
         0,

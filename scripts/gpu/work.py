@@ -4,6 +4,7 @@ tokens."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,11 +72,11 @@ def step(row: Row, step: int) -> StepBatches:
     return StepBatches(step, 0.0, tuple(range(row.micro_batches)), batches)
 
 
-class Windows:
+class RowSteps:
     """A StepSource that yields the steps of a row."""
 
     def __init__(self, row: Row) -> None:
-        self.row, self.steps = row, row.steps
+        self.row, self.count = row, row.steps
 
-    def after(self, first_step: int):
-        return (step(self.row, step) for step in range(first_step, self.steps))
+    def after(self, first_step: int) -> Iterator[StepBatches]:
+        return (step(self.row, number) for number in range(first_step, self.count))

@@ -140,6 +140,42 @@ def test_kept_reasoning_is_what_trl_writes(name: str) -> None:
         assert ["T1" in trained for trained in trained_texts(row, tokenizer)] == [reasoning == "train", False]
 
 
+THOUGHTS = [
+    CALLED[0],
+    {**CALLED[1], "content": "", "thinking": "T1"},
+    CALLED[2],
+    {**CALLED[3], "thinking": "T2"},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("qwen2_5", '<think>\nT1\n</think>\n\n<tool_call>\n{"name": "weather"'),
+        ("qwen3_vl", '<think>\nT1\n</think>\n\n<tool_call>\n{"name": "weather"'),
+        ("llama3_1", '<think>\nT1\n</think>\n\n{"name": "weather"'),
+        ("lfm2_v2", "<think>\nT1\n</think>\n\n<|tool_call_start|>[weather("),
+        ("gptoss", "<|channel|>analysis<|message|>T1<|end|><|start|>assistant to=functions.weather<|channel|>"),
+    ],
+)
+def test_reasoning_is_kept_before_a_tool_call(name: str, call: str) -> None:
+    """Also where the template has no field for it, and where it drops it once the answer follows (gpt-oss)."""
+    encoder = encoder_of(tokenizer_for(name), reasoning="train")
+    first, second = trained_texts(
+        encoder.encode(make_example({"messages": THOUGHTS, "tools": TOOLS}), "x:1"), tokenizer_for(name)
+    )
+    assert first.startswith(call)
+    assert "T2" in second
+    assert "Rainy." in second
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "qwen2_5_vl", "deepseek_r1_distill"])
+def test_a_template_without_tool_calls_is_named_as_the_cause(name: str) -> None:
+    encoder = encoder_of(tokenizer_for(name), reasoning="train")
+    with pytest.raises(DataError, match="the chat template leaves out tool calls; give a template that writes them"):
+        encoder.encode(make_example({"messages": THOUGHTS}), "x:1")
+
+
 def test_an_answer_that_no_template_rewrites_stays_in_its_conversation() -> None:
     for name, turns in (("llama3", CHAT), ("qwen3", ASKED)):
         encoder = encoder_of(tokenizer_for(name), rewritten_answers="each")

@@ -136,6 +136,17 @@ def test_render_is_transformers_own(tokenizer: LoadedTokenizer) -> None:
     assert tokenizer.render(messages, template="{{ messages[0].content }}!") == "hi!"
 
 
+def test_a_template_of_an_older_processor_is_read(folder: Path, tmp_path: Path) -> None:
+    """Its chat_template.json, which no tokenizer of transformers reads; a template of the tokenizer's own wins."""
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    (place / "chat_template.json").write_text(json.dumps({"chat_template": "from the processor"}), encoding="utf-8")
+    own = load_tokenizer(ModelSection(name_or_path=str(place))).chat_template
+    assert own != "from the processor"
+    (place / "chat_template.jinja").unlink()
+    assert load_tokenizer(ModelSection(name_or_path=str(place))).chat_template == "from the processor"
+
+
 def test_no_template_is_said(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     tokenizer = load(folder)

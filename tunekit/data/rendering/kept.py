@@ -26,7 +26,7 @@ class _Lead:
 
     [start, stop) is this text in the complete conversation; it is replaced by text[first:last] of `text`, the
     conversation up to this answer. The answer begins at `answer`, its reasoning ends at `thought`, and `rest`
-    characters after the lead belong to it."""
+    characters after the lead belong to it. The reasoning is put in at `block`, if the template does not write it."""
 
     index: int
     start: int
@@ -37,6 +37,7 @@ class _Lead:
     answer: int
     thought: int
     rest: int
+    block: int
 
     @property
     def growth(self) -> int:
@@ -58,6 +59,8 @@ class KeptReasoning:
         answers, tools = [split_reasoning(message) for message in example.messages], example.tools
         messages = [answer.rendered(self._template) for answer in answers]
         text = self._turns.render(messages, tools)
+        for message in messages:
+            self._turns.check_calls(message, text)
         places = [at for at, each in enumerate(messages) if each.role == "assistant" and not each.empty]
         leads = [self._lead(messages, at, answers[at], tools, text) for at in places]
         joined = _joined(text, leads, [lead.text for lead in leads])
@@ -82,21 +85,37 @@ class KeptReasoning:
         alone = self._turns.render(upto, tools)
         start, stop = self._place(messages, index - 1, tools, text), self._place(messages, index, tools, text)
         first, last = self._place(upto, index - 1, tools, alone), self._place(upto, index, tools, alone)
-        answer_start = self._turns.answer_start(messages, index, tools, alone)
+        answer_start = self._answer_start(messages, index, tools, alone, (first, last))
         endings = [alone[last:], self._control.without_last(alone[last:])]
         after = next((len(each) for each in endings if text.startswith(each, stop)), -1)
         if min(start, stop, first, last, after) < 0 or answer_start is None:
             what = "the chat template moves an answer when more turns follow, so its reasoning cannot be kept"
             raise DataError(what, "set data.reasoning: template, or another data.chat_template", key="data.reasoning")
+        place = last
         if answer.reasoning.strip() not in alone[answer_start:last]:
             if answer.field(self._template):
                 what = f"the chat template reads '{answer.field(self._template)}', but leaves it out of this answer"
                 raise DataError(what, "set data.reasoning: drop, or another data.chat_template", key="data.reasoning")
-            alone, last = alone[:last] + answer.block + alone[last:], last + len(answer.block)
-            answer_start = self._turns.answer_start(messages, index, tools, alone)
+            # Before the content; before the whole answer if it is a tool call, whose name is inside the call.
+            place = last if answer.message.content else answer_start
+            alone, last = alone[:place] + answer.block + alone[place:], last + len(answer.block)
+            answer_start = self._answer_start(messages, index, tools, alone, (first, last))  # a prompt can open it
             assert answer_start is not None
         thought = end_of_reasoning(alone, answer.reasoning, answer_start, last)
-        return _Lead(index, start, stop, alone, first, last, answer_start, thought, after)
+        return _Lead(index, start, stop, alone, first, last, answer_start, thought, after, place)
+
+    def _answer_start(
+        self, messages: Sequence[Message], index: int, tools: Tools, alone: str, lead: tuple[int, int]
+    ) -> int | None:
+        """Where the answer begins. Some templates leave out earlier reasoning once this answer follows (gpt-oss after a
+        tool call); then the answer begins after the generation prompt in [first, last)."""
+        start = self._turns.answer_start(messages, index, tools, alone)
+        if start is not None:
+            return start
+        bare = self._turns.render(messages[:index], tools)
+        header = self._turns.render(messages[:index], tools, add_generation_prompt=True).removeprefix(bare)
+        place = alone.find(header, *lead) if header else -1
+        return place + len(header) if place >= 0 else None
 
     def _neutral(self, upto: Sequence[Message], answer: SplitAnswer, tools: Tools, lead: _Lead) -> str:
         """The lead's text, with placeholders where the data spells special tokens."""
@@ -104,8 +123,7 @@ class KeptReasoning:
         if len(alone) == len(lead.text):
             return alone
         block = answer.block.replace(answer.reasoning, str(self._control.neutralized(answer.reasoning)))
-        stop = lead.last - len(block)
-        return alone[:stop] + block + alone[stop:]
+        return alone[: lead.block] + block + alone[lead.block :]
 
     def _place(self, messages: Sequence[Message], index: int, tools: Tools, text: str) -> int:
         """Where the content of a turn begins in the text, or its first tool call's name if it has no content; -1 if it

@@ -239,10 +239,7 @@ class TurnFinder:
         """
         for index, span in zip(wanted, spans, strict=True):
             turn = text[span.start : span.end]
-            for call in messages[index].extra.get("tool_calls", ()):
-                if call["function"]["name"] not in turn:
-                    what = "the chat template leaves out tool calls"
-                    raise DataError(what, "give a template that writes them", key="data.chat_template")
+            self.check_calls(messages[index], turn)
             answer = split_reasoning(messages[index])
             if answer.message.content.strip() not in turn:
                 self._notices[SHORTENED] += 1
@@ -251,6 +248,13 @@ class TurnFinder:
         names = [(tool.get("function") or tool).get("name") for tool in tools or ()]
         if names and not any(str(name) in text for name in names):
             self._notices[TOOLS_IGNORED] += 1
+
+    def check_calls(self, message: Message, text: str) -> None:
+        """Raises: DataError if the text lacks a tool call of the message."""
+        for call in message.extra.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                what = "the chat template leaves out tool calls"
+                raise DataError(what, "give a template that writes them", key="data.chat_template")
 
     def close(self, span: TurnSpan, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> TurnSpan:
         """The span, extended to its end-of-turn token, without the whitespace that the template writes after the token.

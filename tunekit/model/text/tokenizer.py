@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+PROCESSOR_TEMPLATE = "chat_template.json"  # in which older processors keep the template
 FILES = (
     *(TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", PROCESSOR_TEMPLATE),
 )
 # names of files that contain a vocabulary, of all tokenizers in transformers
 VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*vocab.*\.(json|txt)|.*\.(model|tiktoken|tokenizer|codes)")
@@ -211,6 +212,8 @@ def load_tokenizer(section: ModelSection) -> LoadedTokenizer:
             native = AutoTokenizer.from_pretrained(
                 str(folder), trust_remote_code=section.trust_remote_code, local_files_only=True, **arguments
             )
+        if native.chat_template is None and (folder / PROCESSOR_TEMPLATE).is_file():
+            native.chat_template = json.loads((folder / PROCESSOR_TEMPLATE).read_text("utf-8"))["chat_template"]
         if source.gguf_file is not None and not (folder / TOKENIZER).exists():
             split_as_llama_cpp(native, source)
     if getattr(native, "backend_tokenizer", None) is None:
