@@ -13,7 +13,6 @@ from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.plain_or_merged import (
     base_repository,
-    composite_problems,
     limit_notes,
     merging_unties,
     plain_or_reason,
@@ -25,6 +24,7 @@ from tunekit.exports.programs.mlx import answers
 from tunekit.exports.programs.program import Program
 from tunekit.files.durable import write_json
 from tunekit.files.tensors import write_tensors
+from tunekit.model.families import make_family
 from tunekit.records import JsonObject
 from tunekit.targets.exportable import Exportable
 
@@ -50,9 +50,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     if "model_file" in exportable.config and not exportable.target.model.trust_remote_code:
         what = "the base's config.json names a Python file (model_file), which mlx-lm before 0.32 runs"
         return [Problem(what, "if you trust this code, add model.trust_remote_code=true", key="--to")]
-    if composite := composite_problems(exportable, "mlx_vlm.convert"):
-        return composite
-    if exportable.family != "causal":
+    if make_family(exportable.family).objectives != "causal":
         return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
     if not wrong and kind in ALWAYS_TIED.split() and merging_unties(exportable):
