@@ -214,7 +214,7 @@ def make_model(
     def index_tensors(model: ConvertedModel, remote_hf_model_id: str | None = None) -> dict[str, Reader]:
         base.index_tensors(model)  # finds no tensors, and notes the number of layers
         lazy = {name: partial(_lazy, conversion, *entry) for name, entry in tensors.items()}
-        kept = (type(model).filter_tensors(item) for item in lazy.items())
+        kept = (model.filter_tensors(item) for item in lazy.items())
         return dict(item for item in kept if item is not None)
 
     def modify_tensors(
