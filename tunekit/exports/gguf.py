@@ -23,23 +23,28 @@ from tunekit.exports.format import Certificate, Evidence, Exported, Options, Que
 from tunekit.exports.llama_cpp.activations import column_squares
 from tunekit.exports.llama_cpp.adapter import adapter_problems, write_adapter
 from tunekit.exports.llama_cpp.converter import (
+    DISTRIBUTION,
+    VERSION,
     ConvertedModel,
     Converter,
     Placed,
+    has_mmproj,
     imported,
     knows,
     make_model,
     placements,
+    text_architecture,
 )
 from tunekit.exports.llama_cpp.fixed import fixed_problems
 from tunekit.exports.llama_cpp.metadata import limit_notes, right_up_to
 from tunekit.exports.llama_cpp.stream import write_model
 from tunekit.exports.llama_cpp.texts import around, sample_texts, token_notes
 from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
-from tunekit.exports.plain_or_merged import composite_problems, quantization_note
+from tunekit.exports.plain_or_merged import quantization_note
 from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
 from tunekit.files.work_folder import temporary_folder, work_folder
+from tunekit.model.families import make_family
 from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.model_folder import copy_other_files
@@ -53,7 +58,6 @@ TAKES = frozenset({"adapter", "model"})
 OPTIONS = frozenset({"type", "merged", "imatrix"})
 SUFFIX, PROGRAM = ".gguf", "llama.cpp"
 ROWS, TOKENS = 64, 512  # of the importance matrix
-LLAMA_CPP = "llama.cpp's convert_hf_to_gguf.py; an mmproj file of the base stays valid"
 ROW_TEXTS = 4  # of the certificate's rows, whose tokens are compared
 STORED = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}  # all others as BF16
 
@@ -71,15 +75,13 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
                 key="--imatrix",
             )
         )
-    if composite := composite_problems(exportable, LLAMA_CPP):
-        return [*wrong, *composite]
-    if exportable.family != "causal":
+    if make_family(exportable.family).objectives != "causal":
         what = f"{exportable.family} models are not converted"
         return [*wrong, Problem(what, "choose another --to", key="--to")]
-    architecture = exportable.architecture
     with imported() as converter:
+        architecture = text_architecture(converter, exportable.config)
         if not knows(converter, architecture):
-            what = f"llama.cpp's converter does not know the architecture {architecture}"
+            what = f"llama.cpp's converter ({DISTRIBUTION} {VERSION}) does not know the architecture {architecture}"
             return [*wrong, Problem(what, "choose another --to")]
     wrong += fixed_problems(exportable.config)
     if writes_adapter(exportable, options):
@@ -105,9 +107,9 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
         how = f"run it with: llama-server -m {base} --lora {path}{how}"
         remedy = "the base.gguf below has the weights of the training"
         error = quantization_note(exportable, remedy) if _is_quantized_here(exportable) else ()
-        lines = (*limit_notes(exportable.config), *_base_notes(exportable, facts), *error, how)
-        return Exported(path, "adapter", lines)
-    squares, notes = None, [*limit_notes(exportable.config), *token_notes(exportable)]
+        notes = [*limit_notes(exportable.config), *_part_notes(exportable)]
+        return Exported(path, "adapter", (*notes, *_base_notes(exportable, facts), *error, how))
+    squares, notes = None, [*limit_notes(exportable.config), *_part_notes(exportable), *token_notes(exportable)]
     if options.imatrix:
         rows, described = evidence.rows(ROWS, TOKENS)
         squares = column_squares(exportable.target, rows)
@@ -118,6 +120,17 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     counts = Counter(types.values()).most_common()
     notes.append(f"tensors by type: {', '.join(f'{count} {name}' for name, count in counts)}")
     return Exported(path, exportable.whole, (*notes, f"run it with: llama-server -m {path}"))
+
+
+def _part_notes(exportable: Exportable) -> Iterator[str]:
+    """A note on the parts of a composite model that read images or audio: llama.cpp reads them from another file."""
+    if make_family(exportable.family).trained_as is None:
+        return
+    with imported() as converter:
+        has_file = has_mmproj(converter, exportable.config)
+    what = "the base's own mmproj file stays valid (--mmproj FILE): the training left these parts alone"
+    none = f"llama.cpp's converter writes no mmproj file for {exportable.architecture}, so that it reads text only"
+    yield f"the file has the language model, without the parts that read images or audio; {what if has_file else none}"
 
 
 def _is_quantized_here(exportable: Exportable) -> bool:
@@ -174,7 +187,7 @@ def _write_model(
     without an adapter (but float64 becomes F32)."""
     rewriter, changes = _rewriter(exportable)
     with _files(exportable, rewriter, changes) as folder, imported() as converter:
-        architecture = exportable.architecture
+        architecture = text_architecture(converter, exportable.config)
         file_type = file_type or _stored_type(converter, exportable, rewriter)
         model = make_model(converter, folder, architecture, rewriter.outputs(changes), around(exportable))
         make = partial(make_model, converter, folder, architecture, {})

@@ -13,7 +13,6 @@ from tunekit.exports.compare import compare_parts
 from tunekit.exports.format import Certificate, Evidence, Exported, Options, Questions
 from tunekit.exports.plain_or_merged import (
     base_repository,
-    composite_problems,
     limit_notes,
     merging_unties,
     plain_or_reason,
@@ -23,8 +22,12 @@ from tunekit.exports.plain_or_merged import (
 )
 from tunekit.exports.programs.mlx import answers
 from tunekit.exports.programs.program import Program
+from tunekit.exports.settings import complete_gemma4
 from tunekit.files.durable import write_json
 from tunekit.files.tensors import write_tensors
+from tunekit.model.families import make_family
+from tunekit.model.storage.shards import read_headers
+from tunekit.model.storage.source import read_json
 from tunekit.records import JsonObject
 from tunekit.targets.exportable import Exportable
 
@@ -50,9 +53,7 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     if "model_file" in exportable.config and not exportable.target.model.trust_remote_code:
         what = "the base's config.json names a Python file (model_file), which mlx-lm before 0.32 runs"
         return [Problem(what, "if you trust this code, add model.trust_remote_code=true", key="--to")]
-    if composite := composite_problems(exportable, "mlx_vlm.convert"):
-        return composite
-    if exportable.family != "causal":
+    if make_family(exportable.family).objectives != "causal":
         return [Problem(f"{exportable.family} models are not converted", "choose another --to", key="--to")]
     kind, wrong = exportable.config.get("model_type", ""), unwritable(exportable, READER)
     if not wrong and kind in ALWAYS_TIED.split() and merging_unties(exportable):
@@ -67,6 +68,7 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     plain, reason = plain_or_reason(exportable, options, READER, partial(refusal, exportable.config))
     if plain is None:
         merged = write_merged(exportable, path, reason, "mlx_lm.generate --model PATH --prompt ...")
+        _complete_config(path)
         return replace(merged, notes=(*merged.notes, *limits))
     plain, base = plain.padded(), exportable.target.model.name_or_path
     tensors: Tensors = {}
@@ -86,6 +88,20 @@ def write(exportable: Exportable, path: Path, evidence: Evidence, options: Optio
     write_json(path / "adapter_config.json", fields)
     command = f"run it with: mlx_lm.generate --model {base} --adapter-path {path} --prompt ..."
     return Exported(path, "adapter", (command, *limits, *quantization_note(exportable)))
+
+
+def _complete_config(folder: Path) -> None:
+    """Write the settings of a composite model that mlx-lm reads in the other place than transformers: in text_config
+    or at the top."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        tied = not any(name.endswith("lm_head.weight") for name in read_headers(folder))
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = tied
+        complete_gemma4(text)
+        if "vocab_size" in text:
+            config["vocab_size"] = text["vocab_size"]
+        write_json(folder / "config.json", config)
 
 
 def refusal(config: JsonObject, plain: PlainAdapter) -> str:

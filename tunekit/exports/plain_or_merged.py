@@ -26,15 +26,6 @@ from tunekit.targets.exportable import Exportable
 MERGED = "with --merged, the base has the weights of the training"
 
 
-def composite_problems(exportable: Exportable, program: str) -> list[Problem]:
-    """The reason why a model that also reads images or audio is not converted for this program. A merged folder has the
-    names of its base's files, which the program's own converter reads."""
-    if make_family(exportable.family).trained_as is None:
-        return []
-    what = f"{exportable.architecture} also reads images or audio, and tunekit does not convert such a model"
-    return [Problem(what, f"write a merged folder with tunekit merge, and convert it with {program}", key="--to")]
-
-
 def unwritable(exportable: Exportable, program: str) -> list[Problem]:
     """Reasons why the adapter can be neither written nor merged: the adapter is a prompt, which does not change
     weights, or the program does not know the model, or computes it wrongly."""
@@ -74,9 +65,7 @@ def plain_or_reason(
     """
     if options.merged:
         return None, "asked for with --merged"
-    if make_family(exportable.family).trained_as is not None:
-        return None, f"the base is a model with image or audio parts, for which {program}'s adapters were not compared"
-    if exportable.family != "causal" or exportable.gguf_file is not None:
+    if make_family(exportable.family).objectives != "causal" or exportable.gguf_file is not None:
         return None, "the base is not a text model in a folder of safetensors files"
     for finding in _reading(exportable, program).findings:
         if not finding.limit:  # the merged model is written in the portable form

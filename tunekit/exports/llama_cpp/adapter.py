@@ -11,7 +11,15 @@ import torch
 from tunekit.arithmetic.nearest_lora import NotLowRank
 from tunekit.arithmetic.normalise import PlainAdapter, normalise
 from tunekit.errors import AdapterError, ModelError, Problem
-from tunekit.exports.llama_cpp.converter import Converter, Placed, added_facts, imported, make_model, placements
+from tunekit.exports.llama_cpp.converter import (
+    Converter,
+    Placed,
+    added_facts,
+    imported,
+    make_model,
+    placements,
+    text_architecture,
+)
 from tunekit.exports.llama_cpp.stream import write_file
 from tunekit.files.work_folder import temporary_folder
 from tunekit.model.load import make_meta_model
@@ -19,6 +27,7 @@ from tunekit.model.quantized.weights import layer_kind
 from tunekit.model.storage.portable import with_older_keys
 from tunekit.targets.exportable import Exportable
 
+UNAPPLIED = ("per_layer_model_proj.weight",)  # llama.cpp multiplies by these matrices without an adapter
 MERGE = "merge it instead: add --type Q8_0, or F16, Q4_K_M ..."
 
 
@@ -30,7 +39,7 @@ def adapter_problems(exportable: Exportable) -> list[Problem]:
         if not lost:  # the converter of some models reads the tokenizer for an embedding
             with imported() as converter:
                 placed, _, _ = _placed(converter, exportable, plain)
-            written = {source for tensor in placed.values() for source in tensor.sources}
+            written = {source for name, tensor in placed.items() if name not in UNAPPLIED for source in tensor.sources}
             lost = [name for name in plain.pairs if f"{name}.weight" not in written]
     except AdapterError as error:  # a prompt, which cannot be merged either
         return list(error.problems)
@@ -80,6 +89,6 @@ def _placed(
         folder = Path(name)
         config = json.dumps(with_older_keys(exportable.config))  # some have Infinity
         (folder / "config.json").write_text(config, "utf-8")
-        make = partial(make_model, converter, folder, exportable.architecture, {})
+        make = partial(make_model, converter, folder, text_architecture(converter, exportable.config), {})
         name_there = converter.gguf.MODEL_ARCH_NAMES[make().model_arch]
         return placements(make, shapes, transposed=transposed), name_there, added_facts(make)

@@ -34,10 +34,14 @@ from tunekit.exports.llama_cpp.vocabulary import (
     named_pre_tokenizer,
 )
 from tunekit.exports.programs.versions import CONVERTER, INSTALL, PROGRAMS, programs_folder
+from tunekit.exports.settings import complete_gemma4
 from tunekit.model.storage.source import read_json
 from tunekit.model.text.gguf_tokenizer import UNUSED_MERGE
 
 PACKAGES = ("gguf", "conversion")
+# Tensors of DeepSeek's drafters that 0.1.1's copy of gguf lacks. Without them, its code for all models of DeepSeek and
+# Mistral 3 cannot be imported.
+MISSING = ("DSPARK_MARKOV_W1", "DSPARK_MARKOV_W2", "DSPARK_CONF_PROJ")
 Reader = Callable[[], Tensor]
 STRIDE = 2**24  # larger than every number of rows or columns
 WHOLE_MODEL = "export the merged model: add --merged, and leave --imatrix out"
@@ -133,7 +137,11 @@ def imported() -> Iterator[Converter]:
     sys.path.insert(0, folder)
     logging.disable()  # the converter tells of every step
     try:
-        yield Converter(import_module("gguf"), import_module("conversion"))
+        gguf = import_module("gguf")
+        for name in MISSING:
+            if not hasattr(gguf.MODEL_TENSOR, name):
+                setattr(gguf.MODEL_TENSOR, name, -1)
+        yield Converter(gguf, import_module("conversion"))
     finally:
         logging.disable(silenced)
         sys.path.remove(folder)
@@ -161,9 +169,25 @@ def _loaded() -> dict[str, ModuleType]:
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES}
 
 
+def text_architecture(converter: Converter, config: Mapping[str, Any]) -> str:
+    """The class by which the converter reads a model's text part: for some composite models the one that text_config
+    names. Empty if the configuration names none."""
+    parts = {"text_config": config.get("text_config") or {}, "architectures": config.get("architectures") or [""]}
+    return str(converter.conversion.get_model_architecture({**config, **parts}, converter.conversion.ModelType.TEXT))
+
+
 def knows(converter: Converter, architecture: str) -> bool:
-    """Whether the converter has the architecture, such as LlamaForCausalLM."""
-    return architecture in converter.conversion.TEXT_MODEL_MAP
+    """Whether the converter has the architecture, such as LlamaForCausalLM. It names some whose code needs a newer copy
+    of the package gguf than its own."""
+    try:
+        return converter.conversion.get_model_class(architecture) is not None
+    except (NotImplementedError, AttributeError, KeyError):
+        return False
+
+
+def has_mmproj(converter: Converter, config: Mapping[str, Any]) -> bool:
+    """Whether the converter writes the parts of a composite model that read images or audio, as an mmproj file."""
+    return any(name in converter.conversion.MMPROJ_MODEL_MAP for name in config.get("architectures") or ())
 
 
 def make_model(
@@ -184,10 +208,13 @@ def make_model(
     with converting():
         base = conversion.get_model_class(architecture)
     config = read_json(folder / "config.json")
+    kind = (config.get("text_config") or config).get("model_type")
+    base = getattr(base, "Mistral4Model" if kind == "mistral4" else "Ministral3Model", base)  # inside Mistral3Model
 
     def index_tensors(model: ConvertedModel, remote_hf_model_id: str | None = None) -> dict[str, Reader]:
+        base.index_tensors(model)  # finds no tensors, and notes the number of layers
         lazy = {name: partial(_lazy, conversion, *entry) for name, entry in tensors.items()}
-        kept = (base.filter_tensors(item) for item in lazy.items())
+        kept = (model.filter_tensors(item) for item in lazy.items())
         return dict(item for item in kept if item is not None)
 
     def modify_tensors(
@@ -203,6 +230,8 @@ def make_model(
         complete_facts(model.gguf_writer, config)
 
     members = {"model_arch": base.model_arch, "index_tensors": index_tensors, "modify_tensors": modify_tensors}
+    if hasattr(base, "opt_num_mtp_layers"):  # Qwen's heads for several tokens, which config.json may promise
+        members["no_mtp"] = not any(name.startswith(("mtp.", "model.mtp.")) for name in tensors)
     members |= {"set_gguf_parameters": set_gguf_parameters} | _vocabulary(base, folder, around)
     with converting():
         hparams = _parameters(conversion.ModelBase.load_hparams(folder, False), config)
@@ -226,6 +255,9 @@ def _parameters(values: dict[str, Any], older: Mapping[str, Any]) -> dict[str, A
     """The configuration as transformers reads it, plus the keys of older versions, because the converter reads some
     of these."""
     values = {**older, **values}
+    if isinstance(older.get("text_config"), dict):
+        values["text_config"] = {**older["text_config"], **values["text_config"]}
+        complete_gemma4(values["text_config"])
     if values.get("model_type") == "gpt2":
         values["n_ctx"] = values["n_positions"]
     if values.get("model_type") == "falcon" and values["multi_query"] and not values["new_decoder_architecture"]:

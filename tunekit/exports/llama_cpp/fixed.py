@@ -26,7 +26,10 @@ BIASES: dict[str, dict[str, bool]] = {kind: {"attention_bias": False, "mlp_bias"
     "seed_oss": {"attention_out_bias": False, "mlp_bias": False},
     "starcoder2": {"use_bias": True},
 }
-NEEDED = {"gemma2": ("attn_logit_softcapping", "final_logit_softcapping")}  # numbers, where None would mean "none"
+NEEDED = {  # numbers, where None would mean "none"
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma4_text": ("final_logit_softcapping",),
+}
 
 
 def fixed_problems(config: Configuration) -> list[Problem]:

@@ -12,9 +12,9 @@ LARGEST = 20  # log-probabilities per token, vLLM's limit
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """The LARGEST log-probabilities after each token of the rows, computed in float32."""
     rows, adapter = request["rows"], request["adapter"]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"language_model_only": True}  # of composite models: rows have text alone
     if adapter:
-        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": request["max_lora_rank"]}
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": request["max_lora_rank"]}
         options["enable_mixed_moe_lora_format"] = request["experts"]  # as in the printed command
     length = max(map(len, rows)) + 1
     model = LLM(request["model"], dtype="float32", max_model_len=length, enforce_eager=True, seed=0, **options)
