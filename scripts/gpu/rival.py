@@ -12,7 +12,7 @@ from measuring import HostMemory, cap_memory, device_peaks, reset_peaks, speeds
 from random_model import begin_alike, configuration_folder, random_matrix, replace_everywhere
 from shapes import Row
 from torch import nn
-from work import window
+from work import step as step_of
 
 from tunekit.contracts import IGNORED, Batch
 
@@ -82,7 +82,7 @@ def _train(model: Any, row: Row, device: torch.device, size: int, recompute: boo
     losses: list[float] = []
     tokens, supervised, seconds = [], [], []
     for step in range(row.steps):
-        batches = window(row, step).batches
+        batches = step_of(row, step).batches
         started = time.monotonic()
         total = sum(batch.supervised for batch in batches)
         loss_sum = torch.zeros((), device=device)

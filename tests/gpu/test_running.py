@@ -50,9 +50,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(folder: Path, device: t
     seen = {}
 
     def poison(run: Callable[[], StepResult], work: StepWork) -> StepResult:
-        seen[work.window.step + 1] = weights(case)
+        seen[work.batches.step + 1] = weights(case)
         result = run()
-        if work.window.step + 1 == 3:
+        if work.batches.step + 1 == 3:
             case.optimizer.gradients()[0][7] = float("nan")
         return result
 

@@ -255,21 +255,6 @@ def test_ranks_too_large_are_refused(recipe: Path) -> None:
         plan_of(recipe, "adapter.r=33")
 
 
-@pytest.mark.drawn
-@pytest.mark.parametrize(("objective", "refused"), [("dpo", True), ("simpo", False), ("kto", True)])
-def test_a_reference_model_whose_weights_are_trained_is_refused(
-    objective: str, refused: bool, tiny_llama: Path, tmp_path: Path
-) -> None:
-    """The policy would be compared with itself."""
-    pair = {"prompt": "Sky?", "chosen": "blue", "rejected": "green"}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
-    path = write_recipe(tmp_path, tiny_llama, data={"train": "pairs.jsonl", "eval": None})
-    values = json.loads(path.read_text("utf-8")) | {"adapter": {"method": "full"}}
-    path.write_text(json.dumps(values), encoding="utf-8")
-    plan, _ = plan_of(path, f"objective={objective}")
-    assert [refusal.key for refusal in plan.refusals] == (["adapter.method"] if refused else [])
-
-
 def test_answers_of_a_base_without_attention_can_be_planned(tmp_path: Path) -> None:
     folder = write_tiny("mamba", tmp_path / "base")
     path = write_recipe(tmp_path, folder, evaluation={"samples": 1})

@@ -69,7 +69,11 @@ def test_a_rate_that_is_far_too_high_is_called_that(stories: Path, tmp_path: Pat
     assert report["eval_loss"] == pytest.approx(UNIFORM)
     assert report["eval_loss"] > 1.5 * report["base_eval_loss"]
     assert report["verdict"].startswith("the exported weights are worse than the base: eval loss ")
-    assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
+    assert json.loads((run / "status.json").read_text()) == {
+        "exit_code": 0,
+        "finished": True,
+        "reason": f"finished; {report['verdict']}",
+    }
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
     assert "next: " not in ended.output  # the warning has the advice
     assert report["verdict"].capitalize() in (run / "report.md").read_text().replace("\\", "")
@@ -90,7 +94,11 @@ def test_so_it_is_without_evaluation_rows(stories: Path, tmp_path: Path) -> None
     report = json.loads((run / "report.json").read_text())
     assert "base_eval_loss" not in report
     assert report["verdict"].startswith("the run ended worse than it began: training loss ")
-    assert json.loads((run / "status.json").read_text()) == {"exit_code": 0, "reason": f"finished; {report['verdict']}"}
+    assert json.loads((run / "status.json").read_text()) == {
+        "exit_code": 0,
+        "finished": True,
+        "reason": f"finished; {report['verdict']}",
+    }
     assert f"warning: {report['verdict']}; lower training.learning_rate" in ended.output
     page = (run / "report.md").read_text().replace("\\", "")
     assert report["verdict"].capitalize() in page

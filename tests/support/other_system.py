@@ -109,7 +109,9 @@ class NoLibrary(ctypes.CDLL):
     """Windows has no library without a name: no libc at hand."""
 
     def __init__(self, name: str | None, *rest: object) -> None:
-        raise TypeError(f"LoadLibrary() argument 1 must be str, not {name}")
+        if name is not None:
+            raise OSError(f"Could not find module '{name}'")
+        raise TypeError("LoadLibrary() argument 1 must be str, not None")
 
 
 def _refused(path: object, number: int = errno.EACCES) -> OSError:

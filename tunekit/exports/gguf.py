@@ -23,8 +23,6 @@ from tunekit.exports.format import Certificate, Evidence, Exported, Options, Que
 from tunekit.exports.llama_cpp.activations import column_squares
 from tunekit.exports.llama_cpp.adapter import adapter_problems, write_adapter
 from tunekit.exports.llama_cpp.converter import (
-    DISTRIBUTION,
-    VERSION,
     ConvertedModel,
     Converter,
     Placed,
@@ -43,6 +41,7 @@ from tunekit.exports.llama_cpp.types import FILE_TYPES, FLOATS
 from tunekit.exports.plain_or_merged import quantization_note
 from tunekit.exports.programs.llama_cpp import answers, tokens_of
 from tunekit.exports.programs.program import Program
+from tunekit.exports.programs.versions import CONVERTER, CONVERTER_VERSION
 from tunekit.files.work_folder import temporary_folder, work_folder
 from tunekit.model.families import make_family
 from tunekit.model.quantized.weights import layer_kind
@@ -81,7 +80,9 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
     with imported() as converter:
         architecture = text_architecture(converter, exportable.config)
         if not knows(converter, architecture):
-            what = f"llama.cpp's converter ({DISTRIBUTION} {VERSION}) does not know the architecture {architecture}"
+            what = (
+                f"llama.cpp's converter ({CONVERTER} {CONVERTER_VERSION}) does not know the architecture {architecture}"
+            )
             return [*wrong, Problem(what, "choose another --to")]
     wrong += fixed_problems(exportable.config)
     if writes_adapter(exportable, options):

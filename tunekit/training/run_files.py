@@ -179,13 +179,22 @@ def with_files(
     Raises: RunFolderError if the checkpoint that is resumed has different values.
     """
     if (start := session.loaded.recipe.adapter.init_from) is not None:
-        files = {**files, "adapter.init_from": sha256_of(Path(start) / TENSORS_NAME)}
+        files = {**files, **_continued_adapter(Path(start) / TENSORS_NAME, checkpoint)}
     if not files:
         return fingerprint
     new = {**fingerprint, "files": dict(files)}
     if checkpoint is not None:
         _require_same(session, checkpoint.facts["fingerprint"], new)
     return new
+
+
+def _continued_adapter(file: Path, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """The sha256 of the adapter's file. A resume needs no such file; if it is gone, the checkpoint's sha256 is kept."""
+    key = "adapter.init_from"
+    if checkpoint is None or file.exists():
+        return {key: sha256_of(file)}
+    kept = checkpoint.facts["fingerprint"].get("files", {})
+    return {key: kept[key]} if key in kept else {}
 
 
 def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
