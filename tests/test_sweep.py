@@ -196,12 +196,12 @@ def test_invalid_numbers_and_an_early_stop_end_only_their_trial(
     recipe: Path, solo: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "all"
-    rates = "training.learning_rate=1e38,3.0,0.01"
+    rates = "training.learning_rate=1e38,30.0,0.01"
     more = (rates, "~sweep.keys.adapter.method", "training.eval_steps=1", "evaluation.patience=2")
     ended = sweep(recipe, folder, *more)
     assert ended.code == 0, ended.output
     assert json.loads((folder / "learning_rate=1e+38" / "status.json").read_text())["exit_code"] == 3
-    assert json.loads((folder / "learning_rate=3" / "status.json").read_text())["reason"].startswith("stopped early")
+    assert json.loads((folder / "learning_rate=30" / "status.json").read_text())["reason"].startswith("stopped early")
     assert weights(folder / "learning_rate=0.01") == weights(solo["learning_rate=0.01,method=lora"])
     results = results_of(folder)
     assert results["settings"][0]["setting"] == "learning_rate=0.01"
