@@ -27,7 +27,7 @@ from tests.support.plans import make_plan
 from tests.support.train_case import lose_the_end, losses, records, tensors_of, train
 from tests.support.train_case import write_recipe as write_chat_recipe
 from tests.training.test_ranks import TORCHRUN, run_two
-from tunekit.errors import InputError
+from tunekit.errors import AdapterError, InputError
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.reference import load_reference
 from tunekit.targets.target import find_target, load_target
@@ -237,6 +237,8 @@ def test_a_resume_needs_no_folder_of_the_continued_adapter(base: Path, supervise
     whole = tensors_of(run)
     lose_the_end(run)
     shutil.rmtree(copied)
+    with pytest.raises(AdapterError, match=r"elsewhere/adapter_model\.safetensors: is missing"):
+        train(recipe, f"adapter.init_from={tmp_path / 'elsewhere'}", resume=True)
     train(recipe, resume=True)
     assert tensors_of(run) == whole
 

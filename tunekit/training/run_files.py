@@ -179,7 +179,7 @@ def with_files(
     Raises: RunFolderError if the checkpoint that is resumed has different values.
     """
     if (start := session.loaded.recipe.adapter.init_from) is not None:
-        files = {**files, **_continued_adapter(Path(start) / TENSORS_NAME, checkpoint)}
+        files = {**files, **_continued_adapter(start, checkpoint)}
     if not files:
         return fingerprint
     new = {**fingerprint, "files": dict(files)}
@@ -188,13 +188,14 @@ def with_files(
     return new
 
 
-def _continued_adapter(file: Path, checkpoint: Checkpoint | None) -> dict[str, str]:
-    """The sha256 of the adapter's file. A resume needs no such file; if it is gone, the checkpoint's sha256 is kept."""
-    key = "adapter.init_from"
-    if checkpoint is None or file.exists():
-        return {key: sha256_of(file)}
-    kept = checkpoint.facts["fingerprint"].get("files", {})
-    return {key: kept[key]} if key in kept else {}
+def _continued_adapter(start: str, checkpoint: Checkpoint | None) -> dict[str, str]:
+    """The sha256 of the adapter in the folder `start`. A resume needs no such folder: if it is gone, and the recipe
+    still names it, the checkpoint's sha256 is kept. Raises: AdapterError for another folder without an adapter."""
+    key, file = "adapter.init_from", Path(start) / TENSORS_NAME
+    kept = {} if checkpoint is None else checkpoint.facts["fingerprint"]
+    if not file.exists() and kept.get("recipe", {}).get(key) == start and key in kept.get("files", {}):
+        return {key: kept["files"][key]}
+    return {key: sha256_of(file)}
 
 
 def _require_same(session: Session, old: JsonObject, new: JsonObject) -> None:
