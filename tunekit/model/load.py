@@ -17,7 +17,7 @@ from tunekit.model.base_spec import BaseSpec, read_base_spec
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.families.heads import compute_in_float32
-from tunekit.model.families.structure import modules_with_statistics
+from tunekit.model.families.structure import statistics_notes
 from tunekit.model.loaded_model import LoadedModel
 from tunekit.model.parts import part_notes
 from tunekit.model.pretrained import config_of
@@ -338,7 +338,7 @@ def _finish(
             *notes,
             *part_notes(net),
             *_new_notes(net, spec, new_modules),
-            *_statistics_notes(net),
+            *statistics_notes(net),
         ],
         new_modules=new_modules,
     )
@@ -367,13 +367,6 @@ def _refuse_other_shapes(net: nn.Module, spec: BaseSpec, modules: Sequence[str])
         stored = headers.get(name) if name.startswith(inside) else None
         if stored is not None and stored.shape != tuple(tensor.shape):
             raise _wrong_shape(spec.source, name, stored.shape, tensor.shape)
-
-
-def _statistics_notes(net: nn.Module) -> list[str]:
-    """A note for nets with batch normalisation: it stays in eval mode, unlike in an ordinary training loop."""
-    if not modules_with_statistics(net):
-        return []
-    return ["batch normalisation uses the base's running statistics, which training does not change"]
 
 
 def _facts(net: nn.Module, spec: BaseSpec) -> ModelFacts:
