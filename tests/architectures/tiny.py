@@ -8,7 +8,7 @@ Lists with one entry for each layer keep one layer of each kind. Facts that name
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ SAME: tuple[tuple[int, str], ...] = (  # a value, and the names under which conf
     (VOCABULARY, "vocab_size vocab_size_per_layer_input decoder_vocab_size audio_vocab_size ngram_vocab_size_base"),
     (
         HIDDEN,
-        "hidden_size d_model n_embd embed_dim word_embed_proj_dim embedding_size dim emb_dim out_hidden_size hidden_size_global"
-        " text_hidden_size vision_hidden_size projection_dim projector_hidden_size output_dim vision_output_dim"
+        "hidden_size d_model n_embd embed_dim word_embed_proj_dim embedding_size dim emb_dim out_hidden_size"
+        " hidden_size_global text_hidden_size vision_hidden_size projection_dim projector_hidden_size output_dim vision_output_dim"
         " projector_input_dim projector_output_dim encoder_hidden_size mm_hidden_size input_embedding_size"
         " output_embedding_size output_channels projection_hidden_size backbone_hidden_size lru_width"
         " multimodal_hidden_size output_proj_dims pooler_output_size audio_embed_dim mm_embed_dim",
@@ -63,7 +63,8 @@ SAME: tuple[tuple[int, str], ...] = (  # a value, and the names under which conf
         "head_dim kv_channels qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim d_kv rotary_dim"
         " swa_head_dim swa_v_head_dim index_head_dim global_head_dim linear_key_head_dim linear_value_head_dim"
         " attention_head_size d_head dim_head swa_qk_rope_head_dim swa_qk_nope_head_dim d_rel gated_norm_rank"
-        " short_conv_rank o_lora_rank adapter_rank hidden_size_per_layer_input",
+        " short_conv_rank o_lora_rank adapter_rank hidden_size_per_layer_input sliding_window sliding_window_size rel_extent"
+        " attention_chunk_size attention_window_size local_attention",
     ),
     (
         512,
@@ -73,9 +74,9 @@ SAME: tuple[tuple[int, str], ...] = (  # a value, and the names under which conf
     (
         64,
         "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size expert_dim"
-        " sliding_window moe_hidden_size expert_ffn_hidden_size share_expert_dim expert_intermediate_size"
-        " sliding_window_size rel_extent attention_chunk_size router_hidden_size attention_window_size position_embedding_size"
-        " local_attention latent_dim lightning_hidden_size codebook_size num_embeddings max_image_size downsample_channels",
+        " moe_hidden_size expert_ffn_hidden_size share_expert_dim expert_intermediate_size"
+        " router_hidden_size position_embedding_size"
+        " latent_dim lightning_hidden_size codebook_size num_embeddings max_image_size downsample_channels",
     ),
     (32, "base_channels kv_lora_rank q_lora_rank swa_q_lora_rank image_size ple_embed_dim"),
     (1, "n_group topk_group first_k_dense_replace n_shared_experts bos_token_id num_shared_experts"),
@@ -249,6 +250,9 @@ def _kept_layers(default: Any, layers: int) -> tuple[int, dict[str, list[Any]]] 
     return len(kept), {name: [value[number] for number in kept] for name, value in lists.items()}
 
 
+PROMISED = frozenset(Path(__file__).with_name("names.txt").read_text("utf-8").split())  # the types that must be right
+
+
 def model_types() -> dict[str, str]:
     """The class of each model type that transformers lists for causal language models or for images and text, as
     config.json names it."""
@@ -263,7 +267,18 @@ def make_tiny(model_type: str, layers: int = LAYERS) -> nn.Module:
         config = tiny_config(model_type, layers)
         torch.manual_seed(0)
         net: nn.Module = getattr(transformers, model_types()[model_type])._from_config(config, dtype=torch.float32)
+        perturb(net)
     return net.eval()
+
+
+def perturb(net: nn.Module) -> None:
+    """Give values that are no zeros and ones to norms, biases, sinks and stored buffers, and larger ones to weights."""
+    with torch.no_grad():
+        for tensor in {id(tensor): tensor for tensor in net.state_dict(keep_vars=True).values()}.values():
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor += 0.1 * torch.randn(tensor.shape)
+            elif tensor.is_floating_point() and float(tensor.std()) < 0.03:
+                tensor *= 4
 
 
 def write_tiny(model_type: str, folder: Path, layers: int = LAYERS) -> Path:
@@ -271,4 +286,6 @@ def write_tiny(model_type: str, folder: Path, layers: int = LAYERS) -> Path:
     write_tiny_llama(folder)
     (folder / "model.safetensors").unlink()
     make_tiny(model_type, layers).save_pretrained(folder)
+    if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        (folder / "preprocessor_config.json").write_text("{}", encoding="utf-8")
     return folder
