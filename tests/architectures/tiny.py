@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 from tests.conftest import write_tiny_llama
+from tunekit.model.parts import composite_classes
 
 VOCABULARY, HIDDEN, LAYERS, MOST_LAYERS = 267, 64, 2, 5
 PLACEHOLDER = 262  # the id of every token that stands for a picture or a recording; no text has it
@@ -93,6 +94,7 @@ ALWAYS = {  # names that get a value although the default is None
 MULTI_HEAD = {"num_key_value_heads": 4}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS = {"rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 OWN: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 267, "audio_token_offset": 331},
     "apertus1p5_text": {"vocab_size": 400},
@@ -110,6 +112,7 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [64, 64], "global_attn_indexes": [1]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], **MULTI_HEAD},
     "deepseek_v2": MULTI_HEAD,
+    "deepseek_v3": {"n_group": 2},
     "doge": MULTI_HEAD,
     "dots3_note_text": {f"swa_{name}": 16 for name in ("qk_nope_head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank")}
     | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 32},
@@ -160,12 +163,16 @@ OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "janus_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "latent_channels": 32},
     "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {"interleave_moe_layer_step": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "chunk_size": 8},
+    "mllama_text_model": {"cross_attention_layers": [1], "num_hidden_layers": 3},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "muse_spark_audio": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_hidden_layers": 4},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "chunk_size": 16},
     "paddleocr_vl_text": SECTIONS,
+    "phi3": {"original_max_position_embeddings": 32, "rope_parameters": LONG_ROPE},
     "phi4_multimodal_audio": {
         "ext_pw_out_channel": 64,
         "depthwise_separable_out_channel": 64,
@@ -175,6 +182,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_vl_text": SECTIONS,
     "qwen2_5_vl_text": SECTIONS,
     "qwen2_5_omni_text": SECTIONS,
+    "qwen3_moe": {"mlp_only_layers": [0]},
     "qwen3_omni_moe_audio_encoder": {"downsample_hidden_size": 32},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
     | {"indexer_compress_ratio": 2, "ple_layer_ids": [1], "split_ngram_parts": 2, "hc_lowrank": 16},
@@ -184,6 +192,7 @@ OWN: dict[str, dict[str, Any]] = {
     "roc_bert": {"shape_vocab_size": 267, "pronunciation_vocab_size": 267, "shape_embed_dim": 16}
     | {"pronunciation_embed_dim": 16},
     "rwkv": {"attention_hidden_size": HIDDEN},
+    "starcoder2": {"sliding_window": 16},
     "step3p5": {"sliding_window": 64, "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "timm_wrapper": {"architecture": "test_vit", "model_args": {"embed_dim": 64}, "hidden_size": HIDDEN},
     "unlimited_ocr_sam_vision_model": {"downsample_channels": [64, 64], "global_attn_indexes": [1]},
@@ -230,6 +239,8 @@ def _small_values(default: Any, layers: int) -> Iterator[tuple[str, Any]]:
             yield name, 0.0
         elif name.endswith(("_id", "_index", "_ids")) and isinstance(value, int) and value >= VOCABULARY:
             yield name, PLACEHOLDER
+        elif value is None and isinstance(kind.__dataclass_fields__[name].default, int | float):
+            yield name, None  # the outer type's choice
 
 
 def _kept_layers(default: Any, layers: int) -> tuple[int, dict[str, list[Any]]] | None:
@@ -243,7 +254,7 @@ def _kept_layers(default: Any, layers: int) -> tuple[int, dict[str, list[Any]]] 
     }
     if not lists:
         return None
-    rows = list(zip(*lists.values(), strict=True))
+    rows = [[value[number] for value in lists.values() if isinstance(value[number], str)] for number in range(count)]
     first = sorted({row: number for number, row in reversed([*enumerate(map(str, rows))])}.values())[:MOST_LAYERS]
     more = [number for number in range(count) if number not in first][: max(0, layers - len(first))]
     kept = sorted([*first, *more])
@@ -286,6 +297,6 @@ def write_tiny(model_type: str, folder: Path, layers: int = LAYERS) -> Path:
     write_tiny_llama(folder)
     (folder / "model.safetensors").unlink()
     make_tiny(model_type, layers).save_pretrained(folder)
-    if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if model_types()[model_type] in composite_classes():
         (folder / "preprocessor_config.json").write_text("{}", encoding="utf-8")
     return folder

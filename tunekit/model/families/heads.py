@@ -44,7 +44,8 @@ class TextHead:
 
 def make_head(net: nn.Module, name: str) -> TextHead:
     """The head with the scale, divisor, cap and offset of the net's configuration."""
-    scale, divisor, config = 1.0, 1.0, text_config(net)
+    config = text_config(net)
+    scale, divisor = float(getattr(config, "output_multiplier", 1.0)), 1.0  # MuseGlimmer's
     if config.model_type.startswith("cohere"):
         scale = float(getattr(config, "logit_scale", None) or 1.0)
     elif config.model_type == "falcon_h1":
