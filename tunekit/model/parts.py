@@ -49,7 +49,9 @@ class UnloadedPart(nn.Module):
 class UnloadedEmbedding(UnloadedPart):
     """Stands for a part that replaces the embeddings of placeholders, of which rows of text have none."""
 
-    def forward(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **features: object) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **features: object
+    ) -> Tensor:
         if any(feature is not None for feature in features.values()):
             return super().forward()
         return input_ids.new_zeros(()) if inputs_embeds is None else inputs_embeds  # (), or (B, T, D)
