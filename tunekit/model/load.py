@@ -37,6 +37,7 @@ from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.storage.untying import untie_head
 from tunekit.model.transformers_guard import model_errors, no_fetched_code, quiet
+from tunekit.model.uncalled import skipped_notes
 from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.records import ModelFacts, TextFacts
 
@@ -337,6 +338,7 @@ def _finish(
             *spec.stored_notes(),
             *notes,
             *part_notes(net),
+            *skipped_notes(net),
             *_new_notes(net, spec, new_modules),
             *statistics_notes(net),
         ],
