@@ -320,10 +320,10 @@ def _finish(
     elif (spec.family.labelled or spec.family.headless) and spec.family.reads_ids:
         skip_padding(net, [layer for _, layer in spec.family.layers(net)], spec.device)
     config = config_of(net)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    if hasattr(config, "rescale_every"):
-        config.rescale_every = 0  # RWKV would divide its weights in place, including packed ones and mapped files
+    # RWKV would divide its weights in place, including packed ones and mapped files
+    for name, value in {"use_cache": False, "rescale_every": 0}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     return LoadedModel(
         net=net,
         config=config,
@@ -350,12 +350,10 @@ def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> li
     """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note.
     Raises: ModelError if such a module is in the files, with another shape than config.json declares."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
-    names = [name for name in new_modules if name != replaced]
-    if not names:
+    if not (names := [name for name in new_modules if name != replaced]):
         return []
     if isinstance(spec.section, HeadedModel):
-        declared = len(inspection.head_labels(spec.source, spec.family.name))
-        kept = declared == len(spec.section.labels)
+        kept = len(inspection.head_labels(spec.source, spec.family.name)) == len(spec.section.labels)
         _refuse_other_shapes(net, spec, [name for name in names if kept or name != spec.family.head_name(net)])
     what = f"the base's files do not contain {', '.join(names)}"
     return [f"{what}; these modules are initialised at random, fully trained, and saved with the adapter or model"]
