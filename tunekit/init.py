@@ -98,8 +98,8 @@ class FirstRecipe:
 
 def init_verb(
     data: str | None, output: str, model: str | None, method: str | None, quantization: str, evaluation: float | None
-) -> None:
-    """Write a first recipe to `output`. Raises: TunekitError if an answer is invalid, or if the file exists already."""
+) -> Path:
+    """Write a first recipe to `output`; returns its path. Raises: TunekitError if an answer is invalid, or if the file exists already."""
     console = Console()
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     target = Path(output) / "recipe.yaml" if os.path.isdir(output) else Path(output)
@@ -143,6 +143,7 @@ def init_verb(
     wrote = f"{target} and {schema}, with which editors check and complete the recipe" if new else str(target)
     console.info(*results, f"wrote {wrote}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
     console.info(*([] if look is None else look.notes))  # keys to change in the recipe, which now exists
+    return target
 
 
 def eval_share(look: Look | None) -> str:

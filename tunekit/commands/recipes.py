@@ -1,11 +1,16 @@
 """The commands that write, translate, list and check recipes: init, import, recipes, schema, validate."""
 
-from typing import Annotated
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunekit.artifacts.run import SWEEP_NAME, read_json, refuse_old_run
 from tunekit.commands.completion import named, shipped_name
 from tunekit.commands.options import JsonFile, Overrides, RecipeFile
+from tunekit.errors import InputError
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -36,11 +41,42 @@ def init(
             help="the share of rows to evaluate on, from 0 to 0.5; default: about 200 rows, at most 0.2",
         ),
     ] = None,
-) -> None:
+    train: Annotated[bool, typer.Option("--train", help="then train, evaluate the result, and show its report")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", metavar="N", min=0.1, help="with --train: search better settings in this time"),
+    ] = None,
+) -> int:
     """Write a first recipe for your data. Reads the data, checks this machine, and asks questions in a terminal."""
+    if minutes is not None and not train:
+        raise InputError("--minutes limits a search of settings, which only --train starts", "add --train")
     from tunekit.init import init_verb
 
-    init_verb(data, output, model, method, quantization, evaluation)
+    recipe = init_verb(data, output, model, method, quantization, evaluation)
+    return _train_recipe(validate(str(recipe), []), str(recipe), minutes) if train else 0
+
+
+def _train_recipe(loaded: LoadedRecipe, path: str, minutes: float | None) -> int:
+    """Train the recipe, or the settings that a search tries in `minutes`; then evaluate the best run, and show its
+    report."""
+    folder = Path(loaded.recipe.output.dir)
+    refuse_old_run(folder)
+    if minutes is None:
+        from tunekit.train import train_verb
+
+        train_verb(loaded, resume=False, dry_run=False)
+    else:
+        from tunekit.sweep import automatic_verb
+
+        automatic_verb(loaded, path, [], minutes, resume=False, json_file=None)
+        folder /= str((read_json(folder / SWEEP_NAME) or {})["settings"][0]["setting"])
+    if loaded.recipe.data.eval:
+        from tunekit.evaluate import evaluate_verb
+
+        evaluate_verb(str(folder), None, None, None, [], None, [])
+    from tunekit.report import report_verb
+
+    return report_verb([str(folder)], None, None, None)
 
 
 @app.command("import")
