@@ -1,6 +1,8 @@
-"""`tunekit sweep`: trains the trials of a recipe one after another over one loaded base, and compares their results.
+"""`tunekit sweep`: trains the trials of a recipe over one loaded base, and compares their results.
 
-A trial is a run like any other, in its own folder. Its result has the same bytes as the result of `tunekit train`.
+The trials are fixed before the first one starts (recipe/reading/trials.py; with --auto, training/automatic.py chooses
+their values). Only halving decides during the sweep: `_train_by_halves` drops the worse settings at each rung. A trial
+is a run like any other, in its own folder. Its result has the same bytes as the result of `tunekit train`.
 """
 
 import gc

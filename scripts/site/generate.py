@@ -1,4 +1,4 @@
-"""Generate the pages of the documentation that list keys, methods, formats, metrics, commands, errors and other tools.
+"""Generate the pages of the documentation that list models, keys, methods, formats, metrics, commands and errors.
 
 usage: python scripts/site/generate.py FOLDER      copies the written pages to FOLDER, and adds the generated pages
 """
@@ -63,6 +63,7 @@ def pages() -> dict[str, str]:
         "reference/commands.md": commands_page(),
         "reference/errors.md": errors_page(),
         "reference/other-tools.md": other_tools_page(),
+        "reference/models.md": (REPOSITORY / "scripts" / "results" / "models.md").read_text(encoding="utf-8"),
     }
 
 

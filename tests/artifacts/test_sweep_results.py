@@ -168,6 +168,8 @@ def test_runs_that_are_not_finished(tmp_path: Path) -> None:
     assert [setting.name for setting in results.settings] == ["a", "failed"]
     assert results.verdict() == "only a is finished: eval loss 1; not finished: 1 failed"
     assert results.table()[1][1] == ["failed", "0.5 at step 40", "–", "failed"]
+    assert results.incomplete == "# best of a sweep in which not every run is finished: failed (failed)\n"
+    assert not sweep_results("eval.loss", {"b": [run(tmp_path / "b", 1.0)]}).incomplete
     states = [(run["state"], run["reason"]) for setting in results.values()["settings"] for run in setting["runs"]]
     assert states == [("finished", "finished"), ("failed", REASON)]
     page = sweep_page(results, {"a": {}, "failed": {}}, ("best.yaml", ""))

@@ -138,6 +138,76 @@ def test_channels_and_another_end_of_the_last_turn(tiny_llama: Path) -> None:
     assert masked[1].startswith(FINAL + "Second.")
 
 
+PARTS = ("[THINK]", "[/THINK]")
+
+
+@pytest.fixture(scope="module")
+def magistral(tiny_llama: Path) -> LoadedTokenizer:
+    """Its tags are control tokens."""
+    native = tokenizer_of(tiny_llama).native
+    native.add_special_tokens({"additional_special_tokens": [*PARTS]})
+    return LoadedTokenizer(native, None)
+
+
+def in_parts() -> list[Turn]:
+    """The same two questions, with the reasoning in parts of the content, after a system message that has such a
+    part."""
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "a draft"}]}
+    rows: list[Turn] = [{"role": "system", "content": [{"type": "text", "text": "First "}, thinking]}]
+    for turn in in_field("thinking"):
+        if (thought := turn.pop("thinking", None)) is not None:
+            answer = {"type": "text", "text": turn["content"]}
+            turn["content"] = [{"type": "thinking", "thinking": thought}, answer]
+        rows.append(turn)
+    return rows
+
+
+def in_tags() -> list[Turn]:
+    system = {"role": "system", "content": "First [THINK]a draft[/THINK]"}
+    turns = in_field()
+    for turn in turns:
+        if (thought := turn.pop("reasoning_content", None)) is not None:
+            turn["content"] = f"[THINK]{thought}[/THINK]{turn['content']}"
+    return [system, *turns]
+
+
+MAGISTRAL = "[SYSTEM_PROMPT]First [THINK]a draft[/THINK][/SYSTEM_PROMPT][INST]one?[/INST]"
+MAGISTRAL += f"[THINK]T1[/THINK]First.{END}[INST]two?[/INST][THINK]T2[/THINK]Second.{END}"
+
+
+@pytest.mark.parametrize("turns", [in_parts, in_tags])
+def test_reasoning_in_parts_of_the_content(magistral: LoadedTokenizer, turns: Any) -> None:
+    for value in ("template", "train"):
+        found = texts_of(magistral, templates.MAGISTRAL, turns(), value)
+        assert found == (MAGISTRAL, [f"[THINK]T1[/THINK]First.{END}", f"[THINK]T2[/THINK]Second.{END}"])
+    assert texts_of(magistral, templates.MAGISTRAL, turns(), "mask") == (MAGISTRAL, [f"First.{END}", f"Second.{END}"])
+    bare = MAGISTRAL.replace("[THINK]T1[/THINK]", "").replace("[THINK]T2[/THINK]", "")
+    assert texts_of(magistral, templates.MAGISTRAL, turns(), "drop") == (bare, [f"First.{END}", f"Second.{END}"])
+    row = encoder_of(magistral, template=templates.MAGISTRAL).encode(chat.make_example({"messages": turns()}), "x:1")
+    tags = magistral.native.convert_tokens_to_ids([*PARTS])
+    assert [row.parts["ids"].tolist().count(tag) for tag in tags] == [3, 3]
+
+
+def test_parts_before_a_tool_call_and_tags_in_a_question(magistral: LoadedTokenizer) -> None:
+    call = {"content": [{"type": "thinking", "thinking": "wonder"}], "tool_calls": [{"function": CALL}]}
+    turns = [{"role": "user", "content": "[THINK]q[/THINK]"}, {"role": "assistant", **call}]
+    written = f'[TOOL_CALLS]weather[ARGS]{{"city": "Oslo"}}{END}'
+    for value, thought in (("template", "[THINK]wonder[/THINK]"), ("train", "[THINK]wonder[/THINK]"), ("mask", "")):
+        assert texts_of(magistral, templates.MAGISTRAL, turns, value)[1] == [thought + written]
+    row = encoder_of(magistral, template=templates.MAGISTRAL).encode(chat.make_example({"messages": turns}), "x:1")
+    assert row.parts["ids"].tolist().count(magistral.native.convert_tokens_to_ids("[THINK]")) == 1
+
+
+def test_parts_for_a_template_with_another_form(magistral: LoadedTokenizer) -> None:
+    """They are kept in this form, or refused; they are never spelled text."""
+    assert texts_of(magistral, templates.QWEN3, in_parts()[1:], "train")[1] == [
+        f"{THINK[0]}First.{END}",
+        f"{THINK[1]}Second.{END}",
+    ]
+    with pytest.raises(DataError, match=r"does not read 'thinking' of a message.*reads 'reasoning_content': rename"):
+        texts_of(magistral, templates.QWEN3, in_parts()[1:], "template")
+
+
 def loop_of_tools() -> list[Turn]:
     """Two questions, each answered after a tool call, and each turn with reasoning."""
     rows: list[Turn] = []

@@ -315,6 +315,30 @@ def test_a_stop_during_the_tasks_of_a_run_leaves_them_out(
 
 
 @pytest.mark.drawn
+def test_tasks_that_last_longer_than_the_time_limit_are_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+    def before() -> None:
+        from tunekit.planning import refusals
+        from tunekit.training import result
+        from tunekit.training.time_limit import TimeLimit
+
+        refusals.find_spec = lambda name: True  # type: ignore[attr-defined, assignment]  # lm-eval need not be here
+        result.load_tasks = lambda settings: None  # type: ignore[assignment, return-value]
+        result.measure_tasks = lambda *inputs, **named: time.sleep(60)  # type: ignore[assignment]
+        TimeLimit.left = 0.1  # type: ignore[method-assign, assignment]
+
+    task = write_task(tmp_path)
+    sections: dict[str, Any] = {"evaluation": {"tasks": [task.name]}, "training": {"epochs": 1.0, "max_minutes": 60}}
+    ended = train_in_child(write_recipe(tmp_path, tiny_llama, **sections), tmp_path / "run", before=before)
+    assert ended.code == 0, ended.output
+    words = " ".join(ended.output.split())
+    assert "training.max_minutes left too little time for evaluation.tasks; measure them with: tunekit eval " in words
+    assert not (tmp_path / "run" / "tasks.json").exists()
+    report = json.loads((tmp_path / "run" / "report.json").read_text("utf-8"))
+    assert report["starts"][0]["minutes"] < 1
+    assert json.loads((tmp_path / "run" / "status.json").read_text("utf-8"))["finished"] is True
+
+
+@pytest.mark.drawn
 def test_a_task_that_fails_does_not_fail_the_run(harness: Callable[[], None], tiny_llama: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"evaluation": {"tasks": ["no_such_task"]}, "training": {"epochs": 1.0}}
     ended = train_in_child(write_recipe(tmp_path, tiny_llama, **sections), tmp_path / "run", before=harness)

@@ -11,7 +11,7 @@ from tests.architectures.tiny import make_tiny, write_tiny
 from tunekit.model.load import load_model
 from tunekit.model.quantized.weights import packed_layers
 from tunekit.model.storage.rewrite import Rewriter
-from tunekit.model.uncalled import uncalled_layers
+from tunekit.model.uncalled import skipped_modules, uncalled_layers
 from tunekit.recipe.model import ModelSection
 
 IDS = torch.arange(3, 20)[None]
@@ -43,3 +43,17 @@ def test_a_packed_model_computes(model_type: str, tmp_path: Path) -> None:
     assert 0 < (logits - plain).abs().mean() < 0.5 * plain.std()
     rewriter = Rewriter(section, "dequantized")
     assert {name for name in rewriter.modules if rewriter.is_packed(name)} == set(packed)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("mllama", ["model.language_model.layers.1"]),
+        ("deepseek_v32", ["model.layers.0.self_attn.indexer", "model.layers.1.self_attn.indexer"]),
+        ("llama", []),
+    ],
+)
+def test_modules_that_text_does_not_train_are_found(model_type: str, expected: list[str]) -> None:
+    with torch.device("meta"):
+        net = make_tiny(model_type)
+    assert [name for name in skipped_modules(net) if "vision" not in name] == expected

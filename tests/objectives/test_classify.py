@@ -591,6 +591,26 @@ def test_listed_labels_are_read_as_those_of_the_rows(bert: Path, tmp_path: Path)
         load_recipe(recipe)
 
 
+@pytest.mark.parametrize("stored", [("a", "b"), ("a", "b", "c", "d")])
+def test_a_kept_head_of_another_width_names_the_tensor_and_the_file(
+    bert: Path, tmp_path: Path, stored: tuple[str, ...]
+) -> None:
+    """Else the head would be drawn at random, although the recipe keeps it."""
+    base, names = classifier(tmp_path / "base", bert, *stored), ("yes", "no", "perhaps")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: row for row, name in enumerate(names)}}
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = write_recipe(tmp_path, base)
+    wrong = (
+        rf"base/model\.safetensors: model\.name_or_path: the tensor classifier\.(weight|bias) has the shape "
+        rf"\[{len(stored)}.*\], but config\.json declares \[3.*; use the config\.json that belongs to these weights"
+    )
+    with pytest.raises(TunekitError, match=wrong):
+        make_plan(load_recipe(recipe), device=CPU)
+    with pytest.raises(TunekitError, match=wrong):
+        evaluate_verb(str(base), None, str(tmp_path / "train.jsonl"), None, [], None, [])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_deberta_computes_in_float32_only(bert: Path, tmp_path: Path, dtype: str) -> None:
     """transformers makes some of its biases in float32, and multiplies them with 16-bit numbers."""

@@ -70,3 +70,13 @@ MISTRAL = (
     "[/TOOL_RESULTS]{% elif m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{{ c.function | tojson }}"
     "{{ ', ' if not loop.last }}{% endfor %}]<|im_end|>{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
 )
+
+# Reasoning in parts of the content, between control tokens, and no generation prompt, as Magistral and Ministral 3.
+MAGISTRAL = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m['content'] }}[/INST]{% else %}"
+    "{% if m.role == 'system' %}[SYSTEM_PROMPT]{% endif %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for b in m['content'] %}{% if b['type'] == 'text' %}{{ b['text'] }}{% elif b['type'] == 'thinking' %}"
+    "{{ '[THINK]' + b['thinking'] + '[/THINK]' }}{% endif %}{% endfor %}{% endif %}"
+    "{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
+    "{% endfor %}{{ '[/SYSTEM_PROMPT]' if m.role == 'system' else '<|im_end|>' }}{% endif %}{% endfor %}"
+)

@@ -24,7 +24,7 @@ def make_plan(
     """Prepare and plan the main rank of a run. `previous`: the settings of the run that is resumed."""
     device, resumed = device or make_devices().device, previous is not None
     return plan(
-        prepare(loaded, device, ranks=ranks, resumed=resumed, processors=processors),
+        prepare(loaded, device, ranks=ranks, resumed="run" if resumed else None, processors=processors),
         previous,
         may_recompute_more=resumed,
     )

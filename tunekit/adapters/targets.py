@@ -33,7 +33,7 @@ from tunekit.adapters.tokens import token_slots, wrong_tokens
 from tunekit.errors import AdapterError, Problem, RecipeError
 from tunekit.model.parts import unloaded_modules
 from tunekit.model.quantized.weights import layer_kind, weight_of
-from tunekit.model.uncalled import uncalled_layers
+from tunekit.model.uncalled import skipped_modules, uncalled_layers
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
 
@@ -141,7 +141,8 @@ class Search:
         excluded = self._match("exclude_modules", getattr(self.settings, "exclude_modules", None) or ())
         names = self._match("target_modules", getattr(self.settings, "target_modules", ())) - excluded
         if not self.file:  # files of other programs may contain unused layers
-            names = {name for name in names if not is_within(name, getattr(self.net, "unread", ()))}
+            unread = [*getattr(self.net, "unread", ()), *skipped_modules(self.net)]
+            names = {name for name in names if not is_within(name, unread)}
         for what, how in wrong_entries(self.modules, saved_modules(self.settings), self.file is not None):
             self.report("modules_to_save", what, how)
         names = {name for name in self._in_layers(names) if not is_within(name, self.copies)}

@@ -1,9 +1,11 @@
 """`format: chat`: OpenAI messages, `{"messages": [{"role": ..., "content": ...}], "tools": [...]}`.
 
-Content is text or text parts; it may be null only in a message with tool_calls. The `weight` of an assistant message
-multiplies the loss of its tokens. With weight 0 or `train: false`, the message is only context.
+Content is text, or parts of text and reasoning; it may be null only in a message with tool_calls. Reasoning at the
+start of an answer is its field `thinking`. The `weight` of an assistant message multiplies the loss of its tokens. With
+weight 0 or `train: false`, the message is only context.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from tunekit.basics import JsonObject
@@ -19,6 +21,8 @@ CALL = '{"function": {"name": ..., "arguments": {...}}}'
 
 CALLS = ("tool_calls", "function_call")
 WEIGHTS = ("weight", "train")  # fields of a message: its weight in the loss, or whether it is trained on
+
+_THINKING = re.compile(r"\[THINK\](.*?)\[/THINK\]", re.DOTALL)  # how parts with reasoning are written in a content
 
 
 def make_example(row: Fields) -> Example:
@@ -54,7 +58,10 @@ def _read_message(value: object, label: str) -> Message:
     for name, part in value.items():
         if part not in (None, "", [], {}) and name not in ("role", "content", *CALLS, *WEIGHTS):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
-    return Message(role, _read_content(value, label, bool(calls)), _read_weight(value, label, role), extra)
+    content = _read_content(value, label, bool(calls))
+    if role == "assistant" and (opening := _THINKING.match(content)) and isinstance(value["content"], list):
+        extra["thinking"], content = opening[1], content[opening.end() :]
+    return Message(role, content, _read_weight(value, label, role), extra)
 
 
 def _read_role(value: Fields, label: str) -> str:
@@ -81,11 +88,16 @@ def _read_content(value: Fields, label: str, calls_tools: bool) -> str:
 
 
 def _read_part(part: object, label: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping) or kind not in ("text", "thinking"):
         how = 'only text parts can be trained on here: {"type": "text", "text": ...}'
         raise DataError(f"'{label}' is a {kind!r} part", how)
-    return check_text(part.get("text"), f"{label}.text")
+    text = part.get(kind)
+    if kind == "text":
+        return check_text(text, f"{label}.text")
+    if isinstance(text, list):  # Mistral's API has text parts in it
+        text = "".join(_read_part(inner, f"{label}.thinking[{index}]") for index, inner in enumerate(text))
+    return f"[THINK]{check_text(text, f'{label}.thinking')}[/THINK]"
 
 
 def _read_weight(value: Fields, label: str, role: str) -> float:

@@ -17,7 +17,7 @@ from tunekit.model.base_spec import BaseSpec, read_base_spec
 from tunekit.model.compute import resolve_dtype
 from tunekit.model.families import Family, text_config
 from tunekit.model.families.heads import compute_in_float32
-from tunekit.model.families.structure import modules_with_statistics
+from tunekit.model.families.structure import statistics_notes
 from tunekit.model.loaded_model import LoadedModel
 from tunekit.model.parts import part_notes
 from tunekit.model.pretrained import config_of
@@ -37,7 +37,8 @@ from tunekit.model.storage.sidecar import Sidecar
 from tunekit.model.storage.source import ModelSource, find_source
 from tunekit.model.storage.untying import untie_head
 from tunekit.model.transformers_guard import model_errors, no_fetched_code, quiet
-from tunekit.recipe.model import ModelSection
+from tunekit.model.uncalled import skipped_notes
+from tunekit.recipe.model import HeadedModel, ModelSection
 from tunekit.records import ModelFacts, TextFacts
 
 __all__ = ["LoadedModel", "base_fingerprint", "load_model", "make_meta_model", "resolve_dtype"]
@@ -319,10 +320,10 @@ def _finish(
     elif (spec.family.labelled or spec.family.headless) and spec.family.reads_ids:
         skip_padding(net, [layer for _, layer in spec.family.layers(net)], spec.device)
     config = config_of(net)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    if hasattr(config, "rescale_every"):
-        config.rescale_every = 0  # RWKV would divide its weights in place, including packed ones and mapped files
+    # RWKV would divide its weights in place, including packed ones and mapped files
+    for name, value in {"use_cache": False, "rescale_every": 0}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
     return LoadedModel(
         net=net,
         config=config,
@@ -337,28 +338,35 @@ def _finish(
             *spec.stored_notes(),
             *notes,
             *part_notes(net),
+            *skipped_notes(net),
             *_new_notes(net, spec, new_modules),
-            *_statistics_notes(net),
+            *statistics_notes(net),
         ],
         new_modules=new_modules,
     )
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note."""
+    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note.
+    Raises: ModelError if such a module is in the files, with another shape than config.json declares."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
-    names = [name for name in new_modules if name != replaced]
-    if not names:
+    if not (names := [name for name in new_modules if name != replaced]):
         return []
+    if isinstance(spec.section, HeadedModel):
+        kept = len(inspection.head_labels(spec.source, spec.family.name)) == len(spec.section.labels)
+        _refuse_other_shapes(net, spec, [name for name in names if kept or name != spec.family.head_name(net)])
     what = f"the base's files do not contain {', '.join(names)}"
     return [f"{what}; these modules are initialised at random, fully trained, and saved with the adapter or model"]
 
 
-def _statistics_notes(net: nn.Module) -> list[str]:
-    """A note for nets with batch normalisation: it stays in eval mode, unlike in an ordinary training loop."""
-    if not modules_with_statistics(net):
-        return []
-    return ["batch normalisation uses the base's running statistics, which training does not change"]
+def _refuse_other_shapes(net: nn.Module, spec: BaseSpec, modules: Sequence[str]) -> None:
+    """Raises: ModelError for a tensor of `modules` whose stored shape differs: its trained values would be lost."""
+    files = _files(spec.source)
+    headers, inside = {} if files is None else files.headers, tuple(f"{module}." for module in modules)
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        stored = headers.get(name) if name.startswith(inside) else None
+        if stored is not None and stored.shape != tuple(tensor.shape):
+            raise _wrong_shape(spec.source, name, stored.shape, tensor.shape)
 
 
 def _facts(net: nn.Module, spec: BaseSpec) -> ModelFacts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ from tunekit.model.pretrained import config_of
 
 # Modules inside the decoder that only pictures and sounds use, by model type.
 INSIDE_DECODER = {"phi4_multimodal": ("embed_tokens_extend",)}
+# Parts that the model calls with every row, and that only replace the embeddings of placeholders.
+EMBED_PLACEHOLDERS = ("embed_tokens_extend", "embed_vision", "embed_audio")
 
 
 @cache
@@ -43,11 +46,28 @@ class UnloadedPart(nn.Module):
         raise ModelError(f"the rows need {type(self.part).__name__}, which is not loaded", "use rows of text alone")
 
 
+class UnloadedEmbedding(UnloadedPart):
+    """Stands for a part that replaces the embeddings of placeholders, of which rows of text have none."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **features: object
+    ) -> Tensor:
+        if any(feature is not None for feature in features.values()):
+            return super().forward()
+        return input_ids.new_zeros(()) if inputs_embeds is None else inputs_embeds  # (), or (B, T, D)
+
+    def __getattr__(self, name: str) -> Any:
+        """Numbers of the part, such as its first token id."""
+        values = vars(object.__getattribute__(self, "part"))
+        return values[name] if name in values else super().__getattr__(name)
+
+
 def leave_out(net: nn.Module, decoder: str, head: str | None) -> None:
     """Replace every module of a composite model that is neither in its decoder nor in its head by an UnloadedPart."""
     for name in outer_parts(net, decoder, head):
         if next(net.get_submodule(name).parameters(), None) is not None:
-            net.set_submodule(name, UnloadedPart(net.get_submodule(name)))
+            kind = UnloadedEmbedding if name.endswith(EMBED_PLACEHOLDERS) else UnloadedPart
+            net.set_submodule(name, kind(net.get_submodule(name)))
 
 
 def outer_parts(net: nn.Module, decoder: str, head: str | None) -> list[str]:

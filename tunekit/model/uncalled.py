@@ -15,6 +15,7 @@ from functools import cache
 from torch import nn
 
 from tunekit.contracts import Modules
+from tunekit.errors import listed
 
 OWN_WEIGHT = re.compile(r"self\.(\w+)\.weight(\.\w+\([^()]*\))?")  # the whole matrix, perhaps cast or transposed
 PRODUCTS = ("linear", "matmul")  # functions that multiply
@@ -29,6 +30,24 @@ def uncalled_layers(modules: Modules) -> set[str]:
         name for name, parent, attribute in split if parent in kinds and attribute in _multiplied_weights(kinds[parent])
     }
     return multiplied | _unread_poolers(modules)
+
+
+def skipped_modules(net: nn.Module) -> list[str]:
+    """Names of modules that get no gradient from rows of text: indexers, which only choose the positions that sparse
+    attention reads, and layers that read only images (Mllama's)."""
+    return [
+        name
+        for name, module in net.named_modules()
+        if name.endswith(".indexer") or (hasattr(module, "cross_attn") and not hasattr(module, "self_attn"))
+    ]
+
+
+def skipped_notes(net: nn.Module) -> list[str]:
+    """A note on modules that are not adapted, because rows of text do not train them."""
+    names = skipped_modules(net)
+    if not names:
+        return []
+    return [f"rows of text give no gradient to {listed(names, 4)}: these modules are not adapted"]
 
 
 def _unread_poolers(modules: Modules) -> set[str]:

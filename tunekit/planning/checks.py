@@ -1,5 +1,9 @@
-"""All checks before a run starts. Each function lists checks, one per line; plan.json has their problems in this
-order."""
+"""The checks before a run starts, listed one per line; plan.json has their problems in this order. They are written in
+refusals.py and near what they check.
+
+Checks elsewhere: of the recipe's keys in recipe/load.py (`make_recipe`), of templates and companions in prepare.py, of
+memory in plan.py.
+"""
 
 from collections.abc import Iterator
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -54,21 +55,20 @@ def prepare(
     *,
     rank: int = 0,
     ranks: int = 1,
-    resumed: bool = False,
-    in_resumed_sweep: bool = False,
+    resumed: Literal["run", "sweep"] | None = None,
     check_folder: bool = False,
     processors: Processors | None = None,
 ) -> Prepared:
     """Read model, data, adapter and free memory for one rank of a run on `ranks` ranks, and check them.
 
-    `resumed`: the run continues from a checkpoint. `in_resumed_sweep`: its sweep was started earlier, perhaps
-    by an older version that did not refuse the recipe. `check_folder`: also check output.dir; not for `train`, which
-    has already locked it. `processors`: the loaded processors, which other plans of this process use too.
+    `resumed`: the run continues from a checkpoint, or it begins in a sweep that continues; an older version, which did
+    not refuse the recipe, may have started either. `check_folder`: also check output.dir; not for `train`, which has
+    already locked it. `processors`: the loaded processors, which other plans of this process use too.
     Raises: TunekitError with all problems, if model, data or adapted layers cannot be read at all.
     """
     recipe = loaded.recipe.model_copy(update={"memory": loaded.recipe.memory.of_rank(rank, ranks)})
     findings = Findings(loaded)
-    findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed or in_resumed_sweep))
+    findings.add(recipe_checks(recipe, device, check_folder=check_folder, resumed=resumed is not None))
     recipe, context, rows = _read(recipe, device, findings, {} if processors is None else processors)
     companions = make_companions(rows.objective.companions)
     examined = [findings.attempt(companion.examine, context) for companion in companions.values()]
@@ -100,7 +100,7 @@ def prepare(
         kernels=kernels,
         written=written_execution(recipe, kernels[0], ranks),
     )
-    findings.add([*run_checks(prepared, resumed=resumed), *companion_problems])
+    findings.add([*run_checks(prepared, resumed=resumed == "run"), *companion_problems])
     problem = gpu_problem() if device.type == "cpu" else None
     notes = [] if problem is None else [f"warning: this run uses the CPU: {problem}"]
     notes += [*time_notes(recipe, steps.count), *_vocabulary_notes(context), *end_notes(prepared)]

@@ -85,8 +85,7 @@ def plan_session(
                 devices.device,
                 rank=devices.rank,
                 ranks=devices.world,
-                resumed=resumed is not None,
-                in_resumed_sweep=in_resumed_sweep,
+                resumed="run" if resumed else "sweep" if in_resumed_sweep else None,
                 processors=session.processors,
             )
         )

@@ -1,4 +1,5 @@
-"""Problems that would make a run fail, and notes about surprising behaviour, found before weights are loaded."""
+"""Problems that would make a run fail, which checks.py lists, and notes about surprising behaviour. Both are found
+before weights are loaded."""
 
 import os
 import shlex

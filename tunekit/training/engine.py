@@ -3,7 +3,8 @@ gradient buffers.
 
 This engine is for a base whose weights are all on the device: one micro-batch runs after another. streaming.py has the
 engine for layers that are copied to the device one by one. A micro-batch that runs out of memory is split
-(memory/splitting.py), which changes only the order of sums.
+(memory/splitting.py), which changes only the order of sums. run.py clips the gradient and updates. Memory that runs
+out elsewhere ends the run in run_files.py.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class StepWork:
 
     `batches`: this rank's prepared micro-batches. `units`: (K,), the divisor of the step's loss over all ranks.
     `micro_batches`: the step's number of micro-batches over all ranks; loss terms per step are averaged over them.
-    `missing`: forwards of the batch `spare` that this rank makes, with a loss scale of 0, so that all ranks run equally
-    many.
+    `missing`: how many micro-batches this rank has fewer than the first rank. It runs the batch `spare` as often, with
+    a loss scale of 0.
     `watches_gradients`: whether the result names the tensors that a gradient reached.
     `splitting`: how micro-batches that run out of memory are split; None: the error is the result.
     `micro_batches_per_pass`: how many micro-batches pass through a streamed layer before the next layer is copied.

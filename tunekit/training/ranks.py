@@ -1,5 +1,6 @@
-"""All agreement between the ranks of a run: the settings that all ranks use; and checks, before the first step, that
-all ranks have the same recipe, options, data and base. Each difference is named, with its rank and its machine."""
+"""Agreement between the ranks of a run before the first step: the settings that all ranks use; and checks that all
+ranks have the same recipe, options, data and base. Each difference is named, with its rank and its machine. In a step,
+a rank with fewer micro-batches runs a spare one (engine.py)."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -96,7 +96,8 @@ def write_results(sweep: LoadedSweep, results: SweepResults) -> None:
     values = {trial.name: trial.values for trial in sweep.trials}
     write_json(folder / SWEEP_NAME, {**results.values(), "trials": values})
     if results.best is not None:
-        recipe = dump_recipe(sweep.settings[results.best.name].loaded.recipe, folder.absolute())
+        best = sweep.settings[results.best.name].loaded.recipe
+        recipe = results.incomplete + dump_recipe(best, folder.absolute())
         write_text(folder / BEST_NAME, recipe)
         chosen = {name: setting.values for name, setting in sweep.settings.items()}
         page = sweep_page(results, chosen, (relative_to(folder / BEST_NAME), recipe))

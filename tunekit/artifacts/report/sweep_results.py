@@ -108,6 +108,13 @@ class SweepResults:
         return self.settings[0] if self.settings and self.settings[0].numbers else None
 
     @property
+    def incomplete(self) -> str:
+        """A comment for the recipe of the best setting that names the settings without a full result; empty if every
+        run is finished."""
+        names = [f"{setting.name} ({setting.states})" for setting in self.settings if not setting.is_complete]
+        return f"# best of a sweep in which not every run is finished: {', '.join(names)}\n" if names else ""
+
+    @property
     def metric(self) -> str:
         """The name of the metric for texts, without dots and underscores."""
         return self.by.replace(".", " ").replace("_", " ")

@@ -4,12 +4,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tunekit.basics import JsonObject
 from tunekit.formats.example import Message
 
 # names of the field with the reasoning, in different models
 REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
+# Magistral's reasoning, for which templates such as its own read parts of the content, not a field
+_PART = re.compile(r"\[THINK\](.*?)\[/THINK\]", re.DOTALL)
 # reasoning at the start of a content; models whose prompt ends with <think> write only the closing tag
-_INLINE = re.compile(r"\A(?:\s*<think>)?(.*?)</think>\s*", re.DOTALL)
+_INLINE = re.compile(rf"\A(?:\s*{_PART.pattern}|(?:\s*<think>)?(.*?)</think>)\s*", re.DOTALL)
+_KINDS = ("text", "thinking")  # of the pieces of a content that is split at [THINK] tags, alternating
 _CLOSING = re.compile(r"\s*(?:<[^<>]*>|\[[^\[\]]*\])\s*")  # a tag, with the whitespace around it
 
 
@@ -38,18 +42,18 @@ class SplitAnswer:
 
 
 def split_reasoning(message: Message) -> SplitAnswer:
-    """The turn, split from its reasoning, which is a field of the message or in <think> tags before its content."""
+    """The turn, split from its reasoning: a field of the message, or <think> or [THINK] tags before its content."""
     if message.role != "assistant":
         return SplitAnswer(message, "", "")
     inline = _INLINE.match(message.content)
     fields = [text for name in REASONING if isinstance(text := message.extra.get(name), str) and text.strip()]
     extra = {name: value for name, value in message.extra.items() if name not in REASONING}
-    reasoning = fields[0] if fields else "" if inline is None else inline[1].strip("\n")
+    reasoning = fields[0] if fields else "" if inline is None else (inline[1] or inline[2] or "").strip("\n")
     if not reasoning.strip():
         return SplitAnswer(replace(message, extra=extra), "", "")
     content = message.content if inline is None else message.content[inline.end() :]
     block = f"<think>\n{reasoning}\n</think>\n\n" if fields or inline is None else inline[0]
-    block = block if "<think>" in block else f"<think>\n{block}"
+    block = f"<think>\n{block}" if "</think>" in block and "<think>" not in block else block
     return SplitAnswer(replace(message, content=content, extra=extra), reasoning, block)
 
 
@@ -73,3 +77,21 @@ def end_of_reasoning(text: str, reasoning: str, start: int, stop: int) -> int:
 def reads_field(template: str, name: str) -> bool:
     """Whether a template reads a field of a message, as `message.name`, `message['name']` or `'name' in message`."""
     return re.search(rf"[.'\"]{re.escape(name)}\b", template) is not None
+
+
+def reads_parts(template: str) -> bool:
+    """Whether a template reads reasoning from parts of the content, `{"type": "thinking", "thinking": ...}`."""
+    return re.search(r"type['\"]?\]?\s*==\s*['\"]thinking['\"]", template) is not None
+
+
+def with_parts(message: Message) -> JsonObject:
+    """A message for a template that reads reasoning from parts: the field `thinking`, and the texts in [THINK] tags of
+    answers and system messages, become parts of its content. These tags are then control tokens, not spelled text."""
+    pieces = _PART.split(message.content) if message.role in ("assistant", "system") else [message.content]
+    parts = [{"type": kind, kind: piece} for at, piece in enumerate(pieces) if piece for kind in [_KINDS[at % 2]]]
+    extra = {name: value for name, value in message.extra.items() if name != "thinking"}
+    if thinking := message.extra.get("thinking"):
+        parts = [{"type": "thinking", "thinking": thinking}, *parts]
+    elif len(pieces) == 1:
+        return message.as_dict()
+    return {"role": message.role, "content": parts, **extra}

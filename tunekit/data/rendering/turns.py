@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from tunekit.contracts import Tokenizer
 from tunekit.data.rendering.control import ControlTokens
-from tunekit.data.rendering.reasoning import split_reasoning
+from tunekit.data.rendering.reasoning import reads_parts, split_reasoning, with_parts
 from tunekit.errors import DataError
 from tunekit.formats.example import ChatExample, Message
 from tunekit.records import JsonObject
@@ -90,15 +90,18 @@ class TurnFinder:
         self._template = template
         written = template if template is not None else tokenizer.chat_template or ""
         self._marked = mark_generation(written)
+        self._fields = with_parts if reads_parts(written) else Message.as_dict  # the form that the template reads
         self.prompts: bool | None = None  # whether the template knows add_generation_prompt; unknown at first
 
     def render(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
-        return self._render([message.as_dict() for message in messages], tools, add_generation_prompt, self._template)
+        return self._render(
+            [self._fields(message) for message in messages], tools, add_generation_prompt, self._template
+        )
 
     def render_neutral(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool = False) -> str:
         """The conversation as text, with placeholders where the data spells special tokens."""
-        rows = [{**self._control.neutral_fields(message.as_dict()), "role": message.role} for message in messages]
+        rows = [{**self._control.neutral_fields(self._fields(message)), "role": message.role} for message in messages]
         neutral = None if tools is None else [self._control.neutral_fields(tool) for tool in tools]
         return self._render(rows, neutral, add_generation_prompt, self._template)
 
@@ -148,7 +151,7 @@ class TurnFinder:
 
     def spells(self, messages: Sequence[Message], tools: Tools) -> bool:
         """Whether the data spells a special token."""
-        rows = [message.as_dict() for message in messages]
+        rows = [self._fields(message) for message in messages]
         return self._control.spelled_in(rows) or self._control.spelled_in(tools)
 
     def rewrites(self, example: ChatExample, wanted: Sequence[int]) -> bool:
@@ -160,7 +163,7 @@ class TurnFinder:
         """The spans that the template's {% generation %} blocks mark; None unless every answer is marked."""
         if self._marked is None or not wanted:
             return None
-        rows = [message.as_dict() for message in example.messages]
+        rows = [self._fields(message) for message in example.messages]
         parts = re.split(f"([{_OPENING}{_CLOSING}])", self._render(rows, example.tools, False, self._marked))
         spans, position, opened = [], 0, 0
         for part in parts:
@@ -210,16 +213,19 @@ class TurnFinder:
         return self._after_header(place, upto, len(bare), before)
 
     def _content_place(self, messages: Sequence[Message], tools: Tools, upto: str) -> int:
-        """The position of the last message's content; -1 if it is not found.
+        """The position of the last message's content, or of its reasoning before the content; -1 if it is not found.
 
-        The conversation is rendered with a probe text in place of this content, and the probe is searched for.
+        The conversation is rendered with a probe text in place of them, and the probe is searched for.
         """
-        probe = replace(messages[-1], content=_PROBE)
+        last, content = messages[-1], messages[-1].content
+        bare = split_reasoning(last).message
         try:
-            place = self.render([*messages[:-1], probe], tools).find(_PROBE)
+            text = self.render([*messages[:-1], replace(bare, content=_PROBE)], tools)
+            if bare.extra != last.extra and upto.startswith(header := text.partition(_PROBE)[0]) and header != text:
+                return len(header)
+            place = self.render([*messages[:-1], replace(last, content=_PROBE)], tools).find(_PROBE)
         except DataError:
             return -1
-        content = messages[-1].content
         there = place >= 0 and (upto.startswith(content, place) or upto.startswith(content.strip(), place))
         return place if there else -1
 

@@ -44,9 +44,10 @@ class TextHead:
 
 def make_head(net: nn.Module, name: str) -> TextHead:
     """The head with the scale, divisor, cap and offset of the net's configuration."""
-    scale, divisor, config = 1.0, 1.0, text_config(net)
+    config = text_config(net)
+    scale, divisor = float(getattr(config, "output_multiplier", 1.0)), 1.0  # MuseGlimmer's
     if config.model_type.startswith("cohere"):
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale = float(getattr(net, "logit_scale", None) or 1.0)  # not the configuration's: Aya Vision ignores it
     elif config.model_type == "falcon_h1":
         scale = float(config.lm_head_multiplier)
     elif scales_tied_head(net):

@@ -24,8 +24,8 @@ PROVEN = frozenset(
         *("falcon_mamba", "flex_olmo", "glm", "glm4", "glm4_moe", "gpt_bigcode", "gpt_neo", "gpt_neox_japanese"),
         *("gpt_oss", "gptj", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense"),
         *("hunyuan_v1_moe", "jamba", "jetmoe", "lfm2", "lfm2_moe", "llama4_text", "mamba", "mamba2", "minicpm3"),
-        *("minimax", "ministral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3"),
-        *("olmoe", "openai-gpt", "persimmon", "phimoe", "qwen2_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next"),
+        *("ministral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3"),
+        *("olmoe", "openai-gpt", "persimmon", "qwen2_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next"),
         *(
             "qwen2_5_vl_text",
             "qwen3_vl_text",

@@ -117,6 +117,13 @@ def modules_with_statistics(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
 
 
+def statistics_notes(net: nn.Module) -> list[str]:
+    """A note for nets with batch normalisation: it stays in eval mode, unlike in an ordinary training loop."""
+    if not modules_with_statistics(net):
+        return []
+    return ["batch normalisation uses the base's running statistics, which training does not change"]
+
+
 @contextmanager
 def training_mode(net: nn.Module, training: bool) -> Iterator[None]:
     """Context manager: switch the net to train or eval mode, and restore each module's mode afterwards.

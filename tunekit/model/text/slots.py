@@ -72,6 +72,7 @@ class SlotLayer(DynamicLayer):  # type: ignore[misc]
             self.device, self.is_initialized = like[0].device, True
             slots, capacity = self.columns.slots, self.columns.capacity
             self.memory = tuple(part.new_zeros(slots, part.shape[1], capacity, part.shape[3]) for part in like)
+            self.keys, self.values = self.memory  # Mllama's code reads them before the first update
 
     def get_seq_length(self) -> int:
         """The number of columns that a forward reads, before the columns that it writes."""
