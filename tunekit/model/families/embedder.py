@@ -52,7 +52,7 @@ class EmbedderFamily(Family):
 
     def looks_back(self, net: nn.Module) -> bool:
         """Whether the net is a decoder."""
-        return any(getattr(module, "is_causal", False) for module in net.modules())
+        return is_decoder(net)
 
     def forward(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
         return ModelOutput(hidden=self.hidden(net, inputs))
