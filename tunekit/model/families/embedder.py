@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunekit.contracts import ModelOutput, Processor, Tensors
 from tunekit.model.families.causal import CausalFamily
 from tunekit.model.families.family import Family
+from tunekit.model.families.structure import is_decoder
 from tunekit.model.pretrained import AutoClass
 from tunekit.model.storage.sentence_transformers import read_modules
 from tunekit.model.storage.source import find_source, read_json
