@@ -5,12 +5,11 @@ start of an answer is its field `thinking`. The `weight` of an assistant message
 weight 0 or `train: false`, the message is only context.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
 from tunekit.basics import JsonObject
 from tunekit.errors import DataError
-from tunekit.formats.example import ROLES, ChatExample, Example, Message
+from tunekit.formats.example import ROLES, THINKING_TAGS, ChatExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, named_nearly, read_json, read_value, read_weight
 
 DESCRIPTION = "messages: a list of {role, content}, as in OpenAI's API; tools: optional tool definitions"
@@ -21,8 +20,6 @@ CALL = '{"function": {"name": ..., "arguments": {...}}}'
 
 CALLS = ("tool_calls", "function_call")
 WEIGHTS = ("weight", "train")  # fields of a message: its weight in the loss, or whether it is trained on
-
-_THINKING = re.compile(r"\[THINK\](.*?)\[/THINK\]", re.DOTALL)  # how parts with reasoning are written in a content
 
 
 def make_example(row: Fields) -> Example:
@@ -59,7 +56,7 @@ def _read_message(value: object, label: str) -> Message:
         if part not in (None, "", [], {}) and name not in ("role", "content", *CALLS, *WEIGHTS):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
     content = _read_content(value, label, bool(calls))
-    if role == "assistant" and (opening := _THINKING.match(content)) and isinstance(value["content"], list):
+    if role == "assistant" and (opening := THINKING_TAGS.match(content)) and isinstance(value["content"], list):
         extra["thinking"], content = opening[1], content[opening.end() :]
     return Message(role, content, _read_weight(value, label, role), extra)
 
@@ -90,7 +87,7 @@ def _read_content(value: Fields, label: str, calls_tools: bool) -> str:
 def _read_part(part: object, label: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if not isinstance(part, Mapping) or kind not in ("text", "thinking"):
-        how = 'only text parts can be trained on here: {"type": "text", "text": ...}'
+        how = 'only parts of text and of reasoning are read here: {"type": "text", "text": ...}'
         raise DataError(f"'{label}' is a {kind!r} part", how)
     text = part.get(kind)
     if kind == "text":

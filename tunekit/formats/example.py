@@ -3,11 +3,14 @@
 `weight` of an example multiplies the loss of all its tokens (`sample_weight` in a row).
 """
 
+import re
 from dataclasses import dataclass, field
 
 from tunekit.basics import JsonObject
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# how a content has Mistral's parts with reasoning, which templates such as Magistral's read as parts
+THINKING_TAGS = re.compile(r"\[THINK\](.*?)\[/THINK\]", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from tunekit.model.families.family import Family
 from tunekit.model.families.structure import base_name
 from tunekit.model.parts import composite_classes, leave_out
 from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.model.unsupported import REASON_OF
 from tunekit.recipe.model import ModelSection
 
 
@@ -31,7 +32,7 @@ class CompositeFamily(Family):
         text = config.get("text_config")
         if config.get("is_encoder_decoder") or (isinstance(text, dict) and text.get("is_encoder_decoder")):
             return "its language model is an encoder-decoder with parts for images or audio"
-        return None
+        return REASON_OF.get(str(config.get("model_type")))
 
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)

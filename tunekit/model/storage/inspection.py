@@ -18,7 +18,6 @@ from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.quantized_layouts import METHODS, stored_settings
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
-from tunekit.model.unsupported import REASON_OF
 from tunekit.recipe.model import HeadedModel, HeadlessModel, ModelSection
 from tunekit.records import JsonObject
 
@@ -126,10 +125,8 @@ def _obstacle(
     if family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
         return next(known, f"its architecture {architecture} has no head for this objective, or is unknown")
-    if not headed and family is not None and family.objectives == "causal" and config.get("model_type") in REASON_OF:
-        return REASON_OF[str(config["model_type"])]
-    reasons = (candidate.obstacle(config) for candidate in (family, requested) if candidate is not None)
-    return next((reason for reason in reasons if reason), None)
+    loaded_as = requested if headed else family
+    return loaded_as.obstacle(config) if loaded_as is not None else None
 
 
 def family_of_base(section: ModelSection) -> str:
