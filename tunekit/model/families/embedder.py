@@ -88,10 +88,12 @@ class _WithoutPooler:
         return self.auto.from_config(config, **settings, **self._arguments(config))
 
     def from_pretrained(
-        self, folder: str, *, output_loading_info: Literal[True], **settings: Any
+        self, folder: str, *, output_loading_info: Literal[True], trust_remote_code: bool, **settings: Any
     ) -> tuple[nn.Module, Mapping[str, Collection[object]]]:
-        further = self._arguments(settings["config"])
-        return self.auto.from_pretrained(folder, output_loading_info=output_loading_info, **settings, **further)
+        further = {**settings, **self._arguments(settings["config"])}
+        return self.auto.from_pretrained(
+            folder, output_loading_info=output_loading_info, trust_remote_code=trust_remote_code, **further
+        )
 
 
 FAMILY = EmbedderFamily()
