@@ -82,7 +82,7 @@ def timed(engine, works):
 Engine.run = timed
 verb, recipe, *overrides = sys.argv[1:]
 if verb == "sweep":
-    from tunekit.recipe.reading.trials import load_sweep
+    from tunekit.recipe.reading.trial_recipes import load_sweep
     from tunekit.sweep import sweep_verb
     sweep_verb(load_sweep(recipe, overrides), False, None)
 else:
