@@ -30,7 +30,7 @@ from tunekit.files import durable
 from tunekit.files.durable import write_json
 from tunekit.planning.announce import summary
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.trials import load_sweep
+from tunekit.recipe.reading.trial_recipes import load_sweep
 from tunekit.training import sweep_folder
 
 KEYS = {"training.learning_rate": [0.001, 0.01], "adapter.method": ["lora", "dora"]}
