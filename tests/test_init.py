@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -18,6 +19,8 @@ from tunekit.data.looking.first_look import look_at, proposed_objectives
 from tunekit.data.looking.first_recipe import LENGTHS
 from tunekit.errors import DataError, InputError, RecipeError, exit_message
 from tunekit.init import _labelled, init_verb, models_at_hand
+from tunekit.planning.plan import plan as plan_run
+from tunekit.planning.prepare import prepare
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.first_values import rules
 from tunekit.recipe.reading.names import known_names
@@ -504,3 +507,20 @@ def test_columns_that_are_not_read_and_the_schema_are_named(
     assert f"recipe.yaml and {tmp_path}/{SCHEMA_NAME}, with which editors check and complete" in said.replace("/ ", "/")
     assert said.count("of the rows have at most") == 1
     assert "at most about" not in said
+
+
+def test_advice_about_the_rows_can_be_followed(tiny_llama: Path, tmp_path: Path) -> None:
+    """The recipe is written, although it cannot be planned before its owner decides about the reasoning."""
+    answer = {"role": "assistant", "content": "Hello", "thinking": "I greet."}
+    rows = write(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": "Hi"}, answer]})
+    out = tmp_path / "r.yaml"
+    with pytest.raises(DataError) as caught:
+        init(rows, out, tiny_llama)
+    lines = exit_message(caught.value)[0].splitlines()
+    assert lines[0].startswith(f"wrote {out} and {tmp_path / SCHEMA_NAME}, with which editors")
+    assert lines[0].endswith("; the run can be planned after this change of the recipe:")
+    assert "does not read 'thinking' of a message" in lines[1]
+    assert "data.reasoning: drop removes it" in lines[1]
+    out.write_text(out.read_text("utf-8").replace("\ndata:", "\ndata:\n  reasoning: drop"), "utf-8")
+    plan, _ = plan_run(prepare(load_recipe(out), torch.device("cpu")))
+    assert (plan.rows.training.dropped, plan.refusals) == (0, [])

@@ -22,7 +22,7 @@ from tunekit.data.looking.first_look import (
     proposed_objectives,
 )
 from tunekit.data.looking.first_recipe import FirstRecipe, example_of, objective_of, recipe_text
-from tunekit.errors import InputError, RecipeError, TunekitError
+from tunekit.errors import InputError, Problem, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.reading.dump import yaml_scalar
@@ -75,18 +75,32 @@ def init_verb(
         try:
             first, results = fitted(first, target)
         except TunekitError as error:
-            target.unlink()
-            raise error.without_file(target) from error
+            if not all(_is_mended_in_recipe(each) for each in error.problems):
+                target.unlink()
+                raise error.without_file(target) from error
+            wrote = f"wrote {_with_schema(target)}; the run can be planned after this change of the recipe:"
+            raise type(error).of(error.problems, [*error.notes, wrote]) from error
         except BaseException:  # also Ctrl-C
             target.unlink()
             raise
-    schema = target.parent / SCHEMA_NAME
-    new = not schema.exists()
-    write_new_text(schema.absolute(), schema_text())  # an existing file stays
-    wrote = f"{target} and {schema}, with which editors check and complete the recipe" if new else str(target)
+    wrote = _with_schema(target)
     console.info(*results, f"wrote {wrote}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
     console.info(*([] if look is None else look.notes))  # keys to change in the recipe, which now exists
     return target
+
+
+def _is_mended_in_recipe(problem: Problem) -> bool:
+    """Whether a key of the recipe that no option of init sets mends a problem: how the rows are read. The other
+    problems are mended by another `tunekit init`, which needs the name of the file."""
+    return (problem.key or "").startswith("data.") and problem.key not in ("data.train", "data.eval")
+
+
+def _with_schema(target: Path) -> str:
+    """Write the schema next to the recipe; an existing file stays. Returns the names of the files that are new."""
+    schema = target.parent / SCHEMA_NAME
+    new = not schema.exists()
+    write_new_text(schema.absolute(), schema_text())
+    return f"{target} and {schema}, with which editors check and complete the recipe" if new else str(target)
 
 
 def eval_share(look: Look | None) -> str:
