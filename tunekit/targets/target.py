@@ -21,7 +21,7 @@ from tunekit.files.work_folder import temporary_folder
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.storage.inspection import family_of_base
+from tunekit.model.storage.inspection import family_of_base, named_objective
 from tunekit.model.storage.source import PIPELINE_INDEX, find_source
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.objectives.base import make_objective
@@ -302,7 +302,7 @@ def family_of(target: TargetSpec) -> str:
     if target.recipe is not None:
         return str(target.recipe.objective.family)
     config = None if target.adapter is None else read_adapter_config(target.adapter)
-    method = ((config.objective if config else None) or {}).get("method")
+    method = named_objective(target.model) if config is None else (config.objective or {}).get("method")
     if method in known_names("objectives"):
         return objective_class(method).family
     return family_of_base(target.model) if config is None else adapter_family(config, target.model).name
@@ -312,10 +312,11 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
     """The objective that the target was or will be trained with, from its recipe or its adapter's folder; None for
     bare models."""
     config = None if target.adapter is None else read_adapter_config(target.adapter)
-    facts = dict((config.objective if config else None) or {})
+    facts = dict((config.objective if config else make_family(family_of(target)).base_facts(target.model)) or {})
     if "labels" in facts:
         facts.setdefault("pairs", False)  # the folder of an adapter for pairs of texts states it
-    method, _ = facts.pop("method", None), [facts.pop(key, None) for key in STEP_0]
+    stated, *_ = [facts.pop(key, None) for key in ("method", *STEP_0)]
+    method = stated if config or target.recipe else named_objective(target.model)
     if target.recipe is not None:
         facts = start_facts(target.recipe) if target.kind == "recipe" else facts
         objective = make_objective(target.recipe.objective, processor, facts)
@@ -329,9 +330,8 @@ def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
         return make_objective(make_objective_settings({"method": method}), processor, facts)
     if config is None:
         return None
-    family = family_of(target)
     facts = {**named_labels(head_facts(config, target.model), target.labels), **_stated(target.problem_type)}
-    settings = supervised_objective(family, _scores(facts))
+    settings = supervised_objective(family_of(target), _scores(facts))
     return None if settings is None else make_objective(settings, processor, facts)
 
 
