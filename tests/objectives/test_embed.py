@@ -411,11 +411,7 @@ def test_a_fully_trained_model_is_a_sentence_transformers_folder(bert: Path, tmp
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): sha256_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("tunekit_merge.json", "merge.json")
-    }
+    return {str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_export_for_sentence_transformers_is_the_merged_folder(bert: Path, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ TAKES = frozenset({"adapter", "model"})
 OPTIONS: frozenset[str] = frozenset()
 SUFFIX = ""
 PROGRAM = ""
-CLASSES = {"embed": "SentenceTransformer"}  # by objective: the class that reads the folder
 
 
 def problems(exportable: Exportable, options: Options) -> list[Problem]:
     """Reasons not to write: the model gives no embeddings, or it is a GGUF file."""
     objective = exportable.objective
-    if objective is None or objective.name not in CLASSES:
+    if objective is None or objective.name != "embed":
         trained = "the model has no modules.json" if objective is None else f"it was trained with {objective.name}"
         return [Problem(f"sentence-transformers reads embedding models, and {trained}", "choose another --to")]
     if exportable.kind == "model" and exportable.gguf_file is not None:
@@ -30,15 +29,15 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
     """Merge the adapter, or copy the model. In both cases the objective's processor writes the modules."""
-    assert exportable.objective is not None  # a problem otherwise
     if exportable.kind == "adapter":
         merge(exportable.target, path)
     else:
         with whole_model(exportable, path) as folder:
             shutil.copytree(folder, path)
+        assert exportable.objective is not None  # a problem otherwise
         answering = exportable.objective.answering
-        assert answering is not None  # of every objective in CLASSES
+        assert answering is not None  # of every embedding model
         assert answering.processor is not None
         answering.processor.save(path)
-    load = f"sentence_transformers.{CLASSES[exportable.objective.name]}({str(path)!r})"
+    load = f"sentence_transformers.SentenceTransformer({str(path)!r})"
     return Exported(path, exportable.whole, (f"load it with: {load}",))

@@ -141,12 +141,12 @@ def family_of_base(section: ModelSection) -> str:
     return (family or unnamed_family()).name
 
 
-def named_objective(section: ModelSection) -> str | None:
-    """The objective that a base's files name: that of embeddings, for folders of sentence-transformers. Raises:
-    ModelError if such a folder has modules that are not read."""
+def base_objective(section: ModelSection) -> JsonObject:
+    """The objective that a base's files state: that of embeddings, for a folder of sentence-transformers, with the
+    facts of its modules. Empty for other bases. Raises: ModelError if such a folder has modules that are not read."""
     source = find_source(section, weights=False)
-    pools = source.gguf_file is None and "pooling" in read_modules(source.folder)
-    return "embed" if pools else None
+    facts = {} if source.gguf_file else read_modules(source.folder)
+    return {"method": "embed", **facts} if "pooling" in facts else {}
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:
