@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +56,18 @@ def test_the_lock_of_a_killed_process_of_another_machine_is_replaced(elsewhere: 
     assert is_held(elsewhere.parent)
     held.release()
     assert FolderLock(elsewhere.parent).lost == ""
+
+
+def test_a_killed_process_whose_exit_code_nobody_has_read_holds_nothing(tmp_path: Path) -> None:
+    """The state of a run in a container whose first process reaps no children."""
+    code = f"from pathlib import Path; from tunekit.files.lock import FolderLock; FolderLock(Path({str(tmp_path)!r}))"
+    with subprocess.Popen([sys.executable, "-c", f"{code}; print(flush=True); input()"], stdout=-1, stdin=-1) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert is_held(tmp_path)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_held(tmp_path)
 
 
 def test_a_process_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

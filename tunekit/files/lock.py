@@ -42,7 +42,9 @@ def is_running(process: int, path: Path) -> bool:
 
     Raises: OSError if the file cannot be read."""
     try:
-        return bool(psutil.Process(process).create_time() <= path.stat().st_mtime)
+        writer = psutil.Process(process)
+        # a killed process stays a zombie until its parent has read its exit code
+        return bool(writer.create_time() <= path.stat().st_mtime) and writer.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
