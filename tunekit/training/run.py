@@ -351,6 +351,7 @@ class Run:
 
         def write(folder: RunFolder) -> None:
             state = self.state
+            state.split_tokens = None if self.splitting is None else self.splitting.tokens
             with self.session.signals.critical():
                 tensors = checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state)
                 facts = checkpoint_facts(self.optimizer, state, self.fingerprint)
