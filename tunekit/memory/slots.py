@@ -40,9 +40,8 @@ class LayerSlots:
     poison: bool = False
     copies: int = 0  # number of copies of layers into slots so far
     waiting: Tensor | None = None  # in a simulation: stands for the layers that wait on the host
-    outside_bytes: int = (
-        0  # of a sharded base: stored on the device outside of the slots: its share, and the largest table
-    )
+    # of a sharded base: stored on the device outside of the slots: its share, and the largest table
+    outside_bytes: int = 0
     elsewhere_bytes: int = 0  # of a sharded base: stored by other ranks only
 
     def __post_init__(self) -> None:
