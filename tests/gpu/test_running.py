@@ -129,7 +129,7 @@ def test_the_peak_is_foreseen_within_5_percent(
 
 def test_speed_and_memory_are_recorded_for_each_step(folder: Path, device: torch.device) -> None:
     case = case_of(folder, device, make_rows(23), training=training(max_steps=3))
-    case.parts.peak_bytes = lambda: torch.cuda.max_memory_allocated() if device.type == "cuda" else 1
+    case.parts.session.peak_bytes = lambda: torch.cuda.max_memory_allocated() if device.type == "cuda" else 1
     case.run()
     assert [record.step for record in case.records] == [1, 2, 3]
     assert all(record.seconds > 0 and record.peak_bytes > 0 for record in case.records)  # type: ignore[union-attr]

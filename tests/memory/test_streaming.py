@@ -102,7 +102,6 @@ AXES: dict[str, Sequence[Any]] = {
     "dropout": (0.0, 0.1),
     "packing": (False, True),
     "pass_size": (1, 2, 99),
-    "count": (2, 3, 99),
     "tier": ("host", "disk"),
     "quantization": ("none", "nf4", "int8_weight_only"),
     "dtype": ("float32", "bfloat16"),
@@ -129,7 +128,7 @@ def check(folder: Path, chosen: dict[str, Any]) -> None:
         **({"layers_to_transform": chosen["layers"]} if layered else {}),
     )
     section = ModelSection(name_or_path=str(folder), dtype=chosen["dtype"], quantization=chosen["quantization"])
-    streaming = {name: chosen[name] for name in ("pass_size", "count", "tier")}
+    streaming = {name: chosen[name] for name in ("pass_size", "tier")}
     assert same(both(folder, streaming, adapter=settings, model=section, packing=chosen["packing"])), chosen
 
 
@@ -173,7 +172,7 @@ def test_every_architecture_trains_alike(tmp_path: Path, model_type: str) -> Non
 
 
 def test_nothing_is_computed_below_the_lowest_trained_layer(folder: Path) -> None:
-    streaming = {"pass_size": 99, "count": 2}
+    streaming = {"pass_size": 99}
     settings = adapter("lora", r=4, target_modules=["q_proj"], layers_to_transform=[3])
     case = make_case(folder, make_rows(23), training=training(max_steps=1), adapter=settings, streaming=streaming)
     case.run()
@@ -182,12 +181,12 @@ def test_nothing_is_computed_below_the_lowest_trained_layer(folder: Path) -> Non
 
 
 def test_layers_cross_the_bus_twice_a_pass(folder: Path) -> None:
-    case = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 99, "count": 2})
+    case = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 99})
     case.run()
     slots = case.model.slots
     assert slots is not None
     assert slots.copies == 2 * LAYERS - 2  # the last two are still there at the turn
-    twice = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 2, "count": 2})
+    twice = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"pass_size": 2})
     twice.run()
     assert twice.parts.model.slots.copies == 2 * (2 * LAYERS - 2) - 2  # type: ignore[union-attr]
 
@@ -196,7 +195,7 @@ def test_evaluation_finds_each_layer_in_its_slot(folder: Path) -> None:
     from tunekit.evaluation.scores import undisturbed
 
     plain, streamed = (
-        make_case(folder, make_rows(5), training=training(), streaming=streaming) for streaming in (None, {"count": 2})
+        make_case(folder, make_rows(5), training=training(), streaming=streaming) for streaming in (None, {})
     )
     ids = torch.arange(3, 20)[None]
     inputs = {"input_ids": ids, "position_ids": torch.arange(17)[None]}
@@ -205,7 +204,7 @@ def test_evaluation_finds_each_layer_in_its_slot(folder: Path) -> None:
 
 
 def test_no_more_layers_are_mapped_in_than_there_are_slots(folder: Path) -> None:
-    case = make_case(folder, make_rows(23), training=training(), streaming={"count": 2})
+    case = make_case(folder, make_rows(23), training=training(), streaming={})
     slots = case.model.slots
     assert slots is not None
     seen = []
@@ -229,7 +228,7 @@ def _bound(slots: LayerSlots) -> list[int]:
 
 
 def test_a_layer_that_is_not_mapped_in_gives_no_number(folder: Path) -> None:
-    case = make_case(folder, make_rows(5), training=training(), streaming={"count": 2})
+    case = make_case(folder, make_rows(5), training=training(), streaming={})
     slots = case.model.slots
     assert slots is not None
     with slots.holding(0, 1):
@@ -277,7 +276,7 @@ class LateCopier(ThreadCopier):
 def test_a_late_copy_is_noticed(folder: Path, late: int) -> None:
     """The check that all others rest on: were a copy not waited for, losses or gradients would not be the same."""
     plain = run(folder, training=training(max_steps=1))
-    case = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={"count": 2})
+    case = make_case(folder, make_rows(23), training=training(max_steps=1), streaming={})
     case.parts.model.slots.copier = LateCopier(late)  # type: ignore[union-attr]
     try:
         case.run()
@@ -299,7 +298,7 @@ class SlowCopier(ThreadCopier):
 
 def test_slow_copies_change_nothing(folder: Path) -> None:
     plain = run(folder)
-    case = make_case(folder, make_rows(23), training=training(), streaming={"count": 3})
+    case = make_case(folder, make_rows(23), training=training(), streaming={})
     case.parts.model.slots.copier = SlowCopier(torch.device("cpu"))  # type: ignore[union-attr]
     case.run()
     assert same((plain, case))
@@ -307,7 +306,7 @@ def test_slow_copies_change_nothing(folder: Path) -> None:
 
 def test_an_error_in_the_middle_leaves_the_slots_usable(folder: Path) -> None:
     plain = run(folder)
-    case = make_case(folder, make_rows(23), training=training(), streaming={"count": 2})
+    case = make_case(folder, make_rows(23), training=training(), streaming={})
     objective, failing = case.parts.objective, [True]
     whole = objective.loss.loss
 
@@ -327,7 +326,7 @@ def test_an_error_in_the_middle_leaves_the_slots_usable(folder: Path) -> None:
 @pytest.mark.parametrize("number", [0, 3])
 def test_an_error_in_the_very_first_forward_is_not_what_the_engine_learns_from(folder: Path, number: int) -> None:
     plain = run(folder)
-    case = make_case(folder, make_rows(23), training=training(), streaming={"count": 2})
+    case = make_case(folder, make_rows(23), training=training(), streaming={})
     layer, failing = case.model.base.family.layers(case.model.base.net)[number][1], [True]
     whole = layer.forward
 

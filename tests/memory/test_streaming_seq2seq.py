@@ -188,7 +188,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # on T5, v1.1 and BART
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_methods_train_alike(folders: dict[str, Path], name: str, what: str) -> None:
     method, values = METHODS[what]
-    assert_same(*both(folders[name], adapter_of(method, **values), pass_size=2, count=3))
+    assert_same(*both(folders[name], adapter_of(method, **values), pass_size=2))
 
 
 OUTSIDE: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -226,7 +226,7 @@ def test_quantized_bases_train_alike(folders: dict[str, Path], quantization: str
 def test_nothing_is_computed_again_below_the_lowest_trained_layer(folders: dict[str, Path]) -> None:
     """Of six layers; in the second step the first is still to be brought in, and what trains is there at the turn."""
     settings = adapter_of("lora", r=4, target_modules=r"decoder\.block\.[12]\..*\.q")
-    streamed = run(folders["t5"], settings, {"count": 2})
+    streamed = run(folders["t5"], settings, {})
     assert streamed.model.slots is not None
     # forward 6; back through 5 and 4, which are there; layer 0 for the next step, whose forward brings five more
     assert streamed.model.slots.copies == 2 * (2 * LAYERS + 1) - 1

@@ -171,7 +171,7 @@ class Case:
 
     def run_after_a_stop(self, stopped: Case, steps: int) -> None:
         """Stop `stopped` by a signal after so many steps, and go on here from what a checkpoint holds of it."""
-        stopped.parts.stop_signal = lambda: 15 if len(stopped.losses) >= steps else 0  # type: ignore[method-assign]
+        stopped.parts.session.stop_signal = lambda step: 15 if len(stopped.losses) >= steps else 0  # type: ignore[method-assign]
         with pytest.raises(Stopped):
             stopped.run()
         tensors = {
@@ -269,7 +269,7 @@ def make_case(
     )
     run.record = records.append  # type: ignore[method-assign]
     run.save = lambda: saved.append(run.state.step)  # type: ignore[method-assign]
-    run.peak_bytes = lambda: 0  # type: ignore[method-assign]
+    run.session.peak_bytes = lambda: 0  # type: ignore[method-assign]
     return Case(tuned, attached, steps, optimizer, training, run, records, saved)
 
 

@@ -135,7 +135,7 @@ def test_resume_between_any_two_steps_changes_no_bit(tiny_llama: Path) -> None:
     whole.run()
     for stop in (1, 3):
         first = make_case(tiny_llama, rows, training=section, adapter=adapter)
-        first.parts.stop_signal = lambda first=first, stop=stop: 15 if len(first.losses) >= stop else 0
+        first.parts.session.stop_signal = lambda step, first=first, stop=stop: 15 if len(first.losses) >= stop else 0
         state = LoopState()
         with pytest.raises(Stopped) as caught:
             first.run(state)
@@ -155,7 +155,7 @@ def test_bitsandbytes_optimizers_train_and_resume_bit_for_bit(tiny_llama: Path, 
     whole = make_case(tiny_llama, rows, training=section)
     whole.run()
     first = make_case(tiny_llama, rows, training=section)
-    first.parts.stop_signal = lambda: 15 if len(first.losses) >= 2 else 0
+    first.parts.session.stop_signal = lambda step: 15 if len(first.losses) >= 2 else 0
     state = LoopState()
     with pytest.raises(Stopped):
         first.run(state)
@@ -263,7 +263,7 @@ def test_an_evaluation_that_is_repeated_after_a_stop_is_saved(tiny_llama: Path) 
         def evaluate() -> Evaluation:
             step = case.parts.state.step
             if stops and step == 2:
-                case.parts.stop_signal = lambda: 15
+                case.parts.session.stop_signal = lambda step: 15
                 raise EvaluationStopped
             return Evaluation(EvaluationSums({}, 0, 0), {"loss": abs(step - 2.0)}, facts={"step": step})
 

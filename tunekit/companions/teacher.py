@@ -120,7 +120,7 @@ class TeacherModel(Teacher):
     def simulated(self) -> Self:
         """A copy on the meta device. A simulated step may change its net, to place streamed layers in slots on the
         device."""
-        assert self._meta is not None  # set by `facts`
+        assert self._meta is not None  # set by `examine`
         simulated = copy(self)
         simulated._model = self._freeze(replace(self._meta, net=deepcopy(self._meta.net)))
         return simulated

@@ -26,17 +26,14 @@ def answer_questions(
     questions of similar length share a batch. Raises: EvaluationStopped if `stop` returns true on any rank."""
     assert answering.write is not None  # the settings of the objective state which metrics it has
     mine = sorted(range(devices.rank, len(questions), devices.world), key=lambda at: _size(questions[at].prompt))
-    chunks = [mine[start : start + limits.batch_size] for start in range(0, len(mine), limits.batch_size)]
-    local_chunks, size = len(chunks), devices.world * limits.batch_size
-    chunks += [[0]] * (-(-len(questions) // size) - local_chunks)  # so that all ranks generate equally often
-    texts: list[str] = []
+    texts, size = list[str](), limits.batch_size
     with undisturbed(model):
-        for number, chunk in enumerate(chunks):
+        for done in range(0, len(questions), devices.world * size):
             if devices.any(int(stop())):
                 raise EvaluationStopped
-            progress("answers written", number * size, len(questions))
-            answers = answering.write(model, [questions[index].prompt for index in chunk], limits)
-            texts += answers if number < local_chunks else []
+            progress("answers written", done, len(questions))
+            if chunk := mine[len(texts) : len(texts) + size]:
+                texts += answering.write(model, [questions[index].prompt for index in chunk], limits)
     gathered = dict(devices.gather(list(zip(mine, texts, strict=True))))
     return [gathered[index] for index in range(len(questions))]
 

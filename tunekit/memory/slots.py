@@ -30,24 +30,22 @@ class DeviceSlot:
 
 @dataclass
 class LayerSlots:
-    """Copies layers (`blobs`) into `count` slots on `device` when they are needed. `poison`: overwrite evicted layers
+    """Copies layers (`blobs`) into SLOTS slots on `device` when they are needed. `poison`: overwrite evicted layers
     with NaN, to prove that nothing reads them; this costs time."""
 
     blobs: Sequence[LayerBlob]
     copier: Copier
     device: torch.device
-    count: int = SLOTS
     poison: bool = False
     copies: int = 0  # number of copies of layers into slots so far
     waiting: Tensor | None = None  # in a simulation: stands for the layers that wait on the host
-    outside_bytes: int = (
-        0  # of a sharded base: stored on the device outside of the slots: its share, and the largest table
-    )
+    # of a sharded base: stored on the device outside of the slots: its share, and the largest table
+    outside_bytes: int = 0
     elsewhere_bytes: int = 0  # of a sharded base: stored by other ranks only
 
     def __post_init__(self) -> None:
         largest = max(blob.size_bytes for blob in self.blobs)
-        count = min(max(self.count, SLOTS), len(self.blobs))
+        count = min(SLOTS, len(self.blobs))
         memories = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(count)]  # (bytes,) each
         # Earlier computations may still use the memory that became this slot.
         self.slots = [DeviceSlot(memory, used=self.copier.mark()) for memory in memories]

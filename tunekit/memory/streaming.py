@@ -10,7 +10,7 @@ from tunekit.machine.devices import kind_of
 from tunekit.machine.placing import on_host, to_device
 from tunekit.memory.blobs import LayerBlob, align, frozen_tensors
 from tunekit.memory.copies import Copier, StreamCopier, ThreadCopier
-from tunekit.memory.slots import SLOTS, LayerSlots
+from tunekit.memory.slots import LayerSlots
 from tunekit.model.load import LoadedModel
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
@@ -22,7 +22,6 @@ def make_slots(
     *,
     tier: str,
     mapped: frozenset[int] = frozenset(),
-    count: int = SLOTS,
     poison: bool = False,
 ) -> LayerSlots:
     """Make the device slots for layers with these frozen tensors. `tier`: where layers are stored while they are not on
@@ -37,7 +36,7 @@ def make_slots(
         for blob, memory in zip(blobs, host_memory(copier, sizes), strict=True):
             blob.gather(memory, mapped)
             blob.unbind(device)  # so that only one layer at a time is in memory twice
-    return LayerSlots(blobs, copier, device, count=count, poison=poison)
+    return LayerSlots(blobs, copier, device, poison=poison)
 
 
 def host_memory(copier: Copier, sizes: Sequence[int]) -> Iterator[Tensor]:

@@ -67,11 +67,8 @@ class Prepared:
             if recipe.evaluation.generate or recipe.evaluation.samples:
                 longest = self.context.virtual_tokens + rows.eval_counts.longest_tokens
                 answers = longest + recipe.evaluation.max_new_tokens
-        start, files = (
-            initialisation_bytes(recipe.adapter, self.context.targets),
-            (self.stored, self.resources.cache_bytes),
-        )
-        largest = cache(partial(self._largest_batch, run))
+        largest, files = cache(partial(self._largest_batch, run)), (self.stored, self.resources.cache_bytes)
+        start = initialisation_bytes(recipe.adapter, self.context.targets)
         return Forecast(run, *files, largest, rows.train, evaluation, answers, start)
 
     def cut(self, micro_batch_size: int | None, count: int) -> tuple[RunSteps, BatchSettings]:

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from tunekit.evaluation.row_losses import RowLosses
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import reset_peaks
-from tunekit.memory.splitting import shape_text
+from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.model.load import LoadedModel
 from tunekit.model.storage.inspection import remote_code
 from tunekit.recipe.recipe import Recipe
@@ -27,16 +28,14 @@ from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.planned import Planned
 from tunekit.training.preflight import (
-    make_splitting,
     measured_speeds,
-    note_split_evaluation,
     probe_layout,
     probe_logprobs,
     probe_reference,
     speeds_text,
     try_longest_batch,
 )
-from tunekit.training.run import Run
+from tunekit.training.run import SPLIT, Run
 from tunekit.training.run_files import check_fingerprint, with_files, write_plan
 from tunekit.training.saved_state import restore, restore_reference
 from tunekit.training.scaling import LossScale
@@ -113,7 +112,7 @@ def assemble_run(
         fingerprint,
         evaluator=make_evaluator(session, planned, model, state),
         row_losses=_row_losses(planned),
-        splitting=make_splitting(session, state),
+        splitting=Splitting(partial(session.react, state), state.split_tokens),
         micro_batches_per_pass=plan.choice.pass_micro_batches,
         budget_bytes=plan.budget_bytes,
         shows=recipe.objective.shows,
@@ -231,7 +230,7 @@ def _try_longest(session: Session, planned: Planned, run: Run) -> None:
         if rows is not None:
             batch = next(evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size))
             batches = [batch] * run.devices.world  # each rank tries it
-            split = note_split_evaluation(session, run.state)
+            split = partial(_note_split, session, run.state)
             summed_evaluation(run.model, run.objective.evaluation_copy(), batches, run.devices, on_split=split)
     if session.dry_run and run.devices.world > 1:
         session.console.info(speeds_text(measured_speeds(run, planned.largest_batch)))
@@ -252,9 +251,14 @@ def make_evaluator(session: Session, planned: Planned, model: TunedModel, state:
         queries_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
         recipe.evaluation,
         template=rows.template,
-        on_split=note_split_evaluation(session, state),
+        on_split=partial(_note_split, session, state),
         progress=CountProgress(session.console),
     )
+
+
+def _note_split(session: Session, state: LoopState, size: str) -> None:
+    """Warn and record that a batch ran out of memory in an evaluation, once for each size of batch."""
+    session.react(state, Reaction(f"{size} ran out of memory in an evaluation", SPLIT, state.step), once=True)
 
 
 def _row_losses(planned: Planned) -> RowLosses | None:

@@ -224,12 +224,12 @@ class Engine:
                 yield attempt.read(part, attempt.work.model.output(part.batch.inputs), read)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StepView(ModelRun):
     """A run as the objective sees it while it prepares a training step."""
 
-    engine: Engine = field(init=False)
-    work: StepWork = field(init=False)
+    engine: Engine
+    work: StepWork
 
     def score_step(self, step: StepBatches, read: Read) -> list[Tensor]:
         """The values that `read` computes from each micro-batch in the later forward of the step, as Engine.score."""

@@ -1,8 +1,7 @@
-"""Checks before step 1 (probes of the model, a run of the longest batch), and the reactions to a batch that does not
-fit into memory."""
+"""Checks before step 1: probes of the model, a run of the longest batch, and the speed of each rank."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,10 +10,9 @@ from tunekit.contracts import Batch, Objective, StepBatches
 from tunekit.errors import ModelError
 from tunekit.evaluation.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 from tunekit.machine.devices import forked_random
-from tunekit.memory.splitting import Splitting
 from tunekit.records import Reaction
 from tunekit.training.planned import Planned
-from tunekit.training.run import SPLIT, Run
+from tunekit.training.run import Run
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState
 from tunekit.tuned.model import TunedModel
@@ -77,28 +75,6 @@ def probe_logprobs(model: TunedModel, batch: Batch) -> None:
         what = f"log-probabilities computed in chunks differ from the model's own by {difference:.1e} (relative)"
         how = "the output projection of this architecture is not supported; choose another base"
         raise ModelError(what, how, key="model.name_or_path")
-
-
-def make_splitting(session: Session, state: LoopState) -> Splitting:
-    """Returns the splitting of micro-batches that run out of memory. Each split is printed at once, and saved for the
-    report and for a resume."""
-
-    def react(reaction: Reaction) -> None:
-        session.react(state, reaction)
-        state.split_tokens = splitting.tokens
-
-    splitting = Splitting(react, state.split_tokens)
-    return splitting
-
-
-def note_split_evaluation(session: Session, state: LoopState) -> Callable[[str], None]:
-    """Returns a function that warns and records that a batch ran out of memory in an evaluation, once for each size of
-    batch."""
-
-    def note(size: str) -> None:
-        session.react(state, Reaction(f"{size} ran out of memory in an evaluation", SPLIT, state.step), once=True)
-
-    return note
 
 
 def dry_run_step(run: Run, batch: Batch) -> StepBatches:

@@ -246,7 +246,8 @@ class Run:
         for reaction in watch_step(state, numbers, loss, self.shows, self.devices, exported=exported):
             self.session.react(state, reaction)
         add_seconds(state.seconds, numbers.spent(seconds))
-        record = numbers.record(loss, norm, seconds, self.peak_bytes(), shown=self._shows_samples(numbers.step))
+        shown = self._shows_samples(numbers.step)
+        record = numbers.record(loss, norm, seconds, self.session.peak_bytes(), shown=shown)
         self.record(replace(record, threads=torch.get_num_threads()) if self.adapts_threads else record)
 
     def prepare_step(self, step: StepBatches) -> StepBatches:
@@ -257,9 +258,8 @@ class Run:
 
     def view(self, step: StepBatches) -> StepView:
         """The parts of the run that the objective and its companions (auxiliary models) may use in a step."""
-        view = StepView(self.model, self.objective.rows, self.devices.gather, on_split=self._note_split)
-        view.engine, view.work = self.engine, self._work(step)
-        return view
+        rows, gather, work = self.objective.rows, self.devices.gather, self._work(step)
+        return StepView(self.model, rows, gather, on_split=self._note_split, engine=self.engine, work=work)
 
     def _work(self, step: StepBatches) -> StepWork:
         """A step, before its units are known."""
@@ -351,6 +351,7 @@ class Run:
 
         def write(folder: RunFolder) -> None:
             state = self.state
+            state.split_tokens = None if self.splitting is None else self.splitting.tokens
             with self.session.signals.critical():
                 tensors = checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state)
                 facts = checkpoint_facts(self.optimizer, state, self.fingerprint)
@@ -369,7 +370,8 @@ class Run:
 
     def _stop_if_asked(self) -> None:
         """If a signal requested a stop, save a checkpoint and end the run. Raises: Stopped."""
-        number, step = self.devices.any(self.stop_signal()), self.state.step
+        step = self.state.step
+        number = self.devices.any(self.session.stop_signal(step))
         if not number or not self.can_resume:
             return
         self.settle()
@@ -379,14 +381,6 @@ class Run:
         run = Path(self.session.loaded.recipe.output.dir)
         how = next_commands(run, alone=self.devices.world == 1) if step else "nothing was trained yet"
         raise Stopped(f"stopped by {Signals(number).name} {ended}", number, how)
-
-    def stop_signal(self) -> int:
-        """The number of the signal that requests a stop after this step; 0 if the run continues."""
-        return self.session.stop_signal(self.state.step)
-
-    def peak_bytes(self) -> int:
-        """The peak of memory so far, comparable with the predicted peak of plan."""
-        return self.session.peak_bytes()
 
     def _note_split(self, size: str) -> None:
         """Warn and record that memory ran out while a step was prepared, once for each size."""

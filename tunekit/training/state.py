@@ -1,5 +1,4 @@
-"""The Run: all objects that the training loop uses. Also the LoopState: the progress of a run, which a checkpoint
-contains."""
+"""Defines LoopState, the progress of a run, which a checkpoint contains. Also counts the seconds of a run's parts."""
 
 import time
 from collections.abc import Iterator, Mapping
