@@ -70,7 +70,9 @@ def serve(
         int,
         typer.Option(metavar="N", min=1, help="the maximum number of tokens of an answer, if the client sets no limit"),
     ] = 512,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="the number of answers generated together")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="the number of answers generated, or texts embedded, together")
+    ] = 8,
     cache_memory: Annotated[
         str | None,
         typer.Option(
