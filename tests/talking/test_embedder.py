@@ -1,7 +1,9 @@
-"""`tunekit generate` on an embedding model: the vectors of training, and the files in which they are written."""
+"""`tunekit generate` and `tunekit chat` with an embedding model: the vectors of training, the files in which they are
+written, and a search."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.conftest import write_tiny_llama
 from tests.support.embed_case import write_bert, write_newer_schema
 from tests.support.loop_case import CPU
 from tests.support.train_case import write_sections
+from tunekit.chat import chat_verb
 from tunekit.errors import InputError, TunekitError
 from tunekit.formats.embedding import EmbeddingExample
 from tunekit.generate import generate_verb
@@ -68,15 +72,45 @@ def test_texts_have_the_embeddings_of_training(
     assert "cut" not in notices
 
 
-def test_texts_are_cut_at_the_positions_of_a_base_without_a_stated_length(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text('{"query": "a", "document": "b"}\n', encoding="utf-8")
+def write_recipe(folder: Path, base: Path) -> Path:
+    rows = [{"query": f"what is {number}", "document": f"it is {number % 9}", "negative": "no"} for number in range(12)]
+    for name, part in (("train", rows[:10]), ("eval", rows[10:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     recipe: dict[str, Any] = {
-        "model": {"name_or_path": str(llama)},
-        "data": {"train": [{"path": "train.jsonl"}]},
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}]},
         "objective": {"method": "embed"},
         "output": {"dir": "run"},
     }
-    loaded = load_target(find_target(str(write_sections(tmp_path, recipe, {})), None, []), CPU)
+    return write_sections(folder, recipe, {})
+
+
+def test_chat_searches_the_documents_of_the_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(write_recipe(tmp_path, folder))
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is 3\n/help\n\n/quit\nnever read\n"))
+    chat_verb(recipe, None, [], [], None, None, (0.0, 1.0, 0, 0), None)
+    printed, notices = capsys.readouterr()
+    assert "embedding 10 documents" in printed
+    assert "there is no command /help" in notices
+    answers = [line.split("  ", 1) for line in printed.splitlines() if line[:2] in ("0.", "1.", "-0")]
+    embedder = make_embedder(load_target(find_target(recipe, None, []), CPU), 4)
+    documents = [*(f"it is {number}" for number in range(9)), "no"]
+    rows = [embedder.encode("what is 3", "query"), *(embedder.encode(text, "document") for text in documents)]
+    query, *vectors = F.normalize(embedder.embed(rows), dim=-1)
+    scores = {text: float(query @ vector) for text, vector in zip(documents, vectors, strict=True)}
+    assert [text for _, text in answers] == sorted(documents, key=lambda text: -scores[text])[:5]
+    assert [float(score) for score, _ in answers] == pytest.approx([scores[text] for _, text in answers], abs=6e-4)
+
+    with pytest.raises(InputError, match="options of conversations have no effect"):
+        chat_verb(recipe, None, [], [], "Be short.", None, (0.0, 1.0, 0, 0), None)
+    with pytest.raises(InputError, match="names no rows"):
+        chat_verb(str(folder), None, [], [], None, None, (0.0, 1.0, 0, 0), None)
+
+
+def test_texts_are_cut_at_the_positions_of_a_base_without_a_stated_length(llama: Path, tmp_path: Path) -> None:
+    loaded = load_target(find_target(str(write_recipe(tmp_path, llama)), None, []), CPU)
     positions = json.loads((llama / "config.json").read_text("utf-8"))["max_position_embeddings"]
     row = make_embedder(loaded, 4).encode("so " * positions, "document")
     assert row.sizes[0] == positions

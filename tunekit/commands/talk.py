@@ -36,7 +36,10 @@ def chat(
     penalty: Penalties = None,
     device: Device = None,
 ) -> None:
-    """Start a conversation with a run, an adapter or a model. /base asks the base model, /help lists the commands."""
+    """Start a conversation with a run, an adapter or a model. /base asks the base model, /help lists the commands.
+
+    A run of an embedding model searches the documents of its rows.
+    """
     from tunekit.chat import chat_verb
 
     sampling = (temperature, top_p, top_k, seed)
