@@ -66,7 +66,7 @@ DOORS = {
     "typer": ("cli", "commands"),
     "rich": ("console",),
     "datasets": ("data/reading",),
-    "pyarrow": ("data/reading",),
+    "pyarrow": ("data/reading", "talking/embedder"),
     "pandas": ("data/reading",),
     "accelerate": ("machine/devices", "artifacts/trackers"),
     "wandb": ("artifacts/trackers",),

@@ -1,4 +1,5 @@
-"""`tunekit chat`: a conversation in the terminal. Lines that begin with / are commands, all others are messages."""
+"""`tunekit chat`: a conversation in the terminal. Lines that begin with / are commands, all others are messages. With
+an embedding model, all others are queries, and the answers are documents."""
 
 import contextlib
 import json
@@ -11,17 +12,20 @@ from typing import Any
 
 from tunekit.console import Console, visible
 from tunekit.console.text import Flow
-from tunekit.contracts import Sampling
+from tunekit.contracts import GREEDY, Sampling
 from tunekit.errors import DataError, InputError, TunekitError
 from tunekit.files.durable import write_text
 from tunekit.formats.example import Message
 from tunekit.machine.devices import make_devices
+from tunekit.model.families import make_family
 from tunekit.model.text.draws import PENALTIES, penalty, with_penalties
 from tunekit.talking.adapters import BASE, check_folder
 from tunekit.talking.answer import Reply, Request
 from tunekit.talking.conversation import Speaker, make_speaker
+from tunekit.talking.embedder import make_embedder
+from tunekit.talking.search import DocumentSearch, make_search
 from tunekit.targets.system_message import trained_system
-from tunekit.targets.target import find_target, load_target
+from tunekit.targets.target import family_of, find_target, load_target
 
 DEFAULT_NEW_TOKENS = 512
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
@@ -235,13 +239,22 @@ def chat_verb(
     settings = with_penalties(Sampling(*sampling), penalties)
     earlier = [] if history is None else read_history(Path(history))
     spec = find_target(target, base, overrides)
+    searches = make_family(family_of(spec)).headless
+    if searches and any((adapters, system, history, settings != GREEDY, max_new_tokens)):
+        raise InputError("the target embeds texts, so options of conversations have no effect", "remove them")
     for folder in adapters:
         check_folder(folder)
     console.warn(*spec.notes)
     console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()
     try:
-        speaker = make_speaker(load_target(spec, devices.device))
+        loaded = load_target(spec, devices.device)
+        if searches:
+            search = make_search(make_embedder(loaded, spec.evaluation.batch_size), console)
+            console.info("Each line is a query. Ctrl-D ends the program.")
+            _talk(search, console)
+            return
+        speaker = make_speaker(loaded)
         chat = Chat(speaker, console, speaker.default, settings, max_new_tokens or DEFAULT_NEW_TOKENS)
         chat.history, chat.messages = None if history is None else Path(history), earlier
         for folder in adapters:
@@ -262,7 +275,7 @@ def chat_verb(
         devices.close()
 
 
-def _talk(chat: Chat, console: Console) -> None:
+def _talk(chat: Chat | DocumentSearch, console: Console) -> None:
     """Read lines until the input ends."""
     interactive, typed = sys.stdin.isatty(), ""
     with _pending_input() if interactive else contextlib.nullcontext():

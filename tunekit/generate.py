@@ -1,13 +1,11 @@
-"""`tunekit generate`: answers to one prompt or to each line of a file, scores of a reward model, or generated
-images."""
+"""`tunekit generate`: answers to one prompt or to each line of a file, scores of a reward model, embeddings, or
+generated images."""
 
-import json
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tunekit.adapters.folder.config import adapter_in
 from tunekit.console import Console, visible
 from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Objective, Sampling, no_progress
 from tunekit.data.encoding.images import png_bytes
@@ -23,16 +20,14 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
 from tunekit.data.reading.folder import is_media, media_folder, passed_over
 from tunekit.data.reading.problems import Problems
-from tunekit.data.reading.source import read_source
 from tunekit.errors import DataError, InputError
 from tunekit.evaluation.choices import choose
 from tunekit.evaluation.evaluator import choices_of
 from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import write_bytes
-from tunekit.formats.label_pairs import names_pair, read_pair
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.call import seed_for
-from tunekit.model.families import make_family
+from tunekit.model.families import Family, make_family
 from tunekit.model.text.draws import with_penalties
 from tunekit.model.text.generation import check_prompts
 from tunekit.model.text.vocabulary import check_vocabulary
@@ -40,23 +35,11 @@ from tunekit.objectives.rows.text import TextRows
 from tunekit.recipe.data import Source
 from tunekit.talking.answer import Request
 from tunekit.talking.conversation import make_speaker
+from tunekit.talking.embedder import SIDES, check_output, floats, make_embedder, write_vectors
+from tunekit.talking.prompts import PromptRow, TextOrPair, read_prompts
 from tunekit.talking.table import answer_table
 from tunekit.targets.system_message import trained_system
-from tunekit.targets.target import LoadedTarget, family_of, find_target, load_target
-
-TextOrPair = str | tuple[str, str]  # a text, or a pair of texts
-TABLES = (".csv", ".tsv", ".json", ".parquet")  # endings of files of prompts with columns, besides .jsonl
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt, and the folder of the adapter that answers it. None: the target's own adapter answers."""
-
-    prompt: TextOrPair
-    adapter: Path | None = None
-
-
-PROMPT_LINE = 'write {"prompt": "..."}, or for a pair {"sentence1": "...", "sentence2": "..."}'
+from tunekit.targets.target import LoadedTarget, TargetSpec, family_of, find_target, load_target
 
 
 def generate_verb(
@@ -76,27 +59,23 @@ def generate_verb(
     system: str | None = None,
     penalties: Sequence[str] = (),
 ) -> None:
-    """Generate answers, scores or images. Raises: TunekitError; the command line returns its exit code."""
+    """Generate answers, scores, embeddings or images. Raises: TunekitError; the command line returns its exit code."""
     if prompt is None and prompts is None and score is None and not sys.stdin.isatty():
         prompts = "-"
     _require_one({"--prompt": prompt, "--prompts": prompts, "--score": score})
-    sampling = Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0)
-    sampling = with_penalties(sampling, penalties)
+    sampling = with_penalties(Sampling(temperature, 1.0 if top_p is None else top_p, top_k or 0, seed or 0), penalties)
     settings = {"max_new_tokens": max_new_tokens, "choices": choices}
     overrides = [*overrides, *(f"evaluation.{key}={value}" for key, value in settings.items() if value is not None)]
     rows = list(map(PromptRow, prompt or ())) if prompts is None else read_prompts(Path(prompts))
     items, adapters = [row.prompt for row in rows], any(row.adapter is not None for row in rows)
     spec = find_target(target, base, overrides)
-    draws = make_family(family_of(spec)).is_pipeline
-    sampling_flags = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens, "--top-p": top_p}
-    other_flags = {"--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices, "--system": system}
-    for option in penalties:
-        other_flags["--penalty min_p" if option.startswith("min_p=") else "--penalty"] = option
-    flags = {**sampling_flags, **other_flags, "the key adapter": adapters or None}
-    _check_flags(draws, output, [flag for flag, value in flags.items() if value is not None])
-    if spec.evaluation.choices is not None and (temperature or max_new_tokens is not None):
-        what = "the answer is the most likely one of evaluation.choices, so no tokens are sampled"
-        raise InputError(what, "remove --temperature and --max-new-tokens, or add evaluation.choices=null")
+    family = make_family(family_of(spec))
+    flags: dict[str, object] = {"--temperature": temperature or None, "--max-new-tokens": max_new_tokens}
+    flags |= {"--top-p": top_p, "--top-k": top_k, "--seed": seed, "--score": score, "--choices": choices}
+    flags |= {"--system": system, "the key adapter": adapters or None}
+    flags |= {f"--penalty{' min_p' * option.startswith('min_p=')}": option for option in penalties}
+    flags |= {f"the key {row.side}": row.side for row in rows if row.side and not family.headless}
+    _check_flags(family, spec, output, [flag for flag, value in flags.items() if value is not None])
     devices = make_devices()
     console = Console(enabled=devices.is_main)
     console.warn(*spec.notes)  # standard output contains only the answers
@@ -106,12 +85,15 @@ def generate_verb(
             console.warn(f"the training rows begin with a system message; to use it, add --system {shlex.quote(usual)}")
         texts = _texts_of(items, loaded)
         if prompts is not None:
-            _check_files(console, prompts, reads_texts=draws or loaded.model.base.family.reads_ids)
-        if draws:
+            _check_files(console, prompts, reads_texts=family.is_pipeline or family.reads_ids)
+        if family.headless:
+            _embed(console, loaded, texts, [row.side or SIDES[0] for row in rows], output)
+            return
+        if family.is_pipeline:
             _draw(console, loaded, texts, seed or 0, Path(output or "pictures"))
             return
         questions: Sequence[TextOrPair] = items
-        if not loaded.model.base.family.reads_ids and prompts is not None:
+        if not family.reads_ids and prompts is not None:
             questions = [str(media_folder(prompts) / Path(text)) for text in texts]
         alone = partial(answer, loaded, questions, devices=devices, system=system)
         ask = partial(answer_with_adapters, loaded, rows, system=system) if adapters else alone
@@ -160,10 +142,17 @@ def _texts_of(prompts: Sequence[TextOrPair], loaded: LoadedTarget) -> list[str]:
     return texts
 
 
-def _check_flags(draws: bool, output: str | None, flags: Sequence[str]) -> None:
+def _check_flags(family: Family, spec: TargetSpec, output: str | None, flags: Sequence[str]) -> None:
     """Raises: InputError for --output or another flag that would have no effect."""
-    if not draws and output is not None:
-        raise InputError("the target writes no images", "remove --output")
+    draws = family.is_pipeline
+    if family.headless and output is not None:
+        check_output(Path(output))
+    elif not draws and output is not None:
+        raise InputError("the target writes no images and no embeddings", "remove --output")
+    if family.headless and flags:
+        raise InputError(f"the target embeds texts, so {' and '.join(flags)} has no effect", "remove it")
+    if sides := [flag for flag in flags if flag in map("the key {}".format, SIDES)]:
+        raise InputError(f"only embedding models read {sides[0]}", 'write {"prompt": "..."}')
     useless = " and ".join(flag for flag in flags if flag != "--seed")
     if draws and useless:
         raise InputError(f"the target is a pipeline, which draws images; {useless} has no effect", "remove it")
@@ -174,6 +163,25 @@ def _check_flags(draws: bool, output: str | None, flags: Sequence[str]) -> None:
     if not draws and useless and "--temperature" not in flags:
         what = f"without --temperature nothing is sampled, so {useless} has no effect"
         raise InputError(what, "add --temperature 1")
+    if spec.evaluation.choices is not None and {"--temperature", "--max-new-tokens"} & {*flags}:
+        what = "the answer is the most likely one of evaluation.choices, so no tokens are sampled"
+        raise InputError(what, "remove --temperature and --max-new-tokens, or add evaluation.choices=null")
+
+
+def _embed(
+    console: Console, loaded: LoadedTarget, texts: Sequence[str], sides: Sequence[str], output: str | None
+) -> None:
+    """Embed each text, as a query or a document, and print JSON lines or write a file."""
+    embedder = make_embedder(loaded, loaded.target.evaluation.batch_size)
+    rows = [embedder.encode(text, side) for text, side in zip(texts, sides, strict=True)]
+    console.warn(*(f"{count} {notice}" for notice, count in embedder.rows.notices.items()))
+    vectors = embedder.embed(rows)
+    if output is None:
+        for text, vector in zip(texts, vectors, strict=True):
+            console.json({"prompt": text, "embedding": floats(vector)})
+    else:
+        write_vectors(Path(output), texts, vectors)
+        console.info(f"{output}: {len(vectors):,} embeddings of {vectors.shape[1]:,} numbers")
 
 
 def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: int, folder: Path) -> None:
@@ -190,86 +198,6 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
         place = next(path for path in names if not path.exists())
         write_bytes(place, png_bytes(pixels))
         console.json({"prompt": prompt, "picture": str(place), "seed": seed + number})
-
-
-def read_prompts(path: Path) -> list[PromptRow]:
-    """The prompts in a file; `-` is standard input.
-
-    - A .jsonl file has one object per line, with `prompt`, `text` or the two texts of a pair. A .csv, .tsv, .json or
-      .parquet file has such columns. `adapter` names the folder of an adapter or run, relative to the file.
-    - A recording or an image is one prompt. A folder of them has one prompt per file.
-    - In any other file, each line is a prompt.
-
-    Raises: DataError with the line.
-    """
-    if path.is_dir():
-        if media := [name for name in sorted(os.listdir(path)) if is_media(name)]:
-            return [PromptRow(name) for name in media]
-        how = "tunekit reads only files directly in this folder, not in folders inside it"
-        raise DataError("it contains no recording and no image", how, file=str(path))
-    if str(path) != "-" and not path.exists():
-        raise DataError("there is no such file or folder", "check the path of --prompts", file=str(path))
-    if is_media(path.name):
-        return [PromptRow(path.name)]
-    if path.suffix.lower() in TABLES:
-        problems = Problems()
-        prompts = [_row_of(row.values, path, row.line) for row in read_source(Source(path=str(path)), problems)]
-        problems.raise_if_any()
-    else:
-        prompts = _prompts_in_lines(path)
-    if not prompts:
-        file = "standard input" if str(path) == "-" else str(path)
-        raise DataError("it contains no prompt", "write one prompt per line, or use --prompt TEXT", file=file)
-    return prompts
-
-
-def _prompts_in_lines(path: Path) -> list[PromptRow]:
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read: {error}", "use a UTF-8 text file", file=str(path)) from error
-    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
-    return [_prompt_of(line, path, number) for number, line in numbered]
-
-
-def _prompt_of(line: str, path: Path, number: int) -> PromptRow:
-    if path.suffix != ".jsonl":
-        return PromptRow(line)
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON ({error})", PROMPT_LINE, file=str(path), line=number) from error
-    return _row_of(value if isinstance(value, dict) else {}, path, number)
-
-
-def _row_of(row: Mapping[str, Any], path: Path, number: int) -> PromptRow:
-    """The prompt in a row and its adapter. Raises: DataError if the row has no such prompt, or its adapter does not
-    exist."""
-    name, similar = row.get("adapter"), get_close_matches("adapter", row, cutoff=0.85)
-    if "adapter" not in row and similar:
-        raise DataError(
-            f"'{similar[0]}' is not read; did you mean 'adapter'?", "rename it", file=str(path), line=number
-        )
-    adapter = adapter_in(Path(os.path.abspath(path.parent / name))) if isinstance(name, str) and name else None
-    if name not in (None, "") and adapter is None:
-        how = "name the folder of an adapter or a run; a relative path starts at the folder of this file"
-        raise DataError(f"'adapter': {name!r} contains no adapter", how, file=str(path), line=number)
-    return PromptRow(_prompt_in(row, path, number), adapter)
-
-
-def _prompt_in(row: Mapping[str, Any], path: Path, number: int) -> TextOrPair:
-    """The prompt in a row. Raises: DataError if it has none."""
-    if isinstance(row.get("prompt"), str):
-        return str(row["prompt"])
-    if names_pair(row):
-        try:
-            return read_pair(row)
-        except DataError as error:
-            raise DataError(error.problems[0].what, PROMPT_LINE, file=str(path), line=number) from None
-    if isinstance(row.get("text"), str):
-        return str(row["text"])
-    raise DataError("has no text under 'prompt' or 'text'", PROMPT_LINE, file=str(path), line=number)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """`tunekit serve`: serves a model to OpenAI clients until it is stopped. Each adapter of the base is a model name.
 
-GET /v1/models and /v1/models/NAME; POST /v1/chat/completions and /v1/completions, streamed or complete.
+GET /v1/models and /v1/models/NAME; POST /v1/chat/completions and /v1/completions, streamed or complete. For embedding
+models: POST /v1/embeddings.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from tunekit.errors import InputError
 from tunekit.machine.devices import make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.machine.network import LOCAL_HOSTS, connection_limit, names_this_machine
+from tunekit.model.families import make_family
 from tunekit.recipe.memory import size_bytes
-from tunekit.talking.adapters import check_folder, name_of
+from tunekit.talking.adapters import Adapters, check_folder, name_of
 from tunekit.talking.completion import ClientAnswer
 from tunekit.talking.conversation import Speaker, make_speaker
 from tunekit.talking.desk import Desk
-from tunekit.talking.protocol import ProtocolError, model_name, read_body
+from tunekit.talking.embedder import make_embedder
+from tunekit.talking.embedding_desk import EmbeddingDesk
+from tunekit.talking.protocol import ProtocolError, model_name, read_body, read_embedding_body
 from tunekit.targets.system_message import trained_system
-from tunekit.targets.target import find_target, load_target
+from tunekit.targets.target import family_of, find_target, load_target
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from uvicorn import Server
 
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 MAX_BODY_BYTES = 4_000_000
 MIN_TOKENS = 32  # a slot with fewer tokens has no room for a question and its answer
 QUEUED_CONNECTIONS = 1024
@@ -65,7 +70,7 @@ def model_entry(name: str, created: int) -> dict[str, object]:
     return {"id": name, "object": "model", "created": created, "owned_by": "tunekit"}
 
 
-def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = True) -> Starlette:
+def make_app(desk: Desk | EmbeddingDesk, key: str | None, max_tokens: int, only_local: bool = True) -> Starlette:
     """The HTTP server as an ASGI application. `key`: the API key that clients must send; None: no key. `only_local`:
     whether only this machine can reach the server."""
     from starlette.applications import Starlette
@@ -74,7 +79,7 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    adapters, started = desk.speaker.adapters, int(time.time())
+    adapters, started = desk.adapters, int(time.time())
 
     def error_response(request: Request, error: Exception) -> Response:
         if isinstance(error, ClientDisconnect):
@@ -108,21 +113,21 @@ def make_app(desk: Desk, key: str | None, max_tokens: int, only_local: bool = Tr
         check(request)
         return JSONResponse(model_entry(model_name(request.path_params["name"], adapters), started))
 
-    async def chat_completions(request: Request) -> ClientAnswer:
+    async def answer(request: Request) -> ClientAnswer | Response:
         check(request)
-        return ClientAnswer(desk, read_body(await read_request(request), adapters, max_tokens))
+        body = await read_request(request)
+        if isinstance(desk, Desk):
+            return ClientAnswer(desk, read_body(body, adapters, max_tokens, is_chat=request.url.path == CHAT))
+        question = read_embedding_body(body, adapters, desk.embedder.width)
+        return Response(await desk.answer(question, request.is_disconnected), media_type="application/json")
 
-    async def completions(request: Request) -> ClientAnswer:
-        check(request)
-        return ClientAnswer(desk, read_body(await read_request(request), adapters, max_tokens, is_chat=False))
-
+    paths = (CHAT, COMPLETIONS) if isinstance(desk, Desk) else (EMBEDDINGS,)
     return Starlette(
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
             Route("/v1/models/{name}", model),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            *(Route(path, answer, methods=["POST"]) for path in paths),
         ],
         exception_handlers=dict.fromkeys((ProtocolError, HTTPException, ClientDisconnect), error_response),
     )
@@ -155,6 +160,10 @@ def serve_verb(
         raise InputError(f"on {host} other machines could use the server without a key", how)
     cache_bytes, adapter_bytes = (None if size is None else read_size(size) for size in memory)
     console, spec = Console(), find_target(target, base, overrides)
+    embeds = make_family(family_of(spec)).headless
+    if embeds and (adapters or memory != (None, None)):
+        what = "the target embeds texts, so --adapter, --cache-memory and --adapter-memory have no effect"
+        raise InputError(what, "remove them")
     for folder in adapters:
         check_folder(folder)
     listening = bind(host, port)
@@ -162,19 +171,26 @@ def serve_verb(
     console.info(f"loading {spec.model.name_or_path} ...")
     devices = make_devices()
     try:
-        speaker = make_speaker(load_target(spec, devices.device), name_of(target), needs_template=False)
-        if (usual := trained_system(spec)) is not None:
-            console.info(f"the training rows begin with a system message, which clients must send: {json.dumps(usual)}")
-        quarter = (available_bytes(devices.device) or 0) // 4
-        speaker.adapters.limit_bytes = quarter if adapter_bytes is None else adapter_bytes
-        for folder in adapters:
-            speaker.adapters.add_folder(folder)
-        desk = make_desk(speaker, batch_size, quarter if cache_bytes is None else cache_bytes, console)
+        loaded, name = load_target(spec, devices.device), name_of(target)
+        desk: Desk | EmbeddingDesk
+        if embeds:
+            desk = EmbeddingDesk(make_embedder(loaded, batch_size), name)
+        else:
+            speaker = make_speaker(loaded, name, needs_template=False)
+            if (usual := trained_system(spec)) is not None:
+                first = "the training rows begin with a system message, which clients must send"
+                console.info(f"{first}: {json.dumps(usual)}")
+            quarter = (available_bytes(devices.device) or 0) // 4
+            speaker.adapters.limit_bytes = quarter if adapter_bytes is None else adapter_bytes
+            for folder in adapters:
+                speaker.adapters.add_folder(folder)
+            desk = make_desk(speaker, batch_size, quarter if cache_bytes is None else cache_bytes, console)
         app = make_app(desk, key, max_tokens, only_local=host in LOCAL_HOSTS)
         server = make_server(desk, app)
-        threading.Thread(target=_announce, args=(server, console, speaker, host, port), daemon=True).start()
+        threading.Thread(target=_announce, args=(server, console, desk.adapters, host, port), daemon=True).start()
         server.run(sockets=[listening])
-        desk.close()
+        if isinstance(desk, Desk):
+            desk.close()
     finally:
         listening.close()
         devices.close()
@@ -214,7 +230,7 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def make_server(desk: Desk, app: Starlette) -> Server:
+def make_server(desk: Desk | EmbeddingDesk, app: Starlette) -> Server:
     """A server that ends at once on a signal, and then aborts running answers.
 
     It accepts few connections at a time, so that it can read each request before many others arrive. The other
@@ -305,8 +321,8 @@ def make_connection_class(limit: int) -> type[asyncio.Protocol]:
     return Connection
 
 
-def _announce(server: Server, console: Console, speaker: Speaker, host: str, port: int) -> None:
+def _announce(server: Server, console: Console, adapters: Adapters, host: str, port: int) -> None:
     """Print the address as soon as the server listens."""
     while not server.started:
         time.sleep(0.05)
-    console.info(f"models: {speaker.adapters.listing}", f"serving at http://{host}:{port}/v1 - Ctrl-C ends it")
+    console.info(f"models: {adapters.listing}", f"serving at http://{host}:{port}/v1 - Ctrl-C ends it")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertModel
 
 from tests.conftest import write_tiny_llama
+from tests.support.embed_case import write_bert, write_newer_schema
 from tests.support.loop_case import CPU, Case, ListedRows, make_case
 from tests.support.ranks_case import train_in_ranks
 from tests.support.train_case import check_a_resume, losses, records, train, write_sections
@@ -50,17 +51,6 @@ ROWS = 23
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("decoder"))
-
-
-def write_bert(folder: Path, llama: Path, dropout: float) -> Path:
-    """A random encoder with a pooler, with the tiny llama's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    drops = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    BertModel(BertConfig(vocab_size=len(tokenizer) + 5, **sizes, **drops)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -428,27 +418,6 @@ def test_the_export_for_sentence_transformers_is_the_merged_folder(bert: Path, t
     }
 
 
-def write_newer_schema(folder: Path) -> None:
-    """The modules as sentence-transformers has written them since version 5.4."""
-    package = "sentence_transformers"
-    types = [
-        f"{package}.base.modules.transformer.Transformer",
-        f"{package}.sentence_transformer.modules.pooling.Pooling",
-    ]
-    modules = [
-        {"idx": number, "name": str(number), "path": path, "type": kind}
-        for number, (path, kind) in enumerate(zip(["", "1_Pooling"], types, strict=True))
-    ]
-    (folder / "1_Pooling").mkdir()
-    files = {
-        "modules.json": modules,
-        "1_Pooling/config.json": {"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True},
-        "config_sentence_transformers.json": {"prompts": {"query": "find: ", "document": ""}},
-    }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
-
-
 def test_a_folder_in_the_newer_schema_is_a_target_and_exported_in_the_older_one(bert: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bert, tmp_path / "newer"))
     write_newer_schema(folder)
@@ -501,7 +470,7 @@ def test_recipes_with_options_without_effect_are_refused(bert: Path, tmp_path: P
 
 def test_a_chat_with_an_embedding_model_is_refused(bert: Path, tmp_path: Path) -> None:
     loaded = load_target(find_target(str(write_case(tmp_path, bert)), None, []), CPU)
-    with pytest.raises(InputError, match="tunekit merge"):
+    with pytest.raises(InputError, match="tunekit generate"):
         make_speaker(loaded)
 
 

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from tests.support.train_case import losses, train, write_sections
 from tunekit.contracts import EncodeOptions
 from tunekit.export import export_verb
 from tunekit.formats.embedding import EmbeddingExample
+from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
 from tunekit.model.load import load_model
@@ -138,6 +140,18 @@ def test_an_export_in_the_older_schema_gives_the_embeddings_of_the_newer_one(ber
     older = st.SentenceTransformer(str(tmp_path / "older"), device="cpu")
     assert older.max_seq_length == 32
     torch.testing.assert_close(older.encode(list(TEXTS)), model.encode(list(TEXTS)), rtol=1e-6, atol=1e-6)
+
+
+def test_generate_writes_the_embeddings_of_sentence_transformers(bert: Path, tmp_path: Path) -> None:
+    model, folder = modules_on(bert, "mean", normalize=True, length=16), tmp_path / "model"
+    model.prompts = {"query": "find: ", "document": "text: "}
+    model.save_pretrained(str(folder))
+    for side, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        rows = tmp_path / f"{side}.jsonl"
+        rows.write_text("".join(json.dumps({side: text}) + "\n" for text in TEXTS), encoding="utf-8")
+        settings = ["model.dtype=float32"]
+        generate_verb(str(folder), None, None, str(rows), settings, output=str(tmp_path / f"{side}.npy"))
+        np.testing.assert_allclose(np.load(tmp_path / f"{side}.npy"), encode(list(TEXTS)), rtol=1e-5, atol=1e-6)
 
 
 def test_a_decoder_with_a_chat_template_and_without_padding_token_is_read(tmp_path: Path) -> None:

@@ -36,7 +36,10 @@ def chat(
     penalty: Penalties = None,
     device: Device = None,
 ) -> None:
-    """Start a conversation with a run, an adapter or a model. /base asks the base model, /help lists the commands."""
+    """Start a conversation with a run, an adapter or a model. /base asks the base model, /help lists the commands.
+
+    A run of an embedding model searches the documents of its rows.
+    """
     from tunekit.chat import chat_verb
 
     sampling = (temperature, top_p, top_k, seed)
@@ -70,7 +73,9 @@ def serve(
         int,
         typer.Option(metavar="N", min=1, help="the maximum number of tokens of an answer, if the client sets no limit"),
     ] = 512,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="the number of answers generated together")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="the number of answers generated, or texts embedded, together")
+    ] = 8,
     cache_memory: Annotated[
         str | None,
         typer.Option(

@@ -69,8 +69,8 @@ PromptFile = Annotated[
     typer.Option(
         metavar="FILE|-",
         help='one prompt per line (.jsonl: {"prompt": ...}), a table (.csv, .tsv, .json, .parquet) with a column '
-        "prompt or text, or a folder of recordings or images; a row can name its adapter's folder in the field "
-        "adapter",
+        "prompt or text (for embeddings also query or document), or a folder of recordings or images; a row can name "
+        "its adapter's folder in the field adapter",
     ),
 ]
 TopP = Annotated[
@@ -80,6 +80,16 @@ TopP = Annotated[
         min=0,
         max=1,
         help="with --temperature: sample from the most likely tokens with total probability P",
+    ),
+]
+
+
+GeneratedOutput = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="PATH",
+        help="the folder for images (default: pictures), or the file for embeddings (.npy, .parquet or .jsonl)",
     ),
 ]
 
@@ -115,12 +125,12 @@ def generate(
     choices: Annotated[
         str | None, typer.Option(metavar="LIST", help="choose the answer from a list, such as '[yes, no]'")
     ] = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="the folder for images; default: pictures")] = None,
+    output: GeneratedOutput = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="the system prompt")] = None,
     penalty: Penalties = None,
     device: Device = None,
 ) -> None:
-    """Answer prompts, score answers, or draw images. Prints text for one prompt, JSON lines for several."""
+    """Answer prompts, score answers, embed texts, or draw images. Several prompts give JSON lines."""
     from tunekit.generate import generate_verb
 
     changes, length = overrides or [], max_new_tokens

@@ -76,19 +76,8 @@ class ClientAnswer:
     async def _next(self) -> tuple[int, AnswerPiece | Reply]:
         """Wait for the next piece of text, or the complete answer, of any choice. Raises: ProtocolError."""
         number, item = await self.arrived.get()
-        if isinstance(item, DataError | LengthError):
-            code = "context_length_exceeded" if isinstance(item, LengthError) else None
-            raise ProtocolError(400, _without_files(item), "messages" if self.question.is_chat else "prompt", code)
-        if isinstance(item, TunekitError):
-            if any(problem.file for problem in item.problems):  # a fault of the server, not of the request
-                _print_once(str(item))
-            raise ProtocolError(400, _without_files(item))
-        if isinstance(item, ConnectionError):
-            raise ProtocolError(503, str(item))
         if isinstance(item, Exception):
-            _print_once(exit_message(item)[0])
-            what = "memory ran out" if is_out_of_memory(item) else "the server failed, and printed the reason"
-            raise ProtocolError(500, what)
+            raise protocol_error(item, "messages" if self.question.is_chat else "prompt")
         return number, item
 
     async def _complete(self) -> dict[str, Any]:
@@ -129,6 +118,23 @@ class ClientAnswer:
 
     async def _send(self, send: Send, value: dict[str, Any]) -> None:
         await _send_event(send, json.dumps({**self.facts, "object": self.forms[0].part, **value}))
+
+
+def protocol_error(error: Exception, field: str) -> ProtocolError:
+    """The error that a client gets. `field`: the field of the request with the texts."""
+    if isinstance(error, DataError | LengthError):
+        code = "context_length_exceeded" if isinstance(error, LengthError) else None
+        return ProtocolError(400, _without_files(error), field, code)
+    if isinstance(error, TunekitError):
+        if any(problem.file for problem in error.problems):  # a fault of the server, not of the request
+            _print_once(str(error))
+        return ProtocolError(400, _without_files(error))
+    if isinstance(error, ConnectionError):
+        return ProtocolError(503, str(error))
+    _print_once(exit_message(error)[0])
+    return ProtocolError(
+        500, "memory ran out" if is_out_of_memory(error) else "the server failed, and printed the reason"
+    )
 
 
 def _without_files(error: TunekitError) -> str:

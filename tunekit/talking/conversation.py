@@ -330,9 +330,7 @@ def make_speaker(loaded: LoadedTarget, name: str = "adapter", *, needs_template:
     if not model.base.family.answers or not model.base.family.reads_ids:
         does = "does not read" if model.base.family.answers else "does not generate"
         what = f"{model.base.facts.name_or_path} is {model.base.family.text}, which {does} text"
-        how = "use `tunekit generate`, which prints labels, scores, transcripts or images"
-        headless = "use `tunekit merge`, which writes a folder for sentence-transformers"
-        raise InputError(what, headless if model.base.family.headless else how)
+        raise InputError(what, "use `tunekit generate`, which writes labels, scores, transcripts, embeddings or images")
     if needs_template and template is None and loaded.tokenizer.chat_template is None:
         how = "use `tunekit generate`, or set data.chat_template in the recipe"
         raise InputError("the tokenizer has no chat template, which a chat needs", how)

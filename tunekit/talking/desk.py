@@ -43,7 +43,7 @@ class Desk:
     """
 
     def __init__(self, speaker: Speaker, slots: int, tokens: int) -> None:
-        self.speaker, self.slots, self.tokens = speaker, slots, tokens
+        self.speaker, self.slots, self.tokens, self.adapters = speaker, slots, tokens, speaker.adapters
         self._stopped = threading.Event()
         self._open: set[Job] = set()  # accepted jobs that have not ended
         self._unread: queue.SimpleQueue[Job | None] = queue.SimpleQueue()

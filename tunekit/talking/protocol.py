@@ -1,8 +1,8 @@
-"""Reads request bodies of OpenAI's API (chat completions and completions), and refuses unknown fields and wrong
-values."""
+"""Reads request bodies of OpenAI's API (chat completions, completions and embeddings), and refuses unknown fields and
+wrong values."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar
@@ -35,6 +35,7 @@ READ = {  # by endpoint
         *("tools", "tool_choice", "parallel_tool_calls"),
     ),
     "completions": (*SHARED, "prompt", "echo"),
+    "embeddings": ("model", "input", "dimensions", "encoding_format", "prompt_name"),
 }
 WITHOUT_EFFECT: dict[str, type] = {  # fields and their kinds
     **dict.fromkeys(("user", "service_tier", "safety_identifier", "prompt_cache_key"), str),
@@ -42,10 +43,12 @@ WITHOUT_EFFECT: dict[str, type] = {  # fields and their kinds
     "store": bool,
 }
 MAX_BIASES = 1024
+MAX_INPUTS = 2048  # texts of one request for embeddings
 # fields that are accepted only with values that change nothing
 NEUTRAL_IN: dict[str, dict[str, tuple[object, ...]]] = {
     "chat": {"modalities": (["text"],)},
     "completions": {"suffix": ("",), "best_of": (1,)},
+    "embeddings": {},
 }
 KINDS: dict[type, str] = {bool: "true or false", dict: "an object", str: "a text"}
 EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -76,15 +79,21 @@ class ClientQuestion:
     seeded: bool
 
 
+@dataclass(frozen=True)
+class EmbeddingQuestion:
+    """The content of a request body for embeddings. `side`: "query" or "document", whose prompt the texts get.
+    `dimensions`: how many numbers an embedding has; None: all."""
+
+    name: str
+    texts: tuple[str, ...]
+    side: str
+    dimensions: int | None
+    is_base64: bool
+
+
 def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool = True) -> ClientQuestion:
     """Read a request body. Raises: ProtocolError with the name of the invalid field."""
-    try:
-        value = json.loads(body, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ProtocolError(400, "the body must be a JSON object")
-    _check_fields(value, "chat" if is_chat else "completions")
+    value = _fields(body, "chat" if is_chat else "completions")
     name = model_name(value.get("model"), adapters)
     requests = [_chat(value, max_tokens)] if is_chat else _completions(value)
     choices = _integer(value, "n", 1, 1, MAX_CHOICES)
@@ -101,6 +110,46 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
         with_usage=_with_usage(_of_kind(value, "stream_options", dict, {})),
         seeded=value.get("seed") is not None,
     )
+
+
+def read_embedding_body(body: bytes, adapters: Adapters, width: int) -> EmbeddingQuestion:
+    """Read a request body for embeddings of `width` numbers. Raises: ProtocolError with the name of the invalid
+    field."""
+    value = _fields(body, "embeddings")
+    texts = [value["input"]] if isinstance(value.get("input"), str) else value.get("input")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        what = "'input' must be a text or a list of texts; token ids are not read"
+        raise ProtocolError(400, what, "input", "invalid_value")
+    if len(texts) > MAX_INPUTS:
+        what = f"{len(texts)} texts are more than {MAX_INPUTS}, the maximum: send fewer texts"
+        raise ProtocolError(400, what, "input", "invalid_value")
+    return EmbeddingQuestion(
+        model_name(value.get("model"), adapters),
+        tuple(texts),
+        _one_of(value, "prompt_name", ("document", "query")),
+        None if value.get("dimensions") is None else _integer(value, "dimensions", width, 1, width),
+        _one_of(value, "encoding_format", ("float", "base64")) == "base64",
+    )
+
+
+def _one_of(body: Body, field: str, names: Sequence[str]) -> str:
+    """The value of a field; the first name if it is not set."""
+    value = body.get(field)
+    if value not in (None, *names):
+        raise ProtocolError(400, f"'{field}' must be {' or '.join(names)}", field, "invalid_value")
+    return names[0] if value is None else str(value)
+
+
+def _fields(body: bytes, endpoint: str) -> Body:
+    """The fields of a request body. Raises: ProtocolError."""
+    try:
+        value = json.loads(body, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(400, "the body must be a JSON object")
+    _check_fields(value, endpoint)
+    return value
 
 
 def model_name(name: object, adapters: Adapters) -> str:

@@ -81,6 +81,11 @@ class TextGroups(RowKind):
         ]
         return self.make_row(_parts(texts, np.array(example.scores), np.array(keys, np.uint64)), origin)
 
+    def text_row(self, text: str, side: str) -> Row:
+        """The row of a single text. `side`: "query" or "document", whose prompt and maximum length it gets."""
+        ids = self.ids_of(text, *(self.query if side == "query" else self.document))
+        return self.make_row(_parts([ids], np.zeros(0), np.array([text_key(text)], np.uint64)), "")
+
     def ids_of(self, text: str, prompt: str, limit: int | None) -> list[int]:
         """The ids of a prompt and a text, cut to the limit. The special tokens at the end are kept."""
         ids = self.tokenizer.encode_source(prompt + text)
