@@ -58,7 +58,8 @@ before weights are loaded, with its reason. All on one core of a CPU: {hours:.2f
 |---|--:|--:|--:|
 {counts}
 
-An asterisk marks the 60 types that must be right.
+An asterisk marks the 60 types that must be right. Types that read images or audio train on text:
+[a complete example](../guide/picture-models.md).
 
 | type | result | {columns} | reason |
 |---|---|---|---|---|---|---|

@@ -14,7 +14,9 @@ from tests.exports.test_gguf import read
 from tests.support import composite_case
 from tests.support.composite_case import SHAPES, write_composite
 from tunekit.arithmetic.merge import merge
+from tunekit.errors import ModelError
 from tunekit.exports import gguf as format
+from tunekit.exports import vllm
 from tunekit.exports.format import Evidence, Options
 from tunekit.exports.llama_cpp.converter import imported, knows, text_architecture
 from tunekit.exports.programs.program import find_program
@@ -79,7 +81,7 @@ def test_the_file_has_the_language_model_alone(
     exportable = write_case(model_type, tmp_path, monkeypatch, target_modules=NO_ADAPTER.get(model_type, "all-linear"))
     assert format.problems(exportable, Options(type="F32")) == []
     written = format.write(exportable, tmp_path / "model.gguf", EVIDENCE, Options(type="F32"))
-    assert "the base's own mmproj file stays valid (--mmproj FILE)" in written.notes[0]
+    assert "the base's own mmproj file stays valid for llama-server (--mmproj FILE)" in written.notes[0]
     tensors, facts = read(tmp_path / "model.gguf")
     layers = composite_case.TEXT | SETTINGS.get(model_type, {})
     assert facts[f"{facts['general.architecture']}.block_count"] == layers["num_hidden_layers"]
@@ -95,6 +97,18 @@ def test_the_file_has_the_language_model_alone(
     assert {name.rpartition(".")[0] for name in pairs} <= set(tensors)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(pairs) == len(saved)
+
+
+def test_files_of_the_processor_are_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has the language model alone. A merged folder needs them."""
+    exportable = write_case("llava", tmp_path, monkeypatch)
+    for name in composite_case.PROCESSOR_FILES:
+        (tmp_path / "base" / name).unlink()
+    format.write(exportable, tmp_path / "model.gguf", EVIDENCE, Options(type="F32"))
+    assert "blk.0.ffn_down.weight" in read(tmp_path / "model.gguf")[0]
+    with pytest.raises(ModelError, match=r"base contains no processor files \(preprocessor_config.json\).*; copy them"):
+        vllm.write(exportable, tmp_path / "merged", EVIDENCE, Options(merged=True))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_llama_cpp_does_not_apply_or_know_is_refused_by_name(

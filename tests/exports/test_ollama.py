@@ -12,6 +12,8 @@ import pytest
 
 from tests.arithmetic.test_merge import write_base
 from tests.exports.test_gguf import adapter_of, read
+from tests.exports.test_gguf_composite import EVIDENCE, NO_ADAPTER, write_case
+from tests.support.composite_case import SHAPES
 from tunekit.errors import InputError
 from tunekit.export import export_verb
 from tunekit.exports import ollama
@@ -63,6 +65,27 @@ def test_a_type_writes_one_merged_model(base: Path, tmp_path: Path) -> None:
     export_verb(str(adapter), "ollama", str(tmp_path / "small"), None, Options(type="Q8_0"), certify=False)
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["Modelfile", "model.gguf"]
     assert (tmp_path / "small" / "Modelfile").read_text("utf-8").startswith("FROM ./model.gguf\nTEMPLATE ")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_a_composite_base_gives_its_language_model(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = NO_ADAPTER.get(model_type, "all-linear")
+    exportable = write_case(model_type, tmp_path, monkeypatch, target_modules=adapted)
+    for options, files in ((Options(), ("base.gguf", "adapter.gguf")), (Options(type="F32"), ("model.gguf",))):
+        assert ollama.problems(exportable, options) == []
+        folder = tmp_path / str(options.type)
+        written = ollama.write(exportable, folder, EVIDENCE, options)
+        assert any("without the parts that read images or audio" in note for note in written.notes)
+        assert {path.name for path in folder.iterdir()} == {"Modelfile", *files}
+        lines = (folder / "Modelfile").read_text("utf-8")
+        assert re.findall(r"^(?:FROM|ADAPTER) \./(.+)", lines, re.MULTILINE) == [*files]
+        assert '<|im_start|>user\\n" }}{{ .Content }}' in lines
+        assert 'PARAMETER stop "<|im_end|>"' in lines
+        assert not [name for name in read(folder / files[0])[0] if name.startswith(("v.", "mm."))]
 
 
 def test_what_ollama_leaves_out_without_a_word_is_noted(

@@ -143,6 +143,21 @@ def test_a_model_that_a_program_does_not_know_is_no_finding() -> None:
     assert "does not run the folder's own code" in str(by_program["transformers 4"].unsupported)
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner", "unknown"),
+    [
+        ("SmolVLMForConditionalGeneration", ["VLlama3ForCausalLM"], None),
+        ("SmolVLMForConditionalGeneration", None, "SmolVLMForConditionalGeneration"),
+        ("LlavaForConditionalGeneration", ["NewForCausalLM"], "NewForCausalLM"),
+        ("LlavaForConditionalGeneration", [], None),
+    ],
+)
+def test_llama_cpp_reads_a_composite_model_by_its_text_part(outer: str, inner: object, unknown: str | None) -> None:
+    files = typed("any", outer, text_config={"architectures": inner})
+    (reading,) = (each for each in readings(files) if each.program == "llama.cpp's converter")
+    assert reading.unsupported == (unknown and f"does not know the architecture {unknown}")
+
+
 def test_odd_values_are_no_fault_of_doctor() -> None:
     odd: list[Any] = [None, 5, "x", [], [1], {}, {"content": 5}, [{"name": 1}], {"1": 2}, True, float("nan")]
     keys = ("model_type", "architectures", "rope_parameters", "rope_scaling", "rope_theta", "text_config", "dtype")

@@ -23,6 +23,7 @@ from tests.support.train_case import (
     write_recipe,
     write_sections,
 )  # fmt: skip
+from tunekit.errors import RecipeError
 from tunekit.generate import generate_verb
 
 REWARD = "def letters(completions, **columns):\n    return [len(set(text)) / 10 for text in completions]\n"
@@ -94,6 +95,14 @@ def test_a_streamed_run_equals_the_resident_one(model_type: str, quantization: s
     folder = write_composite(model_type, tmp_path / "model")
     model = {"name_or_path": str(folder), "dtype": "float32", "quantization": quantization}
     check_streamed(write_recipe(tmp_path, folder, model=model, training={"epochs": None, "max_steps": 2}), "disk")
+
+
+def test_a_type_that_was_not_tested_is_not_streamed(tmp_path: Path) -> None:
+    """Gemma 4's layers read a second embedding, each its own part."""
+    recipe = write_recipe(tmp_path, write_composite("gemma4", tmp_path / "model"))
+    with pytest.raises(RecipeError, match=r"gemma4_text with layer streaming; set memory\.streaming to off") as caught:
+        train(recipe, "memory.streaming=disk")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.sampled(1)

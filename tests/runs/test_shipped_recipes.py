@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.composite_case import write_composite
 from tests.support.speech_case import write_tiny_whisper
 from tests.support.tiny_pipelines import saved_pipeline
 from tests.support.tiny_vit import write_tiny_vit
@@ -91,6 +92,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HuggingFaceTB/SmolLM2-135M-Instruct": "builtin:tiny-llama",
         "SmolLM2-135M-Instruct.Q4_1.gguf": "builtin:tiny-llama",
         "Qwen/Qwen2.5-7B-Instruct": str(write_twin(folder / "qwen2", make_qwen2, chat_template=True)),
+        "Qwen/Qwen3-VL-4B-Instruct": str(write_composite("qwen3_vl", folder / "qwen3_vl")),
         "sentence-transformers/all-MiniLM-L6-v2": str(write_twin(folder / "bert", make_bert, chat_template=False)),
         "openai/whisper-tiny": str(write_tiny_whisper(folder / "whisper")),
         "stable-diffusion-v1-5/stable-diffusion-v1-5": str(saved_pipeline(folder / "sd", "sd")),

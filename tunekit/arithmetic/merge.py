@@ -19,7 +19,7 @@ from tunekit.files.work_folder import check_new_folder, new_path
 from tunekit.machine.memory import available_bytes
 from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, load_model, load_packed_folder
-from tunekit.model.storage.model_folder import copied_files, copy_other_files
+from tunekit.model.storage.model_folder import check_copied_files, copy_other_files
 from tunekit.model.storage.rewrite import Changes, Rewriter
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
@@ -71,7 +71,7 @@ def _merge_model(
     if chosen == "quantized" and dtype is not None:
         raise InputError("quantized weights cannot be written in another dtype", "leave --dtype out", key="--dtype")
     source = find_source(target.model, weights=True)
-    copied_files(target.model, source.folder)  # refused before the work
+    check_copied_files(target.model, source.folder)  # refused before the work
     processor = processor_of(target)
     target, objective = with_objective(target, processor)
     output = output.expanduser().absolute()

@@ -129,7 +129,7 @@ def _part_notes(exportable: Exportable) -> Iterator[str]:
         return
     with imported() as converter:
         has_file = has_mmproj(converter, exportable.config)
-    what = "the base's own mmproj file stays valid (--mmproj FILE): the training left these parts alone"
+    what = "the base's own mmproj file stays valid for llama-server (--mmproj FILE): they are unchanged"
     none = f"llama.cpp's converter writes no mmproj file for {exportable.architecture}, so that it reads text only"
     yield f"the file has the language model, without the parts that read images or audio; {what if has_file else none}"
 

@@ -20,7 +20,7 @@ from tunekit.model.families import make_family
 from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.loaded_model import as_loaded
 from tunekit.model.storage.gguf import parsed_once
-from tunekit.model.storage.model_folder import copied_files
+from tunekit.model.storage.model_folder import check_copied_files
 from tunekit.model.storage.source import find_source
 from tunekit.objectives.base import make_objective
 from tunekit.planning import refusals
@@ -163,7 +163,7 @@ def _with_token_ids(adapter: AdapterSettings, processor: Processor) -> AdapterSe
 
 def _check_copies(model: ModelSection, base: LoadedModel) -> None:
     """Check the files that a trained base copies from its folder."""
-    copied_files(model, find_source(model, weights=False).folder)
+    check_copied_files(model, find_source(model, weights=False).folder)
 
 
 def _find_targets(adapter: AdapterSettings, base: LoadedModel) -> list[Target]:

@@ -70,18 +70,27 @@ def copy_other_files(
     make_portable(folder)
 
 
+def check_copied_files(section: ModelSection, base: Path) -> None:
+    """Check the files of a base that a model folder made from it needs. Call this before long work.
+
+    Raises: ModelError if a composite base has no processor files, or if a file is a link that could lead to a private
+    file.
+    """
+    processor_files = make_family(family_of_base(section)).copied
+    if not any(path.name in processor_files for path in copied_files(section, base)) and processor_files:
+        what = f"{base} contains no processor files ({processor_files[0]}), which programs need to load its class"
+        raise ModelError(what, "copy them from the place of the base into its folder", key=KEY)
+
+
 def copied_files(section: ModelSection, base: Path) -> list[Path]:
     """The files in the folder of a base that a model made from it needs unchanged: generation settings, licence, and
-    code if the base may run it. Call this before long work, too.
+    code if the base may run it.
 
     Raises: ModelError if one is a link that could lead to a private file.
     """
     if Path(section.name_or_path).suffix.lower() == ".gguf":
         return []
     processor_files = make_family(family_of_base(section)).copied
-    if processor_files and not any((base / name).exists() for name in processor_files):
-        what = f"{base} contains no processor files ({processor_files[0]}), which programs need to load its class"
-        raise ModelError(what, "copy them from the place of the base into its folder", key=KEY)
     patterns = (*COPIED, *processor_files, *(("*.py",) if section.trust_remote_code else ()))
     paths = sorted(path for pattern in patterns for path in base.glob(pattern))
     for path in paths:

@@ -97,12 +97,14 @@ def _type_in(names: Callable[[], frozenset[str]]) -> Support:
     return support
 
 
-def _architecture_in(names: frozenset[str]) -> Support:
+def _architecture_in(names: frozenset[str], *, text_part: bool = False) -> Support:
     """Make a check for programs that choose their code by the first architecture. It returns why the model is
-    unsupported, or None."""
+    unsupported, or None. `text_part`: the program uses the architecture in text_config, if one is named there."""
 
     def support(files: ModelFiles) -> str | None:
-        name = files.architecture
+        text = files.config.get("text_config") if text_part else None
+        inner = text.get("architectures") if isinstance(text, Mapping) else None
+        name = str(inner[0]) if isinstance(inner, list) and inner else files.architecture
         return None if name in names else f"does not know the architecture {name or '(none is named)'}"
 
     return support
@@ -271,7 +273,7 @@ PROGRAMS: dict[str, tuple[str, Support, tuple[Rule, ...]]] = {
     ),
     "llama.cpp's converter": (
         "2026-08",
-        _architecture_in(supported.LLAMA_CPP),
+        _architecture_in(supported.LLAMA_CPP, text_part=True),
         (_one_frequency, _other_template, _packed),
     ),
     "vLLM": ("0.32.0", _every_model, ()),  # reads both spellings; runs unknown models through transformers
