@@ -31,6 +31,7 @@ PATHS = {
     "image": {"type": "image", "image": "a.png"},
     "path": {"type": "image", "path": "a.png"},
     "url": {"type": "image", "url": "a.png"},
+    "file URL": {"type": "image", "url": "file:///data/a.png"},
     "image_url": {"type": "image_url", "image_url": {"url": "a.png"}},
     "image_url as text": {"type": "image_url", "image_url": "a.png"},
     "mapping": {"type": "image", "image": {"bytes": None, "path": "a.png"}},
@@ -104,6 +105,12 @@ def test_a_tag_without_a_column_stays_text() -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "more images": ({**COLUMNS["tags"][1], "images": ["a"] * 3}, "3 images in its columns, but 2 places"),
     "fewer images": ({**COLUMNS["tags"][1], "images": ["a"]}, "1 images in its columns, but 2 places"),
+    "empty column": ({**COLUMNS["tags"][1], "images": []}, "0 images in its columns, but 2 places"),
+    "reasoning": (
+        {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": [PATHS["path"]]}]}]},
+        "'messages[0].content[0].thinking' has an image",
+    ),
+    "videos": ({**COLUMNS["tags"][1], "videos": ["a.mp4"]}, "the row has 'videos', which its format does not read"),
     "no image": (asked({"type": "image"}), "0 images in its columns, but 1 places"),
     "both": ({**asked(PATHS["path"], {"type": "text", "text": "<image>"}), "images": ["a"]}, "both <image> tags and"),
     "address": (asked({"type": "image", "url": "https://x.org/a.png"}), "reads no images from the network"),
@@ -130,3 +137,21 @@ def test_a_wrong_row_is_refused(form: str) -> None:
 def test_plain_prompts_have_no_places_for_images() -> None:
     with pytest.raises(DataError, match="plain texts"):
         format_maker("prompt_completion")({"prompt": "q", "completion": "a", "images": ["a"]})
+
+
+UNREAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "preference": ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+    "unpaired": ("unpaired", {"prompt": "q", "completion": "a", "label": True}),
+    "prompt": ("prompt", {"prompt": "q"}),
+    "alpaca": ("alpaca", {"instruction": "q", "output": "a"}),
+    "text": ("text", {"text": "q"}),
+}
+
+
+@pytest.mark.parametrize("form", UNREAD)
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_no_format_ignores_images(form: str, column: str) -> None:
+    format_name, row = UNREAD[form]
+    with pytest.raises(DataError, match=f"the row has '{column}', which its format does not read"):
+        format_maker(format_name)({**row, column: {"bytes": DATA, "path": None}})
+    format_maker(format_name)({**row, "images": [], "image": "https://x.org/a.png"})

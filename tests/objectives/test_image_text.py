@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,28 @@ def test_a_cut_never_leaves_a_part_of_an_image(objective: Objective, tmp_path: P
         assert types.sum() == sum(types[image.start : image.stop].sum() for image in images)
         at_image = any(image.start < stop < image.stop for image in images_in(row))
         assert cut.size == stop or at_image
+
+
+def test_two_images_can_share_a_token(objective: Objective, tmp_path: Path) -> None:
+    """Two line breaks between two images are one token in Gemma's vocabulary."""
+    row = encode(objective, image_row(2, [str(path) for path in write_images(tmp_path, 2)]), tmp_path)
+    first, second = images_in(row)
+    assert first.stop < second.start
+    text = np.frombuffer(json.dumps([asdict(first), asdict(replace(second, start=first.stop - 1))]).encode(), np.uint8)
+    sharing = row.with_parts({"images": text})
+    for stop in range(1, row.size + 1):
+        images = images_in(cut := objective.rows.cut(sharing, 0, stop))
+        assert cut.size <= stop
+        assert [image.stop <= stop for image in images] == [True] * len(images)
+
+
+def test_the_texts_of_a_row_have_no_images(objective: Objective, tmp_path: Path) -> None:
+    """Merged and exported models are compared on texts."""
+    rows: Any = objective.rows
+    row = encode(objective, image_row(2, [str(path) for path in write_images(tmp_path, 2)]), tmp_path)
+    assert "look 2 and  and <|im_end|>" in rows.tokenizer.decode(rows.text_ids(row))
+    plain = encode(objective, image_row(2, []), tmp_path)
+    assert rows.text_ids(plain).tolist() == plain.parts["ids"].tolist()
 
 
 def test_a_row_with_images_is_not_split(objective: Objective, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tunekit.objectives.base import make_objective
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.sft import SftSettings
 
-ROWS = int(os.environ.get("TUNEKIT_TRL_ROWS", "40"))  # 500 were compared by hand
+ROWS = pytest.mark.parametrize("rows", [40, pytest.param(500, marks=pytest.mark.slow)])
 WORDS = ["a", "cat", "<b>", "über", "\n\n", "  two", "say:", "1,5", "<|im_end", "😀"]
 
 
@@ -75,26 +74,28 @@ def check(objective: Objective, ours: dict[str, Any], format_name: str, theirs: 
     return int(row.supervised)
 
 
-def test_conversations_equal_trls(folder: Path, objective: Objective) -> None:
+@ROWS
+def test_conversations_equal_trls(rows: int, folder: Path, objective: Objective) -> None:
     processor, numbers = AutoProcessor.from_pretrained(folder), np.random.default_rng(0)
     processor.tokenizer.pad_token = "<|endoftext|>"
     collate = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
     trained = 0
-    for _ in range(ROWS):
+    for _ in range(rows):
         images = random_images(numbers)
         messages = random_turns(numbers, images, 2 * int(numbers.integers(1, 3)))
         batch = collate([{"messages": messages, "images": [Image.fromarray(image) for image in images]}])
         row = {"messages": messages, "images": [{"bytes": png_bytes(image), "path": None} for image in images]}
         trained += check(objective, row, "chat", batch, images)
-    assert trained > 5 * ROWS
+    assert trained > 5 * rows
 
 
-def test_prompts_and_completions_equal_trls(folder: Path, objective: Objective) -> None:
+@ROWS
+def test_prompts_and_completions_equal_trls(rows: int, folder: Path, objective: Objective) -> None:
     """But for the line break that the template writes after the last turn, which TRL trains on."""
     processor, numbers = AutoProcessor.from_pretrained(folder), np.random.default_rng(1)
     processor.tokenizer.pad_token = "<|endoftext|>"
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-    for _ in range(ROWS // 2):
+    for _ in range(rows):
         images = random_images(numbers)
         prompt = random_turns(numbers, images, 1)
         answer = [{"role": "assistant", "content": "yes"}]

@@ -23,6 +23,7 @@ from tunekit.model.parts import parts_apart
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ImageModel
+from tunekit.tuned.module_copies import copy_modules
 
 TRAINING = {"epochs": None, "max_steps": 3, "gradient_accumulation_steps": 2, "warmup_ratio": 0.0}
 
@@ -132,6 +133,8 @@ def test_the_tower_is_loaded_frozen_and_counted(folder: Path, tmp_path: Path) ->
         assert torch.equal(parameter, next(tensor for key, tensor in stored.items() if key.endswith(f"visual.{name}")))
         assert not parameter.requires_grad
     size, buffers = (sum(tensor.nbytes for tensor in some) for some in (tower.parameters(), tower.buffers()))
+    [shared] = parts_apart(copy_modules(base).net, loaded=True).values()
+    assert shared is tower
     paths = recipe_of(tmp_path / "images", folder), write_recipe(tmp_path / "text", folder, training=TRAINING)
     plans = [make_plan(load_recipe(path, []))[0] for path in paths]
     assert plans[0].peak_bytes.weights - plans[1].peak_bytes.weights == size + buffers

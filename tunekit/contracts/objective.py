@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -207,6 +208,11 @@ class RowKind:
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """The row's tokens from start to stop-1, counted as in its sizes. If the row cannot be cut: the whole row."""
         return row
+
+    def text_ids(self, row: Row) -> Array:
+        """(T,) the ids of the row's texts, on which two models are compared. Tokens of images are left out."""
+        ids: Array = np.concatenate([row.parts[name] for name in self.layout.token_parts])
+        return ids
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """Rows that fill one sequence of this size, for a simulation. `part`: the index of the size to make as large as

@@ -105,7 +105,10 @@ def _read_part(part: object, label: str) -> tuple[str, Media | None]:
     if kind == "text":
         return check_text(text, f"{label}.text"), None
     if isinstance(text, list):  # Mistral's API has text parts in it
-        text = "".join(_read_part(inner, f"{label}.thinking[{index}]")[0] for index, inner in enumerate(text))
+        parts = [_read_part(inner, f"{label}.thinking[{index}]")[0] for index, inner in enumerate(text)]
+        if IMAGE in parts:
+            raise DataError(f"'{label}.thinking' has an image", "put images beside the reasoning, not in it")
+        text = "".join(parts)
     return f"[THINK]{check_text(text, f'{label}.thinking')}[/THINK]", None
 
 

@@ -15,6 +15,7 @@ from tunekit.formats.fields import Fields, check_text, listed, read_json
 from tunekit.formats.media import Media
 
 COLUMNS = ("images", "image")
+MEDIA_COLUMNS = ("images", "videos", "audios")  # never names of anything else in rows of text
 KEYS = ("image", "path", "url", "base64", "image_url", "bytes")  # of a part with an image
 KINDS = ("image", "image_url")  # of parts
 TAG = "<image>"
@@ -50,6 +51,7 @@ def read_image(value: object, label: str) -> Media:
                 f"'{label}' is a data URL that is not base64 ({head[:40]})", "write data:image/png;base64,..."
             )
         return Media("", _decoded(content, label))
+    value = value.removeprefix("file://")
     if "://" in value[:10]:
         what = f"'{label}' is the address {value[:60]}, and training reads no images from the network"
         raise DataError(what, "download the image, and write its path")
@@ -63,13 +65,26 @@ def _decoded(text: str, label: str) -> bytes:
         raise DataError(f"'{label}' is not valid base64 ({error})", "write the image's bytes in base64") from None
 
 
+def refuse_unread(row: Fields, fields: Sequence[str]) -> None:
+    """Raises: DataError if the row has media in a column that its format does not read. A path or an address in `image`
+    may be a note about the text."""
+    unread = {name: row.get(name) for name in (*MEDIA_COLUMNS, "image") if name not in fields}
+    name = next(
+        (name for name, value in unread.items() if value and not (name == "image" and isinstance(value, str))), None
+    )
+    if name is not None:
+        what = f"the row has '{name}', which its format does not read, so that training would ignore them"
+        raise DataError(what, "write conversations with images (format: chat) for objective: sft, or remove the column")
+
+
 def with_images(messages: tuple[Message, ...], row: Fields) -> tuple[Message, ...]:
     """The messages with the images of the row's columns in their places. Raises: DataError if places and images differ
     in number."""
-    column = _read_columns(row)
-    if not column and not any(message.images for message in messages):
+    column, has_column = _read_columns(row), any(row.get(name) is not None for name in COLUMNS)
+    tagged = has_column and any(TAG in message.content for message in messages)
+    if not column and not tagged and not any(message.images for message in messages):
         return messages
-    if column and any(TAG in message.content for message in messages):
+    if tagged:
         if any(message.images for message in messages):
             raise DataError(f"the row has both {TAG} tags and image parts", "write one of them")
         messages = tuple(

@@ -55,7 +55,7 @@ class BaseImages:
             refuse_code(error, self.folder)
             what = f"the processor of {self.folder} cannot be loaded ({_first_line(error)})"
             if isinstance(error, ImportError):
-                raise InputError(what, "run: pip install 'tunekit[images]'") from error
+                raise InputError(what, "install that package, or run: pip install 'tunekit[images]'") from error
             how = "copy preprocessor_config.json and processor_config.json from the model's page into its folder"
             raise ModelError(what, how, key="model.name_or_path") from error
 

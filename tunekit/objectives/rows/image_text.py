@@ -145,7 +145,8 @@ class ImageTextRows(TextRows):
         if images and start:
             what = "the row has images, and is too long for data.max_length; rows with images are not split"
             raise DataError(what, "write drop or truncate, or a larger data.max_length", key="data.excess_length")
-        stop = next((image.start for image in images if image.start < stop < image.stop), stop)
+        for image in reversed(images):  # a token of two line breaks can belong to two images
+            stop = image.start if image.start < stop < image.stop else stop
         parts = sequence_parts(*(row.parts[name][start:stop] for name in TOKEN_PARTS))
         before = [image for image in images if image.stop <= stop]
         data = row.parts["image_data"][: sum(image.size for image in before)]
@@ -155,6 +156,11 @@ class ImageTextRows(TextRows):
             inside = [any(image.start <= place < image.stop for image in before) for place in places]
             assert all(inside), "a part of an image is left"
         return cut
+
+    def text_ids(self, row: Row) -> Array:
+        ids = row.parts["ids"]
+        inside = [np.arange(image.start, image.stop) for image in images_in(row)]
+        return np.delete(ids, np.concatenate(inside)) if inside else ids
 
     def prepare_rows(self, run: RunView, step: StepBatches) -> StepBatches:
         """The step with the features of all images."""
