@@ -178,7 +178,7 @@ def test_unknown_formats_and_kinds_are_refused(tmp_path: Path) -> None:
 
 def test_the_help_names_every_format() -> None:
     (option,) = (each for each in get_command(app).commands["export"].params if each.name == "to")
-    assert sorted(re.findall(r"\w+", option.help.replace(" or ", " "))) == list(known_formats())
+    assert sorted(re.findall(r"[\w-]+", option.help.replace(" or ", " "))) == list(known_formats())
 
 
 @pytest.mark.parametrize("done", [export_verb, merge_verb])

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from tunekit.data.looking.first_look import look_at, proposed_objectives
+from tunekit.data.looking.first_recipe import LENGTHS
 from tunekit.errors import DataError, InputError, RecipeError, exit_message
-from tunekit.init import LENGTHS, _labelled, init_verb, models_at_hand
+from tunekit.init import _labelled, init_verb, models_at_hand
+from tunekit.planning.plan import plan as plan_run
+from tunekit.planning.prepare import prepare
 from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.first_values import rules
+from tunekit.recipe.reading.names import known_names
 from tunekit.recipe.reading.schema import schema_text
 from tunekit.recipe.reading.shipped import SCHEMA_LINE, SCHEMA_NAME
 from tunekit.recipe.recipe import Recipe
@@ -40,6 +50,12 @@ def write(path: Path, row: dict[str, object], count: int = 40) -> Path:
 def init(data: Path | None, output: Path, model: Path | str | None = None, **more: object) -> None:
     values = {"method": None, "quantization": "none", "evaluation": None} | more
     init_verb(None if data is None else str(data), str(output), None if model is None else str(model), **values)  # type: ignore[arg-type]
+
+
+def tunekit(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tunekit", *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def shipped(objective: str) -> Recipe:
@@ -114,6 +130,71 @@ def test_columns_that_hold_questions_and_answers_are_renamed(
     recipe = load_recipe(tmp_path / "mine.yaml").recipe
     assert recipe.data.train[0].columns == {"question": "prompt", "answer": "completion"}
     assert "40 rows of format prompt_completion (question, answer)" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertModel(BertConfig(vocab_size=len(tokenizer) + 5, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("labels", "rows", "steps"), [(2, 50, 300), (77, 400, 1001), (2, 1000, 500), (2, 3000, 1500)])
+def test_measured_values_are_written_for_an_encoder(
+    labels: int, rows: int, steps: int, encoder: Path, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"text {number}", "label": f"label {number % labels}"}) for number in range(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    init(tmp_path / "rows.jsonl", tmp_path / "r.yaml", encoder)
+    training = load_recipe(tmp_path / "r.yaml").recipe.training
+    assert (training.learning_rate, training.max_steps, training.epochs) == (1e-3, steps, None)
+    assert (training.micro_batch_size, training.gradient_accumulation_steps) == (16, 1)
+
+
+@pytest.mark.parametrize(("base", "labels"), [("tiny_llama", ("good", "bad")), ("encoder", (0.5, 1.5))])
+def test_unmeasured_runs_keep_the_published_values(
+    base: str, labels: tuple[object, object], request: Any, tmp_path: Path
+) -> None:
+    lines = [json.dumps({"text": f"text {number}", "label": labels[number % 2]}) for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), "utf-8")
+    init(tmp_path / "rows.jsonl", tmp_path / "r.yaml", request.getfixturevalue(base))
+    training = load_recipe(tmp_path / "r.yaml").recipe.training
+    assert (training.learning_rate, training.epochs, training.max_steps) == (2e-4, 3, None)
+
+
+def test_the_rules_are_shown_with_what_nothing_was_measured_for() -> None:
+    shown = tunekit("init", "--show-rules").stdout
+    for rule in rules():
+        assert {*rule.objectives} <= {*known_names("objectives")}
+        assert {*rule.methods} <= {*known_names("adapters")}
+        assert all(text in shown for text in rule.measured.values())
+    assert "# objectives: audio_classify, " in shown
+    assert "ia3, " in shown.splitlines()[-1]
+
+
+def test_one_command_trains_and_reports(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS["sft"], 12)
+    command = ("init", "rows.jsonl", "--model", "builtin:tiny-llama", "--train")
+    done = tunekit(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/first/status.json").read_text("utf-8"))["finished"]
+    assert "final training loss" in done.stdout
+    again = tunekit(*command, "--output", "again.yaml", cwd=tmp_path)
+    assert again.returncode == 0
+    refused = tunekit(*command[:-1], "--minutes", "2", cwd=tmp_path)
+    assert (refused.returncode, "add --train" in refused.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_one_command_searches_for_better_values(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS["sft"], 24)
+    done = tunekit("init", "rows.jsonl", "--model", "builtin:tiny-llama", "--train", "--minutes", "1.5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/first/best.yaml").exists()
+    assert "final training loss" in done.stdout
 
 
 RATES = {"sft": 2e-4, "dpo": 5e-6, "kto": 5e-6, "classify": 2e-4, "speech": 1e-3}
@@ -426,3 +507,44 @@ def test_columns_that_are_not_read_and_the_schema_are_named(
     assert f"recipe.yaml and {tmp_path}/{SCHEMA_NAME}, with which editors check and complete" in said.replace("/ ", "/")
     assert said.count("of the rows have at most") == 1
     assert "at most about" not in said
+
+
+def test_advice_about_the_rows_can_be_followed(tiny_llama: Path, tmp_path: Path) -> None:
+    """The recipe is written, although it cannot be planned before its owner decides about the reasoning."""
+    answer = {"role": "assistant", "content": "Hello", "thinking": "I greet."}
+    rows = write(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": "Hi"}, answer]})
+    out = tmp_path / "r.yaml"
+    with pytest.raises(DataError) as caught:
+        init(rows, out, tiny_llama)
+    lines = exit_message(caught.value)[0].splitlines()
+    assert lines[0].startswith(f"wrote {out} and {tmp_path / SCHEMA_NAME}, with which editors")
+    assert lines[0].endswith("; the run can be planned after this change of the recipe:")
+    assert "does not read 'thinking' of a message" in lines[1]
+    assert "data.reasoning: drop removes it" in lines[1]
+    out.write_text(out.read_text("utf-8").replace("\ndata:", "\ndata:\n  reasoning: drop"), "utf-8")
+    plan, _ = plan_run(prepare(load_recipe(out), torch.device("cpu")))
+    assert (plan.rows.training.dropped, plan.refusals) == (0, [])
+
+
+IMAGE_ROWS: dict[str, dict[str, Any]] = {
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ROWS["sft"]["messages"][1]]
+    },  # type: ignore[index]
+    "LLaVA": {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "ok"}],
+    },
+    "column": {**ROWS["sft"], "images": ["data:image/png;base64," + "QUJD" * 10_000]},
+}
+
+
+@pytest.mark.parametrize("form", IMAGE_ROWS)
+def test_conversations_with_images_get_a_base_that_reads_them(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init(write(tmp_path / "rows.jsonl", IMAGE_ROWS[form]), tmp_path / "first.yaml")
+    recipe = load_recipe(tmp_path / "first.yaml").recipe
+    assert recipe.model.name_or_path == load_recipe(ROOT / "recipes" / "vision-lora.yaml").recipe.model.name_or_path
+    assert recipe.objective.method == "sft"
+    assert recipe.data.max_length == 2048  # room for the tokens of the image, but not for its bytes
+    assert "40 rows with images of format" in capsys.readouterr().out

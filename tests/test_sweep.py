@@ -29,7 +29,8 @@ from tunekit.errors import InputError, NumericsError, RecipeError, ResourceError
 from tunekit.files import durable
 from tunekit.files.durable import write_json
 from tunekit.planning.announce import summary
-from tunekit.recipe.reading.trials import load_sweep
+from tunekit.recipe.load import load_recipe
+from tunekit.recipe.reading.trial_recipes import load_sweep
 from tunekit.training import sweep_folder
 
 KEYS = {"training.learning_rate": [0.001, 0.01], "adapter.method": ["lora", "dora"]}
@@ -206,6 +207,9 @@ def test_invalid_numbers_and_an_early_stop_end_only_their_trial(
     results = results_of(folder)
     assert results["settings"][0]["setting"] == "learning_rate=0.01"
     assert [setting["mean"] is None for setting in results["settings"]] == [False, False, True]
+    first = "# best of a sweep in which not every run is finished: learning_rate=1e+38 ("
+    assert (folder / "best.yaml").read_text("utf-8").startswith(first)
+    assert load_recipe(folder / "best.yaml").recipe.training.learning_rate == 0.01
     before = (folder / "learning_rate=1e+38" / "metrics.jsonl").stat().st_mtime_ns
     assert sweep(recipe, folder, *more, resume=True).code == 0
     assert (folder / "learning_rate=1e+38" / "metrics.jsonl").stat().st_mtime_ns == before

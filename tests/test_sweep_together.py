@@ -17,7 +17,7 @@ from tests.test_sweep import at_save, results_of, sweep, weights
 from tunekit.errors import NumericsError
 from tunekit.files import durable
 from tunekit.planning import trial_groups
-from tunekit.recipe.reading.trials import load_sweep
+from tunekit.recipe.reading.trial_recipes import load_sweep
 
 KEYS = {"training.learning_rate": [0.01, 0.001], "adapter.method": ["lora", "dora"]}
 LORA, DORA = (f"learning_rate=0.01,method={method}" for method in ("lora", "dora"))

@@ -87,7 +87,7 @@ class Verb(TyperCommand):
 
     def invoke(self, ctx: Any) -> NoReturn:
         """Import the module of the command, and run the command."""
-        if self.name not in LIGHT:
+        if self.name not in LIGHT or ctx.params.get("train"):  # init --train
             from tunekit.machine.threads import thread_settings
 
             os.environ.update(thread_settings(os.environ))  # read when torch loads its OpenMP library

@@ -4,6 +4,7 @@ This module also removes secrets from printed text."""
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ EXIT_FAULT, EXIT_INTERRUPTED = 1, 130
 MAX_LINES = 100  # of one list of problems or notes
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MAYBE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9_-]{{8,}}|{_OTHER_SECRET}|{_PASSWORD}")
+# Unfinished results: files.durable.temporary_name, and with eight letters files.work_folder.work_folder.
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.part-(?:\d{11,}(?:\.old)?|(?P<work>[a-z0-9_]{8}))")
 # a shorter text may be a name, such as the folder hf_checkpoints
 _SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_OTHER_SECRET}|{_PASSWORD}")
 
@@ -26,6 +29,17 @@ _SURE_SECRET = re.compile(f"{_PREFIX}[A-Za-z0-9]{{22,}}|{_OTHER_SECRET}|{_PASSWO
 def redact(text: str) -> str:
     """The text with [secret] in place of access tokens, and of user:password in addresses."""
     return _MAYBE_SECRET.sub("[secret]", text)
+
+
+def asked_path(path: Path) -> Path:
+    """The path that the user asked for: the same path, if it is not the hidden one of an unfinished result. A work
+    folder contains the result under its own name, and other files that the user does not know."""
+    for index, part in enumerate(path.parts):
+        if match := _UNFINISHED.fullmatch(part):
+            first, *rest = path.parts[index + 1 :] or ("",)
+            inside = rest if first == match["name"] else [] if match["work"] else [first, *rest]  # "" changes no path
+            return asked_path(Path(*path.parts[:index], match["name"], *inside))
+    return path
 
 
 def holds_secret(text: str) -> bool:
@@ -200,7 +214,7 @@ def exit_message(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         full = error.errno in _NO_SPACE
         place = error.filename2 if full and error.filename2 is not None else error.filename  # of a copy
-        named = f"{place}: " if place is not None else ""
+        named = f"{asked_path(Path(os.fsdecode(place)))}: " if isinstance(place, str | bytes | os.PathLike) else ""
         if full:
             return (
                 f"{named}no space left on the disk; free some space, or choose another folder",

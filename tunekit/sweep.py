@@ -1,8 +1,8 @@
 """`tunekit sweep`: trains the trials of a recipe over one loaded base, and compares their results.
 
-The trials are fixed before the first one starts (recipe/reading/trials.py; with --auto, training/automatic.py chooses
-their values). Only halving decides during the sweep: `_train_by_halves` drops the worse settings at each rung. A trial
-is a run like any other, in its own folder. Its result has the same bytes as the result of `tunekit train`.
+The trials are fixed before the first one starts (recipe/reading/trial_recipes.py; with --auto, training/automatic.py
+chooses their values). Only halving decides during the sweep: `_train_by_halves` drops the worse settings at each rung.
+A trial is a run like any other, in its own folder. Its result has the same bytes as the result of `tunekit train`.
 """
 
 import gc
@@ -32,7 +32,7 @@ from tunekit.planning.ranks import plan_session
 from tunekit.planning.trial_groups import group_trials
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.recipe.reading.trials import LoadedSweep, load_sweep, refuse_values
+from tunekit.recipe.reading.trial_recipes import LoadedSweep, load_sweep, refuse_values
 from tunekit.records import Plan
 from tunekit.training import run_files
 from tunekit.training.automatic import AUTO_NAME, AutomaticChoice, choice_record, choose_values, earlier_choice

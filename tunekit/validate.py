@@ -19,7 +19,7 @@ from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.recipe.reading.draft import dotted
 from tunekit.recipe.reading.paths import named_paths
 from tunekit.recipe.reading.supported import refuse_unsupported
-from tunekit.recipe.reading.trials import LoadedSweep, load_sweep
+from tunekit.recipe.reading.trial_recipes import LoadedSweep, load_sweep
 from tunekit.recipe.recipe import Recipe
 
 CHECKED = (

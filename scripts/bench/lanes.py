@@ -6,9 +6,10 @@
 The base is TinyLlama's shape (1.1B parameters, random weights), streamed from disk; each step has one row of
 --tokens tokens; LoRA r16 on all linear layers; one thread. Take --dtype float32 on a processor without bfloat16. Both
 sides are fresh processes of the real commands. One `train` is measured and counted eight times, because the eight runs
-differ only in their learning rate.
+differ only in their learning rate. It is measured before and after the sweep, so that other programs slow both sides.
 
 - a step: CPU seconds of all trials together, from the end of one step to the end of the next, without the first step
+  and the measurements before it
 - a process: all CPU seconds, with imports, planning, loading and the export
 - memory: the peak of the process. The bar is the peak of one run, and for each further trial its adapter, gradient,
   moments and the hidden states between layers, plus 10 %.
@@ -24,7 +25,10 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from shutil import rmtree
 
 from beside.harness import hardware
 from estimate import run_python, write_rows
@@ -78,7 +82,7 @@ def timed(engine, works):
 Engine.run = timed
 verb, recipe, *overrides = sys.argv[1:]
 if verb == "sweep":
-    from tunekit.recipe.reading.trials import load_sweep
+    from tunekit.recipe.reading.trial_recipes import load_sweep
     from tunekit.sweep import sweep_verb
     sweep_verb(load_sweep(recipe, overrides), False, None)
 else:
@@ -95,10 +99,14 @@ def rates_of(lanes: int) -> list[str]:
     return [f"{rate}e-4" for rate in range(1, lanes + 1)]
 
 
-def side(ran: dict) -> dict[str, float]:
-    """The figures of one process."""
-    steps = [after - before for before, after in zip(ran["ends"], ran["ends"][1:], strict=False)]
-    return {"step": statistics.median(steps), "process": ran["cpu_seconds"], "peak_bytes": ran["peak_bytes"]}
+def side(processes: Sequence[dict], steps: int) -> dict[str, float]:
+    """The figures of processes that ran the same command: `steps` steps each, after measurements that plan needs."""
+    ends = [process["ends"][-steps:] for process in processes]
+    return {
+        "step": statistics.median(after - before for each in ends for before, after in pairwise(each)),
+        "process": statistics.mean(process["cpu_seconds"] for process in processes),
+        "peak_bytes": max(process["peak_bytes"] for process in processes),
+    }
 
 
 def write_recipe(folder: Path, tokens: int, options: argparse.Namespace) -> Path:
@@ -128,9 +136,12 @@ def measure(folder: Path, tokens: int, options: argparse.Namespace) -> dict[str,
     """Both sides of one size."""
     path, swept, alone = write_recipe(folder, tokens, options), folder / f"sweep-{tokens}", folder / f"train-{tokens}"
     rates = rates_of(options.lanes)
-    solo = side(run_python(RUN, "train", str(path), f"training.learning_rate={rates[0]}", f"output.dir={alone}"))
+    first = [f"training.learning_rate={rates[0]}", f"output.dir={alone}"]
     more = [f"training.learning_rate={','.join(rates)}", f"output.dir={swept}"]
-    together = side(run_python(RUN, "sweep", str(path), *more))
+    before = run_python(RUN, "train", str(path), *first)
+    together = side([run_python(RUN, "sweep", str(path), *more)], options.steps)
+    rmtree(alone)
+    solo = side([before, run_python(RUN, "train", str(path), *first)], options.steps)
     trial = next(each for each in sorted(swept.iterdir()) if each.name.endswith("0.0001"))
     weights = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (trial, alone)]
     plan = json.loads((alone / "plan.json").read_text("utf-8"))

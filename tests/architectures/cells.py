@@ -278,7 +278,7 @@ def verdict(cells: Mapping[str, str]) -> str:
 def reason(said: str) -> str:
     """A refusal, without the place in the recipe and the advice."""
     text = said.removeprefix("refused: ").partition("; ")[0]
-    return re.sub(r"^(command line: |\S+:\d+: )?[\w.]+: |\S*/model \([\w-]+\) cannot be loaded: |\S*/", "", text)
+    return re.sub(r"^(command line: |\S+:\d+: )?[\w.]+: |(\S*/)?model \([\w-]+\) cannot be loaded: |\S*/", "", text)
 
 
 def table(found: Mapping[str, Found], promised: Collection[str]) -> str:

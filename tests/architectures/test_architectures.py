@@ -20,7 +20,11 @@ FOUND = json.loads(RESULTS.read_text("utf-8"))
 def test_a_type_is_as_the_table_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work").mkdir()
-    cells = dict(run_cells(write_tiny(name, tmp_path / "model"), tmp_path / "work"))
+    try:
+        folder = write_tiny(name, tmp_path / "model")
+    except ImportError as error:  # Gemma 3n's encoder of images is timm's
+        pytest.skip(" ".join(str(error).split()))
+    cells = dict(run_cells(folder, tmp_path / "work"))
     assert list(cells) == list(CELLS)
     assert verdict(cells) == verdict(FOUND[name]["cells"]), {cell: said for cell, said in cells.items() if said}
 

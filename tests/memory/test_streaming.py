@@ -17,7 +17,6 @@ from tests.conftest import write_tiny_llama
 from tests.model.test_families import MODELS, make_net
 from tests.runs.test_every_method_trains import SETTINGS as SMALL_LAYERS
 from tests.support.loop_case import Case, make_case, make_rows
-from tunekit.contracts import StepBatches
 from tunekit.errors import TunekitError
 from tunekit.memory.blobs import LayerBlob, frozen_tensors
 from tunekit.memory.copies import StreamCopier, ThreadCopier, copy_bytes
@@ -90,18 +89,6 @@ def test_every_method_trains_alike(folder: Path, method: str) -> None:
         torch.testing.assert_close(weights(plain), weights(streamed), rtol=1e-5, atol=1e-5)
     else:
         assert same((plain, streamed))
-
-
-def test_a_forward_that_keeps_ranks_in_step_changes_no_gradient(folder: Path) -> None:
-    """Also not through a penalty that the method adds to the loss."""
-    for streaming in (None, {"pass_size": 2}):
-        case = make_case(folder, make_rows(23), training=training(), adapter=adapter("adalora"), streaming=streaming)
-        run = case.parts
-        run.optimizer.zero_gradients()
-        batch = next(case.steps.after(0)).batches[0]
-        empty = StepBatches(0, 0.0, (), ())
-        case.step(empty, run.objective.loss.units(batch), micro_batches=2, missing=2, spare=batch)
-        assert not any(gradient.any() for gradient in run.optimizer.gradients())
 
 
 def test_a_projected_prefix_trains_alike(folder: Path) -> None:

@@ -313,7 +313,8 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_kept(base: Path,
 def test_loading_holds_the_packed_base_and_one_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that torch has allocated at most: in memory of its own, and where the sidecar takes the tensors."""
     monkeypatch.setattr(four_bit, "CHUNK_ELEMENTS", 2**12)
-    monkeypatch.setattr("tunekit.model.storage.reading.CHUNK_BYTES", 2**14)
+    for name in ("reading", "mapped_files"):
+        monkeypatch.setattr(f"tunekit.model.storage.{name}.CHUNK_BYTES", 2**14)
     folder = write_tiny_llama(tmp_path / "base", layers=6, hidden=256)
     section = ModelSection(name_or_path=str(folder), quantization="nf4", dtype="bfloat16")
     spec = read_base_spec(find_source(section, weights=True), section, CPU, weights=True)

@@ -128,7 +128,7 @@ def test_a_matrix_is_read_transposed_in_small_pieces(tmp_path: Path, monkeypatch
     assert reader is not None
     name = "transformer.h.0.attn.c_attn.weight"  # (I, O)
     expected = reader.read(name, torch.bfloat16).t().contiguous()
-    monkeypatch.setattr("tunekit.model.storage.reading.CHUNK_BYTES", 300)
+    monkeypatch.setattr("tunekit.model.storage.mapped_files.CHUNK_BYTES", 300)
     found = torch.empty(expected.shape, dtype=torch.bfloat16)
     reader.read_into(name, found.t())
     assert torch.equal(found, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,11 @@ from tunekit.contracts import EncodeOptions, ModelOutput, Objective, StepBatches
 from tunekit.data.batching.order import without_repeats
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
+from tunekit.export import export_verb
+from tunekit.files.untrusted import sha256_of
 from tunekit.formats.embedding import EmbeddingExample, make_example
 from tunekit.memory.splitting import Splitting
+from tunekit.merge import merge_verb
 from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, calling, seed_layer
 from tunekit.model.load import load_model
 from tunekit.model.storage.sentence_transformers import read_modules
@@ -404,6 +408,75 @@ def test_a_fully_trained_model_is_a_sentence_transformers_folder(bert: Path, tmp
     recipe.write_text(json.dumps({**values, "adapter": {"method": "full"}}), encoding="utf-8")
     model = train(recipe) / "model"
     assert read_modules(model)["pooling"] == ["mean"]
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_export_for_sentence_transformers_is_the_merged_folder(bert: Path, tmp_path: Path) -> None:
+    stated = {"prompts": {"query": "find: "}, "max_lengths": {"document": 48}, "pooling": "cls"}
+    run = train(write_case(tmp_path, bert, stated, training={"max_steps": 2, "epochs": None}))
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    export_verb(str(run), "sentence-transformers", str(tmp_path / "exported"))
+    assert hashes_of(tmp_path / "exported") == hashes_of(tmp_path / "merged")
+    assert read_modules(tmp_path / "exported") == {
+        "normalize": True,
+        "pooling": ["cls"],
+        "prompts": {"query": "find: "},
+        "max_length": 48,
+    }
+
+
+def write_newer_schema(folder: Path) -> None:
+    """The modules as sentence-transformers has written them since version 5.4."""
+    package = "sentence_transformers"
+    types = [
+        f"{package}.base.modules.transformer.Transformer",
+        f"{package}.sentence_transformer.modules.pooling.Pooling",
+    ]
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": kind}
+        for number, (path, kind) in enumerate(zip(["", "1_Pooling"], types, strict=True))
+    ]
+    (folder / "1_Pooling").mkdir()
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "find: ", "document": ""}},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_folder_in_the_newer_schema_is_a_target_and_exported_in_the_older_one(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "newer"))
+    write_newer_schema(folder)
+    objective = load_target(find_target(str(folder), None, []), CPU).objective
+    assert objective.facts["pooling"] == ["cls"]
+    export_verb(str(folder), "sentence-transformers", str(tmp_path / "older"))
+    pooling = json.loads((tmp_path / "older" / "1_Pooling" / "config.json").read_text("utf-8"))
+    assert pooling["pooling_mode_cls_token"]
+    assert "pooling_mode" not in pooling
+    assert read_modules(tmp_path / "older")["prompts"] == {"query": "find: "}
+    assert sha256_of(tmp_path / "older" / "model.safetensors") == sha256_of(folder / "model.safetensors")
+
+
+def test_models_without_embeddings_are_not_exported_for_sentence_transformers(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reads embedding models, and the model has no modules\.json"):
+        export_verb(str(llama), "sentence-transformers", str(tmp_path / "out"))
+
+
+def test_a_fully_trained_run_pools_as_its_folder(bert: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bert, tmp_path / "newer"))
+    write_newer_schema(folder)
+    recipe = write_case(tmp_path, folder)
+    values = json.loads(recipe.read_text("utf-8"))
+    values["training"] |= {"max_steps": 2}
+    del values["training"]["epochs"]
+    recipe.write_text(json.dumps({**values, "adapter": {"method": "full"}}), encoding="utf-8")
+    run = train(recipe)
+    assert load_target(find_target(str(run), None, []), CPU).objective.facts["pooling"] == ["cls"]
 
 
 def test_a_resumed_run_has_the_same_bytes(dropping_bert: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.conftest import write_tiny_llama
 from tests.support.loop_case import CPU, BoundaryStore, TunedModel
 from tests.support.train_case import losses, train, write_sections
 from tunekit.contracts import EncodeOptions
+from tunekit.export import export_verb
 from tunekit.formats.embedding import EmbeddingExample
 from tunekit.merge import merge_verb
 from tunekit.model.families import make_family
@@ -128,6 +129,15 @@ def test_training_equals_sentence_transformers(method: str, bert: Path, tmp_path
     found = torch.from_numpy(st.SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS)))
     assert float((found * wanted).sum(dim=1).min()) > 1 - 1e-6
     torch.testing.assert_close(ours_of(folder, TEXTS), found, rtol=1e-5, atol=2e-6)
+
+
+def test_an_export_in_the_older_schema_gives_the_embeddings_of_the_newer_one(bert: Path, tmp_path: Path) -> None:
+    model = modules_on(bert, "weightedmean", normalize=True, length=32)
+    model.save_pretrained(str(tmp_path / "newer"))
+    export_verb(str(tmp_path / "newer"), "sentence-transformers", str(tmp_path / "older"))
+    older = st.SentenceTransformer(str(tmp_path / "older"), device="cpu")
+    assert older.max_seq_length == 32
+    torch.testing.assert_close(older.encode(list(TEXTS)), model.encode(list(TEXTS)), rtol=1e-6, atol=1e-6)
 
 
 def test_a_decoder_with_a_chat_template_and_without_padding_token_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +35,6 @@ from tunekit.formats.example import Message
 from tunekit.formats.preference import PromptedExample
 from tunekit.formats.prompt import make_example
 from tunekit.generate import answer, score_file
-from tunekit.machine.devices import Devices
 from tunekit.merge import merge_verb
 from tunekit.model.load import load_model
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -168,7 +166,6 @@ def test_a_reward_that_fails_in_an_evaluation_is_raised_on_all_ranks(base: Path,
 
     def evaluated(number: int, gather: Gather) -> str:
         devices: Any = SimpleNamespace(rank=number, world=2, any=lambda said: any(gather([said])), gather=gather)
-        devices.rounds = partial(Devices.rounds, devices)
         batches = evaluation_batches(rows, objective.rows, batch_size=1)
         try:
             summed_evaluation(model, objective, batches, devices)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.support.image_text_case import image_row, write_image_text, write_images
 from tunekit.contracts import EncodeOptions, Objective, Row
+from tunekit.data.encoding.images import read_image, read_size
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker
 from tunekit.errors import DataError, TunekitError
@@ -200,6 +201,12 @@ CONVERTED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "transparent": (lambda path: save(path, Image.new("RGBA", (40, 30), (1, 2, 3, 4))), "transparency"),
     "turned": (lambda path: turned(path.with_suffix(".jpg")), "turned upright"),
 }
+
+
+def test_the_header_has_the_upright_size(tmp_path: Path) -> None:
+    for make in (*(make for make, _ in CONVERTED.values()), lambda path: write_images(tmp_path, 1)[0]):
+        path = str(make(tmp_path / "a.png"))
+        assert read_size(path) == read_image(path).shape[:2]
 
 
 @pytest.mark.parametrize("kind", CONVERTED)

@@ -31,10 +31,10 @@ from tests.support.tiny_vit import write_tiny_vit
 from tests.support.train_case import lose_the_end, losses, tensors_of, train
 from tunekit.adapter import combine_verb
 from tunekit.data.looking.first_look import look_at
+from tunekit.data.looking.first_recipe import FirstRecipe, recipe_text
 from tunekit.errors import DataError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer
-from tunekit.init import FirstRecipe, recipe_text
 from tunekit.merge import merge_verb
 from tunekit.metrics import mse, pearson, spearman
 from tunekit.metrics.outputs import ROW_VALUES, output_table

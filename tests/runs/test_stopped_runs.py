@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.ranks_case import train_in_ranks, write_case
 from tests.support.train_case import Ended, in_child, records, result_bytes, train_in_child
-from tunekit.recipe.reading.trials import load_sweep
+from tunekit.recipe.reading.trial_recipes import load_sweep
 
 STEP_SECONDS = 0.2  # that a step lasts longer, so that a limit of seconds ends the run in the middle
 SPARE_SECONDS = 0.5  # to start and to end a process

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import AutoTokenizer
 
 from tests.talking.test_conversation import load
 from tunekit.errors import InputError
 from tunekit.generate import answer
+from tunekit.model.text.draws import Score
 from tunekit.talking.answer import AnswerWriter, Reply, Request, TokenScore, decoder_after
 from tunekit.talking.choices import ChatForm, TextForm
 from tunekit.talking.conversation import Speaker, make_speaker
@@ -70,6 +73,34 @@ def test_without_an_end_token_a_schema_is_refused(speaker: Speaker) -> None:
     endless.template.stop_ids = frozenset()
     with pytest.raises(InputError, match="not supported for this model's tokenizer"):
         endless.prepare(Request(text="Once", schema={"type": "integer"}))
+
+
+@pytest.mark.parametrize("tags", [("[THINK]", "[/THINK]"), ("<think>", "</think>"), ("<|channel>", "<channel|>")])
+@pytest.mark.parametrize("special", [True, False])
+def test_answers_keep_the_tags_of_reasoning(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tags: tuple[str, str], special: bool
+) -> None:
+    """In Mistral's tokenizers they are special tokens, in Qwen's they are not."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
+    native = AutoTokenizer.from_pretrained(folder)
+    native.add_tokens([AddedToken(tag, special=special) for tag in tags])
+    native.save_pretrained(folder)
+    loaded = load(folder)
+    tokenizer = loaded.tokenizer
+    ids = tokenizer.encode(f"{tags[0]}two{tags[1]}2<|im_end|>")
+    assert len(ids) == 7
+    expected = f"{tags[0]}two{tags[1]}2"
+    monkeypatch.setattr("tunekit.objectives.rows.text.generate_texts", lambda *_, **__: [ids])
+    assert answer(loaded, ["1 + 1"]) == [expected]
+    speaker = make_speaker(loaded)
+    writer = AnswerWriter(tokenizer.decode, Request(max_new_tokens=9, top=0))
+    for token in ids:
+        writer.add(token, speaker.score(token, Score(-1.0, ())))
+    writer.finish()
+    reply = writer.reply()
+    assert reply.text == ChatForm(True).choice(reply)["message"]["content"] == expected
+    places = TextForm(True).choice(reply)["logprobs"]["text_offset"]
+    assert places == [0, *(len(tags[0]) + at for at in (0, 1, 2, 3)), len(expected) - 1, len(expected)]
 
 
 def written(text: str, stop: str) -> Reply:

@@ -16,7 +16,7 @@ from tunekit.errors import RecipeError, RunFolderError
 from tunekit.evaluation.evaluator import Evaluator, Queries
 from tunekit.files.durable import write_json
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.trials import Automatic, load_sweep
+from tunekit.recipe.reading.trial_recipes import Automatic, load_sweep
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan, PlannedRows, RowCounts, Target
 from tunekit.training.automatic import choice_record, choose_values, earlier_choice, most_that_fit

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tunekit.errors import DataError, RunFolderError
-from tunekit.recipe.reading.trials import LoadedSweep, fold_file, load_sweep
+from tunekit.recipe.reading.trial_recipes import LoadedSweep, fold_file, load_sweep
 from tunekit.training.folds import write_folds
 
 RECIPE = """\

@@ -181,7 +181,7 @@ def test_a_limit_that_leaves_no_step_is_refused_with_the_minutes_that_it_needs(r
 @pytest.mark.drawn
 def test_the_limit_is_that_of_each_trial(recipe: Path, tmp_path: Path) -> None:
     def sweep() -> None:
-        from tunekit.recipe.reading.trials import load_sweep
+        from tunekit.recipe.reading.trial_recipes import load_sweep
         from tunekit.sweep import sweep_verb
 
         over_at(2)()

@@ -19,6 +19,7 @@ from tunekit.adapters.copies import TrainedCopy
 from tunekit.adapters.kernels.row_products import CopyMemory, FactorBank, NamedLayers, RowSegments, add_updates
 from tunekit.adapters.tokens import TrainedTokens
 from tunekit.errors import AdapterError
+from tunekit.model.families.structure import text_net
 
 RowNames = tuple[str | None, ...]  # the adapter of each row; None: the base
 FindWrapper = Callable[[str], nn.Module | None]  # adapter's name -> its wrapper of a module
@@ -149,7 +150,7 @@ def row_modules(net: nn.Module) -> set[nn.Module]:
     hooks = [module.register_forward_pre_hook(look, with_kwargs=True) for module in leaves]
     try:
         device = next(net.parameters()).device
-        net(input_ids=torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=device), use_cache=False)
+        text_net(net)(input_ids=torch.zeros(PROBE_SHAPE, dtype=torch.int64, device=device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -276,7 +276,7 @@ def _make_folders(path: Path, new_folders: list[Path]) -> None:
 def _probe(path: Path) -> None:
     """Write, flush and remove a small file. So a folder without write access causes an error now, not at the first
     save."""
-    probe = path / f".probe.part-{os.getpid()}"
+    probe = durable.temporary_name(path / RECORDS[0])
     if durable.is_real_file(probe):
         durable.unlink(probe)
     try:
@@ -295,7 +295,7 @@ def _tidy(path: Path) -> None:
         part = PART.fullmatch(entry.name)
         if part is None:
             continue
-        if durable.is_real_file(entry) and part["name"] in (*FILES, "probe") and not part["old"]:
+        if durable.is_real_file(entry) and part["name"] in FILES and not part["old"]:
             durable.unlink(entry)
         elif durable.is_real_folder(entry) and part["name"] in RESULT_FILES and _holds_only(entry, part["name"]):
             if part["old"] and not os.path.lexists(path / part["name"]):

@@ -1,11 +1,13 @@
 """The commands that write, translate, list and check recipes: init, import, recipes, schema, validate."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tunekit.commands.completion import named, shipped_name
 from tunekit.commands.options import JsonFile, Overrides, RecipeFile
+from tunekit.errors import InputError
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -36,11 +38,55 @@ def init(
             help="the share of rows to evaluate on, from 0 to 0.5; default: about 200 rows, at most 0.2",
         ),
     ] = None,
-) -> None:
+    train: Annotated[
+        bool, typer.Option("--train", help="then train, evaluate the result, and show its report")
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", metavar="N", min=0.1, help="with --train: search better settings for N minutes"),
+    ] = None,
+    show_rules: Annotated[
+        bool, typer.Option("--show-rules", help="print which values were measured, and on which rows")
+    ] = False,
+) -> int:
     """Write a first recipe for your data. Reads the data, checks this machine, and asks questions in a terminal."""
+    if minutes is not None and not train:
+        raise InputError("--minutes limits a search of settings, which only --train starts", "add --train")
+    if show_rules:
+        from tunekit.recipe.reading.first_values import rules_text
+
+        print(rules_text())
+        return 0
     from tunekit.init import init_verb
 
-    init_verb(data, output, model, method, quantization, evaluation)
+    recipe = init_verb(data, output, model, method, quantization, evaluation)
+    return _train_recipe(str(recipe), minutes) if train else 0
+
+
+def _train_recipe(recipe: str, minutes: float | None) -> int:
+    """Train the recipe, or the settings that a search tries in `minutes`. Then evaluate the best run, and show its
+    report."""
+    from tunekit.validate import validate
+
+    loaded = validate(recipe)
+    folder = Path(loaded.recipe.output.dir)
+    if minutes is None:
+        from tunekit.train import train_verb
+
+        train_verb(loaded, resume=False, dry_run=False)
+    else:
+        from tunekit.artifacts.run import SWEEP_NAME, read_json
+        from tunekit.sweep import automatic_verb
+
+        automatic_verb(loaded, recipe, [], minutes, resume=False, json_file=None)
+        folder /= str((read_json(folder / SWEEP_NAME) or {})["settings"][0]["setting"])
+    if loaded.recipe.data.eval:
+        from tunekit.evaluate import evaluate_verb
+
+        evaluate_verb(str(folder), None, None, None, [], None, [])
+    from tunekit.report import report_verb
+
+    return report_verb([str(folder)], None, None, None)
 
 
 @app.command("import")

@@ -181,7 +181,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="FORMAT", help="gguf, ollama, vllm, mlx, onnx, ctranslate2, whispercpp, kohya or hub"
+            "--to",
+            metavar="FORMAT",
+            help="gguf, ollama, vllm, mlx, onnx, ctranslate2, whispercpp, sentence-transformers, kohya or hub",
         ),
     ],
     output: Annotated[str, typer.Option("--output", metavar="PATH", help="the new file or folder")],

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import torch
@@ -77,13 +78,12 @@ def summed_evaluation(
     sums: Sums = {}
     stopped, failed = False, None
     with undisturbed(model):
-        for batch, counts in devices.rounds(batches):
+        for batch in islice(batches, devices.rank, None, devices.world):
             stopped = stopped or stop()
             if stopped:
                 break
             try:
-                measured = _sums_in_parts(model, objective, batch, on_split)
-                sums = added(sums, measured) if counts else sums
+                sums = added(sums, _sums_in_parts(model, objective, batch, on_split))
             except RewardError as error:  # the user's code failed; the other ranks do not know it yet
                 failed = error
                 break

@@ -135,13 +135,14 @@ class Format(Protocol):
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """The sorted names of all formats. Each file of this folder that defines TAKES is a format."""
+    """The sorted names of all formats. Each file of this folder that defines TAKES is a format. A dash in a name is an
+    underscore in the file's name."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return tuple(file.stem for file in files if "\nTAKES" in file.read_text("utf-8"))
+    return tuple(file.stem.replace("_", "-") for file in files if "\nTAKES" in file.read_text("utf-8"))
 
 
 def load_format(name: str) -> Format:
     """The module of a format. Raises: InputError for an unknown name."""
     if name not in known_formats():
         raise InputError(f"--to {name} is unknown", f"choose {', '.join(known_formats())}", key="--to")
-    return cast(Format, import_module(f"tunekit.exports.{name}"))
+    return cast(Format, import_module(f"tunekit.exports.{name.replace('-', '_')}"))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tunekit.basics import bytes_text
-from tunekit.errors import InputError, ResourceError, RunFolderError, TunekitError
+from tunekit.errors import InputError, ResourceError, RunFolderError, TunekitError, asked_path
 
 T = TypeVar("T")
 WRITE_BYTES = 8 * 1024 * 1024  # largest single write, so that a failure is noticed early
@@ -40,7 +40,7 @@ def perform(kind: str, path: Path, action: Callable[[], T]) -> T:
 
 def explain(error: OSError, kind: str, path: Path, size_bytes: int = 0) -> TunekitError:
     """The error to show for an OSError: with exit code 4 if a resource is missing, and 2 if a folder is wrong."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    reason, path = os.strerror(error.errno) if error.errno else str(error), asked_path(path)
     if error.errno in FULL:
         exact = f" ({size_bytes} bytes)" if size_bytes >= 1024 else ""
         wanted = f"{bytes_text(size_bytes)}{exact} for " if size_bytes else ""
@@ -273,7 +273,7 @@ def read_back(path: Path, size_bytes: int, read: Callable[[Path], object]) -> No
             what = f"cannot be read back: {type(error).__name__}: {error}"
     if what:
         how = "the disk is full or failed; free some space, or choose another folder"
-        raise ResourceError(f"{path} {what}{_free_text(path)}", how)
+        raise ResourceError(f"{asked_path(path)} {what}{_free_text(path)}", how)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

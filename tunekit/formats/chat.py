@@ -5,12 +5,11 @@ the start of an answer is its field `thinking`. The `weight` of an assistant mes
 With weight 0 or `train: false`, the message is only context.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 
 from tunekit.basics import JsonObject
 from tunekit.errors import DataError
-from tunekit.formats.example import IMAGE, ROLES, ChatExample, Example, Message
+from tunekit.formats.example import IMAGE, ROLES, THINKING_TAGS, ChatExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, named_nearly, read_json, read_value, read_weight
 from tunekit.formats.media import Media
 from tunekit.formats.message_images import COLUMNS, KINDS, read_image_part, with_images
@@ -25,8 +24,6 @@ CALL = '{"function": {"name": ..., "arguments": {...}}}'
 
 CALLS = ("tool_calls", "function_call")
 WEIGHTS = ("weight", "train")  # fields of a message: its weight in the loss, or whether it is trained on
-
-_THINKING = re.compile(r"\[THINK\](.*?)\[/THINK\]", re.DOTALL)  # how parts with reasoning are written in a content
 
 
 def make_example(row: Fields) -> Example:
@@ -63,7 +60,7 @@ def _read_message(value: object, label: str) -> Message:
         if part not in (None, "", [], {}) and name not in ("role", "content", *CALLS, *WEIGHTS):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
     content, images = _read_content(value, label, bool(calls))
-    if role == "assistant" and (opening := _THINKING.match(content)) and isinstance(value["content"], list):
+    if role == "assistant" and (opening := THINKING_TAGS.match(content)) and isinstance(value["content"], list):
         extra["thinking"], content = opening[1], content[opening.end() :]
     return Message(role, content, _read_weight(value, label, role), extra, images)
 

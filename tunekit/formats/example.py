@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tunekit.formats.media import Media
 
 IMAGE = "\ue004"  # stands for an image in a message's content; a private-use character
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# how a content has Mistral's parts with reasoning, which templates such as Magistral's read as parts
+THINKING_TAGS = re.compile(r"\[THINK\](.*?)\[/THINK\]", re.DOTALL)
 
 
 @dataclass(frozen=True)

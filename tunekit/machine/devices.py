@@ -3,10 +3,9 @@ over ranks."""
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +17,6 @@ from tunekit.machine.meeting import check_own_gpus, gpu_of_nccl, is_launched, me
 from tunekit.machine.peers import Peers, leave_group
 
 Value = TypeVar("Value")
-Item = TypeVar("Item")
 
 # Settings of accelerate's launcher that tunekit does not support: harmless values, and what to write instead.
 NOTHING = ("", "no", "none", "false", "0")
@@ -223,23 +221,6 @@ class Devices:
         value = torch.tensor([flag], dtype=torch.int64)
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.host)
         return int(value.item())
-
-    def rounds(self, items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-        """Distribute items over the ranks, in rounds of `world` items. Yields this rank's item of each round, and
-        whether the item counts.
-
-        All ranks must make the same number of forwards. If the last round has too few items, ranks without an item get
-        the round's first item, which does not count.
-        """
-        batches = iter(items)
-        while some := list(islice(batches, self.world)):
-            counts = self.rank < len(some)
-            yield some[self.rank if counts else 0], counts
-
-    def missing(self, items: int, local: int) -> int:
-        """How many fewer forwards this rank makes than the first rank, if `items` are distributed over ranks in turn.
-        `local`: this rank's number of items."""
-        return -(-items // self.world) - local
 
     def from_main(self, value: Value) -> Value:
         """Return the main rank's value (JSON-like) on all ranks."""

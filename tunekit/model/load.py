@@ -310,18 +310,18 @@ def _finish(
     exact = spec.family.exact_head(net)
     if exact is not None:
         compute_in_float32(net.get_submodule(exact))
-    net.requires_grad_(False)
-    net.eval()
+    net.requires_grad_(False).eval()
     spec.family.set_apart(net, spec.section)
     if spec.family.looks_back(net):
         attend_per_document(net, spec.device, spec.dtype)
     elif (spec.family.labelled or spec.family.headless) and spec.family.reads_ids:
         skip_padding(net, [layer for _, layer in spec.family.layers(net)], spec.device)
     config = config_of(net)
-    # RWKV would divide its weights in place, including packed ones and mapped files
-    for name, value in {"use_cache": False, "rescale_every": 0}.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV would divide its weights in place, including packed ones and mapped files
+    _refuse_other_shapes(net, spec, new_modules)
     return LoadedModel(
         net=net,
         config=config,
@@ -345,24 +345,24 @@ def _finish(
 
 
 def _new_notes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> list[str]:
-    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note.
-    Raises: ModelError if such a module is in the files, with another shape than config.json declares."""
+    """Notes about randomly initialised modules. A head for new labels is left out, because it has a separate note."""
     replaced = spec.family.head_name(net) if getattr(spec.section, "new_head", False) else None
     if not (names := [name for name in new_modules if name != replaced]):
         return []
-    if isinstance(spec.section, HeadedModel):
-        kept = len(inspection.head_labels(spec.source, spec.family.name)) == len(spec.section.labels)
-        _refuse_other_shapes(net, spec, [name for name in names if kept or name != spec.family.head_name(net)])
     what = f"the base's files do not contain {', '.join(names)}"
     return [f"{what}; these modules are initialised at random, fully trained, and saved with the adapter or model"]
 
 
-def _refuse_other_shapes(net: nn.Module, spec: BaseSpec, modules: Sequence[str]) -> None:
-    """Raises: ModelError for a tensor of `modules` whose stored shape differs: its trained values would be lost."""
-    files = _files(spec.source)
-    headers, inside = {} if files is None else files.headers, tuple(f"{module}." for module in modules)
+def _refuse_other_shapes(net: nn.Module, spec: BaseSpec, new_modules: Sequence[str]) -> None:
+    """Raises: ModelError for a tensor of new modules that the files store with another shape: its trained values would
+    be lost. The head may have another shape if the recipe has another number of labels than config.json."""
+    if not isinstance(spec.section, HeadedModel):
+        return
+    relabelled = len(inspection.head_labels(spec.source, spec.family.name)) != len(spec.section.labels)
+    replaced, files = spec.family.head_name(net) if relabelled else None, _files(spec.source)
+    inside = tuple(f"{module}." for module in new_modules if module != replaced)
     for name, tensor in net.state_dict(keep_vars=True).items():
-        stored = headers.get(name) if name.startswith(inside) else None
+        stored = files.headers.get(name) if files is not None and name.startswith(inside) else None
         if stored is not None and stored.shape != tuple(tensor.shape):
             raise _wrong_shape(spec.source, name, stored.shape, tensor.shape)
 

@@ -21,7 +21,7 @@ class AutoClass(Protocol):
         """The net with random values."""
 
     def from_pretrained(
-        self, folder: str, *, output_loading_info: Literal[True], **settings: object
+        self, folder: str, *, output_loading_info: Literal[True], trust_remote_code: bool, **settings: object
     ) -> tuple[nn.Module, Mapping[str, Collection[object]]]:
         """The net with the folder's weights, and the names of missing and unexpected tensors."""
 

@@ -207,7 +207,7 @@ class Speaker:
         """The score of a token, with the bytes of tokens instead of their ids."""
         tokenizer = self.target.tokenizer
         top = () if score is None else tuple((token_bytes(tokenizer, other), logprob) for other, logprob in score.top)
-        in_text = token not in tokenizer.special_ids
+        in_text = token not in tokenizer.hidden_ids
         return TokenScore(token_bytes(tokenizer, token), None if score is None else score.logprob, top, in_text)
 
     def decode_for(self, request: Request) -> Callable[..., str]:

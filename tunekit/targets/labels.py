@@ -1,4 +1,5 @@
-"""Finds the labels of a trained head, one per row of its last matrix, in the base's files or in an adapter."""
+"""Finds in a base's files or in an adapter the objective of the training, and the labels of a trained head, one per row
+of its last matrix."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ from tunekit.contracts import default_labels
 from tunekit.errors import RecipeError
 from tunekit.formats.labels import SINGLE_LABEL, label_text
 from tunekit.model.families import Family, known_families, make_family
-from tunekit.model.storage.inspection import family_of_base, head_labels
+from tunekit.model.storage.inspection import base_objective, family_of_base, head_labels
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import JsonObject
+from tunekit.targets.export import STEP_0
 
 
 def start_facts(recipe: Recipe) -> JsonObject:
@@ -35,19 +37,21 @@ def start_facts(recipe: Recipe) -> JsonObject:
         _refuse_other_order("the base's head", head if set(head) == set(listed) else (), listed)
         return {"head": head}
     config = read_adapter_config(Path(start))
-    trained = adapter_facts(config, recipe.model)
+    trained = head_facts(config, recipe.model) if config.objective is None else dict(config.objective)
     _refuse_other_problem_type(config, trained, settings)
     labels = _as_listed(trained.get("labels", ()), listed)
     _refuse_other_order(str(config.folder), labels, listed)
     return {"head": head, "labels": labels}
 
 
-def adapter_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:
-    """Values of the objective that the adapter's folder stores, without the method's name. For another tool's adapter:
-    the labels of its head."""
-    if config.objective is not None:
-        return {key: value for key, value in config.objective.items() if key != "method"}
-    return head_facts(config, base)
+def stated_objective(adapter: Path | None, base: ModelSection) -> tuple[str | None, JsonObject]:
+    """The name and the facts of the objective that an adapter's folder states or, without an adapter, the base's files.
+    None and no facts if they state none. Raises: AdapterError or ModelError."""
+    stated = base_objective(base) if adapter is None else read_adapter_config(adapter).objective or {}
+    facts = {key: value for key, value in stated.items() if key not in ("method", *STEP_0)}
+    if "labels" in facts:
+        facts.setdefault("pairs", False)  # the folder of an adapter for pairs of texts states it
+    return stated.get("method"), facts
 
 
 def head_facts(config: AdapterConfig, base: ModelSection) -> JsonObject:

@@ -34,8 +34,8 @@ from tunekit.recipe.reading.names import known_names, objective_class
 from tunekit.recipe.recipe import Recipe, make_objective_settings, supervised_objective
 from tunekit.records import ExecutionSettings
 from tunekit.targets.class_names import with_class_names
-from tunekit.targets.export import NAME_BASE, STEP_0, export_checkpoint, load_run_recipe
-from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts
+from tunekit.targets.export import NAME_BASE, export_checkpoint, load_run_recipe
+from tunekit.targets.labels import adapter_family, head_facts, named_labels, start_facts, stated_objective
 from tunekit.tuned.fit import check_family
 from tunekit.tuned.model import TunedModel
 from tunekit.tuned.network import prepare_network
@@ -301,37 +301,35 @@ def family_of(target: TargetSpec) -> str:
     """The family for loading the target's base: from its recipe, from its adapter, or the base's own family."""
     if target.recipe is not None:
         return str(target.recipe.objective.family)
-    config = None if target.adapter is None else read_adapter_config(target.adapter)
-    method = ((config.objective if config else None) or {}).get("method")
+    method, _ = stated_objective(target.adapter, target.model)
     if method in known_names("objectives"):
         return objective_class(method).family
-    return family_of_base(target.model) if config is None else adapter_family(config, target.model).name
+    if target.adapter is None:
+        return family_of_base(target.model)
+    return adapter_family(read_adapter_config(target.adapter), target.model).name
 
 
 def objective_of(target: TargetSpec, processor: Processor) -> Objective | None:
-    """The objective that the target was or will be trained with, from its recipe or its adapter's folder; None for
-    bare models."""
-    config = None if target.adapter is None else read_adapter_config(target.adapter)
-    facts = dict((config.objective if config else None) or {})
-    if "labels" in facts:
-        facts.setdefault("pairs", False)  # the folder of an adapter for pairs of texts states it
-    method, _ = facts.pop("method", None), [facts.pop(key, None) for key in STEP_0]
+    """The objective that the target was or will be trained with, from its recipe, its adapter's folder or its base's
+    files; None if these name none."""
     if target.recipe is not None:
-        facts = start_facts(target.recipe) if target.kind == "recipe" else facts
+        untrained = target.kind == "recipe"
+        facts = start_facts(target.recipe) if untrained else stated_objective(target.adapter, target.model)[1]
         objective = make_objective(target.recipe.objective, processor, facts)
-        drawn = target.kind == "recipe" and "problem_type" in objective.facts  # the bias of a new head depends on rows
+        drawn = untrained and "problem_type" in objective.facts  # the bias of a new head depends on rows
         if objective.complete and not drawn:
             return objective
         if target.run is not None and target.adapter is None:
             return None  # the model itself defines it: see measuring_objective
         return load_rows(target.recipe.data, objective, seed=target.seed).objective
+    method, facts = stated_objective(target.adapter, target.model)
     if method in known_names("objectives") and not objective_class(method).needs_recipe:
         return make_objective(make_objective_settings({"method": method}), processor, facts)
-    if config is None:
+    if target.adapter is None:
         return None
-    family = family_of(target)
-    facts = {**named_labels(head_facts(config, target.model), target.labels), **_stated(target.problem_type)}
-    settings = supervised_objective(family, _scores(facts))
+    facts = head_facts(read_adapter_config(target.adapter), target.model)
+    facts = {**named_labels(facts, target.labels), **_stated(target.problem_type)}
+    settings = supervised_objective(family_of(target), _scores(facts))
     return None if settings is None else make_objective(settings, processor, facts)
 
 
@@ -340,9 +338,9 @@ def with_objective(
 ) -> tuple[TargetSpec, Objective | None]:
     """The target with the model section that its objective requires, and the objective."""
     objective = learned or objective_of(target, processor)
-    return (
-        target if objective is None else replace(target, model=objective.section(target.model, target.seed))
-    ), objective
+    if objective is not None:
+        target = replace(target, model=objective.section(target.model, target.seed))
+    return target, objective
 
 
 def trained_base(config: AdapterConfig, base: str | None) -> ModelSection:

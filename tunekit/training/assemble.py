@@ -12,7 +12,6 @@ from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.companions.base import make_companions
 from tunekit.console.progress import CountProgress
 from tunekit.contracts import Companion
-from tunekit.data.batching.split import cut_batch
 from tunekit.data.batching.steps import evaluation_batches
 from tunekit.evaluation.evaluator import Evaluator, queries_of
 from tunekit.evaluation.row_losses import RowLosses
@@ -28,7 +27,6 @@ from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.planned import Planned
 from tunekit.training.preflight import (
-    dry_run_step,
     make_splitting,
     measured_speeds,
     note_split_evaluation,
@@ -121,8 +119,6 @@ def assemble_run(
         shows=recipe.objective.shows,
         ending=_end_of(recipe, planned, adapter),
     )
-    if devices.world > 1 and not planned.batch_settings.rank_speeds:  # else faster ranks make more forwards
-        [run.spare] = dry_run_step(run, cut_batch(planned.largest_batch, run.objective.rows, sequences=1)).batches
     if plan.tries_longest_batch or session.dry_run:
         _try_longest(session, planned, run)
     add_seconds(state.seconds, session.seconds)
@@ -233,9 +229,10 @@ def _try_longest(session: Session, planned: Planned, run: Run) -> None:
     with session.timed("try"):
         try_longest_batch(run, planned.largest_batch)
         if rows is not None:
-            batches = evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size)
+            batch = next(evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size))
+            batches = [batch] * run.devices.world  # each rank tries it
             split = note_split_evaluation(session, run.state)
-            summed_evaluation(run.model, run.objective.evaluation_copy(), [next(batches)], run.devices, on_split=split)
+            summed_evaluation(run.model, run.objective.evaluation_copy(), batches, run.devices, on_split=split)
     if session.dry_run and run.devices.world > 1:
         session.console.info(speeds_text(measured_speeds(run, planned.largest_batch)))
     if not run.state.reactions:

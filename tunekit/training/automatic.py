@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tunekit.artifacts.run import read_json
 from tunekit.errors import RunFolderError
-from tunekit.recipe.reading.trials import Automatic
+from tunekit.recipe.reading.trial_recipes import Automatic
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan
 from tunekit.training.halving import halving_seconds, rung_count, rung_step

@@ -32,8 +32,6 @@ class StepWork:
 
     `batches`: this rank's prepared micro-batches. `units`: (K,), the divisor of the step's loss over all ranks.
     `micro_batches`: the step's number of micro-batches over all ranks; loss terms per step are averaged over them.
-    `missing`: how many micro-batches this rank has fewer than the first rank. It runs the batch `spare` as often, with
-    a loss scale of 0.
     `watches_gradients`: whether the result names the tensors that a gradient reached.
     `splitting`: how micro-batches that run out of memory are split; None: the error is the result.
     `micro_batches_per_pass`: how many micro-batches pass through a streamed layer before the next layer is copied.
@@ -46,8 +44,6 @@ class StepWork:
     seed: int
     micro_batches: int = 1
     loss_scale: float = 1.0  # for float16; multiplies the loss before the backward pass
-    missing: int = 0
-    spare: Batch | None = None
     watches_gradients: bool = False
     splitting: Splitting | None = None
     micro_batches_per_pass: int = 1
@@ -158,11 +154,7 @@ class Engine:
 
         The gradients must be zero before the call, because a failed attempt sets them to zero.
         """
-        results = self._run_all(works)
-        for work, result in zip(works, results, strict=True):
-            if result.error is None and work.missing and work.spare is not None:
-                self._make_up(work, work.spare)
-        return results
+        return [self._run_alone(work) for work in works]
 
     def score(self, work: StepWork, read: Read) -> list[Tensor]:
         """The values that `read` computes from each micro-batch's output, on the device and without gradient. They are
@@ -187,9 +179,6 @@ class Engine:
             # Not inside `except`: the error keeps the failed attempt's tensors alive there.
             work.splitting.shrink(work.objective.rows, reason, work.batches.step + 1)
 
-    def _run_all(self, works: Sequence[StepWork]) -> list[StepResult]:
-        return [self._run_alone(work) for work in works]
-
     def _run_alone(self, work: StepWork) -> StepResult:
         """Run one work. If memory runs out, its gradient is set to zero, and all its micro-batches run again in smaller
         parts. So no second copy of the gradient is needed."""
@@ -211,17 +200,6 @@ class Engine:
                     work = replace(work, batches=work.batches.again())
             except Exception as error:
                 return StepResult(error=error)
-
-    def _make_up(self, work: StepWork, spare: Batch) -> None:
-        """Run forward and backward of a batch with a loss scale of 0. Gradients do not change."""
-        count = work.missing
-        step = StepBatches(0, 0.0, tuple(range(count)), (spare,) * count)
-        units = work.objective.loss.units(spare)
-        attempt = StepAttempt(
-            replace(work, batches=step, units=units, micro_batches=count, loss_scale=0.0, splitting=None)
-        )
-        with work.model.unchanged_weights(), work.model.clearing_on_failure():
-            self._compute(attempt)
 
     def _compute(self, attempt: StepAttempt) -> None:
         """Run every part forward and backward, in the order of the step. Only the activations of one part are in memory

@@ -18,7 +18,7 @@ from tunekit.files.durable import make_folder, write_text
 from tunekit.formats.fields import Fields
 from tunekit.formats.media import located
 from tunekit.recipe.data import Source
-from tunekit.recipe.reading.trials import FOLDS, fold_file
+from tunekit.recipe.reading.trial_recipes import FOLDS, fold_file
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.sweep import SweepSection
 

@@ -1,6 +1,8 @@
 """Agreement between the ranks of a run before the first step: the settings that all ranks use; and checks that all
-ranks have the same recipe, options, data and base. Each difference is named, with its rank and its machine. In a step,
-a rank with fewer micro-batches runs a spare one (engine.py)."""
+ranks have the same recipe, options, data and base. Each difference is named, with its rank and its machine.
+
+In a step, ranks may have different numbers of micro-batches, or none: losses and gradients are divided by the units of
+all ranks, and then summed over ranks (run.py)."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

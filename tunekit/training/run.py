@@ -24,7 +24,7 @@ from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.stopped import next_commands
 from tunekit.artifacts.trackers import Trackers
 from tunekit.console.progress import StepProgress
-from tunekit.contracts import Batch, Objective, StepBatches, StepSource
+from tunekit.contracts import Objective, StepBatches, StepSource
 from tunekit.errors import InputError, Problem, Stopped
 from tunekit.evaluation.evaluator import Evaluation, Evaluator
 from tunekit.evaluation.row_losses import RowLosses
@@ -82,7 +82,6 @@ class Run:
     micro_batches_per_pass: int = 1
     budget_bytes: int | None = None
     shows: Shows = DEFAULT_SHOWS
-    spare: Batch | None = None  # with several ranks, a batch for ranks that have fewer micro-batches than others
     earlier: StepBatches | None = None  # the prepared previous step, if several steps reuse its samples
     pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
     pending: StepNumbers | None = None  # of a step whose loss and norm have not been read yet
@@ -155,14 +154,11 @@ class Run:
         step = self.prepare_step(step)
         units = self._count_units(step)
         self.optimizer.zero_gradients()
-        micro_batches = int(self.counts[2])
         return replace(
             self._work(step),
             units=units,
-            micro_batches=micro_batches,
+            micro_batches=int(self.counts[2]),
             loss_scale=self.state.scale.factor,  # fixed here, so that a second attempt uses the same one
-            missing=max(self.devices.missing(micro_batches, len(step.batches)), 0),
-            spare=self.spare,
             watches_gradients=self.state.step == self.state.saved_step and not self.adapter.settings.trains_base,
         )
 

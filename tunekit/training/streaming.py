@@ -53,11 +53,11 @@ class StreamingEngine(Engine):
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn, self._apart = warn, False
 
-    def _run_all(self, works: Sequence[StepWork]) -> list[StepResult]:
+    def run(self, works: Sequence[StepWork]) -> list[StepResult]:
         """Run the works together. After any error, each of them runs alone, and what it raises alone is its result. If
         the error was no work's own, they stay apart."""
         if len(works) < 2 or self._apart:
-            return super()._run_all(works)
+            return super().run(works)
         attempts, started = list(map(StepAttempt, works)), cpu_times()
         try:
             with ExitStack() as blocks:
@@ -75,7 +75,7 @@ class StreamingEngine(Engine):
         for work in works:
             work.model.clear_gradient()
         limits = [work.splitting and work.splitting.tokens for work in works]
-        results = super()._run_all(works)
+        results = super().run(works)
         split = limits != [work.splitting and work.splitting.tokens for work in works]
         if not split and all(result.error is None for result in results):
             self._apart = True

@@ -13,7 +13,7 @@ from tunekit.files.durable import free_bytes, make_folder, write_json, write_tex
 from tunekit.files.lock import FolderLock
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.load import dump_recipe
-from tunekit.recipe.reading.trials import FOLDS, LoadedSweep
+from tunekit.recipe.reading.trial_recipes import FOLDS, LoadedSweep
 from tunekit.records import bytes_text
 from tunekit.training.automatic import AUTO_NAME
 from tunekit.training.run_files import folder_bytes

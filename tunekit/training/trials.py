@@ -10,7 +10,7 @@ from tunekit.errors import RunFolderError, TunekitError
 from tunekit.memory.streaming import layer_weights, make_slots
 from tunekit.model.load import LoadedModel
 from tunekit.recipe.model import ModelSection
-from tunekit.recipe.reading.trials import TrialRecipe
+from tunekit.recipe.reading.trial_recipes import TrialRecipe
 from tunekit.records import Plan
 from tunekit.training.begin import Load
 from tunekit.training.planned import Planned

@@ -8,8 +8,9 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from tunekit.errors import DataError, InputError
 
 HOW_TO_INSTALL = "run: pip install 'tunekit[images]'"
 Size = tuple[int, int]  # height and width in pixels
+T = TypeVar("T")
 BILINEAR = 2  # PIL's number for this filter
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 FORMATS = (  # PIL's names of the formats that are read; other formats, such as EPS, make PIL start programs
@@ -38,12 +40,22 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     Raises: Dropped for an animated or tiny image; DataError if the file is damaged or not an image; InputError if
         Pillow is not installed.
     """
+    return _read(source, partial(_upright_pixels, notices=Counter[str]() if notices is None else notices))
+
+
+def read_size(source: str | bytes) -> Size:
+    """The upright size of an image, from its header alone: damage behind the header is not found. Raises: as
+    read_image."""
+    return _read(source, _upright_size)
+
+
+def _read(source: str | bytes, take: Callable[[Any], T]) -> T:
+    """What `take` reads from the opened image."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise InputError("reading images needs Pillow, which is not installed", HOW_TO_INSTALL) from None
 
-    notices = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
         how = "check the path; a relative path starts at the folder of the table"
@@ -56,11 +68,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
                 if getattr(opened, "n_frames", 1) > 1:
                     raise Dropped(ANIMATED)
-                opened.load()
-                turned = opened.getexif().get(ORIENTATION) in range(2, 9)
-                notices["images turned upright, as the EXIF data states"] += turned
-                ImageOps.exif_transpose(opened, in_place=True)
-                return _as_pixels(opened, notices)
+                return take(opened)
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -70,6 +78,25 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
         reason = str(error).partition("\n")[0].replace(f" {source!r}", "") if file is not None else str(error)
         what = f"{_named(file)} cannot be read as an image ({reason.strip() or type(error).__name__})"
         raise DataError(what, f"repair or remove the file; the supported formats are {', '.join(FORMATS)}") from None
+
+
+def _upright_size(image: Any) -> Size:
+    """The height and width of a PIL image. Raises: Dropped for a tiny image."""
+    if min(image.size) < LEAST_PIXELS:
+        raise Dropped(TOO_SMALL)
+    width, height = image.size
+    return (width, height) if image.getexif().get(ORIENTATION) in range(5, 9) else (height, width)
+
+
+def _upright_pixels(image: Any, notices: Counter[str]) -> Pixels:
+    """(H, W, 3) the RGB pixels of a PIL image."""
+    from PIL import ImageOps
+
+    image.load()
+    turned = image.getexif().get(ORIENTATION) in range(2, 9)
+    notices["images turned upright, as the EXIF data states"] += turned
+    ImageOps.exif_transpose(image, in_place=True)
+    return _as_pixels(image, notices)
 
 
 def _named(file: str | None) -> str:

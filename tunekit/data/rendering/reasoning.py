@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tunekit.basics import JsonObject
-from tunekit.formats.example import Message
+from tunekit.formats.example import THINKING_TAGS, Message
 
 # names of the field with the reasoning, in different models
 REASONING = ("reasoning_content", "thinking", "reasoning", "tool_plan")
-# Magistral's reasoning, for which templates such as its own read parts of the content, not a field
-_PART = re.compile(r"\[THINK\](.*?)\[/THINK\]", re.DOTALL)
 # reasoning at the start of a content; models whose prompt ends with <think> write only the closing tag
-_INLINE = re.compile(rf"\A(?:\s*{_PART.pattern}|(?:\s*<think>)?(.*?)</think>)\s*", re.DOTALL)
+_INLINE = re.compile(rf"\A(?:\s*{THINKING_TAGS.pattern}|(?:\s*<think>)?(.*?)</think>)\s*", re.DOTALL)
 _KINDS = ("text", "thinking")  # of the pieces of a content that is split at [THINK] tags, alternating
 _CLOSING = re.compile(r"\s*(?:<[^<>]*>|\[[^\[\]]*\])\s*")  # a tag, with the whitespace around it
 
@@ -87,8 +85,8 @@ def reads_parts(template: str) -> bool:
 def with_parts(message: Message) -> JsonObject:
     """A message for a template that reads reasoning from parts: the field `thinking`, and the texts in [THINK] tags of
     answers and system messages, become parts of its content. These tags are then control tokens, not spelled text."""
-    pieces = _PART.split(message.content) if message.role in ("assistant", "system") else [message.content]
-    parts = [{"type": kind, kind: piece} for at, piece in enumerate(pieces) if piece for kind in [_KINDS[at % 2]]]
+    pieces = THINKING_TAGS.split(message.content) if message.role in ("assistant", "system") else [message.content]
+    parts = [{"type": (kind := _KINDS[at % 2]), kind: piece} for at, piece in enumerate(pieces) if piece]
     extra = {name: value for name, value in message.extra.items() if name != "thinking"}
     if thinking := message.extra.get("thinking"):
         parts = [{"type": "thinking", "thinking": thinking}, *parts]

@@ -239,7 +239,7 @@ class Renderer:
         """Raises: DataError with the reason why a conversation with images cannot be rendered."""
         images = self.tokenizer.images
         what = "the row has images, but the base reads text alone" if images is None else images.obstacle
-        how = "use another base, or remove the images"
+        how = "use a base that reads images, such as Qwen/Qwen2.5-VL-3B-Instruct, or remove the images"
         if what is None:
             what = "the row has images, which only objective: sft reads so far, and only to compute losses"
             how = "write objective: sft, without generation in evaluations; or remove the images"

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tunekit.contracts import Processor
 from tunekit.model.families.family import Family
 from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.model.unsupported import REASON_OF
 from tunekit.recipe.model import ModelSection
 
 
@@ -18,6 +19,9 @@ class CausalFamily(Family):
 
     def recognises(self, architecture: str, config: Mapping[str, object]) -> bool:
         return not architecture or super().recognises(architecture, config)
+
+    def obstacle(self, config: Mapping[str, object]) -> str | None:
+        return REASON_OF.get(str(config.get("model_type")))
 
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)

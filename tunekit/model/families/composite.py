@@ -15,6 +15,7 @@ from tunekit.model.families.structure import accepted_names, base_name
 from tunekit.model.parts import composite_classes, parts_apart, set_apart
 from tunekit.model.pretrained import as_pretrained, config_of
 from tunekit.model.text.tokenizer import load_tokenizer
+from tunekit.model.unsupported import REASON_OF
 from tunekit.recipe.model import ImageModel, ModelSection
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class CompositeFamily(Family):
         text = config.get("text_config")
         if config.get("is_encoder_decoder") or (isinstance(text, dict) and text.get("is_encoder_decoder")):
             return "its language model is an encoder-decoder with parts for images or audio"
-        return None
+        return REASON_OF.get(str(config.get("model_type")))
 
     def processor(self, section: ModelSection) -> Processor:
         return load_tokenizer(section)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tunekit.contracts import ModelOutput, Processor, Tensors
 from tunekit.model.families.causal import CausalFamily
 from tunekit.model.families.family import Family
+from tunekit.model.families.structure import is_decoder
 from tunekit.model.pretrained import AutoClass
 from tunekit.model.storage.sentence_transformers import read_modules
 from tunekit.model.storage.source import find_source, read_json
@@ -52,7 +53,7 @@ class EmbedderFamily(Family):
 
     def looks_back(self, net: nn.Module) -> bool:
         """Whether the net is a decoder."""
-        return any(getattr(module, "is_causal", False) for module in net.modules())
+        return is_decoder(net)
 
     def forward(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
         return ModelOutput(hidden=self.hidden(net, inputs))
@@ -87,10 +88,12 @@ class _WithoutPooler:
         return self.auto.from_config(config, **settings, **self._arguments(config))
 
     def from_pretrained(
-        self, folder: str, *, output_loading_info: Literal[True], **settings: Any
+        self, folder: str, *, output_loading_info: Literal[True], trust_remote_code: bool, **settings: Any
     ) -> tuple[nn.Module, Mapping[str, Collection[object]]]:
-        further = self._arguments(settings["config"])
-        return self.auto.from_pretrained(folder, output_loading_info=output_loading_info, **settings, **further)
+        further = {**settings, **self._arguments(settings["config"])}
+        return self.auto.from_pretrained(
+            folder, output_loading_info=output_loading_info, trust_remote_code=trust_remote_code, **further
+        )
 
 
 FAMILY = EmbedderFamily()

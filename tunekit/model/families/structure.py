@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
 
+def is_decoder(net: nn.Module) -> bool:
+    """Whether a token of the net sees earlier tokens only."""
+    return any(getattr(module, "is_causal", False) for module in net.modules())
+
+
 def expert_layout(net: nn.Module) -> str | None:
     """The name of the pattern by which transformers 5 fuses the experts of this model, which older files store
     separately; None if there is no pattern."""

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tunekit.contracts import Pixels, Tensors
-from tunekit.errors import DataError, InputError, ModelError
+from tunekit.errors import DataError, InputError, ModelError, listed
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.parts import composite_classes
 from tunekit.model.storage.source import ModelSource, read_json
@@ -35,8 +35,8 @@ class BaseImages:
 
     def __init__(self, folder: Path, model_type: str) -> None:
         self.folder = folder
-        known = model_type in PROVEN
-        self.obstacle = None if known else f"rows with images: not supported yet for {model_type}"
+        others = f"rows with images: not supported yet for {model_type}, only for {listed(sorted(PROVEN), 9)}"
+        self.obstacle = None if model_type in PROVEN else others
         self._remember()
 
     def _remember(self) -> None:

@@ -16,9 +16,9 @@ from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE, sha256_of
 from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.quantized_layouts import METHODS, stored_settings
+from tunekit.model.storage.sentence_transformers import read_modules
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
-from tunekit.model.unsupported import REASON_OF
 from tunekit.recipe.model import HeadedModel, HeadlessModel, ModelSection
 from tunekit.records import JsonObject
 
@@ -126,10 +126,8 @@ def _obstacle(
     if family is None and not headed:
         known = (text for ending, text in OTHER_HEADS.items() if architecture.endswith(ending))
         return next(known, f"its architecture {architecture} has no head for this objective, or is unknown")
-    if not headed and family is not None and family.objectives == "causal" and config.get("model_type") in REASON_OF:
-        return REASON_OF[str(config["model_type"])]
-    reasons = (candidate.obstacle(config) for candidate in (family, requested) if candidate is not None)
-    return next((reason for reason in reasons if reason), None)
+    loaded_as = requested if headed else family
+    return loaded_as.obstacle(config) if loaded_as is not None else None
 
 
 def family_of_base(section: ModelSection) -> str:
@@ -141,6 +139,14 @@ def family_of_base(section: ModelSection) -> str:
         with suppress(ModelError):
             family = find_family(read_json(source.folder / "config.json"), section)
     return (family or unnamed_family()).name
+
+
+def base_objective(section: ModelSection) -> JsonObject:
+    """The objective that a base's files state: that of embeddings, for a folder of sentence-transformers, with the
+    facts of its modules. Empty for other bases. Raises: ModelError if such a folder has modules that are not read."""
+    source = find_source(section, weights=False)
+    facts = {} if source.gguf_file else read_modules(source.folder)
+    return {"method": "embed", **facts} if "pooling" in facts else {}
 
 
 def read_answer_start(source: ModelSource, section: ModelSection) -> int | None:

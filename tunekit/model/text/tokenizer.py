@@ -37,6 +37,8 @@ FILES = (
 )
 # names of files that contain a vocabulary, of all tokenizers in transformers
 VOCABULARY = re.compile(r"tokenizer\.json|tekken\.json|.*vocab.*\.(json|txt)|.*\.(model|tiktoken|tokenizer|codes)")
+# special tokens around the reasoning of an answer, such as [THINK], <think>, <|START_THINKING|>; Gemma 4: <|channel>
+REASONING_TAG = re.compile(r"[<\[].*think.*[>\]]|<\|channel>|<channel\|>", re.IGNORECASE)
 
 
 class LoadedTokenizer:
@@ -66,6 +68,8 @@ class LoadedTokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in added if token.special or _is_marker(token.content)
         )
+        tags = {token_id for token_id, token in added if REASONING_TAG.fullmatch(token.content)}
+        self.hidden_ids = self.special_ids - tags
         # Text without special tokens can contain the unknown token: unknown characters become that token.
         self.unknown_id: int | None = native.unk_token_id
         if self.unknown_id in (self.bos_id, self.eos_id):
@@ -138,8 +142,10 @@ class LoadedTokenizer:
         return [*encoding["input_ids"][: len(before)], *ids, *encoding["input_ids"][len(added) - len(after) :]]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of `ids`."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        """Text of `ids`. `skip_special_tokens`: without special tokens, but with the tags around reasoning, which are
+        plain tokens in many tokenizers. Without them, nobody could tell the reasoning from the answer."""
+        hidden = self.hidden_ids if skip_special_tokens else ()
+        return self.backend.decode([int(i) for i in ids if int(i) not in hidden], skip_special_tokens=False)
 
     def render(
         self,

@@ -9,7 +9,7 @@ import pytest
 
 from tunekit.errors import RecipeError
 from tunekit.recipe.load import load_recipe
-from tunekit.recipe.reading.trials import fold_file, load_sweep
+from tunekit.recipe.reading.trial_recipes import fold_file, load_sweep
 
 RECIPE = """\
 model: org/base

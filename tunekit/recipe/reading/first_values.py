@@ -1,0 +1,57 @@
+"""The rules of `tunekit init`: values of training that were measured, in first_values.yaml next to this file."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from tunekit.recipe.reading.names import known_names
+from tunekit.recipe.reading.yaml_reader import read_text, read_yaml
+
+RULES = Path(__file__).with_name("first_values.yaml")
+
+
+@dataclass(frozen=True)
+class FirstValues:
+    """One rule: for which objectives, methods and kind of base (encoder or decoder), the values, and their
+    measurement."""
+
+    objectives: Sequence[str]
+    methods: Sequence[str]
+    base: str
+    learning_rate: float
+    rows_per_step: int
+    epochs: float
+    least_steps: int
+    steps_per_label: int
+    most_steps: int
+    measured: Mapping[str, str]
+    head_learning_rate: float | None = None
+
+    def steps(self, rows: int, labels: int) -> int:
+        """The number of steps for these numbers of training rows and of labels."""
+        usual = math.ceil(self.epochs * rows / self.rows_per_step)
+        return min(max(usual, self.least_steps, self.steps_per_label * labels), self.most_steps)
+
+
+@cache
+def rules() -> Sequence[FirstValues]:
+    """All rules, in the order in which they are tried."""
+    return [FirstValues(**rule) for rule in cast(list[dict[str, Any]], read_yaml(read_text(RULES), str(RULES)).values)]
+
+
+def first_values(objective: str, method: str, base: str) -> FirstValues | None:
+    """The first rule that fits; None if nothing was measured for these names."""
+    fits = (rule for rule in rules() if objective in rule.objectives and method in rule.methods and base == rule.base)
+    return next(fits, None)
+
+
+def rules_text() -> str:
+    """The file of rules, and the names for which nothing was measured."""
+    lines = [read_text(RULES), "# Nothing was measured for the names below: init writes their published values."]
+    for section in ("objectives", "adapters"):
+        measured = {name for rule in rules() for name in (rule.objectives if section == "objectives" else rule.methods)}
+        lines.append(f"# {section}: {', '.join(name for name in known_names(section) if name not in measured)}")
+    return "\n".join(lines)
