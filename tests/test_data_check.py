@@ -593,7 +593,7 @@ def test_rows_of_a_table_are_written_as_a_table(tmp_path: Path) -> None:
 
 
 def test_headers_of_images_in_conversations_are_read(tmp_path: Path) -> None:
-    """Also without the base. The same question about two images is no repetition; about one image in two files it is."""
+    """Also without the base. The same question about two images is no repetition; one image in two files is."""
     first, second = write_images(tmp_path, 2)
     (tmp_path / "same.png").write_bytes(first.read_bytes())
     (tmp_path / "empty.png").write_bytes(b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,27 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from tests.support.image_text_case import TOKENS, image_row, write_image_rows, write_image_text, write_images
 from tests.support.plans import make_plan
-from tests.support.train_case import check_a_resume, check_streamed, losses, records, train, without_times, write_recipe
+from tests.support.ranks_case import train_in_ranks
+from tests.support.train_case import (
+    check_a_resume,
+    check_streamed,
+    kill_self,
+    losses,
+    records,
+    result_bytes,
+    train,
+    train_in_child,
+    without_times,
+    write_recipe,
+)
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.generate import generate_verb
 from tunekit.merge import merge_verb
+from tunekit.model.families.composite import ImageStack
 from tunekit.model.load import load_model
 from tunekit.model.parts import parts_apart
+from tunekit.objectives.rows import image_text
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ImageModel
@@ -50,6 +65,59 @@ def recipe_of(place: Path, folder: Path, **sections: Any) -> Path:
 def test_an_interrupted_run_is_resumed(model_type: str, tmp_path: Path) -> None:
     folder = write_image_text(model_type, tmp_path / "model")
     check_a_resume(recipe_of(tmp_path, folder, training={"max_steps": 4, "save_steps": 2, "keep_checkpoints": 2}))
+
+
+def test_a_run_killed_while_an_image_is_read_ends_in_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, folder, training={"max_steps": 4, "save_steps": 1, "eval_steps": 2})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train_in_child(path, whole).code == 0
+    original, calls = image_text.image_features, list[int]()
+
+    def killed(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 12:
+            kill_self()
+        return original(*arguments)
+
+    ended = train_in_child(path, cut, before=lambda: setattr(image_text, "image_features", killed))
+    assert ended.code == -signal.SIGKILL, ended.output
+    assert list((cut / "checkpoints").iterdir())
+    assert train_in_child(path, cut, resume=True).code == 0
+    assert result_bytes(cut) == result_bytes(whole)
+    assert without_times(records(cut)) == without_times(records(whole))
+
+
+def test_a_micro_batch_that_runs_out_of_memory_keeps_its_features(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images go through the tower once."""
+    path = recipe_of(tmp_path, folder, adapter={"dropout": 0.0}, training={"micro_batch_size": 4, "eval_steps": 3})
+    whole = train(path, f"output.dir={tmp_path / 'whole'}")
+    run, features, counts = ImageStack.run, image_text.image_features, list[int]()
+
+    def limited(stack: ImageStack, net: Any, inputs: Any) -> Any:
+        if torch.is_grad_enabled() and not inputs["input_ids"].is_meta and len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(stack, net, inputs)
+
+    monkeypatch.setattr(image_text, "image_features", lambda *named: counts.append(1) or features(*named))
+    train(path, f"output.dir={tmp_path / 'again'}")
+    once = len(counts)
+    monkeypatch.setattr(ImageStack, "run", limited)
+    split = train(path, f"output.dir={tmp_path / 'split'}")
+    assert len(counts) == 2 * once
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+    assert "split" in (split / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_ranks_that_shard_the_base_have_the_whole_tower(folder: Path, tmp_path: Path) -> None:
+    """Also ranks that have no image in a step."""
+    path = recipe_of(tmp_path, folder, adapter={"dropout": 0.0}, training={"micro_batch_size": 1})
+    alone = train(path, f"output.dir={tmp_path / 'alone'}")
+    ended = train_in_ranks(path, tmp_path / "ranks", "memory.sharding=full")
+    assert not any(each.code for each in ended), ended
+    assert losses(tmp_path / "ranks") == pytest.approx(losses(alone), rel=1e-5)
 
 
 @pytest.mark.sampled(2)

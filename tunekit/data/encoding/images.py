@@ -4,19 +4,24 @@ Lossy conversions (of colour space, depth or transparency) are counted for the u
 are dropped and counted. Images that cannot be read raise an error with the file's name.
 """
 
+from __future__ import annotations
+
 import io
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from tunekit.contracts import Array, Pixels
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
 
 HOW_TO_INSTALL = "run: pip install 'tunekit[images]'"
 Size = tuple[int, int]  # height and width in pixels
@@ -49,7 +54,7 @@ def read_size(source: str | bytes) -> Size:
     return _read(source, _upright_size)
 
 
-def _read(source: str | bytes, take: Callable[[Any], T]) -> T:
+def _read(source: str | bytes, take: Callable[[PilImage], T]) -> T:
     """What `take` reads from the opened image."""
     try:
         from PIL import Image
@@ -80,7 +85,7 @@ def _read(source: str | bytes, take: Callable[[Any], T]) -> T:
         raise DataError(what, f"repair or remove the file; the supported formats are {', '.join(FORMATS)}") from None
 
 
-def _upright_size(image: Any) -> Size:
+def _upright_size(image: PilImage) -> Size:
     """The height and width of a PIL image. Raises: Dropped for a tiny image."""
     if min(image.size) < LEAST_PIXELS:
         raise Dropped(TOO_SMALL)
@@ -88,7 +93,7 @@ def _upright_size(image: Any) -> Size:
     return (width, height) if image.getexif().get(ORIENTATION) in range(5, 9) else (height, width)
 
 
-def _upright_pixels(image: Any, notices: Counter[str]) -> Pixels:
+def _upright_pixels(image: PilImage, notices: Counter[str]) -> Pixels:
     """(H, W, 3) the RGB pixels of a PIL image."""
     from PIL import ImageOps
 
@@ -103,7 +108,7 @@ def _named(file: str | None) -> str:
     return "the image" if file is None else file
 
 
-def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
+def _as_pixels(image: PilImage, notices: Counter[str]) -> Pixels:
     """(H, W, 3) the RGB pixels of a PIL image. Raises: Dropped for a tiny image."""
     if min(image.size) < LEAST_PIXELS:
         raise Dropped(TOO_SMALL)
@@ -116,7 +121,7 @@ def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
     return pixels
 
 
-def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
+def _deep_to_rgb(image: PilImage, notices: Counter[str]) -> Callable[[PilImage], Array]:
     """Returns a function that converts a block of the image to (H, W, 1) levels of 8 bits. The image has one channel of
     more than 8 bits.
     """
@@ -126,7 +131,7 @@ def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 
-def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
+def _flat_to_rgb(image: PilImage, notices: Counter[str]) -> Callable[[PilImage], Array]:
     """Returns a function that converts a block of the image, with 8 bits per channel, to (H, W, 3) RGB pixels."""
     from PIL import Image
 
