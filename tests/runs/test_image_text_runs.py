@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -165,18 +166,22 @@ def test_a_base_is_evaluated_on_rows_with_images(folder: Path, run: Path, tmp_pa
     assert json.loads((tmp_path / "eval.json").read_text())["rows"] == 10
 
 
-def test_a_merged_folder_reads_images_in_transformers(folder: Path, run: Path, tmp_path: Path) -> None:
+def test_a_merged_folder_and_the_adapter_in_peft_read_images_alike(folder: Path, run: Path, tmp_path: Path) -> None:
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     before, after = ({k: v for file in place.glob("*.safetensors") for k, v in load_file(file).items()}
                      for place in (folder, tmp_path / "merged"))  # fmt: skip
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if "visual" in name)
-    net = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     messages = [{"role": "user", "content": [{"type": "image", "path": str(run.parent / "images" / "0.png")}]}]
     batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt",
                                           processor_kwargs={"return_mm_token_type_ids": True})  # fmt: skip
-    assert torch.isfinite(net(**batch).logits).all()
+    base = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = base(**batch).logits.detach()
+    adapted = peft.PeftModel.from_pretrained(base, str(run / "adapter"))(**batch).logits
+    merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(**batch).logits
+    assert float((merged - adapted).abs().max()) < 1e-4
+    assert float((plain - adapted).abs().max()) > 1e-2
 
 
 def test_rows_of_text_alone_load_no_tower(folder: Path, tmp_path: Path) -> None:
