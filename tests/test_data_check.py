@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import sys
@@ -16,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from PIL import Image
 
 from tests.support.chat_templates import R1
 from tests.support.image_case import write_photos
+from tests.support.image_text_case import write_images
 from tests.support.run_case import write_run
 from tests.support.speech_case import RATE, write_sounds
 from tunekit.cli import main
@@ -587,3 +590,18 @@ def test_rows_of_a_table_are_written_as_a_table(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | {"data": {"train": "rows.jsonl"}, "objective": "sft"}))
     with pytest.raises(InputError, match=r"'messages' contains lists .*; name a \.jsonl file"):
         check(tmp_path / "recipe.yaml", tmp_path / "bad.csv")
+
+
+def test_headers_of_images_in_conversations_are_read(tmp_path: Path) -> None:
+    """Also without the base. The same question about two images is no repetition; one image in two files is."""
+    first, second = write_images(tmp_path, 2)
+    (tmp_path / "same.png").write_bytes(first.read_bytes())
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("RGB", (5000, 1)).save(tmp_path / "thin.png")
+    inside = "data:image/png;base64," + base64.b64encode(second.read_bytes()).decode()
+    names = [first.name, second.name, "same.png", "empty.png", "thin.png", "absent.png", inside]
+    rows = [{**chat("What is in this image?", "Noise."), "images": [name]} for name in names]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = {"model": "org/base", "data": {"train": "rows.jsonl"}, "output": {"dir": "run"}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    assert check(tmp_path / "recipe.yaml")[1]["findings"] == {"exact": [3, 7], "broken": [4, 6], "dropped": [5]}

@@ -524,3 +524,27 @@ def test_advice_about_the_rows_can_be_followed(tiny_llama: Path, tmp_path: Path)
     out.write_text(out.read_text("utf-8").replace("\ndata:", "\ndata:\n  reasoning: drop"), "utf-8")
     plan, _ = plan_run(prepare(load_recipe(out), torch.device("cpu")))
     assert (plan.rows.training.dropped, plan.refusals) == (0, [])
+
+
+IMAGE_ROWS: dict[str, dict[str, Any]] = {
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ROWS["sft"]["messages"][1]]
+    },  # type: ignore[index]
+    "LLaVA": {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "ok"}],
+    },
+    "column": {**ROWS["sft"], "images": ["data:image/png;base64," + "QUJD" * 10_000]},
+}
+
+
+@pytest.mark.parametrize("form", IMAGE_ROWS)
+def test_conversations_with_images_get_a_base_that_reads_them(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init(write(tmp_path / "rows.jsonl", IMAGE_ROWS[form]), tmp_path / "first.yaml")
+    recipe = load_recipe(tmp_path / "first.yaml").recipe
+    assert recipe.model.name_or_path == load_recipe(ROOT / "recipes" / "vision-lora.yaml").recipe.model.name_or_path
+    assert recipe.objective.method == "sft"
+    assert recipe.data.max_length == 2048  # room for the tokens of the image, but not for its bytes
+    assert "40 rows with images of format" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "recipes" / "data" / "orders"
@@ -31,6 +32,17 @@ def test_the_committed_files_are_what_the_script_writes(tmp_path: Path) -> None:
     others = (*others, "hours", "two_days", "searches")
     for name in ("train.jsonl", "test.jsonl", "days.jsonl", *(f"{name}.jsonl" for name in others)):
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes()
+
+
+def test_the_committed_images_are_what_their_script_draws(tmp_path: Path) -> None:
+    folder = REPOSITORY / "recipes" / "data" / "shape-questions"
+    subprocess.run([sys.executable, str(REPOSITORY / "scripts" / "make_shape_questions"), str(tmp_path)], check=True)
+    assert (tmp_path / "train.jsonl").read_bytes() == (folder / "train.jsonl").read_bytes()
+    images = sorted(folder.glob("*.png"))
+    assert [image.name for image in images] == sorted(image.name for image in tmp_path.glob("*.png"))
+    for image in images:
+        with Image.open(image) as committed, Image.open(tmp_path / image.name) as drawn:
+            assert committed.tobytes() == drawn.tobytes()
 
 
 def test_nothing_of_the_test_rows_stands_in_training() -> None:

@@ -84,19 +84,19 @@ def evaluate_verb(
     refuse_to_replace_named("--json", json_file, {"data": section.model_dump(mode="json")}, Path(target))
     refuse_to_replace_part("--json", json_file, Path(target))
     template = None if section.chat_template is None else read_template(Path(section.chat_template))
-    devices = make_devices()
+    devices, columns = make_devices(), [] if adapter_column is None else [adapter_column]
     console = Console(enabled=devices.is_main, json_file=json_file)
     console.info(*spec.notes)
     with devices:
         console.info(f"loading {spec.model.name_or_path} ...")
         loaded = load_target(spec, devices.device)
         load_reference(loaded)
-        others = [] if adapter_column is None else [adapter_column]
-        read = partial(load_evaluation_rows, section, loaded.objective, seed=spec.seed, caller_columns=others)
+        read = partial(load_evaluation_rows, section, loaded.objective, seed=spec.seed, caller_columns=columns)
         rows = devices.main_first(read)
-        console.info(*rows.notes, *calibration_notes(spec.evaluation))
+        loaded = _as_rows_need(loaded, rows, devices)
         loaded.model.companions = load_companions(rows.objective, devices.device)
-        console.info(f"evaluating {len(rows.evaluation or ()):,} rows ...")
+        counted = f"evaluating {len(rows.evaluation or ()):,} rows ..."
+        console.info(*rows.notes, *calibration_notes(spec.evaluation), counted)
         of_run, counting = spec.data or section, CountProgress(console)
         evaluate = partial(evaluate_rows, metrics=metrics, devices=devices, template=template, progress=counting)
         if adapter_column is not None:
@@ -111,6 +111,13 @@ def evaluate_verb(
         # the report of a run has only its unchanged evaluation
         kind = "model" if spec.kind == "run" and (changes or data is not None) else spec.kind
         console.next_steps(after_evaluation(target, kind, *_row_losses(rows, evaluation), changes=changes))
+
+
+def _as_rows_need(loaded: LoadedTarget, rows: RowSet, devices: Devices) -> LoadedTarget:
+    """The target, loaded again if only the rows show that the base's parts that read images are needed."""
+    if loaded.objective.facts.get("images") or not rows.objective.facts.get("images"):
+        return loaded
+    return load_target(loaded.target, devices.device, rows.objective)
 
 
 def _shown_adapters(console: Console, target: str, values: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tunekit.data.looking.first_look import (
     number_columns,
     proposed_objectives,
 )
-from tunekit.data.looking.first_recipe import FirstRecipe, example_of, objective_of, recipe_text
+from tunekit.data.looking.first_recipe import FirstRecipe, base_of, recipe_text
 from tunekit.errors import InputError, Problem, RecipeError, TunekitError
 from tunekit.files.durable import write_new_text, write_text
 from tunekit.recipe.load import load_recipe
@@ -54,10 +54,10 @@ def init_verb(
     if look is not None:
         look = _labelled(look, asks)
         console.info(look.text(lengths=False))  # the model's tokenizer counts them later, if it is at hand
-    example = example_of(objective_of(look))
-    if example is not None:
-        models = [name for name in models if name == example.model.name_or_path]
-    usual = example.model.name_or_path if example else (models[0] if models else DEFAULT_MODEL)
+    base = base_of(look)
+    if base is not None:
+        models = [name for name in models if name == base]
+    usual = base or (models[0] if models else DEFAULT_MODEL)
     if asks and models and model is None:
         console.info("models on this machine: " + ", ".join(models[:8]))
     model = model or _ask(asks, "Which model? A folder, a .gguf file or a hub name", usual)

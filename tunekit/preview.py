@@ -54,7 +54,8 @@ def preview_verb(written: LoadedRecipe, rows: int, html: str | None) -> None:
     order = epoch_rows(loaded.draws, seed=recipe.training.seed, epoch=0, shuffle=recipe.data.shuffle)
     shown = [loaded.train[int(index)] for index in order[:rows]]
     console, shows = Console(), shows_of(objective.name)
-    console.info(*written.rewrites, *_part_notes(recipe.model), *loaded.notes)
+    section = loaded.objective.section(recipe.model, recipe.training.seed)
+    console.info(*written.rewrites, *_part_notes(section), *loaded.notes)
     for row in shown:
         parts = loaded.objective.rows.spans(row)
         console.info(f"\n{heading(row, parts, shows.sizes)}")
@@ -97,7 +98,15 @@ def explain_tokens(part: Span, tokenizer: Tokenizer | None) -> list[Token]:
     for index, token_id in enumerate(part.ids.tolist()):
         why = TRAINED
         if not trained[index]:
-            why = FIRST if index == 0 else PROMPT if index < first else AFTER if index > last else BETWEEN
+            why = (
+                FIRST
+                if index == 0 and not part.continues
+                else PROMPT
+                if index < first
+                else AFTER
+                if index > last
+                else BETWEEN
+            )
         tokens.append(Token(tokenizer.token_text(token_id), token_id, bool(trained[index]), why))
     return tokens
 

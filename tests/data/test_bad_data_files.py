@@ -121,7 +121,12 @@ CASES: dict[str, tuple[str, bytes | Write, int | None, str]] = {
     "content_null": ("d.jsonl", GOOD_CHAT + chat(USER, {"role": "assistant", "content": None}), 2, "null"),
     "content_missing": ("d.jsonl", chat(USER, {"role": "assistant"}), 1, "missing"),
     "content_number": ("d.jsonl", chat({"role": "user", "content": 3}, ANSWER), 1, "must be text"),
-    "image_part": ("d.jsonl", chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER), 1, "image_url"),
+    "image_part": (
+        "d.jsonl",
+        chat({"role": "user", "content": [{"type": "image_url"}]}, ANSWER),
+        1,
+        "0 images in its columns",
+    ),
     "no_messages": ("d.jsonl", GOOD_CHAT + row(messages=[]), 2, "is empty"),
     "messages_text": ("d.jsonl", GOOD_CHAT + row(messages="a"), 2, "list of messages"),
     "message_is_text": ("d.jsonl", chat("a"), 1, "must be an object"),

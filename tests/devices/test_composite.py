@@ -15,7 +15,7 @@ from tests.support.composite_case import SHAPES, write_composite
 from tests.support.loop_case import DEVICE as CUDA
 from tests.support.train_case import train, write_recipe
 from tunekit.model.load import load_model
-from tunekit.model.parts import unloaded_parts
+from tunekit.model.parts import parts_apart
 from tunekit.planning.simulated.kernels import workspace_bytes
 from tunekit.recipe.model import ModelSection
 
@@ -67,7 +67,7 @@ def test_the_device_holds_the_language_model_alone(model_type: str, tmp_path: Pa
     storages = {tensor.untyped_storage() for tensor in [*base.net.parameters(), *base.net.buffers()]}
     sizes = {storage.data_ptr(): -(-storage.nbytes() // GRANULE) * GRANULE for storage in storages}
     assert allocated() - before == sum(sizes.values())
-    parts = unloaded_parts(base.net).values()
+    parts = parts_apart(base.net).values()
     assert parts
     assert all(tensor.is_meta for part in parts for tensor in [*part.parameters(), *part.buffers()])
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForMultimodalLM, get_scheduler
 from tests.support.composite_case import SHAPES, language_model, write_composite
 from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.contracts import IGNORED, StepBatches
-from tunekit.model.parts import unloaded_parts
+from tunekit.model.parts import parts_apart
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import StepRecord
 
@@ -64,7 +64,7 @@ def step_loss(model: Any, step: StepBatches, model_type: str) -> torch.Tensor:
 def test_ten_steps_equal_peft_on_the_served_class(model_type: str, tmp_path: Path) -> None:
     folder = write_composite(model_type, tmp_path)
     case = make_case(folder, make_rows(63), training=TRAINING)
-    assert unloaded_parts(case.model.base.net)
+    assert parts_apart(case.model.base.net)
     assert not any(parameter.is_meta for parameter in case.model.base.net.parameters())
     model = with_peft(folder, case, model_type)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

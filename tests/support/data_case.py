@@ -35,7 +35,7 @@ def chat(*turns: tuple[str, str]) -> ChatExample:
 class BareTokenizer:
     """What an objective asks of a tokenizer once its rows are encoded."""
 
-    fingerprint, unknown_id = "of no text", None
+    fingerprint, unknown_id, images = "of no text", None, None
 
     def __init__(self, pad_id: int = 0) -> None:
         self.pad_id = pad_id

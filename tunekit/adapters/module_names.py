@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tunekit.adapters.base import Wrapper, full_name
 from tunekit.contracts import Modules
-from tunekit.model.parts import UnloadedPart, unloaded_modules
+from tunekit.model.parts import OuterPart, modules_apart
 from tunekit.recipe.bases.section import AdapterSettings
 
 OLD_EXPERT_NAMES = {"w1": "gate_up_proj", "w2": "down_proj", "w3": "gate_up_proj"}  # Mixtral's names before fusion
@@ -23,7 +23,7 @@ def base_modules(net: nn.Module) -> dict[str, nn.Module]:
     def visit(name: str, module: nn.Module) -> None:
         while isinstance(module, Wrapper):
             module = module.base_layer
-        if id(module) in visited or isinstance(module, UnloadedPart):
+        if id(module) in visited or isinstance(module, OuterPart):
             return
         visited.add(id(module))
         modules[name] = module
@@ -36,7 +36,7 @@ def base_modules(net: nn.Module) -> dict[str, nn.Module]:
 
 def all_modules(net: nn.Module) -> Modules:
     """As base_modules, with the modules of parts that are not loaded. PEFT compares its entries with all of them."""
-    return {**base_modules(net), **unloaded_modules(net)}
+    return {**base_modules(net), **modules_apart(net)}
 
 
 def parameter_names(net: nn.Module) -> list[str]:

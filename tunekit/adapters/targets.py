@@ -31,7 +31,7 @@ from tunekit.adapters.module_names import (
 from tunekit.adapters.patterns import Patterns
 from tunekit.adapters.tokens import token_slots, wrong_tokens
 from tunekit.errors import AdapterError, Problem, RecipeError
-from tunekit.model.parts import unloaded_modules
+from tunekit.model.parts import modules_apart
 from tunekit.model.quantized.weights import layer_kind, weight_of
 from tunekit.model.uncalled import skipped_modules, uncalled_layers
 from tunekit.recipe.bases.section import AdapterSettings
@@ -205,7 +205,7 @@ class Search:
     def _is_unloaded(self, key: str, entry: str, regex: bool) -> bool:
         """Whether the entry matches modules of a part that is not loaded. As a target, this is a reported problem."""
         patterns = self._patterns_of(key)
-        names = unloaded_modules(self.net)
+        names = modules_apart(self.net)
         match = next(
             (name for name in names if (patterns.matches(entry, name) if regex else entry in endings(name))), None
         )

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from tunekit.adapters.folder.read import attach_adapter_folder
@@ -205,8 +204,7 @@ def _rows(target: TargetSpec, loaded: LoadedTarget) -> tuple[list[NetInputs], st
             described = f"{len(chosen)} eval rows of the run"
             if not family.reads_ids:
                 return [objective.rows.collate([[row]]).inputs for row in chosen], described
-            parts = [[row.parts[name] for name in objective.rows.layout.token_parts] for row in chosen]
-            ids = [torch.tensor(np.concatenate(each)[:MAX_TOKENS].astype("int64"))[None] for each in parts]
+            ids = [torch.tensor(objective.rows.text_ids(row)[:MAX_TOKENS].astype("int64"))[None] for row in chosen]
             return [family.inputs_of(each) for each in ids], described
     if not family.reads_ids or base.text is None:
         return [family.trial_inputs(base.net)], f"one row of noise{reason}"

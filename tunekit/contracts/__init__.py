@@ -6,6 +6,7 @@ adapters.
 """
 
 from tunekit.contracts.companion import *  # noqa: F403
+from tunekit.contracts.images import *  # noqa: F403
 from tunekit.contracts.model import *  # noqa: F403
 from tunekit.contracts.objective import *  # noqa: F403
 from tunekit.contracts.rows import *  # noqa: F403

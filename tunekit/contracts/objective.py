@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,11 +116,13 @@ class RowKind:
     notices: Counter[str]
     labels: Labels  # only of rows with labels
     packable: bool = False  # whether one sequence may contain several rows
+    unpackable = "rows of this objective cannot be packed"  # a message
     draws: bool = False
     reads_pairs: bool = False  # whether a question may be two texts
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
     allowed_options: Sequence[tuple[str, str, str]] = ()
     has_reasoning: bool = False  # whether data.reasoning applies to the rows' answers
+    media_fingerprint: str = ""  # sha256 of what makes values from the files that rows name
     room: str = ""  # " with room for KEY" in messages: a part of a row's length besides its own tokens
 
     @property
@@ -206,6 +209,11 @@ class RowKind:
         """The row's tokens from start to stop-1, counted as in its sizes. If the row cannot be cut: the whole row."""
         return row
 
+    def text_ids(self, row: Row) -> Array:
+        """(T,) the ids of the row's texts, on which two models are compared. Tokens of images are left out."""
+        ids: Array = np.concatenate([row.parts[name] for name in self.layout.token_parts])
+        return ids
+
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """Rows that fill one sequence of this size, for a simulation. `part`: the index of the size to make as large as
         possible. If all rows of this kind have the same size, the result is one row."""
@@ -219,6 +227,10 @@ class RowKind:
         """The row after its random changes (crops, masks) for a step. `key`: seed, step, row number, and how often the
         row already occurred in this step."""
         return row
+
+    def prepare_rows(self, run: RunView, step: StepBatches) -> StepBatches:
+        """Add values to the step's rows that frozen parts of the base compute. They have no gradient."""
+        return step
 
     def spans(self, row: Row) -> list[Span]:
         """The row as preview shows it."""
@@ -365,10 +377,11 @@ class Objective:
         return replace(self, rows=self.rows.with_options(options))
 
     def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None = None) -> StepBatches:
-        """Prepare the step's micro-batches: change their rows randomly, then add values that the loss needs.
+        """Prepare the step's micro-batches: change their rows randomly, then add values that frozen parts and the loss
+        compute.
         `earlier`: see LossKind.prepare_step."""
         step = draw_rows(self.rows, step, self.rows.draw) if self.rows.draws else step
-        return self.loss.prepare_step(run, step, earlier)
+        return self.loss.prepare_step(run, self.rows.prepare_rows(run, step), earlier)
 
 
 def draw_rows(rows: RowKind, step: StepBatches, draw: Callable[[Row, tuple[int, ...]], Row]) -> StepBatches:

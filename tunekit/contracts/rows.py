@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tunekit.contracts.images import ImageProcessor
 from tunekit.errors import DataError, listed
 from tunekit.formats.labels import MULTI_LABEL, REGRESSION, LabelValue, label_text, of_cell
 from tunekit.records import JsonObject, Preparation
@@ -56,6 +57,7 @@ class Tokenizer(Protocol):
     fingerprint: str  # sha256 of everything that changes ids or templates
     chat_template: str | None
     answer_start_id: int | None  # the first id of an encoder-decoder's decoder; None for other models
+    images: ImageProcessor | None  # None for a base that reads no images
 
     def encode(self, text: str, *, special_tokens_in_text: bool = True) -> list[int]:
         """The ids of `text`. If special_tokens_in_text is false, names of special tokens in `text` are encoded as plain
@@ -297,6 +299,7 @@ class Span:
     trained: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # (T,)
     title: str = ""  # shown before the content
     image: NDArray[np.uint8] | None = None  # (H, W, 3) as the model sees it
+    continues: bool = False  # whether tokens of the same sequence come before
 
 
 @dataclass(frozen=True, eq=False)

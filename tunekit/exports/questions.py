@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,9 +48,8 @@ def row_ids(exportable: Exportable, count: int, tokens: int, *, held_out: bool) 
     rows, noun = loaded.train, "training"
     if held_out and loaded.evaluation is not None:
         rows, noun = loaded.evaluation, "evaluation"
-    names = loaded.objective.rows.layout.token_parts
-    chosen = [rows[index].parts for index in range(min(count, len(rows)))]
-    ids = [np.concatenate([parts[name] for name in names])[:tokens].tolist() for parts in chosen]
+    chosen = (rows[index] for index in range(min(count, len(rows))))
+    ids = [loaded.objective.rows.text_ids(row)[:tokens].tolist() for row in chosen]
     return ids, f"{len(ids)} {noun} rows of the run"
 
 

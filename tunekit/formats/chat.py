@@ -1,19 +1,23 @@
 """`format: chat`: OpenAI messages, `{"messages": [{"role": ..., "content": ...}], "tools": [...]}`.
 
-Content is text, or parts of text and reasoning; it may be null only in a message with tool_calls. Reasoning at the
-start of an answer is its field `thinking`. The `weight` of an assistant message multiplies the loss of its tokens. With
-weight 0 or `train: false`, the message is only context.
+Content is text, or parts of text, images and reasoning; it may be null only in a message with tool_calls. Reasoning at
+the start of an answer is its field `thinking`. The `weight` of an assistant message multiplies the loss of its tokens.
+With weight 0 or `train: false`, the message is only context.
 """
 
 from collections.abc import Mapping, Sequence
 
 from tunekit.basics import JsonObject
 from tunekit.errors import DataError
-from tunekit.formats.example import ROLES, THINKING_TAGS, ChatExample, Example, Message
+from tunekit.formats.example import IMAGE, ROLES, THINKING_TAGS, ChatExample, Example, Message
 from tunekit.formats.fields import Fields, check_text, listed, named_nearly, read_json, read_value, read_weight
+from tunekit.formats.media import Media
+from tunekit.formats.message_images import COLUMNS, KINDS, read_image_part, with_images
 
-DESCRIPTION = "messages: a list of {role, content}, as in OpenAI's API; tools: optional tool definitions"
-FIELDS = ("messages", "tools", "sample_weight")
+DESCRIPTION = (
+    "messages: a list of {role, content}, as in OpenAI's API; tools: optional tool definitions; images: optional"
+)
+FIELDS = ("messages", "tools", "sample_weight", *COLUMNS)
 REQUIRED = ("messages",)
 EXAMPLE = "text"
 CALL = '{"function": {"name": ..., "arguments": {...}}}'
@@ -25,7 +29,7 @@ WEIGHTS = ("weight", "train")  # fields of a message: its weight in the loss, or
 def make_example(row: Fields) -> Example:
     """The conversation of a row."""
     messages = read_messages(read_value(row, "messages"), "messages")
-    return ChatExample(messages, read_tools(row.get("tools"), messages))
+    return ChatExample(with_images(messages, row), read_tools(row.get("tools"), messages))
 
 
 def read_messages(value: object, label: str) -> tuple[Message, ...]:
@@ -55,10 +59,10 @@ def _read_message(value: object, label: str) -> Message:
     for name, part in value.items():
         if part not in (None, "", [], {}) and name not in ("role", "content", *CALLS, *WEIGHTS):
             extra[name] = check_text(part, f"{label}.{name}") if isinstance(part, str) else read_json(part, label)
-    content = _read_content(value, label, bool(calls))
+    content, images = _read_content(value, label, bool(calls))
     if role == "assistant" and (opening := THINKING_TAGS.match(content)) and isinstance(value["content"], list):
         extra["thinking"], content = opening[1], content[opening.end() :]
-    return Message(role, content, _read_weight(value, label, role), extra)
+    return Message(role, content, _read_weight(value, label, role), extra, images)
 
 
 def _read_role(value: Fields, label: str) -> str:
@@ -72,29 +76,37 @@ def _read_role(value: Fields, label: str) -> str:
     return str(role)
 
 
-def _read_content(value: Fields, label: str, calls_tools: bool) -> str:
+def _read_content(value: Fields, label: str, calls_tools: bool) -> tuple[str, tuple[Media | None, ...] | None]:
+    """The text, in which IMAGE stands for each image, and the images; None if no part is an image."""
     content = value.get("content")
     if content is None:
         if calls_tools:
-            return ""
+            return "", None
         state = "null" if "content" in value else "missing"
         raise DataError(f"'{label}.content' is {state}", "write text; null is allowed only with tool_calls")
-    if isinstance(content, list):
-        return "".join(_read_part(part, f"{label}.content[{index}]") for index, part in enumerate(content))
-    return check_text(content, f"{label}.content")
+    if not isinstance(content, list):
+        return check_text(content, f"{label}.content"), None
+    parts = [_read_part(part, f"{label}.content[{index}]") for index, part in enumerate(content)]
+    images = tuple(image for text, image in parts if text == IMAGE)
+    return "".join(text for text, _ in parts), images or None
 
 
-def _read_part(part: object, label: str) -> str:
+def _read_part(part: object, label: str) -> tuple[str, Media | None]:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if isinstance(part, Mapping) and kind in KINDS:
+        return IMAGE, read_image_part(part, label)
     if not isinstance(part, Mapping) or kind not in ("text", "thinking"):
-        how = 'only parts of text and of reasoning are read here: {"type": "text", "text": ...}'
+        how = 'write {"type": "text", "text": ...} or {"type": "image", "image": FILE}'
         raise DataError(f"'{label}' is a {kind!r} part", how)
     text = part.get(kind)
     if kind == "text":
-        return check_text(text, f"{label}.text")
+        return check_text(text, f"{label}.text"), None
     if isinstance(text, list):  # Mistral's API has text parts in it
-        text = "".join(_read_part(inner, f"{label}.thinking[{index}]") for index, inner in enumerate(text))
-    return f"[THINK]{check_text(text, f'{label}.thinking')}[/THINK]"
+        parts = [_read_part(inner, f"{label}.thinking[{index}]")[0] for index, inner in enumerate(text)]
+        if IMAGE in parts:
+            raise DataError(f"'{label}.thinking' has an image", "put images beside the reasoning, not in it")
+        text = "".join(parts)
+    return f"[THINK]{check_text(text, f'{label}.thinking')}[/THINK]", None
 
 
 def _read_weight(value: Fields, label: str, role: str) -> float:

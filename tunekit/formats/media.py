@@ -4,6 +4,8 @@ not decoded.
 The files are read later.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ class Media:
     def name(self) -> str:
         """The file name, for messages and previews."""
         return os.path.basename(self.path) or "without a name"
+
+    def located(self, folder: Path) -> Media:
+        """The file with its path relative to `folder`; unchanged if it has bytes."""
+        return self if self.data is not None else Media(str(folder / os.path.expanduser(self.path)))
 
 
 def read_media(row: Fields, field: str) -> Media:

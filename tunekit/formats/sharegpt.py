@@ -1,6 +1,6 @@
 """`format: sharegpt`: `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}`.
 
-The row may also have `system` and `tools`.
+The row may also have `system`, `tools` and `images`, which replace `<image>` tags in the values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,10 @@ from tunekit.errors import DataError
 from tunekit.formats.chat import read_messages, read_tools
 from tunekit.formats.example import ChatExample, Example, Message
 from tunekit.formats.fields import Fields, listed, named_nearly, read_json, read_optional_text, read_text
+from tunekit.formats.message_images import COLUMNS, with_images
 
-DESCRIPTION = "conversations: a list of {from: human|gpt|system, value}; system and tools: optional"
-FIELDS = ("conversations", "system", "tools", "sample_weight")
+DESCRIPTION = "conversations: a list of {from: human|gpt|system, value}; system, tools and images: optional"
+FIELDS = ("conversations", "system", "tools", "sample_weight", *COLUMNS)
 REQUIRED = ("conversations",)
 EXAMPLE = "text"
 
@@ -39,7 +40,7 @@ def make_example(row: Fields) -> Example:
     system = read_optional_text(row, "system")
     if system and messages[0].role != "system":
         messages = (Message("system", system), *messages)
-    return ChatExample(messages, read_tools(row.get("tools"), messages))
+    return ChatExample(with_images(messages, row), read_tools(row.get("tools"), messages))
 
 
 def read_turns(turns: Sequence[Any], label: str) -> tuple[Message, ...]:

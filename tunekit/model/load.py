@@ -124,7 +124,7 @@ def make_meta_model(section: ModelSection, *, device: torch.device, all_parts: b
         )
         keep_float32(net, spec.dtype)
     if not all_parts:
-        spec.family.leave_out(net)
+        spec.family.leave_out(net, section)
     if source.commit is not None and len(spec.family.new_head(section, net)) > len(spec.family.trained_with(net)):
         spec = replace(spec, source=find_source(section, weights=True))  # only the files show which modules are new
     dense, alone = spec.is_dense, _can_be_read_alone(net, spec)
@@ -152,10 +152,7 @@ def _load_indexed(
     net = family.load(source.folder, section, dtype, meta=meta).to(torch.device("meta") if meta else device)
     fingerprint = None if meta else inspection.fingerprint(source)
     spec = BaseSpec(section, source, config_of(net), family, dtype, device, "sdpa", fingerprint)
-    loaded = _finish(net, spec, [], meta=meta)
-    total = loaded.facts.total_parameters + sum(map(element_count, family.frozen_parts(net)))
-    loaded.facts = replace(loaded.facts, total_parameters=total)
-    return loaded
+    return _finish(net, spec, [], meta=meta)
 
 
 def _new_modules(net: nn.Module, spec: BaseSpec) -> tuple[str, ...]:
@@ -216,7 +213,7 @@ def load_packed_folder(section: ModelSection, device: torch.device) -> LoadedMod
             attn_implementation=None if section.attention == "auto" else section.attention,
             trust_remote_code=section.trust_remote_code,
         )
-    family.leave_out(net)
+    family.leave_out(net, section)
     adopt_packed(net, dtype)
     return _finish(net, BaseSpec(section, source, config_of(net), family, dtype, device, section.attention), [])
 
@@ -259,7 +256,7 @@ def _read_weights(spec: BaseSpec) -> tuple[nn.Module, list[str]]:
     if missing:
         what = f"{section.name_or_path} lacks weights that its configuration declares ({listed(missing, 5)})"
         raise ModelError(what, "these weights would be random; use a complete model", key="model.name_or_path")
-    spec.family.leave_out(net)
+    spec.family.leave_out(net, section)
     unused = sorted(key for key in map(str, loading["unexpected_keys"]) if not key.startswith(spec.family.unread))
     return net, [f"the model does not use {len(unused)} tensors of the base, for example {unused[0]}"] if unused else []
 
@@ -314,6 +311,7 @@ def _finish(
     if exact is not None:
         compute_in_float32(net.get_submodule(exact))
     net.requires_grad_(False).eval()
+    spec.family.set_apart(net, spec.section)
     if spec.family.looks_back(net):
         attend_per_document(net, spec.device, spec.dtype)
     elif (spec.family.labelled or spec.family.headless) and spec.family.reads_ids:
@@ -381,7 +379,7 @@ def _facts(net: nn.Module, spec: BaseSpec) -> ModelFacts:
         quantization=section.quantization,
         double_quantization=section.double_quantization and section.quantization in ("nf4", "fp4"),
         attention=str(config._attn_implementation),
-        total_parameters=element_count(net),
+        total_parameters=element_count(net) + sum(map(element_count, family.frozen_parts(net))),
         layers=len(family.layers(net)),
         hidden_size=family.hidden_size(net),
         fingerprint=spec.fingerprint,

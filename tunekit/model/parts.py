@@ -1,5 +1,5 @@
-"""Parts of a composite model: the towers and projectors around its language model. Text rows do not need them, so that
-they are on the meta device and belong to no list of modules."""
+"""Parts of a composite model: the towers and projectors around its language model. They belong to no list of modules.
+Text rows do not need them, so that they are on the meta device unless rows have images."""
 
 from __future__ import annotations
 
@@ -32,26 +32,38 @@ def is_composite(net: nn.Module) -> bool:
     return type(net).__name__ in composite_classes()
 
 
-class UnloadedPart(nn.Module):
-    """Stands for a part of a composite model that is not loaded. `part`: its modules on the meta device. They are no
-    children of this module, so that they take no memory and are neither moved, counted, adapted nor quantized."""
+class OuterPart(nn.Module):
+    """Stands for a part of a composite model outside its language model. `part`: its modules, which are no children of
+    this module, so that they are neither counted, adapted, quantized nor trained. `loaded`: whether rows with images
+    need it; otherwise it is on the meta device."""
 
     part: nn.Module
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, *, loaded: bool) -> None:
         super().__init__()
-        object.__setattr__(self, "part", part.to("meta"))
+        object.__setattr__(self, "part", part.eval() if loaded else part.to("meta"))
+        self.loaded = loaded
 
-    def forward(self, *_: object, **__: object) -> Tensor:
+    def forward(self, *arguments: object, **keywords: object) -> object:
+        if self.loaded:
+            return self.part(*arguments, **keywords)
         raise ModelError(f"the rows need {type(self.part).__name__}, which is not loaded", "use rows of text alone")
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not self.__dict__.get("loaded"):
+                raise
+            return getattr(self.part, name)
 
-class UnloadedEmbedding(UnloadedPart):
+
+class UnloadedEmbedding(OuterPart):
     """Stands for a part that replaces the embeddings of placeholders, of which rows of text have none."""
 
     def forward(  # type: ignore[override]
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **features: object
-    ) -> Tensor:
+    ) -> object:
         if any(feature is not None for feature in features.values()):
             return super().forward()
         return input_ids.new_zeros(()) if inputs_embeds is None else inputs_embeds  # (), or (B, T, D)
@@ -62,12 +74,13 @@ class UnloadedEmbedding(UnloadedPart):
         return values[name] if name in values else super().__getattr__(name)
 
 
-def leave_out(net: nn.Module, decoder: str, head: str | None) -> None:
-    """Replace every module of a composite model that is neither in its decoder nor in its head by an UnloadedPart."""
+def set_apart(net: nn.Module, decoder: str, head: str | None, *, loaded: bool) -> None:
+    """Replace every module of a composite model that is neither in its decoder nor in its head by an OuterPart."""
     for name in outer_parts(net, decoder, head):
         if next(net.get_submodule(name).parameters(), None) is not None:
-            kind = UnloadedEmbedding if name.endswith(EMBED_PLACEHOLDERS) else UnloadedPart
-            net.set_submodule(name, kind(net.get_submodule(name)))
+            kind = UnloadedEmbedding if name.endswith(EMBED_PLACEHOLDERS) and not loaded else OuterPart
+            net.set_submodule(name, kind(net.get_submodule(name), loaded=loaded))
+    vars(net)["stays"] = loaded  # the parts stay on the device
 
 
 def outer_parts(net: nn.Module, decoder: str, head: str | None) -> list[str]:
@@ -88,26 +101,34 @@ def _outside(module: nn.Module, prefix: str, language: list[str]) -> Iterator[st
             yield name
 
 
-def unloaded_parts(net: nn.Module) -> dict[str, nn.Module]:
-    """The parts that are not loaded, by name, each on the meta device. Empty for a net that is not composite."""
-    return {name: module.part for name, module in net.named_modules() if isinstance(module, UnloadedPart)}
+def parts_apart(net: nn.Module, *, loaded: bool | None = None) -> dict[str, nn.Module]:
+    """The parts outside the language model, by name. Empty for a net that is not composite. `loaded`: only those that
+    are loaded, or only those on the meta device."""
+    parts = {name: module for name, module in net.named_modules() if isinstance(module, OuterPart)}
+    return {name: module.part for name, module in parts.items() if loaded in (None, module.loaded)}
 
 
 def part_notes(net: nn.Module) -> list[str]:
     """A note on what a composite model trains, and what it leaves alone."""
-    counts = {
-        name: sum(parameter.numel() for parameter in part.parameters()) for name, part in unloaded_parts(net).items()
-    }
-    if not counts:
-        return []
-    named = listed([f"{name} ({count:,} parameters)" for name, count in counts.items()], 4)
-    return [f"{type(net).__name__}: only its language model is trained; left alone and not loaded: {named}"]
+    notes = list[str]()
+    for loaded, state in (
+        (True, "frozen, and computed once for each image of a step"),
+        (False, "left alone and not loaded"),
+    ):
+        counts = {
+            name: sum(parameter.numel() for parameter in part.parameters())
+            for name, part in parts_apart(net, loaded=loaded).items()
+        }
+        if counts:
+            named = listed([f"{name} ({count:,} parameters)" for name, count in counts.items()], 4)
+            notes.append(f"{type(net).__name__}: only its language model is trained; {state}: {named}")
+    return notes
 
 
-def unloaded_modules(net: nn.Module) -> Modules:
-    """All modules inside the parts that are not loaded, by name."""
+def modules_apart(net: nn.Module) -> Modules:
+    """All modules inside the parts outside the language model, by name."""
     return {
         f"{outer}.{name}" if name else outer: module
-        for outer, part in unloaded_parts(net).items()
+        for outer, part in parts_apart(net).items()
         for name, module in part.named_modules()
     }

@@ -39,6 +39,7 @@ def run_checks(prepared: Prepared, *, resumed: bool) -> Iterator[Problem]:
     yield from row_problems(base, context.processor, objective.rows, context.rows, context.virtual_tokens)
     yield from initialisation_problems(adapter, base, context.targets)
     yield from refusals.part_problems(prepared.recipe, base)
+    yield from refusals.image_problems(prepared.recipe, base, prepared.rows)
     yield from refusals.fixed_rows_problems(prepared.recipe, objective.rows)
     if not resumed:  # the state of a resumed run is in its checkpoint
         yield from continued_problems(adapter, base, context.targets)

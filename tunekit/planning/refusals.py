@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tunekit.adapters.method import load_method
 from tunekit.artifacts.run import holds_sweep
 from tunekit.contracts import Processor, RowKind
 from tunekit.data.batching.steps import dealt
@@ -22,7 +23,7 @@ from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.compute import computes_bfloat16
 from tunekit.model.families import make_family, text_config
 from tunekit.model.load import LoadedModel
-from tunekit.model.parts import unloaded_parts
+from tunekit.model.parts import parts_apart
 from tunekit.model.quantized.codec import FOUR_BIT
 from tunekit.model.quantized.fp8 import CAPABILITY, computes_fp8
 from tunekit.model.text.slots import shared_length
@@ -74,8 +75,21 @@ def part_problems(recipe: Recipe, base: LoadedModel) -> Iterator[Problem]:
     others = [part for part in recipe.adapter.parts if part != "language"]
     if others:
         why = "the rows are text alone, so that they give it no gradient"
-        why = why if unloaded_parts(base.net) else f"{base.facts.name_or_path} has no such part"
+        why = "rows with images only train the language model so far" if base.family.frozen_parts(base.net) else why
+        why = why if parts_apart(base.net) else f"{base.facts.name_or_path} has no such part"
         yield Problem(f"{others[0]} cannot be trained: {why}", "write parts: [language]", key="adapter.parts")
+
+
+def image_problems(recipe: Recipe, base: LoadedModel, rows: RowSet) -> Iterator[Problem]:
+    """Yields a problem for each setting that rows with images do not support."""
+    if not rows.objective.facts.get("images"):
+        return
+    if load_method(recipe.adapter.method).model is not None and not recipe.adapter.trains_base:
+        what = f"{recipe.adapter.method} adds vectors to the sequence, which would move the places of images"
+        yield Problem(what, "choose a method that adapts layers, for example lora", key="adapter.method")
+    if rows.streams:
+        what = "a training source is streamed, and streamed rows cannot have images"
+        yield Problem(what, "use files that fit into memory, or remove the images", key="data.train")
 
 
 def template_problems(recipe: Recipe, processor: Processor, template: str | None) -> Iterator[Problem]:
@@ -190,7 +204,7 @@ def packing_obstacle(base: LoadedModel, kind: RowKind, whole_model_adapter: bool
     config = text_config(base.net)
     kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
     if not kind.packable:
-        return "rows of this objective cannot be packed"
+        return kind.unpackable
     if kind.layout.paired:
         return "rows with pairs of sequences cannot be packed; they are put end to end anyway, if the model allows it"
     if whole_model_adapter:

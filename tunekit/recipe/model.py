@@ -76,6 +76,10 @@ class HeadlessModel(ModelSection):
     """Settings of a base that is loaded without its head, whatever head its files have."""
 
 
+class ImageModel(ModelSection):
+    """Settings of a composite base whose rows have images, so that the parts that read images are loaded."""
+
+
 class PipelineModel(ModelSection):
     """Settings of a diffusion pipeline. `trained`: the names of the networks with an adapter; `stays`: whether the
     other networks stay on the device, because every step needs them."""

@@ -6,13 +6,14 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from tunekit.model.load import LoadedModel
+from tunekit.model.parts import parts_apart
 from tunekit.model.pretrained import config_of
 
 
 def copy_modules(base: LoadedModel) -> LoadedModel:
     """Copy the base: new modules and a new configuration, but the same tensors. A run can replace and wrap modules of
     the copy, but must not change values of tensors. Copy a base before it is prepared for a run."""
-    shared: dict[int, object] = {}
+    shared: dict[int, object] = {id(part): part for part in parts_apart(base.net).values()}
     for module in base.net.modules():
         named = {**module._parameters, **module._buffers, **vars(module)}
         shared |= {id(value): value for value in named.values() if isinstance(value, Tensor)}

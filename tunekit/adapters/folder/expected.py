@@ -15,7 +15,7 @@ from tunekit.adapters.tokens import TrainedTokens, token_slots
 from tunekit.errors import AdapterError, Problem
 from tunekit.files.tensors import NAMES, TensorEntry
 from tunekit.files.untrusted import printable
-from tunekit.model.parts import unloaded_parts
+from tunekit.model.parts import parts_apart
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.records import Target
@@ -128,7 +128,7 @@ def expected_tensors(
 ) -> ExpectedTensors:
     """All tensors that a file of this configuration must contain for this base; allocates nothing."""
     modules = base_modules(net)
-    unloaded = tuple(f"{PREFIX}{name}." for name in unloaded_parts(net))
+    unloaded = tuple(f"{PREFIX}{name}." for name in parts_apart(net))
     expected = ExpectedTensors(base_names=frozenset(parameter_names(net)), unloaded=unloaded)
     for target in targets:
         part = method.parameter if target.kind == "parameter" else method.layer

@@ -4,12 +4,15 @@ Lossy conversions (of colour space, depth or transparency) are counted for the u
 are dropped and counted. Images that cannot be read raise an error with the file's name.
 """
 
+from __future__ import annotations
+
 import io
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,8 +20,12 @@ from tunekit.contracts import Array, Pixels
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.errors import DataError, InputError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
+
 HOW_TO_INSTALL = "run: pip install 'tunekit[images]'"
 Size = tuple[int, int]  # height and width in pixels
+T = TypeVar("T")
 BILINEAR = 2  # PIL's number for this filter
 ORIENTATION = 0x0112  # the EXIF tag; 1: upright
 FORMATS = (  # PIL's names of the formats that are read; other formats, such as EPS, make PIL start programs
@@ -38,12 +45,22 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
     Raises: Dropped for an animated or tiny image; DataError if the file is damaged or not an image; InputError if
         Pillow is not installed.
     """
+    return _read(source, partial(_upright_pixels, notices=Counter[str]() if notices is None else notices))
+
+
+def read_size(source: str | bytes) -> Size:
+    """The upright size of an image, from its header alone: damage behind the header is not found. Raises: as
+    read_image."""
+    return _read(source, _upright_size)
+
+
+def _read(source: str | bytes, take: Callable[[PilImage], T]) -> T:
+    """What `take` reads from the opened image."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise InputError("reading images needs Pillow, which is not installed", HOW_TO_INSTALL) from None
 
-    notices = Counter[str]() if notices is None else notices
     file = source if isinstance(source, str) else None
     if file is not None and not Path(file).is_file():
         how = "check the path; a relative path starts at the folder of the table"
@@ -56,11 +73,7 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as opened:
                 if getattr(opened, "n_frames", 1) > 1:
                     raise Dropped(ANIMATED)
-                opened.load()
-                turned = opened.getexif().get(ORIENTATION) in range(2, 9)
-                notices["images turned upright, as the EXIF data states"] += turned
-                ImageOps.exif_transpose(opened, in_place=True)
-                return _as_pixels(opened, notices)
+                return take(opened)
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -72,11 +85,30 @@ def read_image(source: str | bytes, notices: Counter[str] | None = None) -> Pixe
         raise DataError(what, f"repair or remove the file; the supported formats are {', '.join(FORMATS)}") from None
 
 
+def _upright_size(image: PilImage) -> Size:
+    """The height and width of a PIL image. Raises: Dropped for a tiny image."""
+    if min(image.size) < LEAST_PIXELS:
+        raise Dropped(TOO_SMALL)
+    width, height = image.size
+    return (width, height) if image.getexif().get(ORIENTATION) in range(5, 9) else (height, width)
+
+
+def _upright_pixels(image: PilImage, notices: Counter[str]) -> Pixels:
+    """(H, W, 3) the RGB pixels of a PIL image."""
+    from PIL import ImageOps
+
+    image.load()
+    turned = image.getexif().get(ORIENTATION) in range(2, 9)
+    notices["images turned upright, as the EXIF data states"] += turned
+    ImageOps.exif_transpose(image, in_place=True)
+    return _as_pixels(image, notices)
+
+
 def _named(file: str | None) -> str:
     return "the image" if file is None else file
 
 
-def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
+def _as_pixels(image: PilImage, notices: Counter[str]) -> Pixels:
     """(H, W, 3) the RGB pixels of a PIL image. Raises: Dropped for a tiny image."""
     if min(image.size) < LEAST_PIXELS:
         raise Dropped(TOO_SMALL)
@@ -89,7 +121,7 @@ def _as_pixels(image: Any, notices: Counter[str]) -> Pixels:
     return pixels
 
 
-def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
+def _deep_to_rgb(image: PilImage, notices: Counter[str]) -> Callable[[PilImage], Array]:
     """Returns a function that converts a block of the image to (H, W, 1) levels of 8 bits. The image has one channel of
     more than 8 bits.
     """
@@ -99,7 +131,7 @@ def _deep_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
     return lambda block: np.clip(np.rint(np.asarray(block).astype(np.float64) / scale), 0, 255)[..., None]
 
 
-def _flat_to_rgb(image: Any, notices: Counter[str]) -> Callable[[Any], Array]:
+def _flat_to_rgb(image: PilImage, notices: Counter[str]) -> Callable[[PilImage], Array]:
     """Returns a function that converts a block of the image, with 8 bits per channel, to (H, W, 3) RGB pixels."""
     from PIL import Image
 

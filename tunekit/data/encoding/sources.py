@@ -23,12 +23,13 @@ from tunekit.data.reading.several import data_files, empty_files_note, file_name
 from tunekit.data.reading.source import hub_fingerprint, is_data_set
 from tunekit.errors import DataError, Problem, RecipeError, TunekitError
 from tunekit.files.cache_folder import code_version, default_cache_folder, hash_of
-from tunekit.formats.example import Example
-from tunekit.formats.media import located, read_media
+from tunekit.formats.example import Example, images_of
+from tunekit.formats.media import Media, located, read_media
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.reading.names import formats_of
 
 LONGEST_TEMPLATE_BYTES = 2**20
+IMAGES = "images"  # the part of rows that name images
 FACTS = ("format", "reason", "columns", "counts", "notices")  # facts about a source that are stored with its rows
 
 
@@ -91,7 +92,7 @@ def load_source(
     """The encoded rows of a source. Raises: DataError listing the wrong rows by file and line."""
     fingerprint = source_fingerprint(source, kind)
     name = Path(source.path).name
-    key = hash_of([fingerprint, code_version(CODE, PACKAGES)])
+    key = hash_of([fingerprint, code_version(CODE, PACKAGES), *_named_places(source, kind)])
     encode = partial(_encode_into, source=source, kind=kind.counting())
     store, facts = cached_store(cache_folder, key, kind.layout, encode, FACTS)
     counts = SourceCounts(**{**facts["counts"], "dropped": Counter(facts["counts"]["dropped"])})
@@ -119,8 +120,34 @@ def source_fingerprint(source: Source, kind: RowKind) -> str:
         content = content_hash(inspect_file(path).path)
     suffixes = [] if is_folder(str(path)) else path.suffixes
     facts = [content, suffixes, *encoding_facts(source, kind)]
-    media = _media_hash(source, kind.example)
+    media = _images_hash(source, kind) if IMAGES in kind.layout.parts else _media_hash(source, kind.example)
     return hash_of(facts if media is None else [*facts, media])
+
+
+def _named_places(source: Source, kind: RowKind) -> list[object]:
+    """For rows that name images: their parts, and the folder of their paths."""
+    return [list(kind.layout.parts), str(media_folder(source.path))] if IMAGES in kind.layout.parts else []
+
+
+def _images_hash(source: Source, kind: RowKind) -> str | None:
+    """sha256 of the images of conversations, in order, and of what makes inputs from them; None if there are none.
+
+    Wrong rows and missing files are skipped here; encoding such a row raises the error.
+    """
+    rows, _, format_name, _ = open_rows(source, kind.example, Problems())
+    make_example, digest, count = format_maker(format_name, source.path), hashlib.sha256(), 0
+    for row in rows:
+        with suppress(TunekitError, OSError, ValueError):
+            for image in images_of(make_example(row.values)):
+                count += 1
+                digest.update((image_hash(image) + " ").encode())
+        digest.update(b";")
+    return hash_of([digest.hexdigest(), kind.media_fingerprint]) if count else None
+
+
+def image_hash(image: Media) -> str:
+    """sha256 of the image's file. Raises: OSError."""
+    return content_hash(Path(image.path)) if image.data is None else hashlib.sha256(image.data).hexdigest()
 
 
 def _media_hash(source: Source, example: str) -> str | None:

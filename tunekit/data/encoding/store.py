@@ -182,6 +182,18 @@ class ChosenRows:
         return self._column("digest", np.uint64)
 
 
+def part_lengths(rows: Rows, part: str) -> NDArray[np.int64]:
+    """(rows,) the number of values in this part of each row."""
+    if not isinstance(rows, ChosenRows):
+        return np.array([len(rows[number].parts[part]) for number in range(len(rows))], np.int64)
+    lengths = [
+        each.store.records["lengths"][each.chosen, list(each.store.parts).index(part)]
+        for each in rows.parts
+        if len(each.chosen)
+    ]
+    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+
+
 def by_source(rows: Rows) -> dict[str, Rows]:
     """The rows of each source, by the source's name. Equal names get numbers; sources without rows are left out.
 

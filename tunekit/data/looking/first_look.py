@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from tunekit.data.reading.several import data_files, is_pattern
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
 from tunekit.files.untrusted import printable
+from tunekit.formats.example import images_of
 from tunekit.formats.label_pairs import ALIASES, names_pair
 from tunekit.formats.labels import label_field, of_cell
 from tunekit.recipe.bases.paths import is_like_path
@@ -37,6 +39,8 @@ SHARE_KEPT = 0.995  # share of the rows that fit into the proposed length
 LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # maximum characters of a label; minimum rows per label, on average
 ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> the word for a row
 ANSWERS_FORMAT = "unpaired"  # its only required column, label, is in rows of other formats too
+TURNS = ("messages", "conversations", "prompt")  # columns with the turns of a conversation
+IMAGE_TOKENS = 1280  # of an image of a million pixels, as Qwen2.5-VL counts; only the base's processor knows
 QUESTIONS_FORMAT = "prompt_completion"  # columns with questions and answers are renamed to the fields of this format
 
 
@@ -59,6 +63,7 @@ class Look:
     columns: Mapping[str, str]  # how the recipe renames columns whose names fit no format
     notes: Sequence[str] = ()  # files of the folder that are not read
     sample: Sequence[Mapping[str, object]] = field(default=(), repr=False)  # rows whose tokens are counted
+    has_images: bool = False  # whether conversations have images
     counted: bool = False  # whether the model's tokenizer counted `longest`; else `longest` is an upper estimate
 
     @property
@@ -74,7 +79,9 @@ class Look:
             f", {SHARE_KEPT:.1%} of them {'at most' if self.counted else 'at most about'} {self.longest:,} tokens long"
         )
         share = sizes if lengths and not self.settings.medium else ""
-        return f"{about} of format {self.format_name} ({', '.join(self.fields)}){share}: objective {self.objective}"
+        of_images = " with images" if self.has_images else ""
+        fields = ", ".join(self.fields)
+        return f"{about}{of_images} of format {self.format_name} ({fields}){share}: objective {self.objective}"
 
 
 def proposed_objectives() -> list[type[ObjectiveSettings]]:
@@ -102,12 +109,22 @@ def look_at(data: str) -> Look | None:
     objective, format_name, columns = _kind(values, data)
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
-    longest = _longest([sum(map(guessed_tokens, _texts(row))) for row in sample]) + 32
+    images = [_count_images(row, format_name) for row in sample]
+    texts = (sum(map(guessed_tokens, _texts(row))) for row in sample)
+    longest = _longest([size + IMAGE_TOKENS * count for size, count in zip(texts, images, strict=True)]) + 32
     most = Counter(name for row in inspected for name in row).most_common(6)
     fields = tuple(" ".join(printable(name).split()) for name, _ in most)  # a header can contain line breaks
     notes = [] if format_name == "text" else _folder_notes(data)
     notes += _unread_notes(format_name, {columns.get(name, name) for row in inspected for name in row})
-    return Look(method, format_name, len(inspected), inspected == values, longest, fields, columns, notes, sample)
+    look = Look(method, format_name, len(inspected), inspected == values, longest, fields, columns, notes, sample)
+    return replace(look, has_images=any(images))
+
+
+def _count_images(row: Mapping[str, object], format_name: str) -> int:
+    """The number of images in a conversation; 0 for rows that cannot be read, which the plan reports."""
+    with suppress(DataError):
+        return len(images_of(format_maker(format_name)(row))) if any(name in row for name in TURNS) else 0
+    return 0
 
 
 def _unread_notes(format_name: str, columns: Iterable[str]) -> list[str]:
@@ -186,7 +203,9 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
     Raises: DataError naming the fields of every format.
     """
     row = rows[0]
-    medium = next((kind for kind in ("audio", "image") if any(_names(kind, value) for value in row.values())), None)
+    talks = any(isinstance(row.get(name), list) for name in TURNS)  # its images are parts of a conversation
+    media = (kind for kind in ("audio", "image") if not talks and any(_names(kind, value) for value in row.values()))
+    medium = next(media, None)
     folder, lacks = bool(medium and medium in row), list[str]()
     known = proposed_objectives()
     for objective in known:
@@ -227,7 +246,7 @@ def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str:
 
 def _texts(value: object) -> Iterator[str]:
     """All texts in a row."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not value.startswith("data:"):  # the bytes of an image
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _texts(inner)

@@ -19,6 +19,7 @@ from tunekit.recipe.reading.shipped import SCHEMA_LINE, shipped_recipes
 from tunekit.recipe.recipe import DEFAULT_METHOD, Recipe
 from tunekit.recipe.training import TrainingSection
 
+IMAGES_RECIPE = "vision-lora"  # for conversations with images
 FEW_ROWS = 1000
 EVALUATIONS, MOST_STEPS = 10, 100  # evaluations of a run; maximum steps between two evaluations
 SPLIT_LENGTH = 1024  # tokens of each piece, if the data is one long text
@@ -117,6 +118,15 @@ def example_of(objective: type[ObjectiveSettings]) -> Recipe | None:
     too much for common defaults; None for objectives on text."""
     name = f"{objective.model_fields['method'].default.replace('_', '-')}-{DEFAULT_METHOD['adapter']}"
     return None if objective.medium is None else load_recipe(shipped_recipes()[name]).recipe
+
+
+def base_of(look: Look | None) -> str | None:
+    """The base of the shipped recipe for rows with recordings or images; None for rows of text, which most bases
+    read."""
+    if look is not None and look.has_images:
+        return load_recipe(shipped_recipes()[IMAGES_RECIPE]).recipe.model.name_or_path
+    example = example_of(objective_of(look))
+    return example and example.model.name_or_path
 
 
 def recipe_text(first: FirstRecipe, target: Path) -> str:

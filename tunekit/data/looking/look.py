@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -21,11 +21,12 @@ from tunekit.data.reading.several import LINES_OF_FILE, file_names, relative_nam
 from tunekit.data.reading.sound import SILENCE, opened
 from tunekit.errors import DataError, holds_secret
 from tunekit.formats.audio_label import AudioLabelExample
-from tunekit.formats.example import ChatExample, CompletionExample
+from tunekit.formats.example import ChatExample, CompletionExample, images_of
 from tunekit.formats.fields import Fields
 from tunekit.formats.image import ImageExample
 from tunekit.formats.image_label import ImageLabelExample
 from tunekit.formats.labels import LabelExample, of_cell
+from tunekit.formats.media import Media
 from tunekit.formats.preference import TextOrTurns
 from tunekit.formats.transcript import TranscriptExample
 from tunekit.formats.unpaired import UnpairedExample
@@ -141,7 +142,8 @@ def look_at_rows(
         doubts = dict[str, str]()  # kind of finding -> details: two patterns can give the same finding
         try:
             parsed, values = make_example(row.values), single_row(row.values)
-            text = "\n".join(_texts(values))
+            has_images = isinstance(parsed, ChatExample) and images_of(parsed)  # values can have the bytes of images
+            text = "\n".join(turn.content for turn in parsed.messages) if has_images else "\n".join(_texts(values))
             doubts.update(_doubts(parsed, text, row.line, findings))
             if kind is not None and outcome is not None:
                 doubts.update(_fates(outcome, kind, findings))
@@ -199,13 +201,20 @@ def _signed(parsed: object, text: str) -> RowSignature:
     """The signature of a row, for comparisons: from the row's text, or from its recording or image with its text."""
     if isinstance(parsed, UnpairedExample):  # two answers to one long prompt are not nearly equal
         return signed_pair(_side_text(parsed.prompt), _side_text(parsed.completion))
+    if images := images_of(parsed):  # the same question about another image is another row
+        assert isinstance(parsed, ChatExample)
+        turns = tuple((message.role, message.content) for message in parsed.messages)
+        return RowSignature(hash((turns, *map(_content_hash, images))))
     if not isinstance(parsed, FileExample):
         if isinstance(parsed, LabelExample):
             return signed(parsed.text) if parsed.second is None else signed_pair(parsed.text, parsed.second)
         return signed(text)
     media = parsed.audio if isinstance(parsed, TranscriptExample | AudioLabelExample) else parsed.image
-    content = Path(media.path).read_bytes() if media.data is None else media.data
-    return RowSignature(hash((sha256(content).digest(), getattr(parsed, "text", None))))
+    return RowSignature(hash((_content_hash(media), getattr(parsed, "text", None))))
+
+
+def _content_hash(media: Media) -> bytes:
+    return sha256(Path(media.path).read_bytes() if media.data is None else media.data).digest()
 
 
 def _side_text(side: TextOrTurns) -> str:
@@ -262,6 +271,8 @@ def _doubts(parsed: object, text: str, line: int, findings: Found) -> Iterator[t
     if isinstance(parsed, FileExample):
         yield from _doubts_of_file(parsed)
         return
+    if images := images_of(parsed):
+        yield from _doubts_of_images(images)
     findings.scripts.setdefault(_script(text), []).append(line)
     for kind, pattern, marks in PATTERNS:
         match = pattern.search(text) if any(mark in text for mark in marks) else None
@@ -277,6 +288,18 @@ def _doubts(parsed: object, text: str, line: int, findings: Found) -> Iterator[t
             yield "roles", wrong
     elif isinstance(parsed, CompletionExample) and not parsed.completion.strip():
         yield "empty", "no answer"
+
+
+def _doubts_of_images(images: Sequence[Media]) -> Iterator[tuple[str, str]]:
+    """Findings in the headers of a conversation's images. Raises: DataError if a header cannot be read."""
+    from tunekit.data.encoding.images import read_size  # imports torch
+    from tunekit.data.encoding.outcomes import Dropped
+
+    for image in images:
+        try:
+            read_size(image.path if image.data is None else image.data)
+        except Dropped as error:
+            yield "dropped", f"{image.name}: {error}"
 
 
 def _doubts_of_file(parsed: FileExample) -> Iterator[tuple[str, str]]:

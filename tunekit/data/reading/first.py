@@ -18,9 +18,10 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.source import place_of, read_source
 from tunekit.errors import DataError
-from tunekit.formats.example import Example
+from tunekit.formats.example import Example, with_image_folder
 from tunekit.formats.fields import Fields, read_weight
 from tunekit.formats.media import located
+from tunekit.formats.message_images import refuse_unread
 from tunekit.formats.preference import is_pair
 from tunekit.recipe.data import Source
 from tunekit.recipe.reading.names import facts_of, formats_of
@@ -146,7 +147,7 @@ def format_maker(name: str, source: str = "") -> MakeExample:
     module = importlib.import_module(f"tunekit.formats.{name}")
     fields = media_fields(name)
     if not fields:
-        return partial(_weighted, module.make_example)
+        return partial(_weighted, module, media_folder(source))
     return partial(_beside, module.make_example, fields, media_folder(source))
 
 
@@ -165,8 +166,9 @@ def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Fields)
     return make(located(row, fields, folder))
 
 
-def _weighted(make: MakeExample, row: Fields) -> Example:
-    example, weight = make(row), row.get("sample_weight")
+def _weighted(module: ModuleType, folder: Path, row: Fields) -> Example:
+    refuse_unread(row, module.FIELDS)
+    example, weight = with_image_folder(module.make_example(row), folder), row.get("sample_weight")
     if weight is None:
         return example
     if not isinstance(example, Example):

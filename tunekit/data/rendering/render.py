@@ -7,6 +7,7 @@ tokenized with offsets. Data that spells a special token stays text: only the te
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,12 @@ from tunekit.basics import JsonObject
 from tunekit.contracts import Tokenizer
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.rendering.control import ControlTokens, encode_trusted
+from tunekit.data.rendering.expansion import ImageTexts, expanded
 from tunekit.data.rendering.kept import KeptReasoning
 from tunekit.data.rendering.reasoning import REASONING, reads_field, split_reasoning, without_reasoning
 from tunekit.data.rendering.turns import TurnFinder, TurnSpan, answer_indices, last_answer
 from tunekit.errors import DataError, LengthError
-from tunekit.formats.example import ChatExample, Example, Message, TextExample, question_turns
+from tunekit.formats.example import IMAGE, ChatExample, Example, Message, TextExample, question_turns
 
 Weights = NDArray[np.float32]  # (T,)
 
@@ -34,6 +36,7 @@ SPELLED = (
     "warning: rows whose text contains a special token; it stays text, because only a chat template makes special "
     "tokens; write conversations as messages (format chat)"
 )
+_PROBE = "\ue003tunekit\ue003"
 _RESPONSE, _RESPONSE_END = "<tool_response>", "</tool_response>"
 PIECE_CHARACTERS = 8192  # of a piece whose tokens are counted
 CUT_TOKENS = 16  # that cutting can add to a piece
@@ -41,6 +44,17 @@ UNSAID = ("name", "tool_call_id", "tool_calls")  # fields that a template may ig
 WEIGHTS_UNREAD = "warning: rows whose messages have a weight, or train: false, which data.train_on: all ignores"
 AS_GIVEN = "rows whose earlier answers the chat template rewrites; each answer is trained on in its original form"
 MERGED_BOUNDARY = "rows whose first answer token also contains the end of the prompt; this token is trained on"
+
+
+TokenRange = tuple[int, int]  # first, stop
+
+
+class Rendered(NamedTuple):
+    """The ids of a row, their loss weights, and the tokens of each image's expansion."""
+
+    ids: list[int]
+    weights: Weights
+    images: list[TokenRange]
 
 
 @dataclass
@@ -60,6 +74,7 @@ class Renderer:
         self._written = self.template or self.tokenizer.chat_template or ""
         self._kept = KeptReasoning(self._turns, self._control, self._written)
         self._keeps = self.reasoning in ("train", "mask")
+        self._image_texts: tuple[str, str] | None = None
 
     @property
     def has_template(self) -> bool:
@@ -72,16 +87,20 @@ class Renderer:
 
         Raises: Dropped if nothing can be trained on; DataError if the row is wrong.
         """
-        example = self._readable(example)
+        return self.with_images(example, None)[:2]
+
+    def with_images(self, example: Example, images: ImageTexts | None) -> Rendered:
+        """Like `sequence`, for a conversation with images. Tokens of images are never trained on."""
+        example, places = self._readable(example), list[TokenRange]()
         if isinstance(example, ChatExample):
-            ids, weights = self._chat_sequence(example)
+            ids, weights, places = self._chat_sequence(example, images)
         elif isinstance(example, TextExample):
             ids, weights = self._plain_sequence("", example.text, EMPTY_TEXT)
         else:
             ids, weights = self._plain_sequence(example.prompt, example.completion, EMPTY_ANSWER)
         if not example.weight:
             raise Dropped(NO_WEIGHT)
-        return ids, weights * np.float32(example.weight)
+        return Rendered(ids, weights * np.float32(example.weight), places)
 
     def as_given(self, example: Example) -> list[Example]:
         """The example, split if needed, so that each answer of a conversation is trained on as the row has it.
@@ -216,8 +235,21 @@ class Renderer:
             if count > most:
                 raise too_long(f"more than {most:,}", most)
 
-    def _need_template(self, messages: Sequence[Message]) -> None:
-        """Raises: DataError if there is no template, or if the messages have fields that the template does not read."""
+    def _refuse_images(self) -> None:
+        """Raises: DataError with the reason why a conversation with images cannot be rendered."""
+        images = self.tokenizer.images
+        what = "the row has images, but the base reads text alone" if images is None else images.obstacle
+        how = "use a base that reads images, such as Qwen/Qwen2.5-VL-3B-Instruct, or remove the images"
+        if what is None:
+            what = "the row has images, which only objective: sft reads so far, and only to compute losses"
+            how = "write objective: sft, without generation in evaluations; or remove the images"
+        raise DataError(what, how)
+
+    def _need_template(self, messages: Sequence[Message], images: ImageTexts | None = None) -> None:
+        """Raises: DataError if there is no template, if the messages have fields that the template does not read, or if
+        they have images whose texts are not given."""
+        if images is None and any(message.images for message in messages):
+            self._refuse_images()
         written, key = self.template or self.tokenizer.chat_template, "data.chat_template"
         if written is None:
             raise DataError(
@@ -232,14 +264,19 @@ class Renderer:
             how = f"the template reads '{other}': rename the field" if other else how
             raise DataError(f"the chat template does not read '{name}' of a message", how, key=key)
 
-    def _chat_sequence(self, example: ChatExample) -> tuple[list[int], Weights]:
+    def _chat_sequence(
+        self, example: ChatExample, images: ImageTexts | None
+    ) -> tuple[list[int], Weights, list[TokenRange]]:
         rendered = (split_reasoning(message).rendered(self._written) for message in example.messages)
-        self._need_template(tuple(rendered) if self._keeps else example.messages)
+        self._need_template(tuple(rendered) if self._keeps else example.messages, images)
         self.notices.update([HAS_SYSTEM] if example.messages[0].role == "system" else [])
         finder = self._kept if self._keeps else self._turns
         conversation = finder.find(example, self.train_on)
         if not conversation.spans and self.train_on != "all":
             raise Dropped(EMPTY_ANSWER if conversation.empty_answers else NO_ANSWER)
+        expansions = list[TurnSpan]()
+        if images is not None:
+            conversation, expansions = expanded(conversation, images, self._around_image(images.placeholder))
         text = conversation.text
         ids, offsets = encode_trusted(text, conversation.neutral, self.tokenizer, self._control)
         eos = self.tokenizer.eos_id
@@ -252,7 +289,8 @@ class Renderer:
             if eos is not None and example.messages[-1].role == "assistant" and last not in ends:
                 self.notices[EOS_ADDED] += 1
                 ids = [*ids, eos]
-            return ids, self._masked(np.ones(len(ids), dtype=np.float32), conversation.reasoning, offsets)
+            weights = self._masked(np.ones(len(ids), dtype=np.float32), conversation.reasoning, offsets)
+            return ids, weights, _without(weights, expansions, offsets)
         spans = [self._turns.close(span, text, ids, offsets) for span in conversation.spans]
         weights = np.zeros(len(ids), dtype=np.float32)  # (T,)
         for span, weight in zip(spans, conversation.weights, strict=True):
@@ -260,12 +298,26 @@ class Renderer:
             if any(ids[place] not in ends for place in np.flatnonzero(marks)):  # else the answer has no text
                 weights[marks] = weight
         weights = self._masked(weights, conversation.reasoning, offsets)
+        places = _without(weights, expansions, offsets)
         if not weights.any():
             raise Dropped(EMPTY_ANSWER)
         if eos is not None and conversation.ends_open(spans, ids[-1], self._control, eos):
             self.notices[EOS_ADDED] += 1
             ids, weights = [*ids, eos], np.append(weights, weights.dtype.type(conversation.weights[-1]))
-        return ids, weights
+        return ids, weights, places
+
+    def _around_image(self, placeholder: str) -> tuple[str, str]:
+        """The texts that the template writes before and after the placeholder of an image, such as a token that marks
+        the image's start. Empty for a template that moves images."""
+        if self._image_texts is None:
+            try:
+                text = self._turns.render([Message("user", f"{_PROBE}{IMAGE}{_PROBE}", images=(None,))], None)
+            except DataError:
+                text = ""
+            pieces = text.split(_PROBE)
+            before, found, after = pieces[1].partition(placeholder) if len(pieces) == 3 else ("", "", "")
+            self._image_texts = (before, after) if found else ("", "")
+        return self._image_texts
 
     def _masked(self, weights: Weights, spans: Sequence[TurnSpan], offsets: Sequence[tuple[int, int]]) -> Weights:
         """The weights, with 0 for tokens of the spans if data.reasoning is mask."""
@@ -299,6 +351,16 @@ class Renderer:
             raise Dropped(empty)
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         return [*begin, *ids, *end], np.concatenate([[0] * len(begin), trained, [1] * len(end)]).astype(np.float32)
+
+
+def _without(weights: Weights, expansions: Sequence[TurnSpan], offsets: Sequence[tuple[int, int]]) -> list[TokenRange]:
+    """The tokens that contain a character of each expansion. Their weights are set to 0."""
+    places = list[TokenRange]()
+    for span in expansions:
+        inside = np.flatnonzero(mark_spans(offsets, [span]))
+        places.append((int(inside[0]), int(inside[-1]) + 1))
+        weights[inside] = 0
+    return places
 
 
 def too_long(tokens: str, most: int) -> LengthError:

@@ -23,7 +23,7 @@ from tunekit.model.attention.cpu_kernel import MAX_TOKENS, attend_causally
 from tunekit.model.attention.segments import Segments
 from tunekit.model.call import Call, calling, current_call
 from tunekit.model.native.attention import attend_natively
-from tunekit.model.parts import is_composite
+from tunekit.model.parts import is_composite, parts_apart
 from tunekit.model.pretrained import as_pretrained, config_of, text_config
 from tunekit.model.transformers_guard import replaced
 
@@ -135,9 +135,15 @@ def attend_per_document(net: nn.Module, device: torch.device, dtype: torch.dtype
     _register()
     kernel = plain == "sdpa" and dtype != torch.float32 and takes_documents(device, config)
     products = plain == "sdpa" and device.type == "cpu"
-    config._attn_implementation = VARLEN if kernel else PRODUCTS if products else plain + SUFFIX
+    _set_implementation(net, VARLEN if kernel else PRODUCTS if products else plain + SUFFIX)
     if not (text_config(net).model_type in PROVEN or _runs(net)):
-        config._attn_implementation = plain
+        _set_implementation(net, plain)
+
+
+def _set_implementation(net: nn.Module, name: str) -> None:
+    """Set the attention function of the net's layers. Loaded parts outside a language model keep theirs."""
+    apart = parts_apart(net, loaded=True)
+    config_of(net)._attn_implementation = {"": name, "text_config": name} if apart else name
 
 
 def takes_documents(device: torch.device, config: PreTrainedConfig) -> bool:

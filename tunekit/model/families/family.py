@@ -85,8 +85,11 @@ class Family:
 
         return getattr(transformers, self.class_name)
 
-    def leave_out(self, net: nn.Module) -> None:
-        """Move the parts of the net that no row of this family needs to the meta device."""
+    def leave_out(self, net: nn.Module, section: ModelSection) -> None:
+        """Move the parts of the net that the rows do not need to the meta device."""
+
+    def set_apart(self, net: nn.Module, section: ModelSection) -> None:
+        """Take the loaded parts that no adapter may change out of the net's modules."""
 
     def load(self, folder: Path, section: ModelSection, dtype: torch.dtype, *, meta: bool) -> nn.Module:
         """Load the net of a base that has the family's `index_file`. Other bases are loaded by `auto_class`. `meta`:

@@ -34,9 +34,13 @@ class OneStack:
         name, layers = find_layers(net)
         return [(f"{name}.{index}", layer) for index, layer in enumerate(layers)]
 
+    def run(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
+        """The output of the net without its head."""
+        return call_accepted(base_of(net), inputs)
+
     def hidden(self, net: nn.Module, inputs: Tensors) -> Tensor:
         """Hidden states (B, T, D) after the final norm."""
-        hidden = last_hidden(call_accepted(base_of(net), inputs))
+        hidden = last_hidden(self.run(net, inputs))
         for module in before_projection(net):
             hidden = module(hidden)
         return hidden
@@ -44,14 +48,14 @@ class OneStack:
     def stages(self, net: nn.Module) -> Stages | None:
         """The net, divided into stages that run layer by layer. None if no test proves that the results are the same as
         in a normal forward."""
-        base, name = base_of(net), find_layers(net)[0]
+        name = find_layers(net)[0]
         if not is_proven(net):
             return None
         holder, _, attribute = name.rpartition(".")
         parent = net.get_submodule(holder)
         norms = [norm for name in FINAL_NORMS if isinstance(norm := getattr(parent, name, None), nn.Module)]
         finish = [*norms[:1], *before_projection(net)]
-        return Stages([make_stack(net, parent, attribute, lambda inputs, _: call_accepted(base, inputs), finish)])
+        return Stages([make_stack(net, parent, attribute, lambda inputs, _: self.run(net, inputs), finish)])
 
 
 class TwoStacks:

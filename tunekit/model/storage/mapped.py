@@ -10,7 +10,7 @@ from torch import nn
 from tunekit.errors import ModelError, ResourceError
 from tunekit.model.base_spec import BaseSpec
 from tunekit.model.storage.packed_cache import cached_base
-from tunekit.model.storage.packing import PackedBase, layout_of, packed_base
+from tunekit.model.storage.packing import PackedBase, layout_of, packed_base, parts_outside
 from tunekit.model.storage.reading import ALIGNMENT, BaseReader, open_net, place
 
 STREAMING, SHARDING = "memory.streaming", "memory.sharding"
@@ -37,7 +37,8 @@ def mapped_net(spec: BaseSpec, *, sharded: bool = False) -> tuple[nn.Module, lis
         raise ModelError(f"{what}, so the base cannot be {in_parts}", how, key=key)
     net, reader = opened
     if spec.is_dense and all(map(reader.is_mapped, reader.names)):
-        _place_views(net, reader, () if sharded else spec.family.head_modules(net))
+        multiplied = (*spec.family.head_modules(net), *parts_outside(net, spec.family))
+        _place_views(net, reader, () if sharded else multiplied)
         return net, [], True
     spec = replace(spec, device=torch.device("cpu"))
     if spec.is_dense:  # the files are not in the compute dtype
@@ -52,9 +53,9 @@ def mapped_net(spec: BaseSpec, *, sharded: bool = False) -> tuple[nn.Module, lis
 
 
 def _place_views(net: nn.Module, reader: BaseReader, copied: Sequence[str]) -> None:
-    """Put views of the files into the net. A matrix in the `copied` modules (those of the head) is copied if it is not
-    aligned to 64 bytes, because alignment changes the last bit of products. Layers are copied later, when they are
-    streamed. Other tensors are not multiplied."""
+    """Put views of the files into the net. A matrix in the `copied` modules (the head, and parts that read images) is
+    copied if it is not aligned to 64 bytes, because alignment changes the last bit of products. Layers are copied
+    later, when they are streamed. Other tensors are not multiplied."""
     head = tuple(f"{name}." for name in copied)
     for name in reader.names:
         view = reader.view(name)

@@ -12,6 +12,7 @@ from tunekit.model.storage import sidecar as files
 from tunekit.model.storage.packing import PackedBase
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.sidecar import Sidecar, open_sidecar, remove_others, write_sidecar
+from tunekit.recipe.model import ImageModel
 
 # Code that affects a packed byte or its position.
 CODE = ("model/quantized", "model/storage")
@@ -76,6 +77,7 @@ def _names(spec: BaseSpec) -> tuple[str, str]:
     section, source = spec.section, spec.source
     how: dict[str, object] = {"quantization": [section.quantization, section.double_quantization]}
     how |= {"dtype": str(spec.dtype), "device": spec.device.type}
+    how |= {"parts": "with images"} if isinstance(section, ImageModel) else {}
     times = {}
     for name in shard_files(source.folder) if source.gguf_file is None else [source.gguf_file]:
         stat = (source.folder / name).stat()

@@ -52,7 +52,7 @@ def quantize_layers(net: nn.Module, spec: BaseSpec, device: torch.device, new_mo
         )
         raise ModelError(what, "write quantization: none", key="model.quantization")
     notes = [f"{len(dense_layers)} layers stay dense ({listed(dense_layers, 2)}): the file has no blocks for them"]
-    return [*(notes if dense_layers else []), *_left_dense(net, section)]
+    return [*(notes if dense_layers else []), *_left_dense(net, section, parts_outside(net, spec.family))]
 
 
 def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] = ()) -> list[str]:
@@ -60,7 +60,7 @@ def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] =
     trained), layers outside of a composite model's language model, layers whose matrix the model's code uses without
     calling the layer, and layers that transformers keeps in float32. It never packs these, such as T5's `wo`, whose
     products overflow in float16."""
-    outside = outer_parts(net, base_name(net), family.head_name(net)) if is_composite(net) else []
+    outside = parts_outside(net, family)
     head = tuple(f"{name}." for name in (*family.head_modules(net), *new_modules, *outside))
     modules = dict(net.named_modules())
     uncalled, exact = uncalled_layers(modules), getattr(net, "_keep_in_fp32_modules", None) or ()
@@ -69,11 +69,18 @@ def packable_layers(net: nn.Module, family: Family, new_modules: Sequence[str] =
     return [name for name in names if name not in uncalled and not f"{name}.".startswith(head)]
 
 
-def _left_dense(net: nn.Module, section: ModelSection) -> list[str]:
+def parts_outside(net: nn.Module, family: Family) -> list[str]:
+    """The parts of a composite model outside its language model, which stay dense."""
+    return outer_parts(net, base_name(net), family.head_name(net)) if is_composite(net) else []
+
+
+def _left_dense(net: nn.Module, section: ModelSection, outside: Sequence[str]) -> list[str]:
     """Notes about large weights that stay dense: fused experts, which are not linear layers. Convolutions are small and
     get no note."""
     kernels = {id(module.weight) for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd)}
-    fused = [parameter for parameter in net.parameters() if parameter.dim() >= 3 and id(parameter) not in kernels]
+    parts = tuple(f"{name}." for name in outside)
+    named = [(name, tensor) for name, tensor in net.named_parameters() if not name.startswith(parts)]
+    fused = [tensor for _, tensor in named if tensor.dim() >= 3 and id(tensor) not in kernels]
     if not fused:
         return []
     count = sum(parameter.numel() for parameter in fused)

@@ -22,7 +22,7 @@ from tunekit.contracts import Tensors
 from tunekit.errors import ModelError, listed
 from tunekit.files.tensors import TensorEntry
 from tunekit.model.base_spec import BaseSpec
-from tunekit.model.parts import unloaded_parts
+from tunekit.model.parts import parts_apart
 from tunekit.model.pretrained import AutoClass, as_pretrained, config_of
 from tunekit.model.storage.converted import StoredPieces
 from tunekit.model.storage.gguf import GgufFiles, gguf_files
@@ -181,7 +181,7 @@ class BaseReader:
             self.new = frozenset(name for name in set(self.names) - covered if name.startswith(self._head))
             self.names = tuple(name for name in self.names if name not in self.new)
             self.new_modules = _modules_of(self._head, self.new)
-        self._unknown = [] if self._head or unloaded_parts(net) else stored_names.unknown(net)
+        self._unknown = [] if self._head or parts_apart(net) else stored_names.unknown(net)
         return not stored_names.ambiguous and covered == set(self.names) and not self._unknown
 
     def obstacle(self) -> str:
@@ -293,7 +293,7 @@ def open_net(spec: BaseSpec) -> tuple[nn.Module, BaseReader] | None:
     exact = spec.family.exact_head(net)
     if exact is not None:
         net.get_submodule(exact).float()
-    spec.family.leave_out(net)
+    spec.family.leave_out(net, spec.section)
     reader = open_base(net, spec.source, spec.dtype, spec.family.new_head(spec.section, net))
     if reader is None:
         return None

@@ -13,8 +13,9 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunekit.contracts import Pairing
+from tunekit.contracts import ImageProcessor, Pairing
 from tunekit.errors import DataError, ModelError
+from tunekit.model.images.processor import find_images
 from tunekit.model.storage.gguf_facts import damage_named
 from tunekit.model.storage.inspection import check_gguf, read_answer_start
 from tunekit.model.storage.source import ModelSource, find_source
@@ -52,6 +53,7 @@ class LoadedTokenizer:
         self.native = native
         self.source = source
         self.answer_start_id = answer_start_id
+        self.images: ImageProcessor | None = find_images(source)
         self.backend = _make_backend(native)
         self.bos_id: int | None = native.bos_token_id
         self.eos_id: int | None = native.eos_token_id

@@ -13,6 +13,7 @@ from tunekit.objectives.losses.choices import ChoiceLoss
 from tunekit.objectives.rows.choices import SideBySideRows
 from tunekit.objectives.rows.text import TextRows, fill_with
 
+TOKEN_PARTS = {"ids": "<i4", "trained": "?", "weights": "<f4"}
 UNWEIGHTED = np.empty(0, np.float32)
 
 
@@ -25,7 +26,7 @@ class SequenceRows(TextRows):
     has_choices = True
     has_reasoning = True
     packable = True
-    layout = RowLayout({"ids": "<i4", "trained": "?", "weights": "<f4"}, ("ids",), sizes=1)
+    layout = RowLayout(TOKEN_PARTS, ("ids",), sizes=1)
 
     def examples(self, example: Example) -> Sequence[Example]:
         """The example itself. With `data.rewritten_answers: each`, one example for each answer of a conversation, after
@@ -45,7 +46,7 @@ class SequenceRows(TextRows):
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """The row with the tokens from start to stop-1."""
-        parts = (row.parts[name][start:stop] for name in self.layout.parts)
+        parts = (row.parts[name][start:stop] for name in TOKEN_PARTS)
         return self.make_row(sequence_parts(*parts), row.origin, row.number)
 
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
@@ -61,7 +62,7 @@ class SequenceRows(TextRows):
         tokens in all rows.
         """
         rows = [row for sequence in sequences for row in sequence]
-        targets = {"labels": lay_end_to_end([[_labels(row) for row in some] for some in sequences], IGNORED)}
+        targets = {"labels": lay_end_to_end([[labels_of_tokens(row) for row in some] for some in sequences], IGNORED)}
         if any(len(row.parts["weights"]) for row in rows):
             weights = [[_weights(row) for row in some] for some in sequences]
             targets["weights"] = lay_end_to_end(weights, 0, np.float32)
@@ -77,7 +78,7 @@ class SequenceRows(TextRows):
 
     def spans(self, row: Row) -> list[Span]:
         """The sequence, for preview. The title states the weights if a trained token has a weight other than 1."""
-        marked, weights = _labels(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
+        marked, weights = labels_of_tokens(row) != IGNORED, row.parts["weights"]  # (T,); (T,) or (0,)
         return [Span(row.parts["ids"], marked, weights_title(weights[marked[: len(weights)]]))]
 
     def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
@@ -105,7 +106,7 @@ def _weights(row: Row) -> Array:
     return weights if len(weights) else np.ones(row.size, np.float32)
 
 
-def _labels(row: Row) -> Array:
+def labels_of_tokens(row: Row) -> Array:
     """The id at each position that is trained on, IGNORED at other positions; shape (T,)."""
     labels = np.where(row.parts["trained"], row.parts["ids"], IGNORED)
     labels[:1] = IGNORED

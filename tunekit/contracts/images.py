@@ -1,0 +1,44 @@
+"""The interface of a base's image processor, which rows of text and images use."""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class ImageProcessor(Protocol):
+    """Makes a base's inputs from the images of a conversation. It calls the base's own processor.
+
+    `obstacle`: the reason why the base's rows cannot have images; None if they can.
+    """
+
+    obstacle: str | None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that affects the inputs made from an image."""
+
+    @property
+    def placeholder(self) -> str:
+        """The text that a chat template writes for an image."""
+
+    @property
+    def token_id(self) -> int:
+        """The id at which the base puts features of images."""
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """For each input of the vision tower: what its first dimension counts."""
+
+    def expansion(self, height: int, width: int) -> str:
+        """The text that the processor writes in place of the placeholder of an image of this size."""
+
+    def inputs(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
+        """The inputs of the vision tower for one image (H, W, 3)."""
+
+    def input_bytes(self, height: int, width: int) -> int:
+        """The size of these inputs for an image of this size."""
+
+    def grid(self, height: int, width: int) -> tuple[int, int] | None:
+        """The rows and columns of tokens of an image of this size; None if they form no grid."""

@@ -1,0 +1,295 @@
+"""Rows of text and images for composite models. A row has the places of its images, never their pixels: these are
+read, and the features computed, when a step is prepared."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tunekit.contracts import (
+    Array,
+    Batch,
+    ImageProcessor,
+    LossKind,
+    Objective,
+    Pixels,
+    Row,
+    RowKind,
+    RowLayout,
+    RowParts,
+    Rows,
+    RunView,
+    Span,
+    StepBatches,
+)
+from tunekit.data.batching.pad import lay_end_to_end
+from tunekit.data.encoding.images import Size, covering, read_image
+from tunekit.data.encoding.sources import IMAGES, image_hash
+from tunekit.data.encoding.store import part_lengths
+from tunekit.data.rendering.expansion import ImageTexts
+from tunekit.errors import DataError, ModelError
+from tunekit.formats.example import Example, images_of
+from tunekit.formats.media import Media
+from tunekit.model.images.features import image_features, rope_positions
+from tunekit.model.loaded_model import LoadedModel, as_loaded
+from tunekit.objectives.rows.images import read_pixels
+from tunekit.objectives.rows.labels import utf8
+from tunekit.objectives.rows.sequences import TOKEN_PARTS, SequenceRows, labels_of_tokens, sequence_parts
+from tunekit.objectives.rows.text import TextRows, fill_with
+from tunekit.recipe.model import ImageModel, ModelSection
+
+THUMBNAIL = (96, 96)  # pixels of an image in a preview
+FEATURES, POSITIONS = "image_features", "rope_positions"  # parts that are added in a step
+STORED = {IMAGES: "u1", "image_data": "u1", "image_hashes": "u1"}
+IMAGE_PARTS = (*STORED, FEATURES, POSITIONS)
+
+
+@dataclass(frozen=True)
+class RowImage:
+    """An image of a row. `size`: the number of its bytes in the part `image_data`; 0 if it is read from `path`.
+    `start`, `stop`: the row's tokens that stand for it."""
+
+    path: str
+    size: int
+    sha256: str
+    height: int
+    width: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTextRows(TextRows):
+    """Rows of text in which tokens stand for images. Further parts: `images`, JSON of a RowImage for each image;
+    `image_data`, the bytes of images that have no path; `image_hashes`. All are empty for a row without images.
+
+    `packable`: whether no row has images. When a step is prepared, rows with images get their features (N, D), and the
+    positions (3, T) if the base has positions in time, height and width.
+    """
+
+    packable: bool = True
+    example = "text"
+    has_choices = True
+    has_reasoning = True
+    unpackable = "rows with images cannot be packed"
+    layout = RowLayout(
+        {**TOKEN_PARTS, **STORED},
+        ("ids",),
+        sizes=1,
+        identity=("image_hashes",),
+    )
+
+    @cached_property
+    def plain(self) -> SequenceRows:
+        """The same rows without their images."""
+        return SequenceRows(self.tokenizer, self.fingerprint, self.options, self.notices)
+
+    @property
+    def processor(self) -> ImageProcessor:
+        """The base's image processor."""
+        assert self.tokenizer.images is not None
+        return self.tokenizer.images
+
+    @property
+    def media_fingerprint(self) -> str:  # type: ignore[override]
+        """sha256 of what makes the vision tower's inputs from an image."""
+        return self.processor.fingerprint
+
+    def examples(self, example: Example) -> Sequence[Example]:
+        return self.plain.examples(example)
+
+    def sizes_of(self, parts: RowParts) -> tuple[int, ...]:
+        return self.plain.sizes_of(parts)
+
+    def units_in(self, parts: RowParts) -> int:
+        return self.plain.units_in(parts)
+
+    def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
+        return fill_with(rows, size, self)
+
+    def choosing(self, shape: tuple[int, int], dtype: torch.dtype) -> tuple[RowKind, LossKind]:
+        return self.plain.choosing(shape, dtype)
+
+    def encode(self, example: Example, origin: str) -> Row:
+        """The row of an example. Raises: Dropped if nothing can be trained on, or for an animated or tiny image;
+        DataError if the example or an image is wrong."""
+        media, texts, sizes = images_of(example), None, list[Size]()
+        if media:
+            sizes = [read_pixels(image, self.notices).shape[:2] for image in media]
+            texts = ImageTexts(self.processor.placeholder, list(map(self._expansion, media, sizes)))
+        ids, weights, places = self.renderer.with_images(example, texts)
+        images = [
+            RowImage(_path(image), len(image.data or b""), image_hash(image), *size, *place)
+            for image, size, place in zip(media, sizes, places, strict=True)
+        ]
+        parts = sequence_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights)
+        data = b"".join(image.data or b"" for image in media)
+        return self.make_row({**parts, **_image_parts(images, data)}, origin)
+
+    def _expansion(self, image: Media, size: Size) -> str:
+        """The text that stands for an image. Raises: DataError with its file if the processor refuses its size."""
+        try:
+            return self.processor.expansion(*size)
+        except DataError as error:
+            raise DataError(f"{image.name}: {error.problems[0].what}", error.problems[0].how) from error
+
+    def cut(self, row: Row, start: int, stop: int) -> Row:
+        """The row with the tokens from start to at most stop-1. An image is never cut: if `stop` is inside its tokens,
+        the row ends before it. Raises: DataError for a start inside a row with images."""
+        images = images_in(row)
+        if images and start:
+            what = "the row has images, and is too long for data.max_length; rows with images are not split"
+            raise DataError(what, "write drop or truncate, or a larger data.max_length", key="data.excess_length")
+        for image in reversed(images):  # a token of two line breaks can belong to two images
+            stop = image.start if image.start < stop < image.stop else stop
+        parts = sequence_parts(*(row.parts[name][start:stop] for name in TOKEN_PARTS))
+        before = [image for image in images if image.stop <= stop]
+        data = row.parts["image_data"][: sum(image.size for image in before)]
+        cut = self.make_row({**parts, **_image_parts(before, data.tobytes())}, row.origin, row.number)
+        if images:
+            places = np.flatnonzero(self._token_types(cut))
+            inside = [any(image.start <= place < image.stop for image in before) for place in places]
+            assert all(inside), "a part of an image is left"
+        return cut
+
+    def text_ids(self, row: Row) -> Array:
+        ids = row.parts["ids"]
+        inside = [np.arange(image.start, image.stop) for image in images_in(row)]
+        return np.delete(ids, np.concatenate(inside)) if inside else ids
+
+    def prepare_rows(self, run: RunView, step: StepBatches) -> StepBatches:
+        """The step with the features of all images."""
+        base = as_loaded(run.model.base)
+
+        def prepared(batch: Batch) -> Batch:
+            if not any(row.parts[IMAGES].size for row in batch.rows):
+                return batch
+            return self.with_rows(batch, (self._with_features(row, base, run.is_simulated) for row in batch.rows))
+
+        return replace(step, batches=tuple(map(prepared, step.batches)))
+
+    def _with_features(self, row: Row, base: LoadedModel, simulated: bool) -> Row:
+        """The row with the features and positions of its tokens. A simulation computes no features; it only allocates
+        the inputs of each image."""
+        types = self._token_types(row)  # (T,)
+        count, images = int(types.sum()), images_in(row)
+        for image in images if simulated else ():
+            torch.empty(self.processor.input_bytes(image.height, image.width), dtype=torch.uint8, device=base.device)
+        inputs = [] if simulated else [self.processor.inputs(_pixels(row, images, at)) for at in range(len(images))]
+        computed = [image_features(base.net, each, base.device, base.dtype).float().cpu() for each in inputs]
+        features = torch.cat(computed) if computed else torch.zeros(count if simulated else 0, base.facts.hidden_size)
+        if len(features) != count:
+            what = f"{row.origin}: the base computes {len(features)} features for {count} tokens of images"
+            raise ModelError(what, "use the processor's files that belong to the base", key="model.name_or_path")
+        ids = torch.from_numpy(row.parts["ids"].astype(np.int64))
+        positions = rope_positions(base.net, ids, torch.from_numpy(types), inputs)
+        added = {} if positions is None else {POSITIONS: positions.numpy()}
+        return row.with_parts({FEATURES: features.numpy(), **added})
+
+    def _token_types(self, row: Row) -> Array:
+        """(T,) int64: 1 at features of images, else 0."""
+        types: Array = (row.parts["ids"] == self.processor.token_id).astype(np.int64)
+        return types
+
+    def collate(self, sequences: Sequence[Sequence[Row]]) -> Batch:
+        """Make the batch. In a prepared batch with images, further inputs: image_features (N, D) float32, of all images
+        in order; token_types (B, T); rope_positions (3, B, T), if the base has three positions, in place of
+        position_ids."""
+        text = [[replace(row, parts=_without_images(row.parts)) for row in some] for some in sequences]
+        batch = replace(self.plain.collate(text), sequences=tuple(map(tuple, sequences)))
+        features = [row.parts[FEATURES] for row in batch.rows if FEATURES in row.parts]
+        if not features:
+            return batch
+        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
+        inputs[FEATURES] = torch.from_numpy(np.concatenate(features))
+        inputs["token_types"] = lay_end_to_end([[self._token_types(row) for row in some] for some in sequences], 0)
+        if POSITIONS in batch.rows[0].parts:
+            lines = (
+                lay_end_to_end([[row.parts[POSITIONS][at] for row in some] for some in sequences], 0) for at in range(3)
+            )
+            inputs[POSITIONS] = torch.stack(list(lines))
+        return replace(batch, inputs=inputs)
+
+    def spans(self, row: Row) -> list[Span]:
+        """The text before, between and after the images, and each image, for preview."""
+        spans, labels, position = list[Span](), labels_of_tokens(row), 0
+        for at, image in enumerate(images := images_in(row)):
+            spans.append(_text_span(row, labels, position, image.start))
+            grid = self.processor.grid(image.height, image.width)
+            shape = "" if grid is None else f" {grid[1]}x{grid[0]}"
+            count = int(self._token_types(row)[image.start : image.stop].sum())
+            title = f"<image{shape} = {count} tokens> ({image.width} x {image.height} pixels)"
+            spans.append(Span(title=title, image=covering(_pixels(row, images, at), THUMBNAIL), continues=True))
+            position = image.stop
+        return [*spans, _text_span(row, labels, position, row.size)] if spans else self.plain.spans(row)
+
+
+def _without_images(parts: RowParts) -> dict[str, Array]:
+    return {name: values for name, values in parts.items() if name not in IMAGE_PARTS}
+
+
+def _text_span(row: Row, labels: Array, start: int, stop: int) -> Span:
+    return Span(row.parts["ids"][start:stop], labels[start:stop] >= 0, continues=start > 0)
+
+
+def images_in(row: Row) -> list[RowImage]:
+    """The images of a row."""
+    text = row.parts[IMAGES].tobytes().decode()
+    return [RowImage(**image) for image in json.loads(text)] if text else []
+
+
+def _image_parts(images: Sequence[RowImage], data: bytes) -> dict[str, Array]:
+    hashes = bytes.fromhex("".join(image.sha256 for image in images))
+    return {
+        IMAGES: utf8(json.dumps([asdict(image) for image in images]) if images else ""),
+        "image_data": np.frombuffer(data, np.uint8),
+        "image_hashes": np.frombuffer(hashes, np.uint8),
+    }
+
+
+def _path(image: Media) -> str:
+    return str(Path(image.path).absolute()) if image.data is None else ""
+
+
+def _pixels(row: Row, images: Sequence[RowImage], at: int) -> Pixels:
+    """The pixels (H, W, 3) of image `at` of a row. Raises: DataError if its file changed since the row was encoded."""
+    image, first = images[at], sum(each.size for each in images[:at])
+    try:
+        data = Path(image.path).read_bytes() if image.path else row.parts["image_data"][first:][: image.size].tobytes()
+    except OSError as error:
+        raise DataError(f"{row.origin}: {image.path} cannot be read ({error.strerror})", "put the image back") from None
+    if hashlib.sha256(data).hexdigest() != image.sha256:
+        what = f"{row.origin}: {image.path} has changed since its row was encoded"
+        raise DataError(what, "put the image back, or start a new run, which encodes the rows again")
+    return read_image(data)
+
+
+def learned(objective: Objective, rows: Sequence[Rows]) -> Objective:
+    """The objective after it has read all rows: it needs the parts of the base that read images only if a row has
+    images."""
+    count = sum(int((part_lengths(some, IMAGES) > 0).sum()) for some in rows)
+    if not count:
+        return objective
+    assert isinstance(objective.rows, ImageTextRows)
+    layout = ", ".join(f"{name} counts {unit}" for name, unit in objective.rows.processor.layout.items())
+    notes = (
+        f"{count:,} rows have images; the processor's inputs: {layout}",
+        "the predicted peak has the frozen parts and the inputs of one image, but not the activations of these parts",
+    )
+    return replace(reading_images(objective), notes=(*objective.notes, *notes))
+
+
+def reading_images(objective: Objective) -> Objective:
+    """The objective for rows with images."""
+    assert isinstance(objective.rows, ImageTextRows)
+    rows = replace(objective.rows, packable=False)
+    return replace(objective, rows=rows, section=_section, facts={**objective.facts, IMAGES: True})
+
+
+def _section(model: ModelSection, seed: int) -> ModelSection:
+    return ImageModel.of(model)
