@@ -23,7 +23,7 @@ from tests.support.train_case import (
 )
 from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.stopped import named_state
-from tunekit.errors import RecipeError
+from tunekit.errors import Problem, RecipeError
 from tunekit.planning.minutes import fitting_text, time_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.runs import run_line
@@ -194,6 +194,33 @@ def test_the_limit_is_that_of_each_trial(recipe: Path, tmp_path: Path) -> None:
         assert status_of(run)["reason"] == "stopped_by_time"
         assert (run / "adapter" / "adapter_config.json").exists()
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["settings"][0]["mean"] is not None
+
+
+@pytest.mark.drawn
+def test_a_trial_that_uses_up_its_limit_before_a_comparison_of_halving_has_a_result(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """It paused at step 2, where it was compared; the time that is left then is too short for a step."""
+
+    def sweep() -> None:
+        from tunekit.recipe.reading.trial_recipes import load_sweep
+        from tunekit.sweep import sweep_verb
+
+        TimeLimit.lack = lambda limit, *values: Problem("too short", "write more") if limit.earlier else None  # type: ignore[method-assign]
+        words = [f"output.dir={tmp_path / 'sweep'}", LIMIT, "~training.epochs", "training.max_steps=4"]
+        words += ["training.learning_rate=0.01,0.02", "sweep.strategy=halving"]
+        sweep_verb(load_sweep(recipe, words), False, None)
+
+    ended = in_child(sweep, tmp_path / "log")
+    assert ended.code == 0, ended.output
+    runs = list((tmp_path / "sweep").glob("learning_rate=*"))
+    assert len(runs) == 2
+    assert any(status_of(run)["reason"] == "stopped_by_time" for run in runs)
+    for run in runs:
+        if status_of(run)["reason"] == "stopped_by_time":
+            assert (run / "adapter" / "adapter_config.json").exists()
+            starts = json.loads((run / "report.json").read_text())["starts"]
+            assert [(each["first_step"], each["last_step"]) for each in starts] == [(1, 2)]
 
 
 def test_the_limit_counts_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,11 +57,13 @@ class RunEnd:
 @dataclass
 class TimeLimit:
     """The time of one start of a run. `seconds`: None without a limit. `started`: a time of time.monotonic.
-    `ends_at`: the run ends after this step as if its time was up, because an audit repeats it."""
+    `ends_at`: the run ends after this step as if its time was up, because an audit repeats it. `earlier`: seconds
+    before `started` in which this start already trained the run, a trial that then paused."""
 
     seconds: float | None = None
     started: float = field(default_factory=process_start)
     ends_at: int | None = None
+    earlier: float = 0.0
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=PACES))
     marked: float | None = None  # when the run could stop last
 
@@ -73,7 +75,7 @@ class TimeLimit:
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self.started
+        return self.earlier + time.monotonic() - self.started
 
     @property
     def left(self) -> float | None:

@@ -111,7 +111,7 @@ def opened_trial(trial: Trial, end: int | None, base: SharedBase, resume: bool, 
         return
     console = trial.session.console.named(trial.recipe.name) if named else trial.session.console
     seconds = {} if trial.begun else trial.session.seconds
-    limit = TimeLimit(trial.recipe.loaded.recipe.training.limit_seconds, time.monotonic() - trial.seconds)
+    limit = TimeLimit(trial.recipe.loaded.recipe.training.limit_seconds, time.monotonic(), earlier=trial.seconds)
     session = replace(trial.session, last_step=end, limit=limit, seconds=seconds, console=console)
     assert trial.plan is not None
     assert trial.planned is not None
