@@ -138,6 +138,18 @@ def test_it_continues_for_as_long_again_and_ends_like_a_run_that_was_never_stopp
 
 
 @pytest.mark.drawn
+@pytest.mark.parametrize("change", ["training.learning_rate=0.02", "training.max_minutes=0.01"])
+def test_a_refused_resume_leaves_the_result_and_its_records(recipe: Path, limited: Path, change: str) -> None:
+    run = limited.with_name(change)
+    shutil.copytree(limited, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    ended = train_in_child(recipe, run, LIMIT, change, resume=True)
+    assert ended.code == 2, ended.output
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert named_state(run, "r").folder == run / "adapter"
+
+
+@pytest.mark.drawn
 def test_it_is_audited(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train_in_child(recipe, run, LIMIT, before=over_at(3)).code == 0

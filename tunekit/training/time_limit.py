@@ -82,6 +82,11 @@ class TimeLimit:
         """Seconds for work before the report; None without a limit."""
         return None if self.seconds is None else max(self.seconds - self.elapsed - REPORT_SECONDS, 0.001)
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether a step of this start has begun."""
+        return self.marked is not None
+
     def begin(self, state: LoopState) -> None:
         """Note when the first step begins."""
         if self.marked is None:
