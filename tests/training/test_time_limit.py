@@ -117,8 +117,12 @@ def test_it_continues_for_as_long_again_and_ends_like_a_run_that_was_never_stopp
     """The evaluation at the stop, which the recipe does not require, counts for nothing afterwards."""
     run = limited.with_name("continued")
     shutil.copytree(limited, run)
+    for name in ("tasks.json", "exports.json"):
+        (run / name).write_text("{}")
     ended = train_in_child(recipe, run, "training.max_minutes=90", resume=True, before=over_at(5))
     assert ended.code == 0, ended.output
+    assert not (run / "tasks.json").exists()
+    assert not (run / "exports.json").exists()
     assert status_of(run)["reason"] == "stopped_by_time"
     assert [record["step"] for record in records(run) if "eval" in record] == [0, 2, 4, 5]
 

@@ -45,6 +45,7 @@ from tunekit.training.run_files import (
     end_seconds_of,
     make_trackers,
     protected_steps,
+    remove_records_of_result,
     tracked_numbers,
     write_pictures,
     write_rows,
@@ -148,6 +149,8 @@ class Run:
                 self._end_now()
                 return False
             raise InputError.of([self.session.loaded.locate(problems[0])])
+        if state.step:
+            self.session.in_folder(remove_records_of_result)
         if self.progress is not None:
             self.progress.start(state.step + 1)
         return True

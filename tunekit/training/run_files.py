@@ -15,13 +15,14 @@ from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate
 from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_values, require_same, resume_notes
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.report.values import Values
-from tunekit.artifacts.run import RECORDS, ROWS_NAME, RunFolder, is_finished, read_json
+from tunekit.artifacts.run import EXPORTS, RECORDS, ROWS_NAME, TASKS_NAME, RunFolder, is_finished, read_json
 from tunekit.artifacts.stopped import find_result
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.data.encoding.images import png_bytes
 from tunekit.errors import ResourceError, RunFolderError, Stopped, TunekitError, is_out_of_memory
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.row_losses import RowLosses
+from tunekit.files.durable import unlink
 from tunekit.files.untrusted import sha256_of
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.model.compute import resolve_dtype
@@ -293,6 +294,13 @@ def end_seconds_of(session: Session) -> dict[str, float]:
     report = None if session.folder is None else session.folder.read_json("report.json")
     seconds = Values(report or {}).numbers("seconds")
     return {part: seconds[part] for part in ("export", "tasks") if part in seconds}
+
+
+def remove_records_of_result(folder: RunFolder) -> None:
+    """Remove the task scores and the list of exports of an earlier result, which would seem to be those of the next."""
+    for name in (TASKS_NAME, EXPORTS):
+        if (folder.path / name).is_file():
+            unlink(folder.path / name)
 
 
 def make_trackers(session: Session, step: int) -> Trackers:
