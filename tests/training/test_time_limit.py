@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,7 @@ from tunekit.planning.minutes import fitting_text, time_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.runs import run_line
 from tunekit.training import time_limit
+from tunekit.training.run_files import restore_end
 from tunekit.training.state import LoopState
 from tunekit.training.time_limit import DISK_BYTES, REPORT_SECONDS, RunEnd, TimeLimit
 
@@ -249,6 +251,17 @@ def test_the_limit_counts_from_the_start_of_the_process(monkeypatch: pytest.Monk
         "a limit of 1 min leaves no time for a step: 40 s have passed, a step takes about 30.0 s, "
     )
     assert problem.how == "write at least 1.2"
+
+
+def test_a_resume_takes_the_minutes_of_earlier_starts_from_the_report() -> None:
+    """The checkpoint was saved before the last evaluation and the export."""
+    report = {"seconds": {"export": 3.0, "train": 9.0}, "starts": [{"first_step": 1, "last_step": 3, "minutes": 2.0}]}
+    folder = SimpleNamespace(read_json=lambda name: report)
+    saved = [{"first_step": 1, "last_step": 3, "minutes": 1.5}, {"first_step": 4, "last_step": 5, "minutes": 1.0}]
+    state = LoopState(step=5, starts=saved)
+    restore_end(SimpleNamespace(folder=folder), state)  # type: ignore[arg-type]
+    assert [each["minutes"] for each in state.starts] == [2.0, 1.0]
+    assert state.longest == {"export": 3.0}
 
 
 # --- estimates -----------------------------------------------------------------------------------------------------

@@ -42,10 +42,10 @@ from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.reached import require_gradients
 from tunekit.training.run_files import (
-    end_seconds_of,
     make_trackers,
     protected_steps,
     remove_records_of_result,
+    restore_end,
     tracked_numbers,
     write_pictures,
     write_rows,
@@ -134,7 +134,7 @@ class Run:
         """Evaluate before step 1. Returns whether a step is left to train. Raises: Stopped after a stop signal;
         InputError if the time limit leaves no step."""
         state, evaluated, limit = self.state, self.state.evaluated_step, self.session.limit
-        state.longest = end_seconds_of(self.session) | state.longest
+        restore_end(self.session, state)
         if not limit.earlier:
             state.starts.append({"first_step": state.step + 1, "last_step": state.step, "minutes": 0.0})
         self._evaluate_if_due()  # a signal or an error may have interrupted it before the resume

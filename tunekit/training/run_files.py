@@ -289,11 +289,14 @@ def _place(environment: Values) -> dict[str, object]:
     return {"processes": environment.count("processes"), "processor": processor}
 
 
-def end_seconds_of(session: Session) -> dict[str, float]:
-    """The measured seconds of the parts of the run's earlier end, if max_minutes ended it."""
-    report = None if session.folder is None else session.folder.read_json("report.json")
-    seconds = Values(report or {}).numbers("seconds")
-    return {part: seconds[part] for part in ("export", "tasks") if part in seconds}
+def restore_end(session: Session, state: LoopState) -> None:
+    """Take from the report of the run's earlier end what was measured after its checkpoint: the seconds of the export
+    and of the tasks, and the minutes of the earlier starts."""
+    report = Values((None if session.folder is None else session.folder.read_json("report.json")) or {})
+    seconds, starts = report.numbers("seconds"), [dict(each) for each in report.parts("starts")]
+    state.longest = {part: seconds[part] for part in ("export", "tasks") if part in seconds} | state.longest
+    if state.step:
+        state.starts[: len(starts)] = starts
 
 
 def remove_records_of_result(folder: RunFolder) -> None:
