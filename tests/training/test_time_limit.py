@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -278,6 +279,14 @@ def test_the_end_of_a_run_is_estimated_from_what_it_measured() -> None:
     assert ending.seconds(state) == 3 * save + 10.0 + REPORT_SECONDS  # 50 tokens of 0.2 s
     state.longest = {"save": 1.0, "evaluate": 4.0, "export": 2.0, "tasks": 8.0}
     assert ending.seconds(state) == 15.0 + REPORT_SECONDS
+
+
+def test_evaluations_and_checkpoints_before_the_next_possible_stop_are_part_of_the_estimate() -> None:
+    ending = RunEnd(evaluation_tokens=50, stop_steps=8, eval_steps=1, save_steps=4)
+    state = LoopState(step=8, longest={"save": 1.0, "evaluate": 3.0, "export": 2.0})
+    assert ending.seconds(state) == 2 * 1.0 + 8 * 3.0 + 2.0 + REPORT_SECONDS
+    best = replace(ending, reads_best=True, eval_steps=5)  # an evaluation may write a checkpoint
+    assert best.seconds(state) == 4 * 1.0 + 3 * 3.0 + 2.0 + REPORT_SECONDS
 
 
 def test_the_longest_of_the_last_paces_counts() -> None:

@@ -27,7 +27,8 @@ class RunEnd:
     """Facts about a run from which the time of its end is estimated, as far as it was not measured.
 
     `numbers`: of trained numbers. `evaluation_tokens`: of all evaluation rows. `reads_best`: a checkpoint may be read.
-    `stop_steps`: the steps up to the next possible stop; `micro_batches`: of a step.
+    `stop_steps`: the steps up to the next possible stop; `micro_batches`: of a step. `eval_steps`, `save_steps`: as in
+    the recipe.
     """
 
     numbers: int = 0
@@ -35,6 +36,8 @@ class RunEnd:
     reads_best: bool = False
     stop_steps: int = 1
     micro_batches: int = 1
+    eval_steps: int = 100
+    save_steps: int = 100
 
     def first_seconds(self, state: LoopState) -> float:
         """The seconds up to the next possible stop, from earlier steps, or from the longest micro-batch if it was tried
@@ -44,14 +47,21 @@ class RunEnd:
 
     def seconds(self, state: LoopState) -> float:
         """The seconds of a checkpoint, the last evaluation, the export (not larger than a checkpoint), the tasks and
-        the report."""
+        the report; also of the evaluations and checkpoints before the next possible stop."""
         save = state.longest.get("save", self.numbers * CHECKPOINT_BYTES / DISK_BYTES)
         per_token = state.seconds.get("train", 0.0) / max(state.tokens, 1)  # with a backward pass, so not too short
         evaluation = (
             state.longest.get("evaluate", per_token * self.evaluation_tokens) if self.evaluation_tokens else 0.0
         )
         export = state.longest.get("export", save * (1 + self.reads_best))
-        return save + evaluation + export + state.longest.get("tasks", 0.0) + REPORT_SECONDS
+        evaluations = self._due(state, self.eval_steps)
+        saves = self._due(state, self.save_steps) + evaluations * self.reads_best
+        seconds = save * (1 + saves) + evaluation * (1 + evaluations)
+        return seconds + export + state.longest.get("tasks", 0.0) + REPORT_SECONDS
+
+    def _due(self, state: LoopState, multiple: int) -> int:
+        """How many multiples of `multiple` are between the present step and the next possible stop."""
+        return (state.step + self.stop_steps - 1) // multiple - state.step // multiple
 
 
 @dataclass
