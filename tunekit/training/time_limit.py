@@ -68,12 +68,14 @@ class RunEnd:
 class TimeLimit:
     """The time of one start of a run. `seconds`: None without a limit. `started`: a time of time.monotonic.
     `ends_at`: the run ends after this step as if its time was up, because an audit repeats it. `earlier`: seconds
-    before `started` in which this start already trained the run, a trial that then paused."""
+    before `started` in which this start already trained the run, a trial that then paused. `others`: seconds in which
+    the other trials that train together with this one may end."""
 
     seconds: float | None = None
     started: float = field(default_factory=process_start)
     ends_at: int | None = None
     earlier: float = 0.0
+    others: float = 0.0
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=PACES))
     marked: float | None = None  # when the run could stop last
 
@@ -112,7 +114,8 @@ class TimeLimit:
         """Whether the time left is too short for the steps up to the next possible stop and for the end of the run."""
         if self.ends_at is not None:
             return state.step == self.ends_at
-        return self.seconds is not None and self.elapsed + max(self.paces) + ending.seconds(state) > self.seconds
+        needed = max(self.paces) + ending.seconds(state) + self.others
+        return self.seconds is not None and self.elapsed + needed > self.seconds
 
     def lack(self, state: LoopState, ending: RunEnd) -> Problem | None:
         """The problem of a limit that leaves no time for a step."""

@@ -86,6 +86,8 @@ def train_together(openings: Iterable[AbstractContextManager[Run | None]], warn:
             for (one, work), result in zip(works, results, strict=True):
                 with one.closed_by_errors():
                     one.run.finish_step(work, result)
+                    others = [each.run for each in running if each.is_open and each is not one]
+                    one.run.session.limit.others = sum(run.ending.seconds(run.state) for run in others)
                     if not one.run.after_step():
                         one.close()
     except BaseException as error:
