@@ -120,6 +120,8 @@ class Run:
             try:
                 yield
             except InputError as error:
+                if not self.session.limit.has_trained:
+                    raise
                 if self.devices.world > 1:  # another rank may be in the middle of a step
                     raise
                 self.settle()
