@@ -331,7 +331,7 @@ class Run:
         except EvaluationStopped:
             return False
         state.evaluated_step, state.measured_facts = state.step, dict(evaluation.facts)
-        values = evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources
+        values = evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources, evaluation.search
         self.record(EvaluationRecord(state.step, *values))
         if self.session.folder is not None:
             write_pictures(self.session.folder, state.step, evaluation)
