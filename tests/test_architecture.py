@@ -349,7 +349,10 @@ def functions_of(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_files_and_functions_stay_short() -> None:
-    most = {"contracts": 460, "training/run": 450}  # signatures, and steps of a run, which are read one at a time
+    most = {
+        "contracts/objective": 460,
+        "training/run": 450,
+    }  # signatures, and steps of a run, which are read one at a time
     sizes = {name_of(file): len(file.read_text("utf-8").splitlines()) for file in source_files()}
     long_files = [name for name, size in sizes.items() if size > most.get(name, 400)]
     lengths = dict(pair for file in source_files() for pair in functions_of(file))

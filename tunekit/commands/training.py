@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 data = typer.Typer(
-    help="Check rows (data check), rank the rows of a run (data rank), or add negatives (data mine).",
+    help="Check rows (check), rank them (rank), or mine negatives (mine).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

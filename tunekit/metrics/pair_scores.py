@@ -1,4 +1,4 @@
-"""Metrics of pairs with a similarity and a label, 1 (similar) or 0. Pairs are called similar from a threshold on;
+"""Metrics of pairs with a similarity and a label, 1 (similar) or 0. ScoredPairs are called similar from a threshold on;
 pairs with equal similarities are on one side of it.
 
 The values are those of sentence-transformers' BinaryClassificationEvaluator.
