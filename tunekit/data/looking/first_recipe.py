@@ -126,7 +126,7 @@ def base_of(look: Look | None) -> str | None:
     if look is not None and look.has_images:
         return load_recipe(shipped_recipes()[IMAGES_RECIPE]).recipe.model.name_or_path
     example = example_of(objective_of(look))
-    return example and example.model.name_or_path
+    return None if example is None else example.model.name_or_path
 
 
 def recipe_text(first: FirstRecipe, target: Path) -> str:
