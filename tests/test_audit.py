@@ -302,6 +302,19 @@ def test_a_result_of_a_run_that_has_not_finished_is_refused(case: Path) -> None:
     assert "has a result, but its status.json does not state that it finished" in ended.output
 
 
+@pytest.mark.drawn
+def test_a_run_that_was_resumed_and_stopped_again_is_proved_up_to_its_last_checkpoint(case: Path) -> None:
+    """Its result is that of the earlier end, by max_minutes, and is not compared."""
+    flip(case / "adapter" / "adapter_model.safetensors", -2)
+    edit(case / "status.json", lambda value: value.update(exit_code=143))
+    edit(case / "report.json", lambda value: value.update(final_step=3))
+    ended, proof = audited(case)
+    assert ended.code == 0, ended.output
+    assert proof["parts"][-1]["weights"] == {}
+    assert "not compared: " in ended.output
+    assert "adapter" in ended.output.partition("not compared: ")[2]
+
+
 def test_a_finished_run_without_its_result_is_refused(case: Path) -> None:
     """Otherwise it would be computed again, and then reported as a run that does not follow from its recipe."""
     shutil.rmtree(case / "adapter")

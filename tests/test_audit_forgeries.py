@@ -6,25 +6,47 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support.train_case import in_child, records, train_in_child, write_recipe
 from tunekit import audit
 
-SECTIONS = {"training": {"epochs": 1.0, "save_steps": 2, "eval_steps": 2, "keep_checkpoints": 2}}
+TRAINING = {"epochs": 1.0, "save_steps": 2, "eval_steps": 2, "keep_checkpoints": 2}
+RUNS: dict[str, dict[str, Any]] = {  # kinds of runs, and the sections of their recipes
+    "adapter": {"training": TRAINING},
+    "full": {"training": TRAINING, "adapter": {"method": "full", "r": None, "dropout": None}},
+    "best": {  # the loss is higher after step 4 than after step 2, whose adapter is the result
+        "training": {**TRAINING, "epochs": None, "max_steps": 4, "learning_rate": 0.05, "scheduler": "constant"},
+        "evaluation": {"best": "eval.loss"},
+    },
+}
 Forge = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
-def honest(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with recipe, rows and a finished run of 3 steps, with checkpoints of steps 2 and 3."""
-    folder = tmp_path_factory.mktemp("forgeries")
-    ended = train_in_child(write_recipe(folder, tiny_llama, **SECTIONS), folder / "run")
-    assert ended.code == 0, ended.output
-    return folder
+def honest(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """For a kind of run: a folder with recipe, rows and a finished run, with checkpoints of every second step and of
+    the last."""
+
+    @cache
+    def trained(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        recipe = write_recipe(folder, tiny_llama, **RUNS[kind])
+        values = json.loads(recipe.read_text("utf-8"))
+        for section in ("adapter", "training"):
+            values[section] = {name: value for name, value in values[section].items() if value is not None}
+        recipe.write_text(json.dumps(values), "utf-8")
+        ended = train_in_child(recipe, folder / "run")
+        assert ended.code == 0, ended.output
+        return folder
+
+    return trained
 
 
 def edited(name: str, change: Callable[[Any], object], *, hashed: str = "") -> Forge:
@@ -210,14 +232,117 @@ FORGERIES: dict[str, tuple[Forge, int, list[str]]] = {
 }
 
 
+MODEL = "model/model.safetensors"
+OF_FULL: dict[str, tuple[Forge, int, list[str]]] = {  # of a run that trains its base, whose result is a model folder
+    "weights": (flipped(MODEL), 3, [f"{MODEL} has different bytes"]),
+    "no weights": (lambda run: (run / MODEL).unlink(), 3, [f"{MODEL} is missing"]),
+    "second weights": (added("model/model-00002.safetensors"), 3, [f"model/model-00002.safetensors {FOREIGN}"]),
+    "pickle": (added("model/pytorch_model.bin"), 3, [f"model/pytorch_model.bin {FOREIGN}"]),
+    "code": (added("model/modeling_evil.py", "import os"), 3, [f"model/modeling_evil.py {FOREIGN}"]),
+    "class": (
+        edited("model/config.json", lambda value: value.update(auto_map={"AutoModel": "modeling_evil.Evil"})),
+        3,
+        ["model/config.json has different bytes"],
+    ),
+    "tokenizer": (
+        edited("model/tokenizer.json", lambda value: value["added_tokens"].clear()),
+        3,
+        ["model/tokenizer.json has different bytes"],
+    ),
+    "template": (
+        edited("model/tokenizer_config.json", lambda value: value.update(chat_template="{{ 'so' }}")),
+        3,
+        ["model/tokenizer_config.json has different bytes"],
+    ),
+    "adapter": (added("adapter/adapter_config.json"), 3, [f"adapter/adapter_config.json {FOREIGN}"]),
+    "checkpoint": (flipped("checkpoints/step-000002/tensors.safetensors"), 2, ["differs from its sha256"]),
+    "loss": (with_value("loss", 0.1), 3, ["step 2: loss was 0.1, is "]),
+    "report": (edited("report.json", lambda value: value.update(trainable_parameters=7)), 3, ["trainable_parameters"]),
+}
+
+
+def reached(change: Callable[[Any], object], step: int = 4) -> Forge:
+    """Change the loop's values in the state of a checkpoint."""
+    folder = f"checkpoints/step-{step:06d}"
+    return edited(
+        f"{folder}/state.json", lambda value: change(value["facts"]["loop"]), hashed=f"{folder}/manifest.json"
+    )
+
+
+def last_as_best(run: Path) -> None:
+    """Exports the adapter of the last step as that of the best."""
+    best, last = (load_file(run / f"checkpoints/step-00000{step}/tensors.safetensors") for step in (2, 4))
+    adapter = load_file(run / WEIGHTS)
+    for name, value in adapter.items():
+        flat, size = best["group0.weights"], value.numel()
+        starts = (flat == value.flatten()[0]).nonzero().flatten().tolist()
+        start = next(each for each in starts if torch.equal(flat[each : each + size], value.flatten()))
+        adapter[name] = last["group0.weights"][start : start + size].view_as(value).clone()
+    save_file(adapter, run / WEIGHTS)
+
+
+def renamed_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints/step-000002")
+    shutil.copytree(run / "checkpoints/step-000004", run / "checkpoints/step-000002")
+
+
+OF_BEST: dict[str, tuple[Forge, int, list[str]]] = {  # of a run whose result is an earlier step than the last
+    "last step as best": (last_as_best, 3, [f"{WEIGHTS} has different bytes"]),
+    "best step of the report": (
+        edited("report.json", lambda value: value.update(best_step=4)),
+        3,
+        ["best_step was 4, is 2"],
+    ),
+    "loss of the best step": (with_value("loss", 0.1, evaluation=True), 3, ["step 2: eval.loss was 0.1, is "]),
+    "loss of the report": (edited("report.json", lambda value: value.update(eval_loss=0.1)), 3, ["eval_loss was 0.1"]),
+    "best step of the last state": (reached(lambda loop: loop.update(best_step=4)), 3, ["loop.best_step was 4, is 2"]),
+    "best value of the last state": (reached(lambda loop: loop.update(best_value=0.1)), 3, ["loop.best_value was 0.1"]),
+    "best value of an earlier state": (
+        reached(lambda loop: loop.update(best_value=0.1), 2),
+        3,
+        ["loop.best_value was 0.1"],
+    ),
+    "best checkpoint": (flipped("checkpoints/step-000002/tensors.safetensors"), 2, ["differs from its sha256"]),
+    "another checkpoint as best": (renamed_checkpoint, 2, ["step-000002"]),
+    "no best checkpoint": (  # forges nothing: all steps are computed again in one part
+        lambda run: shutil.rmtree(run / "checkpoints/step-000002"),
+        0,
+        ["steps 1 to 4 of 4: computing again", "proved: the whole run"],
+    ),
+    "no evaluation after the best": (
+        recorded(lambda lines: [each for each in lines if "eval" not in each or each["step"] <= 2]),
+        UNPROVED,
+        ["no record of the evaluations after steps 4"],
+    ),
+    "losses of rows": (
+        edited("evaluation_rows.json", lambda value: value["losses"].__setitem__(0, 0.1)),
+        3,
+        ["evaluation_rows.json has different rows or losses"],
+    ),
+}
+ALL = {"adapter": FORGERIES, "full": OF_FULL, "best": OF_BEST}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORGERIES)
-def test_a_forgery_is_found_or_named(name: str, honest: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    forge, code, texts = FORGERIES[name]
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, forgeries in ALL.items() for name in forgeries])
+def test_a_forgery_is_found_or_named(
+    kind: str, name: str, honest: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    forge, code, texts = ALL[kind][name]
     case = tmp_path_factory.mktemp("case")  # of the same depth: the recipe has relative paths
-    run = Path(shutil.copytree(honest, case, dirs_exist_ok=True)) / "run"
+    run = Path(shutil.copytree(honest(kind), case, dirs_exist_ok=True)) / "run"
     forge(run)
     ended = in_child(lambda: audit.audit_verb(str(run), None, None, None), case / "log")
     assert ended.code == code, ended.output
     for text in texts:
         assert text in ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_honest_run_is_proved(kind: str, honest: Callable[[str], Path], tmp_path: Path) -> None:
+    ended = in_child(lambda: audit.audit_verb(str(honest(kind) / "run"), None, None, None), tmp_path / "log")
+    assert ended.code == 0, ended.output
+    assert "proved: the whole run" in ended.output
+    report = json.loads((honest(kind) / "run" / "report.json").read_text("utf-8"))
+    assert report.get("best_step") == (2 if kind == "best" else None)

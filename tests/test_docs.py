@@ -22,6 +22,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from tests.exports.conftest import installed  # noqa: F401 (a fixture: llama.cpp's converter, or the test is skipped)
 from tests.runs.test_shipped_recipes import twins  # noqa: F401 (a fixture)
 from tests.support.train_case import in_child
 from tunekit import errors
@@ -133,7 +134,12 @@ def _key(override: str) -> str:
 @pytest.mark.parametrize(
     "page", [pytest.param(page, id=page.name, marks=[] if page.name == QUICK else pytest.mark.slow) for page in PAGES]
 )
-def test_what_a_page_shows_runs(page: Page, twins: dict[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_what_a_page_shows_runs(
+    page: Page,
+    twins: dict[str, str],  # noqa: F811
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     write_rows(folder / "train.jsonl")
@@ -145,6 +151,8 @@ def test_what_a_page_shows_runs(page: Page, twins: dict[str, str], tmp_path: Pat
             continue
         program, *words = shlex.split(line)
         assert program == "tunekit", f"{page.name}: {line}: nothing runs this; name it in ELSEWHERE with who does"
+        if "gguf" in words:
+            request.getfixturevalue("installed")
         words = made_small(words, folder, twins)
 
         def work(words: list[str] = words) -> None:

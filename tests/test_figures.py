@@ -172,3 +172,14 @@ def test_a_failure_is_told_and_the_other_benchmarks_run(
 def test_a_figure_that_nobody_measured_is_refused(bench: ModuleType, place: Path) -> None:
     with pytest.raises(KeyError, match="never measured"):
         bench.write_documents(bench.declarations(place), bench.Measurements(place / "results"))
+
+
+def test_every_test_that_a_result_names_exists(bench: ModuleType) -> None:
+    named = [
+        (file, function)
+        for page in bench.RESULTS.glob("*.md")
+        for file, function in re.findall(r"\b(tests/[\w/]+\.py)::(test_\w+)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 50
+    texts = {file: (REPOSITORY / file).read_text(encoding="utf-8") for file, _ in named}
+    assert [f"{file}::{function}" for file, function in named if f"def {function}(" not in texts[file]] == []

@@ -33,8 +33,8 @@ from tunekit.artifacts.equality import (
 )
 from tunekit.artifacts.fingerprint import EARLIER_SHARE, compare_fingerprints, has_earlier_share, recipe_values
 from tunekit.artifacts.metrics_log import METRICS_NAME
-from tunekit.artifacts.report.values import RunValues, damage_named, read_run
-from tunekit.artifacts.run import RESULT_FILES, ROWS_NAME, TASKS_NAME, is_finished, refuse_to_replace_part
+from tunekit.artifacts.report.values import RunValues, Values, damage_named, read_run
+from tunekit.artifacts.run import RESULT_FILES, ROWS_NAME, TASKS_NAME, is_finished, read_json, refuse_to_replace_part
 from tunekit.artifacts.stopped import refuse_running, resume_command
 from tunekit.console import Console
 from tunekit.console.text import time_text
@@ -176,7 +176,9 @@ def _parts(values: RunValues, steps: Sequence[int]) -> list[RunPart]:
     if finished and not has_result:
         what = f"{values.path} has finished, but it has no folder {' or '.join(RESULT_FILES)} to compare with"
         raise RunFolderError(what, "restore the folder")
-    if has_result and not finished:
+    ended_at = Values(read_json(values.path / "report.json") or {}).count("final_step")
+    resumed = 0 < ended_at < max(steps, default=0)  # the result is that of an earlier end, by training.max_minutes
+    if has_result and not finished and not resumed:
         what = f"{values.path} has a result, but its status.json does not state that it finished"
         raise RunFolderError(what, "finish it with: tunekit train RECIPE --resume")
     last = max((record.count("step") for record in values.steps), default=0) if finished else 0

@@ -34,6 +34,7 @@ from tunekit.files.durable import json_result, write_json
 from tunekit.files.untrusted import parse_json, read_small
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.metrics.classes import class_facts, columns_of, confused_pairs, never_right
+from tunekit.metrics.retrieval import search_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.data import DataSection
 from tunekit.recipe.evaluation import EvaluationSection
@@ -135,6 +136,9 @@ def _shown(console: Console, target: str, values: Mapping[str, float], evaluatio
     if evaluation.sources is not None:
         result["sources"] = evaluation.sources
         console.table(*sources_table(evaluation.sources))
+    if evaluation.search is not None:
+        result["search"] = evaluation.search
+        console.table(*search_table(evaluation.search))
     if evaluation.classes is not None:
         result["classes"] = class_facts(evaluation.classes)
         lines, columns = result["classes"]["per_class"], columns_of(result["classes"])

@@ -211,13 +211,14 @@ class StepRecord:
 class EvaluationRecord:
     """One evaluation. `metrics`: numbers by name, always with `loss`; `classes`: counts of each label; `samples`:
     generated answers to the first rows, as {prompt, reference, answer}; `sources`: the metrics and number of `rows` of
-    each source, if there are several."""
+    each source, if there are several; `search`: the metrics of each ranking of documents, if documents are searched."""
 
     step: int
     metrics: dict[str, float]
     classes: Mapping[str, object] | None = None
     samples: list[dict[str, str]] | None = None
     sources: dict[str, dict[str, float]] | None = None
+    search: dict[str, dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)

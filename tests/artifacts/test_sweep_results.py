@@ -178,6 +178,15 @@ def test_runs_that_are_not_finished(tmp_path: Path) -> None:
     assert below == [f"failed failed: {REASON}"]
 
 
+def test_a_run_that_time_ended_counts_and_is_named(tmp_path: Path) -> None:
+    runs = {"a": [run(tmp_path / "a", 1.0)], "b": [ended(tmp_path / "b", 0, "stopped_by_time", 0.9)]}
+    results = sweep_results("eval.loss", runs)
+    assert [each.name for each in results.settings] == ["b", "a"]
+    assert results.incomplete == "# best of a sweep in which not every run is finished: b (stopped by max_minutes)\n"
+    assert [each["runs"][0]["state"] for each in results.values()["settings"]] == ["stopped by max_minutes", "finished"]
+    assert [line[-1] for line in results.table()[1]] == ["stopped by max_minutes", "finished"]
+
+
 def test_the_results_of_halving(tmp_path: Path) -> None:
     """Trials that it ended show their last evaluation, and are not drawn; the winner is named once."""
     runs = {

@@ -36,7 +36,6 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.embed import make
 from tunekit.objectives.losses.contrast import RowTexts, embedding_loss
 from tunekit.objectives.losses.embeddings import pool
-from tunekit.objectives.losses.retrieval import of_ranks, retrieval_scores
 from tunekit.objectives.rows.texts import text_key
 from tunekit.recipe.model import HeadlessModel, ModelSection
 from tunekit.recipe.objectives.embed import EmbedSettings
@@ -358,16 +357,6 @@ def test_prompts_and_maximum_lengths_are_those_of_the_folder_unless_the_recipe_s
     assert other.facts["pooling"] == ["max"]
 
 
-def test_ranks_of_documents_count_ties_in_the_order_of_rows() -> None:
-    east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    texts = [torch.stack([east, east]), torch.stack([east, east]), torch.stack([north, north])]
-    keys = [np.array([1, 10], np.uint64), np.array([2, 11], np.uint64), np.array([3, 12], np.uint64)]
-    first, second, third = retrieval_scores(texts, keys)
-    assert first == third == (1.0, 1.0, 1.0)
-    assert second == (0.0, 0.5, pytest.approx(1 / np.log2(3)))
-    assert of_ranks([20]) == (0.0, 0.0, 0.0)
-
-
 def test_metrics_do_not_depend_on_the_batch_size_and_an_adapter_is_evaluated_as_its_run(
     bert: Path, tmp_path: Path
 ) -> None:
@@ -381,6 +370,31 @@ def test_metrics_do_not_depend_on_the_batch_size_and_an_adapter_is_evaluated_as_
     for name in ("loss", "ndcg_at_10", "mrr_at_10", "accuracy_at_1"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
     assert found[0]["ndcg_at_10"] > 0
+    assert found[0]["search"]["model"]["ndcg@10"] == pytest.approx(found[0]["ndcg_at_10"])
+    assert found[0]["search"]["bm25"]["recall@10"] > 0.5
+
+
+def test_a_corpus_is_searched_and_must_have_every_positive(bert: Path, tmp_path: Path) -> None:
+    """The Matryoshka sizes have a column each in the table of searches."""
+    recipe = write_case(
+        tmp_path,
+        bert,
+        {"matryoshka": [32, 8]},
+        data={"eval": [{"path": "train.jsonl"}]},
+        evaluation={"corpus": "corpus.jsonl", "cutoffs": [1, 4]},
+        training={"max_steps": 2, "epochs": None},
+    )
+    corpus = tmp_path / "corpus.jsonl"
+    texts = [*(example_of(number)["document"] for number in range(ROWS)), *(f"another {n}" for n in range(9))]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[1:]), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"the positives of 1 evaluation rows .*train.jsonl:1\) are not documents"):
+        train(recipe)
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    run = train(recipe)
+    search = records(run)[-1]["search"]
+    assert list(search) == ["bm25", "model", "model at 8"]
+    assert {"accuracy@1", "recall@4", "precision@4", "map@100", "mrr@10", "ndcg@10"} <= search["model"].keys()
+    assert "| metric | before training | bm25 | model | model at 8 |" in (run / "report.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("loss", ["cosent", "angle", "cosine", "contrastive", "online_contrastive"])
@@ -389,7 +403,19 @@ def test_scored_pairs_are_trained_and_correlated(loss: str, bert: Path, tmp_path
     rows = [{"sentence1": f"a {n}", "sentence2": f"b {n % 5}", "score": n % 2} for n in range(ROWS)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     last = records(train(recipe))[-1]["eval"]
-    assert {"loss", "spearman", "pearson"} <= last.keys()
+    labelled = {"average_precision", "pair_accuracy", "pair_f1"} if "contrastive" in loss else set()
+    assert last.keys() == {"loss", "spearman", "pearson"} | labelled
+
+
+def test_a_corpus_without_a_search_is_refused(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"text": "here"}', encoding="utf-8")
+    row = json.dumps({"sentence1": "a", "sentence2": "b", "score": 1}) + "\n"
+    recipe = write_case(tmp_path, bert, {"loss": "cosine"}, evaluation={"corpus": "corpus.jsonl"})
+    (tmp_path / "train.jsonl").write_text(row + row.replace("a", "c"), encoding="utf-8")
+    with pytest.raises(RecipeError, match="searches no documents; remove this key"):
+        train(recipe)
+    with pytest.raises(RecipeError, match=r"evaluation\.corpus: needs evaluation rows"):
+        train(recipe, "~data.eval")
 
 
 def test_a_fully_trained_model_is_a_sentence_transformers_folder(bert: Path, tmp_path: Path) -> None:

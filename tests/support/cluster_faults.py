@@ -153,7 +153,7 @@ def at_evaluation(action: Plant) -> Plant:
         from tunekit.evaluation import scores
         from tunekit.training.run import Run
 
-        measure, evaluate, steps = scores._sums_or_halves, Run._evaluate_if_due, [0]
+        measure, evaluate, steps = scores._sums_in_parts, Run._evaluate_if_due, [0]
 
         def at(run: Any) -> Any:
             steps.append(run.state.step)
@@ -165,7 +165,7 @@ def at_evaluation(action: Plant) -> Plant:
                 action(node)
             return measure(*values)
 
-        Run._evaluate_if_due, scores._sums_or_halves = at, acting
+        Run._evaluate_if_due, scores._sums_in_parts = at, acting
 
     return change
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ import torch
 from tests.support.train_case import free_port, write_recipe
 
 STEPS = 8
-PATIENCE_SECONDS = 240.0
-SHORT_SECONDS = 8.0  # instead of the minutes that a run waits for a silent or absent rank
+PATIENCE_SECONDS = 240.0  # on an idle machine
+SHORT_SECONDS = 8.0  # instead of the minutes that a run waits for a silent or absent rank, on an idle machine
 NODES = (0, 1)
 LIBRARIES = ("[", "frame", "<omitting", "Exception raised")  # how lines of torch's log begin
 Plant = Callable[["Node"], None]
@@ -70,6 +71,11 @@ def write_nodes(case: Path, base: Path) -> None:
         (folder / "recipe.yaml").write_text(json.dumps(values))
 
 
+def slowness() -> float:
+    """How many times slower a process may be than on an idle machine: the programs that want each processor."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def _main(node: Node, plant: Plant) -> int:
     """The command in a forked child. Returns its exit code."""
     from accelerate.state import PartialState
@@ -80,8 +86,9 @@ def _main(node: Node, plant: Plant) -> int:
 
     PartialState._reset_state()  # type: ignore[no-untyped-call]  # an earlier test may have had one process
     os.chdir(node.folder)
-    meeting.EXCHANGE_SECONDS = 4 * SHORT_SECONDS  # a busy machine needs more than SHORT_SECONDS for an exchange
-    meeting.JOINING_SECONDS = peers.SILENCE_SECONDS = lock.WATCHING_SECONDS = SHORT_SECONDS
+    short = SHORT_SECONDS * slowness()
+    meeting.EXCHANGE_SECONDS = 4 * short  # an exchange can take longer than the silence of a rank
+    meeting.JOINING_SECONDS = peers.SILENCE_SECONDS = lock.WATCHING_SECONDS = short
     plant(node)
     os.environ.update(node.variables)
     for name in [name for name, value in node.variables.items() if not value]:
@@ -107,8 +114,11 @@ def _start(node: Node, plant: Plant) -> int:
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     torch.set_num_threads(1)
     code = 99
-    with contextlib.suppress(BaseException):
+    try:
         code = _main(node, plant)
+    except BaseException:  # of the plant
+        traceback.print_exc()
+    with contextlib.suppress(BaseException):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
@@ -117,10 +127,10 @@ def _start(node: Node, plant: Plant) -> int:
 def run_nodes(
     case: Path, plant: Plant = lambda node: None, port: int | None = None, resume: bool = False
 ) -> list[NodeEnd]:
-    """Run both nodes to their end; after PATIENCE_SECONDS they are killed."""
+    """Run both nodes to their end; after some minutes they are killed."""
     port = port or free_port()
     (case / "struck").unlink(missing_ok=True)
-    started, processes = time.time(), {}
+    started, processes, patience = time.time(), {}, PATIENCE_SECONDS * slowness()
     for rank in NODES:
         words = ["train", "recipe.yaml", f"output.dir={case / 'run'}", *(["--resume"] if resume else [])]
         variables = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -135,7 +145,7 @@ def run_nodes(
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
                 ends[processes[child]] = os.waitstatus_to_exitcode(status), time.time()
-            elif time.time() - started > PATIENCE_SECONDS:
+            elif time.time() - started > patience:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 ends[processes[child]] = None, time.time()

@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.run_case import write_run
 from tests.support.train_case import Ended, free_port, in_child, train_in_child, write_recipe
+from tunekit.artifacts.checkpoint import find_checkpoint
 from tunekit.artifacts.metrics_log import truncate_metrics
 from tunekit.artifacts.stopped import named_state, next_commands
 from tunekit.errors import RunFolderError
@@ -125,6 +126,16 @@ def test_a_run_without_a_checkpoint_names_the_command_that_continues_it(tmp_path
         RunFolderError, match=r"r has no result and no complete .*SIGTERM.*tunekit train .*run/recipe.yaml --resume"
     ):
         named_state(run, "r")
+
+
+def test_the_best_checkpoint_of_a_run_that_time_ended_is_the_one_of_its_result(tmp_path: Path) -> None:
+    """Its last evaluation found the best one, after the checkpoint was saved. After a resume, it counts for nothing."""
+    run = write_checkpoints(tmp_path / "run", 10, 20, best=10)
+    (run / "report.json").write_text(json.dumps({"best_step": 20, "final_step": 20}))
+    write_status(run, exit_code=0, reason="stopped_by_time", finished=False)
+    assert find_checkpoint(f"{run}@best") == run / "checkpoints" / "step-000020"
+    write_status(run, **STOPPED)
+    assert find_checkpoint(f"{run}@best") == run / "checkpoints" / "step-000010"
 
 
 def test_an_old_result_is_not_used_after_a_resume(tmp_path: Path) -> None:

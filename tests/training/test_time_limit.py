@@ -7,7 +7,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,11 +25,12 @@ from tests.support.train_case import (
 )
 from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.stopped import named_state
-from tunekit.errors import RecipeError
+from tunekit.errors import Problem, RecipeError
 from tunekit.planning.minutes import fitting_text, time_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.runs import run_line
 from tunekit.training import time_limit
+from tunekit.training.run_files import restore_end
 from tunekit.training.state import LoopState
 from tunekit.training.time_limit import DISK_BYTES, REPORT_SECONDS, RunEnd, TimeLimit
 
@@ -78,7 +81,7 @@ def limited(recipe: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon", ".inf", "[1]"])
+@pytest.mark.parametrize("value", ["0", "-1", "soon", ".inf", "[1]", "1e308"])
 def test_a_bad_limit_is_refused(recipe: Path, value: str) -> None:
     with pytest.raises(RecipeError, match="max_minutes"):
         load_recipe(recipe, [f"training.max_minutes={value}"])
@@ -117,8 +120,12 @@ def test_it_continues_for_as_long_again_and_ends_like_a_run_that_was_never_stopp
     """The evaluation at the stop, which the recipe does not require, counts for nothing afterwards."""
     run = limited.with_name("continued")
     shutil.copytree(limited, run)
+    for name in ("tasks.json", "exports.json"):
+        (run / name).write_text("{}")
     ended = train_in_child(recipe, run, "training.max_minutes=90", resume=True, before=over_at(5))
     assert ended.code == 0, ended.output
+    assert not (run / "tasks.json").exists()
+    assert not (run / "exports.json").exists()
     assert status_of(run)["reason"] == "stopped_by_time"
     assert [record["step"] for record in records(run) if "eval" in record] == [0, 2, 4, 5]
 
@@ -135,6 +142,19 @@ def test_it_continues_for_as_long_again_and_ends_like_a_run_that_was_never_stopp
     report = json.loads((run / "report.json").read_text())
     assert [each["first_step"] for each in report["starts"]] == [1, 4, 6]
     assert train_in_child(recipe, run, resume=True).output.count("nothing to do") == 1
+
+
+@pytest.mark.drawn
+@pytest.mark.parametrize("change", ["training.learning_rate=0.02", "training.max_minutes=0.01"])
+def test_a_refused_resume_leaves_the_result_and_its_records(recipe: Path, limited: Path, change: str) -> None:
+    run = limited.with_name(change)
+    shutil.copytree(limited, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    ended = train_in_child(recipe, run, LIMIT, change, resume=True)
+    assert ended.code == 2, ended.output
+    assert "repair it" not in " ".join(ended.output.split())
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    assert named_state(run, "r").folder == run / "adapter"
 
 
 @pytest.mark.drawn
@@ -196,6 +216,33 @@ def test_the_limit_is_that_of_each_trial(recipe: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["settings"][0]["mean"] is not None
 
 
+@pytest.mark.drawn
+def test_a_trial_that_uses_up_its_limit_before_a_comparison_of_halving_has_a_result(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """It paused at step 2, where it was compared; the time that is left then is too short for a step."""
+
+    def sweep() -> None:
+        from tunekit.recipe.reading.trial_recipes import load_sweep
+        from tunekit.sweep import sweep_verb
+
+        TimeLimit.lack = lambda limit, *values: Problem("too short", "write more") if limit.earlier else None  # type: ignore[method-assign]
+        words = [f"output.dir={tmp_path / 'sweep'}", LIMIT, "~training.epochs", "training.max_steps=4"]
+        words += ["training.learning_rate=0.01,0.02", "sweep.strategy=halving"]
+        sweep_verb(load_sweep(recipe, words), False, None)
+
+    ended = in_child(sweep, tmp_path / "log")
+    assert ended.code == 0, ended.output
+    runs = list((tmp_path / "sweep").glob("learning_rate=*"))
+    assert len(runs) == 2
+    assert any(status_of(run)["reason"] == "stopped_by_time" for run in runs)
+    for run in runs:
+        if status_of(run)["reason"] == "stopped_by_time":
+            assert (run / "adapter" / "adapter_config.json").exists()
+            starts = json.loads((run / "report.json").read_text())["starts"]
+            assert [(each["first_step"], each["last_step"]) for each in starts] == [(1, 2)]
+
+
 def test_the_limit_counts_from_the_start_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_limit, "process_seconds", lambda: 40.0)
     limit = TimeLimit(60.0)
@@ -206,6 +253,17 @@ def test_the_limit_counts_from_the_start_of_the_process(monkeypatch: pytest.Monk
         "a limit of 1 min leaves no time for a step: 40 s have passed, a step takes about 30.0 s, "
     )
     assert problem.how == "write at least 1.2"
+
+
+def test_a_resume_takes_the_minutes_of_earlier_starts_from_the_report() -> None:
+    """The checkpoint was saved before the last evaluation and the export."""
+    report = {"seconds": {"export": 3.0, "train": 9.0}, "starts": [{"first_step": 1, "last_step": 3, "minutes": 2.0}]}
+    folder = SimpleNamespace(read_json=lambda name: report)
+    saved = [{"first_step": 1, "last_step": 3, "minutes": 1.5}, {"first_step": 4, "last_step": 5, "minutes": 1.0}]
+    state = LoopState(step=5, starts=saved)
+    restore_end(SimpleNamespace(folder=folder), state)  # type: ignore[arg-type]
+    assert [each["minutes"] for each in state.starts] == [2.0, 1.0]
+    assert state.longest == {"export": 3.0}
 
 
 # --- estimates -----------------------------------------------------------------------------------------------------
@@ -222,6 +280,14 @@ def test_the_end_of_a_run_is_estimated_from_what_it_measured() -> None:
     assert ending.seconds(state) == 3 * save + 10.0 + REPORT_SECONDS  # 50 tokens of 0.2 s
     state.longest = {"save": 1.0, "evaluate": 4.0, "export": 2.0, "tasks": 8.0}
     assert ending.seconds(state) == 15.0 + REPORT_SECONDS
+
+
+def test_evaluations_and_checkpoints_before_the_next_possible_stop_are_part_of_the_estimate() -> None:
+    ending = RunEnd(evaluation_tokens=50, stop_steps=8, eval_steps=1, save_steps=4)
+    state = LoopState(step=8, longest={"save": 1.0, "evaluate": 3.0, "export": 2.0})
+    assert ending.seconds(state) == 2 * 1.0 + 8 * 3.0 + 2.0 + REPORT_SECONDS
+    best = replace(ending, reads_best=True, eval_steps=5)  # an evaluation may write a checkpoint
+    assert best.seconds(state) == 4 * 1.0 + 3 * 3.0 + 2.0 + REPORT_SECONDS
 
 
 def test_the_longest_of_the_last_paces_counts() -> None:

@@ -25,6 +25,7 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.training import streaming
 from tunekit.training.run import Run
 from tunekit.training.streaming import LayerPass
+from tunekit.training.time_limit import REPORT_SECONDS, TimeLimit
 from tunekit.training.together import train_together
 from tunekit.tuned.module_copies import copy_modules
 
@@ -147,6 +148,20 @@ def test_a_run_that_fails_leaves_the_others_together(tiny_llama: Path, monkeypat
     assert [error.problems[0].what for error in runs.errors] == ["the row is wrong"]
     assert runs.warnings == []
     assert passes == [3, 3, 1, 1, 1, 2], "the failed round runs each alone, and the next one those that are left"
+
+
+def test_each_run_keeps_time_free_for_the_ends_of_the_others(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, others = three_runs(tiny_llama), list[float]()
+    monkeypatch.setattr(TimeLimit, "is_over", lambda limit, *values: (others.append(limit.others), limit.ends)[1])
+
+    def limit(cases: list[Case]) -> None:
+        for number, case in enumerate(cases):
+            case.parts.session.limit = TimeLimit(60.0)
+            case.parts.session.limit.ends = number == 1  # type: ignore[attr-defined]
+            case.parts.state.longest = {"save": 0.0, "export": 10.0**number - REPORT_SECONDS}
+
+    assert len(runs.together(limit)[1].losses) == 1
+    assert others[:5] == [110.0, 101.0, 1.0, 100.0, 1.0]
 
 
 def test_an_error_of_no_single_run_keeps_the_runs_apart(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from tunekit.artifacts.manifest import (
     read_manifest,
     verify,
 )
-from tunekit.artifacts.run import RunFolder
+from tunekit.artifacts.run import RunFolder, read_json
 from tunekit.contracts import Tensors
 from tunekit.errors import RunFolderError, TunekitError
 from tunekit.files import durable
@@ -174,7 +174,7 @@ def find_checkpoint(name: str) -> Path | None:
     steps = dict(list_checkpoints(run.resolve() / "checkpoints"))  # newest first
     step = int(which) if which.isdecimal() else next(iter(steps), -1)
     if which == "best" and steps:
-        step = load_checkpoint(steps[step]).facts["loop"]["best_step"]
+        step = _exported_best(run) or load_checkpoint(steps[step]).facts["loop"]["best_step"]
     if step in steps and (which.isdecimal() or which in ("best", "last")):
         return steps[step]
     if not steps:
@@ -182,6 +182,13 @@ def find_checkpoint(name: str) -> Path | None:
     why = "set evaluation.best to save the best one" if which == "best" else "older ones are removed during a run"
     there = f"its checkpoints are {', '.join(map(str, sorted(steps)))} ({why}); write {start}@STEP or {start}@last"
     raise RunFolderError(f"{start} has no checkpoint '{which}'", there)
+
+
+def _exported_best(run: Path) -> int | None:
+    """The best step in the report of a run that has ended. At its end by time, a run saves its last checkpoint before
+    its last evaluation."""
+    status, report = (read_json(run / f"{name}.json") or {} for name in ("status", "report"))
+    return report.get("best_step") if status.get("exit_code") == 0 else None
 
 
 # --- reading back --------------------------------------------------------------------------------------------------

@@ -170,6 +170,9 @@ def compare_results(run: Path, repeat: Path, step: int) -> tuple[list[Mismatch],
         elif ours.get(path) != theirs[path]:
             differences.append(Mismatch(step, f"{path} {'has different bytes' if path in ours else 'is missing'}"))
     for path, free in JSON_FILES.items():
+        if (run / path).exists() and not (repeat / path).exists():
+            differences.append(_foreign(step, path))
+            continue
         before, after = (dict(flat_values(read_json(folder / path) or {}, free=free)) for folder in (run, repeat))
         shown = []
         for key in (key for key in {**before, **after} if key):

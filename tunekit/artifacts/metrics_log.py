@@ -16,7 +16,7 @@ from tunekit.records import EvaluationRecord, JsonObject, StepRecord
 METRICS_NAME = "metrics.jsonl"
 Record = JsonObject  # one line: `step`, and the numbers of a step or the `eval` of an evaluation
 LoggedLine = tuple[int, Record]  # the offset of the line's end in the file, and its record
-BESIDE = ("classes", "samples", "sources")  # fields of an evaluation in addition to its metrics
+BESIDE = ("classes", "samples", "sources", "search")  # fields of an evaluation in addition to its metrics
 
 
 def record_line(record: StepRecord | EvaluationRecord) -> bytes:

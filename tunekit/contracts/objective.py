@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -124,6 +125,11 @@ class RowKind:
     has_reasoning: bool = False  # whether data.reasoning applies to the rows' answers
     media_fingerprint: str = ""  # sha256 of what makes values from the files that rows name
     room: str = ""  # " with room for KEY" in messages: a part of a row's length besides its own tokens
+
+    @property
+    def documents(self) -> RowKind | None:
+        """The kind of the documents in evaluation.corpus; None if evaluations search no documents."""
+        return None
 
     @property
     def unknown_id(self) -> int | None:
@@ -275,6 +281,8 @@ class LossKind:
     `metrics`: names of the metrics of each evaluation; `logged`: names of values that each step logs from Loss.metrics;
     `reference`: whether the loss compares with the policy at step 0; `without_reference`: what to use instead;
     `updates_per_sampling`: how many steps reuse the same samples. A run resumes only where new samples are drawn.
+    `measured_ranks`: for each ranking of documents that `measuring` made, the ranks (from 0) of the documents that are
+    relevant to each query.
     `reads_output`: whether `sums` reads the output; False if `measuring` has computed all values.
     """
 
@@ -284,6 +292,7 @@ class LossKind:
     without_reference = "an objective without a reference model, such as orpo or simpo"
     updates_per_sampling: int = 1
     reads_output: bool = True
+    measured_ranks: Mapping[str, Sequence[Sequence[int]]] = MappingProxyType({})
 
     @property
     def measured_facts(self) -> Mapping[str, Any]:
@@ -296,7 +305,8 @@ class LossKind:
         return step
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> LossKind:
-        """A copy of the loss with statistics computed from all evaluation rows. `batches`: this rank's share."""
+        """A copy of the loss with statistics computed from all evaluation rows. `batches`: this rank's share of them,
+        and of the documents to search."""
         return self
 
     def evaluation_copy(self) -> LossKind:

@@ -4,8 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from tunekit.adapters.several import AdapterSet
 from tunekit.contracts import Answering, AnswerLimits, Batch, Objective, Processor, Progress, Rows, no_progress
 from tunekit.data.batching.steps import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
-from tunekit.data.encoding.store import by_source
-from tunekit.data.rows import Prompt, RowSet
+from tunekit.data.encoding.store import ChosenRows, by_source
+from tunekit.data.rows import Prompt, RowSet, whole
 from tunekit.errors import DataError, ModelError, RecipeError
 from tunekit.evaluation.answers import answer_questions, answer_values, text_metrics
 from tunekit.evaluation.choices import (
@@ -30,6 +29,7 @@ from tunekit.evaluation.choices import (
     make_questions,
     of_every_row,
 )
+from tunekit.evaluation.retrieval import bm25_ranks, load_corpus
 from tunekit.evaluation.scores import (
     EvaluationStopped,
     EvaluationSums,
@@ -39,6 +39,7 @@ from tunekit.evaluation.scores import (
 )
 from tunekit.machine.devices import Devices
 from tunekit.metrics.classes import class_table
+from tunekit.metrics.retrieval import search_values
 from tunekit.model.load import LoadedModel
 from tunekit.objectives.rows.choices import Question
 from tunekit.recipe.data import DataSection
@@ -52,11 +53,14 @@ SAMPLES = 8  # answers that a report shows
 
 @dataclass(frozen=True)
 class Queries:
-    """The queries of an evaluation: prompts that the model answers, and multiple-choice questions."""
+    """The queries of an evaluation: prompts that the model answers, and multiple-choice questions. `corpus`: the
+    documents to search, if they are not those of the rows. `baseline`: the ranks of relevant documents by BM25."""
 
     prompts: Sequence[Prompt] = ()
     choices: Choices | None = None
     questions: Sequence[Question] = ()
+    corpus: Rows | None = None
+    baseline: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,16 @@ class Evaluation:
     """The result of an evaluation: sums, and every metric by name.
     `classes`: `labels`, the `counts` of each label (predicted right, predicted, true) and the `confusion` matrix; None
     if rows have no labels. `samples`: generated answers to the first rows. `sources`: if there are several sources, the
-    metrics and the number of `rows` of each. `pictures`: images for the report. `facts`: values computed from all rows,
-    which are saved in the adapter's folder. `row_metrics`: for each metric of answers that is a mean over rows, the
-    rows' `values` and `digests` (hashes)."""
+    metrics and the number of `rows` of each. `search`: the metrics of each ranking of documents, by its name.
+    `pictures`: images for the report. `facts`: values computed from all rows, which are saved in the adapter's folder.
+    `row_metrics`: for each metric of answers that is a mean over rows, the rows' `values` and `digests` (hashes)."""
 
     sums: EvaluationSums
     metrics: dict[str, float]
     classes: dict[str, Any] | None = None
     samples: list[dict[str, str]] | None = None
     sources: dict[str, dict[str, float]] | None = None
+    search: dict[str, dict[str, float]] | None = None
     pictures: Sequence[NDArray[np.uint8]] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     row_metrics: Mapping[str, Mapping[str, list[Any]]] = field(default_factory=dict)
@@ -96,8 +101,10 @@ class Evaluator:
 
     def evaluate(self, stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """Evaluate all rows. Raises: EvaluationStopped if `stop` returns true."""
-        batches = partial(evaluation_batches, self.rows, self.objective.rows, batch_size=self.settings.batch_size)
-        mine = takewhile(lambda batch: not stop(), islice(batches(), self.devices.rank, None, self.devices.world))
+        size, kind = self.settings.batch_size, self.objective.rows
+        stores = [self.rows, *([] if self.queries.corpus is None else [self.queries.corpus])]
+        batches = chain.from_iterable(evaluation_batches(rows, kind, batch_size=size) for rows in stores)
+        mine = takewhile(lambda batch: not stop(), islice(batches, self.devices.rank, None, self.devices.world))
 
         def gather(values: list[Any]) -> list[Any]:
             if self.devices.any(int(stop())):  # on some rank, `mine` ended early
@@ -140,7 +147,13 @@ class Evaluator:
         classes = objective.loss.class_counts(sums.values)
         if choices is not None:
             classes = class_table(choices.labels, sums.values["label_counts"], sums.values.get("confusion"))
-        return Evaluation(sums, ordered, classes, samples, sources, pictures, objective.loss.measured_facts, of_answers)
+        search, facts = self._search(objective.loss.measured_ranks), objective.loss.measured_facts
+        return Evaluation(sums, ordered, classes, samples, sources, search, pictures, facts, of_answers)
+
+    def _search(self, ranks: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, dict[str, float]] | None:
+        """The metrics of each ranking of documents, and those of BM25; None if nothing was searched."""
+        rankings = {**({"bm25": self.queries.baseline} if self.queries.baseline else {}), **ranks}
+        return {name: search_values(each, self.settings.cutoffs) for name, each in rankings.items()} if ranks else None
 
     def query_seconds(self) -> tuple[float, float]:
         """The estimated seconds of an evaluation's generated answers, multiple-choice questions and pictures: of the
@@ -257,6 +270,10 @@ def queries_of(
     check_answers(rows, names)
     prompts = tuple(islice(rows.evaluation_prompts(), needed))
     choices = choices_of(settings, rows.objective, data)
+    corpus = load_corpus(settings, rows)
+    if rows.objective.rows.documents is not None:
+        documents = None if corpus is None else ChosenRows([whole(corpus)])
+        return Queries(prompts, corpus=documents, baseline=bm25_ranks(rows, corpus))
     if choices is None:
         if settings.content_free_prompt is not None:
             raise RecipeError(
@@ -284,6 +301,7 @@ def check_queries(rows: RowSet, settings: EvaluationSection, data: DataSection) 
     if rows.evaluation is None:
         return
     check_answers(rows, settings.metrics)
+    load_corpus(settings, rows)
     if choices is not None:
         of_every_row(rows.evaluation_examples(), lambda row: choices.place_of(row.example))
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from tunekit.recipe.bases.paths import TaskPath
+from tunekit.recipe.bases.paths import RowsPath, TaskPath
 from tunekit.recipe.bases.section import Count, CountOrZero, Section, Several, Text
 
 FROM_DATA = "from_data"
@@ -93,6 +93,16 @@ class EvaluationSection(Section):
         (), description="prompt lengths in tokens, for tasks that generate their prompts (RULER)"
     )
     task_chat_template: bool = Field(False, description="format the prompts of tasks with the chat template")
+    corpus: RowsPath | None = Field(
+        None,
+        description="a file of documents (column text; optional: title) that an evaluation of embeddings searches; "
+        "null: the documents of the evaluation rows",
+    )
+    cutoffs: Several[Count] = Field(
+        (1, 3, 5, 10),
+        min_length=1,
+        description="the table of searches has accuracy, recall and precision of so many first documents",
+    )
     batch_size: Count = Field(8, description="number of rows in one forward pass; affects only memory and speed")
     best: Annotated[str, BeforeValidator(check_best)] | None = Field(
         None, description="export the checkpoint with the best value of this metric"

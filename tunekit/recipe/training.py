@@ -35,6 +35,7 @@ _SHARES = ("min_lr_rate", "min_lr_ratio")  # of the learning rate
 _STEP_COUNTS = ("num_decay_steps", "timescale")
 _RATES = ("min_lr", "lr_end")
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion", "muon"]
+MOST_MINUTES = 366 * 24 * 60  # a year
 BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion")
 
 
@@ -119,7 +120,7 @@ class TrainingSection(Section):
     )
     epochs: Positive | None = Field(1.0, description="passes over the training rows")
     max_steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
-    max_minutes: Positive | None = Field(
+    max_minutes: Annotated[Number, Field(gt=0, le=MOST_MINUTES)] | None = Field(
         None,
         description="the time limit of one start of the command, from the start of the process to the end of the "
         "export; the run then ends with a result, and --resume continues it for as long again; the schedule stays that "

@@ -133,6 +133,8 @@ def _end_of(recipe: Recipe, planned: Planned, adapter: AttachedAdapter) -> RunEn
         reads_best=recipe.evaluation.best is not None,
         stop_steps=rows.objective.loss.updates_per_sampling,
         micro_batches=training.gradient_accumulation_steps,
+        eval_steps=training.eval_steps,
+        save_steps=training.save_steps,
     )
 
 

@@ -16,7 +16,7 @@ from tunekit.training.loss_warnings import KEEP_BEST, last_jump, rise
 from tunekit.training.run import Run
 from tunekit.tuned.model import TunedModel
 
-REPORTED = ("step", "eval", "sources")  # keys of an evaluation's record that the report contains
+REPORTED = ("step", "eval", "sources", "search")  # keys of an evaluation's record that the report contains
 
 
 def _ends(name: str, values: Sequence[float], tenth: int) -> dict[str, float]:

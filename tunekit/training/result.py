@@ -25,6 +25,7 @@ from tunekit.training.planned import Planned
 from tunekit.training.run import Run
 from tunekit.training.saved_state import restore
 from tunekit.training.session import Session
+from tunekit.training.state import timed
 from tunekit.training.time_limit import KEY
 
 
@@ -100,12 +101,13 @@ def _measure_tasks(session: Session, folder: RunFolder, planned: Planned, run: R
         return
     objective, tokenizer = measuring_objective(run.model.base, planned.processor), planned.processor.tokenizer
     assert isinstance(tokenizer, LoadedTokenizer)  # plan refuses tasks for other models
+    seconds: dict[str, float] = {}  # only of a measurement that ends, because the next start keeps them free
     measure = partial(measure_tasks, run.model, tokenizer, objective, devices=session.devices, compares=compares)
     try:
         if session.signals.requested is not None:
             raise Stopped("stopped before the tasks", session.signals.requested)
         bounded = nullcontext() if limit.left is None else time_limit(limit.left)
-        with run.state.timed("tasks"), session.signals.at_once("during the tasks"), bounded:
+        with timed(seconds, "tasks"), session.signals.at_once("during the tasks"), bounded:
             tasks = load_tasks(settings)
             results = measure(tasks, template=planned.rows.template, progress=CountProgress(console))
             console.warn(*tasks.notes())
@@ -116,6 +118,7 @@ def _measure_tasks(session: Session, folder: RunFolder, planned: Planned, run: R
         what = str(error) if isinstance(error, TunekitError) else f"{type(error).__name__}: {error}"
         console.warn(f"{what}: evaluation.tasks are not measured; measure them with: {command}")
         return
+    run.state.seconds |= seconds
     values = results.values()
     folder.write_json(TASKS_NAME, values)
     console.table(*score_table(values["scores"], values["before"]))

@@ -42,9 +42,10 @@ from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.reached import require_gradients
 from tunekit.training.run_files import (
-    end_seconds_of,
     make_trackers,
     protected_steps,
+    remove_records_of_result,
+    restore_end,
     tracked_numbers,
     write_pictures,
     write_rows,
@@ -119,6 +120,8 @@ class Run:
             try:
                 yield
             except InputError as error:
+                if not self.session.limit.has_trained:
+                    raise
                 if self.devices.world > 1:  # another rank may be in the middle of a step
                     raise
                 self.settle()
@@ -130,19 +133,26 @@ class Run:
                 raise InputError.of([*error.problems, saved]) from error
 
     def start(self) -> bool:
-        """Evaluate before step 1. Returns whether a step is left to train. Raises: Stopped after a stop signal."""
-        state, evaluated = self.state, self.state.evaluated_step
-        state.longest = end_seconds_of(self.session) | state.longest
-        state.starts.append({"first_step": state.step + 1, "last_step": state.step, "minutes": 0.0})
+        """Evaluate before step 1. Returns whether a step is left to train. Raises: Stopped after a stop signal;
+        InputError if the time limit leaves no step."""
+        state, evaluated, limit = self.state, self.state.evaluated_step, self.session.limit
+        restore_end(self.session, state)
+        if not limit.earlier:
+            state.starts.append({"first_step": state.step + 1, "last_step": state.step, "minutes": 0.0})
         self._evaluate_if_due()  # a signal or an error may have interrupted it before the resume
         if state.evaluated_step > max(evaluated, 0):  # this step's checkpoint lacks the results
             self._save()
         self._stop_if_asked()
         if state.stopped_early or state.step >= self.steps.count:
             return False
-        problem = self.session.limit.lack(state, self.ending)
+        problem = limit.lack(state, self.ending)
         if self.training.max_minutes and (problems := [each for each in self.devices.gather([problem]) if each]):
+            if limit.earlier:
+                self._end_now()
+                return False
             raise InputError.of([self.session.loaded.locate(problems[0])])
+        if state.step:
+            self.session.in_folder(remove_records_of_result)
         if self.progress is not None:
             self.progress.start(state.step + 1)
         return True
@@ -206,21 +216,24 @@ class Run:
         return not (ended or self._end_by_time())
 
     def _end_by_time(self) -> bool:
-        """If the time is up: save a checkpoint, and evaluate the weights that may be exported. The checkpoint does not
-        contain this evaluation, so that a resumed run equals a run that never stopped. Returns whether the run ends."""
+        """End the run if the time is up. Returns whether it ends."""
         limit = self.session.limit
         if not limit.is_set or not self.can_resume:
             return False
         limit.mark(self.state)
-        if not self.devices.any(int(limit.is_over(self.state, self.ending))):
-            return False
+        if self.devices.any(int(limit.is_over(self.state, self.ending))):
+            self._end_now()
+        return self.ended_by_time
+
+    def _end_now(self) -> None:
+        """Save a checkpoint, and evaluate the weights that may be exported. The checkpoint does not contain this
+        evaluation, so that a resumed run equals a run that never stopped."""
         self.settle()
         if self.state.step > self.state.saved_step:
             self._save()
         self.ended_by_time = True
         self._evaluate_if_due()
         self._stop_if_asked()
-        return True
 
     def _count_units(self, step: StepBatches) -> Tensor:
         """The step's number of loss units, (K,) float64, summed over ranks. The other numbers of the step are kept in
@@ -318,7 +331,7 @@ class Run:
         except EvaluationStopped:
             return False
         state.evaluated_step, state.measured_facts = state.step, dict(evaluation.facts)
-        values = evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources
+        values = evaluation.metrics, evaluation.classes, evaluation.samples, evaluation.sources, evaluation.search
         self.record(EvaluationRecord(state.step, *values))
         if self.session.folder is not None:
             write_pictures(self.session.folder, state.step, evaluation)

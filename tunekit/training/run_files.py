@@ -15,13 +15,14 @@ from tunekit.artifacts.checkpoint import Checkpoint, load_newest, rotate
 from tunekit.artifacts.fingerprint import flat_values, make_fingerprint, recipe_values, require_same, resume_notes
 from tunekit.artifacts.report.pictures import picture_name
 from tunekit.artifacts.report.values import Values
-from tunekit.artifacts.run import ROWS_NAME, RunFolder, is_finished, read_json
+from tunekit.artifacts.run import EXPORTS, RECORDS, ROWS_NAME, TASKS_NAME, RunFolder, is_finished, read_json
 from tunekit.artifacts.stopped import find_result
 from tunekit.artifacts.trackers import TrackedRun, Trackers
 from tunekit.data.encoding.images import png_bytes
 from tunekit.errors import ResourceError, RunFolderError, Stopped, TunekitError, is_out_of_memory
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.row_losses import RowLosses
+from tunekit.files.durable import unlink
 from tunekit.files.untrusted import sha256_of
 from tunekit.machine.environment import accelerator_names, library_versions, read_environment
 from tunekit.model.compute import resolve_dtype
@@ -39,27 +40,35 @@ OPTIMIZER_COPIES = 3  # weights and two moments: float32 copies of each trained 
 
 @contextmanager
 def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -> Iterator[None]:
-    """A context manager that locks the run folder. If the block fails, the reason is written to status.json."""
+    """A context manager that locks the run folder. If the block fails, the reason is written to status.json; if a run
+    with a result was resumed and no step of it trained, its records become as they were."""
     if overwrite:
         _refuse_inputs_inside(session, path)
     open_new = partial(RunFolder.open_new, overwrite=overwrite)
     open_folder = RunFolder.open_resume if resume else open_new
     session.folder = session.devices.on_main(lambda: open_folder(path, warn=session.console.warn))
+    records: dict[str, bytes] = {}
+
+    def leave(exit_code: int, reason: str) -> None:
+        _leave_status(session.folder, exit_code, reason, {} if session.limit.has_trained else records)
+
     if session.devices.peers is not None:
-        session.devices.peers.at_loss = lambda error: _leave_status(session.folder, error.exit_code, str(error))
+        session.devices.peers.at_loss = lambda error: leave(error.exit_code, str(error))
     try:
+        if session.folder is not None:
+            records |= _records_of_result(session.folder.path)
         check_folder_is_shared(session, path)
         yield
     except BaseException as caught:
         error = session.out_of_memory() if is_out_of_memory(caught) else session.devices.cause(caught)
         if is_out_of_memory(caught):
-            _leave_status(session.folder, ResourceError.exit_code, "out of memory")
+            leave(ResourceError.exit_code, "out of memory")
         elif isinstance(error, Stopped):
-            _leave_status(session.folder, error.exit_code, error.problems[0].what)
+            leave(error.exit_code, error.problems[0].what)
         elif isinstance(error, TunekitError):
-            _leave_status(session.folder, error.exit_code, str(error))
+            leave(error.exit_code, str(error))
         else:
-            _leave_status(session.folder, 130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
+            leave(130 if isinstance(error, KeyboardInterrupt) else 1, type(error).__name__)
         if error is caught:
             raise
         raise error from caught
@@ -78,11 +87,21 @@ def _refuse_inputs_inside(session: Session, path: Path) -> None:
         raise RunFolderError(what, "choose another output.dir", file=str(session.loaded.path), key=key)
 
 
-def _leave_status(folder: RunFolder | None, exit_code: int, reason: str) -> None:
-    """Write status.json if possible. A failure is only a warning, because the original error matters more."""
+def _records_of_result(path: Path) -> dict[str, bytes]:
+    """The records of a run that has a result; empty for any other run."""
+    names = RECORDS if find_result(path) is not None else ()
+    return {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
+
+
+def _leave_status(folder: RunFolder | None, exit_code: int, reason: str, records: Mapping[str, bytes]) -> None:
+    """Write status.json, or write `records` back, if possible. A failure is only a warning, because the original error
+    matters more."""
     if folder is not None:
         try:
-            folder.status(exit_code, reason)
+            for name, data in records.items():
+                folder.write_bytes(name, data)
+            if not records:
+                folder.status(exit_code, reason)
         except TunekitError as error:
             folder.warn(f"status.json could not be written: {error}")
 
@@ -270,11 +289,21 @@ def _place(environment: Values) -> dict[str, object]:
     return {"processes": environment.count("processes"), "processor": processor}
 
 
-def end_seconds_of(session: Session) -> dict[str, float]:
-    """The measured seconds of the parts of the run's earlier end, if max_minutes ended it."""
-    report = None if session.folder is None else session.folder.read_json("report.json")
-    seconds = Values(report or {}).numbers("seconds")
-    return {part: seconds[part] for part in ("export", "tasks") if part in seconds}
+def restore_end(session: Session, state: LoopState) -> None:
+    """Take from the report of the run's earlier end what was measured after its checkpoint: the seconds of the export
+    and of the tasks, and the minutes of the earlier starts."""
+    report = Values((None if session.folder is None else session.folder.read_json("report.json")) or {})
+    seconds, starts = report.numbers("seconds"), [dict(each) for each in report.parts("starts")]
+    state.longest = {part: seconds[part] for part in ("export", "tasks") if part in seconds} | state.longest
+    if state.step:
+        state.starts[: len(starts)] = starts
+
+
+def remove_records_of_result(folder: RunFolder) -> None:
+    """Remove the task scores and the list of exports of an earlier result, which would seem to be those of the next."""
+    for name in (TASKS_NAME, EXPORTS):
+        if (folder.path / name).is_file():
+            unlink(folder.path / name)
 
 
 def make_trackers(session: Session, step: int) -> Trackers:

@@ -27,7 +27,8 @@ class RunEnd:
     """Facts about a run from which the time of its end is estimated, as far as it was not measured.
 
     `numbers`: of trained numbers. `evaluation_tokens`: of all evaluation rows. `reads_best`: a checkpoint may be read.
-    `stop_steps`: the steps up to the next possible stop; `micro_batches`: of a step.
+    `stop_steps`: the steps up to the next possible stop; `micro_batches`: of a step. `eval_steps`, `save_steps`: as in
+    the recipe.
     """
 
     numbers: int = 0
@@ -35,6 +36,8 @@ class RunEnd:
     reads_best: bool = False
     stop_steps: int = 1
     micro_batches: int = 1
+    eval_steps: int = 100
+    save_steps: int = 100
 
     def first_seconds(self, state: LoopState) -> float:
         """The seconds up to the next possible stop, from earlier steps, or from the longest micro-batch if it was tried
@@ -44,24 +47,35 @@ class RunEnd:
 
     def seconds(self, state: LoopState) -> float:
         """The seconds of a checkpoint, the last evaluation, the export (not larger than a checkpoint), the tasks and
-        the report."""
+        the report; also of the evaluations and checkpoints before the next possible stop."""
         save = state.longest.get("save", self.numbers * CHECKPOINT_BYTES / DISK_BYTES)
         per_token = state.seconds.get("train", 0.0) / max(state.tokens, 1)  # with a backward pass, so not too short
         evaluation = (
             state.longest.get("evaluate", per_token * self.evaluation_tokens) if self.evaluation_tokens else 0.0
         )
         export = state.longest.get("export", save * (1 + self.reads_best))
-        return save + evaluation + export + state.longest.get("tasks", 0.0) + REPORT_SECONDS
+        evaluations = self._due(state, self.eval_steps)
+        saves = self._due(state, self.save_steps) + evaluations * self.reads_best
+        seconds = save * (1 + saves) + evaluation * (1 + evaluations)
+        return seconds + export + state.longest.get("tasks", 0.0) + REPORT_SECONDS
+
+    def _due(self, state: LoopState, multiple: int) -> int:
+        """How many multiples of `multiple` are between the present step and the next possible stop."""
+        return (state.step + self.stop_steps - 1) // multiple - state.step // multiple
 
 
 @dataclass
 class TimeLimit:
     """The time of one start of a run. `seconds`: None without a limit. `started`: a time of time.monotonic.
-    `ends_at`: the run ends after this step as if its time was up, because an audit repeats it."""
+    `ends_at`: the run ends after this step as if its time was up, because an audit repeats it. `earlier`: seconds
+    before `started` in which this start already trained the run, a trial that then paused. `others`: seconds in which
+    the other trials that train together with this one may end."""
 
     seconds: float | None = None
     started: float = field(default_factory=process_start)
     ends_at: int | None = None
+    earlier: float = 0.0
+    others: float = 0.0
     paces: deque[float] = field(default_factory=lambda: deque(maxlen=PACES))
     marked: float | None = None  # when the run could stop last
 
@@ -73,12 +87,17 @@ class TimeLimit:
     @property
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.monotonic() - self.started
+        return self.earlier + time.monotonic() - self.started
 
     @property
     def left(self) -> float | None:
         """Seconds for work before the report; None without a limit."""
         return None if self.seconds is None else max(self.seconds - self.elapsed - REPORT_SECONDS, 0.001)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether a step of this start has begun."""
+        return self.marked is not None
 
     def begin(self, state: LoopState) -> None:
         """Note when the first step begins."""
@@ -95,7 +114,8 @@ class TimeLimit:
         """Whether the time left is too short for the steps up to the next possible stop and for the end of the run."""
         if self.ends_at is not None:
             return state.step == self.ends_at
-        return self.seconds is not None and self.elapsed + max(self.paces) + ending.seconds(state) > self.seconds
+        needed = max(self.paces) + ending.seconds(state) + self.others
+        return self.seconds is not None and self.elapsed + needed > self.seconds
 
     def lack(self, state: LoopState, ending: RunEnd) -> Problem | None:
         """The problem of a limit that leaves no time for a step."""

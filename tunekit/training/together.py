@@ -86,6 +86,8 @@ def train_together(openings: Iterable[AbstractContextManager[Run | None]], warn:
             for (one, work), result in zip(works, results, strict=True):
                 with one.closed_by_errors():
                     one.run.finish_step(work, result)
+                    others = [each.run for each in running if each.is_open and each is not one]
+                    one.run.session.limit.others = sum(run.ending.seconds(run.state) for run in others)
                     if not one.run.after_step():
                         one.close()
     except BaseException as error:
@@ -111,7 +113,7 @@ def opened_trial(trial: Trial, end: int | None, base: SharedBase, resume: bool, 
         return
     console = trial.session.console.named(trial.recipe.name) if named else trial.session.console
     seconds = {} if trial.begun else trial.session.seconds
-    limit = TimeLimit(trial.recipe.loaded.recipe.training.limit_seconds, time.monotonic() - trial.seconds)
+    limit = TimeLimit(trial.recipe.loaded.recipe.training.limit_seconds, time.monotonic(), earlier=trial.seconds)
     session = replace(trial.session, last_step=end, limit=limit, seconds=seconds, console=console)
     assert trial.plan is not None
     assert trial.planned is not None

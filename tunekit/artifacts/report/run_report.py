@@ -17,6 +17,7 @@ from tunekit.artifacts.report.tasks import change_table, forgetting, score_table
 from tunekit.artifacts.report.values import RunValues, Values
 from tunekit.artifacts.run import PICTURES
 from tunekit.metrics.classes import columns_of, confusion_table
+from tunekit.metrics.retrieval import search_table
 from tunekit.metrics.sources import sources_table
 from tunekit.recipe.bases.paths import is_like_path, last_name, relative_to
 from tunekit.recipe.bases.section import AdapterSettings
@@ -115,7 +116,18 @@ def _result(run: RunValues) -> Iterator[ReportSection]:
     if sources:
         table = sources_table({name: sources.numbers(name) for name in sources})
         tables.append(ReportTable(*table, f"By source, after step {shown[marked]['step']:,}"))
+    tables += _searches(shown, marked)
     yield ReportSection("Result", [*text, *_better_elsewhere(run)], tables=tables)
+
+
+def _searches(records: Sequence[Values], exported: int) -> Iterator[ReportTable]:
+    """The table of searches, if documents were searched: the model before training, BM25, and the exported model."""
+    rankings = {name: records[exported].part("search").numbers(name) for name in records[exported].part("search")}
+    if not rankings:
+        return
+    untuned = records[0].part("search").numbers("model") if records[0]["step"] == 0 else {}
+    table = search_table(({"before training": untuned} if untuned else {}) | rankings)
+    yield ReportTable(*table, f"Searches, after step {records[exported]['step']:,}")
 
 
 def _better_elsewhere(run: RunValues) -> Iterator[str]:

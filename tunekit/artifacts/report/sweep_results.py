@@ -19,7 +19,7 @@ from tunekit.records import JsonObject
 MOST_NAMED = 4
 MOST_REASON = 10_000  # characters
 FINISHED, HALVED, FAILED, STOPPED = "finished", "ended by halving", "failed", "stopped"
-UNFINISHED, WAITING = "not finished", "not started"
+ENDED_BY_TIME, UNFINISHED, WAITING = "stopped by max_minutes", "not finished", "not started"
 SIGNALLED = 128  # exit codes above it are those of signals
 LEFT_OUT = "without="  # in the name of a trial, before the source that is left out
 
@@ -111,7 +111,8 @@ class SweepResults:
     def incomplete(self) -> str:
         """A comment for the recipe of the best setting that names the settings without a full result; empty if every
         run is finished."""
-        names = [f"{setting.name} ({setting.states})" for setting in self.settings if not setting.is_complete]
+        partial = [each for each in self.settings if not each.is_complete or ENDED_BY_TIME in each.states]
+        names = [f"{setting.name} ({setting.states})" for setting in partial]
         return f"# best of a sweep in which not every run is finished: {', '.join(names)}\n" if names else ""
 
     @property
@@ -297,6 +298,8 @@ def _evaluated(run: RunValues, metric: str) -> tuple[int, float] | None:
 def state_of_run(run: RunValues) -> str:
     """The state of a run in a few words that scripts can compare."""
     code = run.status.get("exit_code")
+    if run.is_stopped_by_time:
+        return ENDED_BY_TIME
     if code == 0 or (code is None and run.report):
         return FINISHED
     if not isinstance(code, int):
@@ -314,7 +317,7 @@ def reason_of(run: RunValues) -> str:
 def _short_state(run: RunValues) -> str:
     """The state for a table: also whether a finished run was stopped early, but not the text of a failure."""
     state = state_of_run(run)
-    return run.state if state == FINISHED else state
+    return run.state if state in (FINISHED, ENDED_BY_TIME) else state
 
 
 def finished_runs(setting: Setting) -> dict[int, RunValues]:

@@ -142,9 +142,10 @@ def look_at_rows(
         doubts = dict[str, str]()  # kind of finding -> details: two patterns can give the same finding
         try:
             parsed, values = make_example(row.values), single_row(row.values)
-            text = "\n".join(_texts(values))
-            if isinstance(parsed, ChatExample) and images_of(parsed):  # the values can have the bytes of images
+            if isinstance(parsed, ChatExample) and images_of(parsed):  # values can have the bytes of images
                 text = "\n".join(turn.content for turn in parsed.messages)
+            else:
+                text = "\n".join(_texts(values))
             doubts.update(_doubts(parsed, text, row.line, findings))
             if kind is not None and outcome is not None:
                 doubts.update(_fates(outcome, kind, findings))

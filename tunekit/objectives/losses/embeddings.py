@@ -22,11 +22,13 @@ from torch import Tensor
 from tunekit.contracts import Array, Batch, Loss, LossKind, ModelOutput, Rows, RunView, StepBatches, Sums
 from tunekit.machine.placing import to_device
 from tunekit.metrics.outputs import ROW_VALUES
+from tunekit.metrics.pair_scores import PAIRS
+from tunekit.metrics.retrieval import OF_QUERIES
 from tunekit.objectives.losses.contrast import RowTexts, embedding_loss
-from tunekit.objectives.losses.retrieval import retrieval_scores
-from tunekit.recipe.objectives.embed import RETRIEVAL, SCORED, EmbedSettings
+from tunekit.objectives.losses.retrieval import Relevance, find_relevance, search_ranks, triplets_right
+from tunekit.recipe.objectives.embed import LABELLED, RETRIEVAL, SCORED, EmbedSettings
 
-EVALUATED_TOGETHER = 64  # consecutive evaluation rows that one loss compares; independent of the recipe's step
+EVALUATED_TOGETHER = 64  # evaluation rows that one loss compares; independent of the recipe's step
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,19 @@ class StepTexts:
 @dataclass(frozen=True)
 class EmbedLoss(LossKind):
     """The loss of a step's embeddings. `pooling`: the modes whose vectors are put one after another. `measured`: for
-    each evaluation row, its loss and the values of its metrics; None in training."""
+    each evaluation row, its loss and the values of its metrics; None in training. `measured_ranks`: see LossKind."""
 
     settings: EmbedSettings
     pooling: Sequence[str] = ("mean",)
     normalize: bool = True
     measured: Mapping[int, Sequence[float]] | None = field(default=None, compare=False)
+    measured_ranks: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict, compare=False)
 
     @property
     def metrics(self) -> Sequence[str]:  # type: ignore[override]
-        return ("loss", *(("spearman", "pearson") if self.is_scored else RETRIEVAL))
+        if self.is_scored:
+            return ("loss", "spearman", "pearson", *(LABELLED if self.settings.reads_labels else ()))
+        return ("loss", *OF_QUERIES, *(("triplet_accuracy",) if self.settings.loss == "triplet" else ()))
 
     @property
     def is_scored(self) -> bool:
@@ -123,43 +128,96 @@ class EmbedLoss(LossKind):
         return Loss((share.to(embeddings.dtype).sum() + product - product.detach())[None])
 
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> EmbedLoss:
-        """A copy of the loss with the values of each evaluation row. All rows are embedded once."""
+        """A copy of the loss with the values of each evaluation row. All rows are embedded once. Rows of one text are
+        the documents of evaluation.corpus."""
         mine = [
-            (row.number, texts, row.parts["keys"], tuple(row.parts["scores"].tolist()))
+            (row.number, texts, row.parts["keys"].tolist(), tuple(row.parts["scores"].tolist()))
             for batch in batches
             for [values] in [run.score([batch], self.embed, lambda batch: batch.targets["counts"].tolist())]
             for row, texts in zip(batch.rows, torch.split(values, batch.targets["counts"].tolist()), strict=True)
         ]
-        numbers, texts, keys, scores = zip(*sorted(run.gather(mine), key=lambda row: row[0]), strict=True)
-        starts = range(0, len(numbers), EVALUATED_TOGETHER)
-        losses = [
-            float(embedding_loss(self.settings, torch.cat(texts[start:stop]), rows))
-            for start, stop in ((start, start + EVALUATED_TOGETHER) for start in starts)
-            for rows in [RowTexts(tuple(map(len, texts[start:stop])), scores[start:stop])]
-        ]
-        of_rows = [losses[place // EVALUATED_TOGETHER] for place in range(len(numbers))]
+        measured = sorted(run.gather(mine), key=lambda row: row[0])
+        corpus = {keys[0]: texts[0] for _, texts, keys, _ in measured if len(keys) == 1}
+        numbers, texts, keys, scores = zip(*(row for row in measured if len(row[2]) > 1), strict=True)
+        losses = self._losses(texts, keys, scores)
         if self.is_scored:
             first, second = torch.stack(texts).double().unbind(1)
             cosines = F.cosine_similarity(first, second, dim=-1).tolist()
-            measured: list[tuple[float, ...]] = [
-                (cosine, score) for cosine, [score] in zip(cosines, scores, strict=True)
-            ]
-        else:
-            measured = [*retrieval_scores(texts, keys)]
-        values = [(loss, *more) for loss, more in zip(of_rows, measured, strict=True)]
-        return replace(self, measured=dict(zip(numbers, values, strict=True)))
+            pairs = [(loss, cosine, score) for loss, cosine, [score] in zip(losses, cosines, scores, strict=True)]
+            return replace(self, measured=dict(zip(numbers, pairs, strict=True)))
+        found = find_relevance(keys, corpus)
+        ranks = self._ranks(found, texts, keys, corpus)
+        of_queries = {
+            number: [1.0, *(measure(each, cutoff) for measure, cutoff in OF_QUERIES.values())]
+            for number, each in zip(found.queries, ranks["model"], strict=True)
+        }
+        no_query = [0.0] * (1 + len(OF_QUERIES))  # the row's anchor is that of an earlier row
+        of_rows = [
+            (loss, triplets_right(some), len(some) - 2, *of_queries.get(place, no_query))
+            for place, (loss, some) in enumerate(zip(losses, texts, strict=True))
+        ]
+        return replace(self, measured=dict(zip(numbers, of_rows, strict=True)), measured_ranks=ranks)
+
+    def _ranks(
+        self, found: Relevance, texts: Sequence[Tensor], keys: Sequence[Sequence[int]], corpus: Mapping[int, Tensor]
+    ) -> dict[str, list[list[int]]]:
+        """The ranks of relevant documents by the whole embeddings, and by those of each smaller Matryoshka size."""
+        vectors = dict(corpus) or {
+            key: vector
+            for row, some in zip(keys, texts, strict=True)
+            for key, vector in zip(row[1:], some[1:], strict=True)
+        }
+        queries = torch.stack([texts[number][0] for number in found.queries])  # (Q, D)
+        documents = torch.stack([vectors[key] for key in found.documents])  # (M, D)
+        whole = queries.shape[1]
+        sizes = {f"model at {size}": size for size in self.settings.matryoshka or () if size < whole}
+        return {
+            name: search_ranks(queries[:, :size], documents[:, :size], found.relevant)
+            for name, size in {"model": whole, **sizes}.items()
+        }
+
+    def _losses(
+        self, texts: Sequence[Tensor], keys: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
+    ) -> list[float]:
+        """The loss of each evaluation row: that of its group of at most EVALUATED_TOGETHER rows. With a ranking loss,
+        no text is twice in a group."""
+        losses = [0.0] * len(texts)
+        for group in distinct_groups(keys if self.settings.ranks else [()] * len(texts), EVALUATED_TOGETHER):
+            rows = RowTexts([len(texts[place]) for place in group], [scores[place] for place in group])
+            loss = float(embedding_loss(self.settings, torch.cat([texts[place] for place in group]), rows))
+            for place in group:
+                losses[place] = loss
+        return losses
 
     def sums(self, output: ModelOutput, batch: Batch) -> Sums:
         """Sums of the values that `measuring` stored for each row; in a simulation, of zeros."""
-        count = 2 if self.is_scored else len(RETRIEVAL)
+        names = (ROW_VALUES, ROW_VALUES) if self.is_scored else RETRIEVAL
         if self.measured is None:
             self.embed(output, batch)
-        stored = self.measured or dict.fromkeys((row.number for row in batch.rows), (0.0,) * (1 + count))
+        stored = self.measured or dict.fromkeys((row.number for row in batch.rows), (0.0,) * (1 + len(names)))
         values = torch.tensor([stored[row.number] for row in batch.rows], dtype=torch.float64)  # (R, 1 + C)
-        sums = {"loss": values[:, 0].sum(), "units": torch.tensor(float(len(values)), dtype=torch.float64)}
+        count = torch.tensor(float(len(values)), dtype=torch.float64)
+        sums = {"loss": values[:, 0].sum(), "units": count}
         if self.is_scored:
-            return {**sums, ROW_VALUES: values[:, 1:]}
-        return sums | dict(zip(RETRIEVAL, values[:, 1:].sum(dim=0), strict=True))
+            return {**sums, ROW_VALUES: values[:, 1:], **({PAIRS: count} if self.settings.reads_labels else {})}
+        return sums | dict(zip(names, values[:, 1:].sum(dim=0), strict=True))
+
+
+def distinct_groups(keys: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """The indices of rows, in groups of at most `size` rows of which no two have a key in common. Each row is in the
+    first group with room after the groups that have its keys."""
+    groups, first, following = list[list[int]](), 0, dict[int, int]()  # following: the group after those with the key
+    for row, row_keys in enumerate(keys):
+        place = max([first, *(following.get(key, 0) for key in row_keys)])
+        while place < len(groups) and len(groups[place]) == size:
+            place += 1
+        if place == len(groups):
+            groups.append([])
+        groups[place].append(row)
+        following |= dict.fromkeys(row_keys, place + 1)
+        while first < len(groups) and len(groups[first]) == size:
+            first += 1
+    return groups
 
 
 def text_rows(batches: Sequence[Batch]) -> RowTexts:

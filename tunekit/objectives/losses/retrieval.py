@@ -1,54 +1,63 @@
-"""Metrics of retrieval: how high each query ranks its relevant documents among all documents of an evaluation."""
+"""Searches: the ranks of each query's relevant documents among all documents of an evaluation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunekit.contracts import Array
-
-BLOCK = 256  # queries whose scores are computed together
-CUTOFF = 10
+BLOCK = 2**24  # scores that are computed together
 
 
-def retrieval_scores(texts: Sequence[Tensor], keys: Sequence[Array]) -> list[tuple[float, float, float]]:
-    """For each row: accuracy@1, MRR@10 and nDCG@10 of its anchor. The documents are the distinct texts of all rows but
-    the anchors; relevant are the positives of all rows with the same anchor. Documents with equal scores are ranked in
-    the order of the rows.
+@dataclass(frozen=True)
+class Relevance:
+    """The queries and documents of evaluation rows. `queries`: for each distinct anchor, the index of its first row.
+    `documents`: the place of each document, by the hash of its text. `relevant`: for each query, the places of the
+    positives of all rows with this anchor. `missing`: rows whose positive is not a document."""
 
-    `texts`: the embeddings of each row, (texts of the row, D); `keys`: the hash of each text.
+    queries: Sequence[int]
+    documents: dict[int, int]
+    relevant: Sequence[Sequence[int]]
+    missing: Sequence[int] = ()
+
+
+def find_relevance(rows: Sequence[Sequence[int]], corpus: Iterable[int] = ()) -> Relevance:
+    """The queries and documents of these rows. `rows`: the hashes of each row's texts. `corpus`: the hashes of the
+    documents, in the order of their places; empty: all distinct texts of the rows but the anchors."""
+    documents = dict[int, int]()
+    for key in corpus or (key for _, *others in rows for key in others):
+        documents.setdefault(key, len(documents))
+    first, relevant, missing = dict[int, int](), dict[int, set[int]](), []
+    for number, (anchor, positive, *_) in enumerate(rows):
+        if positive not in documents:
+            missing.append(number)
+            continue
+        first.setdefault(anchor, number)
+        relevant.setdefault(anchor, set()).add(documents[positive])
+    return Relevance(list(first.values()), documents, [sorted(relevant[anchor]) for anchor in first], missing)
+
+
+def search_ranks(queries: Tensor, documents: Tensor, relevant: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The ranks of each query's relevant documents by the cosine, from 0, in ascending order.
+
+    Shapes: queries (Q, D), documents (M, D).
     """
-    first, documents = dict[int, int](), list[Tensor]()
-    relevant: dict[int, set[int]] = {}
-    for vectors, row_keys in zip(texts, keys, strict=True):
-        anchor, *others = row_keys.tolist()
-        for key, vector in zip(others, vectors[1:], strict=True):
-            if key not in first:
-                first[key] = len(documents)
-                documents.append(vector)
-        relevant.setdefault(anchor, set()).add(first[others[0]])
-    corpus = F.normalize(torch.stack(documents), dim=-1)  # (M, D)
-    results = []
-    for start in range(0, len(texts), BLOCK):
-        queries = F.normalize(torch.stack([vectors[0] for vectors in texts[start : start + BLOCK]]), dim=-1)
-        for scores, row_keys in zip(queries @ corpus.T, keys[start : start + BLOCK], strict=True):
-            results.append(of_ranks([_rank(scores, place) for place in relevant[int(row_keys[0])]]))
-    return results
+    queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+    size = max(BLOCK // len(documents), 1)
+    blocks = (queries[start : start + size] @ documents.T for start in range(0, len(queries), size))
+    scores = (each for block in blocks for each in block)
+    return [ranks_of(each, places) for each, places in zip(scores, relevant, strict=True)]
 
 
-def of_ranks(ranks: Sequence[int]) -> tuple[float, float, float]:
-    """accuracy@1, MRR@10 and nDCG@10 of a query. `ranks`: the ranks of all relevant documents, from 0."""
-    gains = math.fsum(1 / math.log2(rank + 2) for rank in ranks if rank < CUTOFF)
-    ideal = math.fsum(1 / math.log2(rank + 2) for rank in range(min(len(ranks), CUTOFF)))
-    best = min(ranks)
-    return float(best == 0), 1 / (best + 1) if best < CUTOFF else 0.0, gains / ideal
+def ranks_of(scores: Tensor, places: Sequence[int]) -> list[int]:
+    """The ranks of the documents at these places, from 0, in ascending order. Documents with equal scores are ranked in
+    the order of their places. Shapes: scores (M,)."""
+    return sorted(int((scores > scores[at]).sum()) + int((scores[:at] == scores[at]).sum()) for at in places)
 
 
-def _rank(scores: Tensor, place: int) -> int:
-    """The number of documents that are ranked before the document `place`. Shapes: scores (M,)."""
-    higher, equal = scores > scores[place], scores[:place] == scores[place]
-    return int(higher.sum()) + int(equal.sum())
+def triplets_right(texts: Tensor) -> int:
+    """How many negatives are less similar to the anchor than the positive is. Shapes: texts (2 + negatives, D)."""
+    cosines = F.normalize(texts[1:], dim=-1) @ F.normalize(texts[0], dim=-1)
+    return int((cosines[0] > cosines[1:]).sum()) if len(cosines) > 1 else 0

@@ -64,6 +64,12 @@ class TextGroups(RowKind):
         return put_around(self.tokenizer)
 
     @property
+    def documents(self) -> Documents | None:
+        options = replace(self.options, excess_length="truncate")
+        parts = self.settings, self.tokenizer, f"{self.fingerprint} documents", options, self.query, self.document
+        return None if self.settings.loss in SCORED else Documents(*parts)
+
+    @property
     def unknown_id(self) -> int | None:
         return self.tokenizer.unknown_id
 
@@ -148,6 +154,20 @@ class TextGroups(RowKind):
             Span(ids, np.zeros(len(ids), np.bool_), title=title)
             for ids, title in zip(texts_of(row), titles, strict=True)
         ]
+
+
+class Documents(TextGroups):
+    """Documents to search: rows of one text."""
+
+    example = "document"
+
+    def encode(self, example: EmbeddingExample, origin: str) -> Row:
+        """The row of a document. Raises: Dropped for an empty text."""
+        [text] = example.texts
+        if not text.strip():
+            raise Dropped(EMPTY_TEXT)
+        keys = np.array([text_key(text)], np.uint64)
+        return self.make_row(_parts([self.ids_of(text, *self.document)], np.array([]), keys), origin)
 
 
 def texts_of(row: Row) -> list[Array]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tunekit.basics import Shows
+from tunekit.metrics.retrieval import OF_QUERIES
 from tunekit.recipe.bases.section import AutoOrBool, Count, NotNegative, ObjectiveSettings, Positive, Section, Several
 
 EmbedLossName = Literal[
@@ -31,7 +32,9 @@ ENCLOSED: Mapping[str, tuple[float, float]] = {  # the range of the number of a 
 }
 MARGINS: Mapping[str, float] = {"triplet": 5.0, "contrastive": 0.5, "online_contrastive": 0.5}
 SCALED = ("multiple_negatives_ranking", "cosent", "angle")
-RETRIEVAL = ("accuracy_at_1", "mrr_at_10", "ndcg_at_10")
+LABELS = ("contrastive", "online_contrastive")  # losses whose number is 1 (similar) or 0
+LABELLED = ("average_precision", "pair_accuracy", "pair_f1")  # metrics of these labels
+RETRIEVAL = ("triplets_right", "triplets", "queries", *OF_QUERIES)  # sums over rows, in this order
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 PoolingMode = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
 
@@ -145,6 +148,11 @@ class EmbedSettings(ObjectiveSettings):
         return self.loss == "multiple_negatives_ranking"
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether the number of a row is 1 or 0."""
+        return self.loss in LABELS
+
+    @property
     def single_row(self) -> str:
         """The reason why a step must not have only one row; empty if it may."""
         compared = self.ranks or self.loss in ("cosent", "angle")
@@ -153,9 +161,10 @@ class EmbedSettings(ObjectiveSettings):
     @classmethod
     def sums_of(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
         from tunekit.metrics.outputs import ROW_VALUES
+        from tunekit.metrics.pair_scores import PAIRS
 
-        scored = facts.get("loss") in SCORED
-        return ("loss", "units", ROW_VALUES) if scored else cls.sums
+        labelled = (PAIRS,) if facts.get("loss") in LABELS else ()
+        return ("loss", "units", ROW_VALUES, *labelled) if facts.get("loss") in SCORED else cls.sums
 
     @classmethod
     def is_log_loss(cls, facts: Mapping[str, Any]) -> bool:

@@ -101,7 +101,7 @@ def check_across(draft: Draft, sections: Mapping[str, Section]) -> None:
         _check_metrics(draft, evaluation)
         if known:
             _check_measurable(draft, evaluation, objective, {} if written is None else written.model_dump())
-        for name in ("best", "patience"):
+        for name in ("best", "patience", "corpus"):
             if isinstance(data, DataSection) and data.eval is None and getattr(evaluation, name) is not None:
                 draft.add_problem(("evaluation", name), "needs evaluation rows", "set data.eval")
     if isinstance(sweep := sections.get("sweep"), SweepSection):
