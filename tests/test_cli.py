@@ -486,7 +486,11 @@ def test_every_verb_is_a_function_that_takes_what_it_is_given() -> None:
         tree = ast.parse((package.parent / f"{homes[name]}.py".replace("tunekit.", "tunekit/")).read_text("utf-8"))
         verbs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
         assert len(verbs) == 1, name
-        assert len(verbs[0].args.args) == len(call.args), name
+        wanted = verbs[0].args
+        names = [argument.arg for argument in wanted.args]
+        assert len(call.args) <= len(names), name
+        given = {*names[: len(call.args)], *(keyword.arg for keyword in call.keywords)}
+        assert set(names[: len(names) - len(wanted.defaults)]) <= given, name
         assert not [value for value in call.args if isinstance(value, ast.Starred)], name
 
 

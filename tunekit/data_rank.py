@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +22,14 @@ from tunekit.console import Console
 from tunekit.console.progress import CountProgress
 from tunekit.console.text import time_text
 from tunekit.contracts import Progress
-from tunekit.data.encoding.store import ChosenRows
-from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, rows_text, write_rows_file
-from tunekit.data.reading.first import open_rows
-from tunekit.data.reading.folder import with_table
-from tunekit.data.reading.problems import Problems
+from tunekit.data.looking.rows_file import (
+    SourceRow,
+    refuse_rows_file,
+    rows_text,
+    source_rows,
+    training_rows,
+    write_rows_file,
+)
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import AdapterError, InputError, ModelError
@@ -65,7 +68,6 @@ SHOWN_ROWS = 4  # rows of a list in the terminal
 FEW_STATES = 3  # with fewer states, losses over the checkpoints say little
 BACKWARD = 2.0  # CPU time of a backward pass, in forwards
 CORRELATION = "(1: the same order of rows, 0: no relation)"
-WrittenRow = tuple[int, int]  # the number of a source, and the number of a row in it
 
 
 def data_rank_verb(
@@ -159,10 +161,10 @@ def _run_rows(values: RunValues, loaded: LoadedRecipe, target: TargetSpec) -> Ro
 def _refuse_keep(rows: RowSet, loaded: LoadedRecipe, keep: float, output: str) -> None:
     """Raises: InputError if no row would be left, or if one JSONL file cannot contain the rows. This is checked before
     hours of work."""
-    total = len(set(_written_rows(rows)))
+    total = len(set(source_rows(rows)))
     if not round(keep * total):
         raise InputError(f"--keep {keep:g} leaves none of {total:,} training rows", "write a larger share")
-    rows_text("--output", output, list(_kept_rows(rows, set(), loaded)))
+    rows_text("--output", output, list(training_rows(rows, loaded.recipe.data.train)))
 
 
 def _refuse_influence(target: TargetSpec, rows: RowSet) -> None:
@@ -343,13 +345,13 @@ def _print(console: Console, ranking: Ranking) -> None:
 
 def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str, console: Console) -> dict[str, Any]:
     """Write the rows to keep, and print how to train on them. A row that was split is kept or left out as a whole."""
-    written = _written_rows(ranking.rows)
+    written = source_rows(ranking.rows)
     total = len(set(written))
-    first = dict[WrittenRow, str]()  # rows in the order in which they are left out -> their file and line
+    first = dict[SourceRow, str]()  # rows in the order in which they are left out -> their file and line
     for number in leave_out(ranking.facts, ranking.lists).tolist():
         first.setdefault(written[number], ranking.places[number])
     left_out = dict(list(first.items())[: total - round(keep * total)])
-    parts = list(_kept_rows(ranking.rows, left_out, loaded))
+    parts = list(training_rows(ranking.rows, loaded.recipe.data.train, left_out))
     use, *notes = write_rows_file("--output", output, parts)
     count = sum(len(part.rows) for part in parts)
     console.info(f"{output}: {count:,} of {total:,} training rows; {use}", *notes)
@@ -360,22 +362,3 @@ def _write_kept(ranking: Ranking, loaded: LoadedRecipe, keep: float, output: str
     if isinstance(loaded.recipe.data.eval, float):
         console.info(f"the evaluation rows that data.eval split off are not in {output}; name a file in data.eval")
     return {"file": output, "rows": count, "left_out": list(left_out.values())}
-
-
-def _written_rows(rows: RowSet) -> list[WrittenRow]:
-    """For each training row, the row of its source: several pieces of a split row have the same."""
-    assert isinstance(rows.train, ChosenRows)  # only streamed rows are different, and they are refused
-    numbers = (part.numbers.tolist() for part in rows.train.parts)
-    return [(place, number) for place, some in enumerate(numbers) for number in some]
-
-
-def _kept_rows(rows: RowSet, left_out: Container[WrittenRow], loaded: LoadedRecipe) -> Iterator[RowsToWrite]:
-    """The rows of each source without the rows that are left out."""
-    assert isinstance(rows.train, ChosenRows)
-    example, problems = rows.objective.rows.example, Problems()
-    wanted = {each for each in _written_rows(rows) if each not in left_out}
-    for place, (source, part) in enumerate(zip(loaded.recipe.data.train, rows.train.parts, strict=True)):
-        raw, _, format_name, _ = open_rows(with_table(source), example, problems)
-        chosen = [row.values for number, row in enumerate(raw) if (place, number) in wanted]
-        problems.raise_if_any()
-        yield RowsToWrite(part.name, format_name, source, chosen)

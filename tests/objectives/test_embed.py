@@ -407,6 +407,29 @@ def test_scored_pairs_are_trained_and_correlated(loss: str, bert: Path, tmp_path
     assert last.keys() == {"loss", "spearman", "pearson"} | labelled
 
 
+@pytest.mark.parametrize(("loss", "metric"), [("multiple_negatives_ranking", "ndcg_at_10"), ("cosine", "spearman")])
+def test_the_best_checkpoint_is_chosen_by_a_metric_of_the_search(
+    loss: str, metric: str, bert: Path, tmp_path: Path
+) -> None:
+    """The rate is so high that the last step is rarely the best."""
+    training = {"max_steps": 6, "epochs": None, "learning_rate": 0.3, "eval_steps": 1, "save_steps": 1}
+    recipe = write_case(
+        tmp_path,
+        bert,
+        {"loss": loss},
+        training=training,
+        evaluation={"metrics": ["loss", metric], "best": f"eval.{metric}"},
+        data={"eval": 0.5},
+    )
+    if loss == "cosine":
+        rows = [{"sentence1": f"a {n}", "sentence2": f"b {n % 5}", "score": n % 2} for n in range(ROWS)]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = train(recipe)
+    values = {record["step"]: record["eval"][metric] for record in records(run) if "eval" in record}
+    best = json.loads((run / "report.json").read_text("utf-8"))["best_step"]
+    assert values[best] == max(value for step, value in values.items() if step)
+
+
 def test_a_corpus_without_a_search_is_refused(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"text": "here"}', encoding="utf-8")
     row = json.dumps({"sentence1": "a", "sentence2": "b", "score": 1}) + "\n"

@@ -9,14 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunekit.commands.completion import among
-from tunekit.commands.options import AllowCode, Device, JsonFile, LaunchDevice, Overrides, RecipeFile, SweptOverrides
+from tunekit.commands.options import (
+    AllowCode,
+    Device,
+    JsonFile,
+    LaunchDevice,
+    Overrides,
+    RecipeFile,
+    SweptOverrides,
+    TargetKeys,
+)
 
 if TYPE_CHECKING:
     from tunekit.recipe.load import LoadedRecipe
 
 app = typer.Typer(rich_markup_mode=None)
 data = typer.Typer(
-    help="Check rows (data check), or rank the rows of a run (data rank).", no_args_is_help=True, rich_markup_mode=None
+    help="Check rows (data check), rank the rows of a run (data rank), or add negatives (data mine).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 reward = typer.Typer(help="Test the reward of a recipe: reward check.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
@@ -198,6 +209,30 @@ def rank(
     from tunekit.data_rank import data_rank_verb
 
     data_rank_verb(run, keep, output, influence, json_file, allow_code=allow_code)
+
+
+@data.command(short_help="Add hard negatives to rows of queries and documents.")
+def mine(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="the rows, and the model that searches them")],
+    output: Annotated[
+        str, typer.Option("--output", metavar="FILE", help="write the rows with their negatives to FILE")
+    ],
+    overrides: TargetKeys = None,
+    negatives: Annotated[int, typer.Option(metavar="N", min=1, max=100, help="new negatives of each row")] = 3,
+    margin: Annotated[
+        float,
+        typer.Option(metavar="M", min=0, max=1, help="how much less similar than the positive, as a share of it"),
+    ] = 0.05,
+    allow_code: AllowCode = False,
+    json_file: JsonFile = None,
+    device: Device = None,
+) -> None:
+    """Find documents that are similar to a query but not its positives, with the base of a recipe or with a run."""
+    from tunekit.data_mine import data_mine_verb
+
+    data_mine_verb(
+        target, output, json_file, overrides or [], negatives=negatives, margin=margin, allow_code=allow_code
+    )
 
 
 @reward.command("check", short_help="Test a reward on good and on bad answers.")

@@ -152,6 +152,10 @@ class RowKind:
         """The messages of a conversation whose reasoning the chat template leaves out, as indices."""
         return []
 
+    def cut_texts(self, example: Any) -> list[str]:
+        """The names of an example's texts that are cut to a maximum length of their own."""
+        return []
+
     def encode(self, example: Any, origin: str) -> Row:
         """Encode an example as a row. Raises: Dropped if it has nothing to train on; DataError if it is wrong."""
         raise NotImplementedError

@@ -105,7 +105,7 @@ def load_rows(data: DataSection, objective: Objective, *, seed: int, cache_dir: 
     sources = load_sources(data.train, objective.rows, cache_dir)
     split = _split(sources, data.eval if isinstance(data.eval, float) else None, seed)
     listed = load_sources(data.eval, objective.rows, cache_dir) if isinstance(data.eval, tuple) else []
-    eval_sources, evaluation = (listed, [whole(source) for source in listed]) if listed else (sources, split.held)
+    eval_sources, evaluation = (listed, [source.all_rows for source in listed]) if listed else (sources, split.held)
     train_rows = ChosenRows(split.train)
     if split.held and not len(train_rows) and len(ChosenRows(split.held)):
         raise _nothing_left(split, objective)
@@ -145,7 +145,7 @@ def load_evaluation_rows(
     if isinstance(data.eval, tuple):
         objective = _with_options(objective, encode_options(data))
         sources = load_sources(data.eval, objective.rows, cache_dir, caller_columns)
-        parts = [whole(source) for source in sources]
+        parts = [source.all_rows for source in sources]
         rows = ChosenRows(parts)
         _require_rows(rows, sources, "data.eval")
         return RowSet(
@@ -176,7 +176,7 @@ def _load_streamed(data: DataSection, objective: Objective, seed: int, cache_dir
         raise RecipeError(what, "write the weights as numbers", key=objective.counts_rows)
     sampled = [sample_source(source, number, objective.rows) for number, source in enumerate(data.train)]
     streams, samples = zip(*sampled, strict=True)
-    rows = ChosenRows([whole(sample) for sample in samples])
+    rows = ChosenRows([sample.all_rows for sample in samples])
     _require_rows(rows, samples, "data.train")
     draws = _shares(rows, [source.weight for source in data.train])
     counts = _count(samples, rows)
@@ -226,11 +226,6 @@ def _with_tables(data: DataSection) -> DataSection:
     return data.model_copy(update={"train": train, "eval": evaluation})
 
 
-def whole(source: EncodedSource) -> Part:
-    """All rows of a source."""
-    return _selected(source, np.ones(len(source.store), dtype=np.bool_))
-
-
 def _selected(source: EncodedSource, selected: NDArray[np.bool_]) -> Part:
     """The rows of a source for which `selected` (rows,) is true."""
     return Part(source.store, np.flatnonzero(selected).astype(np.int64), source.name, source.files)
@@ -253,7 +248,7 @@ def _split(sources: Sequence[EncodedSource], fraction: float | None, seed: int) 
     row.
     """
     if fraction is None:
-        return Split([whole(source) for source in sources], [], [], 0)
+        return Split([source.all_rows for source in sources], [], [], 0)
     stores = [source.store for source in sources]
     out = np.concatenate([store.raw[held_out(store.raw, fraction, seed)] for store in stores])  # (held-out raw rows,)
     raw = [np.isin(store.raw, out) for store in stores]  # (raw rows,) of each source

@@ -16,7 +16,7 @@ from tunekit.contracts import Answering, AnswerLimits, Batch, Objective, Process
 from tunekit.data.batching.steps import evaluation_batches
 from tunekit.data.encoding.answers import answers_of_rows
 from tunekit.data.encoding.store import ChosenRows, by_source
-from tunekit.data.rows import Prompt, RowSet, whole
+from tunekit.data.rows import Prompt, RowSet
 from tunekit.errors import DataError, ModelError, RecipeError
 from tunekit.evaluation.answers import answer_questions, answer_values, text_metrics
 from tunekit.evaluation.choices import (
@@ -272,7 +272,7 @@ def queries_of(
     choices = choices_of(settings, rows.objective, data)
     corpus = load_corpus(settings, rows)
     if rows.objective.rows.documents is not None:
-        documents = None if corpus is None else ChosenRows([whole(corpus)])
+        documents = None if corpus is None else ChosenRows([corpus.all_rows])
         return Queries(prompts, corpus=documents, baseline=bm25_ranks(rows, corpus))
     if choices is None:
         if settings.content_free_prompt is not None:

@@ -49,21 +49,22 @@ def load_corpus(settings: EvaluationSection, rows: RowSet) -> EncodedSource | No
 def bm25_ranks(rows: RowSet, corpus: EncodedSource | None) -> list[list[int]]:
     """The ranks of each query's relevant documents by BM25, over the same queries and documents as the search by
     embeddings."""
-    examples = [_texts(written.example) for written in rows.evaluation_examples()]
+    examples = [example_texts(written.example) for written in rows.evaluation_examples()]
     documents = list[str]()
     if corpus is not None:
         numbers = set(corpus.store.records["number"].tolist())
-        documents = [_texts(example)[0] for _, example in read_examples(corpus.source, "document", numbers)]
+        documents = [example_texts(example)[0] for _, example in read_examples(corpus.source, "document", numbers)]
     keys = [list(map(text_key, texts)) for texts in (*examples, documents)]
-    found = find_relevance(keys[:-1], keys[-1])
+    relevance = find_relevance(keys[:-1], keys[-1])
     texts = dict(zip(chain.from_iterable(keys), chain.from_iterable((*examples, documents)), strict=True))
-    index = Bm25([texts[key] for key in found.documents])
-    scores = (torch.from_numpy(index.scores(examples[number][0])) for number in found.queries)
-    return [ranks_of(each, places) for each, places in zip(scores, found.relevant, strict=True)]
+    index = Bm25([texts[key] for key in relevance.documents])
+    scores = (torch.from_numpy(index.scores(examples[number][0])) for number in relevance.queries)
+    return [ranks_of(each, places) for each, places in zip(scores, relevance.relevant, strict=True)]
 
 
-def _texts(example: object) -> Sequence[str]:
-    assert isinstance(example, EmbeddingExample)  # of objectives that search documents
+def example_texts(example: object) -> Sequence[str]:
+    """The texts of an example of an objective that searches documents."""
+    assert isinstance(example, EmbeddingExample)
     return example.texts
 
 

@@ -41,8 +41,8 @@ def ndcg(ranks: Ranks, cutoff: int) -> float:
     return gains / fsum(1 / log2(rank + 2) for rank in range(min(len(ranks), cutoff)))
 
 
-Measure = Callable[[Ranks, int], float]
-OF_QUERIES: dict[str, tuple[Measure, int]] = {  # metrics that each evaluation measures: the first is the main one
+QueryMeasure = Callable[[Ranks, int], float]
+OF_QUERIES: dict[str, tuple[QueryMeasure, int]] = {  # metrics that each evaluation measures: the first is the main one
     "ndcg_at_10": (ndcg, 10),
     "mrr_at_10": (mrr, 10),
     "map_at_100": (map_at, 100),
@@ -53,7 +53,11 @@ OF_QUERIES: dict[str, tuple[Measure, int]] = {  # metrics that each evaluation m
 
 def search_values(queries: Sequence[Ranks], cutoffs: Sequence[int]) -> dict[str, float]:
     """The means over queries: nDCG@10, MRR@10, MAP@100; accuracy, recall and precision at each of the cutoffs."""
-    measures: dict[str, tuple[Measure, int]] = {"ndcg@10": (ndcg, 10), "mrr@10": (mrr, 10), "map@100": (map_at, 100)}
+    measures: dict[str, tuple[QueryMeasure, int]] = {
+        "ndcg@10": (ndcg, 10),
+        "mrr@10": (mrr, 10),
+        "map@100": (map_at, 100),
+    }
     for measure in (accuracy, recall, precision):
         measures |= {f"{measure.__name__}@{cutoff}": (measure, cutoff) for cutoff in sorted(cutoffs)}
     return {

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from tunekit.contracts import EncodeOptions, RowKind
 from tunekit.data.encoding.cache import CODE, PACKAGES, SourceFacts, cached_store
 from tunekit.data.encoding.encode import SourceCounts, encode_rows
 from tunekit.data.encoding.notes import counted_note, drawn_notes, filled_columns, format_note
 from tunekit.data.encoding.outcomes import SourceEncoder, outcomes
-from tunekit.data.encoding.store import StoreWriter, TokenStore
+from tunekit.data.encoding.store import Part, StoreWriter, TokenStore
 from tunekit.data.reading.data_file import content_hash, inspect_file
 from tunekit.data.reading.first import format_maker, media_fields, open_rows, raw_digest
 from tunekit.data.reading.folder import is_folder, media_folder, names_hash, passed_over
@@ -45,6 +47,11 @@ class EncodedSource:
     notices: tuple[str, ...]
     fingerprint: str
     files: tuple[str, ...] = ()
+
+    @property
+    def all_rows(self) -> Part:
+        """All rows of the source."""
+        return Part(self.store, np.arange(len(self.store), dtype=np.int64), self.name, self.files)
 
 
 def encode_options(data: DataSection) -> EncodeOptions:

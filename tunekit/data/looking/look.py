@@ -21,6 +21,7 @@ from tunekit.data.reading.several import LINES_OF_FILE, file_names, relative_nam
 from tunekit.data.reading.sound import SILENCE, opened
 from tunekit.errors import DataError, holds_secret
 from tunekit.formats.audio_label import AudioLabelExample
+from tunekit.formats.embedding import EmbeddingExample
 from tunekit.formats.example import ChatExample, CompletionExample, images_of
 from tunekit.formats.fields import Fields
 from tunekit.formats.image import ImageExample
@@ -52,7 +53,7 @@ PATTERNS = (  # kind, pattern, and a quick test: every match contains one of the
     ("secret", KEY, ("-----BEGIN", "AKIA", "ASIA")),
 )
 LENGTHS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-KEPT = frozenset({"script", "reasoning"})  # findings whose rows --fix keeps
+KEPT = frozenset({"script", "reasoning", "cut"})  # findings whose rows --fix keeps
 MOST_BROKEN = 1000  # maximum number of different problems of unreadable lines
 FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # examples that name a file
 SAMPLES_AT_ONCE = 1 << 20
@@ -76,6 +77,7 @@ KINDS = {  # kind of finding -> its description in the table
     "email": "rows with e-mail addresses",
     "long": "rows longer than data.max_length",
     "dropped": "rows that training drops",
+    "cut": "rows with a text that is cut to the maximum length of a text",
     "reasoning": "conversations with reasoning that the chat template leaves out (data.reasoning: train keeps it)",
 }
 
@@ -149,6 +151,8 @@ def look_at_rows(
             doubts.update(_doubts(parsed, text, row.line, findings))
             if kind is not None and outcome is not None:
                 doubts.update(_fates(outcome, kind, findings))
+                if cut := kind.cut_texts(parsed):
+                    doubts["cut"] = ", ".join(cut)
                 if left_out := kind.reasoning_left_out(parsed):
                     doubts["reasoning"] = ", ".join(f"messages[{index}]" for index in left_out)
             elif not isinstance(parsed, FileExample):
@@ -177,11 +181,16 @@ def _repeats(
     """The findings if a row is like an evaluation row or an earlier row. If no earlier row is like it, it is added to
     `train_index`."""
     mine, label = _signed(parsed, text), _label_of(parsed)
-    leaked, like = None if eval_index is None else eval_index.like(mine), train_index.like(mine)
+    without_negatives = mine
+    if isinstance(parsed, EmbeddingExample) and len(parsed.texts) > 2:
+        without_negatives = signed_pair(*parsed.texts[:2])
+    leaked, like = None if eval_index is None else eval_index.like(without_negatives), train_index.like(mine)
     if leaked is not None:
         yield "leak", f"as {leaked[2]} of {leaked[1]}"
     if like is None:
         train_index.add(mine, name, place, label)
+        if without_negatives is not mine:
+            train_index.add(without_negatives, name, place, label)
         return
     finding, what = like[0], f"as {like[2]}" + ("" if like[1] == name else f" of {like[1]}")
     if like[3] != label:
@@ -192,6 +201,8 @@ def _repeats(
 
 def _label_of(parsed: object) -> RowLabel:
     """The label of a row, for comparisons. The order of several names has no meaning; the order of numbers has one."""
+    if isinstance(parsed, EmbeddingExample):
+        return parsed.scores[0] if len(parsed.scores) == 1 else None  # a teacher's scores are no labels
     label: RowLabel = getattr(parsed, "label", None)
     several = of_cell(label)
     if isinstance(several, list | tuple) and all(isinstance(of_cell(each), str) for each in several):
@@ -207,6 +218,8 @@ def _signed(parsed: object, text: str) -> RowSignature:
         assert isinstance(parsed, ChatExample)
         turns = tuple((message.role, message.content) for message in parsed.messages)
         return RowSignature(hash((turns, *map(_content_hash, images))))
+    if isinstance(parsed, EmbeddingExample):
+        return signed_pair(parsed.texts[0], "\n".join(parsed.texts[1:]))
     if not isinstance(parsed, FileExample):
         if isinstance(parsed, LabelExample):
             return signed(parsed.text) if parsed.second is None else signed_pair(parsed.text, parsed.second)

@@ -1,4 +1,6 @@
-"""Writes chosen training rows to a new JSONL, CSV or TSV file, as `data check --fix` and `data rank --keep` do."""
+"""Writes training rows to a new JSONL, CSV or TSV file, for `data check --fix`, `data rank --keep` and `data mine`."""
+
+from __future__ import annotations
 
 import csv
 import io
@@ -6,13 +8,15 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunekit.basics import JsonObject
-from tunekit.data.reading.first import media_fields, single_row_maker
+from tunekit.data.reading.first import media_fields, open_rows, single_row_maker
 from tunekit.data.reading.folder import media_folder, with_table
+from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.errors import InputError
 from tunekit.files.durable import write_text
@@ -20,6 +24,13 @@ from tunekit.files.work_folder import refuse_inside
 from tunekit.formats.media import located
 from tunekit.recipe.data import Source
 from tunekit.recipe.load import LoadedRecipe
+
+if TYPE_CHECKING:  # these import torch
+    from tunekit.data.encoding.store import ChosenRows
+    from tunekit.data.rows import RowSet
+
+
+SourceRow = tuple[int, int]  # the number of a source, and the number of a row in it
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,32 @@ def refuse_rows_file(option: str, name: str, loaded: LoadedRecipe, overwrite: bo
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         more = "" if overwrite is None else ", or add --overwrite to replace it"
         raise InputError(f"{option} {name}: the file exists", f"{how}{more}")
+
+
+def source_rows(rows: RowSet) -> list[SourceRow]:
+    """For each training row, the row of its source: several pieces of a split row have the same."""
+    numbers = (part.numbers.tolist() for part in _chosen(rows).parts)
+    return [(place, number) for place, some in enumerate(numbers) for number in some]
+
+
+def training_rows(
+    rows: RowSet, sources: Sequence[Source], left_out: Container[SourceRow] = ()
+) -> Iterator[RowsToWrite]:
+    """The training rows of each source as they were read, without the rows that are left out."""
+    example, problems = rows.objective.rows.example, Problems()
+    wanted = {each for each in source_rows(rows) if each not in left_out}
+    for place, (source, part) in enumerate(zip(sources, _chosen(rows).parts, strict=True)):
+        raw, _, format_name, _ = open_rows(with_table(source), example, problems)
+        chosen = [row.values for number, row in enumerate(raw) if (place, number) in wanted]
+        problems.raise_if_any()
+        yield RowsToWrite(part.name, format_name, source, chosen)
+
+
+def _chosen(rows: RowSet) -> ChosenRows:
+    from tunekit.data.encoding.store import ChosenRows  # imports torch
+
+    assert isinstance(rows.train, ChosenRows)  # only streamed rows are different, and the verbs refuse them
+    return rows.train
 
 
 def rows_text(option: str, name: str, parts: Sequence[RowsToWrite]) -> str:

@@ -25,7 +25,14 @@ from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.metrics.pair_scores import PAIRS
 from tunekit.metrics.retrieval import OF_QUERIES
 from tunekit.objectives.losses.contrast import RowTexts, embedding_loss
-from tunekit.objectives.losses.retrieval import Relevance, find_relevance, search_ranks, triplets_right
+from tunekit.objectives.losses.retrieval import (
+    EmbeddedRow,
+    Relevance,
+    find_relevance,
+    search_ranks,
+    search_vectors,
+    triplets_right,
+)
 from tunekit.recipe.objectives.embed import LABELLED, RETRIEVAL, SCORED, EmbedSettings
 
 EVALUATED_TOGETHER = 64  # evaluation rows that one loss compares; independent of the recipe's step
@@ -130,13 +137,7 @@ class EmbedLoss(LossKind):
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> EmbedLoss:
         """A copy of the loss with the values of each evaluation row. All rows are embedded once. Rows of one text are
         the documents of evaluation.corpus."""
-        mine = [
-            (row.number, texts, row.parts["keys"].tolist(), tuple(row.parts["scores"].tolist()))
-            for batch in batches
-            for [values] in [run.score([batch], self.embed, lambda batch: batch.targets["counts"].tolist())]
-            for row, texts in zip(batch.rows, torch.split(values, batch.targets["counts"].tolist()), strict=True)
-        ]
-        measured = sorted(run.gather(mine), key=lambda row: row[0])
+        measured = self.embedded(run, batches)
         corpus = {keys[0]: texts[0] for _, texts, keys, _ in measured if len(keys) == 1}
         numbers, texts, keys, scores = zip(*(row for row in measured if len(row[2]) > 1), strict=True)
         losses = self._losses(texts, keys, scores)
@@ -145,11 +146,11 @@ class EmbedLoss(LossKind):
             cosines = F.cosine_similarity(first, second, dim=-1).tolist()
             pairs = [(loss, cosine, score) for loss, cosine, [score] in zip(losses, cosines, scores, strict=True)]
             return replace(self, measured=dict(zip(numbers, pairs, strict=True)))
-        found = find_relevance(keys, corpus)
-        ranks = self._ranks(found, texts, keys, corpus)
+        relevance = find_relevance(keys, corpus)
+        ranks = self._ranks(relevance, texts, keys, corpus)
         of_queries = {
             number: [1.0, *(measure(each, cutoff) for measure, cutoff in OF_QUERIES.values())]
-            for number, each in zip(found.queries, ranks["model"], strict=True)
+            for number, each in zip(relevance.queries, ranks["model"], strict=True)
         }
         no_query = [0.0] * (1 + len(OF_QUERIES))  # the row's anchor is that of an earlier row
         of_rows = [
@@ -158,22 +159,26 @@ class EmbedLoss(LossKind):
         ]
         return replace(self, measured=dict(zip(numbers, of_rows, strict=True)), measured_ranks=ranks)
 
+    def embedded(self, run: RunView, batches: Iterable[Batch]) -> list[EmbeddedRow]:
+        """The embedded rows of all ranks, by their numbers. `batches`: this rank's."""
+        mine = [
+            EmbeddedRow(row.number, texts, row.parts["keys"].tolist(), tuple(row.parts["scores"].tolist()))
+            for batch in batches
+            for [values] in [run.score([batch], self.embed, lambda batch: batch.targets["counts"].tolist())]
+            for row, texts in zip(batch.rows, torch.split(values, batch.targets["counts"].tolist()), strict=True)
+        ]
+        return sorted(run.gather(mine), key=lambda row: row.number)
+
     def _ranks(
-        self, found: Relevance, texts: Sequence[Tensor], keys: Sequence[Sequence[int]], corpus: Mapping[int, Tensor]
+        self, relevance: Relevance, texts: Sequence[Tensor], keys: Sequence[Sequence[int]], corpus: Mapping[int, Tensor]
     ) -> dict[str, list[list[int]]]:
         """The ranks of relevant documents by the whole embeddings, and by those of each smaller Matryoshka size."""
-        vectors = dict(corpus) or {
-            key: vector
-            for row, some in zip(keys, texts, strict=True)
-            for key, vector in zip(row[1:], some[1:], strict=True)
-        }
-        queries = torch.stack([texts[number][0] for number in found.queries])  # (Q, D)
-        documents = torch.stack([vectors[key] for key in found.documents])  # (M, D)
-        whole = queries.shape[1]
-        sizes = {f"model at {size}": size for size in self.settings.matryoshka or () if size < whole}
+        queries, documents = search_vectors(relevance, texts, keys, corpus)
+        width = queries.shape[1]
+        sizes = {f"model at {size}": size for size in self.settings.matryoshka or () if size < width}
         return {
-            name: search_ranks(queries[:, :size], documents[:, :size], found.relevant)
-            for name, size in {"model": whole, **sizes}.items()
+            name: search_ranks(queries[:, :size], documents[:, :size], relevance.relevant)
+            for name, size in {"model": width, **sizes}.items()
         }
 
     def _losses(

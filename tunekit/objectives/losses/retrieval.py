@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 2**24  # scores that are computed together
+
+
+class EmbeddedRow(NamedTuple):
+    """A row with the embeddings of its texts, (texts of the row, D), their keys, and the row's scores."""
+
+    number: int
+    texts: Tensor
+    keys: list[int]
+    scores: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -39,16 +50,35 @@ def find_relevance(rows: Sequence[Sequence[int]], corpus: Iterable[int] = ()) ->
     return Relevance(list(first.values()), documents, [sorted(relevant[anchor]) for anchor in first], missing)
 
 
+def search_vectors(
+    relevance: Relevance, texts: Sequence[Tensor], keys: Sequence[Sequence[int]], corpus: Mapping[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The embeddings of all queries, (Q, D), and of all documents, (M, D), in the order of their places. `texts`,
+    `keys`: the embeddings and hashes of each row's texts. `corpus`: the documents, if they are not those of the rows.
+    """
+    vectors = corpus or {
+        key: vector
+        for row, some in zip(keys, texts, strict=True)
+        for key, vector in zip(row[1:], some[1:], strict=True)
+    }
+    queries = torch.stack([texts[number][0] for number in relevance.queries])
+    return queries, torch.stack([vectors[key] for key in relevance.documents])
+
+
 def search_ranks(queries: Tensor, documents: Tensor, relevant: Sequence[Sequence[int]]) -> list[list[int]]:
     """The ranks of each query's relevant documents by the cosine, from 0, in ascending order.
 
     Shapes: queries (Q, D), documents (M, D).
     """
+    return [ranks_of(scores, places) for scores, places in zip(cosines(queries, documents), relevant, strict=True)]
+
+
+def cosines(queries: Tensor, documents: Tensor) -> Iterator[Tensor]:
+    """The cosines of each query with all documents, (M,). Shapes: queries (Q, D), documents (M, D)."""
     queries, documents = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
     size = max(BLOCK // len(documents), 1)
-    blocks = (queries[start : start + size] @ documents.T for start in range(0, len(queries), size))
-    scores = (each for block in blocks for each in block)
-    return [ranks_of(each, places) for each, places in zip(scores, relevant, strict=True)]
+    for start in range(0, len(queries), size):
+        yield from queries[start : start + size] @ documents.T
 
 
 def ranks_of(scores: Tensor, places: Sequence[int]) -> list[int]:

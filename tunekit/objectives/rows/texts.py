@@ -100,6 +100,15 @@ class TextGroups(RowKind):
         self.notices[SHORTENED] += 1
         return self.sized(ids, limit)
 
+    def cut_texts(self, example: EmbeddingExample) -> list[str]:
+        names = ["anchor", "positive", *(f"negative {number}" for number in range(1, len(example.texts) - 1))]
+        sides = [self.query, *[self.document] * (len(names) - 1)]
+        return [
+            name
+            for name, text, (prompt, limit) in zip(names, example.texts, sides, strict=True)
+            if limit is not None and len(self.tokenizer.encode_source(prompt + text)) > limit
+        ]
+
     def sized(self, ids: Sequence[int] | Array, size: int) -> list[int]:
         """The ids of a text, cut or repeated to `size` ids. The special tokens at its end are kept."""
         text, end = np.split(np.asarray(ids, np.int32), [len(ids) - len(self.around[1])])
