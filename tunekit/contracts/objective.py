@@ -12,17 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunekit.contracts.model import (
-    GREEDY,
-    Answering,
-    Counts,
-    Loss,
-    Model,
-    ModelOutput,
-    Read,
-    Sampling,
-    Sums,
-)
+from tunekit.contracts.model import GREEDY, Answering, Counts, Loss, Model, ModelOutput, Read, Sampling, Sums
 from tunekit.contracts.rows import (
     Array,
     Batch,
