@@ -499,11 +499,11 @@ def test_columns_that_are_not_read_and_the_schema_are_named(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}] for n in range(12)]
-    rows = [{"messages": each, "images": ["a.png"], "id": number} for number, each in enumerate(turns)]
+    rows = [{"messages": each, "origin": "web", "id": number} for number, each in enumerate(turns)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     init_verb(str(tmp_path / "chat.jsonl"), str(tmp_path / "recipe.yaml"), str(tiny_llama), "lora", "none", 0.1)
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: the format chat does not read 'id', 'images'" in said
+    assert "the format chat does not read 'id', 'origin'" in said
     assert f"recipe.yaml and {tmp_path}/{SCHEMA_NAME}, with which editors check and complete" in said.replace("/ ", "/")
     assert said.count("of the rows have at most") == 1
     assert "at most about" not in said
