@@ -63,7 +63,8 @@ def write_nodes(case: Path, base: Path) -> None:
     training = {"max_steps": STEPS, "epochs": None, "save_steps": 2, "eval_steps": 4, "gradient_accumulation_steps": 2}
     for rank in NODES:
         folder = case / f"node-{rank}"
-        write_recipe(folder, Path("base"), training=training, adapter={"dropout": 0.0})
+        sections = {"adapter": {"dropout": 0.0}, "evaluation": {"batch_size": 1}}  # each rank has evaluation rows
+        write_recipe(folder, Path("base"), training=training, **sections)
         shutil.copytree(base, folder / "base")
         values = json.loads((folder / "recipe.yaml").read_text())
         del values["training"]["epochs"]
