@@ -20,6 +20,7 @@ from tunekit.artifacts.stopped import named_state, next_commands
 from tunekit.errors import RunFolderError
 from tunekit.files.lock import FolderLock
 from tunekit.targets.target import find_target
+from tunekit.training import state
 
 STOPPED = {"exit_code": 143, "reason": "stopped by SIGTERM after step 5 of 6", "finished": False}
 Change = Callable[[Path], None]
@@ -181,6 +182,21 @@ def test_the_next_commands_can_be_copied(tmp_path: Path, monkeypatch: pytest.Mon
     commands = "use it: tunekit eval 'runs/my first'; continue it: tunekit train 'runs/my first/recipe.yaml' --resume"
     assert next_commands(tmp_path / "runs" / "my first") == commands
     assert next_commands(tmp_path / "r", alone=False).endswith("continue it: the same command with --resume")
+
+
+def test_a_run_whose_best_checkpoint_was_deleted_continues_to_a_result(recipe: Path, run: Path) -> None:
+    """Also if no later evaluation is better than the one of the deleted checkpoint."""
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+
+    def first_is_best() -> None:
+        setattr(state, "is_better", lambda metric, value, best: best is None)
+
+    ended = train_in_child(recipe, run, resume=True, before=first_is_best)
+    assert ended.code == 0, ended.output
+    assert "the checkpoint of the best step, 4, was deleted; the result will be the best" in " ".join(
+        ended.output.split()
+    )
+    assert json.loads((run / "report.json").read_text("utf-8"))["best_step"] == 6
 
 
 @pytest.mark.drawn

@@ -36,7 +36,7 @@ from tunekit.training.preflight import (
     try_longest_batch,
 )
 from tunekit.training.run import SPLIT, Run
-from tunekit.training.run_files import check_fingerprint, with_files, write_plan
+from tunekit.training.run_files import check_fingerprint, forget_lost_best, with_files, write_plan
 from tunekit.training.saved_state import restore, restore_reference
 from tunekit.training.scaling import LossScale
 from tunekit.training.session import Session
@@ -94,6 +94,7 @@ def assemble_run(
     if checkpoint is not None:
         state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
         restore_reference(checkpoint.tensors, model.reference_state or {})
+        forget_lost_best(session, state)
         session.console.info(f"resuming after step {state.step} of {plan.steps}")
     _note_changes(session, state)
     plan = _with_targets(plan, adapter)

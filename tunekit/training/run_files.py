@@ -299,6 +299,17 @@ def restore_end(session: Session, state: LoopState) -> None:
         state.starts[: len(starts)] = starts
 
 
+def forget_lost_best(session: Session, state: LoopState) -> None:
+    """Forget the best step if its checkpoint was deleted: the end of the run could not export it."""
+    step = state.best_step
+    if not session.loaded.recipe.evaluation.best or step is None or step == state.step:
+        return
+    if not session.from_folder(lambda folder: (folder.checkpoints / f"step-{step:06d}").is_dir()):
+        state.best_step = state.best_value = None
+        what = f"the checkpoint of the best step, {step}, was deleted"
+        session.console.warn(f"{what}; the result will be the best step of the evaluations that follow")
+
+
 def remove_records_of_result(folder: RunFolder) -> None:
     """Remove the task scores and the list of exports of an earlier result, which would seem to be those of the next."""
     for name in (TASKS_NAME, EXPORTS):
