@@ -96,7 +96,7 @@ class TimeLimit:
 
     @property
     def has_trained(self) -> bool:
-        """Whether a step of this start has begun."""
+        """Whether this start has trained, at least a part of a step."""
         return self.marked is not None
 
     def begin(self, state: LoopState) -> None:
