@@ -150,7 +150,7 @@ def test_a_refused_resume_leaves_the_result_and_its_records(recipe: Path, limite
     run = limited.with_name(change)
     shutil.copytree(limited, run)
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    ended = train_in_child(recipe, run, LIMIT, change, resume=True)
+    ended = train_in_child(recipe, run, change, resume=True)
     assert ended.code == 2, ended.output
     assert "repair it" not in " ".join(ended.output.split())
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
