@@ -189,7 +189,7 @@ def test_a_run_whose_best_checkpoint_was_deleted_continues_to_a_result(recipe: P
     shutil.rmtree(run / "checkpoints" / "step-000004")
 
     def first_is_best() -> None:
-        setattr(state, "is_better", lambda metric, value, best: best is None)
+        vars(state)["is_better"] = lambda metric, value, best: best is None
 
     ended = train_in_child(recipe, run, resume=True, before=first_is_best)
     assert ended.code == 0, ended.output
