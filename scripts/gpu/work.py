@@ -20,7 +20,7 @@ from tunekit.recipe.objectives.seq2seq import Seq2seqSettings
 from tunekit.recipe.objectives.sft import SftSettings
 
 MEDIAN_TOKENS, SPREAD, SHORTEST = 180, 0.6, 16  # of documents, log-normal
-IDS_ONLY: Any = SimpleNamespace(pad_id=0, fingerprint="random ids")  # in the place of a tokenizer
+IDS_ONLY: Any = SimpleNamespace(pad_id=0, fingerprint="random ids", images=None)  # in the place of a tokenizer
 
 
 def objective_of(row: Row) -> Objective:

@@ -156,6 +156,8 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "evaluation.task_documents": (["null", "3"], [each for each in NOT_COUNTS if each != "null"]),
     "evaluation.task_lengths": (["[]", "[512]"], ["[0]", "[1.5]", "null"]),
     "evaluation.task_chat_template": (["true", "false"], NOT_BOOLEANS),
+    "evaluation.corpus": (["null"], [each for each in NOT_TEXT if each != "null"]),
+    "evaluation.cutoffs": (["[1]", "[1, 10]"], ["[]", "[0]", "[1.5]", "null", "true", "[a]"]),
     "evaluation.before_training": (["true", "false"], NOT_BOOLEANS),
     "evaluation.generate": (["true"], NOT_BOOLEANS),
     "evaluation.samples": (["0", "4"], ["-1", "1.5", "true", "null"]),
