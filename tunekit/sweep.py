@@ -1,8 +1,9 @@
 """`tunekit sweep`: trains the trials of a recipe over one loaded base, and compares their results.
 
 The trials are fixed before the first one starts (recipe/reading/trial_recipes.py; with --auto, training/automatic.py
-chooses their values). Only halving decides during the sweep: `_train_by_halves` drops the worse settings at each rung.
-A trial is a run like any other, in its own folder. Its result has the same bytes as the result of `tunekit train`.
+chooses their values). Only halving decides during the sweep: `_train_by_halves` ends the settings that
+`dropped_settings` (training/halving.py) names at each comparison. A trial is a run like any other, in its own folder.
+Its result has the same bytes as the result of `tunekit train`.
 """
 
 import gc
@@ -308,7 +309,7 @@ def _train_by_halves(
     rungs: list[list[str]],
     limits: Limits | None,
 ) -> None:
-    """Train all trials to a common comparison, end the worse half of the settings, and repeat this for each comparison.
+    """Train all trials to a common comparison, end settings of the worse half, and repeat this for each comparison.
     Returns early if a trial failed and must be resumed. `rungs`: the settings that earlier comparisons ended.
 
     Raises: Stopped after a stop signal.

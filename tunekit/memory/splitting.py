@@ -1,8 +1,9 @@
 """If a micro-batch runs out of memory, splits it into two with the same total gradient. Later micro-batches of at least
 its size are split too.
 
-A split micro-batch gives the same loss and gradient, except for the order of sums. After a failure, the partial
-gradient is set to zero, and all micro-batches of the step run again. So no second copy of the gradient is needed.
+A split micro-batch gives the same loss and gradient, except for the order of sums and, with dropout, other masks. After
+a failure, the partial gradient is set to zero, and all micro-batches of the step run again. So no second copy of the
+gradient is needed.
 """
 
 import gc

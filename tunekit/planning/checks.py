@@ -1,8 +1,8 @@
 """The checks before a run starts, listed one per line; plan.json has their problems in this order. They are written in
 refusals.py and near what they check.
 
-Checks elsewhere: of the recipe's keys in recipe/load.py (`make_recipe`), of templates and companions in prepare.py, of
-memory in plan.py.
+Checks elsewhere: of the recipe's keys in recipe/load.py (`make_recipe`); of templates, companions and everything that
+cannot be read in prepare.py; of memory in memory.py and tiers.py.
 """
 
 from collections.abc import Iterator

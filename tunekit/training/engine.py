@@ -1,10 +1,11 @@
 """The engine: forward and backward of one optimizer step. It adds the gradient of (sum of losses / units) to the flat
 gradient buffers.
 
-This engine is for a base whose weights are all on the device: one micro-batch runs after another. streaming.py has the
+This engine is for a base whose layers are all on the device: one micro-batch runs after another. streaming.py has the
 engine for layers that are copied to the device one by one. A micro-batch that runs out of memory is split
-(memory/splitting.py), which changes only the order of sums. run.py clips the gradient and updates. Memory that runs
-out elsewhere ends the run in run_files.py.
+(memory/splitting.py), which changes the order of sums and, with dropout, the masks. The preparation of a step
+(tuned/model.py) and an evaluation (evaluation/scores.py) are split too; elsewhere, run_files.py ends the run. run.py
+clips the gradient and updates.
 """
 
 from __future__ import annotations

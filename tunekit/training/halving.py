@@ -1,4 +1,5 @@
 """Successive halving of the trials of a sweep: the steps at which trials are compared, and which trials continue.
+sweep.py calls `dropped_settings` at each comparison; rungs.py keeps the record.
 
 Source: Jamieson and Talwalkar 2016, Non-stochastic best arm identification; with a factor of two.
 """

@@ -2,7 +2,7 @@
 ranks have the same recipe, options, data and base. Each difference is named, with its rank and its machine.
 
 In a step, ranks may have different numbers of micro-batches, or none: losses and gradients are divided by the units of
-all ranks, and then summed over ranks (run.py)."""
+all ranks, and then summed over ranks (`Run.begin_step` and `finish_step` in run.py)."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,5 +1,5 @@
-"""The comparisons of a sweep with successive halving: the steps at which trials are compared, and the trials that end
-there."""
+"""The record of a sweep's comparisons by successive halving (rungs.json), and their time limits. halving.py has the
+rule."""
 
 import math
 import time
