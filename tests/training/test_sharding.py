@@ -179,14 +179,7 @@ def require_same(one: Path, other: Path) -> None:
     assert largest.get("loss", 0.0) <= TOLERANCE, largest
     mine, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, other))
     assert mine.keys() == theirs.keys()
-    apart = torch.cat([(mine[name] - theirs[name]).abs().flatten() for name in mine])
-    whole = torch.cat([each.flatten() for each in mine.values()])
-    assert apart.norm() <= 100 * TOLERANCE * whole.norm()
-    # AdamW divides a gradient by its own size plus 1e-8, so rounding of a gradient of this size becomes a visible step.
-    # Measured (grpo-nf4, step 3): the gradients of all numbers differ by 5e-10 (median) to 1.4e-7; one number of 16,384
-    # has its first gradient there, -1.17e-8 on one rank and -1.41e-8 on two, and differs by 2.6e-4 from then on. The
-    # next largest difference is 5.3e-6.
-    assert (apart > 100 * TOLERANCE).sum() <= apart.numel() // 1000
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= 100 * TOLERANCE
 
 
 @pytest.mark.slow
