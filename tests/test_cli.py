@@ -29,7 +29,7 @@ from tests.recipe.test_reader import SMALL
 from tunekit.cli import app, main, start
 from tunekit.commands.order import ORDER
 from tunekit.console.loudness import LOUDNESS
-from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped
+from tunekit.errors import NumericsError, Problem, RecipeError, ResourceError, Stopped, exit_message
 from tunekit.machine.threads import WAITING, thread_settings
 from tunekit.machine.variables import ALLOCATOR, allocator_settings, torch_build, variables
 from tunekit.model.transformers_guard import quiet
@@ -520,6 +520,14 @@ def test_a_reader_that_leaves_is_no_fault() -> None:
         ["bash", "-c", f"{sys.executable} -m tunekit schema >&-"], capture_output=True, text=True, check=False
     )
     assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_a_link_that_leads_to_itself_is_no_fault(tmp_path: Path) -> None:
+    (loop := tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((RuntimeError, OSError)) as caught:  # a RuntimeError before Python 3.13
+        loop.resolve(strict=sys.version_info >= (3, 13))
+    text, code = exit_message(caught.value)
+    assert (text, code) == (f"{loop}: Too many levels of symbolic links; check the path and its permissions", 2)
 
 
 def test_names_outside_ascii_on_a_plain_terminal(tmp_path: Path) -> None:

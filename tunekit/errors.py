@@ -211,6 +211,9 @@ def exit_message(error: BaseException) -> tuple[str, int]:
     if is_out_of_memory(error):
         keys = "training.micro_batch_size, evaluation.batch_size or data.max_length"
         return f"memory ran out; free memory, or lower {keys}", ResourceError.exit_code
+    cause = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(cause, OSError) and cause.errno == errno.ELOOP:
+        error = cause  # Path.resolve before Python 3.13: "Symlink loop"
     if isinstance(error, OSError):
         full = error.errno in _NO_SPACE
         place = error.filename2 if full and error.filename2 is not None else error.filename  # of a copy
