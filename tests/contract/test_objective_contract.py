@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,15 +164,19 @@ def make(name: str, processors: Mapping[str, Processor]) -> Objective:
     return make_objective(settings, processors[settings.family], options=OPTIONS)  # type: ignore[attr-defined]
 
 
+def encoded(kind: RowKind) -> list[Row]:
+    """Rows of every kind of example that the objective learns from."""
+    return [
+        kind.encode(one, f"d:{line}")
+        for line, example in enumerate(EXAMPLES[kind.example])
+        for one in kind.examples(example)
+    ]
+
+
 def make_case(name: str, processors: Mapping[str, Processor]) -> tuple[Objective, list[Row]]:
     """An objective, told of its rows, and rows of every kind of example that it learns from."""
     objective = make(name, processors)
-    rows = [
-        objective.rows.encode(one, f"d:{line}")
-        for line, example in enumerate(EXAMPLES[objective.rows.example])
-        for one in objective.rows.examples(example)
-    ]
-    listed = ListedRows(rows)
+    listed = ListedRows(encoded(objective.rows))
     return objective.learn([listed]), listed.rows
 
 
@@ -216,6 +221,16 @@ def test_rows_survive_the_store(name: str, processors: dict[str, Processor], tmp
         assert len(row.sizes) == objective.rows.layout.sizes
         assert row.supervised > 0
         assert_equal(store.row(number, row.origin, number), row, objective.rows.layout)
+
+
+@every_objective
+def test_another_process_encodes_the_same_rows(name: str, processors: dict[str, Processor]) -> None:
+    kind = make(name, processors).rows
+    kind.notices.update(["of this process"])
+    sent = pickle.loads(pickle.dumps(kind.counting()))
+    assert not sent.notices
+    for one, row in zip(pickle.loads(pickle.dumps(encoded(sent))), encoded(kind), strict=True):
+        assert_equal(one, row, kind.layout)
 
 
 @every_objective

@@ -142,12 +142,13 @@ def _as_text(value: object) -> str:
 def format_maker(name: str, source: str = "") -> MakeExample:
     """The function that turns a row of the format into an Example with its weight.
 
-    `source`: the path of the source; paths in its rows are relative to its folder.
+    `source`: the path of the source; paths in its rows are relative to its folder. The function can be pickled,
+    because worker processes get it; a module cannot.
     """
     module = importlib.import_module(f"tunekit.formats.{name}")
     fields = media_fields(name)
     if not fields:
-        return partial(_weighted, module, media_folder(source))
+        return partial(_weighted, module.make_example, tuple(module.FIELDS), media_folder(source))
     return partial(_beside, module.make_example, fields, media_folder(source))
 
 
@@ -166,9 +167,9 @@ def _beside(make: MakeExample, fields: Sequence[str], folder: Path, row: Fields)
     return make(located(row, fields, folder))
 
 
-def _weighted(module: ModuleType, folder: Path, row: Fields) -> Example:
-    refuse_unread(row, module.FIELDS)
-    example, weight = with_image_folder(module.make_example(row), folder), row.get("sample_weight")
+def _weighted(make: MakeExample, fields: Sequence[str], folder: Path, row: Fields) -> Example:
+    refuse_unread(row, fields)
+    example, weight = with_image_folder(make(row), folder), row.get("sample_weight")
     if weight is None:
         return example
     if not isinstance(example, Example):
