@@ -33,6 +33,7 @@ from tunekit.contracts import (
     Objective,
     Processor,
     Row,
+    RowKind,
     RowLayout,
 )
 from tunekit.data.batching.split import split_batch
