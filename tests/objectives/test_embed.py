@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
 from tests.conftest import write_tiny_llama
-from tests.support.embed_case import write_bert, write_newer_schema
+from tests.support.embed_case import ROWS, example_of, write_bert, write_case, write_newer_schema
 from tests.support.loop_case import CPU, Case, ListedRows, make_case
 from tests.support.ranks_case import train_in_ranks
-from tests.support.train_case import check_a_resume, losses, records, train, write_sections
+from tests.support.train_case import check_a_resume, losses, records, train
 from tunekit.contracts import EncodeOptions, ModelOutput, Objective, StepBatches
 from tunekit.data.batching.order import without_repeats
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
@@ -44,8 +44,6 @@ from tunekit.talking.conversation import make_speaker
 from tunekit.targets.target import find_target, load_target
 from tunekit.training.engine import StepAttempt, StepWork
 
-ROWS = 23
-
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,27 +58,6 @@ def bert(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dropping_bert(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bert(tmp_path_factory.mktemp("dropping"), llama, 0.2)
-
-
-def example_of(number: int) -> dict[str, Any]:
-    query, document = f"what is {'very ' * (number % 4)}{number}", f"it is {'so ' * (number % 3)}{number} here"
-    return {"query": query, "document": document} | ({"negative": f"nobody knows {number}"} if number % 2 else {})
-
-
-def write_case(folder: Path, base: Path, objective: dict[str, Any] | None = None, **sections: Any) -> Path:
-    """A recipe over rows of different lengths, and with different numbers of negatives."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(example_of(number)) + "\n" for number in range(ROWS))
-    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
-    values: dict[str, Any] = {
-        "model": {"name_or_path": str(base), "dtype": "float32"},
-        "data": {"train": [{"path": "train.jsonl"}], "eval": 0.2, "max_length": 64},
-        "adapter": {"method": "lora", "r": 4, "dropout": 0.0},
-        "objective": {"method": "embed", **(objective or {})},
-        "training": {"learning_rate": 0.01, "micro_batch_size": 2, "gradient_accumulation_steps": 4, "epochs": 2.0},
-        "output": {"dir": "run"},
-    }
-    return write_sections(folder, values, sections)
 
 
 def objective_on(base: Path, settings: EmbedSettings, **facts: Any) -> Objective:

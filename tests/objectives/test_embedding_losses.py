@@ -152,6 +152,78 @@ def test_shortened_embeddings_equal_sentence_transformers() -> None:
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-13)
 
 
+GUIDED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "absolute": {"margin": 0.1, "temperature": 0.05},
+    "relative": {"margin": 0.2, "margin_strategy": "relative"},
+    "anchor and document only": {"contrast_anchors": False, "contrast_positives": False},
+}
+
+
+@needs_oracle
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("texts", [2, 3])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided_ranking_equals_sentence_transformers(
+    name: str, texts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle's models are replaced by functions that return these embeddings."""
+    from sentence_transformers.sentence_transformer.losses import gist_embed
+
+    settings = settings_of("gist", guide={"name_or_path": "some-guide"}, **GUIDED[name])
+    oracle: Any = torch.nn.Module.__new__(gist_embed.GISTEmbedLoss)
+    torch.nn.Module.__init__(oracle)
+    facts = {"temperature": settings.temperature or 0.01, "margin": settings.margin or 0.0, "must_retokenize": False}
+    names = ("margin_strategy", "contrast_anchors", "contrast_positives")
+    facts |= {key: getattr(settings, key) for key in names} | {"gather_across_devices": False, "model": "model"}
+    facts |= {"guide": "guide", "similarity_fct": torch.nn.CosineSimilarity(dim=-1)}
+    facts |= {"cross_entropy_loss": torch.nn.CrossEntropyLoss()}
+    for key, value in facts.items():
+        setattr(oracle, key, value)
+    guide = embeddings_of(12, texts, 16, dtype, seed=5)
+    guide[::texts] += 0.5 * guide[1::texts]  # else nothing is nearer than a positive, or everything
+    for rows in (12, 1):
+        some, vectors = guide[: rows * texts], embeddings_of(rows, texts, 24, dtype)
+        group = RowTexts([texts] * rows, guide=some)
+
+        def theirs(leaf: Tensor, some: Tensor = some) -> Tensor:
+            sources = {"model": leaf, "guide": some}
+            columns = lambda model, _: [sources[model][place::texts] for place in range(texts)]  # noqa: E731
+            monkeypatch.setattr(gist_embed, "embed_columns", columns)
+            return oracle([{}], torch.zeros(0))
+
+        ours = gradient_of(lambda leaf, group=group: embedding_loss(settings, leaf, group), vectors)
+        # float32: the division by a temperature of 0.01 makes the rounding of a cosine 100 times larger
+        tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}[dtype]
+        for mine, other in zip(ours, gradient_of(theirs, vectors), strict=True):
+            assert float((mine - other).abs().max()) <= tolerance * max(float(other.abs().max()), 0.1)
+
+
+def test_a_guide_leaves_out_what_it_finds_nearer_than_the_positive() -> None:
+    """Also over blocks of rows, and with rows of different numbers of negatives."""
+    counts = [2, 4, 3, 2, 5]
+    vectors, guide = embeddings_of(1, 16, 8, torch.float64), embeddings_of(1, 16, 6, torch.float64, seed=3)
+    rows = RowTexts(counts, guide=guide)
+    settings = settings_of("gist", guide={"name_or_path": "some-guide"}, margin=0.3, temperature=0.5)
+    anchors = [0, 2, 6, 9, 11]
+    documents = [at for at in range(16) if at not in anchors]
+    wanted, left_out = [], 0
+    for anchor in anchors:
+        limit = cosine(guide[anchor], guide[anchor + 1]) - 0.3
+        pairs = [(anchor, other) for other in (*documents, *anchors) if other not in (anchor, anchor + 1)]
+        pairs += [(anchor + 1, other + 1) for other in anchors if other != anchor]
+        kept = [pair for pair in pairs if cosine(*(guide[at] for at in pair)) <= limit]
+        left_out += len(pairs) - len(kept)
+        logits = torch.stack([cosine(*(vectors[at] for at in pair)) / 0.5 for pair in [(anchor, anchor + 1), *kept]])
+        wanted.append(logits.logsumexp(0) - logits[0])
+    assert 20 < left_out < 80
+    for block in (256, 2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(contrast, "BLOCK", block)
+            value, _ = gradient_of(lambda leaf: embedding_loss(settings, leaf, rows), vectors)
+        torch.testing.assert_close(value, torch.stack(wanted).mean(), rtol=1e-12, atol=0)
+
+
 def cosine(first: Tensor, second: Tensor) -> Tensor:
     return first @ second / (first.norm() * second.norm())
 

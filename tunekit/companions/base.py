@@ -1,11 +1,15 @@
 """Makes an objective's companions: models or functions that its loss needs, such as a teacher or reward models."""
 
 import importlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from tunekit.contracts import Companion, CompanionSpec, Objective
+from tunekit.errors import TunekitError
 
 
 def make_companions(specs: Sequence[CompanionSpec]) -> dict[str, Companion]:
@@ -30,3 +34,16 @@ def load_companions(objective: Objective, device: torch.device) -> dict[str, Com
     for companion in companions.values():
         companion.load(device)
     return companions
+
+
+@contextmanager
+def about_model(key: str) -> Iterator[None]:
+    """A context in which errors name the keys of a companion's model instead of the keys of the model section."""
+    try:
+        yield
+    except TunekitError as error:
+        moved = [
+            replace(problem, key=re.sub(r"^model\.", f"{key}.", problem.key)) if problem.key else problem
+            for problem in error.problems
+        ]
+        raise type(error).of(moved) from error

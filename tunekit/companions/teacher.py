@@ -3,9 +3,7 @@ projection."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Self
@@ -13,8 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from tunekit.companions.base import about_model
 from tunekit.contracts import Batch, CompanionSpec, Counts, Head, PlanContext, Read, RunView
-from tunekit.errors import Problem, RecipeError, TunekitError
+from tunekit.errors import Problem, RecipeError
 from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.slots import waiting_tensor
 from tunekit.memory.streaming import base_obstacle, host_embedding, host_obstacle, layer_weights, stream_base
@@ -57,7 +56,7 @@ class TeacherModel(Teacher):
     def examine(self, planned: PlanContext) -> Sequence[Problem]:
         """Make the teacher on the meta device. Raises: RecipeError if this teacher cannot teach this student;
         ModelError, which names the teacher's keys in the recipe."""
-        with self._about_teacher(), parsed_once(self.section.name_or_path):
+        with about_model(self.key), parsed_once(self.section.name_or_path):
             self._meta = make_meta_model(self.section, device=planned.device)
             tokenizer = load_tokenizer(self.section)
         problems = list(self._problems(self._meta, tokenizer, planned))
@@ -108,13 +107,13 @@ class TeacherModel(Teacher):
 
     def fingerprint(self) -> Mapping[str, str]:
         """The fingerprint of the teacher's files. Raises: ModelError, which names the teacher's keys in the recipe."""
-        with self._about_teacher():
+        with about_model(self.key):
             files = {f"{self.key}.name_or_path": base_fingerprint(self.section)}
             return files | remote_code(self.section, self.key)
 
     def load(self, device: torch.device) -> None:
         """Load and freeze the teacher. Raises: ModelError, which names the teacher's keys in the recipe."""
-        with self._about_teacher():
+        with about_model(self.key):
             self._model = self._freeze(load_model(self.section, device=device, streamed=self.tier != "off"))
 
     def simulated(self) -> Self:
@@ -140,18 +139,6 @@ class TeacherModel(Teacher):
     def _freeze(self, base: LoadedModel) -> TunedModel:
         base.net.requires_grad_(False)
         return TunedModel(base, None, slots=stream_base(base, layer_weights(base), self.tier))
-
-    @contextmanager
-    def _about_teacher(self) -> Iterator[None]:
-        """A context in which errors name the teacher's keys instead of the keys of the model section."""
-        try:
-            yield
-        except TunekitError as error:
-            moved = [
-                replace(problem, key=re.sub(r"^model\.", f"{self.key}.", problem.key)) if problem.key else problem
-                for problem in error.problems
-            ]
-            raise type(error).of(moved) from error
 
 
 make = TeacherModel  # companions.base calls it with a CompanionSpec

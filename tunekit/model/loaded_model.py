@@ -55,6 +55,13 @@ class LoadedModel:
         one."""
         return list(dict.fromkeys([*self.new_modules, *self.family.trained_with(self.net)]))
 
+    @property
+    def positions(self) -> int | None:
+        """The number of positions that the base has learned or states; None if it states none."""
+        stated = None if self.text is None else self.text.positions
+        counts = (self.family.learned_positions(self.net), stated)
+        return min((count for count in counts if count is not None), default=None)
+
 
 def as_loaded(base: LoadedBase) -> LoadedModel:
     """The base of a model that an objective gets; its interface names no class of this folder."""

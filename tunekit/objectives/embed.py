@@ -1,6 +1,6 @@
 """`objective: embed`: embedding models. The loss compares all texts of an optimizer step."""
 
-from tunekit.contracts import Answering, EncodeOptions, Facts, Objective
+from tunekit.contracts import Answering, CompanionSpec, EncodeOptions, Facts, Objective
 from tunekit.files.cache_folder import hash_of
 from tunekit.model.storage.sentence_transformers import EmbeddingProcessor
 from tunekit.model.text.tokenizer import LoadedTokenizer
@@ -37,6 +37,7 @@ def make(settings: EmbedSettings, tokenizer: LoadedTokenizer, facts: Facts, opti
         rows,
         EmbedLoss(settings, tuple(pooling), normalize),
         Answering("embedding", processor=EmbeddingProcessor(tokenizer, saved)),
+        () if settings.guide is None else (CompanionSpec("guide", "objective.guide", settings),),
         section=_section,
         facts=saved,
         notes=_notes(settings, saved),

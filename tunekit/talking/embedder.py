@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +70,8 @@ def make_embedder(loaded: LoadedTarget, batch_size: int) -> Embedder:
     objective, base = loaded.objective, loaded.model.base
     if not isinstance(objective.rows, TextGroups) or not isinstance(objective.loss, EmbedLoss):
         raise InputError(f"the target was trained with {objective.name}, so it gives no embeddings", "name another one")
-    assert base.text is not None  # the family reads texts
-    stated = (base.family.learned_positions(base.net), base.text.positions)
-    positions = min((count for count in stated if count is not None), default=DEFAULT_LENGTH)
-    room, rows = positions - loaded.model.virtual_tokens, objective.rows
-    query, document = ((prompt, min(length or room, room)) for prompt, length in (rows.query, rows.document))
-    return Embedder(loaded, replace(rows, query=query, document=document), objective.loss, batch_size)
+    room = (base.positions or DEFAULT_LENGTH) - loaded.model.virtual_tokens
+    return Embedder(loaded, objective.rows.within(room), objective.loss, batch_size)
 
 
 def floats(vector: Tensor) -> list[float]:

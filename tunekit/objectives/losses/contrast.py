@@ -7,7 +7,7 @@ Letters: R rows, N texts, M documents (all texts but the anchors), D dimensions;
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tunekit.recipe.objectives.embed import MARGINS, EmbedSettings
+from tunekit.recipe.objectives.embed import MARGINS, TEMPERATURES, EmbedSettings
 
 BLOCK = 256  # rows whose similarities are computed together; the backward pass computes them again
 
@@ -23,10 +23,12 @@ BLOCK = 256  # rows whose similarities are computed together; the backward pass 
 @dataclass(frozen=True)
 class RowTexts:
     """The texts of R rows, row after row: an anchor, its positive (or the other text of a pair), and any negatives.
-    `counts`: the number of texts of each row; `scores`: the numbers of each row, without its texts."""
+    `counts`: the number of texts of each row; `scores`: the numbers of each row, without its texts; `guide`: the
+    guide's embedding of each text, (N, E), if the loss has a guide."""
 
     counts: Sequence[int]
     scores: Sequence[Sequence[float]] = ()
+    guide: Tensor | None = field(default=None, compare=False)
 
     @cached_property
     def anchors(self) -> Tensor:
@@ -80,11 +82,17 @@ def multiple_negatives_ranking(settings: EmbedSettings, embeddings: Tensor, rows
     queries = F.normalize(embeddings[anchors.to(embeddings.device)], dim=-1)  # (R, D)
     documents = F.normalize(embeddings[places.to(embeddings.device)], dim=-1)  # (M, D)
     owners = rows.owners[places].to(embeddings.device)  # (M,)
+    return _in_blocks(_ranking_block, settings, queries, documents, owners)
+
+
+def _in_blocks(block: Callable[..., Tensor], settings: EmbedSettings, queries: Tensor, *further: Tensor) -> Tensor:
+    """The mean of the losses of all rows, (). `block(settings, queries, *further, start)` returns the losses of at most
+    BLOCK rows, from `start` on."""
     starts = range(0, len(queries), BLOCK)
     blocks = [
-        checkpoint(_ranking_block, settings, queries, documents, owners, start, use_reentrant=False)
-        if len(starts) > 1 and embeddings.requires_grad
-        else _ranking_block(settings, queries, documents, owners, start)
+        checkpoint(block, settings, queries, *further, start, use_reentrant=False)
+        if len(starts) > 1 and queries.requires_grad
+        else block(settings, queries, *further, start)
         for start in starts
     ]
     return torch.cat(blocks).mean()
@@ -122,6 +130,44 @@ def _penalty(settings: EmbedSettings, cosines: Tensor, same_row: Tensor, count: 
         "all_negatives": ~same_row | negative,
     }[settings.hardness.mode]
     return settings.hardness.strength * cosines.detach() * weighted
+
+
+def gist(settings: EmbedSettings, embeddings: Tensor, rows: RowTexts) -> Tensor:
+    """mean over rows of logsumexp_j(c_j / T) - c_p / T, for the cosines c_j of the anchor with all documents and all
+    other anchors, and of the positive p with all other positives. Each of these pairs is left out if the guide's cosine
+    is above that of the row's anchor and positive, less the margin.    Source: Solatorio 2024."""
+    assert rows.guide is not None
+    places = torch.cat([rows.anchors + 1, rows.negatives])
+    texts = (embeddings, rows.guide.to(embeddings.device))
+    units = [F.normalize(each[at.to(each.device)], dim=-1) for each in texts for at in (rows.anchors, places)]
+    return _in_blocks(_gist_block, settings, *units)
+
+
+def _gist_block(
+    settings: EmbedSettings,
+    queries: Tensor,
+    documents: Tensor,
+    guide_queries: Tensor,
+    guide_documents: Tensor,
+    start: int,
+) -> Tensor:
+    """The losses of the rows from `start` on, at most BLOCK, (B,)."""
+    count = len(queries)
+    mine = torch.arange(start, min(start + BLOCK, count), device=queries.device)  # (B,)
+    same = mine[:, None] == torch.arange(count, device=queries.device)  # (B, R)
+    guided = guide_queries[mine] @ guide_documents.T  # (B, M)
+    nearest = guided.gather(1, mine[:, None])  # (B, 1) of the positive
+    limit = nearest - _margin(settings) * (1 if settings.margin_strategy == "absolute" else nearest.abs())
+    cosines = queries[mine] @ documents.T
+    others = F.pad(~same, (0, len(documents) - count), value=True)  # (B, M) all but the positive
+    parts = [cosines.masked_fill((guided > limit) & others, -torch.inf)]
+    compared = [(queries[mine], queries, guide_queries[mine], guide_queries)] if settings.contrast_anchors else []
+    if settings.contrast_positives:
+        compared += [(documents[mine], documents[:count], guide_documents[mine], guide_documents[:count])]
+    for left, right, guide_left, guide_right in compared:
+        parts.append((left @ right.T).masked_fill((guide_left @ guide_right.T > limit) | same, -torch.inf))
+    logits = torch.cat(parts, dim=1) / _temperature(settings)
+    return logits.logsumexp(dim=1) - logits.gather(1, mine[:, None])[:, 0]
 
 
 def cosent(settings: EmbedSettings, embeddings: Tensor, rows: RowTexts) -> Tensor:
@@ -198,7 +244,7 @@ def margin_mse(settings: EmbedSettings, embeddings: Tensor, rows: RowTexts) -> T
 
 def distill_kl(settings: EmbedSettings, embeddings: Tensor, rows: RowTexts) -> Tensor:
     """mean over rows of KL(softmax(teacher's scores / T) || softmax(q.d / T)) T^2, over the documents of the row."""
-    temperature = settings.temperature or 1.0
+    temperature = _temperature(settings)
     losses = []
     for texts, scores in zip(torch.split(embeddings, list(rows.counts)), rows.scores, strict=True):
         student = (texts[1:] @ texts[0] / temperature).log_softmax(dim=0)
@@ -209,6 +255,10 @@ def distill_kl(settings: EmbedSettings, embeddings: Tensor, rows: RowTexts) -> T
 
 def _margin(settings: EmbedSettings) -> float:
     return MARGINS[settings.loss] if settings.margin is None else settings.margin
+
+
+def _temperature(settings: EmbedSettings) -> float:
+    return TEMPERATURES[settings.loss] if settings.temperature is None else settings.temperature
 
 
 def _pairs(embeddings: Tensor, rows: RowTexts) -> tuple[Tensor, Tensor]:
@@ -233,6 +283,7 @@ LOSSES: dict[str, LossFunction] = {
     each.__name__: each
     for each in (
         multiple_negatives_ranking,
+        gist,
         cosent,
         angle,
         cosine,

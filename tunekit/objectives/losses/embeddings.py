@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunekit.contracts import Array, Batch, Loss, LossKind, ModelOutput, Rows, RunView, StepBatches, Sums
+from tunekit.contracts import Array, Batch, Companion, Loss, LossKind, ModelOutput, Rows, RunView, StepBatches, Sums
 from tunekit.machine.placing import to_device
 from tunekit.metrics.outputs import ROW_VALUES
 from tunekit.metrics.pair_scores import PAIRS
@@ -36,6 +36,14 @@ from tunekit.objectives.losses.retrieval import (
 from tunekit.recipe.objectives.embed import LABELLED, RETRIEVAL, SCORED, EmbedSettings
 
 EVALUATED_TOGETHER = 64  # evaluation rows that one loss compares; independent of the recipe's step
+
+
+class Guide(Companion):
+    """The companion of the loss gist: a frozen embedding model."""
+
+    def embed(self, run: RunView, batches: Sequence[Batch]) -> list[Tensor]:
+        """The embeddings of each batch's texts, (N, E) on the host, at least in float32."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,10 @@ class EmbedLoss(LossKind):
 
     def prepare_step(self, run: RunView, step: StepBatches, earlier: StepBatches | None) -> StepBatches:
         """Add three values to each row: the gradients of its embeddings, the step's loss, and its number of rows.
-        If the step is computed as one part, it needs only the number of rows."""
+        If the step is computed as one part, it needs only the number of rows. A guide's embeddings are added first."""
         if self.measured is not None:
             return step
+        step = self._guided(run, step)
         if not run.is_one_part(step):
             return self._prepare(run, step, None)
         (batch,) = step.batches or (None,)
@@ -94,10 +103,20 @@ class EmbedLoss(LossKind):
         alone = run.rows.with_parts(step, [{"rows": np.full((len(batch.rows), 1), len(batch.rows))}])
         return replace(alone, again=again)
 
+    def _guided(self, run: RunView, step: StepBatches) -> StepBatches:
+        """The step, with the guide's embeddings of each row's texts if the loss has a guide."""
+        if self.settings.guide is None:
+            return step
+        parts = []
+        for batch, vectors in zip(step.batches, run.companion(Guide).embed(run, step.batches), strict=True):
+            of_rows = torch.split(vectors, batch.targets["counts"].tolist())
+            parts.append({"guide": [vectors.numpy() for vectors in of_rows]})
+        return run.rows.with_parts(step, parts)
+
     def _prepare(self, run: RunView, step: StepBatches, known: StepTexts | None) -> StepBatches:
         """The prepared step. `known`: its texts on all ranks, if only this rank's embeddings are computed again."""
         values = run.score_step(step, self.embed)  # (N, D) of each micro-batch
-        texts = gathered(run, step, values) if known is None else known
+        texts = gathered(run, step, values, self.settings.guide is not None) if known is None else known
         if texts.embeddings is None:
             embeddings = torch.cat([value.cpu() for value in values])
         else:
@@ -138,9 +157,10 @@ class EmbedLoss(LossKind):
         """A copy of the loss with the values of each evaluation row. All rows are embedded once. Rows of one text are
         the documents of evaluation.corpus."""
         measured = self.embedded(run, batches)
-        corpus = {keys[0]: texts[0] for _, texts, keys, _ in measured if len(keys) == 1}
-        numbers, texts, keys, scores = zip(*(row for row in measured if len(row[2]) > 1), strict=True)
-        losses = self._losses(texts, keys, scores)
+        corpus = {row.keys[0]: row.texts[0] for row in measured if len(row.keys) == 1}
+        asked = [row for row in measured if len(row.keys) > 1]
+        numbers, texts, keys, scores, _ = zip(*asked, strict=True)
+        losses = self._losses(asked)
         if self.is_scored:
             first, second = torch.stack(texts).double().unbind(1)
             cosines = F.cosine_similarity(first, second, dim=-1).tolist()
@@ -161,12 +181,17 @@ class EmbedLoss(LossKind):
 
     def embedded(self, run: RunView, batches: Iterable[Batch]) -> list[EmbeddedRow]:
         """The embedded rows of all ranks, by their numbers. `batches`: this rank's."""
-        mine = [
-            EmbeddedRow(row.number, texts, row.parts["keys"].tolist(), tuple(row.parts["scores"].tolist()))
-            for batch in batches
-            for [values] in [run.score([batch], self.embed, lambda batch: batch.targets["counts"].tolist())]
-            for row, texts in zip(batch.rows, torch.split(values, batch.targets["counts"].tolist()), strict=True)
-        ]
+        mine = list[EmbeddedRow]()
+        for batch in batches:
+            counts = batch.targets["counts"].tolist()
+            [values] = run.score([batch], self.embed, lambda batch: batch.targets["counts"].tolist())
+            guides: Sequence[Tensor | None] = [None] * len(counts)
+            if "texts" in batch.rows[0].parts:
+                [of_guide] = run.companion(Guide).embed(run, [batch])
+                guides = torch.split(of_guide, counts)
+            for row, texts, guide in zip(batch.rows, torch.split(values, counts), guides, strict=True):
+                scores = tuple(row.parts["scores"].tolist())
+                mine.append(EmbeddedRow(row.number, texts, row.parts["keys"].tolist(), scores, guide))
         return sorted(run.gather(mine), key=lambda row: row.number)
 
     def _ranks(
@@ -181,15 +206,17 @@ class EmbedLoss(LossKind):
             for name, size in {"model": width, **sizes}.items()
         }
 
-    def _losses(
-        self, texts: Sequence[Tensor], keys: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
-    ) -> list[float]:
+    def _losses(self, embedded: Sequence[EmbeddedRow]) -> list[float]:
         """The loss of each evaluation row: that of its group of at most EVALUATED_TOGETHER rows. With a ranking loss,
         no text is twice in a group."""
-        losses = [0.0] * len(texts)
-        for group in distinct_groups(keys if self.settings.ranks else [()] * len(texts), EVALUATED_TOGETHER):
-            rows = RowTexts([len(texts[place]) for place in group], [scores[place] for place in group])
-            loss = float(embedding_loss(self.settings, torch.cat([texts[place] for place in group]), rows))
+        losses = [0.0] * len(embedded)
+        keys = [row.keys if self.settings.ranks else () for row in embedded]
+        for group in distinct_groups(keys, EVALUATED_TOGETHER):
+            some = [embedded[place] for place in group]
+            guides = [row.guide for row in some if row.guide is not None]
+            counts, scores = [len(row.texts) for row in some], [row.scores for row in some]
+            rows = RowTexts(counts, scores, torch.cat(guides) if guides else None)
+            loss = float(embedding_loss(self.settings, torch.cat([row.texts for row in some]), rows))
             for place in group:
                 losses[place] = loss
         return losses
@@ -228,17 +255,23 @@ def distinct_groups(keys: Sequence[Sequence[int]], size: int) -> list[list[int]]
 def text_rows(batches: Sequence[Batch]) -> RowTexts:
     """The rows of these batches, without their texts."""
     rows = [row for batch in batches for row in batch.rows]
-    return RowTexts([len(row.parts["counts"]) for row in rows], [tuple(row.parts["scores"].tolist()) for row in rows])
+    counts = [len(row.parts["counts"]) for row in rows]
+    guides = [torch.from_numpy(row.parts["guide"]) for row in rows if "guide" in row.parts]
+    scores = [tuple(row.parts["scores"].tolist()) for row in rows]
+    return RowTexts(counts, scores, torch.cat(guides) if guides else None)
 
 
-def gathered(run: RunView, step: StepBatches, values: Sequence[Tensor]) -> StepTexts:
+def gathered(run: RunView, step: StepBatches, values: Sequence[Tensor], guided: bool) -> StepTexts:
     """The texts of the step on all ranks, in the order of the step's micro-batches."""
-    local = [(index, text_rows([batch])) for index, batch in zip(step.indices, step.batches, strict=True)]
-    parts = sorted(run.gather(local), key=lambda pair: pair[0])
-    starts = [0, *accumulate(sum(rows.counts) for _, rows in parts)]
-    places = {index: start for (index, _), start in zip(parts, starts, strict=False)}
-    counts, scores = ([value for _, rows in parts for value in getattr(rows, name)] for name in ("counts", "scores"))
-    return StepTexts(RowTexts(counts, scores), [places[index] for index in step.indices], run.gather_rows(step, values))
+    mine = [text_rows([batch]) for batch in step.batches]
+    local = [(index, rows.counts, rows.scores) for index, rows in zip(step.indices, mine, strict=True)]
+    parts = sorted(run.gather(local), key=lambda part: part[0])
+    starts = [0, *accumulate(sum(counts) for _, counts, _ in parts)]
+    places = {index: start for (index, *_), start in zip(parts, starts, strict=False)}
+    counts, scores = ([value for part in parts for value in part[place]] for place in (1, 2))
+    guide = run.gather_rows(step, [rows.guide for rows in mine if rows.guide is not None]) if guided else None
+    rows = RowTexts(counts, scores, guide)
+    return StepTexts(rows, [places[index] for index in step.indices], run.gather_rows(step, values))
 
 
 def pool(hidden: Tensor, lengths: Tensor, modes: Sequence[str]) -> Tensor:

@@ -14,12 +14,14 @@ BLOCK = 2**24  # scores that are computed together
 
 
 class EmbeddedRow(NamedTuple):
-    """A row with the embeddings of its texts, (texts of the row, D), their keys, and the row's scores."""
+    """A row with the embeddings of its texts, (texts of the row, D), their keys, the row's scores, and the embeddings
+    of its texts by the guide of the loss, if it has one."""
 
     number: int
     texts: Tensor
     keys: list[int]
     scores: tuple[float, ...]
+    guide: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ SHORTENED = "texts cut to the model's maximum length"
 class TextGroups(RowKind):
     """Rows of several texts. Each text is a padded line of the batch, row after row. Parts: `ids`, the ids of all texts
     with the tokenizer's special tokens; `counts`, the number of ids of each text; `scores`, the row's numbers; `keys`,
-    the hash of each text.
+    the hash of each text. If a guide reads the texts with a tokenizer of its own: `texts`, their UTF-8 bytes, and
+    `text_bytes`, the number of bytes of each.
 
     `query`, `document`: the prompt and the maximum number of tokens of anchors, and of all other texts.
     """
@@ -49,14 +51,20 @@ class TextGroups(RowKind):
     @cached_property
     def layout(self) -> RowLayout:
         """The sizes of a row: the tokens of its longest text, and of all its other texts."""
+        plain = {"texts": "u1", "text_bytes": "<i4"} if self.keeps_texts else {}
         return RowLayout(
-            {"ids": "<i4", "counts": "<i4", "scores": "<f8", "keys": "<u8"},
+            {"ids": "<i4", "counts": "<i4", "scores": "<f8", "keys": "<u8", **plain},
             ("ids",),
             sizes=2,
             token_sizes=(0,),
             identity=("counts", "scores"),
             distinct="keys" if self.settings.ranks else None,
         )
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether rows have their texts, for a guide."""
+        return self.settings.guide is not None
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
@@ -85,7 +93,13 @@ class TextGroups(RowKind):
         texts = [
             self.ids_of(text, *(self.document if place else self.query)) for place, text in enumerate(example.texts)
         ]
-        return self.make_row(_parts(texts, np.array(example.scores), np.array(keys, np.uint64)), origin)
+        parts = _parts(texts, np.array(example.scores), np.array(keys, np.uint64))
+        return self.make_row(parts | (_plain(example.texts) if self.keeps_texts else {}), origin)
+
+    def within(self, room: int) -> Self:
+        """A copy that cuts all texts to `room` tokens too."""
+        query, document = ((prompt, min(length or room, room)) for prompt, length in (self.query, self.document))
+        return replace(self, query=query, document=document)
 
     def text_row(self, text: str, side: str) -> Row:
         """The row of a single text. `side`: "query" or "document", whose prompt and maximum length it gets."""
@@ -128,7 +142,11 @@ class TextGroups(RowKind):
     def fill(self, rows: Iterator[Row], size: int, part: int) -> list[Row]:
         """A row whose texts all have this size."""
         row = next(rows)
-        return [self._with_texts(row, [self.sized(ids, size) for ids in texts_of(row)])]
+        filled = self._with_texts(row, [self.sized(ids, size) for ids in texts_of(row)])
+        if not self.keeps_texts:
+            return [filled]
+        plain = _plain([" ".join(np.resize(text.split(), size)) for text in plain_texts(row)])
+        return [replace(filled, parts={**filled.parts, **plain})]
 
     def _with_texts(self, row: Row, texts: Sequence[Sequence[int]]) -> Row:
         parts = {**row.parts, **_parts(texts, row.parts["scores"], row.parts["keys"])}
@@ -169,6 +187,7 @@ class Documents(TextGroups):
     """Documents to search: rows of one text."""
 
     example = "document"
+    keeps_texts = False
 
     def encode(self, example: EmbeddingExample, origin: str) -> Row:
         """The row of a document. Raises: Dropped for an empty text."""
@@ -182,6 +201,17 @@ class Documents(TextGroups):
 def texts_of(row: Row) -> list[Array]:
     """The ids of each text of a row."""
     return np.split(row.parts["ids"], np.cumsum(row.parts["counts"])[:-1])
+
+
+def plain_texts(row: Row) -> list[str]:
+    """The texts of a row that keeps them."""
+    return [part.tobytes().decode() for part in np.split(row.parts["texts"], np.cumsum(row.parts["text_bytes"])[:-1])]
+
+
+def _plain(texts: Sequence[str]) -> dict[str, Array]:
+    encoded = [text.encode() for text in texts]
+    sizes = np.array(list(map(len, encoded)), np.int32)
+    return {"texts": np.frombuffer(b"".join(encoded), np.uint8), "text_bytes": sizes}
 
 
 def text_key(text: str) -> int:

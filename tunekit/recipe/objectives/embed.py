@@ -11,9 +11,11 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from tunekit.basics import Shows
 from tunekit.metrics.retrieval import OF_QUERIES
 from tunekit.recipe.bases.section import AutoOrBool, Count, NotNegative, ObjectiveSettings, Positive, Section, Several
+from tunekit.recipe.model import ModelSection
 
 EmbedLossName = Literal[
     "multiple_negatives_ranking",
+    "gist",
     "cosent",
     "angle",
     "cosine",
@@ -30,7 +32,9 @@ ENCLOSED: Mapping[str, tuple[float, float]] = {  # the range of the number of a 
     "contrastive": (0.0, 1.0),
     "online_contrastive": (0.0, 1.0),
 }
-MARGINS: Mapping[str, float] = {"triplet": 5.0, "contrastive": 0.5, "online_contrastive": 0.5}
+MARGINS: Mapping[str, float] = {"gist": 0.0, "triplet": 5.0, "contrastive": 0.5, "online_contrastive": 0.5}
+TEMPERATURES: Mapping[str, float] = {"gist": 0.01, "distill_kl": 1.0}
+RANKING = ("multiple_negatives_ranking", "gist")  # losses with the other rows of a step as negatives
 SCALED = ("multiple_negatives_ranking", "cosent", "angle")
 LABELS = ("contrastive", "online_contrastive")  # losses whose number is 1 (similar) or 0
 LABELLED = ("average_precision", "pair_accuracy", "pair_f1")  # metrics of these labels
@@ -102,9 +106,10 @@ class EmbedSettings(ObjectiveSettings):
 
     loss: EmbedLossName = Field(
         "multiple_negatives_ranking",
-        description="multiple_negatives_ranking: anchor, positive and any negatives; triplet: anchor, positive, "
-        "negative; cosent, angle, cosine: two texts and their similarity; contrastive, online_contrastive: two texts "
-        "and 1 or 0; margin_mse, distill_kl: anchor, documents and their scores by a teacher",
+        description="multiple_negatives_ranking: anchor, positive and any negatives; gist: the same, without "
+        "negatives that a guide finds too similar; triplet: anchor, positive, negative; cosent, angle, cosine: two "
+        "texts and their similarity; contrastive, online_contrastive: two texts and 1 or 0; margin_mse, distill_kl: "
+        "anchor, documents and their scores by a teacher",
     )
     scale: Positive | None = Field(
         None,
@@ -123,9 +128,24 @@ class EmbedSettings(ObjectiveSettings):
         None, description="more weight for the hard negatives of multiple_negatives_ranking"
     )
     margin: NotNegative | None = Field(
-        None, description="the margin of triplet (null: 5), contrastive and online_contrastive (null: 0.5)"
+        None,
+        description="the margin of triplet (null: 5), contrastive and online_contrastive (null: 0.5), gist (null: 0)",
     )
-    temperature: Positive | None = Field(None, description="temperature of distill_kl; null: 1")
+    margin_strategy: Literal["absolute", "relative"] = Field(
+        "absolute",
+        description="gist leaves out negatives whose similarity by the guide is above that of the positive, minus the "
+        "margin (absolute), or minus this share of it (relative)",
+    )
+    temperature: Positive | None = Field(
+        None, description="temperature of distill_kl (null: 1) and of gist (null: 0.01)"
+    )
+    guide: ModelSection | None = Field(
+        None, description="the embedding model that tells gist which negatives are too similar to the anchor"
+    )
+    contrast_anchors: bool = Field(True, description="whether the other anchors of a step are negatives of gist")
+    contrast_positives: bool = Field(
+        True, description="whether gist also compares the positives of a step with each other"
+    )
     matryoshka: Matryoshka | None = Field(
         None,
         description="sizes of shortened embeddings whose losses are added, such as [384, 128, 64]; {size: weight} "
@@ -145,7 +165,7 @@ class EmbedSettings(ObjectiveSettings):
     @property
     def ranks(self) -> bool:
         """Whether the other rows of a step are negatives."""
-        return self.loss == "multiple_negatives_ranking"
+        return self.loss in RANKING
 
     @property
     def reads_labels(self) -> bool:
@@ -168,14 +188,15 @@ class EmbedSettings(ObjectiveSettings):
 
     @classmethod
     def is_log_loss(cls, facts: Mapping[str, Any]) -> bool:
-        return facts.get("loss", "multiple_negatives_ranking") == "multiple_negatives_ranking"
+        return facts.get("loss", RANKING[0]) in RANKING
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         uses: dict[str, tuple[str, ...]] = {
             "scale": SCALED,
             "margin": tuple(MARGINS),
-            "temperature": ("distill_kl",),
+            "temperature": tuple(TEMPERATURES),
+            **dict.fromkeys(("guide", "margin_strategy", "contrast_anchors", "contrast_positives"), ("gist",)),
             "directions": SCALED[:1],
             "partition": SCALED[:1],
             "hardness": SCALED[:1],
@@ -183,6 +204,8 @@ class EmbedSettings(ObjectiveSettings):
         for name, losses in uses.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.loss not in losses:
                 raise ValueError(f"{name} has an effect only with loss {' or '.join(losses)}; remove it")
+        if self.loss == "gist" and self.guide is None:
+            raise ValueError("loss gist needs a guide; write guide: NAME, an embedding model")
         if "query_to_doc" not in self.directions or len(set(self.directions)) < len(self.directions):
             raise ValueError("directions must contain query_to_doc, and each direction once")
         same = {"query_to_query", "doc_to_doc"} & set(self.directions)
