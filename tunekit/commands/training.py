@@ -48,12 +48,13 @@ def plan(
     device: Device = None,
     json_file: JsonFile = None,
     ranks: Annotated[int, typer.Option("--ranks", metavar="N", min=1, help="plan a run of N processes")] = 1,
+    card: Annotated[str | None, typer.Option(metavar="NAME", help="a card that is not here, such as h100-80")] = None,
 ) -> None:
     """Show the steps and the predicted memory of a training run. Refuses a recipe that cannot work."""
     loaded = _checked(recipe, overrides)
     from tunekit.plan import plan_verb
 
-    plan_verb(loaded, json_file, ranks, device)
+    plan_verb(loaded, json_file, ranks, device, card)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunekit.errors import Problem, RecipeError, TunekitError
+from tunekit.machine.cards import planned_card
 from tunekit.machine.meeting import check_own_gpus, gpu_of_nccl, is_launched, meet
 from tunekit.machine.peers import Peers, leave_group
 
@@ -75,7 +76,9 @@ def kind_of(device: torch.device) -> DeviceKind:
 
 def is_here(device: torch.device) -> bool:
     """Whether this process can use a device of this kind. If not, a run can only be planned for it."""
-    return device.type == "cpu" or bool(torch.get_device_module(device).is_available())
+    if device.type == "cpu":
+        return True
+    return planned_card() is None and bool(torch.get_device_module(device).is_available())
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -84,15 +87,20 @@ def capability(device: torch.device) -> tuple[int, int]:
 
     (0, 0) for other devices: ROCm numbers its devices differently, and its versions of these kernels differ.
     """
+    card = planned_card()
+    if device.type == "cuda" and card is not None:
+        return card.capability
     if device.type != "cuda" or torch.version.hip is not None:
         return 0, 0
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (99, 0)
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes matrix products in bfloat16 natively. True for a device that is not on this machine."""
+    """Whether a device computes matrix products in bfloat16 natively. True for a device that is not on this machine,
+    unless it is a card without bfloat16."""
     if not is_here(device):
-        return True
+        card = planned_card()
+        return card is None or card.bfloat16
     if device.type == "mps":
         return bool(torch.backends.mps.is_macos_or_newer(14, 0))
     return bool(torch.get_device_module(device).is_bf16_supported(including_emulation=False))

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from tunekit.machine.cards import Card, planned_card
 from tunekit.machine.devices import is_here, kind_of
 from tunekit.machine.threads import CGROUP, GROUPS, group_folders
 
@@ -20,14 +21,22 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 KIB = 1024
+CONTEXT_BYTES = 2**29  # that the driver's context takes of a card's memory, with the libraries' kernels
 STATUS = Path("/proc/self/status")
 CLEAR_REFERENCES = Path("/proc/self/clear_refs")
+
+
+def _card(device: torch.device) -> Card | None:
+    """The card of --card, if a plan is made for it."""
+    return planned_card() if device.type == "cuda" else None
 
 
 def available_bytes(device: torch.device) -> int | None:
     """Free memory of a device, in bytes; memory that this process's allocator has cached is free. For a CPU: the memory
     that is available without swapping, within the limit of this process's control group. For Metal: also within the
     limit of the GPU."""
+    if (card := _card(device)) is not None:
+        return card.total_bytes - CONTEXT_BYTES
     if kind_of(device).own_memory:
         module = torch.get_device_module(device)
         try:
@@ -68,6 +77,8 @@ def total_bytes(device: torch.device) -> int | None:
     """The total memory of a GPU; None for the CPU and for devices that share the CPU's memory."""
     if not kind_of(device).own_memory:
         return None
+    if (card := _card(device)) is not None:
+        return card.total_bytes
     return int(torch.get_device_module(device).get_device_properties(device).total_memory)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
+from tunekit.machine.cards import planned_card
 from tunekit.machine.devices import capability, is_here
 from tunekit.model.transformers_guard import replaced
 
@@ -66,7 +67,7 @@ def _attention_on(device: torch.device, original: Callable[..., Tensor]) -> Call
         if not query.is_meta:
             choice = SDPBackend.MATH  # torch chooses
         elif not is_here(device):
-            choice = _likely_choice(query, key, attn_mask)
+            choice = _likely_choice(device, query, key, attn_mask)
         else:
             real = [_untouched(tensor, device) for tensor in (query, key, value, attn_mask)]
             choose: Callable[..., int] = torch._fused_sdp_choice
@@ -92,15 +93,16 @@ def _attention_on(device: torch.device, original: Callable[..., Tensor]) -> Call
     return attend
 
 
-def _likely_choice(query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
+def _likely_choice(device: torch.device, query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
     """The attention kernel that torch would probably use on a GPU that is not in this machine.
 
-    Flash attention needs half precision and no mask. The memory-efficient kernel needs equal numbers of key heads and
+    Flash attention needs half precision, no mask, and on CUDA a card of capability 8.0 or later. The memory-efficient kernel needs equal numbers of key heads and
     query heads.
 
     Source: ATen/native/transformers/cuda/sdp_utils.cpp.
     """
-    if query.dtype in (torch.float16, torch.bfloat16) and mask is None:
+    flash = device.type != "cuda" or capability(device) >= (8, 0)
+    if flash and query.dtype in (torch.float16, torch.bfloat16) and mask is None:
         return SDPBackend.FLASH_ATTENTION
     return SDPBackend.EFFICIENT_ATTENTION if query.shape[1] == key.shape[1] else SDPBackend.MATH
 
@@ -126,10 +128,18 @@ def backward_buffers(name: str, inputs: Sequence[Any], device: torch.device) -> 
         rows, (keys, of_keys, _) = rows + FLASH_ROWS * batch, key.shape
     wide, splits = -(-size // 32) * 32, 1
     if torch.are_deterministic_algorithms_enabled():
-        units = torch.cuda.get_device_properties(device).multi_processor_count if is_here(device) else UNITS
+        units = _processors(device)
         splits = -(-units // (batch * heads))
     repeated = 2 * keys * heads * size * key.dtype.itemsize if of_keys != heads else 0
     return [4 * splits * rows * heads * wide, 4 * rows * heads, repeated]
+
+
+def _processors(device: torch.device) -> int:
+    """The number of multiprocessors."""
+    if is_here(device):
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    card = planned_card()
+    return UNITS if card is None else card.processors
 
 
 def workspace_bytes(device: torch.device) -> int:
