@@ -50,7 +50,7 @@ CARDS_GB = (8, 12, 16, 24, 48, 80)
 USABLE_SHARE = 0.9  # plan leaves 5 % free; the driver, the libraries and the allocator's gaps take about as much
 LENGTH = 2048
 GPU = torch.device("cuda")
-NO_TOKENIZER: Any = SimpleNamespace(pad_id=0, fingerprint="random ids")
+NO_TOKENIZER: Any = SimpleNamespace(pad_id=0, fingerprint="random ids", images=None)
 
 
 def _decoder(kind: str, sizes: tuple[int, ...], vocabulary: int, **more: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_kernels_and_numbers_are_those_of_the_card(recipe: Path) -> None:
 
 def test_what_does_not_fit_on_the_card_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CARDS, "t4-16", replace(CARDS["t4-16"], gib=0.5))  # as much as the context takes
-    with pytest.raises(TunekitError, match="training.micro_batch_size.*are free"):
+    with pytest.raises(TunekitError, match=r"training\.micro_batch_size.*are free"):
         plan_verb(load_recipe(recipe, ["memory.streaming=off"]), None, card="t4-16")
 
 

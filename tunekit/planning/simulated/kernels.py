@@ -96,8 +96,8 @@ def _attention_on(device: torch.device, original: Callable[..., Tensor]) -> Call
 def _likely_choice(device: torch.device, query: Tensor, key: Tensor, mask: Tensor | None) -> SDPBackend:
     """The attention kernel that torch would probably use on a GPU that is not in this machine.
 
-    Flash attention needs half precision, no mask, and on CUDA a card of capability 8.0 or later. The memory-efficient kernel needs equal numbers of key heads and
-    query heads.
+    Flash attention needs half precision, no mask, and on CUDA a card of capability 8.0 or later. The memory-efficient
+    kernel needs equal numbers of key heads and query heads.
 
     Source: ATen/native/transformers/cuda/sdp_utils.cpp.
     """
