@@ -23,11 +23,9 @@ from tunekit.planning.ranks import plan_session
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import JsonObject, bytes_text
 from tunekit.training import run_files
-from tunekit.training.assemble import assemble_run, check_run
-from tunekit.training.begin import begin_run, load_base, print_plan
-from tunekit.training.finish import base_bytes
+from tunekit.training.begin import assemble_run, begin_run, check_run, load_base, print_plan
 from tunekit.training.ranks import check_command
-from tunekit.training.result import finish_run
+from tunekit.training.result import base_bytes, finish_run
 from tunekit.training.session import Session
 from tunekit.training.time_limit import TimeLimit
 

@@ -30,12 +30,12 @@ import torch  # noqa: E402
 from shapes import MODELS as MEASURED_MODELS  # noqa: E402
 
 from tunekit.contracts import Batch, Objective  # noqa: E402
-from tunekit.memory.bandwidths import layer_bytes  # noqa: E402
+from tunekit.memory.streaming import layer_bytes  # noqa: E402
 from tunekit.model.load import make_meta_model  # noqa: E402
 from tunekit.objectives.base import make_objective  # noqa: E402
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens  # noqa: E402
 from tunekit.objectives.rows.sequences import sequence_parts  # noqa: E402
-from tunekit.planning.simulated.estimate import peak_bytes  # noqa: E402
+from tunekit.planning.forecast import peak_bytes  # noqa: E402
 from tunekit.planning.simulation import SimulatedRun  # noqa: E402
 from tunekit.recipe.adapters.full import FullSettings  # noqa: E402
 from tunekit.recipe.adapters.lora import LoraSettings  # noqa: E402

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
 from tests.support.published_pipelines import PARTS, written_pipeline  # noqa: E402
-from tunekit.planning import resources  # noqa: E402
+from tunekit.planning import prepared  # noqa: E402
 from tunekit.planning.plan import plan  # noqa: E402
 from tunekit.planning.prepare import prepare  # noqa: E402
 from tunekit.recipe.load import load_recipe  # noqa: E402
@@ -89,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=parser.parse_args().work) as work:
         write_base(Path(work) / "base")
         recipe, lines = write_recipe(Path(work)), []
-        resources.available_bytes = resources.total_bytes = lambda device: 80 * 2**30  # a GPU that is not here
+        prepared.available_bytes = prepared.total_bytes = lambda device: 80 * 2**30  # a GPU that is not here
         for name, changes in ROWS.items():
             figures = [f"{planned(recipe, changes, 'cuda'):.2f} GB", "", ""]
             if name in MEASURED:

@@ -31,7 +31,7 @@ from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.quantized import codec
 from tunekit.model.quantized.weights import element_count, stored_bytes, weight_of
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
-from tunekit.planning.simulated.estimate import peak_bytes
+from tunekit.planning.forecast import peak_bytes
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection

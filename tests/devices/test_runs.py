@@ -24,7 +24,7 @@ from tunekit.machine.memory import limit_bytes
 from tunekit.merge import merge_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
-from tunekit.training.scaling import LossScale
+from tunekit.training.state import LossScale
 
 MIB = 2**20
 METAL = DEVICE.type == "mps"
@@ -125,7 +125,7 @@ def test_a_streamed_output_projection_trains_alike(
 def test_steps_that_overflow_are_skipped_recorded_and_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tunekit.training.assemble.LossScale", lambda enabled: LossScale(enabled, 2.0**18))
+    monkeypatch.setattr("tunekit.training.begin.LossScale", lambda enabled: LossScale(enabled, 2.0**18))
     run, report = train(tmp_path, folder, "training.epochs=4", model={"dtype": "float16"})
     steps = [record for record in records(run) if "loss" in record]
     skipped = sum(record["grad_norm"] is None for record in steps)

@@ -46,8 +46,8 @@ class Watched(Run):
         finally:
             leave()
 
-from tunekit.training import assemble
-assemble.Run = Watched
+from tunekit.training import begin
+begin.Run = Watched
 from tunekit.cli import main
 
 try:

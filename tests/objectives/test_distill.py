@@ -19,7 +19,7 @@ from tunekit.companions.base import load_companions
 from tunekit.contracts import ModelOutput
 from tunekit.errors import ModelError, RecipeError, RunFolderError, TunekitError
 from tunekit.evaluate import evaluate_verb
-from tunekit.memory.bandwidths import layer_bytes
+from tunekit.memory.streaming import layer_bytes
 from tunekit.model.load import load_model
 from tunekit.objectives.losses.logprobs import divergence, divergences
 from tunekit.recipe.load import load_recipe

@@ -38,8 +38,7 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.quantized.weights import weight_of
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
-from tunekit.training.calibrate import first_steps
-from tunekit.training.initialise import initialise_adapter
+from tunekit.training.initialise import first_steps, initialise_adapter
 
 FAMILIES = ("llama", "gpt2")
 RANK, ALPHA, TOKENS = 8, 12, 12

@@ -256,7 +256,7 @@ def test_a_head_in_parts_is_a_change_where_the_vocabulary_is_large(
 ) -> None:
     """On a GPU, where it leaves the device; of what a tiny vocabulary would save nothing is said."""
     for name in ("available_bytes", "total_bytes"):
-        monkeypatch.setattr(f"tunekit.planning.resources.{name}", lambda device: 2**33)
+        monkeypatch.setattr(f"tunekit.planning.prepared.{name}", lambda device: 2**33)
     monkeypatch.setattr("tunekit.planning.tiers.base_obstacle", lambda *_: None)  # of a smaller vocabulary
     messages = []
     for vocabulary in (267, 60_000):
@@ -274,7 +274,7 @@ def test_a_head_in_parts_is_a_change_where_the_vocabulary_is_large(
 def test_a_change_that_plan_would_refuse_is_not_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of a base that cannot be streamed, shorter rows where longer ones are an error."""
     for name in ("available_bytes", "total_bytes"):
-        monkeypatch.setattr(f"tunekit.planning.resources.{name}", lambda device: 2**33)
+        monkeypatch.setattr(f"tunekit.planning.prepared.{name}", lambda device: 2**33)
     folder = write_tiny_llama(tmp_path / "base", layers=1)
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 60_000}
     (folder / "config.json").write_text(json.dumps(config))  # no weight is read
@@ -296,12 +296,12 @@ def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
         return make_store(setting is not False, *values, **options)  # `auto` without its lowest sizes
 
     monkeypatch.setattr("tunekit.tuned.network.make_store", make_any_store)
-    monkeypatch.setattr("tunekit.planning.resources.total_bytes", lambda device: 2**33)
-    monkeypatch.setattr("tunekit.planning.resources.is_here", lambda device: True)
+    monkeypatch.setattr("tunekit.planning.prepared.total_bytes", lambda device: 2**33)
+    monkeypatch.setattr("tunekit.planning.prepared.is_here", lambda device: True)
     plans = {}
     for setting, room in (("auto", 2**33), ("auto", 2**10), ("true", 2**10)):
         free = {"cuda": 2**33, "cpu": room}
-        monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device, free=free: free[device.type])
+        monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device, free=free: free[device.type])
         overrides = ("memory.gradient_checkpointing=true", f"memory.activation_offload={setting}")
         plans[setting, room], _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
     choices = [plan.choice.activation_offload for plan in plans.values()]
@@ -313,7 +313,7 @@ def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
     refused = [[refusal.key for refusal in plan.refusals] for plan in plans.values()]
     assert refused == [[], [], ["memory.activation_offload"]]
     monkeypatch.setattr(
-        "tunekit.planning.resources.is_here", lambda device: False
+        "tunekit.planning.prepared.is_here", lambda device: False
     )  # this machine's memory is irrelevant
     plan, _ = make_plan(load_recipe(recipe, overrides), device=torch.device("cuda"))
     assert not plan.refusals
@@ -321,7 +321,7 @@ def test_inputs_of_layers_are_offloaded_only_if_the_host_has_room_for_them(
 
 def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = plan_of(recipe)
-    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device: plain.peak_bytes.total - 1)
     plan, _ = plan_of(recipe, "memory.budget=10GiB")
     assert [(refusal.key, refusal.exit_code) for refusal in plan.refusals] == [("memory.budget", 4)]
     assert plan.choice.checkpointed_layers == 0, "the budget decides, not what is free at the moment"
@@ -329,7 +329,7 @@ def test_a_budget_beyond_what_is_free_is_told(recipe: Path, monkeypatch: pytest.
 
 def test_what_is_free_decides_nothing_that_changes_a_bit(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = plan_of(recipe)
-    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: plain.peak_bytes.total - 1)
+    monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device: plain.peak_bytes.total - 1)
     plan, _ = plan_of(recipe)
     assert plan.choice.checkpointed_layers > 0
     assert replace(plan.choice, checkpointed_layers=0) == plain.choice

@@ -34,9 +34,16 @@ from tunekit.model.quantized.four_bit import WORKING_BYTES
 from tunekit.model.storage.mapped_files import CHUNK_BYTES
 from tunekit.planning import ranks
 from tunekit.planning.execution import SearchSpace, fastest, relative_time
-from tunekit.planning.forecast import Forecast, largest_batch
-from tunekit.planning.simulated import outputs
-from tunekit.planning.simulated.estimate import COMPILED_BYTES, KEPT_SHARE, MOST_KEPT_BYTES, PROCESS_BYTES, peak_bytes
+from tunekit.planning.forecast import (
+    COMPILED_BYTES,
+    KEPT_SHARE,
+    MOST_KEPT_BYTES,
+    PROCESS_BYTES,
+    Forecast,
+    largest_batch,
+    peak_bytes,
+)
+from tunekit.planning.simulated import tracker
 from tunekit.planning.simulated.kernels import backward_buffers, workspace_bytes
 from tunekit.planning.simulated.loading import TOKEN_BYTES, StoredBase, load_bytes, untouched_bytes
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
@@ -169,13 +176,13 @@ def test_a_remembered_output_is_what_torch_makes(
     remembered = []
 
     def checked(func: Any, args: Any, kwargs: Any) -> object:
-        before = len(outputs._layouts)
-        output = outputs.meta_output(func, args, kwargs)
-        remembered.append(len(outputs._layouts) == before)
+        before = len(tracker._layouts)
+        output = tracker.meta_output(func, args, kwargs)
+        remembered.append(len(tracker._layouts) == before)
         assert layouts(output, (args, kwargs)) == layouts(func(*args, **kwargs), (args, kwargs)), func
         return output
 
-    monkeypatch.setattr("tunekit.planning.simulated.values.meta_output", checked)
+    monkeypatch.setattr("tunekit.planning.simulated.tracker.meta_output", checked)
     section = ModelSection(name_or_path=str(wide_llama), dtype="float32", quantization=quantization)
     run = SimulatedRun(
         make_meta_model(section, device=CPU),
@@ -197,12 +204,12 @@ def test_an_output_that_shares_a_storage_is_not_remembered() -> None:
     x = torch.ones(4, 6, device="meta")
     for operation, more in ((torch.ops.aten._unsafe_view.default, ([24],)), (torch.ops.aten.view.default, ([6, 4],))):
         for _ in range(2):
-            made: Any = outputs.meta_output(operation, (x, *more), {})
+            made: Any = tracker.meta_output(operation, (x, *more), {})
             assert made.untyped_storage()._cdata == x.untyped_storage()._cdata
-    assert outputs.meta_output(torch.ops.aten.add_.Tensor, (x, 1), {}) is x
-    assert outputs.meta_output(torch.ops.aten.add_.Tensor, (x, 1), {}) is x
+    assert tracker.meta_output(torch.ops.aten.add_.Tensor, (x, 1), {}) is x
+    assert tracker.meta_output(torch.ops.aten.add_.Tensor, (x, 1), {}) is x
     for value, dtype in ((1, torch.int64), (True, torch.int64), (1.0, torch.float32)):
-        whole: Any = outputs.meta_output(torch.ops.aten.mul.Tensor, (x.long(), value), {})
+        whole: Any = tracker.meta_output(torch.ops.aten.mul.Tensor, (x.long(), value), {})
         assert whole.dtype == dtype
 
 

@@ -49,7 +49,7 @@ def test_stable_diffusion_is_planned_with_and_without_checkpointing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("available_bytes", "total_bytes"):
-        monkeypatch.setattr(f"tunekit.planning.resources.{name}", lambda device: 80 * 2**30)
+        monkeypatch.setattr(f"tunekit.planning.prepared.{name}", lambda device: 80 * 2**30)
     whole, recomputed = (
         planned(tmp_path, "sd14", memory={"gradient_checkpointing": setting}).peak_bytes for setting in (False, True)
     )

@@ -19,20 +19,20 @@ from tests.support.recipe_mutator import make_valid_case
 from tests.support.train_case import write_recipe
 from tunekit.artifacts.report.plan_page import facts
 from tunekit.errors import ModelError, RecipeError, TunekitError
-from tunekit.memory.bandwidths import layer_bytes
+from tunekit.memory.streaming import layer_bytes
 from tunekit.model.compute import kernel_packages
 from tunekit.model.load import make_meta_model
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
+from tunekit.planning.forecast import PROCESS_BYTES
+from tunekit.planning.prepared import Resources
 from tunekit.planning.refusals import HIGHEST_RATE, library_problems, rate_notes
-from tunekit.planning.resources import Resources
-from tunekit.planning.simulated.estimate import PROCESS_BYTES
 from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import ExecutionSettings, Plan
-from tunekit.training.planned import Planned
+from tunekit.training.session import Planned
 from tunekit.training.state import Processors
 
 CPU = torch.device("cpu")
@@ -228,7 +228,7 @@ def test_layers_are_recomputed_where_memory_asks_for_it(recipe: Path, monkeypatc
         (one.peak_bytes.total - 1, 1, True),  # never the last layer
         (1000, 1, True),
     ):
-        monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device, free=available: free)
+        monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device, free=available: free)
         plan, _ = plan_of(recipe, *overrides)
         assert plan.choice.checkpointed_layers == layers
         assert bool(plan.refusals) == refused
@@ -323,7 +323,7 @@ def test_a_cache_folder_without_room_is_stated(recipe: Path, monkeypatch: pytest
 def test_ranks_that_share_a_host_are_warned_of_together(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_recipe(recipe, ["memory.sharding=off"])
     peak = make_plan(loaded, device=CPU)[0].peak_bytes.total
-    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: 3 * peak // 2)
+    monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device: 3 * peak // 2)
     for ranks in (1, 2):
         plan, _ = make_plan(loaded, device=CPU, ranks=ranks)
         assert sum("ranks are on this machine" in note for note in plan.notes) == ranks - 1

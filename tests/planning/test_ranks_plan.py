@@ -135,7 +135,7 @@ def test_a_plan_reads_no_file_and_no_device(recipe: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         for name in ("os.stat", "os.open", "os.access", "builtins.open", "shutil.disk_usage", "mmap.mmap"):
             patched.setattr(name, fail)
-        patched.setattr("tunekit.planning.resources.available_bytes", fail)
+        patched.setattr("tunekit.planning.prepared.available_bytes", fail)
         patched.setattr("tunekit.machine.cpu_times.busy_seconds", lambda: 0.0)  # a clock, which is a file on Linux
         again, _ = plan(second)
     assert again == made
@@ -145,7 +145,7 @@ def test_a_second_plan_simulates_nothing_again(recipe: Path, monkeypatch: pytest
     prepared = prepare(load_recipe(recipe), CPU)
     first, _ = plan(prepared)
     monkeypatch.setattr("tunekit.planning.simulation.SimulatedRun._tracked", None)
-    monkeypatch.setattr("tunekit.planning.resources.available_bytes", None)
+    monkeypatch.setattr("tunekit.planning.prepared.available_bytes", None)
     assert plan(prepared)[0] == first
     assert plan(prepared, first.choice, may_recompute_more=True)[0].choice == first.choice
 

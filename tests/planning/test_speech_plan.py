@@ -62,7 +62,7 @@ def test_configurations_have_the_published_number_of_parameters(large: Path, tmp
 @pytest.mark.slow
 def test_large_v2_on_int8_fits_one_card(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("available_bytes", "total_bytes"):
-        monkeypatch.setattr(f"tunekit.planning.resources.{name}", lambda device: CARD_BYTES)
+        monkeypatch.setattr(f"tunekit.planning.prepared.{name}", lambda device: CARD_BYTES)
     plan = planned(large, tmp_path, "cuda", micro_batch_size=8)
     assert not plan.refusals
     assert (plan.trainable_parameters, plan.total_parameters) == (TRAINED, ALL_PARAMETERS)

@@ -489,7 +489,7 @@ def test_what_cannot_be_had_is_refused_by_key_and_line(
 def test_plan_streams_nothing_by_itself_and_says_what_saves_memory(
     tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: 2**20)
+    monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device: 2**20)
     plan, _ = make_plan(load_recipe(full_recipe(tmp_path, tied_llama)), device=CPU)
     assert plan.choice.streaming == "off"
     (refusal,) = plan.refusals

@@ -39,7 +39,7 @@ from tunekit.objectives.rows import image_text
 from tunekit.preview import preview_verb
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ImageModel
-from tunekit.tuned.module_copies import copy_modules
+from tunekit.tuned.network import copy_modules
 
 TRAINING = {"epochs": None, "max_steps": 3, "gradient_accumulation_steps": 2, "warmup_ratio": 0.0}
 

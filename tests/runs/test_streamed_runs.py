@@ -14,10 +14,9 @@ from tests.support.plans import make_plan
 from tests.support.train_case import write_recipe
 from tunekit.errors import TunekitError
 from tunekit.evaluate import evaluate_verb
-from tunekit.memory.bandwidths import BANDWIDTHS, layer_bytes, max_tokens_per_second
-from tunekit.memory.streaming import gather_on_host
+from tunekit.memory.streaming import BANDWIDTHS, gather_on_host, layer_bytes, max_tokens_per_second
 from tunekit.model.load import load_model, make_meta_model
-from tunekit.planning.resources import read_resources
+from tunekit.planning.prepared import read_resources
 from tunekit.planning.tiers import weight_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.memory import MemorySection
@@ -149,7 +148,7 @@ def test_a_budget_too_small_for_the_base_streams_it(
     streamed = plan_of(recipe, "memory.streaming=disk")
     assert streamed.peak_bytes.weights < resident.peak_bytes.weights
     between = (resident.peak_bytes.total + streamed.peak_bytes.total) // 2
-    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: between)
+    monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device: between)
     plan = plan_of(recipe)
     assert not plan.refusals
     assert plan.choice.streaming == "disk"
@@ -175,7 +174,7 @@ def test_pass_sizes_fall_until_a_pass_fits(tmp_path: Path, model: Path, monkeypa
     assert plans[0].choice.pass_micro_batches == 4
     for expected in (2, 1):
         limit = plans[-1].peak_bytes.total - 1
-        monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device, limit=limit: limit)
+        monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device, limit=limit: limit)
         plans.append(plan_of(recipe, "memory.streaming=disk", accumulation))
         assert plans[-1].choice.pass_micro_batches == expected
         assert plans[-1].peak_bytes.total < plans[-2].peak_bytes.total

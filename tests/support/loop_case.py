@@ -42,11 +42,9 @@ from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.engine import StepResult, StepWork
 from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.training.run import Run
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
-from tunekit.training.scaling import LossScale
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState
+from tunekit.training.state import LoopState, LossScale, checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import TunedModel
 

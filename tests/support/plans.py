@@ -9,7 +9,7 @@ from tunekit.planning.plan import plan
 from tunekit.planning.prepare import prepare
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import ExecutionSettings, Plan
-from tunekit.training.planned import Planned
+from tunekit.training.session import Planned
 from tunekit.training.state import Processors
 
 

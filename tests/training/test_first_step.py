@@ -13,7 +13,7 @@ from tunekit.errors import AdapterError
 from tunekit.model.attention.segments import Segments
 from tunekit.recipe.load import load_recipe
 from tunekit.train import train_verb
-from tunekit.training.reached import _kind
+from tunekit.training.engine import _kind
 
 LEAKY = "packed rows attend to each other in llama"
 

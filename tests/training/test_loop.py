@@ -26,8 +26,7 @@ from tunekit.recipe.training import TrainingSection
 from tunekit.records import EvaluationRecord, StepRecord
 from tunekit.training.engine import StepResult, StepWork
 from tunekit.training.run import Run
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
-from tunekit.training.state import LoopState
+from tunekit.training.state import LoopState, checkpoint_facts, checkpoint_tensors, restore
 from tunekit.training.step_numbers import StepNumbers
 
 

@@ -16,7 +16,7 @@ from tunekit.records import StepRecord
 from tunekit.training import engine, pace
 from tunekit.training.engine import Engine, StepAttempt
 from tunekit.training.pace import missing_processors
-from tunekit.training.saved_state import checkpoint_facts
+from tunekit.training.state import checkpoint_facts
 
 BUSY = CpuTimes(
     wall=6.0, process=6.0, main=3.0, waited=5.0, others=6.0

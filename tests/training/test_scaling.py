@@ -15,8 +15,7 @@ from tunekit.errors import NumericsError
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import StepRecord
 from tunekit.training.engine import StepResult, StepWork
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors, restore
-from tunekit.training.scaling import LossScale
+from tunekit.training.state import LossScale, checkpoint_facts, checkpoint_tensors, restore
 
 
 def test_an_overflow_moves_neither_schedule_nor_adapter_and_halves_the_scale(tiny_llama: Path) -> None:
@@ -52,7 +51,7 @@ def test_an_overflow_moves_neither_schedule_nor_adapter_and_halves_the_scale(tin
 
 
 def test_the_scale_doubles_after_enough_finite_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunekit.training.scaling.GROWTH_INTERVAL_STEPS", 3)
+    monkeypatch.setattr("tunekit.training.state.GROWTH_INTERVAL_STEPS", 3)
     scale, found = LossScale(True, 8.0), []
     for finite in (True, True, False, True, True, True, True):
         scale.update(finite, 1)

@@ -305,7 +305,7 @@ def test_auto_shards_only_a_base_that_does_not_fit(recipe: Path, monkeypatch: py
     resident = plan_of(recipe, 2, "memory.gradient_checkpointing=true").peak_bytes.total
     sharded = plan_of(recipe, 2, SHARDED).peak_bytes.total
     assert sharded < resident
-    monkeypatch.setattr("tunekit.planning.resources.available_bytes", lambda device: (resident + sharded) // 2)
+    monkeypatch.setattr("tunekit.planning.prepared.available_bytes", lambda device: (resident + sharded) // 2)
     assert plan_of(recipe, 2).choice.streaming == "ranks"
     assert plan_of(recipe, 2, "memory.sharding=off").choice.streaming == "disk"
     assert plan_of(recipe, 1).choice.streaming == "disk"

@@ -27,7 +27,7 @@ from tunekit.training.run import Run
 from tunekit.training.streaming import LayerPass
 from tunekit.training.time_limit import REPORT_SECONDS, TimeLimit
 from tunekit.training.together import train_together
-from tunekit.tuned.module_copies import copy_modules
+from tunekit.tuned.network import copy_modules
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,7 @@ from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.model import ModelSection
 from tunekit.records import ExecutionSettings
-from tunekit.tuned.module_copies import TensorVersions, copy_modules
-from tunekit.tuned.network import prepare_network
+from tunekit.tuned.network import TensorVersions, copy_modules, prepare_network
 
 
 @pytest.fixture

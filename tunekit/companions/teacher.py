@@ -14,9 +14,17 @@ from torch import Tensor
 from tunekit.companions.base import about_model
 from tunekit.contracts import Batch, CompanionSpec, Counts, Head, PlanContext, Read, RunView
 from tunekit.errors import Problem, RecipeError
-from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.slots import waiting_tensor
-from tunekit.memory.streaming import base_obstacle, host_embedding, host_obstacle, layer_weights, stream_base
+from tunekit.memory.streaming import (
+    WHERE,
+    base_obstacle,
+    host_embedding,
+    host_obstacle,
+    layer_bytes,
+    layer_weights,
+    rates_text,
+    stream_base,
+)
 from tunekit.model.load import LoadedModel, base_fingerprint, load_model, make_meta_model
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.inspection import remote_code

@@ -1,5 +1,5 @@
 """Layer streaming: the base's layers are stored outside of the device. Each layer is copied into a slot on the device
-before it is computed."""
+before it is computed. Also upper bounds for the speed of streamed layers, from published bandwidths."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,6 +12,7 @@ from tunekit.memory.blobs import LayerBlob, align, frozen_tensors
 from tunekit.memory.copies import Copier, StreamCopier, ThreadCopier
 from tunekit.memory.slots import LayerSlots
 from tunekit.model.load import LoadedModel
+from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.storage.source import find_source
 from tunekit.recipe.model import ModelSection
 
@@ -153,3 +154,32 @@ def host_embedding(base: LoadedModel) -> nn.Module | None:
         return None
     embedding = base.net.get_submodule(name)
     return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+# Bytes per second of the links that a tier's copies pass: 16 PCIe lanes, less a fifth for the protocol; and NVMe
+# drives of each generation at their sequential read speed.
+BANDWIDTHS = {
+    "host": {"PCIe 3": 12e9, "PCIe 4": 25e9, "PCIe 5": 52e9},
+    "disk": {"NVMe of PCIe 3": 3.5e9, "NVMe of PCIe 4": 7e9, "NVMe of PCIe 5": 12e9},
+}
+WHERE = {"host": "in the host's memory", "disk": "in mapped files"}
+
+
+def layer_bytes(base: LoadedModel) -> int:
+    """Stored bytes of all layers."""
+    return sum(stored_bytes(layer) for _, layer in base.family.layers(base.net))
+
+
+def rates_text(tier: str, tokens: int, layers_bytes: int, copies: int) -> str:
+    """The maximum number of tokens per second for each kind of link (PCIe 4, ...), as text. `tier`: where the layers
+    are stored, host or disk."""
+    return ", ".join(
+        f"{max_tokens_per_second(tokens, layers_bytes, bandwidth, copies):,.0f} over {link}"
+        for link, bandwidth in BANDWIDTHS[tier].items()
+    )
+
+
+def max_tokens_per_second(tokens: int, layers_bytes: int, bytes_per_second: float, copies: int = 2) -> float:
+    """The maximum speed of a pass whose layers are copied to the device: tokens divided by the time of the copies.
+    `copies`: how often a pass copies each layer."""
+    return bytes_per_second * tokens / (copies * max(layers_bytes, 1))

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 
 from tunekit.errors import Problem
-from tunekit.memory.bandwidths import layer_bytes
 from tunekit.memory.sharding import TIER
+from tunekit.memory.streaming import layer_bytes
 from tunekit.objectives.losses.logprobs import CHUNK_BYTES, LEAST_CHUNK_TOKENS, logits_chunk_tokens
 from tunekit.planning.cheaper import cheapest_changes
 from tunekit.planning.execution import Estimate, SearchSpace, fastest, relative_time, smaller_micro_batches

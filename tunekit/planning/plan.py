@@ -25,8 +25,8 @@ from tunekit.planning.tiers import HEAD_KEY, activation_notes, allowed_tiers, we
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings, Plan, PlannedRows
-from tunekit.training.planned import Planned
 from tunekit.training.schedules import warmup_steps
+from tunekit.training.session import Planned
 
 
 def plan(

@@ -30,8 +30,7 @@ from tunekit.planning.execution import written_execution
 from tunekit.planning.findings import Findings
 from tunekit.planning.kernels import planned_kernels
 from tunekit.planning.minutes import time_notes
-from tunekit.planning.prepared import Prepared
-from tunekit.planning.resources import read_resources
+from tunekit.planning.prepared import Prepared, read_resources
 from tunekit.planning.simulated.loading import read_stored_base
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe

@@ -1,23 +1,69 @@
 """Defines Prepared: everything that planning reads from files and devices, before it decides anything."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+
+import torch
 
 from tunekit.contracts import Batch, Companion, PlanContext
 from tunekit.data.batching.steps import BatchSettings, StoredSteps, filled_batch, largest_evaluation_batch
 from tunekit.data.batching.stream import StreamedSteps
 from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
+from tunekit.machine.devices import is_here, kind_of
+from tunekit.machine.memory import available_bytes, total_bytes
 from tunekit.model.loaded_model import LoadedModel, as_loaded
+from tunekit.model.storage.packed_cache import cache_room
 from tunekit.planning.forecast import Forecast, largest_batch
 from tunekit.planning.initialisation import initialisation_bytes
-from tunekit.planning.resources import Resources
 from tunekit.planning.simulated.loading import StoredBase
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import ExecutionSettings
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The device of a rank and its memory. `free_bytes`: free memory of the device; `host_bytes`: free memory of the
+    host, None if the device is in another machine; `total_bytes`: all memory of a GPU; `cache_bytes`: the room for a
+    packed base in the cache folder; `ranks_here`: how many ranks share this machine's memory."""
+
+    device: torch.device
+    free_bytes: int | None = None
+    host_bytes: int | None = None
+    total_bytes: int | None = None
+    cache_bytes: int = 0
+    rank: int = 0
+    ranks: int = 1
+    ranks_here: int = 1
+
+
+def read_resources(device: torch.device, rank: int = 0, ranks: int = 1) -> Resources:
+    """Read the free memory of the device and of the host."""
+    return Resources(
+        device=device,
+        free_bytes=available_bytes(device),
+        host_bytes=available_bytes(torch.device("cpu")) if is_here(device) else None,
+        total_bytes=None if device.type == "cpu" else total_bytes(device),
+        cache_bytes=cache_room(),
+        rank=rank,
+        ranks=ranks,
+        ranks_here=_ranks_here(device, ranks),
+    )
+
+
+def _ranks_here(device: torch.device, ranks: int) -> int:
+    """The number of ranks that share this machine's memory: the number that torchrun states, or else all; at most one
+    for each GPU of the machine."""
+    stated = os.environ.get("LOCAL_WORLD_SIZE", "")
+    here = min(int(stated), ranks) if stated.isdecimal() else ranks
+    if kind_of(device).numbered and is_here(device):
+        here = min(here, torch.get_device_module(device).device_count())
+    return max(here, 1)
+
 
 RunSteps = StoredSteps | StreamedSteps
 

@@ -15,9 +15,8 @@ from tunekit.planning.prepare import prepare
 from tunekit.planning.prepared import Prepared
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import ExecutionSettings, Plan
-from tunekit.training.planned import Planned
 from tunekit.training.ranks import shard_on_all_ranks, shared_execution
-from tunekit.training.session import Session
+from tunekit.training.session import Planned, Session
 
 
 def devices_of(device: torch.device, ranks: int) -> list[torch.device]:

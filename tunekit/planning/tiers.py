@@ -8,14 +8,12 @@ import torch
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
 from tunekit.machine.variables import has_windows_driver
-from tunekit.memory.bandwidths import WHERE, layer_bytes, rates_text
 from tunekit.memory.sharding import TIER
-from tunekit.memory.streaming import base_obstacle, host_obstacle
+from tunekit.memory.streaming import WHERE, base_obstacle, host_obstacle, layer_bytes, rates_text
 from tunekit.model.load import LoadedModel
 from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.storage.packed_cache import lacks_room
-from tunekit.planning.prepared import Prepared
-from tunekit.planning.resources import Resources
+from tunekit.planning.prepared import Prepared, Resources
 from tunekit.recipe.memory import MemorySection
 from tunekit.recipe.reading.supported import HOW, SHARDING, unsharded_reason
 from tunekit.recipe.recipe import Recipe

@@ -1,23 +1,53 @@
-"""Begins a run: reads its checkpoint, prints the plan, loads the base within its budget, and assembles the run."""
+"""Begins a run: prints the plan, loads the base within its budget, attaches the adapter, checks the model (probes), and
+restores the checkpoint. If the plan requires it, the longest batch is run once before step 1."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.adapters.method import needs_reference_state
 from tunekit.artifacts.checkpoint import Checkpoint
 from tunekit.artifacts.report.plan_page import WEIGHTS
-from tunekit.machine.memory import available_bytes, limit_bytes
+from tunekit.companions.base import make_companions
+from tunekit.console.progress import CountProgress
+from tunekit.contracts import Companion
+from tunekit.data.batching.steps import evaluation_batches
+from tunekit.evaluation.evaluator import Evaluator, queries_of
+from tunekit.evaluation.row_losses import RowLosses
+from tunekit.evaluation.scores import summed_evaluation
+from tunekit.machine.malloc import settle_heap, trim_heap
+from tunekit.machine.memory import available_bytes, limit_bytes, reset_peaks
 from tunekit.machine.variables import has_windows_driver
 from tunekit.memory.sharding import TIER
+from tunekit.memory.splitting import Splitting, shape_text
 from tunekit.model.load import LoadedModel, load_model
+from tunekit.model.storage.inspection import remote_code
 from tunekit.recipe.reading.names import shows_of
-from tunekit.records import Plan, bytes_text
+from tunekit.recipe.recipe import Recipe
+from tunekit.records import JsonObject, Plan, Reaction, bytes_text, calibration_text
 from tunekit.training import run_files
-from tunekit.training.assemble import assemble_run, check_run
-from tunekit.training.planned import Planned
-from tunekit.training.run import Run
-from tunekit.training.session import Session
+from tunekit.training.initialise import initialise_adapter
+from tunekit.training.optimizers import make_optimizer
+from tunekit.training.preflight import (
+    measured_speeds,
+    probe_layout,
+    probe_logprobs,
+    probe_reference,
+    speeds_text,
+    try_longest_batch,
+)
+from tunekit.training.run import SPLIT, Run
+from tunekit.training.run_files import check_fingerprint, forget_lost_best, with_files, write_plan
+from tunekit.training.session import Planned, Session
+from tunekit.training.state import LoopState, LossScale, add_seconds, restore, restore_reference
+from tunekit.training.streaming import make_engine
+from tunekit.training.time_limit import RunEnd
+from tunekit.tuned.model import ModelRun, TunedModel
+from tunekit.tuned.network import prepare_network
 
 ORDINARY_COLLECTION = (700, 10, 10)  # Python's own thresholds
 Load = Callable[[Session, Plan, Planned], LoadedModel]
@@ -71,3 +101,226 @@ def print_plan(session: Session, plan: Plan) -> None:
     ]
     console.info(*(line for line in lines if line not in session.described))
     session.described.update(lines)
+
+
+def check_run(session: Session, planned: Planned, checkpoint: Checkpoint | None = None) -> JsonObject:
+    """Make the fingerprint of the run, which includes the files of its companions (auxiliary models such as a teacher)
+    and the base's remote code. This is done before the base is loaded, so that a refusal comes early.
+
+    Raises: RunFolderError if `checkpoint`, or the run in the folder, belongs to a different run; InputError if ranks
+    differ.
+    """
+    companions = make_companions(planned.rows.objective.companions)
+    code = {key: digest for companion in companions.values() for key, digest in companion.fingerprint().items()}
+    return check_fingerprint(session, planned, code | remote_code(planned.model), checkpoint)
+
+
+def assemble_run(
+    session: Session,
+    plan: Plan,
+    planned: Planned,
+    base: LoadedModel,
+    fingerprint: JsonObject,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Plan, Run]:
+    """Assemble the run, and write its plan to the run folder. Returns the plan, updated with the layers that the
+    adapter really adapts, and the run. `fingerprint`: the result of `check_run`.
+
+    Raises: RunFolderError if files that companions read have changed; ModelError if a probe (a check of the model)
+    fails.
+    """
+    recipe, devices = session.loaded.recipe, session.devices
+    companions = _load_companions(session, planned)
+    state, files = LoopState(LossScale(base.dtype == torch.float16)), None
+    if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation uses whole steps
+        bare = TunedModel(base, None, companions=companions)
+        planned = probe_layout(session, planned, bare, state)
+        files = _begin_companions(session, planned, bare)
+    model = _make_model(session, plan, planned, base, companions, state, checkpoint)
+    files = _begin_companions(session, planned, model) if files is None else files
+    fingerprint = with_files(session, fingerprint, files, checkpoint)
+    planned = probe_layout(session, planned, model, state)
+    probe_logprobs(model, planned.largest_batch)
+    _settle_reference(planned, model)
+    adapter = model.adapter
+    assert adapter is not None
+    optimizer = make_optimizer(recipe.training, adapter, base.head_modules)
+    trim_heap()  # the adapter's tensors left free pieces of memory that are too small for an activation
+    settle_heap()
+    if checkpoint is not None:
+        state = restore(checkpoint.tensors, checkpoint.facts, optimizer, adapter)
+        restore_reference(checkpoint.tensors, model.reference_state or {})
+        forget_lost_best(session, state)
+        session.console.info(f"resuming after step {state.step} of {plan.steps}")
+    _note_changes(session, state)
+    plan = _with_targets(plan, adapter)
+    write_plan(session, plan, None if checkpoint is None else state, fingerprint)
+    run = Run(
+        session,
+        model,
+        planned.rows.objective,
+        make_engine(model, session.console.warn),
+        optimizer,
+        planned.rows.steps(planned.batch_settings, rank=devices.rank, world=devices.world),
+        recipe.training,
+        recipe.evaluation,
+        plan.warmup_steps,
+        state,
+        fingerprint,
+        evaluator=make_evaluator(session, planned, model, state),
+        row_losses=_row_losses(planned),
+        splitting=Splitting(partial(session.react, state), state.split_tokens),
+        micro_batches_per_pass=plan.choice.pass_micro_batches,
+        budget_bytes=plan.budget_bytes,
+        shows=recipe.objective.shows,
+        ending=_end_of(recipe, planned, adapter),
+    )
+    if plan.tries_longest_batch or session.dry_run:
+        _try_longest(session, planned, run)
+    add_seconds(state.seconds, session.seconds)
+    return plan, run
+
+
+def _end_of(recipe: Recipe, planned: Planned, adapter: AttachedAdapter) -> RunEnd:
+    """The facts from which the time of the run's end is estimated."""
+    rows, training = planned.rows, recipe.training
+    return RunEnd(
+        numbers=sum(parameter.numel() for parameter in adapter.trained().values()),
+        evaluation_tokens=0 if rows.evaluation is None else int(rows.evaluation.lengths.sum()),
+        reads_best=recipe.evaluation.best is not None,
+        stop_steps=rows.objective.loss.updates_per_sampling,
+        micro_batches=training.gradient_accumulation_steps,
+        eval_steps=training.eval_steps,
+        save_steps=training.save_steps,
+    )
+
+
+def _load_companions(session: Session, planned: Planned) -> dict[str, Companion]:
+    """Load the objective's companions (auxiliary models such as a teacher or a reward model)."""
+    companions = make_companions(planned.rows.objective.companions)
+    with session.timed("load"):
+        for companion in companions.values():
+            companion.load(session.devices.device)
+    return companions
+
+
+def _make_model(
+    session: Session,
+    plan: Plan,
+    planned: Planned,
+    base: LoadedModel,
+    companions: Mapping[str, Companion],
+    state: LoopState,
+    checkpoint: Checkpoint | None,
+) -> TunedModel:
+    """The base with its initialised adapter and its companions (auxiliary models). If the initialisation read data (a
+    calibration), its cost is stored in `state`."""
+    recipe, devices = session.loaded.recipe, session.devices
+
+    def attach() -> AttachedAdapter:
+        adapter, state.calibration = initialise_adapter(
+            base,
+            planned,
+            seed=recipe.training.seed,
+            devices=devices,
+            resumed=None if checkpoint is None else checkpoint.facts["layout"],
+            companions=companions,
+        )
+        return adapter
+
+    with session.timed("calibrate" if recipe.adapter.calibration else "load"):
+        model = prepare_network(base, plan.choice, attach, devices=devices)
+    model.companions = companions
+    for companion in companions.values():
+        companion.sampling_batch_size = plan.choice.sampling_batch_size
+    model.repeats_rows = plan.steps > (plan.rows.steps_per_epoch or plan.steps)
+    if state.calibration is not None:
+        session.console.info(calibration_text(state.calibration))
+    reset_peaks(devices.device)  # the report shows the peak of training, not of loading
+    return model
+
+
+def _begin_companions(session: Session, planned: Planned, model: TunedModel) -> dict[str, str]:
+    """Let the companions (auxiliary models such as a teacher) prepare data that all steps need. Returns the sha256 of
+    each file that a companion read, by recipe key."""
+    run = ModelRun(model, planned.rows.objective.rows, session.devices.gather, CountProgress(session.console))
+    files: dict[str, str] = {}
+    with session.timed("data"):
+        for companion in model.companions.values():
+            companion.writes = not session.dry_run
+            files |= companion.begin(run, planned.rows.all)
+    return files
+
+
+def _note_changes(session: Session, state: LoopState) -> None:
+    """Warn about files that changed since the original run and that --accept-changed allows. The report shows these
+    warnings too."""
+    for key in session.changed:
+        action = "resumed with the changed files, as --accept-changed allows"
+        what = f"{key}: its files have changed since the run started"
+        session.react(state, Reaction(what, action, state.step))
+
+
+def _settle_reference(planned: Planned, model: TunedModel) -> None:
+    """Prepare the reference model, if the loss needs one: the policy at step 0. Either check that the base without
+    adapter equals this policy, or save the adapter's state at step 0."""
+    objective = planned.rows.objective
+    if needs_reference_state(objective, planned.adapter):
+        model.keep_reference()
+    elif objective.loss.reference:
+        probe_reference(model, objective, planned.largest_batch)
+
+
+def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
+    """A copy of the plan with the layers and ranks that the adapter's initialisation chose."""
+    if adapter.targets == plan.targets:
+        return plan
+    trained = sum(parameter.numel() for parameter in adapter.trained().values())
+    total = plan.total_parameters - plan.trainable_parameters + trained
+    return replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
+
+
+def _try_longest(session: Session, planned: Planned, run: Run) -> None:
+    """Run the longest training batch and the longest evaluation batch once. If memory is too small, this shows before
+    step 1."""
+    rows = planned.rows.evaluation
+    with session.timed("try"):
+        try_longest_batch(run, planned.largest_batch)
+        if rows is not None:
+            batch = next(evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size))
+            batches = [batch] * run.devices.world  # each rank tries it
+            split = partial(_note_split, session, run.state)
+            summed_evaluation(run.model, run.objective.evaluation_copy(), batches, run.devices, on_split=split)
+    if session.dry_run and run.devices.world > 1:
+        session.console.info(speeds_text(measured_speeds(run, planned.largest_batch)))
+    if not run.state.reactions:
+        session.console.info(f"the longest micro-batch, {shape_text(planned.largest_batch)}, was tried and fits")
+
+
+def make_evaluator(session: Session, planned: Planned, model: TunedModel, state: LoopState) -> Evaluator | None:
+    """The evaluator of the run's evaluation rows; None if the recipe has none."""
+    recipe, rows = session.loaded.recipe, planned.rows
+    if rows.evaluation is None:
+        return None
+    return Evaluator(
+        model,
+        rows.objective,
+        session.devices,
+        rows.evaluation,
+        queries_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
+        recipe.evaluation,
+        template=rows.template,
+        on_split=partial(_note_split, session, state),
+        progress=CountProgress(session.console),
+    )
+
+
+def _note_split(session: Session, state: LoopState, size: str) -> None:
+    """Warn and record that a batch ran out of memory in an evaluation, once for each size of batch."""
+    session.react(state, Reaction(f"{size} ran out of memory in an evaluation", SPLIT, state.step), once=True)
+
+
+def _row_losses(planned: Planned) -> RowLosses | None:
+    """Makes the values of evaluation rows for the run folder; None without evaluation rows."""
+    rows = planned.rows.evaluation
+    return None if rows is None else RowLosses(rows, planned.rows.objective, planned.processor.tokenizer)

@@ -11,19 +11,21 @@ clips the gradient and updates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch, ModelOutput, Objective, Read, StepBatches, Sums
-from tunekit.errors import is_out_of_memory
+from tunekit.errors import AdapterError, is_out_of_memory, listed
 from tunekit.machine.cpu_times import CpuTimes, cpu_times
+from tunekit.machine.devices import Devices
 from tunekit.machine.placing import to_device
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting, first_line
 from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, Call, calling, current_call, seed_layer
-from tunekit.training.reached import watching_gradients
 from tunekit.tuned.model import ModelRun, TunedModel
 
 
@@ -239,3 +241,56 @@ class StepView(ModelRun):
     def is_one_part(self, step: StepBatches) -> bool:
         """Whether the step is a single micro-batch on all ranks together, which is not split."""
         return sum(self.gather([len(replace(self.work, batches=step).parts())])) == 1
+
+
+SHOWN = 4
+
+
+@contextmanager
+def watching_gradients(adapter: AttachedAdapter, reached: set[str]) -> Iterator[None]:
+    """A context manager: the kinds of trained tensors that get a gradient in the block are added to `reached`.
+
+    Raises: AdapterError if the loss depends on no trained tensor.
+    """
+    trained = adapter.trained()
+    with ExitStack() as hooks:
+        for name, parameter in trained.items():
+            note = partial(_note, reached, _kind(name))
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(note))  # type: ignore[no-untyped-call]
+        try:
+            yield
+        except RuntimeError as error:
+            if reached or "does not require grad" not in str(error):
+                raise
+            raise _unreached(list(trained)) from error
+
+
+def require_gradients(adapter: AttachedAdapter, reached: set[str], devices: Devices) -> None:
+    """Check that every trained tensor got a gradient on at least one rank; the gradient may be 0.
+
+    In a layer with experts, one expert with a gradient is enough, because other experts may get no tokens. If the base
+    itself is trained, nothing is checked: it may contain tensors that its code never reads.
+    Raises: AdapterError with the names of tensors without a gradient.
+    """
+    everywhere = set(devices.gather(sorted(reached)))
+    missing = [name for name in adapter.trained() if _kind(name) not in everywhere]
+    if missing:
+        raise _unreached(missing)
+
+
+def _note(reached: set[str], kind: str, parameter: Tensor) -> None:
+    reached.add(kind)
+
+
+def _unreached(names: list[str]) -> AdapterError:
+    what = f"no gradient reaches {listed(names, SHOWN)}: the model never uses these adapted modules"
+    how = "exclude these modules with adapter.exclude_modules, or adapt other layers"
+    return AdapterError(what, how, key="adapter.target_modules")
+
+
+def _kind(name: str) -> str:
+    """The tensor's name without its numbers, except the first number. So the tensors of all experts in a layer have the
+    same name: the first number is the layer's, later numbers are the experts'."""
+    pieces = name.split(".")
+    first = next((place for place, piece in enumerate(pieces) if piece.isdigit()), 0)
+    return ".".join(piece for place, piece in enumerate(pieces) if place <= first or not piece.isdigit())

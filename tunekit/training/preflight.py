@@ -11,9 +11,8 @@ from tunekit.errors import ModelError
 from tunekit.evaluation.probes import TOLERANCE, bypass_difference, logprob_difference, packing_leak
 from tunekit.machine.devices import forked_random
 from tunekit.records import Reaction
-from tunekit.training.planned import Planned
 from tunekit.training.run import Run
-from tunekit.training.session import Session
+from tunekit.training.session import Planned, Session
 from tunekit.training.state import LoopState
 from tunekit.tuned.model import TunedModel
 

@@ -36,11 +36,10 @@ from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Reaction, Shows, StepRecord
 from tunekit.targets.export import facts_for_export
-from tunekit.training.engine import Engine, StepResult, StepView, StepWork
+from tunekit.training.engine import Engine, StepResult, StepView, StepWork, require_gradients
 from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
-from tunekit.training.reached import require_gradients
 from tunekit.training.run_files import (
     make_trackers,
     protected_steps,
@@ -50,10 +49,9 @@ from tunekit.training.run_files import (
     write_pictures,
     write_rows,
 )
-from tunekit.training.saved_state import checkpoint_facts, checkpoint_tensors
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Session
-from tunekit.training.state import LoopState, add_seconds
+from tunekit.training.state import LoopState, add_seconds, checkpoint_facts, checkpoint_tensors
 from tunekit.training.step_numbers import StepNumbers, check_finite, means, start_numbers
 from tunekit.training.time_limit import RunEnd
 from tunekit.tuned.model import TunedModel

@@ -29,9 +29,8 @@ from tunekit.model.compute import resolve_dtype
 from tunekit.model.load import base_fingerprint
 from tunekit.recipe.load import dump_recipe
 from tunekit.records import EvaluationRecord, ExecutionSettings, JsonObject, Plan, StepRecord
-from tunekit.training.planned import Planned
 from tunekit.training.ranks import check_fingerprints, check_folder_is_shared
-from tunekit.training.session import Session
+from tunekit.training.session import Planned, Session
 from tunekit.training.state import LoopState
 
 EARLIER_ROWS = "earlier"  # in evaluation_rows.json: the rows before the evaluation of a run that max_minutes ended

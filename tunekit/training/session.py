@@ -1,4 +1,5 @@
-"""The resources of one process of a run: recipe, devices, console, signals and, on the main rank, the run folder."""
+"""The resources of one process of a run: recipe, devices, console, signals and, on the main rank, the run folder. Also
+Planned: what planning decided, apart from the plain values in plan.json."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -8,14 +9,34 @@ from typing import TypeVar
 
 from tunekit.artifacts.run import RunFolder
 from tunekit.console import Console
+from tunekit.contracts import Batch, Processor
+from tunekit.data.batching.steps import BatchSettings
+from tunekit.data.rows import RowSet
 from tunekit.errors import ResourceError
 from tunekit.machine.devices import Devices
 from tunekit.machine.memory import device_peaks, peak_host_bytes
 from tunekit.machine.signals import StopSignals
+from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
+from tunekit.recipe.model import ModelSection
 from tunekit.records import Reaction, bytes_text
 from tunekit.training.state import LoopState, Processors, timed
 from tunekit.training.time_limit import TimeLimit
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Results of planning that training needs: rows, batch settings, adapter settings, the largest batch."""
+
+    model: ModelSection  # includes the heads that the objective needs
+    processor: Processor
+    rows: RowSet
+    batch_settings: BatchSettings  # with the micro-batches that plan chose
+    adapter: AdapterSettings  # with its texts as token ids
+    largest_batch: Batch  # the largest micro-batch of the run; for a stream, of the largest possible size
+    learned_length: int | None = None  # tokens of a row for which the base has learned positions
+    kernel_packages: tuple[str, ...] = ()  # packages whose kernels the base uses on a GPU
+
 
 Result = TypeVar("Result")
 

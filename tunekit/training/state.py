@@ -1,16 +1,63 @@
-"""Defines LoopState, the progress of a run, which a checkpoint contains. Also counts the seconds of a run's parts."""
+"""The progress of a run (LoopState), the loss scale of float16, and a checkpoint: its content, and how it is restored.
+
+A checkpoint contains no state of random generators: every random number is a function of (seed, step, place).
+"""
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from tunekit.contracts import Processor
+import torch
+from torch import Tensor
+
+from tunekit.adapters.attach import AttachedAdapter
+from tunekit.contracts import Processor, Tensors
+from tunekit.errors import NumericsError, RunFolderError
 from tunekit.evaluation.evaluator import is_better
 from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.model import ModelSection
 from tunekit.records import JsonObject
-from tunekit.training.scaling import LossScale
+from tunekit.targets.export import BUFFER_PREFIX, REFERENCE_PREFIX, with_prefix
+from tunekit.training.optimizers import Optimizer
+
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL_STEPS = 2000
+
+
+@dataclass
+class LossScale:
+    """The loss scale for float16. `scale` is a power of two, so that scaling and unscaling are exact. If `enabled` is
+    false, losses are not scaled (`factor` is 1)."""
+
+    enabled: bool = False
+    scale: float = INITIAL_SCALE
+    good_steps: int = 0
+    skipped_steps: int = 0
+
+    @property
+    def factor(self) -> float:
+        """The factor that multiplies the loss."""
+        return self.scale if self.enabled else 1.0
+
+    def update(self, finite: bool, step: int) -> None:
+        """Double after GROWTH_INTERVAL_STEPS finite steps, halve after an overflow.
+
+        Raises: NumericsError if the scale falls below 1, because then the gradients themselves are not finite.
+        """
+        if not self.enabled:
+            return
+        if finite:
+            self.good_steps += 1
+            if self.good_steps >= GROWTH_INTERVAL_STEPS:
+                self.scale, self.good_steps = self.scale * 2.0, 0
+            return
+        self.scale, self.good_steps, self.skipped_steps = self.scale / 2.0, 0, self.skipped_steps + 1
+        if self.scale < 1.0:
+            how = "use model.dtype=bfloat16 or float32, or a smaller training.learning_rate"
+            raise NumericsError(f"step {step}: gradients overflow in float16 even with the smallest loss scale", how)
+
 
 Processors = dict[tuple[str, ModelSection], Processor]  # by the objective's family and the base
 
@@ -82,3 +129,55 @@ def add_seconds(seconds: dict[str, float], spent: Mapping[str, float]) -> None:
     """Add times to each part of the report's seconds."""
     for part, more in spent.items():
         seconds[part] = seconds.get(part, 0.0) + more
+
+
+def checkpoint_tensors(
+    optimizer: Optimizer, adapter: AttachedAdapter, reference: Mapping[str, Tensor] | None = None
+) -> Tensors:
+    """All tensors that an exact resume needs. `reference`: the adapter's state at step 0; None if the loss does not
+    need it."""
+    buffers = {BUFFER_PREFIX + name: tensor for name, tensor in adapter.state(("saved", "resume")).items()}
+    reference_tensors = {REFERENCE_PREFIX + name: tensor for name, tensor in (reference or {}).items()}
+    return optimizer.state_tensors() | buffers | reference_tensors
+
+
+def checkpoint_facts(optimizer: Optimizer, state: LoopState, fingerprint: Mapping[str, Any]) -> JsonObject:
+    """All values that an exact resume needs, except tensors."""
+    return {
+        "loop": asdict(state),
+        "layout": optimizer.layout(),
+        "fingerprint": dict(fingerprint),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def restore(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], optimizer: Optimizer, adapter: AttachedAdapter
+) -> LoopState:
+    """Restore a checkpoint and return its loop state.
+
+    Raises: RunFolderError if the checkpoint does not fit the adapter or the optimizer.
+    """
+    buffers = with_prefix(tensors, BUFFER_PREFIX)
+    expected = adapter.state(("saved", "resume"))
+    if set(buffers) != set(expected):
+        raise RunFolderError(
+            "the checkpoint's adapter state does not fit this adapter", "resume with the tunekit version that wrote it"
+        )
+    optimizer.load_state(tensors, facts["layout"])
+    adapter.load_state(buffers, kinds=("saved", "resume"))
+    loop = facts["loop"]
+    return LoopState(**(loop | {"scale": LossScale(**loop["scale"])}))
+
+
+def restore_reference(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's reference state into the given tensors.
+
+    Raises: RunFolderError if the checkpoint has no reference state, or the state of a different adapter.
+    """
+    saved = with_prefix(tensors, REFERENCE_PREFIX)
+    if set(saved) != set(targets) or any(saved[name].shape != tensor.shape for name, tensor in targets.items()):
+        what = "the checkpoint contains no state of the reference model that fits this adapter"
+        raise RunFolderError(what, "resume with the tunekit version that wrote it")
+    for name, tensor in targets.items():
+        tensor.copy_(saved[name])

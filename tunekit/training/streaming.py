@@ -30,8 +30,7 @@ from tunekit.memory.splitting import collect_failed, first_line
 from tunekit.model.call import BETWEEN_STACKS, OUTSIDE_LAYERS, Call, calling, seed_layer
 from tunekit.model.quantized.weights import UNPACKED
 from tunekit.training.engine import Engine, MicroBatchPart, StepAttempt, StepResult, StepWork
-from tunekit.tuned.model import TunedModel
-from tunekit.tuned.requires_grad import RequiresGrad
+from tunekit.tuned.model import RequiresGrad, TunedModel
 
 
 @dataclass(eq=False)

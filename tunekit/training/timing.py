@@ -15,12 +15,10 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan
-from tunekit.training.assemble import assemble_run, make_evaluator
-from tunekit.training.begin import Load
+from tunekit.training.begin import Load, assemble_run, make_evaluator
 from tunekit.training.halving import halving_seconds
-from tunekit.training.planned import Planned
 from tunekit.training.run import Run
-from tunekit.training.session import Session
+from tunekit.training.session import Planned, Session
 from tunekit.training.trials import Trial
 
 STEPS, BATCHES = 4, 4  # measured optimizer steps, the first of which is not counted, and evaluation batches

@@ -13,9 +13,8 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.trial_recipes import TrialRecipe
 from tunekit.records import Plan
 from tunekit.training.begin import Load
-from tunekit.training.planned import Planned
-from tunekit.training.session import Session
-from tunekit.tuned.module_copies import TensorVersions, copy_modules
+from tunekit.training.session import Planned, Session
+from tunekit.tuned.network import TensorVersions, copy_modules
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Builds the network for training, measurement or simulation from a loaded base and the settings that plan chose. The
-order of steps is always the same."""
+order of steps is always the same. Several runs can adapt copies of one loaded base, which share its tensors."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weigh
 from tunekit.memory.tiling import tile_layers
 from tunekit.memory.vocabulary import StreamedHead, head_obstacle, stream_head
 from tunekit.model.load import LoadedModel
+from tunekit.model.parts import parts_apart
+from tunekit.model.pretrained import config_of
 from tunekit.records import ExecutionSettings
 from tunekit.tuned.model import TunedModel
 
@@ -91,3 +95,27 @@ def _streamed_head(base: LoadedModel, execution: ExecutionSettings) -> StreamedH
     if embedding is not None:  # otherwise layer streaming has already done this
         gather_on_host(embedding, base.device)
     return stream_head(head, base.device, tier)
+
+
+def copy_modules(base: LoadedModel) -> LoadedModel:
+    """Copy the base: new modules and a new configuration, but the same tensors. A run can replace and wrap modules of
+    the copy, but must not change values of tensors. Copy a base before it is prepared for a run."""
+    shared: dict[int, object] = {id(part): part for part in parts_apart(base.net).values()}
+    for module in base.net.modules():
+        named = {**module._parameters, **module._buffers, **vars(module)}
+        shared |= {id(value): value for value in named.values() if isinstance(value, Tensor)}
+    net: nn.Module = copy.deepcopy(base.net, shared)
+    return replace(base, net=net, config=config_of(net))
+
+
+class TensorVersions:
+    """Records the versions and addresses of a base's tensors, to detect whether a run changes a tensor."""
+
+    def __init__(self, base: LoadedModel) -> None:
+        tensors = [*base.net.parameters(), *base.net.buffers()]
+        self._tensors = [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+    def unchanged(self) -> bool:
+        """Whether no tensor was changed in place or moved in memory since the start. Streamed layers always move, so
+        this works only for bases that stay on the device."""
+        return all(t._version == version and t.data_ptr() == pointer for t, version, pointer in self._tensors)
