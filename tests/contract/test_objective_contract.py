@@ -52,6 +52,7 @@ from tunekit.formats.image_label import ImageLabelExample
 from tunekit.formats.labels import LabelExample
 from tunekit.formats.preference import PreferenceExample
 from tunekit.formats.prompt import PromptExample
+from tunekit.formats.reranking import RerankingExample
 from tunekit.formats.tags import TagsExample
 from tunekit.formats.transcript import TranscriptExample
 from tunekit.formats.unpaired import UnpairedExample
@@ -99,6 +100,11 @@ HEARD = tuple(
     for text, label in (("one", "yes"), ("two three", "no"), ("nine", "yes"), ("zero one two", "perhaps"))
 )
 GROUPED = tuple(EmbeddingExample(texts) for texts in (("abc", "defg"), ("zyx", "i", "klmno"), ("keyboard", "12345")))
+CANDIDATES = (
+    RerankingExample("abc", ("defg", "z"), positives=1),
+    RerankingExample("zyx", ("i", "klmno", "pq"), positives=1),
+    RerankingExample("keyboard", ("12345", "xy"), positives=1),
+)
 EXAMPLES = {
     "audio_label": HEARD,
     "embedding": GROUPED,
@@ -108,6 +114,7 @@ EXAMPLES = {
     "prompt": ASKED,
     "label": LABELLED,
     "preference": PREFERRED,
+    "reranking": CANDIDATES,
     "tags": TAGGED,
     "transcript": SPOKEN,
     "unpaired": UNPAIRED,
@@ -184,7 +191,9 @@ def make_case(name: str, processors: Mapping[str, Processor]) -> tuple[Objective
 def counted(objective: Objective, rows: Sequence[Row]) -> float:
     """What the loss of rows of `make_case` is divided by."""
     examples = EXAMPLES[objective.rows.example]
-    return sum(row.supervised * getattr(examples[row.number], "weight", 1.0) for row in rows)
+    documents = (len(getattr(examples[row.number], "documents", "1")) for row in rows)  # of a reranker's row
+    weights = (getattr(examples[row.number], "weight", 1.0) for row in rows)
+    return sum(row.supervised * count * weight for row, count, weight in zip(rows, documents, weights, strict=True))
 
 
 def stored(folder: Path, layout: RowLayout, rows: Sequence[Row]) -> TokenStore:

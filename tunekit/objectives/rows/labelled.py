@@ -31,7 +31,7 @@ from tunekit.formats.labels import LabelExample
 from tunekit.model.text.generation import check_prompts
 from tunekit.objectives.rows.labels import label_of, never_split, utf8
 from tunekit.objectives.rows.pairs import PairIds, is_pair, join_texts, other_kind, sized_pair, types_of
-from tunekit.objectives.rows.text import put_around
+from tunekit.objectives.rows.text import padding_id, put_around
 from tunekit.recipe.bases.label_settings import LabelSettings
 
 UNLABELLED = {"-1": "GLUE", "-": "SNLI"}  # in files of these data sets, this label means that a pair has no label
@@ -69,11 +69,8 @@ class LabelledTexts(RowKind):
 
     @cached_property
     def padding(self) -> int:
-        """The padding id. It differs from the ids at the end of a text, because the heads of T5 and BART search for
-        those end ids. Padding is masked."""
-        ends = self.around[1]
-        ids: tuple[int, ...] = (self.tokenizer.pad_id, *range(len(ends) + 1))
-        return next(each for each in ids if each not in ends)
+        """The padding id."""
+        return padding_id(self.tokenizer)
 
     @property
     def unknown_id(self) -> int | None:

@@ -79,6 +79,14 @@ def put_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return (whole[: starts[0]], whole[starts[0] + len(inner) :]) if inner and starts else ([], [])
 
 
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The padding id. It differs from the ids at the end of a text, because the heads of T5 and BART search for those
+    end ids. Padding is masked."""
+    ends = put_around(tokenizer)[1]
+    ids: tuple[int, ...] = (tokenizer.pad_id, *range(len(ends) + 1))
+    return next(each for each in ids if each not in ends)
+
+
 def as_source(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """The ids, with the special tokens that the tokenizer puts before and after a text. Tokens that are already there
     are not added again."""
