@@ -161,6 +161,7 @@ def assert_same(plain: Run, streamed: Run) -> None:
 def test_every_proven_family_is_tested() -> None:
     elsewhere = {"whisper", "moonshine"}  # tests/objectives/test_speech.py, test_moonshine.py
     elsewhere |= {"qwen2_5_vl_text", "qwen3_vl_text"}  # tests/runs/test_composite_runs.py
+    elsewhere |= {"qwen2_vl_text", "glm4v_text"}  # tests/runs/test_image_text_runs.py
     kinds = {kind for kind, _ in NETS.values()}
     assert kinds == PROVEN - (model_types().keys() - kinds) - elsewhere
 

@@ -18,7 +18,7 @@ from tests.support.train_case import records, train, write_recipe
 from tunekit.adapters.folder.config import tensors_path
 from tunekit.contracts import IGNORED
 
-STEPS, RATE = 3, 1e-2
+STEPS, RATE = 10, 1e-2
 ROWS = 4 * STEPS
 ADAPTED = ("q_proj", "v_proj", "down_proj")
 
@@ -67,8 +67,9 @@ def _part(part: Any, folder: Path) -> dict[str, str]:
     return {"type": "image", "path": str(folder / part["image"])} if part["type"] == "image" else part
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model_type", TOKENS)
-def test_three_steps_equal_peft_on_the_processors_batch(model_type: str, tmp_path: Path) -> None:
+def test_ten_steps_equal_peft_on_the_processors_batch(model_type: str, tmp_path: Path) -> None:
     folder = write_image_text(model_type, tmp_path / "model", marked=True)
     model = peft_model(folder, tmp_path / "adapter")
     training = {"epochs": None, "max_steps": STEPS, "gradient_accumulation_steps": 2, "scheduler": "constant"}

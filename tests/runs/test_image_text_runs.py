@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.support.image_text_case import TOKENS, image_row, write_image_rows, write_image_text, write_images
 from tests.support.plans import make_plan
@@ -166,22 +167,35 @@ def test_a_base_is_evaluated_on_rows_with_images(folder: Path, run: Path, tmp_pa
     assert json.loads((tmp_path / "eval.json").read_text())["rows"] == 10
 
 
-def test_a_merged_folder_and_the_adapter_in_peft_read_images_alike(folder: Path, run: Path, tmp_path: Path) -> None:
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("model_type", TOKENS)
+def test_a_merged_folder_and_the_adapter_in_peft_read_images_alike(model_type: str, tmp_path: Path) -> None:
+    """In the class that config.json names, which servers use. The tensors of the tower stay as they are."""
+    folder = write_image_text(model_type, tmp_path / "model")
+    run = train(recipe_of(tmp_path, folder, data={"eval": None}))
     merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
     before, after = ({k: v for file in place.glob("*.safetensors") for k, v in load_file(file).items()}
                      for place in (folder, tmp_path / "merged"))  # fmt: skip
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before if "visual" in name)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed
+    assert all(re.search(r"(language|text)_model|^model\.layers", name) for name in changed)
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
-    messages = [{"role": "user", "content": [{"type": "image", "path": str(run.parent / "images" / "0.png")}]}]
+    images = [{"type": "image", "path": str(run.parent / "images" / f"{at}.png")} for at in range(2)]
+    messages = [{"role": "user", "content": [images[0], {"type": "text", "text": "and"}, images[1]]}]
     batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt",
                                           processor_kwargs={"return_mm_token_type_ids": True})  # fmt: skip
-    base = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     plain = base(**batch).logits.detach()
-    adapted = peft.PeftModel.from_pretrained(base, str(run / "adapter"))(**batch).logits
-    merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(**batch).logits
+    model = peft.PeftModel.from_pretrained(base, str(run / "adapter"))
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    for name, tensor in peft.get_peft_model_state_dict(model).items():
+        assert torch.equal(saved.pop(name), tensor)
+    assert not saved
+    adapted = model(**batch).logits
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)(**batch).logits
     assert float((merged - adapted).abs().max()) < 1e-4
-    assert float((plain - adapted).abs().max()) > 1e-2
+    assert float((plain - adapted).abs().max()) > 1e-3
 
 
 def test_rows_of_text_alone_load_no_tower(folder: Path, tmp_path: Path) -> None:

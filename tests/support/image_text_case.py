@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
 from tests.conftest import write_tiny_llama
-from tests.support.composite_case import MROPE, PATCHES, TEXT, VISUAL, WINDOWS
+from tests.support.composite_case import INTERLEAVED, LINEAR, MROPE, PATCHES, TEXT, VISUAL, WINDOWS
 
 VOCABULARY = 320
 SIDE = 32  # pixels of a tile
@@ -22,8 +22,12 @@ VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 TILE_TOKENS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
 TILE_TOKENS += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
 GEMMA_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+GLM_TOKENS = ["<|begin_of_image|>", "<|end_of_image|>", "<|image|>"]
+GLM_TOKENS += ["<|begin_of_video|>", "<|end_of_video|>", "<|video|>"]
+QWEN = (VISION_TOKENS, "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>")
 TOKENS = {  # model type -> its further tokens, the token at features, what the template writes for an image
-    "qwen2_5_vl": (VISION_TOKENS, "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), QWEN),
+    "glm4v": (GLM_TOKENS, "<|image|>", "<|begin_of_image|><|image|><|end_of_image|>"),
     "gemma3": (list(GEMMA_TOKENS.values()), "<image_soft_token>", "<start_of_image>"),
     "llava": (["<image>"], "<image>", "<image>"),
     "idefics3": (TILE_TOKENS, "<image>", "<image>"),
@@ -31,6 +35,18 @@ TOKENS = {  # model type -> its further tokens, the token at features, what the 
 }
 LLAMA = {"model_type": "llama"}
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": (
+        {"rope_parameters": MROPE},
+        {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4},
+        {},
+    ),
+    "qwen3_vl": ({**INTERLEAVED, "num_hidden_layers": 3}, {**VISUAL, "deepstack_visual_indexes": [0, 1]}, {}),
+    "qwen3_5": ({**INTERLEAVED, **LINEAR, "layer_types": ["linear_attention", "full_attention"]}, VISUAL, {}),
+    "glm4v": (
+        {"rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        {**VISUAL, "num_heads": 2, "image_size": 32},
+        {},
+    ),
     "qwen2_5_vl": ({"rope_parameters": MROPE}, {**VISUAL, "window_size": 16, "fullatt_block_indexes": [1]}, {}),
     "gemma3": (WINDOWS, PATCHES, {"mm_tokens_per_image": 4}),
     "llava": (LLAMA, {**PATCHES, "model_type": "clip_vision_model", "projection_dim": 32}, {"image_seq_length": 16}),
@@ -57,11 +73,19 @@ def template(model_type: str, *, marked: bool = False) -> str:
 def make_processor(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     """The processor of transformers' class."""
     tile = {"height": SIDE, "width": SIDE}
-    if model_type == "qwen2_5_vl":
-        sizes = {"size": {"shortest_edge": 64, "longest_edge": 1024}}
-        images = transformers.Qwen2VLImageProcessor(patch_size=4, merge_size=2, temporal_patch_size=2, **sizes)
-        videos = transformers.Qwen2VLVideoProcessor()
-        return transformers.Qwen2_5_VLProcessor(images, tokenizer, videos)
+    grid = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"shortest_edge": 64, "longest_edge": 1024}
+    if model_type in ("qwen2_vl", "qwen2_5_vl"):
+        kind = {"qwen2_vl": transformers.Qwen2VLProcessor, "qwen2_5_vl": transformers.Qwen2_5_VLProcessor}[model_type]
+        images = transformers.Qwen2VLImageProcessor(size=pixels, **grid)
+        return kind(images, tokenizer, transformers.Qwen2VLVideoProcessor())
+    if model_type in ("qwen3_vl", "qwen3_5"):
+        images = transformers.Qwen2VLImageProcessor(size=pixels, **grid)
+        return transformers.Qwen3VLProcessor(images, tokenizer, transformers.Qwen3VLVideoProcessor())
+    if model_type == "glm4v":
+        pixels = {name: 2 * count for name, count in pixels.items()}  # this processor counts two frames
+        images = transformers.Glm4vImageProcessor(size=pixels, **grid)
+        return transformers.Glm4vProcessor(images, tokenizer, transformers.Glm4vVideoProcessor())
     if model_type == "gemma3":
         return transformers.Gemma3Processor(transformers.Gemma3ImageProcessor(size=tile), tokenizer, image_seq_length=4)
     if model_type == "llava":

@@ -179,12 +179,13 @@ class LayerCall:
 
     `arguments` and `keywords`: positional and keyword arguments, in which a SideInput stands for a tensor.
     `side_outputs`: a SideInput for each output of the layer after the first, in order; None for an output that no layer
-    reads.
+    reads. `added`: what the model adds to the hidden states before this layer (B, T, D).
     """
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     side_outputs: tuple[SideInput | None, ...] = ()
+    added: torch.Tensor | None = None
 
     @property
     def side_inputs(self) -> list[SideInput]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tunekit.contracts import Processor, Tensors
+from tunekit.contracts import Processor, Stages, Tensors
 from tunekit.model.families.family import Family
 from tunekit.model.families.stacks import OneStack
 from tunekit.model.families.structure import accepted_names, base_name
+from tunekit.model.images.features import deep_layers
 from tunekit.model.parts import composite_classes, parts_apart, set_apart
 from tunekit.model.pretrained import as_pretrained, config_of
 from tunekit.model.text.tokenizer import load_tokenizer
@@ -28,9 +29,14 @@ class ImageStack(OneStack):
     """The language model. Rows with images go through the model's own code, which puts the images' features in the
     places of their tokens, and makes its mask."""
 
+    def stages(self, net: nn.Module) -> Stages | None:
+        """None also for a net that adds features of images after its last layer."""
+        return super().stages(net) if deep_layers(net) < len(self.layers(net)) else None
+
     def run(self, net: nn.Module, inputs: Tensors) -> ModelOutput:
         """The output of the language model. Further inputs of rows with images: image_features (N, D), of all images
-        in order; token_types (B, T), 1 at features; rope_positions (3, B, T), if the base has three positions."""
+        in order, beside those for the first layers (N, (1 + layers) D); token_types (B, T), 1 at features;
+        rope_positions (3, B, T), if the base has three positions."""
         features = inputs.get("image_features")
         if features is None:
             return super().run(net, inputs)
@@ -38,8 +44,11 @@ class ImageStack(OneStack):
             raise ValueError("rows with images have no room for an adapter's virtual tokens")
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        pooled = features if config_of(net).model_type in ONE_TENSOR else [features]
-        images = BaseModelOutputWithPooling(pooler_output=pooled)
+        pooled, *deep = features.chunk(1 + deep_layers(net), dim=-1)
+        images = BaseModelOutputWithPooling(
+            pooler_output=pooled if config_of(net).model_type in ONE_TENSOR else [pooled]
+        )
+        images.deepstack_features = [[layer] for layer in deep]
         base, types = as_pretrained(net).base_model, inputs["token_types"]
         arguments = {"position_ids": inputs.get("rope_positions"), "token_type_ids": types, "mm_token_type_ids": types}
         accepted = {name: value for name, value in arguments.items() if name in accepted_names(base)}

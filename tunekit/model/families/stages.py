@@ -6,8 +6,10 @@ makes masks and position embeddings, in any version of transformers.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tunekit.contracts import LayerCall, SideInput, Stack, Tensors
@@ -27,6 +29,8 @@ PROVEN = frozenset(
         *("ministral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo3"),
         *("olmoe", "openai-gpt", "persimmon", "qwen2_moe", "qwen3_5_text", "qwen3_moe", "qwen3_next"),
         *(
+            "glm4v_text",
+            "qwen2_vl_text",
             "qwen2_5_vl_text",
             "qwen3_vl_text",
             "recurrent_gemma",
@@ -47,8 +51,8 @@ LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # setting
 
 
 class _LayerRecorder(nn.Module):
-    """Replaces a layer in the embed stage. It records the arguments of its call and returns the hidden states
-    unchanged."""
+    """Replaces a layer in the embed stage. It records the arguments of its call and returns zeros, so that the next
+    recorder gets what the model adds between the two layers."""
 
     def __init__(self, layer: nn.Module, side_outputs: int) -> None:
         super().__init__()
@@ -56,13 +60,15 @@ class _LayerRecorder(nn.Module):
         self.arguments: tuple[object, ...] = ()
         self.keywords: dict[str, object] = {}
         self.hidden: Tensor | None = None
+        self.returned: Tensor | None = None
         self.side_outputs = tuple(SideInput() for _ in range(side_outputs))
 
     def forward(
         self, hidden: Tensor, *arguments: object, **keywords: object
     ) -> Tensor | tuple[Tensor | SideInput, ...]:
         self.hidden, self.arguments, self.keywords = hidden, arguments, keywords
-        return (hidden, *self.side_outputs) if self.side_outputs else hidden
+        self.returned = torch.zeros_like(hidden)  # (B, T, D)
+        return (self.returned, *self.side_outputs) if self.side_outputs else self.returned
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -84,6 +90,7 @@ class StageLayer(nn.Module):
 
     def forward(self, hidden: Tensor, call: LayerCall) -> Tensor:
         arguments = [_value(argument) for argument in call.arguments]
+        hidden = hidden if call.added is None else hidden + call.added
         output = self.layer(hidden, *arguments, **{name: _value(argument) for name, argument in call.keywords.items()})
         if isinstance(output, tuple | list):
             output, *others = output
@@ -138,15 +145,17 @@ def _calls(recorders: Sequence[_LayerRecorder], source: SideInput | None) -> lis
     def linked(argument: object) -> object:
         return source if source is not None and argument is source.value else argument
 
+    before = [recorders[0].hidden, *(recorder.returned for recorder in recorders[:-1])]
     calls = [
         LayerCall(
             tuple(map(linked, recorder.arguments)),
             {k: linked(v) for k, v in recorder.keywords.items()},
+            added=None if recorder.hidden is hidden else recorder.hidden,
         )
-        for recorder in recorders
+        for recorder, hidden in zip(recorders, before, strict=True)
     ]
     read = {id(side) for call in calls for side in call.side_inputs}
     return [
-        LayerCall(call.arguments, call.keywords, tuple(b if id(b) in read else None for b in recorder.side_outputs))
+        replace(call, side_outputs=tuple(side if id(side) in read else None for side in recorder.side_outputs))
         for call, recorder in zip(calls, recorders, strict=True)
     ]

@@ -12,20 +12,33 @@ from tunekit.contracts import Tensors
 from tunekit.errors import ModelError
 from tunekit.machine.placing import to_device
 from tunekit.model.parts import parts_apart
-from tunekit.model.pretrained import as_pretrained
+from tunekit.model.pretrained import as_pretrained, config_of
 
 
 @torch.no_grad()
 def image_features(net: nn.Module, inputs: Tensors, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The features of one image, (tokens, D), on `device`. `inputs`: of the tower, for this image alone."""
+    """The features of one image, (tokens, D), on `device`. `inputs`: of the tower, for this image alone.
+
+    Features that the base adds to the states after its first layers follow on the second axis: (tokens, (1+L) D).
+    """
     if not parts_apart(net, loaded=True):
         what = "rows have images, but the parts of the base that read images are not loaded"
         raise ModelError(what, "use rows of text alone, or train an adapter on rows with images first")
     moved = {name: to_device(tensor, device) for name, tensor in inputs.items()}
     floats = {name: tensor.to(dtype) for name, tensor in moved.items() if tensor.is_floating_point()}
-    pooled = as_pretrained(net).base_model.get_image_features(**moved | floats, return_dict=True).pooler_output
-    features = pooled if isinstance(pooled, Tensor) else torch.cat(list(pooled))
-    return features.reshape(-1, features.shape[-1])
+    output = as_pretrained(net).base_model.get_image_features(**moved | floats, return_dict=True)
+    deep: Sequence[Tensor | Sequence[Tensor]] = getattr(output, "deepstack_features", None) or ()
+    return torch.cat([_in_one(some) for some in (output.pooler_output, *deep)], dim=-1)
+
+
+def _in_one(features: Tensor | Sequence[Tensor]) -> Tensor:
+    whole = features if isinstance(features, Tensor) else torch.cat(list(features))
+    return whole.reshape(-1, whole.shape[-1])
+
+
+def deep_layers(net: nn.Module) -> int:
+    """The number of layers after which the base adds features of images to the states."""
+    return len(getattr(getattr(config_of(net), "vision_config", None), "deepstack_visual_indexes", None) or ())
 
 
 def rope_positions(net: nn.Module, ids: Tensor, types: Tensor, images: Sequence[Tensors]) -> Tensor | None:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 # Model types for which tests prove that loss and gradient equal a plain forward of transformers.
-PROVEN = frozenset(["gemma3", "idefics3", "llava", "qwen2_5_vl", "smolvlm"])
+PROVEN = frozenset(
+    ["gemma3", "glm4v", "idefics3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm"],
+)
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
 PACKAGES = ("pillow", "torchvision", "transformers")  # on which pixels depend
 SIZES = ((32, 32), (32, 256))  # heights and widths of the images from which the layout is found
@@ -35,7 +37,7 @@ class BaseImages:
 
     def __init__(self, folder: Path, model_type: str) -> None:
         self.folder = folder
-        others = f"rows with images: not supported yet for {model_type}, only for {listed(sorted(PROVEN), 9)}"
+        others = f"rows with images: not supported yet for {model_type}, only for {listed(sorted(PROVEN), len(PROVEN))}"
         self.obstacle = None if model_type in PROVEN else others
         self._remember()
 

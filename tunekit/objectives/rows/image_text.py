@@ -35,7 +35,7 @@ from tunekit.data.rendering.expansion import ImageTexts
 from tunekit.errors import DataError, ModelError
 from tunekit.formats.example import Example, images_of
 from tunekit.formats.media import Media
-from tunekit.model.images.features import image_features, rope_positions
+from tunekit.model.images.features import deep_layers, image_features, rope_positions
 from tunekit.model.loaded_model import LoadedModel, as_loaded
 from tunekit.objectives.rows.images import read_pixels
 from tunekit.objectives.rows.labels import utf8
@@ -182,7 +182,8 @@ class ImageTextRows(TextRows):
             torch.empty(self.processor.input_bytes(image.height, image.width), dtype=torch.uint8, device=base.device)
         inputs = [] if simulated else [self.processor.inputs(_pixels(row, images, at)) for at in range(len(images))]
         computed = [image_features(base.net, each, base.device, base.dtype).float().cpu() for each in inputs]
-        features = torch.cat(computed) if computed else torch.zeros(count if simulated else 0, base.facts.hidden_size)
+        empty = torch.zeros(count if simulated else 0, (1 + deep_layers(base.net)) * base.facts.hidden_size)
+        features = torch.cat(computed) if computed else empty
         if len(features) != count:
             what = f"{row.origin}: the base computes {len(features)} features for {count} tokens of images"
             raise ModelError(what, "use the processor's files that belong to the base", key="model.name_or_path")
