@@ -350,11 +350,42 @@ def test_the_label_of_pairs_is_the_only_column_of_few_values(tmp_path: Path) -> 
     init(data, tmp_path / "r.yaml", "org/model")
     assert load_recipe(tmp_path / "r.yaml").recipe.data.train[0].columns == {"equal": "label"}
     data.write_text("\n".join(["id,question1,question2", *(line[:-2] for line in lines)]), "utf-8")
+    look = look_at(str(data))  # two texts without a label
+    assert look is not None
+    assert look.objective == "embed"
+    lines = [f"{line},{line[-1]}" for line in lines]
+    data.write_text("\n".join(["id,question1,question2,equal,same", *lines]), "utf-8")
     with pytest.raises(
-        DataError, match="two texts, and no column could be their label; rename the column to label"
+        DataError, match="two texts, and equal or same could be their label; rename the column to label"
     ) as caught:
         look_at(str(data))
     assert "data.train" not in str(caught.value)  # there is no recipe yet
+
+
+@pytest.mark.parametrize(
+    ("row", "loss", "reason", "metric"),
+    [
+        ({"query": "Hi", "document": "Hello"}, "multiple_negatives_ranking", "64 rows", "ndcg_at_10"),
+        ({"anchor": "Hi", "positive": "Hello", "negative": "Bye"}, "multiple_negatives_ranking", "64", "ndcg_at_10"),
+        ({"sentence1": "Hi", "sentence2": "Hello"}, "multiple_negatives_ranking", "are the negatives", "ndcg_at_10"),
+        ({"query": "Hi", "document": "Hello", "score": 0.3}, "cosent", "order of the similarities", "spearman"),
+        ({"sentence1": "Hi", "sentence2": "Hello", "similarity": 4.5}, "cosent", "order", "spearman"),
+        ({"query": "Hi", "passage": "Hello", "label": 1}, "contrastive", "similar or not", "average_precision"),
+        ({"query": "Hi", "document": "A", "negative": "B", "scores": [3.5, 1]}, "margin_mse", "teacher", "ndcg_at_10"),
+    ],
+)
+def test_rows_of_texts_get_the_loss_that_reads_them(
+    row: dict[str, object], loss: str, reason: str, metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init(write(tmp_path / "rows.jsonl", row), tmp_path / "r.yaml")
+    recipe, said = load_recipe(tmp_path / "r.yaml").recipe, " ".join(capsys.readouterr().out.split())
+    assert recipe.objective.model_dump()["loss"] == loss
+    assert recipe.model.name_or_path == "sentence-transformers/all-MiniLM-L6-v2"
+    training = recipe.training
+    assert training.micro_batch_size * training.gradient_accumulation_steps >= 64
+    assert recipe.evaluation.best == f"eval.{metric}"
+    assert f"objective.loss: {loss}, for " in said
+    assert reason in said
 
 
 def test_numbers_beside_a_text_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

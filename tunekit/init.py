@@ -85,7 +85,9 @@ def init_verb(
             raise
     wrote = _with_schema(target)
     console.info(*results, f"wrote {wrote}; see its training rows with: tunekit preview {shlex.quote(str(target))}")
-    console.info(*([] if look is None else look.notes))  # keys to change in the recipe, which now exists
+    console.info(
+        *first.reasons, *([] if look is None else look.notes)
+    )  # keys to change in the recipe, which now exists
     return target
 
 

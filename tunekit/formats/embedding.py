@@ -21,6 +21,8 @@ POSITIVES = ("document", "answer", "passage", "context", "response", "sentence2"
 SCORES = ("scores", "label", "labels", "similarity", "similarity_score", "relatedness_score")
 ALIASES = dict.fromkeys(ANCHORS, "anchor") | dict.fromkeys((*POSITIVES, "sentence_B"), "positive")
 ALIASES |= dict(zip(label_pairs.NAMES[1], ("anchor", "positive"), strict=True)) | dict.fromkeys(SCORES, "score")
+SEARCHES = (("anchor", "query"), ("positive", "document", "passage", "context"))  # names that only searches have
+SIMILARITIES = ("similarity", "similarity_score", "relatedness_score")
 NUMBERED = re.compile(r"(?:hard_)?negative(?:_?([0-9]{1,4}))?")
 DESCRIPTION = (
     "anchor (or query, question, sentence1, premise, text1, sentence_a) and positive (or document, answer, passage, "
@@ -45,6 +47,12 @@ def make_example(row: Fields) -> EmbeddingExample:
     """The texts and the scores of a row. Raises: DataError if two columns could have one role, or for wrong values."""
     anchor, positive = (read_text(row, _column(row, field)) for field in REQUIRED)
     return EmbeddingExample((anchor, positive, *_negatives(row)), _scores(row))
+
+
+def is_search(row: Fields) -> bool:
+    """Whether the columns are those of a search or of similar texts, and have no other usual meaning."""
+    searched = all(any(name in row for name in names) for names in SEARCHES)
+    return searched or (label_pairs.names_pair(row) and any(name in row for name in SIMILARITIES))
 
 
 def _column(row: Fields, field: str) -> str:

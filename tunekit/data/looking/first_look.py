@@ -20,6 +20,7 @@ from tunekit.data.reading.several import data_files, is_pattern
 from tunekit.data.reading.source import read_source, rename_columns
 from tunekit.errors import DataError
 from tunekit.files.untrusted import printable
+from tunekit.formats.embedding import is_search
 from tunekit.formats.example import images_of
 from tunekit.formats.label_pairs import ALIASES, names_pair
 from tunekit.formats.labels import label_field, of_cell
@@ -38,6 +39,7 @@ LABEL_NAMES = ("labels", "category", "class", "intent", "sentiment", "target", "
 SHARE_KEPT = 0.995  # share of the rows that fit into the proposed length
 LONGEST_LABEL, ROWS_OF_A_LABEL = 60, 4  # maximum characters of a label; minimum rows per label, on average
 ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> the word for a row
+TEXTS_FORMAT = "embedding"  # its columns may also be a question and its answer, or two texts and their label
 ANSWERS_FORMAT = "unpaired"  # its only required column, label, is in rows of other formats too
 TURNS = ("messages", "conversations", "prompt")  # columns with the turns of a conversation
 IMAGE_TOKENS = 1280  # of an image of a million pixels, as Qwen2.5-VL counts; only the base's processor knows
@@ -216,6 +218,8 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
             named = isinstance(of_cell(row.get(label_field(row))), str | int) and "label" not in row
             if name == LABELS_FORMAT and named:  # the user must confirm that a column such as category contains labels
                 continue
+            if name == TEXTS_FORMAT and not is_search(row):
+                continue
             if name == ANSWERS_FORMAT:
                 format_maker(name)(row)
             return objective, name, {}
@@ -226,6 +230,9 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
         return next(each for each in known if each.example == example), QUESTIONS_FORMAT, columns
     if names_pair(row):
         column = _label_of_pairs(rows, data)
+        if column is None:  # two texts that belong together
+            example = facts_of("formats", TEXTS_FORMAT).EXAMPLE
+            return next(each for each in known if each.example == example), TEXTS_FORMAT, {}
         example = facts_of("formats", PAIRS_FORMAT).EXAMPLE
         return next(each for each in known if each.example == example), PAIRS_FORMAT, {column: "label"}
     texts = [name for name, value in row.items() if name != "label" and isinstance(of_cell(value), str)]
@@ -235,12 +242,13 @@ def _kind(rows: Sequence[Mapping[str, object]], data: str) -> tuple[type[Objecti
     raise DataError(last.problems[0].what, "; or ".join(lacks) if folder else RENAME, file=data, line=1)
 
 
-def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str:
-    """The column with the label of two texts. Raises: DataError unless exactly one column may contain labels."""
+def _label_of_pairs(rows: Sequence[Mapping[str, object]], data: str) -> str | None:
+    """The column with the label of two texts; None if no column may contain labels. Raises: DataError if several
+    columns may contain them."""
     columns = [name for name in {**label_columns(rows), **dict.fromkeys(number_columns(rows))} if name not in ALIASES]
-    if len(columns) == 1:
-        return columns[0]
-    what = f"the rows have two texts, and {' or '.join(columns) or 'no column'} could be their label"
+    if len(columns) < 2:
+        return columns[0] if columns else None
+    what = f"the rows have two texts, and {' or '.join(columns)} could be their label"
     raise DataError(what, "rename the column to label", file=data, line=1)
 
 

@@ -32,6 +32,7 @@ SAMPLED_ANSWERS: Sequence[Line] = (
 )
 LABEL_METRICS: Sequence[Line] = (("  metrics: [loss, accuracy, macro_f1]", ""),)
 NUMBER_METRICS: Sequence[Line] = (("  metrics: [loss, pearson, spearman]", ""),)
+OF_LABELS = "the type of the labels in the data"
 LENGTH_COMMENT = {False: "maximum tokens; longer rows are dropped and counted", True: "tokens of each part of the text"}
 POSITIONS_COMMENT = "maximum tokens (the model's number of positions); longer rows are dropped and counted"
 
@@ -76,6 +77,14 @@ class FirstRecipe:
     def needed(self) -> Mapping[str, str]:
         """The keys of the objective that the type of the labels needs."""
         return self.objective.for_rows(self.rows) if self.look else {}
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the rows need these keys of the objective, where the objective states it."""
+        reasons = self.objective.first_reasons
+        return [
+            f"objective.{key}: {value}, for {reasons[value]}" for key, value in self.needed.items() if value in reasons
+        ]
 
     @property
     def steps(self) -> int:
@@ -125,7 +134,10 @@ def base_of(look: Look | None) -> str | None:
     read."""
     if look is not None and look.has_images:
         return load_recipe(shipped_recipes()[IMAGES_RECIPE]).recipe.model.name_or_path
-    example = example_of(objective_of(look))
+    objective = objective_of(look)
+    if objective.first_recipe is not None:
+        return load_recipe(shipped_recipes()[objective.first_recipe]).recipe.model.name_or_path
+    example = example_of(objective)
     return None if example is None else example.model.name_or_path
 
 
@@ -135,7 +147,8 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
     split = look is not None and is_split(look)
     length_comment = LENGTH_COMMENT[split] if first.positions is None or split else POSITIONS_COMMENT
     few = look is not None and look.complete and look.rows < FEW_ROWS and not split
-    rows, accumulation, epochs, values = 2, 2 if few else 8, 3 if few else 1, first.measured
+    rows, accumulation = objective.first_rows or (2, 2 if few else 8)
+    epochs, values = 3 if few else 1, first.measured
     total = epochs * first.training_rows / (rows * accumulation)
     length_of_run = [(f"  epochs: {epochs}", "")]
     if values:
@@ -152,7 +165,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         method.append((f"  target_modules: [{', '.join(example.adapter.model_dump()['target_modules'])}]", ""))
     needed = first.needed
     chosen = [("objective:", ""), (f"  method: {name}", ""), *objective.first_lines]
-    chosen += [(f"  {key}: {value}", "the type of the labels in the data") for key, value in needed.items()]
+    chosen += [(f"  {key}: {value}", objective.first_reasons.get(value, OF_LABELS)) for key, value in needed.items()]
     lines = [
         (SCHEMA_LINE, ""),
         (f"# {look.text() if look else 'The recipe to edit'}.", ""),
@@ -197,7 +210,10 @@ def _steps_comment(epochs: float) -> str:
 
 
 def _evaluation_lines(objective: type[ObjectiveSettings], needed: Mapping[str, str]) -> list[Line]:
-    best = ("  best: eval.loss", "the checkpoint to export; the last checkpoint may be overfitted")
+    metric = objective.first_metric(needed)
+    best = (f"  best: eval.{metric or 'loss'}", "the checkpoint to export; the last checkpoint may be overfitted")
+    if metric is not None:
+        return [("evaluation:", ""), (f"  metrics: [loss, {metric}]", ""), best]
     answers = SAMPLED_ANSWERS if objective.medium is None else ()
     named = NUMBER_METRICS if unmeasurable("accuracy", objective, needed, chosen=False) else LABEL_METRICS
     return [("evaluation:", ""), best, *(named if objective.names_labels else answers)]

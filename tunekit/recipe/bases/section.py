@@ -135,6 +135,9 @@ class ObjectiveSettings(MethodSettings):
     - `medium`: audio or image, if rows name such files; None: text
     - `first_order`: the order in which `tunekit init` tries objectives on the first row; None: never tried
     - `first_lines`: the lines that `tunekit init` writes below the key `method`
+    - `first_recipe`: the shipped recipe whose base `tunekit init` proposes; None: any base
+    - `first_rows`: micro_batch_size and gradient_accumulation_steps of `tunekit init`; None: the usual ones
+    - `first_reasons`: why `for_rows` chose a value, by the value
     """
 
     default_learning_rate: ClassVar[PublishedRate | None] = None
@@ -153,6 +156,9 @@ class ObjectiveSettings(MethodSettings):
     medium: ClassVar[str | None] = None
     first_order: ClassVar[int | None] = None
     first_lines: ClassVar[Sequence[Line]] = ()
+    first_recipe: ClassVar[str | None] = None
+    first_rows: ClassVar[tuple[int, int] | None] = None
+    first_reasons: ClassVar[Mapping[str, str]] = {}
     needs_recipe: ClassVar[bool] = False
     has_head: ClassVar[bool] = False
     names_labels: ClassVar[bool] = False
@@ -167,6 +173,11 @@ class ObjectiveSettings(MethodSettings):
     def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
         """The settings that this objective needs to train on these rows, for the recipe of `tunekit init`."""
         return {}
+
+    @classmethod
+    def first_metric(cls, facts: Mapping[str, Any]) -> str | None:
+        """The metric by which `tunekit init` chooses the best checkpoint; None: the loss. `facts`: as in `sums_of`."""
+        return None
 
     @property
     def needs_evaluation(self) -> tuple[str, ...]:

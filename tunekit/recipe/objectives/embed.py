@@ -3,12 +3,15 @@ compares all rows of an optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from tunekit.basics import Shows
+from tunekit.errors import DataError
+from tunekit.formats.embedding import make_example
 from tunekit.metrics.retrieval import OF_QUERIES
 from tunekit.recipe.bases.section import AutoOrBool, Count, NotNegative, ObjectiveSettings, Positive, Section, Several
 from tunekit.recipe.model import ModelSection
@@ -101,6 +104,16 @@ class EmbedSettings(ObjectiveSettings):
     example = "embedding"
     answers = False
     supervised = True
+    first_order = 45
+    first_recipe = "embed-lora"
+    first_rows = (16, 4)
+    first_reasons: ClassVar[Mapping[str, str]] = {
+        "multiple_negatives_ranking": "rows without scores: the other rows of a step are the negatives, so a step has "
+        "64 rows; more rows are more negatives",
+        "cosent": "two texts and their similarity: the loss reads the order of the similarities",
+        "contrastive": "two texts and 1 or 0: similar or not",
+        "margin_mse": "documents and a teacher's scores: the loss reads the differences of the scores",
+    }
     shows: ClassVar[Shows] = Shows(unit="row")
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *RETRIEVAL)
 
@@ -177,6 +190,23 @@ class EmbedSettings(ObjectiveSettings):
         """The reason why a step must not have only one row; empty if it may."""
         compared = self.ranks or self.loss in ("cosent", "angle")
         return f"{self.loss} compares the rows of a step with each other" if compared else ""
+
+    @classmethod
+    def for_rows(cls, rows: Sequence[Mapping[str, object]]) -> Mapping[str, str]:
+        scores = list[tuple[float, ...]]()
+        for row in rows:
+            with suppress(DataError):  # the plan reports such rows
+                scores.append(make_example(dict(row)).scores)
+        if not any(scores):
+            return {"loss": RANKING[0]}
+        if any(len(each) > 1 for each in scores):
+            return {"loss": TAUGHT[0]}
+        return {"loss": "contrastive" if {number for each in scores for number in each} <= {0, 1} else "cosent"}
+
+    @classmethod
+    def first_metric(cls, facts: Mapping[str, Any]) -> str:
+        loss = facts.get("loss", RANKING[0])
+        return "average_precision" if loss in LABELS else "spearman" if loss in SCORED else "ndcg_at_10"
 
     @classmethod
     def sums_of(cls, facts: Mapping[str, Any]) -> tuple[str, ...]:
