@@ -458,7 +458,7 @@ def test_a_folder_in_the_newer_schema_is_a_target_and_exported_in_the_older_one(
 
 
 def test_models_without_embeddings_are_not_exported_for_sentence_transformers(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"reads embedding models, and the model has no modules\.json"):
+    with pytest.raises(InputError, match=r"reads embedding models and rerankers, and the model has no modules\.json"):
         export_verb(str(llama), "sentence-transformers", str(tmp_path / "out"))
 
 

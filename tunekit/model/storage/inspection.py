@@ -16,7 +16,7 @@ from tunekit.files.tensors import read_raw_header
 from tunekit.files.untrusted import MODEL_FILE, sha256_of
 from tunekit.model.families import Family, known_families, make_family
 from tunekit.model.storage.quantized_layouts import METHODS, stored_settings
-from tunekit.model.storage.sentence_transformers import read_modules
+from tunekit.model.storage.sentence_transformers import read_modules, read_reranker
 from tunekit.model.storage.shards import shard_files
 from tunekit.model.storage.source import KEY, ModelSource, find_source, read_json
 from tunekit.recipe.model import HeadedModel, HeadlessModel, ModelSection
@@ -142,9 +142,12 @@ def family_of_base(section: ModelSection) -> str:
 
 
 def base_objective(section: ModelSection) -> JsonObject:
-    """The objective that a base's files state: that of embeddings, for a folder of sentence-transformers, with the
-    facts of its modules. Empty for other bases. Raises: ModelError if such a folder has modules that are not read."""
+    """The objective that a base's files state: that of embeddings or of rerankers, for a folder of
+    sentence-transformers, with the facts of its modules. Empty for other bases. Raises: ModelError if such a folder has
+    modules that are not read."""
     source = find_source(section, weights=False)
+    if not source.gguf_file and (reranker := read_reranker(source.folder)) is not None:
+        return {"method": "rerank", **reranker}
     facts = {} if source.gguf_file else read_modules(source.folder)
     return {"method": "embed", **facts} if "pooling" in facts else {}
 

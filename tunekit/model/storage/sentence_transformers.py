@@ -15,6 +15,7 @@ from tunekit.model.storage.source import KEY, read_json, read_json_list
 MODULES, POOLING, PROMPTS = "modules.json", "config.json", "config_sentence_transformers.json"
 LENGTH, TOKENIZER = "sentence_bert_config.json", "tokenizer_config.json"
 DEFAULT_LENGTH = 512  # for models whose positions are computed and whose tokenizer states no length
+TEMPLATE, SIGMOID = "tunekit_template", "torch.nn.modules.activation.Sigmoid"  # of a reranker's settings
 KNOWN = ("Transformer", "Pooling", "Normalize")
 BOOLEANS = {  # the schema up to 5.3: one key for each mode
     "pooling_mode_cls_token": "cls",
@@ -81,10 +82,18 @@ def _max_length(folder: Path) -> JsonObject:
     return {}
 
 
+def read_reranker(folder: Path) -> JsonObject | None:
+    """The facts of a CrossEncoder's folder: its `template`, if tunekit wrote one. None for other folders."""
+    path = folder / PROMPTS
+    stated = read_json(path) if path.is_file() else {}
+    if stated.get("model_type") != "CrossEncoder":
+        return None
+    return {"template": stated[TEMPLATE]} if TEMPLATE in stated else {}
+
+
 @dataclass(frozen=True)
-class EmbeddingProcessor:
-    """A tokenizer that also saves the modules of a sentence-transformers folder. `facts`: as `read_modules`, with
-    `max_lengths` in place of `max_length`."""
+class FolderProcessor:
+    """A tokenizer that also saves the files of a sentence-transformers folder. `facts`: values of the objective."""
 
     inner: Processor
     facts: Mapping[str, Any]
@@ -99,16 +108,54 @@ class EmbeddingProcessor:
         """The tokenizer for texts."""
         return self.inner.tokenizer
 
+    @property
+    def padding(self) -> str | None:
+        """The padding token. sentence-transformers cannot pad without it, and some tokenizers' files name none."""
+        return None if self.tokenizer is None else self.tokenizer.token_text(self.tokenizer.pad_id)
+
+    def save(self, folder: Path) -> None:
+        """Save all files in a model folder that has a config.json."""
+        raise NotImplementedError
+
+
+class EmbeddingProcessor(FolderProcessor):
+    """Saves the modules of an embedding model. `facts`: as `read_modules`, with `max_lengths` in place of
+    `max_length`."""
+
     def save(self, folder: Path) -> None:
         """Save the tokenizer and the modules in a model folder that has a config.json."""
         self.inner.save(folder)
-        padding = None if self.tokenizer is None else self.tokenizer.token_text(self.tokenizer.pad_id)
-        write_modules(folder, self.facts, padding)
+        write_modules(folder, self.facts, self.padding)
+
+
+class RerankerProcessor(FolderProcessor):
+    """Saves the settings of a CrossEncoder. `facts`: may contain `template`."""
+
+    def save(self, folder: Path) -> None:
+        """Save the tokenizer and the settings in a model folder."""
+        self.inner.save(folder)
+        _write_tokenizer(folder, self.padding)
+        template = {TEMPLATE: self.facts["template"]} if self.facts.get("template") else {}
+        settings: JsonObject = {
+            "model_type": "CrossEncoder",
+            "prompts": {},
+            "default_prompt_name": None,
+            "activation_fn": SIGMOID,
+        }
+        write_json(folder / PROMPTS, {**settings, **template})
+
+
+def _write_tokenizer(folder: Path, padding: str | None, **settings: object) -> None:
+    """Add settings to the tokenizer's file, and the padding token if it names none."""
+    path = folder / TOKENIZER
+    stated = read_json(path) if path.is_file() else {}
+    named = {} if padding is None or stated.get("pad_token") else {"pad_token": padding}
+    write_json(path, {**stated, **named, **settings})
 
 
 def write_modules(folder: Path, facts: Mapping[str, Any], padding: str | None = None) -> None:
     """Write the modules in the schema up to version 5.3, and the maximum length into the tokenizer's file. `padding`:
-    the padding token, for a tokenizer whose file names none; sentence-transformers cannot pad without it."""
+    the padding token, for a tokenizer whose file names none."""
     config, names = read_json(folder / "config.json"), ["Transformer", "Pooling"]
     names += ["Normalize"] if facts["normalize"] else []
     paths = ["", *(f"{number}_{name}" for number, name in enumerate(names) if number)]
@@ -126,9 +173,6 @@ def write_modules(folder: Path, facts: Mapping[str, Any], padding: str | None = 
     known = _max_length(folder).get("max_length") or config.get("max_position_embeddings") or DEFAULT_LENGTH
     length = max(facts["max_lengths"].values(), default=known)
     write_json(folder / LENGTH, {"max_seq_length": length, "do_lower_case": False})
-    settings = folder / TOKENIZER
-    stated = read_json(settings) if settings.is_file() else {}
-    named = {} if padding is None or stated.get("pad_token") else {"pad_token": padding}
-    write_json(settings, {**stated, **named, "model_max_length": length})
+    _write_tokenizer(folder, padding, model_max_length=length)
     similarity = {"prompts": facts["prompts"], "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_json(folder / PROMPTS, similarity)
