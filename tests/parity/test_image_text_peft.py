@@ -18,7 +18,7 @@ from tests.support.train_case import records, train, write_recipe
 from tunekit.adapters.folder.config import tensors_path
 from tunekit.contracts import IGNORED
 
-STEPS, RATE = 10, 1e-2
+STEPS, RATE = 10, 1e-3
 ROWS = 4 * STEPS
 ADAPTED = ("q_proj", "v_proj", "down_proj")
 

@@ -123,7 +123,7 @@ def test_ranks_that_shard_the_base_have_the_whole_tower(folder: Path, tmp_path: 
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("model_type", TOKENS)
+@pytest.mark.parametrize("model_type", [name for name in TOKENS if name != "gemma4"])  # whose streaming is refused
 def test_a_streamed_run_equals_the_resident_one(model_type: str, tmp_path: Path) -> None:
     """Its layers are also recomputed: LLaVA's own forward would keep keys and values, which recomputation doubles."""
     folder = write_image_text(model_type, tmp_path / "model")

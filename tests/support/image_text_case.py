@@ -14,13 +14,18 @@ from PIL import Image
 from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
 from tests.conftest import write_tiny_llama
-from tests.support.composite_case import INTERLEAVED, LINEAR, MROPE, PATCHES, TEXT, VISUAL, WINDOWS
+from tests.support.composite_case import INTERLEAVED, LINEAR, MROPE, PATCHES, TEXT, TOWER, VISUAL, WINDOWS
 
 VOCABULARY = 320
 SIDE = 32  # pixels of a tile
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TILE_TOKENS = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
 TILE_TOKENS += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+GEMMA4_TOKENS = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"}
+GEMMA4_TOKENS |= {"boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>"}
+CONTEXT_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>"}
+CONTEXT_TOKENS |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
 GEMMA_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
 GLM_TOKENS = ["<|begin_of_image|>", "<|end_of_image|>", "<|image|>"]
 GLM_TOKENS += ["<|begin_of_video|>", "<|end_of_video|>", "<|video|>"]
@@ -32,8 +37,15 @@ TOKENS = {  # model type -> its further tokens, the token at features, what the 
     "llava": (["<image>"], "<image>", "<image>"),
     "idefics3": (TILE_TOKENS, "<image>", "<image>"),
     "smolvlm": ([*TILE_TOKENS, "<video>"], "<image>", "<image>"),
+    "llava_next": (["<image>"], "<image>", "<image>"),
+    "mistral3": (["[IMG]", "[IMG_BREAK]", "[IMG_END]"], "[IMG]", "[IMG]"),
+    "internvl": ([*CONTEXT_TOKENS.values()], "<IMG_CONTEXT>", "<IMG_CONTEXT>"),
+    "gemma4": ([*GEMMA4_TOKENS.values(), "<|video|>"], "<|image|>", "<|image|>"),
 }
+INDEXED = ("gemma3", "llava", "llava_next", "mistral3")  # configurations that call the token's id image_token_index
+NAMED_TOKENS = {"gemma3": GEMMA_TOKENS, "gemma4": GEMMA4_TOKENS, "internvl": CONTEXT_TOKENS}
 LLAMA = {"model_type": "llama"}
+CLIP = {**PATCHES, "model_type": "clip_vision_model", "projection_dim": 32}
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "qwen2_vl": (
         {"rope_parameters": MROPE},
@@ -49,7 +61,24 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen2_5_vl": ({"rope_parameters": MROPE}, {**VISUAL, "window_size": 16, "fullatt_block_indexes": [1]}, {}),
     "gemma3": (WINDOWS, PATCHES, {"mm_tokens_per_image": 4}),
-    "llava": (LLAMA, {**PATCHES, "model_type": "clip_vision_model", "projection_dim": 32}, {"image_seq_length": 16}),
+    "llava": (LLAMA, CLIP, {"image_seq_length": 16}),
+    "llava_next": (LLAMA, CLIP, {"image_grid_pinpoints": PINPOINTS}),
+    "mistral3": (
+        {"model_type": "mistral"},
+        {**PATCHES, "image_size": 64, "model_type": "pixtral", "head_dim": 8},
+        {"vision_feature_layer": -1, "spatial_merge_size": 2},
+    ),
+    "internvl": (
+        {"model_type": "qwen2"},
+        {**TOWER, "image_size": [SIDE, SIDE], "patch_size": [8, 8]},
+        {"image_seq_length": 4},
+    ),
+    "gemma4": (
+        {**WINDOWS, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+        | {"num_kv_shared_layers": 0, "use_bidirectional_attention": "vision"},
+        {**TOWER, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4, "position_embedding_size": 64},
+        {},
+    ),
     "idefics3": (LLAMA, PATCHES, {"scale_factor": 2}),
     "smolvlm": (LLAMA, PATCHES, {"scale_factor": 2}),
 }
@@ -91,6 +120,20 @@ def make_processor(model_type: str, tokenizer: PreTrainedTokenizerFast) -> Any:
     if model_type == "llava":
         images = transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=tile)
         return transformers.LlavaProcessor(images, tokenizer, 8, "default", num_additional_image_tokens=1)
+    if model_type == "llava_next":
+        sizes = {"size": {"shortest_edge": SIDE}, "crop_size": tile, "image_grid_pinpoints": PINPOINTS}
+        images = transformers.LlavaNextImageProcessor(**sizes)
+        return transformers.LlavaNextProcessor(images, tokenizer, 8, "default", num_additional_image_tokens=1)
+    if model_type == "mistral3":
+        images = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size={"height": 8, "width": 8})
+        return transformers.PixtralProcessor(images, tokenizer, patch_size=8, spatial_merge_size=2)
+    if model_type == "internvl":
+        images = transformers.GotOcr2ImageProcessor(size=tile, crop_to_patches=True, min_patches=1, max_patches=4)
+        return transformers.InternVLProcessor(images, tokenizer, transformers.InternVLVideoProcessor(), 4)
+    if model_type == "gemma4":
+        images = transformers.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70)
+        sounds, videos = transformers.Gemma4AudioFeatureExtractor(), transformers.Gemma4VideoProcessor()
+        return transformers.Gemma4Processor(sounds, images, tokenizer, videos)
     tiles = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}
     if model_type == "idefics3":
         return transformers.Idefics3Processor(transformers.Idefics3ImageProcessor(**tiles), tokenizer, image_seq_len=4)
@@ -102,9 +145,11 @@ def write_image_text(model_type: str, folder: Path, *, marked: bool = False) -> 
     """A model's folder with its processor."""
     write_tiny_llama(folder)
     added, features, _ = TOKENS[model_type]
-    named = {"extra_special_tokens": GEMMA_TOKENS} if model_type == "gemma3" else {}
+    named = {"extra_special_tokens": NAMED_TOKENS[model_type]} if model_type in NAMED_TOKENS else {}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **named)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *added]})
+    if model_type == "gemma4":  # whose processor always pads
+        tokenizer.pad_token = "<|endoftext|>"
     tokenizer.chat_template = template(model_type, marked=marked)
     processor = make_processor(model_type, tokenizer)
     processor.chat_template = tokenizer.chat_template
@@ -112,7 +157,7 @@ def write_image_text(model_type: str, folder: Path, *, marked: bool = False) -> 
     token_id = tokenizer.convert_tokens_to_ids(features)
     text, vision, others = SHAPES[model_type]
     text = {**TEXT, **text, "vocab_size": VOCABULARY}
-    image = {"image_token_index" if model_type in ("gemma3", "llava") else "image_token_id": token_id}
+    image = {"image_token_index" if model_type in INDEXED else "image_token_id": token_id}
     config = CONFIG_MAPPING[model_type](text_config=text, vision_config=vision, **image, **others)
     assert config.image_token_id == token_id
     with torch.random.fork_rng(devices=[]):

@@ -22,7 +22,7 @@ from tunekit.recipe.model import ImageModel, ModelSection
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
 
-ONE_TENSOR = ("gemma3",)  # model types whose features are one tensor, not a list
+ONE_TENSOR = ("gemma3", "internvl")  # model types whose features are one tensor, not a list
 
 
 class ImageStack(OneStack):

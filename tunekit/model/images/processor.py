@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 # Model types for which tests prove that loss and gradient equal a plain forward of transformers.
 PROVEN = frozenset(
-    ["gemma3", "glm4v", "idefics3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm"],
+    [
+        *("gemma3", "gemma4", "glm4v", "idefics3", "internvl", "llava", "llava_next", "mistral3"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm"),
+    ]
 )
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")
 PACKAGES = ("pillow", "torchvision", "transformers")  # on which pixels depend
