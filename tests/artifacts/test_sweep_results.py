@@ -55,6 +55,25 @@ def test_clear_and_unclear_differences(tmp_path: Path) -> None:
     assert [page.tone, sweep_page(two, values, ("runs/best.yaml", "model: org/base\n")).tone] == ["neutral", "good"]
 
 
+def test_the_verdict_names_the_rule_that_overrules_an_interval(tmp_path: Path) -> None:
+    one, other = run(tmp_path / "a", 1.0), run(tmp_path / "b", 1.0)
+    rows = json.loads((tmp_path / "b" / "evaluation_rows.json").read_text("utf-8"))
+    rows["losses"] = [
+        loss + (8.0 if at in (4, 9, 17) else 1.0) * units
+        for at, (loss, units) in enumerate(zip(rows["losses"], rows["units"], strict=True))
+    ]
+    (tmp_path / "b" / "evaluation_rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    other = read_run(tmp_path / "b")
+    results = sweep_results("eval.loss", {"a": [one], "b": [other]})
+    assert (found := results.settings[1].difference) is not None
+    assert found.low > 0
+    assert results.verdict().endswith(
+        "it cannot be distinguished from b on 30 evaluation rows (a few rows differ much more than the others from b, "
+        f"so {found.needed_rows:,} rows are needed)"
+    )
+    assert results.table()[1][1][2].endswith(",\ntoo few rows")  # type: ignore[attr-defined]
+
+
 def test_a_row_of_several_seeds_is_one_row(tmp_path: Path) -> None:
     """With equal losses in two seeds, the interval is that of one seed: the rows are no more than before."""
     one = {name: [run(tmp_path / name, loss, 0.3)] for name, loss in (("a", 1.0), ("b", 1.1))}

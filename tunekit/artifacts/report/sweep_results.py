@@ -186,7 +186,14 @@ class SweepResults:
             level = f"({LEVEL:.0%} intervals{self._seeds_note()})"
             return f"{first}; it is {'higher' if self.higher else 'lower'} than all others {rows} {level}"
         equal, contrary = [each.name for each in self.unclear], [each.name for each in finished if each.contrary]
-        parts = [f"it cannot be distinguished from {listed(equal, MOST_NAMED)} {rows}"] if equal else []
+        few = {each.name: each.difference for each in self.unclear if each.difference and each.difference.too_few}
+        needed = max((each.needed_rows or 0 for each in few.values()), default=0)
+        why = (
+            f" (a few rows differ much more than the others from {listed(list(few), MOST_NAMED)}, so {needed:,} rows "
+            "are needed)"
+        )
+        cannot = f"it cannot be distinguished from {listed(equal, MOST_NAMED)} {rows}{why if few else ''}"
+        parts = [cannot] if equal else []
         if contrary:
             what = f"on the runs and rows that both have, {listed(contrary, MOST_NAMED)}"
             parts.append(f"{what} {'is' if len(contrary) == 1 else 'are'} better")
@@ -230,6 +237,8 @@ class SweepResults:
         for setting in self.settings:
             spread = "–" if setting.spread is None else f"± {number_text('', setting.spread)}"
             difference = "–" if setting.difference is None else setting.difference.short_text()
+            if setting.difference is not None and setting.difference.too_few:
+                difference += ",\ntoo few rows"
             states = "; ".join(dict.fromkeys(map(_short_state, setting.runs)))
             lines.append([setting.name, setting.metric_text, *([spread] if deviation else []), difference, states])
         return head, lines
