@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -19,14 +20,42 @@ from tunekit.errors import EXIT_FAULT, InputError, ResourceError, TunekitError, 
 from tunekit.machine.variables import variables
 
 EXIT_BROKEN_PIPE = 141
-VERBOSE = {"TORCH_CPP_LOG_LEVEL": "WARNING"}
+VERBOSE = {"TORCH_CPP_LOG_LEVEL": "WARNING", "TRANSFORMERS_VERBOSITY": "warning"}
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it
 LIGHT = ("validate", "import", "recipes", "init", "schema", "runs", "launch")  # commands that import no torch
 IN_EACH_RANK = (*LIGHT, "train", "eval", "generate", "plan", "doctor")  # several processes may run these commands
 
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Print a wrong use of the command line as one line, which names the command whose help lists what it accepts."""
+    try:
+        yield
+    except UsageError as error:
+        text = error.format_message().rstrip(".")
+        if "\n" in text:  # the whole help, if no argument was given
+            raise
+        if "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":  # all ranks have the same options
+            path = error.ctx.command_path if error.ctx else "tunekit"
+            Console().error(f"{text}; for help: {path} -h")
+        raise typer.Exit(error.exit_code) from None
+
+
+class Program(InOrderOfUse):
+    """The group of all commands. Errors of use in any command pass through it."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> Any:
+        with _one_line():
+            return super().make_context(*arguments, **named)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="tunekit",
-    cls=InOrderOfUse,
+    cls=Program,
     help="Fine-tune models from a YAML recipe.",
     epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite, "
     "or audit computed different numbers; 4 memory, disk or another resource ran out; "
@@ -73,16 +102,15 @@ class Verb(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
-            root, name = ctx.find_root(), getattr(error, "option_name", None)
+            root, name, error.ctx = ctx.find_root(), getattr(error, "option_name", None), error.ctx or ctx
             if name in [each for option in root.command.params for each in option.opts]:
                 words = ctx.command_path.removeprefix(root.info_name).strip()
-                error.message = f"{name} belongs before the command: tunekit {name} {words} ..."
+                error.message = f"{name} belongs before the command, as in: tunekit {name} {words}"
                 error.possibilities = None  # similar names among this command's options would mislead
             elif hasattr(error, "possibilities") and any(each.metavar == "KEY=VALUE" for each in self.params):
                 similar = [each for each in error.possibilities or () if each.startswith(str(name)[:4])]
                 error.possibilities = similar
                 error.message += "" if similar else "; write a key of the recipe without dashes, as KEY=VALUE"
-            _print_once(error.exit_code)
             raise
 
     def invoke(self, ctx: Any) -> NoReturn:
@@ -100,9 +128,8 @@ class Verb(TyperCommand):
                 raise InputError(f"{words} computes in one process", "start it without torchrun")
             code = super().invoke(ctx) or 0
             sys.stdout.flush()
-        except typer.BadParameter as error:
-            _print_once(error.exit_code)
-            raise  # typer prints it below the usage
+        except typer.BadParameter:  # printed by the program
+            raise
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter's last flush prints another error
             code = EXIT_BROKEN_PIPE
@@ -113,13 +140,6 @@ class Verb(TyperCommand):
                 print(redact(traceback.format_exc()), file=sys.stderr)
             code = _say(error)
         raise typer.Exit(code)
-
-
-def _print_once(exit_code: int) -> None:
-    """Leave the message of a wrong option to the main rank: all ranks have the same options. Raises: typer.Exit on the
-    other ranks."""
-    if "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
-        raise typer.Exit(exit_code) from None
 
 
 def _tell_ranks(error: BaseException) -> None:

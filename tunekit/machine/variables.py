@@ -46,5 +46,6 @@ def variables() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYDANTIC_DISABLE_PLUGINS": "1",  # the search for plugins takes longer than reading a recipe
+        "TRANSFORMERS_VERBOSITY": "error",  # its warnings name its own settings; plan's notes say what a user can do
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings about a lost rank have twenty lines of C++ frames each
     }

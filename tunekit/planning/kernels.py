@@ -10,6 +10,8 @@ from tunekit.adapters.kernels.liger import liger_places
 from tunekit.adapters.kernels.native import has_native_places
 from tunekit.errors import Problem
 from tunekit.machine.devices import kind_of
+from tunekit.machine.environment import library_versions
+from tunekit.model.compute import kernel_packages
 from tunekit.model.native.library import NoKernels, load_kernels
 from tunekit.records import ExecutionSettings
 
@@ -56,8 +58,13 @@ def kernel_problems(kernels: str, device: torch.device) -> Iterator[Problem]:
         yield Problem("liger-kernel is not installed", how, key="training.kernels")
 
 
-def kernel_notes(kernels: str, reason: str, net: nn.Module) -> Iterator[str]:
-    """A note that says which computations the kernels replace, and why."""
+def kernel_notes(kernels: str, reason: str, net: nn.Module, device: torch.device) -> Iterator[str]:
+    """Notes that say which computations the kernels replace, and why, and which packages would compute the recurrent
+    layers faster on this device."""
+    missing = [package for package in kernel_packages(net) if package not in library_versions()]
+    if missing and kind_of(device).own_memory:
+        names = ", ".join(missing)
+        yield f"torch computes the recurrent layers, which is correct but slow; for faster kernels, install {names}"
     if kernels == "liger":
         yield f"liger-kernel computes {len(liger_places(net)[0])} norms, and SwiGLU in MLPs (joined into one function)"
     elif reason:

@@ -59,7 +59,8 @@ def plan(
         *refusals_of(prepared.loaded, problems, RecipeError),
         *refusals_of(prepared.loaded, shortages, ResourceError),
     ]
-    notes = [*_notes(prepared, written_recipe, execution, reasons), *kernel_notes(kernels, why, prepared.base.net)]
+    of_kernels = kernel_notes(kernels, why, prepared.base.net, prepared.resources.device)
+    notes = [*_notes(prepared, written_recipe, execution, reasons), *of_kernels]
     steps, settings = prepared.cut(execution.micro_batch_size, execution.gradient_accumulation_steps)
     draft = _make_plan(prepared, written_recipe, steps, settings, execution)
     base, context = prepared.base, prepared.context
