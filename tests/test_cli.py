@@ -569,6 +569,37 @@ def test_init_writes_a_valid_recipe_and_never_over_another(
     assert run(monkeypatch, "init", "--output", "absent/x.yaml") == 2
 
 
+def test_an_invented_key_is_no_key_of_the_other_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (theirs := tmp_path / "theirs.yaml").write_text(
+        "base_model: m\nsequence_len: 9\ndatasets: [{path: a.jsonl, type: alpaca}]\nadapter: lora\n"
+        "frobnicate_level: 3\nlora_alhpa: 8\n"
+    )
+    assert run(monkeypatch, "import", str(theirs)) == 2
+    err = capsys.readouterr().err
+    known = "is not a known key of Axolotl, and would be lost"
+    assert f"theirs.yaml:5: frobnicate_level: {known}; correct its name, or remove it\n" in err
+    assert f"theirs.yaml:6: lora_alhpa: {known}; did you mean 'lora_alpha'? otherwise remove it\n" in err
+
+
+@pytest.mark.parametrize("words", [["import"], ["validate"], ["train"]])
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"text": "a"}\n{}'), ("a.csv", "text\na"), ("a.json", "[{}]")])
+def test_a_file_of_rows_is_no_recipe(
+    words: list[str],
+    name: str,
+    text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (rows := tmp_path / name).write_text(text)
+    assert run(monkeypatch, *words, str(rows)) == 2
+    err = capsys.readouterr().err
+    assert err.endswith(f"; `tunekit init {rows}` reads it, and writes a recipe for it\n")
+    assert err.count("\n") == 1
+
+
 def test_another_tools_configuration_becomes_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,21 +41,21 @@ def _one_line() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from None
 
 
-class Program(InOrderOfUse):
+class CommandLine(InOrderOfUse):
     """The group of all commands. Errors of use in any command pass through it."""
 
-    def make_context(self, *arguments: Any, **named: Any) -> Any:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _one_line():
-            return super().make_context(*arguments, **named)
+            return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         with _one_line():
             return super().invoke(ctx)
 
 
 app = typer.Typer(
     name="tunekit",
-    cls=Program,
+    cls=CommandLine,
     help="Fine-tune models from a YAML recipe.",
     epilog="Exit codes: 0 success; 1 a bug in tunekit; 2 the recipe or an input is wrong; 3 a loss is not finite, "
     "or audit computed different numbers; 4 memory, disk or another resource ran out; "

@@ -208,6 +208,15 @@ def test_a_refusal_names_all_differences_with_their_lines() -> None:
     require_same(facts(), facts(), lines={}, file="recipe.yaml")
 
 
+def test_values_are_shown_as_the_recipe_writes_them() -> None:
+    recipe = {"training.max_grad_norm": 1.0, "data.streaming": False, "model.dtype": "auto"}
+    changed = {"training.max_grad_norm": None, "data.streaming": True, "model.dtype": "float32"}
+    with pytest.raises(RunFolderError) as caught:
+        require_same(facts() | {"recipe": recipe}, facts() | {"recipe": changed}, lines={}, file="recipe.yaml")
+    for text in ("was 1.0, is null; ", "was false, is true; ", 'was "auto", is "float32"; '):
+        assert text in str(caught.value)
+
+
 def test_code_that_is_known_on_one_side_only_is_not_the_same() -> None:
     known, unknown = {"code": {"objective.reward.0.function": "1"}}, {"code": {}}
     expected = [("objective.reward.0.function", "its content is different")]

@@ -86,7 +86,13 @@ CASES: dict[str, tuple[str, bytes | Write, int | None, str]] = {
     "array_and_more": ("d.json", b"[" + GOOD.strip() + b"]\nx", 2, "more text after"),
     "json_of_one_object": (
         "d.json",
-        json.dumps({"data": [{"prompt": "a"}]}, indent=1).encode(),
+        json.dumps({"version": 1, "data": [{"prompt": "a"}]}, indent=1).encode(),
+        1,
+        "its rows are the list under 'data'; write the list alone: jq .data d.json > rows.json",
+    ),
+    "json_of_one_row": (
+        "d.json",
+        json.dumps({"prompt": "a"}, indent=1).encode(),
         1,
         "neither a JSON array",
     ),

@@ -140,7 +140,7 @@ def test_a_changed_recipe_is_refused_before_the_base_is_loaded(recipe: Path, who
     lose_the_end(run)
     ended = train_in_child(recipe, run, "memory.sharding=full", resume=True)
     assert ended.code == 2
-    assert "memory.sharding: changed since the run: was 'auto', is 'full'; undo the change" in ended.output
+    assert 'memory.sharding: changed since the run: was "auto", is "full"; undo the change' in ended.output
     assert "loading" not in ended.output
 
 

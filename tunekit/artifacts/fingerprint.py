@@ -1,6 +1,7 @@
 """The fingerprint of a run: everything that must be equal so that a resumed run repeats every bit. Also messages about
 differences between fingerprints. The number of processes is not included, because results do not depend on it."""
 
+import json
 import os
 from collections.abc import Collection, Container, Iterator, Mapping
 
@@ -167,7 +168,7 @@ def is_moved_file(key: str, was: object, is_: object, recipe: Mapping[str, objec
 
 
 def _shown(value: object) -> str:
-    text = MISSING if value == MISSING else repr(value)
+    text = MISSING if value == MISSING else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

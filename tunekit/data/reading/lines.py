@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -13,6 +14,7 @@ from tunekit.files.untrusted import refuse_constant, unique_pairs
 
 LONGEST_LINE_BYTES = 64 * 2**20
 BOM = b"\xef\xbb\xbf"
+KEYS_OF_ROWS = ("data", "rows", "examples", "items", "train")  # no format has such a field
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ def read_json_array(file: DataFile, problems: Problems) -> Iterator[RawRow]:
 
 def _read_objects(file: DataFile, text: str, position: int, problems: Problems) -> Iterator[RawRow]:
     """Rows of a .json file that is not an array. It is read as JSON Lines if its first line is an object."""
+    if (key := _key_of_rows(text, position)) is not None:
+        what = f"the file is one object, and its rows are the list under '{key}'"
+        how = f"write the list alone: jq .{key} {shlex.quote(file.path.name)} > rows.json"
+        problems.add(str(file.path), 1 + text.count("\n", 0, position), what, how)
+        return
     first = text[position:].split("\n", 1)[0].strip()
     try:
         value, end = parse_json(first)
@@ -145,6 +152,18 @@ def _read_objects(file: DataFile, text: str, position: int, problems: Problems) 
         return
     line = 1 + text.count("\n", 0, position)
     problems.add(str(file.path), line, "the file is neither a JSON array of objects nor JSON Lines", "write [{...}]")
+
+
+def _key_of_rows(text: str, position: int) -> str | None:
+    """The key of the rows, if the text is a single object such as {"version": 1, "data": [{...}]}; None otherwise."""
+    try:
+        value, end = parse_json(text, position)
+    except JsonFault:
+        return None
+    if not isinstance(value, dict) or skip_space(text, end) < len(text):
+        return None
+    lists = (key for key in KEYS_OF_ROWS if isinstance(value.get(key), list) and value[key])
+    return next((key for key in lists if all(isinstance(row, dict) for row in value[key])), None)
 
 
 def skip_space(text: str, position: int) -> int:

@@ -8,7 +8,6 @@ from tunekit.recipe.foreign.values import NOTHING, NotExact
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 from tunekit.recipe.reading.suggest import show
 
-UNTRANSLATED = "it has no translation"
 UNLIMITED = 1 << 17  # data.max_length for tools without a limit
 
 

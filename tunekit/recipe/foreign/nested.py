@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunekit.recipe.foreign.alias import Alias
-from tunekit.recipe.foreign.become import UNTRANSLATED, complain, record, settle, write
+from tunekit.recipe.foreign.become import complain, record, settle, write
 from tunekit.recipe.reading.draft import Draft, Place
 
 
@@ -54,7 +54,7 @@ class Theirs:
             if value is None or value == {}:
                 self.record(name, "nothing (it is empty)")
             elif alias is None:
-                self.complain(name, f"is a key of another tool and would be lost: {UNTRANSLATED}", "remove it")
+                self.complain(name, "is not a known key, and would be lost", "correct its name, or remove it")
             else:
                 settle(self.draft, (name,), alias, value, self.places[name])
 

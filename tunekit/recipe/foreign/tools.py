@@ -6,13 +6,13 @@ LLaMA-Factory's and Axolotl's argument classes, Unsloth's Config, the builders o
 
 from typing import Any
 
-from tunekit.recipe.foreign.become import UNTRANSLATED, complain, record
+from tunekit.recipe.foreign.become import complain, record
 from tunekit.recipe.foreign.rewrite import file_of_base
 from tunekit.recipe.foreign.table import TOP_LEVEL
 from tunekit.recipe.foreign.torchtune import COMPONENT, rewrite_torchtune
 from tunekit.recipe.foreign.unsloth import rewrite_options, rewrite_sections
 from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
-from tunekit.recipe.reading.suggest import show
+from tunekit.recipe.reading.suggest import nearest, show
 
 AXOLOTL, FACTORY, PEFT, TORCHTUNE, TRL, UNSLOTH = "Axolotl", "LLaMA-Factory", "PEFT", "torchtune", "TRL", "Unsloth"
 SCRIPT = "Unsloth's script"
@@ -154,9 +154,9 @@ def drop_overruled(draft: Draft) -> None:
 def drop_unknown(draft: Draft, tool: str) -> None:
     """Remove keys that have no translation, in place. Each key becomes a problem: the import would lose it."""
     for name in [name for name in draft.values if name not in OURS]:
-        complain(
-            draft, draft.place((name,)), str(name), f"is a key of {tool} and would be lost: {UNTRANSLATED}", "remove it"
-        )
+        similar = nearest(str(name), [known for known in TOP_LEVEL if not draft.has((known,))])
+        how = f"did you mean '{similar}'? otherwise remove it" if similar else "correct its name, or remove it"
+        complain(draft, draft.place((name,)), str(name), f"is not a known key of {tool}, and would be lost", how)
         draft.remove((name,))
 
 

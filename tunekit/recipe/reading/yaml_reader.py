@@ -6,6 +6,7 @@ merge keys and tags, and states their line.
 """
 
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from tunekit.recipe.reading.draft import Draft, KeyPath, Place, dotted
 
 LARGEST_FILE_BYTES = 1 << 20
 DEEPEST_LEVEL = 20
+ENDINGS_OF_ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+NEEDED = "write at least model, data and output; `tunekit init` writes a first recipe"
 LONGEST_NUMBER = 300  # digits; longer ones overflow a float and, from 4,300 on, Python's int()
 
 _NULL = {"", "~", "null", "Null", "NULL"}
@@ -34,14 +37,16 @@ def read_recipe_file(path: Path) -> Draft:
 
     Raises: RecipeError if the file is not a readable YAML mapping.
     """
-    file = str(path)
+    file, reads = str(path), f"`tunekit init {shlex.quote(str(path))}` reads it, and writes a recipe for it"
+    if path.suffix.lower() in ENDINGS_OF_ROWS and path.is_file():
+        raise RecipeError("is a file of rows, not a recipe or a configuration", reads, file=file)
     draft = read_yaml(read_text(path), file)
     if not isinstance(draft.values, dict):
         kind = "a list" if isinstance(draft.values, list) else "a single value"
         empty = draft.values is None
         raise RecipeError(
             "the file is empty" if empty else f"the recipe is {kind}, not a mapping",
-            "write at least model, data and output; `tunekit init` writes a first recipe",
+            reads if path.suffix == ".json" and isinstance(draft.values, list) else NEEDED,
             file=file,
         )
     return draft
