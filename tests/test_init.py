@@ -578,4 +578,25 @@ def test_conversations_with_images_get_a_base_that_reads_them(
     assert recipe.model.name_or_path == load_recipe(ROOT / "recipes" / "vision-lora.yaml").recipe.model.name_or_path
     assert recipe.objective.method == "sft"
     assert recipe.data.max_length == 2048  # room for the tokens of the image, but not for its bytes
+    assert recipe.data.image_tokens == 1280  # these images cannot be read
     assert "40 rows with images of format" in capsys.readouterr().out
+
+
+def test_the_limit_of_images_is_that_of_the_largest_image(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (400, 200)).save(tmp_path / "a.png")  # 15 x 8 tokens of 28 pixels
+    init(write(tmp_path / "rows.jsonl", IMAGE_ROWS["parts"]), tmp_path / "first.yaml")
+    assert load_recipe(tmp_path / "first.yaml").recipe.data.image_tokens == 128
+    init(write(tmp_path / "text.jsonl", ROWS["sft"]), tmp_path / "text.yaml")
+    assert "image_tokens" not in (tmp_path / "text.yaml").read_text()
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
+def test_a_base_with_a_lower_limit_keeps_it(model_type: str, tmp_path: Path) -> None:
+    """Of 16 tokens, and of 4 tokens."""
+    from tests.support.image_text_case import write_image_rows, write_image_text
+
+    folder = write_image_text(model_type, tmp_path / "model")
+    init(write_image_rows(tmp_path), tmp_path / "first.yaml", model=str(folder))
+    assert "image_tokens" not in (tmp_path / "first.yaml").read_text()

@@ -190,6 +190,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     from tunekit.machine.drivers import gpu_problem
     from tunekit.machine.memory import available_bytes
     from tunekit.model.families.structure import is_decoder
+    from tunekit.objectives.rows.image_text import ImageTextRows
     from tunekit.planning.plan import plan as plan_run
     from tunekit.planning.prepare import prepare
     from tunekit.planning.row_kind import row_kind_at_hand
@@ -199,6 +200,9 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     kind = row_kind_at_hand(recipe)
     if first.look is not None and first.look.settings.medium is None and kind is not None:
         first = replace(first, look=measured(first.look, recipe.data.train[0], kind))
+    if first.look is not None and isinstance(kind, ImageTextRows):
+        proposed, most = first.look.image_tokens, kind.base_images.most_tokens
+        first = replace(first, limits_images=most is not None and most > proposed)
     for quantization in dict.fromkeys((first.quantization, *(() if first.adapter.trains_base else ("nf4",)))):
         changed = quantization != first.quantization
         note = "; without quantization the run does not fit this machine's memory" if changed else ""

@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker
 from tunekit.errors import DataError, TunekitError
 from tunekit.model.families import make_family
+from tunekit.model.images import processor as image_processor
 from tunekit.model.images.processor import PROVEN, find_images
 from tunekit.model.storage.source import ModelSource
 from tunekit.objectives.base import make_objective
@@ -242,6 +244,20 @@ def test_other_bases_refuse_images_by_name(folder: Path, tiny_llama: Path, tmp_p
     with pytest.raises(DataError, match="rows with images: not supported yet for mllama"):
         encode(refusing, row, tmp_path)
     assert "mllama" not in PROVEN
+
+
+@pytest.mark.parametrize("package", ["pillow", "torchvision", "transformers"])
+def test_another_version_of_a_package_encodes_the_rows_again(
+    package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprint(**options: Any) -> str:
+        return objective_of(folder, EncodeOptions(**options)).rows.media_fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    assert fingerprint(image_tokens=4) != before
+    monkeypatch.setattr(image_processor, "version", lambda name: "0" if name == package else version(name))
+    assert fingerprint() != before
 
 
 def test_a_changed_image_is_refused(objective: Objective, tmp_path: Path) -> None:

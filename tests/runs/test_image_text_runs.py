@@ -198,6 +198,36 @@ def test_a_merged_folder_and_the_adapter_in_peft_read_images_alike(model_type: s
     assert float((plain - adapted).abs().max()) > 1e-3
 
 
+def test_a_limit_of_images_is_kept_by_evaluations_and_by_the_merged_processor(folder: Path, tmp_path: Path) -> None:
+    path = recipe_of(tmp_path, folder, data={"image_tokens": 4})
+    run = train(path)
+    plan = json.loads((run / "plan.json").read_text())
+    assert any("an image takes at most 4 tokens" in note and '"longest_edge": 256' in note for note in plan["notes"])
+    assert json.loads((run / "adapter" / "tunekit.json").read_text())["objective"]["image_tokens"] == 4
+    evaluate_verb(str(run), None, None, None, [], str(tmp_path / "eval.json"), [])
+    last = [record["eval"]["loss"] for record in records(run) if "eval" in record][-1]
+    assert json.loads((tmp_path / "eval.json").read_text())["loss"] == pytest.approx(last, rel=1e-5)
+    evaluate_verb(str(run), None, str(tmp_path / "train.jsonl"), None, [], str(tmp_path / "all.json"), [])
+    merge_verb(str(run), str(tmp_path / "merged"), None, None, [])
+    places = folder, tmp_path / "merged"
+    before, after = (json.loads((place / "processor_config.json").read_text()) for place in places)
+    assert after["image_processor"].pop("size") == {"shortest_edge": 64, "longest_edge": 256}
+    assert before["image_processor"].pop("size")["longest_edge"] == 1024
+    assert before == after
+    evaluate_verb(str(tmp_path / "merged"), None, str(tmp_path / "train.jsonl"), None, [], str(tmp_path / "m.json"), [])
+    of_run, of_merged = (json.loads((tmp_path / name).read_text()) for name in ("all.json", "m.json"))
+    assert of_merged["tokens"] == of_run["tokens"]
+    assert of_merged["loss"] == pytest.approx(of_run["loss"], rel=1e-4)
+    evaluate_verb(str(folder), None, str(tmp_path / "train.jsonl"), None, [], str(tmp_path / "base.json"), [])
+    assert json.loads((tmp_path / "base.json").read_text())["tokens"] > of_run["tokens"]
+
+
+def test_a_limit_without_images_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, folder, data={"max_length": 400, "image_tokens": 4}, training=TRAINING)
+    with pytest.raises(TunekitError, match="no row has images that this objective reads, so it has no effect"):
+        train(path)
+
+
 def test_rows_of_text_alone_load_no_tower(folder: Path, tmp_path: Path) -> None:
     plain = train(write_recipe(tmp_path / "plain", folder, data={"max_length": 400}, training=TRAINING))
     plan = json.loads((plain / "plan.json").read_text())

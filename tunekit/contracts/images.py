@@ -1,5 +1,8 @@
 """The interface of a base's image processor, which rows of text and images use."""
 
+from __future__ import annotations
+
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +17,23 @@ class ImageProcessor(Protocol):
     """
 
     obstacle: str | None
+
+    def limited(self, tokens: int) -> ImageProcessor:
+        """The processor with at most this number of tokens for an image; 0: itself.
+
+        Raises: RecipeError for a number below the tokens of every image.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write the limit into the image processor's files of a model folder."""
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The maximum number of tokens of an image; None if it is unknown."""
+
+    @property
+    def limit_text(self) -> str:
+        """The maximum number of tokens of an image and, for a limited processor, the settings that limit it."""
 
     @property
     def fingerprint(self) -> str:

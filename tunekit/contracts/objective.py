@@ -345,7 +345,8 @@ class Objective:
     """A kind of rows and a loss, with companions. A module objectives/NAME.py makes the objective NAME.
 
     `section(model, seed)`: returns the model section for loading the base, with heads and names of trained parts.
-    `learning(rows)`: returns the objective with labels and notes computed from all rows; None if it needs neither.
+    `learning(objective, rows)`: returns this objective with labels and notes computed from all rows; None if it needs
+    neither.
     `complete`: whether all labels are known. `counts_rows`: key of a setting that depends on the number of rows.
     `facts`: plain values that are saved in the adapter's folder.
     """
@@ -357,7 +358,7 @@ class Objective:
     answering: Answering | None = None
     companions: tuple[CompanionSpec, ...] = ()
     section: Callable[[ModelSection, int], ModelSection] = _unchanged
-    learning: Callable[[Sequence[Rows]], Objective] | None = None
+    learning: Callable[[Objective, Sequence[Rows]], Objective] | None = None
     complete: bool = True
     counts_rows: str | None = None
     facts: Facts = field(default_factory=dict)
@@ -366,7 +367,7 @@ class Objective:
 
     def learn(self, rows: Sequence[Rows]) -> Objective:
         """The objective after it has read all rows: the training rows first, then any evaluation rows."""
-        return self if self.learning is None else self.learning(rows).with_options(self.rows.options)
+        return self if self.learning is None else self.learning(self, rows).with_options(self.rows.options)
 
     def evaluation_copy(self) -> Objective:
         """A copy for evaluation, without augmentation. LossKind.measuring then adds statistics of all rows."""

@@ -95,6 +95,9 @@ class Tokenizer(Protocol):
     def token_text(self, token_id: int) -> str:
         """One token as readable text."""
 
+    def with_images(self, images: ImageProcessor) -> Processor:
+        """A copy with this image processor."""
+
 
 class Processor(Protocol):
     """Turns examples into rows. Either a tokenizer, or a processor of recordings or images, which may include a
@@ -114,7 +117,8 @@ class Processor(Protocol):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """The options of the data section that affect how rows are encoded. `template`: the text of a chat template."""
+    """The options of the data section that affect how rows are encoded. `template`: the text of a chat template.
+    `image_tokens`: the maximum number of tokens of an image; 0: as the base's processor limits it."""
 
     train_on: str = "assistant"
     template: str | None = None
@@ -122,6 +126,7 @@ class EncodeOptions:
     excess_length: str = "drop"
     rewritten_answers: str = "last"
     reasoning: str = "template"
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True)

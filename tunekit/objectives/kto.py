@@ -26,9 +26,9 @@ def make(settings: KtoSettings, tokenizer: Tokenizer, facts: Facts, options: Enc
         unusable_key="unusable_rows",
     )
     objective = Objective(settings.method, settings.family, rows, KtoLoss(settings), text_answering(tokenizer))
-    return replace(objective, learning=partial(_learned, objective, settings))
+    return replace(objective, learning=partial(_learned, settings))
 
 
-def _learned(objective: Objective, settings: KtoSettings, rows: Sequence[Rows]) -> Objective:
+def _learned(settings: KtoSettings, objective: Objective, rows: Sequence[Rows]) -> Objective:
     loss = KtoLoss(settings, lengths=longest_first(rows))
     return replace(objective, loss=loss, notes=balance_notes(settings, rows[0]))

@@ -83,6 +83,9 @@ def part_problems(recipe: Recipe, base: LoadedModel) -> Iterator[Problem]:
 def image_problems(recipe: Recipe, base: LoadedModel, rows: RowSet) -> Iterator[Problem]:
     """Yields a problem for each setting that rows with images do not support."""
     if not rows.objective.facts.get("images"):
+        if recipe.data.image_tokens != "auto":
+            what = "no row has images that this objective reads"
+            yield Problem(f"{what}, so it has no effect", "leave the key out", key="data.image_tokens")
         return
     if load_method(recipe.adapter.method).model is not None and not recipe.adapter.trains_base:
         what = f"{recipe.adapter.method} adds vectors to the sequence, which would move the places of images"

@@ -84,6 +84,11 @@ class DataSection(Section):
     excess_length: Literal["drop", "truncate", "split", "error"] = Field(
         "drop", description="the action for rows longer than max_length; the report counts these rows"
     )
+    image_tokens: Literal["auto"] | Count = Field(
+        "auto",
+        description="the maximum number of tokens of an image; larger images are made smaller, also by servers of the "
+        "trained model. auto: as the base's processor limits it",
+    )
     packing: bool = Field(
         False,
         description="join rows to packed rows of up to max_length tokens; micro_batch_size then counts packed rows, "

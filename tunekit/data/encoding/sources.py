@@ -58,7 +58,8 @@ def encode_options(data: DataSection) -> EncodeOptions:
     """The data section's options that decide ids, with the template read from its file."""
     template = None if data.chat_template is None else read_template(Path(data.chat_template))
     lengths = data.max_length, data.excess_length
-    return EncodeOptions(data.train_on, template, *lengths, data.rewritten_answers, data.reasoning)
+    image_tokens = 0 if data.image_tokens == "auto" else data.image_tokens
+    return EncodeOptions(data.train_on, template, *lengths, data.rewritten_answers, data.reasoning, image_tokens)
 
 
 def read_template(path: Path) -> str:

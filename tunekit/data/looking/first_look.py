@@ -18,12 +18,13 @@ from tunekit.data.reading.lines import RawRow
 from tunekit.data.reading.problems import Problems
 from tunekit.data.reading.several import data_files, is_pattern
 from tunekit.data.reading.source import read_source, rename_columns
-from tunekit.errors import DataError
+from tunekit.errors import DataError, TunekitError
 from tunekit.files.untrusted import printable
 from tunekit.formats.embedding import is_search
 from tunekit.formats.example import images_of
 from tunekit.formats.label_pairs import ALIASES, names_pair
 from tunekit.formats.labels import label_field, of_cell
+from tunekit.formats.media import Media
 from tunekit.recipe.bases.paths import is_like_path
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.data import Source
@@ -42,7 +43,8 @@ ROWS_NAME = {"audio": "recording", "image": "image", None: "row"}  # medium -> t
 TEXTS_FORMAT = "embedding"  # its columns may also be a question and its answer, or two texts and their label
 ANSWERS_FORMAT = "unpaired"  # its only required column, label, is in rows of other formats too
 TURNS = ("messages", "conversations", "prompt")  # columns with the turns of a conversation
-IMAGE_TOKENS = 1280  # of an image of a million pixels, as Qwen2.5-VL counts; only the base's processor knows
+IMAGE_TOKENS = 1280  # the largest proposed limit of an image: a million pixels, as Qwen2.5-VL counts
+TOKEN_SIDE, TOKEN_STEP = 28, 64  # pixels on a side of a token of Qwen2.5-VL; proposed limits are multiples of this
 QUESTIONS_FORMAT = "prompt_completion"  # columns with questions and answers are renamed to the fields of this format
 
 
@@ -65,8 +67,13 @@ class Look:
     columns: Mapping[str, str]  # how the recipe renames columns whose names fit no format
     notes: Sequence[str] = ()  # files of the folder that are not read
     sample: Sequence[Mapping[str, object]] = field(default=(), repr=False)  # rows whose tokens are counted
-    has_images: bool = False  # whether conversations have images
+    image_tokens: int = 0  # the proposed maximum number of tokens of an image; 0 if no conversation has images
     counted: bool = False  # whether the model's tokenizer counted `longest`; else `longest` is an upper estimate
+
+    @property
+    def has_images(self) -> bool:
+        """Whether conversations have images."""
+        return self.image_tokens > 0
 
     @property
     def settings(self) -> type[ObjectiveSettings]:
@@ -111,22 +118,37 @@ def look_at(data: str) -> Look | None:
     objective, format_name, columns = _kind(values, data)
     method, inspected = objective.model_fields["method"].default, values[:LOOKED_AT]
     sample = inspected[:: -(-len(inspected) // MEASURED)]
-    images = [_count_images(row, format_name) for row in sample]
+    images = [_image_tokens(row, format_name, data) for row in sample]
+    limit = -(-max((tokens for some in images for tokens in some), default=0) // TOKEN_STEP) * TOKEN_STEP
     texts = (sum(map(guessed_tokens, _texts(row))) for row in sample)
-    longest = _longest([size + IMAGE_TOKENS * count for size, count in zip(texts, images, strict=True)]) + 32
+    longest = _longest([size + sum(tokens) for size, tokens in zip(texts, images, strict=True)]) + 32
     most = Counter(name for row in inspected for name in row).most_common(6)
     fields = tuple(" ".join(printable(name).split()) for name, _ in most)  # a header can contain line breaks
     notes = [] if format_name == "text" else _folder_notes(data)
     notes += _unread_notes(format_name, {columns.get(name, name) for row in inspected for name in row})
     look = Look(method, format_name, len(inspected), inspected == values, longest, fields, columns, notes, sample)
-    return replace(look, has_images=any(images))
+    return replace(look, image_tokens=limit)
 
 
-def _count_images(row: Mapping[str, object], format_name: str) -> int:
-    """The number of images in a conversation; 0 for rows that cannot be read, which the plan reports."""
+def _image_tokens(row: Mapping[str, object], format_name: str, data: str) -> list[int]:
+    """About the number of tokens of each image in a conversation, at most IMAGE_TOKENS. No image for rows that cannot
+    be read, which the plan reports."""
     with suppress(DataError):
-        return len(images_of(format_maker(format_name)(row))) if any(name in row for name in TURNS) else 0
-    return 0
+        if any(name in row for name in TURNS):
+            source = str(Path(data).absolute())
+            return [_tokens_of(image) for image in images_of(format_maker(format_name, source)(row))]
+    return []
+
+
+def _tokens_of(image: Media) -> int:
+    """About the number of tokens of an image, from its header; IMAGE_TOKENS if it cannot be read."""
+    from tunekit.data.encoding.images import read_size  # imports torch
+    from tunekit.data.encoding.outcomes import Dropped
+
+    with suppress(TunekitError, Dropped, OSError):
+        height, width = read_size(image.path if image.data is None else image.data)
+        return min(-(-height // TOKEN_SIDE) * -(-width // TOKEN_SIDE), IMAGE_TOKENS)
+    return IMAGE_TOKENS
 
 
 def _unread_notes(format_name: str, columns: Iterable[str]) -> list[str]:

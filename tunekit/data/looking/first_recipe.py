@@ -49,6 +49,7 @@ class FirstRecipe:
     look: Look | None
     note: str = ""
     positions: int | None = None  # tokens for which the model has learned positions, if rows are longer
+    limits_images: bool = True  # whether the base's processor has a setting for the proposed limit of an image
     base: str = ""  # encoder or decoder, once the base is read
 
     @property
@@ -179,6 +180,7 @@ def recipe_text(first: FirstRecipe, target: Path) -> str:
         (f"  eval: {first.evaluation or 'null'}", _evaluation_said(look, data)),
         *([] if example else [(f"  max_length: {first.length}", length_comment)]),
         *([("  excess_length: split", "")] if split else []),
+        *_image_lines(first),
         ("adapter:", ""),
         (f"  method: {first.method}", "every weight of the base is trained" if adapter.trains_base else ""),
         *method,
@@ -250,6 +252,13 @@ def _source_lines(data: str, look: Look | None) -> list[Line]:
         *([(f"    format: {LABELS_FORMAT}", "")] if look.format_name == LABELS_FORMAT else []),
         (f"    columns: {{{columns}}}", "the file's column: the format's field"),
     ]
+
+
+def _image_lines(first: FirstRecipe) -> list[Line]:
+    """The line of data.image_tokens for conversations with images."""
+    limit = 0 if first.look is None else first.look.image_tokens
+    comment = "maximum tokens of an image: the data's largest image, but at most a million pixels"
+    return [(f"  image_tokens: {limit}", comment)] if limit and first.limits_images else []
 
 
 def _evaluation_said(look: Look | None, data: str) -> str:

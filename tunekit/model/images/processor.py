@@ -3,7 +3,7 @@ inputs. Both are found by running the processor, so that no family needs code of
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,11 @@ from torch import Tensor
 from tunekit.contracts import Pixels, Tensors
 from tunekit.errors import DataError, InputError, ModelError, listed
 from tunekit.files.cache_folder import hash_of
+from tunekit.model.images.limit import COUNT, limit_text, limit_tokens, most_tokens, write_settings
 from tunekit.model.parts import composite_classes
 from tunekit.model.storage.source import ModelSource, read_json
 from tunekit.model.transformers_guard import quiet, refuse_code
+from tunekit.records import JsonObject
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -36,10 +38,11 @@ FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, A
 
 
 class BaseImages:
-    """The images of a composite base (a contracts.ImageProcessor). `obstacle`: why its rows cannot have images."""
+    """The images of a composite base (a contracts.ImageProcessor). `obstacle`: why its rows cannot have images.
+    `tokens`: the maximum number of tokens of an image; 0: as the processor's files limit it."""
 
-    def __init__(self, folder: Path, model_type: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, model_type: str, tokens: int = 0) -> None:
+        self.folder, self.model_type, self.tokens = folder, model_type, tokens
         others = f"rows with images: not supported yet for {model_type}, only for {listed(sorted(PROVEN), len(PROVEN))}"
         self.obstacle = None if model_type in PROVEN else others
         self._remember()
@@ -47,10 +50,23 @@ class BaseImages:
     def _remember(self) -> None:
         self._expansion = lru_cache(KEPT_SIZES)(self._read_expansion)
         self._input_bytes = lru_cache(KEPT_SIZES)(self._read_input_bytes)
+        self.limited = cache(self._limited)
+
+    def _limited(self, tokens: int) -> BaseImages:
+        return self if tokens == self.tokens else BaseImages(self.folder, self.model_type, tokens)
+
+    @property
+    def native(self) -> ProcessorMixin:
+        """transformers' processor. Raises: InputError if a package is missing; ModelError; RecipeError for a limit that
+        it cannot keep."""
+        return self._native_and_limit[0]
 
     @cached_property
-    def native(self) -> ProcessorMixin:
-        """transformers' processor. Raises: InputError if a package is missing; ModelError."""
+    def _native_and_limit(self) -> tuple[ProcessorMixin, JsonObject]:
+        native = self._load()
+        return native, limit_tokens(native, self.tokens) if self.tokens else {}
+
+    def _load(self) -> ProcessorMixin:
         from transformers import AutoProcessor
 
         try:
@@ -63,6 +79,21 @@ class BaseImages:
                 raise InputError(what, "install that package, or run: pip install 'tunekit[images]'") from error
             how = "copy preprocessor_config.json and processor_config.json from the model's page into its folder"
             raise ModelError(what, how, key="model.name_or_path") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the limit into the image processor's files of a model folder."""
+        if self.tokens:
+            write_settings(folder, self._native_and_limit[1])
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The maximum number of tokens of an image; None if the processor does not count them."""
+        return most_tokens(self.native) if hasattr(self.native, COUNT) else None
+
+    @property
+    def limit_text(self) -> str:
+        """The maximum number of tokens of an image, and the settings that limit it."""
+        return limit_text(self.most_tokens, self._native_and_limit[1])
 
     @cached_property
     def placeholder(self) -> str:
@@ -134,7 +165,7 @@ class BaseImages:
         return str(self.native.tokenizer.convert_ids_to_tokens(self.token_id))
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "obstacle": self.obstacle}
+        return {name: vars(self)[name] for name in ("folder", "model_type", "tokens", "obstacle")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)

@@ -55,12 +55,12 @@ def copy_other_files(
 
     `answering`: how the trained model answers. It may change the processor and the generation settings.
     """
-    answering_processor = None if answering is None else answering.processor
-    (answering_processor or processor).save(folder)
-    if isinstance(section, HeadedModel) and processor.tokenizer is not None:
-        _name_padding(folder / "tokenizer_config.json", processor.tokenizer)
     for path in copied_files(section, base):
         shutil.copyfile(path, folder / path.name)
+    answering_processor = None if answering is None else answering.processor
+    (answering_processor or processor).save(folder)  # it may change the copied files
+    if isinstance(section, HeadedModel) and processor.tokenizer is not None:
+        _name_padding(folder / "tokenizer_config.json", processor.tokenizer)
     settings, generation = folder / "generation_config.json", {} if answering is None else answering.generation
     if generation and settings.exists():
         values = {**json.loads(settings.read_bytes()), **generation}

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import copy
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -176,9 +177,17 @@ class LoadedTokenizer:
             return spelled
         return " " + decoded if spelled.startswith("\u2581") and not decoded.startswith(" ") else decoded
 
+    def with_images(self, images: ImageProcessor) -> LoadedTokenizer:
+        """A copy with this image processor."""
+        changed = copy(self)
+        changed.images = images
+        return changed
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder. Files of the base are copied unchanged, unless the base is a GGUF
-        file."""
+        file. A limit of the image processor is written into the files that the folder has."""
+        if self.images is not None:
+            self.images.save(folder)
         if self.source is not None and self.source.gguf_file is None:
             for name in FILES:
                 if (self.source.folder / name).is_file():

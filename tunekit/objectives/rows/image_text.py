@@ -46,6 +46,7 @@ from tunekit.recipe.model import ImageModel, ModelSection
 THUMBNAIL = (96, 96)  # pixels of an image in a preview
 FEATURES, POSITIONS = "image_features", "rope_positions"  # parts that are added in a step
 STORED = {IMAGES: "u1", "image_data": "u1", "image_hashes": "u1"}
+IMAGE_TOKENS = "image_tokens"  # a fact of a trained adapter
 IMAGE_PARTS = (*STORED, FEATURES, POSITIONS)
 
 
@@ -73,6 +74,7 @@ class ImageTextRows(TextRows):
     """
 
     packable: bool = True
+    trained_tokens: int = 0  # the maximum number of tokens of an image with which an adapter was trained
     example = "text"
     has_choices = True
     has_reasoning = True
@@ -90,10 +92,20 @@ class ImageTextRows(TextRows):
         return SequenceRows(self.tokenizer, self.fingerprint, self.options, self.notices)
 
     @property
-    def processor(self) -> ImageProcessor:
-        """The base's image processor."""
+    def image_tokens(self) -> int:
+        """The maximum number of tokens of an image; 0: as the base's processor limits it."""
+        return self.options.image_tokens or self.trained_tokens
+
+    @property
+    def base_images(self) -> ImageProcessor:
+        """The base's image processor, as its files define it."""
         assert self.tokenizer.images is not None
         return self.tokenizer.images
+
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        """The base's image processor, with the limit of the rows."""
+        return self.base_images.limited(self.image_tokens)
 
     @property
     def media_fingerprint(self) -> str:  # type: ignore[override]
@@ -279,7 +291,7 @@ def learned(objective: Objective, rows: Sequence[Rows]) -> Objective:
     assert isinstance(objective.rows, ImageTextRows)
     layout = ", ".join(f"{name} counts {unit}" for name, unit in objective.rows.processor.layout.items())
     notes = (
-        f"{count:,} rows have images; the processor's inputs: {layout}",
+        f"{count:,} rows have images; {objective.rows.processor.limit_text}; the processor's inputs: {layout}",
         "the predicted peak has the frozen parts and the inputs of one image, but not the activations of these parts",
     )
     return replace(reading_images(objective), notes=(*objective.notes, *notes))
@@ -288,8 +300,12 @@ def learned(objective: Objective, rows: Sequence[Rows]) -> Objective:
 def reading_images(objective: Objective) -> Objective:
     """The objective for rows with images."""
     assert isinstance(objective.rows, ImageTextRows)
+    assert objective.answering is not None
     rows = replace(objective.rows, packable=False)
-    return replace(objective, rows=rows, section=_section, facts={**objective.facts, IMAGES: True})
+    limit = {IMAGE_TOKENS: rows.image_tokens} if rows.image_tokens else {}
+    answering = replace(objective.answering, processor=rows.tokenizer.with_images(rows.processor))
+    facts = {**objective.facts, IMAGES: True, **limit}
+    return replace(objective, rows=rows, answering=answering, section=_section, facts=facts)
 
 
 def _section(model: ModelSection, seed: int) -> ModelSection:

@@ -116,7 +116,7 @@ def _with_labels(
         notes=tuple(notes),
         learning=None,
     )
-    return replace(labelled, learning=partial(_learn, labelled, loss, unlabelled, weights))
+    return replace(labelled, learning=partial(_learn, loss, unlabelled, weights))
 
 
 def headed_section(
@@ -136,7 +136,7 @@ def headed_section(
 
 
 def _learn(
-    objective: Objective, loss: LabelLoss, unlabelled: str, weights: ClassWeights, rows: Sequence[Rows]
+    loss: LabelLoss, unlabelled: str, weights: ClassWeights, objective: Objective, rows: Sequence[Rows]
 ) -> Objective:
     """The objective with the labels that occur in the rows, or with the recipe's list of labels. If the base's head has
     the same labels, they are in the order of the head.

@@ -1,0 +1,145 @@
+"""Limits the tokens of an image, by the setting that each image processor has for it. Settings are found by running the
+processor on sizes, so that no family needs code of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunekit.errors import RecipeError
+from tunekit.files.durable import write_json
+from tunekit.records import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+KEY = "data.image_tokens"
+SOFT_TOKENS = (70, 140, 280, 560, 1120)  # the values of max_soft_tokens that image processors accept
+# Heights and widths of images for which processors write the largest number of tokens: the area decides or, for tiles,
+# the ratio of the sides. One patch on the shorter side is more than its share of the area: such images are left out.
+LARGEST = [(4800 // high, 4800 // wide) for high in range(1, 41) for wide in range(1, 41) if min(high, wide) == 1]
+USUAL = [size for size in LARGEST if max(size) <= 4 * min(size)]
+COUNT = "_get_num_multimodal_tokens"  # transformers' method that counts tokens of images by their sizes
+PINPOINTS = "image_grid_pinpoints"
+PATCHES = "merge_size"  # a setting of image processors that write one token for a square of patches
+MANY = 4096  # a number of tokens at which rounding changes little
+LARGER = 32  # a number of tiles, patches or tokens at which every setting changes the number of tokens
+FILES = ("preprocessor_config.json", "processor_config.json")
+NESTED = "image_processor"  # the key of processor_config.json with the image processor's settings
+
+
+def most_tokens(native: ProcessorMixin, sizes: Sequence[tuple[int, int]] = USUAL) -> int:
+    """The maximum number of tokens that stand for an image, among images of these heights and widths.
+
+    Raises: RecipeError if the processor does not count them.
+    """
+    if not hasattr(native, COUNT):
+        what = f"{type(native).__name__} cannot limit the tokens of an image"
+        raise RecipeError(what, "write auto, and make large images smaller", key=KEY)
+    return int(max(getattr(native, COUNT)(image_sizes=sizes)["num_image_tokens"]))
+
+
+def limit_tokens(native: ProcessorMixin, tokens: int) -> JsonObject:
+    """Change the image processor so that it writes at most `tokens` tokens for an image, and as many as it can. Returns
+    the changed settings: none if every image has the same number of tokens, and it is not above the limit.
+
+    Raises: RecipeError if the processor writes more tokens with every setting.
+    """
+    own = native.image_processor.to_dict()
+    changed = _fewer_pinpoints(native, own, tokens) if own.get(PINPOINTS) else _lower_size(native, own, tokens)
+    _apply(native, own, changed)
+    return changed
+
+
+def _lower_size(native: ProcessorMixin, own: JsonObject, tokens: int) -> JsonObject:
+    """The settings with the largest size within the limit."""
+
+    def most(number: int) -> int:
+        _apply(native, own, _settings(own, number))
+        return most_tokens(native, USUAL if PATCHES in own else LARGEST)
+
+    if not _settings(own, 1) or (smallest := most(1)) == most(LARGER):
+        return _fixed(native, own, tokens)
+    if smallest > tokens:
+        raise _too_few(tokens, smallest)
+    low, high = 1, 2
+    while high <= 4 * tokens and most(high) <= tokens:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if most(middle) <= tokens else (low, middle)
+    if PATCHES in own:  # images whose sides need no rounding reach the number of pixels; some types count it per frame
+        low = min(low, tokens * round(MANY / most(MANY)))
+    return _settings(own, low)
+
+
+def _settings(own: JsonObject, number: int) -> dict[str, Any]:
+    """The settings of an image processor for a size, which grows with `number`; empty if it has no such settings."""
+    size = {name: value for name, value in (own.get("size") or {}).items() if value is not None}
+    if "max_soft_tokens" in own:
+        return {"max_soft_tokens": SOFT_TOKENS[min(number, len(SOFT_TOKENS)) - 1]}
+    if PATCHES in own and "longest_edge" in size:  # the edges are numbers of pixels
+        pixels = number * (own["patch_size"] * own[PATCHES]) ** 2
+        return {"size": {**size, "shortest_edge": min(size["shortest_edge"], pixels), "longest_edge": pixels}}
+    if [*size] == ["longest_edge"]:
+        step = (own.get("max_image_size") or {}).get("longest_edge") or own["patch_size"]["height"]
+        return {"size": {"longest_edge": number * step}}
+    if "max_patches" in own:
+        fewest = own.get("min_patches")
+        return {"max_patches": number, **({} if fewest is None else {"min_patches": min(fewest, number)})}
+    return {}
+
+
+def _fewer_pinpoints(native: ProcessorMixin, own: JsonObject, tokens: int) -> JsonObject:
+    """The settings with the pinpoints (sizes to which an image is resized) within the limit."""
+    counts = {}
+    for height, width in own[PINPOINTS]:
+        _apply(native, own, {PINPOINTS: [[height, width]]})
+        counts[height, width] = most_tokens(native, [(height, width)])
+    kept = [[*size] for size, count in counts.items() if count <= tokens]
+    if not kept:
+        raise _too_few(tokens, min(counts.values()))
+    return {PINPOINTS: kept}
+
+
+def _apply(native: ProcessorMixin, own: JsonObject, changed: Mapping[str, object]) -> None:
+    """Give the processor an image processor with changed settings."""
+    native.image_processor = type(native.image_processor).from_dict({**own, **changed})
+
+
+def _fixed(native: ProcessorMixin, own: JsonObject, tokens: int) -> JsonObject:
+    """No settings. Raises: RecipeError if the number of tokens of each image is above the limit."""
+    _apply(native, own, {})
+    if (count := most_tokens(native)) > tokens:
+        raise _too_few(tokens, count)
+    return {}
+
+
+def _too_few(tokens: int, fewest: int) -> RecipeError:
+    what = f"{tokens:,} is too small: with this base, an image takes {fewest:,} tokens or more"
+    return RecipeError(what, f"write {fewest} or more, or auto", key=KEY)
+
+
+def limit_text(most: int | None, changed: JsonObject) -> str:
+    """The maximum number of tokens of an image, and the changed settings that limit it."""
+    if most is None:
+        return "the maximum number of tokens of an image is unknown"
+    return f"an image takes at most {most:,} tokens" + (f" ({json.dumps(changed)[1:-1]})" if changed else "")
+
+
+def write_settings(folder: Path, changed: Mapping[str, object]) -> None:
+    """Write changed settings into the image processor's files of a model folder."""
+    for path in (folder / name for name in FILES):
+        values = json.loads(path.read_bytes()) if path.is_file() else {}
+        nested = path.name == FILES[1]
+        settings = values.get(NESTED) if nested else values
+        if not settings:
+            continue
+        settings = {**settings, **changed}
+        size = settings.get("size") or {}
+        for older, name in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if older in settings and name in size:
+                settings[older] = size[name]
+        write_json(path, {**values, NESTED: settings} if nested else settings)
