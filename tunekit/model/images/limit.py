@@ -47,21 +47,25 @@ def limit_tokens(native: ProcessorMixin, tokens: int) -> JsonObject:
 
     Raises: RecipeError if the processor writes more tokens with every setting.
     """
-    own = native.image_processor.to_dict()
-    changed = _fewer_pinpoints(native, own, tokens) if own.get(PINPOINTS) else _lower_size(native, own, tokens)
-    _apply(native, own, changed)
+    unlimited = native.image_processor.to_dict()
+    changed = (
+        _fewer_pinpoints(native, unlimited, tokens)
+        if unlimited.get(PINPOINTS)
+        else _lower_size(native, unlimited, tokens)
+    )
+    _apply(native, unlimited, changed)
     return changed
 
 
-def _lower_size(native: ProcessorMixin, own: JsonObject, tokens: int) -> JsonObject:
+def _lower_size(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> JsonObject:
     """The settings with the largest size within the limit."""
 
     def most(number: int) -> int:
-        _apply(native, own, _settings(own, number))
-        return most_tokens(native, USUAL if PATCHES in own else LARGEST)
+        _apply(native, unlimited, _settings(unlimited, number))
+        return most_tokens(native, USUAL if PATCHES in unlimited else LARGEST)
 
-    if not _settings(own, 1) or (smallest := most(1)) == most(LARGER):
-        return _fixed(native, own, tokens)
+    if not _settings(unlimited, 1) or (smallest := most(1)) == most(LARGER):
+        return _fixed(native, unlimited, tokens)
     if smallest > tokens:
         raise _too_few(tokens, smallest)
     low, high = 1, 2
@@ -70,48 +74,48 @@ def _lower_size(native: ProcessorMixin, own: JsonObject, tokens: int) -> JsonObj
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if most(middle) <= tokens else (low, middle)
-    if PATCHES in own:  # images whose sides need no rounding reach the number of pixels; some types count it per frame
+    if PATCHES in unlimited:  # sides that need no rounding reach the number of pixels, which some types count per frame
         low = min(low, tokens * round(MANY / most(MANY)))
-    return _settings(own, low)
+    return _settings(unlimited, low)
 
 
-def _settings(own: JsonObject, number: int) -> dict[str, Any]:
+def _settings(unlimited: JsonObject, number: int) -> dict[str, Any]:
     """The settings of an image processor for a size, which grows with `number`; empty if it has no such settings."""
-    size = {name: value for name, value in (own.get("size") or {}).items() if value is not None}
-    if "max_soft_tokens" in own:
+    size = {name: value for name, value in (unlimited.get("size") or {}).items() if value is not None}
+    if "max_soft_tokens" in unlimited:
         return {"max_soft_tokens": SOFT_TOKENS[min(number, len(SOFT_TOKENS)) - 1]}
-    if PATCHES in own and "longest_edge" in size:  # the edges are numbers of pixels
-        pixels = number * (own["patch_size"] * own[PATCHES]) ** 2
+    if PATCHES in unlimited and "longest_edge" in size:  # the edges are numbers of pixels
+        pixels = number * (unlimited["patch_size"] * unlimited[PATCHES]) ** 2
         return {"size": {**size, "shortest_edge": min(size["shortest_edge"], pixels), "longest_edge": pixels}}
     if [*size] == ["longest_edge"]:
-        step = (own.get("max_image_size") or {}).get("longest_edge") or own["patch_size"]["height"]
+        step = (unlimited.get("max_image_size") or {}).get("longest_edge") or unlimited["patch_size"]["height"]
         return {"size": {"longest_edge": number * step}}
-    if "max_patches" in own:
-        fewest = own.get("min_patches")
+    if "max_patches" in unlimited:
+        fewest = unlimited.get("min_patches")
         return {"max_patches": number, **({} if fewest is None else {"min_patches": min(fewest, number)})}
     return {}
 
 
-def _fewer_pinpoints(native: ProcessorMixin, own: JsonObject, tokens: int) -> JsonObject:
+def _fewer_pinpoints(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> JsonObject:
     """The settings with the pinpoints (sizes to which an image is resized) within the limit."""
     counts = {}
-    for height, width in own[PINPOINTS]:
-        _apply(native, own, {PINPOINTS: [[height, width]]})
+    for height, width in unlimited[PINPOINTS]:
+        _apply(native, unlimited, {PINPOINTS: [[height, width]]})
         counts[height, width] = most_tokens(native, [(height, width)])
-    kept = [[*size] for size, count in counts.items() if count <= tokens]
-    if not kept:
+    fitting = [[*size] for size, count in counts.items() if count <= tokens]
+    if not fitting:
         raise _too_few(tokens, min(counts.values()))
-    return {PINPOINTS: kept}
+    return {PINPOINTS: fitting}
 
 
-def _apply(native: ProcessorMixin, own: JsonObject, changed: Mapping[str, object]) -> None:
+def _apply(native: ProcessorMixin, unlimited: JsonObject, changed: Mapping[str, object]) -> None:
     """Give the processor an image processor with changed settings."""
-    native.image_processor = type(native.image_processor).from_dict({**own, **changed})
+    native.image_processor = type(native.image_processor).from_dict({**unlimited, **changed})
 
 
-def _fixed(native: ProcessorMixin, own: JsonObject, tokens: int) -> JsonObject:
+def _fixed(native: ProcessorMixin, unlimited: JsonObject, tokens: int) -> JsonObject:
     """No settings. Raises: RecipeError if the number of tokens of each image is above the limit."""
-    _apply(native, own, {})
+    _apply(native, unlimited, {})
     if (count := most_tokens(native)) > tokens:
         raise _too_few(tokens, count)
     return {}
