@@ -717,11 +717,10 @@ def test_objects_are_collected_as_usual_while_training(monkeypatch: pytest.Monke
     monkeypatch.setattr(begin, "print_plan", lambda *_: None)
     monkeypatch.setattr(begin, "check_run", lambda *_: {})
     monkeypatch.setattr(begin, "load_base", lambda *_: None)
-    monkeypatch.setattr(begin, "assemble_run", lambda *_: (None, run))
-    monkeypatch.setattr(begin.run_files, "announce_run", lambda *_: None)
+    monkeypatch.setattr(begin, "assemble_run", lambda *_: run)
     try:
         gc.set_threshold(*WHILE_STARTING)
-        session = SimpleNamespace(signals=SimpleNamespace(at_once=lambda _: nullcontext()))
+        session = SimpleNamespace(signals=SimpleNamespace(at_once=lambda _: nullcontext()), folder=None)
         with pytest.raises(Reached):
             tunekit.train.train_session(session, False)
         assert gc.get_threshold() == begin.ORDINARY_COLLECTION

@@ -83,9 +83,9 @@ def train_session(session: Session, resume: bool) -> None:
     with session.signals.at_once("before training began; nothing was trained"):
         checkpoint = run_files.read_checkpoint(session, resume)
         plan, planned = plan_session(session, run_files.previous_execution(session) if resume else None)
-    plan, run = begin_run(session, plan, planned, checkpoint)
+    run = begin_run(session, plan, planned, checkpoint)
     run.train()
-    finish_run(session, plan, planned, run)
+    finish_run(run)
 
 
 def _try_out(session: Session) -> JsonObject:
@@ -96,7 +96,8 @@ def _try_out(session: Session) -> JsonObject:
     print_plan(session, plan)
     fingerprint = check_run(session, planned)
     try:
-        plan, run = assemble_run(session, plan, planned, load_base(session, plan, planned), fingerprint)
+        run = assemble_run(session, plan, planned, load_base(session, plan, planned), fingerprint)
+        plan = run.plan
     except Exception as error:
         if is_out_of_memory(error):
             raise session.out_of_memory() from error

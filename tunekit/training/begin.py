@@ -4,7 +4,6 @@ restores the checkpoint. If the plan requires it, the longest batch is run once 
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -16,20 +15,16 @@ from tunekit.companions.base import make_companions
 from tunekit.console.progress import CountProgress
 from tunekit.contracts import Companion
 from tunekit.data.batching.steps import evaluation_batches
-from tunekit.evaluation.evaluator import Evaluator, queries_of
-from tunekit.evaluation.row_losses import RowLosses
 from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.malloc import settle_heap, trim_heap
 from tunekit.machine.memory import available_bytes, limit_bytes, reset_peaks
 from tunekit.machine.variables import has_windows_driver
 from tunekit.memory.sharding import TIER
-from tunekit.memory.splitting import Splitting, shape_text
+from tunekit.memory.splitting import shape_text
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.model.storage.inspection import remote_code
 from tunekit.recipe.reading.names import shows_of
-from tunekit.recipe.recipe import Recipe
 from tunekit.records import JsonObject, Plan, Reaction, bytes_text, calibration_text
-from tunekit.training import run_files
 from tunekit.training.initialise import initialise_adapter
 from tunekit.training.optimizers import make_optimizer
 from tunekit.training.preflight import (
@@ -40,12 +35,10 @@ from tunekit.training.preflight import (
     speeds_text,
     try_longest_batch,
 )
-from tunekit.training.run import SPLIT, Run
-from tunekit.training.run_files import check_fingerprint, forget_lost_best, with_files, write_plan
+from tunekit.training.run import Run
+from tunekit.training.run_files import check_fingerprint, folder_bytes, forget_lost_best, with_files, write_plan
 from tunekit.training.session import Planned, Session
 from tunekit.training.state import LoopState, LossScale, add_seconds, restore, restore_reference
-from tunekit.training.streaming import make_engine
-from tunekit.training.time_limit import RunEnd
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 
@@ -55,19 +48,23 @@ Load = Callable[[Session, Plan, Planned], LoadedModel]
 
 def begin_run(
     session: Session, plan: Plan, planned: Planned, checkpoint: Checkpoint | None, load: Load | None = None
-) -> tuple[Plan, Run]:
-    """Load and assemble a run in the session's run folder. Returns the plan with the layers that the adapter really
-    adapts, and the run. `load`: a function that replaces `load_base`."""
+) -> Run:
+    """Load and assemble a run in the session's run folder. `load`: a function that replaces `load_base`.
+
+    Raises: ResourceError if the disk is too small for the run's files; and the errors of `assemble_run`.
+    """
     with session.signals.at_once("before training began; nothing was trained"):
         if checkpoint is None:
             torch.set_num_threads(plan.choice.threads or torch.get_num_threads())  # the order of sums depends on it
         print_plan(session, plan)
         fingerprint = check_run(session, planned, checkpoint)
-        run_files.announce_run(session, plan, planned)
+        if session.folder is not None:
+            session.folder.status(None, "running")
+            session.folder.require_free_bytes(folder_bytes(session, plan, planned))
         base = (load or load_base)(session, plan, planned)
-        plan, run = assemble_run(session, plan, planned, base, fingerprint, checkpoint)
+        run = assemble_run(session, plan, planned, base, fingerprint, checkpoint)
     gc.set_threshold(*ORDINARY_COLLECTION)  # the command line had delayed garbage collection
-    return plan, run
+    return run
 
 
 def load_base(session: Session, plan: Plan, planned: Planned) -> LoadedModel:
@@ -122,15 +119,17 @@ def assemble_run(
     base: LoadedModel,
     fingerprint: JsonObject,
     checkpoint: Checkpoint | None = None,
-) -> tuple[Plan, Run]:
-    """Assemble the run, and write its plan to the run folder. Returns the plan, updated with the layers that the
-    adapter really adapts, and the run. `fingerprint`: the result of `check_run`.
+) -> Run:
+    """Assemble the run, and write its plan to the run folder. `fingerprint`: the result of `check_run`.
 
     Raises: RunFolderError if files that companions read have changed; ModelError if a probe (a check of the model)
     fails.
     """
     recipe, devices = session.loaded.recipe, session.devices
-    companions = _load_companions(session, planned)
+    companions = make_companions(planned.rows.objective.companions)
+    with session.timed("load"):
+        for companion in companions.values():
+            companion.load(devices.device)
     state, files = LoopState(LossScale(base.dtype == torch.float16)), None
     if recipe.adapter.calibration and checkpoint is None:  # a calibrated initialisation uses whole steps
         bare = TunedModel(base, None, companions=companions)
@@ -141,9 +140,12 @@ def assemble_run(
     fingerprint = with_files(session, fingerprint, files, checkpoint)
     planned = probe_layout(session, planned, model, state)
     probe_logprobs(model, planned.largest_batch)
-    _settle_reference(planned, model)
-    adapter = model.adapter
+    adapter, objective = model.adapter, planned.rows.objective
     assert adapter is not None
+    if needs_reference_state(objective, planned.adapter):
+        model.keep_reference()
+    elif objective.loss.reference:
+        probe_reference(model, objective, planned.largest_batch)
     optimizer = make_optimizer(recipe.training, adapter, base.head_modules)
     trim_heap()  # the adapter's tensors left free pieces of memory that are too small for an activation
     settle_heap()
@@ -152,56 +154,19 @@ def assemble_run(
         restore_reference(checkpoint.tensors, model.reference_state or {})
         forget_lost_best(session, state)
         session.console.info(f"resuming after step {state.step} of {plan.steps}")
-    _note_changes(session, state)
-    plan = _with_targets(plan, adapter)
+    for key in session.changed:  # the report shows these warnings too
+        action = "resumed with the changed files, as --accept-changed allows"
+        session.react(state, Reaction(f"{key}: its files have changed since the run started", action, state.step))
+    if adapter.targets != plan.targets:  # the adapter's initialisation chose layers and ranks
+        trained = sum(parameter.numel() for parameter in adapter.trained().values())
+        total = plan.total_parameters - plan.trainable_parameters + trained
+        plan = replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
     write_plan(session, plan, None if checkpoint is None else state, fingerprint)
-    run = Run(
-        session,
-        model,
-        planned.rows.objective,
-        make_engine(model, session.console.warn),
-        optimizer,
-        planned.rows.steps(planned.batch_settings, rank=devices.rank, world=devices.world),
-        recipe.training,
-        recipe.evaluation,
-        plan.warmup_steps,
-        state,
-        fingerprint,
-        evaluator=make_evaluator(session, planned, model, state),
-        row_losses=_row_losses(planned),
-        splitting=Splitting(partial(session.react, state), state.split_tokens),
-        micro_batches_per_pass=plan.choice.pass_micro_batches,
-        budget_bytes=plan.budget_bytes,
-        shows=recipe.objective.shows,
-        ending=_end_of(recipe, planned, adapter),
-    )
+    run = Run(session, plan, planned, model, optimizer, state, fingerprint)
     if plan.tries_longest_batch or session.dry_run:
-        _try_longest(session, planned, run)
+        _try_longest(run)
     add_seconds(state.seconds, session.seconds)
-    return plan, run
-
-
-def _end_of(recipe: Recipe, planned: Planned, adapter: AttachedAdapter) -> RunEnd:
-    """The facts from which the time of the run's end is estimated."""
-    rows, training = planned.rows, recipe.training
-    return RunEnd(
-        numbers=sum(parameter.numel() for parameter in adapter.trained().values()),
-        evaluation_tokens=0 if rows.evaluation is None else int(rows.evaluation.lengths.sum()),
-        reads_best=recipe.evaluation.best is not None,
-        stop_steps=rows.objective.loss.updates_per_sampling,
-        micro_batches=training.gradient_accumulation_steps,
-        eval_steps=training.eval_steps,
-        save_steps=training.save_steps,
-    )
-
-
-def _load_companions(session: Session, planned: Planned) -> dict[str, Companion]:
-    """Load the objective's companions (auxiliary models such as a teacher or a reward model)."""
-    companions = make_companions(planned.rows.objective.companions)
-    with session.timed("load"):
-        for companion in companions.values():
-            companion.load(session.devices.device)
-    return companions
+    return run
 
 
 def _make_model(
@@ -252,75 +217,18 @@ def _begin_companions(session: Session, planned: Planned, model: TunedModel) -> 
     return files
 
 
-def _note_changes(session: Session, state: LoopState) -> None:
-    """Warn about files that changed since the original run and that --accept-changed allows. The report shows these
-    warnings too."""
-    for key in session.changed:
-        action = "resumed with the changed files, as --accept-changed allows"
-        what = f"{key}: its files have changed since the run started"
-        session.react(state, Reaction(what, action, state.step))
-
-
-def _settle_reference(planned: Planned, model: TunedModel) -> None:
-    """Prepare the reference model, if the loss needs one: the policy at step 0. Either check that the base without
-    adapter equals this policy, or save the adapter's state at step 0."""
-    objective = planned.rows.objective
-    if needs_reference_state(objective, planned.adapter):
-        model.keep_reference()
-    elif objective.loss.reference:
-        probe_reference(model, objective, planned.largest_batch)
-
-
-def _with_targets(plan: Plan, adapter: AttachedAdapter) -> Plan:
-    """A copy of the plan with the layers and ranks that the adapter's initialisation chose."""
-    if adapter.targets == plan.targets:
-        return plan
-    trained = sum(parameter.numel() for parameter in adapter.trained().values())
-    total = plan.total_parameters - plan.trainable_parameters + trained
-    return replace(plan, targets=adapter.targets, trainable_parameters=trained, total_parameters=total)
-
-
-def _try_longest(session: Session, planned: Planned, run: Run) -> None:
+def _try_longest(run: Run) -> None:
     """Run the longest training batch and the longest evaluation batch once. If memory is too small, this shows before
     step 1."""
-    rows = planned.rows.evaluation
+    session, largest, rows = run.session, run.planned.largest_batch, run.planned.rows.evaluation
     with session.timed("try"):
-        try_longest_batch(run, planned.largest_batch)
+        try_longest_batch(run, largest)
         if rows is not None:
             batch = next(evaluation_batches(rows, run.objective.rows, batch_size=run.evaluation.batch_size))
             batches = [batch] * run.devices.world  # each rank tries it
-            split = partial(_note_split, session, run.state)
-            summed_evaluation(run.model, run.objective.evaluation_copy(), batches, run.devices, on_split=split)
+            held_out = run.objective.evaluation_copy()
+            summed_evaluation(run.model, held_out, batches, run.devices, on_split=run.note_split)
     if session.dry_run and run.devices.world > 1:
-        session.console.info(speeds_text(measured_speeds(run, planned.largest_batch)))
+        session.console.info(speeds_text(measured_speeds(run, largest)))
     if not run.state.reactions:
-        session.console.info(f"the longest micro-batch, {shape_text(planned.largest_batch)}, was tried and fits")
-
-
-def make_evaluator(session: Session, planned: Planned, model: TunedModel, state: LoopState) -> Evaluator | None:
-    """The evaluator of the run's evaluation rows; None if the recipe has none."""
-    recipe, rows = session.loaded.recipe, planned.rows
-    if rows.evaluation is None:
-        return None
-    return Evaluator(
-        model,
-        rows.objective,
-        session.devices,
-        rows.evaluation,
-        queries_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
-        recipe.evaluation,
-        template=rows.template,
-        on_split=partial(_note_split, session, state),
-        progress=CountProgress(session.console),
-    )
-
-
-def _note_split(session: Session, state: LoopState, size: str) -> None:
-    """Warn and record that a batch ran out of memory in an evaluation, once for each size of batch."""
-    session.react(state, Reaction(f"{size} ran out of memory in an evaluation", SPLIT, state.step), once=True)
-
-
-def _row_losses(planned: Planned) -> RowLosses | None:
-    """Makes the values of evaluation rows for the run folder; None without evaluation rows."""
-    rows = planned.rows.evaluation
-    return None if rows is None else RowLosses(rows, planned.rows.objective, planned.processor.tokenizer)
+        session.console.info(f"the longest micro-batch, {shape_text(largest)}, was tried and fits")

@@ -24,43 +24,45 @@ from tunekit.model.quantized.weights import stored_bytes
 from tunekit.model.text.tokenizer import LoadedTokenizer
 from tunekit.recipe.bases.paths import relative_to
 from tunekit.recipe.reading.names import shows_of
-from tunekit.records import Plan, Reaction, ReportFacts, bytes_text, skipped_text
+from tunekit.records import Reaction, ReportFacts, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
 from tunekit.targets.target import measuring_objective
 from tunekit.training.loss_warnings import KEEP_BEST, last_jump, rise
 from tunekit.training.run import Run
-from tunekit.training.session import Planned, Session
 from tunekit.training.state import restore, timed
 from tunekit.training.time_limit import KEY
 from tunekit.tuned.model import TunedModel
 
 
-def finish_run(session: Session, plan: Plan, planned: Planned, run: Run) -> None:
+def finish_run(run: Run) -> None:
     """Export the result of a run that has ended, and write its report."""
-    reactions = session.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
+    reactions = run.devices.gather(run.state.reactions)  # each rank splits its own micro-batches
     run.state.reactions = [reaction for place, reaction in enumerate(reactions) if reaction not in reactions[:place]]
-    session.in_folder(lambda folder: _write_result(session, folder, plan, planned, run))
+    run.session.in_folder(lambda folder: _write_result(folder, run))
 
 
-def _write_result(session: Session, folder: RunFolder, plan: Plan, planned: Planned, run: Run) -> None:
+def _write_result(folder: RunFolder, run: Run) -> None:
     """Export the best or the last state, write the report, then mark the run as finished."""
-    recipe, state, console = session.loaded.recipe, run.state, session.console
+    session, planned, state = run.session, run.planned, run.state
+    recipe, console = session.loaded.recipe, session.console
     saves_best = recipe.evaluation.best is not None and state.best_step is not None
     with state.timed("export"):
-        place, size_bytes = _export(session, folder, planned, run, saves_best=saves_best)
+        place, size_bytes = _export(folder, run, saves_best=saves_best)
     base, template = run.model.base, planned.rows.template
     is_base = run.adapter.starts_as_identity() and recipe.adapter.init_from is None
     start = "the base" if is_base else "before training"
     if recipe.evaluation.tasks:
-        _measure_tasks(session, folder, planned, run, compares=is_base and not recipe.adapter.trains_base)
+        _measure_tasks(folder, run, compares=is_base and not recipe.adapter.trains_base)
     state.note_time(session.limit.elapsed)
-    facts = report_facts(plan, run, folder, size_bytes, saved_best=saves_best, start=start)
+    facts = report_facts(run, folder, size_bytes, saved_best=saves_best, start=start)
     ended = STOPPED_BY_TIME if run.ended_by_time else "stopped early: no gain" if state.stopped_early else "finished"
     reason = ended if facts.verdict is None else f"{ended}; {facts.verdict}"
-    write_report(folder, facts, plan, reason)
+    write_report(folder, facts, run.plan, reason)
     folder.status(0, reason, finished=not run.ended_by_time)
     if run.ended_by_time:
-        console.warn(_stopped_text(session, plan, run))
+        commands = next_commands(Path(recipe.output.dir), alone=run.devices.world == 1)
+        step, rate = f"step {state.step} of {run.plan.steps}", f"at {run.rate():.0%} of training.learning_rate"
+        console.warn(f"{KEY} ended the run after {step}, {rate}; {commands}")
     if facts.verdict is not None:
         console.warn(f"{facts.verdict}; {remedy(saves_best, state.step, folder)}")
     if facts.skipped_steps:
@@ -73,15 +75,15 @@ def _write_result(session: Session, folder: RunFolder, plan: Plan, planned: Plan
     console.detail("seconds: " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.seconds.items()))
 
 
-def _export(session: Session, folder: RunFolder, planned: Planned, run: Run, *, saves_best: bool) -> tuple[Path, int]:
+def _export(folder: RunFolder, run: Run, *, saves_best: bool) -> tuple[Path, int]:
     """Export the best state if `saves_best`, else the last one. Returns the folder and its size in bytes."""
-    recipe, state, base, template = session.loaded.recipe, run.state, run.model.base, planned.rows.template
+    planned, state, base, template = run.planned, run.state, run.model.base, run.planned.rows.template
     measured = state.measured_facts
     if saves_best and state.best_step != state.step:
         best = load_checkpoint(folder.checkpoints / f"step-{state.best_step:06d}")
         measured = restore(best.tensors, best.facts, run.optimizer, run.adapter).measured_facts
     run.optimizer.native.state.clear()  # writing the result may need as much memory as the optimizer's moments
-    if not recipe.adapter.trains_base:
+    if not planned.adapter.trains_base:
         place = folder.path / "adapter"
         return place, export_adapter(place, base, run.adapter, run.objective, template, base.fingerprint, measured)
     place, section = folder.path / "model", planned.model.model_copy(update=measured)
@@ -89,18 +91,11 @@ def _export(session: Session, folder: RunFolder, planned: Planned, run: Run, *, 
     return place, export_model(place, section, base, run.adapter, processor, template, answering)
 
 
-def _stopped_text(session: Session, plan: Plan, run: Run) -> str:
-    """A sentence about a run that max_minutes ended: its step, its learning rate, and how to continue it."""
-    step, run_path = run.state.step, Path(session.loaded.recipe.output.dir)
-    rate = f"at {run.rate():.0%} of training.learning_rate"
-    commands = next_commands(run_path, alone=session.devices.world == 1)
-    return f"{KEY} ended the run after step {step} of {plan.steps}, {rate}; {commands}"
-
-
-def _measure_tasks(session: Session, folder: RunFolder, planned: Planned, run: Run, *, compares: bool) -> None:
+def _measure_tasks(folder: RunFolder, run: Run, *, compares: bool) -> None:
     """Compute the tasks of evaluation.tasks, and write their scores into the run folder. `compares`: also the scores of
     the base."""
-    console, settings, limit = session.console, session.loaded.recipe.evaluation, session.limit
+    session, planned, settings = run.session, run.planned, run.evaluation
+    console, limit = session.console, session.limit
     command = shlex.join(["tunekit", "eval", relative_to(folder.path), "--tasks", ",".join(settings.tasks)])
     if session.devices.world > 1:
         console.warn(f"a run of several processes does not compute evaluation.tasks; compute them with: {command}")
@@ -159,12 +154,10 @@ def base_bytes(model: TunedModel) -> int:
     return stored_bytes(model.base.net) - adapter_bytes
 
 
-def report_facts(
-    plan: Plan, run: Run, folder: RunFolder, adapter_bytes: int, *, saved_best: bool, start: str
-) -> ReportFacts:
+def report_facts(run: Run, folder: RunFolder, adapter_bytes: int, *, saved_best: bool, start: str) -> ReportFacts:
     """All facts for report.json. For a resumed run, they include the time before the resume. `start`: the name of the
     model before training."""
-    state, records = run.state, folder.read_metrics()
+    plan, state, records = run.plan, run.state, folder.read_metrics()
     steps = [record["loss"] for record in records if "eval" not in record]
     name = shows_of(plan.objective).headline.name
     headline = [record[name] for record in records if name in record] if name != "loss" else []

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 
@@ -23,20 +24,18 @@ from tunekit.artifacts.checkpoint import save_checkpoint
 from tunekit.artifacts.run import RunFolder
 from tunekit.artifacts.stopped import next_commands
 from tunekit.artifacts.trackers import Trackers
-from tunekit.console.progress import StepProgress
-from tunekit.contracts import Objective, StepBatches, StepSource
+from tunekit.console.progress import CountProgress, StepProgress
+from tunekit.contracts import StepBatches, StepSource
 from tunekit.errors import InputError, Problem, Stopped
-from tunekit.evaluation.evaluator import Evaluation, Evaluator
+from tunekit.evaluation.evaluator import Evaluation, Evaluator, queries_of
 from tunekit.evaluation.row_losses import RowLosses
 from tunekit.evaluation.scores import EvaluationStopped
 from tunekit.machine.cpu_times import CpuTimes
 from tunekit.machine.devices import Devices
 from tunekit.memory.splitting import Splitting
-from tunekit.recipe.evaluation import EvaluationSection
-from tunekit.recipe.training import TrainingSection
-from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, JsonObject, Reaction, Shows, StepRecord
+from tunekit.records import EvaluationRecord, JsonObject, Plan, Reaction, StepRecord
 from tunekit.targets.export import facts_for_export
-from tunekit.training.engine import Engine, StepResult, StepView, StepWork, require_gradients
+from tunekit.training.engine import StepResult, StepView, StepWork, require_gradients
 from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
@@ -50,10 +49,11 @@ from tunekit.training.run_files import (
     write_rows,
 )
 from tunekit.training.schedules import rate_multiplier
-from tunekit.training.session import Session
+from tunekit.training.session import Planned, Session
 from tunekit.training.state import LoopState, add_seconds, checkpoint_facts, checkpoint_tensors
 from tunekit.training.step_numbers import StepNumbers, check_finite, means, start_numbers
-from tunekit.training.time_limit import RunEnd
+from tunekit.training.streaming import make_engine
+from tunekit.training.time_limit import run_end
 from tunekit.tuned.model import TunedModel
 
 CLIPPING_EPSILON = 1e-6  # as in torch's clip_grad_norm_
@@ -65,32 +65,45 @@ class Run:
     """A run: its model, objective, data and state. All ranks call its methods in the same order."""
 
     session: Session
+    plan: Plan  # with the layers that the adapter really adapts
+    planned: Planned
     model: TunedModel
-    objective: Objective
-    engine: Engine
     optimizer: Optimizer
-    steps: StepSource
-    training: TrainingSection
-    evaluation: EvaluationSection
-    warmup_steps: int
     state: LoopState
-    fingerprint: JsonObject = field(default_factory=dict)
-    evaluator: Evaluator | None = None  # None without evaluation rows
-    row_losses: RowLosses | None = None
-    splitting: Splitting | None = None
-    micro_batches_per_pass: int = 1
-    budget_bytes: int | None = None
-    shows: Shows = DEFAULT_SHOWS
+    fingerprint: JsonObject
     earlier: StepBatches | None = None  # the prepared previous step, if several steps reuse its samples
     pace: list[CpuTimes] = field(default_factory=list)  # of the last steps on a CPU, see pace.py
     pending: StepNumbers | None = None  # of a step whose loss and norm have not been read yet
     settled: float = 0.0  # when the numbers of the last step that was read arrived
     progress: StepProgress | None = None  # while the run is open
     trackers: Trackers | None = None
-    ending: RunEnd = field(default_factory=RunEnd)
     ended_by_time: bool = False
     started: float = 0.0  # when the present step began
     counts: tuple[float, ...] = ()  # of the present step on all ranks: tokens, supervised tokens, micro-batches
+
+    def __post_init__(self) -> None:
+        recipe, rows, devices = self.session.loaded.recipe, self.planned.rows, self.devices
+        self.training, self.evaluation, self.objective = recipe.training, recipe.evaluation, rows.objective
+        self.shows = recipe.objective.shows
+        self.engine = make_engine(self.model, self.session.console.warn)
+        self.steps: StepSource = rows.steps(self.planned.batch_settings, rank=devices.rank, world=devices.world)
+        self.splitting = Splitting(partial(self.session.react, self.state), self.state.split_tokens)
+        self.evaluator: Evaluator | None = None  # without evaluation rows
+        if rows.evaluation is not None:
+            self.row_losses = RowLosses(rows.evaluation, rows.objective, self.planned.processor.tokenizer)
+            self.evaluator = Evaluator(
+                self.model,
+                rows.objective,
+                devices,
+                rows.evaluation,
+                queries_of(rows, recipe.evaluation, recipe.evaluation.metrics, recipe.data),
+                recipe.evaluation,
+                template=rows.template,
+                on_split=self.note_split,
+                progress=CountProgress(self.session.console),
+            )
+        numbers = sum(parameter.numel() for parameter in self.adapter.trained().values())
+        self.ending = run_end(recipe, rows, numbers)
 
     def train(self) -> None:
         """Train from the present state to the last step. Raises: NumericsError; Stopped or InputError, after a
@@ -110,10 +123,8 @@ class Run:
         before it are saved first."""
         with ExitStack() as stack:
             self.trackers = stack.enter_context(make_trackers(self.session, self.state.step))
-            shown = StepProgress(
-                self.session.console, self.steps.count, budget_bytes=self.budget_bytes, shows=self.shows
-            )
-            self.progress = stack.enter_context(shown)
+            console, count, budget = self.session.console, self.steps.count, self.plan.budget_bytes
+            self.progress = stack.enter_context(StepProgress(console, count, budget_bytes=budget, shows=self.shows))
             stack.enter_context(self.model.training_mode(True))
             try:
                 yield
@@ -257,7 +268,8 @@ class Run:
         for reaction in watch_step(state, numbers, loss, self.shows, self.devices, exported=exported):
             self.session.react(state, reaction)
         add_seconds(state.seconds, numbers.spent(seconds))
-        shown = self._shows_samples(numbers.step)
+        # the report shows samples of the first step, the last step, and steps with an evaluation
+        shown = numbers.step in (1, self.steps.count) or numbers.step % self.training.eval_steps == 0
         record = numbers.record(loss, norm, seconds, self.session.peak_bytes(), shown=shown)
         self.record(replace(record, threads=torch.get_num_threads()) if self.adapts_threads else record)
 
@@ -270,7 +282,8 @@ class Run:
     def view(self, step: StepBatches) -> StepView:
         """The parts of the run that the objective and its companions (auxiliary models) may use in a step."""
         rows, gather, work = self.objective.rows, self.devices.gather, self._work(step)
-        return StepView(self.model, rows, gather, on_split=self._note_split, engine=self.engine, work=work)
+        split = partial(self.note_split, where="while a step was prepared", step=self.state.step + 1)
+        return StepView(self.model, rows, gather, on_split=split, engine=self.engine, work=work)
 
     def _work(self, step: StepBatches) -> StepWork:
         """A step, before its units are known."""
@@ -281,7 +294,7 @@ class Run:
             torch.ones(1, dtype=torch.float64),
             self.training.seed,
             splitting=self.splitting,
-            micro_batches_per_pass=self.micro_batches_per_pass,
+            micro_batches_per_pass=self.plan.choice.pass_micro_batches,
         )
 
     def try_batch(self, step: StepBatches, *, watches_gradients: bool = False) -> None:
@@ -353,7 +366,7 @@ class Run:
 
     def keep_rows(self, evaluation: Evaluation) -> None:
         """Write the loss of each evaluation row to the run folder."""
-        if self.row_losses is not None and self.session.folder is not None and evaluation.sums.row_losses:
+        if self.session.folder is not None and evaluation.sums.row_losses:
             folder, ended = self.session.folder, self.ended_by_time
             write_rows(folder, self.row_losses, self.state.step, evaluation, ended_by_time=ended)
 
@@ -362,7 +375,7 @@ class Run:
 
         def write(folder: RunFolder) -> None:
             state = self.state
-            state.split_tokens = None if self.splitting is None else self.splitting.tokens
+            state.split_tokens = self.splitting.tokens
             with self.session.signals.critical():
                 tensors = checkpoint_tensors(self.optimizer, self.adapter, self.model.reference_state)
                 facts = checkpoint_facts(self.optimizer, state, self.fingerprint)
@@ -393,10 +406,10 @@ class Run:
         how = next_commands(run, alone=self.devices.world == 1) if step else "nothing was trained yet"
         raise Stopped(f"stopped by {Signals(number).name} {ended}", number, how)
 
-    def _note_split(self, size: str) -> None:
-        """Warn and record that memory ran out while a step was prepared, once for each size."""
-        what = f"{size} ran out of memory while a step was prepared"
-        self.session.react(self.state, Reaction(what, SPLIT, self.state.step + 1), once=True)
+    def note_split(self, size: str, where: str = "in an evaluation", step: int | None = None) -> None:
+        """Warn and record that memory ran out, once for each size. `step`: if it is not the present one."""
+        what = f"{size} ran out of memory {where}"
+        self.session.react(self.state, Reaction(what, SPLIT, self.state.step if step is None else step), once=True)
 
     @property
     def devices(self) -> Devices:
@@ -430,11 +443,6 @@ class Run:
         """Whether the number of threads may fall during the run."""
         return self.computes_on_cpu and self.training.threads == "adaptive"
 
-    def _shows_samples(self, step: int) -> bool:
-        """Whether the report shows samples of this step: the first step, the last step, and steps with an
-        evaluation."""
-        return step in (1, self.steps.count) or step % self.training.eval_steps == 0
-
     def rate(self) -> float:
         """Multiplier of the learning rate of the next update."""
-        return rate_multiplier(self.training, self.state.updates, self.steps.count, self.warmup_steps)
+        return rate_multiplier(self.training, self.state.updates, self.steps.count, self.plan.warmup_steps)

@@ -241,16 +241,6 @@ def _previous_fingerprint(folder: RunFolder) -> JsonObject | None:
     return None if environment is None else environment.get("fingerprint")
 
 
-def announce_run(session: Session, plan: Plan, planned: Planned) -> None:
-    """Write the status "running" to the run folder, and check the free disk space.
-
-    Raises: ResourceError if the disk is too small for the run's files.
-    """
-    if session.folder is not None:
-        session.folder.status(None, "running")
-        session.folder.require_free_bytes(folder_bytes(session, plan, planned))
-
-
 def folder_bytes(session: Session, plan: Plan, planned: Planned) -> int:
     """The bytes of the adapter and of training.keep_checkpoints + 1 checkpoints: an old checkpoint is deleted only
     after a new one is complete."""

@@ -6,8 +6,10 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from tunekit.data.rows import RowSet
 from tunekit.errors import Problem
 from tunekit.machine.cpu_times import process_seconds
+from tunekit.recipe.recipe import Recipe
 from tunekit.training.state import LoopState
 
 DISK_BYTES = 100e6  # bytes written per second, until a checkpoint of the run is measured
@@ -62,6 +64,13 @@ class RunEnd:
     def _due(self, state: LoopState, multiple: int) -> int:
         """How many multiples of `multiple` are between the present step and the next possible stop."""
         return (state.step + self.stop_steps - 1) // multiple - state.step // multiple
+
+
+def run_end(recipe: Recipe, rows: RowSet, numbers: int) -> RunEnd:
+    """The facts about a run with this number of trained numbers."""
+    training, tokens = recipe.training, 0 if rows.evaluation is None else int(rows.evaluation.lengths.sum())
+    steps = rows.objective.loss.updates_per_sampling, training.gradient_accumulation_steps
+    return RunEnd(numbers, tokens, recipe.evaluation.best is not None, *steps, training.eval_steps, training.save_steps)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.machine.devices import deterministic_kernels
 from tunekit.recipe.recipe import Recipe
 from tunekit.records import Plan
-from tunekit.training.begin import Load, assemble_run, make_evaluator
+from tunekit.training.begin import Load, assemble_run
 from tunekit.training.halving import halving_seconds
 from tunekit.training.run import Run
 from tunekit.training.session import Planned, Session
@@ -74,13 +74,13 @@ def measure_costs(session: Session, plan: Plan, planned: Planned, load: Load) ->
     with deterministic_kernels(session.loaded.recipe.training.deterministic):
         base = load(session, plan, planned)
         started = time.monotonic()
-        plan, run = assemble_run(session, plan, planned, base, {})
+        run = assemble_run(session, plan, planned, base, {})
         prepare = time.monotonic() - started
         try:
             tokens = _token_seconds(run)
         except NumericsError:
             return None
-        first_evaluation, evaluation = _evaluation_seconds(session, plan, planned, run)
+        first_evaluation, evaluation = _evaluation_seconds(run)
     return Costs(session.seconds.get("load", 0.0), prepare, median(tokens[1:] or tokens), evaluation, first_evaluation)
 
 
@@ -97,17 +97,16 @@ def _token_seconds(run: Run) -> list[float]:
     return seconds
 
 
-def _evaluation_seconds(session: Session, plan: Plan, planned: Planned, run: Run) -> tuple[float, float]:
+def _evaluation_seconds(run: Run) -> tuple[float, float]:
     """Seconds of an evaluation, estimated from some of its batches and one batch of generated answers: with answers of
     the model as it is, and with answers as long as the references."""
-    rows, counts = planned.rows.evaluation, plan.rows.evaluation
-    evaluator = make_evaluator(session, planned, run.model, run.state)
+    rows, counts, evaluator = run.planned.rows.evaluation, run.plan.rows.evaluation, run.evaluator
     if rows is None or counts is None or evaluator is None:
         return 0.0, 0.0
     objective = run.objective.evaluation_copy()
     batches = islice(evaluation_batches(rows, objective.rows, batch_size=run.evaluation.batch_size), BATCHES)
     started = time.monotonic()
-    sums = summed_evaluation(run.model, objective, batches, session.devices)
+    sums = summed_evaluation(run.model, objective, batches, run.devices)
     of_rows = (time.monotonic() - started) * counts.tokens / max(sums.tokens, 1)
     now, trained = evaluator.query_seconds()
     return of_rows + now, of_rows + trained

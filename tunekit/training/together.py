@@ -117,15 +117,15 @@ def opened_trial(trial: Trial, end: int | None, base: SharedBase, resume: bool, 
     session = replace(trial.session, last_step=end, limit=limit, seconds=seconds, console=console)
     assert trial.plan is not None
     assert trial.planned is not None
-    plan, planned, trial.begun, trial.ended = trial.plan, trial.planned, True, True
+    trial.begun = trial.ended = True
     try:
         with run_files.locked_folder(session, trial.path, resume, overwrite=False):
             with session.signals.at_once("before training began; nothing was trained"):
                 checkpoint = run_files.read_checkpoint(session, resume)
-            plan, run = begin_run(session, plan, planned, checkpoint, base.load)
+            run = begin_run(session, trial.plan, trial.planned, checkpoint, base.load)
             with run.opened():
                 yield run
-            finish_run(session, plan, planned, run)
+            finish_run(run)
     except Stopped as stop:
         trial.ended = False  # it pauses
         if session.signals.requested is not None:
