@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunekit.console import Console, visible
-from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Objective, Sampling, no_progress
+from tunekit.contracts import GREEDY, AnswerLimits, EncodeOptions, Objective, Row, Sampling, no_progress
 from tunekit.data.encoding.images import png_bytes
 from tunekit.data.encoding.outcomes import Dropped
 from tunekit.data.reading.first import format_maker, open_rows
@@ -25,6 +25,7 @@ from tunekit.evaluation.choices import choose
 from tunekit.evaluation.evaluator import choices_of
 from tunekit.evaluation.scores import undisturbed
 from tunekit.files.durable import write_bytes
+from tunekit.formats.reranking import RerankingExample
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.model.call import seed_for
 from tunekit.model.families import Family, make_family
@@ -37,6 +38,7 @@ from tunekit.talking.answer import Request
 from tunekit.talking.conversation import make_speaker
 from tunekit.talking.embedder import SIDES, check_output, floats, make_embedder, write_vectors
 from tunekit.talking.prompts import PromptRow, TextOrPair, read_prompts
+from tunekit.talking.reranking import Reranker, is_reranker, make_reranker
 from tunekit.talking.table import answer_table
 from tunekit.targets.system_message import trained_system
 from tunekit.targets.target import LoadedTarget, TargetSpec, family_of, find_target, load_target
@@ -98,10 +100,17 @@ def generate_verb(
         alone = partial(answer, loaded, questions, devices=devices, system=system)
         ask = partial(answer_with_adapters, loaded, rows, system=system) if adapters else alone
         answers = ask(sampling) if score is None else []
-        scores = [] if score is None else score_file(loaded, Path(score).absolute())
+        scores = [] if score is None else _scored(loaded, Path(score).absolute())
     for scored, value in scores:
-        console.json({**scored, "score": value})
+        console.json({**scored, "scores" if isinstance(value, list) else "score": value})
     _write_answers(console, rows, answers, as_lines=prompt is None or len(prompt) > 1)
+
+
+def _scored(loaded: LoadedTarget, path: Path) -> Sequence[tuple[dict[str, Any], float | list[float]]]:
+    """The rows of the file with their scores."""
+    if is_reranker(loaded):
+        return score_documents(make_reranker(loaded, loaded.target.evaluation.batch_size), path)
+    return score_file(loaded, path)
 
 
 def _check_files(console: Console, prompts: str, *, reads_texts: bool) -> None:
@@ -201,6 +210,29 @@ def _draw(console: Console, loaded: LoadedTarget, prompts: Sequence[str], seed: 
 
 
 @torch.no_grad()
+def score_documents(reranker: Reranker, path: Path) -> list[tuple[dict[str, Any], float | list[float]]]:
+    """The rows of the file, each with the probability that its document is relevant, or with a list of them.
+
+    Raises: DataError with all wrong rows.
+    """
+    problems, encoded, counted = Problems(), list[Row](), list[tuple[dict[str, Any], int]]()
+    rows, _, format_name, _ = open_rows(Source(path=str(path)), reranker.rows.example, problems)
+    make_example = format_maker(format_name)
+    for raw in rows:
+        try:
+            example = make_example(raw.values)
+            assert isinstance(example, RerankingExample)
+            encoded += [reranker.encode(example.query, document) for document in example.documents]
+            counted.append((raw.values, len(example.documents)))
+        except DataError as error:
+            problems.add_error(str(path), raw.line, error)
+    problems.raise_if_any()
+    scores = iter(floats(reranker.probabilities(encoded)))
+    each = [(values, list(islice(scores, count))) for values, count in counted]
+    return [(values, some[0] if len(some) == 1 else some) for values, some in each]
+
+
+@torch.no_grad()
 def score_file(loaded: LoadedTarget, path: Path) -> list[tuple[dict[str, Any], float]]:
     """The rows of the file, each with its score. A row is a prompt with its answer, or a conversation.
 
@@ -248,7 +280,7 @@ def answer(
         return choose(model, objective, choices, asked, settings.batch_size, devices or make_devices(), system)
     answering = objective.answering
     if answering is None or answering.write is None:
-        scores = answering is not None and answering.score is not None
+        scores = is_reranker(loaded) or (answering is not None and answering.score is not None)
         how = "score answers with --score FILE" if scores else "name a different target"
         raise InputError(f"the target was trained with {objective.name}, which does not generate answers", how)
     prompts = _questions(loaded, objective, texts, system)

@@ -1,7 +1,7 @@
 """`tunekit serve`: serves a model to OpenAI clients until it is stopped. Each adapter of the base is a model name.
 
 GET /v1/models and /v1/models/NAME; POST /v1/chat/completions and /v1/completions, streamed or complete. For embedding
-models: POST /v1/embeddings.
+models: POST /v1/embeddings. For rerankers: POST /rerank and /score.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tunekit.talking.desk import Desk
 from tunekit.talking.embedder import make_embedder
 from tunekit.talking.embedding_desk import EmbeddingDesk
 from tunekit.talking.protocol import ProtocolError, model_name, read_body, read_embedding_body
+from tunekit.talking.reranking import RerankDesk, is_reranker, make_reranker, read_rerank_body, read_score_body
 from tunekit.targets.system_message import trained_system
 from tunekit.targets.target import family_of, find_target, load_target
 
@@ -43,11 +44,17 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RERANK, SCORE = ("/rerank", "/v1/rerank"), ("/score", "/v1/score")
+OF_CHATS = "--adapter, --cache-memory and --adapter-memory"
 MAX_BODY_BYTES = 4_000_000
 MIN_TOKENS = 32  # a slot with fewer tokens has no room for a question and its answer
 QUEUED_CONNECTIONS = 1024
 HEADER_SECONDS, BODY_SECONDS = 10.0, 60.0  # time limits for a client to send a request's header and body
 READING_SECONDS = 300.0  # time limit for a client to read the part of its answer that was sent
+
+
+AnyDesk = Desk | EmbeddingDesk | RerankDesk
+PATHS = {Desk: (CHAT, COMPLETIONS), EmbeddingDesk: (EMBEDDINGS,), RerankDesk: (*RERANK, *SCORE)}
 
 
 async def read_request(request: Request) -> bytes:
@@ -70,7 +77,7 @@ def model_entry(name: str, created: int) -> dict[str, object]:
     return {"id": name, "object": "model", "created": created, "owned_by": "tunekit"}
 
 
-def make_app(desk: Desk | EmbeddingDesk, key: str | None, max_tokens: int, only_local: bool = True) -> Starlette:
+def make_app(desk: AnyDesk, key: str | None, max_tokens: int, only_local: bool = True) -> Starlette:
     """The HTTP server as an ASGI application. `key`: the API key that clients must send; None: no key. `only_local`:
     whether only this machine can reach the server."""
     from starlette.applications import Starlette
@@ -118,19 +125,26 @@ def make_app(desk: Desk | EmbeddingDesk, key: str | None, max_tokens: int, only_
         body = await read_request(request)
         if isinstance(desk, Desk):
             return ClientAnswer(desk, read_body(body, adapters, max_tokens, is_chat=request.url.path == CHAT))
-        question = read_embedding_body(body, adapters, desk.embedder.width)
-        return Response(await desk.answer(question, request.is_disconnected), media_type="application/json")
+        return Response(await _answer_in_turn(desk, request, body), media_type="application/json")
 
-    paths = (CHAT, COMPLETIONS) if isinstance(desk, Desk) else (EMBEDDINGS,)
     return Starlette(
         routes=[
             Route("/health", health),
             Route("/v1/models", models),
             Route("/v1/models/{name}", model),
-            *(Route(path, answer, methods=["POST"]) for path in paths),
+            *(Route(path, answer, methods=["POST"]) for path in PATHS[type(desk)]),
         ],
         exception_handlers=dict.fromkeys((ProtocolError, HTTPException, ClientDisconnect), error_response),
     )
+
+
+async def _answer_in_turn(desk: EmbeddingDesk | RerankDesk, request: Request, body: bytes) -> bytes:
+    """The body of a response that is not generated token by token. Raises: ProtocolError."""
+    if isinstance(desk, EmbeddingDesk):
+        question = read_embedding_body(body, desk.adapters, desk.embedder.width)
+        return await desk.answer(question, request.is_disconnected)
+    read = read_rerank_body if request.url.path in RERANK else read_score_body
+    return await desk.answer(read(body, desk.adapters), request.is_disconnected)
 
 
 def serve_verb(
@@ -161,9 +175,9 @@ def serve_verb(
     cache_bytes, adapter_bytes = (None if size is None else read_size(size) for size in memory)
     console, spec = Console(), find_target(target, base, overrides)
     embeds = make_family(family_of(spec)).headless
-    if embeds and (adapters or memory != (None, None)):
-        what = "the target embeds texts, so --adapter, --cache-memory and --adapter-memory have no effect"
-        raise InputError(what, "remove them")
+    useless = bool(adapters) or memory != (None, None)
+    if embeds and useless:
+        raise InputError(f"the target embeds texts, so {OF_CHATS} have no effect", "remove them")
     for folder in adapters:
         check_folder(folder)
     listening = bind(host, port)
@@ -172,9 +186,13 @@ def serve_verb(
     devices = make_devices()
     try:
         loaded, name = load_target(spec, devices.device), name_of(target)
-        desk: Desk | EmbeddingDesk
+        desk: AnyDesk
+        if is_reranker(loaded) and useless:
+            raise InputError(f"the target scores documents, so {OF_CHATS} have no effect", "remove them")
         if embeds:
             desk = EmbeddingDesk(make_embedder(loaded, batch_size), name)
+        elif is_reranker(loaded):
+            desk = RerankDesk(make_reranker(loaded, batch_size), name)
         else:
             speaker = make_speaker(loaded, name, needs_template=False)
             if (usual := trained_system(spec)) is not None:
@@ -230,7 +248,7 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def make_server(desk: Desk | EmbeddingDesk, app: Starlette) -> Server:
+def make_server(desk: AnyDesk, app: Starlette) -> Server:
     """A server that ends at once on a signal, and then aborts running answers.
 
     It accepts few connections at a time, so that it can read each request before many others arrive. The other

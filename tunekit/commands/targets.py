@@ -94,6 +94,16 @@ GeneratedOutput = Annotated[
 ]
 
 
+ScoredFile = Annotated[
+    str | None,
+    typer.Option(
+        "--score",
+        metavar="FILE",
+        help="a file of answers, which a reward model scores, or of queries with documents, for a reranker",
+    ),
+]
+
+
 @app.command()
 def generate(
     target: TargetName,
@@ -119,9 +129,7 @@ def generate(
         int | None,
         typer.Option(metavar="N", min=0, help="the seed of sampling (with --temperature) and of images; default: 0"),
     ] = None,
-    score: Annotated[
-        str | None, typer.Option("--score", metavar="FILE", help="a file of answers, which the reward model scores")
-    ] = None,
+    score: ScoredFile = None,
     choices: Annotated[
         str | None, typer.Option(metavar="LIST", help="choose the answer from a list, such as '[yes, no]'")
     ] = None,

@@ -36,7 +36,7 @@ EXAMPLE = "reranking"
 @dataclass(frozen=True)
 class RerankingExample:
     """A query and its documents. `labels`: how relevant each document is, or the scores of a teacher; empty if the
-    first `positives` documents are relevant and the others are not."""
+    row has none. `positives`: without labels, how many of the first documents are relevant; 0 if that is unknown."""
 
     query: str
     documents: tuple[str, ...]
@@ -63,7 +63,7 @@ def make_example(row: Fields) -> RerankingExample:
     labels = _labels(row)
     if listed:
         documents = _texts(row[listed], listed)
-        if len(labels) != len(documents):
+        if labels and len(labels) != len(documents):
             what = f"the row has {len(documents)} documents and {len(labels)} labels"
             raise DataError(what, "write one label for each document in the list 'labels'")
         return RerankingExample(query, documents, labels)

@@ -40,7 +40,7 @@ def supervised_objective(family: str, labels: int = 0) -> ObjectiveSettings | No
     """The objective that evaluates a model of this family if no recipe names an objective; None if no objective can.
     `labels`: the number of outputs of the model's head. A model whose head has one output is a reward model."""
     for kind in map(objective_class, known_names("objectives")):
-        if kind.single_score if labels == 1 else kind.family == family and kind.supervised:
+        if kind.supervised and (kind.single_score if labels == 1 else kind.family == family):
             return kind()  # type: ignore[call-arg]
     return None
 

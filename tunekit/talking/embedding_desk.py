@@ -7,6 +7,7 @@ import base64
 import json
 import threading
 from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -15,18 +16,21 @@ from tunekit.talking.completion import protocol_error
 from tunekit.talking.desk import MAX_JOBS, shutdown_error
 from tunekit.talking.embedder import Embedder, floats
 from tunekit.talking.protocol import EmbeddingQuestion, ProtocolError
+from tunekit.targets.target import LoadedTarget
+
+Question = TypeVar("Question")
 
 
-class EmbeddingDesk:
-    """Answers requests for embeddings. The model called BASE is the base without the target's adapter."""
+class TurnDesk(Generic[Question]):
+    """Answers requests one after another. The model called BASE is the base without the target's adapter."""
 
-    def __init__(self, embedder: Embedder, name: str) -> None:
-        self.embedder, self.adapters = embedder, Adapters(embedder.loaded.model.base)
-        if (adapter := embedder.loaded.model.adapter) is not None:
+    def __init__(self, loaded: LoadedTarget, name: str) -> None:
+        self.adapters = Adapters(loaded.model.base)
+        if (adapter := loaded.model.adapter) is not None:
             self.adapters.put("adapter" if name == BASE else name, adapter)
         self._stopped, self._turn, self._waiting = threading.Event(), asyncio.Lock(), 0
 
-    async def answer(self, question: EmbeddingQuestion, has_left: Callable[[], Awaitable[bool]]) -> bytes:
+    async def answer(self, question: Question, has_left: Callable[[], Awaitable[bool]]) -> bytes:
         """The body of the response. `has_left`: whether the client has disconnected. Raises: ProtocolError."""
         if self._waiting >= MAX_JOBS:
             raise ProtocolError(503, f"{MAX_JOBS} requests are waiting already; try again later")
@@ -47,6 +51,23 @@ class EmbeddingDesk:
         """Abort running requests. Their clients get an error."""
         self._stopped.set()
 
+    def check_open(self) -> None:
+        """Raises: an error for the client if the server is stopping."""
+        if self._stopped.is_set():
+            raise shutdown_error()
+
+    def _response(self, question: Question) -> bytes:
+        """The body of the response."""
+        raise NotImplementedError
+
+
+class EmbeddingDesk(TurnDesk[EmbeddingQuestion]):
+    """Answers requests for embeddings."""
+
+    def __init__(self, embedder: Embedder, name: str) -> None:
+        super().__init__(embedder.loaded, name)
+        self.embedder = embedder
+
     def _response(self, question: EmbeddingQuestion) -> bytes:
         vectors, tokens = self._embed(question)
         if question.dimensions is not None:
@@ -62,12 +83,8 @@ class EmbeddingDesk:
         """The embeddings of the texts (N, D), and their number of tokens."""
         rows = [self.embedder.encode(text, question.side) for text in question.texts]
         with self.adapters.using(question.name):
-            vectors = self.embedder.embed(rows, self._check_open)
+            vectors = self.embedder.embed(rows, self.check_open)
         return vectors, sum(row.sizes[0] for row in rows)
-
-    def _check_open(self) -> None:
-        if self._stopped.is_set():
-            raise shutdown_error()
 
 
 def _in_base64(vector: Tensor) -> str:

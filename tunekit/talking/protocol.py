@@ -1,11 +1,11 @@
-"""Reads request bodies of OpenAI's API (chat completions, completions and embeddings), and refuses unknown fields and
-wrong values."""
+"""Reads request bodies of OpenAI's API (chat completions, completions and embeddings) and of rerankers, and refuses
+unknown fields and wrong values."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from tunekit.basics import JsonObject
 from tunekit.contracts import GREEDY, Sampling
@@ -36,6 +36,8 @@ READ = {  # by endpoint
     ),
     "completions": (*SHARED, "prompt", "echo"),
     "embeddings": ("model", "input", "dimensions", "encoding_format", "prompt_name"),
+    "rerank": ("model", "query", "documents", "top_n", "return_documents"),
+    "score": ("model", "text_1", "text_2"),
 }
 WITHOUT_EFFECT: dict[str, type] = {  # fields and their kinds
     **dict.fromkeys(("user", "service_tier", "safety_identifier", "prompt_cache_key"), str),
@@ -49,6 +51,8 @@ NEUTRAL_IN: dict[str, dict[str, tuple[object, ...]]] = {
     "chat": {"modalities": (["text"],)},
     "completions": {"suffix": ("",), "best_of": (1,)},
     "embeddings": {},
+    "rerank": {},
+    "score": {},
 }
 KINDS: dict[type, str] = {bool: "true or false", dict: "an object", str: "a text"}
 EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -93,10 +97,10 @@ class EmbeddingQuestion:
 
 def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool = True) -> ClientQuestion:
     """Read a request body. Raises: ProtocolError with the name of the invalid field."""
-    value = _fields(body, "chat" if is_chat else "completions")
+    value = body_fields(body, "chat" if is_chat else "completions")
     name = model_name(value.get("model"), adapters)
     requests = [_chat(value, max_tokens)] if is_chat else _completions(value)
-    choices = _integer(value, "n", 1, 1, MAX_CHOICES)
+    choices = whole_number(value, "n", 1, 1, MAX_CHOICES)
     if (count := choices * len(requests)) > MAX_JOBS:
         raise ProtocolError(
             400, f"{count} choices are more than {MAX_JOBS}, the maximum: send fewer prompts", "n", "invalid_value"
@@ -106,8 +110,8 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
         tuple(_choice(request, number) for request, number in product(requests, range(choices))),
         choices,
         is_chat,
-        stream=_of_kind(value, "stream", bool, False),
-        with_usage=_with_usage(_of_kind(value, "stream_options", dict, {})),
+        stream=of_kind(value, "stream", bool, False),
+        with_usage=_with_usage(of_kind(value, "stream_options", dict, {})),
         seeded=value.get("seed") is not None,
     )
 
@@ -115,21 +119,32 @@ def read_body(body: bytes, adapters: Adapters, max_tokens: int, *, is_chat: bool
 def read_embedding_body(body: bytes, adapters: Adapters, width: int) -> EmbeddingQuestion:
     """Read a request body for embeddings of `width` numbers. Raises: ProtocolError with the name of the invalid
     field."""
-    value = _fields(body, "embeddings")
-    texts = [value["input"]] if isinstance(value.get("input"), str) else value.get("input")
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        what = "'input' must be a text or a list of texts; token ids are not read"
-        raise ProtocolError(400, what, "input", "invalid_value")
-    if len(texts) > MAX_INPUTS:
-        what = f"{len(texts)} texts are more than {MAX_INPUTS}, the maximum: send fewer texts"
-        raise ProtocolError(400, what, "input", "invalid_value")
+    value = body_fields(body, "embeddings")
+    given = value.get("input")
+    wanted = "a text or a list of texts; token ids are not read"
+    texts = check_texts(given if is_list(given) else [given], "input", wanted)
     return EmbeddingQuestion(
         model_name(value.get("model"), adapters),
-        tuple(texts),
+        texts,
         _one_of(value, "prompt_name", ("document", "query")),
-        None if value.get("dimensions") is None else _integer(value, "dimensions", width, 1, width),
+        None if value.get("dimensions") is None else whole_number(value, "dimensions", width, 1, width),
         _one_of(value, "encoding_format", ("float", "base64")) == "base64",
     )
+
+
+def is_list(value: object) -> TypeGuard[list[Any]]:
+    return isinstance(value, list)
+
+
+def check_texts(texts: Sequence[object], field: str, wanted: str) -> tuple[str, ...]:
+    """The texts. Raises: ProtocolError unless there are at least one and at most MAX_INPUTS texts."""
+    checked = tuple(text for text in texts if isinstance(text, str))
+    if not texts or len(checked) < len(texts):
+        raise ProtocolError(400, f"'{field}' must be {wanted}", field, "invalid_value")
+    if len(texts) > MAX_INPUTS:
+        what = f"{len(texts)} texts are more than {MAX_INPUTS}, the maximum: send fewer texts"
+        raise ProtocolError(400, what, field, "invalid_value")
+    return checked
 
 
 def _one_of(body: Body, field: str, names: Sequence[str]) -> str:
@@ -140,7 +155,7 @@ def _one_of(body: Body, field: str, names: Sequence[str]) -> str:
     return names[0] if value is None else str(value)
 
 
-def _fields(body: bytes, endpoint: str) -> Body:
+def body_fields(body: bytes, endpoint: str) -> Body:
     """The fields of a request body. Raises: ProtocolError."""
     try:
         value = json.loads(body, parse_constant=_no_number)
@@ -171,7 +186,7 @@ def _check_fields(body: Body, endpoint: str) -> None:
         if field in neutral and content not in neutral[field]:
             raise ProtocolError(400, f"'{field}' is not supported", field, "unsupported_parameter")
         if field in WITHOUT_EFFECT:
-            _of_kind(body, field, WITHOUT_EFFECT[field], None)
+            of_kind(body, field, WITHOUT_EFFECT[field], None)
 
 
 def _no_number(text: str) -> object:
@@ -183,7 +198,7 @@ def _with_usage(options: Body) -> bool:
     for name in options:
         if name not in ("include_usage", "include_obfuscation"):
             raise ProtocolError(400, f"'{name}' is not a known option", f"stream_options.{name}", "unknown_parameter")
-        _of_kind(options, name, bool, False, f"stream_options.{name}")
+        of_kind(options, name, bool, False, f"stream_options.{name}")
     return options.get("include_usage") is True
 
 
@@ -196,32 +211,32 @@ def _choice(request: Request, number: int) -> Request:
 
 def _chat(body: Body, max_tokens: int) -> Request:
     field = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    scored, top = _of_kind(body, "logprobs", bool, False), _integer(body, "top_logprobs", 0, 0, MAX_TOP)
+    scored, top = of_kind(body, "logprobs", bool, False), whole_number(body, "top_logprobs", 0, 0, MAX_TOP)
     if top and not scored:
         raise ProtocolError(400, "'top_logprobs' needs 'logprobs': true", "top_logprobs", "invalid_value")
     return Request(
         _messages(body.get("messages")),
-        _integer(body, field, max_tokens, 1, 1_000_000),
+        whole_number(body, field, max_tokens, 1, 1_000_000),
         _sampling(body),
         _stop(body.get("stop")),
         tools=_tools(body),
         required=_required(body),
-        single_call=not _of_kind(body, "parallel_tool_calls", bool, True),
-        schema=_schema(_of_kind(body, "response_format", dict, {})),
+        single_call=not of_kind(body, "parallel_tool_calls", bool, True),
+        schema=_schema(of_kind(body, "response_format", dict, {})),
         top=top if scored else None,
     )
 
 
 def _completions(body: Body) -> list[Request]:
     """One request for each prompt."""
-    logprobs = None if body.get("logprobs") is None else _integer(body, "logprobs", 0, 0, MAX_TOP)
+    logprobs = None if body.get("logprobs") is None else whole_number(body, "logprobs", 0, 0, MAX_TOP)
     request = Request(
         (),
-        _integer(body, "max_tokens", COMPLETION_TOKENS, 0, 1_000_000),
+        whole_number(body, "max_tokens", COMPLETION_TOKENS, 0, 1_000_000),
         _sampling(body),
         _stop(body.get("stop")),
         top=logprobs,
-        echoes=_of_kind(body, "echo", bool, False),
+        echoes=of_kind(body, "echo", bool, False),
     )
     if not request.max_new_tokens and not request.echoes:
         raise ProtocolError(400, "'max_tokens' is 0, which needs 'echo': true", "max_tokens", "invalid_value")
@@ -259,7 +274,7 @@ def _required(body: Body) -> tuple[JsonObject, ...]:
     if not required:
         what = "'tool_choice' must be none, auto, required or a function in 'tools'"
         raise ProtocolError(400, what, "tool_choice", "invalid_value")
-    if _schema(_of_kind(body, "response_format", dict, {})) is not None:
+    if _schema(of_kind(body, "response_format", dict, {})) is not None:
         what = "'tool_choice' requires a tool call, which has its own format: remove 'response_format'"
         raise ProtocolError(400, what, "response_format", "invalid_value")
     return required
@@ -293,7 +308,7 @@ def _schema(response_format: Body) -> JsonObject | None:
     return schema
 
 
-def _of_kind(body: Body, field: str, kind: type[T], default: T, spelled: str = "") -> T:
+def of_kind(body: Body, field: str, kind: type[T], default: T, spelled: str = "") -> T:
     value, name = body.get(field), spelled or field
     if value is not None and not isinstance(value, kind):
         raise ProtocolError(400, f"'{name}' must be {KINDS[kind]}", name, "invalid_value")
@@ -312,14 +327,14 @@ def _number(body: Body, field: str, default: float, low: float, high: float) -> 
 def _sampling(body: Body) -> Sampling:
     """The sampling settings. If the client sends no seed, `seed` is 0 here, and the server draws a random seed
     later."""
-    temperature, seed = _number(body, "temperature", 1.0, 0, 2), _integer(body, "seed", 0, 0, 2**63 - 1)
+    temperature, seed = _number(body, "temperature", 1.0, 0, 2), whole_number(body, "seed", 0, 0, 2**63 - 1)
     sampling = Sampling(
         float(temperature),
         float(_number(body, "top_p", 1.0, 1e-6, 1)),
-        max(_integer(body, "top_k", 0, -1, 2**31), 0),  # vLLM writes -1 for all tokens
+        max(whole_number(body, "top_k", 0, -1, 2**31), 0),  # vLLM writes -1 for all tokens
         seed if temperature else 0,
         **{name: float(_number(body, name, default, *limits)) for name, (default, *limits) in PENALTIES.items()},
-        logit_bias=_logit_bias(_of_kind(body, "logit_bias", dict, {})),
+        logit_bias=_logit_bias(of_kind(body, "logit_bias", dict, {})),
     )
     return sampling if temperature or sampling.changes_logits else GREEDY
 
@@ -331,7 +346,7 @@ def _logit_bias(biases: Body) -> tuple[tuple[int, float], ...]:
     return tuple((int(name), float(_number(biases, name, 0.0, -100, 100))) for name in biases)
 
 
-def _integer(body: Body, field: str, default: int, low: int, high: int) -> int:
+def whole_number(body: Body, field: str, default: int, low: int, high: int) -> int:
     number = _number(body, field, default, low, high)
     if number != int(number):
         raise ProtocolError(400, f"'{field}' must be a whole number", field, "invalid_value")

@@ -107,6 +107,16 @@ class CandidateRows(RowKind):
             return join_texts(self.tokenizer, query, document)
         return self.tokenizer.encode_source(filled(self.template, query, document))
 
+    def pair_row(self, query: str, document: str, limit: int) -> Row:
+        """The row of a query and one document without a label, cut to `limit` ids. Raises: DataError for a text without
+        a token."""
+        try:
+            if not query.strip() or not document.strip():
+                raise Dropped(EMPTY_TEXT)
+            return self.cut(self.row_of((query, document), [0.0]), 0, limit)
+        except Dropped as reason:
+            raise DataError(str(reason), "write at least one word in the query and in each document") from None
+
     def with_documents(self, row: Row, documents: Sequence[str], limit: int) -> Row:
         """The row with further documents, whose label is 0. Their lines are cut to `limit` ids."""
         query = texts_of(row)[0]
@@ -229,7 +239,7 @@ def _labels_of(settings: RerankSettings, example: RerankingExample) -> list[floa
             what = f"the row has {documents} documents and {len(labels)} labels, but {loss} reads {wanted}"
             raise DataError(what, HOW)
         return labels if len(labels) == documents else [0.0, *(-margin for margin in labels)]
-    if not labels and loss != "mse" and documents > example.positives:
+    if not labels and loss != "mse" and 0 < example.positives < documents:
         return [1.0] * example.positives + [0.0] * (documents - example.positives)
     if len(labels) != documents:
         what = f"the row has {documents} documents and {len(labels)} labels, but {loss} reads one label of each"

@@ -37,6 +37,7 @@ class RerankSettings(ObjectiveSettings):
     example = "reranking"
     answers = False
     has_head = True
+    single_score = True
     shows: ClassVar[Shows] = Shows(unit="row")
     sums: ClassVar[tuple[str, ...]] = ("loss", "units", *RANKED)
 

@@ -18,6 +18,7 @@ class RewardSettings(PairSettings):
     answers = False
     has_head = True
     single_score = True
+    supervised = True
     default_learning_rate = PublishedRate(1e-4, "huggingface/trl 1.16, the default of its RewardConfig")
 
     center_rewards_coefficient: Positive | None = Field(
