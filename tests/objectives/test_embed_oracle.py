@@ -185,7 +185,93 @@ def join_adapter(model: Any, adapter: Path, folder: Path) -> None:
     assert not result.unexpected_keys
 
 
-@pytest.mark.skipif("TUNEKIT_MINILM" not in os.environ, reason="TUNEKIT_MINILM names no folder of all-MiniLM-L6-v2")
+needs_minilm = pytest.mark.skipif(
+    "TUNEKIT_MINILM" not in os.environ, reason="TUNEKIT_MINILM names no folder of all-MiniLM-L6-v2"
+)
+
+
+@needs_minilm
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_minilm_trains_as_by_sentence_transformers_trainer(method: str, tmp_path: Path) -> None:
+    """20 steps without dropout over the same batches. Ours are computed in micro-batches of 4 rows."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+
+    base = Path(shutil.copytree(os.environ["TUNEKIT_MINILM"], tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text("utf-8"))
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rows = [
+        {
+            "query": f"how do I {'really ' * (number % 5)}count to {number}",
+            "document": f"say {'one ' * (number % 9)}{number}",
+        }
+        for number in range(STEPS * 2 * ROWS_OF_STEP)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    adapter: dict[str, Any] = {"method": "full"}
+    if method == "lora":
+        adapter = {"method": "lora", "r": 4, "alpha": 8, "target_modules": ["query", "value"], "dropout": 0.0}
+    training = {"learning_rate": 2e-5, "scheduler": "constant", "warmup_steps": 0, "weight_decay": 0.0, "epochs": 1.0}
+    training |= {"micro_batch_size": 4, "gradient_accumulation_steps": ROWS_OF_STEP // 2, "max_grad_norm": None}
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {"train": [{"path": "train.jsonl"}], "max_length": 256, "shuffle": False},
+        "adapter": adapter,
+        "objective": {"method": "embed"},
+        "training": training,
+        "output": {"dir": "run"},
+    }
+    run = train(write_sections(tmp_path, values, {}))
+    model = st.SentenceTransformer(str(base), device="cpu")
+    if method == "lora":
+        join_adapter(model, run / "adapter", tmp_path)
+
+    class InOrder(st.SentenceTransformerTrainer):  # type: ignore[name-defined, misc]
+        def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
+            from sentence_transformers.base.sampler import DefaultBatchSampler
+
+            return DefaultBatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+    arguments = st.SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "theirs"),
+        num_train_epochs=1,
+        per_device_train_batch_size=2 * ROWS_OF_STEP,
+        learning_rate=2e-5,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    loss = st.sentence_transformer.losses.MultipleNegativesRankingLoss(model)
+    trainer = InOrder(model=model, args=arguments, train_dataset=Dataset.from_list(rows), loss=loss)
+    trainer.train()
+    theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(theirs) == STEPS
+    assert losses(run) == pytest.approx(theirs, rel=1e-5)
+    folder = run / "model"
+    if method == "lora":
+        folder = tmp_path / "merged"
+        merge_verb(str(run / "adapter"), str(folder), str(base), None, [])
+    texts = [text for row in rows[:40] for text in row.values()]
+    wanted = torch.from_numpy(model.encode(texts))
+    found = torch.from_numpy(st.SentenceTransformer(str(folder), device="cpu").encode(texts))
+    cosines = torch.nn.functional.cosine_similarity(found.double(), wanted.double(), dim=1)
+    print(
+        method,
+        max(abs(a / b - 1) for a, b in zip(losses(run), theirs, strict=True)),
+        theirs[0],
+        theirs[-1],
+        1 - float(cosines.min()),
+    )
+    assert float(cosines.min()) > 1 - 1e-6
+
+
+@needs_minilm
 def test_minilm_has_its_published_similarities() -> None:
     texts = ("The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.")
     vectors = ours_of(Path(os.environ["TUNEKIT_MINILM"]), texts)

@@ -58,6 +58,7 @@ OPTIONS = frozenset({"type", "merged", "imatrix"})
 SUFFIX, PROGRAM = ".gguf", "llama.cpp"
 ROWS, TOKENS = 64, 512  # of the importance matrix
 ROW_TEXTS = 4  # of the certificate's rows, whose tokens are compared
+POOLINGS = ("mean", "cls", "lasttoken")  # of embedding models
 STORED = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}  # all others as BF16
 
 
@@ -74,7 +75,8 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
                 key="--imatrix",
             )
         )
-    if make_family(exportable.family).objectives != "causal":
+    family = make_family(exportable.family)
+    if family.objectives != "causal" and not family.headless:
         what = f"{exportable.family} models are not converted"
         return [*wrong, Problem(what, "choose another --to", key="--to")]
     with imported() as converter:
@@ -85,14 +87,20 @@ def problems(exportable: Exportable, options: Options) -> list[Problem]:
             )
             return [*wrong, Problem(what, "choose another --to")]
     wrong += fixed_problems(exportable.config)
+    pooling = None if exportable.objective is None else exportable.objective.facts.get("pooling")
+    if pooling is not None and (len(pooling) > 1 or pooling[0] not in POOLINGS):
+        what = f"llama.cpp pools by {', '.join(POOLINGS)}, but the model pools by {' and '.join(pooling)}"
+        wrong.append(Problem(what, "choose another --to"))
     if writes_adapter(exportable, options):
         wrong += adapter_problems(exportable)
     return wrong
 
 
 def writes_adapter(exportable: Exportable, options: Options) -> bool:
-    """Whether to write only an adapter: the target is an adapter, and neither --merged nor --type is given."""
-    return exportable.kind == "adapter" and not options.merged and options.type is None
+    """Whether to write only an adapter: the target is an adapter, and neither --merged nor --type is given. The file of
+    an embedding model states its pooling, so it is always a whole model."""
+    merged = options.merged or make_family(exportable.family).headless
+    return exportable.kind == "adapter" and not merged and options.type is None
 
 
 def write(exportable: Exportable, path: Path, evidence: Evidence, options: Options) -> Exported:
@@ -209,12 +217,13 @@ def _stored_type(converter: Converter, exportable: Exportable, rewriter: Rewrite
 
 def _rewriter(exportable: Exportable) -> tuple[Rewriter, Changes]:
     """A reader of the base's weights in float32, and the adapter's changes to them."""
-    target = exportable.target
+    target, objective = exportable.target, exportable.objective
     onto, _ = choose_onto(target, None)
-    rewriter = Rewriter(target.model, onto, torch.float32)
+    section = target.model if objective is None else objective.section(target.model, target.seed)
+    rewriter = Rewriter(section, onto, torch.float32)
     if target.adapter is None:
         return rewriter, Changes({}, {})
-    return rewriter, collect_changes(attach_without_weights(target.adapter, target.model, rewriter))
+    return rewriter, collect_changes(attach_without_weights(target.adapter, section, rewriter))
 
 
 def _by_tensor(

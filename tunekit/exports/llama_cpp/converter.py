@@ -38,6 +38,8 @@ from tunekit.exports.settings import complete_gemma4
 from tunekit.model.storage.source import read_json
 from tunekit.model.text.gguf_tokenizer import UNUSED_MERGE
 
+OF_ENCODERS = ("bert", "t5")  # tokenizers whose special tokens llama.cpp adds by itself
+OF_WORD_PIECES = "jina-v2-en"  # the converter's name for BERT's tokenizer; llama.cpp splits all word pieces alike
 PACKAGES = ("gguf", "conversion")
 # Tensors of DeepSeek's drafters that 0.1.1's copy of gguf lacks. Without them, its code for all models of DeepSeek and
 # Mistral 3 cannot be imported.
@@ -96,6 +98,7 @@ class ConvertedModel(Protocol):
     def set_gguf_parameters(self) -> None: ...
     def set_vocab(self) -> None: ...
     def get_vocab_base_pre(self, tokenizer: object) -> str: ...
+    def _try_set_pooling_type(self) -> None: ...
     def _create_vocab_sentencepiece(self) -> object: ...
     def _set_vocab_gpt2(self) -> None: ...
     def _set_vocab_llama_hf(self) -> None: ...
@@ -227,6 +230,8 @@ def make_model(
 
     def set_gguf_parameters(model: ConvertedModel) -> None:
         base.set_gguf_parameters(model)
+        if not any(name.endswith(".pooling_type") for name in model.gguf_writer.kv_data[0]):
+            model._try_set_pooling_type()  # of a folder with modules.json; most classes of decoders leave it out
         complete_facts(model.gguf_writer, config)
 
     members = {"model_arch": base.model_arch, "index_tensors": index_tensors, "modify_tensors": modify_tensors}
@@ -304,14 +309,17 @@ def _vocabulary(base: type[ConvertedModel], folder: Path, around: Around) -> dic
             model.gguf_writer.add_add_space_prefix(around.space)
         if values["tokenizer.ggml.model"].value == "gpt2" and "tokenizer.ggml.merges" not in values:
             model.gguf_writer.add_token_merges([UNUSED_MERGE])
-        model.gguf_writer.add_add_bos_token(around.first)
-        model.gguf_writer.add_add_eos_token(around.last)
+        if values["tokenizer.ggml.model"].value not in OF_ENCODERS:
+            model.gguf_writer.add_add_bos_token(around.first)
+            model.gguf_writer.add_add_eos_token(around.last)
 
     def pre_tokenizer(model: ConvertedModel, native: object) -> str:
         try:
             return str(base.get_vocab_base_pre(model, native))
         except NotImplementedError:
             tokenizer = read_json(json_file)
+            if tokenizer["model"].get("type") == "WordPiece":
+                return OF_WORD_PIECES
             check_normalizer(tokenizer)
             return named_pre_tokenizer(tokenizer)
 
