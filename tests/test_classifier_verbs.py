@@ -27,7 +27,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
 from tunekit.generate import generate_verb
 from tunekit.metrics.classes import class_facts, class_table, confused_pairs, never_right
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.records import EvaluationRecord
 from tunekit.targets.target import find_target, load_target

@@ -33,7 +33,7 @@ from tunekit.data_check import data_check_verb
 from tunekit.errors import InputError
 from tunekit.model.families import make_family
 from tunekit.objectives.base import make_objective
-from tunekit.planning.row_kind import row_kind_at_hand
+from tunekit.planning.prepare import row_kind_at_hand
 from tunekit.recipe.load import load_recipe
 
 WORDS = [first + last for first in ("ba", "ke", "li", "mo", "nu") for last in ("ra", "sel", "tin", "pod", "gum")]

@@ -20,7 +20,7 @@ WITHOUT_CURE = {  # file -> the errors in it that state no cure of their own
     "tunekit/arithmetic/lora_folder.py": 1,  # likewise
     "tunekit/data/reading/problems.py": 1,  # "and 10 more problems"
     "tunekit/model/storage/sidecar.py": 1,  # becomes a note, not an error
-    "tunekit/planning/findings.py": 1,  # a refusal's message contains its cure
+    "tunekit/planning/checks.py": 1,  # a refusal's message contains its cure
 }
 TITLES = (
     "Supervised fine-tuning (SFT)",

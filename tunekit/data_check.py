@@ -100,7 +100,7 @@ def _write_fixed(fix: str, trained: Sequence[Found], data: DataSection, console:
 def _row_kind(recipe: Recipe) -> tuple[RowKind | None, list[str]]:
     """The row kind, and a note about how tokens are counted. The row kind is None if the model's tokenizer is not on
     this machine."""
-    from tunekit.planning.row_kind import row_kind_at_hand
+    from tunekit.planning.prepare import row_kind_at_hand
 
     name, why = recipe.model.name_or_path, "is not on this machine yet"
     try:

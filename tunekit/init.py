@@ -192,8 +192,7 @@ def fitted(first: FirstRecipe, target: Path) -> tuple[FirstRecipe, Sequence[str]
     from tunekit.model.families.structure import is_decoder
     from tunekit.objectives.rows.image_text import ImageTextRows
     from tunekit.planning.plan import plan as plan_run
-    from tunekit.planning.prepare import prepare
-    from tunekit.planning.row_kind import row_kind_at_hand
+    from tunekit.planning.prepare import prepare, row_kind_at_hand
 
     devices = make_devices()
     free = available_bytes(devices.device)

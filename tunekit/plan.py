@@ -16,7 +16,7 @@ from tunekit.machine.cards import card_named, planning_for
 from tunekit.machine.devices import Devices, make_devices
 from tunekit.machine.memory import available_bytes
 from tunekit.planning.card_speed import speed_note
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.planning.ranks import devices_of, plan_ranks
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import Plan

@@ -18,7 +18,7 @@ from tunekit.files.durable import json_result
 from tunekit.machine.devices import deterministic_kernels, make_devices
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.splitting import shape_text
-from tunekit.planning.minutes import fitting_text
+from tunekit.planning.notes import fitting_text
 from tunekit.planning.ranks import plan_session
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.records import JsonObject, bytes_text

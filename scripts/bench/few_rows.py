@@ -35,7 +35,7 @@ from tunekit.model.call import seed_for
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 from tunekit.train import train_verb
-from tunekit.training.loss_warnings import last_jump
+from tunekit.training.step_numbers import last_jump
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RATE, EPOCHS, BATCH, WORDS = 5e-4, 8, 8, 7

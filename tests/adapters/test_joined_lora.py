@@ -19,8 +19,7 @@ from tunekit.adapters.folder.read import save_adapter_folder
 from tunekit.adapters.kernels.joined_lora import GatedMlp, describe
 from tunekit.adapters.method import load_method
 from tunekit.adapters.targets import find_targets
-from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.offload import BoundaryStore
+from tunekit.memory.offload import BoundaryStore, prepare_layers
 from tunekit.model.call import Call, calling
 from tunekit.model.families.causal import FAMILY
 from tunekit.model.quantized.weights import PackedLinear, pack_linear

@@ -36,7 +36,7 @@ from tunekit.model.text.tokenizer import load_tokenizer
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.rows.choices import Answer, Question, split_question
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.reading.names import settings_class

@@ -317,11 +317,11 @@ def test_a_stop_during_the_tasks_of_a_run_leaves_them_out(
 @pytest.mark.drawn
 def test_tasks_that_last_longer_than_the_time_limit_are_left_out(tiny_llama: Path, tmp_path: Path) -> None:
     def before() -> None:
-        from tunekit.planning import refusals
+        from tunekit.planning import checks
         from tunekit.training import result
         from tunekit.training.time_limit import TimeLimit
 
-        refusals.find_spec = lambda name: True  # type: ignore[attr-defined, assignment]  # lm-eval need not be here
+        checks.find_spec = lambda name: True  # type: ignore[attr-defined, assignment]  # lm-eval need not be here
         result.load_tasks = lambda settings: None  # type: ignore[assignment, return-value]
         result.measure_tasks = lambda *inputs, **named: time.sleep(60)  # type: ignore[assignment]
         TimeLimit.left = 0.1  # type: ignore[method-assign, assignment]
@@ -438,7 +438,7 @@ def test_changes_have_intervals_of_the_paired_differences() -> None:
 def test_a_missing_lm_eval_and_a_missing_task_file_are_named(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunekit.planning.refusals import library_problems, template_problems
+    from tunekit.planning.checks import library_problems, template_problems
     from tunekit.validate import validate
 
     recipe = write_recipe(tmp_path, tiny_llama, evaluation={"tasks": ["niah_single_1", "missing.yaml"]})
@@ -452,7 +452,7 @@ def test_a_missing_lm_eval_and_a_missing_task_file_are_named(
     assert problem.what == "the tokenizer has no chat template"
     assert not [*template_problems(asked, without, "{{ messages }}"), *template_problems(loaded, without, None)]
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None if name == "lm_eval" else object())
+    monkeypatch.setattr("tunekit.planning.checks.find_spec", lambda name: None if name == "lm_eval" else object())
     assert ["tunekit[evals]" in problem.how for problem in library_problems(loaded)] == [True]
 
 

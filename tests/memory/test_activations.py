@@ -24,8 +24,7 @@ from tests.support.data_case import objective_of
 from tests.support.loop_case import Case, make_case, make_rows
 from tunekit.adapters.attach import AttachedAdapter, attach_adapter
 from tunekit.errors import ModelError
-from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.offload import BoundaryStore
+from tunekit.memory.offload import BoundaryStore, prepare_layers
 from tunekit.memory.tiling import Tiles, tile_layers
 from tunekit.model.call import current_call
 from tunekit.model.families.causal import FAMILY

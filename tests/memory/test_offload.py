@@ -16,9 +16,8 @@ from tunekit.data.batching.steps import evaluation_batches
 from tunekit.errors import NumericsError, ResourceError
 from tunekit.evaluation.evaluator import Evaluation
 from tunekit.evaluation.scores import summed_evaluation
-from tunekit.memory.checkpointing import prepare_layers
 from tunekit.memory.copies import Copier, StreamCopier
-from tunekit.memory.offload import BoundaryStore, make_store
+from tunekit.memory.offload import BoundaryStore, make_store, prepare_layers
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.training import TrainingSection
 

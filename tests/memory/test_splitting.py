@@ -23,8 +23,8 @@ from tunekit.evaluation.scores import summed_evaluation
 from tunekit.memory.splitting import Splitting
 from tunekit.recipe.training import TrainingSection
 from tunekit.records import Reaction
+from tunekit.training.begin import try_longest_batch
 from tunekit.training.engine import StepResult
-from tunekit.training.preflight import try_longest_batch
 
 ROWS = make_rows(24, shortest=3, longest=20)
 CUDA_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")

@@ -19,7 +19,7 @@ from tests.support.peft_case import move_from_start
 from tunekit.adapters.attach import attach_adapter
 from tunekit.contracts import Row, StepBatches
 from tunekit.memory.blobs import frozen_tensors
-from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.offload import prepare_layers
 from tunekit.memory.streaming import host_embedding, make_slots, stream_layers
 from tunekit.model.families.seq2seq import FAMILY
 from tunekit.model.families.stages import PROVEN

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.model.test_families import HEADS, MODELS, make_net
-from tunekit.memory.checkpointing import prepare_layers
+from tunekit.memory.offload import prepare_layers
 from tunekit.model.attention.cpu_kernel import attend_causally
 from tunekit.model.attention.documents import (
     PRODUCTS,

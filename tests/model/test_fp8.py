@@ -15,7 +15,7 @@ from tests.support.train_case import write_recipe
 from tests.training.test_loop import training
 from tunekit.model.quantized import codec, fp8
 from tunekit.model.quantized.weights import PackedLinear, multiplies_exactly, pack_linear
-from tunekit.planning import refusals
+from tunekit.planning import checks
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 
@@ -72,7 +72,7 @@ def test_plan_names_it_approximate_and_refuses_older_gpus(
     plan, _ = make_plan(loaded, device=torch.device("cpu"))
     assert not plan.refusals
     assert any("fp8 is approximate" in note and "slow" in note for note in plan.notes)
-    monkeypatch.setattr(refusals, "capability", lambda device: (8, 0))
-    (problem,) = refusals.device_problems(loaded.recipe, torch.device("cuda"))
+    monkeypatch.setattr(checks, "capability", lambda device: (8, 0))
+    (problem,) = checks.device_problems(loaded.recipe, torch.device("cuda"))
     assert problem.key == "model.quantization"
     assert "8.9" in problem.what

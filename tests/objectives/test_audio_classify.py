@@ -35,7 +35,7 @@ from tunekit.model.speech.features import AudioProcessor
 from tunekit.model.storage.shards import read_headers
 from tunekit.objectives.base import make_objective
 from tunekit.objectives.rows.recordings import SILENT
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.preview import preview_verb
 from tunekit.recipe.data import DataSection, Source
 from tunekit.recipe.load import load_recipe

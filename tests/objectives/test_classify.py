@@ -45,7 +45,7 @@ from tunekit.merge import merge_verb
 from tunekit.metrics import accuracy, macro_f1, micro_f1
 from tunekit.model.load import load_model
 from tunekit.objectives.base import make_objective
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.classify import ClassifySettings

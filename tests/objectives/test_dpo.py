@@ -41,7 +41,7 @@ from tunekit.merge import merge_verb
 from tunekit.model.load import load_model
 from tunekit.objectives.losses.preferences import LOSSES
 from tunekit.objectives.rows.answers import ASKS_AGAIN, NOT_ANSWERED
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.bases.pair_settings import REWARDS
 from tunekit.recipe.load import load_recipe
@@ -49,7 +49,7 @@ from tunekit.recipe.model import ModelSection
 from tunekit.recipe.objectives.dpo import DpoSettings
 from tunekit.records import ExecutionSettings
 from tunekit.targets.target import find_target, load_target
-from tunekit.training.preflight import probe_reference
+from tunekit.training.begin import probe_reference
 from tunekit.tuned.model import ModelRun, TunedModel
 from tunekit.tuned.network import prepare_network
 

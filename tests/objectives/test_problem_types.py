@@ -40,7 +40,7 @@ from tunekit.metrics import mse, pearson, spearman
 from tunekit.metrics.outputs import ROW_VALUES, output_table
 from tunekit.objectives.losses.confusion import label_sums
 from tunekit.objectives.losses.multi_label import MultiLabelLoss, best_threshold
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

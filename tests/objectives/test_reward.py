@@ -29,7 +29,7 @@ from tunekit.evaluate import evaluate_verb
 from tunekit.generate import answer, generate_verb, score_file
 from tunekit.merge import merge_verb
 from tunekit.objectives.rows.answers import SIDES
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.objectives.reward import SCORES, RewardSettings
 from tunekit.targets.target import find_target, load_target

@@ -23,7 +23,7 @@ from tunekit.generate import answer
 from tunekit.merge import merge_verb
 from tunekit.metrics.span_f1 import find_spans, from_sums, kinds_of
 from tunekit.model.load import load_model
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.load import load_recipe
 from tunekit.targets.target import find_target, load_target
 

@@ -39,13 +39,16 @@ from tunekit.planning.forecast import (
     KEPT_SHARE,
     MOST_KEPT_BYTES,
     PROCESS_BYTES,
+    TOKEN_BYTES,
     Forecast,
+    StoredBase,
     largest_batch,
+    load_bytes,
     peak_bytes,
+    untouched_bytes,
 )
 from tunekit.planning.simulated import tracker
 from tunekit.planning.simulated.kernels import backward_buffers, workspace_bytes
-from tunekit.planning.simulated.loading import TOKEN_BYTES, StoredBase, load_bytes, untouched_bytes
 from tunekit.planning.simulated.tracker import Simulation, StorageTracker
 from tunekit.planning.simulation import SimulatedRun, make_tracked_optimizer
 from tunekit.recipe.adapters.lora import LoraSettings

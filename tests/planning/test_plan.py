@@ -24,9 +24,9 @@ from tunekit.model.compute import kernel_packages
 from tunekit.model.load import make_meta_model
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
+from tunekit.planning.checks import HIGHEST_RATE, library_problems, rate_notes
 from tunekit.planning.forecast import PROCESS_BYTES
 from tunekit.planning.prepared import Resources
-from tunekit.planning.refusals import HIGHEST_RATE, library_problems, rate_notes
 from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import ModelSection
@@ -355,7 +355,7 @@ def test_a_problem_of_an_adapter_folder_names_its_file(recipe: Path, tmp_path: P
 
 @pytest.mark.drawn
 def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None)
+    monkeypatch.setattr("tunekit.planning.checks.find_spec", lambda name: None)
     loaded = ("model.quantization=int8", "training.optimizer=adamw", "output.report_to=[tensorboard]")
     plan, _ = plan_of(recipe, *loaded)
     assert sorted(refusal.key for refusal in plan.refusals) == ["model.quantization", "output.report_to"]
@@ -365,7 +365,7 @@ def test_missing_libraries_are_named(recipe: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_metric_without_its_library_is_refused_with_the_extra(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None if name == "jiwer" else object())
+    monkeypatch.setattr("tunekit.planning.checks.find_spec", lambda name: None if name == "jiwer" else object())
     told = "evaluation.metrics: {0} needs jiwer, which is not installed; run: pip install 'tunekit[speech]'"
     for name in ("wer", "cer", "wer_normalized", "cer_normalized"):
         (problem,) = library_problems(load_recipe(recipe, [f"evaluation.metrics=[{name}]"]).recipe)
@@ -373,7 +373,7 @@ def test_a_metric_without_its_library_is_refused_with_the_extra(recipe: Path, mo
 
 
 def test_four_bits_do_without_bitsandbytes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunekit.planning.refusals.find_spec", lambda name: None)
+    monkeypatch.setattr("tunekit.planning.checks.find_spec", lambda name: None)
     assert not list(library_problems(load_recipe(recipe, ["model.quantization=nf4"]).recipe))
     (problem,) = library_problems(load_recipe(recipe, ["model.quantization=int8"]).recipe)
     assert (problem.key, problem.what) == ("model.quantization", "int8 needs bitsandbytes")

@@ -19,13 +19,13 @@ from tests.support.train_case import write_recipe
 from tunekit.data.batching.steps import dealt
 from tunekit.errors import TunekitError
 from tunekit.plan import plan_verb
+from tunekit.planning.checks import rank_notes
 from tunekit.planning.plan import plan
 from tunekit.planning.prepare import prepare
 from tunekit.planning.ranks import plan_ranks, plan_together
-from tunekit.planning.refusals import rank_notes
 from tunekit.recipe.load import LoadedRecipe, load_recipe
 from tunekit.records import ExecutionSettings, Plan
-from tunekit.training.preflight import speeds_text
+from tunekit.training.begin import speeds_text
 from tunekit.training.ranks import shared_execution
 
 CPU = torch.device("cpu")

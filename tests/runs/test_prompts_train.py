@@ -29,7 +29,7 @@ from tunekit.errors import RecipeError, RunFolderError
 from tunekit.model.load import LoadedModel, load_model, make_meta_model
 from tunekit.model.text.generation import generate_texts
 from tunekit.model.text.tokenizer import load_tokenizer
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.recipe.adapters.cpt import ContextExample, CptSettings
 from tunekit.recipe.adapters.multitask_prompt import MultitaskPromptSettings
 from tunekit.recipe.adapters.p_tuning import PTuningSettings

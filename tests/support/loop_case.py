@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,27 +26,24 @@ from tunekit.evaluation.evaluator import Evaluation
 from tunekit.machine.devices import make_devices
 from tunekit.machine.signals import StopSignals
 from tunekit.memory.blobs import frozen_tensors
-from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.offload import BoundaryStore
+from tunekit.memory.offload import BoundaryStore, prepare_layers
 from tunekit.memory.streaming import make_slots, shared_slots, stream_layers
 from tunekit.model.load import LoadedModel, load_model
 from tunekit.recipe.adapters.lora import LoraSettings
 from tunekit.recipe.bases.section import ObjectiveSettings
 from tunekit.recipe.data import DataSection
-from tunekit.recipe.evaluation import EvaluationSection
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
 from tunekit.recipe.output import OutputSection
 from tunekit.recipe.recipe import Recipe
 from tunekit.recipe.training import TrainingSection
-from tunekit.records import EvaluationRecord, StepRecord
+from tunekit.records import DEFAULT_SHOWS, EvaluationRecord, StepRecord
 from tunekit.training.engine import StepResult, StepWork
 from tunekit.training.optimizers import Optimizer, make_optimizer
 from tunekit.training.run import Run
 from tunekit.training.schedules import warmup_steps
 from tunekit.training.session import Session
 from tunekit.training.state import LoopState, LossScale, checkpoint_facts, checkpoint_tensors, restore
-from tunekit.training.streaming import make_engine
 from tunekit.tuned.model import TunedModel
 
 # how a model is given kept keys and values, and gives them back, in this release of transformers
@@ -252,19 +250,24 @@ def make_case(
         output=OutputSection(dir="no-run"),
     )
     console = Console(enabled=False)
+    choice = SimpleNamespace(pass_micro_batches=pass_size)
+    plan: Any = SimpleNamespace(
+        choice=choice, budget_bytes=None, warmup_steps=warmup_steps(training, steps.count), steps=steps.count
+    )
+    planned: Any = SimpleNamespace(
+        rows=SimpleNamespace(objective=minimised, evaluation=None, steps=lambda *_, **__: steps),
+        batch_settings=settings,
+    )
     run = Run(
         Session(LoadedRecipe(recipe, Path("recipe.yaml")), devices, console, StopSignals()),
+        plan,
+        planned,
         tuned,
-        minimised,
-        make_engine(tuned),
         optimizer,
-        steps,
-        training,
-        EvaluationSection(),
-        warmup_steps(training, steps.count),
         LoopState(LossScale(base.dtype == torch.float16)),
-        micro_batches_per_pass=pass_size,
+        {},
     )
+    run.splitting, run.shows = None, DEFAULT_SHOWS  # type: ignore[assignment]  # an error of a step is its result
     run.record = records.append  # type: ignore[method-assign]
     run.save = lambda: saved.append(run.state.step)  # type: ignore[method-assign]
     run.session.peak_bytes = lambda: 0  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tunekit.training.loss_warnings import PAST, last_jump, loss_warning, rise
+from tunekit.training.step_numbers import PAST, last_jump, loss_warning, rise
 
 
 def told(losses: Sequence[float]) -> dict[int, str]:

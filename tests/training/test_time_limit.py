@@ -26,7 +26,7 @@ from tests.support.train_case import (
 from tunekit.artifacts.report.values import run_values
 from tunekit.artifacts.stopped import named_state
 from tunekit.errors import Problem, RecipeError
-from tunekit.planning.minutes import fitting_text, time_notes
+from tunekit.planning.notes import fitting_text, time_notes
 from tunekit.recipe.load import load_recipe
 from tunekit.runs import run_line
 from tunekit.training import time_limit

@@ -11,9 +11,9 @@ from functools import partial
 from tunekit.contracts import Batch
 from tunekit.data.batching.split import cut_batch
 from tunekit.model.load import make_meta_model
+from tunekit.planning.checks import device_problems, library_problems
 from tunekit.planning.forecast import Forecast
 from tunekit.planning.prepared import Prepared
-from tunekit.planning.refusals import device_problems, library_problems
 from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.reading.supported import refuse_unsupported
 from tunekit.recipe.recipe import Recipe

@@ -13,13 +13,12 @@ from tunekit.data.batching.steps import BatchSettings
 from tunekit.errors import RecipeError, ResourceError
 from tunekit.evaluation.evaluator import calibration_notes
 from tunekit.model.compute import kernel_packages
-from tunekit.planning import refusals
-from tunekit.planning.checks import execution_checks
-from tunekit.planning.findings import refusals_of
+from tunekit.planning.checks import execution_checks, learned_length, refusals_of
 from tunekit.planning.forecast import supervised_tokens
 from tunekit.planning.initialisation import initialisation_notes
 from tunekit.planning.kernels import decided_kernels, kernel_notes
 from tunekit.planning.memory import choose_execution, search_space, trial_reason
+from tunekit.planning.notes import position_notes, rank_notes, rate_notes, run_notes
 from tunekit.planning.prepared import Prepared, RunSteps
 from tunekit.planning.tiers import HEAD_KEY, activation_notes, allowed_tiers, weight_notes
 from tunekit.recipe.bases.section import AdapterSettings
@@ -66,7 +65,7 @@ def plan(
     base, context = prepared.base, prepared.context
     inputs = prepared.recipe.model, context.processor, prepared.rows, settings, prepared.recipe.adapter
     largest = prepared.forecast.largest_batch(settings.micro_batch_size)
-    facts = refusals.learned_length(base, context.virtual_tokens), kernel_packages(base.net)
+    facts = learned_length(base, context.virtual_tokens), kernel_packages(base.net)
     return replace(draft, refusals=refused, notes=notes), Planned(*inputs, largest, *facts)
 
 
@@ -121,11 +120,11 @@ def _notes(prepared: Prepared, recipe: Recipe, execution: ExecutionSettings, rea
     yield from [*prepared.loaded.defaults, *base.notes, *rows.notes, *rows.objective.notes]
     yield from [] if rows.evaluation is None else calibration_notes(recipe.evaluation)
     yield from _adapter_notes(recipe.adapter, context)
-    yield from refusals.position_notes(base, rows, context.virtual_tokens)
-    yield from refusals.run_notes(recipe, base, device)
-    yield from refusals.rank_notes(recipe, execution)
+    yield from position_notes(base, rows, context.virtual_tokens)
+    yield from run_notes(recipe, base, device)
+    yield from rank_notes(recipe, execution)
     yield from initialisation_notes(recipe.adapter, rows.objective, context.targets)
-    yield from refusals.rate_notes(recipe.training, steps)
+    yield from rate_notes(recipe.training, steps)
     yield from prepared.notes
     groups = load_method(recipe.adapter.method).groups(base.net, recipe.adapter, context.targets)
     if groups:

@@ -11,6 +11,7 @@ from tunekit.adapters.targets import find_targets
 from tunekit.companions.base import make_companions
 from tunekit.contracts import Objective, PlanContext, Processor, RowKind
 from tunekit.data.batching.steps import BatchSettings
+from tunekit.data.encoding.sources import encode_options
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import Problem, RecipeError
 from tunekit.evaluation.evaluator import check_queries
@@ -21,17 +22,14 @@ from tunekit.model.load import LoadedModel, make_meta_model
 from tunekit.model.loaded_model import as_loaded
 from tunekit.model.storage.gguf import parsed_once
 from tunekit.model.storage.model_folder import check_copied_files
-from tunekit.model.storage.source import find_source
+from tunekit.model.storage.source import find_source, is_here
 from tunekit.objectives.base import make_objective
-from tunekit.planning import refusals
-from tunekit.planning.checks import recipe_checks, run_checks
-from tunekit.planning.ends import end_notes
+from tunekit.planning.checks import Findings, packing_obstacle, recipe_checks, run_checks, template_problems
 from tunekit.planning.execution import written_execution
-from tunekit.planning.findings import Findings
+from tunekit.planning.forecast import read_stored_base
 from tunekit.planning.kernels import planned_kernels
-from tunekit.planning.minutes import time_notes
+from tunekit.planning.notes import end_notes, time_notes
 from tunekit.planning.prepared import Prepared, read_resources
-from tunekit.planning.simulated.loading import read_stored_base
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.model import ModelSection
@@ -74,7 +72,7 @@ def prepare(
     companion_problems = [problem for problems in examined for problem in problems or ()]
     if None in examined:
         raise findings.error()
-    findings.add(refusals.template_problems(recipe, context.processor, rows.template))
+    findings.add(template_problems(recipe, context.processor, rows.template))
     packing, reason = _packing(recipe, context, rows.objective.rows, findings)
     settings = _batch_settings(recipe, context, rows.objective, packing)
     shares = settings.end_to_end and shares_prefixes(context.base.net, recipe.data.max_length)
@@ -203,7 +201,7 @@ def _packing(recipe: Recipe, context: PlanContext, kind: RowKind, findings: Find
     """Whether rows are packed, and the reason as text."""
     if not recipe.data.packing:
         return False, "each step has as many rows as the recipe says"
-    obstacle = refusals.packing_obstacle(as_loaded(context.base), kind, context.virtual_tokens > 0)
+    obstacle = packing_obstacle(as_loaded(context.base), kind, context.virtual_tokens > 0)
     if obstacle is not None:
         findings.add([Problem(obstacle, "write packing: false", key="data.packing")])
     return obstacle is None, obstacle or "as the recipe says"
@@ -228,3 +226,19 @@ def _batch_settings(recipe: Recipe, context: PlanContext, objective: Objective, 
         end_to_end=apart and not packing,
         rank_speeds=training.rank_speeds or (),
     )
+
+
+def row_kind_at_hand(recipe: Recipe) -> RowKind | None:
+    """The row kind of the recipe's objective, with its tokenizer or processor and its chat template.
+
+    None if the tokenizer is not downloaded yet.
+    Raises: TunekitError if these files cannot be read, or if options of the recipe do not apply to these rows.
+    """
+    if not is_here(recipe.model):
+        return None
+    processor = make_family(recipe.objective.family).processor(recipe.model)
+    objective = make_objective(recipe.objective, processor, start_facts(recipe), encode_options(recipe.data))
+    problems = objective.rows.problems()
+    if problems:
+        raise RecipeError.of(problems)
+    return objective.rows

@@ -16,9 +16,8 @@ from tunekit.machine.devices import is_here, kind_of
 from tunekit.machine.memory import available_bytes, total_bytes
 from tunekit.model.loaded_model import LoadedModel, as_loaded
 from tunekit.model.storage.packed_cache import cache_room
-from tunekit.planning.forecast import Forecast, largest_batch
+from tunekit.planning.forecast import Forecast, StoredBase, largest_batch
 from tunekit.planning.initialisation import initialisation_bytes
-from tunekit.planning.simulated.loading import StoredBase
 from tunekit.planning.simulation import SimulatedRun
 from tunekit.recipe.load import LoadedRecipe
 from tunekit.recipe.recipe import Recipe

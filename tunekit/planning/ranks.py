@@ -9,7 +9,7 @@ import torch
 from tunekit.machine.devices import is_here, kind_of
 from tunekit.machine.memory import resident_bytes, total_bytes
 from tunekit.memory.sharding import TIER
-from tunekit.planning.findings import raise_refusals
+from tunekit.planning.checks import raise_refusals
 from tunekit.planning.plan import plan
 from tunekit.planning.prepare import prepare
 from tunekit.planning.prepared import Prepared

@@ -27,9 +27,9 @@ from tunekit.recipe.reading.names import shows_of
 from tunekit.records import Reaction, ReportFacts, bytes_text, skipped_text
 from tunekit.targets.export import export_adapter, export_model
 from tunekit.targets.target import measuring_objective
-from tunekit.training.loss_warnings import KEEP_BEST, last_jump, rise
 from tunekit.training.run import Run
 from tunekit.training.state import restore, timed
+from tunekit.training.step_numbers import KEEP_BEST, last_jump, rise
 from tunekit.training.time_limit import KEY
 from tunekit.tuned.model import TunedModel
 

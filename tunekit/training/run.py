@@ -36,7 +36,6 @@ from tunekit.memory.splitting import Splitting
 from tunekit.records import EvaluationRecord, JsonObject, Plan, Reaction, StepRecord
 from tunekit.targets.export import facts_for_export
 from tunekit.training.engine import StepResult, StepView, StepWork, require_gradients
-from tunekit.training.loss_warnings import watch_step
 from tunekit.training.optimizers import Optimizer
 from tunekit.training.pace import MARK, watch_pace
 from tunekit.training.run_files import (
@@ -51,7 +50,7 @@ from tunekit.training.run_files import (
 from tunekit.training.schedules import rate_multiplier
 from tunekit.training.session import Planned, Session
 from tunekit.training.state import LoopState, add_seconds, checkpoint_facts, checkpoint_tensors
-from tunekit.training.step_numbers import StepNumbers, check_finite, means, start_numbers
+from tunekit.training.step_numbers import StepNumbers, check_finite, means, start_numbers, watch_step
 from tunekit.training.streaming import make_engine
 from tunekit.training.time_limit import run_end
 from tunekit.tuned.model import TunedModel

@@ -15,8 +15,7 @@ from tunekit.adapters.kernels.liger import use_liger
 from tunekit.adapters.kernels.native import use_native
 from tunekit.errors import ModelError
 from tunekit.machine.devices import Devices, kind_of
-from tunekit.memory.checkpointing import prepare_layers
-from tunekit.memory.offload import make_store
+from tunekit.memory.offload import make_store, prepare_layers
 from tunekit.memory.sharding import TIER, divided_tables, shard_base
 from tunekit.memory.slots import LayerSlots
 from tunekit.memory.streaming import gather_on_host, host_embedding, layer_weights, shared_slots, stream_base
