@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import write_tiny_llama
 from tests.objectives.test_embed import train, write_bert, write_case
@@ -14,6 +15,7 @@ from tunekit.data_check import data_check_verb
 from tunekit.data_mine import data_mine_verb
 from tunekit.errors import InputError
 from tunekit.recipe.load import load_recipe
+from tunekit.talking.reranking import Reranker
 
 LINES = [
     {"query": "first", "document": "one", "number": 7},
@@ -35,9 +37,11 @@ def write_rows(folder: Path, bert: Path, objective: dict[str, Any] | None = None
     return recipe
 
 
-def mine(target: Path, output: Path, negatives: int = 2, margin: float = 0.0) -> tuple[list[Any], dict[str, Any]]:
+def mine(
+    target: Path, output: Path, negatives: int = 2, margin: float = 0.0, reranker: str | None = None
+) -> tuple[list[Any], dict[str, Any]]:
     report = output.with_suffix(".json")
-    data_mine_verb(str(target), str(output), str(report), [], negatives=negatives, margin=margin)
+    data_mine_verb(str(target), str(output), str(report), [], negatives=negatives, margin=margin, reranker=reranker)
     lines = output.read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines], json.loads(report.read_text("utf-8"))
 
@@ -78,6 +82,29 @@ def test_a_run_searches_with_its_adapter_and_the_rows_train(bert: Path, tmp_path
         "training.max_steps=1",
         "~training.epochs",
     )
+
+
+def test_a_reranker_decides_which_documents_are_negatives(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of the objective rerank; then with scores that are known: the longer the document, the lower."""
+    rows = [{"query": row["query"], "document": row["document"], "label": n % 2} for n, row in enumerate(LINES)]
+    reranking = write_case(tmp_path / "reranker", bert, {"method": "rerank"}, data={"eval": None})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "reranker" / "train.jsonl").write_text(lines, encoding="utf-8")
+    scorer, recipe = str(train(reranking, "training.max_steps=1", "~training.epochs")), write_rows(tmp_path, bert)
+    found, report = mine(recipe, tmp_path / "mined.jsonl", negatives=1, reranker=scorer)
+    assert set(report["mean_probability"]) == {"positive", "first_negative"}
+    assert all(len(row["negatives"]) <= 1 + (row["number"] == 8) for row in found)
+
+    monkeypatch.setattr(Reranker, "encode", lambda self, query, document: document)
+    by_length = staticmethod(lambda documents: torch.tensor([1 / len(text) for text in documents]))
+    monkeypatch.setattr(Reranker, "probabilities", by_length)
+    found, report = mine(recipe, tmp_path / "again.jsonl", negatives=1, margin=0.2, reranker=scorer)
+    assert [row["negatives"] for row in found] == [["nobody"], ["nobody", "first"], ["nobody"], []]
+    assert report["left_out"]["too_similar"] == 6  # of "second": one, uno; of "third": one, two, uno, nobody
+    with pytest.raises(InputError, match="was trained with embed, so it does not score documents; name a reranker"):
+        mine(recipe, tmp_path / "third.jsonl", reranker=str(train(recipe, "training.max_steps=1", "~training.epochs")))
 
 
 def test_targets_without_queries_and_documents_are_refused(bert: Path, tmp_path: Path) -> None:

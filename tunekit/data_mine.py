@@ -19,7 +19,7 @@ from tunekit.data.reading.first import format_maker
 from tunekit.data.reading.replaced import refuse_to_replace
 from tunekit.data.rows import RowSet, load_rows
 from tunekit.errors import InputError
-from tunekit.evaluation.mining import QueryNegatives, mine_negatives
+from tunekit.evaluation.mining import QueryNegatives, mine_negatives, rescored_negatives
 from tunekit.evaluation.retrieval import example_texts
 from tunekit.files.durable import json_result, try_to_write
 from tunekit.files.untrusted import printable
@@ -28,10 +28,12 @@ from tunekit.objectives.losses.embeddings import EmbedLoss
 from tunekit.objectives.losses.retrieval import Relevance, find_relevance, search_vectors
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.recipe import Recipe
+from tunekit.talking.reranking import Reranker, make_reranker
 from tunekit.targets.export import refuse_code
 from tunekit.targets.target import LoadedTarget, TargetSpec, find_target, load_target
 from tunekit.tuned.model import ModelRun
 
+RESCORED = 4  # documents that a reranker scores for each new negative
 LISTED = "negatives"  # the field with a list of negatives
 MINED = ("multiple_negatives_ranking", "triplet")  # losses whose rows can have more negatives
 SHOWN_ROWS, SHOWN_CHARACTERS = 4, 60
@@ -47,6 +49,7 @@ class Mining:
     relevance: Relevance
     excluded: Sequence[Sequence[int]]
     negatives: Sequence[QueryNegatives]
+    measure: str = "cosine"  # the meaning of the scores of documents
 
     @property
     def documents(self) -> list[str]:
@@ -73,7 +76,7 @@ class Mining:
                 "known": sum(map(len, self.excluded)),
                 "too_similar": sum(len(each.left_out) for each in self.negatives),
             },
-            "mean_cosine": {
+            f"mean_{self.measure}": {
                 "positive": fmean(each.positive for each in self.negatives),
                 "first_negative": fmean(each.scores[0] for each in best) if best else None,
             },
@@ -88,9 +91,11 @@ def data_mine_verb(
     *,
     negatives: int,
     margin: float,
+    reranker: str | None = None,
     allow_code: bool = False,
 ) -> None:
-    """Add at most `negatives` negatives to each training row, and write the rows to `output`.
+    """Add at most `negatives` negatives to each training row, and write the rows to `output`. `reranker`: a target that
+    scores the documents that the search finds, so that its scores decide.
 
     Raises: InputError if the target has no training rows of queries and documents, or the file cannot be written.
     """
@@ -102,8 +107,9 @@ def data_mine_verb(
     refuse_to_replace("--json", json_file, loaded_recipe)
     refuse_rows_file("--output", output, loaded_recipe, None)
     try_to_write(Path(output))  # before hours of work
+    scorer = None if reranker is None else find_target(reranker, None, [], allow_code=allow_code)
     write_result, console, devices = json_result(json_file), Console(json_file=json_file), make_devices()
-    console.info(*spec.notes)
+    console.info(*spec.notes, *(() if scorer is None else scorer.notes))
     with devices:
         console.info(f"loading {spec.model.name_or_path} ...")
         loaded = load_target(spec, devices.device)
@@ -114,7 +120,13 @@ def data_mine_verb(
         console.info(*rows.notes)
         parts = list(training_rows(rows, recipe.data.train))
         rows_text("--output", output, _with_negatives(parts, [[]] * len(rows.train)))
-        mining = _mine(loaded, rows, parts, console, negatives=negatives, margin=margin)
+        if scorer is None:
+            mining = _mine(loaded, rows, parts, console, negatives=negatives, margin=margin)
+        else:
+            console.info(f"loading {scorer.model.name_or_path} ...")
+            scores = make_reranker(load_target(scorer, devices.device), scorer.evaluation.batch_size)
+            mining = _mine(loaded, rows, parts, console, negatives=RESCORED * negatives, margin=None)
+            mining = _rescored(mining, scores, console, negatives=negatives, margin=margin)
     use, *notes = write_rows_file("--output", output, _with_negatives(parts, mining.of_rows()))
     _print(console, mining, margin)
     console.info(f"{output}: {len(rows.train):,} rows; {use}", *notes)
@@ -136,7 +148,13 @@ def _recipe_to_mine(target: str, spec: TargetSpec) -> Recipe:
 
 
 def _mine(
-    loaded: LoadedTarget, rows: RowSet, parts: Sequence[RowsToWrite], console: Console, *, negatives: int, margin: float
+    loaded: LoadedTarget,
+    rows: RowSet,
+    parts: Sequence[RowsToWrite],
+    console: Console,
+    *,
+    negatives: int,
+    margin: float | None,
 ) -> Mining:
     """Embed all texts once, and find the negatives of each query."""
     loss, kind, progress = rows.objective.loss, rows.objective.rows, CountProgress(console)
@@ -167,6 +185,21 @@ def _mine(
     return Mining(keys, texts, relevance, excluded, list(mined))
 
 
+def _rescored(mining: Mining, reranker: Reranker, console: Console, *, negatives: int, margin: float) -> Mining:
+    """The mining with the negatives that the reranker prefers among those of the search."""
+    progress, documents, queries = CountProgress(console), mining.documents, mining.relevance.queries
+
+    def score(number: int, places: Sequence[int]) -> list[float]:
+        query = mining.texts[mining.keys[queries[number]][0]]
+        probabilities = reranker.probabilities([reranker.encode(query, documents[place]) for place in places])
+        progress("queries scored by the reranker", number + 1, len(queries))
+        return probabilities.tolist()
+
+    relevant = mining.relevance.relevant
+    found = rescored_negatives(mining.negatives, relevant, score, count=negatives, margin=margin)
+    return replace(mining, negatives=list(found), measure="probability")
+
+
 def _with_negatives(parts: Sequence[RowsToWrite], negatives: Sequence[Sequence[str]]) -> list[RowsToWrite]:
     """The rows of all sources, with more negatives. `negatives`: of each row, in the order of the sources."""
     more = iter(negatives)
@@ -179,16 +212,17 @@ def _with_negatives(parts: Sequence[RowsToWrite], negatives: Sequence[Sequence[s
 def _print(console: Console, mining: Mining, margin: float) -> None:
     """Print how many rows have new negatives, which documents were left out and why, and some of those."""
     report = mining.report()
-    left_out, cosine = report["left_out"], report["mean_cosine"]
+    measure = mining.measure
+    left_out, means = report["left_out"], report[f"mean_{measure}"]
     lines: list[list[object]] = [
         ["queries", report["queries"]],
         ["documents", report["documents"]],
         *([f"rows with {number} new negatives", rows] for number, rows in report["rows_by_new_negatives"].items()),
         ["left out: positives of the query", left_out["positives"]],
         ["left out: the query's own text, or already its negatives", left_out["known"]],
-        [f"left out: cosine over p - |p| x {margin:g} (p: of the positive)", left_out["too_similar"]],
-        ["mean cosine of positives", cosine["positive"]],
-        ["mean cosine of first negatives", cosine["first_negative"]],
+        [f"left out: {measure} over p - |p| x {margin:g} (p: of the positive)", left_out["too_similar"]],
+        [f"mean {measure} of positives", means["positive"]],
+        [f"mean {measure} of first negatives", means["first_negative"]],
     ]
     console.table(["", "number"], lines)
     documents, queries = mining.documents, zip(mining.relevance.queries, mining.negatives, strict=True)

@@ -224,6 +224,10 @@ def mine(
         float,
         typer.Option(metavar="M", min=0, max=1, help="how much less similar than the positive, as a share of it"),
     ] = 0.05,
+    reranker: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="a reranker; its scores of the documents found decide, not their similarity"),
+    ] = None,
     allow_code: AllowCode = False,
     json_file: JsonFile = None,
     device: Device = None,
@@ -231,8 +235,16 @@ def mine(
     """Find documents that are similar to a query but not its positives, with the base of a recipe or with a run."""
     from tunekit.data_mine import data_mine_verb
 
+    changes = overrides or []
     data_mine_verb(
-        target, output, json_file, overrides or [], negatives=negatives, margin=margin, allow_code=allow_code
+        target,
+        output,
+        json_file,
+        changes,
+        negatives=negatives,
+        margin=margin,
+        reranker=reranker,
+        allow_code=allow_code,
     )
 
 
