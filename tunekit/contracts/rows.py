@@ -318,6 +318,7 @@ class Batch:
     targets: Tensors
     sequences: tuple[tuple[Row, ...], ...]
     line_size: int | None = None  # padded size of one sequence, if it is not a number of ids
+    filled: tuple[int, ...] | None = None  # tokens in each line of the tensors, if these are not the sequences' sizes
 
     @property
     def rows(self) -> list[Row]:
@@ -328,6 +329,11 @@ class Batch:
     def lengths(self) -> list[int]:
         """The size of each of the B sequences, without padding."""
         return [sum(row.size for row in sequence) for sequence in self.sequences]
+
+    @property
+    def line_lengths(self) -> Sequence[int]:
+        """The number of tokens in each line of the tensors, without padding."""
+        return self.lengths if self.filled is None else self.filled
 
     @property
     def tokens(self) -> int:

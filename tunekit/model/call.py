@@ -10,6 +10,7 @@ import torch
 
 from tunekit.model.attention.real_tokens import RealTokens
 from tunekit.model.attention.segments import Segments
+from tunekit.model.router_loss import Routing
 
 # Seeds for random numbers drawn outside the layers: embedding dropout before them, an adapted head's dropout after
 # them, and a decoder's embedding dropout between the two stacks.
@@ -26,6 +27,7 @@ class Call:
 
     `adapter_of_row`: if rows use different adapters, the name of each row's adapter (None: the base alone).
     `real_tokens`: the real tokens of padded rows, for encoders whose layers skip padding.
+    `routing`: adds up the choices of the routers of a mixture of experts.
     `fuses`: whether products with 4-bit weights may use a faster kernel that rounds differently (for generation).
     """
 
@@ -38,6 +40,7 @@ class Call:
     segments: Segments | None = None
     adapter_of_row: tuple[str | None, ...] | None = None
     real_tokens: RealTokens | None = None
+    routing: Routing | None = None
     fuses: bool = False
 
 

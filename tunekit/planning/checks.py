@@ -22,6 +22,7 @@ from tunekit.evaluation.tasks.run import NO_TEMPLATE, TEMPLATE_KEY
 from tunekit.machine.devices import capability, kind_of
 from tunekit.model.attention.documents import may_be_packed
 from tunekit.model.families import make_family, text_config
+from tunekit.model.families.routers import router_problems
 from tunekit.model.load import LoadedModel
 from tunekit.model.parts import parts_apart
 from tunekit.model.quantized.codec import FOUR_BIT
@@ -55,6 +56,7 @@ def run_checks(prepared: Prepared, *, resumed: bool) -> Iterator[Problem]:
     base, context = prepared.base, prepared.context
     yield from row_problems(base, context.processor, objective.rows, context.rows, context.virtual_tokens)
     yield from initialisation_problems(adapter, base, context.targets)
+    yield from router_problems(base, prepared.recipe.training.router_loss)
     yield from part_problems(prepared.recipe, base)
     yield from image_problems(prepared.recipe, base, prepared.rows)
     yield from fixed_rows_problems(prepared.recipe, objective.rows)

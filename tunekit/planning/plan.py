@@ -13,6 +13,7 @@ from tunekit.data.batching.steps import BatchSettings
 from tunekit.errors import RecipeError, ResourceError
 from tunekit.evaluation.evaluator import calibration_notes
 from tunekit.model.compute import kernel_packages
+from tunekit.model.families.routers import router_notes
 from tunekit.planning.checks import execution_checks, learned_length, refusals_of
 from tunekit.planning.forecast import supervised_tokens
 from tunekit.planning.initialisation import initialisation_notes
@@ -124,6 +125,7 @@ def _notes(prepared: Prepared, recipe: Recipe, execution: ExecutionSettings, rea
     yield from run_notes(recipe, base, device)
     yield from rank_notes(recipe, execution)
     yield from initialisation_notes(recipe.adapter, rows.objective, context.targets)
+    yield from router_notes(base, recipe.training.router_loss)
     yield from rate_notes(recipe.training, steps)
     yield from prepared.notes
     groups = load_method(recipe.adapter.method).groups(base.net, recipe.adapter, context.targets)

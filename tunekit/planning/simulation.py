@@ -138,6 +138,7 @@ class SimulatedRun:
         head = base.family.head_name(base.net)
         attach = partial(attach_adapter, base.net, self.adapter, seed=self.training.seed, head_name=head)
         tuned = prepare_network(base, self.execution, attach, planned_for=self.device)
+        tuned.set_router_loss(self.training.router_loss)
         tuned.companions = {key: companion.simulated() for key, companion in self.companions.items()}
         return tuned
 

@@ -82,6 +82,9 @@ Threads = Annotated[
 ]
 
 
+RouterLossSetting = Literal["auto", "off"] | Positive
+
+
 class TrainingSection(Section):
     """Settings of the optimizer and its steps. One step consists of `gradient_accumulation_steps` micro-batches, which
     are shared among the ranks (processes).
@@ -146,6 +149,12 @@ class TrainingSection(Section):
         "reward), with the schedule of learning_rate; null: learning_rate",
     )
     loraplus_ratio: Positive | None = Field(None, description="LoRA+: learning rate of B divided by the rate of A")
+    router_loss: RouterLossSetting = Field(
+        "auto",
+        description="mixtures of experts: the weight of transformers' router loss (load balancing), which is added to "
+        "the loss of each micro-batch and logged apart; auto: router_aux_loss_coef of the base's config.json, if its "
+        "output_router_logits is true; off: none; evaluations leave it out",
+    )
     kernels: Literal["auto", "none", "liger"] = Field(
         "auto",
         description="auto: C kernels for norms, SwiGLU and attention, in bfloat16 on a CPU with a C compiler; liger: "

@@ -191,6 +191,7 @@ def _make_model(
 
     with session.timed("calibrate" if recipe.adapter.calibration else "load"):
         model = prepare_network(base, plan.choice, attach, devices=devices)
+    model.set_router_loss(recipe.training.router_loss)
     model.companions = companions
     for companion in companions.values():
         companion.sampling_batch_size = plan.choice.sampling_batch_size

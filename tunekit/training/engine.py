@@ -20,12 +20,14 @@ from torch import Tensor
 
 from tunekit.adapters.attach import AttachedAdapter
 from tunekit.contracts import Batch, ModelOutput, Objective, Read, StepBatches, Sums
+from tunekit.data.batching.pad import real_positions
 from tunekit.errors import AdapterError, is_out_of_memory, listed
 from tunekit.machine.cpu_times import CpuTimes, cpu_times
 from tunekit.machine.devices import Devices
 from tunekit.machine.placing import to_device
 from tunekit.memory.splitting import PIECE_STRIDE, Splitting, first_line
 from tunekit.model.call import AFTER_LAYERS, OUTSIDE_LAYERS, Call, calling, current_call, seed_layer
+from tunekit.model.router_loss import ROUTER_LOSS, Routing
 from tunekit.tuned.model import ModelRun, TunedModel
 
 
@@ -110,6 +112,13 @@ class StepAttempt:
         micro_batch = part.index + part.number * PIECE_STRIDE
         return Call(step=self.work.batches.step, micro_batch=micro_batch, seed=self.work.seed, seeded=True)
 
+    def training_call(self, part: MicroBatchPart) -> Call:
+        """The Call of a part's forward with the loss of its routers, if the run has one."""
+        router_loss = self.work.model.router_loss
+        if router_loss is None:
+            return self.call(part)
+        return replace(self.call(part), routing=Routing(router_loss, real_positions(part.batch.line_lengths)))
+
     def watching(self) -> AbstractContextManager[None]:
         """A context manager: `reached` gets the trained tensors that a gradient reaches, if the work watches them."""
         adapter = self.work.model.adapter
@@ -131,6 +140,11 @@ class StepAttempt:
         value = (loss.total / self.units.to(loss.total.dtype)).sum()
         if (term := penalty()) is not None:
             value = value + term / part.divisor
+        if (routing := current_call().routing) is not None:
+            routing.add()
+            router_loss = routing.loss() / part.divisor
+            value = value + router_loss
+            loss.metrics[ROUTER_LOSS] = router_loss.detach() * self.units.sum()
         (value * work.loss_scale).backward()  # type: ignore[no-untyped-call]
         self.losses[part.index] += loss.total.detach().to(self.units.dtype)
         for name, metric in loss.metrics.items():
@@ -214,7 +228,7 @@ class Engine:
 
         for part in attempt.parts:
             attempt.computing(part)
-            with calling(attempt.call(part)) as call:
+            with calling(attempt.training_call(part)) as call:
                 seed_layer(call, OUTSIDE_LAYERS)
                 attempt.backward(part, model.output(part.batch.inputs), penalty)
 

@@ -33,6 +33,7 @@ from tunekit.evaluation.scores import EvaluationStopped
 from tunekit.machine.cpu_times import CpuTimes
 from tunekit.machine.devices import Devices
 from tunekit.memory.splitting import Splitting
+from tunekit.model.router_loss import ROUTER_LOSS
 from tunekit.records import EvaluationRecord, JsonObject, Plan, Reaction, StepRecord
 from tunekit.targets.export import facts_for_export
 from tunekit.training.engine import StepResult, StepView, StepWork, require_gradients
@@ -189,7 +190,8 @@ class Run:
         self.adapter.after_backward()
         self.devices.sum_in_place(self.optimizer.gradients())
         loss, norm, found_inf = self._clip(self.devices.sum(result.total).sum())
-        named = means(self.objective.loss.logged, result.metrics, work.units, self.devices)
+        logged = (*self.objective.loss.logged, *([ROUTER_LOSS] if self.model.router_loss else []))
+        named = means(logged, result.metrics, work.units, self.devices)
         if work.watches_gradients:
             require_gradients(self.adapter, result.reached, self.devices)
         values = {"loss": loss, "norm": norm, **named}

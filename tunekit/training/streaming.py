@@ -126,12 +126,14 @@ class LayerPass:
         numbers = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
         for each in self.model.adapter.parts() if self.model.adapter else []:
             self._adapters[numbers.get(each)].append(each)
-        self.states = [self._begin(part) for part in parts]
+        self.states = [
+            self._begin(attempt.call(part) if reads_only else attempt.training_call(part), part) for part in parts
+        ]
         self._recorded = self.states[0] if records else None
 
-    def _begin(self, part: MicroBatchPart) -> PartState:
+    def _begin(self, call: Call, part: MicroBatchPart) -> PartState:
         """The state of a part before the first layer."""
-        with calling(self.attempt.call(part)):
+        with calling(call):
             return PartState(part, self.model.call_for(part.batch.inputs), part.batch.inputs)
 
     def embed(self, number: int) -> None:
@@ -210,6 +212,9 @@ class LayerPass:
         call = state.calls[number]
         with torch.set_grad_enabled(recording):
             hidden = self._run_layer(state, number, state.hidden)
+        if state.call.routing is not None:
+            with torch.no_grad():
+                state.call.routing.add()
         if recording:
             self.requires.record(number, self.stack_at.get(number), hidden, call)
         needs = self.requires.side_outputs[number] if self.requires.side_outputs else repeat(False)
@@ -222,6 +227,8 @@ class LayerPass:
         """The hidden state (B, T, D) after one layer."""
         with calling(state.call):
             seed_layer(state.call, number)
+            if state.call.routing is not None:
+                state.call.routing.record()
             output: Tensor = self.layers[number](hidden, state.calls[number])
         return output
 
@@ -247,8 +254,10 @@ class LayerPass:
         output = self._run_layer(state, number, hidden)
         roots = [(output, state.hidden), *roots]
         roots += [(side.value, gradient) for side, gradient in zip(outputs, output_gradients, strict=True)]
-        penalty = self._penalty(number)
-        if penalty is not None:
+        routing = state.call.routing
+        for penalty in (self._penalty(number), None if routing is None else routing.layer_loss()):
+            if penalty is None or not penalty.requires_grad:
+                continue
             value = penalty / state.part.divisor * self.attempt.work.loss_scale
             roots.append((value, torch.ones_like(penalty)))
         pairs = [(root, gradient) for root, gradient in roots if root is not None and gradient is not None]

@@ -39,8 +39,10 @@ from tunekit.memory.vocabulary import StreamedHead
 from tunekit.model.attention.real_tokens import real_tokens
 from tunekit.model.attention.segments import find_segments
 from tunekit.model.call import Call, calling, current_call
+from tunekit.model.families.routers import make_router_loss, record_routers
 from tunekit.model.families.structure import training_mode
 from tunekit.model.load import LoadedModel
+from tunekit.model.router_loss import RouterLoss
 from tunekit.model.text.generation import find_stop_ids, generate_texts
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 
@@ -62,12 +64,19 @@ class TunedModel:
     repeats_rows: bool = False  # whether the run has more than one epoch
     companions: Mapping[str, Companion] = field(default_factory=dict)  # of the objective, by key
     stages: Stages | None = None  # of a streamed base, once it has run
+    router_loss: RouterLoss | None = None  # of a mixture of experts
     requires: RequiresGrad | None = None  # of a streamed base, recorded by its first step
 
     @property
     def device(self) -> torch.device:
         """The device of inputs."""
         return self.base.device
+
+    def set_router_loss(self, setting: str | float) -> None:
+        """Let training steps add the router loss of a mixture of experts. `setting`: of the recipe."""
+        self.router_loss = make_router_loss(self.base, setting)
+        if self.router_loss is not None:
+            record_routers(self.base.net)
 
     def output(self, inputs: Tensors) -> ModelOutput:
         """Compute the output that the objective reads. A row can contain several documents: a new document begins where

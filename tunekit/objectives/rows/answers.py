@@ -187,7 +187,8 @@ class AnswerRows(TextRows):
                 start += len(array)
         inputs = {"input_ids": ids, "position_ids": positions([list(map(len, line)) for line in arrays], skipped)}
         targets = self._last_tokens(rows, places) if self.scored else self._predicted(rows, places)
-        return Batch(inputs, targets, tuple(map(tuple, sequences)))
+        filled = tuple(sum(map(len, line)) for line in arrays)
+        return Batch(inputs, targets, tuple(map(tuple, sequences)), filled=filled)
 
     def _lines(self, sequences: Sequence[Sequence[Row]]) -> list[list[tuple[int, str]]]:
         """The documents in each line of the batch, as pairs (row's index in the batch, side)."""

@@ -48,6 +48,7 @@ TOP_LEVEL: dict[str, Alias] = {
     **to("model.revision", "model_revision", "revision_of_model"),
     **to("model.trust_remote_code", "trust_remote_code"),
     **to("model.dtype", "torch_dtype", "dtype", by=these("auto", "bfloat16", "float16", "float32")),
+    **to("training.router_loss", "moe_aux_loss_coef", "router_aux_loss_coef"),
     **to("model.attention", "attn_implementation"),
     **to("model.attention", "flash_attention", by=switch("flash_attention_2")),
     **to("model.attention", "sdp_attention", by=switch("sdpa")),
