@@ -21,7 +21,9 @@ from tests.support.loop_case import CPU, Case, ListedRows, make_case
 from tests.support.ranks_case import train_in_ranks
 from tests.support.train_case import check_a_resume, losses, records, train
 from tunekit.contracts import EncodeOptions, ModelOutput, Objective, StepBatches
-from tunekit.data.batching.order import without_repeats
+from tunekit.data.batching.order import by_kind, without_repeats
+from tunekit.data.batching.steps import BatchSettings
+from tunekit.data.rows import load_rows
 from tunekit.errors import DataError, InputError, RecipeError, TunekitError
 from tunekit.evaluate import evaluate_verb
 from tunekit.export import export_verb
@@ -37,6 +39,7 @@ from tunekit.objectives.embed import make
 from tunekit.objectives.losses.contrast import RowTexts, embedding_loss
 from tunekit.objectives.losses.embeddings import pool
 from tunekit.objectives.rows.texts import text_key
+from tunekit.recipe.load import load_recipe
 from tunekit.recipe.model import HeadlessModel, ModelSection
 from tunekit.recipe.objectives.embed import EmbedSettings
 from tunekit.recipe.training import TrainingSection
@@ -282,6 +285,41 @@ def test_no_text_is_twice_in_a_step() -> None:
     assert without_repeats([0, 1, 2], dict.fromkeys(range(3), frozenset([7])), 2) == [0]
 
 
+def test_a_step_has_rows_of_one_kind() -> None:
+    """Rows 0-29 are of one kind, the others of another one. The larger rest is the last step."""
+    generator = np.random.default_rng(1)
+    hashes = {row: frozenset([row]) for row in range(44)}
+    kinds, order = [int(row >= 30) for row in range(44)], generator.permutation(44).tolist()
+    chosen = by_kind(order, hashes, 8, kinds, shuffle=True)
+    steps = [[kinds[row] for row in chosen[start : start + 8]] for start in range(0, len(chosen), 8)]
+    assert [len(step) for step in steps] == [8, 8, 8, 8, 6]
+    assert all(len(set(step)) == 1 for step in steps)
+    assert [step[0] for step in steps[:-1]] == [0, 0, 1, 0]  # spread evenly
+    assert [kinds[row] for row in by_kind(order, hashes, 8, kinds, shuffle=False)[:32]] == [0] * 24 + [1] * 8
+    assert len(set(chosen)) == len(chosen) == 38
+    assert by_kind(order, hashes, 8, [0] * 44, shuffle=True) == without_repeats(order, hashes, 8)
+
+
+def test_sources_with_and_without_negatives_share_no_step(bert: Path, tmp_path: Path) -> None:
+    pairs = [example_of(2 * number) for number in range(12)]
+    triplets = [example_of(2 * number + 1) for number in range(20)]
+    recipe = write_case(
+        tmp_path, bert, data={"train": [{"path": "pairs.jsonl"}, {"path": "triplets.jsonl"}], "eval": None}
+    )
+    for name, rows in (("pairs", pairs), ("triplets", triplets)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    objective = objective_on(bert, EmbedSettings.model_validate({"method": "embed"}))
+    rows = load_rows(load_recipe(recipe).recipe.data, objective, seed=0)
+    for size, accumulated in ((2, 4), (8, 1)):
+        more = {"packing": False, "shuffle": True, "seed": 0, "epochs": 2.0, "max_steps": None}
+        settings = BatchSettings(size, None, accumulated, 64, **more)
+        steps = [[row for batch in step.batches for row in batch.rows] for step in rows.steps(settings).after(0)]
+        assert {len({len(row.parts["counts"]) for row in step}) for step in steps} == {1}
+        assert sorted(map(len, steps)) == [4, 4, 8, 8, 8, 8, 8, 8]
+    with pytest.raises(DataError, match="a source has only 12 rows with its number of texts, and a step has 16 rows"):
+        rows.steps(replace(settings, gradient_accumulation_steps=2))
+
+
 def test_equal_texts_are_equal_in_any_form() -> None:
     assert text_key("caf\u00e9  au\nlait ") == text_key("cafe\u0301 au lait") != text_key("cafe au lait")
 
@@ -479,8 +517,6 @@ def test_a_resumed_run_has_the_same_bytes(dropping_bert: Path, tmp_path: Path) -
 
 
 def test_recipes_with_options_without_effect_are_refused(bert: Path, tmp_path: Path) -> None:
-    from tunekit.recipe.load import load_recipe
-
     for objective, message in (
         ({"margin": 1.0}, "objective.margin: has an effect only with"),
         (

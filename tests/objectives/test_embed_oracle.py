@@ -252,7 +252,8 @@ def test_minilm_trains_as_by_sentence_transformers_trainer(method: str, tmp_path
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(theirs) == STEPS
-    assert losses(run) == pytest.approx(theirs, rel=1e-5)
+    # the absolute tolerance: a loss is the difference of numbers around 20, whose float32 has steps of 2e-6
+    assert losses(run) == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     folder = run / "model"
     if method == "lora":
         folder = tmp_path / "merged"
@@ -261,13 +262,6 @@ def test_minilm_trains_as_by_sentence_transformers_trainer(method: str, tmp_path
     wanted = torch.from_numpy(model.encode(texts))
     found = torch.from_numpy(st.SentenceTransformer(str(folder), device="cpu").encode(texts))
     cosines = torch.nn.functional.cosine_similarity(found.double(), wanted.double(), dim=1)
-    print(
-        method,
-        max(abs(a / b - 1) for a, b in zip(losses(run), theirs, strict=True)),
-        theirs[0],
-        theirs[-1],
-        1 - float(cosines.min()),
-    )
     assert float(cosines.min()) > 1 - 1e-6
 
 

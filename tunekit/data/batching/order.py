@@ -74,6 +74,25 @@ def without_repeats(order: Sequence[int], hashes: Mapping[int, frozenset[int]], 
     return chosen
 
 
+def by_kind(
+    order: Sequence[int], hashes: Mapping[int, frozenset[int]], size: int, kinds: Sequence[int], *, shuffle: bool
+) -> list[int]:
+    """As `without_repeats`, with rows of one kind in each step. `kinds`: the kind of each row. The steps of all kinds
+    are spread evenly over the order, or come kind by kind without shuffling. Only the last step may have fewer rows;
+    other rows that fill no step of their kind are left out."""
+    rows = {kind: [row for row in order if kinds[row] == kind] for kind in sorted(set(kinds))}
+    if len(rows) < 2:
+        return without_repeats(order, hashes, size)
+    whole, partial = list[tuple[float, list[int]]](), list[int]()
+    for number, some in enumerate(rows.values()):
+        chosen = without_repeats(some, hashes, size)
+        steps = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        if steps and len(steps[-1]) < size:
+            partial = max(partial, steps.pop(), key=len)
+        whole += [((place + 0.5) / len(steps) if shuffle else number, step) for place, step in enumerate(steps)]
+    return [row for _, step in sorted(whole, key=lambda each: each[0]) for row in step] + partial
+
+
 def held_out(digests: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """(rows,) whether each row is held out. `fraction`: the held-out share of the rows; at least one row.
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from tunekit.contracts import Batch, Row, RowKind, Rows, StepBatches
-from tunekit.data.batching.order import Share, epoch_rows, without_repeats
+from tunekit.data.batching.order import Share, by_kind, epoch_rows
 from tunekit.data.batching.pack import first_fit
 from tunekit.errors import DataError
 
@@ -154,20 +154,33 @@ class StoredSteps:
             settings = self._settings
             order = epoch_rows(self._shares, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
             if self._hashes is not None:
-                rows = without_repeats(order.tolist(), *self._hashes)
+                rows = by_kind(order.tolist(), *self._hashes, shuffle=settings.shuffle)
                 self.left_out, order = len(order) - len(rows), np.array(rows, dtype=np.int64)
             groups = group_rows(order.tolist(), self._lengths[order].tolist(), settings)
             self._last = epoch, list(cut_micro_batches(groups, self._sizes_of, settings))
         return self._last[1]
 
-    def _read_hashes(self) -> tuple[dict[int, frozenset[int]], int] | None:
-        """The hashes of each row, and the number of rows of a step; None if rows of a step may have equal hashes, or if
-        the number of rows is not fixed."""
+    def _read_hashes(self) -> tuple[dict[int, frozenset[int]], int, list[int]] | None:
+        """The hashes of each row, the number of rows of a step, and the kind of each row; None if rows of a step may
+        have equal hashes, or if the number of rows is not fixed. Sources whose rows have the same numbers of hashes are
+        of one kind. Raises: DataError if there are too few rows of a kind for a step."""
         settings, part = self._settings, self._kind.layout.distinct
         if part is None or settings.micro_batch_size is None:
             return None
         hashes = {index: frozenset(self._rows[index].parts[part].tolist()) for index in range(len(self._rows))}
-        return hashes, settings.micro_batch_size * settings.gradient_accumulation_steps
+        size, kinds = settings.micro_batch_size * settings.gradient_accumulation_steps, [0] * len(self._rows)
+        numbers = dict[frozenset[int], int]()
+        for share in self._shares:
+            source = frozenset(len(hashes[index]) for index in range(share.start, share.stop))
+            kinds[share.start : share.stop] = [numbers.setdefault(source, len(numbers))] * (share.stop - share.start)
+        fewest = min(Counter(kinds).values())
+        if len(set(kinds)) > 1 and fewest < size:
+            what = (
+                f"a source has only {fewest:,} rows with its number of texts, and a step has {size:,} rows of one kind"
+            )
+            how = "add rows to this source, or lower training.gradient_accumulation_steps"
+            raise DataError(what, how, key="data.train")
+        return hashes, size, kinds
 
     def _sizes_of(self, group: Group) -> Sizes:
         return self._kind.layout.padded(self._sizes[list(group)].sum(axis=0).tolist())
