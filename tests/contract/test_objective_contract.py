@@ -415,6 +415,7 @@ def test_the_cache_of_one_objective_is_not_another_s(
         (tmp_path / name).write_bytes(held_picture(number).data or b"")
     rows: dict[str, list[dict[str, Any]]] = {
         "embedding": [{"query": "p", "document": "c"}],
+        "reranking": [{"query": "p", "document": "c", "label": 1}, {"query": "p", "document": "d", "label": 0}],
         "text": [{"prompt": "p", "completion": "c"}],
         "image": [{"image": "p.png", "text": "c"}],
         "audio_label": [{"audio": "keys/0.wav", "label": "c"}, {"audio": "keys/0.wav", "label": "d"}],
