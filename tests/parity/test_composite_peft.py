@@ -69,7 +69,7 @@ def test_ten_steps_equal_peft_on_the_served_class(model_type: str, tmp_path: Pat
     model = with_peft(folder, case, model_type)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=TRAINING.learning_rate, weight_decay=TRAINING.weight_decay)
-    schedule = get_scheduler(TRAINING.scheduler, optimizer, case.parts.warmup_steps, case.steps.count)
+    schedule = get_scheduler(TRAINING.scheduler, optimizer, case.parts.plan.warmup_steps, case.steps.count)
     losses, norms = [], []
     for step in case.steps.after(0):
         loss = step_loss(model, step, model_type)

@@ -31,7 +31,7 @@ def reference_run(
             own[peft_name(name)].copy_(value)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    schedule = get_scheduler(training.scheduler, optimizer, case.parts.warmup_steps, case.steps.count)
+    schedule = get_scheduler(training.scheduler, optimizer, case.parts.plan.warmup_steps, case.steps.count)
     losses, norms, rates = [], [], []
     for step in case.steps.after(0):
         loss = big_batch_loss(model, step, case)

@@ -24,8 +24,9 @@ from tunekit.model.compute import kernel_packages
 from tunekit.model.load import make_meta_model
 from tunekit.objectives.losses.logprobs import logits_chunk_tokens
 from tunekit.plan import plan_verb
-from tunekit.planning.checks import HIGHEST_RATE, library_problems, rate_notes
+from tunekit.planning.checks import library_problems
 from tunekit.planning.forecast import PROCESS_BYTES
+from tunekit.planning.notes import HIGHEST_RATE, rate_notes
 from tunekit.planning.prepared import Resources
 from tunekit.planning.tiers import allowed_tiers
 from tunekit.recipe.load import load_recipe

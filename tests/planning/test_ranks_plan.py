@@ -19,7 +19,7 @@ from tests.support.train_case import write_recipe
 from tunekit.data.batching.steps import dealt
 from tunekit.errors import TunekitError
 from tunekit.plan import plan_verb
-from tunekit.planning.checks import rank_notes
+from tunekit.planning.notes import rank_notes
 from tunekit.planning.plan import plan
 from tunekit.planning.prepare import prepare
 from tunekit.planning.ranks import plan_ranks, plan_together

@@ -122,7 +122,7 @@ def test_twenty_steps_of_a_causal_model(tied: bool, tiny_llama: Path, tied_llama
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     start = plain(model)
     assert ("lm_head.weight" in start) != tied
-    steps, warmup = case.steps.after(0), case.parts.warmup_steps
+    steps, warmup = case.steps.after(0), case.parts.plan.warmup_steps
     expected = by_hand(model, steps, lambda step: big_batch_loss(model, step, case), training(), warmup)
     case.run()
     assert case.losses == pytest.approx(expected, rel=1e-5)
@@ -145,7 +145,7 @@ def test_twenty_steps_of_an_encoder_decoder(kind: str, tmp_path: Path) -> None:
         total = sum(model(input_ids=source, labels=answer).loss * answer.numel() for source, answer in parts)
         return total / sum(answer.numel() for _, answer in parts)
 
-    expected = by_hand(model, case.steps.after(0), loss_of, training(), case.parts.warmup_steps)
+    expected = by_hand(model, case.steps.after(0), loss_of, training(), case.parts.plan.warmup_steps)
     case.run()
     assert case.losses == pytest.approx(expected, rel=1e-5)
     assert_as_by_hand(trained(case), plain(model), start)
@@ -218,7 +218,7 @@ def test_masters_in_float32_keep_what_16_bits_would_round_away(tied_llama: Path)
     masters = {name: nn.Parameter(value.detach().float()) for name, value in own.items()}
     start = {name: value.detach().clone() for name, value in masters.items()}
     optimizer = torch.optim.AdamW(masters.values(), lr=1e-6, weight_decay=0.0)
-    schedule = get_scheduler("constant_with_warmup", optimizer, case.parts.warmup_steps, STEPS)
+    schedule = get_scheduler("constant_with_warmup", optimizer, case.parts.plan.warmup_steps, STEPS)
     expected = []
     for step in case.steps.after(0):
         loss = big_batch_loss(net, step, case)

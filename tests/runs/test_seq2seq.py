@@ -235,7 +235,7 @@ def test_twenty_steps_equal_transformers_and_peft(kind: str, tmp_path: Path) -> 
         for name, value in case.adapter.trained().items():
             own[places[name]].copy_(value)
     optimizer = torch.optim.AdamW(list(own.values()), lr=training.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(case.parts.warmup_steps, 20))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(case.parts.plan.warmup_steps, 20))
     expected = []
     for step in case.steps.after(0):
         total, units = torch.zeros(()), 0

@@ -32,9 +32,7 @@ from tunekit.planning.notes import end_notes, time_notes
 from tunekit.planning.prepared import Prepared, read_resources
 from tunekit.recipe.bases.section import AdapterSettings
 from tunekit.recipe.load import LoadedRecipe
-from tunekit.recipe.model import ModelSection
 from tunekit.recipe.recipe import Recipe
-from tunekit.records import Target
 from tunekit.targets.labels import start_facts
 from tunekit.training.state import Processors
 from tunekit.tuned.fit import check_family
@@ -123,12 +121,15 @@ def _read(
         if objective is not None:
             model = (objective if rows is None else rows.objective).section(model, seed)
         readable = processor is not None or family.reads_ids  # else the error is reported already
-        base = attempt(_read_base, model, recipe.objective.family, device) if readable else None
+        meta = attempt(make_meta_model, model, device=device) if readable else None
+        base = attempt(check_family, meta, recipe.objective.family)
     adapter = attempt(_with_token_ids, recipe.adapter, processor)
-    if recipe.adapter.trains_base:
-        attempt(_check_copies, model, base)
+    if recipe.adapter.trains_base and base is not None:  # it copies files of the base from its folder
+        attempt(lambda: check_copied_files(model, find_source(model, weights=False).folder))
     adapter = attempt(_with_whole_modules, adapter, base)
-    targets = attempt(_find_targets, adapter or recipe.adapter, base)
+    head_name = None if base is None else base.family.head_name(base.net)
+    net = None if base is None else base.net
+    targets = attempt(find_targets, net, adapter or recipe.adapter, head_name=head_name)
     method = load_method(recipe.adapter.method).model
     slots = attempt(_check_fit, adapter, base)
     if processor is None or rows is None or base is None or adapter is None or targets is None or slots is None:
@@ -149,22 +150,9 @@ def _vocabulary_notes(context: PlanContext) -> Iterator[str]:
     yield f"warning: {count}; check that the tokenizer's files belong to this base"
 
 
-def _read_base(model: ModelSection, family: str, device: torch.device) -> LoadedModel:
-    return check_family(make_meta_model(model, device=device), family)
-
-
 def _with_token_ids(adapter: AdapterSettings, processor: Processor) -> AdapterSettings:
     text = processor.tokenizer
     return adapter if text is None else load_method(adapter.method).with_tokenizer(adapter, text)
-
-
-def _check_copies(model: ModelSection, base: LoadedModel) -> None:
-    """Check the files that a trained base copies from its folder."""
-    check_copied_files(model, find_source(model, weights=False).folder)
-
-
-def _find_targets(adapter: AdapterSettings, base: LoadedModel) -> list[Target]:
-    return find_targets(base.net, adapter, head_name=base.family.head_name(base.net))
 
 
 def _with_whole_modules(adapter: AdapterSettings, base: LoadedModel) -> AdapterSettings:

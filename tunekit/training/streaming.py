@@ -175,7 +175,15 @@ class LayerPass:
     def embedding_backward(self, number: int) -> None:
         """Run the backward pass of the embedding, if a stack (encoder or decoder) starts with this layer."""
         for state in self.states if number in self.stack_at else ():
-            self._embedding_backward(state, self.stack_at[number])
+            stack = self.stack_at[number]
+            self.attempt.computing(state.part)
+            if self.requires.embeddings[stack]:
+                with calling(state.call):
+                    self._run_embedding(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]
+            gradient = None if state.source is None else _take_gradient(state.source)
+            if gradient is not None:  # the stack reads an encoder's output: continue with its gradient
+                state.hidden = gradient
+            state.source = None
 
     def finish(self) -> None:
         """Free stored layer inputs that no backward pass needs. Only the micro-batch that recorded `requires` has such
@@ -267,18 +275,6 @@ class LayerPass:
             side.value = None
         if hidden.grad is not None:
             state.hidden = hidden.grad
-
-    def _embedding_backward(self, state: PartState, stack: int) -> None:
-        """Run the backward pass of a stack's embedding. If the stack reads an encoder's output, continue with the
-        gradient of that output."""
-        self.attempt.computing(state.part)
-        if self.requires.embeddings[stack]:
-            with calling(state.call):
-                self._run_embedding(state, stack)[0].backward(state.hidden)  # type: ignore[no-untyped-call]
-        gradient = None if state.source is None else _take_gradient(state.source)
-        if gradient is not None:
-            state.hidden = gradient
-        state.source = None
 
     def _penalty(self, number: int | None) -> Tensor | None:
         """() float32: the sum of the adapter's penalty terms in this layer. `number` None: the terms that belong to no
