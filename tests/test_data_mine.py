@@ -61,6 +61,27 @@ def test_rows_keep_their_columns_and_get_other_documents(bert: Path, tmp_path: P
     assert report["left_out"] | {"too_similar": 0} == {"positives": 4, "known": 3, "too_similar": 0}
 
 
+def test_documents_of_a_corpus_are_negatives_too(bert: Path, tmp_path: Path) -> None:
+    """They are searched in addition to the documents of the rows. A positive or a known negative is none."""
+    recipe, corpus = write_rows(tmp_path, bert), tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "eins", "zwei")), encoding="utf-8")
+    output, report = tmp_path / "mined.jsonl", tmp_path / "report.json"
+    options: dict[str, Any] = {"negatives": 9, "margin": 0.0, "corpus": str(corpus)}
+    data_mine_verb(str(recipe), str(output), str(report), [], **options)
+    rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    found = {text for row in rows for text in row["negatives"]}
+    assert found & {"eins", "zwei"}
+    assert found <= {"nobody", "one", "two", "uno", "first", "eins", "zwei"}
+    assert "one" not in rows[0]["negatives"]
+    assert json.loads(report.read_text("utf-8"))["documents"] == 7
+
+
+def test_rows_of_a_guided_run_are_mined_without_the_guide(bert: Path, tmp_path: Path) -> None:
+    guided = write_rows(tmp_path, bert, {"loss": "gist", "guide": {"name_or_path": str(tmp_path / "absent")}})
+    rows, _ = mine(guided, tmp_path / "mined.jsonl")
+    assert [row["number"] for row in rows] == [7, 8, 9, 10]
+
+
 def test_a_larger_margin_leaves_out_more_documents(bert: Path, tmp_path: Path) -> None:
     recipe = write_rows(tmp_path, bert)
     left_out = [

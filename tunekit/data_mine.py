@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from tunekit.console import Console
 from tunekit.console.progress import CountProgress
-from tunekit.contracts import Batch
+from tunekit.contracts import Batch, RowKind, Rows
 from tunekit.data.batching.steps import evaluation_batches
+from tunekit.data.encoding.sources import EncodedSource, load_sources, read_examples
+from tunekit.data.encoding.store import ChosenRows
 from tunekit.data.looking.rows_file import RowsToWrite, refuse_rows_file, rows_text, training_rows, write_rows_file
 from tunekit.data.reading.first import format_maker
 from tunekit.data.reading.replaced import refuse_to_replace
@@ -25,7 +30,9 @@ from tunekit.files.durable import json_result, try_to_write
 from tunekit.files.untrusted import printable
 from tunekit.machine.devices import make_devices
 from tunekit.objectives.losses.embeddings import EmbedLoss
-from tunekit.objectives.losses.retrieval import Relevance, find_relevance, search_vectors
+from tunekit.objectives.losses.retrieval import EmbeddedRow, Relevance, find_relevance, search_vectors
+from tunekit.objectives.rows.texts import text_key
+from tunekit.recipe.data import Source
 from tunekit.recipe.load import load_recipe
 from tunekit.recipe.recipe import Recipe
 from tunekit.talking.reranking import Reranker, make_reranker
@@ -35,7 +42,7 @@ from tunekit.tuned.model import ModelRun
 
 RESCORED = 4  # documents that a reranker scores for each new negative
 LISTED = "negatives"  # the field with a list of negatives
-MINED = ("multiple_negatives_ranking", "triplet")  # losses whose rows can have more negatives
+MINED = ("multiple_negatives_ranking", "gist", "triplet")  # losses whose rows can have more negatives
 SHOWN_ROWS, SHOWN_CHARACTERS = 4, 60
 
 
@@ -92,10 +99,11 @@ def data_mine_verb(
     negatives: int,
     margin: float,
     reranker: str | None = None,
+    corpus: str | None = None,
     allow_code: bool = False,
 ) -> None:
     """Add at most `negatives` negatives to each training row, and write the rows to `output`. `reranker`: a target that
-    scores the documents that the search finds, so that its scores decide.
+    scores the documents that the search finds, so that its scores decide. `corpus`: a file with further documents.
 
     Raises: InputError if the target has no training rows of queries and documents, or the file cannot be written.
     """
@@ -120,12 +128,14 @@ def data_mine_verb(
         console.info(*rows.notes)
         parts = list(training_rows(rows, recipe.data.train))
         rows_text("--output", output, _with_negatives(parts, [[]] * len(rows.train)))
+        further = None if corpus is None else _load_corpus(corpus, rows)
+        mine = partial(_mine, loaded, rows, parts, console, corpus=further)
         if scorer is None:
-            mining = _mine(loaded, rows, parts, console, negatives=negatives, margin=margin)
+            mining = mine(negatives=negatives, margin=margin)
         else:
             console.info(f"loading {scorer.model.name_or_path} ...")
             scores = make_reranker(load_target(scorer, devices.device), scorer.evaluation.batch_size)
-            mining = _mine(loaded, rows, parts, console, negatives=RESCORED * negatives, margin=None)
+            mining = mine(negatives=RESCORED * negatives, margin=None)
             mining = _rescored(mining, scores, console, negatives=negatives, margin=margin)
     use, *notes = write_rows_file("--output", output, _with_negatives(parts, mining.of_rows()))
     _print(console, mining, margin)
@@ -155,23 +165,35 @@ def _mine(
     *,
     negatives: int,
     margin: float | None,
+    corpus: EncodedSource | None,
 ) -> Mining:
-    """Embed all texts once, and find the negatives of each query."""
+    """Embed all texts once, and find the negatives of each query among the documents of the rows and of the corpus."""
     loss, kind, progress = rows.objective.loss, rows.objective.rows, CountProgress(console)
     assert isinstance(loss, EmbedLoss)  # of the losses MINED
     size = loaded.target.evaluation.batch_size
 
-    def counted() -> Iterator[Batch]:
-        done = 0
-        for batch in evaluation_batches(rows.train, kind, batch_size=size):
-            yield batch
-            done += len(batch.rows)
-            progress("rows embedded", done, len(rows.train))
+    def embedded(rows: Rows, kind: RowKind, what: str) -> list[EmbeddedRow]:
+        def counted() -> Iterator[Batch]:
+            done = 0
+            for batch in evaluation_batches(rows, kind, batch_size=size):
+                yield batch
+                done += len(batch.rows)
+                progress(what, done, len(rows))
 
-    embedded = loss.embedded(ModelRun(loaded.model, kind), counted())
-    keys = [row.keys for row in embedded]
-    relevance = find_relevance(keys)
-    queries, documents = search_vectors(relevance, [row.texts for row in embedded], keys, {})
+        return loss.embedded(ModelRun(loaded.model, kind), counted())
+
+    of_rows, further, vectors = embedded(rows.train, kind, "rows embedded"), dict[int, str](), dict[int, Tensor]()
+    keys = [row.keys for row in of_rows]
+    if corpus is not None:
+        assert kind.documents is not None  # see _load_corpus
+        documents_read = embedded(ChosenRows([corpus.all_rows]), kind.documents, "documents embedded")
+        vectors = {key: vector for row in of_rows for key, vector in zip(row.keys[1:], row.texts[1:], strict=True)}
+        vectors |= {row.keys[0]: row.texts[0] for row in documents_read}
+        numbers = set(corpus.store.records["number"].tolist())
+        examples = (example for _, example in read_examples(corpus.source, kind.documents.example, numbers))
+        further = {text_key(text): text for example in examples for text in example_texts(example)}
+    relevance = find_relevance(keys, vectors)
+    queries, documents = search_vectors(relevance, [row.texts for row in of_rows], keys, vectors)
     known: dict[int, set[int]] = {}
     for anchor, _, *others in keys:
         known.setdefault(anchor, {anchor}).update(others)
@@ -182,7 +204,15 @@ def _mine(
     makers = ((format_maker(part.format, part.source.path), row) for part in parts for row in part.rows)
     texts = dict(zip(chain(*keys), chain(*(example_texts(make(row)) for make, row in makers)), strict=True))
     mined = mine_negatives(queries, documents, relevance.relevant, excluded, count=negatives, margin=margin)
-    return Mining(keys, texts, relevance, excluded, list(mined))
+    return Mining(keys, further | texts, relevance, excluded, list(mined))
+
+
+def _load_corpus(path: str, rows: RowSet) -> EncodedSource:
+    """The documents of a file, as rows of one text."""
+    kind = rows.objective.rows.documents
+    assert kind is not None  # of the losses MINED
+    [source] = load_sources([Source(path=path)], kind, None)
+    return source
 
 
 def _rescored(mining: Mining, reranker: Reranker, console: Console, *, negatives: int, margin: float) -> Mining:

@@ -228,6 +228,9 @@ def mine(
         str | None,
         typer.Option(metavar="RUN", help="a reranker; its scores of the documents found decide, not their similarity"),
     ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(metavar="FILE", help="documents to search, in addition to those of the rows")
+    ] = None,
     allow_code: AllowCode = False,
     json_file: JsonFile = None,
     device: Device = None,
@@ -244,6 +247,7 @@ def mine(
         negatives=negatives,
         margin=margin,
         reranker=reranker,
+        corpus=corpus,
         allow_code=allow_code,
     )
 

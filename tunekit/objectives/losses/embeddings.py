@@ -156,7 +156,7 @@ class EmbedLoss(LossKind):
     def measuring(self, run: RunView, rows: Rows, batches: Iterable[Batch]) -> EmbedLoss:
         """A copy of the loss with the values of each evaluation row. All rows are embedded once. Rows of one text are
         the documents of evaluation.corpus."""
-        measured = self.embedded(run, batches)
+        measured = self.embedded(run, batches, guided=True)
         corpus = {row.keys[0]: row.texts[0] for row in measured if len(row.keys) == 1}
         asked = [row for row in measured if len(row.keys) > 1]
         numbers, texts, keys, scores, _ = zip(*asked, strict=True)
@@ -179,14 +179,15 @@ class EmbedLoss(LossKind):
         ]
         return replace(self, measured=dict(zip(numbers, of_rows, strict=True)), measured_ranks=ranks)
 
-    def embedded(self, run: RunView, batches: Iterable[Batch]) -> list[EmbeddedRow]:
-        """The embedded rows of all ranks, by their numbers. `batches`: this rank's."""
+    def embedded(self, run: RunView, batches: Iterable[Batch], *, guided: bool = False) -> list[EmbeddedRow]:
+        """The embedded rows of all ranks, by their numbers. `batches`: this rank's. `guided`: also by the guide, if the
+        loss has one."""
         mine = list[EmbeddedRow]()
         for batch in batches:
             counts = batch.targets["counts"].tolist()
             [values] = run.score([batch], self.embed, lambda batch: batch.targets["counts"].tolist())
             guides: Sequence[Tensor | None] = [None] * len(counts)
-            if "texts" in batch.rows[0].parts:
+            if guided and "texts" in batch.rows[0].parts:
                 [of_guide] = run.companion(Guide).embed(run, [batch])
                 guides = torch.split(of_guide, counts)
             for row, texts, guide in zip(batch.rows, torch.split(values, counts), guides, strict=True):
