@@ -1,5 +1,6 @@
-"""A run and its training loop. Each step runs the engine, clips and checks gradients, updates weights and records
-numbers. The run also evaluates, saves and stops when necessary.
+"""A run and its training loop. Each step runs the engine, clips (`Run._clip`) and checks gradients, updates weights and
+records numbers. The run also evaluates, saves and stops when necessary. A rank with fewer rows computes only its own
+micro-batches: `_count_units` counts those of all ranks. engine.py acts if memory runs out in a step.
 
 On a GPU, a step's loss and norm are read one step later, so that the host never waits for them. Until then, the device
 itself skips a non-finite update.

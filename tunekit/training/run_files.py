@@ -54,8 +54,8 @@ def locked_folder(session: Session, path: Path, resume: bool, overwrite: bool) -
     if session.devices.peers is not None:
         session.devices.peers.at_loss = lambda error: leave(error.exit_code, str(error))
     try:
-        if session.folder is not None:
-            records |= _records_of_result(session.folder.path)
+        if session.folder is not None and find_result(path) is not None:
+            records |= {name: (path / name).read_bytes() for name in RECORDS if (path / name).is_file()}
         check_folder_is_shared(session, path)
         yield
     except BaseException as caught:
@@ -84,12 +84,6 @@ def _refuse_inputs_inside(session: Session, path: Path) -> None:
         key, value = inputs[0]
         what = f"--overwrite would move {value}, which the run reads"
         raise RunFolderError(what, "choose another output.dir", file=str(session.loaded.path), key=key)
-
-
-def _records_of_result(path: Path) -> dict[str, bytes]:
-    """The records of a run that has a result; empty for any other run."""
-    names = RECORDS if find_result(path) is not None else ()
-    return {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
 
 
 def _leave_status(folder: RunFolder | None, exit_code: int, reason: str, records: Mapping[str, bytes]) -> None:
@@ -264,8 +258,10 @@ def write_plan(session: Session, plan: Plan, state: LoopState | None, fingerprin
             what = f"number of processes: was {before}, is {session.devices.world}"
             session.console.info(f"{what}; the last digits of results may differ")
         folder.write_json("environment.json", environment)
-        if state is not None:
-            _restore_rows(folder, state.evaluated_step)
+        if state is not None:  # the resumed state may not know the last evaluation
+            rows = folder.read_json(ROWS_NAME) or {}
+            if rows.get("step", 0) > state.evaluated_step and rows.get(EARLIER_ROWS):
+                folder.write_json(ROWS_NAME, rows[EARLIER_ROWS])
         folder.truncate_metrics(*((state.step, state.evaluated_step) if state else (-1, -1)))
         folder.write_json("plan.json", asdict(plan))
 
@@ -331,13 +327,6 @@ def write_rows(
     earlier = folder.read_json(ROWS_NAME) if step else None
     values = row_losses.values(step, evaluation.sums, evaluation.row_metrics, earlier)
     folder.write_json(ROWS_NAME, values | ({EARLIER_ROWS: earlier} if ended_by_time else {}))
-
-
-def _restore_rows(folder: RunFolder, evaluated_step: int) -> None:
-    """Restore the losses before an evaluation that the resumed state does not know."""
-    rows = folder.read_json(ROWS_NAME) or {}
-    if rows.get("step", 0) > evaluated_step and rows.get(EARLIER_ROWS):
-        folder.write_json(ROWS_NAME, rows[EARLIER_ROWS])
 
 
 def write_pictures(folder: RunFolder, step: int, evaluation: Evaluation) -> None:
