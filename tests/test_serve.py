@@ -174,7 +174,18 @@ def test_bad_bodies_and_keys(port: int, tiny_llama: Path, folders: Path) -> None
         assert status == (413 if len(body) > 4_000_000 else 400)
         assert json.loads(reply)["error"]["message"]
     assert b"is not a known field" in ask_raw(port, "/v1/chat/completions", b'{"\\ud800": 1}')[1]
-    assert ask_raw(port, "/nothing", None)[0] == 404
+    for path, sent, code, words in (
+        ("/nothing", None, 404, "there is no /nothing: this server answers POST /v1/chat/completions, POST /v1/co"),
+        (
+            "/v1/embeddings",
+            b"{}",
+            404,
+            "the served model writes texts, and /v1/embeddings needs one that gives embeddings: ",
+        ),
+        ("/v1/completions", None, 405, "/v1/completions does not answer GET: this server answers POST"),
+    ):
+        status, reply = ask_raw(port, path, sent)
+        assert (status, words in json.loads(reply)["error"]["message"]) == (code, True)
     status, reply = ask_raw(port, "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "Hi"}]}')
     assert (status, b"'model' is required; there are: " in reply) == (404, True)
     with serving(tiny_llama, folders, key="secret") as kept:

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from tunekit.basics import bytes_text
@@ -54,6 +55,7 @@ READING_SECONDS = 300.0  # time limit for a client to read the part of its answe
 
 
 AnyDesk = Desk | EmbeddingDesk | RerankDesk
+DOES = {Desk: "writes texts", EmbeddingDesk: "gives embeddings", RerankDesk: "scores pairs of texts"}
 PATHS = {Desk: (CHAT, COMPLETIONS), EmbeddingDesk: (EMBEDDINGS,), RerankDesk: (*RERANK, *SCORE)}
 
 
@@ -92,7 +94,7 @@ def make_app(desk: AnyDesk, key: str | None, max_tokens: int, only_local: bool =
         if isinstance(error, ClientDisconnect):
             error = ProtocolError(400, "the client left before its request was complete")
         elif isinstance(error, HTTPException):
-            error = ProtocolError(error.status_code, str(error.detail))
+            error = ProtocolError(error.status_code, _wrong_path(request, error.status_code, desk))
         assert isinstance(error, ProtocolError)  # its text may contain an unpaired surrogate, which json escapes
         return Response(json.dumps(error.body), error.status, media_type="application/json")
 
@@ -145,6 +147,17 @@ async def _answer_in_turn(desk: EmbeddingDesk | RerankDesk, request: Request, bo
         return await desk.answer(question, request.is_disconnected)
     read = read_rerank_body if request.url.path in RERANK else read_score_body
     return await desk.answer(read(body, desk.adapters), request.is_disconnected)
+
+
+def _wrong_path(request: Request, status: int, desk: AnyDesk) -> str:
+    """Why a path, or its method, has no answer here, and what to do."""
+    path, there = request.url.path, f"this server answers {', '.join(f'POST {each}' for each in PATHS[type(desk)])}"
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return f"{path} does not answer {request.method}: {there}"
+    other = next((kind for kind, paths in PATHS.items() if path in paths), None)
+    if other is None:
+        return f"there is no {path[:100]}: {there}"
+    return f"the served model {DOES[type(desk)]}, and {path} needs one that {DOES[other]}: {there}"
 
 
 def serve_verb(
