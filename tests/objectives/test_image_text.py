@@ -137,10 +137,85 @@ def test_the_texts_of_a_row_have_no_images(objective: Objective, tmp_path: Path)
     assert rows.text_ids(plain).tolist() == plain.parts["ids"].tolist()
 
 
-def test_a_row_with_images_is_not_split(objective: Objective, tmp_path: Path) -> None:
-    row = encode(objective, image_row(0, [str(write_images(tmp_path, 1)[0])]), tmp_path)
-    with pytest.raises(DataError, match="rows with images are not split"):
-        objective.rows.cut(row, 10, 20)
+@pytest.mark.parametrize("count", [1_500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_random_rows_are_cut_between_images(count: int, objective: Objective, tmp_path: Path) -> None:
+    """Truncated or split at a random length: images stay whole, and each piece has as many features as places."""
+    paths, numbers, rows = write_images(tmp_path, 24), np.random.default_rng(0), objective.rows
+    whole = []
+    for number in range(24):
+        some = [str(path) for path in numbers.choice(paths, number % 4)]
+        whole.append(encode(objective, image_row(number, some), tmp_path))
+    tokens = [[(image.sha256, image.stop - image.start) for image in images_in(row)] for row in whole]
+    for _ in range(count):
+        at = int(numbers.integers(24))
+        row, size = whole[at], int(numbers.integers(1, 150))
+        pieces = [rows.cut(row, 0, size)] if numbers.random() < 0.5 else rows.pieces(row, size)
+        found = [(image.sha256, image.stop - image.start) for piece in pieces for image in images_in(piece)]
+        assert all(piece.size <= size for piece in pieces)
+        assert found == [each for each in tokens[at] if each in found]  # in order, and none is shorter
+        for piece in pieces:
+            places = sum(rows.processor.expansion(each.height, each.width).count("pad") for each in images_in(piece))  # type: ignore[attr-defined]
+            assert rows._token_types(piece).sum() == places  # type: ignore[attr-defined]
+            assert piece.parts["image_hashes"].nbytes == 32 * len(images_in(piece))
+
+
+def test_a_row_with_images_is_split_after_answers(objective: Objective, tmp_path: Path) -> None:
+    rows: Any = objective.rows
+    row = encode(objective, image_row(2, [str(write_images(tmp_path, 1)[0])]), tmp_path)
+    pieces = rows.pieces(row, row.size - 4)
+    assert rows.tokenizer.decode(pieces[0].parts["ids"]).endswith("so very very 2<|im_end|>")
+    assert trained_text(objective, pieces[1]) == "ok<|im_end|>"
+    assert [len(images_in(piece)) for piece in pieces] == [1, 0]
+    assert sum(piece.size for piece in pieces) == row.size
+
+
+def test_an_image_longer_than_a_piece_is_left_out(objective: Objective, tmp_path: Path) -> None:
+    row = encode(objective, image_row(2, [str(write_images(tmp_path, 1)[0])]), tmp_path)
+    [image] = images_in(row)
+    pieces = objective.rows.pieces(row, image.stop - image.start - 1)
+    assert not any(images_in(piece) for piece in pieces)
+    assert sum(piece.size for piece in pieces) == row.size - (image.stop - image.start)
+
+
+def test_images_with_bytes_keep_their_bytes_in_each_piece(objective: Objective, tmp_path: Path) -> None:
+    first, second = (path.read_bytes() for path in write_images(tmp_path, 2))
+    parts = [{"type": "image", "image": {"bytes": data, "path": None}} for data in (first, second)]
+    turns = [
+        {"role": role, "content": content} for part in parts for role, content in (("user", [part]), ("assistant", "a"))
+    ]
+    row = encode(objective, {"messages": turns}, tmp_path)
+    pieces = objective.rows.pieces(row, row.size - 4)
+    assert [piece.parts["image_data"].tobytes() for piece in pieces] == [first, second]
+
+
+def test_images_shrink_until_the_row_fits(folder: Path, tmp_path: Path) -> None:
+    images = [str(path) for path in write_images(tmp_path, 2)]
+    whole = encode(objective_of(folder), image_row(2, images), tmp_path)
+    short = whole.size - 5
+    shrinking = objective_of(folder, EncodeOptions(max_length=short, excess_length="shrink"))
+    row = encode(shrinking, image_row(2, images), tmp_path)
+    assert row.size <= short
+    assert trained_text(shrinking, row) == trained_text(objective_of(folder), whole)
+    rows: Any = shrinking.rows
+    for image in images_in(row):
+        assert image.limit > 0
+        assert rows._limited(image.limit).expansion(image.height, image.width).count("pad") <= image.limit
+    assert shrinking.rows.notices["rows with smaller images, to fit into data.max_length"] == 1
+    impossible = objective_of(folder, EncodeOptions(max_length=30, excess_length="shrink"))
+    assert encode(impossible, image_row(2, images), tmp_path).size == whole.size  # it is dropped
+
+
+def test_images_of_a_fixed_size_do_not_shrink(tmp_path: Path) -> None:
+    folder = write_image_text("gemma3", tmp_path / "gemma")
+    images = [str(path) for path in write_images(tmp_path, 2)]
+    whole = encode(objective_of(folder), image_row(2, images), tmp_path)
+    shrinking = objective_of(folder, EncodeOptions(max_length=whole.size - 2, excess_length="shrink"))
+    assert encode(shrinking, image_row(2, images), tmp_path).size == whole.size
+
+
+def test_text_rows_do_not_shrink(tiny_llama: Path) -> None:
+    [problem] = objective_of(tiny_llama, EncodeOptions(excess_length="shrink")).rows.problems()
+    assert (problem.key, problem.what) == ("data.excess_length", "these rows have no images to make smaller")
 
 
 def save(path: Path, image: Any, **options: Any) -> Path:

@@ -302,7 +302,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "tower": (["adapter.parts=[tower]"], "rows with images only train the language model so far"),
     "distill": (["objective={method: distill, teacher: MODEL}"], "which only objective: sft reads so far"),
     "generation": (["evaluation.generate=true"], "which only objective: sft reads so far"),
-    "split": (["data.excess_length=split", "data.max_length=60"], "rows with images are not split"),
     "stream of rows": (["data.train.0.streaming=true", "data.eval=null"], "streamed rows cannot have images"),
 }
 
@@ -328,11 +327,14 @@ def test_preferences_with_images_are_refused(folder: Path, tmp_path: Path) -> No
 
 def test_a_long_row_is_dropped_or_truncated(folder: Path, tmp_path: Path) -> None:
     counts = {}
-    for policy in ("drop", "truncate"):
-        run = train(recipe_of(tmp_path / policy, folder), f"data.excess_length={policy}", "data.max_length=80")
+    for policy in ("drop", "truncate", "split", "shrink"):
+        run = train(recipe_of(tmp_path / policy, folder), f"data.excess_length={policy}", "data.max_length=90")
         counts[policy] = json.loads((run / "report.json").read_text())["rows"]
-    assert counts["drop"]["dropped"] > 0
+    assert counts["drop"]["dropped"] > counts["shrink"]["dropped"] == 0
     assert counts["truncate"]["truncated"] > 0
+    assert counts["split"]["dropped"] == 0
+    notes = json.loads((tmp_path / "shrink" / "run" / "plan.json").read_text())["notes"]
+    assert any("rows with smaller images, to fit into data.max_length" in note for note in notes)
 
 
 def test_other_images_are_encoded_again(folder: Path, tmp_path: Path) -> None:

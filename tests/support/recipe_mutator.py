@@ -73,7 +73,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "data.reasoning": (["template", "drop"], ["keep", "true", "null"]),
     "data.chat_template": (["null", "template.jinja", "~/template.jinja"], ["5", "[a]", '""', '"a\\0b"', "x" * 300]),
     "data.max_length": (["2", "2048", "2e3"], ["1", *NOT_COUNTS]),
-    "data.excess_length": (["drop", "truncate", "split", "error"], ["cut", "null", "false"]),
+    "data.excess_length": (["drop", "truncate", "split", "shrink", "error"], ["cut", "null", "false"]),
     "data.image_tokens": (["auto", "256", "1e3"], ["0", "many", "null", "true"]),
     "data.packing": (["true", "false"], ["off", "null", "1", "auto", '"true"']),
     "data.shuffle": (BOOLEANS, NOT_BOOLEANS),

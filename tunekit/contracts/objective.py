@@ -113,6 +113,7 @@ class RowKind:
     has_choices: bool = False  # whether an answer can be chosen from a list (evaluation.choices)
     allowed_options: Sequence[tuple[str, str, str]] = ()
     has_reasoning: bool = False  # whether data.reasoning applies to the rows' answers
+    has_images: bool = False  # whether images of rows can be made smaller (data.excess_length: shrink)
     media_fingerprint: str = ""  # sha256 of what makes values from the files that rows name
     room: str = ""  # " with room for KEY" in messages: a part of a row's length besides its own tokens
 
@@ -138,9 +139,13 @@ class RowKind:
             "template",
             "the rows of this objective have no answers with reasoning to train on",
         )
+        no_images = "excess_length", "drop, truncate, split or error", "these rows have no images to make smaller"
+        restricted = [*self.allowed_options, *([] if self.has_reasoning else [no_reasoning])]
+        if self.options.excess_length == "shrink" and not any(name == "excess_length" for name, _, _ in restricted):
+            restricted += [] if self.has_images else [no_images]
         return [
             Problem(why, f"write {allowed}", key=f"data.{name}")
-            for name, allowed, why in (*self.allowed_options, *([] if self.has_reasoning else [no_reasoning]))
+            for name, allowed, why in restricted
             if getattr(self.options, name) not in allowed.replace(",", "").split()
         ]
 
@@ -208,6 +213,10 @@ class RowKind:
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """The row's tokens from start to stop-1, counted as in its sizes. If the row cannot be cut: the whole row."""
         return row
+
+    def pieces(self, row: Row, size: int) -> list[Row]:
+        """The row, split into pieces of at most `size` tokens."""
+        return [self.cut(row, start, start + size) for start in range(0, self.layout.length(row.sizes), size)]
 
     def text_ids(self, row: Row) -> Array:
         """(T,) the ids of the row's texts, on which two models are compared. Tokens of images are left out."""

@@ -81,8 +81,11 @@ class DataSection(Section):
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file; null: the tokenizer's template")
     max_length: Annotated[Count, Field(ge=2)] = Field(2048, description="the maximum number of tokens in a row")
-    excess_length: Literal["drop", "truncate", "split", "error"] = Field(
-        "drop", description="the action for rows longer than max_length; the report counts these rows"
+    excess_length: Literal["drop", "truncate", "split", "shrink", "error"] = Field(
+        "drop",
+        description="the action for rows longer than max_length, which the report counts. Images stay whole: truncate "
+        "removes an image that does not fit, and split divides rows with images after answers. shrink: make the images "
+        "of such a row smaller, or drop the row",
     )
     image_tokens: Literal["auto"] | Count = Field(
         "auto",

@@ -90,11 +90,11 @@ def cut_row(row: Row, kind: RowKind, counts: SourceCounts) -> list[Row]:
     if options.excess_length == "error":
         how = "raise data.max_length, or set data.excess_length: drop|truncate|split"
         raise DataError(f"the row has {length} tokens{kind.room}, but data.max_length is {most}", how)
-    if options.excess_length == "drop":
+    if options.excess_length in ("drop", "shrink"):  # its images were made smaller when it was encoded
         raise Dropped(TOO_LONG + kind.room)
     truncates = options.excess_length == "truncate"
-    starts = range(0, most if truncates else length, most)
-    pieces = [piece for start in starts if (piece := kind.cut(row, start, start + most)).supervised]
+    pieces = [kind.cut(row, 0, most)] if truncates else kind.pieces(row, most)
+    pieces = [piece for piece in pieces if piece.supervised]
     if not pieces:
         raise Dropped(NO_TARGET_LEFT)
     counts.truncated += truncates

@@ -57,7 +57,13 @@ KEPT = frozenset({"script", "reasoning", "cut"})  # findings whose rows --fix ke
 MOST_BROKEN = 1000  # maximum number of different problems of unreadable lines
 FileExample = TranscriptExample | AudioLabelExample | ImageExample | ImageLabelExample  # examples that name a file
 SAMPLES_AT_ONCE = 1 << 20
-EXCESS = {"drop": "dropped", "truncate": "cut", "split": "split", "error": "an error"}  # excess_length -> words
+EXCESS = {  # excess_length -> words
+    "drop": "dropped",
+    "truncate": "cut",
+    "split": "split",
+    "error": "an error",
+    "shrink": "dropped, because smaller images are not enough",
+}
 
 # Training fails with these, evaluation is wrong, or wrong labels or secrets are learned. Other findings are warnings.
 ERRORS = ("broken", "contrary", "leak", "secret")

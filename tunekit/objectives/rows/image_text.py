@@ -3,7 +3,8 @@ read, and the features computed, when a step is prepared."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from tunekit.data.encoding.images import Size, covering, read_image
 from tunekit.data.encoding.sources import IMAGES, image_hash
 from tunekit.data.encoding.store import part_lengths
 from tunekit.data.rendering.expansion import ImageTexts
-from tunekit.errors import DataError, ModelError
+from tunekit.errors import DataError, ModelError, RecipeError
 from tunekit.formats.example import Example, images_of
 from tunekit.formats.media import Media
 from tunekit.model.images.features import deep_layers, image_features, rope_positions
@@ -43,6 +44,7 @@ from tunekit.objectives.rows.sequences import TOKEN_PARTS, SequenceRows, labels_
 from tunekit.objectives.rows.text import TextRows, fill_with
 from tunekit.recipe.model import ImageModel, ModelSection
 
+LIMIT_BITS = 3  # limits of shrunk images have this number of significant bits
 THUMBNAIL = (96, 96)  # pixels of an image in a preview
 FEATURES, POSITIONS = "image_features", "rope_positions"  # parts that are added in a step
 STORED = {IMAGES: "u1", "image_data": "u1", "image_hashes": "u1"}
@@ -53,7 +55,8 @@ IMAGE_PARTS = (*STORED, FEATURES, POSITIONS)
 @dataclass(frozen=True)
 class RowImage:
     """An image of a row. `size`: the number of its bytes in the part `image_data`; 0 if it is read from `path`.
-    `start`, `stop`: the row's tokens that stand for it."""
+    `start`, `stop`: the row's tokens that stand for it. `limit`: the maximum number of its tokens, if it was made
+    smaller than other rows' images; else 0."""
 
     path: str
     size: int
@@ -62,6 +65,7 @@ class RowImage:
     width: int
     start: int
     stop: int
+    limit: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +82,7 @@ class ImageTextRows(TextRows):
     example = "text"
     has_choices = True
     has_reasoning = True
+    has_images = True
     unpackable = "rows with images cannot be packed"
     layout = RowLayout(
         {**TOKEN_PARTS, **STORED},
@@ -130,43 +135,78 @@ class ImageTextRows(TextRows):
     def encode(self, example: Example, origin: str) -> Row:
         """The row of an example. Raises: Dropped if nothing can be trained on, or for an animated or tiny image;
         DataError if the example or an image is wrong."""
-        media, texts, sizes = images_of(example), None, list[Size]()
-        if media:
-            sizes = [read_pixels(image, self.notices).shape[:2] for image in media]
-            texts = ImageTexts(self.processor.placeholder, list(map(self._expansion, media, sizes)))
+        media = images_of(example)
+        sizes = [read_pixels(image, self.notices).shape[:2] for image in media]
+        row = self._encode_limited(example, origin, sizes)
+        if self.options.excess_length != "shrink" or row.size <= self.options.max_length or not media:
+            return row
+        return self._shrunk(row, lambda limit: self._encode_limited(example, origin, sizes, limit))
+
+    def _shrunk(self, row: Row, encode: Callable[[int], Row]) -> Row:
+        """The row with smaller images, so that it fits into data.max_length; the row itself if that is impossible.
+        `encode(limit)`: the row whose images have at most this number of tokens."""
+        images, limit, smaller = images_in(row), max(image.stop - image.start for image in images_in(row)), row
+        with suppress(RecipeError):  # the base's images do not become so small
+            while (excess := smaller.size - self.options.max_length) > 0:
+                limit -= -(-excess // len(images))
+                limit -= max(limit, 0) % 2 ** max(limit.bit_length() - LIMIT_BITS, 0)  # few, as each has a processor
+                if limit <= 0:
+                    return row
+                smaller = encode(limit)
+            self.notices["rows with smaller images, to fit into data.max_length"] += 1
+            return smaller
+        return row
+
+    def _encode_limited(self, example: Example, origin: str, sizes: Sequence[Size], limit: int = 0) -> Row:
+        """The row whose images have at most `limit` tokens; 0: the limit of all rows."""
+        media, processor = images_of(example), self._limited(limit)
+        expansions = [_expansion(processor, image, size) for image, size in zip(media, sizes, strict=True)]
+        texts = ImageTexts(processor.placeholder, expansions) if media else None
         ids, weights, places = self.renderer.with_images(example, texts)
         images = [
-            RowImage(_path(image), len(image.data or b""), image_hash(image), *size, *place)
+            RowImage(_path(image), len(image.data or b""), image_hash(image), *size, *place, limit)
             for image, size, place in zip(media, sizes, places, strict=True)
         ]
         parts = sequence_parts(np.asarray(ids, dtype=np.int32), weights > 0, weights)
         data = b"".join(image.data or b"" for image in media)
         return self.make_row({**parts, **_image_parts(images, data)}, origin)
 
-    def _expansion(self, image: Media, size: Size) -> str:
-        """The text that stands for an image. Raises: DataError with its file if the processor refuses its size."""
-        try:
-            return self.processor.expansion(*size)
-        except DataError as error:
-            raise DataError(f"{image.name}: {error.problems[0].what}", error.problems[0].how) from error
+    def _limited(self, limit: int) -> ImageProcessor:
+        return self.base_images.limited(limit) if limit else self.processor
+
+    def pieces(self, row: Row, size: int) -> list[Row]:
+        """The row, split into pieces of at most `size` tokens. A row with images is split after the last answer that
+        fits, else before an image. An image that fits into no piece is left out with the tokens before it."""
+        if not (images := images_in(row)):
+            return super().pieces(row, size)
+        trained, start, pieces = row.parts["trained"], 0, list[Row]()
+        ends = np.flatnonzero(trained[:-1] & ~trained[1:]) + 1
+        while start < row.size:
+            fitting = _whole(images, min(start + size, row.size))
+            answered = [end for end in ends if start < end <= fitting and _whole(images, int(end)) == end]
+            stop = int(answered[-1]) if answered and fitting < row.size else fitting
+            if stop <= start:  # the image is longer than a piece
+                start = max(image.stop for image in images if image.start <= start < image.stop)
+                continue
+            pieces.append(self.cut(row, start, stop))
+            start = stop
+        return pieces
 
     def cut(self, row: Row, start: int, stop: int) -> Row:
         """The row with the tokens from start to at most stop-1. An image is never cut: if `stop` is inside its tokens,
-        the row ends before it. Raises: DataError for a start inside a row with images."""
+        the row ends before it. `start` is inside no image."""
         images = images_in(row)
-        if images and start:
-            what = "the row has images, and is too long for data.max_length; rows with images are not split"
-            raise DataError(what, "write drop or truncate, or a larger data.max_length", key="data.excess_length")
-        for image in reversed(images):  # a token of two line breaks can belong to two images
-            stop = image.start if image.start < stop < image.stop else stop
+        assert not any(image.start < start < image.stop for image in images), "a part of an image is cut off"
+        stop = _whole(images, stop)
         parts = sequence_parts(*(row.parts[name][start:stop] for name in TOKEN_PARTS))
-        before = [image for image in images if image.stop <= stop]
-        data = row.parts["image_data"][: sum(image.size for image in before)]
-        cut = self.make_row({**parts, **_image_parts(before, data.tobytes())}, row.origin, row.number)
+        inside = [at for at, image in enumerate(images) if start <= image.start and image.stop <= stop]
+        data = b"".join(_data(row, images, at) for at in inside)
+        moved = [replace(images[at], start=images[at].start - start, stop=images[at].stop - start) for at in inside]
+        cut = self.make_row({**parts, **_image_parts(moved, data)}, row.origin, row.number)
         if images:
-            places = np.flatnonzero(self._token_types(cut))
-            inside = [any(image.start <= place < image.stop for image in before) for place in places]
-            assert all(inside), "a part of an image is left"
+            features = np.flatnonzero(self._token_types(cut))
+            in_images = [any(image.start <= place < image.stop for image in moved) for place in features]
+            assert all(in_images), "a part of an image is left"
         return cut
 
     def text_ids(self, row: Row) -> Array:
@@ -191,8 +231,10 @@ class ImageTextRows(TextRows):
         types = self._token_types(row)  # (T,)
         count, images = int(types.sum()), images_in(row)
         for image in images if simulated else ():
-            torch.empty(self.processor.input_bytes(image.height, image.width), dtype=torch.uint8, device=base.device)
-        inputs = [] if simulated else [self.processor.inputs(_pixels(row, images, at)) for at in range(len(images))]
+            size = self._limited(image.limit).input_bytes(image.height, image.width)
+            torch.empty(size, dtype=torch.uint8, device=base.device)
+        live = enumerate([] if simulated else images)
+        inputs = [self._limited(image.limit).inputs(_pixels(row, images, at)) for at, image in live]
         computed = [image_features(base.net, each, base.device, base.dtype).float().cpu() for each in inputs]
         empty = torch.zeros(count if simulated else 0, (1 + deep_layers(base.net)) * base.facts.hidden_size)
         features = torch.cat(computed) if computed else empty
@@ -233,7 +275,7 @@ class ImageTextRows(TextRows):
         spans, labels, position = list[Span](), labels_of_tokens(row), 0
         for at, image in enumerate(images := images_in(row)):
             spans.append(_text_span(row, labels, position, image.start))
-            grid = self.processor.grid(image.height, image.width)
+            grid = self._limited(image.limit).grid(image.height, image.width)
             shape = "" if grid is None else f" {grid[1]}x{grid[0]}"
             count = int(self._token_types(row)[image.start : image.stop].sum())
             title = f"<image{shape} = {count} tokens> ({image.width} x {image.height} pixels)"
@@ -265,15 +307,36 @@ def _image_parts(images: Sequence[RowImage], data: bytes) -> dict[str, Array]:
     }
 
 
+def _data(row: Row, images: Sequence[RowImage], at: int) -> bytes:
+    """The bytes of image `at` of a row; empty if it is read from a file."""
+    first = sum(each.size for each in images[:at])
+    return row.parts["image_data"][first:][: images[at].size].tobytes()
+
+
+def _whole(images: Sequence[RowImage], stop: int) -> int:
+    """The last place up to `stop` that is inside no image."""
+    for image in reversed(images):  # a token of two line breaks can belong to two images
+        stop = image.start if image.start < stop < image.stop else stop
+    return stop
+
+
+def _expansion(processor: ImageProcessor, image: Media, size: Size) -> str:
+    """The text that stands for an image. Raises: DataError with its file if the processor refuses its size."""
+    try:
+        return processor.expansion(*size)
+    except DataError as error:
+        raise DataError(f"{image.name}: {error.problems[0].what}", error.problems[0].how) from error
+
+
 def _path(image: Media) -> str:
     return str(Path(image.path).absolute()) if image.data is None else ""
 
 
 def _pixels(row: Row, images: Sequence[RowImage], at: int) -> Pixels:
     """The pixels (H, W, 3) of image `at` of a row. Raises: DataError if its file changed since the row was encoded."""
-    image, first = images[at], sum(each.size for each in images[:at])
+    image = images[at]
     try:
-        data = Path(image.path).read_bytes() if image.path else row.parts["image_data"][first:][: image.size].tobytes()
+        data = Path(image.path).read_bytes() if image.path else _data(row, images, at)
     except OSError as error:
         raise DataError(f"{row.origin}: {image.path} cannot be read ({error.strerror})", "put the image back") from None
     if hashlib.sha256(data).hexdigest() != image.sha256:
