@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from tunekit.data.looking.first_look import look_at, proposed_objectives
 from tunekit.data.looking.first_recipe import LENGTHS
-from tunekit.errors import DataError, InputError, RecipeError, exit_message
+from tunekit.errors import DataError, InputError, RecipeError, TunekitError, exit_message
 from tunekit.init import _labelled, init_verb, models_at_hand
 from tunekit.planning.plan import plan as plan_run
 from tunekit.planning.prepare import prepare
@@ -462,6 +462,18 @@ def test_what_is_wrong_is_said_and_nothing_written(tmp_path: Path) -> None:
     assert text.startswith(f"{out} is not written, because:\nmodel.quantization: ")  # no line of a removed file
     assert not out.exists()
     assert not (tmp_path / SCHEMA_NAME).exists()
+
+
+def test_rows_beside_images_are_named_although_no_recipe_is_written(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (mixed := tmp_path / "mixed").mkdir()
+    (mixed / "a.png").write_bytes(b"only its name is read")
+    (mixed / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(TunekitError):
+        init(mixed, tmp_path / "recipe.yaml", tiny_llama)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "mixed: the rows of rows.jsonl are not read, because the folder contains media; to train" in said
 
 
 def test_models_of_the_hubs_cache_are_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

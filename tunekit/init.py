@@ -77,6 +77,7 @@ def init_verb(
         except TunekitError as error:
             if not all(_is_mended_in_recipe(each) for each in error.problems):
                 target.unlink()
+                console.info(*([] if look is None else look.notes))
                 raise error.without_file(target) from error
             wrote = f"wrote {_with_schema(target)}; the run can be planned after this change of the recipe:"
             raise type(error).of(error.problems, [*error.notes, wrote]) from error

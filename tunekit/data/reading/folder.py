@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from glob import has_magic
 from pathlib import Path
 
+from tunekit.data.reading.data_file import KINDS
 from tunekit.data.reading.lines import RawRow
 from tunekit.errors import DataError, listed
 from tunekit.recipe.data import Source
@@ -93,8 +94,13 @@ def passed_over(folder: Path, read: Iterable[Path] = ()) -> str | None:
     if all files are read."""
     known = set(read)
     others = [place for place in files_in(folder) if not (is_media(place.name) or place in known)]
+    rows = [place for place in others if place.suffix.lower() in KINDS.keys() - {".txt"} and place.name not in TABLES]
     if not others:
         return None
+    if rows:
+        names = listed([place.relative_to(folder) for place in rows], SHOWN_NAMES)
+        how = f"to train on them, name the file, such as {rows[0]}"
+        return f"{WARNING}{folder.name}: the rows of {names} are not read, because the folder contains media; {how}"
     names = listed([place.relative_to(folder) for place in others], SHOWN_NAMES)
     foreign = sorted({place.suffix.lower() for place in others} & set(CONVERTED))
     how = f"; convert {' and '.join(foreign)} to .png or .jpg" if foreign else ""
